@@ -1,0 +1,68 @@
+"""The nouns that every package shares: plain values, no torch, no devices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+OFFLOADED = math.inf
+"""`Routed.ready_us` of an expert whose weights are neither resident nor in flight."""
+
+
+class Routed(NamedTuple):
+    """One expert that this layer call needs; it carries its own load, so no two lists are ever joined by position."""
+
+    expert: int
+    load: int
+    """Tokens of this call that chose the expert."""
+    ready_us: float
+    """When its weights can be used on the accelerator: 0 resident, finite in flight, `OFFLOADED` not on the way."""
+
+
+class LayerPlan(NamedTuple):
+    """Who computes what in one layer call. Every routed expert is in exactly one of `cpu` and `accelerator`."""
+
+    cpu: tuple[int, ...]
+    """Experts that the CPU computes, in order."""
+    accelerator: tuple[int, ...]
+    """Experts that the accelerator computes, in order of start; resident, in flight and onloaded ones."""
+    onload: tuple[int, ...]
+    """Demand loads in link order; a subset of `accelerator`."""
+    makespan_us: float
+    """Predicted time until both sides have finished."""
+    cpu_us: float
+    """Predicted busy time of the CPU."""
+    accelerator_us: float
+    """Predicted busy time of the accelerator."""
+    link_us: float
+    """Predicted busy time of the link for this plan's demand loads."""
+
+
+class ExpertRef(NamedTuple):
+    """One expert of one layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """Shape and storage of the routed experts of a model. One expert is gate [I, H], up [I, H], down [H, I]."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    gate_type: str
+    """GGML type name, e.g. `Q4_K`; layers of one model may differ, then this is the commonest."""
+    up_type: str
+    down_type: str
+    gate_bytes: int
+    """Bytes of one expert's gate matrix as stored."""
+    up_bytes: int
+    down_bytes: int
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.gate_bytes + self.up_bytes + self.down_bytes

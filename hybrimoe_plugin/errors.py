@@ -1,0 +1,44 @@
+"""The error types: one base, few children. A message says what was asked, what was found and what to do.
+
+The command line turns every `HybriMoEError` into one line on stderr and exit code 2.
+"""
+
+
+class HybriMoEError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ConfigError(HybriMoEError):
+    """A setting is unknown, of the wrong type or outside its allowed range."""
+
+
+class RulesError(HybriMoEError):
+    """A rules file cannot be read or does not fit the model; names the file, the line and what was found."""
+
+
+class WeightsError(HybriMoEError):
+    """A weights file is missing, damaged, of another architecture, or holds what the kernels cannot run."""
+
+
+class BudgetError(HybriMoEError):
+    """A memory budget cannot be met; raised before anything is loaded."""
+
+
+class BackendError(HybriMoEError):
+    """A compute backend is not installed, does not work here, or was asked for what it cannot do."""
+
+
+class ProfileError(HybriMoEError):
+    """A machine profile is damaged, of another format version or of another expert shape."""
+
+
+class TraceError(HybriMoEError):
+    """A routing trace is damaged, truncated or foreign."""
+
+
+class FlashError(HybriMoEError):
+    """A flash pack is damaged, of another model or version, or cannot be written."""
+
+
+class SpeculationError(HybriMoEError):
+    """A draft does not fit the target: tokenizer, context length or training state."""

@@ -1,0 +1,141 @@
+"""The operator that rules name in place of a model's routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.engine import Engine
+from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.experts.weights import LayerWeights, layer_weights
+
+DEVICES = "cpu, cuda, cuda:N or auto"
+
+
+class ExpertCounts(Protocol):
+    """The parts of a model's config that describe its routed experts."""
+
+    hidden_size: int
+    num_experts_per_tok: int
+
+
+class HybriMoEExperts(nn.Module):
+    """Routed experts of one layer, computed by the engine (kTransformers' operator contract).
+
+    Args:
+        key: qualified module name, e.g. `model.layers.3.mlp.experts`.
+        gguf_loader: the open weights.
+        config: the model's configuration.
+        orig_module: the module that this one replaces; kept by the injection, not here.
+        prefill_device: where experts may run when a call has more than one token: cpu, cuda, cuda:N or auto.
+        generate_device: the same for calls of one token.
+        settings: fields of `Settings`.
+
+    Raises:
+        ConfigError: a device or a setting is not valid.
+        BackendError: the model's experts use an activation other than SiLU.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: GGUFStore,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        prefill_device: str = "auto",
+        generate_device: str = "auto",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.check_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **settings})
+        activation = getattr(config, "hidden_act", "silu")
+        if activation != "silu":
+            raise BackendError(f"{key}: experts with activation {activation!r} are not supported, only silu")
+        self.key = key
+        self.store = gguf_loader
+        self.config = config
+        self.prefill_device = prefill_device
+        self.generate_device = generate_device
+        self.settings = Settings.of(settings)
+        self.weights: LayerWeights | None = None
+        self._engine: Engine | None = None
+        self._position = -1
+
+    @staticmethod
+    def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+        """Validate a rule's kwargs before anything is built.
+
+        Raises:
+            ConfigError: naming field, value and allowed range.
+        """
+        rest = dict(kwargs)
+        for name in ("prefill_device", "generate_device"):
+            device = rest.pop(name, "auto")
+            if device != "auto" and not _is_device(device):
+                raise ConfigError(f"{name}: expected {DEVICES}, found {device!r}")
+        Settings.of(rest)
+
+    @property
+    def layer_index(self) -> int:
+        """The decoder layer that the key names."""
+        return next(int(part) for part in self.key.split(".") if part.isdigit())
+
+    def load(self) -> None:
+        """Find this layer's experts in the file; nothing is read or copied.
+
+        Raises:
+            WeightsError: a tensor is missing or does not have the config's shape.
+        """
+        experts, intermediate = expert_counts(self.config)
+        self.weights = layer_weights(
+            self.store,
+            self.layer_index,
+            experts=experts,
+            hidden=self.config.hidden_size,
+            intermediate=intermediate,
+            top_k=self.config.num_experts_per_tok,
+        )
+
+    def bind(self, engine: Engine, position: int) -> None:
+        """Connect to the engine, where this layer has the given position among the MoE layers."""
+        self._engine, self._position = engine, position
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
+
+        Raises:
+            BackendError: the model was not bound to an engine.
+        """
+        if self._engine is None:
+            raise BackendError(f"{self.key}: not bound to an engine; call hybrimoe_plugin.operators.bind.bind(model)")
+        return self._engine.run(self._position, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        return f"key={self.key!r}, prefill_device={self.prefill_device!r}, generate_device={self.generate_device!r}"
+
+
+def expert_counts(config: Any) -> tuple[int, int]:
+    """(number of routed experts, their intermediate size) under the names that model families use.
+
+    Raises:
+        ConfigError: the config describes no routed experts.
+    """
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count > 0:
+            return count, int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    raise ConfigError(f"{type(config).__name__}: no number of routed experts in the model's config")
+
+
+def _is_device(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
+    kind, _, index = name.partition(":")
+    return kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))

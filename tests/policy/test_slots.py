@@ -1,0 +1,76 @@
+"""SlotPool: a Hypothesis state machine with the invariants after every step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hybrimoe_plugin.policy.slots import SlotPool
+
+LAYERS, EXPERTS = 3, 6
+
+
+class SlotMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = SlotPool([2, 0, 3], staging=2)
+        self.leased: set[tuple[int, int]] = set()
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def place(self, layer: int, expert: int) -> None:
+        if self.pool.has_room(layer) and self.pool.slot_of(layer, expert) is None:
+            slot = self.pool.place(layer, expert)
+            assert self.pool.slot_of(layer, expert) == slot and self.pool.in_flight(layer, expert)
+        else:
+            with pytest.raises(ValueError, match="no room"):
+                self.pool.place(layer, expert)
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def arrive(self, layer: int, expert: int) -> None:
+        if self.pool.slot_of(layer, expert) is not None:
+            self.pool.arrive(layer, expert)
+            assert not self.pool.in_flight(layer, expert)
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def evict(self, layer: int, expert: int) -> None:
+        if self.pool.slot_of(layer, expert) is None:
+            return
+        if expert in self.pool.evictable(layer):
+            self.pool.evict(layer, expert)
+            assert self.pool.slot_of(layer, expert) is None
+        else:
+            assert self.pool.in_flight(layer, expert) or (layer, expert) in self.leased
+            with pytest.raises(ValueError, match="in flight or leased"):
+                self.pool.evict(layer, expert)
+
+    @rule(layer=st.integers(0, LAYERS - 1), experts=st.sets(st.integers(0, EXPERTS - 1)))
+    def lease(self, layer: int, experts: set[int]) -> None:
+        self.pool.lease(layer, experts)
+        self.leased |= {(layer, expert) for expert in experts if self.pool.slot_of(layer, expert) is not None}
+
+    @precondition(lambda self: self.leased)
+    @rule()
+    def release(self) -> None:
+        self.pool.release()
+        self.leased.clear()
+
+    @rule()
+    def stage(self) -> None:
+        assert sum(self.pool.quotas) <= self.pool.stage() < self.pool.slots
+
+    @invariant()
+    def sound(self) -> None:
+        self.pool.check_integrity()
+        for layer, expert in self.leased:
+            assert self.pool.slot_of(layer, expert) is not None, "a leased expert was evicted"
+
+
+SlotMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSlotPool = SlotMachine.TestCase
+
+
+def test_staging_slots_take_turns() -> None:
+    pool = SlotPool([1], staging=3)
+    assert [pool.stage() for _ in range(4)] == [1, 2, 3, 1]
