@@ -1,0 +1,1 @@
+"""Where expert weights live and how they are computed. Knows nothing of models and rules."""

@@ -1,0 +1,72 @@
+"""What the engine asks of compute backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from hybrimoe_plugin.experts.weights import LayerWeights
+
+
+class CPUBackend(Protocol):
+    """Computes experts where their bytes lie, in host memory."""
+
+    name: str
+
+    def add_layer(self, weights: LayerWeights) -> None:
+        """Make a layer known; layers are numbered in the order of these calls. Raises: BackendError."""
+        ...
+
+    def submit(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        mine: Sequence[int],
+    ) -> None:
+        """Start one layer call; only experts in `mine` count, all others contribute nothing.
+
+        Args:
+            hidden: [T, H] floating point on the CPU.
+            topk_ids: [T, K] int64 on the CPU.
+            topk_weights: [T, K] float32 on the CPU; a weight belongs to the id at its own place.
+        """
+        ...
+
+    def sync(self) -> torch.Tensor:
+        """[T, H] of hidden's dtype: the result of the last `submit`. Valid until the next `submit`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Accelerator(Protocol):
+    """Computes experts whose bytes have been sent into its slots."""
+
+    name: str
+    device: torch.device
+
+    def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
+        """Make slots that hold any expert of these layers. Raises: BackendError, BudgetError."""
+        ...
+
+    def onload(self, slot: int, weights: LayerWeights, expert: int) -> None:
+        """Queue one expert on the link and return at once; ordered after the slot's last compute."""
+        ...
+
+    def compute(self, hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """[T, H] on `device`: the sum over each token's slots; waits, on the device, for the slots it uses.
+
+        Args:
+            hidden: [T, H] on `device`.
+            slot_ids: [T, K] int64 on `device`; -1 where the expert is not computed here.
+            topk_weights: [T, K] floating point on `device`.
+        """
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None: ...
