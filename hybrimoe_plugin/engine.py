@@ -1,4 +1,4 @@
-"""One MoE layer call: plan -> run -> learn -> look ahead.
+"""One MoE layer call: learn -> plan -> run -> look ahead.
 
 The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the backends and
 adds up the parts. It is owned by one model; several can live in one process.
@@ -81,7 +81,7 @@ class Engine:
         layers: the MoE layers' weights, in order; `run`'s `layer` is the position in this list.
         routers: the same layers' routers.
         look_ahead: how many later layers are predicted for prefetching; 0 for none.
-        wave: demand loads that are computed together once they have arrived; at most half of the staging slots.
+        clock: real time, or simulated where the accelerator is emulated.
     """
 
     def __init__(
@@ -104,7 +104,6 @@ class Engine:
         self.wave = controller.pool.staging // 2
         self.timeline: Timeline | None = None
         self.recorder: Callable[[CallRecord], None] | None = None
-        self._slot_tables: dict[int, torch.Tensor] = {}
         for move in controller.warm_start() if accelerator is not None else ():
             accelerator.onload(move.slot, self.layers[move.layer], move.expert)  # type: ignore[union-attr]
 
@@ -127,13 +126,14 @@ class Engine:
         ids = topk_ids.to("cpu", torch.int64)  # the one host synchronisation of a call on a GPU
         weights = topk_weights.to("cpu", torch.float32)
         ids_np = ids.numpy()
+        scores = self._learn(layer, ids_np, weights.numpy())
         step = self.controller.begin(layer, _loads(ids_np), len(ids_np), now_us)
         submitted = bool(step.plan.cpu)
         try:
             if submitted:
                 self.cpu.submit(layer, hidden.to("cpu"), ids, weights, step.plan.cpu)
             output = self._accelerate(step, hidden, topk_ids, topk_weights)
-            self._learn(step, hidden, ids_np, weights.numpy(), now_us)
+            self._look_ahead(step, hidden, ids_np, weights.numpy(), scores, now_us)
         finally:
             # An interrupted call must leave no task behind and no slot leased.
             from_cpu = self.cpu.sync() if submitted else None
@@ -200,17 +200,33 @@ class Engine:
         for expert, slot in wave.items():
             table[expert] = slot
         slot_ids = torch.from_numpy(table).to(hidden.device, non_blocking=True)[topk_ids]
-        part = self.accelerator.compute(hidden, slot_ids, topk_weights)
+        part = self.accelerator.compute(tuple(wave.values()), hidden, slot_ids, topk_weights)
         return part if output is None else output + part
 
     def _learn(
-        self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32], now_us: float
+        self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]
+    ) -> NDArray[np.float32] | None:
+        """Tell the cache what was scored, before it is asked what to admit; the scores [T, E] if the host shows them."""
+        if self.accelerator is None and self.recorder is None:
+            return None
+        shown = self.routers[layer].scores()
+        scores = None if shown is None else shown.to("cpu", torch.float32).numpy()
+        if self.accelerator is not None:
+            self.controller.learn(layer, ids, weights, scores)
+        return scores
+
+    def _look_ahead(
+        self,
+        step: Step,
+        hidden: torch.Tensor,
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        scores: NDArray[np.float32] | None,
+        now_us: float,
     ) -> None:
-        """Tell the cache, predict the next layers and use the idle link; runs while CPU and accelerator compute."""
+        """Predict the next layers and use the idle link; runs while CPU and accelerator compute."""
         if self.accelerator is None and self.recorder is None:
             return
-        scores_tensor = self.routers[step.layer].scores()
-        scores = None if scores_tensor is None else scores_tensor.to("cpu", torch.float32).numpy()
         predicted = [
             (later, self.routers[later].predict(hidden).to("cpu", torch.int64).numpy())
             for later in range(step.layer + 1, min(step.layer + 1 + self.look_ahead, len(self.layers)))
@@ -219,7 +235,6 @@ class Engine:
             self.recorder(CallRecord(step.layer, ids, weights, scores, tuple(found for _, found in predicted)))
         if self.accelerator is None:
             return
-        self.controller.learn(step.layer, ids, weights, scores)
         moves = self.controller.look_ahead(step, [(later, _loads(found)) for later, found in predicted], now_us)
         for move in moves:
             self.accelerator.onload(move.slot, self.layers[move.layer], move.expert)

@@ -57,10 +57,13 @@ class Accelerator(Protocol):
         """Queue one expert on the link and return at once; ordered after the slot's last compute."""
         ...
 
-    def compute(self, hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def compute(
+        self, slots: Sequence[int], hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
         """[T, H] on `device`: the sum over each token's slots; waits, on the device, for the slots it uses.
 
         Args:
+            slots: the slots that occur in `slot_ids`, known to the host, so that nothing need be read back.
             hidden: [T, H] on `device`.
             slot_ids: [T, K] int64 on `device`; -1 where the expert is not computed here.
             topk_weights: [T, K] floating point on `device`.

@@ -1,4 +1,4 @@
-"""The decision loop of one model: plan -> place -> learn -> look ahead, over pure policies.
+"""The decision loop of one model: learn -> plan -> place -> look ahead, over pure policies.
 
 The engine drives it with real backends, the replay simulator with a simulated clock: what is simulated is what runs.
 All times are microseconds on the caller's clock. Layers are numbered by position among the MoE layers.

@@ -1,0 +1,256 @@
+"""CPU experts on kt-kernel: quantised kernels on the mapped bytes, a mask per call.
+
+kt-kernel aborts the whole process on what it does not know, so everything is checked here first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
+
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
+
+log = logging.getLogger(__name__)
+
+KERNEL_TYPES = frozenset(
+    {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
+)
+"""GGML types that were tried against a float32 reference; any other ends the process."""
+
+REPLACEMENTS = {"F32": "BF16"}
+"""What other types are turned into; `Q8_0` where nothing is named."""
+INTERMEDIATE_MULTIPLE = 256
+GROUPED_HIDDEN_MULTIPLE = 256
+"""From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows and leaves what is
+over untouched: with hidden size 576 the last 64 values of every token are wrong. Other sizes stay on the path for few
+tokens, which is right but about 2.4 times slower in prefill (docs/LOG.md)."""
+_GROUP_MIN_TOKENS = 10
+_MAX_TOKENS = 1024
+"""Tokens per native call; longer calls are cut, since the kernel's buffers grow with this."""
+
+
+def import_kernel() -> ModuleType:
+    """kt-kernel's extension module.
+
+    Raises:
+        BackendError: not installed, or it does not load on this processor.
+    """
+    try:
+        from kt_kernel import kt_kernel_ext
+    except Exception as error:  # a wrong processor shows as RuntimeError, OSError or ImportError
+        raise BackendError(f"kt-kernel does not load: {error}") from error
+    module: ModuleType = kt_kernel_ext
+    return module
+
+
+def refusal(spec: ExpertSpec) -> str | None:
+    """Why the kernels cannot run experts of this shape, None if they can."""
+    if spec.intermediate % INTERMEDIATE_MULTIPLE:
+        return f"expert intermediate size {spec.intermediate} is not a multiple of {INTERMEDIATE_MULTIPLE}"
+    if spec.hidden % 32:
+        return f"hidden size {spec.hidden} is not a multiple of 32"
+    return None
+
+
+class KTExperts:
+    """kt-kernel's MoE on one pool of worker threads of its own.
+
+    Layers in types that the kernels lack are requantised to Q8_0, which makes a copy and logs a notice.
+
+    Args:
+        threads: workers; measure before using every core, they spin (see docs/LOG.md).
+
+    Raises:
+        BackendError: kt-kernel does not load.
+    """
+
+    name = "kt"
+
+    def __init__(self, threads: int) -> None:
+        self._kernel = import_kernel()
+        with _quiet():
+            self._infer = self._kernel.CPUInfer(threads)
+        self.threads = threads
+        self._layers: list[_Layer] = []
+        self._pending: tuple[torch.Tensor, torch.dtype] | None = None
+        self._keep: tuple[Any, ...] = ()
+
+    def add_layer(self, weights: LayerWeights) -> None:
+        """Raises: BackendError: the shape cannot be run at all."""
+        reason = refusal(weights.spec)
+        if reason is not None:
+            raise BackendError(f"layer {weights.layer}: kt-kernel cannot run these experts: {reason}")
+        layer = _Layer(self._kernel, self._infer, _supported(weights), len(self._layers))
+        self._layers.append(layer)
+
+    def submit(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        mine: Sequence[int],
+    ) -> None:
+        """Raises: BackendError: a shape, dtype or id that the kernel must not see."""
+        if self._pending is not None:
+            self.sync()
+        target = self._layers[layer]
+        _check(target.spec, hidden, topk_ids, topk_weights)
+        states = hidden.to(torch.bfloat16).contiguous()
+        ids = topk_ids.to(torch.int64).contiguous()
+        weights = topk_weights.to(torch.float32).contiguous()
+        output = torch.empty_like(states)
+        target.set_mask(mine)
+        # The kernel reads these from its own thread: they must outlive the call.
+        self._keep = (states, ids, weights, output)
+        for start in range(0, len(states), _MAX_TOKENS):
+            part = slice(start, start + _MAX_TOKENS)
+            if start:
+                self._infer.sync()
+            self._infer.submit(target.task(states[part], ids[part], weights[part], output[part]))
+        self._pending = output, hidden.dtype
+
+    def sync(self) -> torch.Tensor:
+        assert self._pending is not None, "sync without submit"
+        self._infer.sync()
+        output, dtype = self._pending
+        self._pending = None
+        self._keep = ()
+        return output.to(dtype)
+
+    def close(self) -> None:
+        if self._pending is not None:
+            self.sync()
+        with _quiet():
+            self._layers.clear()
+            self._infer = None
+
+
+class _Layer:
+    """One native MoE object, its mask and the bytes it points into."""
+
+    def __init__(self, kernel: ModuleType, infer: Any, weights: LayerWeights, index: int) -> None:
+        self.spec = weights.spec
+        self._mask = np.zeros(weights.spec.experts, dtype=np.uint8)
+        self._mine: tuple[int, ...] | None = None
+        self._batch = torch.zeros(1, dtype=torch.int32)
+        self._bytes = [_contiguous(matrix) for matrix in weights.matrices()]
+        spec, types = weights.spec, kernel.kvcache.ggml_type
+        config = kernel.moe.MOEConfig(
+            spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data
+        )
+        config.layer_idx = index
+        config.pool = infer.backend_
+        config.m_block = 32
+        grouped = spec.hidden % GROUPED_HIDDEN_MULTIPLE == 0
+        config.group_min_len = _GROUP_MIN_TOKENS if grouped else _MAX_TOKENS + 1
+        config.max_len = _MAX_TOKENS
+        config.group_max_len = _MAX_TOKENS
+        config.gate_proj, config.up_proj, config.down_proj = (part.ctypes.data for part in self._bytes)
+        config.gate_type = _ggml(spec.gate_type)
+        config.up_type = _ggml(spec.up_type)
+        config.down_type = _ggml(spec.down_type)
+        config.hidden_type = int(types.BF16)
+        identity = np.arange(spec.experts, dtype=np.int64)
+        with _quiet():
+            self._moe = kernel.moe.MOE(config)
+            infer.submit(self._moe.load_weights_task(identity.ctypes.data))
+            infer.sync()
+
+    def set_mask(self, mine: Sequence[int]) -> None:
+        """True skips an expert; read by the kernel at each call."""
+        chosen = tuple(mine)
+        if chosen != self._mine:
+            self._mask.fill(1)
+            self._mask[list(chosen)] = 0
+            self._mine = chosen
+
+    def task(
+        self, states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
+    ) -> tuple[int, int]:
+        self._batch = torch.tensor([len(states)], dtype=torch.int32)
+        task: tuple[int, int] = self._moe.forward_task(
+            self._batch.data_ptr(),
+            ids.shape[1],
+            ids.data_ptr(),
+            weights.data_ptr(),
+            states.data_ptr(),
+            output.data_ptr(),
+            False,
+        )
+        return task
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the kernel's greetings, which C++ writes to standard output, out of the user's answer."""
+    sys.stdout.flush()
+    kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(sink)
+
+
+def _ggml(type_name: str) -> int:
+    return int(GGMLQuantizationType[type_name])
+
+
+def _contiguous(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The kernel takes one base pointer: experts kept apart in the file must be copied together."""
+    return matrix.stacked if matrix.stacked is not None else np.concatenate(matrix.experts)
+
+
+def _supported(weights: LayerWeights) -> LayerWeights:
+    """The same layer with every matrix in a type that the kernels run."""
+    changes: dict[str, Matrix] = {}
+    for index, part in enumerate(("gate", "up", "down")):
+        matrix: Matrix = getattr(weights, part)
+        if matrix.type_name in KERNEL_TYPES:
+            continue
+        target = REPLACEMENTS.get(matrix.type_name, "Q8_0")
+        log.warning(
+            "layer %d: no kernel for %s experts in %s; requantised to %s, which takes a copy in memory",
+            weights.layer,
+            part,
+            matrix.type_name,
+            target,
+        )
+        stored = [
+            quantize(weights.dequantized(expert)[index].numpy(), GGMLQuantizationType[target])
+            for expert in range(weights.spec.experts)
+        ]
+        stacked = np.concatenate([item.view(np.uint8).ravel() for item in stored])
+        changes[part] = Matrix(target, tuple(stacked.reshape(weights.spec.experts, -1)), stacked)
+    if not changes:
+        return weights
+    fields: dict[str, Any] = {f"{part}_type": matrix.type_name for part, matrix in changes.items()}
+    fields.update({f"{part}_bytes": matrix.experts[0].size for part, matrix in changes.items()})
+    return replace(weights, spec=replace(weights.spec, **fields), **changes)  # type: ignore[arg-type]
+
+
+def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden or not hidden.is_floating_point():
+        raise BackendError(f"hidden states must be floating point [T, {spec.hidden}], found {list(hidden.shape)}")
+    if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden):
+        raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
+    if not 1 <= ids.shape[1] <= spec.experts or ids.shape[1] > spec.top_k:
+        raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
+    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < spec.experts):
+        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}")
