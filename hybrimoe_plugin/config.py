@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError
 
-SCHEDULERS = ("hybrimoe", "static", "accelerator_only", "cpu_only")
+SCHEDULERS = ("hybrimoe", "greedy", "static", "accelerator_only", "cpu_only")
 CACHES = ("mrs", "lru", "lfu", "static")
 PREFETCHERS = ("impact", "score", "off")
 CPU_BACKENDS = ("auto", "kt", "torch")
@@ -60,7 +60,9 @@ class Settings:
     cache: str = setting("mrs", "which experts stay on the accelerator", choices=CACHES)
     prefetch: str = setting("impact", "what the idle link loads ahead", choices=PREFETCHERS)
     cache_ratio: float | None = setting(None, "share of all experts kept on the accelerator", low=0.0, high=1.0)
-    cache_bytes: int | None = setting(None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0)
+    cache_bytes: int | None = setting(
+        None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
+    )
     look_ahead: int = setting(3, "layers that prefetch looks ahead", low=1, high=16)
     mrs_alpha: float = setting(0.5, "weight of the newest scores in MRS", low=0.0, high=1.0)
     mrs_p: int | None = setting(None, "scores per token that MRS keeps; default 2 * top_k", low=1)

@@ -25,9 +25,7 @@ from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 log = logging.getLogger(__name__)
 
-KERNEL_TYPES = frozenset(
-    {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
-)
+KERNEL_TYPES = frozenset({"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"})
 """GGML types that were tried against a float32 reference; any other ends the process."""
 
 REPLACEMENTS = {"F32": "BF16"}
@@ -252,5 +250,7 @@ def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: t
         raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
     if not 1 <= ids.shape[1] <= spec.experts or ids.shape[1] > spec.top_k:
         raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
-    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < spec.experts):
-        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}")
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < spec.experts):
+        raise BackendError(
+            f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}"
+        )

@@ -179,7 +179,9 @@ class SlotAccelerator:
         try:
             self._buffer = torch.empty(slots, self._slot_bytes, dtype=torch.uint8, device=self.device)
         except (RuntimeError, MemoryError) as error:  # CUDA out of memory is a RuntimeError
-            raise BudgetError(f"{slots} slots of {self._slot_bytes} bytes do not fit on {self.device}: {error}") from error
+            raise BudgetError(
+                f"{slots} slots of {self._slot_bytes} bytes do not fit on {self.device}: {error}"
+            ) from error
         self._lane.prepare(layers)
 
     def onload(self, slot: int, weights: LayerWeights, expert: int) -> None:

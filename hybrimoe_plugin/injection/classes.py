@@ -39,10 +39,14 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
     except AttributeError as error:
         names = [key for key, value in vars(module).items() if inspect.isclass(value)]
         near = suggest(name, names) if names else ""
-        raise rule.error(f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part) from error
+        raise rule.error(
+            f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part
+        ) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
-        raise rule.error(f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part) from error
+        raise rule.error(
+            f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part
+        ) from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
         raise rule.error(f"{path} is not a torch.nn.Module class, found {type(found).__name__}", part)
     return found
@@ -82,7 +86,8 @@ def _check_signature(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str,
     missing_contract = [name for name in RESERVED if name not in parameters]
     if missing_contract and not open_ended:
         raise rule.error(
-            f"{rule.replace_class} is no operator: its constructor does not take {', '.join(missing_contract)}", "replace"
+            f"{rule.replace_class} is no operator: its constructor does not take {', '.join(missing_contract)}",
+            "replace",
         )
     own = [p.name for p in named if p.name not in RESERVED]
     for name in kwargs:

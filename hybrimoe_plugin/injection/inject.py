@@ -86,8 +86,8 @@ def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: An
         the injection, which can be restored.
 
     Raises:
-        RulesError: an operator could not be built, or the plan is another model's. Errors of this project's own kinds
-            keep their type. The model is as before in every case, an interrupt included.
+        RulesError: an operator could not be built, or the plan is another model's. Errors of this project's own
+            kinds keep their type. The model is as before in every case, an interrupt included.
 
     Mutates: `model`.
     """
@@ -112,7 +112,9 @@ def _place(model: nn.Module, match: Match) -> tuple[nn.Module, nn.Module]:
         parent = model.get_submodule(parent_name)
         return parent, parent.get_submodule(attribute)
     except AttributeError as error:
-        raise match.rule.error(f"the model has no module {match.name!r}; was the plan made for another one?") from error
+        raise match.rule.error(
+            f"the model has no module {match.name!r}; was the plan made for another one?"
+        ) from error
 
 
 def _build(match: Match, original: nn.Module, gguf_loader: Any, config: Any) -> nn.Module:

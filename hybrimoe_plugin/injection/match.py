@@ -61,8 +61,8 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
         one match per taken module, in the model's order.
 
     Raises:
-        RulesError: a class cannot be imported or is no operator, its kwargs are wrong, a rule matches nothing or only
-            what earlier rules take, or a rule would replace the whole model.
+        RulesError: a class cannot be imported or is no operator, its kwargs are wrong, a rule matches nothing or
+            only what earlier rules take, or a rule would replace the whole model.
     """
     matchers = [_Matcher(rule, trust_rules) for rule in rules.rules]
     plan = list(_walk(model, "", matchers))
@@ -80,7 +80,9 @@ def with_settings(plan: Sequence[Match], settings: Mapping[str, Any]) -> list[Ma
     Raises:
         RulesError: an operator refuses a value.
     """
-    dropped = {b if given == a else a for a, b in _EXCLUSIVE for given in (a, b) if settings.get(given) is not None}
+    dropped = {
+        b if given == a else a for a, b in _EXCLUSIVE for given in (a, b) if settings.get(given) is not None
+    }
     merged = []
     for match in plan:
         if match.operator_class is not None and settings and takes_settings(match.operator_class):
@@ -129,15 +131,15 @@ class _Matcher:
         if self.taken_by is not None:
             earlier = f"rule {self.taken_by.index} in line {self.taken_by.line}"
             return rule.error(
-                f"rule {rule.index} gets no module: earlier rules take all {self.matched} that it matches, the first "
-                f"by {earlier}; put it before that rule or remove it",
+                f"rule {rule.index} gets no module: earlier rules take all {self.matched} that it matches, "
+                f"the first by {earlier}; put it before that rule or remove it",
                 part,
             )
         unreached = next((name for name, module in model.named_modules() if self.fits(module, name)), None)
         if unreached is not None:
             return rule.error(
-                f"rule {rule.index} matches only inside modules taken with recursive: False, such as {unreached!r}; "
-                "remove it or that recursive: False",
+                f"rule {rule.index} matches only inside modules taken with recursive: False, such as "
+                f"{unreached!r}; remove it or that recursive: False",
                 part,
             )
         wanted = " and ".join(

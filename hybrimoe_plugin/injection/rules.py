@@ -75,7 +75,7 @@ def load_rules(path: str | os.PathLike[str]) -> Rules:
     """Read a rules file.
 
     Raises:
-        RulesError: the file cannot be read or is not a valid rules file; names file, line, what was found, what to do.
+        RulesError: the file cannot be read or is not a valid rules file; names file, line and what was found.
     """
     file = Path(path)
     try:
@@ -89,7 +89,9 @@ def load_rules(path: str | os.PathLike[str]) -> Rules:
         text = raw.decode("utf-8-sig", errors="ignore" if len(raw) > MAX_BYTES else "strict")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise RulesError(f"{file}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); is it a YAML file?") from error
+        raise RulesError(
+            f"{file}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); is it a YAML file?"
+        ) from error
     if len(raw) > MAX_BYTES:
         raise RulesError(f"{file}:1: larger than {MAX_BYTES // 1024} KiB; this is not a rules file")
     return parse_rules(text, str(file))
@@ -130,12 +132,16 @@ def _rule(document: Document, index: int, node: yaml.Node) -> Rule:
     kwargs, kwarg_lines = _kwargs(document, what, replace.get("kwargs"))
     lines = {key: entry.line for key, entry in match.items()}
     lines["replace"] = replace["class"].line if "class" in replace else top["replace"].line
-    operator = _class_path(document, replace["class"], f"replace.class of {what}") if "class" in replace else DEFAULT
+    operator = (
+        _class_path(document, replace["class"], f"replace.class of {what}") if "class" in replace else DEFAULT
+    )
     if operator == DEFAULT:
         for key in kwargs:
             if key not in DEVICE_KEYS:
                 known = " and ".join(DEVICE_KEYS)
-                document.fail(kwarg_lines[f"kwargs.{key}"], f"class: default takes {known} only, found {shorten(key)}")
+                document.fail(
+                    kwarg_lines[f"kwargs.{key}"], f"class: default takes {known} only, found {shorten(key)}"
+                )
     return Rule(
         source=document.source,
         index=index,
@@ -204,7 +210,9 @@ def _kwargs(document: Document, what: str, entry: Field | None) -> tuple[dict[st
             document.fail(found.line, f"kwargs of {what} cannot have {shorten(name)}: {reason}")
         values[name] = document.value(found.node)
         if name in DEVICE_KEYS and not (isinstance(values[name], str) and _DEVICE.fullmatch(values[name])):
-            document.fail(found.line, f"{name} of {what}: expected cpu, cuda, cuda:N or auto, found {kind_of(found.node)}")
+            document.fail(
+                found.line, f"{name} of {what}: expected cpu, cuda, cuda:N or auto, found {kind_of(found.node)}"
+            )
     return values, {f"kwargs.{name}": found.line for name, found in fields.items()}
 
 

@@ -37,8 +37,10 @@ class _Loader(yaml.SafeLoader):
         self._depth += 1
         self._nodes += 1
         if self._depth > MAX_DEPTH or self._nodes > MAX_VALUES:
-            what = f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
-            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            what = (
+                f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
+            )
+            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -134,7 +136,7 @@ class Document:
             self.fail(line_of(node), f"expected text, a number, true or false, found {kind_of(node)}")
         assert self._loader is not None
         try:
-            value: str | int | float | bool | None = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+            value: str | int | float | bool | None = self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError):
             # An explicit tag that its text does not fit (`!!int x`) leaves PyYAML by many doors.
             self.fail(line_of(node), f"{shorten(str(node.value))} is not a {node.tag.rpartition(':')[2]}")

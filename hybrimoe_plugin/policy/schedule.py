@@ -286,7 +286,9 @@ class HybriMoEScheduler:
         taken = best_crossing + best_kept
         left = total - taken
         return LayerPlan(
-            tuple([item.expert for item in missing[best_crossing:]] + [item.expert for item in present[best_kept:]]),
+            tuple(
+                [item.expert for item in missing[best_crossing:]] + [item.expert for item in present[best_kept:]]
+            ),
             tuple([item.expert for item in present[:best_kept]] + onload),
             tuple(onload),
             best if total else 0.0,
@@ -295,9 +297,7 @@ class HybriMoEScheduler:
             best_crossing * transfer,
         )
 
-    def _plan_uneven(
-        self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float
-    ) -> LayerPlan:
+    def _plan_uneven(self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float) -> LayerPlan:
         """Search both thresholds; `present` comes in the order in which the accelerator keeps them."""
         missing = sorted(missing, key=_load, reverse=True)
         crossing, kept = self._thresholds(missing, present, link_free_us)

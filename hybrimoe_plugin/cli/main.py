@@ -1,0 +1,117 @@
+"""Entry point of the `hybrimoe` command: finds the sub-command, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrimoe_plugin import __version__
+from hybrimoe_plugin.errors import HybriMoEError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""128 + the number of SIGPIPE, as a shell would report it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command. Its module has `add_arguments(parser)` and `run(args) -> exit code`."""
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command("local_chat", "chat with a model whose experts HybriMoE schedules", "hybrimoe_plugin.cli.local_chat"),
+    Command(
+        "explain", "show which module each rule replaces, without loading weights", "hybrimoe_plugin.cli.explain"
+    ),
+    Command("calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"),
+    Command("demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"),
+    Command(
+        "doctor", "what is installed, which backends work and why not, what fits", "hybrimoe_plugin.cli.doctor"
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; default: the process's.
+        commands: the table of sub-commands.
+
+    Returns:
+        the exit code: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output any more.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
+        sys.stdout.flush()
+        return code
+    except HybriMoEError as error:
+        return _complain(str(error))
+    except BrokenPipeError:
+        _silence_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("\nhybrimoe: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as stop:
+        # argparse ends by itself: 0 after --help, 2 after a message.
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
+    parser = argparse.ArgumentParser(prog="hybrimoe", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"hybrimoe {__version__}")
+    table = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    chosen = None
+    for command in commands:
+        aliases = [command.name.replace("_", "-"), command.name.replace("-", "_")]
+        names = [alias for alias in dict.fromkeys(aliases) if alias != command.name]
+        sub = table.add_parser(
+            command.name, aliases=names, help=command.help, description=command.help, allow_abbrev=False
+        )
+        if wanted in (command.name, *names):
+            # Only the chosen module is imported: some of them pull in rich, later torch.
+            chosen = importlib.import_module(command.module)
+            sub.add_argument("-v", "--verbose", action="store_true", help="say more about what happens")
+            chosen.add_arguments(sub)
+    args = parser.parse_args(argv)
+    if chosen is None:
+        parser.print_help()
+        return BAD_INPUT if argv else 0
+    logging.basicConfig(format="hybrimoe: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    if args.verbose:
+        logging.getLogger("hybrimoe_plugin").setLevel(logging.INFO)
+    code: int = chosen.run(args)
+    return code
+
+
+_DESCRIPTION = (
+    "MoE models whose experts are scheduled over CPU and accelerator, injected by kTransformers-style rules."
+)
+
+
+def _complain(text: str) -> int:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"hybrimoe: error: {' '.join(text.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, or the interpreter would complain while it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,296 @@
+"""Measure what an expert costs on this machine, and keep the result.
+
+The CPU is measured with the model's own first MoE layer. An emulated accelerator and its link cannot be measured:
+theirs are assumed (`ASSUMED_*`), the profile says so, and whatever is computed from them is labelled emulated.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.errors import ProfileError
+from hybrimoe_plugin.experts.base import CPUBackend
+from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
+from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
+
+log = logging.getLogger(__name__)
+
+MakeCPU = Callable[[int], CPUBackend]
+
+LOADS = (1, 2, 4, 16, 64)
+REPEATS = 5
+BUDGET_S = 4.0
+"""Time for one sweep of measurements; what is not reached by then is left to extrapolation."""
+
+ASSUMED_LINK = Link(gbps=12.0, latency_us=15.0)
+"""An ordinary desktop slot, PCIe 4.0 x8, pinned."""
+ASSUMED_ACCELERATOR_GBPS = 250.0
+"""Weights read per second by a decode kernel on an entry-level discrete GPU (half of 500 GB/s)."""
+ASSUMED_ACCELERATOR_GFLOPS = 15e3
+ASSUMED_LAUNCH_US = 20.0
+
+
+def cache_dir() -> Path:
+    """Where profiles and demo models are kept: `HYBRIMOE_CACHE`, else the user's cache directory."""
+    own = os.environ.get("HYBRIMOE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrimoe"
+
+
+def hardware() -> dict[str, str]:
+    """The facts on which a profile depends."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": cpu, "cores": str(cores), "gpu": gpu, "system": platform.system()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "kt-kernel", "ktransformers-hybrimoe"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def thread_candidates() -> list[int]:
+    """CPU thread counts worth measuring: powers of two, leaving one core to the caller, who waits spinning."""
+    physical = psutil.cpu_count(logical=False) or 1
+    cores = min(int(hardware()["cores"]), physical)
+    counts = [1]
+    while counts[-1] * 2 <= cores - 1:
+        counts.append(counts[-1] * 2)
+    return sorted({*counts, max(1, cores - 1)})
+
+
+def ensure_profile(
+    weights: LayerWeights,
+    backend: str,
+    make_cpu: MakeCPU,
+    accelerator: SlotAccelerator | None,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
+    refresh: bool = False,
+) -> MachineProfile:
+    """The stored profile for this hardware, backend and expert shape; measured first where there is none.
+
+    A damaged profile is measured again, with a notice.
+    """
+    kind = "none" if accelerator is None else accelerator.name
+    path = profile_path(weights.spec, backend, kind, threads)
+    if path.exists() and not refresh:
+        try:
+            return load_profile(path)
+        except ProfileError as error:
+            log.warning("%s; measuring again", error)
+    profile = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress)
+    write_atomic(path, profile.to_json())
+    return profile
+
+
+def profile_path(spec: ExpertSpec, backend: str, accelerator: str, threads: int | None) -> Path:
+    """File name that changes with everything the measurement depends on."""
+    facts = json.dumps([hardware(), versions(), asdict(spec), backend, accelerator, threads], sort_keys=True)
+    folder = Path(os.environ.get("HYBRIMOE_PROFILES") or cache_dir() / "profiles")
+    return folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
+
+
+def calibrate(
+    weights: LayerWeights,
+    make_cpu: MakeCPU,
+    accelerator: SlotAccelerator | None,
+    *,
+    threads: int | None = None,
+    progress: bool = True,
+) -> MachineProfile:
+    """Measure one layer's experts: CPU time by threads, loads and number of experts, accelerator time, link."""
+    counts = thread_candidates() if threads is None else [threads]
+    with tqdm(total=len(counts) + 2, desc="calibrating", disable=not progress, leave=False) as bar, _quiet_torch():
+        best, cpu = _choose_threads(weights, make_cpu, counts, bar)
+        try:
+            side = _measure_cpu(weights, cpu, best)
+        finally:
+            cpu.close()
+        bar.update()
+        accelerated, link, notes = _measure_accelerator(weights, accelerator)
+        bar.update()
+    return MachineProfile(
+        name="this machine",
+        label="emulated" if accelerator is not None and accelerator.name == "emulated" else "measured",
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        spec=weights.spec,
+        cpu=side,
+        accelerator=accelerated,
+        link=link,
+        between_layers_us=0.0,
+        hardware=hardware(),
+        versions=versions(),
+        notes=notes,
+    )
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """One torch thread while the CPU workers are measured: they would fight for the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _choose_threads(
+    weights: LayerWeights, make_cpu: MakeCPU, counts: Sequence[int], bar: tqdm[None]
+) -> tuple[int, CPUBackend]:
+    """The thread count with the fastest decode call; decode is what waits for the CPU most."""
+    best: tuple[float, int, CPUBackend] | None = None
+    for count in counts:
+        cpu = make_cpu(count)
+        cpu.add_layer(weights)
+        spent = _cpu_call(weights, cpu, experts=weights.spec.top_k, load=1, repeats=2 * REPEATS)
+        if best is None or spent < best[0]:
+            if best is not None:
+                best[2].close()
+            best = spent, count, cpu
+        else:
+            cpu.close()
+        bar.update()
+    assert best is not None
+    return best[1], best[2]
+
+
+def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int) -> Side:
+    """Time per expert at each load, and what the first expert costs beyond it.
+
+    One call of n experts takes `first + n * expert`: two values of n give both.
+    """
+    spec = weights.spec
+    few, many = 1, max(2, min(8, spec.experts))
+    tokens: list[int] = []
+    us: list[float] = []
+    first = 0.0
+    started = time.perf_counter()
+    for load in LOADS:
+        small = _cpu_call(weights, cpu, few, load)
+        large = _cpu_call(weights, cpu, many, load)
+        each = max((large - small) / (many - few), 0.05 * small / few)
+        if load == 1:
+            first = max(0.0, small - few * each)
+        tokens.append(load)
+        us.append(each)
+        if time.perf_counter() - started > BUDGET_S:
+            break
+    return Side(first, tuple(tokens), tuple(us), threads)
+
+
+def _cpu_call(weights: LayerWeights, cpu: CPUBackend, experts: int, load: int, repeats: int = REPEATS) -> float:
+    """Median time in us of a call in which `experts` experts have `load` tokens each."""
+    spec = weights.spec
+    hidden = torch.randn(load * experts, spec.hidden, dtype=torch.bfloat16)
+    # Different experts from call to call, so that their weights come from memory as they do in a model.
+    shifts = [(turn * experts) % spec.experts for turn in range(repeats + 1)]
+    routing = torch.ones(load * experts, 1)
+    times = []
+    for shift in shifts:
+        chosen = [(shift + index) % spec.experts for index in range(experts)]
+        ids = torch.tensor(chosen).repeat_interleave(load)[:, None]
+        start = time.perf_counter_ns()
+        cpu.submit(0, hidden, ids, routing, chosen)
+        cpu.sync()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return statistics.median(times[1:])
+
+
+def _measure_accelerator(
+    weights: LayerWeights, accelerator: SlotAccelerator | None
+) -> tuple[Side | None, Link | None, tuple[str, ...]]:
+    spec = weights.spec
+    if accelerator is None:
+        return None, None, ()
+    if accelerator.name == "emulated":
+        reading = spec.expert_bytes / (ASSUMED_ACCELERATOR_GBPS * 1e3)
+        each = 6.0 * spec.hidden * spec.intermediate / (ASSUMED_ACCELERATOR_GFLOPS * 1e3)
+        loads = (1, 64, 1024)
+        side = Side(ASSUMED_LAUNCH_US, loads, tuple(reading + load * each for load in loads))
+        note = (
+            f"accelerator and link are assumed: {ASSUMED_LINK.gbps} GB/s, {ASSUMED_ACCELERATOR_GBPS} GB/s of weights, "
+            f"{ASSUMED_ACCELERATOR_GFLOPS / 1e3:.0f} TFLOP/s"
+        )
+        return side, ASSUMED_LINK, (note,)
+    return (*_measure_cuda(weights, accelerator), ())
+
+
+def _measure_cuda(weights: LayerWeights, accelerator: SlotAccelerator) -> tuple[Side, Link]:
+    """Time slots and link with the engine's own calls, from submission to synchronisation."""
+    spec, device = weights.spec, accelerator.device
+    accelerator.allocate(2, [weights])
+    transfer = _timed(accelerator, lambda: accelerator.onload(0, weights, 0))
+    empty = _timed(accelerator, lambda: None)
+    latency = min(empty + 10.0, transfer / 2)
+    link = Link(spec.expert_bytes / ((transfer - latency) * 1e3), latency)
+    tokens, us, first = [], [], 0.0
+    accelerator.onload(1, weights, min(1, spec.experts - 1))
+    for load in LOADS:
+        hidden = torch.randn(load, spec.hidden, dtype=torch.bfloat16, device=device)
+        routing = torch.ones(load, 2, device=device)
+        ids = torch.tensor([[0, 1]], device=device).expand(load, 2)
+        one = _timed(accelerator, lambda: accelerator.compute((0,), hidden, ids, routing))  # noqa: B023
+        two = _timed(accelerator, lambda: accelerator.compute((0, 1), hidden, ids, routing))  # noqa: B023
+        tokens.append(load)
+        us.append(max(two - one, 0.05 * one))
+        if load == 1:
+            first = max(0.0, one - us[0])
+    return Side(first, tuple(tokens), tuple(us)), link
+
+
+def _timed(accelerator: SlotAccelerator, call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4 * REPEATS):
+        start = time.perf_counter_ns()
+        call()
+        accelerator.synchronize()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return statistics.median(times[REPEATS:])

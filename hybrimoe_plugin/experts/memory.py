@@ -1,0 +1,90 @@
+"""How much fits: pure sums over bytes, and what this machine has free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.errors import BudgetError
+
+STAGING_SLOTS = 4
+"""Two waves of two demand loads: one is computed while the other arrives."""
+
+RESERVE = 0.1
+"""Share of free accelerator memory that is left alone for activations and fragmentation."""
+
+DEFAULT_EMULATED_RATIO = 0.25
+"""Cache ratio of the emulated accelerator, which has no memory of its own to size it by: the papers' smallest."""
+
+
+def human(size: float) -> str:
+    """`1.5 GiB` for 1610612736."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def free_host_bytes() -> int:
+    """Memory that can still be taken on the host; a container's limit counts."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return free
+
+
+def cache_quotas(
+    settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None
+) -> list[int]:
+    """Cached experts per MoE layer.
+
+    An explicit `cache_ratio` or `cache_bytes` is met or refused; without one the cache takes what is free.
+
+    Args:
+        experts: routed experts per layer.
+        layer_bytes: bytes of one expert, for each MoE layer; slots are as large as the largest.
+        free_bytes: accelerator memory that experts may take, `None` where it is not limited (emulated).
+
+    Raises:
+        BudgetError: the explicit budget does not fit, or not even the staging slots do.
+    """
+    layers, slot_bytes = len(layer_bytes), max(layer_bytes)
+    most = layers * experts
+    if settings.cache_ratio is not None:
+        wanted = round(settings.cache_ratio * experts) * layers
+    elif settings.cache_bytes is not None:
+        wanted = min(most, settings.cache_bytes // slot_bytes - STAGING_SLOTS)
+        if wanted < 0:
+            raise BudgetError(
+                f"cache_bytes {human(settings.cache_bytes)} is less than the {STAGING_SLOTS} staging slots of "
+                f"{human(slot_bytes)} that every run needs"
+            )
+    elif free_bytes is None:
+        wanted = round(DEFAULT_EMULATED_RATIO * experts) * layers
+    else:
+        wanted = min(most, int(free_bytes * (1 - RESERVE)) // slot_bytes - STAGING_SLOTS)
+    needed = (max(wanted, 0) + STAGING_SLOTS) * slot_bytes
+    if wanted < 0 or (free_bytes is not None and needed > free_bytes):
+        raise BudgetError(
+            f"{max(wanted, 0)} cached experts and {STAGING_SLOTS} staging slots of {human(slot_bytes)} need "
+            f"{human(needed)}, {human(free_bytes or 0)} are free: ask for a smaller cache_ratio or cache_bytes"
+        )
+    return [wanted // layers + (1 if layer < wanted % layers else 0) for layer in range(layers)]
+
+
+def check_host(needed_bytes: int, what: str, free_bytes: int | None = None) -> None:
+    """Refuse before loading what the host cannot hold.
+
+    Raises:
+        BudgetError: with the numbers.
+    """
+    free = free_host_bytes() if free_bytes is None else free_bytes
+    if needed_bytes > free:
+        raise BudgetError(f"{what} need {human(needed_bytes)} of memory, {human(free)} are free")

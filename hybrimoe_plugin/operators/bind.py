@@ -1,0 +1,241 @@
+"""Connect a model's experts operators to one engine each device, sized and calibrated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.engine import CallRecord, Engine, Router, SimulatedClock, WallClock
+from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.experts.base import CPUBackend
+from hybrimoe_plugin.experts.calibrate import ensure_profile
+from hybrimoe_plugin.experts.cpu_kt import KTExperts, import_kernel, refusal
+from hybrimoe_plugin.experts.cpu_torch import TorchExperts
+from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas
+from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
+from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.controller import Controller
+from hybrimoe_plugin.policy.counters import Counters
+from hybrimoe_plugin.policy.prefetch import make_prefetcher
+from hybrimoe_plugin.policy.profile import MachineProfile, load_profile
+from hybrimoe_plugin.policy.schedule import make_scheduler
+from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.timeline import Timeline
+
+
+class HybriMoE:
+    """What an injected model carries as `model.hybrimoe`: counters, timeline, recording, and the way back.
+
+    Attributes:
+        engines: one for each device that the rules name.
+        profiles: the machine profile of each engine.
+    """
+
+    def __init__(self, engines: Sequence[Engine], profiles: Sequence[MachineProfile]) -> None:
+        self.engines = tuple(engines)
+        self.profiles = tuple(profiles)
+        self.on_restore: Callable[[], None] | None = None
+        """Set by the host: puts the original modules back."""
+
+    @property
+    def emulated(self) -> bool:
+        """Whether times in the counters come from an emulated accelerator."""
+        return any(engine.clock.emulated for engine in self.engines)
+
+    def stats(self) -> Counters:
+        """A snapshot of the counters, summed over engines."""
+        total = Counters()
+        for engine in self.engines:
+            for item in fields(Counters):
+                value = getattr(total, item.name) + getattr(engine.controller.counters, item.name)
+                setattr(total, item.name, value)
+        return total
+
+    def reset_stats(self) -> None:
+        for engine in self.engines:
+            engine.controller.counters = Counters()
+
+    def timeline(self, path: str | Path) -> Timeline:
+        """Write every layer call from now on to a trace file, until the returned object is closed."""
+        timeline = Timeline(path)
+        for engine in self.engines:
+            engine.timeline = timeline
+        return timeline
+
+    def record(self, recorder: Callable[[CallRecord], None] | None) -> None:
+        """Hand every layer call's routing to `recorder`; None stops it."""
+        for engine in self.engines:
+            engine.recorder = recorder
+
+    def restore(self) -> None:
+        """Put the original modules back and give back threads and device memory."""
+        if self.on_restore is not None:
+            self.on_restore()
+            self.on_restore = None
+        self.close()
+
+    def close(self) -> None:
+        for engine in self.engines:
+            for router in engine.routers:
+                if isinstance(router, GateRouter):
+                    router.detach()
+            engine.close()
+
+
+def bind(
+    model: nn.Module,
+    *,
+    routers: Callable[[nn.Module, HybriMoEExperts], Router] | None = None,
+    progress: bool = True,
+    free_bytes: int | None = None,
+) -> HybriMoE:
+    """Build the engines for all experts operators of a model whose `load` has been called.
+
+    Args:
+        routers: gives the router beside an operator; by default the `gate` of the operator's parent.
+        progress: show a bar while the machine is measured for the first time.
+        free_bytes: accelerator memory for experts; default what is free now on its device.
+
+    Raises:
+        ConfigError, BudgetError, BackendError: settings that cannot be met, before anything is allocated.
+    """
+    operators = [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
+    if not operators:
+        raise ConfigError("no HybriMoEExperts in this model: the rules injected none")
+    groups: dict[tuple[str, str, Settings], list[HybriMoEExperts]] = {}
+    for operator in operators:
+        key = (_device(operator.prefill_device), _device(operator.generate_device), operator.settings)
+        groups.setdefault(key, []).append(operator)
+    engines, profiles = [], []
+    for (prefill, generate, settings), members in groups.items():
+        found = [(routers or _gate_beside)(model, operator) for operator in members]
+        engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes)
+        engines.append(engine)
+        profiles.append(profile)
+    handle = HybriMoE(engines, profiles)
+    # Threads and pinned memory must go with the model, also when nobody calls close.
+    weakref.finalize(model, _close_all, engines)
+    return handle
+
+
+def _close_all(engines: Sequence[Engine]) -> None:
+    for engine in engines:
+        engine.close()
+
+
+def _build(
+    operators: Sequence[HybriMoEExperts],
+    routers: Sequence[Router],
+    settings: Settings,
+    prefill: str,
+    generate: str,
+    progress: bool,
+    free_bytes: int | None,
+) -> tuple[Engine, MachineProfile]:
+    layers = [_loaded(operator) for operator in operators]
+    spec = layers[0].spec
+    kind, device = _accelerator_kind(settings, prefill, generate)
+    quotas = [0] * len(layers)
+    if kind != "none":
+        if kind == "cuda" and free_bytes is None:
+            free_bytes = torch.cuda.mem_get_info(device)[0]
+        quotas = cache_quotas(settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes)
+    backend = _cpu_backend(settings, layers)
+    accelerator = make_accelerator(kind, device)
+    profile = _profile(settings, layers[0], backend, accelerator, progress)
+    costs = profile.costs(spec)
+    decode = make_scheduler(settings.scheduler, costs, accelerator is not None and generate != "cpu")
+    prefiller = make_scheduler(settings.scheduler, costs, accelerator is not None and prefill != "cpu")
+    controller = Controller(
+        SlotPool(quotas, STAGING_SLOTS),
+        costs,
+        prefiller,
+        decode,
+        make_cache(settings.cache, len(layers), spec.experts, spec.top_k, settings),
+        None if accelerator is None else make_prefetcher(settings.prefetch, decode, costs),
+        spec.expert_bytes,
+    )
+    cpu = _make_cpu(backend, settings.cpu_threads or profile.cpu.threads or 1)
+    for weights in layers:
+        cpu.add_layer(weights)
+    if accelerator is not None:
+        accelerator.allocate(controller.pool.slots, layers)
+    clock = SimulatedClock() if kind == "emulated" else WallClock()
+    look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
+    engine = Engine(layers, routers, controller, cpu, accelerator, clock, look_ahead)
+    for position, operator in enumerate(operators):
+        operator.bind(engine, position)
+    return engine, profile
+
+
+def _loaded(operator: HybriMoEExperts) -> LayerWeights:
+    if operator.weights is None:
+        raise BackendError(f"{operator.key}: load() has not been called")
+    return operator.weights
+
+
+def _device(name: str) -> str:
+    """`auto` is the first CUDA device where there is one."""
+    if name != "auto":
+        return name
+    return "cuda:0" if cuda_refusal() is None else "cpu"
+
+
+def _accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[str, torch.device]:
+    """Which accelerator the devices and the setting ask for together."""
+    device = torch.device(generate if generate != "cpu" else prefill)
+    if settings.accelerator == "auto":
+        return ("none" if device.type == "cpu" else "cuda"), device
+    if settings.accelerator == "cuda" and device.type == "cpu":
+        device = torch.device("cuda:0")
+    return settings.accelerator, device
+
+
+def _cpu_backend(settings: Settings, layers: Sequence[LayerWeights]) -> str:
+    """`auto` takes kt-kernel where it loads and can run the shape, else the torch reference."""
+    if settings.cpu_backend != "auto":
+        return settings.cpu_backend
+    if any(refusal(weights.spec) is not None for weights in layers):
+        return "torch"
+    try:
+        import_kernel()
+    except BackendError:
+        return "torch"
+    return "kt"
+
+
+def _make_cpu(backend: str, threads: int) -> CPUBackend:
+    return KTExperts(threads) if backend == "kt" else TorchExperts(keep=False)
+
+
+def _profile(
+    settings: Settings, weights: LayerWeights, backend: str, accelerator: SlotAccelerator | None, progress: bool
+) -> MachineProfile:
+    if settings.profile is not None:
+        return load_profile(settings.profile)
+    return ensure_profile(
+        weights,
+        backend,
+        lambda threads: _make_cpu(backend, threads),
+        accelerator,
+        threads=settings.cpu_threads,
+        progress=progress,
+    )
+
+
+def _gate_beside(model: nn.Module, operator: HybriMoEExperts) -> Router:
+    """The `gate` of the MoE block that holds the operator, as in transformers 5.x."""
+    parent = model.get_submodule(operator.key.rpartition(".")[0])
+    gate = getattr(parent, "gate", None)
+    if not isinstance(gate, nn.Module):
+        raise BackendError(f"{operator.key}: no router named `gate` beside it")
+    return GateRouter(gate)

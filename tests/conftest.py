@@ -1,0 +1,23 @@
+"""Shared set-up: small examples, one torch thread, a cache directory of the test run's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` in every test folder
+
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Profiles are measured once per test run; a demo model that the user already has is used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRIMOE_PROFILES", str(tmp_path_factory.getbasetemp() / "profiles"))
+        yield
