@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.experts.base import Accelerator, CPUBackend
 from hybrimoe_plugin.experts.weights import LayerWeights
-from hybrimoe_plugin.policy.controller import Controller, Move, Step
+from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.schedule import simulate
 from hybrimoe_plugin.timeline import Timeline
 
@@ -127,7 +127,7 @@ class Engine:
         weights = topk_weights.to("cpu", torch.float32)
         ids_np = ids.numpy()
         scores = self._learn(layer, ids_np, weights.numpy())
-        step = self.controller.begin(layer, _loads(ids_np), len(ids_np), now_us)
+        step = self.controller.begin(layer, loads(ids_np), len(ids_np), now_us)
         submitted = bool(step.plan.cpu)
         try:
             if submitted:
@@ -235,7 +235,7 @@ class Engine:
             self.recorder(CallRecord(step.layer, ids, weights, scores, tuple(found for _, found in predicted)))
         if self.accelerator is None:
             return
-        moves = self.controller.look_ahead(step, [(later, _loads(found)) for later, found in predicted], now_us)
+        moves = self.controller.look_ahead(step, [(later, loads(found)) for later, found in predicted], now_us)
         for move in moves:
             self.accelerator.onload(move.slot, self.layers[move.layer], move.expert)
         if self.timeline is not None:
@@ -260,10 +260,3 @@ class Engine:
         for move in moves:
             self.timeline.transfer(move.layer, move.expert, move.start_us, move.end_us)
 
-
-def _loads(ids: NDArray[np.int64]) -> dict[int, int]:
-    """Expert -> number of tokens that chose it, for ids [T, K]."""
-    if len(ids) == 1:
-        return dict.fromkeys(ids[0].tolist(), 1)
-    counts = np.bincount(ids.ravel())
-    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}

@@ -1,9 +1,9 @@
-"""Flags as users of kTransformers type them: `--flag value`, `--flag=value`, `--no_flag`, `-` for `_`."""
+"""Flags as users of kTransformers type them: `--flag value`, `--flag=value`, `--flag True`, `--noflag`, `--a-flag`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,19 @@ _FALSE = ("false", "no", "off", "0")
 Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
+def underscored(argv: Sequence[str]) -> list[str]:
+    """The same arguments with every `--some-flag` written `--some_flag`; values are left as they are."""
+    found: list[str] = []
+    for position, word in enumerate(argv):
+        if word == "--":
+            return found + list(argv[position:])
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            word = "--" + flag[2:].replace("-", "_") + equals + value
+        found.append(word)
+    return found
+
+
 def truth(text: str) -> bool:
     """True or False as Python, YAML and shells write them."""
     if text.lower() in _TRUE or text.lower() in _FALSE:
@@ -24,22 +37,17 @@ def truth(text: str) -> bool:
 
 
 def add_flag(arguments: Arguments, name: str, *aliases: str, **options: Any) -> None:
-    """Add `--name` and its aliases, each with `_` and with `-`."""
-    spellings: list[str] = []
-    for word in (name, *aliases):
-        spellings += [
-            spelling for spelling in (f"--{word}", f"--{word.replace('_', '-')}") if spelling not in spellings
-        ]
-    # argparse names the value after the first spelling in capitals; a plain word reads better.
+    """Add `--name` and its aliases; `underscored` lets users write them with `-` too."""
+    # argparse would name the value after the flag in capitals; a plain letter reads better.
     if "choices" not in options and "action" not in options:
         options.setdefault("metavar", "X")
-    arguments.add_argument(*spellings, dest=name, **options)
+    arguments.add_argument(*(f"--{word}" for word in (name, *aliases)), dest=name, **options)
 
 
 def add_switch(arguments: Arguments, name: str, help: str, default: bool | None = False) -> None:
     """Add a flag that is true when given bare, and takes True or False; `--noname` and `--no_name` turn it off."""
     add_flag(arguments, name, type=truth, nargs="?", const=True, default=default, metavar="True|False", help=help)
-    off = [f"--no{name}", f"--no_{name}", f"--no-{name.replace('_', '-')}"]
+    off = f"--no{name}", f"--no_{name}"
     arguments.add_argument(
         *off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )

@@ -18,6 +18,7 @@ FORMS = ("mixtral", "qwen2moe")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags; without a model the chat is with the demo model."""
+    parser.usage = "%(prog)s [--model_path DIR] [--gguf_path PATH] [--prompt TEXT] [flags]"
     model = add_model(parser)
     add_flag(
         model, "optimize_config_path", "optimize_rule_path", "rules", metavar="YAML",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrimoe_plugin import __version__
+from hybrimoe_plugin.cli.flags import underscored
 from hybrimoe_plugin.errors import HybriMoEError
 
 BAD_INPUT = 2
@@ -88,7 +89,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
             chosen = importlib.import_module(command.module)
             sub.add_argument("-v", "--verbose", action="store_true", help="say more about what happens")
             chosen.add_arguments(sub)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(underscored(argv))
     if chosen is None:
         parser.print_help()
         return BAD_INPUT if argv else 0

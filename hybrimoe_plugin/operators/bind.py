@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -55,9 +54,7 @@ class HybriMoE:
         """A snapshot of the counters, summed over engines."""
         total = Counters()
         for engine in self.engines:
-            for item in fields(Counters):
-                value = getattr(total, item.name) + getattr(engine.controller.counters, item.name)
-                setattr(total, item.name, value)
+            total = total.plus(engine.controller.counters)
         return total
 
     def reset_stats(self) -> None:

