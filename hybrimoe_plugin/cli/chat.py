@@ -14,7 +14,9 @@ from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file
 from hybrimoe_plugin.errors import ConfigError
 
-HELP = '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
+HELP = (
+    '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
+)
 THINK = "<think>\n"
 
 
@@ -122,8 +124,8 @@ class Chat:
                 break
             if len(self.messages) <= 2:
                 raise ConfigError(
-                    f"the message has {prompt.shape[1]} tokens, the answer may have {self.options.max_new_tokens}, the "
-                    f"model's context has {context}: shorten the message or give a smaller --max_new_tokens"
+                    f"it has {prompt.shape[1]} tokens, the answer may have {self.options.max_new_tokens}, "
+                    f"the model's context has {context}: shorten it or give a smaller --max_new_tokens"
                 )
             del self.messages[:2]
             dropped += 1

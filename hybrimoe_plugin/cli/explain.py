@@ -11,7 +11,9 @@ from hybrimoe_plugin.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rules", nargs="?", metavar="RULES", help="rules file; default: the packaged one of the family")
+    parser.add_argument(
+        "rules", nargs="?", metavar="RULES", help="rules file; default: the packaged one of the family"
+    )
     add_model(parser)
     add_switch(parser, "all", "one row per module instead of one per group of repeated layers")
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
@@ -21,14 +23,16 @@ def run(args: argparse.Namespace) -> int:
     """Print module -> operator -> device -> rule."""
     if args.model_path is None and args.gguf_path is None:
         raise ConfigError("explain needs a model: give --model_path (its config.json is enough) or --gguf_path")
-    from hybrimoe_plugin.injection.explain import explain_rows, untouched
-    from hybrimoe_plugin.injection.match import plan_injection
     from hybrimoe_plugin.injection.rules import load_rules
 
-    # Read first: a fault in the rules should not wait for torch and the model.
+    # Read before torch is imported: a fault in the rules should show at once.
     rules = None if args.rules is None else load_rules(args.rules)
-    model, packaged = _model_without_weights(args)
-    rules = rules or load_rules(packaged())
+    from hybrimoe_plugin.injection.explain import explain_rows, untouched
+    from hybrimoe_plugin.injection.match import plan_injection
+
+    _store, config = open_model(args.model_path, args.gguf_path)
+    model = model_without_weights(config)
+    rules = rules or load_rules(packaged_rules(config))
     plan = plan_injection(model, rules, trust_rules=args.trust_rules)
     _print(explain_rows(plan, show_all=args.all), f"{type(model).__name__} by {rules.source}")
     replaced = sum(match.replaces for match in plan)

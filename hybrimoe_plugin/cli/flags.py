@@ -1,4 +1,4 @@
-"""Flags as users of kTransformers type them: `--flag value`, `--flag=value`, `--flag True`, `--noflag`, `--a-flag`."""
+"""Flags as typed for kTransformers: `--flag value`, `--flag=value`, `--flag True`, `--noflag`, `--a-flag`."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ import sys
 from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
+from hybrimoe_plugin.cli.demo_model import FORMS
 from hybrimoe_plugin.cli.flags import add_flag, add_model, add_settings, add_switch, given_settings, number, whole
 from hybrimoe_plugin.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FORMS = ("mixtral", "qwen2moe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,9 +129,9 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         transformers_logging.set_verbosity_error()
     model_path, gguf_path = args.model_path, args.gguf_path
     if model_path is None and gguf_path is None:
-        from hybrimoe_plugin.demo import build_demo_model
+        from hybrimoe_plugin.cli.models import demo_gguf
 
-        gguf_path = str(build_demo_model(args.demo or FORMS[0]))
+        gguf_path = str(demo_gguf(args.demo or FORMS[0]))
         if args.demo is None:
             notice("no --model_path and no --gguf_path given: this is the demo model")
     return load_model(

@@ -54,9 +54,14 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         the exit code: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output any more.
     """
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
-        sys.stdout.flush()
-        return code
+        try:
+            return _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
+        except SystemExit as stop:
+            # argparse ends by itself: 0 after --help, 2 after a message.
+            return stop.code if isinstance(stop.code, int) else 0
+        finally:
+            # Here rather than at exit, where a closed pipe could no longer be handled.
+            sys.stdout.flush()
     except HybriMoEError as error:
         return _complain(str(error))
     except BrokenPipeError:
@@ -67,9 +72,6 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     except KeyboardInterrupt:
         print("\nhybrimoe: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except SystemExit as stop:
-        # argparse ends by itself: 0 after --help, 2 after a message.
-        return stop.code if isinstance(stop.code, int) else 0
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:

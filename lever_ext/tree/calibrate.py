@@ -66,10 +66,12 @@ class Calibration:
         if not hit:
             return
         logs = [math.log(max(p, 1e-9)) for p in candidates.probabilities]
-        expected = sum(w * log for w, log in zip(self._weights(candidates), logs, strict=True))
-        # Gradient of log(p^gamma / sum p^gamma) in gamma.
-        gradient = logs[candidates.tokens.index(token)] - expected
-        self.gamma = min(max(self.gamma + self.rate * gradient, 0.1), 3.0)
+        weights = self._weights(candidates)
+        expected = sum(w * log for w, log in zip(weights, logs, strict=True))
+        spread = sum(w * (log - expected) ** 2 for w, log in zip(weights, logs, strict=True))
+        # A damped Newton step on log(p^gamma / sum p^gamma): steady for sharp and for flat drafts alike.
+        step = (logs[candidates.tokens.index(token)] - expected) / (spread + 0.5)
+        self.gamma = min(max(self.gamma + self.rate * step, 0.1), 3.0)
 
     def _weights(self, candidates: Candidates) -> list[float]:
         logs = [self.gamma * math.log(max(p, 1e-9)) for p in candidates.probabilities]

@@ -152,9 +152,11 @@ class Lever:
 
     Args:
         widths: batch sizes that a draft call may have.
+        horizons: draft calls to imagine ahead, the nearest first: a bucket's edge is crossed only by several.
     """
 
     widths: tuple[int, ...] = (1, 2, 4, 8)
+    horizons: tuple[int, ...] = (1, 4, 10)
     name: str = "lever"
 
     def build(self, growth: Growth) -> TokenTree:
@@ -172,29 +174,36 @@ class Lever:
         """The nodes whose drafting promises the most beyond `value`; none if nothing does."""
         open_keys = growth.tree.unexpanded(growth.depth_limit)
         place = {key: row for row, key in enumerate(keys)}
-        ranks = growth.tree.calibration.ranks
+        ranks = growth.tree.calibration.ranks.tolist()
         found: list[int] = []
-        for width in self.widths:
-            batch = open_keys[:width]
-            if len(batch) < width and found:
+        for horizon in self.horizons:
+            for width in self.widths:
+                batch = open_keys[:width]
+                if len(batch) < width and width > 1:
+                    break
+                imagined = _imagine(known, [place[key] for key in batch], ranks, horizon)
+                spent = growth.spent_us + horizon * growth.cost.draft_us(len(batch))
+                promise = best_prefix(imagined, growth.cost, spent, growth.max_rows).value
+                if batch and promise > value * (1 + 1e-6):
+                    value, found = promise, batch
+            if found:
                 break
-            imagined = _imagine(known, [place[key] for key in batch], ranks.tolist())
-            spent = growth.spent_us + growth.cost.draft_us(len(batch))
-            promise = best_prefix(imagined, growth.cost, spent, growth.max_rows).value
-            if promise > value * (1 + 1e-6):
-                value, found = promise, batch
         return found
 
 
-def _imagine(known: Known, rows: Sequence[int], ranks: Sequence[float]) -> Known:
-    """The candidates with typical children, not drafted yet, under some of them."""
+def _imagine(known: Known, rows: Sequence[int], ranks: Sequence[float], levels: int) -> Known:
+    """The candidates with typical children, not drafted yet, under some of them; the likeliest child prolongs each."""
     parents, reach, tokens = list(known.parents), list(known.reach), list(known.tokens)
-    for row in rows:
-        for share in ranks:
-            parents.append(row)
-            reach.append(known.reach[row] * share)
-            # Its parent's token stands in for the unknown one where experts are priced.
-            tokens.append(known.tokens[row])
+    for start in rows:
+        row = start
+        for _ in range(levels):
+            first = len(parents)
+            for share in ranks:
+                parents.append(row)
+                reach.append(reach[row] * share)
+                # Its parent's token stands in for the unknown one where experts are priced.
+                tokens.append(known.tokens[start])
+            row = first
     return Known(parents, reach, tokens)
 
 

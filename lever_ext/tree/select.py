@@ -8,13 +8,17 @@ depend on leaves or on the experts read get further orders, which put chains fir
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from lever_ext.tree.cost import CycleCost, NoUnion, Union
+from lever_ext.tree.cost import CycleCost, NoUnion
 
 LEAF_WEIGHTS = (1.0, 0.5, 0.2)
 """How much a node that opens a branch counts in an order, against one that prolongs a chain."""
+
+
+MOVES = 12
+"""Removals that a step of the local search looks at; twice as many additions."""
 
 
 class Known(NamedTuple):
@@ -110,7 +114,8 @@ def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) 
     best = max(starts, key=lambda found: found.value)
     if not dense or not _leaves_matter(cost, max_rows):
         return best
-    improved = (improve(known, start, cost, spent_us, max_rows) for start in set(starts))
+    starts = sorted(set(starts), key=lambda found: -found.value)[:2]
+    improved = (improve(known, start, cost, spent_us, max_rows) for start in starts)
     return max(improved, key=lambda found: found.value)
 
 
@@ -125,10 +130,10 @@ def improve(known: Known, start: Selection, cost: CycleCost, spent_us: float, ma
             if row not in chosen and known.parents[row] in chosen:
                 additions += _chains(known, children, row)
         additions.sort(key=lambda rows: -sum(known.reach[row] for row in rows) / max(1, len(rows)))
-        removals = [(), *_removable(known, best.rows)]
+        removals = sorted(_removable(known, best.rows), key=lambda rows: known.reach[rows[-1]] / len(rows))
         better = best
-        for removed in removals:
-            for added in additions[:24]:
+        for removed in [(), *removals[:MOVES]]:
+            for added in additions[: 2 * MOVES]:
                 if len(chosen) + len(added) - len(removed) > max_rows or any(known.parents[row] in removed for row in added):
                     continue
                 rows = tuple(sorted((chosen - set(removed)) | set(added)))
@@ -138,40 +143,6 @@ def improve(known: Known, start: Selection, cost: CycleCost, spent_us: float, ma
         if better is best:
             return best
         best = better
-
-
-def greedy(
-    known: Known, cost: CycleCost, max_rows: int, draft_us: Callable[[], float] = lambda: 0.0
-) -> tuple[Selection, float]:
-    """The paper's rule on known candidates: take the best b / dC until it falls below G / C.
-
-    Returns:
-        the selection and the drafting time that it stands for, `draft_us()` for the root and each node taken.
-    """
-    children = _children(known)
-    union = cost.union.start()
-    union_us = union.add(known.tokens[0])
-    spent = draft_us()
-    rows, has_child, leaves, gain = [0], set[int](), 1, 1.0
-    frontier = set(children[0])
-    while frontier and len(rows) < max_rows:
-        now = _us(cost, len(rows), leaves, union_us, spent)
-
-        def extra(row: int, now: float = now, spent: float = spent, leaves: int = leaves, size: int = len(rows)) -> float:
-            grown = leaves + (known.parents[row] in has_child)
-            return _us(cost, size + 1, grown, union.peek(known.tokens[row]), spent + draft_us()) - now
-
-        row = max(frontier, key=lambda candidate: (known.reach[candidate] / max(1e-9, extra(candidate)), -candidate))
-        if known.reach[row] / max(1e-9, extra(row)) <= gain / now:
-            break
-        leaves += known.parents[row] in has_child
-        has_child.add(known.parents[row])
-        rows.append(row)
-        gain += known.reach[row]
-        union_us = union.add(known.tokens[row])
-        spent += draft_us()
-        frontier = (frontier - {row}) | set(children[row])
-    return Selection(tuple(rows), gain / _us(cost, len(rows), leaves, union_us, spent)), spent
 
 
 def _us(cost: CycleCost, rows: int, leaves: int, union_us: float, spent_us: float) -> float:
@@ -186,7 +157,7 @@ def _children(known: Known) -> list[list[int]]:
 
 
 def _leaves_matter(cost: CycleCost, max_rows: int) -> bool:
-    sizes = {2, max(2, max_rows // 2), max_rows}
+    sizes = {size for size in (2, max_rows // 2, max_rows) if 2 <= size <= max_rows}
     return any(abs(cost.verify(n, 1) - cost.verify(n, n - 1)) > 1e-6 * cost.verify(n, 1) for n in sizes)
 
 

@@ -110,7 +110,8 @@ def test_restore_leaves_no_trace(model: nn.Module) -> None:
     assert state(model) != before
     injection.restore()
     injection.restore()
-    assert state(model) == before and injection.replaced == ()
+    assert state(model) == before
+    assert injection.replaced == ()
     assert torch.equal(model(hidden), answer)
 
 
@@ -163,4 +164,6 @@ def test_default_rules_name_devices_and_replace_nothing(model: nn.Module) -> Non
     before = state(model)
     rules = parse_rules("- match: {name: '^2$'}\n  replace: {class: default, kwargs: {generate_device: 'cuda:1'}}")
     injection = inject(model, plan_injection(model, rules), None, None)
-    assert injection.devices == {"2": "cuda:1"} and injection.replaced == () and state(model) == before
+    assert injection.devices == {"2": "cuda:1"}
+    assert injection.replaced == ()
+    assert state(model) == before

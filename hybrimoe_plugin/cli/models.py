@@ -1,0 +1,74 @@
+"""Models that commands look at without loading them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe_plugin.errors import WeightsError
+
+if TYPE_CHECKING:
+    from hybrimoe_plugin.experts.gguf_store import GGUFStore
+    from hybrimoe_plugin.experts.weights import LayerWeights
+
+_EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_gate(?:_exps|\.0)\.weight$")
+
+
+def open_model(model_path: str | None, gguf_path: str | None) -> tuple[GGUFStore | None, Any]:
+    """The mapped weights, where a GGUF is given, and the model's config.
+
+    Raises:
+        WeightsError: as the store and the config reader say.
+    """
+    from hybrimoe_plugin.experts.gguf_store import GGUFStore
+    from hybrimoe_plugin.hosts.transformers.config import model_config
+
+    store = GGUFStore.open(gguf_path) if gguf_path is not None else None
+    return store, model_config(model_path, store)
+
+
+def model_without_weights(config: Any) -> Any:
+    """The transformers model of a config on the meta device.
+
+    Raises:
+        WeightsError: transformers has no causal language model for this config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise WeightsError(f"transformers has no language model for {type(config).__name__}: {error}") from error
+
+
+def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
+    """The experts of the model's first MoE layer, as the engine would measure them.
+
+    Raises:
+        WeightsError: the file holds no experts, or not those of the config.
+    """
+    from hybrimoe_plugin.experts.weights import layer_weights
+    from hybrimoe_plugin.operators.experts import expert_counts
+
+    layers = [int(found[1]) for name in store.tensors if (found := _EXPERTS.match(name))]
+    if not layers:
+        raise WeightsError(f"{store.paths[0]}: no routed experts in this file; HybriMoE is for MoE models")
+    experts, intermediate = expert_counts(config)
+    return layer_weights(
+        store,
+        min(layers),
+        experts=experts,
+        hidden=config.hidden_size,
+        intermediate=intermediate,
+        top_k=config.num_experts_per_tok,
+    )
+
+
+def demo_gguf(form: str, rebuild: bool = False) -> Path:
+    """The demo model's file, built where it is not there yet."""
+    from hybrimoe_plugin.demo import build_demo_model
+
+    return Path(build_demo_model(form, rebuild=rebuild))

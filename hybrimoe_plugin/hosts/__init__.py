@@ -1,0 +1,1 @@
+"""The model libraries that carry injected operators."""

@@ -1,0 +1,113 @@
+"""Which GGUF tensor is which parameter. The `gguf` package's name map does the work; the exceptions are here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gguf import get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES
+
+from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+
+_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+_CORRECTION = ".gate.e_score_correction_bias"
+
+
+class ParameterSource:
+    """Reads parameters of a transformers model, by their names there, from a GGUF store.
+
+    Raises:
+        WeightsError: the store's architecture is unknown to `gguf`.
+    """
+
+    def __init__(self, store: GGUFStore, config: Any) -> None:
+        self.store = store
+        self.config = config
+        arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None)
+        if arch is None:
+            raise WeightsError(f"{store.paths[0]}: the gguf package knows no architecture {store.architecture!r}")
+        self._map = get_tensor_name_map(arch, config.num_hidden_layers)
+
+    def gguf_names(self, name: str) -> tuple[str, ...]:
+        """The GGUF tensors that make up one parameter.
+
+        Raises:
+            WeightsError: no tensor of the file belongs to this parameter.
+        """
+        layer = f"blk.{_layer(name)}"
+        if name.endswith(_EXPERTS[0]):
+            return f"{layer}.ffn_gate_exps.weight", f"{layer}.ffn_up_exps.weight"
+        if name.endswith(_EXPERTS[1]):
+            return (f"{layer}.ffn_down_exps.weight",)
+        if name.endswith(_CORRECTION):
+            return (f"{layer}.exp_probs_b.bias",)
+        split = f"{layer}.attn_k_b.weight", f"{layer}.attn_v_b.weight"
+        if name.endswith(".self_attn.kv_b_proj.weight") and split[0] in self.store.tensors:
+            return split
+        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise WeightsError(f"parameter {name!r} has no counterpart in a {self.store.architecture!r} GGUF")
+        return (found,)
+
+    def load(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """One parameter, dequantised, in the layout of the transformers model.
+
+        Raises:
+            WeightsError: missing or of another shape.
+        """
+        parts = [self.store.dequantized(part) for part in self._present(name)]
+        value = self._arrange(name, parts)
+        if tuple(value.shape) != tuple(shape):
+            raise WeightsError(
+                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} give shape {tuple(value.shape)}, "
+                f"the model's config asks for {tuple(shape)} ({name})"
+            )
+        return value.to(dtype)
+
+    def _present(self, name: str) -> list[str]:
+        """The names to read; older files keep each expert in a tensor of its own."""
+        names: list[str] = []
+        for found in self.gguf_names(name):
+            old = found.replace("_exps.weight", ".0.weight")
+            if found not in self.store.tensors and old in self.store.tensors:
+                count = sum(1 for other in self.store.tensors if other.startswith(old.removesuffix("0.weight")))
+                names += [found.replace("_exps.weight", f".{expert}.weight") for expert in range(count)]
+            else:
+                names.append(found)
+        return names
+
+    def _arrange(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+        if name.endswith(_EXPERTS):
+            if parts[0].ndim == 2:  # one tensor per expert: all gates, then all ups
+                half = len(parts) // (2 if name.endswith(_EXPERTS[0]) else 1)
+                parts = [torch.stack(parts[start : start + half]) for start in range(0, len(parts), half)]
+            return torch.cat(parts, dim=1)
+        if len(parts) == 2:  # kv_b split for absorbed attention: k_b is stored transposed
+            keys, values = parts[0].transpose(1, 2), parts[1]
+            return torch.cat((keys, values), dim=1).reshape(-1, keys.shape[2])
+        value = parts[0]
+        if self.store.architecture == "llama" and ".self_attn." in name:
+            heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+            for projection, count in heads.items():
+                if f".{projection}." in name:
+                    return unrotate(value, count)
+        if name.endswith(".shared_expert_gate.weight") and value.ndim == 1:
+            return value[None]
+        return value
+
+
+def rotate(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of Q or K from transformers' order (halves) to that of llama-architecture GGUF files (pairs)."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def unrotate(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `rotate`."""
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _layer(name: str) -> int:
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

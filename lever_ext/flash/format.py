@@ -1,0 +1,164 @@
+"""The flash pack format, version 1.
+
+One file, little-endian:
+
+    0        header, 4096 bytes: magic "LEVERPAK", u32 version, u64 index offset, u64 index bytes, u32 CRC-32 of the
+             index, u32 CRC-32 of all header fields before it; the rest is zero
+    4096     blocks in the order of execution, each starting and ending at a multiple of 4096
+    ...      index: UTF-8 JSON, at a multiple of 4096, the last thing in the file
+
+A block is what one read fetches: a decoder layer without its routed experts, one routed expert, or a part that is always
+resident (embedding, final norm, output head). Its tensors lie in it one after another, each at a multiple of 64 bytes,
+row-major, in the model's own names and shapes; a routed expert's tensors are rows of the stacked tensors that
+`transformers` names. The index holds the model's config, a fingerprint, and for every block its place, CRC-32 and tensors.
+The header is written last: a file without a valid header is not a pack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hybrimoe_plugin.errors import FlashError
+
+MAGIC = b"LEVERPAK"
+VERSION = 1
+ALIGNMENT = 4096
+TENSOR_ALIGNMENT = 64
+HEADER = struct.Struct("<8sIQQI")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+KINDS = ("resident", "layer", "expert")
+MAX_INDEX_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor inside a block."""
+
+    name: str
+    """Qualified parameter name; an expert's tensor has the stacked parameter's name."""
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """From the block's start."""
+
+    @property
+    def nbytes(self) -> int:
+        count = DTYPES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one read fetches."""
+
+    kind: str
+    """One of `KINDS`."""
+    layer: int
+    """-1 for resident blocks."""
+    expert: int
+    """-1 but for routed experts."""
+    offset: int
+    nbytes: int
+    crc: int
+    tensors: tuple[PackedTensor, ...]
+
+    @property
+    def label(self) -> str:
+        place = "" if self.layer < 0 else f" {self.layer}" if self.expert < 0 else f" {self.layer}.{self.expert}"
+        return f"{self.kind}{place}"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything about a pack but its weights."""
+
+    config: Mapping[str, Any]
+    """The model's `config.json`."""
+    blocks: tuple[Block, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the model: its config and its weights' checksums, as hex digits."""
+        text = json.dumps([dict(self.config), [asdict(block) for block in self.blocks]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        body = {"config": dict(self.config), "blocks": [asdict(b) for b in self.blocks], "fingerprint": self.fingerprint}
+        return json.dumps(body, sort_keys=True).encode()
+
+
+def align(count: int, to: int = ALIGNMENT) -> int:
+    return -(-count // to) * to
+
+
+def header_bytes(index_offset: int, index: bytes) -> bytes:
+    """The header of a finished pack, 4096 bytes."""
+    fields = HEADER.pack(MAGIC, VERSION, index_offset, len(index), zlib.crc32(index))
+    return (fields + struct.pack("<I", zlib.crc32(fields))).ljust(ALIGNMENT, b"\0")
+
+
+def parse_header(data: bytes, size: int, where: str) -> tuple[int, int, int]:
+    """(index offset, index bytes, CRC-32 of the index).
+
+    Raises:
+        FlashError: not a pack, not finished, of another version, damaged or truncated.
+    """
+    if len(data) < ALIGNMENT or data[:8] != MAGIC:
+        raise FlashError(f"{where}: not a flash pack, or one that was never finished; make it with hybrimoe flash-pack")
+    magic, version, offset, nbytes, crc = HEADER.unpack_from(data)
+    if version != VERSION:
+        raise FlashError(f"{where}: flash pack version {version}, this program reads {VERSION}; pack the model again")
+    if struct.unpack_from("<I", data, HEADER.size)[0] != zlib.crc32(data[: HEADER.size]):
+        raise FlashError(f"{where}: the pack's header is damaged; pack the model again")
+    if offset % ALIGNMENT or nbytes > MAX_INDEX_BYTES or offset + nbytes > size:
+        raise FlashError(f"{where}: the pack is truncated: {size} bytes of {offset + nbytes}; pack the model again")
+    return offset, nbytes, crc
+
+
+def parse_index(data: bytes, crc: int, data_end: int, where: str) -> Index:
+    """Read and check an index whose blocks must end at `data_end` at the latest.
+
+    Raises:
+        FlashError: damaged, or a block or tensor lies outside its place.
+    """
+    if zlib.crc32(data) != crc:
+        raise FlashError(f"{where}: the pack's index is damaged; pack the model again")
+    try:
+        body = json.loads(data)
+        index = Index(dict(body["config"]), tuple(_block(entry) for entry in body["blocks"]))
+        known = body["fingerprint"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashError(f"{where}: the pack's index makes no sense ({error}); pack the model again") from None
+    _check_places(index.blocks, data_end, where)
+    if known != index.fingerprint:
+        raise FlashError(f"{where}: the pack's fingerprint does not fit its index; pack the model again")
+    return index
+
+
+def _block(entry: Mapping[str, Any]) -> Block:
+    tensors = tuple(
+        PackedTensor(str(t["name"]), str(t["dtype"]), tuple(int(n) for n in t["shape"]), int(t["offset"]))
+        for t in entry["tensors"]
+    )
+    numbers = {key: int(entry[key]) for key in ("layer", "expert", "offset", "nbytes", "crc")}
+    return Block(str(entry["kind"]), tensors=tensors, **numbers)
+
+
+def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
+    end = ALIGNMENT
+    for block in blocks:
+        sound = block.kind in KINDS and block.offset == end and block.nbytes > 0 and block.nbytes % ALIGNMENT == 0
+        end = block.offset + block.nbytes
+        for tensor in block.tensors:
+            sound = sound and tensor.dtype in DTYPES and tensor.offset % TENSOR_ALIGNMENT == 0 and tensor.offset >= 0
+            sound = sound and all(size > 0 for size in tensor.shape) and tensor.offset + tensor.nbytes <= block.nbytes
+        if not sound or end > data_end:
+            raise FlashError(f"{where}: block {block.label} lies outside its place; pack the model again")

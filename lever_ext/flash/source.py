@@ -1,0 +1,117 @@
+"""Where a pack's weights come from: any mapping of parameter names to tensors, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from hybrimoe_plugin.errors import WeightsError
+
+_EXPERTS = re.compile(r"^(?P<prefix>.*\.mlp)\.experts\.(?P<part>gate_up_proj|down_proj)$")
+_APART = (
+    ("{prefix}.experts.{e}.gate_proj.weight", "{prefix}.experts.{e}.up_proj.weight", "{prefix}.experts.{e}.down_proj.weight"),
+    ("{moe}.experts.{e}.w1.weight", "{moe}.experts.{e}.w3.weight", "{moe}.experts.{e}.w2.weight"),
+)
+
+
+class TensorSource(Protocol):
+    """Weights under the names that `transformers` gives to a model's parameters."""
+
+    identity: str
+    """Differs where the weights differ; an interrupted pack is resumed only from the same source."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """The parameter. Raises: WeightsError: missing or unreadable."""
+        ...
+
+    def expert(self, name: str, expert: int) -> torch.Tensor:
+        """One expert's rows of a stacked parameter. Raises: WeightsError: missing or unreadable."""
+        ...
+
+
+class StateDictSource:
+    """Weights in memory.
+
+    Args:
+        tensors: parameter name -> tensor.
+        identity: see `TensorSource`.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], identity: str) -> None:
+        self.tensors = tensors
+        self.identity = identity
+
+    def get(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise WeightsError(f"{self.identity}: tensor {name!r} is missing")
+        return self.tensors[name]
+
+    def expert(self, name: str, expert: int) -> torch.Tensor:
+        return self.get(name)[expert]
+
+
+class SafetensorsSource:
+    """A directory of safetensors files, as the Hugging Face hub stores models, stacked experts or one tensor each.
+
+    Raises:
+        WeightsError: no weights there, or a file that is not sound.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.files = self._find()
+        sizes = [(file, (self.directory / file).stat()) for file in sorted(set(self.files.values()))]
+        self.identity = f"{self.directory.name}:" + ",".join(f"{f}:{s.st_size}:{s.st_mtime_ns}" for f, s in sizes)
+
+    def _find(self) -> dict[str, str]:
+        from safetensors import SafetensorError, safe_open
+
+        index = self.directory / "model.safetensors.index.json"
+        try:
+            if index.exists():
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            else:
+                files = sorted(file.name for file in self.directory.glob("*.safetensors"))
+            if not files:
+                raise WeightsError(f"{self.directory}: no .safetensors file in this directory")
+            found = {}
+            for file in files:
+                with safe_open(self.directory / file, framework="pt") as handle:
+                    found.update(dict.fromkeys(handle.keys(), file))
+            return found
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise WeightsError(f"{self.directory}: cannot read the safetensors files ({error})") from None
+
+    def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.files:
+            raise WeightsError(f"{self.directory}: tensor {name!r} is missing")
+        try:
+            with safe_open(self.directory / self.files[name], framework="pt") as handle:
+                tensor: torch.Tensor = handle.get_tensor(name) if expert is None else handle.get_slice(name)[expert]
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{self.directory}: cannot read tensor {name!r} ({error})") from None
+
+    def get(self, name: str) -> torch.Tensor:
+        if name not in self.files and name.replace(".mlp.gate.", ".block_sparse_moe.gate.") in self.files:
+            name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+        return self._read(name)
+
+    def expert(self, name: str, expert: int) -> torch.Tensor:
+        match = _EXPERTS.match(name)
+        if name in self.files or match is None:
+            return self._read(name, expert)
+        prefix = match["prefix"]
+        moe = prefix[: -len("mlp")] + "block_sparse_moe"
+        for pattern in _APART:
+            gate, up, down = (part.format(prefix=prefix, moe=moe, e=expert) for part in pattern)
+            if gate in self.files:
+                return self._read(down) if match["part"] == "down_proj" else torch.cat([self._read(gate), self._read(up)])
+        raise WeightsError(f"{self.directory}: neither {name!r} nor its experts one by one are there")

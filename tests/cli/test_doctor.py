@@ -1,0 +1,59 @@
+"""`hybrimoe doctor` always answers, whatever is broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybrimoe_plugin.cli import doctor
+from hybrimoe_plugin.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "_kt_kernel", lambda: doctor.Check("kt", True, "faked"))
+    return tmp_path
+
+
+def test_json_has_all_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["installed", "backends", "memory", "kept on disk"]
+    torch = next(check for check in found["installed"] if check["name"] == "torch")
+    assert torch["ok"] is True
+
+
+def test_tables_show_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(check.name in out for checks in doctor.examine().values() for check in checks)
+
+
+def test_broken_check_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _cuda() -> doctor.Check:
+        raise RuntimeError("driver\nmissing")
+
+    monkeypatch.setattr(doctor, "_cuda", _cuda)
+    assert doctor.Check("cuda", False, "RuntimeError: driver missing") in doctor.examine()["backends"]
+
+
+def test_backend_that_ends_its_process_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nkill -ILL $$\n")
+    script.chmod(0o755)
+    monkeypatch.undo()
+    monkeypatch.setattr(doctor.sys, "executable", str(script))
+    check = doctor._kt_kernel()
+    assert check.ok is False
+    assert "ended with -4" in check.detail
+
+
+def test_damaged_profiles_are_counted(_cache: Path) -> None:
+    (_cache / "profiles").mkdir()
+    (_cache / "profiles" / "a.json").write_text("{")
+    check = next(check for check in doctor.examine()["kept on disk"] if check.name == "machine profiles")
+    assert check.ok is False
+    assert "1 damaged" in check.detail

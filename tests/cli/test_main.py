@@ -1,0 +1,133 @@
+"""The `hybrimoe` command itself: exit codes, one-line errors, and that starting it imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+import hybrimoe_plugin
+from hybrimoe_plugin.cli.main import COMMANDS, Command, main
+from hybrimoe_plugin.errors import WeightsError
+
+
+@pytest.fixture
+def run_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a made-up command whose body is given."""
+
+    def run_command(body: Callable[[argparse.Namespace], int], *argv: str) -> int:
+        module = ModuleType("made_up_command")
+        vars(module)["add_arguments"] = lambda parser: parser.add_argument("--some_flag")
+        vars(module)["run"] = body
+        monkeypatch.setitem(sys.modules, "made_up_command", module)
+        return main(["made-up", *argv], (Command("made-up", "a test", "made_up_command"),))
+
+    return run_command
+
+
+def _raise(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def body(_args: argparse.Namespace) -> int:
+        raise error
+
+    return body
+
+
+def test_own_errors_are_one_line_and_exit_2(
+    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(_raise(WeightsError("a.gguf:\n not GGUF"))) == 2
+    assert capsys.readouterr().err == "hybrimoe: error: a.gguf: not GGUF\n"
+
+
+def test_system_errors_name_the_file(run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with(_raise(FileNotFoundError(2, "No such file or directory", "t.json"))) == 2
+    assert capsys.readouterr().err == "hybrimoe: error: t.json: No such file or directory\n"
+
+
+def test_faults_of_ours_are_not_hidden(run_with: Callable[..., int]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_with(_raise(ZeroDivisionError()))
+
+
+def test_interrupt_exits_130_with_a_clean_message(
+    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(_raise(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "\nhybrimoe: interrupted\n"
+
+
+def test_code_of_the_command_is_returned(run_with: Callable[..., int]) -> None:
+    assert run_with(lambda _args: 7) == 7
+
+
+@pytest.mark.parametrize("flag", ["--some-flag", "--some_flag"])
+def test_flags_are_spelt_with_either_dash(run_with: Callable[..., int], flag: str) -> None:
+    seen: list[str] = []
+    assert run_with(lambda args: seen.append(args.some_flag) or 0, f"{flag}=a-b-c") == 0
+    assert seen == ["a-b-c"]
+
+
+@pytest.mark.parametrize(
+    "argv", [["nonsense"], ["explain", "--nonsense"], ["local_chat", "--max_new_tokens", "0"]]
+)
+def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "usage: hybrimoe" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(command.name in out for command in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hybrimoe {hybrimoe_plugin.__version__}\n"
+
+
+def test_names_of_commands_work_with_either_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local-chat", "--help"]) == main(["demo_model", "--help"]) == 0
+    assert "--prompt" in capsys.readouterr().out
+
+
+def test_starting_and_importing_load_no_torch() -> None:
+    code = (
+        "import sys, hybrimoe_plugin\n"
+        "from hybrimoe_plugin.cli.main import main\n"
+        "from hybrimoe_plugin.injection.rules import parse_rules\n"
+        "assert main(['local_chat', '--help']) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy imports at start'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+CHATTY = """
+import sys, time, types
+from hybrimoe_plugin.cli.main import Command, main
+module = types.ModuleType("chatty")
+module.add_arguments = lambda parser: None
+module.run = lambda args: print("x" * 100) or 0
+sys.modules["chatty"] = module
+time.sleep(0.2)
+sys.exit(main(["chatty"], [Command("chatty", "talks", "chatty")]))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_pipe_is_quiet(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    script = '"$0" -c "$1" | true; echo "${PIPESTATUS[0]}"'
+    done = subprocess.run(["bash", "-c", script, sys.executable, CHATTY], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")

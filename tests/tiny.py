@@ -1,0 +1,143 @@
+"""Tiny random models of every family, as transformers models and as GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "n_shared_experts": 1,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 128,
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen2_moe_norm": (
+        "qwen2_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **_MLA,
+            "q_lora_rank": 48,
+            "first_k_dense_replace": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        {**_MLA, "q_lora_rank": None, "first_k_dense_replace": 1, "topk_method": "greedy", "n_shared_experts": 2},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_MLA,
+            "q_lora_rank": 48,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+}
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+}
+
+
+def config(family: str, **changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    model_type, values = {**FAMILIES, **DENSE}[family]
+    values = {**_BASE, **values, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **changes}
+    return AutoConfig.for_model(model_type, **values)
+
+
+def model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A model with distinct random weights everywhere, float32; routers are given a clear preference."""
+    from transformers import AutoModelForCausalLM
+
+    built = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*built.named_parameters(), *built.named_buffers()]:
+            if "inv_freq" in name:
+                continue
+            noise = torch.randn(value.shape, generator=generator)
+            if name.endswith("norm.weight") or "layernorm" in name:
+                value.copy_(1 + 0.1 * noise)
+            elif "correction_bias" in name:
+                value.copy_(0.1 * noise)
+            elif ".gate.weight" in name:
+                value.copy_(noise * 0.5)
+            else:
+                value.copy_(noise * value.shape[-1] ** -0.5)
+    built.tie_weights()
+    return built
+
+
+def write(folder: Path, family: str, seed: int = 0, changes: dict[str, Any] | None = None, **export: Any) -> Path:
+    """Write a tiny model as `model.gguf`; keyword arguments go to `export_gguf`."""
+    path = folder / "model.gguf"
+    export_gguf(model(family, seed, **(changes or {})), path, **export)
+    return path
+
+
+def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    return torch.randint(3, 96, (batch, count), generator=torch.Generator().manual_seed(seed))
