@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     group = parser.add_argument_group("what to measure")
     add_flag(group, "cpu_backend", choices=CPU_BACKENDS, default="auto", help="kernels for experts on the CPU")
-    add_flag(group, "cpu_threads", type=whole(1), metavar="N", help="only this thread count; default: find the best")
+    add_flag(group, "cpu_threads", type=whole(1), metavar="N", help="only this thread count; default: the best")
     add_flag(group, "accelerator", choices=ACCELERATORS, default="auto", help="device for experts in slots")
     add_flag(parser, "out", metavar="FILE", help="write the profile here too, for --profile")
 
@@ -50,7 +50,6 @@ def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tupl
     from hybrimoe_plugin.operators import bind
 
     store, config = open_model(model_path, gguf_path)
-    assert store is not None
     weights = first_experts(store, config)
     device = bind._device("auto")
     kind, where = bind._accelerator_kind(settings, device, device)
@@ -72,9 +71,10 @@ def _show(profile: MachineProfile) -> None:
     from rich.table import Table
 
     spec = profile.spec
+    types = "/".join(dict.fromkeys((spec.gate_type, spec.up_type, spec.down_type)))
     title = (
-        f"{profile.name} ({profile.label}), {profile.hardware.get('cpu', 'unknown CPU')}: experts of {spec.hidden} x "
-        f"{spec.intermediate} in {spec.gate_type}/{spec.up_type}/{spec.down_type}, {spec.expert_bytes / 1e6:.2f} MB each"
+        f"{profile.name} ({profile.label}), {profile.hardware.get('cpu', 'unknown CPU')}: experts of "
+        f"{spec.hidden} x {spec.intermediate} in {types}, {spec.expert_bytes / 1e6:.2f} MB each"
     )
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("us per expert")
@@ -88,7 +88,9 @@ def _show(profile: MachineProfile) -> None:
     console.print(table)
     if profile.link is not None:
         transfer_us = profile.costs(spec).transfer_us
-        print(f"link: {profile.link.gbps:.1f} GB/s, {profile.link.latency_us:.0f} us, {transfer_us:.0f} us per expert")
+        print(
+            f"link: {profile.link.gbps:.1f} GB/s, {profile.link.latency_us:.0f} us, {transfer_us:.0f} us per expert"
+        )
     for note in profile.notes:
         print(note)
 

@@ -23,17 +23,10 @@ def run(args: argparse.Namespace) -> int:
     """Print module -> operator -> device -> rule."""
     if args.model_path is None and args.gguf_path is None:
         raise ConfigError("explain needs a model: give --model_path (its config.json is enough) or --gguf_path")
-    from hybrimoe_plugin.injection.rules import load_rules
-
-    # Read before torch is imported: a fault in the rules should show at once.
-    rules = None if args.rules is None else load_rules(args.rules)
+    from hybrimoe_plugin.hosts.transformers.load import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched
-    from hybrimoe_plugin.injection.match import plan_injection
 
-    _store, config = open_model(args.model_path, args.gguf_path)
-    model = model_without_weights(config)
-    rules = rules or load_rules(packaged_rules(config))
-    plan = plan_injection(model, rules, trust_rules=args.trust_rules)
+    model, rules, plan = plan_for(args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules)
     _print(explain_rows(plan, show_all=args.all), f"{type(model).__name__} by {rules.source}")
     replaced = sum(match.replaces for match in plan)
     tables().print(

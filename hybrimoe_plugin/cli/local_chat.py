@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = add_model(parser)
     add_flag(
         model, "optimize_config_path", "optimize_rule_path", "rules", metavar="YAML",
-        help="rules file; default: the packaged one of the model's family",
+        help="rules file, or the name of a packaged one; default: the packaged one of the model's family",
     )  # fmt: skip
     add_switch(model, "trust_rules", "let the rules import classes from any package")
     add_flag(model, "demo", nargs="?", const=FORMS[0], choices=FORMS, help="the demo model, built on first use")
@@ -134,14 +134,20 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         gguf_path = str(demo_gguf(args.demo or FORMS[0]))
         if args.demo is None:
             notice("no --model_path and no --gguf_path given: this is the demo model")
-    return load_model(
+    model, tokenizer = load_model(
         model_path,
         gguf_path,
         args.optimize_config_path,
-        dtype=args.dtype,
+        dtype=None if args.dtype == "auto" else args.dtype,
         trust_rules=args.trust_rules,
+        progress=sys.stderr.isatty(),
         **settings,
     )
+    if tokenizer is None:
+        raise ConfigError(
+            "the GGUF holds no tokenizer that can be used: give --model_path with the model's tokenizer"
+        )
+    return model, tokenizer
 
 
 def _talk(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_gate(?:_exps|\.0)\.weight$")
 
 
-def open_model(model_path: str | None, gguf_path: str | None) -> tuple[GGUFStore | None, Any]:
-    """The mapped weights, where a GGUF is given, and the model's config.
+def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
+    """The mapped weights and the model's config.
 
     Raises:
         WeightsError: as the store and the config reader say.
@@ -24,24 +24,8 @@ def open_model(model_path: str | None, gguf_path: str | None) -> tuple[GGUFStore
     from hybrimoe_plugin.experts.gguf_store import GGUFStore
     from hybrimoe_plugin.hosts.transformers.config import model_config
 
-    store = GGUFStore.open(gguf_path) if gguf_path is not None else None
+    store = GGUFStore.open(gguf_path)
     return store, model_config(model_path, store)
-
-
-def model_without_weights(config: Any) -> Any:
-    """The transformers model of a config on the meta device.
-
-    Raises:
-        WeightsError: transformers has no causal language model for this config.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise WeightsError(f"transformers has no language model for {type(config).__name__}: {error}") from error
 
 
 def first_experts(store: GGUFStore, config: Any) -> LayerWeights:

@@ -12,7 +12,7 @@ from hybrimoe_plugin.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "_kt_kernel", lambda: doctor.Check("kt", True, "faked"))
     return tmp_path
@@ -51,9 +51,9 @@ def test_backend_that_ends_its_process_is_an_answer(monkeypatch: pytest.MonkeyPa
     assert "ended with -4" in check.detail
 
 
-def test_damaged_profiles_are_counted(_cache: Path) -> None:
-    (_cache / "profiles").mkdir()
-    (_cache / "profiles" / "a.json").write_text("{")
+def test_damaged_profiles_are_counted(cache: Path) -> None:
+    (cache / "profiles").mkdir()
+    (cache / "profiles" / "a.json").write_text("{")
     check = next(check for check in doctor.examine()["kept on disk"] if check.name == "machine profiles")
     assert check.ok is False
     assert "1 damaged" in check.detail

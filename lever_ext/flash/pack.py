@@ -1,0 +1,115 @@
+"""An open flash pack: its index, and the blocks that operators ask for."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.errors import FlashError
+from lever_ext.flash.format import ALIGNMENT, Block, Index, align, parse_header, parse_index
+from lever_ext.flash.reader import Buffer, FlashReader, Throttle
+from lever_ext.flash.writer import PACK_NAME
+
+Tensors = dict[str, torch.Tensor]
+
+
+class FlashPack:
+    """A target's weights on flash.
+
+    Attributes:
+        index: config and blocks.
+        reader: reads them.
+    """
+
+    def __init__(self, path: Path, index: Index, reader: FlashReader) -> None:
+        """Use `open`."""
+        self.path = path
+        self.index = index
+        self.reader = reader
+        self._checked: set[int] = set()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        threads: int = 4,
+        chunk_bytes: int = 2 << 20,
+        throttle: Throttle | None = None,
+        direct: bool = True,
+    ) -> FlashPack:
+        """Open a pack, or a directory that holds one, and check its index.
+
+        Raises:
+            FlashError: nothing there, not a pack, of another version, damaged or truncated.
+        """
+        path = Path(path)
+        path = path / PACK_NAME if path.is_dir() else path
+        reader = FlashReader(path, threads, chunk_bytes, throttle, direct)
+        try:
+            with open(path, "rb") as file:
+                offset, nbytes, crc = parse_header(file.read(ALIGNMENT), reader.size, str(path))
+                file.seek(offset)
+                index = parse_index(file.read(nbytes), crc, offset, str(path))
+        except BaseException:
+            reader.close()
+            raise
+        return cls(path, index, reader)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.index.config
+
+    def blocks(self, kind: str) -> list[Block]:
+        """The blocks of a kind, in the order of execution."""
+        return [block for block in self.index.blocks if block.kind == kind]
+
+    def submit(self, block: Block, buffer: Buffer) -> Future[None]:
+        """Start reading a block into a buffer that is large enough."""
+        return self.reader.submit(block.offset, block.nbytes, buffer)
+
+    def check(self, block: Block, buffer: Buffer) -> None:
+        """Compare a block's bytes with its checksum the first time that it was read.
+
+        Raises:
+            FlashError: the block is damaged, or the file has changed since it was opened.
+        """
+        self.reader.check_unchanged()
+        if block.offset in self._checked:
+            return
+        if zlib.crc32(memoryview(buffer.memory)[: block.nbytes]) != block.crc:
+            raise FlashError(f"{self.path}: block {block.label} is damaged; pack the model again")
+        self._checked.add(block.offset)
+
+    def load(self, block: Block) -> Tensors:
+        """Read a block into memory of its own that lives as long as the tensors.
+
+        Raises:
+            FlashError: unreadable or damaged.
+        """
+        buffer = Buffer(block.nbytes)
+        self.submit(block, buffer).result()
+        self.check(block, buffer)
+        return tensors_in(block, buffer)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def tensors_in(block: Block, buffer: Buffer) -> Tensors:
+    """A block's tensors as views into a buffer. Valid until the buffer is read into again."""
+    found = {}
+    for tensor in block.tensors:
+        part = buffer.bytes[tensor.offset : tensor.offset + tensor.nbytes]
+        found[tensor.name] = part.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+    return found
+
+
+def block_memory(blocks: list[Block]) -> int:
+    """Bytes of the largest block's buffer; 0 without blocks."""
+    return max((align(block.nbytes) for block in blocks), default=0)

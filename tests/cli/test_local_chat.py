@@ -1,0 +1,188 @@
+"""`hybrimoe local_chat`: which flags reach host and answers; bad ones are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hybrimoe_plugin.cli import chat as chat_module
+from hybrimoe_plugin.cli import models
+from hybrimoe_plugin.cli.main import main
+
+
+class Recorder:
+    """Stands in for the host, the demo builder and the conversation; remembers what they were asked."""
+
+    def __init__(self) -> None:
+        self.load: dict[str, Any] = {}
+        self.demo: list[str] = []
+        self.options: Any = None
+        self.answers: list[str] = []
+        self.complete = True
+        self.looped: list[str | None] = []
+        self.tokenizer: str | None = "tokenizer"
+        self.model = SimpleNamespace(hybrimoe=SimpleNamespace(timeline=self.timeline))
+        self.drawn: list[Path] = []
+
+    def timeline(self, path: str) -> SimpleNamespace:
+        self.drawn.append(Path(path))
+        return SimpleNamespace(close=lambda: Path(path).write_text("[]"))
+
+    def load_model(self, model_path: Any, gguf_path: Any, rules: Any, **settings: Any) -> tuple[Any, str | None]:
+        self.load = {"model_path": model_path, "gguf_path": gguf_path, "rules": rules, **settings}
+        return self.model, self.tokenizer
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    host = ModuleType("hybrimoe_plugin.hosts.transformers")
+    vars(host)["load_model"] = recorder.load_model
+    monkeypatch.setitem(sys.modules, host.__name__, host)
+
+    def demo_gguf(form: str, rebuild: bool = False) -> Path:
+        recorder.demo.append(form)
+        return Path("demo.gguf")
+
+    class Chat:
+        def __init__(self, _model: Any, _tokenizer: Any, options: Any, _report: Any) -> None:
+            recorder.options = options
+
+        def answer(self, content: str) -> bool:
+            recorder.answers.append(content)
+            return recorder.complete
+
+        def loop(self, _read: Any, prompt_file: str | None) -> None:
+            recorder.looped.append(prompt_file)
+
+    monkeypatch.setattr(models, "demo_gguf", demo_gguf)
+    monkeypatch.setattr(chat_module, "Chat", Chat)
+    return recorder
+
+
+def chat(flags: str) -> int:
+    """Ask once with the flags."""
+    return main(["local_chat", *flags.split(), "--prompt", "hi"])
+
+
+def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
+    assert chat("--model_path m --gguf_path=g --optimize_config_path r.yaml --cpu_infer 3 --max_new_tokens 7") == 0
+    assert seen.load == {
+        "model_path": "m",
+        "gguf_path": "g",
+        "rules": "r.yaml",
+        "dtype": None,
+        "trust_rules": False,
+        "progress": sys.stderr.isatty(),
+        "cpu_threads": 3,
+    }
+    assert seen.answers == ["hi"]
+    assert (seen.options.max_new_tokens, seen.options.chunk_prefill_size) == (7, 8192)
+
+
+def test_rules_have_two_spellings(seen: Recorder) -> None:
+    assert main(["local_chat", "--gguf_path", "g", "--optimize_rule_path", "r.yaml", "--prompt", "hi"]) == 0
+    assert seen.load["rules"] == "r.yaml"
+
+
+def test_given_settings_only_are_passed_on(seen: Recorder) -> None:
+    assert chat("--gguf_path g --scheduler static --cache_ratio 0.5 --prefetch off") == 0
+    given = {"scheduler": "static", "cache_ratio": 0.5, "prefetch": "off"}
+    assert {key: seen.load[key] for key in seen.load if key in given} == given
+    assert "cache" not in seen.load
+
+
+def test_without_paths_it_is_the_demo_model(seen: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local_chat", "--prompt", "hi"]) == 0
+    assert (seen.demo, seen.load["gguf_path"]) == (["mixtral"], "demo.gguf")
+    assert "demo model" in capsys.readouterr().err
+
+
+def test_demo_can_be_chosen(seen: Recorder) -> None:
+    assert main(["local_chat", "--demo", "qwen2moe", "--prompt", "hi"]) == 0
+    assert seen.demo == ["qwen2moe"]
+
+
+def test_without_prompt_it_talks(seen: Recorder, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("hello")
+    assert main(["local_chat", "--demo", "--prompt_file", str(path)]) == 0
+    assert seen.looped == [str(path)]
+
+
+def test_interrupted_one_shot_exits_130(seen: Recorder) -> None:
+    seen.complete = False
+    assert main(["local_chat", "--demo", "--prompt", "hi"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampling"),
+    [
+        ("", {}),
+        ("--temperature 0.6 --top_p 0.95", {"temperature": 0.6, "top_p": 0.95, "do_sample": True}),
+        ("--do_sample", {"do_sample": True}),
+        ("--greedy", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        ("--temperature 0", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        ("--do_sample False", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+    ],
+)
+def test_sampling(seen: Recorder, flags: str, sampling: dict[str, Any]) -> None:
+    assert main(["local_chat", "--demo", "--prompt", "hi", *flags.split()]) == 0
+    assert seen.options.sampling == sampling
+
+
+def test_model_without_tokenizer_is_refused(seen: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    seen.tokenizer = None
+    assert chat("--gguf_path g") == 2
+    assert "--model_path" in capsys.readouterr().err
+
+
+def test_seed_is_set(seen: Recorder) -> None:
+    assert main(["local_chat", "--demo", "--prompt", "hi", "--seed", "7"]) == 0
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_flags_without_effect_are_noticed(seen: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat("--demo --use_cuda_graph True --mode long_context") == 0
+    err = capsys.readouterr().err
+    assert "--use_cuda_graph has no effect" in err
+    assert "--mode long_context has no effect" in err
+
+
+def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    assert main(["local_chat", "--demo", "--prompt", "hi", "--timeline", str(path)]) == 0
+    assert seen.drawn == [path]
+    assert json.loads(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("--cache_ratio 2", "cache_ratio: expected 0.0 to 1.0"),
+        ("--cache_ratio 0.5 --cache_bytes 1GiB", "both set"),
+        ("--cpu_infer 2 --cpu_threads 3", "differ"),
+        ("--greedy --do_sample", "exclude each other"),
+        ("--demo --gguf_path g", "give one of them"),
+        ("--prompt_file /nonexistent", "cannot read the prompt file"),
+        ("--prompt=", "--prompt is empty"),
+        ("--timeline /nonexistent/t.json", "/nonexistent/t.json: No such file"),
+    ],
+)
+def test_bad_flags_are_refused_before_loading(
+    seen: Recorder, capsys: pytest.CaptureFixture[str], flags: str, found: str
+) -> None:
+    assert main(["local_chat", *flags.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hybrimoe: error: ")
+    assert found in err
+    assert seen.load == {}
+    assert seen.demo == []
