@@ -60,9 +60,7 @@ class Settings:
     cache: str = setting("mrs", "which experts stay on the accelerator", choices=CACHES)
     prefetch: str = setting("impact", "what the idle link loads ahead", choices=PREFETCHERS)
     cache_ratio: float | None = setting(None, "share of all experts kept on the accelerator", low=0.0, high=1.0)
-    cache_bytes: int | None = setting(
-        None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
-    )
+    cache_bytes: int | None = setting(None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0)
     look_ahead: int = setting(3, "layers that prefetch looks ahead", low=1, high=16)
     mrs_alpha: float = setting(0.5, "weight of the newest scores in MRS", low=0.0, high=1.0)
     mrs_p: int | None = setting(None, "scores per token that MRS keeps; default 2 * top_k", low=1)

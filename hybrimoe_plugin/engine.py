@@ -107,9 +107,7 @@ class Engine:
         for move in controller.warm_start() if accelerator is not None else ():
             accelerator.onload(move.slot, self.layers[move.layer], move.expert)  # type: ignore[union-attr]
 
-    def run(
-        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Compute the routed experts of one layer call.
 
         Args:
@@ -203,10 +201,8 @@ class Engine:
         part = self.accelerator.compute(tuple(wave.values()), hidden, slot_ids, topk_weights)
         return part if output is None else output + part
 
-    def _learn(
-        self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]
-    ) -> NDArray[np.float32] | None:
-        """Tell the cache what was scored, before it is asked what to admit; the scores [T, E] if the host shows them."""
+    def _learn(self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Tell the cache what was scored, before it is asked what to admit; gives the scores [T, E] if there are any."""
         if self.accelerator is None and self.recorder is None:
             return None
         shown = self.routers[layer].scores()
@@ -259,4 +255,3 @@ class Engine:
         assert self.timeline is not None
         for move in moves:
             self.timeline.transfer(move.layer, move.expert, move.start_us, move.end_us)
-

@@ -76,7 +76,7 @@ def _show(profile: MachineProfile) -> None:
         f"{profile.name} ({profile.label}), {profile.hardware.get('cpu', 'unknown CPU')}: experts of "
         f"{spec.hidden} x {spec.intermediate} in {types}, {spec.expert_bytes / 1e6:.2f} MB each"
     )
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("us per expert")
     for load in profile.cpu.tokens:
         table.add_column(f"{load} tok", justify="right")
@@ -84,13 +84,11 @@ def _show(profile: MachineProfile) -> None:
     table.add_row(f"CPU, {profile.cpu.threads or '?'} thread(s)", *_cells(profile.cpu, profile.cpu.tokens))
     if profile.accelerator is not None:
         table.add_row("accelerator", *_cells(profile.accelerator, profile.cpu.tokens))
-    console = tables()
-    console.print(table)
+    print(title)
+    tables().print(table)
     if profile.link is not None:
-        transfer_us = profile.costs(spec).transfer_us
-        print(
-            f"link: {profile.link.gbps:.1f} GB/s, {profile.link.latency_us:.0f} us, {transfer_us:.0f} us per expert"
-        )
+        link, transfer_us = profile.link, profile.costs(spec).transfer_us
+        print(f"link: {link.gbps:.1f} GB/s, latency {link.latency_us:.0f} us, {transfer_us:.0f} us per expert")
     for note in profile.notes:
         print(note)
 

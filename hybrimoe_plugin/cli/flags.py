@@ -48,9 +48,7 @@ def add_switch(arguments: Arguments, name: str, help: str, default: bool | None 
     """Add a flag that is true when given bare, and takes True or False; `--noname` and `--no_name` turn it off."""
     add_flag(arguments, name, type=truth, nargs="?", const=True, default=default, metavar="True|False", help=help)
     off = f"--no{name}", f"--no_{name}"
-    arguments.add_argument(
-        *off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
+    arguments.add_argument(*off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def whole(low: int) -> Callable[[str], int]:
@@ -139,7 +137,5 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add_flag(
         group, "model_path", metavar="DIR", help="directory with config.json and tokenizer; default: from the GGUF"
     )
-    add_flag(
-        group, "gguf_path", metavar="PATH", help="GGUF file, or directory with one model's GGUF file or split set"
-    )
+    add_flag(group, "gguf_path", metavar="PATH", help="GGUF file, or directory with one model's GGUF file or split set")
     return group

@@ -11,6 +11,7 @@ from typing import Any
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.demo_model import FORMS
 from hybrimoe_plugin.cli.flags import add_flag, add_model, add_settings, add_switch, given_settings, number, whole
+from hybrimoe_plugin.cli.records import Records
 from hybrimoe_plugin.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     _explain_ignored(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _Records(args) as records:
+    with Records(args.timeline, args.record_trace) as records:
         model, tokenizer = _load(args, settings)
         return _talk(args, model, tokenizer, sampling, prompt, records)
 
@@ -54,9 +55,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     add_switch(group, "do_sample", "draw tokens at random; default: as the model's generation config says", None)
     add_switch(group, "greedy", "always take the likeliest token")
     add_flag(group, "temperature", type=number(0, 100), help="flatter above 1, sharper below; 0 is greedy")
-    add_flag(
-        group, "top_p", type=number(0, 1), help="draw from the likeliest tokens with this share of probability"
-    )
+    add_flag(group, "top_p", type=number(0, 1), help="draw from the likeliest tokens with this share of probability")
     add_flag(group, "top_k", type=whole(1), metavar="N", help="draw from this many likeliest tokens")
     add_flag(group, "seed", type=whole(0), metavar="N", help="of the random draw")
     add_switch(group, "force_think", "begin every answer with <think>")
@@ -67,9 +66,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_foreign(group: argparse._ArgumentGroup) -> None:
-    add_flag(
-        group, "cpu_infer", type=whole(1), metavar="N", help="threads for CPU experts; the same as --cpu_threads"
-    )
+    add_flag(group, "cpu_infer", type=whole(1), metavar="N", help="threads for CPU experts; the same as --cpu_threads")
     add_switch(group, "use_cuda_graph", "accepted and ignored: the plan changes at every step", None)
     add_flag(group, "mode", metavar="MODE", help="accepted and ignored: long contexts need no mode of their own")
 
@@ -83,9 +80,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
             )
         settings["cpu_threads"] = args.cpu_infer
     if args.demo is not None and (args.model_path or args.gguf_path):
-        raise ConfigError(
-            "--demo names the demo model and --model_path or --gguf_path another one: give one of them"
-        )
+        raise ConfigError("--demo names the demo model and --model_path or --gguf_path another one: give one of them")
     return settings
 
 
@@ -144,9 +139,7 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         **settings,
     )
     if tokenizer is None:
-        raise ConfigError(
-            "the GGUF holds no tokenizer that can be used: give --model_path with the model's tokenizer"
-        )
+        raise ConfigError("the GGUF holds no tokenizer that can be used: give --model_path with the model's tokenizer")
     return model, tokenizer
 
 
@@ -156,7 +149,7 @@ def _talk(
     tokenizer: Any,
     sampling: dict[str, Any],
     prompt: str | None,
-    records: _Records,
+    records: Records,
 ) -> int:
     import torch
 
@@ -181,29 +174,3 @@ def _edit_lines() -> None:
     """Give `input` history and cursor keys where Python has them."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-
-
-class _Records:
-    """Files that a run writes besides the answer; opened before the model is loaded, complete when it ends."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._timeline_path = args.timeline
-        self._trace_path = args.record_trace
-        self._timeline: Any = None
-
-    def __enter__(self) -> _Records:
-        if self._trace_path is not None:
-            raise ConfigError("--record_trace is not available yet")
-        if self._timeline_path is not None:
-            # Tried now: a path that cannot be written should not wait for the model to load.
-            open(self._timeline_path, "w").close()
-        return self
-
-    def attach(self, model: Any) -> None:
-        """Let the model's engine draw on the timeline."""
-        if self._timeline_path is not None:
-            self._timeline = model.hybrimoe.timeline(self._timeline_path)
-
-    def __exit__(self, *_: object) -> None:
-        if self._timeline is not None:
-            self._timeline.close()

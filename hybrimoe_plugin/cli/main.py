@@ -32,14 +32,10 @@ class Command:
 
 COMMANDS = (
     Command("local_chat", "chat with a model whose experts HybriMoE schedules", "hybrimoe_plugin.cli.local_chat"),
-    Command(
-        "explain", "show which module each rule replaces, without loading weights", "hybrimoe_plugin.cli.explain"
-    ),
+    Command("explain", "show which module each rule replaces, without loading weights", "hybrimoe_plugin.cli.explain"),
     Command("calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"),
     Command("demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"),
-    Command(
-        "doctor", "what is installed, which backends work and why not, what fits", "hybrimoe_plugin.cli.doctor"
-    ),
+    Command("doctor", "what is installed, which backends work and why not, what fits", "hybrimoe_plugin.cli.doctor"),
 )
 
 
@@ -102,9 +98,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
     return code
 
 
-_DESCRIPTION = (
-    "MoE models whose experts are scheduled over CPU and accelerator, injected by kTransformers-style rules."
-)
+_DESCRIPTION = "MoE models whose experts are scheduled over CPU and accelerator, injected by kTransformers-style rules."
 
 
 def _complain(text: str) -> int:

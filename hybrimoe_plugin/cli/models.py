@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from hybrimoe_plugin.experts.gguf_store import GGUFStore
     from hybrimoe_plugin.experts.weights import LayerWeights
 
-_EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_gate(?:_exps|\.0)\.weight$")
+EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(?:gate|up|down)(?:_exps|\.\d+)\.weight$")
+"""Names of GGUF tensors with routed experts: stacked, or one each in older files."""
 
 
 def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
@@ -37,7 +38,7 @@ def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
     from hybrimoe_plugin.experts.weights import layer_weights
     from hybrimoe_plugin.operators.experts import expert_counts
 
-    layers = [int(found[1]) for name in store.tensors if (found := _EXPERTS.match(name))]
+    layers = [int(found[1]) for name in store.tensors if (found := EXPERT_TENSOR.match(name))]
     if not layers:
         raise WeightsError(f"{store.paths[0]}: no routed experts in this file; HybriMoE is for MoE models")
     experts, intermediate = expert_counts(config)

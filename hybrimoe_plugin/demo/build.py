@@ -133,7 +133,7 @@ def _write(form: str, path: Path, progress: bool) -> None:
         writer.close()
 
 
-def _ffn_inputs(source: Path, bar: tqdm[None]) -> list[Matrix]:
+def _ffn_inputs(source: Path, bar: Any) -> list[Matrix]:
     """What each layer's FFN sees on the calibration text, [T, H] per layer."""
     model, tokenizer = load_plain_model(None, source, dtype="float32", progress=False)
     seen: list[Matrix] = []
@@ -260,8 +260,9 @@ def _router(inputs: Matrix, experts: int, rng: np.random.Generator) -> Matrix:
                 mean = members.mean(axis=0)
                 centroids[expert] = mean / np.linalg.norm(mean)
     # What the mean adds to a logit would favour the same experts always; the router has no bias to take it off.
-    centroids -= np.outer(centroids @ inputs[1:].mean(axis=0), inputs[1:].mean(axis=0)) / np.square(
-        inputs[1:].mean(axis=0)
-    ).sum()
+    centroids -= (
+        np.outer(centroids @ inputs[1:].mean(axis=0), inputs[1:].mean(axis=0))
+        / np.square(inputs[1:].mean(axis=0)).sum()
+    )
     spread = (inputs[1:] @ centroids.T).std(axis=1).mean()
     return (centroids * (ROUTER_STD / spread)).astype(np.float32)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -183,7 +184,7 @@ def _quiet_torch() -> Iterator[None]:
 
 
 def _choose_threads(
-    weights: LayerWeights, make_cpu: MakeCPU, counts: Sequence[int], bar: tqdm[None]
+    weights: LayerWeights, make_cpu: MakeCPU, counts: Sequence[int], bar: Any
 ) -> tuple[int, CPUBackend]:
     """The thread count with the fastest decode call; decode is what waits for the CPU most."""
     best: tuple[float, int, CPUBackend] | None = None

@@ -147,9 +147,7 @@ class _Layer:
         self._batch = torch.zeros(1, dtype=torch.int32)
         self._bytes = [_contiguous(matrix) for matrix in weights.matrices()]
         spec, types = weights.spec, kernel.kvcache.ggml_type
-        config = kernel.moe.MOEConfig(
-            spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data
-        )
+        config = kernel.moe.MOEConfig(spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data)
         config.layer_idx = index
         config.pool = infer.backend_
         config.m_block = 32
@@ -251,6 +249,4 @@ def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: t
     if not 1 <= ids.shape[1] <= spec.experts or ids.shape[1] > spec.top_k:
         raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < spec.experts):
-        raise BackendError(
-            f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}"
-        )
+        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}")

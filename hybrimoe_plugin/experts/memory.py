@@ -40,9 +40,7 @@ def free_host_bytes() -> int:
         return free
 
 
-def cache_quotas(
-    settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None
-) -> list[int]:
+def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None) -> list[int]:
     """Cached experts per MoE layer.
 
     An explicit `cache_ratio` or `cache_bytes` is met or refused; without one the cache takes what is free.

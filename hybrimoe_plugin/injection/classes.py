@@ -39,14 +39,10 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
     except AttributeError as error:
         names = [key for key, value in vars(module).items() if inspect.isclass(value)]
         near = suggest(name, names) if names else ""
-        raise rule.error(
-            f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part
-        ) from error
+        raise rule.error(f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
-        raise rule.error(
-            f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part
-        ) from error
+        raise rule.error(f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part) from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
         raise rule.error(f"{path} is not a torch.nn.Module class, found {type(found).__name__}", part)
     return found

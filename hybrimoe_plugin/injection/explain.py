@@ -49,9 +49,7 @@ def untouched(model: nn.Module, plan: Sequence[Match]) -> int:
     return sum(
         1
         for name, module in model.named_modules()
-        if name not in taken
-        and not name.startswith(replaced)
-        and any(True for _ in module.parameters(recurse=False))
+        if name not in taken and not name.startswith(replaced) and any(True for _ in module.parameters(recurse=False))
     )
 
 

@@ -112,9 +112,7 @@ def _place(model: nn.Module, match: Match) -> tuple[nn.Module, nn.Module]:
         parent = model.get_submodule(parent_name)
         return parent, parent.get_submodule(attribute)
     except AttributeError as error:
-        raise match.rule.error(
-            f"the model has no module {match.name!r}; was the plan made for another one?"
-        ) from error
+        raise match.rule.error(f"the model has no module {match.name!r}; was the plan made for another one?") from error
 
 
 def _build(match: Match, original: nn.Module, gguf_loader: Any, config: Any) -> nn.Module:

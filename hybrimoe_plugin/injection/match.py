@@ -80,9 +80,7 @@ def with_settings(plan: Sequence[Match], settings: Mapping[str, Any]) -> list[Ma
     Raises:
         RulesError: an operator refuses a value.
     """
-    dropped = {
-        b if given == a else a for a, b in _EXCLUSIVE for given in (a, b) if settings.get(given) is not None
-    }
+    dropped = {b if given == a else a for a, b in _EXCLUSIVE for given in (a, b) if settings.get(given) is not None}
     merged = []
     for match in plan:
         if match.operator_class is not None and settings and takes_settings(match.operator_class):

@@ -132,16 +132,12 @@ def _rule(document: Document, index: int, node: yaml.Node) -> Rule:
     kwargs, kwarg_lines = _kwargs(document, what, replace.get("kwargs"))
     lines = {key: entry.line for key, entry in match.items()}
     lines["replace"] = replace["class"].line if "class" in replace else top["replace"].line
-    operator = (
-        _class_path(document, replace["class"], f"replace.class of {what}") if "class" in replace else DEFAULT
-    )
+    operator = _class_path(document, replace["class"], f"replace.class of {what}") if "class" in replace else DEFAULT
     if operator == DEFAULT:
         for key in kwargs:
             if key not in DEVICE_KEYS:
                 known = " and ".join(DEVICE_KEYS)
-                document.fail(
-                    kwarg_lines[f"kwargs.{key}"], f"class: default takes {known} only, found {shorten(key)}"
-                )
+                document.fail(kwarg_lines[f"kwargs.{key}"], f"class: default takes {known} only, found {shorten(key)}")
     return Rule(
         source=document.source,
         index=index,

@@ -37,9 +37,7 @@ class _Loader(yaml.SafeLoader):
         self._depth += 1
         self._nodes += 1
         if self._depth > MAX_DEPTH or self._nodes > MAX_VALUES:
-            what = (
-                f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
-            )
+            what = f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
             raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import CallRecord, Engine, Router, SimulatedClock, WallClock
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.calibrate import ensure_profile
+from hybrimoe_plugin.experts.calibrate import ensure_profile, hardware
 from hybrimoe_plugin.experts.cpu_kt import KTExperts, import_kernel, refusal
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas
@@ -29,6 +30,9 @@ from hybrimoe_plugin.policy.profile import MachineProfile, load_profile
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.timeline import Timeline
+
+
+log = logging.getLogger(__name__)
 
 
 class HybriMoE:
@@ -118,10 +122,20 @@ def bind(
         engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes)
         engines.append(engine)
         profiles.append(profile)
+    _share_cores(engines)
     handle = HybriMoE(engines, profiles)
     # Threads and pinned memory must go with the model, also when nobody calls close.
     weakref.finalize(model, _close_all, engines)
     return handle
+
+
+def _share_cores(engines: Sequence[Engine]) -> None:
+    """Leave torch the cores that kt-kernel's workers do not take: both spin, and fight to a standstill otherwise."""
+    workers = sum(engine.cpu.threads for engine in engines if isinstance(engine.cpu, KTExperts))
+    threads = max(1, int(hardware()["cores"]) - workers)
+    if workers and threads < torch.get_num_threads():
+        log.info("torch now uses %d threads beside %d CPU expert workers", threads, workers)
+        torch.set_num_threads(threads)
 
 
 def _close_all(engines: Sequence[Engine]) -> None:

@@ -114,15 +114,11 @@ class HybriMoEExperts(nn.Module):
             BackendError: the model was not bound to an engine.
         """
         if self._engine is None:
-            raise BackendError(
-                f"{self.key}: not bound to an engine; call hybrimoe_plugin.operators.bind.bind(model)"
-            )
+            raise BackendError(f"{self.key}: not bound to an engine; call hybrimoe_plugin.operators.bind.bind(model)")
         return self._engine.run(self._position, hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
-        return (
-            f"key={self.key!r}, prefill_device={self.prefill_device!r}, generate_device={self.generate_device!r}"
-        )
+        return f"key={self.key!r}, prefill_device={self.prefill_device!r}, generate_device={self.generate_device!r}"
 
 
 def expert_counts(config: Any) -> tuple[int, int]:

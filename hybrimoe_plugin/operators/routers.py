@@ -23,7 +23,7 @@ class GateRouter:
             self._logits = output[0]
 
     def scores(self) -> torch.Tensor | None:
-        """[T, E] float32: the scores by which the router chose, sigmoid plus correction for DeepSeek-V3, else softmax."""
+        """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else softmax."""
         if self._logits is None:
             return None
         logits = self._logits.detach().float().reshape(-1, self._logits.shape[-1])

@@ -48,6 +48,10 @@ class RankedCache:
     def __init__(self, layers: int, experts: int) -> None:
         self.ranks = np.zeros((layers, experts), dtype=np.float64)
 
+    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+        """Learn from one layer call; each policy has its own rule. Mutates `ranks`."""
+        raise AssertionError("a policy without a rule")
+
     def victim(self, layer: int, candidates: Sequence[int]) -> int:
         ranks = self.ranks[layer]
         return min(candidates, key=lambda expert: (ranks[expert], expert))
@@ -73,9 +77,7 @@ class MRSCache(RankedCache):
         self.alpha = alpha
         self.p = min(p, experts)
         # A token's share of S fades as (1 - alpha)^age: beyond this age it is below float noise.
-        self._horizon = (
-            1 if alpha >= 1 else 1_000_000 if alpha <= 0 else int(np.ceil(np.log(1e-9) / np.log1p(-alpha)))
-        )
+        self._horizon = 1 if alpha >= 1 else 1_000_000 if alpha <= 0 else int(np.ceil(np.log(1e-9) / np.log1p(-alpha)))
 
     def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
         ranks = self.ranks[layer]

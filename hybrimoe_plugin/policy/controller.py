@@ -93,9 +93,7 @@ class Controller:
         """
         started = perf_counter_ns()
         self._land(now_us)
-        routed = tuple(
-            Routed(expert, load, self._ready_us(layer, expert, now_us)) for expert, load in loads.items()
-        )
+        routed = tuple(Routed(expert, load, self._ready_us(layer, expert, now_us)) for expert, load in loads.items())
         scheduler = self.decode if tokens == 1 else self.prefill
         plan = scheduler.plan(routed, max(0.0, self.link_free_us - now_us))
         self.pool.lease(layer, plan.accelerator)
@@ -114,9 +112,7 @@ class Controller:
         """Tell the cache what was scored: ids and weights [T, K], scores [T, E] or None."""
         self.cache.observe(layer, topk_ids, topk_weights, scores)
 
-    def look_ahead(
-        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float
-    ) -> list[Move]:
+    def look_ahead(self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float) -> list[Move]:
         """Spend the link's idle time until the next MoE layer: prefetches first, then fills.
 
         Args:

@@ -286,9 +286,7 @@ class HybriMoEScheduler:
         taken = best_crossing + best_kept
         left = total - taken
         return LayerPlan(
-            tuple(
-                [item.expert for item in missing[best_crossing:]] + [item.expert for item in present[best_kept:]]
-            ),
+            tuple([item.expert for item in missing[best_crossing:]] + [item.expert for item in present[best_kept:]]),
             tuple([item.expert for item in present[:best_kept]] + onload),
             tuple(onload),
             best if total else 0.0,
@@ -304,9 +302,7 @@ class HybriMoEScheduler:
         cpu = sorted([*missing[crossing:], *present[kept:]], key=_load)
         return _plan(cpu, sorted(present[:kept], key=_ready), missing[:crossing], self._costs, link_free_us)
 
-    def _thresholds(
-        self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float
-    ) -> tuple[int, int]:
+    def _thresholds(self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float) -> tuple[int, int]:
         """(how many of `missing` cross the link, how many of `present` the accelerator keeps), heaviest first.
 
         The more experts cross, the fewer present ones the best plan leaves to the accelerator, so one sweep over both

@@ -1,7 +1,7 @@
 """Which expert lies in which slot: bookkeeping only, the bytes belong to a backend.
 
 A slot is free, in flight (its weights are crossing the link) or resident. A leased slot is in use by a layer call.
-A slot that is leased or in flight cannot be evicted, by construction: `evictable` never lists it and `evict` refuses it.
+A slot that is leased or in flight cannot be evicted: `evictable` never lists it and `evict` refuses it.
 Staging slots lie beyond the cache and hold an expert only for the call that demand-loads it.
 """
 
@@ -23,9 +23,7 @@ class SlotPool:
 
     def __init__(self, quotas: Sequence[int], staging: int = 2) -> None:
         if staging < 2 or any(quota < 0 for quota in quotas):
-            raise ValueError(
-                f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and {list(quotas)}"
-            )
+            raise ValueError(f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and {list(quotas)}")
         self.quotas = list(quotas)
         self.staging = staging
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
@@ -93,7 +91,5 @@ class SlotPool:
         """Raise AssertionError unless each slot is free or holds exactly one expert, within every quota."""
         held = [slot for layer in self.cached for slot in layer.values()]
         assert sorted(held + self._free) == list(range(sum(self.quotas))), "a slot is lost or held twice"
-        assert all(len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True)), (
-            "over quota"
-        )
+        assert all(len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True)), "over quota"
         assert self._in_flight <= set(held) and self._leased <= set(held), "a free slot is in flight or leased"

@@ -44,4 +44,3 @@ def replay(trace: Trace, controller: Controller) -> Outcome:
             outcome.decode_counters = outcome.decode_counters.plus(controller.counters.since(before))
     outcome.counters = controller.counters.snapshot()
     return outcome
-

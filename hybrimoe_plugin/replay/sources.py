@@ -167,7 +167,8 @@ def _facts(lines: Sequence[str], path: str | os.PathLike[str]) -> dict[str, str]
 def _rows(lines: Sequence[str]) -> list[list[str]]:
     body = (line for line in lines if line and not line.startswith("#"))
     return [
-        [row["phase"], row["step"], row["layer"], row["slot"], row["expert"], row["weight"]] for row in csv.DictReader(body)
+        [row["phase"], row["step"], row["layer"], row["slot"], row["expert"], row["weight"]]
+        for row in csv.DictReader(body)
     ]
 
 

@@ -16,7 +16,6 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -230,7 +229,9 @@ def _chunk_calls(
         span = slice(start, start + count)
         start += count
         looked = tuple(
-            predicted[span, distance] for distance in range(predicted.shape[1]) if (predicted[span, distance] >= 0).all()
+            predicted[span, distance]
+            for distance in range(predicted.shape[1])
+            if (predicted[span, distance] >= 0).all()
         )
         scores = None
         if columns["scores"].shape[1]:

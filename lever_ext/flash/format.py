@@ -91,7 +91,11 @@ class Index:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        body = {"config": dict(self.config), "blocks": [asdict(b) for b in self.blocks], "fingerprint": self.fingerprint}
+        body = {
+            "config": dict(self.config),
+            "blocks": [asdict(b) for b in self.blocks],
+            "fingerprint": self.fingerprint,
+        }
         return json.dumps(body, sort_keys=True).encode()
 
 

@@ -90,7 +90,9 @@ class FlashReader:
         direct: bool = True,
     ) -> None:
         if threads < 1 or chunk_bytes < ALIGNMENT or chunk_bytes % ALIGNMENT:
-            raise ConfigError(f"flash reads: at least 1 thread and chunks in multiples of {ALIGNMENT}, found {chunk_bytes}")
+            raise ConfigError(
+                f"flash reads: at least 1 thread and chunks in multiples of {ALIGNMENT}, found {chunk_bytes}"
+            )
         self.path = Path(path)
         self.chunk_bytes = chunk_bytes
         self.throttle = throttle

@@ -14,7 +14,11 @@ from hybrimoe_plugin.errors import WeightsError
 
 _EXPERTS = re.compile(r"^(?P<prefix>.*\.mlp)\.experts\.(?P<part>gate_up_proj|down_proj)$")
 _APART = (
-    ("{prefix}.experts.{e}.gate_proj.weight", "{prefix}.experts.{e}.up_proj.weight", "{prefix}.experts.{e}.down_proj.weight"),
+    (
+        "{prefix}.experts.{e}.gate_proj.weight",
+        "{prefix}.experts.{e}.up_proj.weight",
+        "{prefix}.experts.{e}.down_proj.weight",
+    ),
     ("{moe}.experts.{e}.w1.weight", "{moe}.experts.{e}.w3.weight", "{moe}.experts.{e}.w2.weight"),
 )
 
@@ -113,5 +117,7 @@ class SafetensorsSource:
         for pattern in _APART:
             gate, up, down = (part.format(prefix=prefix, moe=moe, e=expert) for part in pattern)
             if gate in self.files:
-                return self._read(down) if match["part"] == "down_proj" else torch.cat([self._read(gate), self._read(up)])
+                return (
+                    self._read(down) if match["part"] == "down_proj" else torch.cat([self._read(gate), self._read(up)])
+                )
         raise WeightsError(f"{self.directory}: neither {name!r} nor its experts one by one are there")

@@ -175,7 +175,9 @@ def _block_bytes(source: TensorSource, block: Block) -> bytearray:
     for tensor in block.tensors:
         value = source.get(tensor.name) if block.expert < 0 else source.expert(tensor.name, block.expert)
         if tuple(value.shape) != tensor.shape:
-            raise WeightsError(f"tensor {tensor.name!r} has shape {tuple(value.shape)}, the config asks for {tensor.shape}")
+            raise WeightsError(
+                f"tensor {tensor.name!r} has shape {tuple(value.shape)}, the config asks for {tensor.shape}"
+            )
         part = whole[tensor.offset : tensor.offset + tensor.nbytes]
         part.view(getattr(torch, tensor.dtype)).view(tensor.shape).copy_(value)
     return data

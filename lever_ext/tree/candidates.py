@@ -106,7 +106,9 @@ class CandidateTree:
         nodes = [self.nodes[key] for key in order]
         return TokenTree(
             tuple(node.token for node in nodes),
-            tuple(ROOT_PARENT if key == self.root else place[node.parent] for key, node in zip(order, nodes, strict=True)),
+            tuple(
+                ROOT_PARENT if key == self.root else place[node.parent] for key, node in zip(order, nodes, strict=True)
+            ),
             tuple(node.reach for node in nodes),
             tuple(order),
         )

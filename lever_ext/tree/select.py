@@ -134,7 +134,9 @@ def improve(known: Known, start: Selection, cost: CycleCost, spent_us: float, ma
         better = best
         for removed in [(), *removals[:MOVES]]:
             for added in additions[: 2 * MOVES]:
-                if len(chosen) + len(added) - len(removed) > max_rows or any(known.parents[row] in removed for row in added):
+                if len(chosen) + len(added) - len(removed) > max_rows or any(
+                    known.parents[row] in removed for row in added
+                ):
                     continue
                 rows = tuple(sorted((chosen - set(removed)) | set(added)))
                 value = tree_value(known, rows, cost, spent_us)

@@ -29,9 +29,7 @@ class Tokenizer:
         return "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>"
 
     def __call__(self, text: str, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(
-            input_ids=torch.tensor([[ord(char) for char in text]], dtype=torch.int64).reshape(1, -1)
-        )
+        return SimpleNamespace(input_ids=torch.tensor([[ord(char) for char in text]], dtype=torch.int64).reshape(1, -1))
 
     def decode(self, ids: Any, **_: Any) -> str:
         return "".join(chr(int(i)) for i in ([ids] if isinstance(ids, int) else ids) if i != END)

@@ -51,6 +51,12 @@ def test_backend_that_ends_its_process_is_an_answer(monkeypatch: pytest.MonkeyPa
     assert "ended with -4" in check.detail
 
 
+def test_model_that_cannot_be_read_is_an_answer(tmp_path: Path) -> None:
+    checks = doctor.examine(str(tmp_path / "none.gguf"))["model"]
+    assert [check.ok for check in checks] == [False, False]
+    assert all("none.gguf" in check.detail for check in checks)
+
+
 def test_damaged_profiles_are_counted(cache: Path) -> None:
     (cache / "profiles").mkdir()
     (cache / "profiles" / "a.json").write_text("{")

@@ -70,9 +70,7 @@ def test_range_is_checked() -> None:
         settings("--cache_ratio", "1.5")
 
 
-@pytest.mark.parametrize(
-    "argv", [["--cache_ratio", "x"], ["--cache_bytes", "x"], ["--cache", "x"], ["--mrs_p", "1.5"]]
-)
+@pytest.mark.parametrize("argv", [["--cache_ratio", "x"], ["--cache_bytes", "x"], ["--cache", "x"], ["--mrs_p", "1.5"]])
 def test_misspelt_values_are_refused(argv: list[str]) -> None:
     with pytest.raises(SystemExit):
         settings(*argv)

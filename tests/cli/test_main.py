@@ -36,9 +36,7 @@ def _raise(error: BaseException) -> Callable[[argparse.Namespace], int]:
     return body
 
 
-def test_own_errors_are_one_line_and_exit_2(
-    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_own_errors_are_one_line_and_exit_2(run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_with(_raise(WeightsError("a.gguf:\n not GGUF"))) == 2
     assert capsys.readouterr().err == "hybrimoe: error: a.gguf: not GGUF\n"
 
@@ -71,9 +69,7 @@ def test_flags_are_spelt_with_either_dash(run_with: Callable[..., int], flag: st
     assert seen == ["a-b-c"]
 
 
-@pytest.mark.parametrize(
-    "argv", [["nonsense"], ["explain", "--nonsense"], ["local_chat", "--max_new_tokens", "0"]]
-)
+@pytest.mark.parametrize("argv", [["nonsense"], ["explain", "--nonsense"], ["local_chat", "--max_new_tokens", "0"]])
 def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert "error" in capsys.readouterr().err

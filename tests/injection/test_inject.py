@@ -65,8 +65,7 @@ def state(model: nn.Module) -> list[Any]:
     found: list[Any] = []
     for name, module in model.named_modules(remove_duplicate=False):
         values = {
-            key: value if not isinstance(value, dict) else list(value.items())
-            for key, value in vars(module).items()
+            key: value if not isinstance(value, dict) else list(value.items()) for key, value in vars(module).items()
         }
         found.append(
             (

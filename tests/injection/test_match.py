@@ -220,9 +220,7 @@ def test_untouched_modules_are_counted(model: Model) -> None:
 
 
 _pattern = st.sampled_from(["attn", "mlp", "layers", "^layers\\.", "0", "embed", "x", "[", "", "$", "\\d"])
-_target = st.sampled_from(
-    ["default", "Operator", "Needy", "Tuned", "torch.nn.Linear", "ktransformers.made_up.value"]
-)
+_target = st.sampled_from(["default", "Operator", "Needy", "Tuned", "torch.nn.Linear", "ktransformers.made_up.value"])
 _rule = st.builds(
     rule,
     _pattern | st.text("lay.(|)*+?01$^", max_size=8),

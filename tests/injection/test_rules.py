@@ -157,9 +157,7 @@ def test_fault_names_file_line_and_what_was_found(text: str, line: int, found: s
 
 
 def _bomb() -> str:
-    levels = [
-        f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9) if level else 'x'}]" for level in range(12)
-    ]
+    levels = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9) if level else 'x'}]" for level in range(12)]
     return "- match: {name: a}\n  replace: {class: torch.nn.X, kwargs: {" + ", ".join(levels) + "}}"
 
 

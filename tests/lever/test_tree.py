@@ -65,7 +65,8 @@ def test_tree_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "parents"), [((), ()), ((1, 2), (-1, 1)), ((1, 2), (0, 0)), ((1, 2, 2), (-1, 0, 0)), ((1, 2), (-1, -1))]
+    ("tokens", "parents"),
+    [((), ()), ((1, 2), (-1, 1)), ((1, 2), (0, 0)), ((1, 2, 2), (-1, 0, 0)), ((1, 2), (-1, -1))],
 )
 def test_tree_refuses_nonsense(tokens: tuple[int, ...], parents: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):

@@ -1,0 +1,90 @@
+"""Files that a run writes besides the answer: the timeline and the routing trace."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hybrimoe_plugin.engine import CallRecord
+    from hybrimoe_plugin.operators.bind import HybriMoE
+    from hybrimoe_plugin.replay.trace import TraceWriter
+
+
+class Records:
+    """Opened before the model is loaded, attached to it, complete when the block ends, however it ends.
+
+    Args:
+        timeline: path of the trace for Perfetto, None for none.
+        trace: path of the routing trace for the replay simulator, None for none.
+
+    Raises:
+        OSError: a file cannot be written; on entering, not after the model was loaded.
+    """
+
+    def __init__(self, timeline: str | None, trace: str | None) -> None:
+        self._timeline = timeline
+        self._trace = trace
+        self._open = ExitStack()
+
+    def __enter__(self) -> Records:
+        for path in (self._timeline, self._trace):
+            if path is not None:
+                with open(path, "w"):
+                    pass
+        return self
+
+    def attach(self, model: Any) -> None:
+        """Let the model's engine write.
+
+        Raises:
+            ConfigError: the model has no engine, or several where one trace cannot hold their layers.
+        """
+        if self._timeline is None and self._trace is None:
+            return
+        handle: HybriMoE | None = getattr(model, "hybrimoe", None)
+        if handle is None:
+            raise ConfigError("nothing to record: the rules injected no engine into this model")
+        if self._timeline is not None:
+            self._open.callback(handle.timeline(self._timeline).close)
+        if self._trace is not None:
+            writer = _trace_writer(self._trace, handle, str(model.config.model_type))
+            self._open.callback(writer.close)
+            handle.record(_recorder(writer))
+            # Undone in reverse: recording stops before the file is closed.
+            self._open.callback(handle.record, None)
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()
+
+
+def _trace_writer(path: str, handle: HybriMoE, model: str) -> TraceWriter:
+    from hybrimoe_plugin.replay.trace import TraceHeader, TraceWriter
+
+    if len(handle.engines) != 1:
+        raise ConfigError(f"--record_trace needs one engine, these rules make {len(handle.engines)}")
+    engine = handle.engines[0]
+    spec = engine.layers[0].spec
+    header = TraceHeader(
+        model=model,
+        layers=len(engine.layers),
+        experts=spec.experts,
+        top_k=spec.top_k,
+        expert_bytes=spec.expert_bytes,
+        source="recorded by hybrimoe local_chat",
+        predictions="recorded" if engine.look_ahead else "none",
+    )
+    # MRS looks at the 2k highest scores of a token; more would only make the file larger.
+    return TraceWriter(path, header, score_top=2 * spec.top_k)
+
+
+def _recorder(writer: TraceWriter) -> Any:
+    from hybrimoe_plugin.replay.trace import Call
+
+    def record(call: CallRecord) -> None:
+        writer.write(Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted))
+
+    return record

@@ -1,0 +1,126 @@
+"""A low-bit copy of a model, made here: round to nearest in groups along the input, 2 to 4 bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrimoe_plugin.errors import ConfigError
+
+ZERO = 8
+"""The stored code that torch's 4-bit kernel takes for the group's zero point."""
+
+
+class LowBitLinear(nn.Module):
+    """A linear map with weights of 2 to 4 bits, stored in 4, one scale and zero point for each group.
+
+    Computes with torch's int4 CPU kernel in bfloat16, or dequantises (the plain twin) in any other dtype.
+
+    Args:
+        weight: [out, in].
+        bits: 2, 3 or 4.
+        group: input features that share a scale; divides `in`.
+        dtype: of inputs and outputs.
+
+    Raises:
+        ConfigError: bits or group outside what is supported.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, bits: int, group: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        codes, scales, lows = quantize(weight.float(), bits, group)
+        self.group = group
+        self.shape = tuple(weight.shape)
+        self.dtype = dtype
+        self.kernel = dtype == torch.bfloat16 and group in (32, 64, 128, 256) and weight.shape[0] % 16 == 0
+        if self.kernel:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            zeros = lows + ZERO * scales
+            pairs = torch.stack([scales.T, zeros.T], dim=-1).to(dtype).contiguous()
+        else:
+            packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+            pairs = torch.stack([scales, lows], dim=-1).to(dtype)
+        self.register_buffer("packed", packed)
+        self.register_buffer("pairs", pairs)
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """[..., out] from [..., in]."""
+        if not self.kernel:
+            return F.linear(value, self.dequantized(), self.bias)
+        flat = value.reshape(-1, self.shape[1])
+        result: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.pairs)
+        result = result.view(*value.shape[:-1], self.shape[0])
+        return result if self.bias is None else result + self.bias
+
+    def dequantized(self) -> torch.Tensor:
+        """The weights as the plain twin uses them, [out, in]."""
+        packed, pairs = self.packed, self.pairs
+        assert isinstance(packed, torch.Tensor) and isinstance(pairs, torch.Tensor) and not self.kernel
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(self.shape)
+        grouped = codes.view(self.shape[0], -1, self.group).to(self.dtype)
+        return (grouped * pairs[..., :1] + pairs[..., 1:]).view(self.shape)
+
+
+def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round to nearest between each group's extremes.
+
+    Returns:
+        codes uint8 [out, in], scales float32 [out, in / group], lowest values float32 [out, in / group].
+
+    Raises:
+        ConfigError: bits or group outside what is supported.
+    """
+    if bits not in (2, 3, 4):
+        raise ConfigError(f"draft bits: expected 2, 3 or 4, found {bits}")
+    if group < 2 or weight.shape[1] % group:
+        raise ConfigError(f"draft group: expected a divisor of {weight.shape[1]}, found {group}")
+    grouped = weight.view(weight.shape[0], -1, group)
+    lows, highs = grouped.amin(-1), grouped.amax(-1)
+    scales = ((highs - lows) / (2**bits - 1)).clamp_min(1e-10)
+    codes = ((grouped - lows[..., None]) / scales[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8).view(weight.shape), scales, lows
+
+
+def low_bit_copy(
+    model: Any, bits: Callable[[int], int] | int = 3, group: int = 32, dtype: torch.dtype | None = None
+) -> Any:
+    """A copy of a causal LM whose decoder linears have few bits; embedding, norms and head stay as they are.
+
+    Args:
+        model: the model to copy; unchanged.
+        bits: bits of all layers, or layer -> bits.
+        group: input features that share a scale.
+        dtype: of the copy; the model's by default.
+
+    Raises:
+        ConfigError: bits or group outside what is supported.
+    """
+    dtype = dtype or model.dtype
+    layers = model.base_model.layers
+    model.base_model.layers = nn.ModuleList()
+    try:
+        small = copy.deepcopy(model).to(dtype)
+    finally:
+        model.base_model.layers = layers
+    small.base_model.layers = nn.ModuleList(
+        _low_bit_layer(layer, bits if isinstance(bits, int) else bits(index), group, dtype)
+        for index, layer in enumerate(layers)
+    )
+    return small.eval()
+
+
+def _low_bit_layer(layer: nn.Module, bits: int, group: int, dtype: torch.dtype) -> nn.Module:
+    layer = copy.deepcopy(layer).to(dtype)
+    for module in list(layer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, LowBitLinear(child.weight, child.bias, bits, group, dtype))
+    return layer

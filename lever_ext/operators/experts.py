@@ -1,0 +1,102 @@
+"""The operator that rules name in place of a target's routed experts: they live on flash, some in DRAM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrimoe_plugin.errors import BackendError, FlashError
+from lever_ext.flash.experts import FlashExpertCache
+from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.operators.decoder import check_flash_kwargs
+
+
+class FlashExperts(nn.Module):
+    """Routed experts of one layer (operator contract). Only experts that a token chose are read.
+
+    Args:
+        key: qualified module name, e.g. `model.layers.3.mlp.experts`.
+        gguf_loader: the open flash pack.
+        config: the model's configuration.
+        orig_module: the module that this one replaces; its activation is used.
+        prefill_device, generate_device: cpu or auto.
+
+    Raises:
+        ConfigError: a device other than the CPU.
+        FlashError: `gguf_loader` is no flash pack.
+        BackendError: the original's experts are not gate, up and down with one activation.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: FlashPack,
+        config: Any,
+        orig_module: nn.Module,
+        prefill_device: str = "cpu",
+        generate_device: str = "cpu",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_flash_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **kwargs})
+        if not isinstance(gguf_loader, FlashPack):
+            raise FlashError(
+                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use lever_ext.target.load_target"
+            )
+        names = {name for name, _ in orig_module.named_parameters()}
+        if names != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "act_fn"):
+            raise BackendError(f"{key}: experts with parameters {sorted(names)} are not supported on flash")
+        self.key = key
+        self.pack = gguf_loader
+        self.config = config
+        self.activation = orig_module.act_fn
+        self.shapes = {f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()}
+        self.layer_index = next(int(part) for part in key.split(".") if part.isdigit())
+        self._cache: FlashExpertCache | None = None
+        self._position = -1
+
+    @staticmethod
+    def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+        """Raises: ConfigError: a device other than the CPU, or an unknown argument."""
+        check_flash_kwargs(kwargs)
+
+    def load(self) -> None:
+        """Check that the pack's experts are these; nothing is read.
+
+        Raises:
+            FlashError: an expert is missing or has another shape.
+        """
+        blocks = [block for block in self.pack.blocks("expert") if block.layer == self.layer_index]
+        if not blocks or any({t.name: t.shape for t in block.tensors} != self.shapes for block in blocks):
+            raise FlashError(f"{self.pack.path}: {self.key} does not fit the model; the pack was made from another one")
+
+    def bind(self, cache: FlashExpertCache) -> None:
+        """Connect to the target's expert cache."""
+        self._cache = cache
+        self._position = cache.layers.index(self.layer_index)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
+
+        Raises:
+            BackendError: not bound to a cache.
+            FlashError: an expert cannot be read.
+        """
+        if self._cache is None:
+            raise BackendError(f"{self.key}: not bound to an expert cache; use lever_ext.target.load_target")
+        result = torch.zeros_like(hidden_states)
+
+        def compute(expert: int, tensors: Tensors) -> None:
+            rows, places = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[rows], tensors[f"{self.key}.gate_up_proj"]).chunk(2, dim=-1)
+            value = F.linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
+            result.index_add_(0, rows, (value * top_k_weights[rows, places, None]).to(result.dtype))
+
+        self._cache.run(self._position, top_k_index, top_k_weights, compute)
+        return result

@@ -1,0 +1,198 @@
+"""A target model whose weights live on flash: a normal `transformers` model with injected operators."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.config import Settings, parse_bytes
+from hybrimoe_plugin.errors import FlashError, SpeculationError
+from hybrimoe_plugin.injection.inject import Injection, inject
+from hybrimoe_plugin.injection.match import plan_injection
+from hybrimoe_plugin.injection.rules import load_rules
+from hybrimoe_plugin.policy.cache import make_cache
+from lever_ext.early_exit.gate import ExitGate
+from lever_ext.flash.budget import Residency, plan_residency
+from lever_ext.flash.experts import FlashExpertCache
+from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.flash.reader import Throttle
+from lever_ext.flash.stream import LayerStream
+from lever_ext.operators.decoder import FlashDecoderLayer
+from lever_ext.operators.experts import FlashExperts
+
+logger = logging.getLogger(__name__)
+
+RULES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "mixtral": "mixtral",
+    "qwen2_moe": "qwen_moe",
+    "qwen3_moe": "qwen_moe",
+}
+"""Model type -> packaged rules in `optimize_rules/lever`."""
+
+
+@dataclass
+class FlashTarget:
+    """A loaded target and what serves it."""
+
+    model: Any
+    """The `transformers` model, ready for `generate`."""
+    pack: FlashPack
+    residency: Residency
+    stream: LayerStream
+    experts: FlashExpertCache | None
+    """None for a dense target."""
+    injection: Injection
+    gate: ExitGate | None = None
+
+    def set_gate(self, gate: ExitGate | None) -> None:
+        """Switch early-exit pruning on, or off with None. Mutates."""
+        self.gate = gate
+        for done in self.injection.replaced:
+            if isinstance(done.operator, FlashDecoderLayer):
+                done.operator.bind(self.stream, gate)
+
+    def close(self) -> None:
+        """Stop reading; the model cannot compute any more."""
+        self.stream.reset(0)
+        self.pack.close()
+
+
+def load_target(
+    pack: str | Path,
+    *,
+    dram_budget: int | str | None = None,
+    rules: str | Path | None = None,
+    cache: str = "mrs",
+    threads: int = 4,
+    throttle: Throttle | None = None,
+    direct: bool = True,
+    trust_rules: bool = False,
+) -> FlashTarget:
+    """Build the model on the meta device, inject the flash operators, read what stays resident.
+
+    Args:
+        pack: a flash pack or the directory that holds one.
+        dram_budget: bytes or text such as 1GiB for all weights and buffers in DRAM; None for no limit.
+        rules: a rules file; the packaged one of the model's family by default.
+        cache: policy that keeps experts in DRAM.
+        threads: direct reads in flight.
+        throttle: slow reads down to a stated bandwidth.
+
+    Raises:
+        FlashError: the pack is damaged, foreign or unreadable.
+        BudgetError: the budget is below what one pass needs.
+        RulesError: the rules do not fit the model.
+    """
+    budget = None if dram_budget is None else parse_bytes(dram_budget, "dram_budget")
+    opened = FlashPack.open(pack, threads=threads, throttle=throttle, direct=direct)
+    try:
+        residency = plan_residency(opened, budget)
+        model = meta_model(dict(opened.config), _dtype(opened))
+        plan = plan_injection(model, load_rules(rules or packaged_rules(model.config)), trust_rules=trust_rules)
+        injection = inject(model, plan, opened, model.config)
+        target = _serve(model, opened, residency, injection, cache)
+    except BaseException:
+        opened.close()
+        raise
+    target.stream.start()
+    return target
+
+
+def _serve(model: Any, pack: FlashPack, residency: Residency, injection: Injection, cache: str) -> FlashTarget:
+    """Read the resident parts and connect the operators."""
+    for done in injection.replaced:
+        done.operator.load()  # type: ignore[operator]
+    for block in pack.blocks("resident"):
+        _assign(model, pack.load(block))
+    model.tie_weights()
+    _rebuild_buffers(model)
+    stream = LayerStream(pack, residency.layers, residency.ring)
+    experts = _expert_cache(pack, residency, model.config, cache)
+    for done in injection.replaced:
+        if isinstance(done.operator, FlashExperts):
+            if experts is None:
+                raise FlashError(f"{pack.path}: the pack holds no routed experts; it was made from another model")
+            done.operator.bind(experts)
+    left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
+    if left:
+        raise FlashError(f"{pack.path}: nothing in the pack or the rules provides {left[0]}; check the rules")
+    target = FlashTarget(model.eval(), pack, residency, stream, experts, injection)
+    target.set_gate(None)
+    return target
+
+
+def _expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str) -> FlashExpertCache | None:
+    blocks = pack.blocks("expert")
+    if not blocks:
+        return None
+    count = len({block.expert for block in blocks})
+    layers = len({block.layer for block in blocks})
+    policy = make_cache(cache, layers, count, config.num_experts_per_tok, Settings(cache=cache))
+    return FlashExpertCache(pack, residency.expert_slots, max(2, residency.staging), policy)
+
+
+def meta_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A causal LM on the meta device from the contents of a `config.json`.
+
+    Raises:
+        SpeculationError: `transformers` knows no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+        parsed = AutoConfig.for_model(config["model_type"], **settings)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SpeculationError(f"cannot build a causal LM from the pack's config: {error}") from None
+
+
+def packaged_rules(config: Any) -> Path:
+    """The rules file of a model family.
+
+    Raises:
+        SpeculationError: no rules for it.
+    """
+    if config.model_type not in RULES:
+        known = ", ".join(sorted(RULES))
+        raise SpeculationError(
+            f"no flash rules for model type {config.model_type!r}, only for {known}; give a rules file"
+        )
+    return Path(str(resources.files("optimize_rules"))) / "lever" / f"{RULES[config.model_type]}.yaml"
+
+
+def _dtype(pack: FlashPack) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, pack.index.blocks[0].tensors[0].dtype)
+    return dtype
+
+
+def _assign(model: nn.Module, tensors: Tensors) -> None:
+    """Set parameters by name, whatever device they were on."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise FlashError(f"the model has no {name!r}; the pack was made from another one") from None
+        if module._parameters.get(leaf) is None or module._parameters[leaf].shape != tensor.shape:  # type: ignore[union-attr]
+            raise FlashError(f"{name!r} does not fit the model; the pack was made from another one")
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _rebuild_buffers(model: Any) -> None:
+    """Make the modules anew whose buffers no file holds, such as rotary frequencies."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
+            path, _, leaf = name.rpartition(".")
+            with torch.device("cpu"):
+                model.get_submodule(path).register_module(leaf, type(module)(config=model.config))

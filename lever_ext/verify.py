@@ -1,0 +1,123 @@
+"""One target pass over a token tree, and the KV cache cut back to the accepted path."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.errors import SpeculationError
+from lever_ext.early_exit.gate import ExitGate, Verdict
+from lever_ext.tree.token_tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A finished pass."""
+
+    hidden: torch.Tensor
+    """Final hidden states [1, N', H] of the rows that were not pruned."""
+    row_of: dict[int, int]
+    """Row of the tree -> row of `hidden`; pruned rows are missing."""
+    past: int
+    """Tokens in the KV cache before the tree."""
+
+
+class Verifier:
+    """Runs trees through a causal LM of `transformers`.
+
+    Args:
+        model: any causal LM with full attention and a `DynamicCache`.
+        gate: early-exit pruning, or None.
+    """
+
+    def __init__(self, model: Any, gate: ExitGate | None = None) -> None:
+        self.model = model
+        self.base = model.base_model
+        self.head = model.get_output_embeddings()
+        self.gate = gate
+        self._cache_name = cache_name(self.base)
+
+    def prefill(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Run prompt ids [1, S] that the cache does not hold yet; the last row's hidden state [1, H]."""
+        return self._run(ids, cache).last_hidden_state[:, -1]
+
+    def verify(self, tree: TokenTree, cache: Any, candidates: Sequence[Sequence[int]] = ()) -> Verified:
+        """Run all rows of a tree in one pass.
+
+        Args:
+            tree: at most as long as the model's context allows.
+            cache: KV of everything before the root. Mutates: gets the tree's rows, until `compact`.
+            candidates: the draft's proposals after each row; pruning needs them.
+
+        Raises:
+            SpeculationError: a layer's cache has a sliding window, which a tree would tear.
+        """
+        past = int(cache.get_seq_length())
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            raise SpeculationError("sliding-window attention cannot verify token trees; use --tree none")
+        ids = torch.tensor([tree.tokens])
+        if len(tree) == 1:
+            hidden = self._run(ids, cache).last_hidden_state
+            return Verified(hidden, {0: 0}, past)
+        gate = self.gate if candidates else None
+        if gate is not None:
+            gate.open(Verdict(tree, candidates, past))
+        try:
+            positions = torch.from_numpy(tree.depths)[None] + past
+            hidden = self._run(
+                ids, cache, attention_mask=self._mask(tree, past), position_ids=positions
+            ).last_hidden_state
+            kept = gate.kept if gate is not None else None
+        finally:
+            if gate is not None:
+                gate.close()
+        rows = range(len(tree)) if kept is None else kept
+        return Verified(hidden, {row: index for index, row in enumerate(rows)}, past)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [1, V] of one hidden state [1, H]: projected on demand (paper 2c)."""
+        logits: torch.Tensor = self.head(hidden).to(copy=True, dtype=torch.float32)
+        return logits
+
+    def compact(self, cache: Any, verified: Verified, path: Sequence[int]) -> None:
+        """Keep the KV entries of the accepted path alone.
+
+        Args:
+            path: rows of the tree from the root to the last accepted node.
+
+        Mutates: the cache.
+        """
+        full = torch.as_tensor(path)
+        narrow = torch.as_tensor([verified.row_of[row] for row in path])
+        past, end = verified.past, verified.past + len(path)
+        exit_layer = len(cache.layers)
+        if self.gate is not None and len(verified.row_of) == verified.hidden.shape[1] != 0:
+            exit_layer = self.gate.predictor.layer
+        for index, layer in enumerate(cache.layers):
+            rows = past + (narrow if index >= exit_layer else full)
+            if rows.tolist() != list(range(past, end)):
+                # In place: earlier tokens are not copied.
+                layer.keys[:, :, past:end] = layer.keys[:, :, rows]
+                layer.values[:, :, past:end] = layer.values[:, :, rows]
+            layer.keys = layer.keys[:, :, :end]
+            layer.values = layer.values[:, :, :end]
+
+    def _run(self, ids: torch.Tensor, cache: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.base(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **kwargs)
+
+    def _mask(self, tree: TokenTree, past: int) -> torch.Tensor:
+        """Additive mask [1, 1, N, past + N] in the model's dtype."""
+        dtype = self.model.dtype
+        mask = torch.zeros(1, 1, len(tree), past + len(tree), dtype=dtype)
+        mask[0, 0, :, past:].masked_fill_(~torch.from_numpy(tree.mask), torch.finfo(dtype).min)
+        return mask
+
+
+def cache_name(base: Any) -> str:
+    """The keyword under which this version of `transformers` takes a KV cache."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

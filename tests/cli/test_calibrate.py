@@ -1,0 +1,63 @@
+"""`hybrimoe calibrate` shows what was measured and where it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrimoe_plugin.cli import calibrate, models
+from hybrimoe_plugin.cli.main import main
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
+
+PROFILE = MachineProfile(
+    name="this machine",
+    label="emulated",
+    created="2026-11-24",
+    spec=ExpertSpec(64, 32, 8, 2, "Q8_0", "Q8_0", "Q6_K", 1000, 1000, 1000),
+    cpu=Side(5.0, (1, 16), (100.0, 250.0), 2),
+    accelerator=Side(20.0, (1, 16), (12.0, 17.0)),
+    link=Link(3.0, 15.0),
+    notes=("accelerator and link are assumed",),
+)
+
+
+def test_numbers_and_path_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def measure(*arguments: Any) -> tuple[MachineProfile, Path]:
+        asked.append(arguments)
+        return PROFILE, Path("kept.json")
+
+    monkeypatch.setattr(calibrate, "_measure", measure)
+    out = tmp_path / "profile.json"
+    assert main(["calibrate", "--gguf_path", "g", "--cpu_threads", "2", "--out", str(out)]) == 0
+    assert (asked[0][:2], asked[0][2].cpu_threads) == ((None, "g"), 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert "64 x 32 in Q8_0/Q6_K" in lines[0]
+    assert ["CPU,", "2", "thread(s)", "100", "250", "+5"] in [line.split() for line in lines]
+    assert lines[-3:] == [
+        "link: 3.0 GB/s, latency 15 us, 16 us per expert",
+        "accelerator and link are assumed",
+        "kept.json",
+    ]
+    assert load_profile(out) == PROFILE
+
+
+def test_without_a_model_the_demo_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(models, "demo_gguf", lambda form: Path(f"{form}.gguf"))
+    monkeypatch.setattr(calibrate, "_measure", lambda *arguments: (asked.append(arguments), (PROFILE, Path("p")))[1])
+    assert main(["calibrate"]) == 0
+    assert asked[0][1] == "mixtral.gguf"
+
+
+def test_wrong_file_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"no GGUF")
+    assert main(["calibrate", "--gguf_path", str(path)]) == 2
+    assert "a.gguf" in capsys.readouterr().err
