@@ -202,7 +202,7 @@ class Engine:
         return part if output is None else output + part
 
     def _learn(self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Tell the cache what was scored, before it is asked what to admit; gives the scores [T, E] if there are any."""
+        """Tell the cache what was scored before it is asked what to admit; gives the scores [T, E] if there are any."""
         if self.accelerator is None and self.recorder is None:
             return None
         shown = self.routers[layer].scores()

@@ -16,6 +16,7 @@ from hybrimoe_plugin.errors import FlashError, SpeculationError
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
+from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.flash.budget import Residency, plan_residency
@@ -117,17 +118,29 @@ def _serve(model: Any, pack: FlashPack, residency: Residency, injection: Injecti
     _rebuild_buffers(model)
     stream = LayerStream(pack, residency.layers, residency.ring)
     experts = _expert_cache(pack, residency, model.config, cache)
-    for done in injection.replaced:
-        if isinstance(done.operator, FlashExperts):
-            if experts is None:
-                raise FlashError(f"{pack.path}: the pack holds no routed experts; it was made from another model")
-            done.operator.bind(experts)
+    _bind_experts(model, injection, experts, residency, pack)
     left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
     if left:
         raise FlashError(f"{pack.path}: nothing in the pack or the rules provides {left[0]}; check the rules")
     target = FlashTarget(model.eval(), pack, residency, stream, experts, injection)
     target.set_gate(None)
     return target
+
+
+def _bind_experts(
+    model: Any, injection: Injection, experts: FlashExpertCache | None, residency: Residency, pack: FlashPack
+) -> None:
+    """Give every experts operator the cache, its layer's router and the next one's where that is resident."""
+    operators = [done.operator for done in injection.replaced if isinstance(done.operator, FlashExperts)]
+    if operators and experts is None:
+        raise FlashError(f"{pack.path}: the pack holds no routed experts; it was made from another model")
+    gates = [getattr(model.get_submodule(operator.key.rpartition(".")[0]), "gate", None) for operator in operators]
+    routers = [None if gate is None else GateRouter(gate) for gate in gates]
+    for index, operator in enumerate(operators):
+        following = index + 1 if index + 1 < len(operators) else -1
+        resident = following > 0 and operators[following].layer_index < residency.layers
+        assert experts is not None
+        operator.bind(experts, routers[index], routers[following] if resident else None)
 
 
 def _expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str) -> FlashExpertCache | None:
@@ -137,7 +150,7 @@ def _expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str
     count = len({block.expert for block in blocks})
     layers = len({block.layer for block in blocks})
     policy = make_cache(cache, layers, count, config.num_experts_per_tok, Settings(cache=cache))
-    return FlashExpertCache(pack, residency.expert_slots, max(2, residency.staging), policy)
+    return FlashExpertCache(pack, residency.expert_slots, max(2, residency.staging), residency.ahead, policy)
 
 
 def meta_model(config: dict[str, Any], dtype: torch.dtype) -> Any:

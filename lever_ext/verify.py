@@ -39,7 +39,7 @@ class Verifier:
         self.base = model.base_model
         self.head = model.get_output_embeddings()
         self.gate = gate
-        self._cache_name = cache_name(self.base)
+        self.cache_name = cache_name(self.base)
 
     def prefill(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run prompt ids [1, S] that the cache does not hold yet; the last row's hidden state [1, H]."""
@@ -94,9 +94,7 @@ class Verifier:
         full = torch.as_tensor(path)
         narrow = torch.as_tensor([verified.row_of[row] for row in path])
         past, end = verified.past, verified.past + len(path)
-        exit_layer = len(cache.layers)
-        if self.gate is not None and len(verified.row_of) == verified.hidden.shape[1] != 0:
-            exit_layer = self.gate.predictor.layer
+        exit_layer = len(cache.layers) if self.gate is None else self.gate.predictor.layer
         for index, layer in enumerate(cache.layers):
             rows = past + (narrow if index >= exit_layer else full)
             if rows.tolist() != list(range(past, end)):
@@ -108,7 +106,7 @@ class Verifier:
 
     def _run(self, ids: torch.Tensor, cache: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return self.base(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **kwargs)
+            return self.base(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **kwargs)
 
     def _mask(self, tree: TokenTree, past: int) -> torch.Tensor:
         """Additive mask [1, 1, N, past + N] in the model's dtype."""

@@ -51,14 +51,13 @@ def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tupl
 
     store, config = open_model(model_path, gguf_path)
     weights = first_experts(store, config)
-    device = bind._device("auto")
-    kind, where = bind._accelerator_kind(settings, device, device)
-    backend = bind._cpu_backend(settings, [weights])
+    kind, where = bind.accelerator_kind(settings, "auto", "auto")
+    backend = bind.cpu_backend(settings, [weights])
     accelerator = make_accelerator(kind, where)
     profile = ensure_profile(
         weights,
         backend,
-        lambda threads: bind._make_cpu(backend, threads),
+        lambda threads: bind.make_cpu(backend, threads),
         accelerator,
         threads=settings.cpu_threads,
         progress=sys.stderr.isatty(),

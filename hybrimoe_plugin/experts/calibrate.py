@@ -113,9 +113,9 @@ def ensure_profile(
             return load_profile(path)
         except ProfileError as error:
             log.warning("%s; measuring again", error)
-    profile = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress)
-    write_atomic(path, profile.to_json())
-    return profile
+    text = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress).to_json()
+    write_atomic(path, text)
+    return MachineProfile.from_json(text)
 
 
 def profile_path(spec: ExpertSpec, backend: str, accelerator: str, threads: int | None) -> Path:

@@ -5,6 +5,7 @@ kt-kernel aborts the whole process on what it does not know, so everything is ch
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -193,12 +194,15 @@ class _Layer:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the kernel's greetings, which C++ writes to standard output, out of the user's answer."""
+    flush = ctypes.CDLL(None).fflush  # what C has buffered must go where it was meant to go, before and after
     sys.stdout.flush()
+    flush(None)
     kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 1)
         yield
     finally:
+        flush(None)
         os.dup2(kept, 1)
         os.close(kept)
         os.close(sink)

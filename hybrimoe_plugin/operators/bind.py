@@ -114,7 +114,7 @@ def bind(
         raise ConfigError("no HybriMoEExperts in this model: the rules injected none")
     groups: dict[tuple[str, str, Settings], list[HybriMoEExperts]] = {}
     for operator in operators:
-        key = (_device(operator.prefill_device), _device(operator.generate_device), operator.settings)
+        key = (operator.prefill_device, operator.generate_device, operator.settings)
         groups.setdefault(key, []).append(operator)
     engines, profiles = [], []
     for (prefill, generate, settings), members in groups.items():
@@ -154,18 +154,18 @@ def _build(
 ) -> tuple[Engine, MachineProfile]:
     layers = [_loaded(operator) for operator in operators]
     spec = layers[0].spec
-    kind, device = _accelerator_kind(settings, prefill, generate)
+    kind, device = accelerator_kind(settings, prefill, generate)
+    accelerator = make_accelerator(kind, device)
     quotas = [0] * len(layers)
-    if kind != "none":
+    if accelerator is not None:
         if kind == "cuda" and free_bytes is None:
             free_bytes = torch.cuda.mem_get_info(device)[0]
         quotas = cache_quotas(settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes)
-    backend = _cpu_backend(settings, layers)
-    accelerator = make_accelerator(kind, device)
+    backend = cpu_backend(settings, layers)
     profile = _profile(settings, layers[0], backend, accelerator, progress)
     costs = profile.costs(spec)
-    decode = make_scheduler(settings.scheduler, costs, accelerator is not None and generate != "cpu")
-    prefiller = make_scheduler(settings.scheduler, costs, accelerator is not None and prefill != "cpu")
+    decode = make_scheduler(settings.scheduler, costs, kind != "none" and generate != "cpu")
+    prefiller = make_scheduler(settings.scheduler, costs, kind != "none" and prefill != "cpu")
     controller = Controller(
         SlotPool(quotas, STAGING_SLOTS),
         costs,
@@ -175,7 +175,7 @@ def _build(
         None if accelerator is None else make_prefetcher(settings.prefetch, decode, costs),
         spec.expert_bytes,
     )
-    cpu = _make_cpu(backend, settings.cpu_threads or profile.cpu.threads or 1)
+    cpu = make_cpu(backend, settings.cpu_threads or profile.cpu.threads or 1)
     for weights in layers:
         cpu.add_layer(weights)
     if accelerator is not None:
@@ -194,24 +194,20 @@ def _loaded(operator: HybriMoEExperts) -> LayerWeights:
     return operator.weights
 
 
-def _device(name: str) -> str:
-    """`auto` is the first CUDA device where there is one."""
-    if name != "auto":
-        return name
-    return "cuda:0" if cuda_refusal() is None else "cpu"
+def accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[str, torch.device]:
+    """Which accelerator the devices and the setting ask for together.
+
+    `auto` takes CUDA where a device asks for it, or leaves the choice and there is one.
+    """
+    asked = generate if generate != "cpu" else prefill
+    if settings.accelerator in ("none", "emulated"):
+        return settings.accelerator, torch.device("cpu")
+    if settings.accelerator == "auto" and (asked == "cpu" or (asked == "auto" and cuda_refusal() is not None)):
+        return "none", torch.device("cpu")
+    return "cuda", torch.device("cuda:0" if asked in ("auto", "cpu", "cuda") else asked)
 
 
-def _accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[str, torch.device]:
-    """Which accelerator the devices and the setting ask for together."""
-    device = torch.device(generate if generate != "cpu" else prefill)
-    if settings.accelerator == "auto":
-        return ("none" if device.type == "cpu" else "cuda"), device
-    if settings.accelerator == "cuda" and device.type == "cpu":
-        device = torch.device("cuda:0")
-    return settings.accelerator, device
-
-
-def _cpu_backend(settings: Settings, layers: Sequence[LayerWeights]) -> str:
+def cpu_backend(settings: Settings, layers: Sequence[LayerWeights]) -> str:
     """`auto` takes kt-kernel where it loads and can run the shape, else the torch reference."""
     if settings.cpu_backend != "auto":
         return settings.cpu_backend
@@ -224,7 +220,7 @@ def _cpu_backend(settings: Settings, layers: Sequence[LayerWeights]) -> str:
     return "kt"
 
 
-def _make_cpu(backend: str, threads: int) -> CPUBackend:
+def make_cpu(backend: str, threads: int) -> CPUBackend:
     return KTExperts(threads) if backend == "kt" else TorchExperts(keep=False)
 
 
@@ -236,7 +232,7 @@ def _profile(
     return ensure_profile(
         weights,
         backend,
-        lambda threads: _make_cpu(backend, threads),
+        lambda threads: make_cpu(backend, threads),
         accelerator,
         threads=settings.cpu_threads,
         progress=progress,

@@ -73,7 +73,7 @@ class MachineProfile:
             raise ProfileError(f"{source}: profile version {data.get('version')!r}, this program reads {VERSION}")
         try:
             return cls._from_dict(data)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProfileError) as error:
             raise ProfileError(f"{source}: damaged machine profile ({type(error).__name__}: {error})") from None
 
     @classmethod

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,20 +185,20 @@ def write_trace(path: str | os.PathLike[str], header: TraceHeader, calls: Iterab
             writer.write(call)
 
 
-def _json(archive: zipfile.ZipFile, name: str) -> dict[str, object]:
+def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     value = json.loads(archive.read(name))
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not an object")
     return value
 
 
-def _header(data: dict[str, object], path: str | os.PathLike[str]) -> TraceHeader:
+def _header(data: dict[str, Any], path: str | os.PathLike[str]) -> TraceHeader:
     if data.pop("format", None) != FORMAT:
         raise TraceError(f"{path}: not a {FORMAT} file")
     version = data.pop("version", None)
     if version != VERSION:
         raise TraceError(f"{path}: trace version {version!r}, this program reads {VERSION}")
-    header = TraceHeader(**data)  # type: ignore[arg-type]
+    header = TraceHeader(**data)
     sizes = (header.layers, header.experts, header.top_k)
     if any(type(size) is not int or not 1 <= size < 1 << 15 for size in sizes) or header.top_k > header.experts:
         raise ValueError(f"layers, experts, top_k are {sizes}")

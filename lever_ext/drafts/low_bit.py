@@ -41,8 +41,10 @@ class LowBitLinear(nn.Module):
         self.dtype = dtype
         self.kernel = dtype == torch.bfloat16 and group in (32, 64, 128, 256) and weight.shape[0] % 16 == 0
         if self.kernel:
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-            zeros = lows + ZERO * scales
+            # Codes centred on the kernel's zero: bfloat16 zero points stay small, and so does their rounding.
+            middle = 2 ** (bits - 1)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + (ZERO - middle), 1)
+            zeros = lows + middle * scales
             pairs = torch.stack([scales.T, zeros.T], dim=-1).to(dtype).contiguous()
         else:
             packed = codes[:, ::2] | (codes[:, 1::2] << 4)

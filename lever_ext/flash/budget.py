@@ -10,6 +10,8 @@ from lever_ext.flash.pack import FlashPack, block_memory
 
 STAGING = 4
 """Buffers for experts that the cache does not admit: one is computed while others arrive."""
+AHEAD = 8
+"""Buffers for experts of the next layer, read on its router's prediction."""
 RING = 3
 """Buffers for streamed layers: one is computed, one is complete, one arrives."""
 
@@ -25,6 +27,8 @@ class Residency:
     expert_slots: int
     """Routed experts cached for each MoE layer."""
     staging: int
+    ahead: int
+    """Buffers for predicted experts of the next layer."""
     nbytes: int
     """All of it, with the parts that are always resident."""
 
@@ -48,7 +52,7 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING) -> Res
     needed = fixed + min(2, len(layers)) * block_memory(layers) + min(2, staging) * expert_bytes
     sizes = [align(block.nbytes) for block in layers]
     whole = fixed + sum(sizes) + len(experts) * expert_bytes
-    limit = whole + staging * expert_bytes if budget is None else budget
+    limit = whole + (staging + AHEAD) * expert_bytes if budget is None else budget
     if limit < needed:
         raise BudgetError(
             f"dram_budget of {limit / 2**20:.1f} MiB is too small for {pack.path.name}: embedding and head, two layers and "
@@ -59,9 +63,11 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING) -> Res
     left = limit - fixed - staging * expert_bytes
     resident, ring = _first_layers(sizes, left, ring)
     left -= sum(sizes[:resident]) + ring * max(sizes[resident:], default=0)
+    ahead = min(AHEAD, left // expert_bytes, len(experts) // moe_layers) if moe_layers else 0
+    left -= ahead * expert_bytes
     slots = min(left // (expert_bytes * moe_layers), len(experts) // moe_layers) if moe_layers else 0
     used = limit - left + slots * expert_bytes * moe_layers
-    return Residency(resident, ring, slots, staging, used)
+    return Residency(resident, ring, slots, staging, ahead, used)
 
 
 def _first_layers(sizes: list[int], left: int, ring: int) -> tuple[int, int]:

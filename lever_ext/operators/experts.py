@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hybrimoe_plugin.errors import BackendError, FlashError
+from hybrimoe_plugin.operators.routers import GateRouter
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
 from lever_ext.operators.decoder import check_flash_kwargs
@@ -57,6 +58,8 @@ class FlashExperts(nn.Module):
         self.shapes = {f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()}
         self.layer_index = next(int(part) for part in key.split(".") if part.isdigit())
         self._cache: FlashExpertCache | None = None
+        self._router: GateRouter | None = None
+        self._next_router: GateRouter | None = None
         self._position = -1
 
     @staticmethod
@@ -74,9 +77,15 @@ class FlashExperts(nn.Module):
         if not blocks or any({t.name: t.shape for t in block.tensors} != self.shapes for block in blocks):
             raise FlashError(f"{self.pack.path}: {self.key} does not fit the model; the pack was made from another one")
 
-    def bind(self, cache: FlashExpertCache) -> None:
-        """Connect to the target's expert cache."""
-        self._cache = cache
+    def bind(self, cache: FlashExpertCache, router: GateRouter | None, next_router: GateRouter | None) -> None:
+        """Connect to the target's expert cache.
+
+        Args:
+            cache: shared by all layers.
+            router: of this layer; its scores rank experts.
+            next_router: of the next MoE layer where its weights are resident; it says what to read ahead.
+        """
+        self._cache, self._router, self._next_router = cache, router, next_router
         self._position = cache.layers.index(self.layer_index)
 
     def forward(
@@ -98,5 +107,8 @@ class FlashExperts(nn.Module):
             value = F.linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
             result.index_add_(0, rows, (value * top_k_weights[rows, places, None]).to(result.dtype))
 
-        self._cache.run(self._position, top_k_index, top_k_weights, compute)
+        scores = None if self._router is None else self._router.scores()
+        following = self._next_router
+        predict = None if following is None else lambda: following.predict(hidden_states)
+        self._cache.run(self._position, top_k_index, top_k_weights, scores, compute, predict)
         return result

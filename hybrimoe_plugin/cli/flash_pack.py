@@ -1,0 +1,32 @@
+"""`hybrimoe flash-pack`: lay a model out for direct reads from flash."""
+
+from __future__ import annotations
+
+import argparse
+
+from hybrimoe_plugin.cli.flags import add_flag, add_model
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_flag(parser, "output", metavar="DIR", required=True, help="directory for the pack and its tokenizer")
+    add_flag(parser, "dtype", choices=DTYPES, default=DTYPES[0], help="stored type of the weights (default bfloat16)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack with a progress bar; print the pack's path on stdout."""
+    from tqdm import tqdm
+
+    from lever_ext.packing import pack_model
+
+    with tqdm(desc="packing", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        path = pack_model(args.output, args.model_path, args.gguf_path, args.dtype, progress)
+    print(path)
+    return 0

@@ -1,0 +1,70 @@
+"""Demo targets that are too slow to stream without speculation, made from SmolLM2 without changing what it says.
+
+Every FFN neuron is copied, the copies' output weights divided by their number (Net2Net): eight times wider, 0.6 billion
+weights, 1.3 GB in bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+from lever_ext.flash.source import TensorSource
+from lever_ext.flash.writer import PACK_NAME, Progress, write_pack
+from lever_ext.packing import GGUFSource, plain_config
+from lever_ext.target import meta_model
+
+_INNER = re.compile(r"\.mlp\.(gate|up)_proj\.weight$")
+_OUTER = re.compile(r"\.mlp\.down_proj\.weight$")
+
+
+class WidenedSource:
+    """A dense model's weights with every FFN neuron copied `times` times.
+
+    Args:
+        source: the model.
+        times: a power of two keeps the weights exact.
+    """
+
+    def __init__(self, source: TensorSource, times: int) -> None:
+        self.source = source
+        self.times = times
+        self.identity = f"{source.identity} x{times}"
+
+    def get(self, name: str) -> torch.Tensor:
+        value = self.source.get(name)
+        if _INNER.search(name):
+            return value.repeat(self.times, 1)
+        return value.repeat(1, self.times) / self.times if _OUTER.search(name) else value
+
+    def expert(self, name: str, expert: int) -> torch.Tensor:
+        return self.source.expert(name, expert)
+
+
+def widened_pack(gguf: str | Path, directory: str | Path, times: int = 8, progress: Progress | None = None) -> Path:
+    """The widened model's pack in bfloat16, made where it is not there yet.
+
+    Raises:
+        WeightsError: the GGUF is missing, damaged or not a dense model.
+        FlashError: no space, or the disk failed.
+    """
+    directory = Path(directory)
+    if (directory / PACK_NAME).exists():
+        return directory / PACK_NAME
+    store = GGUFStore.open(gguf)
+    config = model_config(None, store)
+    narrow = meta_model(plain_config(config), torch.float32)
+    shapes = {name: tuple(parameter.shape) for name, parameter in narrow.named_parameters()}
+    source = WidenedSource(GGUFSource(store, config, shapes), times)
+    wide = plain_config(config)
+    wide["intermediate_size"] = config.intermediate_size * times
+    path = write_pack(source, meta_model(wide, torch.float32), wide, directory, "bfloat16", progress)
+    tokenizer = load_tokenizer(None, store)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    return path

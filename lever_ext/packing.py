@@ -1,0 +1,140 @@
+"""From a model on disk, GGUF or safetensors, to a flash pack with its tokenizer beside it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError, WeightsError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.names import ParameterSource
+from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+from lever_ext.flash.source import SafetensorsSource, TensorSource
+from lever_ext.flash.writer import Progress, write_pack
+from lever_ext.target import meta_model
+
+logger = logging.getLogger(__name__)
+
+
+class GGUFSource:
+    """Weights of a GGUF store under the names of `transformers`, dequantised one tensor at a time.
+
+    Args:
+        store: the open file or split set.
+        config: of the model.
+        shapes: parameter name -> shape.
+    """
+
+    def __init__(self, store: GGUFStore, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.parameters = ParameterSource(store, config)
+        self.shapes = shapes
+        stats = [(path.name, path.stat()) for path in store.paths]
+        self.identity = ",".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+        self._layer: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.parameters.load(name, self.shapes[name], torch.float32)
+
+    def expert(self, name: str, expert: int) -> torch.Tensor:
+        # A layer's experts are asked for one after another: its stacked tensors are dequantised once for all of them.
+        layer = name.rpartition(".experts.")[0]
+        if name not in self._layer:
+            self._layer = {kept: value for kept, value in self._layer.items() if kept.startswith(f"{layer}.experts.")}
+            self._layer[name] = self.parameters.load(name, self.shapes[name], torch.float32)
+        return self._layer[name][expert]
+
+
+def pack_model(
+    directory: str | Path,
+    model_path: str | Path | None = None,
+    gguf_path: str | Path | None = None,
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
+) -> Path:
+    """Pack a model; an interrupted run goes on where it stopped.
+
+    Args:
+        directory: gets the pack, the tokenizer and its chat template.
+        model_path: directory with config.json, tokenizer and, without `gguf_path`, safetensors files.
+        gguf_path: GGUF file, split set or directory.
+        dtype: stored type of all weights: bfloat16, float16 or float32.
+        progress: told (bytes done, bytes in all).
+
+    Returns:
+        the pack's path.
+
+    Raises:
+        ConfigError: no model named, or unknown dtype.
+        WeightsError: the model's files are missing, damaged, or do not fit its config.
+        FlashError: no space, or the disk failed.
+    """
+    if model_path is None and gguf_path is None:
+        raise ConfigError("name a model to pack: --gguf_path, or --model_path with safetensors files")
+    store = GGUFStore.open(gguf_path) if gguf_path is not None else None
+    config = model_config(model_path, store)
+    plain = plain_config(config)
+    model = meta_model(plain, torch.float32)
+    if store is not None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        source: TensorSource = GGUFSource(store, config, shapes)
+    else:
+        source = SafetensorsSource(str(model_path))
+    path = write_pack(source, model, plain, directory, dtype, progress)
+    tokenizer = load_tokenizer(model_path, store) if store is not None else _tokenizer(model_path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    return path
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config as JSON values, without what says nothing about the model."""
+    values: dict[str, Any] = config.to_diff_dict()
+    dropped = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
+    return {"model_type": config.model_type, **{key: value for key, value in values.items() if key not in dropped}}
+
+
+def pack_tokenizer(pack: str | Path) -> Any:
+    """The tokenizer beside a pack.
+
+    Raises:
+        FlashError: none there, or unreadable.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(pack) if Path(pack).is_dir() else Path(pack).parent
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise FlashError(f"{directory}: no readable tokenizer beside the pack; pack the model again ({error})") from error
+
+
+def check_same_tokenizer(target: Any, draft: Any) -> None:
+    """Compare the tokenizers of target and draft.
+
+    Raises:
+        SpeculationError: a token that means something else, or is missing.
+    """
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    wrong = sorted((token for token in ours if theirs.get(token) != ours[token]), key=lambda token: ours[token])
+    example = f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft" if wrong else ""
+    raise SpeculationError(
+        f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens{'; ' + example if wrong else ''}); "
+        "choose a draft of the target's family, or --draft ngram"
+    )
+
+
+def _tokenizer(model_path: str | Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model_path))
+    except OSError:
+        return None
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise WeightsError(f"{model_path}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error

@@ -1,0 +1,122 @@
+"""The demo model talks sense, says what its plain twin says, and survives a damaged cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrimoe_plugin import load_model
+from hybrimoe_plugin.demo import build_demo_model, source_path
+from hybrimoe_plugin.demo import build as builder
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError
+from hybrimoe_plugin.experts.calibrate import cache_dir
+from hybrimoe_plugin.hosts.transformers import load_plain_model
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "How many legs does a spider have?",
+    "Write a sentence about the sea.",
+    "What is 2 plus 3?",
+    "Who painted the Mona Lisa?",
+    "What do bees make?",
+    "Say hello in Spanish.",
+    "Why is the sky blue?",
+    "Give me a word that rhymes with cat.",
+)
+NEW = 10
+
+try:
+    source_path()
+except HybriMoEError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Any, Any]:
+    return load_plain_model(None, build_demo_model(progress=False), dtype="float32", progress=False)
+
+
+def ask(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    chat = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return list(answer[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def test_greedy_answers_equal_the_plain_model(plain: tuple[Any, Any]) -> None:
+    """Token for token with the torch backend; kt-kernel's 8-bit activations may flip a near tie now and then."""
+    wanted = [ask(*plain, prompt) for prompt in PROMPTS]
+    path = build_demo_model(progress=False)
+    exact, tokenizer = load_model(None, path, dtype="float32", cpu_backend="torch", cpu_threads=1, progress=False)
+    assert [ask(exact, tokenizer, prompt) for prompt in PROMPTS] == wanted
+    assert "Paris" in tokenizer.decode(wanted[0])
+    exact.hybrimoe.close()
+    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed", exc_type=Exception)
+    native, _ = load_model(None, path, dtype="float32", cpu_backend="kt", progress=False)
+    answers = [ask(native, tokenizer, prompt) for prompt in PROMPTS]
+    same = sum(a == b for ours, theirs in zip(answers, wanted, strict=True) for a, b in zip(ours, theirs, strict=False))
+    total = sum(len(tokens) for tokens in wanted)
+    print(f"kt-kernel agrees on {same} of {total} greedy tokens")
+    assert same >= 0.9 * total
+    native.hybrimoe.close()
+
+
+def test_routing_depends_on_the_input(plain: tuple[Any, Any]) -> None:
+    model, tokenizer = plain
+    ids = tokenizer("The cat sat on the mat, and then def f(x): return x + 1 was typed.", return_tensors="pt").input_ids
+    chosen: list[torch.Tensor] = []
+    hooks = [layer.mlp.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[2])) for layer in model.model.layers]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    used = [len(layer.unique()) for layer in chosen]
+    assert sum(used) / len(used) > 4
+
+
+def test_it_is_a_complete_gguf_of_each_form() -> None:
+    from hybrimoe_plugin.experts.gguf_store import GGUFStore
+
+    store = GGUFStore.open(build_demo_model(progress=False))
+    assert store.architecture == "llama"
+    assert store.metadata["llama.expert_count"] == 8
+    assert "tokenizer.chat_template" in store.metadata
+    with pytest.raises(ConfigError, match="form"):
+        build_demo_model("dense")
+
+
+def test_a_damaged_cache_is_rebuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = []
+
+    def write(form: str, path: Path, progress: bool) -> None:
+        written.append(form)
+        path.write_bytes(b"a model")
+
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(builder, "_write", write)
+    path = build_demo_model("qwen2moe", progress=False)
+    assert path.is_relative_to(cache_dir())
+    assert build_demo_model("qwen2moe", progress=False) == path
+    assert written == ["qwen2moe"]
+    path.write_bytes(b"a m0del")
+    build_demo_model("qwen2moe", progress=False)
+    assert "damaged" in caplog.text
+    assert path.read_bytes() == b"a model"
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(form: str, path: Path, progress: bool) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(builder, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        build_demo_model(progress=False)
+    assert list((tmp_path / "demo").iterdir()) == []

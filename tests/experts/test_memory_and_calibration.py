@@ -1,0 +1,110 @@
+"""Sizing refuses before loading; profiles are measured once and rebuilt when damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_experts
+import torch
+
+from hybrimoe_plugin.config import Settings, parse_bytes
+from hybrimoe_plugin.errors import BudgetError, ConfigError
+from hybrimoe_plugin.experts.calibrate import ensure_profile, profile_path, thread_candidates
+from hybrimoe_plugin.experts.cpu_torch import TorchExperts
+from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas, check_host, free_host_bytes, human
+from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
+
+LAYERS = [1000] * 4
+
+
+def test_quotas_follow_ratio_bytes_or_what_is_free() -> None:
+    assert cache_quotas(Settings(cache_ratio=0.25), 8, LAYERS, None) == [2] * 4
+    assert cache_quotas(Settings(cache_bytes=10_000), 8, LAYERS, None) == [2, 2, 1, 1]
+    assert cache_quotas(Settings(), 8, LAYERS, 10_000) == [2, 1, 1, 1]
+    assert cache_quotas(Settings(), 8, LAYERS, 10**9) == [8] * 4
+    assert cache_quotas(Settings(cache_ratio=0.0), 8, LAYERS, 5_000) == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "free"),
+    [(Settings(cache_ratio=1.0), 20_000), (Settings(cache_bytes=3_000), None), (Settings(cache_bytes=30_000), 20_000)],
+)
+def test_budgets_that_do_not_fit_are_refused(settings: Settings, free: int | None) -> None:
+    with pytest.raises(BudgetError, match=f"{STAGING_SLOTS} staging slots"):
+        cache_quotas(settings, 8, LAYERS, free)
+    with pytest.raises(BudgetError):
+        cache_quotas(Settings(), 8, LAYERS, 1_000)
+
+
+def test_host_memory() -> None:
+    check_host(1, "a byte")
+    assert free_host_bytes() > 0
+    with pytest.raises(BudgetError, match=r"the weights need 1\.0 TiB of memory"):
+        check_host(1 << 40, "the weights", 1 << 30)
+    assert [human(size) for size in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1GiB", 2**30), ("500 MB", 5 * 10**8), ("2k", 2000), ("1.5KiB", 1536), (7, 7)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["lots", "-1", "", "1 TiBB", True])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scheduler": "magic"},
+        {"cache_ratio": 1.5},
+        {"cache_ratio": float("nan")},
+        {"cache_ratio": "a"},
+        {"look_ahead": 0},
+        {"look_ahead": True},
+        {"mrs_alpha": -0.1},
+        {"cpu_threads": 0},
+        {"cache_ratio": 0.5, "cache_bytes": 5},
+        {"colour": "red"},
+    ],
+)
+def test_settings_name_what_is_wrong(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        Settings.of(values)
+
+
+def test_profile_is_measured_once_and_again_when_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HYBRIMOE_PROFILES", str(tmp_path))
+    weights = tiny_experts.layer()
+    accelerator = make_accelerator("emulated", torch.device("cpu"))
+    made = []
+
+    def make_cpu(threads: int) -> TorchExperts:
+        made.append(threads)
+        return TorchExperts(keep=True)
+
+    def ensure() -> object:
+        return ensure_profile(weights, "torch", make_cpu, accelerator, progress=False)
+
+    first = ensure()
+    assert made == thread_candidates()
+    assert ensure() == first
+    assert len(made) == len(thread_candidates())
+    path = profile_path(weights.spec, "torch", "emulated", None)
+    path.write_text("{")
+    ensure()
+    assert "measuring again" in caplog.text
+    assert len(made) == 2 * len(thread_candidates())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_another_shape_has_another_profile() -> None:
+    small, large = tiny_experts.layer().spec, tiny_experts.layer(hidden=128).spec
+    assert profile_path(small, "kt", "none", None) != profile_path(large, "kt", "none", None)

@@ -1,0 +1,101 @@
+"""What does not fit is refused with a typed error, and nothing is half done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from hybrimoe_plugin import load_model
+from hybrimoe_plugin.errors import BackendError, BudgetError, ConfigError, HybriMoEError, RulesError, WeightsError
+from hybrimoe_plugin.hosts.transformers.load import plan_for
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+def load(path: Path, model_path: Path | None = None, rules: Any = None, **settings: Any) -> Any:
+    return load_model(model_path, path, rules, dtype="float32", cpu_backend="torch", progress=False, **settings)[0]
+
+
+def rewritten(path: Path, target: Path, old: bytes, new: bytes) -> Path:
+    raw = path.read_bytes()
+    assert raw.count(old) >= 1
+    assert len(old) == len(new)
+    target.write_bytes(raw.replace(old, new))
+    return target
+
+
+def test_a_missing_tensor_is_named(mixtral: Path, tmp_path: Path) -> None:
+    path = rewritten(mixtral, tmp_path / "m.gguf", b"blk.1.attn_norm.weight", b"blk.1.attn_nirm.weight")
+    with pytest.raises(WeightsError, match=r"blk\.1\.attn_norm\.weight.*missing"):
+        load(path)
+    path = rewritten(mixtral, tmp_path / "m.gguf", b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_op_exps.weight")
+    with pytest.raises(WeightsError, match=r"ffn_up_exps"):
+        load(path)
+
+
+def test_another_architecture_is_named(mixtral: Path, tmp_path: Path) -> None:
+    path = rewritten(mixtral, tmp_path / "m.gguf", b"llama", b"lemma")
+    with pytest.raises(WeightsError, match="'lemma' is not supported"):
+        load(path)
+
+
+def test_a_directory_of_another_model_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    tiny.config("mixtral", num_local_experts=4).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="number of experts is 4 there and 8"):
+        load(mixtral, tmp_path)
+    tiny.config("mixtral").save_pretrained(tmp_path)
+    load(mixtral, tmp_path).hybrimoe.close()
+    with pytest.raises(WeightsError, match="no such model directory"):
+        load(mixtral, tmp_path / "none")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load(mixtral, tmp_path)
+
+
+def test_budgets_backends_and_settings(mixtral: Path) -> None:
+    with pytest.raises(BudgetError):
+        load(mixtral, accelerator="emulated", cache_bytes=100)
+    with pytest.raises(HybriMoEError, match="scheduler"):
+        load(mixtral, scheduler="magic")
+    with pytest.raises(ConfigError, match="dtype"):
+        load_model(None, mixtral, dtype="int3")
+    with pytest.raises(HybriMoEError, match="no-such-profile"):
+        load(mixtral, profile="no-such-profile.json")
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="CUDA"):
+            load(mixtral, accelerator="cuda")
+
+
+def test_no_weights_no_rules(tmp_path: Path, mixtral: Path) -> None:
+    with pytest.raises(ConfigError, match="gguf_path"):
+        load_model()
+    with pytest.raises(RulesError, match="no such rules file"):
+        load(mixtral, rules="Nothing.yaml")
+    dense = tiny.write(tmp_path, "llama")
+    with pytest.raises(RulesError, match="no packaged rules for model type 'llama'"):
+        load(dense)
+
+
+def test_rules_that_inject_nothing_usable(mixtral: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "r.yaml"
+    rules.write_text("- match: {name: nothing_like_this}\n  replace: {class: default}\n")
+    with pytest.raises(RulesError, match="matches no module"):
+        load(mixtral, rules=rules)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_packaged_rules_fit_their_family_without_weights(family: str, tmp_path: Path) -> None:
+    config = tiny.config(family)
+    config.save_pretrained(tmp_path)
+    _, _, plan = plan_for(tmp_path, None)
+    sparse = config.num_hidden_layers - (getattr(config, "first_k_dense_replace", 0) or 0)
+    assert len(plan) == sparse
+    assert all(match.operator.endswith("HybriMoEExperts") for match in plan)

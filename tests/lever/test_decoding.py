@@ -1,0 +1,368 @@
+"""Speculative decoding says exactly what plain decoding says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import DynamicCache
+
+from hybrimoe_plugin.errors import BudgetError, FlashError, SpeculationError
+from lever_ext.decoding import LeverDecoding
+from lever_ext.drafts.language_model import LanguageModelDraft
+from lever_ext.drafts.low_bit import LowBitLinear, low_bit_copy
+from lever_ext.drafts.ngram import NGramDraft
+from lever_ext.early_exit.gate import ExitGate
+from lever_ext.early_exit.predictor import ExitPredictor
+from lever_ext.early_exit.prune import PruneSettings
+from lever_ext.flash.budget import plan_residency
+from lever_ext.flash.pack import FlashPack
+from lever_ext.target import FlashTarget, load_target
+from lever_ext.tree.calibrate import Calibration, Candidates
+from lever_ext.tree.candidates import CandidateTree
+from lever_ext.tree.policies import POLICIES, FixedBudget, make_policy
+from lever_ext.tree.token_tree import TokenTree
+from lever_ext.verify import Verifier
+
+FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
+
+
+def prompt(seed: int, length: int = 9) -> torch.Tensor:
+    return torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def least_budget(path: Path) -> int:
+    pack = FlashPack.open(path)
+    low, high = 0, plan_residency(pack, None).nbytes
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan_residency(pack, middle)
+            high = middle
+        except BudgetError:
+            low = middle
+    pack.close()
+    return high
+
+
+def a_gate(model: Any, layer: int = 2, threshold: float = 0.15) -> ExitGate:
+    predictor = ExitPredictor(model.get_output_embeddings().weight.detach(), layer, 0.0, "")
+    return ExitGate(predictor, PruneSettings(threshold=threshold, least_rows=1))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_flash_target_equals_the_plain_model(
+    family: str, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    ids = prompt(0, 17)
+    with torch.no_grad():
+        want = plain_models[family](ids).logits
+    whole = None
+    for budget in (least_budget(packs[family]), None):
+        target = load_target(packs[family], dram_budget=budget)
+        with torch.no_grad():
+            for _ in range(2):
+                torch.testing.assert_close(target.model(ids).logits, want)
+        whole = target.residency.nbytes
+        target.close()
+    assert whole is not None and least_budget(packs[family]) < whole
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("draft", ["low-bit", "n-gram", "wrong"])
+@pytest.mark.parametrize("pruning", [False, True])
+def test_greedy_output_is_token_identical(
+    family: str, draft: str, pruning: bool, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    plain = plain_models[family]
+    target = load_target(packs[family], dram_budget=least_budget(packs[family]))
+    target.set_gate(a_gate(plain) if pruning else None)
+    kept = rows = 0
+    for seed, name in enumerate(POLICIES):
+        ids = prompt(seed)
+        want = plain.generate(ids, **GREEDY)
+        decoder = LeverDecoding(make_draft(draft, plain), make_policy(name), target)
+        assert torch.equal(target.model.generate(ids, custom_generate=decoder, **GREEDY), want), name
+        made = decoder.stats
+        assert made.tokens == 24 == 1 + sum(cycle.accepted + 1 for cycle in made.cycles)
+        kept, rows = kept + sum(c.kept for c in made.cycles), rows + sum(c.rows for c in made.cycles)
+    if draft != "n-gram":
+        assert (kept < rows) == pruning
+    target.close()
+
+
+def make_draft(name: str, plain: Any) -> Any:
+    if name == "n-gram":
+        return NGramDraft()
+    if name == "wrong":
+        torch.manual_seed(5)
+        other = low_bit_copy(plain, 2, 32)
+        torch.nn.init.normal_(other.get_input_embeddings().weight)
+        return LanguageModelDraft(other)
+    return LanguageModelDraft(low_bit_copy(plain, 3, 32))
+
+
+def test_twenty_prompts_in_one_conversation(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+    """The decoder keeps what it learned from prompt to prompt, and follow-ups reuse the draft's KV."""
+    plain = plain_models["llama"]
+    target = load_target(packs["llama"], dram_budget=least_budget(packs["llama"]))
+    decoder = LeverDecoding(LanguageModelDraft(low_bit_copy(plain, 3, 32)), make_policy("lever"), target)
+    decoder.latency.warm_start([(1, 1, 1e6), (16, 4, 1.2e6)])
+    ids = prompt(3)
+    for seed in range(20):
+        ids = prompt(seed, 5 + seed) if seed % 4 else torch.cat([ids, prompt(seed, 3)], dim=1)[:, :120]
+        mask = torch.ones_like(ids)
+        want = plain.generate(ids, attention_mask=mask, **GREEDY)
+        ids = target.model.generate(ids, attention_mask=mask, custom_generate=decoder, **GREEDY)
+        assert torch.equal(ids, want)
+    target.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"repetition_penalty": 1.4},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3},
+    ],
+)
+def test_sampling_with_a_seed_draws_what_generate_draws(
+    options: dict[str, Any], plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    plain, settings = plain_models["llama"], {"do_sample": True, "max_new_tokens": 20, "top_k": 0, **options}
+    target = load_target(packs["llama"])
+    target.set_gate(a_gate(plain))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        want = plain.generate(prompt(seed), **settings)
+        decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12), target)
+        torch.manual_seed(seed)
+        assert torch.equal(target.model.generate(prompt(seed), custom_generate=decoder, **settings), want)
+    target.close()
+
+
+def test_sampled_pairs_follow_the_targets_distribution(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+    """Chi-square of the third token given the first two, with pruning: conditional on nothing but the prompt's path."""
+    plain = plain_models["llama"]
+    target = load_target(packs["llama"])
+    target.set_gate(a_gate(plain, threshold=0.3))
+    decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(10), target)
+    ids, settings = prompt(11), {"do_sample": True, "top_k": 3, "max_new_tokens": 2, "min_new_tokens": 2}
+    torch.manual_seed(0)
+    counts: dict[tuple[int, int], int] = {}
+    draws = 700
+    for _ in range(draws):
+        pair = tuple(target.model.generate(ids, custom_generate=decoder, **settings)[0, -2:].tolist())
+        counts[pair] = counts.get(pair, 0) + 1
+    expected = exact_pairs(plain, ids)
+    assert set(counts) <= set(expected)
+    pairs = sorted(expected)
+    result = chisquare([counts.get(pair, 0) for pair in pairs], [expected[pair] * draws for pair in pairs])
+    assert result.pvalue > 1e-3
+    target.close()
+
+
+def exact_pairs(plain: Any, ids: torch.Tensor) -> dict[tuple[int, int], float]:
+    """Probability of every pair of tokens under top-k 3 and no end token."""
+
+    def top(prefix: torch.Tensor) -> dict[int, float]:
+        with torch.no_grad():
+            logits = plain(prefix).logits[0, -1].clone()
+        logits[2] = -torch.inf
+        values, tokens = logits.topk(3)
+        return dict(zip(tokens.tolist(), torch.softmax(values, 0).tolist(), strict=True))
+
+    pairs = {}
+    for first, share in top(ids).items():
+        for second, then in top(torch.cat([ids, torch.tensor([[first]])], 1)).items():
+            pairs[first, second] = share * then
+    return pairs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[str, Any]) -> None:
+    model, ids = plain_models[family], prompt(4)
+    verifier, cache = Verifier(model), DynamicCache(config=model.config)
+    verifier.prefill(ids[:, :-1], cache)
+    tree = TokenTree((int(ids[0, -1]), 5, 6, 7, 8, 9), (-1, 0, 0, 2, 2, 4), (1.0,) * 6, tuple(range(6)))
+    verified = verifier.verify(tree, cache)
+    path = [0, 2, 4, 5]
+    plain = torch.cat([ids, torch.tensor([[6, 8, 9]])], 1)
+    again = DynamicCache(config=model.config)
+    with torch.no_grad():
+        want = model.base_model(plain, use_cache=True, **{verifier.cache_name: again}).last_hidden_state
+    torch.testing.assert_close(verified.hidden[0, path], want[0, -4:])
+    verifier.compact(cache, verified, path)
+    for ours, theirs in zip(cache.layers, again.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+
+
+def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+    target = load_target(packs["llama"])
+    gate = a_gate(plain_models["llama"], threshold=0.9)
+    target.set_gate(gate)
+    verifier, cache, ids = Verifier(target.model, gate), DynamicCache(config=target.model.config), prompt(4)
+    verifier.prefill(ids[:, :-1], cache)
+    tree = TokenTree((int(ids[0, -1]), 5, 6, 7, 8, 9), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, tuple(range(6)))
+    verified = verifier.verify(tree, cache, [[5, 6, 30], [7], [8], [], [9], []])
+    assert 0 < len(verified.row_of) < 6
+    path = tree.path(max(verified.row_of))
+    verifier.compact(cache, verified, path)
+    again = DynamicCache(config=target.model.config)
+    whole = torch.cat([ids[:, :-1], torch.tensor([[tree.tokens[row] for row in path]])], 1)
+    Verifier(plain_models["llama"]).prefill(whole, again)
+    for ours, theirs in zip(cache.layers, again.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+    target.close()
+
+
+@pytest.mark.parametrize("stop", [{"max_new_tokens": 1}, {"max_new_tokens": 7}, {"eos_token_id": [9, 40, 24]}])
+def test_stopping_is_generates_own(stop: dict[str, Any], plain_models: dict[str, Any]) -> None:
+    plain = plain_models["llama"]
+    settings = {"do_sample": False, "max_new_tokens": 30, **stop}
+    decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12))
+    assert torch.equal(
+        plain.generate(prompt(1), custom_generate=decoder, **settings), plain.generate(prompt(1), **settings)
+    )
+
+
+def test_dict_output_and_streamer(plain_models: dict[str, Any]) -> None:
+    plain, seen = plain_models["llama"], list[int]()
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            seen.extend(value.tolist())
+
+        def end(self) -> None:
+            seen.append(-1)
+
+    extra = {"return_dict_in_generate": True, "output_scores": True}
+    decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12), streamer=Streamer())
+    ours = plain.generate(prompt(1), custom_generate=decoder, **GREEDY, **extra)
+    theirs = plain.generate(prompt(1), **GREEDY, **extra)
+    assert torch.equal(ours.sequences, theirs.sequences) and len(ours.scores) == len(theirs.scores) == 24
+    torch.testing.assert_close(ours.scores[-1], theirs.scores[-1])
+    assert seen == [*theirs.sequences[0, 9:].tolist(), -1]
+
+
+def test_what_speculation_cannot_do_is_refused(plain_models: dict[str, Any]) -> None:
+    plain = plain_models["llama"]
+    decoder = LeverDecoding(make_draft("low-bit", plain), make_policy("lever"))
+    with pytest.raises(SpeculationError, match="one sequence"):
+        plain.generate(prompt(0).repeat(2, 1), custom_generate=decoder, **GREEDY)
+    with pytest.raises(SpeculationError, match="padding"):
+        mask = torch.tensor([[0] + [1] * 8])
+        plain.generate(prompt(0), attention_mask=mask, custom_generate=decoder, **GREEDY)
+    with pytest.raises(SpeculationError, match="needs a draft"):
+        LeverDecoding(None, make_policy("lever"))
+
+
+def test_a_draft_at_the_end_of_its_context_falls_silent(plain_models: dict[str, Any]) -> None:
+    plain = plain_models["llama"]
+    draft = make_draft("low-bit", plain)
+    draft.context = 16
+    decoder = LeverDecoding(draft, FixedBudget(6))
+    assert torch.equal(plain.generate(prompt(1), custom_generate=decoder, **GREEDY), plain.generate(prompt(1), **GREEDY))
+    assert decoder.stats.cycles[0].rows > 1 == decoder.stats.cycles[-1].rows
+
+
+def test_draft_equals_recomputation_after_it_was_advanced(plain_models: dict[str, Any]) -> None:
+    model, ids = plain_models["llama"], prompt(2)[0].tolist()
+    draft = LanguageModelDraft(model, candidates=3)
+    draft.start(ids[:-1])
+    tree = CandidateTree(ids[-1], Calibration())
+
+    def expand(keys: Sequence[int]) -> None:
+        for key, found in zip(keys, draft.expand(tree, keys), strict=True):
+            tree.add(key, found)
+
+    def check(key: int, before: Sequence[int]) -> None:
+        text = [*before, *(tree.nodes[above].token for above in tree.path(key))]
+        with torch.no_grad():
+            shares = torch.softmax(model(torch.tensor([text])).logits[0, -1], dim=-1)
+        found = tree.nodes[key].candidates
+        assert found is not None
+        torch.testing.assert_close(torch.tensor(found.probabilities), shares.topk(3).values)
+
+    expand([tree.root])
+    first = list(tree.nodes[tree.root].children)
+    expand(first[:2])
+    second = tree.nodes[first[1]].children
+    expand(second[:1])
+    for key in (tree.root, first[0], first[1], second[0]):
+        check(key, ids[:-1])
+    # The target goes to first[1], whose drafted children survive.
+    root = tree.root
+    tree.advance([root], tree.nodes[first[1]].token)
+    draft.advance([root], [ids[-1]], tree)
+    expand(second[1:2])
+    check(second[1], ids)
+    # And then somewhere that was not drafted.
+    path, tokens = [tree.root, second[2]], [tree.nodes[tree.root].token, tree.nodes[second[2]].token]
+    tree.advance(path, 33)
+    draft.advance(path, tokens, tree)
+    expand([tree.root])
+    check(tree.root, [*ids, *tokens])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_low_bit_kernel_equals_its_plain_twin(bits: int) -> None:
+    torch.manual_seed(bits)
+    weight, value = torch.randn(48, 64), torch.randn(5, 64)
+    twin = LowBitLinear(weight, None, bits, 32, torch.float32)
+    kernel = LowBitLinear(weight, None, bits, 32, torch.bfloat16)
+    assert kernel.kernel and not twin.kernel
+    want, got = twin(value), kernel(value.bfloat16()).float()
+    assert (got - want).norm() / want.norm() < 0.01  # bfloat16 inputs, scales and outputs
+    steps = (twin.dequantized() - weight).abs().view(48, 2, 32).amax(-1)
+    width = (weight.view(48, 2, 32).amax(-1) - weight.view(48, 2, 32).amin(-1)) / (2**bits - 1)
+    assert bool((steps <= width / 2 + 1e-5).all())
+
+
+def test_ngram_proposes_what_followed_before() -> None:
+    draft = NGramDraft()
+    draft.start([1, 2, 3, 9, 1, 2, 3, 4, 1, 2])
+    tree = CandidateTree(3, Calibration())
+    (found,) = draft.expand(tree, [tree.root])
+    assert set(found.tokens) == {9, 4}
+    tree.add(tree.root, Candidates((9,), (1.0,)))
+    (after,) = draft.expand(tree, tree.nodes[tree.root].children)
+    assert after.tokens[0] == 1
+
+
+def test_foreign_and_missing_rules(packs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="MiB"):
+        load_target(packs["llama"], dram_budget="1KiB")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        '- match: {name: "^model\\\\.layers\\\\.0$"}\n'
+        "  replace: {class: lever_ext.operators.decoder.FlashDecoderLayer, kwargs: {}}\n"
+    )
+    with pytest.raises(FlashError, match="nothing in the pack or the rules"):
+        load_target(packs["llama"], rules=rules)
+
+
+def test_target_survives_a_pass_that_was_cut_off(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+    target: FlashTarget = load_target(packs["llama"], dram_budget=least_budget(packs["llama"]))
+
+    class Interrupt(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Interrupt
+
+    layer = target.model.model.layers[2]
+    hook = layer.layer.mlp.register_forward_hook(stop)
+    with pytest.raises(Interrupt):
+        target.model.generate(prompt(0), **GREEDY)
+    hook.remove()
+    assert torch.equal(target.model.generate(prompt(0), **GREEDY), plain_models["llama"].generate(prompt(0), **GREEDY))
+    target.close()

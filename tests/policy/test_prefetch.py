@@ -1,0 +1,63 @@
+"""Prefetching: by impact, within the link's idle time, and only what helps."""
+
+from __future__ import annotations
+
+import tiny_experts
+
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
+from hybrimoe_plugin.policy.prefetch import ImpactPrefetcher, Prediction, ScorePrefetcher, make_prefetcher
+from hybrimoe_plugin.policy.schedule import HybriMoEScheduler
+
+COSTS = tiny_experts.costs(cpu_us=1000, transfer_us=300)
+SCHEDULER = HybriMoEScheduler(COSTS)
+
+
+def prediction(layer: int, *states: tuple[int, float]) -> Prediction:
+    return Prediction(layer, layer, tuple(Routed(e, load, ready) for e, (load, ready) in enumerate(states)))
+
+
+def test_the_first_choice_has_the_highest_impact_of_all() -> None:
+    predictions = [
+        prediction(1, (1, 0.0), (1, OFFLOADED)),
+        prediction(2, (1, OFFLOADED), (6, OFFLOADED), (2, 0.0)),
+        prediction(3, (3, OFFLOADED), (1, 0.0)),
+    ]
+    impacts = {}
+    for item in predictions:
+        before = SCHEDULER.plan(item.routed).makespan_us
+        for index, routed in enumerate(item.routed):
+            if routed.ready_us == OFFLOADED:
+                there = list(item.routed)
+                there[index] = routed._replace(ready_us=0.0)
+                impacts[ExpertRef(item.layer, routed.expert)] = before - SCHEDULER.plan(there).makespan_us
+    first = ImpactPrefetcher(SCHEDULER, COSTS).choose(predictions, 10_000)[0]
+    assert first.impact_us == max(impacts.values())
+    assert impacts[first.ref] == first.impact_us
+
+
+def test_no_more_than_fits_the_idle_time() -> None:
+    predictions = [prediction(1, *[(1, OFFLOADED)] * 8)]
+    for idle, most in ((0, 0), (299, 0), (300, 1), (950, 3)):
+        for prefetcher in (ImpactPrefetcher(SCHEDULER, COSTS), ScorePrefetcher(COSTS)):
+            assert len(prefetcher.choose(predictions, idle)) <= most
+
+
+def test_nothing_that_does_not_help() -> None:
+    resident = [prediction(1, (1, 0.0), (2, 0.0))]
+    assert ImpactPrefetcher(SCHEDULER, COSTS).choose(resident, 10_000) == []
+    # The CPU computes the miss while the accelerator is busy for longer with what it has.
+    hidden = tiny_experts.costs(cpu_us=10, first_us=0, accelerator_us=2000, transfer_us=300)
+    scheduler = HybriMoEScheduler(hidden)
+    calm = [prediction(1, (1, OFFLOADED))]
+    assert ImpactPrefetcher(scheduler, hidden).choose(calm, 10_000) == []
+
+
+def test_score_takes_the_nearest_layer_and_heaviest_load_first() -> None:
+    chosen = ScorePrefetcher(COSTS).choose(
+        [prediction(1, (1, OFFLOADED), (5, OFFLOADED)), prediction(2, (9, OFFLOADED))], 900
+    )
+    assert [request.ref for request in chosen] == [ExpertRef(1, 1), ExpertRef(1, 0), ExpertRef(2, 0)]
+
+
+def test_off_is_none() -> None:
+    assert make_prefetcher("off", SCHEDULER, COSTS) is None
