@@ -379,7 +379,7 @@ def _prefix_finish(present: Sequence[Routed], costs: CostModel) -> list[float]:
 
 
 def _exchange(plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_free_us: float) -> LayerPlan:
-    """Improve a plan by moving one expert to the other side or exchanging one for one or two, while that helps.
+    """Improve a plan by moving up to two experts each way, while that helps.
 
     Experts of equal load and arrival are interchangeable, so one of each kind is tried; candidates whose CPU time or
     accelerator work alone reaches the best makespan are not evaluated.
@@ -395,7 +395,7 @@ def _exchange(plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_
             cpu_out = plan.cpu_us + sum([costs.cpu(item.load) for item in out])
             work_out = plan.accelerator_us - sum([costs.accelerator(item.load) for item in out])
             for into in join:
-                if len(out) + len(into) not in (1, 2, 3):
+                if not out and not into:
                     continue
                 left = len(there) + len(out) - len(into)
                 first = costs.cpu_first_us
