@@ -29,7 +29,9 @@ MACHINES = {
     "paper's constants": CostModel(CostCurve((1, 2), (1790, 2790)), 0, CostCurve((1,), (500,)), 0, 418),
     "fast link": CostModel(CostCurve((1, 2, 64), (800, 900, 9000)), 200, CostCurve((1, 64), (60, 90)), 20, 250),
     "slow link": CostModel(CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (60, 90)), 20, 2500),
-    "slow accelerator": CostModel(CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (350, 900)), 30, 500),
+    "slow accelerator": CostModel(
+        CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (350, 900)), 30, 500
+    ),
 }
 KINDS = (HybriMoEScheduler, GreedyScheduler, StaticScheduler, AcceleratorOnlyScheduler)
 
@@ -121,7 +123,9 @@ def plan_times(scheduler: Scheduler, calls: Sequence[Sequence[Routed]], count: i
 def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     machines = list(MACHINES)
     for index, made in enumerate(KINDS):
-        mine = [[row["gap_mean"] for row in rows if (row["machine"], row["scheduler"]) == (m, made.name)] for m in machines]
+        mine = [
+            [row["gap_mean"] for row in rows if (row["machine"], row["scheduler"]) == (m, made.name)] for m in machines
+        ]
         places = [at + index * 0.2 for at in range(len(machines))]
         axes.bar(places, [100 * statistics.mean(values) for values in mine], 0.2, label=made.name)
     axes.set_xticks([at + 0.3 for at in range(len(machines))], machines)

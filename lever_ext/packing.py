@@ -109,7 +109,9 @@ def pack_tokenizer(pack: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # transformers and tokenizers raise many kinds
-        raise FlashError(f"{directory}: no readable tokenizer beside the pack; pack the model again ({error})") from error
+        raise FlashError(
+            f"{directory}: no readable tokenizer beside the pack; pack the model again ({error})"
+        ) from error
 
 
 def check_same_tokenizer(target: Any, draft: Any) -> None:
@@ -122,7 +124,9 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
     if ours == theirs:
         return
     wrong = sorted((token for token in ours if theirs.get(token) != ours[token]), key=lambda token: ours[token])
-    example = f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft" if wrong else ""
+    example = (
+        f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft" if wrong else ""
+    )
     raise SpeculationError(
         f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens{'; ' + example if wrong else ''}); "
         "choose a draft of the target's family, or --draft ngram"

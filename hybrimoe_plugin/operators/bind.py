@@ -31,7 +31,6 @@ from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.timeline import Timeline
 
-
 log = logging.getLogger(__name__)
 
 

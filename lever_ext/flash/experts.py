@@ -139,7 +139,9 @@ class FlashExpertCache:
     def _place(self, layer: int, misses: Sequence[int], keep: Sequence[int]) -> list[_Read]:
         """Give cache slots to the misses that the policy admits and that were not read ahead."""
         unread = [expert for expert in misses if (layer, expert) not in self._ahead]
-        return [_Read(expert, slot, staged=False) for expert in unread if (slot := self._slot_for(layer, expert, keep)) >= 0]
+        return [
+            _Read(expert, slot, staged=False) for expert in unread if (slot := self._slot_for(layer, expert, keep)) >= 0
+        ]
 
     def _slot_for(self, layer: int, expert: int, keep: Sequence[int]) -> int:
         """A cache slot for an expert, in flight from now on; -1 where the policy does not admit it."""

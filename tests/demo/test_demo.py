@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.demo import build_demo_model, source_path
 from hybrimoe_plugin.demo import build as builder
+from hybrimoe_plugin.demo import build_demo_model, source_path
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 from hybrimoe_plugin.experts.calibrate import cache_dir
 from hybrimoe_plugin.hosts.transformers import load_plain_model
@@ -69,7 +69,9 @@ def test_routing_depends_on_the_input(plain: tuple[Any, Any]) -> None:
     model, tokenizer = plain
     ids = tokenizer("The cat sat on the mat, and then def f(x): return x + 1 was typed.", return_tensors="pt").input_ids
     chosen: list[torch.Tensor] = []
-    hooks = [layer.mlp.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[2])) for layer in model.model.layers]
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[2])) for layer in model.model.layers
+    ]
     with torch.no_grad():
         model(ids)
     for hook in hooks:

@@ -56,9 +56,7 @@ def a_gate(model: Any, layer: int = 2, threshold: float = 0.15) -> ExitGate:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_flash_target_equals_the_plain_model(
-    family: str, plain_models: dict[str, Any], packs: dict[str, Path]
-) -> None:
+def test_flash_target_equals_the_plain_model(family: str, plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
     ids = prompt(0, 17)
     with torch.no_grad():
         want = plain_models[family](ids).logits
@@ -270,7 +268,9 @@ def test_a_draft_at_the_end_of_its_context_falls_silent(plain_models: dict[str, 
     draft = make_draft("low-bit", plain)
     draft.context = 16
     decoder = LeverDecoding(draft, FixedBudget(6))
-    assert torch.equal(plain.generate(prompt(1), custom_generate=decoder, **GREEDY), plain.generate(prompt(1), **GREEDY))
+    assert torch.equal(
+        plain.generate(prompt(1), custom_generate=decoder, **GREEDY), plain.generate(prompt(1), **GREEDY)
+    )
     assert decoder.stats.cycles[0].rows > 1 == decoder.stats.cycles[-1].rows
 
 

@@ -53,7 +53,9 @@ KINDS = [HybriMoEScheduler, GreedyScheduler, StaticScheduler, AcceleratorOnlySch
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(call=calls(), costs=cost_models())
-def test_each_expert_once_and_times_as_simulated(kind: type, call: tuple[list[Routed], float], costs: CostModel) -> None:
+def test_each_expert_once_and_times_as_simulated(
+    kind: type, call: tuple[list[Routed], float], costs: CostModel
+) -> None:
     routed, link_free = call
     plan = kind(costs).plan(routed, link_free)
     assert sorted(plan.cpu + plan.accelerator) == [item.expert for item in routed]
