@@ -1,1 +1,1 @@
-"""Speculative decoding for a target model that lives on flash: the sibling of HybriMoE on the same injection mechanism."""
+"""Speculative decoding with a target that lives on flash: the sibling of HybriMoE on the same injection mechanism."""

@@ -3,8 +3,8 @@
     decoder = LeverDecoding(draft, make_policy("lever"), target)
     model.generate(**inputs, custom_generate=decoder, max_new_tokens=100)
 
-Sample-then-match (paper 2c): the target's own token is sampled at the root with `generate`'s own processors, then at the
-child that equals it, and so on until no child does. The output's distribution is the target's for every tree and
+Sample-then-match (paper 2c): the target's own token is sampled at the root with `generate`'s own processors, then at
+the child that equals it, and so on until no child does. The output's distribution is the target's for every tree and
 pruning; greedy decoding is the special case. One random number is drawn per token, as plain `generate` does.
 """
 

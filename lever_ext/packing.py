@@ -128,7 +128,8 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
         f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft" if wrong else ""
     )
     raise SpeculationError(
-        f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens{'; ' + example if wrong else ''}); "
+        f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens"
+        f"{'; ' + example if wrong else ''}); "
         "choose a draft of the target's family, or --draft ngram"
     )
 

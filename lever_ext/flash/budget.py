@@ -55,8 +55,8 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING) -> Res
     limit = whole + (staging + AHEAD) * expert_bytes if budget is None else budget
     if limit < needed:
         raise BudgetError(
-            f"dram_budget of {limit / 2**20:.1f} MiB is too small for {pack.path.name}: embedding and head, two layers and "
-            f"the buffers of two experts need {needed / 2**20:.1f} MiB"
+            f"dram_budget of {limit / 2**20:.1f} MiB is too small for {pack.path.name}: embedding and head, two layers "
+            f"and the buffers of two experts need {needed / 2**20:.1f} MiB"
         )
     if limit - needed < (staging - min(2, staging)) * expert_bytes:
         staging = min(2, staging)

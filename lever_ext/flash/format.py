@@ -7,10 +7,11 @@ One file, little-endian:
     4096     blocks in the order of execution, each starting and ending at a multiple of 4096
     ...      index: UTF-8 JSON, at a multiple of 4096, the last thing in the file
 
-A block is what one read fetches: a decoder layer without its routed experts, one routed expert, or a part that is always
-resident (embedding, final norm, output head). Its tensors lie in it one after another, each at a multiple of 64 bytes,
-row-major, in the model's own names and shapes; a routed expert's tensors are rows of the stacked tensors that
-`transformers` names. The index holds the model's config, a fingerprint, and for every block its place, CRC-32 and tensors.
+A block is what one read fetches: a decoder layer without its routed experts, one routed expert, or a part that is
+always resident (embedding, final norm, output head). Its tensors lie in it one after another, each at a multiple of 64
+bytes, row-major, in the model's own names and shapes; a routed expert's tensors are rows of the stacked tensors that
+`transformers` names. The index holds the model's config, a fingerprint, and for every block its place, CRC-32 and
+tensors.
 The header is written last: a file without a valid header is not a pack.
 """
 

@@ -233,8 +233,8 @@ def _check_space(directory: Path, partial: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free + held < needed:
         raise FlashError(
-            f"{directory}: the pack needs {needed / 2**20:.0f} MiB, {(free + held) / 2**20:.0f} MiB are free; nothing was "
-            "written: free some space or choose another directory"
+            f"{directory}: the pack needs {needed / 2**20:.0f} MiB, {(free + held) / 2**20:.0f} MiB are free; "
+            "nothing was written: free some space or choose another directory"
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class FlashExperts(nn.Module):
         self.key = key
         self.pack = gguf_loader
         self.config = config
-        self.activation = orig_module.act_fn
+        self.activation = cast(Callable[[torch.Tensor], torch.Tensor], orig_module.act_fn)
         self.shapes = {f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()}
         self.layer_index = next(int(part) for part in key.split(".") if part.isdigit())
         self._cache: FlashExpertCache | None = None

@@ -42,8 +42,9 @@ class NoUnion:
 class ExpertUnion:
     """Expected time to read the experts that a tree's tokens select and that are not resident.
 
-    For each layer and expert, the chance that no node selects it is the product over the nodes of 1 - p(expert | token);
-    p is what was seen of that token, filled up with the layer's overall rate. Nobody's paper: our headline term.
+    For each layer and expert, the chance that no node selects it is the product over the nodes of
+    1 - p(expert | token); p is what was seen of that token, filled up with the layer's overall rate. In no paper: our
+    headline term.
 
     Args:
         layers, experts, top_k: of the target.

@@ -17,7 +17,10 @@ POLICIES = ("lever", "greedy", "opt_tree", "specinfer", "fixed", "chain", "none"
 class TreePolicy(Protocol):
     """Builds the token tree of a cycle."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As `make_policy` knows it."""
+        ...
 
     def build(self, growth: Growth) -> TokenTree:
         """Draft as far as the policy wants and choose. Mutates: the growth."""

@@ -166,7 +166,7 @@ def _leaves_matter(cost: CycleCost, max_rows: int) -> bool:
 def _chains(known: Known, children: list[list[int]], row: int) -> list[tuple[int, ...]]:
     """The node alone, and with its likeliest descendants, up to 8 deep."""
     chain = [row]
-    found = [(row,)]
+    found: list[tuple[int, ...]] = [(row,)]
     while children[chain[-1]] and len(chain) < 8:
         chain.append(max(children[chain[-1]], key=lambda child: known.reach[child]))
         found.append(tuple(chain))
@@ -179,7 +179,7 @@ def _removable(known: Known, rows: Sequence[int]) -> list[tuple[int, ...]]:
     for row in rows:
         if row:
             count[known.parents[row]] = count.get(known.parents[row], 0) + 1
-    found = []
+    found: list[tuple[int, ...]] = []
     for row in rows:
         if row and row not in count:
             chain = [row]

@@ -51,9 +51,7 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
     config = tiny_config(family)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**{key: value for key, value in config.items()}), dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4 if parameter.shape[0] == 64 else 0.15)
