@@ -15,14 +15,7 @@ import numpy as np
 from eval import report
 from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
-from hybrimoe_plugin.policy.schedule import (
-    AcceleratorOnlyScheduler,
-    GreedyScheduler,
-    HybriMoEScheduler,
-    Scheduler,
-    StaticScheduler,
-    exact_plan,
-)
+from hybrimoe_plugin.policy.schedule import Scheduler, exact_plan, make_scheduler
 
 MACHINES = {
     # The only public trace of the paper's machine (constants in the authors' code, milliseconds by their size).
@@ -33,7 +26,8 @@ MACHINES = {
         CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (350, 900)), 30, 500
     ),
 }
-KINDS = (HybriMoEScheduler, GreedyScheduler, StaticScheduler, AcceleratorOnlyScheduler)
+NAMES = ("hybrimoe", "greedy", "static", "accelerator_only")
+OURS = NAMES[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -46,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     report.save_csv(args.out / "schedule_gap.csv", gaps)
     report.save_csv(args.out / "schedule_time.csv", plan_times)
     report.save_figure(args.out / "schedule.png", lambda axes: _draw(axes, gaps))
-    ours = [row for row in gaps if row["scheduler"] == HybriMoEScheduler.name]
+    ours = [row for row in gaps if row["scheduler"] == OURS]
     result = {
         "plan_us_decode_p50": plan_times[0]["p50"],
         "plan_us_prefill_p50": plan_times[1]["p50"],
@@ -65,16 +59,17 @@ def gap_rows(cases: int) -> list[dict[str, Any]]:
             rng = np.random.default_rng(0)
             drawn = [random_call(rng, kind) for _ in range(cases)]
             best = [exact_plan(routed, costs, link).makespan_us for routed, link in drawn]
-            for made in KINDS:
+            for name in NAMES:
+                scheduler = make_scheduler(name, costs, True)
                 gaps = [
-                    made(costs).plan(routed, link).makespan_us / optimum - 1
+                    scheduler.plan(routed, link).makespan_us / optimum - 1
                     for (routed, link), optimum in zip(drawn, best, strict=True)
                 ]
                 rows.append(
                     {
                         "machine": machine,
                         "calls": kind,
-                        "scheduler": made.name,
+                        "scheduler": name,
                         "gap_mean": statistics.mean(gaps),
                         "gap_max": max(gaps),
                     }
@@ -103,11 +98,12 @@ def time_rows(repeats: int) -> list[dict[str, Any]]:
     prefill = [[Routed(e, load, 0.0 if e % 4 == 0 else OFFLOADED) for e, load in enumerate(row)] for row in loads]
     rows = []
     for name, calls, count in (("decode, 8 of 256", decode, repeats), ("prefill, 256 of 256", prefill, repeats // 10)):
-        for made in (HybriMoEScheduler, GreedyScheduler):
-            spent = [us for costs in MACHINES.values() for us in plan_times(made(costs), calls, count)]
+        for scheduler in (OURS, "greedy"):
+            made = [make_scheduler(scheduler, costs, True) for costs in MACHINES.values()]
+            spent = [us for one in made for us in plan_times(one, calls, count)]
             low, middle, high = (float(value) for value in np.percentile(spent, (20, 50, 80)))
-            rows.append({"call": name, "scheduler": made.name, "p20": low, "p50": middle, "p80": high})
-    return sorted(rows, key=lambda row: row["scheduler"] != HybriMoEScheduler.name)
+            rows.append({"call": name, "scheduler": scheduler, "p20": low, "p50": middle, "p80": high})
+    return sorted(rows, key=lambda row: row["scheduler"] != OURS)
 
 
 def plan_times(scheduler: Scheduler, calls: Sequence[Sequence[Routed]], count: int) -> list[float]:
@@ -122,12 +118,10 @@ def plan_times(scheduler: Scheduler, calls: Sequence[Sequence[Routed]], count: i
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     machines = list(MACHINES)
-    for index, made in enumerate(KINDS):
-        mine = [
-            [row["gap_mean"] for row in rows if (row["machine"], row["scheduler"]) == (m, made.name)] for m in machines
-        ]
+    for index, name in enumerate(NAMES):
+        mine = [[row["gap_mean"] for row in rows if (row["machine"], row["scheduler"]) == (m, name)] for m in machines]
         places = [at + index * 0.2 for at in range(len(machines))]
-        axes.bar(places, [100 * statistics.mean(values) for values in mine], 0.2, label=made.name)
+        axes.bar(places, [100 * statistics.mean(values) for values in mine], 0.2, label=name)
     axes.set_xticks([at + 0.3 for at in range(len(machines))], machines)
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set_ylabel("mean gap to the exact optimum, % (simulated)")
