@@ -67,7 +67,8 @@ def test_policies_know_nothing_of_torch() -> None:
 def test_importing_starts_nothing() -> None:
     program = (
         "import sys, threading, builtins\n"
-        "import hybrimoe_plugin, hybrimoe_plugin.cli.main, hybrimoe_plugin.policy.controller, hybrimoe_plugin.replay.trace\n"
+        "import hybrimoe_plugin, hybrimoe_plugin.cli.main\n"
+        "import hybrimoe_plugin.policy.controller, hybrimoe_plugin.replay.trace\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
         "import torch\n"
         "torch.cuda.init = torch.cuda._lazy_init = None\n"

@@ -48,11 +48,26 @@ def import_kernel() -> ModuleType:
         BackendError: not installed, or it does not load on this processor.
     """
     try:
-        from kt_kernel import kt_kernel_ext
+        with _float_environment():
+            from kt_kernel import kt_kernel_ext
     except Exception as error:  # a wrong processor shows as RuntimeError, OSError or ImportError
         raise BackendError(f"kt-kernel does not load: {error}") from error
     module: ModuleType = kt_kernel_ext
     return module
+
+
+@contextmanager
+def _float_environment() -> Iterator[None]:
+    """Undo what loading a library built with -ffast-math does to the thread: subnormal numbers would become 0."""
+    libm = ctypes.CDLL(None)
+    kept = ctypes.create_string_buffer(64)  # fenv_t is 32 bytes on x86-64, smaller elsewhere
+    if not hasattr(libm, "fegetenv") or libm.fegetenv(kept):
+        yield
+        return
+    try:
+        yield
+    finally:
+        libm.fesetenv(kept)
 
 
 def refusal(spec: ExpertSpec) -> str | None:

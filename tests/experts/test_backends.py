@@ -125,6 +125,17 @@ def test_kernel_greetings_stay_out_of_standard_output() -> None:
     assert run.stdout.split() == ["before", "after"]
 
 
+def test_loading_the_kernels_leaves_arithmetic_alone() -> None:
+    """Their library is built with -ffast-math, whose start-up code makes subnormal numbers 0 in the loading thread."""
+    program = (
+        "from hybrimoe_plugin.experts.cpu_kt import import_kernel\n"
+        "import_kernel()\n"
+        "tiny = 5e-324\n"
+        "assert tiny * 1.0 > 0, 'subnormal numbers are flushed'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("type_name", supported())
 def test_device_dequantisation_is_exact(type_name: str) -> None:
     kind = GGMLQuantizationType[type_name]

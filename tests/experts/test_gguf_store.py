@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,8 @@ def test_every_truncation_is_noticed(tmp_path: Path, sound: bytes) -> None:
 @given(at=st.integers(0, 420), value=st.binary(min_size=1, max_size=9))
 def test_any_damage_is_harmless_or_a_typed_error(tmp_path: Path, sound: bytes, at: int, value: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(sound[:at] + value + sound[at + len(value) :])
-    try:
+    with contextlib.suppress(WeightsError):
         read_all(tmp_path / "m.gguf")
-    except WeightsError:
-        pass
 
 
 @pytest.mark.parametrize("count", [1 << 40, (1 << 64) - 1])
