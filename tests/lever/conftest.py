@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def pack_model(model: Any, family: str, directory: Path) -> Path:
     config = tiny_config(family)
     source = StateDictSource(dict(model.state_dict()), f"tiny {family}")
     return write_pack(source, meta_model(config, torch.float32), config, directory, "float32")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and threads that wait for a busy core cost milliseconds a call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
