@@ -1,0 +1,68 @@
+"""Tokenizers come out of GGUF files, also for architectures that transformers does not load from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tokenizers.pre_tokenizers import ByteLevel
+
+from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+
+ALPHABET = sorted(ByteLevel.alphabet())
+TOKENS = ["<s>", "</s>", *ALPHABET, "Ġt", "he", "Ġthe", "12", "123"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def vocabulary(pre: str) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(TOKENS) - 2),
+        "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he", "1 2", "12 3"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def tokenizer_of(folder: Path, family: str, pre: str) -> Any:
+    changes = {"vocab_size": len(TOKENS)}
+    return load_tokenizer(None, GGUFStore.open(tiny.write(folder, family, changes=changes, extra=vocabulary(pre))))
+
+
+@pytest.mark.parametrize(
+    ("family", "pre"),
+    [("mixtral", "llama-bpe"), ("qwen3_moe", "qwen2"), ("deepseek_v2", "deepseek-llm"), ("deepseek_v3", "deepseek-v3")],
+)
+def test_every_family_has_its_tokenizer_and_template(family: str, pre: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path, family, pre)
+    text = "in the end: 5 Üben"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert TOKENS.index("Ġthe") in tokenizer(text).input_ids
+    assert tokenizer.eos_token == "</s>"
+    assert tokenizer("</s>").input_ids == [1]
+    chat = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "hello"
+
+
+def test_deepseek_splits_numbers_as_its_vocabularies_do(tmp_path: Path) -> None:
+    digits = {}
+    for family, pre in (("deepseek_v2", "deepseek-llm"), ("deepseek_v3", "deepseek-v3")):
+        folder = tmp_path / family
+        folder.mkdir()
+        digits[family] = tokenizer_of(folder, family, pre).tokenize("12345")
+    assert digits == {"deepseek_v2": ["1", "2", "3", "4", "5"], "deepseek_v3": ["123", "4", "5"]}
+
+
+def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    broken = {**vocabulary("deepseek-v3"), "tokenizer.ggml.model": "no-such-kind"}
+    store = GGUFStore.open(tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(TOKENS)}, extra=broken))
+    with pytest.raises(WeightsError, match="give model_path"):
+        load_tokenizer(None, store)
