@@ -51,7 +51,7 @@ class HybriMoEExperts(nn.Module):
         generate_device: str = "auto",
         **settings: Any,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): the classic host's subclass has bases with other constructors
         self.check_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **settings})
         activation = getattr(config, "hidden_act", "silu")
         if activation != "silu":
