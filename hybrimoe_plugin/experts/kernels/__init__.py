@@ -1,0 +1,1 @@
+"""What computes experts in slots: fused Triton kernels, and their plain twin in torch operations."""

@@ -1,0 +1,30 @@
+"""Split GGML blocks into planes on arrival, at memory bandwidth (`layout.PLANES`)."""
+
+# Triton's idiom: constants in capitals, arguments without Python types.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_planes(
+    source,
+    target,
+    blocks,
+    BLOCK_WORDS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+):
+    """Move each field of `blocks` blocks into its plane; everything counts 16-bit words; grid (programs)."""
+    block = (tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM))[:, None]
+    start = 0
+    for field in tl.static_range(len(WORDS)):
+        word = tl.arange(0, WORDS[field])[None, :]
+        inside = (block < blocks) & (word >= 0)
+        values = tl.load(source + block.to(tl.int64) * BLOCK_WORDS + OFFSETS[field] + word, inside)
+        tl.store(target + start + block.to(tl.int64) * WORDS[field] + word, values, inside)
+        start += blocks * WORDS[field]
