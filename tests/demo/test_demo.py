@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 
@@ -60,7 +61,7 @@ def test_greedy_answers_equal_the_plain_model(plain: tuple[Any, Any], monkeypatc
     assert [ask(exact, tokenizer, prompt) for prompt in PROMPTS] == wanted
     assert "Paris" in tokenizer.decode(wanted[0])
     exact.hybrimoe.close()
-    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed", exc_type=Exception)
+    needs.kt_kernel()
     native, _ = load_model(None, path, dtype="float32", cpu_backend="kt", progress=False)
     answers = [ask(native, tokenizer, prompt) for prompt in PROMPTS]
     same = sum(a == b for ours, theirs in zip(answers, wanted, strict=True) for a, b in zip(ours, theirs, strict=False))

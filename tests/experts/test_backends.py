@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import needs
 import numpy as np
 import pytest
 import tiny_experts
@@ -14,13 +15,13 @@ from gguf.quants import dequantize as reference_dequantize
 
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.base import CPUBackend
+from hybrimoe_plugin.experts.cpu_kt import KTExperts
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.dequant import dequantize, supported
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
 
-pytest.importorskip("kt_kernel", reason="kt-kernel is not installed", exc_type=Exception)
-from hybrimoe_plugin.experts.cpu_kt import KTExperts
+needs.kt_kernel()
 
 # Relative RMS error of kt-kernel against float32 on the same dequantised weights, from 8-bit activations (bf16 for
 # float types): measured at 0.011 to 0.015, with half as much again for small shapes.

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import tiny
 import torch
@@ -77,7 +78,7 @@ def test_logits_equal_the_plain_forward(family: str, scheduler: str, files: dict
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_kt_kernel_is_within_its_activation_error(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("kt_kernel", reason="kt-kernel is not installed", exc_type=Exception)
+    needs.kt_kernel()
     path = tiny.write(tmp_path, family, types=lambda name: "Q8_0" if "_exps" in name else "F32")
     plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
     model, _ = load_model(None, path, dtype="float32", cpu_backend="kt", progress=False)
