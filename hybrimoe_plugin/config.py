@@ -9,10 +9,13 @@ from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError
 
-SCHEDULERS = ("hybrimoe", "greedy", "static", "accelerator_only", "cpu_only")
-CACHES = ("mrs", "lru", "lfu", "static")
-PREFETCHERS = ("impact", "score", "off")
-CPU_BACKENDS = ("auto", "kt", "torch")
+SCHEDULERS = ("hybrimoe", "greedy", "ratio", "static", "accelerator_only", "cpu_only")
+CACHES = ("adaptive", "mrs", "lru", "lfu", "ema", "static")
+PREFETCHERS = ("expected", "impact", "score", "off")
+BUDGETS = ("shared", "layer")
+CPU_BACKENDS = ("auto", "kt", "ggml", "torch")
+DENSE = ("lean", "plain")
+LINEARS = ("auto", "quantised", "plain")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -57,8 +60,9 @@ class Settings:
     """
 
     scheduler: str = setting("hybrimoe", "who computes what in a layer", choices=SCHEDULERS)
-    cache: str = setting("mrs", "which experts stay on the accelerator", choices=CACHES)
-    prefetch: str = setting("impact", "what the idle link loads ahead", choices=PREFETCHERS)
+    cache: str = setting("adaptive", "which experts stay on the accelerator", choices=CACHES)
+    budget: str = setting("shared", "whether layers share the cache or each has an equal part", choices=BUDGETS)
+    prefetch: str = setting("expected", "what the idle link loads ahead", choices=PREFETCHERS)
     cache_ratio: float | None = setting(None, "share of all experts kept on the accelerator", low=0.0, high=1.0)
     cache_bytes: int | None = setting(None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0)
     look_ahead: int = setting(3, "layers that prefetch looks ahead", low=1, high=16)
@@ -67,6 +71,8 @@ class Settings:
     cpu_backend: str = setting("auto", "kernels for experts on the CPU", choices=CPU_BACKENDS)
     cpu_threads: int | None = setting(None, "threads for CPU experts; default: measured", low=1, high=1024)
     accelerator: str = setting("auto", "device for experts in slots", choices=ACCELERATORS)
+    dense: str = setting("lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE)
+    linears: str = setting("auto", "dense matrices on the CPU: as the file stores them, or plain", choices=LINEARS)
     profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")
 
     def __post_init__(self) -> None:

@@ -14,9 +14,11 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import CallRecord, Engine, Router, SimulatedClock, WallClock
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.calibrate import ensure_profile, hardware
+from hybrimoe_plugin.experts.calibrate import ensure_profile, hardware, shared_threads
+from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_kt import KTExperts, import_kernel, refusal
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
+from hybrimoe_plugin.experts.ggml import TYPES, Ggml
 from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
@@ -160,13 +162,13 @@ def _build(
         if kind == "cuda" and free_bytes is None:
             free_bytes = torch.cuda.mem_get_info(device)[0]
         quotas = cache_quotas(settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes)
-    backend = cpu_backend(settings, layers)
+    backend = cpu_backend(settings, layers, alone=accelerator is None)
     profile = _profile(settings, layers[0], backend, accelerator, progress)
     costs = profile.costs(spec)
     decode = make_scheduler(settings.scheduler, costs, kind != "none" and generate != "cpu")
     prefiller = make_scheduler(settings.scheduler, costs, kind != "none" and prefill != "cpu")
     controller = Controller(
-        SlotPool(quotas, STAGING_SLOTS),
+        SlotPool(quotas, STAGING_SLOTS, shared=settings.budget == "shared"),
         costs,
         prefiller,
         decode,
@@ -206,10 +208,20 @@ def accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[s
     return "cuda", torch.device("cuda:0" if asked in ("auto", "cpu", "cuda") else asked)
 
 
-def cpu_backend(settings: Settings, layers: Sequence[LayerWeights]) -> str:
-    """`auto` takes kt-kernel where it loads and can run the shape, else the torch reference."""
+def cpu_backend(settings: Settings, layers: Sequence[LayerWeights], alone: bool = False) -> str:
+    """`auto` takes kt-kernel where it loads and can run the shape, else the torch reference.
+
+    Args:
+        alone: there is no accelerator, so nothing is gained by workers beside the caller: kt-kernel's ggml graphs.
+    """
     if settings.cpu_backend != "auto":
         return settings.cpu_backend
+    if alone and all(matrix.type_name in TYPES for weights in layers for matrix in weights.matrices()):
+        try:
+            Ggml()
+            return "ggml"
+        except BackendError as error:
+            log.info("no ggml graphs: %s", error)
     if any(refusal(weights.spec) is not None for weights in layers):
         return "torch"
     try:
@@ -220,6 +232,8 @@ def cpu_backend(settings: Settings, layers: Sequence[LayerWeights]) -> str:
 
 
 def make_cpu(backend: str, threads: int) -> CPUBackend:
+    if backend == "ggml":
+        return GgmlExperts(threads)
     return KTExperts(threads) if backend == "kt" else TorchExperts(keep=False)
 
 
@@ -233,7 +247,7 @@ def _profile(
         backend,
         lambda threads: make_cpu(backend, threads),
         accelerator,
-        threads=settings.cpu_threads,
+        threads=settings.cpu_threads or (shared_threads() if backend == "ggml" else None),
         progress=progress,
     )
 

@@ -1,66 +1,19 @@
-"""Expert cache policies: which experts of a layer are worth a slot. Each layer is ranked on its own."""
+"""Expert cache policies: which experts are worth a slot.
+
+A policy ranks the experts of every layer; the controller evicts the lowest rank, of the layer or of all layers where
+they share their slots. `adaptive` (the default) has a file of its own.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.config import CACHES, Settings
 from hybrimoe_plugin.errors import ConfigError
-
-Ids = NDArray[np.int64]
-Scores = NDArray[np.float32]
-
-
-class CachePolicy(Protocol):
-    """Ranks experts by what the router did so far. Layers are positions among the MoE layers."""
-
-    name: str
-
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
-        """Learn from one layer call: ids and weights [T, K], scores [T, E] where the host shows them. Mutates."""
-        ...
-
-    def victim(self, layer: int, candidates: Sequence[int]) -> int:
-        """The candidate to evict first; candidates are never empty. Deterministic."""
-        ...
-
-    def admits(self, layer: int, expert: int, victim: int) -> bool:
-        """Whether a newcomer may take the victim's slot."""
-        ...
-
-    def initial(self, layer: int, count: int) -> list[int]:
-        """The experts to load before the first call."""
-        ...
-
-
-class RankedCache:
-    """A cache that keeps one number per expert and evicts the lowest; the base of all that follow.
-
-    A newcomer is admitted if it ranks at least as high as the victim.
-    """
-
-    name = ""
-
-    def __init__(self, layers: int, experts: int) -> None:
-        self.ranks = np.zeros((layers, experts), dtype=np.float64)
-
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
-        """Learn from one layer call; each policy has its own rule. Mutates `ranks`."""
-        raise AssertionError("a policy without a rule")
-
-    def victim(self, layer: int, candidates: Sequence[int]) -> int:
-        ranks = self.ranks[layer]
-        return min(candidates, key=lambda expert: (ranks[expert], expert))
-
-    def admits(self, layer: int, expert: int, victim: int) -> bool:
-        return bool(self.ranks[layer, expert] >= self.ranks[layer, victim])
-
-    def initial(self, layer: int, count: int) -> list[int]:
-        return list(range(min(count, self.ranks.shape[1])))
+from hybrimoe_plugin.policy.adaptive import AdaptiveCache
+from hybrimoe_plugin.policy.ranked import CachePolicy as CachePolicy
+from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
 
 
 class MRSCache(RankedCache):
@@ -72,8 +25,10 @@ class MRSCache(RankedCache):
 
     name = "mrs"
 
-    def __init__(self, layers: int, experts: int, alpha: float, p: int) -> None:
-        super().__init__(layers, experts)
+    def __init__(
+        self, layers: int, experts: int, alpha: float, p: int, popularity: NDArray[np.float64] | None = None
+    ) -> None:
+        super().__init__(layers, experts, popularity)
         self.alpha = alpha
         self.p = min(p, experts)
         # A token's share of S fades as (1 - alpha)^age: beyond this age it is below float noise.
@@ -106,8 +61,8 @@ class LRUCache(RankedCache):
 
     name = "lru"
 
-    def __init__(self, layers: int, experts: int) -> None:
-        super().__init__(layers, experts)
+    def __init__(self, layers: int, experts: int, popularity: NDArray[np.float64] | None = None) -> None:
+        super().__init__(layers, experts, popularity)
         self._tokens = np.zeros(layers, dtype=np.int64)
 
     def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
@@ -116,7 +71,7 @@ class LRUCache(RankedCache):
             self._tokens[layer] += 1
             ranks[row] = self._tokens[layer]
 
-    def admits(self, layer: int, expert: int, victim: int) -> bool:
+    def prefers(self, newcomer: float, victim: float) -> bool:
         """Always: LRU has no admission rule."""
         return True
 
@@ -130,6 +85,19 @@ class LFUCache(RankedCache):
         np.add.at(self.ranks[layer], topk_ids.ravel(), 1.0)
 
 
+class EMACache(RankedCache):
+    """Decayed frequency: rank is the share of recent tokens that chose the expert, with a memory of about 10 tokens."""
+
+    name = "ema"
+    STEP = 0.1
+
+    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+        ranks, step = self.ranks[layer], self.STEP
+        fade = step * (1 - step) ** np.arange(len(topk_ids) - 1, -1, -1, dtype=np.float64)
+        ranks *= (1 - step) ** len(topk_ids)
+        np.add.at(ranks, topk_ids, fade[:, None])
+
+
 class StaticCache(RankedCache):
     """What was loaded first stays (kTransformers)."""
 
@@ -138,20 +106,31 @@ class StaticCache(RankedCache):
     def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
         """Nothing to learn."""
 
-    def admits(self, layer: int, expert: int, victim: int) -> bool:
+    def prefers(self, newcomer: float, victim: float) -> bool:
         return False
 
 
-def make_cache(name: str, layers: int, experts: int, top_k: int, settings: Settings) -> CachePolicy:
+def make_cache(
+    name: str,
+    layers: int,
+    experts: int,
+    top_k: int,
+    settings: Settings,
+    popularity: NDArray[np.float64] | None = None,
+) -> CachePolicy:
     """The cache policy of that name.
+
+    Args:
+        popularity: [L, E] shares of earlier text to start from.
 
     Raises:
         ConfigError: unknown name.
     """
+    if name == "adaptive":
+        return AdaptiveCache(layers, experts, top_k, popularity)
     if name == "mrs":
-        return MRSCache(layers, experts, settings.mrs_alpha, settings.mrs_p or 2 * top_k)
-    kinds = {"lru": LRUCache, "lfu": LFUCache, "static": StaticCache}
+        return MRSCache(layers, experts, settings.mrs_alpha, settings.mrs_p or 2 * top_k, popularity)
+    kinds: dict[str, type[RankedCache]] = {"lru": LRUCache, "lfu": LFUCache, "ema": EMACache, "static": StaticCache}
     if name not in kinds:
         raise ConfigError(f"cache: expected one of {', '.join(CACHES)}, found {name!r}")
-    cache: CachePolicy = kinds[name](layers, experts)
-    return cache
+    return kinds[name](layers, experts, popularity)

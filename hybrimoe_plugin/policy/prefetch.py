@@ -20,19 +20,26 @@ class Prediction(NamedTuple):
     distance: int
     """1 for the next MoE layer."""
     routed: tuple[Routed, ...]
+    confidence: float = 1.0
+    """Measured share of such predictions that come true."""
 
 
 class PrefetchRequest(NamedTuple):
     ref: ExpertRef
+    distance: int
     impact_us: float
     """Predicted drop of that layer's makespan; 0 where the policy does not estimate it."""
+    confidence: float
 
 
 class Prefetcher(Protocol):
     """Chooses transfers for the link's idle time."""
 
-    def choose(self, predictions: Sequence[Prediction], idle_us: float) -> list[PrefetchRequest]:
-        """Offloaded experts to send, most useful first, as many as fit into `idle_us`."""
+    calibrated: bool
+    """Whether requests are weighed by measured confidence; otherwise predictions are taken as true."""
+
+    def choose(self, predictions: Sequence[Prediction], room: int) -> list[PrefetchRequest]:
+        """At most `room` offloaded experts to send, most useful first."""
         ...
 
 
@@ -41,40 +48,54 @@ class ImpactPrefetcher:
 
     Within a layer the heaviest offloaded expert has the highest impact, so one simulation per layer and one per choice
     suffice. Experts without impact are left where they are: the CPU hides them. Source: paper section 4.3.
+
+    Args:
+        calibrated: weigh impact by the measured confidence of a prediction (ours); else as published.
     """
 
-    def __init__(self, scheduler: Scheduler, costs: CostModel) -> None:
+    def __init__(self, scheduler: Scheduler, calibrated: bool = False) -> None:
         self._scheduler = scheduler
-        self._costs = costs
+        self.calibrated = calibrated
 
-    def choose(self, predictions: Sequence[Prediction], idle_us: float) -> list[PrefetchRequest]:
-        room = int(idle_us / self._costs.transfer_us) if self._costs.transfer_us > 0 else 0
+    def choose(self, predictions: Sequence[Prediction], room: int) -> list[PrefetchRequest]:
         heap: list[tuple[float, int, _Chain]] = []
-        for prediction in predictions if room else ():
-            chain = _Chain(prediction, self._scheduler)
+        for prediction in predictions if room > 0 else ():
+            if self.calibrated and prediction.confidence <= 0.0:
+                continue
+            chain = _Chain(prediction, self._scheduler, self.calibrated)
             if chain.advance():
-                heapq.heappush(heap, (-chain.impact_us, prediction.distance, chain))
+                heapq.heappush(heap, (-chain.expected_us, prediction.distance, chain))
         chosen: list[PrefetchRequest] = []
         while heap and len(chosen) < room:
             _, distance, chain = heapq.heappop(heap)
-            chosen.append(PrefetchRequest(ExpertRef(chain.layer, chain.expert), chain.impact_us))
+            chosen.append(chain.request())
             if chain.advance():
-                heapq.heappush(heap, (-chain.impact_us, distance, chain))
+                heapq.heappush(heap, (-chain.expected_us, distance, chain))
         return chosen
 
 
 class _Chain:
     """One layer's candidates, heaviest first, each with the impact it has once those before it are resident."""
 
-    def __init__(self, prediction: Prediction, scheduler: Scheduler) -> None:
-        self.layer = prediction.layer
-        self.expert = -1
-        self.impact_us = 0.0
+    def __init__(self, prediction: Prediction, scheduler: Scheduler, calibrated: bool) -> None:
+        self._prediction = prediction
+        self._weight = prediction.confidence if calibrated else 1.0
+        self._expert = -1
+        self._impact_us = 0.0
         self._scheduler = scheduler
         self._routed = list(prediction.routed)
         self._queue = [index for index, item in enumerate(self._routed) if item.ready_us == OFFLOADED]
         self._queue.sort(key=lambda index: self._routed[index].load)
         self._makespan_us = scheduler.plan(self._routed).makespan_us if self._queue else 0.0
+
+    @property
+    def expected_us(self) -> float:
+        return self._impact_us * self._weight
+
+    def request(self) -> PrefetchRequest:
+        prediction = self._prediction
+        ref = ExpertRef(prediction.layer, self._expert)
+        return PrefetchRequest(ref, prediction.distance, self._impact_us, prediction.confidence)
 
     def advance(self) -> bool:
         """Go to the next candidate; False when none is left that helps."""
@@ -83,30 +104,29 @@ class _Chain:
         index = self._queue.pop()
         self._routed[index] = self._routed[index]._replace(ready_us=0.0)
         makespan_us = self._scheduler.plan(self._routed).makespan_us
-        self.expert = self._routed[index].expert
-        self.impact_us = self._makespan_us - makespan_us
+        self._expert = self._routed[index].expert
+        self._impact_us = self._makespan_us - makespan_us
         self._makespan_us = makespan_us
-        return self.impact_us > 0.0
+        return self._impact_us > 0.0
 
     def __lt__(self, other: _Chain) -> bool:
-        return self.layer < other.layer
+        return self._prediction.layer < other._prediction.layer
 
 
 class ScorePrefetcher:
     """Nearest layer first, heaviest predicted load first; no simulation (the plain twin of impact)."""
 
-    def __init__(self, costs: CostModel) -> None:
-        self._costs = costs
+    calibrated = False
 
-    def choose(self, predictions: Sequence[Prediction], idle_us: float) -> list[PrefetchRequest]:
-        room = int(idle_us / self._costs.transfer_us) if self._costs.transfer_us > 0 else 0
+    def choose(self, predictions: Sequence[Prediction], room: int) -> list[PrefetchRequest]:
         candidates = [
-            (prediction.distance, -item.load, ExpertRef(prediction.layer, item.expert))
+            (prediction.distance, -item.load, ExpertRef(prediction.layer, item.expert), prediction.confidence)
             for prediction in predictions
             for item in prediction.routed
             if item.ready_us == OFFLOADED
         ]
-        return [PrefetchRequest(ref, 0.0) for _, _, ref in sorted(candidates)[:room]]
+        chosen = sorted(candidates)[:room]
+        return [PrefetchRequest(ref, distance, 0.0, confidence) for distance, _, ref, confidence in chosen]
 
 
 def make_prefetcher(name: str, scheduler: Scheduler, costs: CostModel) -> Prefetcher | None:
@@ -119,4 +139,4 @@ def make_prefetcher(name: str, scheduler: Scheduler, costs: CostModel) -> Prefet
         raise ConfigError(f"prefetch: expected one of {', '.join(PREFETCHERS)}, found {name!r}")
     if name == "off":
         return None
-    return ImpactPrefetcher(scheduler, costs) if name == "impact" else ScorePrefetcher(costs)
+    return ScorePrefetcher() if name == "score" else ImpactPrefetcher(scheduler, calibrated=name == "expected")

@@ -171,6 +171,26 @@ class StaticScheduler:
         return assemble(routed, hits, self._costs, link_free_us)
 
 
+class RatioScheduler:
+    """Hits on the accelerator, a fixed share of the misses over the link, the others on the CPU (FreeToken).
+
+    The share is `cpu / (cpu + transfer)` of one-token times, which is `pcie / (pcie + cpu)` of bandwidths.
+    """
+
+    name = "ratio"
+
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        cpu, transfer = costs.cpu(1), costs.transfer_us
+        self.share = cpu / (cpu + transfer) if cpu + transfer > 0 else 0.0
+
+    def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
+        side = {item.expert for item in routed if item.ready_us != OFFLOADED}
+        missing = sorted((item for item in routed if item.ready_us == OFFLOADED), key=lambda i: (-i.load, i.expert))
+        side.update(item.expert for item in missing[: round(self.share * len(missing))])
+        return assemble(routed, side, self._costs, link_free_us)
+
+
 class GreedyScheduler:
     """The paper's three-queue simulation, as published (section 4.2); the plain twin of `HybriMoEScheduler`."""
 
@@ -467,6 +487,7 @@ def make_scheduler(name: str, costs: CostModel, has_accelerator: bool) -> Schedu
     kinds = (
         HybriMoEScheduler,
         GreedyScheduler,
+        RatioScheduler,
         StaticScheduler,
         AcceleratorOnlyScheduler,
         CPUOnlyScheduler,

@@ -13,19 +13,21 @@ from hybrimoe_plugin.core import ExpertRef
 
 
 class SlotPool:
-    """The slots of one link's near side, shared by all layers under a quota for each.
+    """The slots of one link's near side, for all layers.
 
     Args:
-        quotas: cached experts allowed per layer position.
+        quotas: cached experts per layer position.
+        shared: whether a layer may hold more than its quota at the cost of others; the sum of all quotas binds.
         staging: further slots for demand loads that the cache does not admit; at least 2, so that one
             can receive while the other computes.
     """
 
-    def __init__(self, quotas: Sequence[int], staging: int = 2) -> None:
+    def __init__(self, quotas: Sequence[int], staging: int = 2, shared: bool = False) -> None:
         if staging < 2 or any(quota < 0 for quota in quotas):
             raise ValueError(f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and {list(quotas)}")
         self.quotas = list(quotas)
         self.staging = staging
+        self.shared = shared
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
         self._free = list(range(sum(quotas) - 1, -1, -1))
@@ -42,11 +44,11 @@ class SlotPool:
         return self.cached[layer].get(expert)
 
     def has_room(self, layer: int) -> bool:
-        return len(self.cached[layer]) < self.quotas[layer] and bool(self._free)
+        return bool(self._free) and (self.shared or len(self.cached[layer]) < self.quotas[layer])
 
     def evictable(self, layer: int, keep: Collection[int] = ()) -> list[int]:
         """Experts of a layer whose slots may be taken now, `keep` excepted."""
-        busy = self._in_flight | self._leased
+        busy = self._in_flight | self._leased if self._leased else self._in_flight
         return [expert for expert, slot in self.cached[layer].items() if slot not in busy and expert not in keep]
 
     def place(self, layer: int, expert: int) -> int:
@@ -91,5 +93,6 @@ class SlotPool:
         """Raise AssertionError unless each slot is free or holds exactly one expert, within every quota."""
         held = [slot for layer in self.cached for slot in layer.values()]
         assert sorted(held + self._free) == list(range(sum(self.quotas))), "a slot is lost or held twice"
-        assert all(len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True)), "over quota"
+        within = (len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True))
+        assert self.shared or all(within), "over quota"
         assert self._in_flight <= set(held) and self._leased <= set(held), "a free slot is in flight or leased"

@@ -30,32 +30,30 @@ def test_the_first_choice_has_the_highest_impact_of_all() -> None:
                 there = list(item.routed)
                 there[index] = routed._replace(ready_us=0.0)
                 impacts[ExpertRef(item.layer, routed.expert)] = before - SCHEDULER.plan(there).makespan_us
-    first = ImpactPrefetcher(SCHEDULER, COSTS).choose(predictions, 10_000)[0]
+    first = ImpactPrefetcher(SCHEDULER).choose(predictions, 9)[0]
     assert first.impact_us == max(impacts.values())
     assert impacts[first.ref] == first.impact_us
 
 
-def test_no_more_than_fits_the_idle_time() -> None:
+def test_no_more_than_there_is_room_for() -> None:
     predictions = [prediction(1, *[(1, OFFLOADED)] * 8)]
-    for idle, most in ((0, 0), (299, 0), (300, 1), (950, 3)):
-        for prefetcher in (ImpactPrefetcher(SCHEDULER, COSTS), ScorePrefetcher(COSTS)):
-            assert len(prefetcher.choose(predictions, idle)) <= most
+    for room, found in ((0, 0), (1, 1), (3, 3), (7, 7)):
+        for prefetcher in (ImpactPrefetcher(SCHEDULER), ScorePrefetcher()):
+            assert len(prefetcher.choose(predictions, room)) == found
 
 
 def test_nothing_that_does_not_help() -> None:
     resident = [prediction(1, (1, 0.0), (2, 0.0))]
-    assert ImpactPrefetcher(SCHEDULER, COSTS).choose(resident, 10_000) == []
+    assert ImpactPrefetcher(SCHEDULER).choose(resident, 9) == []
     # The CPU computes the miss while the accelerator is busy for longer with what it has.
     hidden = tiny_experts.costs(cpu_us=10, first_us=0, accelerator_us=2000, transfer_us=300)
     scheduler = HybriMoEScheduler(hidden)
     calm = [prediction(1, (1, OFFLOADED))]
-    assert ImpactPrefetcher(scheduler, hidden).choose(calm, 10_000) == []
+    assert ImpactPrefetcher(scheduler).choose(calm, 9) == []
 
 
 def test_score_takes_the_nearest_layer_and_heaviest_load_first() -> None:
-    chosen = ScorePrefetcher(COSTS).choose(
-        [prediction(1, (1, OFFLOADED), (5, OFFLOADED)), prediction(2, (9, OFFLOADED))], 900
-    )
+    chosen = ScorePrefetcher().choose([prediction(1, (1, OFFLOADED), (5, OFFLOADED)), prediction(2, (9, OFFLOADED))], 3)
     assert [request.ref for request in chosen] == [ExpertRef(1, 1), ExpertRef(1, 0), ExpertRef(2, 0)]
 
 
