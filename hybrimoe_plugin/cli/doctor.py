@@ -61,6 +61,7 @@ def examine(gguf_path: str | None = None) -> dict[str, list[Check]]:
     """All checks by section; none of them raises. With a model, what of it fits is checked too."""
     sections: dict[str, tuple[Callable[[], Check], ...]] = {
         "backends": (_kt_kernel, _torch_cpu, _cuda, _triton, _emulated),
+        "classic ktransformers host": (_ktransformers, _ktransformers_patches),
         "memory": (_host_memory, _accelerator_memory),
         "kept on disk": (_profiles, _demo),
     }
@@ -143,6 +144,33 @@ def _triton() -> Check:
 
 def _emulated() -> Check:
     return Check("accelerator emulated", True, "runs anywhere; every number it yields is labelled emulated")
+
+
+def _ktransformers() -> Check:
+    from hybrimoe_plugin.hosts.ktransformers.release import VERSION, installed
+
+    name, found = "local_chat", installed()
+    if found is None:
+        return Check(name, None, "not installed here; it has an environment of its own: scripts/setup_ktransformers.py")
+    # In a process of its own: the patches and the import must not touch this one.
+    code = (
+        "from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches; apply_patches()\n"
+        "import ktransformers.local_chat, hybrimoe_plugin.hosts.ktransformers.blocks"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS)
+    if done.returncode:
+        return Check(name, False, f"version {found}: {done.stderr.strip().splitlines()[-1]}")
+    return Check(name, True, f"version {found}" + ("" if found == VERSION else f", tested with {VERSION}"))
+
+
+def _ktransformers_patches() -> Check:
+    from hybrimoe_plugin.hosts.ktransformers.patches import decide
+    from hybrimoe_plugin.hosts.ktransformers.release import installed
+
+    if installed() is None:
+        return Check("patches", None, "none without it")
+    used = [decision.patch.name for decision in decide() if decision.used]
+    return Check("patches", None, f"{', '.join(used)} (hybrimoe patches says why)")
 
 
 def _host_memory() -> Check:
@@ -241,7 +269,7 @@ def _demo() -> Check:
     from hybrimoe_plugin.experts.calibrate import cache_dir
     from hybrimoe_plugin.experts.memory import human
 
-    files: list[Any] = sorted(cache_dir().rglob("*.gguf"))
+    files: list[Any] = sorted(path for path in cache_dir().rglob("*.gguf") if not path.is_symlink())
     if not files:
         return Check("demo model", None, "not built yet: built on first use")
     return Check("demo model", None, ", ".join(f"{path} ({human(path.stat().st_size)})" for path in files))

@@ -36,6 +36,9 @@ COMMANDS = (
     Command("calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"),
     Command("demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"),
     Command("doctor", "what is installed, which backends work and why not, what fits", "hybrimoe_plugin.cli.doctor"),
+    Command("ktransformers_chat", "ktransformers.local_chat itself, patched", "hybrimoe_plugin.cli.ktransformers_chat"),
+    Command("install_ktransformers", "ktransformers, no compiler", "hybrimoe_plugin.cli.install_ktransformers"),
+    Command("patches", "what ktransformers lacks here and what replaces it", "hybrimoe_plugin.cli.patches"),
 )
 
 

@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_json_has_all_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["installed", "backends", "memory", "kept on disk"]
+    assert list(found) == ["installed", "backends", "classic ktransformers host", "memory", "kept on disk"]
     torch = next(check for check in found["installed"] if check["name"] == "torch")
     assert torch["ok"] is True
 

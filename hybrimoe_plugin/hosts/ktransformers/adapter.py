@@ -1,0 +1,122 @@
+"""Between kTransformers' objects and the engine: its loader's files, its routers, and the moment to build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.operators.bind import HybriMoE, bind
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.routers import GateRouter
+
+NO_GRAPHS = "HybriMoE plans every layer call anew, which a CUDA graph cannot hold: start with --use_cuda_graph False"
+_ON_LOADER = "hybrimoe"
+"""The attribute of kTransformers' loader that holds a model's `Shared`: the one object that all operators are given."""
+
+
+class Shared:
+    """What the operators of one model share: the open weights, each other, their engine.
+
+    Attributes:
+        store: the loader's files, mapped once.
+    """
+
+    def __init__(self, store: GGUFStore) -> None:
+        self.store = store
+        self._operators: list[HybriMoEExperts] = []
+        self._routers: dict[str, GateRouter] = {}
+        self._handle: HybriMoE | None = None
+        self._members: nn.ModuleList | None = None
+
+    @classmethod
+    def of(cls, loader: Any) -> Shared:
+        """The one of this loader, made on first use.
+
+        Raises:
+            WeightsError: the loader's files are not one sound model.
+        """
+        found = getattr(loader, _ON_LOADER, None)
+        if not isinstance(found, cls):
+            # Its loader takes every GGUF file below a directory; so must ours, to mean the same model.
+            found = cls(GGUFStore.open(sorted(loader.file_data_map)))
+            setattr(loader, _ON_LOADER, found)
+        return found
+
+    def join(self, operator: HybriMoEExperts) -> None:
+        self._operators.append(operator)
+
+    def show_router(self, operator: HybriMoEExperts, gate: nn.Module, top_k: int) -> None:
+        """Tell which router stands beside an operator."""
+        self._routers[operator.key] = ClassicRouter(gate, top_k)
+
+    def bind(self) -> HybriMoE | None:
+        """Build the engine, once; None for a model without our operators.
+
+        Raises:
+            BackendError: the MoE block of an operator does not show its router.
+            ConfigError, BudgetError: settings that cannot be met.
+        """
+        if self._handle is None and self._operators:
+            self._members = nn.ModuleList(self._operators)  # the engine lives as long as this does
+            self._handle = bind(self._members, routers=self._router, progress=False)
+        return self._handle
+
+    def _router(self, _model: nn.Module, operator: HybriMoEExperts) -> GateRouter:
+        if operator.key not in self._routers:
+            raise BackendError(
+                f"{operator.key}: its MoE block does not show its router; let the rules replace the block by one of "
+                "hybrimoe_plugin.hosts.ktransformers.blocks, as those in optimize_rules/ktransformers do"
+            )
+        return self._routers[operator.key]
+
+
+def attach(model: Any) -> HybriMoE | None:
+    """Build the engine of a model that `optimize_and_load_gguf` has loaded, and give it as `model.hybrimoe` too.
+
+    Without this call it is built at the first prompt. Raises as `Shared.bind`.
+    """
+    shared = getattr(model.gguf_loader, _ON_LOADER, None)
+    handle = shared.bind() if isinstance(shared, Shared) else None
+    object.__setattr__(model, "hybrimoe", handle)
+    return handle
+
+
+class ClassicRouter(GateRouter):
+    """The router of a kTransformers MoE block: a linear layer, or a `MoEGate` that returns ids and weights.
+
+    Args:
+        gate: `gate(hidden) -> logits [T, E]`, or `gate(hidden [1, T, H]) -> (ids [T, K], weights [T, K], ...)`.
+        top_k: K, which a linear layer does not know.
+    """
+
+    def __init__(self, gate: nn.Module, top_k: int) -> None:
+        super().__init__(gate)
+        self._top_k = top_k
+
+    def _keep(self, _module: nn.Module, args: Any, output: Any) -> None:
+        if self._predicting:
+            return
+        # A MoEGate keeps its logits to itself; one small product gives them again.
+        self._logits = output if isinstance(output, torch.Tensor) else self._compute(args[0])
+
+    def _compute(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self._gate.weight  # type: ignore[assignment]
+        return F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), weight.float())
+
+    @torch.no_grad()
+    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3)."""
+        self._predicting = True
+        try:
+            found = self._gate(hidden[None])
+        finally:
+            self._predicting = False
+        if isinstance(found, torch.Tensor):
+            return found.reshape(len(hidden), -1).topk(self._top_k, dim=-1).indices
+        ids: torch.Tensor = found[0]
+        return ids

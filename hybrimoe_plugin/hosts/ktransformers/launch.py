@@ -1,0 +1,166 @@
+"""Start the real `ktransformers.local_chat` in this process, with the patches that the host needs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_plugin.errors import ConfigError, RulesError, WeightsError
+from hybrimoe_plugin.hosts.ktransformers.changes import Changes
+from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
+
+log = logging.getLogger(__name__)
+
+LOCAL_CHAT = "ktransformers.local_chat"
+FAMILY_RULES = {
+    "DeepseekV2ForCausalLM": "DeepSeek-V2",
+    "DeepseekV3ForCausalLM": "DeepSeek-V3",
+    "MixtralForCausalLM": "Mixtral",
+    "Qwen2MoeForCausalLM": "Qwen2-57B-A14B",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start it.
+
+    Attributes:
+        flags: of `local_chat`, by name; those that are None are left out.
+        prompt: answer this and end, instead of asking for messages.
+        greedy: take the likeliest token, where kTransformers draws with temperature 0.1.
+        seed: of the draw.
+        quiet: leave out what is printed for every tensor while it loads.
+    """
+
+    flags: Mapping[str, Any]
+    prompt: str | None = None
+    greedy: bool = False
+    seed: int | None = None
+    quiet: bool = True
+
+
+def run_local_chat(launch: Launch, loaded: Callable[[Any], None] = lambda _model: None) -> None:
+    """Run it to its end, which is the end of the input.
+
+    Args:
+        launch: what to run.
+        loaded: called with the model when it is ready.
+
+    Raises:
+        HybriMoEError: what the patches and operators refuse.
+    """
+    with contextlib.redirect_stdout(io.StringIO()) if launch.quiet else contextlib.nullcontext():
+        applied = apply_patches()
+    with applied:
+        log.info("ktransformers patches in force: %s", ", ".join(applied.names) or "none")
+        _adjust(applied.changes, launch, loaded)
+        argv = [LOCAL_CHAT, *(f"--{name}={value}" for name, value in launch.flags.items() if value is not None)]
+        with _process(argv, launch.prompt), contextlib.suppress(EOFError):
+            if launch.seed is not None:
+                importlib.import_module("torch").manual_seed(launch.seed)
+            runpy.run_module(LOCAL_CHAT, run_name="__main__", alter_sys=True)
+
+
+def packaged_rules(model_path: str, device: str) -> Path:
+    """Our rules for the architecture that a model directory names, `device` being cpu or gpu.
+
+    Raises:
+        WeightsError: no readable config.json there.
+        RulesError: no rules for its architecture.
+    """
+    from importlib.resources import files
+
+    name = FAMILY_RULES.get(architecture(model_path))
+    if name is None:
+        known = ", ".join(FAMILY_RULES)
+        raise RulesError(f"no packaged rules for {architecture(model_path)} (there are for {known})")
+    return Path(str(files("optimize_rules"))) / "ktransformers" / f"{name}-{device}.yaml"
+
+
+def architecture(model_path: str) -> str:
+    """The architecture in a model directory's config.json. Raises: WeightsError: none there."""
+    import json
+
+    path = Path(model_path) / "config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise WeightsError(f"{path}: no architecture can be read there ({type(error).__name__}: {error})") from error
+
+
+def names_cuda(rules: Path) -> bool:
+    """Whether any rule places something on CUDA. Raises: RulesError: the file is no rules file."""
+    from hybrimoe_plugin.injection.rules import load_rules
+
+    return any("cuda" in str(value) for rule in load_rules(rules).rules for value in rule.kwargs.values())
+
+
+def as_lines(prompt: str) -> str:
+    """A prompt as `local_chat` reads it from a terminal.
+
+    Raises:
+        ConfigError: it holds the marks that end a message of several lines.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    if "\n" not in prompt:
+        return prompt + "\n"
+    if '"""' in prompt:
+        raise ConfigError('a prompt of several lines cannot hold """, which ends it for local_chat')
+    return f'"""{prompt}"""\n'
+
+
+def _adjust(changes: Changes, launch: Launch, loaded: Callable[[Any], None]) -> None:
+    """What this start asks for beyond the patches."""
+    optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
+    utils: Any = importlib.import_module("ktransformers.util.utils")
+    load: Callable[..., None] = optimize.optimize_and_load_gguf
+    generate: Callable[..., Any] = utils.prefill_and_generate
+
+    @functools.wraps(load)
+    def load_quietly(module: Any, *arguments: Any, **options: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) if launch.quiet else contextlib.nullcontext():
+            load(module, *arguments, **options)
+        loaded(module)
+
+    @functools.wraps(generate)
+    def generate_greedily(model: Any, *arguments: Any, **options: Any) -> Any:
+        prepare = model._prepare_generation_config
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        model._prepare_generation_config = lambda *given, **kwargs: prepare(*given, **{**kwargs, **greedy})
+        try:
+            return generate(model, *arguments, **options)
+        finally:
+            del model._prepare_generation_config
+
+    changes.set(optimize, "optimize_and_load_gguf", load_quietly)
+    if launch.greedy:
+        changes.set(utils, "prefill_and_generate", generate_greedily)
+
+
+@contextlib.contextmanager
+def _process(argv: list[str], prompt: str | None) -> Iterator[None]:
+    """The arguments and the input that `local_chat` finds."""
+    before = sys.argv, sys.stdin, os.environ.get("TERM")
+    sys.argv = argv
+    if prompt is not None:
+        sys.stdin = io.StringIO(as_lines(prompt))
+        os.environ["TERM"] = "dumb"  # it clears the screen, which must not take the answer's surroundings away
+    try:
+        yield
+    finally:
+        sys.argv, sys.stdin = before[:2]
+        if prompt is not None:
+            os.environ.pop("TERM")
+            if before[2] is not None:
+                os.environ["TERM"] = before[2]

@@ -1,0 +1,1 @@
+"""The folder that `install` puts on the path of pip's build process, for the `sitecustomize` in it."""
