@@ -53,8 +53,17 @@ class Accelerator(Protocol):
         """Make slots that hold any expert of these layers. Raises: BackendError, BudgetError."""
         ...
 
-    def onload(self, slot: int, weights: LayerWeights, expert: int) -> None:
-        """Queue one expert on the link and return at once; ordered after the slot's last compute."""
+    def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
+        """Queue one expert on the link and return at once; ordered after the slot's last compute.
+
+        Args:
+            ahead: a prefetch, which demand loads overtake; the slot's next `onload` or `cancel` drops it if it still
+                waits then.
+        """
+        ...
+
+    def cancel(self, slot: int) -> bool:
+        """Drop the slot's prefetch if it has not been given to the link; gives whether it was."""
         ...
 
     def compute(
@@ -68,6 +77,14 @@ class Accelerator(Protocol):
             slot_ids: [T, K] int64 on `device`; -1 where the expert is not computed here.
             topk_weights: [T, K] floating point on `device`.
         """
+        ...
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same tensors on the CPU, with one host synchronisation for all of them."""
+        ...
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on `device`; the host does not wait."""
         ...
 
     def synchronize(self) -> None: ...

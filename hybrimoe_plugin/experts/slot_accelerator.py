@@ -1,228 +1,132 @@
-"""An accelerator whose slots hold quantised experts: CUDA with its own transfer stream, or emulated on the CPU.
+"""An accelerator whose slots hold quantised experts: CUDA, or emulated on the CPU.
 
-Both run the same code; only the lane that carries the transfers differs. The emulated one has no clock of its own: the
-engine advances time as the machine profile says, and labels every such number.
+Both run the same code; only streams and host memory differ. The emulated one has no clock of its own: the engine
+advances time as the machine profile says, and labels every such number.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 from collections.abc import Sequence
-from typing import Protocol
 
-import numpy as np
 import torch
 
-from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError, BudgetError
-from hybrimoe_plugin.experts.cpu_torch import add_expert, expert_forward
-from hybrimoe_plugin.experts.dequant import dequantize, supported
-from hybrimoe_plugin.experts.weights import Bytes, LayerWeights
+from hybrimoe_plugin.experts.host_bytes import HostBytes, PlainBytes, RegisteredBytes, StagedBytes
+from hybrimoe_plugin.experts.kernels.base import Kernels, SlotCall
+from hybrimoe_plugin.experts.kernels.layout import SlotLayout
+from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.experts.lane import LANDINGS, SlotLane, Transfer
+from hybrimoe_plugin.experts.streams import CudaStreams, HostStreams, Streams
+from hybrimoe_plugin.experts.weights import LayerWeights
 
-_DENSE_TOKENS = 16
-"""Up to here every token goes through an expert and the others' weight is 0: choosing rows would stop the device."""
-
-
-class Lane(Protocol):
-    """How bytes get into a slot and who waits for whom."""
-
-    def prepare(self, layers: Sequence[LayerWeights]) -> None: ...
-
-    def copy(self, slot: int, target: torch.Tensor, parts: Sequence[Bytes]) -> None:
-        """Fill `target` with the parts one after another, after the slot's last use."""
-        ...
-
-    def wait(self, slot: int) -> None:
-        """The compute stream goes on only when the slot has arrived."""
-        ...
-
-    def used(self, slot: int) -> None:
-        """Everything queued for compute so far is the slot's last use."""
-        ...
-
-    def synchronize(self) -> None: ...
-
-
-class HostLane:
-    """Plain copies: the emulated link."""
-
-    def prepare(self, layers: Sequence[LayerWeights]) -> None:
-        """Nothing to pin."""
-
-    def copy(self, slot: int, target: torch.Tensor, parts: Sequence[Bytes]) -> None:
-        view, start = target.numpy(), 0
-        for part in parts:
-            view[start : start + part.size] = part
-            start += part.size
-
-    def wait(self, slot: int) -> None:
-        """A plain copy is complete when it returns."""
-
-    def used(self, slot: int) -> None:
-        """Nothing runs on."""
-
-    def synchronize(self) -> None:
-        """Nothing runs on."""
-
-
-class CudaLane:
-    """Asynchronous copies from pinned memory on a stream of their own.
-
-    The mapped file's pages are registered with CUDA where the driver allows it, so that the one host copy serves the
-    CPU kernels and the link. Where it does not, bytes go through a ring of pinned buffers.
-    """
-
-    RING = 4
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._arrived: dict[int, torch.cuda.Event] = {}
-        self._last_use: dict[int, torch.cuda.Event] = {}
-        self._registered: list[tuple[int, int]] = []
-        self._ring: list[torch.Tensor] = []
-        self._ring_free: list[torch.cuda.Event | None] = [None] * self.RING
-        self._turn = 0
-
-    def prepare(self, layers: Sequence[LayerWeights]) -> None:
-        runtime = torch.cuda.cudart()
-        for matrix in (matrix for weights in layers for matrix in weights.matrices()):
-            for block in [matrix.stacked] if matrix.stacked is not None else matrix.experts:
-                start = block.ctypes.data & ~4095
-                size = -(-(block.ctypes.data + block.size - start) // 4096) * 4096
-                # 8: cudaHostRegisterReadOnly, which a read-only file mapping needs.
-                if int(runtime.cudaHostRegister(start, size, 8)) == 0:
-                    self._registered.append((start, start + size))
-        if not self._registered:
-            size = max(weights.spec.expert_bytes for weights in layers)
-            self._ring = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(self.RING)]
-
-    def copy(self, slot: int, target: torch.Tensor, parts: Sequence[Bytes]) -> None:
-        last_use = self._last_use.pop(slot, None)
-        if last_use is not None:
-            self._stream.wait_event(last_use)  # edge: last compute on this slot -> its next transfer
-        if self._ring:
-            parts = [self._stage(parts).numpy()]
-        with torch.cuda.stream(self._stream):
-            start = 0
-            for part in parts:
-                source = _as_tensor(part)
-                target[start : start + part.size].copy_(source, non_blocking=True)
-                start += part.size
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._arrived[slot] = event
-        if self._ring:
-            self._ring_free[(self._turn - 1) % self.RING] = event
-
-    def wait(self, slot: int) -> None:
-        event = self._arrived.get(slot)
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)  # edge: transfer -> compute
-
-    def used(self, slot: int) -> None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        self._last_use[slot] = event
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self._device)
-
-    def release(self) -> None:
-        """Unregister what `prepare` registered."""
-        self.synchronize()
-        runtime = torch.cuda.cudart()
-        for start, _ in self._registered:
-            runtime.cudaHostUnregister(start)
-        self._registered.clear()
-
-    def _stage(self, parts: Sequence[Bytes]) -> torch.Tensor:
-        """Copy into the next pinned buffer, once its last transfer is over."""
-        turn = self._turn % self.RING
-        self._turn += 1
-        free = self._ring_free[turn]
-        if free is not None:
-            free.synchronize()
-        buffer, start = self._ring[turn], 0
-        for part in parts:
-            buffer.numpy()[start : start + part.size] = part
-            start += part.size
-        return buffer[:start]
-
-
-def _as_tensor(part: Bytes) -> torch.Tensor:
-    """A tensor over bytes that may lie in a read-only mapping; it is only ever read."""
-    writable = np.lib.stride_tricks.as_strided(part, writeable=part.flags.writeable)
-    return torch.frombuffer(memoryview(writable), dtype=torch.uint8)
+log = logging.getLogger(__name__)
 
 
 class SlotAccelerator:
-    """Slots of quantised experts on one device; kernels are torch operations (the plain twin of fused ones)."""
+    """Slots of quantised experts on one device.
 
-    def __init__(self, device: torch.device, lane: Lane, name: str) -> None:
+    Args:
+        kernels: fused Triton kernels or their plain twin; `fallback` serves layers whose types they refuse.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        name: str,
+        kernels: Kernels,
+        streams: Streams | None = None,
+        host: HostBytes | None = None,
+        fallback: Kernels | None = None,
+    ) -> None:
         self.name = name
         self.device = device
-        self._lane = lane
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._slot_bytes = 0
-        self._specs: dict[int, ExpertSpec] = {}
+        self.kernels = kernels
+        self.streams = streams or HostStreams()
+        self._host = host or PlainBytes()
+        self._fallback = fallback
+        self._buffer = torch.empty(0, 0, dtype=torch.uint8)
+        self._lane = SlotLane(self.streams, kernels, self._host, self._buffer, 0)
+        self._layouts: dict[int, SlotLayout] = {}
+
+    @property
+    def cancelled(self) -> int:
+        """Prefetches that were superseded before they crossed the link."""
+        return self._lane.cancelled
 
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
         """Raises: BackendError: a type has no device dequantisation. BudgetError: the memory is not there."""
-        for weights in layers:
-            for matrix in weights.matrices():
-                if matrix.type_name not in supported():
-                    raise BackendError(
-                        f"layer {weights.layer}: experts of GGML type {matrix.type_name} cannot be computed on "
-                        f"{self.device}; possible are {', '.join(supported())}. Use accelerator: none"
-                    )
-        self._slot_bytes = max(weights.spec.expert_bytes for weights in layers)
+        self._choose_kernels(layers)
+        layouts = [self.kernels.layout(weights.spec) for weights in layers]
+        size = max(layout.size for layout in layouts)
+        landing = max((part.size for layout in layouts for part in layout if part.split), default=0)
+        self._drop()  # given back before the new slots are taken
         try:
-            self._buffer = torch.empty(slots, self._slot_bytes, dtype=torch.uint8, device=self.device)
+            self._buffer = torch.empty(slots, size, dtype=torch.uint8, device=self.device)
+            self._lane = SlotLane(self.streams, self.kernels, self._host, self._buffer, landing)
         except (RuntimeError, MemoryError) as error:  # CUDA out of memory is a RuntimeError
+            self._drop()
             raise BudgetError(
-                f"{slots} slots of {self._slot_bytes} bytes do not fit on {self.device}: {error}"
+                f"{slots} slots of {size} bytes and {LANDINGS} landing buffers of {landing} do not fit on "
+                f"{self.device}: {error}"
             ) from error
-        self._lane.prepare(layers)
+        self._host.prepare(layers)
 
-    def onload(self, slot: int, weights: LayerWeights, expert: int) -> None:
-        self._lane.copy(slot, self._buffer[slot], [matrix.experts[expert] for matrix in weights.matrices()])
-        self._specs[slot] = weights.spec
+    def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
+        layout = self.kernels.layout(weights.spec)
+        gate, up, down = (matrix.experts[expert] for matrix in weights.matrices())
+        self._layouts[slot] = layout
+        self._lane.send(Transfer(slot, layout, (gate, up, down)), ahead)
+
+    def cancel(self, slot: int) -> bool:
+        return self._lane.cancel(slot)
 
     def compute(
         self, slots: Sequence[int], hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        output = torch.zeros_like(hidden)
-        for slot in slots:
-            self._lane.wait(slot)
-            expert = self._dequantized(slot, hidden.dtype)
-            chosen = slot_ids == slot
-            if len(hidden) <= _DENSE_TOKENS:
-                weight = (topk_weights * chosen).sum(dim=1, keepdim=True).to(hidden.dtype)
-                output += expert_forward(hidden, expert) * weight
-            else:
-                add_expert(output, hidden, chosen, topk_weights, expert)
-            self._lane.used(slot)
-        return output
+        self._lane.pump()
+        try:
+            self._lane.wait_gate_up(slots)
+            layout = self._layouts[slots[0]]
+            assert all(self._layouts[slot] == layout for slot in slots), "one call computes one layer"
+            call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
+            activations = self.kernels.gate_up(call)
+            self._lane.wait_down(slots)
+            return self.kernels.down(call, activations)
+        finally:
+            self._lane.used(slots)
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.streams.fetch(tensors)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.streams.place(tensor)
 
     def synchronize(self) -> None:
-        self._lane.synchronize()
+        self.streams.synchronize()
 
     def close(self) -> None:
-        if isinstance(self._lane, CudaLane):
-            self._lane.release()
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._specs.clear()
+        self._drop()
+        self._host.release()
 
-    def _dequantized(self, slot: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if slot not in self._specs:
-            raise BackendError(f"slot {slot} was never onloaded")
-        spec = self._specs[slot]
-        inner, outer = (spec.intermediate, spec.hidden), (spec.hidden, spec.intermediate)
-        row, up_end = self._buffer[slot], spec.gate_bytes + spec.up_bytes
-        gate = dequantize(row[: spec.gate_bytes], spec.gate_type, inner)
-        up = dequantize(row[spec.gate_bytes : up_end], spec.up_type, inner)
-        down = dequantize(row[up_end : spec.expert_bytes], spec.down_type, outer)
-        return gate.to(dtype), up.to(dtype), down.to(dtype)
+    def _drop(self) -> None:
+        """Give the slots back."""
+        self.streams.synchronize()
+        self._buffer = torch.empty(0, 0, dtype=torch.uint8)
+        self._lane = SlotLane(self.streams, self.kernels, self._host, self._buffer, 0)
+        self._layouts.clear()
+
+    def _choose_kernels(self, layers: Sequence[LayerWeights]) -> None:
+        for weights in layers:
+            reason = self.kernels.refusal(weights.spec)
+            if reason is not None and self._fallback is not None:
+                log.warning("layer %d: %s; experts on %s use torch operations", weights.layer, reason, self.device)
+                self.kernels, self._fallback = self._fallback, None
+                reason = self.kernels.refusal(weights.spec)
+            if reason is not None:
+                raise BackendError(f"layer {weights.layer}: experts cannot be computed on {self.device}: {reason}")
 
 
 def cuda_refusal() -> str | None:
@@ -234,17 +138,44 @@ def cuda_refusal() -> str | None:
     return None
 
 
-def make_accelerator(name: str, device: torch.device) -> SlotAccelerator | None:
-    """`none`, `emulated` or `cuda`.
+def make_kernels(name: str, device: torch.device) -> tuple[Kernels, Kernels | None]:
+    """(kernels, fallback for types they refuse): `auto` takes Triton on CUDA where it is installed.
 
     Raises:
-        BackendError: the device cannot be used, with the reason.
+        BackendError: Triton was asked for and cannot be used.
+    """
+    on_cuda = device.type == "cuda"
+    installed = importlib.util.find_spec("triton") is not None
+    if name == "torch" or (name == "auto" and not (on_cuda and installed)):
+        return TorchKernels(), None
+    if not installed:
+        raise BackendError("kernels: triton asked for, but Triton is not installed: pip install triton")
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError(
+            "kernels: triton without a CUDA device run only in Triton's interpreter: set TRITON_INTERPRET=1 before "
+            "the program starts (slow, for tests)"
+        )
+    from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+
+    return TritonKernels(device), TorchKernels() if name == "auto" else None
+
+
+def make_accelerator(name: str, device: torch.device, kernels: str = "auto") -> SlotAccelerator | None:
+    """`none`, `emulated` or `cuda`; `kernels` is `auto`, `triton` or `torch`.
+
+    Raises:
+        BackendError: the device or the kernels cannot be used, with the reason.
     """
     if name == "none":
         return None
     if name == "emulated":
-        return SlotAccelerator(torch.device("cpu"), HostLane(), "emulated")
+        device = torch.device("cpu")
+        chosen, fallback = make_kernels(kernels, device)
+        return SlotAccelerator(device, "emulated", chosen, fallback=fallback)
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")
-    return SlotAccelerator(device, CudaLane(device), "cuda")
+    chosen, fallback = make_kernels(kernels, device)
+    streams = CudaStreams(device)
+    host = RegisteredBytes(device, StagedBytes(streams))
+    return SlotAccelerator(device, "cuda", chosen, streams, host, fallback)

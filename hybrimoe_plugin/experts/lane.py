@@ -1,0 +1,176 @@
+"""Brings experts into slots: transfer, repacking and the events by which compute waits for them.
+
+A slot has two arrivals: gate and up, then down, so that compute can start on the first. Prefetches wait here until the
+link has room for them; one that is superseded meanwhile never crosses it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.host_bytes import HostBytes
+from hybrimoe_plugin.experts.kernels.base import Kernels
+from hybrimoe_plugin.experts.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK, Event, Streams
+from hybrimoe_plugin.experts.weights import Bytes
+
+AHEAD_DEPTH = 4
+"""Prefetches given to the device at once: enough to keep the link busy between two layer calls, few enough that most
+of what is superseded can still be dropped."""
+
+LANDINGS = 4
+"""Buffers in which matrices arrive that are to be split."""
+
+
+class Transfer(NamedTuple):
+    """One expert on its way into one slot."""
+
+    slot: int
+    layout: SlotLayout
+    parts: tuple[Bytes, Bytes, Bytes]
+
+
+class SlotLane:
+    """The slots' traffic on one device.
+
+    Args:
+        streams: the device's queues.
+        kernels: split planes on arrival.
+        host: where bytes are read from.
+        buffer: [slots, slot bytes] uint8 on the device.
+        landing_bytes: of the largest matrix that is split, 0 for none.
+    """
+
+    def __init__(
+        self, streams: Streams, kernels: Kernels, host: HostBytes, buffer: torch.Tensor, landing_bytes: int
+    ) -> None:
+        self._streams = streams
+        self._kernels = kernels
+        self._host = host
+        self._buffer = buffer
+        count = LANDINGS if landing_bytes else 0
+        self._landings = [torch.empty(landing_bytes, dtype=torch.uint8, device=buffer.device) for _ in range(count)]
+        self._landed: list[Event | None] = [None] * count
+        self._turn = 0
+        self._pending: dict[int, Transfer] = {}
+        """Prefetches that the device has not been given, oldest first."""
+        self._outstanding: deque[Event] = deque()
+        self._gate_up: dict[int, tuple[Event, ...]] = {}
+        self._down: dict[int, tuple[Event, ...]] = {}
+        """Slot -> arrivals that compute has not waited for yet."""
+        self._last_use: dict[int, Event] = {}
+        self._known: set[int] = set()
+        self.cancelled = 0
+        """Prefetches that were superseded before they crossed the link."""
+        # Memory that compute gave back a moment ago may still be read there: nothing is written before that is over.
+        streams.synchronize()
+
+    def send(self, transfer: Transfer, ahead: bool = False) -> None:
+        """Fill a slot; `ahead` for a prefetch, which may wait and be superseded."""
+        slot = transfer.slot
+        self.cancel(slot)
+        self._known.add(slot)
+        if ahead:
+            self._pending[slot] = transfer
+            self.pump()
+        else:
+            self._issue(transfer, LINK)
+
+    def cancel(self, slot: int) -> bool:
+        """Drop the slot's transfer if the device has not been given it; then the slot holds nothing."""
+        if self._pending.pop(slot, None) is None:
+            return False
+        self._known.discard(slot)
+        self.cancelled += 1
+        return True
+
+    def pump(self) -> None:
+        """Give the device as many waiting prefetches as it should have."""
+        while self._outstanding and self._streams.reached(self._outstanding[0]):
+            self._outstanding.popleft()
+        while self._pending and len(self._outstanding) < AHEAD_DEPTH:
+            transfer = self._pending.pop(next(iter(self._pending)))
+            self._issue(transfer, AHEAD)
+            self._outstanding.append(self._streams.record(AHEAD))
+
+    def wait_gate_up(self, slots: Iterable[int]) -> None:
+        """Compute goes on only when these slots' gate and up have arrived.
+
+        Raises:
+            BackendError: a slot was never filled, or its transfer was cancelled.
+        """
+        for slot in slots:
+            if slot not in self._known:
+                raise BackendError(f"slot {slot} was never onloaded")
+            if slot in self._pending:  # needed now: it goes before the other prefetches
+                self._issue(self._pending.pop(slot), LINK)
+            for event in self._gate_up.pop(slot, ()):
+                self._streams.wait(COMPUTE, event)  # edge: gate and up have arrived -> stage 1
+
+    def wait_down(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            for event in self._down.pop(slot, ()):
+                self._streams.wait(COMPUTE, event)  # edge: down has arrived -> stage 2
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Everything queued for compute so far is these slots' last use."""
+        self.wait_down(slots)  # of an interrupted call: a use comes after everything it could have read
+        event = self._streams.record(COMPUTE)
+        for slot in slots:
+            self._last_use[slot] = event
+
+    def _issue(self, transfer: Transfer, queue: str) -> None:
+        slot = transfer.slot
+        # Whatever writes this slot now comes after its last use and after an older transfer that nobody waited for.
+        before = [*self._gate_up.pop(slot, ()), *self._down.pop(slot, ())]
+        if slot in self._last_use:
+            before.append(self._last_use.pop(slot))
+        ordered: set[str] = set()
+        gate, up, down = zip(transfer.layout, transfer.parts, strict=True)
+        self._gate_up[slot] = self._write(slot, queue, (gate, up), before, ordered)
+        self._down[slot] = self._write(slot, queue, (down,), before, ordered)
+
+    def _write(
+        self, slot: int, queue: str, parts: Sequence[tuple[Part, Bytes]], before: Sequence[Event], ordered: set[str]
+    ) -> tuple[Event, ...]:
+        """Send some matrices; gives the last event of each queue that writes them."""
+        writers = []
+        for part, stored in parts:
+            writer = REPACK if part.split else queue
+            if writer not in ordered:
+                ordered.add(writer)
+                for event in before:
+                    self._streams.wait(writer, event)  # edge: last use of the slot -> its next content
+            target = self._buffer[slot, part.offset : part.offset + part.size]
+            if part.split:
+                self._land(queue, part, stored, target)
+            else:
+                self._copy(queue, stored, target)
+            if writer not in writers:
+                writers.append(writer)
+        return tuple(self._streams.record(writer) for writer in writers)
+
+    def _copy(self, queue: str, stored: Bytes, target: torch.Tensor) -> None:
+        source = self._host.source(stored)
+        self._streams.run(queue, lambda: _copy_now(source, target))
+        self._host.sent(self._streams.record(queue))
+
+    def _land(self, queue: str, part: Part, stored: Bytes, target: torch.Tensor) -> None:
+        """Copy into a landing buffer, and split from there into the slot."""
+        turn, self._turn = self._turn, (self._turn + 1) % LANDINGS
+        landing, free = self._landings[turn][: part.size], self._landed[turn]
+        if free is not None:
+            self._streams.wait(queue, free)  # edge: last split of this buffer -> next landing
+        self._copy(queue, stored, landing)
+        self._streams.wait(REPACK, self._streams.record(queue))  # edge: landed -> split
+        self._streams.run(REPACK, lambda: self._kernels.repack(part, landing, target))
+        self._landed[turn] = self._streams.record(REPACK)
+
+
+def _copy_now(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)

@@ -1,0 +1,139 @@
+"""Queues of one device and the events between them: every cross-stream edge is one `wait`.
+
+Four queues. `LINK` carries demand loads and is ahead of `AHEAD`, which carries prefetches, wherever the device can
+choose. `REPACK` brings arrived bytes into slot form, so that a copy never waits for a kernel. `COMPUTE` is whatever
+stream the model runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+LINK, AHEAD, REPACK, COMPUTE = "link", "ahead", "repack", "compute"
+QUEUES = (LINK, AHEAD, REPACK, COMPUTE)
+
+Event = Any
+"""A point in a queue; made by `record`, only ever handed back."""
+
+
+class Streams(Protocol):
+    """In-order queues: work of one queue runs in order, queues know of one another only by events."""
+
+    def run(self, queue: str, work: Callable[[], None]) -> None:
+        """Queue some work; it may only start device operations."""
+        ...
+
+    def record(self, queue: str) -> Event:
+        """The point after everything queued so far."""
+        ...
+
+    def wait(self, queue: str, event: Event) -> None:
+        """What is queued from now on runs after the event; the host does not wait."""
+        ...
+
+    def reached(self, event: Event) -> bool:
+        """Whether the event lies in the past; the host does not wait."""
+        ...
+
+    def block(self, event: Event) -> None:
+        """The host waits for the event."""
+        ...
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same tensors on the CPU, with one host synchronisation for all of them."""
+        ...
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on this device, for `COMPUTE`; the host does not wait."""
+        ...
+
+    def synchronize(self) -> None:
+        """The host waits for everything."""
+        ...
+
+
+class HostStreams:
+    """Everything at once, on the CPU: the emulated device."""
+
+    def run(self, queue: str, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, queue: str) -> Event:
+        return None
+
+    def wait(self, queue: str, event: Event) -> None:
+        """Everything queued before has run."""
+
+    def reached(self, event: Event) -> bool:
+        return True
+
+    def block(self, event: Event) -> None:
+        """Everything queued before has run."""
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.to("cpu") for tensor in tensors]
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def synchronize(self) -> None:
+        """Nothing runs on."""
+
+
+class CudaStreams:
+    """One CUDA stream for each queue; `COMPUTE` is torch's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Lower numbers go first. Copies to the device share one engine: a demand load overtakes queued prefetches.
+        self._streams = {
+            LINK: torch.cuda.Stream(device, priority=-2),
+            AHEAD: torch.cuda.Stream(device, priority=0),
+            REPACK: torch.cuda.Stream(device, priority=-2),
+        }
+
+    def run(self, queue: str, work: Callable[[], None]) -> None:
+        if queue == COMPUTE:
+            work()
+            return
+        with torch.cuda.stream(self._streams[queue]):
+            work()
+
+    def record(self, queue: str) -> Event:
+        event = torch.cuda.Event()
+        event.record(self._stream(queue))
+        return event
+
+    def wait(self, queue: str, event: Event) -> None:
+        self._stream(queue).wait_event(event)
+
+    def reached(self, event: Event) -> bool:
+        return bool(event.query())
+
+    def block(self, event: Event) -> None:
+        event.synchronize()
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        found = []
+        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+        for tensor in tensors:
+            if tensor.device.type == "cuda":
+                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                tensor = target.copy_(tensor, non_blocking=True)  # on the tensor's own device, after what made it
+            found.append(tensor)
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()  # the one host synchronisation of a layer call
+        return found
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        # The caching host allocator gives the pinned copy's memory away only once the transfer is over.
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def _stream(self, queue: str) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device) if queue == COMPUTE else self._streams[queue]
