@@ -6,11 +6,12 @@ adds up the parts. It is owned by one model; several can live in one process.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.schedule import simulate
 from hybrimoe_plugin.timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+SHRINK_TO = 0.75
+"""Share of the cached experts that is kept when the device runs out of memory."""
 
 
 class Router(Protocol):
@@ -44,6 +50,21 @@ class CallRecord:
     """[T, K]"""
     topk_weights: NDArray[np.float32]
     """[T, K]"""
+    scores: NDArray[np.float32] | None
+    """[T, E]"""
+    predicted: tuple[NDArray[np.int64], ...]
+    """[T, K] ids for the next layers, nearest first."""
+
+
+class HostView(NamedTuple):
+    """What the host must know of a layer call; brought over in one synchronisation."""
+
+    hidden: torch.Tensor
+    """[T, H] on the CPU, for the CPU's experts."""
+    ids: torch.Tensor
+    """[T, K] int64"""
+    weights: torch.Tensor
+    """[T, K] float32"""
     scores: NDArray[np.float32] | None
     """[T, E]"""
     predicted: tuple[NDArray[np.int64], ...]
@@ -120,24 +141,33 @@ class Engine:
         """
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
+        while True:
+            try:
+                return self._run(layer, hidden, topk_ids, topk_weights)
+            except torch.OutOfMemoryError as error:
+                self._shrink(error)
+
+    def _run(
+        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
         now_us = self.clock.now_us()
-        ids = topk_ids.to("cpu", torch.int64)  # the one host synchronisation of a call on a GPU
-        weights = topk_weights.to("cpu", torch.float32)
-        ids_np = ids.numpy()
-        scores = self._learn(layer, ids_np, weights.numpy())
+        seen = self._read(layer, hidden, topk_ids, topk_weights)
+        ids_np = seen.ids.numpy()
+        if self.accelerator is not None:
+            self.controller.learn(layer, ids_np, seen.weights.numpy(), seen.scores)
         step = self.controller.begin(layer, loads(ids_np), len(ids_np), now_us)
         submitted = bool(step.plan.cpu)
         try:
             if submitted:
-                self.cpu.submit(layer, hidden.to("cpu"), ids, weights, step.plan.cpu)
-            output = self._accelerate(step, hidden, topk_ids, topk_weights)
-            self._look_ahead(step, hidden, ids_np, weights.numpy(), scores, now_us)
+                self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
+            output = self._accelerate(step, hidden, ids_np, topk_weights)
+            self._look_ahead(step, seen, now_us)
         finally:
             # An interrupted call must leave no task behind and no slot leased.
             from_cpu = self.cpu.sync() if submitted else None
             self.controller.finish(step)
         if from_cpu is not None:
-            from_cpu = from_cpu.to(hidden.device, hidden.dtype)
+            from_cpu = self._place(from_cpu.to(hidden.dtype), hidden.device)
             output = from_cpu if output is None else output + from_cpu
         assert output is not None, "a plan covers every routed expert"
         self._pass_time(step, now_us)
@@ -149,14 +179,64 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
 
+    def _read(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> HostView:
+        """Bring over the routing decision and what else the host needs; the one host synchronisation of a call."""
+        scores: list[torch.Tensor] = []
+        predicted: list[torch.Tensor] = []
+        if self.accelerator is not None or self.recorder is not None:
+            shown = self.routers[layer].scores()
+            scores = [] if shown is None else [shown]
+            later = range(layer + 1, min(layer + 1 + self.look_ahead, len(self.layers)))
+            predicted = [self.routers[index].predict(hidden) for index in later]
+        tensors = [hidden, topk_ids, topk_weights, *scores, *predicted]
+        if self.accelerator is not None:
+            tensors = self.accelerator.fetch(tensors)
+        else:
+            tensors = [tensor.to("cpu") for tensor in tensors]
+        states, ids, weights, *rest = tensors
+        return HostView(
+            states,
+            ids.to(torch.int64),
+            weights.to(torch.float32),
+            rest[0].to(torch.float32).numpy() if scores else None,
+            tuple(found.to(torch.int64).numpy() for found in rest[len(scores) :]),
+        )
+
+    def _place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor on the device; from the CPU to the accelerator without stopping the host."""
+        if self.accelerator is not None and tensor.device.type == "cpu" and device == self.accelerator.device:
+            return self.accelerator.place(tensor)
+        return tensor.to(device)
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Give a part of the cache back to the rest of the model and go on; the interrupted call is run again.
+
+        Raises:
+            torch.OutOfMemoryError: there is no cache left to give.
+        """
+        before = sum(self.controller.pool.quotas)
+        if self.accelerator is None or not before:
+            raise error
+        moves = self.controller.shrink(SHRINK_TO)
+        self.accelerator.allocate(self.controller.pool.slots, self.layers)
+        for move in moves:
+            self.accelerator.onload(move.slot, self.layers[move.layer], move.expert)
+        left = sum(self.controller.pool.quotas)
+        log.warning(
+            "out of memory on %s: the cache shrinks from %d to %d experts", self.accelerator.device, before, left
+        )
+
     def _accelerate(
-        self, step: Step, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], topk_weights: torch.Tensor
     ) -> torch.Tensor | None:
         """Run the accelerator's share in waves: what is there, what is in flight, then demand loads as they come."""
         if self.accelerator is None or not step.plan.accelerator:
             return None
+        for expert, slot in self.controller.stale(step):
+            if self.accelerator.cancel(slot):
+                self.controller.withdraw(step.layer, expert)
         device = self.accelerator.device
-        arguments = hidden.to(device), topk_ids.to(device, torch.int64), topk_weights.to(device)
+        arguments = self._place(hidden, device), ids, self._place(topk_weights, device)
         slots = self.controller.pool.cached[step.layer]
         demanded = {move.expert for move in step.moves}
         waiting: deque[dict[int, int]] = deque(self._present_waves(step, slots, demanded))
@@ -190,50 +270,28 @@ class Engine:
         wave: dict[int, int],
         output: torch.Tensor | None,
         hidden: torch.Tensor,
-        topk_ids: torch.Tensor,
+        ids: NDArray[np.int64],
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
         assert self.accelerator is not None
         table = np.full(self.layers[0].spec.experts, -1, dtype=np.int64)
         for expert, slot in wave.items():
             table[expert] = slot
-        slot_ids = torch.from_numpy(table).to(hidden.device, non_blocking=True)[topk_ids]
+        slot_ids = self.accelerator.place(torch.from_numpy(table[ids]))
         part = self.accelerator.compute(tuple(wave.values()), hidden, slot_ids, topk_weights)
         return part if output is None else output + part
 
-    def _learn(self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Tell the cache what was scored before it is asked what to admit; gives the scores [T, E] if there are any."""
-        if self.accelerator is None and self.recorder is None:
-            return None
-        shown = self.routers[layer].scores()
-        scores = None if shown is None else shown.to("cpu", torch.float32).numpy()
-        if self.accelerator is not None:
-            self.controller.learn(layer, ids, weights, scores)
-        return scores
-
-    def _look_ahead(
-        self,
-        step: Step,
-        hidden: torch.Tensor,
-        ids: NDArray[np.int64],
-        weights: NDArray[np.float32],
-        scores: NDArray[np.float32] | None,
-        now_us: float,
-    ) -> None:
-        """Predict the next layers and use the idle link; runs while CPU and accelerator compute."""
-        if self.accelerator is None and self.recorder is None:
-            return
-        predicted = [
-            (later, self.routers[later].predict(hidden).to("cpu", torch.int64).numpy())
-            for later in range(step.layer + 1, min(step.layer + 1 + self.look_ahead, len(self.layers)))
-        ]
+    def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
+        """Use the idle link for what the next layers are predicted to need, while CPU and accelerator compute."""
         if self.recorder is not None:
-            self.recorder(CallRecord(step.layer, ids, weights, scores, tuple(found for _, found in predicted)))
+            ids, weights = seen.ids.numpy(), seen.weights.numpy()
+            self.recorder(CallRecord(step.layer, ids, weights, seen.scores, seen.predicted))
         if self.accelerator is None:
             return
-        moves = self.controller.look_ahead(step, [(later, loads(found)) for later, found in predicted], now_us)
+        predicted = [(step.layer + distance, loads(found)) for distance, found in enumerate(seen.predicted, 1)]
+        moves = self.controller.look_ahead(step, predicted, now_us)
         for move in moves:
-            self.accelerator.onload(move.slot, self.layers[move.layer], move.expert)
+            self.accelerator.onload(move.slot, self.layers[move.layer], move.expert, ahead=True)
         if self.timeline is not None:
             self._draw_link(moves)
 

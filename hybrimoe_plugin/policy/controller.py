@@ -161,6 +161,41 @@ class Controller:
         self.pool.release()
         self._value(step.layer)
 
+    def stale(self, step: Step) -> list[tuple[int, int]]:
+        """(expert, slot) of prefetches for the running layer that it does not need and that are still in flight."""
+        routed = {item.expert for item in step.routed}
+        cached = self.pool.cached[step.layer]
+        waiting = (expert for layer, expert in self._unused if layer == step.layer and expert not in routed)
+        return [(expert, cached[expert]) for expert in waiting if self.pool.in_flight(step.layer, expert)]
+
+    def withdraw(self, layer: int, expert: int) -> None:
+        """Forget a prefetch that the link never carried: its slot is free again."""
+        self.pool.withdraw(layer, expert)
+        self._unused.discard(ExpertRef(layer, expert))
+        del self._arrivals[ExpertRef(layer, expert)]
+        self._worth[layer, expert] = KEPT
+        self.link_free_us -= self.costs.transfer_us
+        self.counters.prefetches -= 1
+        self.counters.link_bytes -= self.expert_bytes
+
+    def shrink(self, share: float) -> list[Move]:
+        """Keep that share of each layer's quota, best ranked experts first; the caller loads them anew.
+
+        Only between calls: nothing may be leased.
+        """
+        old = self.pool
+        self.pool = SlotPool([int(quota * share) for quota in old.quotas], old.staging, old.shared)
+        self._arrivals.clear()
+        self._unused.clear()
+        moves = []
+        for layer, quota in enumerate(self.pool.quotas):
+            ranks = self.cache.ranks[layer]
+            for expert in sorted(old.cached[layer], key=lambda expert: -ranks[expert])[:quota]:
+                moves.append(Move(layer, expert, self.pool.place(layer, expert), 0.0, 0.0))
+                self.pool.arrive(layer, expert)
+            self._value(layer)
+        return moves
+
     def _ready_us(self, layer: int, expert: int, now_us: float) -> float:
         if self.pool.slot_of(layer, expert) is None:
             return OFFLOADED

@@ -68,6 +68,15 @@ class SlotPool:
         self._free.append(slot)
         return ExpertRef(layer, expert)
 
+    def withdraw(self, layer: int, expert: int) -> None:
+        """Free the slot of an expert that is in flight and will not arrive."""
+        slot = self.cached[layer][expert]
+        if slot not in self._in_flight or slot in self._leased:
+            raise ValueError(f"layer {layer}: expert {expert} is not in flight, or leased")
+        self._in_flight.discard(slot)
+        del self.cached[layer][expert]
+        self._free.append(slot)
+
     def arrive(self, layer: int, expert: int) -> None:
         self._in_flight.discard(self.cached[layer][expert])
 
