@@ -17,6 +17,7 @@ CPU_BACKENDS = ("auto", "kt", "ggml", "torch")
 DENSE = ("lean", "plain")
 LINEARS = ("auto", "quantised", "plain")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
+KERNELS = ("auto", "triton", "torch")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*$", re.IGNORECASE)
@@ -71,6 +72,8 @@ class Settings:
     cpu_backend: str = setting("auto", "kernels for experts on the CPU", choices=CPU_BACKENDS)
     cpu_threads: int | None = setting(None, "threads for CPU experts; default: measured", low=1, high=1024)
     accelerator: str = setting("auto", "device for experts in slots", choices=ACCELERATORS)
+    kernels: str = setting("auto", "kernels for experts in slots: fused Triton ones or torch", choices=KERNELS)
+    context: int = setting(4096, "tokens whose attention cache is left free on the accelerator", low=0)
     dense: str = setting("lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE)
     linears: str = setting("auto", "dense matrices on the CPU: as the file stores them, or plain", choices=LINEARS)
     profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")

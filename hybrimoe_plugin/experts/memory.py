@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -11,7 +12,10 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import BudgetError
 
 STAGING_SLOTS = 4
-"""Two waves of two demand loads: one is computed while the other arrives."""
+"""Two waves of two demand loads: one is computed while the other arrives. The fewest that a run can do with."""
+
+MOST_STAGING_SLOTS = 32
+"""Long prompts stream whole layers through the staging slots: larger waves cost fewer launches."""
 
 RESERVE = 0.1
 """Share of free accelerator memory that is left alone for activations and fragmentation."""
@@ -40,6 +44,28 @@ def free_host_bytes() -> int:
         return free
 
 
+def staging_slots(slots: int) -> int:
+    """Staging slots beside about `slots` cached experts: a sixteenth of them, within limits."""
+    return max(STAGING_SLOTS, min(MOST_STAGING_SLOTS, slots // 16))
+
+
+def kv_cache_bytes(config: Any, context: int) -> int:
+    """Memory that attention keeps for `context` tokens of one sequence, all layers, 16-bit values.
+
+    Args:
+        config: a transformers model config; what it does not say counts as nothing.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        return 0
+    if getattr(config, "kv_lora_rank", None):  # DeepSeek's, cached after expansion
+        values = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    else:
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        values = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+    return 2 * values * int(config.num_hidden_layers) * context
+
+
 def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None) -> list[int]:
     """Cached experts per MoE layer.
 
@@ -58,7 +84,8 @@ def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], f
     if settings.cache_ratio is not None:
         wanted = round(settings.cache_ratio * experts) * layers
     elif settings.cache_bytes is not None:
-        wanted = min(most, settings.cache_bytes // slot_bytes - STAGING_SLOTS)
+        slots = settings.cache_bytes // slot_bytes
+        wanted = min(most, slots - staging_slots(slots))
         if wanted < 0:
             raise BudgetError(
                 f"cache_bytes {human(settings.cache_bytes)} is less than the {STAGING_SLOTS} staging slots of "
@@ -67,11 +94,13 @@ def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], f
     elif free_bytes is None:
         wanted = round(DEFAULT_EMULATED_RATIO * experts) * layers
     else:
-        wanted = min(most, int(free_bytes * (1 - RESERVE)) // slot_bytes - STAGING_SLOTS)
-    needed = (max(wanted, 0) + STAGING_SLOTS) * slot_bytes
+        slots = int(free_bytes * (1 - RESERVE)) // slot_bytes
+        wanted = min(most, slots - staging_slots(slots))
+    staging = staging_slots(max(wanted, 0))
+    needed = (max(wanted, 0) + staging) * slot_bytes
     if wanted < 0 or (free_bytes is not None and needed > free_bytes):
         raise BudgetError(
-            f"{max(wanted, 0)} cached experts and {STAGING_SLOTS} staging slots of {human(slot_bytes)} need "
+            f"{max(wanted, 0)} cached experts and {staging} staging slots of {human(slot_bytes)} need "
             f"{human(needed)}, {human(free_bytes or 0)} are free: ask for a smaller cache_ratio or cache_bytes"
         )
     return [wanted // layers + (1 if layer < wanted % layers else 0) for layer in range(layers)]

@@ -19,7 +19,7 @@ from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_kt import KTExperts, import_kernel, refusal
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.ggml import TYPES, Ggml
-from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas
+from hybrimoe_plugin.experts.memory import cache_quotas, kv_cache_bytes, staging_slots
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -120,7 +120,9 @@ def bind(
     engines, profiles = [], []
     for (prefill, generate, settings), members in groups.items():
         found = [(routers or _gate_beside)(model, operator) for operator in members]
-        engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes)
+        share = len(members) / len(operators)
+        kept_bytes = int(share * kv_cache_bytes(getattr(model, "config", None), settings.context))
+        engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes, kept_bytes)
         engines.append(engine)
         profiles.append(profile)
     _share_cores(engines)
@@ -152,15 +154,17 @@ def _build(
     generate: str,
     progress: bool,
     free_bytes: int | None,
+    kept_bytes: int,
 ) -> tuple[Engine, MachineProfile]:
     layers = [_loaded(operator) for operator in operators]
     spec = layers[0].spec
     kind, device = accelerator_kind(settings, prefill, generate)
-    accelerator = make_accelerator(kind, device)
+    accelerator = make_accelerator(kind, device, settings.kernels)
     quotas = [0] * len(layers)
     if accelerator is not None:
         if kind == "cuda" and free_bytes is None:
-            free_bytes = torch.cuda.mem_get_info(device)[0]
+            # The dense weights are there already; attention's cache is not, and grows until the context is full.
+            free_bytes = max(0, torch.cuda.mem_get_info(device)[0] - kept_bytes)
         quotas = cache_quotas(settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes)
     backend = cpu_backend(settings, layers, alone=accelerator is None)
     profile = _profile(settings, layers[0], backend, accelerator, progress)
@@ -168,7 +172,7 @@ def _build(
     decode = make_scheduler(settings.scheduler, costs, kind != "none" and generate != "cpu")
     prefiller = make_scheduler(settings.scheduler, costs, kind != "none" and prefill != "cpu")
     controller = Controller(
-        SlotPool(quotas, STAGING_SLOTS, shared=settings.budget == "shared"),
+        SlotPool(quotas, staging_slots(sum(quotas)), shared=settings.budget == "shared"),
         costs,
         prefiller,
         decode,
