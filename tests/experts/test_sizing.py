@@ -1,0 +1,152 @@
+"""Accelerator memory: attention's cache, staging for long prompts, one pool a device, and running out of it."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import HIDDEN, LAYERS, WEIGHTS, build, run
+from torch import nn
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.experts.memory import (
+    MOST_STAGING_SLOTS,
+    STAGING_SLOTS,
+    cache_quotas,
+    kv_cache_bytes,
+    staging_slots,
+)
+from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
+from hybrimoe_plugin.operators import bind as bind_module
+from hybrimoe_plugin.operators.bind import bind
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+
+
+def test_attention_cache_of_known_models() -> None:
+    mixtral = SimpleNamespace(
+        num_attention_heads=32, num_key_value_heads=8, hidden_size=4096, head_dim=None, num_hidden_layers=32
+    )
+    assert kv_cache_bytes(mixtral, 4096) == 2 * 2 * 8 * 128 * 32 * 4096  # 512 MiB
+    deepseek = SimpleNamespace(
+        num_attention_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        num_hidden_layers=27,
+    )  # fmt: skip
+    assert kv_cache_bytes(deepseek, 1000) == 2 * 16 * (128 + 64 + 128) * 27 * 1000
+    assert kv_cache_bytes(None, 4096) == 0
+
+
+def test_staging_grows_with_the_cache_and_counts() -> None:
+    assert [staging_slots(slots) for slots in (0, 64, 80, 10_000)] == [STAGING_SLOTS, 4, 5, MOST_STAGING_SLOTS]
+    free = 400 * 1000
+    quotas = cache_quotas(Settings(), 128, [1000] * 4, free)
+    assert sum(quotas) + staging_slots(sum(quotas)) <= 0.9 * free / 1000
+
+
+def test_out_of_memory_shrinks_the_cache_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    engine, routers = build(cache_ratio=0.5)
+    before = sum(engine.controller.pool.quotas)
+    failures = iter([True, False, True, False])
+    real = engine.accelerator.compute
+
+    def compute(*args: object) -> torch.Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    engine.accelerator.compute = compute
+    with caplog.at_level(logging.WARNING):
+        for seed in range(6):
+            run(engine, routers, 1 + seed % 3, seed)
+    left = sum(engine.controller.pool.quotas)
+    assert 0 < left < before
+    assert caplog.text.count("the cache shrinks from") == 2
+    assert engine.accelerator._buffer.shape[0] == left + engine.controller.pool.staging
+
+
+def test_out_of_memory_without_a_cache_is_raised() -> None:
+    engine, routers = build(cache_ratio=0.25, scheduler="accelerator_only")
+
+    def compute(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.accelerator.compute = compute
+    with pytest.raises(torch.OutOfMemoryError):
+        run(engine, routers, 2, 0)
+    assert sum(engine.controller.pool.quotas) == 0
+    engine.controller.pool.check_integrity()
+
+
+class Block(nn.Module):
+    def __init__(self, experts: HybriMoEExperts) -> None:
+        super().__init__()
+        self.experts = experts
+        self.gate = nn.Linear(1, 1)
+
+
+def model(kwargs: list[dict[str, object]]) -> nn.Module:
+    """One operator for each set of kwargs, with this file's weights."""
+    config = SimpleNamespace(hidden_act="silu", hidden_size=HIDDEN, num_experts_per_tok=2)
+    layers = nn.ModuleList()
+    for index, given in enumerate(kwargs):
+        operator = HybriMoEExperts(f"layers.{index}.experts", None, config, **given)  # type: ignore[arg-type]
+        operator.weights = WEIGHTS[index % LAYERS]
+        layers.append(Block(operator))
+    whole = nn.Module()
+    whole.layers = layers
+    return whole
+
+
+def test_each_device_has_its_own_pool_and_budget() -> None:
+    """Rules with two devices and uneven budgets; both emulated here."""
+    size = WEIGHTS[0].spec.expert_bytes
+    common = {"accelerator": "emulated", "cpu_backend": "torch", "budget": "layer"}
+    first = {**common, "prefill_device": "cuda:0", "generate_device": "cuda:0", "cache_bytes": size * (4 + 8)}
+    second = {**common, "prefill_device": "cuda:1", "generate_device": "cuda:1", "cache_bytes": size * (4 + 2)}
+    whole = model([first, first, second])
+    handle = bind(
+        whole, routers=lambda *_: SimpleNamespace(scores=lambda: None, predict=lambda h: None), progress=False
+    )
+    try:
+        assert [len(engine.layers) for engine in handle.engines] == [2, 1]
+        assert [sum(engine.controller.pool.quotas) for engine in handle.engines] == [8, 2]
+        assert handle.engines[0].accelerator is not handle.engines[1].accelerator
+        operators = [module for module in whole.modules() if isinstance(module, HybriMoEExperts)]
+        assert [operator._engine for operator in operators] == [handle.engines[0]] * 2 + [handle.engines[1]]
+    finally:
+        handle.close()
+
+
+def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free, less the attention cache of the layers that live on this device."""
+    asked: list[int | None] = []
+
+    def quotas(settings: Settings, experts: int, sizes: list[int], free: int | None) -> list[int]:
+        asked.append(free)
+        raise BackendError("seen")
+
+    monkeypatch.setattr(bind_module, "cache_quotas", quotas)
+    monkeypatch.setattr(bind_module, "make_accelerator", lambda *_: SimpleNamespace(name="cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 20_000_000))
+    config = SimpleNamespace(num_attention_heads=2, num_key_value_heads=2, hidden_size=HIDDEN, num_hidden_layers=4)
+    whole = model([{"accelerator": "cuda", "generate_device": "cuda:1", "context": 1000}] * 2)
+    whole.config = config
+    with pytest.raises(BackendError, match="seen"):
+        bind(whole, routers=lambda *_: SimpleNamespace(), progress=False)
+    assert asked == [10_000_000 - 2 * 2 * HIDDEN * 4 * 1000]
+
+
+def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(make_accelerator("emulated", cpu).kernels, TorchKernels)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        make_accelerator("emulated", cpu, "triton")
+    with pytest.raises(ConfigError, match="kernels"):
+        Settings(kernels="cutlass")
+    spec = ExpertSpec(64, 64, 2, 1, "IQ4_XS", "Q8_0", "Q8_0", 1, 1, 1)
+    assert "IQ4_XS" in str(TorchKernels().refusal(spec))
