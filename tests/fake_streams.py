@@ -118,7 +118,9 @@ class LazyStreams:
             overlaps = old.start < now.end and now.start < old.end and (old.write or now.write)
             if overlaps:
                 assert old.before(now) or now.before(old), f"race: {old} and {now}"
-            if not (overlaps and write and old.start >= now.start and old.end <= now.end):
+            # What this access covers need not be kept: whatever comes after it comes after the old one too.
+            covered = now.start <= old.start and old.end <= now.end and old.before(now)
+            if not (covered and (write or (not old.write and old.queue == queue))):
                 kept.append(old)
         self._accesses = [*kept, now]
 

@@ -3,102 +3,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from fake_streams import LazyStreams
 from kernel_cases import random_call, random_layer, reference
+from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.errors import BackendError, BudgetError
 from hybrimoe_plugin.experts import lane as lane_module
 from hybrimoe_plugin.experts.host_bytes import HostBytes, PlainBytes, StagedBytes
-from hybrimoe_plugin.experts.kernels.base import SlotCall
-from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, Part, SlotLayout, slot_layout
-from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.lane import AHEAD_DEPTH
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK
+
+Build = Callable[..., tuple[SlotAccelerator, LazyStreams]]
 
 EXPERTS, SLOTS = 6, 4
 WEIGHTS = random_layer(("Q4_0", "F16", "Q8_0"), 64, 32, experts=EXPERTS)
 
 
-class WatchedKernels(TorchKernels):
-    """The plain twin on split planes, telling the streams what it touches."""
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Makes a device on lazy streams; its copies tell them what they write."""
 
-    def __init__(self, streams: LazyStreams) -> None:
-        self._streams = streams
+    def make(
+        seed: int | None = None, host: HostBytes | None = None, streams: LazyStreams | None = None
+    ) -> tuple[SlotAccelerator, LazyStreams]:
+        streams = streams or LazyStreams(seed)
+        monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
+        device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host or PlainBytes())
+        device.allocate(SLOTS, [WEIGHTS])
+        return device, streams
 
-    def layout(self, spec: Any) -> SlotLayout:
-        return slot_layout(spec, split=True)
-
-    def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        self._streams.touch(raw, write=False)
-        self._streams.touch(target, write=True)
-        blocks = raw.reshape(-1, BLOCK_BYTES[part.type_name])
-        planes = [blocks[:, at : at + count].reshape(-1) for at, count in PLANES[part.type_name]]
-        target.copy_(torch.cat(planes))
-
-    def gate_up(self, call: SlotCall) -> Any:
-        self._streams.log.append("stage 1")
-        for slot in call.slots:
-            for part in (call.layout.gate, call.layout.up):
-                self._touch(call, slot, part)
-        return super().gate_up(self._joined(call))
-
-    def down(self, call: SlotCall, activations: Any) -> torch.Tensor:
-        self._streams.log.append("stage 2")
-        for slot in call.slots:
-            self._touch(call, slot, call.layout.down)
-        return super().down(self._joined(call), activations)
-
-    def _touch(self, call: SlotCall, slot: int, part: Part) -> None:
-        self._streams.touch(call.buffer[slot, part.offset : part.offset + part.size], write=False, compute=True)
-
-    @staticmethod
-    def _joined(call: SlotCall) -> SlotCall:
-        """The same call with blocks as GGML has them."""
-        buffer = call.buffer.clone()
-        for slot in call.slots:
-            for part in call.layout:
-                if part.split:
-                    start = part.offset
-                    blocks = part.size // BLOCK_BYTES[part.type_name]
-                    joined = torch.empty(blocks, BLOCK_BYTES[part.type_name], dtype=torch.uint8)
-                    for at, count in PLANES[part.type_name]:
-                        size = blocks * count
-                        joined[:, at : at + count] = call.buffer[slot, start : start + size].reshape(blocks, count)
-                        start += size
-                    buffer[slot, part.offset : part.offset + part.size] = joined.flatten()
-        return call._replace(buffer=buffer)
-
-
-@pytest.fixture(autouse=True)
-def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Copies tell the streams of the running test what they write; `CURRENT` names them."""
-
-    def copy(source: torch.Tensor, target: torch.Tensor) -> None:
-        CURRENT[-1].touch(target, write=True)
-        target.copy_(source)
-
-    monkeypatch.setattr(lane_module, "_copy_now", copy)
-    yield
-    CURRENT.clear()
-
-
-CURRENT: list[LazyStreams] = []
-
-
-def build(
-    seed: int | None = None, host: HostBytes | None = None, streams: LazyStreams | None = None
-) -> tuple[SlotAccelerator, LazyStreams]:
-    streams = streams or LazyStreams(seed)
-    CURRENT.append(streams)
-    device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host or PlainBytes())  # type: ignore[arg-type]
-    device.allocate(SLOTS, [WEIGHTS])
-    return device, streams
+    return make
 
 
 def compute(device: SlotAccelerator, held: dict[int, int], seed: int) -> None:
@@ -129,13 +69,13 @@ def traffic(device: SlotAccelerator, seed: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
-def test_random_traffic_is_right_and_without_races(seed: int | None) -> None:
+def test_random_traffic_is_right_and_without_races(build: Build, seed: int | None) -> None:
     device, _ = build(seed)
     traffic(device, seed or 0, 120)
     device.close()
 
 
-def test_staging_buffers_are_reused_only_when_read() -> None:
+def test_staging_buffers_are_reused_only_when_read(build: Build) -> None:
     streams = LazyStreams(4)
     device, _ = build(streams=streams, host=StagedBytes(streams, ring=3, pinned=False))
     traffic(device, 4, 80)
@@ -144,7 +84,7 @@ def test_staging_buffers_are_reused_only_when_read() -> None:
 
 
 @pytest.mark.parametrize("edge", [(COMPUTE, REPACK), (COMPUTE, LINK), (COMPUTE, AHEAD), (REPACK, LINK)])
-def test_a_missing_edge_to_new_data_is_seen(edge: tuple[str, str]) -> None:
+def test_a_missing_edge_to_new_data_is_seen(build: Build, edge: tuple[str, str]) -> None:
     """The test's own test: without any one of the edges the traffic above fails."""
 
     class Leaky(LazyStreams):
@@ -158,7 +98,7 @@ def test_a_missing_edge_to_new_data_is_seen(edge: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("queue", [LINK, AHEAD, REPACK])
-def test_a_missing_edge_from_the_last_use_is_seen(queue: str) -> None:
+def test_a_missing_edge_from_the_last_use_is_seen(build: Build, queue: str) -> None:
     class Leaky(LazyStreams):
         def wait(self, waiting: str, event: Any) -> None:
             if (waiting, event.queue) != (queue, COMPUTE):
@@ -169,7 +109,7 @@ def test_a_missing_edge_from_the_last_use_is_seen(queue: str) -> None:
         traffic(device, 1, 200)
 
 
-def test_compute_starts_before_down_has_arrived() -> None:
+def test_compute_starts_before_down_has_arrived(build: Build) -> None:
     device, streams = build()
     device.onload(0, WEIGHTS, 5)
     streams.log.clear()
@@ -179,7 +119,7 @@ def test_compute_starts_before_down_has_arrived() -> None:
     assert streams.host_waits == 0
 
 
-def test_prefetches_wait_for_room_and_can_be_dropped() -> None:
+def test_prefetches_wait_for_room_and_can_be_dropped(build: Build) -> None:
     device, _ = build()
     device.allocate(AHEAD_DEPTH + 3, [WEIGHTS])
     for slot in range(AHEAD_DEPTH + 3):
@@ -196,7 +136,7 @@ def test_prefetches_wait_for_room_and_can_be_dropped() -> None:
         compute(device, {first: first % EXPERTS}, 3)
 
 
-def test_an_interrupted_compute_leaves_its_slots_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_compute_leaves_its_slots_ordered(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     device, _ = build()
     device.onload(0, WEIGHTS, 1)
     with monkeypatch.context() as patch:
@@ -207,7 +147,7 @@ def test_an_interrupted_compute_leaves_its_slots_ordered(monkeypatch: pytest.Mon
     compute(device, {0: 2}, 1)
 
 
-def test_memory_that_is_not_there_is_a_budget_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_a_budget_error(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     device, _ = build()
 
     def refuse(*_: object, **__: object) -> torch.Tensor:
