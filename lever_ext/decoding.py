@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import SpeculationError
+from lever_ext.ahead import Overlap
 from lever_ext.drafts.base import Draft
 from lever_ext.stats import Cycle, SpeculationStats
 from lever_ext.target import FlashTarget
@@ -41,6 +42,7 @@ class LeverDecoding:
             in memory.
         max_rows: rows that a target pass may have; a safety limit, not a budget.
         streamer: gets every token. `generate` does not hand its own to custom decoding methods.
+        overlap: draft for the next cycle while a pass waits for flash; False is the plain twin.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LeverDecoding:
         target: FlashTarget | None = None,
         max_rows: int = 64,
         streamer: Any = None,
+        overlap: bool = True,
     ) -> None:
         if draft is None and policy.name != "none":
             raise SpeculationError(f"tree {policy.name} needs a draft")
@@ -63,6 +66,12 @@ class LeverDecoding:
         self.reads = ExpertReads.of(target)
         self.cost = CycleCost(self.latency, self.reads.union) if self.reads else CycleCost(self.latency)
         self.stats = SpeculationStats()
+        self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
+
+    def close(self) -> None:
+        """End the thread that drafts ahead, if there is one."""
+        if self.ahead is not None:
+            self.ahead.close()
 
     def __call__(
         self,
@@ -144,7 +153,7 @@ class _Run:
         draft_us = (time.perf_counter() - begin) * 1e6
         predicted = growth.cost.verify(len(tree), tree.leaves) + _union_us(growth.cost, tree)
         start = time.perf_counter()
-        verified = self.verifier.verify(tree, self.cache, self._candidates(tree))
+        verified = self._verify(tree, growth.depth_limit, predicted)
         verify_us = (time.perf_counter() - start) * 1e6
         start = time.perf_counter()
         path, done = self._accept(tree, verified)
@@ -153,6 +162,8 @@ class _Run:
         self.verifier.compact(self.cache, verified, path)
         self._advance([tree.keys[row] for row in path], [tree.tokens[row] for row in path])
         after = self._counts()
+        if self.owner.ahead is not None:
+            self.owner.ahead.observe(verify_us, after[1] - before[1], growth.cost.draft_us(1))
         cycle = Cycle(
             rows=len(tree),
             depth=int(tree.depths.max()),
@@ -166,9 +177,18 @@ class _Run:
             total_us=(time.perf_counter() - begin) * 1e6,
             predicted_us=draft_us + predicted,
             nbytes=int(after[0] - before[0]),
+            drafted=growth.nodes,
+            ahead=int(after[2] - before[2]),
         )
         self.stats.cycles.append(cycle)
         return done
+
+    def _verify(self, tree: TokenTree, depth_limit: int, expected_us: float) -> Verified:
+        candidates, ahead = self._candidates(tree), self.owner.ahead
+        if ahead is None:
+            return self.verifier.verify(tree, self.cache, candidates)
+        with ahead.drafting(self.tree, depth_limit, expected_us):
+            return self.verifier.verify(tree, self.cache, candidates)
 
     def _growth(self) -> Growth:
         length, draft = self.ids.shape[1], self.owner.draft
@@ -229,13 +249,14 @@ class _Run:
         if self.owner.draft is not None:
             self.owner.draft.advance(accepted, tokens, self.tree)
 
-    def _counts(self) -> tuple[float, float]:
-        """(bytes read, microseconds waited for reads) so far."""
-        target = self.owner.target
+    def _counts(self) -> tuple[float, float, int]:
+        """(bytes read, microseconds waited for reads, nodes drafted ahead) so far."""
+        target, ahead = self.owner.target, self.owner.ahead
+        nodes = 0 if ahead is None else ahead.nodes
         if target is None:
-            return 0, 0
+            return 0, 0, nodes
         waited = target.stream.wait_us + (target.experts.counters.wait_us if target.experts is not None else 0)
-        return target.pack.reader.counters.nbytes, waited
+        return target.pack.reader.counters.nbytes, waited, nodes
 
     def _output(self) -> Any:
         if not self.config.return_dict_in_generate:

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+from lever_ext.drafts.language_model import LanguageModelDraft
+from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.flash.source import TensorSource
 from lever_ext.flash.writer import PACK_NAME, Progress, write_pack
 from lever_ext.packing import GGUFSource, plain_config
 from lever_ext.target import meta_model
+
+DEMO_DRAFTS = {50: 0, 65: 12}
+"""Rough agreement with the target's greedy choice in percent -> how many of 30 layers have 4 bits, the others 3."""
 
 _INNER = re.compile(r"\.mlp\.(gate|up)_proj\.weight$")
 _OUTER = re.compile(r"\.mlp\.down_proj\.weight$")
@@ -68,3 +74,21 @@ def widened_pack(gguf: str | Path, directory: str | Path, times: int = 8, progre
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     return path
+
+
+def demo_draft(gguf: str | Path, agreement: int = 65, dtype: torch.dtype = torch.bfloat16) -> LanguageModelDraft:
+    """A draft for the demo targets: SmolLM2, which both were made from, in 3 bits, some layers and the head in 4.
+
+    Args:
+        agreement: one of `DEMO_DRAFTS`.
+
+    Raises:
+        WeightsError: the GGUF is missing or damaged.
+    """
+    from hybrimoe_plugin.hosts.transformers import load_plain_model
+
+    model, _ = load_plain_model(None, gguf, dtype=dtype, progress=False)
+    layers, finer = len(model.base_model.layers), DEMO_DRAFTS[agreement]
+    spread = {int((place + 0.5) * layers / finer) for place in range(finer)}
+    small: Any = low_bit_copy(model, lambda layer: 4 if layer in spread else 3, 32, head_bits=4)
+    return LanguageModelDraft(small, f"low-bit {agreement} %")

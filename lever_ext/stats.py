@@ -30,6 +30,10 @@ class Cycle:
     """What the cost model expected of `draft_us + verify_us` when it chose the tree."""
     nbytes: int
     """Read from flash during the cycle."""
+    drafted: int = 0
+    """Nodes that the draft expanded before the pass."""
+    ahead: int = 0
+    """Nodes that it expanded for the next cycle, while the pass waited for reads."""
 
 
 @dataclass

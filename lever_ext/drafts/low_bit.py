@@ -92,15 +92,20 @@ def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
 
 
 def low_bit_copy(
-    model: Any, bits: Callable[[int], int] | int = 3, group: int = 32, dtype: torch.dtype | None = None
+    model: Any,
+    bits: Callable[[int], int] | int = 3,
+    group: int = 32,
+    dtype: torch.dtype | None = None,
+    head_bits: int | None = None,
 ) -> Any:
-    """A copy of a causal LM whose decoder linears have few bits; embedding, norms and head stay as they are.
+    """A copy of a causal LM whose decoder linears have few bits; embedding and norms stay as they are.
 
     Args:
         model: the model to copy; unchanged.
         bits: bits of all layers, or layer -> bits.
         group: input features that share a scale.
         dtype: of the copy; the model's by default.
+        head_bits: of the output head, the largest matrix of a small model; None keeps it as it is.
 
     Raises:
         ConfigError: bits or group outside what is supported.
@@ -116,6 +121,9 @@ def low_bit_copy(
         _low_bit_layer(layer, bits if isinstance(bits, int) else bits(index), group, dtype)
         for index, layer in enumerate(layers)
     )
+    if head_bits is not None:
+        weight = small.get_output_embeddings().weight.detach()
+        small.set_output_embeddings(LowBitLinear(weight, None, head_bits, group, dtype))
     return small.eval()
 
 

@@ -6,6 +6,7 @@ the step to the next root if the target went there.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -57,10 +58,10 @@ class CandidateTree:
         for token, step in zip(candidates.tokens, self.calibration(candidates), strict=True):
             node.children.append(self._new(token, key, step, node.reach * step, node.depth + 1))
 
-    def unexpanded(self, depth_limit: int) -> list[int]:
-        """Keys that could be expanded for children no deeper than the limit, the likeliest reached first."""
-        found = [key for key, node in self.nodes.items() if node.candidates is None and node.depth < depth_limit]
-        return sorted(found, key=lambda key: (-self.nodes[key].reach, key))
+    def unexpanded(self, depth_limit: int, count: int) -> list[int]:
+        """Up to `count` keys to expand for children no deeper than the limit, the likeliest reached first."""
+        found = (key for key, node in self.nodes.items() if node.candidates is None and node.depth < depth_limit)
+        return heapq.nsmallest(count, found, key=lambda key: (-self.nodes[key].reach, key))
 
     def path(self, key: int) -> list[int]:
         """Keys from the root to `key`, both included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Sequence
 
@@ -40,6 +41,7 @@ class Growth:
         self.max_rows = max_rows
         self.spent_us = 0.0
         self.calls = 0
+        self.nodes = 0
         self._expand = expand
         self._clock = clock
 
@@ -54,14 +56,20 @@ class Growth:
         us = (self._clock() - start) * 1e6
         self.spent_us += us
         self.calls += 1
+        self.nodes += len(keys)
         self.cost.observe_draft(len(keys), us)
         for key, candidates in zip(keys, proposals, strict=True):
             self.tree.add(key, candidates)
 
     def known(self) -> tuple[Known, list[int]]:
-        """The candidates as rows, and the key of each row."""
+        """The likeliest candidates as rows, and the key of each row.
+
+        Three times as many as a pass may have rows: what is drafted ahead leaves thousands that no tree would take.
+        """
         nodes = self.tree.nodes
-        keys = [key for key, node in nodes.items() if node.depth <= self.depth_limit]
+        within = (key for key, node in nodes.items() if node.depth <= self.depth_limit)
+        # A parent is reached at least as often as its children, and has the smaller key: none is left out.
+        keys = heapq.nsmallest(3 * self.max_rows, within, key=lambda key: (-nodes[key].reach, key))
         keys.sort(key=lambda key: (nodes[key].depth, key))
         place = {key: row for row, key in enumerate(keys)}
         parents = [place[nodes[key].parent] if key != self.tree.root else ROOT_PARENT for key in keys]

@@ -175,8 +175,9 @@ class Lever:
 
     def _batch(self, growth: Growth, known: Known, keys: Sequence[int], value: float) -> list[int]:
         """The nodes whose drafting promises the most beyond `value`; none if nothing does."""
-        open_keys = growth.tree.unexpanded(growth.depth_limit)
         place = {key: row for row, key in enumerate(keys)}
+        open_keys = growth.tree.unexpanded(growth.depth_limit, max(self.widths))
+        open_keys = [key for key in open_keys if key in place]
         ranks = growth.tree.calibration.ranks.tolist()
         found: list[int] = []
         for horizon in self.horizons:
