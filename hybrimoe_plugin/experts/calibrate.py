@@ -92,6 +92,11 @@ def thread_candidates() -> list[int]:
     return sorted({*counts, max(1, cores - 1)})
 
 
+def shared_threads() -> int:
+    """Threads of a backend that computes on torch's own pool: as many as torch has, no other pool wants the cores."""
+    return torch.get_num_threads()
+
+
 def ensure_profile(
     weights: LayerWeights,
     backend: str,
@@ -135,10 +140,11 @@ def calibrate(
 ) -> MachineProfile:
     """Measure one layer's experts: CPU time by threads, loads and number of experts, accelerator time, link."""
     counts = thread_candidates() if threads is None else [threads]
-    with tqdm(total=len(counts) + 2, desc="calibrating", disable=not progress, leave=False) as bar, _quiet_torch():
+    with tqdm(total=len(counts) + 2, desc="calibrating", disable=not progress, leave=False) as bar:
         best, cpu = _choose_threads(weights, make_cpu, counts, bar)
         try:
-            side = _measure_cpu(weights, cpu, best)
+            with _quiet_torch(cpu):
+                side = _measure_cpu(weights, cpu, best)
         finally:
             cpu.close()
         bar.update()
@@ -173,10 +179,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """One torch thread while the CPU workers are measured: they would fight for the cores."""
+def _quiet_torch(cpu: CPUBackend) -> Iterator[None]:
+    """One torch thread while workers of their own are measured: they would fight for the cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if cpu.name != "ggml":  # which computes on torch's threads
+        torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -191,7 +198,8 @@ def _choose_threads(
     for count in counts:
         cpu = make_cpu(count)
         cpu.add_layer(weights)
-        spent = _cpu_call(weights, cpu, experts=weights.spec.top_k, load=1, repeats=2 * REPEATS)
+        with _quiet_torch(cpu):
+            spent = _cpu_call(weights, cpu, experts=weights.spec.top_k, load=1, repeats=2 * REPEATS)
         if best is None or spent < best[0]:
             if best is not None:
                 best[2].close()

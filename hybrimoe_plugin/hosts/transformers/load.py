@@ -18,6 +18,7 @@ from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
+from hybrimoe_plugin.hosts.transformers.stored import give_stored, keeps_stored, without_plain
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
@@ -54,7 +55,8 @@ def load_model(
         model_path: directory with config and tokenizer; both come from the GGUF where it is not given.
         gguf_path: GGUF file, any part of a split set, or a directory with one model; default `model_path`.
         rules: rules file, or the name of a packaged one; default the packaged rules of the model's family.
-        dtype: of the dense weights and activations; default bfloat16.
+        dtype: of the dense weights and activations; default float32 where dense matrices stay as stored, else
+            bfloat16.
         trust_rules: let rules import operators from any package.
         progress: show bars on stderr while loading and calibrating.
         settings: fields of `hybrimoe_plugin.config.Settings`; they override the rules' kwargs.
@@ -70,12 +72,16 @@ def load_model(
     config = model_config(model_path, store)
     model = meta_model(config, _dtype(dtype))
     parsed = load_rules(rules_path(rules, config))
-    plan = with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
+    plan = without_plain(with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings))
+    if dtype is None and any(keeps_stored(match) for match in plan):
+        # No large tensor is left in the model's own type, and small CPU operations are quickest in float32.
+        model.to(torch.float32)
     injection = inject(model, plan, store, config)
     try:
         # Before weights are read: everything that can be refused is.
         for operator in experts_operators(model):
             operator.load()
+        give_stored(model, store, config)
         load_dense(model, store, config, injection, progress=progress)
         model.hybrimoe = bind(model, progress=progress) if experts_operators(model) else None
     except BaseException:
@@ -156,7 +162,8 @@ def plan_for(
     config = model_config(model_path, store)
     model = meta_model(config)
     parsed = load_rules(rules_path(rules, config))
-    return model, parsed, with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
+    plan = with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
+    return model, parsed, without_plain(plan)
 
 
 def experts_operators(model: nn.Module) -> list[HybriMoEExperts]:
@@ -176,6 +183,8 @@ def load_dense(
     """
     source = ParameterSource(store, config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if tied and not isinstance(model.get_input_embeddings(), nn.Embedding):
+        tied = set()  # a stored table is nothing to tie to; a plain head reads its own copy
     wanted = {name: value for name, value in model.state_dict().items() if name not in tied and value.is_meta}
     check_host(sum(value.numel() * value.element_size() for value in wanted.values()), "the dense weights")
     # Checked as a whole before the first is read, so that a wrong file fails at once.
@@ -187,7 +196,8 @@ def load_dense(
         loaded[name] = source.load(name, value.shape, value.dtype)
     model.load_state_dict(loaded, strict=False, assign=True)
     _rebuild_buffers(model, config)
-    model.tie_weights()
+    if tied:
+        model.tie_weights()
     _place(model, injection)
     left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     if left:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import get_tensor_name_map
-from gguf.constants import MODEL_ARCH_NAMES
+from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType
+from gguf.quants import quantize
 
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.experts.ggml import Stored
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 
 _EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
@@ -67,6 +70,59 @@ class ParameterSource:
             )
         return value.to(dtype)
 
+    def stored(self, name: str) -> Stored:
+        """A matrix as its stored bytes, in the row order of the transformers model.
+
+        Raises:
+            WeightsError: missing, or made of several tensors.
+        """
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        (found,) = self.gguf_names(name)
+        info = self.store.info(found)
+        data = self.store.raw(found)
+        heads = self._rotated_heads(name)
+        if heads:  # rows are whole blocks, so they can be moved as they are
+            rows = torch.from_numpy(data.copy()).view(info.shape[0], -1)
+            data = unrotate(rows, heads).reshape(-1).numpy()
+        return Stored(data, info.type_name, info.shape)
+
+    def stored_kv_b(self, name: str) -> tuple[Stored, Stored]:
+        """The parts of DeepSeek's kv_b for absorbed attention: keys [heads, R, nope] and values [heads, V, R].
+
+        A file that holds kv_b whole gives the values' rows as they are; the keys must be transposed, which takes
+        another quantisation, to Q8_0 (float32 where 32 does not divide their width).
+
+        Raises:
+            WeightsError: missing or of another shape.
+        """
+        names = self.gguf_names(name)
+        config, heads = self.config, self.config.num_attention_heads
+        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+        if len(names) == 2:
+            infos = [self.store.info(part) for part in names]
+            keys, values = (Stored(self.store.raw(info.name), info.type_name, info.shape) for info in infos)
+            return keys, values
+        info = self.store.info(names[0])
+        rows = self.store.raw(names[0]).reshape(heads, nope + config.v_head_dim, -1)
+        value_rows = np.ascontiguousarray(rows[:, nope:]).reshape(-1)
+        plain = self.store.dequantized(names[0]).view(heads, -1, rank)[:, :nope].transpose(1, 2).contiguous().numpy()
+        kind = "Q8_0" if nope % 32 == 0 and info.type_name != "F32" else "F32"
+        packed = quantize(plain, GGMLQuantizationType[kind]).view(np.uint8).reshape(-1)
+        return (
+            Stored(packed, kind, (heads, rank, nope)),
+            Stored(value_rows, info.type_name, (heads, config.v_head_dim, rank)),
+        )
+
+    def _rotated_heads(self, name: str) -> int:
+        """Heads of a projection whose rows llama-architecture files rotate, else 0."""
+        if self.store.architecture == "llama" and ".self_attn." in name:
+            if ".q_proj." in name:
+                return int(self.config.num_attention_heads)
+            if ".k_proj." in name:
+                return int(self.config.num_key_value_heads)
+        return 0
+
     def _present(self, name: str) -> list[str]:
         """The names to read; older files keep each expert in a tensor of its own."""
         names: list[str] = []
@@ -89,11 +145,9 @@ class ParameterSource:
             keys, values = parts[0].transpose(1, 2), parts[1]
             return torch.cat((keys, values), dim=1).reshape(-1, keys.shape[2])
         value = parts[0]
-        if self.store.architecture == "llama" and ".self_attn." in name:
-            heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
-            for projection, count in heads.items():
-                if f".{projection}." in name:
-                    return unrotate(value, count)
+        heads = self._rotated_heads(name)
+        if heads:
+            return unrotate(value, heads)
         if name.endswith(".shared_expert_gate.weight") and value.ndim == 1:
             return value[None]
         return value

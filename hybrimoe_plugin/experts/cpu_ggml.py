@@ -1,0 +1,156 @@
+"""CPU experts as ggml graphs on the caller's threads: where nothing else computes meanwhile, nothing is handed over.
+
+`KTExperts` runs beside an accelerator on workers of its own; this backend computes inside `submit`, on the same OpenMP
+threads as torch, so that no two pools fight for the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
+from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
+
+_MAX_TOKENS = 512
+"""Tokens per graph; longer calls are cut, since a graph's buffers grow with this."""
+
+
+class GgmlExperts:
+    """Routed experts of any GGML type straight from the mapped bytes; synchronous.
+
+    Args:
+        threads: OpenMP threads, the caller's included.
+
+    Raises:
+        BackendError: kt-kernel's ggml cannot be used.
+    """
+
+    name = "ggml"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._ggml = Ggml()
+        self._layers: list[_Layer] = []
+        self._output: torch.Tensor | None = None
+
+    def add_layer(self, weights: LayerWeights) -> None:
+        """Raises: BackendError: a type without a kernel."""
+        self._layers.append(_Layer(self._ggml, self.threads, weights))
+
+    def submit(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        mine: Sequence[int],
+    ) -> None:
+        """Places of experts that are not in `mine` are computed by one that is, with weight 0."""
+        others = ~torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64))
+        if others.any():
+            topk_ids = topk_ids.masked_fill(others, mine[0])
+            topk_weights = topk_weights.masked_fill(others, 0.0)
+        self._output = self.compute(layer, hidden, topk_ids, topk_weights)
+
+    def sync(self) -> torch.Tensor:
+        assert self._output is not None, "sync without submit"
+        output, self._output = self._output, None
+        return output
+
+    def compute(
+        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] of hidden's dtype: every chosen expert of every token, computed at once.
+
+        Args:
+            hidden: [T, H] floating point on the CPU.
+            topk_ids: [T, K] integers on the CPU.
+            topk_weights: [T, K] floating point on the CPU.
+
+        Raises:
+            BackendError: a shape or id that the kernel must not see.
+        """
+        target = self._layers[layer]
+        _check(target, hidden, topk_ids, topk_weights)
+        if len(hidden) == 1:
+            return target.decode(hidden, topk_ids, topk_weights)
+        parts = [
+            target.prefill(hidden[part], topk_ids[part], topk_weights[part])
+            for part in (slice(start, start + _MAX_TOKENS) for start in range(0, len(hidden), _MAX_TOKENS))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def close(self) -> None:
+        self._layers.clear()
+
+
+class _Layer:
+    """One layer's stored matrices, and its graph for one token."""
+
+    def __init__(self, ggml: Ggml, threads: int, weights: LayerWeights) -> None:
+        self.spec = weights.spec
+        spec = weights.spec
+        inner, outer = (spec.experts, spec.intermediate, spec.hidden), (spec.experts, spec.hidden, spec.intermediate)
+        self._stored = [
+            Stored(_stacked(matrix), matrix.type_name, shape)
+            for matrix, shape in zip(weights.matrices(), (inner, inner, outer), strict=True)
+        ]
+        for stored in self._stored:
+            check_stored(stored)
+        self._ggml = ggml
+        self._threads = threads
+        self._one: dict[int, _Call] = {}
+
+    def decode(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        count = ids.shape[1]
+        call = self._one.get(count)
+        if call is None:
+            call = self._one[count] = _Call(self._ggml, self._threads, self._stored, 1, count)
+        return call.run(hidden, ids, weights)
+
+    def prefill(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Built anew: its buffers would otherwise stay for every length."""
+        return _Call(self._ggml, self._threads, self._stored, *ids.shape).run(hidden, ids, weights)
+
+
+class _Call:
+    """The graph of T tokens with K experts each."""
+
+    def __init__(self, ggml: Ggml, threads: int, stored: Sequence[Stored], tokens: int, count: int) -> None:
+        graph = Graph(ggml, threads)
+        gate, up, down = (graph.weight(matrix) for matrix in stored)
+        self._x: Node = graph.input(tokens, 1, stored[0].shape[2])
+        self._ids = graph.input(tokens, count, dtype=torch.int32)
+        inner = graph.silu_mul(graph.matmul_id(gate, self._x, self._ids), graph.matmul_id(up, self._x, self._ids))
+        out = graph.matmul_id(down, inner, self._ids)
+        graph.finish(out)
+        self._graph = graph
+        self._hidden = self._x.value[:, 0]
+        self._out = out.value
+
+    def run(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self._hidden.copy_(hidden)
+        self._ids.value.copy_(ids)
+        self._graph.run()
+        return torch.bmm(weights.float()[:, None], self._out)[:, 0].to(hidden.dtype)
+
+
+def _stacked(matrix: Matrix) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """A graph takes one base address: experts kept apart in the file must be copied together."""
+    stacked = matrix.stacked if matrix.stacked is not None else np.concatenate(matrix.experts)
+    return stacked.reshape(-1)
+
+
+def _check(layer: _Layer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    spec = layer.spec
+    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden or not hidden.is_floating_point():
+        raise BackendError(f"hidden states must be floating point [T, {spec.hidden}], found {list(hidden.shape)}")
+    if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden) or not ids.shape[1]:
+        raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
+    low, high = torch.aminmax(ids) if len(ids) > 1 else (min(ids[0].tolist()), max(ids[0].tolist()))
+    if not (int(low) >= 0 and int(high) < spec.experts):
+        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(low)} to {int(high)}")

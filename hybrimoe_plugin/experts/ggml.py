@@ -1,0 +1,266 @@
+"""ggml graphs on the caller's own thread: the C library that kt-kernel carries, through ctypes.
+
+kt-kernel's own entry points are MoE layers on a pool of spinning workers. The extension also exports the ggml library
+that these are built on, whose graphs run on the calling thread and OpenMP: right for dense linears, and for experts
+where nothing else computes meanwhile. On 2 cores a matrix of 8192 x 2048 in Q8_0 is read at 19 GB/s with two threads
+(docs/LOG.md).
+
+ggml ends the process on what it does not know, so types, sizes and the library's version are checked here first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.cpu_kt import import_kernel
+
+CHECKED_VERSIONS = ("0.7.2",)
+"""kt-kernel releases whose ggml has the structures declared below; others are refused rather than tried."""
+
+TYPES = frozenset(
+    {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    | {"IQ4_NL", "IQ4_XS"}
+)
+"""GGML types that were tried against a float32 reference (tests/experts/test_ggml.py)."""
+
+_MAX_NODES = 16
+_F32, _I32 = 0, 26
+_Pointer = ctypes.c_void_p
+_Int64 = ctypes.c_int64
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", _Pointer), ("no_alloc", ctypes.c_bool)]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        ("work_size", ctypes.c_size_t),
+        ("work_data", _Pointer),
+        ("n_threads", ctypes.c_int),
+        ("abort_callback", _Pointer),
+        ("abort_callback_data", _Pointer),
+    ]
+
+
+class Stored(NamedTuple):
+    """One matrix [..., N, M] as stored: rows of quantised blocks."""
+
+    data: NDArray[np.uint8]
+    """1-D bytes, contiguous; they must stay mapped as long as a graph reads them."""
+    type_name: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.size)
+
+
+class Node(NamedTuple):
+    """A tensor of a graph; `data` is its memory in torch's order of dimensions, None for stored weights."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    data: torch.Tensor | None
+
+    @property
+    def value(self) -> torch.Tensor:
+        assert self.data is not None, "stored weights have no torch tensor"
+        return self.data
+
+
+class Ggml:
+    """The functions of the library. Making one loads kt-kernel and tries a matrix product.
+
+    Raises:
+        BackendError: kt-kernel is missing, of a release that was not checked, or exports no ggml.
+    """
+
+    def __init__(self) -> None:
+        version = importlib.metadata.version("kt-kernel") if (kernel := import_kernel()) else ""
+        if version not in CHECKED_VERSIONS:
+            raise BackendError(f"ggml of kt-kernel {version} was not checked, only of {', '.join(CHECKED_VERSIONS)}")
+        path = str(kernel.__file__)
+        quick, slow = ctypes.PyDLL(path), ctypes.CDLL(path)  # only the computation is worth giving up the GIL for
+        try:
+            self.init = _function(quick.ggml_init, _Pointer, _InitParams)
+            self.free = _function(quick.ggml_free, None, _Pointer)
+            self.new_tensor = _function(
+                quick.ggml_new_tensor, _Pointer, _Pointer, ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Int64)
+            )
+            self.matmul = _function(quick.ggml_mul_mat, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.matmul_id = _function(quick.ggml_mul_mat_id, _Pointer, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.get_rows = _function(quick.ggml_get_rows, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.silu = _function(quick.ggml_silu_inplace, _Pointer, _Pointer, _Pointer)
+            self.mul = _function(quick.ggml_mul_inplace, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.new_graph = _function(quick.ggml_new_graph_custom, _Pointer, _Pointer, ctypes.c_size_t, ctypes.c_bool)
+            self.expand = _function(quick.ggml_build_forward_expand, None, _Pointer, _Pointer)
+            self.plan = _function(quick.ggml_graph_plan, _Plan, _Pointer, ctypes.c_int)
+            self.compute = _function(slow.ggml_graph_compute, ctypes.c_int, _Pointer, ctypes.POINTER(_Plan))
+            overhead = _function(quick.ggml_tensor_overhead, ctypes.c_size_t)()
+            graph = _function(quick.ggml_graph_overhead_custom, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_bool)
+            get_data = _function(quick.ggml_get_data, _Pointer, _Pointer)
+        except AttributeError as error:
+            raise BackendError(f"kt-kernel {version} does not export ggml: {error}") from error
+        # An operation may make a view beside its result, hence twice the nodes.
+        self.context_bytes = 2 * _MAX_NODES * (overhead + 64) + graph(_MAX_NODES, False) + 1024
+        self.data_offset = self._find_data(get_data)
+        self._try()
+
+    def _find_data(self, get_data: Any) -> int:
+        """Where a tensor keeps its data pointer, found by looking for one that is known."""
+        buffer = np.zeros(1 << 16, np.uint8)
+        context = self.init(_InitParams(buffer.size, buffer.ctypes.data, False))
+        tensor = self.new_tensor(context, _F32, 1, (_Int64 * 1)(8))
+        wanted = get_data(tensor)
+        words = (ctypes.c_uint64 * 40).from_address(tensor)
+        found = [8 * index for index, word in enumerate(words) if word == wanted]
+        self.free(context)
+        if len(found) != 1:
+            raise BackendError("ggml in kt-kernel keeps its tensors in an unknown way")
+        return found[0]
+
+    def _try(self) -> None:
+        """One small product, so that a surprise shows here."""
+        weight = np.arange(64, dtype=np.float32)
+        graph = Graph(self, 1)
+        x = graph.input(1, 32)
+        y = graph.matmul(graph.weight(Stored(weight.view(np.uint8), "F32", (2, 32))), x)
+        graph.finish(y)
+        x.value.fill_(1.0)
+        graph.run()
+        if y.value.tolist() != [[float(weight[:32].sum()), float(weight[32:].sum())]]:
+            raise BackendError(f"ggml in kt-kernel computes wrongly: {y.value.tolist()}")
+
+
+class Graph:
+    """A few operations on fixed buffers, built once and run often.
+
+    Not for use from two threads at once.
+
+    Args:
+        threads: the calling thread and this many less one of OpenMP's.
+    """
+
+    def __init__(self, ggml: Ggml, threads: int) -> None:
+        self._ggml = ggml
+        self._threads = threads
+        self._memory = np.empty(ggml.context_bytes, np.uint8)
+        self._context = ggml.init(_InitParams(ggml.context_bytes, self._memory.ctypes.data, True))
+        if not self._context:
+            raise BackendError("ggml has no context left: more than 64 graphs are being built at once")
+        self._kept: list[Any] = []
+        self._nodes = 0
+        self._graph = 0
+        self._plan: _Plan | None = None
+
+    def input(self, *shape: int, dtype: torch.dtype = torch.float32) -> Node:
+        """A buffer that the caller fills: float32, or int32 for ids."""
+        buffer = torch.empty(shape, dtype=dtype, device="cpu")
+        return self._own(self._tensor(_F32 if dtype == torch.float32 else _I32, shape), shape, buffer)
+
+    def weight(self, stored: Stored) -> Node:
+        """Stored bytes, read where they lie.
+
+        Raises:
+            BackendError: a type that was not tried, or bytes that do not fit the shape.
+        """
+        check_stored(stored)
+        node = Node(self._tensor(int(GGMLQuantizationType[stored.type_name]), stored.shape), stored.shape, None)
+        self._point(node.pointer, stored.data.ctypes.data)
+        self._kept.append(stored)
+        return node
+
+    def matmul(self, weight: Node, x: Node, out: torch.Tensor | None = None) -> Node:
+        """[..., T, N] from weight [..., N, M] and x [..., T, M]; into `out` where it is given."""
+        shape = (*x.shape[:-1], weight.shape[-2])
+        pointer = self._ggml.matmul(self._context, weight.pointer, x.pointer)
+        return self._own(pointer, shape, _buffer(shape) if out is None else out)
+
+    def matmul_id(self, weights: Node, x: Node, ids: Node) -> Node:
+        """[T, K, N] from weights [E, N, M], x [T, 1 or K, M] and ids [T, K] int32."""
+        shape = (*ids.shape, weights.shape[-2])
+        pointer = self._ggml.matmul_id(self._context, weights.pointer, x.pointer, ids.pointer)
+        return self._own(pointer, shape, _buffer(shape))
+
+    def rows(self, weight: Node, ids: Node) -> Node:
+        """[T, M] float32: rows of weight [N, M] for ids [T] int32, which must be in range."""
+        shape = (*ids.shape, weight.shape[-1])
+        return self._own(self._ggml.get_rows(self._context, weight.pointer, ids.pointer), shape, _buffer(shape))
+
+    def silu_mul(self, gate: Node, up: Node) -> Node:
+        """silu(gate) * up, in gate's buffer."""
+        first = self._ggml.silu(self._context, gate.pointer)
+        self._point(first, gate.value.data_ptr())
+        return self._own(self._ggml.mul(self._context, first, up.pointer), gate.shape, gate.value)
+
+    def finish(self, *outputs: Node) -> None:
+        """Close the graph; nothing can be added after."""
+        ggml = self._ggml
+        self._graph = ggml.new_graph(self._context, _MAX_NODES, False)
+        for output in outputs:
+            ggml.expand(self._graph, output.pointer)
+        plan = ggml.plan(self._graph, self._threads)
+        work = np.empty(max(1, plan.work_size), np.uint8)
+        plan.work_data = work.ctypes.data
+        self._kept.append(work)
+        self._plan = plan
+        # The structures lie in our own memory: giving the context back only frees its place among ggml's 64.
+        ggml.free(self._context)
+        self._context = None
+
+    def run(self) -> None:
+        """Compute every output. Mutates: the nodes' buffers. Raises: BackendError."""
+        status = self._ggml.compute(self._graph, ctypes.byref(self._plan))  # type: ignore[arg-type]
+        if status:
+            raise BackendError(f"ggml stopped with status {status}")
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._ggml.free(self._context)
+
+    def _tensor(self, kind: int, shape: Sequence[int]) -> int:
+        sizes = (_Int64 * len(shape))(*reversed(shape))
+        return int(self._ggml.new_tensor(self._context, kind, len(shape), sizes))
+
+    def _own(self, pointer: int, shape: tuple[int, ...], buffer: torch.Tensor) -> Node:
+        self._point(pointer, buffer.data_ptr())
+        self._kept.append(buffer)
+        return Node(pointer, shape, buffer)
+
+    def _point(self, pointer: int, address: int) -> None:
+        self._nodes += 1
+        assert self._nodes <= _MAX_NODES, "a graph may have 16 nodes"
+        ctypes.c_uint64.from_address(pointer + self._ggml.data_offset).value = address
+
+
+def check_stored(stored: Stored) -> None:
+    """Raises: BackendError: a type that was not tried, or bytes that do not fit the shape."""
+    if stored.type_name not in TYPES:
+        raise BackendError(f"no ggml kernel for type {stored.type_name}; there is for {', '.join(sorted(TYPES))}")
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored.type_name]]
+    wanted = int(np.prod(stored.shape)) // block * block_bytes
+    if stored.shape[-1] % block or stored.data.size != wanted or not stored.data.flags.c_contiguous:
+        raise BackendError(
+            f"a matrix {stored.shape} in {stored.type_name} has {wanted} contiguous bytes, found {stored.data.size}"
+        )
+
+
+def _buffer(shape: Sequence[int]) -> torch.Tensor:
+    """On the CPU whatever the default device is: operators are built while that is `meta`."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _function(symbol: Any, result: Any, *arguments: Any) -> Any:
+    symbol.restype = result
+    symbol.argtypes = arguments
+    return symbol

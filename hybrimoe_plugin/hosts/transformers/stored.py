@@ -1,0 +1,53 @@
+"""Matrices that stay as the file stores them: which operators take them, and handing them over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.transformers.names import ParameterSource
+from hybrimoe_plugin.injection.match import Match
+from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
+from hybrimoe_plugin.operators.embedding import LeanEmbedding
+from hybrimoe_plugin.operators.linear import StoredLinear
+from hybrimoe_plugin.operators.mla import LeanMLA
+
+
+def without_plain(plan: Sequence[Match]) -> list[Match]:
+    """The plan without dense operators where `dense: plain` asks for the model's own modules."""
+    return [match for match in plan if not (_is_dense(match) and match.kwargs.get("dense") == "plain")]
+
+
+def keeps_stored(match: Match) -> bool:
+    """Whether the match's operator will read matrices as stored. Raises: as `stored_kernels`."""
+    if not _is_dense(match):
+        return False
+    settings = dict(match.kwargs)
+    devices = [settings.pop(name, "auto") for name in ("prefill_device", "generate_device")]
+    return stored_kernels(Settings.of(settings), *devices) is not None
+
+
+def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
+    """Hand every operator its matrices; they are mapped, and copied only where rows must change places.
+
+    Raises:
+        WeightsError, BackendError: a tensor is missing, has another shape, or is of a type without a kernel.
+
+    Mutates: `model`.
+    """
+    source = ParameterSource(store, config)
+    for name, module in model.named_modules():
+        if isinstance(module, StoredLinear):
+            module.take(source.stored(f"{name.removesuffix('.stored')}.weight"))
+        elif isinstance(module, LeanEmbedding) and module.ggml is not None:
+            module.take(source.stored(f"{name}.weight"))
+        elif isinstance(module, LeanMLA) and module.ggml is not None:
+            module.take_split(*source.stored_kv_b(f"{name}.kv_b_proj.weight"))
+
+
+def _is_dense(match: Match) -> bool:
+    return match.operator_class is not None and issubclass(match.operator_class, DenseOperator)

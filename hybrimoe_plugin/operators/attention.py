@@ -1,0 +1,93 @@
+"""Attention with grouped queries (Llama, Mixtral, Qwen) in few operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.kv_cache import growing
+from hybrimoe_plugin.operators.linear import LinearGroup, as_stored
+
+
+class LeanAttention(DenseOperator):
+    """The model's attention with one graph for Q, K and V, a cache that grows in place, and torch's fused attention.
+
+    Gives what the module it replaces gives with `sdpa`; attention weights are not returned.
+    """
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
+        self.layer_idx = int(orig_module.layer_idx)
+        self.head_dim = int(orig_module.head_dim)
+        self.scaling = float(orig_module.scaling)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, as_stored(self.ggml, getattr(orig_module, name)))
+        self.query_heads = self.q_proj.out_features // self.head_dim
+        self.grouped = self.query_heads * self.head_dim != self.k_proj.out_features
+        if hasattr(orig_module, "q_norm"):
+            self.q_norm, self.k_norm = orig_module.q_norm, orig_module.k_norm
+        self._projections = LinearGroup(self.ggml, (self.q_proj, self.k_proj, self.v_proj))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **_kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """([B, T, H], None) from [B, T, H] and the model's cos and sin [B or 1, T, D]. Mutates: the cache."""
+        batch, count, width = hidden_states.shape
+        dtype = hidden_states.dtype
+        parts = self._projections(hidden_states.reshape(-1, width))
+        query, key, value = (part.view(batch, count, -1, self.head_dim) for part in parts)
+        if "q_norm" in self._modules:
+            query, key = self.q_norm(query), self.k_norm(key)
+        cos, sin = (part[:, None, :, : self.head_dim // 2] for part in position_embeddings)
+        query = rotate(query.transpose(1, 2), cos, sin).to(dtype)
+        key = rotate(key.transpose(1, 2), cos, sin).to(dtype)
+        value = value.transpose(1, 2).to(dtype)
+        cache = cache if cache is not None else past_key_values
+        if cache is not None:
+            growing(cache, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx)
+        out = attend(query, key, value, attention_mask, self.scaling, self.grouped)
+        out = self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
+        return out, None
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [..., D] whose two halves are the pairs; cos and sin [..., D / 2]."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same for neighbouring pairs, which come out as halves: a dot product of two such is the same."""
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    grouped: bool,
+) -> torch.Tensor:
+    """[B, heads, T, D] from queries [B, heads, T, D] and the keys and values so far; causal where no mask is given."""
+    causal = mask is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )

@@ -1,0 +1,87 @@
+"""What the operators for dense modules share: their settings, and whether matrices stay as the file stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.experts.ggml import Ggml
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+
+
+class DenseOperator(nn.Module):
+    """An operator for a module other than routed experts (kTransformers' operator contract).
+
+    Args:
+        key: qualified module name.
+        gguf_loader: the open weights.
+        config: the model's configuration.
+        orig_module: the module that this one replaces.
+        prefill_device: cpu, cuda, cuda:N or auto.
+        generate_device: the same for calls of one token.
+        settings: fields of `Settings`; `linears` counts here.
+
+    Attributes:
+        ggml: kernels for matrices as stored; None where matrices are plain tensors, on any device.
+    """
+
+    is_dense = True
+    """`dense: plain` leaves modules alone that rules give to such an operator."""
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: GGUFStore,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        prefill_device: str = "auto",
+        generate_device: str = "auto",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.check_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **settings})
+        if orig_module is None:
+            raise ConfigError(f"{key}: the operator needs the module that it replaces")
+        self.key = key
+        self.generate_device = generate_device
+        self.ggml = stored_kernels(Settings.of(settings), prefill_device, generate_device)
+
+    @staticmethod
+    def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+        """Raises: ConfigError: naming field, value and allowed range."""
+        HybriMoEExperts.check_kwargs(kwargs)
+
+    def extra_repr(self) -> str:
+        return f"key={self.key!r}, matrices={'plain' if self.ggml is None else 'as stored'}"
+
+
+def stored_kernels(settings: Settings, prefill: str, generate: str) -> Ggml | None:
+    """Kernels for matrices as stored, where the settings ask for them and the dense part is on the CPU.
+
+    Raises:
+        ConfigError: asked for on an accelerator.
+        BackendError: asked for, and kt-kernel's ggml cannot be used.
+    """
+    asked = settings.linears == "quantised"
+    if settings.linears == "plain" or (settings.cpu_backend == "torch" and not asked):
+        return None
+    if any(
+        device not in ("cpu", "auto") or (device == "auto" and cuda_refusal() is None) for device in (prefill, generate)
+    ):
+        if asked:
+            raise ConfigError(
+                "linears: quantised is for the CPU; give prefill_device and generate_device cpu, or plain"
+            )
+        return None
+    try:
+        return Ggml()
+    except BackendError:
+        if asked:
+            raise
+        return None

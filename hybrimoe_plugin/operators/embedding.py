@@ -1,0 +1,51 @@
+"""Token embeddings read from the file's rows: a large vocabulary need not be dequantised to be kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.ggml import Graph, Stored, check_stored
+from hybrimoe_plugin.operators.dense import DenseOperator
+
+
+class LeanEmbedding(DenseOperator):
+    """Rows of the stored table, dequantised as they are asked for; `nn.Embedding` where that cannot be."""
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
+        self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
+        self.padding_idx = orig_module.padding_idx
+        self.dtype = orig_module.weight.dtype
+        self.stored: Stored | None = None
+        if self.ggml is None:
+            self.weight = orig_module.weight
+
+    def take(self, stored: Stored) -> None:
+        """Raises: BackendError: a type without a kernel, or another shape."""
+        if stored.shape != (self.num_embeddings, self.embedding_dim):
+            raise BackendError(
+                f"{self.key}: expected {(self.num_embeddings, self.embedding_dim)}, found {stored.shape}"
+            )
+        check_stored(stored)
+        self.stored = stored
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[..., H] from ids [...]. Raises: IndexError: an id outside the vocabulary."""
+        if self.ggml is None:
+            return F.embedding(ids, self.weight, self.padding_idx)
+        assert self.stored is not None, "take() comes first"
+        flat = ids.reshape(-1)
+        low, high = torch.aminmax(flat) if len(flat) else (0, 0)
+        if not (int(low) >= 0 and int(high) < self.num_embeddings):
+            raise IndexError(f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}")
+        graph = Graph(self.ggml, 1)
+        wanted = graph.input(len(flat), dtype=torch.int32)
+        rows = graph.rows(graph.weight(self.stored), wanted)
+        graph.finish(rows)
+        wanted.value.copy_(flat)
+        graph.run()
+        return rows.value.to(self.dtype).view(*ids.shape, self.embedding_dim)

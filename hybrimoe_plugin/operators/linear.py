@@ -1,0 +1,137 @@
+"""Linears on matrices as the GGUF file stores them: no dequantised copy, and a quarter of the bytes to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
+from hybrimoe_plugin.operators.dense import DenseOperator
+
+Build = Callable[[Graph, Node], Sequence[Node]]
+
+
+class RowGraphs:
+    """Graphs of one function for different numbers of rows; the one for a single row is kept.
+
+    Args:
+        build: adds the operations to a graph with the given input and gives the outputs.
+    """
+
+    def __init__(self, ggml: Ggml, build: Build) -> None:
+        self._ggml = ggml
+        self._build = build
+        self._one: tuple[int, Graph, Node, Sequence[Node]] | None = None
+
+    def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
+        """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the next call."""
+        threads = torch.get_num_threads()  # the same OpenMP pool: torch's setting holds for both
+        made = self._one if rows == 1 else None
+        if made is None or made[0] != threads:
+            graph = Graph(self._ggml, threads)
+            node = graph.input(*x.shape)
+            outputs = self._build(graph, node)
+            graph.finish(*outputs)
+            made = threads, graph, node, outputs
+            if rows == 1:
+                self._one = made
+        _, graph, node, outputs = made
+        node.value.copy_(x)
+        graph.run()
+        return [output.value for output in outputs]
+
+
+class StoredLinear(nn.Module):
+    """`nn.Linear` whose matrix is given as stored bytes, by `take`, instead of as a parameter."""
+
+    def __init__(self, ggml: Ggml, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.ggml = ggml
+        self.stored: Stored | None = None
+        self._graphs: RowGraphs | None = None
+
+    def take(self, stored: Stored) -> None:
+        """Raises: BackendError: a type without a kernel, or another shape."""
+        if stored.shape != (self.out_features, self.in_features):
+            raise BackendError(f"expected a matrix {(self.out_features, self.in_features)}, found {stored.shape}")
+        check_stored(stored)
+        self.stored = stored
+
+    def node(self, graph: Graph) -> Node:
+        """The matrix in a graph."""
+        if self.stored is None:
+            raise BackendError("a stored linear was not given its matrix")
+        return graph.weight(self.stored)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., N] of x's dtype from [..., M]."""
+        if self._graphs is None:
+            self._graphs = RowGraphs(self.ggml, lambda graph, x: [graph.matmul(self.node(graph), x)])
+        flat = x.reshape(-1, self.in_features)
+        (y,) = self._graphs(flat, len(flat))
+        if self.bias is not None:
+            y = y + self.bias
+        # A copy in every case: the buffer belongs to the graph.
+        return y.to(x.dtype, copy=True).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        kind = self.stored.type_name if self.stored is not None else "not loaded"
+        return f"in_features={self.in_features}, out_features={self.out_features}, matrix={kind}"
+
+
+def as_stored(ggml: Ggml | None, linear: nn.Module) -> nn.Module:
+    """The linear on stored bytes, or itself where there are no kernels."""
+    return linear if ggml is None or not isinstance(linear, nn.Linear) else StoredLinear(ggml, linear)
+
+
+class LinearGroup:
+    """Linears that share their input, as one graph where all are stored.
+
+    Args:
+        linears: `nn.Linear` or `StoredLinear`, of one input width.
+    """
+
+    def __init__(self, ggml: Ggml | None, linears: Sequence[Any]) -> None:
+        self._linears = tuple(linears)
+        self._graphs = None if ggml is None else RowGraphs(ggml, self._build)
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next call."""
+        if self._graphs is None:
+            return [linear(x) for linear in self._linears]
+        outputs = self._graphs(x, len(x))
+        return [
+            output if linear.bias is None else output + linear.bias
+            for linear, output in zip(self._linears, outputs, strict=True)
+        ]
+
+    def _build(self, graph: Graph, x: Node) -> list[Node]:
+        return [graph.matmul(linear.node(graph), x) for linear in self._linears]
+
+
+class LeanLinear(DenseOperator):
+    """A dense linear, the language model's head above all, on the matrix as stored; plain where that cannot be."""
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
+        self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
+        self.stored = StoredLinear(self.ggml, orig_module) if self.ggml is not None else None
+        if self.stored is None:
+            self.weight = orig_module.weight
+        self.bias = orig_module.bias
+
+    def take(self, stored: Stored) -> None:
+        """Raises: BackendError: a type without a kernel, or another shape."""
+        assert self.stored is not None
+        self.stored.take(stored)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., N] from [..., M]."""
+        return F.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)

@@ -1,0 +1,146 @@
+"""DeepSeek's latent attention: the cache holds latents, and one-token calls attend to them without expanding them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.ggml import Stored, check_stored
+from hybrimoe_plugin.operators.attention import attend, rotate, rotate_pairs
+from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.kv_cache import growing
+from hybrimoe_plugin.operators.linear import LinearGroup, RowGraphs, as_stored
+
+
+class LeanMLA(DenseOperator):
+    """Multi-head latent attention in its absorbed form where the matrices are as stored or there is one token.
+
+    transformers expands keys and values of the whole context at every step. Absorbed (DeepSeek-V2, section 2.1),
+    W_uk goes into the query and W_uv behind the sum, so a step reads the cached latents and expands none.
+    """
+
+    q_b_proj: Any
+    q_a_layernorm: Any
+    o_proj: Any
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
+        self.layer_idx = int(orig_module.layer_idx)
+        self.scaling = float(orig_module.scaling)
+        self.heads = int(orig_module.num_heads)
+        self.latent, self.values = int(orig_module.kv_lora_rank), int(orig_module.v_head_dim)
+        self.nope, self.rope = int(orig_module.qk_nope_head_dim), int(orig_module.qk_rope_head_dim)
+        self.halves = getattr(config, "rope_interleave", True) is False
+        names = ["q_proj"] if orig_module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+        for name in (*names, "kv_a_proj_with_mqa", "o_proj"):
+            setattr(self, name, as_stored(self.ggml, getattr(orig_module, name)))
+        if orig_module.q_lora_rank is not None:
+            self.q_a_layernorm = orig_module.q_a_layernorm
+        self.kv_a_layernorm = orig_module.kv_a_layernorm
+        self._inputs = LinearGroup(self.ggml, (getattr(self, names[0]), self.kv_a_proj_with_mqa))
+        self._graphs: tuple[RowGraphs, RowGraphs] | None = None
+        if self.ggml is None:
+            self.kv_b_proj = orig_module.kv_b_proj
+
+    def take_split(self, key: Stored, value: Stored) -> None:
+        """The two parts of kv_b: [heads, latent, nope], which is W_uk transposed, and [heads, values, latent].
+
+        Raises:
+            BackendError: another shape, or a type without a kernel.
+        """
+        wanted = (self.heads, self.latent, self.nope), (self.heads, self.values, self.latent)
+        if (key.shape, value.shape) != wanted:
+            raise BackendError(f"{self.key}: expected kv_b as {wanted}, found {(key.shape, value.shape)}")
+        assert self.ggml is not None
+        check_stored(key)
+        check_stored(value)
+        self._graphs = (
+            RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(key), x)]),
+            RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(value), x)]),
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **_kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex. Mutates: the cache."""
+        batch, count, width = hidden_states.shape
+        query, compressed = (part.to(hidden_states.dtype) for part in self._inputs(hidden_states.reshape(-1, width)))
+        if "q_b_proj" in self._modules:
+            query = self.q_b_proj(self.q_a_layernorm(query))
+        query = query.view(batch, count, self.heads, -1).transpose(1, 2)
+        plain, rotary = query.split((self.nope, self.rope), dim=-1)
+        latent, key_rotary = compressed.view(batch, 1, count, -1).split((self.latent, self.rope), dim=-1)
+        cos, sin = _angles(position_embeddings, self.rope // 2)
+        turn = rotate if self.halves else rotate_pairs
+        rotary, key_rotary = turn(rotary, cos, sin).to(query.dtype), turn(key_rotary, cos, sin).to(query.dtype)
+        # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are its values.
+        rows = torch.cat((self.kv_a_layernorm(latent), key_rotary), dim=-1)
+        cache = cache if cache is not None else past_key_values
+        if cache is not None:
+            growing(cache, self.layer_idx)
+            rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
+        if self._graphs is None and (count > 1 or attention_mask is not None):
+            out = self._expanded(plain, rotary, rows, attention_mask)
+        else:
+            query = torch.cat((self._into_latent(plain), rotary), dim=-1)
+            out = self._out_of_latent(attend_latents(query, rows, attention_mask, self.scaling)[..., : self.latent])
+        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
+
+    def _into_latent(self, plain: torch.Tensor) -> torch.Tensor:
+        """[B, heads, T, latent] from the queries' part without positions [B, heads, T, nope]."""
+        if self._graphs is None:
+            return torch.matmul(plain, self._kv_b()[:, : self.nope])
+        return self._by_head(self._graphs[0], plain)
+
+    def _out_of_latent(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, heads, T, values] from [B, heads, T, latent]."""
+        if self._graphs is None:
+            return torch.matmul(latents, self._kv_b()[:, self.nope :].transpose(1, 2))
+        return self._by_head(self._graphs[1], latents)
+
+    def _kv_b(self) -> torch.Tensor:
+        """[heads, nope + values, latent]."""
+        weight: torch.Tensor = self.kv_b_proj.weight
+        return weight.view(self.heads, -1, self.latent)
+
+    def _by_head(self, graphs: RowGraphs, x: torch.Tensor) -> torch.Tensor:
+        """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B, heads, T, M]."""
+        batch, heads, count, width = x.shape
+        (y,) = graphs(x.transpose(0, 1).reshape(heads, batch * count, width), batch * count)
+        return y.view(heads, batch, count, -1).transpose(0, 1).to(x.dtype)
+
+    def _expanded(
+        self, plain: torch.Tensor, rotary: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, heads, T, values] with keys and values of the whole context written out."""
+        latent, key_rotary = rows.split((self.latent, self.rope), dim=-1)
+        expanded = self.kv_b_proj(latent[:, 0]).view(*latent[:, 0].shape[:2], self.heads, -1).transpose(1, 2)
+        keys, values = expanded.split((self.nope, self.values), dim=-1)
+        keys = torch.cat((keys, key_rotary.expand(-1, self.heads, -1, -1)), dim=-1)
+        return attend(torch.cat((plain, rotary), dim=-1), keys, values, mask, self.scaling, grouped=False)
+
+
+def attend_latents(query: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """[B, heads, T, D] from queries [B, heads, T, D] over rows [B, 1, C, D] that are keys and values at once."""
+    if query.shape[2] > 1 or mask is not None:
+        return attend(query, rows, rows, mask, scaling, grouped=True)
+    # One token: all heads share the rows, so this is one matrix product; torch's fused attention takes head by head.
+    states = rows[:, 0]
+    weights = torch.softmax(torch.matmul(query[:, :, 0] * scaling, states.transpose(1, 2)), -1, dtype=torch.float32)
+    return torch.matmul(weights.to(states.dtype), states)[:, :, None]
+
+
+def _angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [B or 1, 1, T, D / 2] from what the model's rotary module gives."""
+    if isinstance(embeddings, torch.Tensor):  # DeepSeek-V2: complex numbers
+        return embeddings.real[:, None], embeddings.imag[:, None]
+    cos, sin = embeddings
+    return cos[:, None, :, :half], sin[:, None, :, :half]

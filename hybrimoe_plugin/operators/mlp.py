@@ -1,0 +1,49 @@
+"""Dense SwiGLU: shared experts and the first layers of DeepSeek models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.ggml import Graph, Node
+from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.linear import RowGraphs, as_stored
+
+
+class LeanMLP(DenseOperator):
+    """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored; as plain linears where that cannot be.
+
+    Raises:
+        BackendError: another activation, or linears with biases.
+    """
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
+        if getattr(config, "hidden_act", "silu") != "silu":
+            raise BackendError(f"{key}: activation {config.hidden_act!r} is not supported, only silu")
+        names = ("gate_proj", "up_proj", "down_proj")
+        if any(getattr(orig_module, name).bias is not None for name in names):
+            raise BackendError(f"{key}: linears with biases are not supported")
+        for name in names:
+            setattr(self, name, as_stored(self.ggml, getattr(orig_module, name)))
+        self._graphs = None if self.ggml is None else RowGraphs(self.ggml, self._build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] from [..., H]."""
+        if self._graphs is None:
+            plain: torch.Tensor = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+            return plain
+        flat = x.reshape(-1, x.shape[-1])
+        (y,) = self._graphs(flat, len(flat))
+        return y.to(x.dtype, copy=True).view(x.shape)
+
+    def _build(self, graph: Graph, x: Node) -> list[Node]:
+        gate = graph.matmul(self.gate_proj.node(graph), x)
+        inner = graph.silu_mul(gate, graph.matmul(self.up_proj.node(graph), x))
+        return [graph.matmul(self.down_proj.node(graph), inner)]
