@@ -1,0 +1,101 @@
+"""A layer call stops the host once: for the routing decision and what comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from engines import EXPERTS, HIDDEN, build
+from kernel_cases import random_layer
+
+from hybrimoe_plugin.experts.kernels.base import SlotCall
+from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
+
+STOPS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique"}
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that counts what would stop the host if it lay on a GPU; whatever is made from one is one too."""
+
+    stops: list[str]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        given = [*args[1:], *(kwargs or {}).values()]
+        if name in STOPS or (name == "to" and "cpu" in map(str, given) and not any(map(is_dtype, given))):
+            cls.stops.append(name)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def is_dtype(value: object) -> bool:
+    return isinstance(value, torch.dtype)
+
+
+@pytest.fixture
+def stops() -> list[str]:
+    OnDevice.stops = []
+    return OnDevice.stops
+
+
+def test_one_fetch_for_each_layer_call(stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, routers = build(cache_ratio=0.25, scheduler="hybrimoe")
+    fetched: list[int] = []
+
+    def fetch(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        fetched.append(len(tensors))
+        return [tensor.as_subclass(torch.Tensor) for tensor in tensors]
+
+    monkeypatch.setattr(engine.accelerator, "fetch", fetch)
+    for seed in range(12):
+        for layer, router in enumerate(routers):
+            plain = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
+            ids, routing = router.route(plain)
+            router._scores = router._scores.as_subclass(OnDevice)
+            arguments = [tensor.as_subclass(OnDevice) for tensor in (plain, ids, routing)]
+            assert isinstance(engine.run(layer, *arguments), OnDevice)
+    assert len(fetched) == 12 * len(routers)
+    assert not stops
+    counts = engine.controller.counters
+    assert counts.experts_cpu and counts.experts_accelerator and counts.demand_loads
+
+
+def test_the_counter_counts(stops: list[str]) -> None:
+    tensor = torch.ones(2).as_subclass(OnDevice)
+    bool((tensor * 2).sum() > 1)
+    tensor.to("cpu")
+    (tensor + 1).tolist()
+    tensor.nonzero()
+    assert stops == ["__bool__", "to", "tolist", "nonzero"]
+
+
+def test_sorting_tokens_by_slot_stops_nothing(stops: list[str]) -> None:
+    pytest.importorskip("triton")
+    accelerator = make_accelerator("emulated", torch.device("cpu"), "triton")
+    assert accelerator is not None
+    spec = random_layer(("Q8_0",) * 3, 64, 64, EXPERTS).spec
+    slots = (5, 2, 7)
+    ids = torch.randint(-1, 3, (50, 2), generator=torch.Generator().manual_seed(0))
+    slot_ids = torch.tensor([*slots, -1])[ids]
+    call = SlotCall(
+        torch.zeros(9, 16, dtype=torch.uint8),
+        accelerator.kernels.layout(spec),
+        slots,
+        torch.zeros(50, 64).as_subclass(OnDevice),
+        slot_ids.as_subclass(OnDevice),
+        torch.zeros(50, 2).as_subclass(OnDevice),
+    )
+    tiles = accelerator.kernels._tiles(call)  # type: ignore[attr-defined]
+    assert not stops
+    seen = []
+    for slot, first, end in zip(*(part.as_subclass(torch.Tensor).tolist() for part in tiles[1:]), strict=True):
+        if slot >= 0:
+            pairs = tiles.order.as_subclass(torch.Tensor)[first:end]
+            assert 0 < len(pairs) <= 32
+            assert (slot_ids.flatten()[pairs] == slot).all()
+            seen += pairs.tolist()
+    assert sorted(seen) == (slot_ids.flatten() >= 0).nonzero().flatten().tolist()

@@ -1,0 +1,103 @@
+"""Controller and slots under a Hypothesis state machine: what the books say is what the moves put there."""
+
+from __future__ import annotations
+
+import numpy as np
+import tiny_experts
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
+from hybrimoe_plugin.policy.prefetch import make_prefetcher
+from hybrimoe_plugin.policy.schedule import make_scheduler
+from hybrimoe_plugin.policy.slots import SlotPool
+
+LAYERS, EXPERTS, TOP_K = 3, 6, 2
+ids_of = st.lists(st.permutations(range(EXPERTS)).map(lambda order: order[:TOP_K]), min_size=1, max_size=4)
+
+
+class TrafficMachine(RuleBasedStateMachine):
+    """Slots are played by a dict: slot -> (layer, expert) that was sent there last."""
+
+    @initialize(
+        shared=st.booleans(),
+        cache=st.sampled_from(["adaptive", "lru", "mrs", "static"]),
+        prefetch=st.sampled_from(["expected", "impact", "score", "off"]),
+        scheduler=st.sampled_from(["hybrimoe", "accelerator_only", "static", "greedy"]),
+    )
+    def start(self, shared: bool, cache: str, prefetch: str, scheduler: str) -> None:
+        chosen, costs = Settings(cache=cache), tiny_experts.costs()
+        made = make_scheduler(scheduler, costs, True)
+        policy = make_cache(cache, LAYERS, EXPERTS, TOP_K, chosen)
+        pool = SlotPool([2, 0, 3], staging=4, shared=shared)
+        self.controller = Controller(pool, costs, made, made, policy, make_prefetcher(prefetch, made, costs), 100)
+        self.held: dict[int, tuple[int, int]] = {}
+        self.now_us = 0.0
+        self.play(self.controller.warm_start())
+
+    def play(self, moves: list[Move] | tuple[Move, ...]) -> None:
+        for move in moves:
+            self.held[move.slot] = move.layer, move.expert
+
+    @rule(layer=st.integers(0, LAYERS - 1), ids=ids_of, predicted=ids_of, late=st.booleans(), cancel=st.booleans())
+    def call(self, layer: int, ids: list[list[int]], predicted: list[list[int]], late: bool, cancel: bool) -> None:
+        topk = np.array(ids)
+        self.controller.learn(layer, topk, np.full(topk.shape, 0.5, np.float32), None)
+        before = self.controller.counters.snapshot()
+        step = self.controller.begin(layer, loads(topk), len(topk), self.now_us)
+        self.check_plan(step, before.cache_hits)
+        if cancel:
+            for expert, slot in self.controller.stale(step):
+                assert self.held.pop(slot) == (layer, expert)
+                self.controller.withdraw(layer, expert)
+        wave = self.controller.pool.staging // 2
+        for first in range(0, len(step.moves), wave):
+            # As the engine does it: a wave is sent before the one before it is computed.
+            self.play(step.moves[first : first + wave])
+            for move in step.moves[max(0, first - wave) : first + wave]:
+                assert self.held[move.slot] == (layer, move.expert)
+        ahead = [(later, loads(np.array(predicted))) for later in range(layer + 1, LAYERS)]
+        moves = self.controller.look_ahead(step, ahead, self.now_us)
+        leased = {self.controller.pool.slot_of(layer, expert) for expert in step.plan.accelerator}
+        assert not leased & {move.slot for move in moves}, "a prefetch was given a slot that computes"
+        self.play(moves)
+        self.controller.finish(step)
+        self.now_us += 0.0 if late else step.plan.makespan_us + 500.0
+
+    def check_plan(self, step: Step, hits_before: int) -> None:
+        routed = sorted(item.expert for item in step.routed)
+        assert sorted(step.plan.cpu + step.plan.accelerator) == routed
+        assert {move.expert for move in step.moves} == set(step.plan.onload)
+        for expert in set(step.plan.accelerator) - set(step.plan.onload):
+            slot = self.controller.pool.slot_of(step.layer, expert)
+            assert slot is not None and self.held[slot] == (step.layer, expert)
+        assert self.controller.counters.cache_hits - hits_before <= len(routed)
+
+    @rule(share=st.sampled_from([0.75, 0.5]))
+    def shrink(self, share: float) -> None:
+        quotas = list(self.controller.pool.quotas)
+        moves = self.controller.shrink(share)
+        self.held.clear()
+        self.play(moves)
+        assert self.controller.pool.quotas == [int(quota * share) for quota in quotas]
+
+    @invariant()
+    def sound(self) -> None:
+        if not hasattr(self, "controller"):
+            return
+        pool, counts = self.controller.pool, self.controller.counters
+        pool.check_integrity()
+        for layer, cached in enumerate(pool.cached):
+            for expert, slot in cached.items():
+                assert self.held.get(slot) == (layer, expert), "the books and the slots differ"
+        assert not pool._leased
+        assert counts.prefetches >= counts.prefetches_used + counts.prefetches_wasted
+        assert counts.activations == counts.experts_cpu + counts.experts_accelerator
+        assert counts.link_bytes == 100 * counts.transferred
+
+
+TrafficMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+TestTraffic = TrafficMachine.TestCase
