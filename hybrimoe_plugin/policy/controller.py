@@ -287,13 +287,14 @@ class Controller:
             return []
         found, many = [], step.tokens > 1
         for distance, (layer, loads) in enumerate(predicted, 1):
-            self.confidence.predicted(layer, distance, loads)
-            confidence = self.confidence.of(distance, many)
             routed = tuple(Routed(e, load, self._ready_us(layer, e, now_us)) for e, load in loads.items())
+            self.confidence.predicted(layer, distance, routed)
+            confidence = self.confidence.of(distance, many)
             found.append(Prediction(layer, distance, routed, confidence))
             row = self._worth[layer]
             there = [item.expert for item in routed if row[item.expert] != KEPT]
-            row[there] = np.maximum(row[there], confidence) if self.cache.probabilities else KEPT
+            sure = self.confidence.of(distance, many, offloaded=False)
+            row[there] = np.maximum(row[there], sure) if self.cache.probabilities else KEPT
         return found
 
     def _prefetch(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:

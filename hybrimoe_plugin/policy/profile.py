@@ -6,12 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import ProfileError
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 FORMAT = "hybrimoe-profile"
 VERSION = 1
@@ -125,16 +129,27 @@ class MachineProfile:
         )
 
 
+def shipped() -> dict[str, Traversable]:
+    """The profiles that come with the package, by name."""
+    folder = resources.files("hybrimoe_plugin") / "replay" / "profiles"
+    found = {item.name.removesuffix(".json"): item for item in folder.iterdir() if item.name.endswith(".json")}
+    return dict(sorted(found.items()))
+
+
 def load_profile(path: str | Path) -> MachineProfile:
-    """Read a profile file.
+    """Read a profile file, or a shipped profile by its name.
 
     Raises:
         ProfileError: it cannot be read or is damaged.
     """
+    source = Path(path)
+    known = {} if source.suffix or len(source.parts) > 1 else shipped()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        found = known.get(str(path), source)
+        text = found.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: cannot read the machine profile ({error})") from None
+        hint = f"; shipped profiles: {', '.join(known)}" if known else ""
+        raise ProfileError(f"{path}: cannot read the machine profile ({error}){hint}") from None
     return MachineProfile.from_json(text, str(path))
 
 

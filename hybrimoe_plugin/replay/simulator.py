@@ -19,16 +19,28 @@ class Outcome:
     """The same for passes of one token."""
     counters: Counters = field(default_factory=Counters)
     decode_counters: Counters = field(default_factory=Counters)
-    """Counts of the decode passes alone."""
+    """Counts of the judged decode passes alone."""
+    ready: int = 0
+    """Activations of these passes whose weights were resident, not just under way, when their call began."""
+
+    @property
+    def resident_rate(self) -> float:
+        """Share of the judged decode activations that were resident when needed."""
+        needed = self.decode_counters.activations
+        return self.ready / needed if needed else 0.0
 
 
-def replay(trace: Trace, controller: Controller) -> Outcome:
-    """Run a trace through a controller whose pool is empty; mirrors `Engine.run` with a simulated clock."""
+def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
+    """Run a trace through a controller whose pool is empty; mirrors `Engine.run` with a simulated clock.
+
+    Args:
+        skip: decode passes at the beginning that warm the policies up and are not judged.
+    """
     outcome = Outcome()
     controller.warm_start()
-    now_us = 0.0
+    now_us, between_us = 0.0, controller.costs.between_layers_us
     for group in trace.passes():
-        before, started = controller.counters.snapshot(), now_us
+        before, started, ready = controller.counters.snapshot(), now_us, 0
         for call in group:
             controller.learn(call.layer, call.ids, call.weights, call.scores)
             step = controller.begin(call.layer, loads(call.ids), len(call.ids), now_us)
@@ -36,11 +48,15 @@ def replay(trace: Trace, controller: Controller) -> Outcome:
             controller.look_ahead(step, predicted, now_us)
             controller.finish(step)
             controller.counters.moe_us += step.plan.makespan_us
-            now_us += step.plan.makespan_us + controller.costs.between_layers_us
+            now_us += step.plan.makespan_us + between_us
+            ready += sum(1 for item in step.routed if item.ready_us == 0.0)
         if len(group[0].ids) > 1:
             outcome.prefill_us.append(now_us - started)
+        elif skip > 0:
+            skip -= 1
         else:
             outcome.decode_us.append(now_us - started)
             outcome.decode_counters = outcome.decode_counters.plus(controller.counters.since(before))
+            outcome.ready += ready
     outcome.counters = controller.counters.snapshot()
     return outcome

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,22 +75,28 @@ def synthetic(
     decode_tokens: int = 128,
     skew: float = 0.0,
     locality: float = 0.0,
+    drift: float = 0.0,
     correlation: float = 0.0,
     popularity: Popularity | None = None,
     seed: int = 0,
+    text: int = 0,
 ) -> Trace:
     """Generate routing with stated statistics; every call carries full scores.
 
     Args:
         skew: standard deviation of the experts' fixed preference (log scale); 0 is flat.
         locality: share of a token's preference that it has from the token before (AR(1) coefficient), 0 to below 1.
+        drift: share of the preference that changes slowly, as a text's topic does (memory of 50 tokens), 0 to 1.
         correlation: share of a layer's preference that it has from the layer before (through a fixed permutation).
         popularity: [L, E] shares that replace the random skew.
+        seed: fixes the model (skew and permutations).
+        text: fixes the text that it reads.
     """
     rng = np.random.default_rng(seed)
     base = rng.standard_normal((layers, experts)) * skew if popularity is None else np.log(popularity + 1e-9)
     shuffles = np.stack([rng.permutation(experts) for _ in range(layers)])
-    state = rng.standard_normal((layers, experts))
+    rng = np.random.default_rng([seed, text])
+    state, topic = rng.standard_normal((2, layers, experts))
     calls: list[Call] = []
     for tokens in [prompt_tokens] * (prompt_tokens > 0) + [1] * decode_tokens:
         logits = np.empty((tokens, layers, experts))
@@ -100,18 +106,37 @@ def synthetic(
                 linked = noise[layer - 1][shuffles[layer]]
                 noise[layer] = correlation * linked + (1 - correlation**2) ** 0.5 * noise[layer]
             state = locality * state + (1 - locality**2) ** 0.5 * noise
-            logits[token] = base + state
+            topic = _TOPIC * topic + (1 - _TOPIC**2) ** 0.5 * rng.standard_normal((layers, experts))
+            logits[token] = base + (1 - drift**2) ** 0.5 * state + drift * topic
         for layer in range(layers):
-            scores = np.exp(logits[:, layer] - logits[:, layer].max(axis=1, keepdims=True))
-            scores /= scores.sum(axis=1, keepdims=True)
-            ids = np.argsort(-scores, axis=1)[:, :top_k]
-            weights = np.take_along_axis(scores, ids, axis=1)
-            weights /= weights.sum(axis=1, keepdims=True)
-            calls.append(Call(layer, ids, weights.astype(np.float32), scores.astype(np.float32), ()))
-    source = f"synthetic: skew {skew}, locality {locality}, correlation {correlation}, seed {seed}"
+            calls.append(_routed(layer, logits[:, layer], top_k))
+    source = (
+        f"synthetic: skew {skew}, locality {locality}, drift {drift}, correlation {correlation}, seed {seed}/{text}"
+    )
     if popularity is not None:
         source += ", measured popularity"
     return Trace(TraceHeader(model, layers, experts, top_k, expert_bytes, source), calls)
+
+
+_TOPIC = 0.98
+
+
+def _routed(layer: int, logits: NDArray[np.float64], top_k: int) -> Call:
+    """Softmax, top-k, renormalised weights for logits [T, E]."""
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    ids = np.argsort(-scores, axis=1)[:, :top_k]
+    weights = np.take_along_axis(scores, ids, axis=1)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return Call(layer, ids, weights.astype(np.float32), scores.astype(np.float32), ())
+
+
+def counts(calls: Iterable[Call], header: TraceHeader) -> Popularity:
+    """[L, E] shares of how often these calls chose each expert, smoothed by half a choice; rows sum to 1."""
+    chosen = np.full((header.layers, header.experts), 0.5)
+    for call in calls:
+        np.add.at(chosen[call.layer], call.ids.ravel(), 1.0)
+    return chosen / chosen.sum(axis=1, keepdims=True)
 
 
 def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0) -> Trace:
@@ -121,9 +146,7 @@ def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0)
     The header says that they are modelled.
     """
     rng = np.random.default_rng(seed)
-    counts = np.full((trace.header.layers, trace.header.experts), 0.5)
-    for call in trace.calls:
-        np.add.at(counts[call.layer], call.ids.ravel(), 1.0)
+    popularity = np.log(counts(trace.calls, trace.header))
     calls: list[Call] = []
     for group in trace.passes():
         by_layer = {call.layer: call for call in group}
@@ -133,23 +156,23 @@ def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0)
             for distance, target in enumerate(later, 1):
                 if target is None or len(target.ids) != len(call.ids):
                     break
-                predicted.append(_blur(target.ids, counts[target.layer], recall**distance, rng))
+                predicted.append(_blur(target.ids, popularity[target.layer], recall**distance, rng))
             calls.append(call._replace(predicted=tuple(predicted)))
     return Trace(replace(trace.header, predictions=f"modelled at recall {recall}"), calls)
 
 
-def _blur(ids: NDArray[np.int64], weight: Popularity, recall: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Keep each id with probability `recall`, replace the others by other experts."""
-    out = ids.copy()
-    keep = rng.random(ids.shape) < recall
-    for row in np.flatnonzero(~keep.all(axis=1)):
-        lost = np.flatnonzero(~keep[row])
-        chance = weight.copy()
-        chance[ids[row]] = 0.0
-        free = np.flatnonzero(chance)
-        count = min(len(lost), len(free))
-        out[row, lost[:count]] = rng.choice(free, size=count, replace=False, p=chance[free] / chance[free].sum())
-    return out
+def _blur(ids: NDArray[np.int64], liking: Popularity, recall: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Keep each id with probability `recall`, replace the others by other experts, popular ones more often.
+
+    Drawing without repeats is taking the highest of log popularity plus Gumbel noise.
+    """
+    keys = liking + rng.gumbel(size=(len(ids), len(liking)))
+    np.put_along_axis(keys, ids, -np.inf, axis=1)
+    others = np.argsort(-keys, axis=1)[:, : ids.shape[1]]
+    lost = rng.random(ids.shape) >= recall
+    # Where nearly all experts are chosen there may be too few others: then the true ones stay.
+    lost &= np.take_along_axis(keys, others, axis=1) > -np.inf
+    return np.where(lost, others, ids)
 
 
 def _facts(lines: Sequence[str], path: str | os.PathLike[str]) -> dict[str, str]:
