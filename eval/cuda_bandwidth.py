@@ -1,0 +1,109 @@
+"""Bandwidths of CPU, GPU and pinned link, and what share of them transfers and the decode kernel reach."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
+from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.policy.costs import CostModel
+
+BUFFER_BYTES = 1 << 29
+REPEATS = 20
+L2_BYTES = 64 << 20
+"""More than any device's second-level cache: experts that are timed must come from memory."""
+
+
+class Bandwidths(NamedTuple):
+    """Bytes per microsecond."""
+
+    cpu: float
+    accelerator: float
+    link: float
+
+    def row(self) -> dict[str, float]:
+        return {f"{name}_gbps": value / 1e3 for name, value in self._asdict().items()}
+
+
+def bandwidths(costs: CostModel, expert_bytes: float, device: torch.device | None) -> Bandwidths:
+    """Measured on `device`; without one, what the profile's costs amount to."""
+    if device is None:
+        transfer_us = costs.transfer_us - costs.link_latency_us
+        return Bandwidths(expert_bytes / costs.cpu(1), expert_bytes / costs.accelerator(1), expert_bytes / transfer_us)
+    numbers = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+    cpu = BUFFER_BYTES / _host_us(lambda: numbers.sum())
+    there = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64, device=device)
+    target = torch.empty_like(there)
+    accelerator = 2 * BUFFER_BYTES / _device_us(lambda: target.copy_(there), device)
+    pinned = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64).pin_memory()
+    link = BUFFER_BYTES / _device_us(lambda: target.copy_(pinned, non_blocking=True), device)
+    return Bandwidths(cpu, accelerator, link)
+
+
+def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measured: Bandwidths) -> dict[str, float]:
+    """What the engine's own calls reach: onloads of the link, decode compute of the device's memory."""
+    layer = layers[0]
+    spec = layer.spec
+    count = max(spec.top_k, min(spec.experts, -(-2 * L2_BYTES // spec.expert_bytes)))
+    count = count // spec.top_k * spec.top_k
+    accelerator.allocate(count, [layer])
+
+    def onload() -> None:
+        for slot in range(count):
+            accelerator.onload(slot, layer, slot)
+
+    # From the host's first call to the last byte in its slot.
+    link = count * spec.expert_bytes / _host_us(onload, accelerator.synchronize)
+    hidden = torch.randn(1, spec.hidden, dtype=torch.bfloat16, device=accelerator.device)
+    weights = torch.full((1, spec.top_k), 1 / spec.top_k, dtype=torch.bfloat16, device=accelerator.device)
+    groups = [tuple(range(first, first + spec.top_k)) for first in range(0, count, spec.top_k)]
+    ids = [torch.tensor([group], device=accelerator.device) for group in groups]
+
+    def decode() -> None:
+        for group, slot_ids in zip(groups, ids, strict=True):
+            accelerator.compute(group, hidden, slot_ids, weights)
+
+    kernel = count * spec.expert_bytes / _device_us(decode, accelerator.device)
+    return {"link_share": link / measured.link, "kernel_bandwidth_share": kernel / measured.accelerator}
+
+
+def driver() -> str:
+    """The NVIDIA driver's version, `none` where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return found[0] if found else "none"
+
+
+def _host_us(work: Callable[[], object], after: Callable[[], None] | None = None) -> float:
+    """Median of wall time, with `after` inside it; the first tenth of the runs warms up."""
+    times = []
+    for _ in range(REPEATS + REPEATS // 10):
+        started = time.perf_counter_ns()
+        work()
+        if after is not None:
+            after()
+        times.append((time.perf_counter_ns() - started) / 1e3)
+    return statistics.median(times[REPEATS // 10 :])
+
+
+def _device_us(work: Callable[[], object], device: torch.device) -> float:
+    """Median of device time between two events."""
+    times = []
+    for _ in range(REPEATS + REPEATS // 10):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(device)
+        begin.record(stream)
+        work()
+        end.record(stream)
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times[REPEATS // 10 :])

@@ -1,0 +1,151 @@
+"""Synthetic models with the shapes and the routing of real ones: random weights of the right size, no attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from eval import traces
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
+from hybrimoe_plugin.replay.sources import with_predictions
+from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader
+
+Kinds = tuple[str, str, str]
+
+SCALES = {"Q4_K": ((0, 300.0), (2, 300.0)), "Q6_K": ((208, 1400.0),), "Q8_0": ((0, 74.0),)}
+"""Type -> (byte of a float16 scale in its block, largest weight over that scale)."""
+
+
+class Model(NamedTuple):
+    """Experts of one model as its usual GGUF file has them."""
+
+    name: str
+    trace: str
+    """Name in `eval.traces`."""
+    hidden: int
+    intermediate: int
+    kinds: Kinds
+    kinds_too: Kinds
+    """Of every second layer: Q4_K_M files keep half of the down matrices in Q6_K."""
+    note: str = ""
+
+
+MODELS = (
+    Model("Qwen3-30B-A3B", "qwen", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"), "top 6 as recorded"),
+    Model(
+        "DeepSeek-V2-Lite", "deepseek-v2-lite", 2048, 1536, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "intermediate 1408 padded to 1536: K blocks and kt-kernel want multiples of 256",
+    ),
+    Model("Mixtral-8x7B", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K")),
+)  # fmt: skip
+
+TINY = 64, 64, ("Q8_0", "Q8_0", "Q8_0")
+"""Hidden size, intermediate size and types of a dry run: routing and plans are the model's, arithmetic is small."""
+
+
+class Routing(NamedTuple):
+    """One prompt and the tokens after it, all layers with the same tokens."""
+
+    prompt: list[Call]
+    decode: list[list[Call]]
+    header: TraceHeader
+
+
+def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: int, recall: float) -> Routing:
+    """The model's routing with modelled predictions for `look_ahead` layers.
+
+    A recorded prompt that is too short is continued with the recorded answer; answer tokens then come again in decode.
+    """
+    if model.trace in traces.REAL:
+        trace = _recorded(traces.real(model.trace), prompt_tokens, decode_tokens)
+    else:
+        trace = traces.flat(model.trace, prompt_tokens, decode_tokens, text=0)
+    if look_ahead:
+        trace = with_predictions(trace, recall, look_ahead)
+    prompt, *decode = trace.passes()
+    return Routing(prompt, decode, trace.header)
+
+
+def layers_of(model: Model, header: TraceHeader, count: int, tiny: bool) -> list[LayerWeights]:
+    """`count` layers; each has bytes of its own, so that caches see as many as in the model."""
+    experts, top_k = header.experts, header.top_k
+    hidden, intermediate, tiny_kinds = TINY if tiny else (model.hidden, model.intermediate, None)
+    made: dict[Kinds, LayerWeights] = {}
+    layers = []
+    for index in range(count):
+        kinds = tiny_kinds or (model.kinds, model.kinds_too)[index % 2]
+        if kinds not in made:
+            made[kinds] = _layer(kinds, hidden, intermediate, experts, top_k)
+        layers.append(_copy(made[kinds], index))
+    return layers
+
+
+def layer_bytes(model: Model, experts: int) -> float:
+    """Bytes of a layer, on average over both kinds."""
+    sizes = [
+        sum(_size(kind, model.hidden * model.intermediate) for kind in kinds)
+        for kinds in (model.kinds, model.kinds_too)
+    ]
+    return experts * sum(sizes) / len(sizes)
+
+
+def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int) -> Trace:
+    """Prompt and answer of a recorded run, without the layer that lacks most of the prompt."""
+    groups = list(trace.passes())
+    prompt, answer = groups[0], [group for group in groups[1:] if len(group[0].ids) == 1]
+    whole = [call.layer for call in prompt if len(call.ids) == len(prompt[0].ids)]
+    calls = []
+    for layer in whole:
+        rows = [call for group in (prompt, *answer) for call in group if call.layer == layer]
+        ids = np.concatenate([call.ids for call in rows])[:prompt_tokens]
+        weights = np.concatenate([call.weights for call in rows])[:prompt_tokens]
+        calls.append(Call(layer, ids, weights, None, ()))
+    for group in answer[:decode_tokens]:
+        calls += [call for call in group if call.layer in whole]
+    return Trace(replace(trace.header, layers=len(whole)), calls)
+
+
+def _layer(kinds: Kinds, hidden: int, intermediate: int, experts: int, top_k: int) -> LayerWeights:
+    rng = np.random.default_rng(0)
+    shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    gate, up, down = (
+        Matrix(kind, tuple(stored.reshape(experts, -1)), stored)
+        for kind, (rows, columns) in zip(kinds, shapes, strict=True)
+        for stored in [_random(rng, kind, experts * rows * columns, columns)]
+    )
+    sizes = [part.experts[0].size for part in (gate, up, down)]
+    return LayerWeights(0, ExpertSpec(hidden, intermediate, experts, top_k, *kinds, *sizes), gate, up, down)
+
+
+def _copy(like: LayerWeights, index: int) -> LayerWeights:
+    parts: list[Matrix] = []
+    for part in like.matrices():
+        assert part.stacked is not None
+        stored = part.stacked.copy()
+        parts.append(Matrix(part.type_name, tuple(stored.reshape(len(part.experts), -1)), stored))
+    return LayerWeights(index, like.spec, *parts)
+
+
+def _random(rng: np.random.Generator, kind: str, values: int, columns: int) -> NDArray[np.uint8]:
+    """Random blocks with sound scales: weights of the order 1 / sqrt(columns)."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    # One random MiB over and over: what is in the codes changes no time.
+    blocks = np.resize(rng.integers(0, 256, 1 << 20, dtype=np.uint8), values // block * size).reshape(-1, size)
+    for at, largest in SCALES[kind]:
+        blocks[:, at : at + 2] = np.array([columns**-0.5 / largest], np.float16).view(np.uint8)
+    return blocks.ravel()
+
+
+def _size(kind: str, values: int) -> int:
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return values // block * size
+
+
+def fits(model: Model, experts: int, wanted: int, free_bytes: float) -> int:
+    """Layers that fit the host's memory, at least 1."""
+    return max(1, min(wanted, int(free_bytes // layer_bytes(model, experts))))

@@ -1,0 +1,97 @@
+"""The GPU question's dry run, and the sums behind its last line."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import cuda, shapes
+from eval.cuda_bandwidth import Bandwidths
+from hybrimoe_plugin.policy.counters import Counters
+
+KEYS = {
+    "decode_speedup_geomean",
+    "prefill_speedup_geomean",
+    "worst_cell_vs_any_baseline",
+    "roofline_share",
+    "link_share",
+    "kernel_bandwidth_share",
+    "emulated",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_dry_run_says_that_it_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "MODELS", cuda.MODELS[2:])
+    monkeypatch.setattr(cuda, "RATIOS", (0.5,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True))
+    torch.set_num_threads(before)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == result
+    assert set(last) == KEYS
+    assert last["emulated"] is True
+    assert last["link_share"] is None and last["kernel_bandwidth_share"] is None, "nothing to measure them on"
+    rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
+    assert {(row["method"], row["phase"]) for row in rows} == {
+        (system.name, phase) for system in cuda.SYSTEMS for phase in cuda.PHASES
+    }
+    assert {row["emulated"] for row in rows} == {"True"}
+    assert all(0 < float(row["p20_ms"]) <= float(row["p80_ms"]) for row in rows)
+    static = next(row for row in rows if row["method"] == cuda.KTRANSFORMERS.name)
+    assert float(static["link_mb_per_pass"]) == 0.0
+
+
+def test_roofline_is_the_slower_of_misses_and_everything() -> None:
+    bench: Any = SimpleNamespace(expert_bytes=1e6)
+    wide = Bandwidths(cpu=50_000.0, accelerator=1_000_000.0, link=50_000.0)
+    # 8 experts, half of them missing, over two passes.
+    counts = Counters(activations=16, cache_hits=8)
+    assert cuda.roofline_us(bench, wide, counts, 2) == pytest.approx(4e6 / 100_000)
+    narrow = wide._replace(accelerator=100_000.0)
+    assert cuda.roofline_us(bench, narrow, counts, 2) == pytest.approx(8e6 / 150_000)
+
+
+def test_summary_takes_the_worst_cell_over_every_baseline() -> None:
+    times = {system.name: 2.0 for system in cuda.SYSTEMS} | {cuda.OURS.name: 1.0}
+    rows = [
+        {"model": "m", "cache": cache, "phase": phase, "method": name, "p50_ms": ms, "roofline_ms": 0.5}
+        for cache in (0.25, 0.5)
+        for phase in cuda.PHASES
+        for name, ms in times.items()
+    ]
+    rows[-2]["p50_ms"] = 0.9  # one baseline is ahead in one cell
+    found = cuda.summary(rows)
+    assert found["decode_speedup_geomean"] == found["prefill_speedup_geomean"] == 2.0
+    assert found["worst_cell_vs_any_baseline"] == 0.9
+    assert found["roofline_share"] == 0.5
+
+
+def test_shapes_have_the_bytes_of_the_models() -> None:
+    qwen = shapes.MODELS[0]
+    found = shapes.routing(qwen, 40, 3, look_ahead=2, recall=0.8)
+    assert [len(call.ids) for call in found.prompt] == [40] * 47
+    assert [len(group) for group in found.decode] == [47] * 3
+    assert [len(call.predicted) for call in found.decode[0][-3:]] == [2, 1, 0]
+    assert shapes.layer_bytes(qwen, 128) == pytest.approx(128 * 3 * 2048 * 768 * (5 * 144 + 210) / 6 / 256)
+    small = qwen._replace(hidden=256, intermediate=256)
+    first, second = shapes.layers_of(small, found.header, 2, tiny=False)
+    assert (first.spec.down_type, second.spec.down_type) == ("Q4_K", "Q6_K")
+    for layer in (first, second):
+        assert layer.spec.experts == 128
+        for matrix in layer.dequantized(5):
+            assert torch.isfinite(matrix).all()
+            assert 0.1 < float(matrix.std()) * 16 < 3
+    assert not np.shares_memory(first.gate.stacked, second.gate.stacked)
+    assert shapes.fits(qwen, 128, 48, 1e9) == 2
