@@ -17,7 +17,6 @@ from setup_env import ROOT, TORCH
 
 LIBRARIES = (
     "transformers==4.43.2",
-    "accelerate>=0.31",
     "fire",
     "gguf>=0.17",
     "jinja2>=3.1",
@@ -29,7 +28,7 @@ LIBRARIES = (
     "setuptools>=70.1",
     "tqdm>=4.66",
 )
-DEV = ("pytest>=8",)
+DEV = ("hypothesis>=6.100", "pytest>=8")
 WITHOUT_DEPENDENCIES = ("kt-kernel==0.7.2",)
 """It pins a torch with CUDA that it does not link."""
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hybrimoe_plugin.errors import ConfigError, RulesError, WeightsError
 from hybrimoe_plugin.hosts.ktransformers.changes import Changes
 from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
@@ -49,12 +51,17 @@ class Launch:
     quiet: bool = True
 
 
-def run_local_chat(launch: Launch, loaded: Callable[[Any], None] = lambda _model: None) -> None:
+def run_local_chat(
+    launch: Launch,
+    loaded: Callable[[Any], None] = lambda _model: None,
+    answered: Callable[[list[int]], None] = lambda _tokens: None,
+) -> None:
     """Run it to its end, which is the end of the input.
 
     Args:
         launch: what to run.
         loaded: called with the model when it is ready.
+        answered: called with the token ids of each answer.
 
     Raises:
         HybriMoEError: what the patches and operators refuse.
@@ -63,11 +70,11 @@ def run_local_chat(launch: Launch, loaded: Callable[[Any], None] = lambda _model
         applied = apply_patches()
     with applied:
         log.info("ktransformers patches in force: %s", ", ".join(applied.names) or "none")
-        _adjust(applied.changes, launch, loaded)
+        _adjust(applied.changes, launch, loaded, answered)
         argv = [LOCAL_CHAT, *(f"--{name}={value}" for name, value in launch.flags.items() if value is not None)]
         with _process(argv, launch.prompt), contextlib.suppress(EOFError):
             if launch.seed is not None:
-                importlib.import_module("torch").manual_seed(launch.seed)
+                torch.manual_seed(launch.seed)
             runpy.run_module(LOCAL_CHAT, run_name="__main__", alter_sys=True)
 
 
@@ -120,7 +127,9 @@ def as_lines(prompt: str) -> str:
     return f'"""{prompt}"""\n'
 
 
-def _adjust(changes: Changes, launch: Launch, loaded: Callable[[Any], None]) -> None:
+def _adjust(
+    changes: Changes, launch: Launch, loaded: Callable[[Any], None], answered: Callable[[list[int]], None]
+) -> None:
     """What this start asks for beyond the patches."""
     optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
     utils: Any = importlib.import_module("ktransformers.util.utils")
@@ -134,24 +143,33 @@ def _adjust(changes: Changes, launch: Launch, loaded: Callable[[Any], None]) -> 
         loaded(module)
 
     @functools.wraps(generate)
-    def generate_greedily(model: Any, *arguments: Any, **options: Any) -> Any:
-        prepare = model._prepare_generation_config
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        model._prepare_generation_config = lambda *given, **kwargs: prepare(*given, **{**kwargs, **greedy})
-        try:
-            return generate(model, *arguments, **options)
-        finally:
-            del model._prepare_generation_config
+    def prefill_and_generate(model: Any, *arguments: Any, **options: Any) -> Any:
+        with _greedily(model) if launch.greedy else contextlib.nullcontext():
+            tokens = generate(model, *arguments, **options)
+        answered(tokens)
+        return tokens
 
     changes.set(optimize, "optimize_and_load_gguf", load_quietly)
-    if launch.greedy:
-        changes.set(utils, "prefill_and_generate", generate_greedily)
+    changes.set(utils, "prefill_and_generate", prefill_and_generate)
+
+
+@contextlib.contextmanager
+def _greedily(model: Any) -> Iterator[None]:
+    """Whatever sampling is asked for, the model's generation config says none."""
+    prepare = model._prepare_generation_config
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    model._prepare_generation_config = lambda *given, **kwargs: prepare(*given, **{**kwargs, **greedy})
+    try:
+        yield
+    finally:
+        del model._prepare_generation_config
 
 
 @contextlib.contextmanager
 def _process(argv: list[str], prompt: str | None) -> Iterator[None]:
-    """The arguments and the input that `local_chat` finds."""
+    """The arguments and the input that `local_chat` finds; what it sets for the whole process is set back."""
     before = sys.argv, sys.stdin, os.environ.get("TERM")
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     sys.argv = argv
     if prompt is not None:
         sys.stdin = io.StringIO(as_lines(prompt))
@@ -160,6 +178,8 @@ def _process(argv: list[str], prompt: str | None) -> Iterator[None]:
         yield
     finally:
         sys.argv, sys.stdin = before[:2]
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
         if prompt is not None:
             os.environ.pop("TERM")
             if before[2] is not None:

@@ -47,6 +47,8 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
     @property
     def device(self) -> str:
         """Where their blocks send the inputs: where the model's dense part computes. The engine moves on from there."""
+        if not torch.cuda.is_available():  # an emulated accelerator is no place to send anything
+            return "cpu"
         return self.generate_device if self.generate_device != "cpu" else self.prefill_device
 
     @staticmethod

@@ -90,8 +90,13 @@ def _cuda_devices(changes: Changes) -> None:
 
 
 def on_cpu(value: Any) -> Any:
-    """Rules, or a part of them, with every CUDA device and kernel replaced; the argument stays as it is."""
+    """Rules, or a part of them, with every CUDA device and kernel replaced; the argument stays as it is.
+
+    Left alone are experts on the emulated accelerator, whose device is one on paper.
+    """
     if isinstance(value, dict):
+        if value.get("accelerator") == "emulated":
+            return value
         return {key: on_cpu(item) for key, item in value.items() if key != "transfer_map"}
     if isinstance(value, list):
         return [on_cpu(item) for item in value]
