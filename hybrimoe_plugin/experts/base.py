@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -41,6 +41,17 @@ class CPUBackend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WholeCalls(Protocol):
+    """A CPU backend that can compute a layer call without a plan."""
+
+    def compute(
+        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] of hidden's dtype: every chosen expert of every token [T, K], all on the CPU."""
+        ...
 
 
 class Accelerator(Protocol):
