@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.hosts.transformers.stored import give_stored, keeps_stored, without_plain
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
@@ -83,12 +84,13 @@ def load_model(
             operator.load()
         give_stored(model, store, config)
         load_dense(model, store, config, injection, progress=progress)
+        unhook = _spread(model)
         model.hybrimoe = bind(model, progress=progress) if experts_operators(model) else None
     except BaseException:
         injection.restore()
         raise
     if model.hybrimoe is not None:
-        model.hybrimoe.on_restore = injection.restore
+        model.hybrimoe.on_restore = _both(unhook, injection.restore)
     tokenizer = load_tokenizer(model_path, store)
     _set_generation_config(model, tokenizer, store)
     return model, tokenizer
@@ -246,6 +248,26 @@ def _place(model: nn.Module, injection: Injection | None) -> None:
                 model.get_submodule(name).to(device)
     except torch.cuda.OutOfMemoryError as error:
         raise BudgetError(f"the dense weights do not fit on the accelerator: {error}") from error
+
+
+def _spread(model: nn.Module) -> Callable[[], None]:
+    """Where experts lie on several devices, the layers around them follow; gives what undoes it."""
+    places = {operator.key: _real(operator.generate_device) for operator in experts_operators(model)}
+    places = {key: device for key, device in places.items() if device != "cpu"}
+    if len(set(places.values())) < 2 or cuda_refusal() is not None:
+        return lambda: None
+    try:
+        return spread(model, places)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BudgetError(f"the dense weights do not fit on the accelerators: {error}") from error
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def _real(device: str) -> str:

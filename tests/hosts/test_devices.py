@@ -1,0 +1,93 @@
+"""Layers on several devices: who goes where, that states follow, and that nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hybrimoe_plugin.hosts.transformers import devices
+from hybrimoe_plugin.hosts.transformers.devices import layer_devices, moved, spread
+from hybrimoe_plugin.injection.match import plan_injection
+from hybrimoe_plugin.injection.rules import load_rules
+
+RULES = Path(__file__).parents[2] / "optimize_rules" / "multi-gpu"
+
+
+def model(layers: int = 3) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=40, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """What was moved where, on a machine that has none of these devices."""
+    seen: dict[str, list[str]] = {"weights": [], "states": []}
+    place = devices.moved
+
+    def to(module: nn.Module, device: str) -> nn.Module:
+        seen["weights"].append(f"{type(module).__name__}: {device}")
+        return module
+
+    def bring(value: object, device: str) -> object:
+        if isinstance(value, torch.Tensor):
+            seen["states"].append(device)
+        return place(value, "cpu")
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(devices, "moved", bring)
+    return seen
+
+
+def test_layers_lie_with_their_experts_and_states_follow(named: dict[str, list[str]]) -> None:
+    whole, ids = model(), torch.tensor([[1, 2, 3]])
+    wanted = whole(ids).logits
+    hooks = lambda: sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in whole.modules())  # noqa: E731
+    before = hooks()
+    # Layer 0 has no experts operator: it goes with the next one that has.
+    undo = spread(whole, {"model.layers.1.mlp.experts": "cuda:0", "model.layers.2.mlp.experts": "cuda:1"})
+    layers = [entry for entry in named["weights"] if entry.startswith("MixtralDecoderLayer")]
+    assert layers == ["MixtralDecoderLayer: cuda:0"] * 2 + ["MixtralDecoderLayer: cuda:1"]
+    assert "Embedding: cuda:0" in named["weights"]
+    assert named["weights"][-2:] == ["MixtralRMSNorm: cuda:1", "Linear: cuda:1"]
+    torch.testing.assert_close(whole(ids).logits, wanted)
+    undo()
+    assert hooks() == before
+
+
+def test_tensors_in_tuples_lists_and_dicts_are_moved() -> None:
+    value = {"a": (torch.ones(2), [torch.ones(1), 3]), "b": None, "c": "text"}
+    found = moved(value, "meta")
+    assert found["a"][0].is_meta and found["a"][1][0].is_meta
+    assert found["a"][1][1] == 3 and found["b"] is None and found["c"] == "text"
+
+
+def test_layer_of_an_operator() -> None:
+    assert layer_devices({"model.layers.12.mlp.experts": "cuda:1"}) == {"model.layers.12": "cuda:1"}
+    assert layer_devices({"model.language_model.layers.0.mlp.experts": "x"}) == {"model.language_model.layers.0": "x"}
+
+
+@pytest.mark.parametrize(("name", "layers", "split"), [("Mixtral-2-gpus", 32, 16), ("Qwen3-MoE-2-gpus", 48, 32)])
+def test_rules_for_two_devices_cover_every_layer_once(name: str, layers: int, split: int) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Module()
+            self.mlp.experts = nn.Linear(1, 1)
+
+    whole = nn.Module()
+    whole.model = nn.Module()
+    whole.model.layers = nn.ModuleList(Layer() for _ in range(layers))
+    plan = plan_injection(whole, load_rules(RULES / f"{name}.yaml"))
+    found = {match.name: match.kwargs["generate_device"] for match in plan}
+    assert len(found) == layers
+    assert layer_devices(found) == {
+        f"model.layers.{index}": "cuda:0" if index < split else "cuda:1" for index in range(layers)
+    }
