@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: chat test lint eval clean setup setup-dev
+.PHONY: chat chat-ktransformers setup-ktransformers test lint eval clean setup setup-dev
 
 chat: setup  ## chat with the demo model; PROMPT="..." asks one question
 	@$(BIN)/hybrimoe local_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
+
+chat-ktransformers: setup setup-ktransformers  ## the real ktransformers.local_chat with the demo model and our rules
+	@$(BIN)/hybrimoe demo-model > /dev/null
+	@.venv-ktransformers/bin/hybrimoe ktransformers_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -m pytest -q -n 2
@@ -17,6 +21,9 @@ lint: setup-dev
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
+
+setup-ktransformers:
+	@$(PYTHON) scripts/setup_ktransformers.py
 
 setup-dev:
 	@$(PYTHON) scripts/setup_env.py --dev

@@ -14,6 +14,9 @@ import torch
 import yaml
 from gguf import GGUFWriter
 
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side
+
 needs_host = pytest.mark.skipif(
     find_spec("ktransformers") is None,
     reason="classic ktransformers has an environment of its own: make test-ktransformers",
@@ -167,10 +170,20 @@ def rules(family: str, folder: Path, variant: str = "cpu", **settings: Any) -> P
     parsed = yaml.safe_load((RULES / f"{family}-{variant}.yaml").read_text(encoding="utf-8"))
     for rule in parsed:
         if rule["replace"]["class"].endswith(".HybriMoEExperts"):
-            rule["replace"]["kwargs"].update({"cpu_backend": "torch", **settings})
+            rule["replace"]["kwargs"].update({"cpu_backend": "torch", "profile": profile(folder), **settings})
     path = folder / f"{family}-{variant}.yaml"
     path.write_text(yaml.safe_dump(parsed, sort_keys=False), encoding="utf-8")
     return path
+
+
+def profile(folder: Path) -> str:
+    """A machine on paper: measuring this one for every tiny shape would take most of the tests' time."""
+    spec = ExpertSpec(64, 256, 8, 2, "F32", "F32", "F32", 65536, 65536, 65536)
+    cpu, accelerator = Side(20.0, (1, 64), (100.0, 2000.0), 1), Side(10.0, (1, 64), (20.0, 40.0))
+    made = MachineProfile("tests", "assumed", "2026-11-24", spec, cpu, accelerator, Link(10.0, 5.0), 50.0)
+    path = folder / "profile.json"
+    path.write_text(made.to_json(), encoding="utf-8")
+    return str(path)
 
 
 def load(made: Any, rule_file: Path, folder: Path) -> Any:
