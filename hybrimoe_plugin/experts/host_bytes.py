@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from hybrimoe_plugin.experts.streams import Event, Streams
@@ -137,9 +137,9 @@ class RegisteredBytes:
 
 
 def as_tensor(part: Bytes) -> torch.Tensor:
-    """A tensor over bytes that may lie in a read-only mapping; it is only ever read."""
-    writable = np.lib.stride_tricks.as_strided(part, writeable=part.flags.writeable)
-    return torch.frombuffer(memoryview(writable), dtype=torch.uint8)
+    """A tensor over bytes that may lie in a read-only mapping; it is only ever read. Valid as long as `part`."""
+    # By address: torch warns about every buffer that says it is read-only.
+    return torch.frombuffer((ctypes.c_ubyte * part.size).from_address(part.ctypes.data), dtype=torch.uint8)
 
 
 def _page_runs(layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int]]:
