@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ LOADS = (1, 2, 4, 16, 64)
 REPEATS = 5
 BUDGET_S = 4.0
 """Time for one sweep of measurements; what is not reached by then is left to extrapolation."""
+
+_CUDA_SLOTS = 32
+"""Slots that are filled to measure a device: more bytes than its cache holds, for all but the smallest experts."""
 
 ASSUMED_LINK = Link(gbps=12.0, latency_us=15.0)
 """An ordinary desktop slot, PCIe 4.0 x8, pinned."""
@@ -273,23 +277,37 @@ def _measure_accelerator(
 
 
 def _measure_cuda(weights: LayerWeights, accelerator: SlotAccelerator) -> tuple[Side, Link]:
-    """Time slots and link with the engine's own calls, from submission to synchronisation."""
+    """Time slots and link with the engine's own calls, from submission to synchronisation.
+
+    Differences between many and one give what each more costs. Calls rotate over the slots, so that weights come from
+    the device's memory and not from its cache.
+    """
     spec, device = weights.spec, accelerator.device
-    accelerator.allocate(2, [weights])
-    transfer = _timed(accelerator, lambda: accelerator.onload(0, weights, 0))
-    empty = _timed(accelerator, lambda: None)
-    latency = min(empty + 10.0, transfer / 2)
-    link = Link(spec.expert_bytes / ((transfer - latency) * 1e3), latency)
+    slots = min(spec.experts, _CUDA_SLOTS)
+    many = max(2, min(8, slots // 2))
+    accelerator.allocate(slots, [weights])
+    turns = cycle(range(slots))
+
+    def onload(count: int) -> None:
+        for slot in islice(turns, count):
+            accelerator.onload(slot, weights, slot)
+
+    onload(slots)
+    one, more = _timed(accelerator, lambda: onload(1)), _timed(accelerator, lambda: onload(many))
+    # Transfers queue up behind one another: what each more takes has its share of latency in it.
+    link = Link(spec.expert_bytes / (max((more - one) / (many - 1), 0.05 * one) * 1e3), 0.0)
     tokens, us, first = [], [], 0.0
-    accelerator.onload(1, weights, min(1, spec.experts - 1))
     for load in LOADS:
         hidden = torch.randn(load, spec.hidden, dtype=torch.bfloat16, device=device)
-        routing = torch.ones(load, 2, device=device)
-        ids = torch.tensor([[0, 1]], device=device).expand(load, 2)
-        one = _timed(accelerator, lambda: accelerator.compute((0,), hidden, ids, routing))  # noqa: B023
-        two = _timed(accelerator, lambda: accelerator.compute((0, 1), hidden, ids, routing))  # noqa: B023
+
+        def compute(count: int, hidden: torch.Tensor = hidden, load: int = load) -> None:
+            group = tuple(islice(turns, count))
+            ids = accelerator.place(torch.tensor([group]).expand(load, count).contiguous())
+            accelerator.compute(group, hidden, ids, torch.ones(load, count, device=device))
+
+        one, more = _timed(accelerator, lambda: compute(1)), _timed(accelerator, lambda: compute(many))
         tokens.append(load)
-        us.append(max(two - one, 0.05 * one))
+        us.append(max((more - one) / (many - 1), 0.05 * one))
         if load == 1:
             first = max(0.0, one - us[0])
     return Side(first, tuple(tokens), tuple(us)), link
