@@ -17,6 +17,7 @@ from hybrimoe_plugin.experts.base import CPUBackend
 from hybrimoe_plugin.experts.calibrate import ensure_profile, hardware, shared_threads
 from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_kt import KTExperts, import_kernel, refusal
+from hybrimoe_plugin.experts.cpu_shared import SharedCPU
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.ggml import TYPES, Ggml
 from hybrimoe_plugin.experts.memory import cache_quotas, kv_cache_bytes, staging_slots
@@ -117,12 +118,13 @@ def bind(
     for operator in operators:
         key = (operator.prefill_device, operator.generate_device, operator.settings)
         groups.setdefault(key, []).append(operator)
-    engines, profiles = [], []
+    engines: list[Engine] = []
+    profiles: list[MachineProfile] = []
     for (prefill, generate, settings), members in groups.items():
         found = [(routers or _gate_beside)(model, operator) for operator in members]
         share = len(members) / len(operators)
         kept_bytes = int(share * kv_cache_bytes(getattr(model, "config", None), settings.context))
-        engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes, kept_bytes)
+        engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes, kept_bytes, engines)
         engines.append(engine)
         profiles.append(profile)
     _share_cores(engines)
@@ -134,11 +136,25 @@ def bind(
 
 def _share_cores(engines: Sequence[Engine]) -> None:
     """Leave torch the cores that kt-kernel's workers do not take: both spin, and fight to a standstill otherwise."""
-    workers = sum(engine.cpu.threads for engine in engines if isinstance(engine.cpu, KTExperts))
+    pools = {id(pool): pool for pool in (_pool(engine) for engine in engines) if isinstance(pool, KTExperts)}
+    workers = sum(pool.threads for pool in pools.values())
     threads = max(1, int(hardware()["cores"]) - workers)
     if workers and threads < torch.get_num_threads():
         log.info("torch now uses %d threads beside %d CPU expert workers", threads, workers)
         torch.set_num_threads(threads)
+
+
+def _pool(engine: Engine) -> CPUBackend:
+    return engine.cpu.backend if isinstance(engine.cpu, SharedCPU) else engine.cpu
+
+
+def _cpu_for(backend: str, threads: int, others: Sequence[Engine]) -> CPUBackend:
+    """A backend of the engine's own, or its part of the one that the model's other engines have made."""
+    for engine in others:
+        pool = _pool(engine)
+        if pool.name == backend and getattr(pool, "threads", threads) == threads:
+            return SharedCPU(pool, sum(len(other.layers) for other in others if _pool(other) is pool))
+    return make_cpu(backend, threads)
 
 
 def _close_all(engines: Sequence[Engine]) -> None:
@@ -155,6 +171,7 @@ def _build(
     progress: bool,
     free_bytes: int | None,
     kept_bytes: int,
+    others: Sequence[Engine],
 ) -> tuple[Engine, MachineProfile]:
     layers = [_loaded(operator) for operator in operators]
     spec = layers[0].spec
@@ -180,7 +197,7 @@ def _build(
         None if accelerator is None else make_prefetcher(settings.prefetch, decode, costs),
         spec.expert_bytes,
     )
-    cpu = make_cpu(backend, settings.cpu_threads or profile.cpu.threads or 1)
+    cpu = _cpu_for(backend, settings.cpu_threads or profile.cpu.threads or 1, others)
     for weights in layers:
         cpu.add_layer(weights)
     if accelerator is not None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import HIDDEN, LAYERS, WEIGHTS, build, run
+from engines import HIDDEN, LAYERS, WEIGHTS, build, plain, run
 from torch import nn
 
 from hybrimoe_plugin.config import Settings
@@ -104,17 +104,24 @@ def model(kwargs: list[dict[str, object]]) -> nn.Module:
 def test_each_device_has_its_own_pool_and_budget() -> None:
     """Rules with two devices and uneven budgets; both emulated here."""
     size = WEIGHTS[0].spec.expert_bytes
-    common = {"accelerator": "emulated", "cpu_backend": "torch", "budget": "layer"}
+    common = {"accelerator": "emulated", "cpu_backend": "torch", "budget": "layer", "scheduler": "static"}
     first = {**common, "prefill_device": "cuda:0", "generate_device": "cuda:0", "cache_bytes": size * (4 + 8)}
     second = {**common, "prefill_device": "cuda:1", "generate_device": "cuda:1", "cache_bytes": size * (4 + 2)}
     whole = model([first, first, second])
-    handle = bind(
-        whole, routers=lambda *_: SimpleNamespace(scores=lambda: None, predict=lambda h: None), progress=False
-    )
+    router = SimpleNamespace(scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64))
+    handle = bind(whole, routers=lambda *_: router, progress=False)
     try:
         assert [len(engine.layers) for engine in handle.engines] == [2, 1]
         assert [sum(engine.controller.pool.quotas) for engine in handle.engines] == [8, 2]
         assert handle.engines[0].accelerator is not handle.engines[1].accelerator
+        pools = [getattr(engine.cpu, "backend", engine.cpu) for engine in handle.engines]
+        assert pools[0] is pools[1], "two pools of CPU workers would fight for the cores"
+        for index, layer in enumerate(whole.layers):  # layers 0 and 2 have the same number in their engines
+            hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(index))
+            ids, routing = torch.tensor([[0, 7], [3, 4], [6, 5]]), torch.full((3, 2), 0.5)
+            found = layer.experts(hidden, ids, routing)
+            torch.testing.assert_close(found, plain(WEIGHTS[index], hidden, ids, routing), rtol=1e-4, atol=1e-5)
+        assert all(engine.controller.counters.experts_cpu for engine in handle.engines)
         operators = [module for module in whole.modules() if isinstance(module, HybriMoEExperts)]
         assert [operator._engine for operator in operators] == [handle.engines[0]] * 2 + [handle.engines[1]]
     finally:
