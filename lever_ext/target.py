@@ -19,6 +19,8 @@ from hybrimoe_plugin.injection.rules import load_rules
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
+from lever_ext.early_exit.predictor import ExitPredictor
+from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.budget import Residency, plan_residency
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
@@ -60,6 +62,26 @@ class FlashTarget:
         for done in self.injection.replaced:
             if isinstance(done.operator, FlashDecoderLayer):
                 done.operator.bind(self.stream, gate)
+
+    def load_gate(self, predictor: str | Path, settings: PruneSettings | None = None) -> None:
+        """Switch early-exit pruning on with a predictor that `hybrimoe lever-train` made for this pack. Mutates.
+
+        Raises:
+            SpeculationError: the file is missing, damaged, or of another model.
+        """
+        config = self.model.config
+        shape = (config.vocab_size, config.hidden_size)
+        found = ExitPredictor.load(predictor, self.pack.index.fingerprint, shape, config.num_hidden_layers)
+        self.set_gate(ExitGate(found, settings or PruneSettings()))
+
+    def stop_as(self, tokenizer: Any) -> None:
+        """Let `generate` end and pad with the tokenizer's tokens. Mutates."""
+        config = self.model.generation_config
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(tokenizer, name, None) is not None:
+                setattr(config, name, getattr(tokenizer, name))
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id
 
     def close(self) -> None:
         """Stop reading; the model cannot compute any more."""
@@ -113,9 +135,9 @@ def _serve(model: Any, pack: FlashPack, residency: Residency, injection: Injecti
     for done in injection.replaced:
         done.operator.load()  # type: ignore[operator]
     for block in pack.blocks("resident"):
-        _assign(model, pack.load(block))
+        assign_tensors(model, pack.load(block))
     model.tie_weights()
-    _rebuild_buffers(model)
+    rebuild_buffers(model)
     stream = LayerStream(pack, residency.layers, residency.ring)
     experts = _expert_cache(pack, residency, model.config, cache)
     _bind_experts(model, injection, experts, residency, pack)
@@ -189,8 +211,12 @@ def _dtype(pack: FlashPack) -> torch.dtype:
     return dtype
 
 
-def _assign(model: nn.Module, tensors: Tensors) -> None:
-    """Set parameters by name, whatever device they were on."""
+def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
+    """Set parameters by name, whatever device they were on. Mutates.
+
+    Raises:
+        FlashError: the model has no such parameter, or of another shape.
+    """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         try:
@@ -202,8 +228,8 @@ def _assign(model: nn.Module, tensors: Tensors) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _rebuild_buffers(model: Any) -> None:
-    """Make the modules anew whose buffers no file holds, such as rotary frequencies."""
+def rebuild_buffers(model: Any) -> None:
+    """Make the modules anew whose buffers no file holds, such as rotary frequencies. Mutates."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
             path, _, leaf = name.rpartition(".")

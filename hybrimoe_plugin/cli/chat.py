@@ -42,10 +42,16 @@ class Chat:
         model: an injected (or any) transformers model with `generate`.
         tokenizer: with a chat template; without one, messages are joined as plain text.
         report: gives the engine's line for the answer that was just made, and resets itself.
+        decoder: a custom decoding method of `generate` with an attribute `streamer`, or None.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, options: ChatOptions, report: Callable[[], str | None] = lambda: None
+        self,
+        model: Any,
+        tokenizer: Any,
+        options: ChatOptions,
+        report: Callable[[], str | None] = lambda: None,
+        decoder: Any = None,
     ) -> None:
         from transformers import TextStreamer
 
@@ -54,6 +60,7 @@ class Chat:
         self.options = options
         self.messages: list[dict[str, str]] = []
         self._report = report
+        self._decoder = decoder
         self._stop = Stop()
         self._streamer = TimedStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
 
@@ -158,11 +165,19 @@ class Chat:
                 prompt.to(device),
                 attention_mask=torch.ones_like(prompt).to(device),
                 generation_config=config,
-                streamer=self._streamer,
                 stopping_criteria=_criteria(self._stop),
+                **self._decoding(prompt),
             )
         text = self.tokenizer.decode(self._streamer.timing.ids, skip_special_tokens=True)
         return str(text)
+
+    def _decoding(self, prompt: torch.Tensor) -> dict[str, Any]:
+        """How `generate` shall stream; it shows custom decoding methods neither the streamer nor it the prompt."""
+        if self._decoder is None:
+            return {"streamer": self._streamer}
+        self._decoder.streamer = self._streamer
+        self._streamer.put(prompt)
+        return {"custom_generate": self._decoder}
 
     def _generation_config(self, prompt_tokens: int) -> Any:
         config = copy.deepcopy(self.model.generation_config)

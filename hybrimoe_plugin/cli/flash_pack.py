@@ -17,16 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack with a progress bar; print the pack's path on stdout."""
-    from tqdm import tqdm
-
+    from hybrimoe_plugin.cli.flash_chat import packing_bar
     from lever_ext.packing import pack_model
 
-    with tqdm(desc="packing", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        path = pack_model(args.output, args.model_path, args.gguf_path, args.dtype, progress)
+    with packing_bar() as bar:
+        path = pack_model(args.output, args.model_path, args.gguf_path, args.dtype, bar)
     print(path)
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.demo_model import FORMS
 from hybrimoe_plugin.cli.flags import add_flag, add_model, add_settings, add_switch, given_settings, number, whole
+from hybrimoe_plugin.cli.flash_chat import FlashChat, add_flash, load_flash, wanted
 from hybrimoe_plugin.cli.records import Records
 from hybrimoe_plugin.errors import ConfigError
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(model, "dtype", choices=DTYPES, default="auto", help="of everything but the experts (default auto)")
     _add_generation(parser.add_argument_group("answers"))
     add_settings(parser)
+    add_flash(parser)
     output = parser.add_argument_group("records")
     add_flag(output, "timeline", metavar="FILE", help="write the run as a trace for Perfetto or chrome://tracing")
     add_flag(output, "record_trace", metavar="FILE", help="write the routing as a trace for the replay simulator")
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     _explain_ignored(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if wanted(args):
+        return _talk_flash(args, settings, sampling, prompt)
     with Records(args.timeline, args.record_trace) as records:
         model, tokenizer = _load(args, settings)
         return _talk(args, model, tokenizer, sampling, prompt, records)
@@ -153,14 +157,41 @@ def _talk(
 ) -> int:
     import torch
 
-    from hybrimoe_plugin.cli.chat import HELP, Chat, ChatOptions
+    from hybrimoe_plugin.cli.chat import Chat, ChatOptions
     from hybrimoe_plugin.cli.report import EngineReport
 
     if args.seed is not None:
         torch.manual_seed(args.seed)
     records.attach(model)
     options = ChatOptions(args.max_new_tokens, sampling, args.force_think, args.chunk_prefill_size)
-    chat = Chat(model, tokenizer, options, EngineReport(model))
+    return _converse(args, Chat(model, tokenizer, options, EngineReport(model)), prompt)
+
+
+def _talk_flash(
+    args: argparse.Namespace, settings: dict[str, Any], sampling: dict[str, Any], prompt: str | None
+) -> int:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from hybrimoe_plugin.cli.chat import Chat, ChatOptions
+
+    if settings or args.timeline or args.record_trace:
+        raise ConfigError("a target on flash has no engine: leave the engine's and the records' flags out")
+    if not args.verbose:
+        transformers_logging.set_verbosity_error()
+    flash: FlashChat = load_flash(args)
+    try:
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        options = ChatOptions(args.max_new_tokens, sampling, args.force_think)
+        return _converse(args, Chat(flash.target.model, flash.tokenizer, options, flash.report, flash.decoder), prompt)
+    finally:
+        flash.close()
+
+
+def _converse(args: argparse.Namespace, chat: Any, prompt: str | None) -> int:
+    from hybrimoe_plugin.cli.chat import HELP
+
     if prompt is not None:
         return 0 if chat.answer(prompt) else 130
     if sys.stdin.isatty():

@@ -35,6 +35,8 @@ COMMANDS = (
     Command("explain", "show which module each rule replaces, without loading weights", "hybrimoe_plugin.cli.explain"),
     Command("calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"),
     Command("demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"),
+    Command("flash-pack", "lay a model out on flash, for direct reads", "hybrimoe_plugin.cli.flash_pack"),
+    Command("lever-train", "train the early exit of a packed target", "hybrimoe_plugin.cli.lever_train"),
     Command("doctor", "what is installed, which backends work and why not, what fits", "hybrimoe_plugin.cli.doctor"),
     Command("ktransformers_chat", "ktransformers.local_chat itself, patched", "hybrimoe_plugin.cli.ktransformers_chat"),
     Command("install_ktransformers", "ktransformers, no compiler", "hybrimoe_plugin.cli.install_ktransformers"),

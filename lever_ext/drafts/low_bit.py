@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,20 +117,54 @@ def low_bit_copy(
         small = copy.deepcopy(model).to(dtype)
     finally:
         model.base_model.layers = layers
-    small.base_model.layers = nn.ModuleList(
-        _low_bit_layer(layer, bits if isinstance(bits, int) else bits(index), group, dtype)
-        for index, layer in enumerate(layers)
-    )
+    small.base_model.layers = nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in layers)
+    for index, layer in enumerate(small.base_model.layers):
+        low_bit_linears(layer, bits if isinstance(bits, int) else bits(index), group, dtype)
     if head_bits is not None:
         weight = small.get_output_embeddings().weight.detach()
         small.set_output_embeddings(LowBitLinear(weight, None, head_bits, group, dtype))
     return small.eval()
 
 
-def _low_bit_layer(layer: nn.Module, bits: int, group: int, dtype: torch.dtype) -> nn.Module:
-    layer = copy.deepcopy(layer).to(dtype)
+def low_bit_linears(layer: nn.Module, bits: int, group: int, dtype: torch.dtype) -> None:
+    """Replace every linear map in a layer. Mutates."""
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, LowBitLinear(child.weight, child.bias, bits, group, dtype))
-    return layer
+
+
+class LowBitExperts(nn.Module):
+    """Routed experts of one layer with few bits, in place of the stacked ones of `transformers`.
+
+    Args:
+        experts: for each expert, [2I, H] gate and up weights and [H, I] down weights.
+        activation: of the gate.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        bits: int,
+        group: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.ModuleList(), nn.ModuleList()
+        for gate_up, down in experts:
+            self.inner.append(LowBitLinear(gate_up, None, bits, group, dtype))
+            self.outer.append(LowBitLinear(down, None, bits, group, dtype))
+        self._activation = activation
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K]."""
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            rows, places = torch.where(top_k_index == expert)
+            gate, up = self.inner[expert](hidden_states[rows]).chunk(2, dim=-1)
+            value = self.outer[expert](self._activation(gate) * up)
+            result.index_add_(0, rows, (value * top_k_weights[rows, places, None]).to(result.dtype))
+        return result

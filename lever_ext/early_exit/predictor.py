@@ -44,25 +44,13 @@ class ExitPredictor:
         """
         from safetensors.torch import save
 
-        path = Path(path)
         metadata = {
             "format": FORMAT,
             "layer": str(self.layer),
             "loss": repr(self.loss),
             "fingerprint": self.fingerprint,
         }
-        data = save({"weight": self.weight.contiguous()}, metadata)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except OSError as error:
-            raise SpeculationError(
-                f"{path}: cannot write the early-exit predictor ({error.strerror or error})"
-            ) from error
+        write_file(Path(path), save({"weight": self.weight.contiguous()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str, shape: tuple[int, int], layers: int) -> ExitPredictor:
@@ -92,3 +80,24 @@ class ExitPredictor:
                 f"{path}: weight {tuple(weight.shape)} at layer {found.layer} does not fit the target"
             )
         return found
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        SpeculationError: it cannot be written.
+    """
+    name = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            name = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except OSError as error:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        raise SpeculationError(f"{path}: cannot write the early-exit predictor ({error.strerror or error})") from error

@@ -216,3 +216,29 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
 def _identity(fd: int) -> tuple[int, int]:
     state = os.fstat(fd)
     return state.st_size, state.st_mtime_ns
+
+
+def plain_gbps(path: str | Path, nbytes: int = 256 << 20, repeats: int = 1, block: int = 8 << 20) -> float:
+    """GB/s of plain direct reads of large blocks of a file, one after another: what any reader is measured against.
+
+    Args:
+        nbytes: read at most so much, from the file's start, each time.
+        repeats: the fastest counts.
+
+    Raises:
+        FlashError: the file cannot be read.
+    """
+    fd, _ = _open(Path(path), True)
+    memory, best = mmap.mmap(-1, block), 0.0
+    try:
+        size = min(nbytes, os.fstat(fd).st_size) // block * block
+        for _ in range(repeats if size else 0):
+            begin = time.perf_counter()
+            for offset in range(0, size, block):
+                os.preadv(fd, [memory], offset)
+            best = max(best, size / (time.perf_counter() - begin) / 1e9)
+    except OSError as error:
+        raise FlashError(f"{path}: cannot read the pack ({error.strerror or error})") from None
+    finally:
+        os.close(fd)
+    return best

@@ -1,0 +1,144 @@
+"""The part of `hybrimoe local_chat` for targets on flash: flags, loading, the report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe_plugin.cli.console import notice
+from hybrimoe_plugin.cli.flags import add_flag, add_switch, whole
+from hybrimoe_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lever_ext.decoding import LeverDecoding
+    from lever_ext.target import FlashTarget
+
+TREES = ("lever", "greedy", "opt_tree", "specinfer", "fixed", "chain", "none")
+WANTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit")
+"""A chat is with a target on flash where one of these flags is given."""
+
+
+def add_flash(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    group = parser.add_argument_group("target on flash, with speculative decoding")
+    add_flag(group, "flash_pack", metavar="DIR", help="pack that hybrimoe flash-pack made; default: the demo target's")
+    add_flag(group, "draft", metavar="DRAFT", help="low-bit, ngram, none or a small model's GGUF (default low-bit)")
+    add_flag(group, "draft_bits", type=int, choices=(2, 3, 4), default=3, help="of the low-bit draft (default 3)")
+    add_flag(
+        group, "dram_budget", metavar="BYTES", help="memory for the target's weights, e.g. 1GiB; default: no limit"
+    )
+    add_flag(group, "tree", choices=TREES, help="what is verified in one pass (default lever)")
+    add_flag(group, "tree_size", type=whole(1), metavar="N", help="chain length or node budget of trees that have one")
+    add_flag(group, "early_exit", metavar="FILE", help="prune trees with this predictor of hybrimoe lever-train")
+    add_flag(group, "throttle", metavar="DEVICE", help="slow reads down to ufs3.1, ufs4.0, nvme or a number of GB/s")
+    add_switch(group, "overlap", "draft for the next cycle while a pass waits for flash", True)
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether the flags ask for a target on flash."""
+    return any(getattr(args, name) is not None for name in WANTING)
+
+
+@dataclass(frozen=True)
+class FlashChat:
+    """What a chat needs."""
+
+    target: FlashTarget
+    tokenizer: Any
+    decoder: LeverDecoding
+    device_gbps: float
+
+    def report(self) -> str | None:
+        """What the last answer's speculation did; nothing before the first."""
+        return "\n".join(self.decoder.stats.lines(self.device_gbps)) if self.decoder.stats.tokens else None
+
+    def close(self) -> None:
+        self.decoder.close()
+        self.target.close()
+
+
+def load_flash(args: argparse.Namespace) -> FlashChat:
+    """Open the target and make its draft.
+
+    Raises:
+        HybriMoEError: one of its kinds, with what to do.
+    """
+    from lever_ext.decoding import LeverDecoding
+    from lever_ext.drafts.make import make_draft
+    from lever_ext.flash.reader import Throttle, plain_gbps
+    from lever_ext.packing import pack_tokenizer
+    from lever_ext.target import load_target
+    from lever_ext.tree.policies import make_policy
+
+    if args.flash_pack is None and (args.model_path or args.gguf_path):
+        raise ConfigError(
+            "a target on flash needs a pack: run hybrimoe flash-pack with the model, then give --flash_pack DIR here"
+        )
+    policy = make_policy(args.tree or "lever", args.tree_size)
+    throttle = None if args.throttle is None else Throttle.parse(args.throttle)
+    pack = args.flash_pack or _demo_pack(args.demo)
+    target = load_target(pack, dram_budget=args.dram_budget, rules=args.optimize_config_path, throttle=throttle,
+                         trust_rules=args.trust_rules)  # fmt: skip
+    try:
+        tokenizer = pack_tokenizer(pack)
+        target.stop_as(tokenizer)
+        name = args.draft or ("none" if policy.name == "none" else "low-bit")
+        if name == "none" and policy.name != "none":
+            policy = make_policy("none")
+        if name == "low-bit" and args.flash_pack is None:
+            draft: Any = _demo_draft()
+        else:
+            draft = make_draft(name, target, tokenizer, args.draft_bits)
+        if args.early_exit is not None:
+            target.load_gate(args.early_exit)
+        decoder = LeverDecoding(draft, policy, target, overlap=args.overlap)
+        return FlashChat(target, tokenizer, decoder, plain_gbps(target.pack.path))
+    except BaseException:
+        target.close()
+        raise
+
+
+def _demo_pack(form: str | None) -> Path:
+    """The demo target: a dense one, or the MoE that --demo names; packed on first use."""
+    from hybrimoe_plugin.cli.models import demo_gguf
+    from hybrimoe_plugin.demo import source_path
+    from hybrimoe_plugin.experts.calibrate import cache_dir
+    from lever_ext.demo import widened_pack
+    from lever_ext.packing import pack_model
+
+    notice("no --flash_pack given: this is the demo target" + ("" if form is None else f" in {form} form"))
+    directory = cache_dir() / "lever" / ("dense" if form is None else form)
+    if (directory / "target.lever").exists():
+        return directory
+    with packing_bar() as bar:
+        if form is None:
+            widened_pack(source_path(), directory, progress=bar)
+        else:
+            pack_model(directory, None, demo_gguf(form), progress=bar)
+    return directory
+
+
+def _demo_draft() -> Any:
+    from hybrimoe_plugin.demo import source_path
+    from lever_ext.demo import demo_draft
+
+    notice("the draft is a low-bit copy of SmolLM2, which the demo targets were made from")
+    return demo_draft(source_path())
+
+
+@contextmanager
+def packing_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for the pack's writer: gives what it shall call with (bytes done, bytes in all)."""
+    from tqdm import tqdm
+
+    with tqdm(desc="packing", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
