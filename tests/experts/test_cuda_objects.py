@@ -1,0 +1,180 @@
+"""What is said to CUDA: streams, events, one synchronisation, page registration; with torch.cuda played by fakes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_experts
+import torch
+
+from hybrimoe_plugin.experts import host_bytes
+from hybrimoe_plugin.experts.host_bytes import RegisteredBytes, StagedBytes
+from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK, CudaStreams, HostStreams
+
+DEVICE = torch.device("cuda:0")
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.stream: FakeStream | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        FakeStream.stops += 1
+
+
+class FakeStream:
+    stops = 0
+
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        self.priority = priority
+        self.waits: list[Any] = []
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.waits.append(event.stream)
+
+    def synchronize(self) -> None:
+        FakeStream.stops += 1
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+    """torch.cuda's objects as fakes; gives the current stream."""
+    stream, entered = FakeStream(), []
+
+    @contextmanager
+    def inside(chosen: FakeStream) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+
+    FakeStream.stops = 0
+    stream.entered = entered
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    return stream
+
+
+def test_queues_are_streams_and_demand_loads_go_first(current: FakeStream) -> None:
+    streams = CudaStreams(DEVICE)
+    link, ahead, repack = (streams._streams[name] for name in (LINK, AHEAD, REPACK))
+    assert link.priority < ahead.priority
+    done: list[str] = []
+    streams.run(LINK, lambda: done.append("link"))
+    streams.run(COMPUTE, lambda: done.append("compute"))
+    assert done == ["link", "compute"]
+    assert current.entered == [link], "compute runs on whatever stream is current"
+    streams.wait(REPACK, streams.record(LINK))
+    streams.wait(COMPUTE, streams.record(REPACK))
+    streams.wait(AHEAD, streams.record(COMPUTE))
+    assert (repack.waits, current.waits, ahead.waits) == ([link], [repack], [current])
+    assert not streams.reached(streams.record(LINK))
+    assert FakeStream.stops == 0
+    streams.block(streams.record(LINK))
+    assert FakeStream.stops == 1
+
+
+def test_fetch_stops_the_host_once_for_all_tensors(current: FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = CudaStreams(DEVICE)
+    copies: list[bool] = []
+
+    def empty(shape: Any, dtype: torch.dtype, pin_memory: bool) -> Any:
+        assert pin_memory
+        return SimpleNamespace(copy_=lambda source, non_blocking: copies.append(non_blocking) or torch.zeros(shape))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    there = [SimpleNamespace(device=DEVICE, shape=(2, 3), dtype=torch.int64) for _ in range(5)]
+    here = torch.ones(4)
+    found = streams.fetch([*there, here])  # type: ignore[list-item]
+    assert copies == [True] * 5
+    assert FakeStream.stops == 1
+    assert found[-1] is here
+    assert [tuple(tensor.shape) for tensor in found] == [(2, 3)] * 5 + [(4,)]
+
+
+class FakeRuntime:
+    """cudaHostRegister that refuses ranges which overlap `taken`, or everything."""
+
+    def __init__(self, taken: tuple[int, int] | None = None, refuse: bool = False) -> None:
+        self.taken, self.refuse = taken, refuse
+        self.ranges: dict[int, int] = {}
+
+    def cudaHostRegister(self, start: int, size: int, flags: int) -> int:  # noqa: N802
+        assert start % 4096 == size % 4096 == 0
+        assert flags == 9
+        hit = self.taken is not None and start < self.taken[1] and self.taken[0] < start + size
+        if self.refuse or hit:
+            return 1
+        self.ranges[start] = start + size
+        return 0
+
+    def cudaHostUnregister(self, start: int) -> int:  # noqa: N802
+        del self.ranges[start]
+        return 0
+
+
+def registered(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> RegisteredBytes:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(host_bytes, "_clear_error", lambda device: None)
+    return RegisteredBytes(DEVICE, StagedBytes(HostStreams(), ring=2, pinned=False))
+
+
+def test_pages_are_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    host = registered(monkeypatch, runtime)
+    weights = tiny_experts.layer(types=("Q8_0",) * 3)
+    host.prepare([weights])
+    known = dict(runtime.ranges)
+    host.prepare([weights])
+    assert runtime.ranges == known
+    for matrix in weights.matrices():
+        part = matrix.experts[3]
+        source = host.source(part)
+        assert source.data_ptr() == part.ctypes.data, "the one host copy is what the link reads"
+        host.sent(None)
+    host.release()
+    assert not runtime.ranges
+
+
+def test_what_cannot_be_registered_is_staged_with_a_notice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = registered(monkeypatch, FakeRuntime(refuse=True))
+    weights = tiny_experts.layer(types=("Q8_0",) * 3)
+    with caplog.at_level(logging.WARNING):
+        host.prepare([weights])
+    assert "cannot be registered" in caplog.text
+    for expert in range(5):
+        part = weights.up.experts[expert]
+        source = host.source(part)
+        assert source.data_ptr() != part.ctypes.data
+        np.testing.assert_array_equal(source.numpy(), part)
+        host.sent(None)
+
+
+def test_a_page_that_another_device_has_costs_only_its_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices share a file: the page at their border is registered by the first."""
+    weights = tiny_experts.layer(experts=16, intermediate=512, types=("Q8_0",) * 3)
+    first = min(matrix.experts[0].ctypes.data for matrix in weights.matrices()) // 4096 * 4096
+    runtime = FakeRuntime(taken=(first, first + 4096))
+    host = registered(monkeypatch, runtime)
+    host.prepare([weights])
+    assert runtime.ranges
+    parts = [part for matrix in weights.matrices() for part in matrix.experts]
+    direct = []
+    for part in parts:
+        direct.append(host.source(part).data_ptr() == part.ctypes.data)
+        host.sent(None)
+    assert 0 < direct.count(False) <= 2
