@@ -9,7 +9,7 @@ chat: setup  ## chat with the demo model; PROMPT="..." asks one question
 
 chat-ktransformers: setup setup-ktransformers  ## the real ktransformers.local_chat with the demo model and our rules
 	@$(BIN)/hybrimoe demo-model > /dev/null
-	@.venv-ktransformers/bin/hybrimoe ktransformers_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
+	@.venv-ktransformers/bin/hybrimoe ktransformers_chat --demo $(if $(PROMPT),--greedy --prompt "$(PROMPT)")
 
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -m pytest -q -n 2
