@@ -16,6 +16,8 @@ from hybrimoe_plugin.policy.costs import CostModel
 
 BUFFER_BYTES = 1 << 29
 REPEATS = 20
+SLEEP_CYCLES = 40_000_000
+"""20 to 30 ms: longer than the host takes to queue what is timed."""
 L2_BYTES = 64 << 20
 """More than any device's second-level cache: experts that are timed must come from memory."""
 
@@ -47,9 +49,16 @@ def bandwidths(costs: CostModel, expert_bytes: float, device: torch.device | Non
 
 
 def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measured: Bandwidths) -> dict[str, float]:
-    """What the engine's own calls reach: onloads of the link, decode compute of the device's memory."""
-    layer = layers[0]
-    spec = layer.spec
+    """What the engine's own calls reach, the lower of both kinds of layers: onloads of the link, decode of the memory."""
+    found = [_layer_shares(accelerator, layer, measured) for layer in layers[:2]]
+    return {
+        "link_share": min(link for link, _ in found),
+        "kernel_bandwidth_share": min(kernel for _, kernel in found),
+    }
+
+
+def _layer_shares(accelerator: SlotAccelerator, layer: LayerWeights, measured: Bandwidths) -> tuple[float, float]:
+    spec, device = layer.spec, accelerator.device
     count = max(spec.top_k, min(spec.experts, -(-2 * L2_BYTES // spec.expert_bytes)))
     count = count // spec.top_k * spec.top_k
     accelerator.allocate(count, [layer])
@@ -60,17 +69,17 @@ def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measure
 
     # From the host's first call to the last byte in its slot.
     link = count * spec.expert_bytes / _host_us(onload, accelerator.synchronize)
-    hidden = torch.randn(1, spec.hidden, dtype=torch.bfloat16, device=accelerator.device)
-    weights = torch.full((1, spec.top_k), 1 / spec.top_k, dtype=torch.bfloat16, device=accelerator.device)
+    hidden = torch.randn(1, spec.hidden, dtype=torch.bfloat16, device=device)
+    weights = torch.full((1, spec.top_k), 1 / spec.top_k, dtype=torch.bfloat16, device=device)
     groups = [tuple(range(first, first + spec.top_k)) for first in range(0, count, spec.top_k)]
-    ids = [torch.tensor([group], device=accelerator.device) for group in groups]
+    ids = [torch.tensor([group], device=device) for group in groups]
 
     def decode() -> None:
         for group, slot_ids in zip(groups, ids, strict=True):
             accelerator.compute(group, hidden, slot_ids, weights)
 
-    kernel = count * spec.expert_bytes / _device_us(decode, accelerator.device)
-    return {"link_share": link / measured.link, "kernel_bandwidth_share": kernel / measured.accelerator}
+    kernel = count * spec.expert_bytes / _device_us(decode, device, ahead=True)
+    return link / measured.link, kernel / measured.accelerator
 
 
 def driver() -> str:
@@ -95,12 +104,18 @@ def _host_us(work: Callable[[], object], after: Callable[[], None] | None = None
     return statistics.median(times[REPEATS // 10 :])
 
 
-def _device_us(work: Callable[[], object], device: torch.device) -> float:
-    """Median of device time between two events."""
+def _device_us(work: Callable[[], object], device: torch.device, ahead: bool = False) -> float:
+    """Median of device time between two events.
+
+    Args:
+        ahead: let the device sleep first, until the host has queued everything: launches cost no device time then.
+    """
     times = []
     for _ in range(REPEATS + REPEATS // 10):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(device)
+        if ahead:
+            torch.cuda._sleep(SLEEP_CYCLES)
         begin.record(stream)
         work()
         end.record(stream)

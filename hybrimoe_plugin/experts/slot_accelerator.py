@@ -6,10 +6,14 @@ advances time as the machine profile says, and labels every such number.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -18,6 +22,7 @@ from hybrimoe_plugin.experts.host_bytes import HostBytes, PlainBytes, Registered
 from hybrimoe_plugin.experts.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.experts.kernels.layout import SlotLayout
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.experts.kernels.tuning import Tunable, cuda_timer
 from hybrimoe_plugin.experts.lane import LANDINGS, SlotLane, Transfer
 from hybrimoe_plugin.experts.streams import CudaStreams, HostStreams, Streams
 from hybrimoe_plugin.experts.weights import LayerWeights
@@ -73,6 +78,10 @@ class SlotAccelerator:
                 f"{self.device}: {error}"
             ) from error
         self._host.prepare(layers)
+        if self.device.type == "cuda" and isinstance(self.kernels, Tunable):
+            with torch.cuda.device(self.device):
+                for layout, top_k in {(self.kernels.layout(item.spec), item.spec.top_k) for item in layers}:
+                    self.kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
 
     def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
         layout = self.kernels.layout(weights.spec)
@@ -87,16 +96,18 @@ class SlotAccelerator:
         self, slots: Sequence[int], hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
         self._lane.pump()
-        try:
-            self._lane.wait_gate_up(slots)
-            layout = self._layouts[slots[0]]
-            assert all(self._layouts[slot] == layout for slot in slots), "one call computes one layer"
-            call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
-            activations = self.kernels.gate_up(call)
-            self._lane.wait_down(slots)
-            return self.kernels.down(call, activations)
-        finally:
-            self._lane.used(slots)
+        # Triton launches on the current device, which is another where a model lies on several.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            try:
+                self._lane.wait_gate_up(slots)
+                layout = self._layouts[slots[0]]
+                assert all(self._layouts[slot] == layout for slot in slots), "one call computes one layer"
+                call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
+                activations = self.kernels.gate_up(call)
+                self._lane.wait_down(slots)
+                return self.kernels.down(call, activations)
+            finally:
+                self._lane.used(slots)
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.streams.fetch(tensors)
@@ -157,7 +168,17 @@ def make_kernels(name: str, device: torch.device) -> tuple[Kernels, Kernels | No
         )
     from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
 
-    return TritonKernels(device), TorchKernels() if name == "auto" else None
+    return TritonKernels(device, tuned=_tuned_path(device)), TorchKernels() if name == "auto" else None
+
+
+def _tuned_path(device: torch.device) -> Path | None:
+    """Where tile sizes for this kind of device are kept."""
+    if device.type != "cuda":
+        return None
+    from hybrimoe_plugin.experts.calibrate import cache_dir  # which imports this module
+
+    facts = f"{torch.cuda.get_device_name(device)} triton {importlib.metadata.version('triton')}"
+    return cache_dir() / "kernels" / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
 
 def make_accelerator(name: str, device: torch.device, kernels: str = "auto") -> SlotAccelerator | None:

@@ -92,10 +92,10 @@ def test_sorting_tokens_by_slot_stops_nothing(stops: list[str]) -> None:
     tiles = accelerator.kernels._tiles(call)  # type: ignore[attr-defined]
     assert not stops
     seen = []
-    for slot, first, end in zip(*(part.as_subclass(torch.Tensor).tolist() for part in tiles[1:]), strict=True):
+    for slot, first, end in zip(*(part.as_subclass(torch.Tensor).tolist() for part in tiles[1:4]), strict=True):
         if slot >= 0:
             pairs = tiles.order.as_subclass(torch.Tensor)[first:end]
-            assert 0 < len(pairs) <= 32
+            assert 0 < len(pairs) <= tiles.tokens
             assert (slot_ids.flatten()[pairs] == slot).all()
             seen += pairs.tolist()
     assert sorted(seen) == (slot_ids.flatten() >= 0).nonzero().flatten().tolist()

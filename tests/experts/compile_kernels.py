@@ -19,9 +19,9 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.kernels import decode, prefill, repack
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
 from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
-from hybrimoe_plugin.experts.kernels.triton_ops import Blocks
 
 HIDDEN, INNER, TOP_K = 2048, 768, 8
 STATES, BYTES, INTS = "*bf16", "*u8", "*i64"
@@ -68,7 +68,7 @@ def main() -> None:
             {**offsets, "activations": "*fp32", "slot_ids": INTS, "weights": STATES, "output": STATES},
             {**shape, "TOP_K": TOP_K, "PLACES": 8, "DOWN": kind, "BLOCK_ROWS": sizes.down_rows,
              "BLOCK_UNITS": sizes.down_units},
-            sizes.decode_warps,
+            sizes.down_warps,
         )  # fmt: skip
         check(f"down_decode {kind}", ptx, 8, 12)
         states = {**offsets, **TILES, "hidden": STATES, "activations": STATES, "parts": STATES, "weights": STATES}

@@ -19,8 +19,9 @@ from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.weights import LayerWeights
 
 pytest.importorskip("triton")
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
-from hybrimoe_plugin.experts.kernels.triton_ops import Blocks, TritonKernels
+from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 LARGE = Blocks(256, 4, 256, 2, tokens=16, rows=256)

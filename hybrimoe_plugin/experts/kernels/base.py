@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,11 +49,3 @@ class Kernels(Protocol):
     def down(self, call: SlotCall, activations: Any) -> torch.Tensor:
         """[T, H] of hidden's dtype: the weighted sum over each token's slots."""
         ...
-
-
-def slot_positions(slots: Sequence[int], count: int) -> list[int]:
-    """Slot -> its place in `slots`, `len(slots)` for the others; `count` slots in all."""
-    places = [len(slots)] * count
-    for place, slot in enumerate(slots):
-        places[slot] = place
-    return places

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,43 +11,17 @@ import triton
 import triton.language as tl
 
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.experts.kernels.base import SlotCall, slot_positions
+from hybrimoe_plugin.experts.kernels.base import SlotCall
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.decode import down_decode, gate_up_decode
 from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
 from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, Part, SlotLayout, slot_layout
 from hybrimoe_plugin.experts.kernels.prefill import down_prefill, gate_up_prefill
 from hybrimoe_plugin.experts.kernels.repack import split_planes
+from hybrimoe_plugin.experts.kernels.tuning import Timer, Tuned, tune
 
 _COLUMNS_MULTIPLE = {"Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 """Of a matrix's columns; 32 for every other type."""
-
-
-class Blocks(NamedTuple):
-    """Tile sizes of one layer shape; none of them changes results beyond rounding."""
-
-    gate_rows: int
-    gate_units: int
-    """Columns over 64 that a decode program's tile spans."""
-    down_rows: int
-    down_units: int
-    """The same, for each of a token's experts."""
-    decode_warps: int = 4
-    tokens: int = 32
-    rows: int = 64
-    prefill_warps: int = 4
-
-    @classmethod
-    def of(cls, layout: SlotLayout, top_k: int) -> Blocks:
-        """About 16 bytes of codes for each thread and matrix in gate and up, 32 in down.
-
-        That keeps some 20 KB of reads on their way in each multiprocessor at the registers the kernels need (compiled
-        for sm_90: 56 to 126), which is what its share of the memory bandwidth times the latency asks for. Not yet
-        tuned on a device.
-        """
-        units = min(32, triton.next_power_of_2(triton.cdiv(layout.gate.columns, 64)))
-        places = triton.next_power_of_2(top_k)
-        down_units = max(1, min(triton.next_power_of_2(triton.cdiv(layout.down.columns, 64)), 128 // places))
-        return cls(max(1, 64 // units), units, max(1, 128 // (places * down_units)), down_units)
 
 
 class _Tiles(NamedTuple):
@@ -57,6 +33,8 @@ class _Tiles(NamedTuple):
     """[tiles] slot, -1 for a tile without pairs."""
     firsts: torch.Tensor
     ends: torch.Tensor
+    tokens: int
+    """Most pairs of a tile."""
 
 
 class TritonKernels:
@@ -64,14 +42,19 @@ class TritonKernels:
 
     Args:
         device: a CUDA device, or the CPU under Triton's interpreter.
-        blocks: tile sizes; by default they follow the layer's shape.
+        blocks: tile sizes; by default tuned ones, or those that follow from the layer's shape.
         decode_tokens: up to this many tokens take the decode kernels.
+        tuned: where tuned sizes are kept; None in memory.
     """
 
     name = "triton"
 
-    def __init__(self, device: torch.device, blocks: Blocks | None = None, decode_tokens: int = 8) -> None:
+    def __init__(
+        self, device: torch.device, blocks: Blocks | None = None, decode_tokens: int = 8, tuned: Path | None = None
+    ) -> None:
+        self._device = device
         self._blocks = blocks
+        self._tuned = Tuned(tuned)
         self.decode_tokens = decode_tokens
         self._interpreted = device.type == "cpu"
 
@@ -101,18 +84,33 @@ class TritonKernels:
             per_program,
         )
 
+    def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
+        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned before."""
+        if self._blocks is not None or self._tuned.get(layout, top_k) is not None or len(buffer) < top_k:
+            return
+        hidden = torch.zeros(1, layout.gate.columns, dtype=torch.bfloat16, device=self._device)
+        slots = tuple(range(top_k))
+        ids = torch.arange(top_k, device=self._device)[None]
+        call = SlotCall(buffer, layout, slots, hidden, ids, torch.ones(1, top_k, device=self._device))
+
+        def run(call: SlotCall, blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
+            activations = self._gate_up_decode(call, blocks)
+            return lambda: self._gate_up_decode(call, blocks), lambda: self._down_decode(call, activations, blocks)
+
+        self._tuned.put(layout, top_k, tune(call, Blocks.of(layout, top_k), run, timer))
+
     def gate_up(self, call: SlotCall) -> Any:
         if len(call.hidden) <= self.decode_tokens:
-            return self._gate_up_decode(call)
+            return self._gate_up_decode(call, self._sizes(call))
         return self._gate_up_prefill(call)
 
     def down(self, call: SlotCall, activations: Any) -> torch.Tensor:
         if isinstance(activations, torch.Tensor):
-            return self._down_decode(call, activations)
+            return self._down_decode(call, activations, self._sizes(call))
         return self._down_prefill(call, *activations)
 
-    def _gate_up_decode(self, call: SlotCall) -> torch.Tensor:
-        hidden, layout, blocks = call.hidden.contiguous(), call.layout, self._sizes(call)
+    def _gate_up_decode(self, call: SlotCall, blocks: Blocks) -> torch.Tensor:
+        hidden, layout = call.hidden.contiguous(), call.layout
         inner, pairs = layout.gate.rows, call.slot_ids.numel()
         activations = torch.empty(pairs, inner, dtype=torch.float32, device=hidden.device)
         gate_up_decode[(triton.cdiv(inner, blocks.gate_rows), pairs)](
@@ -133,8 +131,8 @@ class TritonKernels:
         )
         return activations
 
-    def _down_decode(self, call: SlotCall, activations: torch.Tensor) -> torch.Tensor:
-        layout, blocks = call.layout, self._sizes(call)
+    def _down_decode(self, call: SlotCall, activations: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        layout = call.layout
         tokens, width = call.hidden.shape
         output = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
         down_decode[(triton.cdiv(width, blocks.down_rows), tokens)](
@@ -152,7 +150,7 @@ class TritonKernels:
             layout.down.columns,
             blocks.down_rows,
             blocks.down_units,
-            num_warps=blocks.decode_warps,
+            num_warps=blocks.down_warps,
         )
         return output
 
@@ -164,7 +162,7 @@ class TritonKernels:
         gate_up_prefill[(triton.cdiv(inner, blocks.rows), len(tiles.slots))](
             hidden,
             call.buffer,
-            *tiles,
+            *tiles[:4],
             activations,
             call.buffer.stride(0),
             layout.up.offset,
@@ -173,7 +171,7 @@ class TritonKernels:
             layout.up.type_name,
             layout.gate.columns,
             inner,
-            blocks.tokens,
+            tiles.tokens,
             blocks.rows,
             self._dot(hidden.dtype),
             num_warps=blocks.prefill_warps,
@@ -188,7 +186,7 @@ class TritonKernels:
         down_prefill[(triton.cdiv(width, blocks.rows), len(tiles.slots))](
             activations,
             call.buffer,
-            *tiles,
+            *tiles[:4],
             call.topk_weights.contiguous(),
             parts,
             call.buffer.stride(0),
@@ -196,7 +194,7 @@ class TritonKernels:
             layout.down.type_name,
             width,
             layout.down.columns,
-            blocks.tokens,
+            tiles.tokens,
             blocks.rows,
             self._dot(call.hidden.dtype),
             num_warps=blocks.prefill_warps,
@@ -205,7 +203,8 @@ class TritonKernels:
 
     def _tiles(self, call: SlotCall) -> _Tiles:
         """Sort and cut on the device, by its own operations only: nothing is read back."""
-        size, count, pairs = self._sizes(call).tokens, len(call.slots), call.slot_ids.numel()
+        count, pairs = len(call.slots), call.slot_ids.numel()
+        size = self._sizes(call).tile_tokens(pairs, count)
         device = call.hidden.device
         places, slots = self._slot_places(call)
         keys = places[call.slot_ids.flatten()]  # -1, without a slot, reads the last entry: `count`
@@ -220,19 +219,21 @@ class TritonKernels:
         firsts = begin[owner] + within * size
         ends = torch.minimum(firsts + size, end[owner])
         used = tile < last_tiles[-1]
-        return _Tiles(order, torch.where(used, slots[owner], -1), firsts, ends)
+        return _Tiles(order, torch.where(used, slots[owner], -1), firsts, ends, size)
 
     def _slot_places(self, call: SlotCall) -> tuple[torch.Tensor, torch.Tensor]:
         """(slot -> place in `call.slots`, with `len(call.slots)` for all others and for -1; the slots)."""
         device = call.hidden.device
-        places = torch.tensor([*slot_positions(call.slots, len(call.buffer)), len(call.slots)])
         slots = torch.tensor(call.slots)
+        places = torch.full((len(call.buffer) + 1,), len(call.slots))
+        places[slots] = torch.arange(len(call.slots))
         if device.type == "cuda":
             places, slots = places.pin_memory(), slots.pin_memory()
         return places.to(device, non_blocking=True), slots.to(device, non_blocking=True)
 
     def _sizes(self, call: SlotCall) -> Blocks:
-        return self._blocks or Blocks.of(call.layout, call.slot_ids.shape[1])
+        top_k = call.slot_ids.shape[1]
+        return self._blocks or self._tuned.get(call.layout, top_k) or Blocks.of(call.layout, top_k)
 
     def _dot(self, dtype: torch.dtype) -> Any:
         """The type of `tl.dot`'s operands: hidden's own; float32 in the interpreter, which has no bfloat16 product."""

@@ -1,0 +1,119 @@
+"""Choose decode tile sizes by trying them on the device, once for each shape; results are kept in a file.
+
+Only speed depends on it: without a file, or with a damaged one, `Blocks.of` decides.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from hybrimoe_plugin.experts.kernels.base import SlotCall
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
+from hybrimoe_plugin.experts.kernels.layout import SlotLayout
+
+log = logging.getLogger(__name__)
+
+Timer = Callable[[Callable[[], object]], float]
+"""Time of one run of some device work, in us."""
+
+Run = Callable[[SlotCall, Blocks], tuple[Callable[[], object], Callable[[], object]]]
+"""(gate and up, down) of one call with these tile sizes."""
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """Kernels whose speed depends on tile sizes."""
+
+    def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
+        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned before."""
+        ...
+
+
+def candidates(first: Blocks) -> list[Blocks]:
+    """Tile sizes around a first guess: half and double the rows and the warps."""
+    found = [first]
+    for rows in (0.5, 1, 2, 4):
+        for warps in (2, 4, 8):
+            found.append(
+                first._replace(
+                    gate_rows=max(1, int(first.gate_rows * rows)),
+                    down_rows=max(1, int(first.down_rows * rows)),
+                    decode_warps=warps,
+                    down_warps=warps,
+                )
+            )
+    return list(dict.fromkeys(found))
+
+
+def tune(call: SlotCall, first: Blocks, run: Run, timer: Timer) -> Blocks:
+    """The fastest sizes for gate and up, and for down; a candidate that does not compile is left out."""
+    best = first
+    times: dict[str, float] = {}
+    for blocks in candidates(first):
+        try:
+            spent = [timer(stage) for stage in run(call, blocks)]
+        except Exception as error:  # out of registers or shared memory shows in many ways
+            log.debug("%s: %s", blocks, error)
+            continue
+        if spent[0] < times.get("gate", float("inf")):
+            times["gate"] = spent[0]
+            best = best._replace(gate_rows=blocks.gate_rows, decode_warps=blocks.decode_warps)
+        if spent[1] < times.get("down", float("inf")):
+            times["down"] = spent[1]
+            best = best._replace(down_rows=blocks.down_rows, down_warps=blocks.down_warps)
+    return best
+
+
+class Tuned:
+    """Tile sizes by shape, read from and written to a JSON file; None keeps them in memory only."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Blocks] = {}
+        try:
+            if path is not None and path.exists():
+                data = json.loads(path.read_text(encoding="utf-8"))
+                self._known = {str(key): Blocks(*map(int, sizes)) for key, sizes in data.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.warning("%s: cannot read the tuned tile sizes (%s); they are measured again", path, error)
+
+    def get(self, layout: SlotLayout, top_k: int) -> Blocks | None:
+        return self._known.get(_key(layout, top_k))
+
+    def put(self, layout: SlotLayout, top_k: int, blocks: Blocks) -> None:
+        self._known[_key(layout, top_k)] = blocks
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
+        except OSError as error:
+            log.warning("%s: cannot keep the tuned tile sizes (%s)", self._path, error)
+
+
+def cuda_timer(device: torch.device) -> Timer:
+    """Median over ten runs, after three that compile and warm up."""
+
+    def timer(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(13):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(torch.cuda.current_stream(device))
+            work()
+            end.record(torch.cuda.current_stream(device))
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3)
+        return sorted(times[3:])[5]
+
+    return timer
+
+
+def _key(layout: SlotLayout, top_k: int) -> str:
+    parts = [f"{part.type_name} {part.rows}x{part.columns}" for part in layout]
+    return ", ".join([*parts, f"top {top_k}"])

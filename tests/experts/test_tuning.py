@@ -1,0 +1,101 @@
+"""Tile sizes: what fits a shape, what is tried, what is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import random_layer
+
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.experts.kernels.base import SlotCall
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
+from hybrimoe_plugin.experts.kernels.layout import slot_layout
+from hybrimoe_plugin.experts.kernels.tuning import Tunable, Tuned, candidates, tune
+
+QWEN = slot_layout(ExpertSpec(2048, 768, 128, 8, "Q4_K", "Q4_K", "Q6_K", 884736, 884736, 1290240), split=True)
+CALL = SlotCall(torch.empty(0), QWEN, (), torch.empty(0), torch.empty(0), torch.empty(0))
+
+
+def nothing() -> None:
+    """Device work that is never run."""
+
+
+def test_first_guess_covers_a_row_in_one_tile_where_it_can() -> None:
+    assert Blocks.of(QWEN, 8)[:4] == (2, 32, 1, 16)  # 2048 columns = 32 units; 768 = 12, 16 with 8 experts are 128
+    mixtral = slot_layout(ExpertSpec(4096, 14336, 8, 2, "Q4_K", "Q4_K", "Q4_K", 1, 1, 1), split=True)
+    assert Blocks.of(mixtral, 2)[:4] == (2, 32, 1, 64)
+    assert all(value & (value - 1) == 0 for value in Blocks.of(mixtral, 6)), "tiles are powers of two"
+
+
+@pytest.mark.parametrize(("pairs", "experts", "tokens"), [(9, 8, 16), (160, 8, 32), (4096, 64, 64), (8192, 64, 64)])
+def test_prefill_tiles_follow_the_load(pairs: int, experts: int, tokens: int) -> None:
+    assert Blocks.of(QWEN, 8).tile_tokens(pairs, experts) == tokens
+
+
+def test_the_fastest_of_each_stage_is_taken() -> None:
+    first = Blocks.of(QWEN, 8)
+    tried: list[Blocks] = []
+
+    def run(call: SlotCall, blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
+        if blocks.decode_warps == 2:
+            raise RuntimeError("out of resources")
+        tried.append(blocks)
+        return nothing, nothing
+
+    def timer(work: Callable[[], object]) -> float:
+        timer.calls += 1  # type: ignore[attr-defined]
+        blocks, down = tried[-1], timer.calls % 2 == 0  # type: ignore[attr-defined]
+        return (
+            abs(blocks.down_rows - 4) + blocks.down_warps if down else abs(blocks.gate_rows - 1) + blocks.decode_warps
+        )
+
+    timer.calls = 0  # type: ignore[attr-defined]
+    best = tune(CALL, first, run, timer)
+    assert len(tried) == len([item for item in candidates(first) if item.decode_warps != 2])
+    assert (best.gate_rows, best.decode_warps, best.down_rows, best.down_warps) == (1, 4, 4, 4)
+    assert (best.gate_units, best.down_units, best.tokens) == (first.gate_units, first.down_units, first.tokens)
+
+
+def test_sizes_are_kept_in_a_file_and_a_damaged_one_is_no_harm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, blocks = tmp_path / "kernels" / "sizes.json", Blocks.of(QWEN, 8)._replace(gate_rows=16)
+    Tuned(path).put(QWEN, 8, blocks)
+    assert Tuned(path).get(QWEN, 8) == blocks
+    assert Tuned(path).get(QWEN, 6) is None
+    for damage in ("{", "[1]", '{"a": [1, "x"]}', '{"a": 3}', '{"a": [1]}'):
+        path.write_text(damage)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert Tuned(path).get(QWEN, 8) is None
+        assert "measured again" in caplog.text
+
+
+def test_triton_kernels_use_what_was_tuned(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+
+    spec = random_layer(("Q8_0", "Q8_0", "Q8_0"), 64, 64).spec
+    kernels = TritonKernels(torch.device("cpu"), tuned=tmp_path / "sizes.json")
+    assert isinstance(kernels, Tunable)
+    layout, buffer = kernels.layout(spec), torch.zeros(2, kernels.layout(spec).size, dtype=torch.uint8)
+    times = iter(range(1000, 0, -1))  # each run is faster than the one before
+
+    def timer(work: Callable[[], object]) -> float:
+        timer.runs += 1  # type: ignore[attr-defined]
+        return float(next(times))
+
+    timer.runs = 0  # type: ignore[attr-defined]
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs on the CPU")
+    kernels.tune(layout, spec.top_k, buffer, timer)
+    first, count = Blocks.of(layout, spec.top_k), timer.runs  # type: ignore[attr-defined]
+    found = Tuned(tmp_path / "sizes.json").get(layout, spec.top_k)
+    assert found is not None and found.decode_warps == 8 and found.gate_rows == 4 * first.gate_rows
+    kernels.tune(layout, spec.top_k, buffer, timer)
+    assert timer.runs == count, "a shape is tuned once"  # type: ignore[attr-defined]
+    assert kernels._sizes(SlotCall(buffer, layout, (0,), *[torch.zeros(1, spec.top_k)] * 3)) == found
