@@ -46,6 +46,7 @@ LOAD_EVERY_MISS = System(
 SYSTEMS = (KTRANSFORMERS, LOAD_EVERY_MISS, PUBLISHED, OURS)
 RATIOS = (0.25, 0.5, 0.75)
 PHASES = ("prefill", "decode")
+DEVICE = "cuda:0"
 CPU_THREADS = 10
 RECALL = 0.8
 """Of modelled predictions for the next layer; the routing has no recorded ones."""
@@ -64,7 +65,7 @@ class Bench:
 
     def __init__(self, model: Model, dry: bool, quick: bool) -> None:
         self.model, self.dry, self.quick = model, dry, quick
-        self.device = torch.device("cpu" if dry else "cuda:0")
+        self.device = torch.device("cpu" if dry else DEVICE)
         self.routing = routing(model, *((32, 12) if quick else (128, 64)), look_ahead=3, recall=RECALL)
         header, most = self.routing.header, len(self.routing.prompt)
         # Half of what is free: where pages cannot be registered, staging and the page cache want their part.

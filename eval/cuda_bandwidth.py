@@ -49,7 +49,7 @@ def bandwidths(costs: CostModel, expert_bytes: float, device: torch.device | Non
 
 
 def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measured: Bandwidths) -> dict[str, float]:
-    """What the engine's own calls reach, the lower of both kinds of layers: onloads of the link, decode of the memory."""
+    """What the engine's own calls reach (onloads, decode compute): the lower share over both kinds of layers."""
     found = [_layer_shares(accelerator, layer, measured) for layer in layers[:2]]
     return {
         "link_share": min(link for link, _ in found),

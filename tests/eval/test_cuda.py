@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval import cuda, shapes
+from eval import cuda, cuda_bandwidth, shapes
 from eval.cuda_bandwidth import Bandwidths
+from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.policy.counters import Counters
 
 KEYS = {
@@ -51,6 +52,39 @@ def test_dry_run_says_that_it_is_one(
     assert all(0 < float(row["p20_ms"]) <= float(row["p80_ms"]) for row in rows)
     static = next(row for row in rows if row["method"] == cuda.KTRANSFORMERS.name)
     assert float(static["link_mb_per_pass"]) == 0.0
+
+
+def test_measuring_runs_on_stand_ins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a real GPU, with the emulated device in its place: every call of it is made, no number means much."""
+    emulated = cuda.make_accelerator("emulated", torch.device("cpu"))
+    small = cuda.MODELS[2]._replace(hidden=256, intermediate=256)
+    monkeypatch.setattr(cuda, "MODELS", (small,))
+    monkeypatch.setattr(cuda, "RATIOS", (0.5,))
+    monkeypatch.setattr(cuda, "SYSTEMS", (cuda.KTRANSFORMERS, cuda.OURS))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "cuda_refusal", lambda: None)
+    monkeypatch.setattr(cuda, "make_accelerator", lambda name, device: emulated)
+    monkeypatch.setattr(cuda, "_kt", lambda threads: TorchExperts())
+    monkeypatch.setattr(cuda, "_limit_cpu", lambda: None)
+    monkeypatch.setattr(cuda, "fits", lambda *_: 2)
+    monkeypatch.setattr(cuda_bandwidth, "BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(cuda_bandwidth, "REPEATS", 2)
+    monkeypatch.setattr(cuda_bandwidth, "L2_BYTES", 1 << 18)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(cuda_bandwidth, "_device_us", lambda work, device, ahead=False: cuda_bandwidth._host_us(work))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True))
+    torch.set_num_threads(before)
+    assert result["emulated"] is False
+    assert set(result) == KEYS
+    assert all(value > 0 for name, value in result.items() if name != "emulated")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
+    assert {int(row["repetitions"]) for row in rows} == {3, 12}
+    assert {row["layers"] for row in rows} == {"2"}
 
 
 def test_roofline_is_the_slower_of_misses_and_everything() -> None:
