@@ -18,7 +18,7 @@ from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.counters import Counters
-from hybrimoe_plugin.policy.prefetch import Prediction, Prefetcher
+from hybrimoe_plugin.policy.prefetch import DOUBTFUL, Prediction, Prefetcher, PrefetchRequest
 from hybrimoe_plugin.policy.ranked import CachePolicy
 from hybrimoe_plugin.policy.schedule import Scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -52,6 +52,12 @@ class Idle(NamedTuple):
     until_us: float
 
 
+USED_SHARE = 0.65
+"""Share of recent prefetches that must have been needed before doubtful ones are tried."""
+SLACK = 0.05
+"""How sure these must be."""
+FADE = 0.9995
+"""What is left of old prefetches in that share, from one call to the next."""
 KEPT = math.inf
 """Worth of an expert that cannot or must not be evicted."""
 
@@ -87,10 +93,16 @@ class Controller:
         self.link_free_us = 0.0
         """When the link has delivered everything it was given."""
         self._arrivals: dict[ExpertRef, float] = {}
-        self._unused: set[ExpertRef] = set()
-        """Prefetched and not needed yet."""
+        self._unused: dict[ExpertRef, int] = {}
+        """Prefetched and not needed yet, with the distance over which it was predicted."""
+        self.by_distance: dict[int, list[int]] = {}
+        """Distance -> prefetches issued, and those that were then needed."""
         self._worth = np.full(cache.ranks.shape, KEPT)
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
+        self._demand = [1.0, 1.0]
+        """Recent share of layer calls with demand loads: of one token, of many."""
+        self._issued = self._used = 0.0
+        """Recent prefetches, and how many of them were needed."""
         self._layer_us = 0.0
         """Moving average of the time from one layer to the next."""
 
@@ -114,13 +126,13 @@ class Controller:
         started = perf_counter_ns()
         self._land(now_us)
         routed = tuple(Routed(expert, load, self._ready_us(layer, expert, now_us)) for expert, load in loads.items())
-        scheduler = self.decode if tokens == 1 else self.prefill
-        plan = scheduler.plan(routed, max(0.0, self.link_free_us - now_us))
+        plan = (self.decode if tokens == 1 else self.prefill).plan(routed, max(0.0, self.link_free_us - now_us))
         self.pool.lease(layer, plan.accelerator)
         self._value(layer)
         moves = tuple(self._load(layer, expert, now_us) for expert in plan.onload)
         self._count(layer, routed, plan, tokens)
-        self.confidence.check(layer, loads, tokens > 1)
+        self.confidence.check(layer, loads)
+        self._demand[tokens > 1] += 0.02 * (bool(moves) - self._demand[tokens > 1])
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
         return Step(layer, tokens, routed, plan, moves)
 
@@ -267,7 +279,7 @@ class Controller:
         self._worth[victim] = KEPT
         self.counters.evictions += 1
         if victim in self._unused:
-            self._unused.discard(victim)
+            self._unused.pop(victim)
             self.counters.prefetches_wasted += 1
 
     def _send(self, layer: int, expert: int, slot: int, now_us: float, cached: bool) -> Move:
@@ -285,16 +297,17 @@ class Controller:
         """The later layers as they stand now; predicted experts that are there are kept until their layer has run."""
         if self.prefetcher is None:
             return []
-        found, many = [], step.tokens > 1
+        found = []
         for distance, (layer, loads) in enumerate(predicted, 1):
             routed = tuple(Routed(e, load, self._ready_us(layer, e, now_us)) for e, load in loads.items())
-            self.confidence.predicted(layer, distance, routed)
-            confidence = self.confidence.of(distance, many)
+            confidence = self.confidence.predicted(layer, distance, routed, step.tokens > 1)
             found.append(Prediction(layer, distance, routed, confidence))
             row = self._worth[layer]
-            there = [item.expert for item in routed if row[item.expert] != KEPT]
-            sure = self.confidence.of(distance, many, offloaded=False)
-            row[there] = np.maximum(row[there], sure) if self.cache.probabilities else KEPT
+            for item in routed:
+                if row[item.expert] != KEPT:
+                    row[item.expert] = (
+                        max(row[item.expert], confidence[item.expert]) if self.cache.probabilities else KEPT
+                    )
         return found
 
     def _prefetch(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
@@ -302,18 +315,31 @@ class Controller:
             return []
         moves: list[Move] = []
         reach = step.layer if step.tokens > 1 else len(self._worth)
-        for request in self.prefetcher.choose(predictions, self._room(idle)):
+        for request in self.prefetcher.choose(predictions, self._room(idle), self._floor()):
             layer, expert = request.ref
-            gain_us = request.impact_us * request.confidence
-            deadline_us = idle.until_us + (request.distance - 1) * self._layer_us
-            if not self._may_send(step, predictions, idle, gain_us, deadline_us):
-                break
+            if request.confidence < DOUBTFUL and request.distance > 1 and self._can_wait():
+                continue
+            gain_us = self._gain_us(step, predictions, idle, request)
+            if gain_us <= 0.0:
+                continue
             slot = self._admit(layer, expert, reach, gain_us)
             if slot is not None:
                 moves.append(self._send(layer, expert, slot, idle.now_us, cached=True))
-                self._unused.add(request.ref)
+                self._unused[request.ref] = request.distance
+                self.by_distance.setdefault(request.distance, [0, 0])[0] += 1
+                self._issued += 1.0
         self.counters.prefetches += len(moves)
         return moves
+
+    def _can_wait(self) -> bool:
+        """Whether a transfer easily fits into one layer's time, so that doubtful ones wait for better predictions."""
+        return self.costs.transfer_us < 0.8 * self._layer_us
+
+    def _floor(self) -> float:
+        """How sure a prediction must be: doubtful ones are tried while enough prefetches have been used so far."""
+        self._issued *= FADE
+        self._used *= FADE
+        return SLACK if self._used > USED_SHARE * self._issued else DOUBTFUL
 
     def _fill(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
         """Bring misses that the CPU computed into the cache while the link is idle, the most likely ones first."""
@@ -322,9 +348,12 @@ class Controller:
         ranks = self.cache.ranks[step.layer]
         missed = [expert for expert in step.plan.cpu if self.pool.slot_of(step.layer, expert) is None]
         for expert in sorted(missed, key=lambda expert: -ranks[expert]):
-            gain_us = float(ranks[expert]) * self._miss_us if self.cache.probabilities else 0.0
-            if not self._may_send(step, predictions, idle, gain_us, KEPT):
-                break
+            late_us = self._end_us(idle) - idle.until_us
+            if late_us > 0.0:
+                # A call of many tokens must not wait for the sake of later ones.
+                gain_us = self._fill_gain_us(step.layer, expert, reach) if step.tokens == 1 else 0.0
+                if gain_us <= 0.0 or gain_us <= self._loss_us(step, predictions, idle, late_us):
+                    break
             slot = self._admit(step.layer, expert, reach)
             if slot is not None:
                 moves.append(self._send(step.layer, expert, slot, idle.now_us, cached=True))
@@ -332,31 +361,64 @@ class Controller:
         return moves
 
     def _room(self, idle: Idle) -> int:
-        """How many prefetches are worth choosing: what fits the idle time, or one that may last longer."""
+        """How many prefetches are worth choosing: what fits the idle time, and one or two that may end later."""
         transfer_us = self.costs.transfer_us
         if transfer_us <= 0.0:
             return 0
-        return max(1, int((idle.until_us - max(self.link_free_us, idle.now_us)) / transfer_us))
+        return max(0, int((idle.until_us - max(self.link_free_us, idle.now_us)) / transfer_us)) + 2
 
-    def _may_send(
-        self, step: Step, predictions: Sequence[Prediction], idle: Idle, gain_us: float, deadline_us: float
-    ) -> bool:
-        """Whether one more transfer fits the idle time, or gains more than the demand loads that it would delay."""
-        end_us = max(self.link_free_us, idle.now_us) + self.costs.transfer_us
-        late_us = end_us - idle.until_us
+    def _end_us(self, idle: Idle) -> float:
+        """When one more transfer would have arrived."""
+        return max(self.link_free_us, idle.now_us) + self.costs.transfer_us
+
+    def _fill_gain_us(self, layer: int, expert: int, reach: int) -> float:
+        """What the next token gains by a fill."""
+        if not self.cache.probabilities:
+            return 0.0
+        victim = None if self.pool.has_room(layer) else self._victim(layer, reach)
+        lost = 0.0 if victim is None else float(self._worth[victim])
+        return (float(self.cache.ranks[layer, expert]) - lost) * self._miss_us
+
+    def _gain_us(self, step: Step, predictions: Sequence[Prediction], idle: Idle, request: PrefetchRequest) -> float:
+        """Expected gain of a prefetch, less what it costs where the link stays busy beyond the next layer's start."""
+        sure = request.confidence
+        late_us = self._end_us(idle) - idle.until_us
         if late_us <= 0.0:
-            return True
-        if gain_us <= 0.0 or end_us > deadline_us or self._layer_us <= 0.0:
-            return False
-        scheduler = self.decode if step.tokens == 1 else self.prefill
-        known = [item.routed for item in predictions if item.confidence > 0.0] or [step.routed]
+            return sure * request.impact_us if request.impact_us else KEPT
+        if not request.impact_us or self._layer_us <= 0.0:
+            return 0.0
+        before = request.distance - 1
+        loss_us = self._loss_us(step, predictions, idle, late_us, before)
+        late_us -= before * self._layer_us
+        if late_us <= 0.0:
+            return sure * request.impact_us - loss_us
+        # It arrives while its own layer already runs: still sooner than a demand load would.
+        plan = self._scheduler(step).plan
+        routed = predictions[before].routed
+        coming = [i._replace(ready_us=late_us) if i.expert == request.ref.expert else i for i in routed]
+        now = plan(routed, max(0.0, late_us - self.costs.transfer_us)).makespan_us
+        right, wrong = plan(coming, late_us).makespan_us, plan(routed, late_us).makespan_us
+        return now - sure * right - (1.0 - sure) * wrong - loss_us
+
+    def _loss_us(
+        self, step: Step, predictions: Sequence[Prediction], idle: Idle, late_us: float, layers: int = 1 << 30
+    ) -> float:
+        """What the next `layers` lose if one more transfer keeps the link busy for `late_us` of their time."""
+        known = [item.routed for item in predictions if max(item.confidence.values()) > 0.0] or [step.routed]
+        plan = self._scheduler(step).plan
         loss_us, distance = 0.0, 0
-        while late_us > 0.0 and loss_us < gain_us:
+        while late_us > 0.0 and distance < layers:
             routed = known[min(distance, len(known) - 1)]
-            loss_us += scheduler.plan(routed, late_us).makespan_us - scheduler.plan(routed).makespan_us
+            free_us = max(0.0, late_us - self.costs.transfer_us)
+            predicted_us = plan(routed, late_us).makespan_us - plan(routed, free_us).makespan_us
+            # Predictions err: at least the usual share of calls will want the link.
+            loss_us += max(predicted_us, self._demand[step.tokens > 1] * (late_us - free_us))
             late_us -= self._layer_us
             distance += 1
-        return loss_us < gain_us
+        return loss_us
+
+    def _scheduler(self, step: Step) -> Scheduler:
+        return self.decode if step.tokens == 1 else self.prefill
 
     def _count(self, layer: int, routed: Sequence[Routed], plan: LayerPlan, tokens: int) -> None:
         counters = self.counters
@@ -370,7 +432,8 @@ class Controller:
                 counters.cache_hits += 1
                 ref = ExpertRef(layer, item.expert)
                 if ref in self._unused:
-                    self._unused.discard(ref)
+                    self.by_distance[self._unused.pop(ref)][1] += 1
+                    self._used += 1.0
                     counters.prefetches_used += 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from hybrimoe_plugin.config import PREFETCHERS
@@ -11,6 +11,9 @@ from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.schedule import Scheduler
+
+DOUBTFUL = 0.5
+"""Predictions less likely than this would waste more transfers than they save; see `Controller`."""
 
 
 class Prediction(NamedTuple):
@@ -20,8 +23,8 @@ class Prediction(NamedTuple):
     distance: int
     """1 for the next MoE layer."""
     routed: tuple[Routed, ...]
-    confidence: float = 1.0
-    """Measured share of such predictions that come true."""
+    confidence: Mapping[int, float]
+    """Expert -> measured share of such predictions that come true."""
 
 
 class PrefetchRequest(NamedTuple):
@@ -38,8 +41,8 @@ class Prefetcher(Protocol):
     calibrated: bool
     """Whether requests are weighed by measured confidence; otherwise predictions are taken as true."""
 
-    def choose(self, predictions: Sequence[Prediction], room: int) -> list[PrefetchRequest]:
-        """At most `room` offloaded experts to send, most useful first."""
+    def choose(self, predictions: Sequence[Prediction], room: int, floor: float = 0.0) -> list[PrefetchRequest]:
+        """At most `room` offloaded experts to send, most useful first; calibrated ones of at least `floor`."""
         ...
 
 
@@ -57,12 +60,10 @@ class ImpactPrefetcher:
         self._scheduler = scheduler
         self.calibrated = calibrated
 
-    def choose(self, predictions: Sequence[Prediction], room: int) -> list[PrefetchRequest]:
+    def choose(self, predictions: Sequence[Prediction], room: int, floor: float = 0.0) -> list[PrefetchRequest]:
         heap: list[tuple[float, int, _Chain]] = []
         for prediction in predictions if room > 0 else ():
-            if self.calibrated and prediction.confidence <= 0.0:
-                continue
-            chain = _Chain(prediction, self._scheduler, self.calibrated)
+            chain = _Chain(prediction, self._scheduler, self.calibrated, floor)
             if chain.advance():
                 heapq.heappush(heap, (-chain.expected_us, prediction.distance, chain))
         chosen: list[PrefetchRequest] = []
@@ -75,27 +76,36 @@ class ImpactPrefetcher:
 
 
 class _Chain:
-    """One layer's candidates, heaviest first, each with the impact it has once those before it are resident."""
+    """One layer's candidates, each with the impact it has once those before it are resident.
 
-    def __init__(self, prediction: Prediction, scheduler: Scheduler, calibrated: bool) -> None:
+    The heaviest come first; calibrated, loads count by their probability and those below `floor` not at all.
+    """
+
+    def __init__(self, prediction: Prediction, scheduler: Scheduler, calibrated: bool, floor: float) -> None:
         self._prediction = prediction
-        self._weight = prediction.confidence if calibrated else 1.0
+        self._calibrated = calibrated
         self._expert = -1
         self._impact_us = 0.0
         self._scheduler = scheduler
-        self._routed = list(prediction.routed)
-        self._queue = [index for index, item in enumerate(self._routed) if item.ready_us == OFFLOADED]
-        self._queue.sort(key=lambda index: self._routed[index].load)
-        self._makespan_us = scheduler.plan(self._routed).makespan_us if self._queue else 0.0
+        self._routed = routed = list(prediction.routed)
+        self._queue = [index for index, item in enumerate(routed) if item.ready_us == OFFLOADED]
+        if calibrated:
+            sure = prediction.confidence
+            self._queue = [index for index in self._queue if sure[routed[index].expert] >= floor]
+            self._queue.sort(key=lambda index: routed[index].load * sure[routed[index].expert])
+        else:
+            self._queue.sort(key=lambda index: routed[index].load)
+        self._makespan_us = scheduler.plan(routed).makespan_us if self._queue else 0.0
 
     @property
     def expected_us(self) -> float:
-        return self._impact_us * self._weight
+        return self._impact_us * self._prediction.confidence[self._expert] if self._calibrated else self._impact_us
 
     def request(self) -> PrefetchRequest:
         prediction = self._prediction
         ref = ExpertRef(prediction.layer, self._expert)
-        return PrefetchRequest(ref, prediction.distance, self._impact_us, prediction.confidence)
+        confidence = prediction.confidence.get(self._expert, 1.0)
+        return PrefetchRequest(ref, prediction.distance, self._impact_us, confidence)
 
     def advance(self) -> bool:
         """Go to the next candidate; False when none is left that helps."""
@@ -118,15 +128,15 @@ class ScorePrefetcher:
 
     calibrated = False
 
-    def choose(self, predictions: Sequence[Prediction], room: int) -> list[PrefetchRequest]:
+    def choose(self, predictions: Sequence[Prediction], room: int, floor: float = 0.0) -> list[PrefetchRequest]:
         candidates = [
-            (prediction.distance, -item.load, ExpertRef(prediction.layer, item.expert), prediction.confidence)
+            (prediction.distance, -item.load, ExpertRef(prediction.layer, item.expert))
             for prediction in predictions
             for item in prediction.routed
             if item.ready_us == OFFLOADED
         ]
         chosen = sorted(candidates)[:room]
-        return [PrefetchRequest(ref, distance, 0.0, confidence) for distance, _, ref, confidence in chosen]
+        return [PrefetchRequest(ref, distance, 0.0, 1.0) for distance, _, ref in chosen]
 
 
 def make_prefetcher(name: str, scheduler: Scheduler, costs: CostModel) -> Prefetcher | None:

@@ -13,7 +13,8 @@ SCHEDULER = HybriMoEScheduler(COSTS)
 
 
 def prediction(layer: int, *states: tuple[int, float]) -> Prediction:
-    return Prediction(layer, layer, tuple(Routed(e, load, ready) for e, (load, ready) in enumerate(states)))
+    routed = tuple(Routed(e, load, ready) for e, (load, ready) in enumerate(states))
+    return Prediction(layer, layer, routed, dict.fromkeys(range(len(states)), 1.0))
 
 
 def test_the_first_choice_has_the_highest_impact_of_all() -> None:
