@@ -43,6 +43,7 @@ class LeverDecoding:
         max_rows: rows that a target pass may have; a safety limit, not a budget.
         streamer: gets every token. `generate` does not hand its own to custom decoding methods.
         overlap: draft for the next cycle while a pass waits for flash; False is the plain twin.
+        price_union: count the experts that a node adds in a tree's cost; False is the plain twin.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LeverDecoding:
         max_rows: int = 64,
         streamer: Any = None,
         overlap: bool = True,
+        price_union: bool = True,
     ) -> None:
         if draft is None and policy.name != "none":
             raise SpeculationError(f"tree {policy.name} needs a draft")
@@ -63,7 +65,7 @@ class LeverDecoding:
         self.streamer = streamer
         self.calibration = Calibration()
         self.latency = LatencyTable()
-        self.reads = ExpertReads.of(target)
+        self.reads = ExpertReads.of(target) if price_union else None
         self.cost = CycleCost(self.latency, self.reads.union) if self.reads else CycleCost(self.latency)
         self.stats = SpeculationStats()
         self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
@@ -132,10 +134,13 @@ class _Run:
         begin = time.perf_counter()
         done = self._append(self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache))
         self.stats.prefill_us = (time.perf_counter() - begin) * 1e6
+        reads, us = self.owner.reads, self.stats.prefill_us
+        if reads is not None:
+            us = reads.rest(reads.count(), us)
         if not self.owner.latency.cells:
             # The prompt's pass is a first measurement: reads dominate it as they do every other pass.
             rows = min(self.stats.prompt_tokens, self.owner.max_rows)
-            self.owner.latency.observe(rows, 1, self.stats.prefill_us)
+            self.owner.latency.observe(rows, 1, us)
         self.tree = CandidateTree(int(self.ids[0, -1]), self.owner.calibration)
         if self.owner.draft is not None and not done:
             self.owner.draft.start(self.ids[0, :-1].tolist())

@@ -35,21 +35,36 @@ class ExpertReads:
             return None
         experts = len({block.expert for block in target.pack.blocks("expert")})
         union = ExpertUnion(len(target.experts.layers), experts, target.model.config.num_experts_per_tok)
-        # Until passes are measured: an expert's bytes at a gigabyte per second.
-        union.read_us = target.pack.blocks("expert")[0].nbytes / 1e3
-        return cls(target.experts, union)
+        made = cls(target.experts, union)
+        union.read_us = made.device_us()
+        return made
+
+    def device_us(self) -> float:
+        """What the device takes for one expert, by all that was read so far; at a gigabyte per second before that."""
+        counters = self.cache.pack.reader.counters
+        rate = counters.busy_us / counters.nbytes if counters.nbytes else 1e-3
+        return self.cache.pack.blocks("expert")[0].nbytes * rate
 
     def learn(self, tree: TokenTree, verified: Verified, verify_us: float) -> float:
         """Learn from a finished pass; the part of its time that its expert reads do not explain. Mutates."""
-        reads = self.cache.counters.reads - self.seen_reads
-        self.seen_reads = self.cache.counters.reads
+        reads = self.count()
         self._fit(reads, verify_us)
         if len(verified.row_of) == len(tree) and all(len(ids) == len(tree) for ids in self.cache.chosen.values()):
             chosen = np.stack([self.cache.chosen[layer] for layer in sorted(self.cache.chosen)])
             for row, token in enumerate(tree.tokens):
                 self.union.observe(token, chosen[:, row])
         self.union.set_resident(self.cache.resident())
-        return max(verify_us - reads * self.union.read_us, 0.05 * verify_us)
+        return self.rest(reads, verify_us)
+
+    def count(self) -> int:
+        """Experts read since the last call. Mutates."""
+        reads = self.cache.counters.reads - self.seen_reads
+        self.seen_reads = self.cache.counters.reads
+        return reads
+
+    def rest(self, reads: int, us: float) -> float:
+        """The part of a pass's time that its expert reads do not explain."""
+        return max(us - reads * self.union.read_us, 0.05 * us)
 
     def _fit(self, reads: int, us: float) -> None:
         """Exponentially weighted least squares of time on reads."""
@@ -61,6 +76,6 @@ class ExpertReads:
         rest_x, rest_y = reads - self._means[0], us - self._means[1]
         self._moments = (keep * self._moments[0] + dx * rest_x, keep * self._moments[1] + dx * rest_y)
         if self._weight > 5 and self._moments[0] > 1:
-            slope = self._moments[1] / self._moments[0]
-            least, most = 0.1 * self.union.read_us, 10 * self.union.read_us
-            self.union.read_us += 0.2 * (min(max(slope, least), most) - self.union.read_us)
+            slope, device = self._moments[1] / self._moments[0], self.device_us()
+            # A read can hide behind compute or bring compute with it, but not by any factor: passes are noisy.
+            self.union.read_us += 0.2 * (min(max(slope, 0.4 * device), 1.5 * device) - self.union.read_us)

@@ -72,6 +72,7 @@ class FlashExpertCache:
         self._buffers = [Buffer(block_memory(blocks)) for _ in range(self.pool.slots + ahead)]
         self._ahead_free = list(range(self.pool.slots, self.pool.slots + ahead))
         self._ahead: dict[tuple[int, int], _Read] = {}
+        self._views: dict[tuple[int, int], Tensors] = {}
         self.counters = ExpertCounters()
         self.chosen: dict[int, NDArray[np.int64]] = {}
         """MoE layer position -> ids [T, K] of its last call."""
@@ -210,4 +211,8 @@ class FlashExpertCache:
                 self.pool.evict(layer, read.expert)
 
     def _tensors(self, layer: int, expert: int, slot: int) -> Tensors:
-        return tensors_in(self._blocks[layer, expert], self._buffers[slot])
+        """Views of an expert in a slot; made once for each layer and buffer, whichever expert lies there."""
+        key = (layer, id(self._buffers[slot]))
+        if key not in self._views:
+            self._views[key] = tensors_in(self._blocks[layer, expert], self._buffers[slot])
+        return self._views[key]

@@ -39,6 +39,10 @@ class Calibration:
     gamma: float = 1.0
     step: float = 0.04
     rate: float = 0.02
+    seen: int = 0
+    """Positions observed."""
+    agreed: int = 0
+    """Of them, positions where the draft's likeliest token was the target's."""
     ranks: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """Moving average of the calibrated probabilities by rank: what an unseen node's children will be like."""
 
@@ -61,6 +65,8 @@ class Calibration:
         if not candidates.tokens:
             return
         hit = token in candidates.tokens
+        self.seen += 1
+        self.agreed += token == candidates.tokens[0]
         self.reliability += self.step * (float(hit) - self.reliability)
         self.reliability = min(max(self.reliability, 0.02), 0.99)
         if not hit:

@@ -1,0 +1,314 @@
+"""The cells of `eval.lever`: what is run, and what is written down about each run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.demo import build_demo_model, source_path
+from hybrimoe_plugin.experts.calibrate import cache_dir
+from lever_ext.decoding import LeverDecoding
+from lever_ext.demo import demo_draft, widened_pack
+from lever_ext.drafts.base import Draft
+from lever_ext.drafts.ngram import NGramDraft
+from lever_ext.early_exit.gate import ExitGate
+from lever_ext.early_exit.predictor import ExitPredictor
+from lever_ext.early_exit.prune import PruneSettings
+from lever_ext.flash.pack import FlashPack, block_memory
+from lever_ext.flash.reader import Buffer, Throttle, plain_gbps
+from lever_ext.packing import pack_model, pack_tokenizer
+from lever_ext.target import FlashTarget, load_target
+from lever_ext.tree.policies import (
+    Chain,
+    FixedBudget,
+    Lever,
+    NoSpeculation,
+    OptTree,
+    SpecInferTree,
+    TreePolicy,
+    make_policy,
+)
+
+PROMPTS = {
+    "code": "Write a Python function that checks whether a number is prime, and explain it.",
+    "arithmetic": "A shop sells pens at 3 dollars and books at 12 dollars. How much do 7 pens and 4 books cost? "
+    "Show each step.",
+    "dialogue": "I feel nervous about my first day at a new job. What should I do?",
+}
+TREES: dict[str, Callable[[], TreePolicy]] = {
+    "flash autoregressive": NoSpeculation,
+    "chain 8": lambda: Chain(8),
+    "chain 4": lambda: Chain(4),
+    "specinfer": SpecInferTree,
+    "specinfer 4-2-2-1": lambda: SpecInferTree((4, 2, 2, 1, 1, 1)),
+    "fixed 16": lambda: FixedBudget(16),
+    "fixed 8": lambda: FixedBudget(8),
+    "opt_tree 4": lambda: OptTree(4),
+    "opt_tree 16": lambda: OptTree(16),
+    "opt_tree 32": lambda: OptTree(32),
+    "greedy": lambda: make_policy("greedy"),
+    "lever": Lever,
+    "lever, no overlap": Lever,
+    "lever, cost without union": Lever,
+}
+BUDGETS = {"dense": "200MiB", "mixtral": "500MiB"}
+DENSE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "specinfer 4-2-2-1", "fixed 8", "fixed 16",
+               "opt_tree 16", "opt_tree 32", "greedy", "lever, no overlap", "lever")  # fmt: skip
+MOE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 16",
+             "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
+
+
+class Lab:
+    """Targets and drafts, made once for all cells."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(max(1, torch.get_num_threads()))
+        self._drafts: dict[str, Draft] = {"n-gram": NGramDraft()}
+        self._targets: dict[tuple[Any, ...], FlashTarget] = {}
+        self._tokenizer: Any = None
+
+    def pack(self, name: str) -> Path:
+        directory = cache_dir() / "lever" / name
+        if not (directory / "target.lever").exists():
+            if name == "dense":
+                widened_pack(source_path(), directory)
+            elif name == "narrow-fp32":
+                pack_model(directory, None, source_path(), "float32")
+            else:
+                pack_model(directory, None, build_demo_model(name))
+        return directory / "target.lever"
+
+    def target(self, name: str, budget: str | int, throttle: str = "", direct: bool = True) -> FlashTarget:
+        """One target is open at a time."""
+        key = (name, budget, throttle, direct)
+        if key not in self._targets:
+            self.close()
+            slowed = Throttle.parse(throttle) if throttle else None
+            self._targets[key] = load_target(self.pack(name), dram_budget=budget, throttle=slowed, direct=direct)
+        return self._targets[key]
+
+    def draft(self, name: str) -> Draft:
+        if name not in self._drafts:
+            self._drafts[name] = demo_draft(source_path(), int(name.split()[1]))
+        return self._drafts[name]
+
+    def prompt(self, kind: str) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = pack_tokenizer(self.pack("dense"))
+        chat = [{"role": "user", "content": PROMPTS[kind]}]
+        return self._tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    def close(self) -> None:
+        for target in self._targets.values():
+            target.close()
+        self._targets.clear()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Something to run; `run` gives its rows."""
+
+    name: str
+
+    def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TreeCell(Cell):
+    """All tree policies in turn on one prompt."""
+
+    target: str = "dense"
+    draft: str = "low-bit 65 %"
+    prompt: str = "code"
+    trees: tuple[str, ...] = DENSE_TREES
+    tokens: int = 32
+    rounds: int = 1
+    """The faster of several runs counts, for every policy alike."""
+    share: float = -1.0
+    """Of layers in DRAM; below 0 the target's own budget."""
+    throttle: str = ""
+
+    def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
+        # Throttled profiles are faster than this machine's disk: their bytes come from the page cache.
+        target = lab.target(self.target, self._budget(lab), self.throttle, direct=not self.throttle)
+        inputs, draft = lab.prompt(self.prompt), lab.draft(self.draft)
+        decoders = {tree: make_decoder(tree, target, draft) for tree in self.trees}
+        best: dict[str, dict[str, Any]] = {}
+        for turn in range(self.rounds + 1):
+            for tree in self.trees:
+                # The first turn warms up, with a few tokens: costs and calibration are learned in it.
+                decoder = decoders[tree]
+                row = self._once(decoder, tree, target, inputs, 12 if turn == 0 else self.tokens)
+                if turn and row["tokens_per_s"] > best.get(tree, {"tokens_per_s": 0.0})["tokens_per_s"]:
+                    best[tree] = row
+        for decoder in decoders.values():
+            decoder.close()
+        agreement = max((row["agreement"] for row in best.values() if row["tree"] == "chain 8"), default=0.0)
+        yield from ({**row, "agreement": agreement} for row in best.values())
+
+    def _budget(self, lab: Lab) -> str | int:
+        if self.share < 0:
+            return BUDGETS[self.target]
+        pack = FlashPack.open(lab.pack(self.target))
+        layers = pack.blocks("layer")
+        fixed = sum(block.nbytes for block in pack.blocks("resident"))
+        pack.close()
+        ring = 0 if self.share >= 1 else 3
+        return fixed + (round(self.share * len(layers)) + ring) * block_memory(layers)
+
+    def _once(self, decoder: LeverDecoding, tree: str, target: FlashTarget, inputs: Any, tokens: int) -> dict[str, Any]:
+        count = min(tokens, 10) if decoder.policy.name == "none" else tokens
+        agreed, seen = decoder.calibration.agreed, decoder.calibration.seen
+        target.model.generate(
+            **inputs, custom_generate=decoder, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        made = decoder.stats
+        cycles, passes = made.cycles, len(made.cycles)
+
+        def mean(name: str) -> float:
+            return round(sum(getattr(cycle, name) for cycle in cycles) / passes / 1e3, 2)
+
+        return {
+            "target": self.target,
+            "draft": self.draft,
+            "agreement": round((decoder.calibration.agreed - agreed) / max(1, decoder.calibration.seen - seen), 3),
+            "prompt": self.prompt,
+            "dram_share": self.share,
+            "label": made.label if not self.throttle else f"{made.label}, from the page cache",
+            "tree": tree,
+            "tokens": made.tokens,
+            "tokens_per_s": round(made.tokens_per_s, 4),
+            "acceptance_length": round(made.acceptance_length, 3),
+            "passes": passes,
+            "rows": round(sum(cycle.rows for cycle in cycles) / passes, 1),
+            "draft_ms": mean("draft_us"),
+            "verify_ms": mean("verify_us"),
+            "wait_ms": mean("wait_us"),
+            "project_ms": mean("project_us"),
+            "cycle_ms": mean("total_us"),
+            "predicted_ms": mean("predicted_us"),
+            "read_mb": round(sum(cycle.nbytes for cycle in cycles) / passes / 1e6, 1),
+            "value": "",
+        }
+
+
+def make_decoder(tree: str, target: FlashTarget, draft: Draft) -> LeverDecoding:
+    """Only ours drafts ahead; the twins are plain."""
+    policy, blind = TREES[tree](), "without union" in tree
+    overlap = policy.name == "lever" and "no overlap" not in tree
+    return LeverDecoding(
+        None if policy.name == "none" else draft, policy, target, overlap=overlap, price_union=not blind
+    )
+
+
+BLANK = {
+    "target": "", "draft": "", "agreement": "", "prompt": "", "dram_share": "", "label": "measured", "tree": "",
+    "tokens": "", "tokens_per_s": "", "acceptance_length": "", "passes": "", "rows": "", "draft_ms": "",
+    "verify_ms": "", "wait_ms": "", "project_ms": "", "cycle_ms": "", "predicted_ms": "", "read_mb": "",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReadCell(Cell):
+    """Our reader against plain large-block direct reads of the same file, in turns."""
+
+    repeats: int = 5
+
+    def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
+        lab.close()
+        path = lab.pack("dense")
+        shares = []
+        pack = FlashPack.open(path)
+        for _ in range(self.repeats):
+            plain = plain_gbps(path, 768 << 20)
+            ours = stream_gbps(pack, 768 << 20)
+            shares.append(ours / plain)
+            yield {**BLANK, "target": "dense", "tree": "reader", "value": round(ours, 3)}
+            yield {**BLANK, "target": "dense", "tree": "plain direct read", "value": round(plain, 3)}
+        pack.close()
+        yield {**BLANK, "target": "dense", "tree": "read share", "value": round(statistics.median(shares), 3)}
+
+
+def stream_gbps(pack: FlashPack, nbytes: int) -> float:
+    """GB/s of layer blocks through three buffers, as a target's stream reads them, with nothing to compute."""
+    blocks = pack.blocks("layer")
+    buffers = deque(Buffer(block_memory(blocks)) for _ in range(3))
+    for buffer in buffers:
+        buffer.bytes.zero_()  # the kernel hands out pages on first touch
+    waiting, done = deque[Any](), 0
+    begin = time.perf_counter()
+    for block in blocks:
+        if done >= nbytes:
+            break
+        buffer = buffers.popleft()
+        waiting.append(pack.submit(block, buffer))
+        buffers.append(buffer)
+        done += block.nbytes
+        if len(waiting) == 3:
+            waiting.popleft().result()
+    while waiting:
+        waiting.popleft().result()
+    return done / (time.perf_counter() - begin) / 1e9
+
+
+@dataclass(frozen=True)
+class IdentityCell(Cell):
+    """In float32, the tokens of every tree, pruned and not, against plain `generate` of the model in memory."""
+
+    tokens: int = 20
+    trees: tuple[str, ...] = ("lever", "chain 8", "specinfer", "opt_tree 16")
+
+    def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
+        from hybrimoe_plugin.hosts.transformers import load_plain_model
+
+        plain, _ = load_plain_model(None, source_path(), dtype=torch.float32, progress=False)
+        target = lab.target("narrow-fp32", "300MiB")
+        head = plain.get_output_embeddings().weight.detach()
+        gate = ExitGate(ExitPredictor(head * 0.05, 15, 0.0, ""), PruneSettings())
+        settings = {"max_new_tokens": self.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        for prompt in PROMPTS:
+            inputs = lab.prompt(prompt)
+            want = plain.generate(**inputs, **settings)
+            for tree in self.trees:
+                for pruned in (False, True):
+                    target.set_gate(gate if pruned else None)
+                    decoder = LeverDecoding(lab.draft("low-bit 65 %"), TREES[tree](), target)
+                    same = torch.equal(target.model.generate(**inputs, custom_generate=decoder, **settings), want)
+                    decoder.close()
+                    name = f"{tree}{', pruned' if pruned else ''}: identical"
+                    yield {**BLANK, "target": "narrow-fp32", "prompt": prompt, "tree": name, "value": int(same)}
+        target.set_gate(None)
+
+
+def _cells() -> Iterator[Cell]:
+    yield ReadCell("read")
+    yield IdentityCell("identity")
+    for draft, rounds in (("low-bit 65 %", 2), ("low-bit 50 %", 1), ("n-gram", 1)):
+        for prompt in PROMPTS:
+            yield TreeCell(f"dense, {draft}, {prompt}", "dense", draft, prompt, rounds=rounds)
+    for prompt in PROMPTS:
+        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", "low-bit 65 %", prompt, MOE_TREES, rounds=2)
+    few = ("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever")
+    for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        yield TreeCell(f"dram {share:.0%}", "dense", "low-bit 65 %", "code", few, 24, share=share)
+    for throttle in ("ufs3.1", "ufs4.0", "nvme"):
+        yield TreeCell(f"throttled {throttle}", "dense", "low-bit 65 %", "code", few, 24, throttle=throttle)
+
+
+CELLS = tuple(_cells())
+QUICK_CELLS: tuple[Cell, ...] = (
+    ReadCell("read", 1),
+    IdentityCell("identity", 10, ("lever",)),
+    TreeCell("dense", trees=("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever"), tokens=16),
+    TreeCell("moe", "mixtral", trees=("flash autoregressive", "chain 4", "opt_tree 4", "lever"), tokens=16),
+)
