@@ -48,6 +48,12 @@ def real(name: str) -> Trace:
         return read_trace(path)
 
 
+def recorded_names() -> tuple[str, ...]:
+    """Recorded demo traces that are there."""
+    folder = resources.files("eval") / "data"
+    return tuple(name for name in RECORDED if (folder / f"{name}.trace").is_file())
+
+
 @cache
 def flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
     """Flat routing in the shape of one of the paper's models; Mixtral's long-run popularity is the measured one."""

@@ -183,7 +183,9 @@ class Controller:
     def withdraw(self, layer: int, expert: int) -> None:
         """Forget a prefetch that the link never carried: its slot is free again."""
         self.pool.withdraw(layer, expert)
-        self._unused.discard(ExpertRef(layer, expert))
+        distance = self._unused.pop(ExpertRef(layer, expert))
+        self.by_distance[distance][0] -= 1
+        self._issued -= 1.0
         del self._arrivals[ExpertRef(layer, expert)]
         self._worth[layer, expert] = KEPT
         self.link_free_us -= self.costs.transfer_us

@@ -21,22 +21,26 @@ class BeladyCache(RankedCache):
         header = trace.header
         super().__init__(header.layers, header.experts)
         self._next: list[list[np.ndarray]] = [[] for _ in range(header.layers)]
-        self._call = [0] * header.layers
+        self._token = [0] * header.layers
         later = np.full((header.layers, header.experts), np.inf)
         left = np.zeros(header.layers)
-        # Backwards, so that `later` always holds the count of tokens left at each expert's next use.
+        # Backwards: `later` holds the count of tokens that were left at each expert's next use.
         for call in reversed(trace.calls):
-            layer = call.layer
-            self._next[layer].append(1.0 / np.maximum(left[layer] - later[layer] + 1.0, 1.0) * (later[layer] < np.inf))
             for row in call.ids[::-1]:
-                left[layer] += 1
-                later[layer, row] = left[layer]
+                self._next[call.layer].append(_nearness(left[call.layer], later[call.layer]))
+                left[call.layer] += 1
+                later[call.layer, row] = left[call.layer]
         for layer, steps in enumerate(self._next):
             steps.reverse()
-            first = 1.0 / np.maximum(left[layer] - later[layer] + 1.0, 1.0)
-            self.ranks[layer] = np.where(later[layer] < np.inf, first, 0.0)
+            self.ranks[layer] = _nearness(left[layer], later[layer])
 
     def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
         """Go on to what comes after this call."""
-        self.ranks[layer] = self._next[layer][self._call[layer]]
-        self._call[layer] += 1
+        self._token[layer] += len(topk_ids)
+        self.ranks[layer] = self._next[layer][self._token[layer] - 1]
+
+
+def _nearness(left: float, later: np.ndarray) -> np.ndarray:
+    """1 / tokens until the next use, 0 for never."""
+    known = later < np.inf
+    return np.where(known, 1.0 / (left - np.where(known, later, 0.0) + 1.0), 0.0)
