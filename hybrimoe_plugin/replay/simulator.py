@@ -23,6 +23,9 @@ class Outcome:
     ready: int = 0
     """Activations of these passes whose weights were resident, not just under way, when their call began."""
 
+    by_distance: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Distance -> prefetches issued and those used, over the whole trace."""
+
     @property
     def resident_rate(self) -> float:
         """Share of the judged decode activations that were resident when needed."""
@@ -59,4 +62,5 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
             outcome.decode_counters = outcome.decode_counters.plus(controller.counters.since(before))
             outcome.ready += ready
     outcome.counters = controller.counters.snapshot()
+    outcome.by_distance = {distance: (issued, used) for distance, (issued, used) in controller.by_distance.items()}
     return outcome
