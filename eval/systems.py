@@ -61,7 +61,6 @@ ABLATION = (
     OURS,
 )
 SINGLE = (
-    _system("static, prefetch alone", "static", "static", "layer", "expected"),
     _system("static, MRS cache alone", "static", "mrs", "layer", "off"),
     _system("static, learned cache alone", "static", "adaptive", "shared", "off"),
 )
