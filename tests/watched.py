@@ -8,7 +8,7 @@ import torch
 from fake_streams import LazyStreams
 
 from hybrimoe_plugin.experts.kernels.base import SlotCall
-from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, Part, SlotLayout, slot_layout
+from hybrimoe_plugin.experts.kernels.layout import Part, SlotLayout, join_planes, slot_layout, split_planes
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 
 
@@ -24,9 +24,7 @@ class WatchedKernels(TorchKernels):
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
         self._streams.touch(raw, write=False)
         self._streams.touch(target, write=True)
-        blocks = raw.reshape(-1, BLOCK_BYTES[part.type_name])
-        planes = [blocks[:, at : at + count].reshape(-1) for at, count in PLANES[part.type_name]]
-        target.copy_(torch.cat(planes))
+        target.copy_(torch.from_numpy(split_planes(raw.numpy(), part.type_name)))
 
     def gate_up(self, call: SlotCall) -> Any:
         self._streams.log.append("stage 1")
@@ -51,14 +49,8 @@ class WatchedKernels(TorchKernels):
         for slot in call.slots:
             for part in call.layout:
                 if part.split:
-                    start = part.offset
-                    blocks = part.size // BLOCK_BYTES[part.type_name]
-                    joined = torch.empty(blocks, BLOCK_BYTES[part.type_name], dtype=torch.uint8)
-                    for at, count in PLANES[part.type_name]:
-                        size = blocks * count
-                        joined[:, at : at + count] = call.buffer[slot, start : start + size].reshape(blocks, count)
-                        start += size
-                    buffer[slot, part.offset : part.offset + part.size] = joined.flatten()
+                    span = slice(part.offset, part.offset + part.size)
+                    buffer[slot, span] = join_planes(call.buffer[slot, span], part.type_name)
         return call._replace(buffer=buffer)
 
 

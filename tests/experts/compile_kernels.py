@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.experts.kernels import decode, prefill, repack
+from hybrimoe_plugin.experts.kernels import decode, linear, prefill, repack
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
 from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
@@ -31,6 +31,7 @@ TILES = {"order": INTS, "tile_slots": INTS, "tile_firsts": INTS, "tile_ends": IN
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
     """PTX of one kernel; pointers and sizes are multiples of 16, as they are at run time."""
     names = kernel.arg_names
+    types = {name: kind for name, kind in types.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     attributes = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name in types}
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -76,6 +77,12 @@ def main() -> None:
         check(f"gate_up_prefill {kind}", ptx, 12, 4)
         ptx = compiled(prefill.down_prefill, states, {**shape, "DOWN": kind, **dot}, sizes.prefill_warps)
         check(f"down_prefill {kind}", ptx, 12, 2)
+        matrix = {"states": STATES, "matrix": BYTES, "output": STATES, "tokens": "i32"}
+        size = {"KIND": kind, "ROWS": 4096, "COLUMNS": HIDDEN}
+        ptx = compiled(linear.linear_decode, matrix, {**size, "BLOCK_ROWS": 4, "BLOCK_UNITS": 32}, 4)
+        check(f"linear_decode {kind}", ptx, 12, 6)
+        ptx = compiled(linear.linear_prefill, matrix, {**size, **dot}, 4)
+        check(f"linear_prefill {kind}", ptx, 12, 2)
     for kind, planes in PLANES.items():
         constants = {
             "BLOCK_WORDS": BLOCK_BYTES[kind] // 2,

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from hybrimoe_plugin.core import ExpertSpec
 
 ALIGNMENT = 256
@@ -69,6 +73,27 @@ def slot_layout(spec: ExpertSpec, split: bool) -> SlotLayout:
         parts.append(Part(type_name, rows, columns, offset, size, split and type_name in PLANES))
         offset = _aligned(offset + size)
     return SlotLayout(*parts)
+
+
+def split_planes(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.uint8]:
+    """A matrix's stored bytes in slot form; a copy. What the repacking kernel does on a device."""
+    if type_name not in PLANES:
+        return raw.copy()
+    blocks = raw.reshape(-1, BLOCK_BYTES[type_name])
+    return np.concatenate([blocks[:, at : at + count].ravel() for at, count in PLANES[type_name]])
+
+
+def join_planes(planes: torch.Tensor, type_name: str) -> torch.Tensor:
+    """The stored bytes [n] uint8 of a matrix in slot form."""
+    if type_name not in PLANES:
+        return planes
+    count = planes.numel() // BLOCK_BYTES[type_name]
+    blocks = torch.empty(count, BLOCK_BYTES[type_name], dtype=torch.uint8, device=planes.device)
+    start = 0
+    for at, size in PLANES[type_name]:
+        blocks[:, at : at + size] = planes[start : start + count * size].view(count, size)
+        start += count * size
+    return blocks.flatten()
 
 
 def _aligned(size: int) -> int:

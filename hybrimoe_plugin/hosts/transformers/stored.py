@@ -12,6 +12,7 @@ from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.injection.match import Match
 from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
+from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.operators.embedding import LeanEmbedding
 from hybrimoe_plugin.operators.linear import StoredLinear
 from hybrimoe_plugin.operators.mla import LeanMLA
@@ -43,7 +44,7 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, StoredLinear):
             module.take(source.stored(f"{name.removesuffix('.stored')}.weight"))
-        elif isinstance(module, LeanEmbedding) and module.ggml is not None:
+        elif isinstance(module, DeviceLinear) or (isinstance(module, LeanEmbedding) and module.ggml is not None):
             module.take(source.stored(f"{name}.weight"))
         elif isinstance(module, LeanMLA) and module.ggml is not None:
             module.take_split(*source.stored_kv_b(f"{name}.kv_b_proj.weight"))
