@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.experts.base import Accelerator, CPUBackend, WholeCalls
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
@@ -232,13 +233,19 @@ class Engine:
         """Give a part of the cache back to the rest of the model and go on; the interrupted call is run again.
 
         Raises:
-            torch.OutOfMemoryError: there is no cache left to give.
+            torch.OutOfMemoryError, BudgetError: there is no cache left to give.
         """
         before = sum(self.controller.pool.quotas)
         if self.accelerator is None or not before:
             raise error
-        moves = self.controller.shrink(SHRINK_TO)
-        self.accelerator.allocate(self.controller.pool.slots, self.layers)
+        while True:
+            moves = self.controller.shrink(SHRINK_TO)
+            try:
+                self.accelerator.allocate(self.controller.pool.slots, self.layers)
+                break
+            except BudgetError:  # what was given back may lie in pieces
+                if not sum(self.controller.pool.quotas):
+                    raise
         for move in moves:
             self.accelerator.onload(move.slot, self.layers[move.layer], move.expert)
         left = sum(self.controller.pool.quotas)

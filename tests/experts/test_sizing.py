@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.errors import BackendError, BudgetError, ConfigError
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.memory import (
     MOST_STAGING_SLOTS,
@@ -66,6 +66,22 @@ def test_out_of_memory_shrinks_the_cache_and_goes_on(caplog: pytest.LogCaptureFi
     assert 0 < left < before
     assert caplog.text.count("the cache shrinks from") == 2
     assert engine.accelerator._buffer.shape[0] == left + engine.controller.pool.staging
+
+
+def test_a_smaller_pool_that_does_not_fit_either_is_made_smaller_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, routers = build(cache_ratio=0.5)
+    real, asked = engine.accelerator.allocate, []
+
+    def allocate(slots: int, layers: object) -> None:
+        asked.append(slots)
+        if len(asked) < 3:
+            raise BudgetError("in pieces")
+        real(slots, layers)
+
+    monkeypatch.setattr(engine.accelerator, "allocate", allocate)
+    engine._shrink(torch.OutOfMemoryError("CUDA out of memory"))
+    assert asked[0] > asked[1] > asked[2]
+    run(engine, routers, 3, 0)
 
 
 def test_out_of_memory_without_a_cache_is_raised() -> None:
