@@ -1,7 +1,7 @@
 """How fast is classic kTransformers with our rules and with its own, on this machine, in one run?
 
-All are the real `ktransformers.local_chat` with the demo model, greedy, the same questions, in turns; kTransformers' own
-`KExpertsCPU` runs on the same prebuilt kernels. `ours, its linears` keeps kTransformers' linear layers, which tells what
+All are the real `ktransformers.local_chat` with the demo model, greedy, the same questions, in turns. kTransformers'
+own `KExpertsCPU` runs on the same prebuilt kernels. `ours, its linears` keeps its linear layers, which tells how much
 of the difference is theirs. Rates are those that `local_chat` prints. Everything is measured.
 """
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.operators.bind import HybriMoE, bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -42,8 +42,11 @@ class Shared:
         """
         found = getattr(loader, _ON_LOADER, None)
         if not isinstance(found, cls):
+            files = getattr(loader, "file_data_map", None)
+            if not files:
+                raise WeightsError(f"{type(loader).__name__} has no GGUF files; HybriMoE reads experts from GGUF")
             # Its loader takes every GGUF file below a directory; so must ours, to mean the same model.
-            found = cls(GGUFStore.open(sorted(loader.file_data_map)))
+            found = cls(GGUFStore.open(sorted(files)))
             setattr(loader, _ON_LOADER, found)
         return found
 
