@@ -154,7 +154,7 @@ def _always(why: str) -> Callable[[], str | None]:
     return lambda: why
 
 
-# Later releases keep their loader elsewhere and have compiled parts of other shapes; up to 0.5 those three patches apply
+# Later releases keep their loader elsewhere and have compiled parts of other shapes; up to 0.5 only the patches apply
 # whose functions are the same in their sources (read there, run with the pinned release only).
 PATCHES = (
     Patch(
