@@ -59,8 +59,9 @@ TREES: dict[str, Callable[[], TreePolicy]] = {
     "lever, cost without union": Lever,
 }
 BUDGETS = {"dense": "200MiB", "mixtral": "500MiB"}
-DENSE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "specinfer 4-2-2-1", "fixed 8", "fixed 16",
-               "opt_tree 16", "opt_tree 32", "greedy", "lever, no overlap", "lever")  # fmt: skip
+DENSE_TREES = ("flash autoregressive", "chain 8", "specinfer", "specinfer 4-2-2-1", "fixed 16", "opt_tree 16",
+               "opt_tree 32", "greedy", "lever, no overlap", "lever")  # fmt: skip
+FEW_TREES = ("flash autoregressive", "chain 8", "specinfer", "fixed 16", "opt_tree 16", "lever")
 MOE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 16",
              "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
 
@@ -148,7 +149,7 @@ class TreeCell(Cell):
             for tree in self.trees:
                 # The first turn warms up, with a few tokens: costs and calibration are learned in it.
                 decoder = decoders[tree]
-                row = self._once(decoder, tree, target, inputs, 12 if turn == 0 else self.tokens)
+                row = self._once(decoder, tree, target, inputs, 6 if turn == 0 else self.tokens)
                 if turn and row["tokens_per_s"] > best.get(tree, {"tokens_per_s": 0.0})["tokens_per_s"]:
                     best[tree] = row
         for decoder in decoders.values():
@@ -292,17 +293,19 @@ class IdentityCell(Cell):
 
 def _cells() -> Iterator[Cell]:
     yield ReadCell("read")
-    yield IdentityCell("identity")
-    for draft, rounds in (("low-bit 65 %", 2), ("low-bit 50 %", 1), ("n-gram", 1)):
-        for prompt in PROMPTS:
-            yield TreeCell(f"dense, {draft}, {prompt}", "dense", draft, prompt, rounds=rounds)
     for prompt in PROMPTS:
-        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", "low-bit 65 %", prompt, MOE_TREES, rounds=2)
+        yield TreeCell(f"dense, low-bit 65 %, {prompt}", prompt=prompt)
+    yield IdentityCell("identity")
+    for prompt in PROMPTS:
+        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES)
     few = ("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever")
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        yield TreeCell(f"dram {share:.0%}", "dense", "low-bit 65 %", "code", few, 24, share=share)
+        yield TreeCell(f"dram {share:.0%}", trees=few, tokens=24, share=share)
+    for draft in ("low-bit 50 %", "n-gram"):
+        for prompt in PROMPTS:
+            yield TreeCell(f"dense, {draft}, {prompt}", draft=draft, prompt=prompt, trees=FEW_TREES)
     for throttle in ("ufs3.1", "ufs4.0", "nvme"):
-        yield TreeCell(f"throttled {throttle}", "dense", "low-bit 65 %", "code", few, 24, throttle=throttle)
+        yield TreeCell(f"throttled {throttle}", trees=few, tokens=24, throttle=throttle)
 
 
 CELLS = tuple(_cells())
