@@ -47,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Run the question; gives what the JSON line says."""
     parser = report.parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of kTransformers' own experts (default 1)")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each set of rules is started (default 2)")
     args = parser.parse_args(arguments)
     python = interpreter()
-    rounds, tokens = (1, 16) if args.quick else (2, 40)
+    rounds, tokens = (1, 16) if args.quick else (args.rounds, 40)
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in RULES}
     for _ in range(rounds):
         for name, flags in RULES.items():  # in turns, so that a slow spell of the machine meets both
