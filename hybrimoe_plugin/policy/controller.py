@@ -52,8 +52,10 @@ class Idle(NamedTuple):
     until_us: float
 
 
-USED_SHARE = 0.65
+USED_SHARE = 0.4
 """Share of recent prefetches that must have been needed before doubtful ones are tried."""
+RARE = 0.1
+"""Share of calls with demand loads up to which the link counts as free."""
 SLACK = 0.05
 """How sure these must be."""
 FADE = 0.9995
@@ -319,7 +321,7 @@ class Controller:
         reach = step.layer if step.tokens > 1 else len(self._worth)
         for request in self.prefetcher.choose(predictions, self._room(idle), self._floor()):
             layer, expert = request.ref
-            if request.confidence < DOUBTFUL and request.distance > 1 and self._can_wait():
+            if request.confidence < DOUBTFUL and not self._may_doubt(request.distance, idle, step.tokens > 1):
                 continue
             gain_us = self._gain_us(step, predictions, idle, request)
             if gain_us <= 0.0:
@@ -333,9 +335,15 @@ class Controller:
         self.counters.prefetches += len(moves)
         return moves
 
-    def _can_wait(self) -> bool:
-        """Whether a transfer easily fits into one layer's time, so that doubtful ones wait for better predictions."""
-        return self.costs.transfer_us < 0.8 * self._layer_us
+    def _may_doubt(self, distance: int, idle: Idle, many: bool) -> bool:
+        """Whether a doubtful prefetch may be sent now: not before better predictions will be there, nor into the way.
+
+        A transfer that easily fits into one layer's time waits for the prediction of the next layer. One that ends
+        late is sent only where hardly any call wants the link.
+        """
+        if distance > 1 and self.costs.transfer_us < 0.8 * self._layer_us:
+            return False
+        return self._end_us(idle) <= idle.until_us or self._demand[many] < RARE
 
     def _floor(self) -> float:
         """How sure a prediction must be: doubtful ones are tried while enough prefetches have been used so far."""
