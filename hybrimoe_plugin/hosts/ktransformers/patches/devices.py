@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,6 @@ import torch
 
 from hybrimoe_plugin.hosts.ktransformers.changes import Changes
 from hybrimoe_plugin.hosts.ktransformers.patches.base import Patch, no_cuda
-
-log = logging.getLogger(__name__)
 
 _MARLIN = {"KLinearMarlin": "KLinearTorch", "KExpertsMarlin": "KExpertsCPU"}
 _MARLIN_UTILS = "ktransformers.ktransformers_ext.operators.custom_marlin.quantize.utils.marlin_utils"
