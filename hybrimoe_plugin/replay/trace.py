@@ -14,6 +14,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -26,6 +27,8 @@ from hybrimoe_plugin.errors import TraceError
 
 FORMAT, VERSION = "hybrimoe-trace", 1
 CHUNK_CALLS = 256
+MEMBER_BYTES = 1 << 30
+"""Largest array that is unpacked; 256 calls of 8192 tokens stay far below."""
 _COLUMNS = ("layer", "tokens", "ids", "weights", "score_ids", "scores", "predicted")
 
 
@@ -171,9 +174,13 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
                 raise TraceError(f"{path}: holds {len(calls)} calls, its footer says {footer['calls']}")
     except FileNotFoundError:
         raise TraceError(f"{path}: no such trace file") from None
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError) as error:
         raise TraceError(f"{path}: cut off, damaged or no trace ({type(error).__name__}: {error})") from None
-    except (MemoryError, OverflowError, RuntimeError) as error:  # what a hostile archive can provoke
+    except (
+        MemoryError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # NotImplementedError too: what hostile archives provoke
         raise TraceError(f"{path}: damaged trace ({type(error).__name__}: {error})") from None
     return Trace(header, calls)
 
@@ -210,6 +217,8 @@ def _chunk_calls(
 ) -> Iterator[Call]:
     columns = {}
     for name in _COLUMNS:
+        if archive.getinfo(f"{chunk}/{name}").file_size > MEMBER_BYTES:
+            raise TraceError(f"{path}: an array of chunk {chunk} is larger than any recording makes")
         with archive.open(f"{chunk}/{name}") as member:
             columns[name] = np.lib.format.read_array(member, allow_pickle=False)
     ids, predicted = columns["ids"].astype(np.int64), columns["predicted"].astype(np.int64)
