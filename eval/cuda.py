@@ -67,9 +67,9 @@ class Bench:
         self.model, self.dry, self.quick = model, dry, quick
         self.device = torch.device("cpu" if dry else DEVICE)
         self.routing = routing(model, *((32, 12) if quick else (128, 64)), look_ahead=3, recall=RECALL)
-        header, most = self.routing.header, len(self.routing.prompt)
+        header, most = self.routing.header, len(self.routing.prompts[0])
         # Half of what is free: where pages cannot be registered, staging and the page cache want their part.
-        count = min(most, 3) if dry else fits(model, header.experts, most, 0.5 * free_host_bytes())
+        count = min(most, 3 if quick else 12) if dry else fits(model, header.experts, most, 0.5 * free_host_bytes())
         self.layers = layers_of(model, header, count, dry)
         made = make_accelerator("emulated" if dry else "cuda", self.device)
         assert made is not None
@@ -166,15 +166,15 @@ class Timing(NamedTuple):
 def measure(bench: Bench, system: System, ratio: float) -> dict[str, Timing]:
     """Both phases of one system at one cache size; warm-up is one prompt and four tokens."""
     engine = bench.engine(system, ratio)
-    decode = bench.routing.decode
-    for calls in (bench.routing.prompt, *decode[:4]):
+    prompts, decode = bench.routing.prompts, bench.routing.decode
+    for calls in (prompts[-1], *decode[:4]):
         bench.run(engine, calls)
     found = {}
     for phase in PHASES:
         before, us, started = engine.controller.counters.snapshot(), [], time.perf_counter()
         repeats = (3 if bench.quick else REPEATS) if phase == "prefill" else len(decode)
         for turn in range(repeats):
-            us.append(bench.run(engine, bench.routing.prompt if phase == "prefill" else decode[turn]))
+            us.append(bench.run(engine, prompts[turn % len(prompts)] if phase == "prefill" else decode[turn]))
             if len(us) >= REPEATS and time.perf_counter() - started > CELL_SECONDS:
                 break
         found[phase] = Timing(us, engine.controller.counters.since(before))
@@ -204,7 +204,7 @@ def rows_of(bench: Bench, bandwidths: Bandwidths) -> list[dict[str, Any]]:
                         "cache": ratio,
                         "method": system.name,
                         "phase": phase,
-                        "tokens": len(bench.routing.prompt[0].ids) if phase == "prefill" else 1,
+                        "tokens": len(bench.routing.prompts[0][0].ids) if phase == "prefill" else 1,
                         "p20_ms": low / 1e3,
                         "p50_ms": statistics.median(timing.us) / 1e3,
                         "p80_ms": high / 1e3,
@@ -247,6 +247,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dry = reason is not None
     if dry:
         log.warning("dry run on the emulated accelerator, no number is a measurement: %s", reason)
+        torch.set_num_threads(1)  # tiny operations: more threads only wait for one another
     else:
         _limit_cpu()
     rows: list[dict[str, Any]] = []

@@ -48,10 +48,14 @@ TINY = 64, 64, ("Q8_0", "Q8_0", "Q8_0")
 """Hidden size, intermediate size and types of a dry run: routing and plans are the model's, arithmetic is small."""
 
 
-class Routing(NamedTuple):
-    """One prompt and the tokens after it, all layers with the same tokens."""
+PROMPTS = 4
+"""Different prompts in turn: one alone, again and again, would find its own experts in every cache that learns."""
 
-    prompt: list[Call]
+
+class Routing(NamedTuple):
+    """Prompts and the tokens after the first one, all layers with the same tokens."""
+
+    prompts: list[list[Call]]
     decode: list[list[Call]]
     header: TraceHeader
 
@@ -59,16 +63,20 @@ class Routing(NamedTuple):
 def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: int, recall: float) -> Routing:
     """The model's routing with modelled predictions for `look_ahead` layers.
 
-    A recorded prompt that is too short is continued with the recorded answer; answer tokens then come again in decode.
+    A recorded prompt that is too short is continued with the recorded answer, whose tokens then come again in decode;
+    further prompts are later windows of the same record.
     """
-    if model.trace in traces.REAL:
-        trace = _recorded(traces.real(model.trace), prompt_tokens, decode_tokens)
-    else:
-        trace = traces.flat(model.trace, prompt_tokens, decode_tokens, text=0)
-    if look_ahead:
-        trace = with_predictions(trace, recall, look_ahead)
-    prompt, *decode = trace.passes()
-    return Routing(prompt, decode, trace.header)
+    variants = []
+    for number in range(PROMPTS):
+        if model.trace in traces.REAL:
+            trace = _recorded(traces.real(model.trace), prompt_tokens, decode_tokens, number)
+        else:
+            trace = traces.flat(model.trace, prompt_tokens, decode_tokens, text=number)
+        if look_ahead:
+            trace = with_predictions(trace, recall, look_ahead, seed=number)
+        variants.append(trace)
+    passes = [list(trace.passes()) for trace in variants]
+    return Routing([groups[0] for groups in passes], passes[0][1:], variants[0].header)
 
 
 def layers_of(model: Model, header: TraceHeader, count: int, tiny: bool) -> list[LayerWeights]:
@@ -94,7 +102,7 @@ def layer_bytes(model: Model, experts: int) -> float:
     return experts * sum(sizes) / len(sizes)
 
 
-def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int) -> Trace:
+def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int, window: int) -> Trace:
     """Prompt and answer of a recorded run, without the layer that lacks most of the prompt."""
     groups = list(trace.passes())
     prompt, answer = groups[0], [group for group in groups[1:] if len(group[0].ids) == 1]
@@ -102,8 +110,9 @@ def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int) -> Trace:
     calls = []
     for layer in whole:
         rows = [call for group in (prompt, *answer) for call in group if call.layer == layer]
-        ids = np.concatenate([call.ids for call in rows])[:prompt_tokens]
-        weights = np.concatenate([call.weights for call in rows])[:prompt_tokens]
+        ids, weights = np.concatenate([c.ids for c in rows]), np.concatenate([c.weights for c in rows])
+        first = window * max(0, len(ids) - prompt_tokens) // (PROMPTS - 1)
+        ids, weights = ids[first : first + prompt_tokens], weights[first : first + prompt_tokens]
         calls.append(Call(layer, ids, weights, None, ()))
     for group in answer[:decode_tokens]:
         calls += [call for call in group if call.layer in whole]

@@ -115,17 +115,19 @@ def test_summary_takes_the_worst_cell_over_every_baseline() -> None:
 def test_shapes_have_the_bytes_of_the_models() -> None:
     qwen = shapes.MODELS[0]
     found = shapes.routing(qwen, 40, 3, look_ahead=2, recall=0.8)
-    assert [len(call.ids) for call in found.prompt] == [40] * 47
+    assert [[len(call.ids) for call in prompt] for prompt in found.prompts] == [[40] * 47] * shapes.PROMPTS
+    first, last = found.prompts[0][0].ids, found.prompts[-1][0].ids
+    assert not np.array_equal(first, last)
     assert [len(group) for group in found.decode] == [47] * 3
     assert [len(call.predicted) for call in found.decode[0][-3:]] == [2, 1, 0]
     assert shapes.layer_bytes(qwen, 128) == pytest.approx(128 * 3 * 2048 * 768 * (5 * 144 + 210) / 6 / 256)
     small = qwen._replace(hidden=256, intermediate=256)
-    first, second = shapes.layers_of(small, found.header, 2, tiny=False)
-    assert (first.spec.down_type, second.spec.down_type) == ("Q4_K", "Q6_K")
-    for layer in (first, second):
+    one, two = shapes.layers_of(small, found.header, 2, tiny=False)
+    assert (one.spec.down_type, two.spec.down_type) == ("Q4_K", "Q6_K")
+    for layer in (one, two):
         assert layer.spec.experts == 128
         for matrix in layer.dequantized(5):
             assert torch.isfinite(matrix).all()
             assert 0.1 < float(matrix.std()) * 16 < 3
-    assert not np.shares_memory(first.gate.stacked, second.gate.stacked)
+    assert not np.shares_memory(one.gate.stacked, two.gate.stacked)
     assert shapes.fits(qwen, 128, 48, 1e9) == 2
