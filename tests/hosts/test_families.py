@@ -146,3 +146,41 @@ def test_generate_streams_samples_and_stops(files: dict[str, Path]) -> None:
             answers.append(built.generate(ids, max_new_tokens=8, pad_token_id=0, eos_token_id=95, **options))
         assert torch.equal(*answers)
     model.hybrimoe.close()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_tied_embeddings_with_and_without_a_stored_table(family: str, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path, family, changes={"tie_word_embeddings": True})
+    prompt, steps = tiny.tokens(9), tiny.tokens(2, seed=1)
+    wanted = forward(tiny.model(family, tie_word_embeddings=True), prompt, steps)
+    for settings in ({"cpu_backend": "torch"}, {"cpu_backend": "torch", "linears": "plain"}, {"dense": "plain"}):
+        model, _ = load_model(None, path, dtype="float32", progress=False, **{"cpu_backend": "torch", **settings})
+        torch.testing.assert_close(forward(model, prompt, steps), wanted)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        model.hybrimoe.close()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_matrices_as_stored_are_within_their_activation_error(family: str, tmp_path: Path) -> None:
+    """Dense matrices in Q8_0, one module at a time: a router's near tie must not hide or fake an error."""
+    needs.kt_kernel()
+    # 48 columns are no whole number of blocks.
+    path = tiny.write(tmp_path, family, types=lambda name: "F32" if "attn_q_b" in name else "Q8_0")
+    plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
+    model, _ = load_model(None, path, dtype="float32", cpu_backend="torch", linears="quantised", progress=False)
+    seen: dict[str, list[torch.Tensor]] = {"plain": [], "stored": []}
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    plain.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _m, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
+    )
+    plain.model.layers[1].self_attn.register_forward_hook(lambda _m, _a, out: seen["plain"].append(out[0]))
+    hidden = torch.randn(1, 5, plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain(tiny.tokens(12), use_cache=False)
+        args, kwargs = inputs[0]
+        seen["stored"].append(model.model.layers[1].self_attn(*args, **kwargs)[0])
+        head, stored_head = plain.lm_head(hidden), model.lm_head(hidden)
+        table, stored_table = plain.model.embed_tokens(tiny.tokens(12)), model.model.embed_tokens(tiny.tokens(12))
+    for found, wanted in ((seen["stored"][0], seen["plain"][0]), (stored_head, head), (stored_table, table)):
+        assert (found - wanted).norm() / wanted.norm() < 0.03
+    model.hybrimoe.close()

@@ -74,7 +74,7 @@ def load_model(
     model = meta_model(config, _dtype(dtype))
     parsed = load_rules(rules_path(rules, config))
     plan = without_plain(with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings))
-    if dtype is None and any(keeps_stored(match) for match in plan):
+    if dtype is None and any(keeps_stored(match, store) for match in plan):
         # No large tensor is left in the model's own type, and small CPU operations are quickest in float32.
         model.to(torch.float32)
     injection = inject(model, plan, store, config)
@@ -184,9 +184,9 @@ def load_dense(
     Mutates: `model`.
     """
     source = ParameterSource(store, config)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if tied and not isinstance(model.get_input_embeddings(), nn.Embedding):
-        tied = set()  # a stored table is nothing to tie to; a plain head reads its own copy
+    # A table that stays as stored is nothing to tie to; a plain head then reads its own copy.
+    has_table = isinstance(getattr(model.get_input_embeddings(), "weight", None), torch.Tensor)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings and has_table else set()
     wanted = {name: value for name, value in model.state_dict().items() if name not in tied and value.is_meta}
     check_host(sum(value.numel() * value.element_size() for value in wanted.values()), "the dense weights")
     # Checked as a whole before the first is read, so that a wrong file fails at once.

@@ -40,6 +40,8 @@ class ParameterSource:
         Raises:
             WeightsError: no tensor of the file belongs to this parameter.
         """
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
         layer = f"blk.{_layer(name)}"
         if name.endswith(_EXPERTS[0]):
             return f"{layer}.ffn_gate_exps.weight", f"{layer}.ffn_up_exps.weight"
@@ -76,8 +78,6 @@ class ParameterSource:
         Raises:
             WeightsError: missing, or made of several tensors.
         """
-        if name == "lm_head.weight" and self.config.tie_word_embeddings:
-            name = "model.embed_tokens.weight"
         (found,) = self.gguf_names(name)
         info = self.store.info(found)
         data = self.store.raw(found)

@@ -23,13 +23,13 @@ def without_plain(plan: Sequence[Match]) -> list[Match]:
     return [match for match in plan if not (_is_dense(match) and match.kwargs.get("dense") == "plain")]
 
 
-def keeps_stored(match: Match) -> bool:
+def keeps_stored(match: Match, store: GGUFStore) -> bool:
     """Whether the match's operator will read matrices as stored. Raises: as `stored_kernels`."""
     if not _is_dense(match):
         return False
     settings = dict(match.kwargs)
     devices = [settings.pop(name, "auto") for name in ("prefill_device", "generate_device")]
-    return stored_kernels(Settings.of(settings), *devices) is not None
+    return stored_kernels(store, Settings.of(settings), *devices) is not None
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
