@@ -17,6 +17,8 @@ from rich.table import Table
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parent.parent
+
 Row = Mapping[str, Any]
 
 

@@ -37,6 +37,10 @@ class GgmlExperts:
         self._layers: list[_Layer] = []
         self._output: torch.Tensor | None = None
 
+    def share(self, ggml: Ggml) -> None:
+        """Use the kernels, and with them the team of threads, of the model's dense part for layers added from now."""
+        self._ggml = ggml
+
     def add_layer(self, weights: LayerWeights) -> None:
         """Raises: BackendError: a type without a kernel."""
         self._layers.append(_Layer(self._ggml, self.threads, weights))
@@ -121,7 +125,7 @@ class _Call:
     """The graph of T tokens with K experts each."""
 
     def __init__(self, ggml: Ggml, threads: int, stored: Sequence[Stored], tokens: int, count: int) -> None:
-        graph = Graph(ggml, threads)
+        graph = Graph(ggml, threads, kept=tokens == 1)
         gate, up, down = (graph.weight(matrix) for matrix in stored)
         self._x: Node = graph.input(tokens, 1, stored[0].shape[2])
         self._ids = graph.input(tokens, count, dtype=torch.int32)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 from collections.abc import Sequence
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,8 +79,44 @@ class Node(NamedTuple):
         return self.data
 
 
+class Team:
+    """Whether graphs use all their threads, or one because another process keeps the others off their cores.
+
+    ggml's threads meet at a barrier after each operation. A core that is shared holds up every one of them for whole
+    time slices: on 2 busy cores a decode step took 55 times its time with two threads, with one twice (docs/LOG.md).
+    """
+
+    STREAK = 3
+    """So many disturbed runs in a row send the team home."""
+    PAUSES = (128, 4096)
+    """Runs until the next try, at first and at most: each vain try doubles them."""
+
+    def __init__(self) -> None:
+        self._disturbed = 0
+        self._alone = 0
+        self._pause = self.PAUSES[0]
+
+    @property
+    def together(self) -> bool:
+        return self._alone == 0
+
+    def ran_alone(self) -> None:
+        self._alone = max(0, self._alone - 1)
+
+    def ran_together(self, took_ns: int, alone_ns: int) -> None:
+        """Compare a run with the fastest that one thread has made of the same graph."""
+        if took_ns < 2 * alone_ns + 500_000:
+            self._disturbed = 0
+            self._pause = self.PAUSES[0]
+            return
+        self._disturbed += 1
+        if self._disturbed >= self.STREAK:
+            self._disturbed, self._alone = 0, self._pause
+            self._pause = min(2 * self._pause, self.PAUSES[1])
+
+
 class Ggml:
-    """The functions of the library. Making one loads kt-kernel and tries a matrix product.
+    """The functions of the library, and the team of its graphs. Making one loads kt-kernel and tries a product.
 
     Raises:
         BackendError: kt-kernel is missing, of a release that was not checked, or exports no ggml.
@@ -114,6 +151,7 @@ class Ggml:
         # An operation may make a view beside its result, hence twice the nodes.
         self.context_bytes = 2 * _MAX_NODES * (overhead + 64) + graph(_MAX_NODES, False) + 1024
         self.data_offset = self._find_data(get_data)
+        self.team = Team()
         self._try()
 
     def _find_data(self, get_data: Any) -> int:
@@ -149,10 +187,12 @@ class Graph:
 
     Args:
         threads: the calling thread and this many less one of OpenMP's.
+        kept: it will run often; then its times tell whether the team is disturbed.
     """
 
-    def __init__(self, ggml: Ggml, threads: int) -> None:
+    def __init__(self, ggml: Ggml, threads: int, kept: bool = False) -> None:
         self._ggml = ggml
+        self._kept_long = kept
         self._threads = threads
         self._memory = np.empty(ggml.context_bytes, np.uint8)
         self._context = ggml.init(_InitParams(ggml.context_bytes, self._memory.ctypes.data, True))
@@ -161,7 +201,10 @@ class Graph:
         self._kept: list[Any] = []
         self._nodes = 0
         self._graph = 0
-        self._plan: _Plan | None = None
+        self._alone: _Plan | None = None
+        self._together: _Plan | None = None
+        self._alone_runs = 0
+        self._alone_ns = 1 << 62
 
     def input(self, *shape: int, dtype: torch.dtype = torch.float32) -> Node:
         """A buffer that the caller fills: float32, or int32 for ids."""
@@ -209,20 +252,35 @@ class Graph:
         self._graph = ggml.new_graph(self._context, _MAX_NODES, False)
         for output in outputs:
             ggml.expand(self._graph, output.pointer)
-        plan = ggml.plan(self._graph, self._threads)
-        work = np.empty(max(1, plan.work_size), np.uint8)
-        plan.work_data = work.ctypes.data
-        self._kept.append(work)
-        self._plan = plan
+        self._alone = self._planned(1)
+        self._together = self._planned(self._threads) if self._threads > 1 else None
         # The structures lie in our own memory: giving the context back only frees its place among ggml's 64.
         ggml.free(self._context)
         self._context = None
 
     def run(self) -> None:
         """Compute every output. Mutates: the nodes' buffers. Raises: BackendError."""
-        status = self._ggml.compute(self._graph, ctypes.byref(self._plan))  # type: ignore[arg-type]
+        team, plan = self._ggml.team, self._together
+        # A graph that is kept begins with one thread, to know what that takes.
+        alone = plan is None or not team.together or (self._kept_long and self._alone_runs < 2)
+        started = perf_counter_ns()
+        status = self._ggml.compute(self._graph, ctypes.byref(self._alone if alone else plan))  # type: ignore[arg-type]
+        took_ns = perf_counter_ns() - started
         if status:
             raise BackendError(f"ggml stopped with status {status}")
+        if alone:
+            self._alone_runs += 1
+            self._alone_ns = min(self._alone_ns, took_ns)
+            team.ran_alone()
+        elif self._kept_long:
+            team.ran_together(took_ns, self._alone_ns)
+
+    def _planned(self, threads: int) -> _Plan:
+        plan: _Plan = self._ggml.plan(self._graph, threads)
+        work = np.empty(max(1, plan.work_size), np.uint8)
+        plan.work_data = work.ctypes.data
+        self._kept.append(work)
+        return plan
 
     def __del__(self) -> None:
         if getattr(self, "_context", None):

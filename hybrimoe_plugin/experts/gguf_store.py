@@ -34,6 +34,8 @@ class GGUFStore:
         self.paths = tuple(paths)
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.kernels: object | None = None
+        """Kernels that read these bytes where they lie; the first operator on the store sets them, all share them."""
         self._bytes: list[NDArray[np.uint8]] = []
         for index, path in enumerate(self.paths):
             data = _map(path)

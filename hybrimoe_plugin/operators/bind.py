@@ -23,6 +23,7 @@ from hybrimoe_plugin.experts.ggml import TYPES, Ggml
 from hybrimoe_plugin.experts.memory import cache_quotas, kv_cache_bytes, staging_slots
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.operators.dense import shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
@@ -198,6 +199,8 @@ def _build(
         spec.expert_bytes,
     )
     cpu = _cpu_for(backend, settings.cpu_threads or profile.cpu.threads or 1, others)
+    if isinstance(cpu, GgmlExperts):
+        cpu.share(shared_kernels(operators[0].store))
     for weights in layers:
         cpu.add_layer(weights)
     if accelerator is not None:

@@ -50,7 +50,7 @@ class DenseOperator(nn.Module):
             raise ConfigError(f"{key}: the operator needs the module that it replaces")
         self.key = key
         self.generate_device = generate_device
-        self.ggml = stored_kernels(Settings.of(settings), prefill_device, generate_device)
+        self.ggml = stored_kernels(gguf_loader, Settings.of(settings), prefill_device, generate_device)
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -61,8 +61,10 @@ class DenseOperator(nn.Module):
         return f"key={self.key!r}, matrices={'plain' if self.ggml is None else 'as stored'}"
 
 
-def stored_kernels(settings: Settings, prefill: str, generate: str) -> Ggml | None:
+def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, generate: str) -> Ggml | None:
     """Kernels for matrices as stored, where the settings ask for them and the dense part is on the CPU.
+
+    The first operator on a store makes them, all others share them.
 
     Raises:
         ConfigError: asked for on an accelerator.
@@ -80,8 +82,18 @@ def stored_kernels(settings: Settings, prefill: str, generate: str) -> Ggml | No
             )
         return None
     try:
-        return Ggml()
+        return shared_kernels(store)
     except BackendError:
         if asked:
             raise
         return None
+
+
+def shared_kernels(store: GGUFStore | None) -> Ggml:
+    """The kernels of everything that reads this store, one team of threads. Raises: BackendError."""
+    if store is None:
+        return Ggml()
+    if store.kernels is None:
+        store.kernels = Ggml()
+    assert isinstance(store.kernels, Ggml)
+    return store.kernels

@@ -33,7 +33,7 @@ class RowGraphs:
         threads = torch.get_num_threads()  # the same OpenMP pool: torch's setting holds for both
         made = self._one if rows == 1 else None
         if made is None or made[0] != threads:
-            graph = Graph(self._ggml, threads)
+            graph = Graph(self._ggml, threads, kept=rows == 1)
             node = graph.input(*x.shape)
             outputs = self._build(graph, node)
             graph.finish(*outputs)
