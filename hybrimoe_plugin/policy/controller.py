@@ -131,7 +131,8 @@ class Controller:
         plan = (self.decode if tokens == 1 else self.prefill).plan(routed, max(0.0, self.link_free_us - now_us))
         self.pool.lease(layer, plan.accelerator)
         self._value(layer)
-        moves = tuple(self._load(layer, expert, now_us) for expert in plan.onload)
+        reach = self._reach(layer, tokens)
+        moves = tuple(self._load(layer, expert, reach, now_us) for expert in plan.onload)
         self._count(layer, routed, plan, tokens)
         self.confidence.check(layer, loads)
         self._demand[tokens > 1] += 0.02 * (bool(moves) - self._demand[tokens > 1])
@@ -233,9 +234,13 @@ class Controller:
             if ref not in self._unused:
                 self._worth[ref] = self.cache.ranks[ref]
 
-    def _load(self, layer: int, expert: int, now_us: float) -> Move:
+    def _reach(self, layer: int, tokens: int) -> int:
+        """The last layer that may lose a slot: in a call of many tokens those ahead are about to need all they have."""
+        return layer if tokens > 1 else len(self._worth)
+
+    def _load(self, layer: int, expert: int, reach: int, now_us: float) -> Move:
         """A demand load: into the cache where it admits the expert, else through a staging slot."""
-        slot = self._admit(layer, expert, layer)
+        slot = self._admit(layer, expert, reach)
         cached = slot is not None
         move = self._send(layer, expert, self.pool.stage() if slot is None else slot, now_us, cached)
         if cached:
@@ -318,7 +323,7 @@ class Controller:
         if self.prefetcher is None or not predictions:
             return []
         moves: list[Move] = []
-        reach = step.layer if step.tokens > 1 else len(self._worth)
+        reach = self._reach(step.layer, step.tokens)
         for request in self.prefetcher.choose(predictions, self._room(idle), self._floor()):
             layer, expert = request.ref
             if request.confidence < DOUBTFUL and not self._may_doubt(request.distance, idle, step.tokens > 1):
@@ -354,7 +359,7 @@ class Controller:
     def _fill(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
         """Bring misses that the CPU computed into the cache while the link is idle, the most likely ones first."""
         moves: list[Move] = []
-        reach = step.layer if step.tokens > 1 else len(self._worth)
+        reach = self._reach(step.layer, step.tokens)
         ranks = self.cache.ranks[step.layer]
         missed = [expert for expert in step.plan.cpu if self.pool.slot_of(step.layer, expert) is None]
         for expert in sorted(missed, key=lambda expert: -ranks[expert]):

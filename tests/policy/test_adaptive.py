@@ -1,0 +1,91 @@
+"""The learned cache: ranks are probabilities, features follow their definitions, the weights find what matters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.policy.adaptive import AGES, DECAYS, STEPWISE, AdaptiveCache
+from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.replay.sources import synthetic
+from hybrimoe_plugin.replay.trace import Trace
+
+
+def feed(cache: AdaptiveCache, trace: Trace) -> None:
+    for call in trace.calls:
+        cache.observe(call.layer, call.ids, call.weights, call.scores)
+
+
+def routing(tokens: int = 200, **statistics: float) -> Trace:
+    return synthetic(
+        2,
+        16,
+        2,
+        model="made",
+        expert_bytes=1,
+        prompt_tokens=0,
+        decode_tokens=tokens,
+        **statistics,  # type: ignore[arg-type]
+    )
+
+
+def test_features_follow_their_definitions() -> None:
+    rows = np.array([[0, 1], [2, 1], [0, 3], [0, 1]])
+    cache = AdaptiveCache(1, 5, 2)
+    for row in rows:
+        cache.observe(0, row[None], np.ones((1, 2), np.float32), None)
+    features = cache._features[0]
+    for index, step in enumerate(DECAYS):
+        for expert in range(5):
+            used = (rows == expert).any(axis=1)
+            decayed = sum(step * (1 - step) ** (3 - t) for t in range(4) if used[t])
+            assert features[index, expert] == pytest.approx(decayed)
+    ages = {0: 0, 1: 0, 2: 2, 3: 1}
+    for index, offset in enumerate(AGES, len(DECAYS)):
+        for expert, age in ages.items():
+            assert features[index, expert] == pytest.approx(1 / (age + offset))
+        assert features[index, 4] < 1e-8, "never used"
+
+
+def test_a_long_call_ends_where_single_tokens_end() -> None:
+    trace = routing(STEPWISE + 40)
+    ids = np.concatenate([call.ids for call in trace.calls if call.layer == 0])
+    single, whole = AdaptiveCache(1, 16, 2), AdaptiveCache(1, 16, 2)
+    for row in ids:
+        single.observe(0, row[None], np.ones((1, 2), np.float32), None)
+    whole.observe(0, ids, np.ones(ids.shape, np.float32), None)
+    np.testing.assert_allclose(whole._features, single._features, atol=1e-9)
+
+
+def test_ranks_are_calibrated_probabilities() -> None:
+    trace = routing(400, drift=0.6)
+    cache, expected, happened = AdaptiveCache(2, 16, 2), [], []
+    for index, call in enumerate(trace.calls):
+        if index > 200:
+            expected.append(cache.ranks[call.layer].sum())
+            happened.append(cache.ranks[call.layer, call.ids[0]].sum())
+        cache.observe(call.layer, call.ids, call.weights, call.scores)
+    assert np.mean(expected) == pytest.approx(2.0, rel=0.15), "two experts are chosen"
+    assert np.mean(happened) > 1.3 * 2 * np.mean(expected) / 16, "the chosen ones ranked above chance"
+
+
+def test_the_weights_find_what_matters() -> None:
+    """With drifting scores the router's own scores predict best; with fixed preferences slow frequency does."""
+    drifting, fixed = AdaptiveCache(2, 16, 2), AdaptiveCache(2, 16, 2)
+    feed(drifting, routing(locality=0.9))
+    feed(fixed, routing(skew=1.0))
+    assert drifting.weights[-2:].sum() > 0.2
+    assert fixed.weights[0] > drifting.weights[0]
+
+
+def test_popularity_is_where_it_starts() -> None:
+    popularity = np.random.default_rng(0).dirichlet(np.ones(8), size=3)
+    cache = make_cache("adaptive", 3, 8, 2, Settings(), popularity)
+    for layer in range(3):
+        assert cache.initial(layer, 3) == np.argsort(-popularity[layer])[:3].tolist()
+
+
+def test_wrong_popularity_is_refused() -> None:
+    with pytest.raises(ValueError, match="popularity"):
+        AdaptiveCache(3, 8, 2, np.ones((2, 8)))

@@ -1,0 +1,143 @@
+"""The decision loop: shared slots stay within the budget, the link's bookkeeping holds, trust is earned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_experts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS, Settings
+from hybrimoe_plugin.core import OFFLOADED, Routed
+from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.confidence import Confidence
+from hybrimoe_plugin.policy.controller import Controller, loads
+from hybrimoe_plugin.policy.prefetch import make_prefetcher
+from hybrimoe_plugin.policy.schedule import make_scheduler
+from hybrimoe_plugin.policy.slots import SlotPool
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+
+
+def controller(quota: int = 2, transfer_us: float = 300.0, **choices: str) -> Controller:
+    settings = Settings.of(choices)
+    costs = tiny_experts.costs(transfer_us=transfer_us)
+    scheduler = make_scheduler(settings.scheduler, costs, True)
+    return Controller(
+        SlotPool([quota] * LAYERS, 4, settings.budget == "shared"),
+        costs,
+        scheduler,
+        scheduler,
+        make_cache(settings.cache, LAYERS, EXPERTS, TOP_K, settings),
+        make_prefetcher(settings.prefetch, scheduler, costs),
+        100,
+    )
+
+
+calls = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2**31)), min_size=1, max_size=12)
+
+
+@given(
+    passes=calls,
+    quota=st.integers(0, 3),
+    transfer_us=st.sampled_from([50.0, 300.0, 5000.0]),
+    scheduler=st.sampled_from(SCHEDULERS),
+    cache=st.sampled_from(CACHES),
+    budget=st.sampled_from(BUDGETS),
+    prefetch=st.sampled_from(PREFETCHERS),
+)
+def test_invariants_hold_whatever_is_configured(
+    passes: list[tuple[int, int]], quota: int, transfer_us: float, **choices: str
+) -> None:
+    made = controller(quota, transfer_us, **choices)
+    made.warm_start()
+    now_us = 0.0
+    for tokens, seed in passes:
+        rng = np.random.default_rng(seed)
+        for layer in range(LAYERS):
+            scores = rng.dirichlet(np.ones(EXPERTS), size=tokens).astype(np.float32)
+            ids = np.argsort(-scores, axis=1)[:, :TOP_K]
+            made.learn(layer, ids, np.take_along_axis(scores, ids, axis=1), scores)
+            step = made.begin(layer, loads(ids), tokens, now_us)
+            free_us = made.link_free_us
+            ahead = [(later, loads(rng.integers(0, EXPERTS, ids.shape))) for later in range(layer + 1, LAYERS)]
+            moves = made.look_ahead(step, ahead, now_us)
+            for move in moves:
+                assert move.start_us >= free_us - 1e-6, "transfers do not overlap on the link"
+                free_us = move.end_us
+            assert made.link_free_us == pytest.approx(max(free_us, made.link_free_us))
+            made.finish(step)
+            made.pool.check_integrity()
+            assert sum(len(layer) for layer in made.pool.cached) <= quota * LAYERS
+            now_us += step.plan.makespan_us + 100.0
+    counts = made.counters
+    assert counts.prefetches >= counts.prefetches_used + counts.prefetches_wasted
+    assert counts.experts_cpu + counts.experts_accelerator == counts.activations
+
+
+def test_layers_share_slots_where_they_may() -> None:
+    """One layer always needs other experts, the others always the same two."""
+    sizes = {}
+    for budget in BUDGETS:
+        made = controller(3, budget=budget, prefetch="off")
+        made.warm_start()
+        rng, now_us = np.random.default_rng(0), 0.0
+        for _ in range(60):
+            for layer in range(LAYERS):
+                chosen = rng.choice(5, 2, replace=False) if layer == 0 else np.array([0, 1])
+                ids = chosen[None].astype(np.int64)
+                made.learn(layer, ids, np.full((1, 2), 0.5, np.float32), None)
+                step = made.begin(layer, loads(ids), 1, now_us)
+                made.look_ahead(step, [], now_us)
+                made.finish(step)
+                now_us += step.plan.makespan_us + 500.0
+        sizes[budget] = [len(layer) for layer in made.pool.cached]
+    assert sizes["layer"] == [3, 3, 3]
+    assert sizes["shared"][0] == 5, "all that the first layer needs"
+    assert sum(sizes["shared"]) == 9
+
+
+def test_nothing_is_prefetched_on_predictions_that_never_come_true() -> None:
+    made = controller(2)
+    made.warm_start()
+    rng, now_us = np.random.default_rng(0), 0.0
+    for _ in range(40):
+        for layer in range(LAYERS):
+            ids = rng.choice(4, 2, replace=False)[None].astype(np.int64)
+            made.learn(layer, ids, np.full((1, 2), 0.5, np.float32), None)
+            step = made.begin(layer, loads(ids), 1, now_us)
+            wrong = {int(expert): 1 for expert in rng.choice(np.arange(4, 8), 2, replace=False)}
+            made.look_ahead(step, [(layer + 1, wrong)] if layer + 1 < LAYERS else [], now_us)
+            made.finish(step)
+            now_us += step.plan.makespan_us + 500.0
+    assert made.counters.prefetches == 0
+
+
+def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
+    return [Routed(expert, 1, ready_us) for expert in experts]
+
+
+def test_confidence_is_the_share_that_came_true() -> None:
+    trust = Confidence()
+    assert trust.of((1, 0, False, True)) == 0.0
+    for turn in range(400):
+        trust.predicted(0, 1, routed(0, 1, 2, 3), many=False)
+        trust.check(0, {0, 1, 2} if turn % 2 else {0})
+    assert trust.of((1, 0, False, True)) == pytest.approx(0.5, abs=0.02)
+    assert trust.of((2, 0, False, True)) == 0.0
+
+
+def test_votes_and_residency_are_kinds_of_their_own() -> None:
+    trust = Confidence()
+    for _ in range(200):
+        trust.predicted(0, 2, routed(5), many=False)
+        trust.predicted(0, 1, [*routed(5, 6), *routed(7, ready_us=0.0)], many=False)
+        trust.check(0, {5, 7})
+    assert trust.of((1, 1, False, True)) > 0.9, "predicted twice"
+    assert trust.of((1, 0, False, True)) < 0.1, "predicted once"
+    assert trust.of((1, 0, False, False)) > 0.9, "resident"
+
+
+def test_calls_of_many_tokens_are_trusted_by_halves_from_the_start() -> None:
+    assert Confidence().of((1, 0, True, True)) == pytest.approx(0.5)
