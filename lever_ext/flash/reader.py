@@ -229,9 +229,12 @@ def plain_gbps(path: str | Path, nbytes: int = 256 << 20, repeats: int = 1, bloc
         FlashError: the file cannot be read.
     """
     fd, _ = _open(Path(path), True)
-    memory, best = mmap.mmap(-1, block), 0.0
+    best = 0.0
     try:
-        size = min(nbytes, os.fstat(fd).st_size) // block * block
+        size = min(nbytes, os.fstat(fd).st_size) // ALIGNMENT * ALIGNMENT
+        block = max(ALIGNMENT, min(block, size))
+        size = size // block * block
+        memory = mmap.mmap(-1, block)
         for _ in range(repeats if size else 0):
             begin = time.perf_counter()
             for offset in range(0, size, block):

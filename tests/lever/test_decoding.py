@@ -11,15 +11,18 @@ import torch
 from transformers import DynamicCache
 
 from hybrimoe_plugin.errors import BudgetError, FlashError, SpeculationError
+from lever_ext.ahead import Overlap
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import LowBitLinear, low_bit_copy
 from lever_ext.drafts.ngram import NGramDraft
+from lever_ext.drafts.runner import HostRunner, LeanRunner
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.budget import plan_residency
 from lever_ext.flash.pack import FlashPack
+from lever_ext.flash.reader import Throttle
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.calibrate import Calibration, Candidates
 from lever_ext.tree.candidates import CandidateTree
@@ -28,6 +31,7 @@ from lever_ext.tree.token_tree import TokenTree
 from lever_ext.verify import Verifier
 
 FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+SHORT = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 10}
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 
 
@@ -70,27 +74,99 @@ def test_flash_target_equals_the_plain_model(family: str, plain_models: dict[str
     assert whole is not None and least_budget(packs[family]) < whole
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.fixture(scope="session")
+def wanted(plain_models: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """What plain `generate` says to 20 prompts."""
+    return {
+        family: [plain_models[family].generate(prompt(seed), **SHORT) for seed in range(20)]
+        for family in ("llama", "mixtral")
+    }
+
+
+@pytest.mark.parametrize(("family", "prompts"), [("llama", 20), ("mixtral", 4)])
 @pytest.mark.parametrize("draft", ["low-bit", "n-gram", "wrong"])
 @pytest.mark.parametrize("pruning", [False, True])
 def test_greedy_output_is_token_identical(
-    family: str, draft: str, pruning: bool, plain_models: dict[str, Any], packs: dict[str, Path]
+    family: str,
+    prompts: int,
+    draft: str,
+    pruning: bool,
+    plain_models: dict[str, Any],
+    packs: dict[str, Path],
+    wanted: dict[str, list[torch.Tensor]],
 ) -> None:
-    plain = plain_models[family]
-    target = load_target(packs[family], dram_budget=least_budget(packs[family]))
-    target.set_gate(a_gate(plain) if pruning else None)
+    """Every policy on every prompt, with the least memory and with all of it in turns."""
+    made = make_draft(draft, plain_models[family])
     kept = rows = 0
-    for seed, name in enumerate(POLICIES):
-        ids = prompt(seed)
-        want = plain.generate(ids, **GREEDY)
-        decoder = LeverDecoding(make_draft(draft, plain), make_policy(name), target)
-        assert torch.equal(target.model.generate(ids, custom_generate=decoder, **GREEDY), want), name
-        made = decoder.stats
-        assert made.tokens == 24 == 1 + sum(cycle.accepted + 1 for cycle in made.cycles)
-        kept, rows = kept + sum(c.kept for c in made.cycles), rows + sum(c.rows for c in made.cycles)
+    for budget in (least_budget(packs[family]), None):
+        target = load_target(packs[family], dram_budget=budget)
+        target.set_gate(a_gate(plain_models[family]) if pruning else None)
+        for name in POLICIES:
+            decoder = LeverDecoding(made, make_policy(name), target)
+            for seed in range(0 if budget else 1, prompts, 2):
+                found = target.model.generate(prompt(seed), custom_generate=decoder, **SHORT)
+                assert torch.equal(found, wanted[family][seed]), (name, seed)
+                cycles = decoder.stats.cycles
+                assert decoder.stats.tokens == 10 == 1 + sum(cycle.accepted + 1 for cycle in cycles)
+                kept, rows = kept + sum(c.kept for c in cycles), rows + sum(c.rows for c in cycles)
+            decoder.close()
+        target.close()
     if draft != "n-gram":
         assert (kept < rows) == pruning
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_drafting_ahead_changes_nothing_that_is_said(
+    family: str, plain_models: dict[str, Any], packs: dict[str, Path], wanted: dict[str, list[torch.Tensor]]
+) -> None:
+    target = load_target(packs[family], dram_budget=least_budget(packs[family]), throttle=Throttle.parse("0.01"))
+    decoder = LeverDecoding(make_draft("low-bit", plain_models[family]), make_policy("lever"), target)
+    decoder.ahead = Overlap(decoder.draft, least_wait=0.0, least_us=0.0)
+    found = [target.model.generate(prompt(seed), custom_generate=decoder, **SHORT) for seed in range(4)]
+    assert all(torch.equal(*pair) for pair in zip(found, wanted[family], strict=False))
+    assert decoder.ahead.nodes > 20
+    with pytest.raises(RuntimeError, match="no draft today"):
+        decoder.draft.expand, before = fail_after(2, decoder.draft.expand), decoder.draft.expand
+        target.model.generate(prompt(9), custom_generate=decoder, **SHORT)
+    decoder.draft.expand = before
+    assert torch.equal(target.model.generate(prompt(5), custom_generate=decoder, **SHORT), wanted[family][5])
+    decoder.close()
     target.close()
+
+
+def fail_after(calls: int, expand: Any) -> Any:
+    left = iter(range(calls))
+
+    def failing(tree: CandidateTree, keys: Sequence[int]) -> list[Candidates]:
+        if next(left, None) is None:
+            raise RuntimeError("no draft today")
+        return expand(tree, keys)
+
+    return failing
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_lean_runner_equals_the_hosts_forward(family: str, plain_models: dict[str, Any]) -> None:
+    model, draws = plain_models[family], []
+    for runner in (LeanRunner(model), HostRunner(model)):
+        draft = LanguageModelDraft(model, runner=runner)
+        draft.start(prompt(1)[0, :-1].tolist())
+        tree = CandidateTree(int(prompt(1)[0, -1]), Calibration())
+        for _ in range(3):
+            keys = tree.unexpanded(9, 5)
+            found = draft.expand(tree, keys)
+            draws += found
+            for key, candidates in zip(keys, found, strict=True):
+                tree.add(key, candidates)
+        path = [tree.root, tree.nodes[tree.root].children[0]]
+        tokens = [tree.nodes[key].token for key in path]
+        tree.advance(path, tree.nodes[tree.nodes[path[1]].children[0]].token)
+        draft.advance(path, tokens, tree)
+        draws += draft.expand(tree, tree.unexpanded(9, 3))
+    half = len(draws) // 2
+    for ours, theirs in zip(draws[:half], draws[half:], strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.probabilities == pytest.approx(theirs.probabilities, rel=1e-4)
 
 
 def make_draft(name: str, plain: Any) -> Any:

@@ -1,0 +1,152 @@
+"""`hybrimoe flash-pack`, `lever-train` and chats with a target on flash, on a tiny model, end to end."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrimoe_plugin.cli.main import main
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+WORDS = ["<unk>", "<s>", "</s>", *(f"word{index}" for index in range(61))]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer of 64 words, as the Hugging Face hub would store it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    _tokenizer(Tokenizer, models, pre_tokenizers, PreTrainedTokenizerFast, WORDS).save_pretrained(str(directory))
+    return directory
+
+
+def _tokenizer(kind: Any, models: Any, splitters: Any, fast: Any, words: list[str]) -> Any:
+    made = kind(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = splitters.Whitespace()
+    return fast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pack(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pack")
+    assert main(["flash-pack", "--model_path", str(model_path), "--output", str(directory), "--dtype", "float32"]) == 0
+    return directory
+
+
+def chat(pack: Path, *flags: str) -> int:
+    words = ["--prompt", "word1 word2 word3", "--max_new_tokens", "12", "--greedy"]
+    return main(["local_chat", "--flash-pack", str(pack), *words, *flags])
+
+
+def answer(text: str) -> str:
+    return text.split("prompt eval count")[0].strip()
+
+
+def test_pack_says_where_it_is(pack: Path, capsys: pytest.CaptureFixture[str], model_path: Path) -> None:
+    assert main(["flash_pack", "--model-path", str(model_path), "--output", str(pack), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.strip() == str(pack / "target.lever")
+
+
+def test_chat_prints_the_answer_and_what_speculation_did(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for flags in (
+        ("--tree", "none"),
+        ("--draft", "low-bit", "--dram_budget", "400KiB"),
+        ("--draft", "ngram", "--tree", "chain", "--tree_size", "3", "--no_overlap"),
+        ("--draft", "low-bit", "--draft_bits", "2", "--tree", "specinfer", "--throttle", "nvme"),
+    ):
+        assert chat(pack, *flags) == 0
+        said.append(capsys.readouterr().out)
+    assert len({answer(text) for text in said}) == 1 and "word" in said[0]
+    for part in ("tokens/s", "acceptance length", "by position", "target passes", "flash reads", "of the device's",
+                 "draft ", "waiting for reads", "verify compute", "predicted"):  # fmt: skip
+        assert part in said[1], part
+    assert "throttled to nvme" in said[3] and "measured" in said[1]
+
+
+def test_sampling_with_a_seed_is_repeatable(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for draft in ("low-bit", "ngram"):
+        flags = ["--draft", draft, "--prompt", "word5", "--max_new_tokens", "9", "--temperature", "0.8", "--seed", "3"]
+        assert main(["local_chat", "--flash_pack", str(pack), *flags]) == 0
+        said.append(answer(capsys.readouterr().out))
+    assert said[0] == said[1]
+
+
+def test_trained_exit_is_used(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, output = tmp_path / "text", tmp_path / "exit.safetensors"
+    text.write_text(" ".join(WORDS[3 + (7 * index) % 61] for index in range(200)))
+    flags = ["--text", str(text), "--output", str(output), "--layer", "1", "--epochs", "1"]
+    assert main(["lever-train", "--flash_pack", str(pack), *flags]) == 0
+    made = capsys.readouterr()
+    assert made.out.strip() == str(output) and "layer 1, loss" in made.err
+    assert chat(pack, "--early_exit", str(output), "--tree", "fixed") == 0
+    exiting = answer(capsys.readouterr().out)
+    assert chat(pack, "--tree", "none") == 0
+    assert exiting == answer(capsys.readouterr().out)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    pack: Path, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "target.lever"
+    damaged.write_bytes((pack / "target.lever").read_bytes()[:9000])
+    cases = [
+        (["local_chat", "--flash_pack", str(tmp_path / "none")], "cannot open the pack"),
+        (["local_chat", "--flash_pack", str(damaged)], "truncated"),
+        (["local_chat", "--flash_pack", str(pack), "--dram_budget", "1KiB"], "too small"),
+        (["local_chat", "--flash_pack", str(pack), "--dram_budget", "much"], "expected a size"),
+        (["local_chat", "--flash_pack", str(pack), "--draft", "nothing.gguf"], "no such file"),
+        (["local_chat", "--flash_pack", str(pack), "--throttle", "warp"], "throttle"),
+        (["local_chat", "--flash_pack", str(pack), "--early_exit", str(damaged)], "early-exit predictor"),
+        (["local_chat", "--flash_pack", str(pack), "--scheduler", "static"], "no engine"),
+        (["local_chat", "--draft", "ngram", "--model_path", str(model_path)], "flash-pack"),
+        (["flash-pack", "--output", str(tmp_path / "p")], "name a model"),
+        (["flash-pack", "--model_path", str(tmp_path), "--output", str(tmp_path / "p")], ""),
+        (["lever-train", "--flash_pack", str(pack), "--layer", "9"], "exit layer"),
+    ]
+    for argv, match in cases:
+        if argv[0] == "local_chat":
+            argv += ["--prompt", "word1"]
+        assert main(argv) == 2, argv
+        complaint = capsys.readouterr().err.strip().splitlines()[-1]
+        assert complaint.startswith("hybrimoe: error: ") and match in complaint, (argv, complaint)
+
+
+def test_a_draft_with_another_tokenizer_is_refused() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from hybrimoe_plugin.errors import SpeculationError
+    from lever_ext.packing import check_same_tokenizer
+
+    kinds = (Tokenizer, models, pre_tokenizers, PreTrainedTokenizerFast)
+    ours, swapped = _tokenizer(*kinds, WORDS), [*WORDS[:10], WORDS[11], WORDS[10], *WORDS[12:]]
+    check_same_tokenizer(ours, _tokenizer(*kinds, WORDS))
+    for theirs in (swapped, WORDS[:40]):
+        with pytest.raises(SpeculationError, match="do not share a tokenizer"):
+            check_same_tokenizer(ours, _tokenizer(*kinds, theirs))
+
+
+def test_example_runs(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Path(__file__).parents[2] / "examples" / "lever.py"
+    spec = importlib.util.spec_from_file_location("lever_example", place)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    said = example.main(pack, "400KiB", tokens=8)
+    assert "word" in said and "acceptance length" in capsys.readouterr().out
