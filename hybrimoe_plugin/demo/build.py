@@ -34,7 +34,7 @@ from hybrimoe_plugin.hosts.transformers.names import unrotate
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 FORMS = ("mixtral", "qwen2moe")
 EXPERTS = {"mixtral": 8, "qwen2moe": 32}
 TOP_K = {"mixtral": 2, "qwen2moe": 4}
@@ -44,7 +44,9 @@ PERTURBATION = 0.02
 """Noise of an expert's down projection, relative to its own size."""
 ROUTER_STD = 1.5
 """Standard deviation of router logits over experts, which sets how sure the router is."""
-SEED = 135
+SEED = 136
+"""Of the perturbation. Asked for the capital of France, SmolLM2 itself is nearly undecided how to begin (0.09 between
+its two best logits), and any rounding could turn the answer; of four seeds tried this one is the clearest (0.6)."""
 
 Matrix = NDArray[np.float32]
 
