@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: chat chat-ktransformers setup-ktransformers test lint eval clean setup setup-dev
+.PHONY: chat chat-ktransformers test test-ktransformers lint eval peers clean setup setup-dev setup-ktransformers setup-ktransformers-dev
 
 chat: setup  ## chat with the demo model; PROMPT="..." asks one question
 	@$(BIN)/hybrimoe local_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -13,6 +13,17 @@ chat-ktransformers: setup setup-ktransformers  ## the real ktransformers.local_c
 
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -m pytest -q -n 2
+
+test-ktransformers: setup-dev setup-ktransformers-dev  ## tests of the classic host, in its own environment and against ours
+	@$(BIN)/hybrimoe demo-model > /dev/null
+	@.venv-ktransformers/bin/python -m pytest -q tests/hosts/ktransformers
+	@$(BIN)/python -m pytest -q tests/hosts/ktransformers/test_against_default.py
+
+eval: setup-dev  ## every question at its quick size, one HTML report in out/
+	@$(BIN)/python -m eval.all --quick --out out
+
+peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes
+	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
 
 lint: setup-dev
 	@$(BIN)/ruff check .
@@ -25,8 +36,11 @@ setup:
 setup-ktransformers:
 	@$(PYTHON) scripts/setup_ktransformers.py
 
+setup-ktransformers-dev:
+	@$(PYTHON) scripts/setup_ktransformers.py --dev
+
 setup-dev:
 	@$(PYTHON) scripts/setup_env.py --dev
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-ktransformers build dist *.egg-info
