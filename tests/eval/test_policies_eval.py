@@ -1,0 +1,120 @@
+"""The measures of the policy questions: fair budgets, hit rates by definition, cells compared with their own kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eval import cache, replay, schedule, traces
+from eval.hits import POLICIES, hit_rate
+from eval.systems import ABLATION, BASELINES, ORACLE, OURS, SINGLE, build, prepare, quotas
+from hybrimoe_plugin.replay.simulator import replay as run
+from hybrimoe_plugin.replay.sources import synthetic
+from hybrimoe_plugin.replay.trace import Trace
+
+
+def tiny(decode: int = 40) -> Trace:
+    return synthetic(3, 8, 2, model="made", expert_bytes=1000, prompt_tokens=0, decode_tokens=decode, drift=0.5)
+
+
+def plain_lru(trace: Trace, each: int) -> float:
+    """Per layer, token by token, with lists."""
+    hits = needed = 0
+    recent: dict[int, list[int]] = {}
+    for call in trace.calls:
+        order = recent.setdefault(call.layer, [])
+        experts = call.ids[0].tolist()
+        hits += sum(expert in order for expert in experts)
+        needed += len(experts)
+        for expert in experts:
+            if expert in order:
+                order.remove(expert)
+        order.extend(sorted(experts))
+        del order[:-each]
+    return hits / needed
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_lru_is_lru(ratio: float) -> None:
+    trace = tiny()
+    assert hit_rate(trace, "lru", ratio, shared=False) == pytest.approx(plain_lru(trace, round(8 * ratio)), abs=0.01)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_belady_bounds_every_policy_and_all_cached_misses_only_once(shared: bool) -> None:
+    trace = tiny()
+    rates = {name: hit_rate(trace, name, 0.5, shared) for name in POLICIES}
+    assert max(rates.values()) == rates["belady"]
+    first_uses = len({(call.layer, expert) for call in trace.calls for expert in call.ids[0].tolist()})
+    needed = sum(call.ids.size for call in trace.calls)
+    assert hit_rate(trace, "adaptive", 1.0, shared) == pytest.approx(1 - first_uses / needed)
+
+
+def test_every_system_has_the_same_number_of_slots() -> None:
+    for ratio in (0.25, 0.5, 0.75):
+        even, split = quotas(ratio, 26, 64, False), quotas(ratio, 26, 64, True)
+        assert sum(even) == sum(split)
+        assert sorted(set(split), reverse=True)[0] == 64
+
+
+@pytest.mark.parametrize("system", [*BASELINES, *ABLATION, *SINGLE, OURS, ORACLE], ids=lambda system: system.name)
+def test_every_system_runs(system: object) -> None:
+    trace = tiny(6)
+    costs = traces.costs_for("a6000-deepseek-v2-lite", trace, "made")
+    found = run(prepare(system, trace, 0.79), build(system, trace, costs, 0.25, None))  # type: ignore[arg-type]
+    assert len(found.decode_us) == 6
+    assert min(found.decode_us) > 0
+
+
+def test_shipped_routing_is_what_its_readme_says() -> None:
+    facts = {name: traces.real(name) for name in traces.REAL}
+    assert [(t.header.layers, t.header.experts, t.header.top_k) for t in facts.values()] == [
+        (48, 128, 6),
+        (30, 128, 6),
+        (36, 128, 2),
+    ]
+    assert [sum(1 for g in t.passes() if len(g[0].ids) == 1) for t in facts.values()] == [128, 128, 64]
+    np.testing.assert_allclose(traces.mixtral_popularity().sum(axis=1), 1.0)
+
+
+def test_first_experts_are_not_placed_by_what_is_judged() -> None:
+    """Changing the judged half of a real trace must not change the placement."""
+    trace = traces.real("gptoss")
+    decode = [group for group in trace.passes() if len(group[0].ids) == 1]
+    judged = {id(call) for group in decode[len(decode) // 2 :] for call in group}
+    shuffled = [call._replace(ids=(call.ids + 1) % 128) if id(call) in judged else call for call in trace.calls]
+    np.testing.assert_array_equal(
+        traces.other_text(trace, "gptoss"), traces.other_text(Trace(trace.header, shuffled), "gptoss")
+    )
+
+
+def test_a_baseline_that_is_faster_shows() -> None:
+    rows = [
+        {"trace": "qwen", "profile": "a6000", "cache": 0.25, "system": name, "decode ms": decode, "prefill ms": prefill}
+        for name, decode, prefill in [(BASELINES[0].name, 9.0, 30.0), (OURS.name, 10.0, 20.0), (ORACLE.name, 5.0, 10.0)]
+    ]
+    replay.compare(rows)
+    assert replay.worst(rows[:1], "decode") == pytest.approx(0.9)
+    assert replay.worst(rows[:1], "prefill") == pytest.approx(1.5)
+
+
+def test_share_of_the_way_to_belady() -> None:
+    row = {
+        "trace": "qwen",
+        "cache": 0.25,
+        "lru": 0.5,
+        "belady": 0.9,
+        "adaptive": 0.6,
+        "lfu": 0.7,
+        "ema": 0.1,
+        "mrs": 0.2,
+    }
+    rows = [{**row, "budget": budget} for budget in cache.BUDGETS]
+    assert cache.closed(rows, "shared") == pytest.approx(0.25)
+    assert cache.margin(rows, "layer", ["qwen"]) == pytest.approx(-0.1)
+
+
+def test_recorded_layers_reach_the_schedule_question() -> None:
+    rows = schedule.recorded_rows(2, tokens=2)
+    assert {row["scheduler"] for row in rows} == set(schedule.NAMES)
+    assert all(row["gap_mean"] >= -1e-9 for row in rows)
