@@ -53,12 +53,16 @@ class GgmlExperts:
         topk_weights: torch.Tensor,
         mine: Sequence[int],
     ) -> None:
-        """Places of experts that are not in `mine` are computed by one that is, with weight 0."""
-        others = ~torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64))
-        if others.any():
-            topk_ids = topk_ids.masked_fill(others, mine[0])
-            topk_weights = topk_weights.masked_fill(others, 0.0)
-        self._output = self.compute(layer, hidden, topk_ids, topk_weights)
+        """Of several tokens every expert is computed, those not in `mine` for nothing: this backend is meant to be alone.
+
+        They cannot be put off to another expert: ggml takes an expert at most once for a token.
+        """
+        kept = torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64))
+        if len(topk_ids) == 1:
+            topk_ids, topk_weights = topk_ids[kept][None], topk_weights[kept][None]
+        elif not kept.all():
+            topk_weights = topk_weights.masked_fill(~kept, 0.0)
+        self._output = self.compute(layer, hidden, topk_ids, topk_weights) if topk_ids.shape[1] else hidden * 0
 
     def sync(self) -> torch.Tensor:
         assert self._output is not None, "sync without submit"
@@ -155,6 +159,13 @@ def _check(layer: _Layer, hidden: torch.Tensor, ids: torch.Tensor, weights: torc
         raise BackendError(f"hidden states must be floating point [T, {spec.hidden}], found {list(hidden.shape)}")
     if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden) or not ids.shape[1]:
         raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
-    low, high = torch.aminmax(ids) if len(ids) > 1 else (min(ids[0].tolist()), max(ids[0].tolist()))
-    if not (int(low) >= 0 and int(high) < spec.experts):
-        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(low)} to {int(high)}")
+    if len(ids) == 1:  # plain integers are quicker than four operations on a tensor of two
+        chosen = ids[0].tolist()
+        low, high, twice = min(chosen), max(chosen), len(set(chosen)) < len(chosen)
+    else:
+        low, high = (int(value) for value in torch.aminmax(ids))
+        twice = ids.shape[1] > 1 and bool((ids.sort(dim=1).values.diff(dim=1) == 0).any())
+    if low < 0 or high >= spec.experts:
+        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {low} to {high}")
+    if twice:  # ggml would leave rows unwritten; no router does this
+        raise BackendError("a token names an expert twice")
