@@ -26,7 +26,12 @@ class HostBytes(Protocol):
     def prepare(self, layers: Sequence[LayerWeights]) -> None: ...
 
     def source(self, part: Bytes) -> torch.Tensor:
-        """[part.size] uint8; valid until its transfer's event, which `sent` is told."""
+        """[part.size] uint8; where `reuses` says so, valid until the event that `sent` is told."""
+        ...
+
+    @property
+    def reuses(self) -> bool:
+        """Whether the last source's memory is filled again: then `sent` must follow."""
         ...
 
     def sent(self, event: Event) -> None:
@@ -38,6 +43,8 @@ class HostBytes(Protocol):
 
 class PlainBytes:
     """The bytes as they are: the emulated link."""
+
+    reuses = False
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
         """Nothing to pin."""
@@ -54,6 +61,8 @@ class PlainBytes:
 
 class StagedBytes:
     """A ring of buffers that bytes are copied through; `pinned` is False only in tests without CUDA."""
+
+    reuses = True
 
     def __init__(self, streams: Streams, ring: int = 8, pinned: bool = True) -> None:
         self._streams = streams
@@ -96,7 +105,7 @@ class RegisteredBytes:
         self._staged = staged
         self._starts: list[int] = []
         self._ends: list[int] = []
-        self._last_staged = False
+        self.reuses = False
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
         wanted = list(_page_runs(layers))
@@ -121,11 +130,11 @@ class RegisteredBytes:
     def source(self, part: Bytes) -> torch.Tensor:
         start = part.ctypes.data
         at = bisect_right(self._starts, start) - 1
-        self._last_staged = at < 0 or self._ends[at] < start + part.size
-        return self._staged.source(part) if self._last_staged else as_tensor(part)
+        self.reuses = at < 0 or self._ends[at] < start + part.size
+        return self._staged.source(part) if self.reuses else as_tensor(part)
 
     def sent(self, event: Event) -> None:
-        if self._last_staged:
+        if self.reuses:
             self._staged.sent(event)
 
     def release(self) -> None:

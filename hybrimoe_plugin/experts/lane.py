@@ -158,7 +158,8 @@ class SlotLane:
     def _copy(self, queue: str, stored: Bytes, target: torch.Tensor) -> None:
         source = self._host.source(stored)
         self._streams.run(queue, lambda: _copy_now(source, target))
-        self._host.sent(self._streams.record(queue))
+        if self._host.reuses:
+            self._host.sent(self._streams.record(queue))
 
     def _land(self, queue: str, part: Part, stored: Bytes, target: torch.Tensor) -> None:
         """Copy into a landing buffer, and split from there into the slot."""

@@ -55,6 +55,10 @@ class SlotAccelerator:
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._lane = SlotLane(self.streams, kernels, self._host, self._buffer, 0)
         self._layouts: dict[int, SlotLayout] = {}
+        self._layers: tuple[LayerWeights, ...] = ()
+        """Kept alive, so that no other layer gets the id of one of them."""
+        self._known: dict[int, SlotLayout] = {}
+        """Layouts by the id of a layer's weights: hashing or making one for every transfer would cost as much as it."""
 
     @property
     def cancelled(self) -> int:
@@ -65,6 +69,8 @@ class SlotAccelerator:
         """Raises: BackendError: a type has no device dequantisation. BudgetError: the memory is not there."""
         self._choose_kernels(layers)
         layouts = [self.kernels.layout(weights.spec) for weights in layers]
+        self._layers = tuple(layers)
+        self._known = {id(weights): layout for weights, layout in zip(layers, layouts, strict=True)}
         size = max(layout.size for layout in layouts)
         landing = max((part.size for layout in layouts for part in layout if part.split), default=0)
         self._drop()  # given back before the new slots are taken
@@ -84,8 +90,8 @@ class SlotAccelerator:
                     self.kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
 
     def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
-        layout = self.kernels.layout(weights.spec)
-        gate, up, down = (matrix.experts[expert] for matrix in weights.matrices())
+        layout = self._known.get(id(weights)) or self.kernels.layout(weights.spec)
+        gate, up, down = weights.gate.experts[expert], weights.up.experts[expert], weights.down.experts[expert]
         self._layouts[slot] = layout
         self._lane.send(Transfer(slot, layout, (gate, up, down)), ahead)
 
