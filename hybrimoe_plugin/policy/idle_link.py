@@ -1,0 +1,195 @@
+"""What the link does while it would be idle: prefetches first, then fills.
+
+A prefetch goes where its expected gain, impact times measured confidence, exceeds what its slot loses and what its
+transfer delays. Doubtful predictions, less likely than not, are tried only while enough prefetches have been used,
+and only where they are in nobody's way. Source: paper section 4.3 (impact); the rest is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from hybrimoe_plugin.core import Routed
+from hybrimoe_plugin.policy.confidence import Confidence
+from hybrimoe_plugin.policy.costs import CostModel
+from hybrimoe_plugin.policy.prefetch import DOUBTFUL, Prediction, Prefetcher, PrefetchRequest
+from hybrimoe_plugin.policy.ranked import CachePolicy
+from hybrimoe_plugin.policy.residency import KEPT, Move, Residency, Step
+from hybrimoe_plugin.policy.schedule import Scheduler
+from hybrimoe_plugin.policy.slots import SlotPool
+
+USED_SHARE = 0.4
+"""Share of recent prefetches that must have been needed before doubtful ones are tried."""
+RARE = 0.1
+"""Share of calls with demand loads up to which the link counts as free."""
+SLACK = 0.05
+"""How sure these must be."""
+FADE = 0.9995
+"""What is left of old prefetches in that share, from one call to the next."""
+
+
+class Idle(NamedTuple):
+    """The time from the start of the running call to the predicted start of the next layer's."""
+
+    now_us: float
+    until_us: float
+
+
+class IdleLink(Residency):
+    """Chooses transfers for the time from one layer call to the next."""
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        costs: CostModel,
+        prefill: Scheduler,
+        decode: Scheduler,
+        cache: CachePolicy,
+        prefetcher: Prefetcher | None,
+        expert_bytes: int,
+    ) -> None:
+        super().__init__(pool, costs, cache, expert_bytes)
+        self.prefill = prefill
+        self.decode = decode
+        self.prefetcher = prefetcher
+        self.confidence = Confidence()
+        self._demand = [1.0, 1.0]
+        """Recent share of layer calls with demand loads: of one token, of many."""
+        self._layer_us = 0.0
+        """Moving average of the time from one layer to the next."""
+
+    def _predictions(
+        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float
+    ) -> list[Prediction]:
+        """The later layers as they stand now; predicted experts that are there are kept until their layer has run."""
+        if self.prefetcher is None:
+            return []
+        found = []
+        for distance, (layer, loads) in enumerate(predicted, 1):
+            routed = tuple(Routed(e, load, self._ready_us(layer, e, now_us)) for e, load in loads.items())
+            confidence = self.confidence.predicted(layer, distance, routed, step.tokens > 1)
+            found.append(Prediction(layer, distance, routed, confidence))
+            row = self._worth[layer]
+            for item in routed:
+                if row[item.expert] != KEPT:
+                    row[item.expert] = (
+                        max(row[item.expert], confidence[item.expert]) if self.cache.probabilities else KEPT
+                    )
+        return found
+
+    def _prefetch(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
+        if self.prefetcher is None or not predictions:
+            return []
+        moves: list[Move] = []
+        reach = self._reach(step.layer, step.tokens)
+        for request in self.prefetcher.choose(predictions, self._room(idle), self._floor()):
+            layer, expert = request.ref
+            if request.confidence < DOUBTFUL and not self._may_doubt(request.distance, idle, step.tokens > 1):
+                continue
+            gain_us = self._gain_us(step, predictions, idle, request)
+            if gain_us <= 0.0:
+                continue
+            slot = self._admit(layer, expert, reach, gain_us)
+            if slot is not None:
+                moves.append(self._send(layer, expert, slot, idle.now_us, cached=True))
+                self._unused[request.ref] = request.distance
+                self.by_distance.setdefault(request.distance, [0, 0])[0] += 1
+                self._issued += 1.0
+        self.counters.prefetches += len(moves)
+        return moves
+
+    def _may_doubt(self, distance: int, idle: Idle, many: bool) -> bool:
+        """Whether a doubtful prefetch may be sent now: not before better predictions will be there, nor into the way.
+
+        A transfer that easily fits into one layer's time waits for the prediction of the next layer. One that ends
+        late is sent only where hardly any call wants the link.
+        """
+        if distance > 1 and self.costs.transfer_us < 0.8 * self._layer_us:
+            return False
+        return self._end_us(idle) <= idle.until_us or self._demand[many] < RARE
+
+    def _floor(self) -> float:
+        """How sure a prediction must be: doubtful ones are tried while enough prefetches have been used so far."""
+        self._issued *= FADE
+        self._used *= FADE
+        return SLACK if self._used > USED_SHARE * self._issued else DOUBTFUL
+
+    def _fill(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
+        """Bring misses that the CPU computed into the cache while the link is idle, the most likely ones first."""
+        moves: list[Move] = []
+        reach = self._reach(step.layer, step.tokens)
+        ranks = self.cache.ranks[step.layer]
+        missed = [expert for expert in step.plan.cpu if self.pool.slot_of(step.layer, expert) is None]
+        for expert in sorted(missed, key=lambda expert: -ranks[expert]):
+            late_us = self._end_us(idle) - idle.until_us
+            if late_us > 0.0:
+                # A call of many tokens must not wait for the sake of later ones.
+                gain_us = self._fill_gain_us(step.layer, expert, reach) if step.tokens == 1 else 0.0
+                if gain_us <= 0.0 or gain_us <= self._loss_us(step, predictions, idle, late_us):
+                    break
+            slot = self._admit(step.layer, expert, reach)
+            if slot is not None:
+                moves.append(self._send(step.layer, expert, slot, idle.now_us, cached=True))
+        self.counters.fills += len(moves)
+        return moves
+
+    def _room(self, idle: Idle) -> int:
+        """How many prefetches are worth choosing: what fits the idle time, and one or two that may end later."""
+        transfer_us = self.costs.transfer_us
+        if transfer_us <= 0.0:
+            return 0
+        return max(0, int((idle.until_us - max(self.link_free_us, idle.now_us)) / transfer_us)) + 2
+
+    def _end_us(self, idle: Idle) -> float:
+        """When one more transfer would have arrived."""
+        return max(self.link_free_us, idle.now_us) + self.costs.transfer_us
+
+    def _fill_gain_us(self, layer: int, expert: int, reach: int) -> float:
+        """What the next token gains by a fill."""
+        if not self.cache.probabilities:
+            return 0.0
+        victim = None if self.pool.has_room(layer) else self._victim(layer, reach)
+        lost = 0.0 if victim is None else float(self._worth[victim])
+        return (float(self.cache.ranks[layer, expert]) - lost) * self._miss_us
+
+    def _gain_us(self, step: Step, predictions: Sequence[Prediction], idle: Idle, request: PrefetchRequest) -> float:
+        """Expected gain of a prefetch, less what it costs where the link stays busy beyond the next layer's start."""
+        sure = request.confidence
+        late_us = self._end_us(idle) - idle.until_us
+        if late_us <= 0.0:
+            return sure * request.impact_us if request.impact_us else KEPT
+        if not request.impact_us or self._layer_us <= 0.0:
+            return 0.0
+        before = request.distance - 1
+        loss_us = self._loss_us(step, predictions, idle, late_us, before)
+        late_us -= before * self._layer_us
+        if late_us <= 0.0:
+            return sure * request.impact_us - loss_us
+        # It arrives while its own layer already runs: still sooner than a demand load would.
+        plan = self._scheduler(step).plan
+        routed = predictions[before].routed
+        coming = [i._replace(ready_us=late_us) if i.expert == request.ref.expert else i for i in routed]
+        now = plan(routed, max(0.0, late_us - self.costs.transfer_us)).makespan_us
+        right, wrong = plan(coming, late_us).makespan_us, plan(routed, late_us).makespan_us
+        return now - sure * right - (1.0 - sure) * wrong - loss_us
+
+    def _loss_us(
+        self, step: Step, predictions: Sequence[Prediction], idle: Idle, late_us: float, layers: int = 1 << 30
+    ) -> float:
+        """What the next `layers` lose if one more transfer keeps the link busy for `late_us` of their time."""
+        known = [item.routed for item in predictions if max(item.confidence.values()) > 0.0] or [step.routed]
+        plan = self._scheduler(step).plan
+        loss_us, distance = 0.0, 0
+        while late_us > 0.0 and distance < layers:
+            routed = known[min(distance, len(known) - 1)]
+            free_us = max(0.0, late_us - self.costs.transfer_us)
+            predicted_us = plan(routed, late_us).makespan_us - plan(routed, free_us).makespan_us
+            # Predictions err: at least the usual share of calls will want the link.
+            loss_us += max(predicted_us, self._demand[step.tokens > 1] * (late_us - free_us))
+            late_us -= self._layer_us
+            distance += 1
+        return loss_us
+
+    def _scheduler(self, step: Step) -> Scheduler:
+        return self.decode if step.tokens == 1 else self.prefill
