@@ -167,7 +167,7 @@ def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert isinstance(make_accelerator("emulated", cpu).kernels, TorchKernels)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1|not installed"):
         make_accelerator("emulated", cpu, "triton")
     with pytest.raises(ConfigError, match="kernels"):
         Settings(kernels="cutlass")
