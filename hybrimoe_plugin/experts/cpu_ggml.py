@@ -53,7 +53,7 @@ class GgmlExperts:
         topk_weights: torch.Tensor,
         mine: Sequence[int],
     ) -> None:
-        """Of several tokens every expert is computed, those not in `mine` for nothing: this backend is meant to be alone.
+        """Of several tokens every expert is computed, those not in `mine` for nothing: it is meant to be alone.
 
         They cannot be put off to another expert: ggml takes an expert at most once for a token.
         """

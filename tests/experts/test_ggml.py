@@ -139,7 +139,7 @@ def test_more_graphs_live_than_ggml_has_contexts(ggml: Ggml) -> None:
         y = graph.matmul(graph.weight(stored), x)
         graph.finish(y)
         graphs.append((graph, x, y))
-    for value, (graph, x, y) in enumerate(graphs):
+    for value, (graph, x, _) in enumerate(graphs):
         x.value.fill_(float(value))
         graph.run()
     ratio = graphs[150][2].value / graphs[50][2].value
