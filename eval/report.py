@@ -38,7 +38,9 @@ def facts() -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
     ).stdout.strip()
-    return {**hardware(), **versions(), "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
+    machine = hardware()
+    machine["os"] = machine.pop("system")  # tables have a column `system` of their own
+    return {**machine, **versions(), "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

@@ -1,0 +1,142 @@
+"""Operators for dense modules: stored matrices against dequantised ones, the growing cache, switches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import needs
+import pytest
+import tiny
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from hybrimoe_plugin import load_model
+from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.operators.attention import LeanAttention
+from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.kv_cache import GrowingLayer, growing
+from hybrimoe_plugin.operators.linear import StoredLinear
+
+needs.kt_kernel()
+
+
+def q8(name: str) -> str:
+    return "F32" if "ffn_gate_inp" in name else "Q8_0"
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("mixtral"), "mixtral", types=q8)
+
+
+def load(path: Path, **settings: Any) -> Any:
+    return load_model(None, path, progress=False, **settings)[0]
+
+
+def test_matrices_stay_as_stored_and_in_place(mixtral: Path) -> None:
+    model = load(mixtral, accelerator="none")
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention, LeanAttention) and isinstance(attention.v_proj, StoredLinear)
+    # V is not rotated, so its bytes are the mapping's own; what is not large is float32.
+    assert attention.v_proj.stored is not None and not attention.v_proj.stored.data.flags.owndata
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert not any(value.numel() > 8 * 64 for value in model.parameters())
+    model.hybrimoe.close()
+
+
+def test_one_token_and_many_give_the_same_function(mixtral: Path) -> None:
+    model = load(mixtral, accelerator="none")
+    ids = tiny.tokens(12)
+    with torch.no_grad():
+        whole = model(ids).logits
+        out = model(ids[:, :7], use_cache=True)
+        parts = [out.logits]
+        for at in range(7, 12):
+            out = model(ids[:, at : at + 1], cache=out.cache, use_cache=True)
+            parts.append(out.logits)
+    found = torch.cat(parts, dim=1)
+    # 8-bit activations round alike row by row; sums differ in order alone.
+    assert float((found - whole).norm() / whole.norm()) < 1e-2
+    model.hybrimoe.close()
+
+
+def test_an_operator_is_within_its_activation_error(mixtral: Path) -> None:
+    """Module by module on the same inputs: a router's near tie must not hide or fake an error."""
+    plain, _ = load_plain_model(None, mixtral, dtype="float32", progress=False)
+    model = load(mixtral, accelerator="none")
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    ids = tiny.tokens(9, batch=2)
+    with torch.no_grad():
+        position = plain.model.rotary_emb(x, torch.arange(9)[None])
+        pairs = [
+            (model.model.layers[0].self_attn(x, position)[0], plain.model.layers[0].self_attn(x, position, None)[0]),
+            (model.lm_head(x), plain.lm_head(x)),
+            (model.model.embed_tokens(ids), plain.model.embed_tokens(ids)),
+            (model.model.norm(x), plain.model.norm(x)),
+        ]
+    for found, wanted in pairs:
+        assert float((found - wanted).norm() / wanted.norm()) < 0.02
+    torch.testing.assert_close(*pairs[2])
+    torch.testing.assert_close(*pairs[3])
+    with pytest.raises(IndexError, match="0 to 95"):
+        model.model.embed_tokens(torch.tensor([[96]]))
+    model.hybrimoe.close()
+
+
+def test_switches_choose_the_twins(mixtral: Path) -> None:
+    ids = tiny.tokens(8)
+    plain = load(mixtral, dense="plain", dtype="float32", cpu_backend="torch")
+    assert not any(isinstance(module, DenseOperator) for module in plain.modules())
+    lean = load(mixtral, linears="plain", dtype="float32", cpu_backend="torch")
+    assert any(isinstance(module, LeanAttention) for module in lean.modules())
+    assert not any(isinstance(module, StoredLinear) for module in lean.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(lean(ids).logits, plain(ids).logits)
+    for model in (plain, lean):
+        model.hybrimoe.close()
+    with pytest.raises(RulesError, match="linears"):
+        load(mixtral, linears="sometimes")
+
+
+def test_the_growing_layer_is_the_dynamic_one() -> None:
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    generator = torch.Generator().manual_seed(0)
+
+    def both(count: int, batch: int) -> None:
+        new = torch.randn(batch, 3, count, 8, generator=generator)
+        for found, wanted in zip(ours.update(new, -new), theirs.update(new, -new), strict=True):
+            assert torch.equal(found, wanted)
+
+    both(5, 2)
+    for _ in range(3):
+        both(1, 2)
+    both(300, 2)  # more than the spare room
+    held = ours.keys
+    before = held.clone()
+    both(1, 2)
+    assert torch.equal(held, before)
+    for layer in (ours, theirs):
+        layer.crop(-4)
+    both(2, 2)
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([1]))
+    both(1, 1)
+    for layer in (ours, theirs):
+        layer.reorder_cache(torch.tensor([0]))
+    both(3, 1)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    ours.reset()
+    assert ours.get_seq_length() == 0
+
+
+def test_only_empty_dynamic_layers_are_exchanged() -> None:
+    cache = DynamicCache()
+    growing(cache, 0)
+    growing(cache, 2)  # not the next one: left to transformers
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer]
+    other = DynamicCache()
+    other.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    growing(other, 0)
+    assert type(other.layers[0]) is DynamicLayer
