@@ -171,3 +171,16 @@ def test_a_question_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.
     values: dict[str, Any] = {"a": 1}
     assert every._last_json(f"table\n{json.dumps(values)}\n") == values
     assert every._last_json("no json") is every._last_json("") is None
+
+
+def test_figures_come_from_csvs_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from eval import figures
+
+    rows = [throughput._row(name, [(0.5, [0.02])], prompt=100, bound_ms=10.0) for name in ("HybriMoE", "llama.cpp")]
+    every.report.save_csv(tmp_path / "throughput_demo.csv", rows)
+    result = figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")])
+    assert result == {"figures": ["throughput_demo.png"]}
+    assert (tmp_path / "figures" / "throughput_demo.png").stat().st_size > 1000
+    read = figures.read_rows(tmp_path / "throughput_demo.csv")
+    assert read[0]["system"] == "HybriMoE" and read[0]["tbt_ms_p50"] == pytest.approx(20)
