@@ -12,7 +12,7 @@ from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.schedule import Scheduler
 
-DOUBTFUL = 0.5
+DOUBTFUL = 0.6
 """Predictions less likely than this would waste more transfers than they save; see `Controller`."""
 
 
