@@ -1,9 +1,9 @@
 """How fast is classic kTransformers with our rules and with its own, on this machine, in one run?
 
-All are the real `ktransformers.local_chat` with the demo model, greedy, the same questions, in turns. kTransformers'
-own `KExpertsCPU` runs on kt-kernel's prebuilt kernels for experts. Our engine chooses its CPU backend itself; `ours, kt`
-holds it to the same kernels, which tells how much of the difference is the backend. Rates are those that `local_chat`
-prints. Everything is measured.
+All are the real `ktransformers.local_chat` with the demo model, greedy, the same questions, in turns.
+kTransformers' own `KExpertsCPU` runs on kt-kernel's prebuilt expert kernels. Our engine chooses its CPU backend itself;
+`ours, kt` holds it to the same kernels, which tells how much of the difference is the backend. Rates are those that
+`local_chat` prints. Everything is measured.
 """
 
 from __future__ import annotations
