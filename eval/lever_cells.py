@@ -37,7 +37,7 @@ from lever_ext.tree.policies import (
     make_policy,
 )
 
-CALM, ATTEMPTS = 0.1, 3
+CALM, ATTEMPTS = 0.15, 2
 """A run during which other programs took more of the processor than this is made again, so often at most."""
 
 PROMPTS = {
@@ -155,7 +155,7 @@ class TreeCell(Cell):
     draft: str = "low-bit 65 %"
     prompt: str = "code"
     trees: tuple[str, ...] = DENSE_TREES
-    tokens: int = 32
+    tokens: int = 28
     rounds: int = 1
     """The faster of several runs counts, for every policy alike."""
     share: float = -1.0

@@ -66,7 +66,7 @@ class LeverDecoding:
         self.calibration = Calibration()
         self.latency = LatencyTable()
         self.reads = ExpertReads.of(target) if price_union else None
-        self.cost = CycleCost(self.latency, self.reads.union) if self.reads else CycleCost(self.latency)
+        self.cost = CycleCost(self.reads.verify, self.reads.union) if self.reads else CycleCost(self.latency)
         self.stats = SpeculationStats()
         self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
 
@@ -134,13 +134,12 @@ class _Run:
         begin = time.perf_counter()
         done = self._append(self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache))
         self.stats.prefill_us = (time.perf_counter() - begin) * 1e6
-        reads, us = self.owner.reads, self.stats.prefill_us
-        if reads is not None:
-            us = reads.rest(reads.count(), us)
+        if self.owner.reads is not None:
+            self.owner.reads.count()
         if not self.owner.latency.cells:
             # The prompt's pass is a first measurement: reads dominate it as they do every other pass.
             rows = min(self.stats.prompt_tokens, self.owner.max_rows)
-            self.owner.latency.observe(rows, 1, us)
+            self.owner.latency.observe(rows, 1, self.stats.prefill_us)
         self.tree = CandidateTree(int(self.ids[0, -1]), self.owner.calibration)
         if self.owner.draft is not None and not done:
             self.owner.draft.start(self.ids[0, :-1].tolist())
@@ -246,7 +245,7 @@ class _Run:
     def _learn(self, tree: TokenTree, verified: Verified, verify_us: float) -> None:
         reads = self.owner.reads
         if reads is not None:
-            verify_us = reads.learn(tree, verified, verify_us)
+            reads.learn(tree, verified, verify_us)
         self.owner.latency.observe(len(tree), tree.leaves, verify_us)
 
     def _advance(self, accepted: Sequence[int], tokens: Sequence[int]) -> None:

@@ -58,16 +58,18 @@ class ExpertUnion:
         self.read_us = read_us
         self.prior = prior
         self.rates: NDArray[np.float64] = np.full(self.shape, top_k / experts)
-        self.missing: NDArray[np.float64] = np.ones(self.shape)
-        """1 where the expert is not resident, 0 where it is."""
+        self.missing: NDArray[np.float64] = np.ones(layers * experts)
+        """[L * E]: 1 where the expert is not resident, 0 where it is."""
         self._seen: dict[int, tuple[int, NDArray[np.float64]]] = {}
-        self._logs: dict[int, NDArray[np.float64]] = {}
+        self._misses: dict[int, NDArray[np.float64]] = {}
+        """Token -> chance that it does not select each expert, [L * E]."""
         self._survival: NDArray[np.float64] | None = None
+        """Chance that no token so far selects each expert, [L * E]."""
 
     def start(self) -> ExpertUnion:
         fresh = object.__new__(ExpertUnion)
         fresh.__dict__.update(self.__dict__)
-        fresh._survival = np.ones(self.shape)
+        fresh._survival = np.ones(self.missing.shape)
         return fresh
 
     def peek(self, token: int) -> float:
@@ -78,19 +80,19 @@ class ExpertUnion:
         return self._price(self._survival)
 
     def _with(self, token: int) -> NDArray[np.float64]:
-        """Chance that neither the union so far nor the token selects each expert, float64 [L, E]."""
         assert self._survival is not None, "add to what start() gave"
-        return self._survival * (1 - self.probabilities(token))
+        if token not in self._misses:
+            self._misses[token] = 1 - self.probabilities(token).ravel()
+        return self._survival * self._misses[token]
 
     def _price(self, survival: NDArray[np.float64]) -> float:
-        return float(((1 - survival) * self.missing).sum()) * self.read_us
+        return float(self.missing.sum() - survival @ self.missing) * self.read_us
 
     def probabilities(self, token: int) -> NDArray[np.float64]:
         """Chance that each expert is selected for the token, float64 [L, E]."""
-        if token not in self._logs:
-            count, sums = self._seen.get(token, (0, np.zeros(self.shape)))
-            self._logs[token] = (sums + self.prior * self.rates) / (count + self.prior)
-        return self._logs[token]
+        count, sums = self._seen.get(token, (0, np.zeros(self.shape)))
+        found: NDArray[np.float64] = (sums + self.prior * self.rates) / (count + self.prior)
+        return found
 
     def observe(self, token: int, chosen: NDArray[np.int64]) -> None:
         """Learn a token's experts, int64 [L, K]. Mutates."""
@@ -100,13 +102,13 @@ class ExpertUnion:
         # Halved when it grows old: routing depends on the context too.
         self._seen[token] = (count + 1, sums + hot) if count < 16 else (8, sums / 2 + hot / 2)
         self.rates += 0.02 * (hot - self.rates)
-        self._logs.clear()
+        self._misses.clear()
 
     def set_resident(self, resident: Iterable[tuple[int, int]]) -> None:
         """Say which (layer, expert) need no read now. Mutates."""
         self.missing[:] = 1.0
         for layer, expert in resident:
-            self.missing[layer, expert] = 0.0
+            self.missing[layer * self.shape[1] + expert] = 0.0
 
 
 @dataclass

@@ -102,7 +102,7 @@ def test_greedy_output_is_token_identical(
         target = load_target(packs[family], dram_budget=budget)
         target.set_gate(a_gate(plain_models[family]) if pruning else None)
         for name in POLICIES:
-            decoder = LeverDecoding(made, make_policy(name), target)
+            decoder = LeverDecoding(made, make_policy(name), target, max_rows=20)
             for seed in range(0 if budget else 1, prompts, 2):
                 found = target.model.generate(prompt(seed), custom_generate=decoder, **SHORT)
                 assert torch.equal(found, wanted[family][seed]), (name, seed)
