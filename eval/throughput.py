@@ -130,9 +130,9 @@ def _ours(args: Namespace, gguf: Path, settings: dict[str, Any]) -> tuple[Measur
     torch.set_num_threads(args.threads)
     model, _ = load_model(args.model_path, gguf, progress=False, accelerator="none", **settings)
     if args.trace is not None:
-        from eval import forced
+        from eval.forced import route_by
 
-        forced.route_by(model, args.trace)
+        route_by(model, args.trace)
 
     @torch.inference_mode()
     def run(prompt: Sequence[int], steps: Sequence[int]) -> tuple[float, list[float]]:
