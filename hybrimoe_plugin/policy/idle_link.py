@@ -159,8 +159,8 @@ class IdleLink(Residency):
         late_us = self._end_us(idle) - idle.until_us
         if late_us <= 0.0:
             return sure * request.impact_us if request.impact_us else KEPT
-        if not request.impact_us or self._layer_us <= 0.0:
-            return 0.0
+        if self.prefetcher is None or not self.prefetcher.calibrated or self._layer_us <= 0.0:
+            return 0.0  # as published: only while the link would idle
         before = request.distance - 1
         loss_us = self._loss_us(step, predictions, idle, late_us, before)
         late_us -= before * self._layer_us

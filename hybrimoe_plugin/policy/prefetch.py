@@ -104,7 +104,7 @@ class _Chain:
     def request(self) -> PrefetchRequest:
         prediction = self._prediction
         ref = ExpertRef(prediction.layer, self._expert)
-        confidence = prediction.confidence.get(self._expert, 1.0)
+        confidence = prediction.confidence[self._expert] if self._calibrated else 1.0
         return PrefetchRequest(ref, prediction.distance, self._impact_us, confidence)
 
     def advance(self) -> bool:
