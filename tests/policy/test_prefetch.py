@@ -60,3 +60,15 @@ def test_score_takes_the_nearest_layer_and_heaviest_load_first() -> None:
 
 def test_off_is_none() -> None:
     assert make_prefetcher("off", SCHEDULER, COSTS) is None
+
+
+def test_calibrated_impact_weighs_by_confidence_and_the_published_one_does_not() -> None:
+    near = prediction(1, (1, OFFLOADED), (1, 0.0))._replace(confidence={0: 0.2, 1: 1.0})
+    far = prediction(2, (1, OFFLOADED), (1, 0.0))._replace(confidence={0: 0.9, 1: 1.0})
+    published = ImpactPrefetcher(SCHEDULER).choose([near, far], 2)
+    calibrated = ImpactPrefetcher(SCHEDULER, calibrated=True).choose([near, far], 2)
+    assert [request.ref.layer for request in published] == [1, 2]
+    assert [request.confidence for request in published] == [1.0, 1.0]
+    assert [request.ref.layer for request in calibrated] == [2, 1]
+    assert [request.confidence for request in calibrated] == [0.9, 0.2]
+    assert len(ImpactPrefetcher(SCHEDULER, calibrated=True).choose([near, far], 2, floor=0.5)) == 1
