@@ -53,8 +53,8 @@ class LeanAttention(DenseOperator):
         if "q_norm" in self._modules:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = (part[:, None, :, : self.head_dim // 2] for part in position_embeddings)
-        query = rotate(query.transpose(1, 2), cos, sin).to(dtype)
-        key = rotate(key.transpose(1, 2), cos, sin).to(dtype)
+        turned = rotate(torch.cat((query, key), dim=2).transpose(1, 2), cos, sin).to(dtype)  # all heads at once
+        query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = value.transpose(1, 2).to(dtype)
         cache = cache if cache is not None else past_key_values
         if cache is not None:

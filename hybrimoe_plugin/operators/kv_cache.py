@@ -31,7 +31,8 @@ class GrowingLayer(DynamicLayer):
         assert self._buffers is not None
         keys, values = self._buffers
         keys.narrow(2, held, total - held).copy_(key_states)
-        values.narrow(2, held, total - held).copy_(value_states)
+        if values.shape[3]:  # latent attention keeps one row per token, as its keys
+            values.narrow(2, held, total - held).copy_(value_states)
         self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
         return self.keys, self.values
 

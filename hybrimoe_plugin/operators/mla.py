@@ -80,7 +80,8 @@ class LeanMLA(DenseOperator):
         latent, key_rotary = compressed.view(batch, 1, count, -1).split((self.latent, self.rope), dim=-1)
         cos, sin = _angles(position_embeddings, self.rope // 2)
         turn = rotate if self.halves else rotate_pairs
-        rotary, key_rotary = turn(rotary, cos, sin).to(query.dtype), turn(key_rotary, cos, sin).to(query.dtype)
+        turned = turn(torch.cat((rotary, key_rotary), dim=1), cos, sin).to(query.dtype)  # all heads at once
+        rotary, key_rotary = turned[:, :-1], turned[:, -1:]
         # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are its values.
         rows = torch.cat((self.kv_a_layernorm(latent), key_rotary), dim=-1)
         cache = cache if cache is not None else past_key_values
