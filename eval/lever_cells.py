@@ -314,7 +314,7 @@ class IdentityCell(Cell):
             for tree in self.trees:
                 for pruned in (False, True):
                     target.set_gate(gate if pruned else None)
-                    decoder = LeverDecoding(lab.draft("low-bit 65 %"), TREES[tree](), target)
+                    decoder = LeverDecoding(lab.draft("low-bit 65 %"), TREES[tree](), target, prune="always")
                     same = torch.equal(target.model.generate(**inputs, custom_generate=decoder, **settings), want)
                     decoder.close()
                     name = f"{tree}{', pruned' if pruned else ''}: identical"

@@ -31,6 +31,9 @@ from lever_ext.tree.token_tree import TokenTree
 from lever_ext.union import ExpertReads
 from lever_ext.verify import Verified, Verifier
 
+KEPT_ROWS, LOST_TOKENS = 0.48, 0.05
+"""Rows that stay after an early exit, and accepted tokens that are lost by it (paper, evaluation)."""
+
 
 class LeverDecoding:
     """Callable for `generate(custom_generate=...)`; keeps what it learned about costs and the draft between calls.
@@ -44,6 +47,7 @@ class LeverDecoding:
         streamer: gets every token. `generate` does not hand its own to custom decoding methods.
         overlap: draft for the next cycle while a pass waits for flash; False is the plain twin.
         price_union: count the experts that a node adds in a tree's cost; False is the plain twin.
+        prune: where the target has an early exit: `auto` uses it for passes where it is predicted to pay, `always`.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class LeverDecoding:
         streamer: Any = None,
         overlap: bool = True,
         price_union: bool = True,
+        prune: str = "auto",
     ) -> None:
         if draft is None and policy.name != "none":
             raise SpeculationError(f"tree {policy.name} needs a draft")
@@ -67,6 +72,7 @@ class LeverDecoding:
         self.latency = LatencyTable()
         self.reads = ExpertReads.of(target) if price_union else None
         self.cost = CycleCost(self.reads.verify, self.reads.union) if self.reads else CycleCost(self.latency)
+        self.prune = prune
         self.stats = SpeculationStats()
         self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
 
@@ -188,11 +194,22 @@ class _Run:
         return done
 
     def _verify(self, tree: TokenTree, depth_limit: int, expected_us: float) -> Verified:
-        candidates, ahead = self._candidates(tree), self.owner.ahead
+        candidates, ahead = self._candidates(tree) if self._pruning_pays(tree) else [], self.owner.ahead
         if ahead is None:
             return self.verifier.verify(tree, self.cache, candidates)
         with ahead.drafting(self.tree, depth_limit, expected_us):
             return self.verifier.verify(tree, self.cache, candidates)
+
+    def _pruning_pays(self, tree: TokenTree) -> bool:
+        """Whether fewer rows in the layers after the exit save more of a cycle than lost acceptance costs."""
+        gate = self.verifier.gate
+        if gate is None or self.owner.prune == "always":
+            return gate is not None
+        cost, rows, leaves = self.owner.cost, len(tree), tree.leaves
+        whole = cost.verify(rows, leaves)
+        saved = whole - cost.verify(max(1, round(KEPT_ROWS * rows)), max(1, round(KEPT_ROWS * leaves)))
+        after = 1 - gate.predictor.layer / len(self.cache.layers)
+        return saved * after > LOST_TOKENS * (whole + cost.draft_us(1))
 
     def _growth(self) -> Growth:
         length, draft = self.ids.shape[1], self.owner.draft

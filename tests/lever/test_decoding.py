@@ -31,7 +31,7 @@ from lever_ext.tree.token_tree import TokenTree
 from lever_ext.verify import Verifier
 
 FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
-SHORT = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 10}
+SHORT = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 
 
@@ -102,12 +102,12 @@ def test_greedy_output_is_token_identical(
         target = load_target(packs[family], dram_budget=budget)
         target.set_gate(a_gate(plain_models[family]) if pruning else None)
         for name in POLICIES:
-            decoder = LeverDecoding(made, make_policy(name), target, max_rows=20)
+            decoder = LeverDecoding(made, make_policy(name), target, max_rows=12, prune="always")
             for seed in range(0 if budget else 1, prompts, 2):
                 found = target.model.generate(prompt(seed), custom_generate=decoder, **SHORT)
                 assert torch.equal(found, wanted[family][seed]), (name, seed)
                 cycles = decoder.stats.cycles
-                assert decoder.stats.tokens == 10 == 1 + sum(cycle.accepted + 1 for cycle in cycles)
+                assert decoder.stats.tokens == 8 == 1 + sum(cycle.accepted + 1 for cycle in cycles)
                 kept, rows = kept + sum(c.kept for c in cycles), rows + sum(c.rows for c in cycles)
             decoder.close()
         target.close()
@@ -215,7 +215,7 @@ def test_sampling_with_a_seed_draws_what_generate_draws(
     for seed in range(4):
         torch.manual_seed(seed)
         want = plain.generate(prompt(seed), **settings)
-        decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12), target)
+        decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12), target, prune="always")
         torch.manual_seed(seed)
         assert torch.equal(target.model.generate(prompt(seed), custom_generate=decoder, **settings), want)
     target.close()
@@ -226,11 +226,11 @@ def test_sampled_pairs_follow_the_targets_distribution(plain_models: dict[str, A
     plain = plain_models["llama"]
     target = load_target(packs["llama"])
     target.set_gate(a_gate(plain, threshold=0.3))
-    decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(10), target)
+    decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(10), target, prune="always")
     ids, settings = prompt(11), {"do_sample": True, "top_k": 3, "max_new_tokens": 2, "min_new_tokens": 2}
     torch.manual_seed(0)
     counts: dict[tuple[int, int], int] = {}
-    draws = 700
+    draws = 500
     for _ in range(draws):
         pair = tuple(target.model.generate(ids, custom_generate=decoder, **settings)[0, -2:].tolist())
         counts[pair] = counts.get(pair, 0) + 1
@@ -283,6 +283,21 @@ def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[st
     for ours, theirs in zip(cache.layers, again.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
         torch.testing.assert_close(ours.values, theirs.values)
+
+
+def test_pruning_is_used_only_where_it_is_predicted_to_pay(
+    plain_models: dict[str, Any], packs: dict[str, Path], wanted: dict[str, list[torch.Tensor]]
+) -> None:
+    target, kept = load_target(packs["llama"]), []
+    target.set_gate(a_gate(plain_models["llama"]))
+    for per_row in (0.0, 1e6):
+        decoder = LeverDecoding(make_draft("low-bit", plain_models["llama"]), FixedBudget(12), target)
+        decoder.cost.verify = lambda rows, leaves, per_row=per_row: 1e6 + per_row * rows
+        assert torch.equal(target.model.generate(prompt(2), custom_generate=decoder, **SHORT), wanted["llama"][2])
+        kept.append(all(cycle.kept == cycle.rows for cycle in decoder.stats.cycles))
+        decoder.close()
+    assert kept == [True, False]
+    target.close()
 
 
 def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
