@@ -10,6 +10,7 @@ import logging
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def run_local_chat(
         log.info("ktransformers patches in force: %s", ", ".join(applied.names) or "none")
         _adjust(applied.changes, launch, loaded, answered)
         argv = [LOCAL_CHAT, *(f"--{name}={value}" for name, value in launch.flags.items() if value is not None)]
-        with _process(argv, launch.prompt), contextlib.suppress(EOFError):
+        with _process(argv, launch.prompt), warnings.catch_warnings(), contextlib.suppress(EOFError):
+            if launch.quiet:  # its loader sees mapped files through arrays that must not be written, and does not
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             if launch.seed is not None:
                 torch.manual_seed(launch.seed)
             runpy.run_module(LOCAL_CHAT, run_name="__main__", alter_sys=True)
