@@ -7,25 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from hybrimoe_plugin.demo import build_demo_model, source_path
-from hybrimoe_plugin.experts.calibrate import cache_dir
+from eval.lever_lab import PROMPTS, Lab, OthersLoad
+from hybrimoe_plugin.demo import source_path
 from lever_ext.decoding import LeverDecoding
-from lever_ext.demo import demo_draft, widened_pack
 from lever_ext.drafts.base import Draft
-from lever_ext.drafts.ngram import NGramDraft
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.pack import FlashPack, block_memory
-from lever_ext.flash.reader import Buffer, Throttle, plain_gbps
-from lever_ext.packing import pack_model, pack_tokenizer
-from lever_ext.target import FlashTarget, load_target
+from lever_ext.flash.reader import Buffer, plain_gbps
+from lever_ext.target import FlashTarget
 from lever_ext.tree.policies import (
     Chain,
     FixedBudget,
@@ -40,12 +35,6 @@ from lever_ext.tree.policies import (
 CALM, ATTEMPTS = 0.15, 2
 """A run during which other programs took more of the processor than this is made again, so often at most."""
 
-PROMPTS = {
-    "code": "Write a Python function that checks whether a number is prime, and explain it.",
-    "arithmetic": "A shop sells pens at 3 dollars and books at 12 dollars. How much do 7 pens and 4 books cost? "
-    "Show each step.",
-    "dialogue": "I feel nervous about my first day at a new job. What should I do?",
-}
 TREES: dict[str, Callable[[], TreePolicy]] = {
     "flash autoregressive": NoSpeculation,
     "chain 8": lambda: Chain(8),
@@ -68,73 +57,6 @@ DENSE_TREES = ("flash autoregressive", "chain 8", "specinfer", "specinfer 4-2-2-
 FEW_TREES = ("flash autoregressive", "chain 8", "specinfer", "fixed 16", "opt_tree 16", "lever")
 MOE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 16",
              "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
-
-
-class OthersLoad:
-    """Share of the machine's processors that other programs use, from its making on."""
-
-    def __init__(self) -> None:
-        self._before = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float]:
-        """(processor seconds of everybody else, processor seconds that there were)."""
-        times = psutil.cpu_times()
-        idle = times.idle + getattr(times, "iowait", 0.0)
-        mine = psutil.Process().cpu_times()
-        return sum(times[:8]) - idle - mine.user - mine.system, sum(times[:8])
-
-    def share(self) -> float:
-        others, whole = (after - before for after, before in zip(self._read(), self._before, strict=True))
-        return max(0.0, others / whole) if whole > 0 else 0.0
-
-
-class Lab:
-    """Targets and drafts, made once for all cells."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(max(1, torch.get_num_threads()))
-        self._drafts: dict[str, Draft] = {"n-gram": NGramDraft()}
-        self._targets: dict[tuple[Any, ...], FlashTarget] = {}
-        self._tokenizer: Any = None
-
-    def pack(self, name: str) -> Path:
-        directory = cache_dir() / "lever" / name
-        if not (directory / "target.lever").exists():
-            if name == "dense":
-                widened_pack(source_path(), directory)
-            elif name == "narrow-fp32":
-                pack_model(directory, None, source_path(), "float32")
-            else:
-                pack_model(directory, None, build_demo_model(name))
-        return directory / "target.lever"
-
-    def target(self, name: str, budget: str | int, throttle: str = "", direct: bool = True) -> FlashTarget:
-        """One target is open at a time."""
-        key = (name, budget, throttle, direct)
-        if key not in self._targets:
-            self.close()
-            slowed = Throttle.parse(throttle) if throttle else None
-            self._targets[key] = load_target(self.pack(name), dram_budget=budget, throttle=slowed, direct=direct)
-        return self._targets[key]
-
-    def draft(self, name: str) -> Draft:
-        if name not in self._drafts:
-            self._drafts[name] = demo_draft(source_path(), int(name.split()[1]))
-        return self._drafts[name]
-
-    def prompt(self, kind: str) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = pack_tokenizer(self.pack("dense"))
-        chat = [{"role": "user", "content": PROMPTS[kind]}]
-        return self._tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-
-    def close(self) -> None:
-        for target in self._targets.values():
-            target.close()
-        self._targets.clear()
 
 
 @dataclass(frozen=True)

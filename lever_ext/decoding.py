@@ -10,8 +10,6 @@ pruning; greedy decoding is the special case. One random number is drawn per tok
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,20 +17,14 @@ import torch
 from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.ahead import Overlap
 from lever_ext.drafts.base import Draft
-from lever_ext.stats import Cycle, SpeculationStats
+from lever_ext.run import SpeculativeRun
+from lever_ext.stats import SpeculationStats
 from lever_ext.target import FlashTarget
 from lever_ext.tree.calibrate import Calibration
-from lever_ext.tree.candidates import CandidateTree
 from lever_ext.tree.cost import CycleCost
-from lever_ext.tree.growth import Growth
 from lever_ext.tree.latency import LatencyTable
 from lever_ext.tree.policies import TreePolicy
-from lever_ext.tree.token_tree import TokenTree
 from lever_ext.union import ExpertReads
-from lever_ext.verify import Verified, Verifier
-
-KEPT_ROWS, LOST_TOKENS = 0.48, 0.05
-"""Rows that stay after an early exit, and accepted tokens that are lost by it (paper, evaluation)."""
 
 
 class LeverDecoding:
@@ -100,213 +92,10 @@ class LeverDecoding:
             FlashError: the target's pack cannot be read.
         """
         _check(input_ids, generation_config, model_kwargs)
-        run = _Run(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        run = SpeculativeRun(
+            self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
         return run.result()
-
-
-class _Run:
-    """One call of `generate`."""
-
-    def __init__(
-        self,
-        owner: LeverDecoding,
-        model: Any,
-        ids: torch.Tensor,
-        processors: Any,
-        criteria: Any,
-        config: Any,
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.owner = owner
-        self.ids = ids
-        self.processors = processors
-        self.criteria = criteria
-        self.config = config
-        self.verifier = Verifier(model, owner.target.gate if owner.target is not None else None)
-        self.cache = _cache(model, kwargs)
-        self.scores: list[torch.Tensor] = []
-        self.logits: list[torch.Tensor] = []
-        target, draft = owner.target, owner.draft
-        throttle = target.pack.reader.throttle if target is not None else None
-        self.stats = SpeculationStats(
-            draft="none" if draft is None else draft.name,
-            tree=owner.policy.name,
-            prompt_tokens=ids.shape[1],
-            label=throttle.label if throttle is not None else "measured",
-        )
-        owner.stats = self.stats
-
-    def result(self) -> Any:
-        begin = time.perf_counter()
-        done = self._append(self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache))
-        self.stats.prefill_us = (time.perf_counter() - begin) * 1e6
-        if self.owner.reads is not None:
-            self.owner.reads.count()
-        if not self.owner.latency.cells:
-            # The prompt's pass is a first measurement: reads dominate it as they do every other pass.
-            rows = min(self.stats.prompt_tokens, self.owner.max_rows)
-            self.owner.latency.observe(rows, 1, self.stats.prefill_us)
-        self.tree = CandidateTree(int(self.ids[0, -1]), self.owner.calibration)
-        if self.owner.draft is not None and not done:
-            self.owner.draft.start(self.ids[0, :-1].tolist())
-        while not done:
-            done = self._cycle()
-        if self.owner.streamer is not None:
-            self.owner.streamer.end()
-        return self._output()
-
-    def _cycle(self) -> bool:
-        """Draft, verify, accept; whether generation has ended."""
-        begin, before = time.perf_counter(), self._counts()
-        growth = self._growth()
-        tree = self.owner.policy.build(growth)
-        draft_us = (time.perf_counter() - begin) * 1e6
-        predicted = growth.cost.verify(len(tree), tree.leaves) + _union_us(growth.cost, tree)
-        start = time.perf_counter()
-        verified = self._verify(tree, growth.depth_limit, predicted)
-        verify_us = (time.perf_counter() - start) * 1e6
-        start = time.perf_counter()
-        path, done = self._accept(tree, verified)
-        project_us = (time.perf_counter() - start) * 1e6
-        self._learn(tree, verified, verify_us)
-        self.verifier.compact(self.cache, verified, path)
-        self._advance([tree.keys[row] for row in path], [tree.tokens[row] for row in path])
-        after = self._counts()
-        if self.owner.ahead is not None:
-            self.owner.ahead.observe(verify_us, after[1] - before[1], growth.cost.draft_us(1))
-        cycle = Cycle(
-            rows=len(tree),
-            depth=int(tree.depths.max()),
-            leaves=tree.leaves,
-            kept=len(verified.row_of),
-            accepted=len(path) - 1,
-            draft_us=draft_us,
-            verify_us=verify_us,
-            wait_us=after[1] - before[1],
-            project_us=project_us,
-            total_us=(time.perf_counter() - begin) * 1e6,
-            predicted_us=draft_us + predicted,
-            nbytes=int(after[0] - before[0]),
-            drafted=growth.nodes,
-            ahead=int(after[2] - before[2]),
-        )
-        self.stats.cycles.append(cycle)
-        return done
-
-    def _verify(self, tree: TokenTree, depth_limit: int, expected_us: float) -> Verified:
-        candidates, ahead = self._candidates(tree) if self._pruning_pays(tree) else [], self.owner.ahead
-        if ahead is None:
-            return self.verifier.verify(tree, self.cache, candidates)
-        with ahead.drafting(self.tree, depth_limit, expected_us):
-            return self.verifier.verify(tree, self.cache, candidates)
-
-    def _pruning_pays(self, tree: TokenTree) -> bool:
-        """Whether fewer rows in the layers after the exit save more of a cycle than lost acceptance costs."""
-        gate = self.verifier.gate
-        if gate is None or self.owner.prune == "always":
-            return gate is not None
-        cost, rows, leaves = self.owner.cost, len(tree), tree.leaves
-        whole = cost.verify(rows, leaves)
-        saved = whole - cost.verify(max(1, round(KEPT_ROWS * rows)), max(1, round(KEPT_ROWS * leaves)))
-        after = 1 - gate.predictor.layer / len(self.cache.layers)
-        return saved * after > LOST_TOKENS * (whole + cost.draft_us(1))
-
-    def _growth(self) -> Growth:
-        length, draft = self.ids.shape[1], self.owner.draft
-        depth = int(self.config.max_length) - length - 1
-        if draft is None:
-            return Growth(self.tree, lambda tree, keys: [], self.owner.cost, 0, 1)
-        if draft.context is not None:
-            # A draft at the end of its context falls silent; the target goes on alone.
-            depth = min(depth, draft.context - length)
-        return Growth(self.tree, draft.expand, self.owner.cost, max(0, depth), self.owner.max_rows)
-
-    def _candidates(self, tree: TokenTree) -> list[Sequence[int]]:
-        found = (self.tree.nodes[key].candidates for key in tree.keys)
-        return [() if candidates is None else candidates.tokens for candidates in found]
-
-    def _accept(self, tree: TokenTree, verified: Verified) -> tuple[list[int], bool]:
-        """Rows from the root to the last node that the target itself chose, and whether generation has ended."""
-        row, path = 0, [0]
-        while True:
-            done = self._append(verified.hidden[:, verified.row_of[row]])
-            token = int(self.ids[0, -1])
-            candidates = self.tree.nodes[tree.keys[row]].candidates
-            if candidates is not None:
-                self.owner.calibration.observe(candidates, token)
-            child = tree.children[row].get(token)
-            if done or child is None or child not in verified.row_of:
-                return path, done
-            row = child
-            path.append(row)
-
-    def _append(self, hidden: torch.Tensor) -> bool:
-        """Choose the token after a hidden state [1, H] as `generate` would; whether generation has ended."""
-        logits = self.verifier.logits(hidden)
-        scores = self.processors(self.ids, logits) if self.processors is not None else logits
-        if self.config.do_sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)
-        if self.config.return_dict_in_generate:
-            if self.config.output_scores:
-                self.scores.append(scores)
-            if self.config.output_logits:
-                self.logits.append(logits)
-        self.ids = torch.cat([self.ids, token], dim=-1)
-        self.stats.tokens += 1
-        if self.owner.streamer is not None:
-            self.owner.streamer.put(token[0].cpu())
-        return bool(self.criteria(self.ids, tuple(self.scores) or None).all()) if self.criteria is not None else False
-
-    def _learn(self, tree: TokenTree, verified: Verified, verify_us: float) -> None:
-        reads = self.owner.reads
-        if reads is not None:
-            reads.learn(tree, verified, verify_us)
-        self.owner.latency.observe(len(tree), tree.leaves, verify_us)
-
-    def _advance(self, accepted: Sequence[int], tokens: Sequence[int]) -> None:
-        self.tree.advance(accepted, int(self.ids[0, -1]))
-        if self.owner.draft is not None:
-            self.owner.draft.advance(accepted, tokens, self.tree)
-
-    def _counts(self) -> tuple[float, float, int]:
-        """(bytes read, microseconds waited for reads, nodes drafted ahead) so far."""
-        target, ahead = self.owner.target, self.owner.ahead
-        nodes = 0 if ahead is None else ahead.nodes
-        if target is None:
-            return 0, 0, nodes
-        waited = target.stream.wait_us + (target.experts.counters.wait_us if target.experts is not None else 0)
-        return target.pack.reader.counters.nbytes, waited, nodes
-
-    def _output(self) -> Any:
-        if not self.config.return_dict_in_generate:
-            return self.ids
-        from transformers.generation import GenerateDecoderOnlyOutput
-
-        output = GenerateDecoderOnlyOutput(
-            sequences=self.ids, scores=tuple(self.scores) or None, logits=tuple(self.logits) or None
-        )
-        output[self.verifier.cache_name] = self.cache
-        return output
-
-
-def _union_us(cost: CycleCost, tree: TokenTree) -> float:
-    union, us = cost.union.start(), 0.0
-    for token in tree.tokens:
-        us = union.add(token)
-    return us
-
-
-def _cache(model: Any, kwargs: dict[str, Any]) -> Any:
-    from transformers import DynamicCache
-
-    found = kwargs.get("cache", kwargs.get("past_key_values"))
-    if found is None:
-        return DynamicCache(config=model.config)
-    if not isinstance(found, DynamicCache):
-        raise SpeculationError(f"speculation needs a DynamicCache, found {type(found).__name__}")
-    return found
 
 
 def _check(ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
