@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import report
-from eval.lever_cells import CELLS, QUICK_CELLS, Cell, Lab
+from eval.lever_cells import CELLS, QUICK_CELLS, Cell
+from eval.lever_lab import Lab
 from eval.lever_summary import draw_shares, draw_speedups, results, summary
 
 log = logging.getLogger(__name__)
