@@ -1,8 +1,6 @@
-"""Random experts in any GGML type, and Triton's interpreter where there is no GPU."""
+"""Random experts in any GGML type."""
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import torch
@@ -10,9 +8,6 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}
 """Bytes at which a block keeps float16 scales: random ones would often not be finite."""
