@@ -33,7 +33,6 @@ TYPES = frozenset(
 )
 """GGML types that were tried against a float32 reference (tests/experts/test_ggml.py)."""
 
-_MAX_NODES = 16
 _F32, _I32 = 0, 26
 _Pointer = ctypes.c_void_p
 _Int64 = ctypes.c_int64
@@ -149,10 +148,14 @@ class Ggml:
         except AttributeError as error:
             raise BackendError(f"kt-kernel {version} does not export ggml: {error}") from error
         # An operation may make a view beside its result, hence twice the nodes.
-        self.context_bytes = 2 * _MAX_NODES * (overhead + 64) + graph(_MAX_NODES, False) + 1024
+        self._tensor_bytes, self._graph_bytes = overhead + 64, graph
         self.data_offset = self._find_data(get_data)
         self.team = Team()
         self._try()
+
+    def context_bytes(self, nodes: int) -> int:
+        """Memory for the structures of a graph of so many nodes; an operation may make a view beside its result."""
+        return 2 * nodes * self._tensor_bytes + int(self._graph_bytes(nodes, False)) + 1024
 
     def _find_data(self, get_data: Any) -> int:
         """Where a tensor keeps its data pointer, found by looking for one that is known."""
@@ -188,14 +191,16 @@ class Graph:
     Args:
         threads: the calling thread and this many less one of OpenMP's.
         kept: it will run often; then its times tell whether the team is disturbed.
+        nodes: most tensors that it may have, inputs and weights included.
     """
 
-    def __init__(self, ggml: Ggml, threads: int, kept: bool = False) -> None:
+    def __init__(self, ggml: Ggml, threads: int, kept: bool = False, nodes: int = 16) -> None:
         self._ggml = ggml
         self._kept_long = kept
         self._threads = threads
-        self._memory = np.empty(ggml.context_bytes, np.uint8)
-        self._context = ggml.init(_InitParams(ggml.context_bytes, self._memory.ctypes.data, True))
+        self._most = nodes
+        self._memory = np.empty(ggml.context_bytes(nodes), np.uint8)
+        self._context = ggml.init(_InitParams(self._memory.size, self._memory.ctypes.data, True))
         if not self._context:
             raise BackendError("ggml has no context left: more than 64 graphs are being built at once")
         self._kept: list[Any] = []
@@ -223,6 +228,15 @@ class Graph:
         self._kept.append(stored)
         return node
 
+    def place(self, buffer: torch.Tensor) -> Node:
+        """A tensor in memory of the caller's, float32 and contiguous; what writes there must be an earlier output."""
+        assert buffer.dtype == torch.float32 and buffer.is_contiguous() and buffer.device.type == "cpu"
+        return self._own(self._tensor(_F32, buffer.shape), tuple(buffer.shape), buffer)
+
+    def pointer(self, node: Node) -> ctypes.c_uint64:
+        """Where a tensor's data pointer is kept: set its `value` to let the next run read other bytes."""
+        return ctypes.c_uint64.from_address(node.pointer + self._ggml.data_offset)
+
     def matmul(self, weight: Node, x: Node, out: torch.Tensor | None = None) -> Node:
         """[..., T, N] from weight [..., N, M] and x [..., T, M]; into `out` where it is given."""
         shape = (*x.shape[:-1], weight.shape[-2])
@@ -247,9 +261,9 @@ class Graph:
         return self._own(self._ggml.mul(self._context, first, up.pointer), gate.shape, gate.value)
 
     def finish(self, *outputs: Node) -> None:
-        """Close the graph; nothing can be added after."""
+        """Close the graph; nothing can be added after. Outputs are computed in this order, one after the other."""
         ggml = self._ggml
-        self._graph = ggml.new_graph(self._context, _MAX_NODES, False)
+        self._graph = ggml.new_graph(self._context, self._most, False)
         for output in outputs:
             ggml.expand(self._graph, output.pointer)
         self._alone = self._planned(1)
@@ -297,7 +311,7 @@ class Graph:
 
     def _point(self, pointer: int, address: int) -> None:
         self._nodes += 1
-        assert self._nodes <= _MAX_NODES, "a graph may have 16 nodes"
+        assert self._nodes <= self._most, f"a graph of {self._most} nodes has one more"
         ctypes.c_uint64.from_address(pointer + self._ggml.data_offset).value = address
 
 

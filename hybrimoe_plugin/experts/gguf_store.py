@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.experts.gguf_header import TensorInfo, read_header
 
+_READ_BYTES = 1 << 26
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -70,6 +72,43 @@ class GGUFStore:
         if not isinstance(name, str):
             raise WeightsError(f"{self.paths[0]}: no general.architecture in the GGUF metadata")
         return name
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(part.size for part in self._bytes)
+
+    def read_into_memory(self) -> None:
+        """Read the files into memory of the process's own, on huge pages where the system gives them.
+
+        A mapped file lies on small pages, whose addresses the processor must look up all the time: reading experts in
+        Q8_0 from huge pages is a third faster (docs/LOG.md). Call it before anything holds a view; the file's cached
+        pages are left to the system, which may take them back.
+
+        Raises:
+            WeightsError: a file cannot be read any more.
+
+        Mutates: the store.
+        """
+        for index, path in enumerate(self.paths):
+            size = self._bytes[index].size
+            memory = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            try:
+                with path.open("rb", buffering=0) as file, memoryview(memory) as view:
+                    done = 0
+                    while done < size:
+                        count = file.readinto(view[done : done + _READ_BYTES])
+                        if not count:
+                            raise WeightsError(f"{path}: became shorter while it was read")
+                        done += count
+            except OSError as error:
+                raise WeightsError(f"{path}: cannot read the weights ({error.strerror or error})") from None
+            values = np.frombuffer(memory, dtype=np.uint8)
+            values.flags.writeable = False
+            self._bytes[index] = values
 
     def info(self, name: str) -> TensorInfo:
         """Raises: WeightsError: no such tensor."""

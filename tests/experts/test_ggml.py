@@ -16,6 +16,7 @@ from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.ggml import TYPES, Ggml, Graph, Stored, Team
 from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
+from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, repacked_bytes
 
 needs.kt_kernel()
 
@@ -162,3 +163,12 @@ def test_a_disturbed_team_goes_home_and_comes_back(runs: list[str]) -> None:
         assert team.together == (streak < Team.STREAK)
         if not team.together:
             streak = 0
+
+
+@pytest.mark.parametrize("type_name", SLOW_TYPES)
+def test_repacking_changes_no_value(type_name: str) -> None:
+    stored = random_matrix(type_name, 24, 96)
+    packed = as_q8_0(stored)
+    assert packed.nbytes == repacked_bytes(stored)
+    found, wanted = (dequantize_bytes(item.data, item.type_name, item.shape) for item in (packed, stored))
+    assert torch.equal(found, wanted)

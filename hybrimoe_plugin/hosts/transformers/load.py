@@ -19,7 +19,7 @@ from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
-from hybrimoe_plugin.hosts.transformers.stored import give_stored, keeps_stored, without_plain
+from hybrimoe_plugin.hosts.transformers.stored import give_stored, keeps_stored, read_if_worth_it, without_plain
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
@@ -77,6 +77,7 @@ def load_model(
     if dtype is None and any(keeps_stored(match, store) for match in plan):
         # No large tensor is left in the model's own type, and small CPU operations are quickest in float32.
         model.to(torch.float32)
+    read_if_worth_it(plan, store)
     injection = inject(model, plan, store, config)
     try:
         # Before weights are read: everything that can be refused is.

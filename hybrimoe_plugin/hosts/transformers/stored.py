@@ -9,6 +9,7 @@ from torch import nn
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.injection.match import Match
 from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
@@ -16,6 +17,9 @@ from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.operators.embedding import LeanEmbedding
 from hybrimoe_plugin.operators.linear import StoredLinear
 from hybrimoe_plugin.operators.mla import LeanMLA
+
+_MOST_OF_FREE = 0.5
+"""Share of the free memory that the weights may take unasked; beyond, a mapped file is the safer choice."""
 
 
 def without_plain(plan: Sequence[Match]) -> list[Match]:
@@ -30,6 +34,26 @@ def keeps_stored(match: Match, store: GGUFStore) -> bool:
     settings = dict(match.kwargs)
     devices = [settings.pop(name, "auto") for name in ("prefill_device", "generate_device")]
     return stored_kernels(store, Settings.of(settings), *devices) is not None
+
+
+def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
+    """Read the file into memory where the settings say so; `auto` does where the CPU computes alone and there is room.
+
+    Raises:
+        BudgetError: asked for, and it does not fit.
+        WeightsError: the file cannot be read.
+
+    Mutates: `store`.
+    """
+    asked = {str(match.kwargs.get("weights", "auto")) for match in plan if match.replaces}
+    if "memory" in asked:
+        check_host(store.nbytes, "the weights")
+        store.read_into_memory()
+        return
+    alone = all(match.kwargs.get("accelerator", "auto") in ("auto", "none") for match in plan)
+    on_cpu = alone and any(keeps_stored(match, store) for match in plan)
+    if asked == {"auto"} and on_cpu and store.nbytes <= _MOST_OF_FREE * free_host_bytes():
+        store.read_into_memory()
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
