@@ -108,7 +108,7 @@ class Controller(IdleLink):
                 ref = ExpertRef(layer, item.expert)
                 if ref in self._unused:
                     self.by_distance[self._unused.pop(ref)][1] += 1
-                    self._used += 1.0
+                    self._used += tokens == 1
                     counters.prefetches_used += 1
 
 

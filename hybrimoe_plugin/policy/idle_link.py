@@ -19,8 +19,8 @@ from hybrimoe_plugin.policy.residency import KEPT, Move, Residency, Step
 from hybrimoe_plugin.policy.schedule import Scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 
-USED_SHARE = 0.4
-"""Share of recent prefetches that must have been needed before doubtful ones are tried."""
+USED_SHARE = 0.65
+"""Share of recent prefetches in decode that must have been needed before doubtful ones are tried."""
 RARE = 0.1
 """Share of calls with demand loads up to which the link counts as free."""
 SLACK = 0.05
@@ -83,9 +83,10 @@ class IdleLink(Residency):
             return []
         moves: list[Move] = []
         reach = self._reach(step.layer, step.tokens)
-        for request in self.prefetcher.choose(predictions, self._room(idle), self._floor()):
+        alone = step.tokens == 1
+        for request in self.prefetcher.choose(predictions, self._room(idle), self._floor() if alone else SLACK):
             layer, expert = request.ref
-            if request.confidence < DOUBTFUL and not self._may_doubt(request.distance, idle, step.tokens > 1):
+            if alone and request.confidence < DOUBTFUL and not self._may_doubt(request.distance, idle):
                 continue
             gain_us = self._gain_us(step, predictions, idle, request)
             if gain_us <= 0.0:
@@ -95,11 +96,11 @@ class IdleLink(Residency):
                 moves.append(self._send(layer, expert, slot, idle.now_us, cached=True))
                 self._unused[request.ref] = request.distance
                 self.by_distance.setdefault(request.distance, [0, 0])[0] += 1
-                self._issued += 1.0
+                self._issued += alone
         self.counters.prefetches += len(moves)
         return moves
 
-    def _may_doubt(self, distance: int, idle: Idle, many: bool) -> bool:
+    def _may_doubt(self, distance: int, idle: Idle) -> bool:
         """Whether a doubtful prefetch may be sent now: not before better predictions will be there, nor into the way.
 
         A transfer that easily fits into one layer's time waits for the prediction of the next layer. One that ends
@@ -107,10 +108,10 @@ class IdleLink(Residency):
         """
         if distance > 1 and self.costs.transfer_us < 0.8 * self._layer_us:
             return False
-        return self._end_us(idle) <= idle.until_us or self._demand[many] < RARE
+        return self._end_us(idle) <= idle.until_us or self._demand[False] < RARE
 
     def _floor(self) -> float:
-        """How sure a prediction must be: doubtful ones are tried while enough prefetches have been used so far."""
+        """How sure a prediction for one token must be: doubtful ones are tried while enough have been used so far."""
         self._issued *= FADE
         self._used *= FADE
         return SLACK if self._used > USED_SHARE * self._issued else DOUBTFUL

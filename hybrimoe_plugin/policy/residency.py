@@ -60,7 +60,7 @@ class Residency:
         self._unused: dict[ExpertRef, int] = {}
         """Prefetched and not needed yet, with the distance over which it was predicted."""
         self._issued = self._used = 0.0
-        """Recent prefetches, and how many of them were needed."""
+        """Recent prefetches for calls of one token, and how many of them were needed."""
         self._worth = np.full(cache.ranks.shape, KEPT)
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
 
