@@ -62,9 +62,9 @@ class SpeculativeRun:
         if self.owner.reads is not None:
             self.owner.reads.count()
         if not self.owner.latency.cells:
-            # The prompt's pass is a first measurement: reads dominate it as they do every other pass.
-            rows = min(self.stats.prompt_tokens, self.owner.max_rows)
-            self.owner.latency.observe(rows, 1, self.stats.prefill_us)
+            # Reads dominate the prompt's pass as they do every other, but it checks blocks and has other shapes: it
+            # stands for a pass until one is measured, and is no measurement itself.
+            self.owner.latency.start_us = self.stats.prefill_us
         self.tree = CandidateTree(int(self.ids[0, -1]), self.owner.calibration)
         if self.owner.draft is not None and not done:
             self.owner.draft.start(self.ids[0, :-1].tolist())

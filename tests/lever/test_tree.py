@@ -133,6 +133,20 @@ def test_latency_is_conservative_between_measurements() -> None:
     assert table(1, 1) == 150.0
 
 
+def test_latency_noise_does_not_look_like_the_cost_of_rows() -> None:
+    """Flat in truth: one slow pass at a shape must not make it look much dearer than its neighbours."""
+    rng, table = np.random.default_rng(0), LatencyTable()
+    for rows in rng.integers(1, 64, size=60):
+        table.observe(int(rows), int(rows) // 3 + 1, float(rng.normal(100, 10)))
+    table.observe(30, 10, 180.0)
+    assert table(30, 10) < 125
+    table = LatencyTable()
+    for _ in range(30):
+        for rows, us in ((8, 100.0), (9, 150.0), (16, 150.0)):
+            table.observe(rows, 2, us)
+    assert table(9, 2) - table(8, 2) > 40, "a bucket's edge that was measured often is one"
+
+
 def test_expert_union_grows_less_for_shared_experts() -> None:
     union = ExpertUnion(layers=2, experts=8, top_k=2, read_us=10.0, prior=0.01)
     for token, chosen in ((1, [[0, 1], [2, 3]]), (2, [[0, 1], [2, 3]]), (3, [[6, 7], [4, 5]])):
