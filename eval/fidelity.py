@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     variants: dict[str, dict[str, Any]] = {
         "injected": {"accelerator": "none"},
         "injected, plain linears": {"accelerator": "none", "linears": "plain", "dtype": "float32"},
-        "injected, torch experts": {"accelerator": "none", "cpu_backend": "torch", "dtype": "float32"},
-        "injected, emulated accelerator": {"accelerator": "emulated", "cache_ratio": 0.5, "dtype": "float32"},
+        "injected, kt-kernel workers": {"accelerator": "none", "cpu_backend": "kt", "dtype": "float32"},
     }
     for name, settings in list(variants.items())[: 2 if args.quick else None]:
         model, _ = _load(args.model_path, gguf, settings)
