@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from eval import report
 
 CHUNK_TOKENS = 256
+DECODED = 32
 TOPICS = ("for", "exceptions", "numbers", "strings", "class", "lambda", "naming", "assignment")
 
 
@@ -69,11 +70,11 @@ def texts(tokenizer: Any, count: int) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] float32, half of them from one prefill and half token by token, as in an answer."""
-    half = ids.shape[1] // 2
-    out = model(ids[:, :half], use_cache=True)
+    """[T, V] float32: one prefill, then the last `DECODED` positions token by token, as in an answer."""
+    first = max(1, ids.shape[1] - DECODED)
+    out = model(ids[:, :first], use_cache=True)
     parts = [out.logits[0]]
-    for at in range(half, ids.shape[1]):
+    for at in range(first, ids.shape[1]):
         out = model(ids[:, at : at + 1], cache=out.cache, use_cache=True)
         parts.append(out.logits[0])
     return torch.cat(parts).float()
