@@ -367,7 +367,7 @@ class HybriMoEScheduler:
 
 
 _EXCHANGE_LIMIT = 12
-_PAIR_LIMIT = 5
+_PAIR_LIMIT = 6
 _EXCHANGE_ROUNDS = 3
 
 
