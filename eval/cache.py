@@ -113,7 +113,7 @@ def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         means = [[row[policy] for row in part if row["cache"] == ratio] for ratio in ratios]
         axes.plot([100 * r for r in ratios], [100 * sum(m) / len(m) for m in means], marker="o", label=label)
     axes.set_xlabel("experts in the cache, %")
-    axes.set_ylabel("decode hit rate, %, mean of three real traces (simulated)")
+    axes.set_ylabel("decode hit rate, %, three traces (simulated)")
     axes.legend()
 
 

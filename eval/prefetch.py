@@ -119,7 +119,7 @@ def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         axes.plot([100 * row["recall"] for row in mine], [row["speedup over off"] for row in mine], "o-", label=name)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xlabel("recall of the predictions, %")
-    axes.set_ylabel("decode speed over prefetch off (simulated, 25 % cache)")
+    axes.set_ylabel("decode speed over no prefetch (simulated)")
     axes.legend()
 
 

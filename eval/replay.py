@@ -143,7 +143,7 @@ def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         found = {key(row): base[key(row)] / row["decode ms"] for row in chosen if row["system"] == system}
         axes.bar([at + index * 0.12 for at in range(len(cells))], [found[c] for c in cells], 0.12, label=system)
     axes.set_xticks([at + 0.36 for at in range(len(cells))], labels, fontsize=5, rotation=60)
-    axes.set_ylabel("decode speed over kTransformers-like static (simulated)")
+    axes.set_ylabel("decode speed over static (simulated)")
     axes.legend(fontsize=7)
 
 
