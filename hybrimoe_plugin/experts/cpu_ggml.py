@@ -64,7 +64,7 @@ class GgmlExperts:
 
         They cannot be put off to another expert: ggml takes an expert at most once for a token.
         """
-        kept = torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64))
+        kept = torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64, device="cpu"))
         if len(topk_ids) == 1:
             topk_ids, topk_weights = topk_ids[kept][None], topk_weights[kept][None]
         elif not kept.all():
@@ -144,7 +144,9 @@ class _OneToken:
     def __init__(self, ggml: Ggml, threads: int, stored: Sequence[Stored], count: int) -> None:
         graph = Graph(ggml, threads, kept=True, nodes=10 * count + 8)
         _, inner, hidden = stored[0].shape
-        gates, ups, outs = (torch.empty(count, width) for width in (inner, inner, hidden))
+        gates, ups, outs = (
+            torch.empty(count, width, dtype=torch.float32, device="cpu") for width in (inner, inner, hidden)
+        )
         self._x = graph.input(1, hidden)
         self._bases = [(part.data.ctypes.data, part.nbytes // part.shape[0]) for part in stored]
         firsts = [Stored(part.data[: part.nbytes // part.shape[0]], part.type_name, part.shape[1:]) for part in stored]

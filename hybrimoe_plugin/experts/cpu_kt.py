@@ -160,7 +160,7 @@ class _Layer:
         self.spec = weights.spec
         self._mask = np.zeros(weights.spec.experts, dtype=np.uint8)
         self._mine: tuple[int, ...] | None = None
-        self._batch = torch.zeros(1, dtype=torch.int32)
+        self._batch = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._bytes = [_contiguous(matrix) for matrix in weights.matrices()]
         spec, types = weights.spec, kernel.kvcache.ggml_type
         config = kernel.moe.MOEConfig(spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data)
@@ -193,7 +193,7 @@ class _Layer:
     def task(
         self, states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
     ) -> tuple[int, int]:
-        self._batch = torch.tensor([len(states)], dtype=torch.int32)
+        self._batch = torch.tensor([len(states)], dtype=torch.int32, device="cpu")
         task: tuple[int, int] = self._moe.forward_task(
             self._batch.data_ptr(),
             ids.shape[1],

@@ -172,3 +172,20 @@ def test_repacking_changes_no_value(type_name: str) -> None:
     assert packed.nbytes == repacked_bytes(stored)
     found, wanted = (dequantize_bytes(item.data, item.type_name, item.shape) for item in (packed, stored))
     assert torch.equal(found, wanted)
+
+
+def test_a_host_s_default_dtype_does_not_reach_the_buffers() -> None:
+    """Classic kTransformers makes bfloat16 the default while it loads and runs; graphs read float32 at a pointer."""
+    weights = tiny_experts.layer(types=("Q8_0",) * 3)
+    hidden, ids, routing = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.75, 0.25]])
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            backend = GgmlExperts(1)
+            backend.add_layer(weights)
+            outputs.append(backend.compute(0, hidden, ids, routing))
+        finally:
+            torch.set_default_dtype(before)
+    torch.testing.assert_close(*outputs)
