@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: chat chat-ktransformers test test-ktransformers lint eval peers clean setup setup-dev setup-ktransformers setup-ktransformers-dev
+.PHONY: chat chat-ktransformers test test-ktransformers lint eval figures peers clean setup setup-dev setup-ktransformers setup-ktransformers-dev
 
 chat: setup  ## chat with the demo model; PROMPT="..." asks one question
 	@$(BIN)/hybrimoe local_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -21,6 +21,9 @@ test-ktransformers: setup-dev setup-ktransformers-dev  ## tests of the classic h
 
 eval: setup-dev  ## every question at its quick size, one HTML report in out/
 	@$(BIN)/python -m eval.all --quick --out out
+
+figures: setup-dev  ## the README's figures from the committed CSVs
+	@$(BIN)/python -m eval.figures
 
 peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes
 	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
