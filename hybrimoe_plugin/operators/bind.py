@@ -81,7 +81,11 @@ class HybriMoE:
             engine.recorder = recorder
 
     def restore(self) -> None:
-        """Put the original modules back and give back threads and device memory."""
+        """Put the original modules back and give back threads and device memory.
+
+        They are as the injection found them: experts, and dense matrices that stayed as stored, never had weights of
+        their own.
+        """
         if self.on_restore is not None:
             self.on_restore()
             self.on_restore = None
