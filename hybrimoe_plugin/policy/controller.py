@@ -87,7 +87,8 @@ class Controller(IdleLink):
 
     def _load(self, layer: int, expert: int, reach: int, now_us: float) -> Move:
         """A demand load: into the cache where it admits the expert, else through a staging slot."""
-        slot = self._admit(layer, expert, reach)
+        # In a call of many tokens almost every expert is needed by every layer: none should live at another's cost.
+        slot = self._admit(layer, expert, reach, since=layer if reach == layer else 0)
         cached = slot is not None
         move = self._send(layer, expert, self.pool.stage() if slot is None else slot, now_us, cached)
         if cached:
