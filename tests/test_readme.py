@@ -24,15 +24,15 @@ RUN_BY = {
     "hybrimoe lever-train": "tests/cli/test_flash.py",
     ".venv-ktransformers/bin/hybrimoe patches": "tests/cli/test_ktransformers.py",
     ".venv-ktransformers/bin/hybrimoe ktransformers_chat": "tests/hosts/ktransformers/test_demo.py",
-    "python -m eval.schedule": "tests/eval/test_policies_eval.py",
-    "python -m eval.cache": "tests/eval/test_policies_eval.py",
-    "python -m eval.prefetch": "tests/eval/test_policies_eval.py",
-    "python -m eval.replay": "tests/eval/test_policies_eval.py",
+    "python -m eval.schedule": "eval/all.py",
+    "python -m eval.cache": "eval/all.py",
+    "python -m eval.prefetch": "eval/all.py",
+    "python -m eval.replay": "eval/all.py",
     "python -m eval.throughput --model demo": "tests/eval/test_throughput.py",
     "python -m eval.throughput --device cuda": "tests/eval/test_cuda.py",
-    "python -m eval.fidelity": "tests/eval/test_throughput.py",
-    "python -m eval.lever": "tests/lever",
-    "make eval": "tests/eval/test_throughput.py",
+    "python -m eval.fidelity": "eval/all.py",
+    "python -m eval.lever": "eval/all.py",
+    "make eval": ".ci/run",
 }
 """Command, as far as it matters -> what runs it. `make peers` compiles llama.cpp and is run by hand only."""
 BY_HAND = ("make peers",)
