@@ -40,8 +40,9 @@ class Controller(IdleLink):
         plan = (self.decode if tokens == 1 else self.prefill).plan(routed, max(0.0, self.link_free_us - now_us))
         self.pool.lease(layer, plan.accelerator)
         self._value(layer)
-        reach = self._reach(layer, tokens)
-        moves = tuple(self._load(layer, expert, reach, now_us) for expert in plan.onload)
+        # In a call of many tokens every layer needs most of its experts: none should live at another's cost.
+        lenders = range(layer, layer + 1) if tokens > 1 else self._lenders(layer, tokens)
+        moves = tuple(self._load(layer, expert, lenders, now_us) for expert in plan.onload)
         self._count(layer, routed, plan, tokens)
         self.confidence.check(layer, loads)
         self._demand[tokens > 1] += 0.02 * (bool(moves) - self._demand[tokens > 1])
@@ -85,10 +86,9 @@ class Controller(IdleLink):
         self.pool.release()
         self._value(step.layer)
 
-    def _load(self, layer: int, expert: int, reach: int, now_us: float) -> Move:
+    def _load(self, layer: int, expert: int, lenders: range, now_us: float) -> Move:
         """A demand load: into the cache where it admits the expert, else through a staging slot."""
-        # In a call of many tokens almost every expert is needed by every layer: none should live at another's cost.
-        slot = self._admit(layer, expert, reach, since=layer if reach == layer else 0)
+        slot = self._admit(layer, expert, lenders)
         cached = slot is not None
         move = self._send(layer, expert, self.pool.stage() if slot is None else slot, now_us, cached)
         if cached:

@@ -82,7 +82,7 @@ class IdleLink(Residency):
         if self.prefetcher is None or not predictions:
             return []
         moves: list[Move] = []
-        reach = self._reach(step.layer, step.tokens)
+        lenders = self._lenders(step.layer, step.tokens)
         alone = step.tokens == 1
         for request in self.prefetcher.choose(predictions, self._room(idle), self._floor() if alone else SLACK):
             layer, expert = request.ref
@@ -91,7 +91,7 @@ class IdleLink(Residency):
             gain_us = self._gain_us(step, predictions, idle, request)
             if gain_us <= 0.0:
                 continue
-            slot = self._admit(layer, expert, reach, gain_us)
+            slot = self._admit(layer, expert, lenders, gain_us)
             if slot is not None:
                 moves.append(self._send(layer, expert, slot, idle.now_us, cached=True))
                 self._unused[request.ref] = request.distance
@@ -119,17 +119,17 @@ class IdleLink(Residency):
     def _fill(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
         """Bring misses that the CPU computed into the cache while the link is idle, the most likely ones first."""
         moves: list[Move] = []
-        reach = self._reach(step.layer, step.tokens)
+        lenders = self._lenders(step.layer, step.tokens)
         ranks = self.cache.ranks[step.layer]
         missed = [expert for expert in step.plan.cpu if self.pool.slot_of(step.layer, expert) is None]
         for expert in sorted(missed, key=lambda expert: -ranks[expert]):
             late_us = self._end_us(idle) - idle.until_us
             if late_us > 0.0:
                 # A call of many tokens must not wait for the sake of later ones.
-                gain_us = self._fill_gain_us(step.layer, expert, reach) if step.tokens == 1 else 0.0
+                gain_us = self._fill_gain_us(step.layer, expert, lenders) if step.tokens == 1 else 0.0
                 if gain_us <= 0.0 or gain_us <= self._loss_us(step, predictions, idle, late_us):
                     break
-            slot = self._admit(step.layer, expert, reach)
+            slot = self._admit(step.layer, expert, lenders)
             if slot is not None:
                 moves.append(self._send(step.layer, expert, slot, idle.now_us, cached=True))
         self.counters.fills += len(moves)
@@ -146,11 +146,11 @@ class IdleLink(Residency):
         """When one more transfer would have arrived."""
         return max(self.link_free_us, idle.now_us) + self.costs.transfer_us
 
-    def _fill_gain_us(self, layer: int, expert: int, reach: int) -> float:
+    def _fill_gain_us(self, layer: int, expert: int, lenders: range) -> float:
         """What the next token gains by a fill."""
         if not self.cache.probabilities:
             return 0.0
-        victim = None if self.pool.has_room(layer) else self._victim(layer, reach)
+        victim = None if self.pool.has_room(layer) else self._victim(layer, lenders)
         lost = 0.0 if victim is None else float(self._worth[victim])
         return (float(self.cache.ranks[layer, expert]) - lost) * self._miss_us
 

@@ -132,21 +132,23 @@ class Residency:
             if ref not in self._unused:
                 self._worth[ref] = self.cache.ranks[ref]
 
-    def _reach(self, layer: int, tokens: int) -> int:
-        """The last layer that may lose a slot: in a call of many tokens those ahead are about to need all they have."""
-        return layer if tokens > 1 else len(self._worth)
+    def _lenders(self, layer: int, tokens: int) -> range:
+        """Layers that may lose a slot to what is sent while `layer` runs, where layers share slots.
 
-    def _admit(self, layer: int, expert: int, reach: int, gain_us: float | None = None, since: int = 0) -> int | None:
+        In a call of many tokens those ahead are about to need all they have.
+        """
+        return range(layer + 1 if tokens > 1 else len(self._worth))
+
+    def _admit(self, layer: int, expert: int, lenders: range, gain_us: float | None = None) -> int | None:
         """A cache slot for a newcomer, or None where nothing may go for it.
 
         Args:
-            reach: where layers share slots, the last layer that may lose one.
-            since: where layers share slots, the first layer that may lose one.
+            lenders: where layers share slots, those that may lose one.
             gain_us: expected gain of a prefetch; None for one that comes for its own rank.
         """
         if self.pool.has_room(layer):
             return self.pool.place(layer, expert)
-        victim = self._victim(layer, reach, since)
+        victim = self._victim(layer, lenders)
         if victim is None:
             return None
         newcomer, worth = float(self.cache.ranks[layer, expert]), float(self._worth[victim])
@@ -164,9 +166,9 @@ class Residency:
         """What a miss costs, roughly: the cheaper of the two ways to live with it."""
         return min(self.costs.cpu(1), self.costs.transfer_us)
 
-    def _victim(self, layer: int, reach: int, since: int = 0) -> ExpertRef | None:
-        """The least worthy evictable expert of the layer, or of layers `since` to `reach` where they share slots."""
-        first, last = (since, reach + 1) if self.pool.shared else (layer, layer + 1)
+    def _victim(self, layer: int, lenders: range) -> ExpertRef | None:
+        """The least worthy evictable expert of the layer, or of all lenders where layers share slots."""
+        first, last = (lenders.start, lenders.stop) if self.pool.shared else (layer, layer + 1)
         place = int(self._worth[first:last].argmin())
         row, expert = divmod(place, len(self._worth[layer]))
         victim = ExpertRef(first + row, expert)
