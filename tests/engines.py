@@ -45,15 +45,15 @@ class FixedRouter:
 
 
 def build(
-    device: Accelerator | None = None, weights: Sequence[LayerWeights] = WEIGHTS, **choices: object
+    accelerator: Accelerator | str = "emulated", weights: Sequence[LayerWeights] = WEIGHTS, **choices: object
 ) -> tuple[Engine, list[FixedRouter]]:
-    """An engine over these layers on `device`, by default an emulated one."""
+    """An engine over these layers on an accelerator, given or made by name."""
     settings = Settings.of(choices)
     spec, costs = weights[0].spec, tiny_experts.costs()
-    device = device or make_accelerator("emulated", torch.device("cpu"))
-    assert device is not None
+    by_name = isinstance(accelerator, str)
+    device = make_accelerator(accelerator, torch.device("cpu")) if by_name else accelerator
     quotas = cache_quotas(settings, spec.experts, [layer.spec.expert_bytes for layer in weights], None)
-    scheduler = make_scheduler(settings.scheduler, costs, True)
+    scheduler = make_scheduler(settings.scheduler, costs, device is not None)
     controller = Controller(
         SlotPool(quotas, STAGING_SLOTS, shared=settings.budget == "shared"),
         costs,
@@ -66,7 +66,8 @@ def build(
     cpu = TorchExperts(keep=True)
     for layer in weights:
         cpu.add_layer(layer)
-    device.allocate(controller.pool.slots, weights)
+    if device is not None:
+        device.allocate(controller.pool.slots, weights)
     routers = [FixedRouter(index, spec.experts, spec.hidden, spec.top_k) for index in range(len(weights))]
     look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
     return Engine(weights, routers, controller, cpu, device, SimulatedClock(), look_ahead), routers
@@ -82,12 +83,19 @@ def plain(weights: LayerWeights, hidden: torch.Tensor, ids: torch.Tensor, routin
     return output
 
 
-def run(engine: Engine, routers: Sequence[FixedRouter], tokens: int, seed: int) -> None:
-    """One pass through all layers, each compared with the plain experts."""
+def run(
+    engine: Engine,
+    routers: Sequence[FixedRouter],
+    tokens: int,
+    seed: int,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> None:
+    """One pass through all layers, each compared with the plain experts, by `assert_close` defaults if not said."""
     hidden = torch.randn(tokens, engine.layers[0].spec.hidden, generator=torch.Generator().manual_seed(seed))
     for layer, router in enumerate(routers):
         ids, routing = router.route(hidden)
         output = engine.run(layer, hidden, ids, routing)
-        torch.testing.assert_close(output, plain(engine.layers[layer], hidden, ids, routing), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output, plain(engine.layers[layer], hidden, ids, routing), rtol=rtol, atol=atol)
         engine.controller.pool.check_integrity()
         hidden = hidden + output

@@ -7,88 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_experts
 import torch
+from engines import EXPERTS, HIDDEN, WEIGHTS, build, plain, run
 
-from hybrimoe_plugin.config import CACHES, PREFETCHERS, Settings
-from hybrimoe_plugin.engine import CallRecord, Engine, SimulatedClock
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas
-from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
-from hybrimoe_plugin.experts.weights import LayerWeights
-from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.controller import Controller
-from hybrimoe_plugin.policy.prefetch import make_prefetcher
-from hybrimoe_plugin.policy.schedule import make_scheduler
-from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.config import CACHES, PREFETCHERS
+from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.timeline import Timeline
-
-LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 8, 2, 64
-WEIGHTS = [tiny_experts.layer(index=index) for index in range(LAYERS)]
-
-
-class FakeRouter:
-    """Scores and predictions from a fixed random gate."""
-
-    def __init__(self, seed: int) -> None:
-        self.gate = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        self._scores: torch.Tensor | None = None
-
-    def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self._scores = (hidden @ self.gate.T).softmax(-1)
-        weights, ids = self._scores.topk(TOP_K)
-        return ids, weights
-
-    def scores(self) -> torch.Tensor | None:
-        return self._scores
-
-    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        return (hidden @ self.gate.T).topk(TOP_K).indices
-
-
-def build(accelerator: str = "emulated", **choices: object) -> tuple[Engine, list[FakeRouter]]:
-    settings = Settings.of(choices)
-    costs = tiny_experts.costs()
-    device = make_accelerator(accelerator, torch.device("cpu"))
-    quotas = cache_quotas(settings, EXPERTS, [weights.spec.expert_bytes for weights in WEIGHTS], None)
-    scheduler = make_scheduler(settings.scheduler, costs, device is not None)
-    controller = Controller(
-        SlotPool(quotas, STAGING_SLOTS, shared=settings.budget == "shared"),
-        costs,
-        scheduler,
-        scheduler,
-        make_cache(settings.cache, LAYERS, EXPERTS, TOP_K, settings),
-        make_prefetcher(settings.prefetch, scheduler, costs),
-        WEIGHTS[0].spec.expert_bytes,
-    )
-    cpu = TorchExperts(keep=True)
-    for weights in WEIGHTS:
-        cpu.add_layer(weights)
-    if device is not None:
-        device.allocate(controller.pool.slots, WEIGHTS)
-    routers = [FakeRouter(index) for index in range(LAYERS)]
-    look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
-    return Engine(WEIGHTS, routers, controller, cpu, device, SimulatedClock(), look_ahead), routers
-
-
-def plain(weights: LayerWeights, hidden: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
-    """Token by token, expert by expert: slow and obviously right."""
-    output = torch.zeros_like(hidden)
-    for token, (chosen, shares) in enumerate(zip(ids.tolist(), routing.tolist(), strict=True)):
-        for expert, share in zip(chosen, shares, strict=True):
-            gate, up, down = weights.dequantized(expert)
-            output[token] += share * (down @ (torch.nn.functional.silu(gate @ hidden[token]) * (up @ hidden[token])))
-    return output
-
-
-def run(engine: Engine, routers: list[FakeRouter], tokens: int, seed: int) -> None:
-    hidden = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    for layer in range(LAYERS):
-        ids, routing = routers[layer].route(hidden)
-        output = engine.run(layer, hidden, ids, routing)
-        torch.testing.assert_close(output, plain(WEIGHTS[layer], hidden, ids, routing))
-        engine.controller.pool.check_integrity()
-        hidden = hidden + output
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])

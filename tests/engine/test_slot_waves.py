@@ -67,5 +67,5 @@ def test_the_engine_on_triton_kernels() -> None:
     engine, routers = build(device, weights, cache_ratio=0.5, scheduler="hybrimoe")
     assert engine.accelerator.kernels.name == "triton"
     for seed, tokens in enumerate((1, 1, 10)):
-        run(engine, routers, tokens, seed)
+        run(engine, routers, tokens, seed, rtol=1e-4, atol=1e-5)
     assert engine.controller.counters.experts_accelerator > 0
