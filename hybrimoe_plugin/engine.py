@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.experts.base import Accelerator, CPUBackend, WholeCalls
+from hybrimoe_plugin.experts.streams import Coming
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.schedule import simulate
@@ -57,8 +58,12 @@ class CallRecord:
     """[T, K] ids for the next layers, nearest first."""
 
 
+Predict = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+"""Hidden states [T, H] -> ids [T, K] that the next layers' routers would choose, nearest first."""
+
+
 class HostView(NamedTuple):
-    """What the host must know of a layer call; brought over in one synchronisation."""
+    """What the host must know of a layer call; brought over in one synchronisation, predictions behind it."""
 
     hidden: torch.Tensor
     """[T, H] on the CPU, for the CPU's experts."""
@@ -68,8 +73,15 @@ class HostView(NamedTuple):
     """[T, K] float32"""
     scores: NDArray[np.float32] | None
     """[T, E]"""
-    predicted: tuple[NDArray[np.int64], ...]
-    """[T, K] ids for the next layers, nearest first."""
+    coming: Coming | None
+    """[T, K] ids for the next layers, nearest first; on their way while the layer is planned."""
+
+    def predicted(self, wait: bool = False) -> tuple[NDArray[np.int64], ...]:
+        """The predictions that have arrived: all or none. Stops the host only where asked to."""
+        if self.coming is None:
+            return ()
+        tensors = self.coming.wait() if wait else self.coming.now()
+        return tuple(found.to(torch.int64).numpy() for found in tensors or ())
 
 
 class WallClock:
@@ -130,13 +142,25 @@ class Engine:
         for move in controller.warm_start() if accelerator is not None else ():
             accelerator.onload(move.slot, self.layers[move.layer], move.expert)  # type: ignore[union-attr]
 
-    def run(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def later_routers(self, layer: int) -> list[Router]:
+        """The routers whose choices are predicted at this layer, nearest first."""
+        return self.routers[layer + 1 : layer + 1 + self.look_ahead]
+
+    def run(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        predict: Predict | None = None,
+    ) -> torch.Tensor:
         """Compute the routed experts of one layer call.
 
         Args:
             hidden: [T, H] floating point, on the device of the model's dense part.
             topk_ids: [T, K] integer expert ids.
             topk_weights: [T, K] floating point routing weights; a weight belongs to the id at its own place.
+            predict: in place of asking `later_routers` one by one.
 
         Returns:
             [T, H] sum over each token's experts, dtype and device of `hidden`.
@@ -147,15 +171,20 @@ class Engine:
             return self._whole(layer, hidden, topk_ids, topk_weights)
         while True:
             try:
-                return self._run(layer, hidden, topk_ids, topk_weights)
+                return self._run(layer, hidden, topk_ids, topk_weights, predict)
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
 
     def _run(
-        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        predict: Predict | None,
     ) -> torch.Tensor:
         now_us = self.clock.now_us()
-        seen = self._read(layer, hidden, topk_ids, topk_weights)
+        seen = self._read(layer, hidden, topk_ids, topk_weights, predict)
         ids_np = seen.ids.numpy()
         if self.accelerator is not None:
             self.controller.learn(layer, ids_np, seen.weights.numpy(), seen.scores)
@@ -200,28 +229,40 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
 
-    def _read(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> HostView:
-        """Bring over the routing decision and what else the host needs; the one host synchronisation of a call."""
-        scores: list[torch.Tensor] = []
-        predicted: list[torch.Tensor] = []
-        if self.accelerator is not None or self.recorder is not None:
-            shown = self.routers[layer].scores()
-            scores = [] if shown is None else [shown]
-            later = range(layer + 1, min(layer + 1 + self.look_ahead, len(self.layers)))
-            predicted = [self.routers[index].predict(hidden) for index in later]
-        tensors = [hidden, topk_ids, topk_weights, *scores, *predicted]
+    def _read(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        predict: Predict | None,
+    ) -> HostView:
+        """Bring over the routing decision and what else the host needs; the one host synchronisation of a call.
+
+        Predictions are computed behind it, so that it does not wait for them.
+        """
+        shown = self.routers[layer].scores() if self.accelerator is not None or self.recorder is not None else None
+        tensors = [hidden, topk_ids, topk_weights, *(() if shown is None else (shown,))]
+        coming = None
         if self.accelerator is not None:
-            tensors = self.accelerator.fetch(tensors)
+            needed = self.accelerator.bring(tensors)
+            if self.look_ahead:
+                predicted = predict(hidden) if predict is not None else self._predict(layer, hidden)
+                coming = self.accelerator.bring(predicted)
+            tensors = needed.wait()
         else:
             tensors = [tensor.to("cpu") for tensor in tensors]
-        states, ids, weights, *rest = tensors
+        states, ids, weights, *scores = tensors
         return HostView(
             states,
             ids.to(torch.int64),
             weights.to(torch.float32),
-            rest[0].to(torch.float32).numpy() if scores else None,
-            tuple(found.to(torch.int64).numpy() for found in rest[len(scores) :]),
+            scores[0].to(torch.float32).numpy() if scores else None,
+            coming,
         )
+
+    def _predict(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
+        return [router.predict(hidden) for router in self.later_routers(layer)]
 
     def _place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor on the device; from the CPU to the accelerator without stopping the host."""
@@ -310,12 +351,12 @@ class Engine:
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
         """Use the idle link for what the next layers are predicted to need, while CPU and accelerator compute."""
+        found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
-            ids, weights = seen.ids.numpy(), seen.weights.numpy()
-            self.recorder(CallRecord(step.layer, ids, weights, seen.scores, seen.predicted))
+            self.recorder(CallRecord(step.layer, seen.ids.numpy(), seen.weights.numpy(), seen.scores, found))
         if self.accelerator is None:
             return
-        predicted = [(step.layer + distance, loads(found)) for distance, found in enumerate(seen.predicted, 1)]
+        predicted = [(step.layer + distance, loads(ids)) for distance, ids in enumerate(found, 1)]
         moves = self.controller.look_ahead(step, predicted, now_us)
         for move in moves:
             self.accelerator.onload(move.slot, self.layers[move.layer], move.expert, ahead=True)

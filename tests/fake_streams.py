@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.experts.streams import COMPUTE, QUEUES
+from hybrimoe_plugin.experts.streams import COMPUTE, QUEUES, Coming
 
 Clock = dict[str, int]
 """How much of each queue has happened before something (vector clock)."""
@@ -92,9 +92,8 @@ class LazyStreams:
         self._force(event)
         self._merge(self._host, event.clock)
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self.host_waits += 1
-        return list(tensors)
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
+        return Coming(self, list(tensors), [self.record(COMPUTE)])
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor

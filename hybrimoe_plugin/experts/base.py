@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from hybrimoe_plugin.experts.streams import Coming
 from hybrimoe_plugin.experts.weights import LayerWeights
 
 
@@ -90,8 +91,8 @@ class Accelerator(Protocol):
         """
         ...
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same tensors on the CPU, with one host synchronisation for all of them."""
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
+        """Queue copies to the CPU, behind what the model has been given so far; the host does not wait."""
         ...
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:

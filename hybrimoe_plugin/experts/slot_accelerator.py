@@ -24,7 +24,7 @@ from hybrimoe_plugin.experts.kernels.layout import SlotLayout
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.kernels.tuning import Tunable, cuda_timer
 from hybrimoe_plugin.experts.lane import LANDINGS, SlotLane, Transfer
-from hybrimoe_plugin.experts.streams import CudaStreams, HostStreams, Streams
+from hybrimoe_plugin.experts.streams import Coming, CudaStreams, HostStreams, Streams
 from hybrimoe_plugin.experts.weights import LayerWeights
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ class SlotAccelerator:
             finally:
                 self._lane.used(slots)
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self.streams.fetch(tensors)
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
+        return self.streams.bring(tensors)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.streams.place(tensor)

@@ -19,6 +19,29 @@ Event = Any
 """A point in a queue; made by `record`, only ever handed back."""
 
 
+class Coming:
+    """Tensors on their way to the CPU.
+
+    Args:
+        tensors: on the CPU; valid once all events have been reached.
+    """
+
+    def __init__(self, streams: Streams, tensors: list[torch.Tensor], events: Sequence[Event] = ()) -> None:
+        self._streams = streams
+        self._tensors = tensors
+        self._events = events
+
+    def now(self) -> list[torch.Tensor] | None:
+        """The tensors if they are there; the host does not wait."""
+        return self._tensors if all(self._streams.reached(event) for event in self._events) else None
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors; stops the host until they are there."""
+        for event in self._events:
+            self._streams.block(event)
+        return self._tensors
+
+
 class Streams(Protocol):
     """In-order queues: work of one queue runs in order, queues know of one another only by events."""
 
@@ -42,8 +65,8 @@ class Streams(Protocol):
         """The host waits for the event."""
         ...
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same tensors on the CPU, with one host synchronisation for all of them."""
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
+        """Queue copies to the CPU, behind what `COMPUTE` has been given so far; the host does not wait."""
         ...
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -73,8 +96,8 @@ class HostStreams:
     def block(self, event: Event) -> None:
         """Everything queued before has run."""
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor.to("cpu") for tensor in tensors]
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
+        return Coming(self, [tensor.to("cpu") for tensor in tensors])
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -116,7 +139,7 @@ class CudaStreams:
     def block(self, event: Event) -> None:
         event.synchronize()
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
         found = []
         devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
         for tensor in tensors:
@@ -124,9 +147,12 @@ class CudaStreams:
                 target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 tensor = target.copy_(tensor, non_blocking=True)  # on the tensor's own device, after what made it
             found.append(tensor)
+        events = []
         for device in devices:
-            torch.cuda.current_stream(device).synchronize()  # the one host synchronisation of a layer call
-        return found
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            events.append(event)
+        return Coming(self, found, events)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         # The caching host allocator gives the pinned copy's memory away only once the transfer is over.

@@ -87,6 +87,12 @@ def attend(
     grouped: bool,
 ) -> torch.Tensor:
     """[B, heads, T, D] from queries [B, heads, T, D] and the keys and values so far; causal where no mask is given."""
+    if grouped and mask is not None and query.shape[2] == 1 and mask.shape[1] == 1:
+        # Kernels that take a mask know no groups: torch would copy keys and values for every query head. The heads of
+        # a group are rows of one product instead.
+        rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(len(query), query.shape[1], 1, -1)
     causal = mask is None and query.shape[2] > 1
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped

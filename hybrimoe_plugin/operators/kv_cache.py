@@ -1,4 +1,4 @@
-"""A cache layer that grows in place: no copy of the whole context for every token."""
+"""Cache layers that stay in place: no copy of the context for every token, fixed addresses for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -36,17 +36,46 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
         return self.keys, self.values
 
-    def _fits(self, held: int, total: int) -> bool:
-        """Whether keys and values are still views of buffers with room: beams and batches replace them."""
-        if self._buffers is None or total > self._buffers[0].shape[2] or held == 0:
+    def lies_in(self, buffers: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+        """Whether keys and values are still views of these buffers: beams and batches replace them."""
+        if buffers is None or self._buffers is not buffers or not self.is_initialized:
             return False
-        return self.keys._base is self._buffers[0] and self.values._base is self._buffers[1]
+        # Not `_base`, which inference mode does not keep. What replaces keys replaces values too.
+        return bool(self.keys.data_ptr() == buffers[0].data_ptr() and self.keys.shape[0] == buffers[0].shape[0])
+
+    def move(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Go on in these buffers [B, heads, room, D], which have room for what is held; nothing if it lies there."""
+        if self.lies_in(buffers):
+            return
+        held = self.get_seq_length()
+        for buffer, old in zip(buffers, (self.keys, self.values), strict=True):
+            buffer.narrow(2, 0, held).copy_(old)
+        self._buffers = buffers
+        self._show(held)
+
+    def leave(self) -> None:
+        """Go on in buffers of its own."""
+        held = self.get_seq_length()
+        self._grow(self.keys, self.values, held, held)
+        self._show(held)
+
+    def advance(self) -> None:
+        """One more token has been written into the buffers behind what is held."""
+        self._show(self.get_seq_length() + 1)
+
+    def _show(self, total: int) -> None:
+        assert self._buffers is not None
+        keys, values = self._buffers
+        self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
+
+    def _fits(self, held: int, total: int) -> bool:
+        return held > 0 and self.lies_in(self._buffers) and total <= self._buffers[0].shape[2]  # type: ignore[index]
 
     def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, total: int) -> None:
         room = max(2 * held, total + _SPARE)
         buffers = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer = new.new_empty((*new.shape[:2], room, new.shape[3]))
+            buffer = make_buffer(new, room)
             if held:
                 buffer.narrow(2, 0, held).copy_(old)
             buffers.append(buffer)
@@ -57,11 +86,48 @@ class GrowingLayer(DynamicLayer):
         self._buffers = None
 
 
+class FixedCache:
+    """What attention sees of a growing layer in a CUDA graph: whole buffers, and the token's place in a tensor.
+
+    Attributes:
+        buffers: keys and values [1, heads, S, D].
+        place: [1] int64 on their device; where the one token of a call is written.
+    """
+
+    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor], place: torch.Tensor) -> None:
+        self.buffers = buffers
+        self.place = place
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """[1, 1, 1, S] bool: the rows up to the token's own, attention's mask."""
+        rows = torch.arange(self.buffers[0].shape[2], device=self.place.device)
+        return (rows <= self.place)[None, None, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [1, heads, 1, D] and give the whole buffers. Mutates: the buffers."""
+        keys, values = self.buffers
+        keys.index_copy_(2, self.place, key_states)
+        if values.shape[3]:
+            values.index_copy_(2, self.place, value_states)
+        return keys, values
+
+
+def make_buffer(like: torch.Tensor, room: int) -> torch.Tensor:
+    """Zeros [B, heads, room, D] for a cache of states [B, heads, T, D]; rows that a mask hides must be finite."""
+    with torch.inference_mode(False):  # such a buffer can be written in every mode
+        return like.new_zeros((*like.shape[:2], room, like.shape[3]))
+
+
 def growing(cache: Any, layer: int) -> None:
     """Put a growing layer in the place of a cache's still empty dynamic one; other kinds are left alone.
 
     Mutates: `cache`.
     """
+    if isinstance(cache, FixedCache):
+        return
     layers = cache.layers
     if layer < len(layers):
         if type(layers[layer]) is DynamicLayer and not layers[layer].is_initialized:

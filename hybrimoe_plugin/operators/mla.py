@@ -88,7 +88,7 @@ class LeanMLA(DenseOperator):
         if cache is not None:
             growing(cache, self.layer_idx)
             rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
-        if self._graphs is None and (count > 1 or attention_mask is not None):
+        if self._graphs is None and count > 1:
             out = self._expanded(plain, rotary, rows, attention_mask)
         else:
             query = torch.cat((self._into_latent(plain), rotary), dim=-1)
@@ -131,11 +131,15 @@ class LeanMLA(DenseOperator):
 
 def attend_latents(query: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
     """[B, heads, T, D] from queries [B, heads, T, D] over rows [B, 1, C, D] that are keys and values at once."""
-    if query.shape[2] > 1 or mask is not None:
+    if query.shape[2] > 1:
         return attend(query, rows, rows, mask, scaling, grouped=True)
     # One token: all heads share the rows, so this is one matrix product; torch's fused attention takes head by head.
     states = rows[:, 0]
-    weights = torch.softmax(torch.matmul(query[:, :, 0] * scaling, states.transpose(1, 2)), -1, dtype=torch.float32)
+    scores = torch.matmul(query[:, :, 0] * scaling, states.transpose(1, 2))
+    if mask is not None:
+        mask = mask[:, 0]
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.float32)
     return torch.matmul(weights.to(states.dtype), states)[:, :, None]
 
 

@@ -12,6 +12,7 @@ from kernel_cases import random_layer
 
 from hybrimoe_plugin.experts.kernels.base import SlotCall
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
+from hybrimoe_plugin.experts.streams import Coming, HostStreams
 
 STOPS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique"}
 
@@ -42,15 +43,29 @@ def stops() -> list[str]:
     return OnDevice.stops
 
 
-def test_one_fetch_for_each_layer_call(stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+class CountedStreams(HostStreams):
+    """Copies arrive at once, or never for those that nobody waits for; stops of the host are counted."""
+
+    def __init__(self, prompt: bool) -> None:
+        self.prompt = prompt
+        self.waits = 0
+
+    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
+        return Coming(self, [tensor.as_subclass(torch.Tensor) for tensor in tensors], ["an event"])
+
+    def reached(self, event: object) -> bool:
+        return self.prompt
+
+    def block(self, event: object) -> None:
+        self.waits += 1
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_one_wait_for_each_layer_call(prompt: bool, stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions that are late are not waited for: they are left out."""
     engine, routers = build(cache_ratio=0.25, scheduler="hybrimoe")
-    fetched: list[int] = []
-
-    def fetch(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        fetched.append(len(tensors))
-        return [tensor.as_subclass(torch.Tensor) for tensor in tensors]
-
-    monkeypatch.setattr(engine.accelerator, "fetch", fetch)
+    streams = CountedStreams(prompt)
+    monkeypatch.setattr(engine.accelerator, "bring", streams.bring)
     for seed in range(12):
         for layer, router in enumerate(routers):
             plain = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -58,8 +73,9 @@ def test_one_fetch_for_each_layer_call(stops: list[str], monkeypatch: pytest.Mon
             router._scores = router._scores.as_subclass(OnDevice)
             arguments = [tensor.as_subclass(OnDevice) for tensor in (plain, ids, routing)]
             assert isinstance(engine.run(layer, *arguments), OnDevice)
-    assert len(fetched) == 12 * len(routers)
+    assert streams.waits == 12 * len(routers)
     assert not stops
+    assert (engine.controller.counters.prefetches > 0) is prompt
     counts = engine.controller.counters
     assert counts.experts_cpu and counts.experts_accelerator and counts.demand_loads
 

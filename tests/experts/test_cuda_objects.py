@@ -86,7 +86,9 @@ def test_queues_are_streams_and_demand_loads_go_first(current: FakeStream) -> No
     assert FakeStream.stops == 1
 
 
-def test_fetch_stops_the_host_once_for_all_tensors(current: FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_stops_once_for_all_tensors_and_only_in_wait(
+    current: FakeStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streams = CudaStreams(DEVICE)
     copies: list[bool] = []
 
@@ -97,8 +99,12 @@ def test_fetch_stops_the_host_once_for_all_tensors(current: FakeStream, monkeypa
     monkeypatch.setattr(torch, "empty", empty)
     there = [SimpleNamespace(device=DEVICE, shape=(2, 3), dtype=torch.int64) for _ in range(5)]
     here = torch.ones(4)
-    found = streams.fetch([*there, here])  # type: ignore[list-item]
+    coming = streams.bring([*there, here])  # type: ignore[list-item]
     assert copies == [True] * 5
+    assert FakeStream.stops == 0
+    found = coming.wait()
+    assert FakeStream.stops == 1
+    assert coming.now() is None, "the event has not been reached"
     assert FakeStream.stops == 1
     assert found[-1] is here
     assert [tuple(tensor.shape) for tensor in found] == [(2, 3)] * 5 + [(4,)]
