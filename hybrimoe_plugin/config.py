@@ -17,6 +17,7 @@ CPU_BACKENDS = ("auto", "kt", "ggml", "torch")
 DENSE = ("lean", "plain")
 LINEARS = ("auto", "quantised", "plain")
 WEIGHTS = ("auto", "mapped", "memory")
+CUDA_GRAPHS = ("auto", "off")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
 
@@ -77,6 +78,7 @@ class Settings:
     context: int = setting(4096, "tokens whose attention cache is left free on the accelerator", low=0)
     dense: str = setting("lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE)
     linears: str = setting("auto", "dense matrices on the CPU: as the file stores them, or plain", choices=LINEARS)
+    cuda_graphs: str = setting("auto", "CUDA graphs of the layers for decode on a GPU", choices=CUDA_GRAPHS)
     weights: str = setting("auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS)
     profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")
 

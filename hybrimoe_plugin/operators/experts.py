@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.engine import Engine
+from hybrimoe_plugin.engine import Engine, Predict, Router
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.weights import LayerWeights, layer_weights
@@ -65,6 +65,8 @@ class HybriMoEExperts(nn.Module):
         self.weights: LayerWeights | None = None
         self._engine: Engine | None = None
         self._position = -1
+        self.instead: Callable[..., torch.Tensor] | None = None
+        """Called with `forward`'s three tensors in place of the engine, while a CUDA graph is made around it."""
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -106,16 +108,33 @@ class HybriMoEExperts(nn.Module):
         self._engine, self._position = engine, position
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        predict: Predict | None = None,
     ) -> torch.Tensor:
         """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
+
+        Args:
+            predict: gives what the next layers' routers would choose; by default they are asked.
 
         Raises:
             BackendError: the model was not bound to an engine.
         """
+        if self.instead is not None:
+            return self.instead(hidden_states, top_k_index, top_k_weights)
+        return self._bound().run(self._position, hidden_states, top_k_index, top_k_weights, predict)
+
+    def routers(self) -> tuple[Router, list[Router]]:
+        """This layer's router, and those whose choices the engine predicts here. Raises: as `forward`."""
+        engine = self._bound()
+        return engine.routers[self._position], engine.later_routers(self._position)
+
+    def _bound(self) -> Engine:
         if self._engine is None:
             raise BackendError(f"{self.key}: not bound to an engine; call hybrimoe_plugin.operators.bind.bind(model)")
-        return self._engine.run(self._position, hidden_states, top_k_index, top_k_weights)
+        return self._engine
 
     def extra_repr(self) -> str:
         return f"key={self.key!r}, prefill_device={self.prefill_device!r}, generate_device={self.generate_device!r}"

@@ -13,21 +13,26 @@ class GateRouter:
     """
 
     def __init__(self, gate: nn.Module) -> None:
-        self._gate = gate
+        self.gate = gate
         self._logits: torch.Tensor | None = None
+        self._shown: torch.Tensor | None = None
         self._predicting = False
         self._hook = gate.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
         if not self._predicting:
-            self._logits = output[0]
+            self._logits, self._shown = output[0], None
+
+    def show(self, scores: torch.Tensor | None) -> None:
+        """Scores of the running call from elsewhere: a CUDA graph computes them without calling the gate."""
+        self._shown = scores
 
     def scores(self) -> torch.Tensor | None:
         """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else softmax."""
-        if self._logits is None:
-            return None
+        if self._shown is not None or self._logits is None:
+            return self._shown
         logits = self._logits.detach().float().reshape(-1, self._logits.shape[-1])
-        correction = getattr(self._gate, "e_score_correction_bias", None)
+        correction = getattr(self.gate, "e_score_correction_bias", None)
         if correction is not None:
             return logits.sigmoid() + correction
         return logits.softmax(dim=-1)
@@ -37,11 +42,11 @@ class GateRouter:
         """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3)."""
         self._predicting = True
         try:
-            ids: torch.Tensor = self._gate(hidden)[2]
+            ids: torch.Tensor = self.gate(hidden)[2]
         finally:
             self._predicting = False
         return ids
 
     def detach(self) -> None:
         self._hook.remove()
-        self._logits = None
+        self._logits = self._shown = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import tiny_experts
 import torch
 
 from hybrimoe_plugin.experts import host_bytes
+from hybrimoe_plugin.experts.cuda_graphs import CudaCapture, capture_for
 from hybrimoe_plugin.experts.host_bytes import RegisteredBytes, StagedBytes
 from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK, CudaStreams, HostStreams
 
@@ -40,6 +42,10 @@ class FakeStream:
     def __init__(self, device: object = None, priority: int = 0) -> None:
         self.priority = priority
         self.waits: list[Any] = []
+        self.followed: list[Any] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.followed.append(other)
 
     def wait_event(self, event: FakeEvent) -> None:
         self.waits.append(event.stream)
@@ -108,6 +114,61 @@ def test_the_host_stops_once_for_all_tensors_and_only_in_wait(
     assert FakeStream.stops == 1
     assert found[-1] is here
     assert [tuple(tensor.shape) for tensor in found] == [(2, 3)] * 5 + [(4,)]
+
+
+class FakeGraph:
+    """Notes what is asked of it and on which stream."""
+
+    log: list[str]
+    current: FakeStream
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        assert self.current.entered, "capturing needs a stream that is not the default one"
+        assert not gc.isenabled()
+        self.log.append("begin")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+        if self.log.count("end") == 3:
+            raise RuntimeError("capture was invalidated")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+def test_graphs_are_captured_aside_and_replayed_where_the_model_runs(
+    current: FakeStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeGraph.log, FakeGraph.current = [], current
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    capture = capture_for(DEVICE)
+    assert isinstance(capture, CudaCapture) and capture_for(torch.device("cpu")) is None
+    side: Any = capture._stream
+    with capture.aside():
+        assert side.followed == [current] and current.followed == [], (
+            "after what is queued, before anything is captured"
+        )
+        assert current.entered == [side]
+        capture.begin()
+        first = capture.end()
+        capture.begin()
+        second = capture.end()
+    assert current.followed == [side] and gc.isenabled()
+    first()
+    second()
+    assert FakeGraph.log == ["begin", "end", "begin", "end", "replay", "replay"]
+    with pytest.raises(ZeroDivisionError), capture.aside():
+        capture.begin()
+        try:
+            1 / 0  # noqa: B018
+        finally:
+            capture.abandon()
+            capture.abandon()  # nothing more to forget
+    assert current.followed == [side, side] and gc.isenabled()
+    assert FakeGraph.log[-2:] == ["begin", "end"]
 
 
 class FakeRuntime:

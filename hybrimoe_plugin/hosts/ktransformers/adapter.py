@@ -108,7 +108,7 @@ class ClassicRouter(GateRouter):
         self._logits = output if isinstance(output, torch.Tensor) else self._compute(args[0])
 
     def _compute(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = self._gate.weight  # type: ignore[assignment]
+        weight: torch.Tensor = self.gate.weight  # type: ignore[assignment]
         return F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), weight.float())
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class ClassicRouter(GateRouter):
         """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3)."""
         self._predicting = True
         try:
-            found = self._gate(hidden[None])
+            found = self.gate(hidden[None])
         finally:
             self._predicting = False
         if isinstance(found, torch.Tensor):

@@ -63,7 +63,9 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
                 raise ConfigError(f"{name}: kTransformers knows no device auto: name cpu, cuda or cuda:N")
         experts.HybriMoEExperts.check_kwargs(kwargs)
 
-    def forward(self, input_tensor: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # their names, and nobody there predicts for us
+        self, input_tensor: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K]; builds the engine if nobody has.
 
         Raises:

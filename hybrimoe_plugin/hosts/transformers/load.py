@@ -26,6 +26,7 @@ from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
 from hybrimoe_plugin.injection.rules import Rules, load_rules
 from hybrimoe_plugin.operators.bind import bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.graphs import connect_layers
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def load_model(
         load_dense(model, store, config, injection, progress=progress)
         unhook = _spread(model)
         model.hybrimoe = bind(model, progress=progress) if experts_operators(model) else None
+        connect_layers(model)
     except BaseException:
         injection.restore()
         raise

@@ -69,7 +69,7 @@ def test_routers_show_and_predict_what_they_choose(family: str, oracles: dict[st
             seen.append(hidden)
 
     for router in engine.routers:
-        router._gate.register_forward_pre_hook(lambda _module, args, mine=router: keep(mine, args[0]))
+        router.gate.register_forward_pre_hook(lambda _module, args, mine=router: keep(mine, args[0]))
     classic.host_logits(built, classic.tokens(9), 2)
     assert len(calls) == len(seen) == 3 * len(engine.layers)
     built.hybrimoe.record(None)

@@ -1,0 +1,260 @@
+"""Recording a decoder layer's one-token call as graphs, in pieces between which the experts run, and proving them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrimoe_plugin.experts.cuda_graphs import Capture, Replay
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.kv_cache import FixedCache
+from hybrimoe_plugin.operators.routers import GateRouter
+
+log = logging.getLogger(__name__)
+
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Relative RMS difference from the eager twin that is still rounding; kernels and the order of sums differ."""
+HALF_TOLERANCE = 0.03
+"""The same for 16-bit types: the layer's own rounding is 0.003 to 0.01 there."""
+
+Buffers = tuple[torch.Tensor, torch.Tensor]
+Layer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
+"""The model's own layer: (hidden states, cache, position embeddings) -> hidden states."""
+
+
+class DecodeGraphs:
+    """What the graphed layers of one device share: the mechanism, and a step's inputs at fixed addresses.
+
+    Attributes:
+        refusal: why the layers run eagerly from now on; None while graphs are used.
+        place: [1] int64, where this step's token lies in the cache.
+    """
+
+    def __init__(self, capture: Capture, device: torch.device) -> None:
+        self.capture = capture
+        self.refusal: str | None = None
+        self._device = device
+        with torch.inference_mode(False):
+            self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._held = -1
+        self._given: tuple[torch.Tensor, ...] = ()
+        self._angles: tuple[torch.Tensor, ...] = ()
+        self._is_tuple = True
+
+    @property
+    def angles(self) -> Any:
+        """Position embeddings at their fixed addresses, in the form in which the model gives them."""
+        return self._angles if self._is_tuple else self._angles[0]
+
+    def show(self, held: int, angles: Any) -> bool:
+        """Set the step's inputs: tokens held, position embeddings; only a step's first layer has something to do.
+
+        Returns:
+            whether they are of the kind that graphs were made for.
+        """
+        given = (angles,) if isinstance(angles, torch.Tensor) else tuple(angles)
+        if not self._angles:
+            self._is_tuple = not isinstance(angles, torch.Tensor)
+            with torch.inference_mode(False):
+                self._angles = tuple(torch.zeros_like(part) for part in given)
+        if held != self._held:
+            self.place.fill_(held)
+            self._held = held
+        # `is` on tensors that are kept: no later step's can be taken for them.
+        if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
+            return True
+        if [_kind(part) for part in given] != [_kind(part) for part in self._angles]:
+            return False
+        for fixed, part in zip(self._angles, given, strict=True):
+            fixed.copy_(part)
+        self._given = given
+        return True
+
+    def scramble(self, row: int) -> None:
+        """Inputs unlike any step's, so that a capture that froze one of its own step's is found out."""
+        self.place.fill_(row)
+        for part in self._angles:
+            part.fill_(0.5)
+        self._held, self._given = -1, ()
+
+    def refuse(self, reason: str) -> None:
+        """Every layer runs eagerly from now on; says so once."""
+        if self.refusal is None:
+            self.refusal = reason
+            log.warning("CUDA graphs are not used on %s: %s; decoding goes on without them", self._device, reason)
+
+
+class Noted(NamedTuple):
+    """What went in and out of the experts in the eager twin's run."""
+
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    answer: torch.Tensor
+    scores: torch.Tensor | None
+
+
+@dataclass
+class Break:
+    """The experts' call, which runs between two pieces."""
+
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """Hidden states, ids and weights, as the first piece leaves them."""
+    router: GateRouter
+    scores: torch.Tensor | None
+    look: Replay | None
+    predicted: list[torch.Tensor]
+    """What `look` leaves: ids of the next layers' routers."""
+    answer: torch.Tensor
+    """Where the experts' result is put for the second piece."""
+
+    def predict(self, _hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self.look is not None:
+            self.look()
+        return self.predicted
+
+
+@dataclass
+class LayerGraphs:
+    """One layer's pieces and their memory."""
+
+    hidden: torch.Tensor
+    before: Replay
+    broken: Break | None
+    after: Replay | None
+    output: torch.Tensor
+    """[1, 1, H]. Valid until the layer's next call."""
+
+    def run(self, hidden: torch.Tensor, experts: Callable[[Break], torch.Tensor]) -> torch.Tensor:
+        """Replay on the graphs' own memory, with the experts' call in between."""
+        self.hidden.copy_(hidden)
+        self.before()
+        if self.broken is not None and self.after is not None:
+            self.broken.answer.copy_(experts(self.broken))
+            self.after()
+        return self.output
+
+
+def record(
+    graphs: DecodeGraphs, layer: Layer, hidden: torch.Tensor, buffers: Buffers, experts: HybriMoEExperts | None
+) -> LayerGraphs:
+    """Capture a layer: one piece where there are no experts, else one before and one after them.
+
+    Nothing of the running step is used but shapes; the last row of the buffers is overwritten.
+
+    Raises:
+        RuntimeError: something in the layer cannot be captured.
+
+    Mutates: buffers, the step's inputs.
+    """
+    cache = FixedCache(buffers, graphs.place)
+    graphs.scramble(buffers[0].shape[2] - 1)
+    with torch.inference_mode(False):
+        fixed = torch.full_like(hidden, 0.25)
+        answer = torch.zeros_like(hidden[0])
+    pieces: list[Replay] = []
+    found: list[Break] = []
+    capture = graphs.capture
+
+    def at_experts(*given: torch.Tensor) -> torch.Tensor:
+        assert experts is not None
+        router, later = experts.routers()
+        assert isinstance(router, GateRouter), "connect() looked at it"
+        scores = router.scores()
+        pieces.append(capture.end())
+        look, predicted = None, []
+        if later:
+            capture.begin()
+            predicted = [other.predict(given[0]) for other in later]
+            look = capture.end()
+        found.append(Break((given[0], given[1], given[2]), router, scores, look, predicted, answer))
+        capture.begin()
+        return answer
+
+    with capture.aside():
+        # First calls load kernels and make handles, which a capture must not.
+        with _instead(experts, lambda *_given: answer):
+            layer(fixed, cache, graphs.angles)
+        capture.begin()
+        try:
+            with _instead(experts, at_experts):
+                output = layer(fixed, cache, graphs.angles)
+            pieces.append(capture.end())
+        except BaseException:
+            capture.abandon()
+            raise
+    broken = found[0] if found else None
+    return LayerGraphs(fixed, pieces[0], broken, pieces[1] if broken is not None else None, output)
+
+
+def difference(
+    made: LayerGraphs,
+    hidden: torch.Tensor,
+    expected: torch.Tensor,
+    noted: Noted | None,
+    buffers: Buffers,
+    saved: Sequence[torch.Tensor],
+    held: int,
+) -> float:
+    """Replay a step that the eager twin has just run; gives the largest relative RMS difference of what they leave.
+
+    Look-ahead is left out: what it predicts is advice.
+
+    Args:
+        expected: the twin's result.
+        saved: the buffers as the twin left them; the replay must write row `held` anew and leave the others alone.
+
+    Mutates: buffers.
+    """
+    restore(buffers, saved)
+    for buffer in buffers:
+        buffer.narrow(2, held, 1).zero_()
+    output = made.run(hidden, lambda _broken: noted.answer if noted is not None else hidden[0])
+    pairs = [(output, expected), *zip(buffers, saved, strict=True)]
+    if noted is not None and made.broken is not None:
+        states, _, weights = made.broken.given
+        # Sorted: where two experts are all but tied, either may come first, or be chosen.
+        pairs += [(states, noted.given[0]), (_sorted(weights), _sorted(noted.given[2]))]
+        if made.broken.scores is not None and noted.scores is not None:
+            pairs.append((made.broken.scores, noted.scores))
+    errors = [_error(found, right) for found, right in pairs if right.numel()]
+    return float(torch.stack(errors).amax())
+
+
+def restore(buffers: Buffers, saved: Sequence[torch.Tensor]) -> None:
+    for buffer, right in zip(buffers, saved, strict=True):
+        buffer.copy_(right)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCES.get(dtype, HALF_TOLERANCE)
+
+
+class _instead:  # noqa: N801 - reads as the word it is
+    """While entered, the experts' operator calls this function in place of its engine."""
+
+    def __init__(self, experts: HybriMoEExperts | None, call: Callable[..., torch.Tensor]) -> None:
+        self._experts, self._call = experts, call
+
+    def __enter__(self) -> None:
+        if self._experts is not None:
+            self._experts.instead = self._call
+
+    def __exit__(self, *_error: object) -> None:
+        if self._experts is not None:
+            self._experts.instead = None
+
+
+def _error(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    error: torch.Tensor = (found.float() - right.float()).norm() / right.float().norm().clamp_min(1e-20)
+    return error.nan_to_num(float("inf"))
+
+
+def _sorted(weights: torch.Tensor) -> torch.Tensor:
+    return weights.float().sort(dim=-1).values
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

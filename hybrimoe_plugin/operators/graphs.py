@@ -1,0 +1,232 @@
+"""Decoder layers that replay their one-token calls as CUDA graphs, broken where the experts are."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.experts.cuda_graphs import capture_for
+from hybrimoe_plugin.operators.attention import LeanAttention
+from hybrimoe_plugin.operators.capture import (
+    Break,
+    Buffers,
+    DecodeGraphs,
+    LayerGraphs,
+    Noted,
+    difference,
+    record,
+    restore,
+    tolerance,
+)
+from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, make_buffer
+from hybrimoe_plugin.operators.mla import LeanMLA
+from hybrimoe_plugin.operators.routers import GateRouter
+
+log = logging.getLogger(__name__)
+
+PROOFS = 2
+"""Steps that run eagerly and as graphs and are compared: the second tells whether anything of the first was frozen."""
+
+ROOM = 256
+"""Tokens in the smallest cache of fixed place; it doubles when it is full, and the layer is captured again."""
+
+
+class GraphedLayer(DenseOperator):
+    """The model's own decoder layer; in decode on a GPU its kernels are launched as one or two graphs.
+
+    The layer's code is captured as it is, operators in it included: norms, attention on a cache of fixed place, router
+    and look-ahead before the experts' call, shared experts and the rest after it. Anything else than one token of one
+    sequence without padding, without gradients and without foreign hooks runs eagerly, as does everything on other
+    devices and once a captured layer does not give what the eager one gives.
+
+    Stands in for the layer in every respect: its children are the layer's own, and so are names of parameters.
+    """
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **{**kwargs, "linears": "plain"})
+        rest = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
+        self.wanted = Settings.of(rest).cuda_graphs != "off"
+        self.graphs: DecodeGraphs | None = None
+        self._twin = (orig_module,)  # in a tuple, else it would become a child
+        self._modules = orig_module._modules  # the same dict, so that operators inside are seen here too
+        self.training = orig_module.training
+        self._experts: tuple[HybriMoEExperts, ...] = ()
+        """None or one; in a tuple for the same reason."""
+        self._hooks: list[tuple[dict[int, Any], int]] = []
+        self._rows: Buffers | None = None
+        self._holder: weakref.ref[GrowingLayer] | None = None
+        """The sequence whose cache lies in the buffers."""
+        self._made: LayerGraphs | None = None
+        self._proofs = 0
+
+    # transformers finds layers by class when hidden states are asked for.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        twin = self.__dict__.get("_twin")
+        return type(self) if twin is None else type(twin[0])
+
+    def __getattr__(self, name: str) -> Any:
+        twin = self.__dict__.get("_twin")
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if twin is None:
+                raise
+            return getattr(twin[0], name)
+
+    def connect(self, graphs: DecodeGraphs) -> None:
+        """Use graphs from now on, where attention and router are of a kind that can be captured."""
+        inside = list(self.modules())
+        self._experts = tuple(module for module in inside if isinstance(module, HybriMoEExperts))
+        routers = [experts.routers()[0] for experts in self._experts]
+        attention = self._modules.get("self_attn")
+        lean = isinstance(attention, LeanAttention | LeanMLA) and attention.ggml is None
+        if not lean or len(routers) > 1 or any(type(router) is not GateRouter for router in routers):
+            log.info("%s: not captured: needs the lean attention operators and a transformers router", self.key)
+            return
+        apart = {module for experts in self._experts for module in experts.modules()}
+        gates = [router.gate for router in routers if isinstance(router, GateRouter)]
+        self._hooks = [
+            (hooks, int(module in gates and hooks is module._forward_hooks))  # a gate has its router's own
+            for module in inside
+            if module is not self and module not in apart
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self.graphs = graphs
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the layer: [B, T, H] from [B, T, H]."""
+        graphs = self.graphs
+        if graphs is not None and graphs.refusal is not None:
+            self.graphs = graphs = self._made = None
+        layer = None if graphs is None or args else self._decoding(hidden_states, kwargs)
+        if graphs is None or layer is None:
+            return self._eager(hidden_states, *args, **kwargs)
+        self._seat(layer)
+        if not graphs.show(layer.get_seq_length(), kwargs["position_embeddings"]):
+            return self._eager(hidden_states, **kwargs)
+        if self._made is None or self._proofs < PROOFS:
+            return self._prove(graphs, layer, hidden_states, kwargs)
+        output = self._made.run(hidden_states, self._run_experts)
+        layer.advance()
+        return output.clone() if self._forward_hooks else output  # who watches may keep it
+
+    def _eager(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = self._twin[0](hidden_states, *args, **kwargs)
+        return output
+
+    def _decoding(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
+        """This layer's cache, if the call is one that graphs are for."""
+        if hidden_states.shape[:2] != (1, 1) or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
+            return None
+        cache = kwargs.get("cache")
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        layers, index = getattr(cache, "layers", ()), int(self.self_attn.layer_idx)
+        layer = layers[index] if index < len(layers) else None
+        if type(layer) is not GrowingLayer or layer.get_seq_length() == 0 or kwargs.get("position_embeddings") is None:
+            return None
+        if self._made is not None and _kind(hidden_states) != _kind(self._made.hidden):
+            return None
+        return layer if all(len(hooks) == known for hooks, known in self._hooks) else None
+
+    def _seat(self, layer: GrowingLayer) -> None:
+        """Put the sequence's cache into this layer's buffers, made or doubled where it does not fit."""
+        buffers, held = self._rows, layer.get_seq_length()
+        if buffers is not None and held < buffers[0].shape[2] and layer.lies_in(buffers):
+            return
+        before = self._holder() if self._holder is not None else None
+        if before is not None and before is not layer and before.lies_in(buffers):
+            before.leave()  # another sequence may go on later
+        like = layer.keys, layer.values
+        if buffers is None or held >= buffers[0].shape[2] or any(map(_differ, buffers, like)):
+            room = ROOM
+            while room <= held:
+                room *= 2
+            buffers = make_buffer(like[0], room), make_buffer(like[1], room)
+            self._rows, self._made, self._proofs = buffers, None, 0
+        layer.move(buffers)
+        self._holder = weakref.ref(layer)
+
+    def _run_experts(self, broken: Break) -> torch.Tensor:
+        broken.router.show(broken.scores)
+        answer: torch.Tensor = self._experts[0](*broken.given, broken.predict)
+        return answer
+
+    def _prove(
+        self, graphs: DecodeGraphs, layer: GrowingLayer, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run a step eagerly and as graphs, captured where there are none yet; they stay only if both give the same."""
+        held, buffers = layer.get_seq_length(), self._rows
+        assert buffers is not None
+        expected, noted = self._noted(hidden, kwargs)
+        saved = [buffer.clone() for buffer in buffers]
+        try:
+            if self._made is None:
+                self._made = record(graphs, self._layer(kwargs), hidden, buffers, next(iter(self._experts), None))
+                graphs.show(held, kwargs["position_embeddings"])
+            error = difference(self._made, hidden, expected, noted, buffers, saved, held)
+            if error > tolerance(hidden.dtype):
+                graphs.refuse(f"{self.key} differs from its eager twin when it is replayed (relative RMS {error:.2g})")
+        except Exception as problem:  # CUDA, Triton and torch raise many kinds
+            graphs.refuse(f"{self.key} cannot be captured: {' '.join(str(problem).split())[:200]}")
+        self._proofs += 1
+        if graphs.refusal is not None:
+            restore(buffers, saved)
+        return expected
+
+    def _noted(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Noted | None]:
+        """The eager result, and what went in and out of the experts."""
+        noted: list[Noted] = []
+
+        def note(experts: HybriMoEExperts, given: Any, answer: torch.Tensor) -> None:
+            noted.append(Noted(given, answer, experts.routers()[0].scores()))
+
+        hooks = [experts.register_forward_hook(note) for experts in self._experts]
+        try:
+            return self._eager(hidden, **kwargs), next(iter(noted), None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _layer(self, kwargs: dict[str, Any]) -> Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]:
+        rest = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "position_ids")}
+
+        def call(hidden: torch.Tensor, cache: FixedCache, angles: Any) -> torch.Tensor:
+            fixed = {"cache": cache, "attention_mask": cache.seen, "position_embeddings": angles}
+            return self._eager(hidden, **{**rest, **fixed})
+
+        return call
+
+
+def connect_layers(model: nn.Module) -> None:
+    """Let a bound model's graphed layers use graphs, where they are wanted and their device has them.
+
+    Mutates: `model`.
+    """
+    shared: dict[torch.device, DecodeGraphs | None] = {}
+    for module in model.modules():
+        if not isinstance(module, GraphedLayer) or not module.wanted:
+            continue
+        device = next(module.parameters()).device
+        if device not in shared:
+            capture = capture_for(device)
+            shared[device] = None if capture is None else DecodeGraphs(capture, device)
+        graphs = shared[device]
+        if graphs is not None:
+            module.connect(graphs)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape[:2], one.shape[3], one.dtype) != (other.shape[:2], other.shape[3], other.dtype)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

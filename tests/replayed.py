@@ -1,0 +1,86 @@
+"""A CUDA graph's stand-in on the CPU: records every operation below Python and does it again on the same memory.
+
+What a real graph freezes is frozen: numbers, shapes, control flow, which tensors are read and written. What a real
+capture forbids is an error: reading a value on the host, sizes that depend on values, other devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "is_nonzero", "equal")
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name.startswith(FORBIDDEN):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        result = func(*args, **kwargs)
+        self.done.append((func, args, kwargs, tree_leaves(result)))
+        return result
+
+
+class Replayed:
+    """A `Capture`; counts what is asked of it.
+
+    Args:
+        spoil: called with each piece's number, its recorded operations and its replay; gives the replay to use.
+    """
+
+    def __init__(self, spoil: Callable[[int, Any, Callable[[], None]], Callable[[], None]] | None = None) -> None:
+        self._spoil = spoil
+        self._mode: _Recorder | None = None
+        self._aside = False
+        self.captured = 0
+        self.replayed = 0
+        self.abandoned = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self._aside = True
+        try:
+            yield
+        finally:
+            assert self._mode is None, "a capture was left open"
+            self._aside = False
+
+    def begin(self) -> None:
+        assert self._aside and self._mode is None
+        self._mode = _Recorder()
+        self._mode.__enter__()
+
+    def end(self) -> Callable[[], None]:
+        assert self._mode is not None
+        mode, self._mode = self._mode, None
+        mode.__exit__(None, None, None)
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            for func, args, kwargs, made in mode.done:
+                again = tree_leaves(func(*args, **kwargs))
+                # Views and in-place results are the memory itself.
+                if all(returned.alias_info is None for returned in func._schema.returns):
+                    for old, new in zip(made, again, strict=True):
+                        if isinstance(old, torch.Tensor):
+                            old.copy_(new)
+
+        return replay if self._spoil is None else self._spoil(self.captured, mode.done, replay)
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+        if self._mode is not None:
+            mode, self._mode = self._mode, None
+            mode.__exit__(None, None, None)
