@@ -53,7 +53,9 @@ class GraphedLayer(DenseOperator):
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **{**kwargs, "linears": "plain"})
         rest = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
-        self.wanted = Settings.of(rest).cuda_graphs != "off"
+        settings = Settings.of(rest)
+        self.wanted = settings.cuda_graphs != "off"
+        self._context = settings.context
         self.graphs: DecodeGraphs | None = None
         self._twin = (orig_module,)  # in a tuple, else it would become a child
         self._modules = orig_module._modules  # the same dict, so that operators inside are seen here too
@@ -150,6 +152,8 @@ class GraphedLayer(DenseOperator):
             room = ROOM
             while room <= held:
                 room *= 2
+            if held < self._context < room:
+                room = self._context  # no more than was left free for it
             buffers = make_buffer(like[0], room), make_buffer(like[1], room)
             self._rows, self._made, self._proofs = buffers, None, 0
         layer.move(buffers)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hybrimoe_plugin.hosts.transformers import devices
 from hybrimoe_plugin.hosts.transformers.devices import layer_devices, moved, spread
+from hybrimoe_plugin.hosts.transformers.load import meta_model
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
 
@@ -74,20 +76,17 @@ def test_layer_of_an_operator() -> None:
     assert layer_devices({"model.language_model.layers.0.mlp.experts": "x"}) == {"model.language_model.layers.0": "x"}
 
 
-@pytest.mark.parametrize(("name", "layers", "split"), [("Mixtral-2-gpus", 32, 16), ("Qwen3-MoE-2-gpus", 48, 32)])
-def test_rules_for_two_devices_cover_every_layer_once(name: str, layers: int, split: int) -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mlp = nn.Module()
-            self.mlp.experts = nn.Linear(1, 1)
-
-    whole = nn.Module()
-    whole.model = nn.Module()
-    whole.model.layers = nn.ModuleList(Layer() for _ in range(layers))
+@pytest.mark.parametrize(
+    ("name", "family", "layers", "split"),
+    [("Mixtral-2-gpus", "mixtral", 32, 16), ("Qwen3-MoE-2-gpus", "qwen3_moe", 48, 32)],
+)
+def test_rules_for_two_devices_cover_every_layer_once(name: str, family: str, layers: int, split: int) -> None:
+    whole = meta_model(tiny.config(family, num_hidden_layers=layers))
     plan = plan_injection(whole, load_rules(RULES / f"{name}.yaml"))
-    found = {match.name: match.kwargs["generate_device"] for match in plan}
+    found = {match.name: match.kwargs["generate_device"] for match in plan if match.name.endswith("experts")}
     assert len(found) == layers
     assert layer_devices(found) == {
         f"model.layers.{index}": "cuda:0" if index < split else "cuda:1" for index in range(layers)
     }
+    for operator in ("GraphedLayer", "LeanAttention"):
+        assert sum(match.operator.endswith(operator) for match in plan) == layers

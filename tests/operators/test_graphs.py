@@ -97,6 +97,15 @@ def test_the_engine_sees_what_it_sees_without_graphs(load: Load) -> None:
         assert all((a == b).all() for a, b in zip(ours.predicted, theirs.predicted, strict=True))
 
 
+def test_room_is_no_more_than_the_asked_context(load: Load) -> None:
+    capture = Replayed()
+    model = load("mixtral", capture, context=20)
+    prompt = tiny.tokens(12)
+    assert greedy(model, prompt, 20) == greedy(tiny.model("mixtral"), prompt, 20)
+    assert layers_of(model)[0]._rows[0].shape[2] == 32, "past it, doubling goes on"  # type: ignore[index]
+    assert capture.captured == 3 * 5, "16, 20 and 32 tokens"
+
+
 def test_sequences_take_turns(load: Load) -> None:
     """Each layer has one place for a cache: whoever loses it keeps what it holds."""
     capture = Replayed()
