@@ -7,7 +7,6 @@ adds up the parts. It is owned by one model; several can live in one process.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -58,8 +57,16 @@ class CallRecord:
     """[T, K] ids for the next layers, nearest first."""
 
 
-Predict = Callable[[torch.Tensor], Sequence[torch.Tensor]]
-"""Hidden states [T, H] -> ids [T, K] that the next layers' routers would choose, nearest first."""
+class Sent(Protocol):
+    """What a CUDA graph sends to the host of a layer call; asked for in this order, once."""
+
+    def needed(self) -> Coming:
+        """Hidden states, ids, weights, and scores where the router shows any."""
+        ...
+
+    def predicted(self) -> Coming | None:
+        """Ids that the later routers would choose, nearest first."""
+        ...
 
 
 class HostView(NamedTuple):
@@ -152,7 +159,7 @@ class Engine:
         hidden: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        predict: Predict | None = None,
+        sent: Sent | None = None,
     ) -> torch.Tensor:
         """Compute the routed experts of one layer call.
 
@@ -160,7 +167,7 @@ class Engine:
             hidden: [T, H] floating point, on the device of the model's dense part.
             topk_ids: [T, K] integer expert ids.
             topk_weights: [T, K] floating point routing weights; a weight belongs to the id at its own place.
-            predict: in place of asking `later_routers` one by one.
+            sent: what is on its way to the host already; without an accelerator nothing is.
 
         Returns:
             [T, H] sum over each token's experts, dtype and device of `hidden`.
@@ -171,7 +178,7 @@ class Engine:
             return self._whole(layer, hidden, topk_ids, topk_weights)
         while True:
             try:
-                return self._run(layer, hidden, topk_ids, topk_weights, predict)
+                return self._run(layer, hidden, topk_ids, topk_weights, sent)
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
 
@@ -181,10 +188,10 @@ class Engine:
         hidden: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        predict: Predict | None,
+        sent: Sent | None,
     ) -> torch.Tensor:
         now_us = self.clock.now_us()
-        seen = self._read(layer, hidden, topk_ids, topk_weights, predict)
+        seen = self._read(layer, hidden, topk_ids, topk_weights, sent)
         ids_np = seen.ids.numpy()
         if self.accelerator is not None:
             self.controller.learn(layer, ids_np, seen.weights.numpy(), seen.scores)
@@ -235,23 +242,27 @@ class Engine:
         hidden: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        predict: Predict | None,
+        sent: Sent | None,
     ) -> HostView:
         """Bring over the routing decision and what else the host needs; the one host synchronisation of a call.
 
         Predictions are computed behind it, so that it does not wait for them.
         """
-        shown = self.routers[layer].scores() if self.accelerator is not None or self.recorder is not None else None
-        tensors = [hidden, topk_ids, topk_weights, *(() if shown is None else (shown,))]
         coming = None
-        if self.accelerator is not None:
-            needed = self.accelerator.bring(tensors)
-            if self.look_ahead:
-                predicted = predict(hidden) if predict is not None else self._predict(layer, hidden)
-                coming = self.accelerator.bring(predicted)
+        if sent is not None:
+            needed, coming = sent.needed(), sent.predicted()
             tensors = needed.wait()
         else:
-            tensors = [tensor.to("cpu") for tensor in tensors]
+            asked = self.accelerator is not None or self.recorder is not None
+            shown = self.routers[layer].scores() if asked else None
+            tensors = [hidden, topk_ids, topk_weights, *(() if shown is None else (shown,))]
+            if self.accelerator is not None:
+                needed = self.accelerator.bring(tensors)
+                later = self.later_routers(layer)
+                coming = self.accelerator.bring([router.predict(hidden) for router in later]) if later else None
+                tensors = needed.wait()
+            else:
+                tensors = [tensor.to("cpu") for tensor in tensors]
         states, ids, weights, *scores = tensors
         return HostView(
             states,
@@ -260,9 +271,6 @@ class Engine:
             scores[0].to(torch.float32).numpy() if scores else None,
             coming,
         )
-
-    def _predict(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
-        return [router.predict(hidden) for router in self.later_routers(layer)]
 
     def _place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor on the device; from the CPU to the accelerator without stopping the host."""
@@ -287,8 +295,7 @@ class Engine:
             except BudgetError:  # what was given back may lie in pieces
                 if not sum(self.controller.pool.quotas):
                     raise
-        for move in moves:
-            self.accelerator.onload(move.slot, self.layers[move.layer], move.expert)
+        self._onload(moves)
         left = sum(self.controller.pool.quotas)
         log.warning(
             "out of memory on %s: the cache shrinks from %d to %d experts", self.accelerator.device, before, left
@@ -303,28 +310,28 @@ class Engine:
         for expert, slot in self.controller.stale(step):
             if self.accelerator.cancel(slot):
                 self.controller.withdraw(step.layer, expert)
+        present = self._present_waves(step, self.controller.pool.cached[step.layer])
+        batches = [step.moves[first : first + self.wave] for first in range(0, len(step.moves), self.wave)]
+        waves = [*present, *({move.expert: move.slot for move in batch} for batch in batches)]
+        unsent = iter(batches)
+        self._onload(next(unsent, ()))
         device = self.accelerator.device
-        arguments = self._place(hidden, device), ids, self._place(topk_weights, device)
-        slots = self.controller.pool.cached[step.layer]
-        demanded = {move.expert for move in step.moves}
-        waiting: deque[dict[int, int]] = deque(self._present_waves(step, slots, demanded))
+        states, weights = self._place(hidden, device), self._place(topk_weights, device)
+        slot_ids = self.accelerator.place(self._slot_ids(waves, ids))
         output: torch.Tensor | None = None
-        for first in range(0, len(step.moves), self.wave):
-            # Send a wave before computing the one before it, so that link and accelerator overlap.
-            batch = step.moves[first : first + self.wave]
-            for move in batch:
-                self.accelerator.onload(move.slot, self.layers[step.layer], move.expert)
-            while waiting:
-                output = self._wave(waiting.popleft(), output, *arguments)
-            waiting.append({move.expert: move.slot for move in batch})
-        while waiting:
-            output = self._wave(waiting.popleft(), output, *arguments)
+        for index, wave in enumerate(waves):
+            if index >= len(present):
+                # Send a wave before computing the one before it, so that link and accelerator overlap.
+                self._onload(next(unsent, ()))
+            part = self.accelerator.compute(tuple(wave.values()), states, slot_ids[index], weights)
+            output = part if output is None else output + part
         assert output is not None
         return output.to(hidden.device, hidden.dtype)
 
     @staticmethod
-    def _present_waves(step: Step, slots: dict[int, int], demanded: set[int]) -> list[dict[int, int]]:
+    def _present_waves(step: Step, slots: dict[int, int]) -> list[dict[int, int]]:
         """Expert -> slot of the resident experts, then of those in flight, leaving out empty waves."""
+        demanded = {move.expert for move in step.moves}
         in_flight = {routed.expert for routed in step.routed if routed.ready_us > 0}
         present = [expert for expert in step.plan.accelerator if expert not in demanded]
         waves = (
@@ -333,33 +340,34 @@ class Engine:
         )
         return [wave for wave in waves if wave]
 
-    def _wave(
-        self,
-        wave: dict[int, int],
-        output: torch.Tensor | None,
-        hidden: torch.Tensor,
-        ids: NDArray[np.int64],
-        topk_weights: torch.Tensor,
-    ) -> torch.Tensor:
+    def _slot_ids(self, waves: Sequence[dict[int, int]], ids: NDArray[np.int64]) -> torch.Tensor:
+        """[W, T, K] int64: the slot of each routed expert in each wave, -1 where it is not computed there."""
+        if len(ids) == 1:
+            row = ids[0].tolist()
+            return torch.tensor([[[wave.get(expert, -1) for expert in row]] for wave in waves])
+        table = np.full((len(waves), self.layers[0].spec.experts), -1, dtype=np.int64)
+        for line, wave in zip(table, waves, strict=True):
+            line[list(wave)] = list(wave.values())
+        return torch.from_numpy(table[:, ids])
+
+    def _onload(self, moves: Sequence[Move], ahead: bool = False) -> None:
         assert self.accelerator is not None
-        table = np.full(self.layers[0].spec.experts, -1, dtype=np.int64)
-        for expert, slot in wave.items():
-            table[expert] = slot
-        slot_ids = self.accelerator.place(torch.from_numpy(table[ids]))
-        part = self.accelerator.compute(tuple(wave.values()), hidden, slot_ids, topk_weights)
-        return part if output is None else output + part
+        for move in moves:
+            self.accelerator.onload(move.slot, self.layers[move.layer], move.expert, ahead)
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
         """Use the idle link for what the next layers are predicted to need, while CPU and accelerator compute."""
         found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
-            self.recorder(CallRecord(step.layer, seen.ids.numpy(), seen.weights.numpy(), seen.scores, found))
+            # Copies: what a CUDA graph sends lies in the same memory at the next token.
+            scores = None if seen.scores is None else seen.scores.copy()
+            ids, weights = seen.ids.numpy().copy(), seen.weights.numpy().copy()
+            self.recorder(CallRecord(step.layer, ids, weights, scores, tuple(one.copy() for one in found)))
         if self.accelerator is None:
             return
         predicted = [(step.layer + distance, loads(ids)) for distance, ids in enumerate(found, 1)]
         moves = self.controller.look_ahead(step, predicted, now_us)
-        for move in moves:
-            self.accelerator.onload(move.slot, self.layers[move.layer], move.expert, ahead=True)
+        self._onload(moves, ahead=True)
         if self.timeline is not None:
             self._draw_link(moves)
 

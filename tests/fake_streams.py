@@ -95,6 +95,12 @@ class LazyStreams:
     def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
         return Coming(self, list(tensors), [self.record(COMPUTE)])
 
+    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor)
+
+    def coming(self, landed: list[torch.Tensor]) -> Coming:
+        return Coming(self, landed, [self.record(COMPUTE)])
+
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 

@@ -95,6 +95,14 @@ class Accelerator(Protocol):
         """Queue copies to the CPU, behind what the model has been given so far; the host does not wait."""
         ...
 
+    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory on the CPU that this tensor can be copied to without stopping the host."""
+        ...
+
+    def coming(self, landed: list[torch.Tensor]) -> Coming:
+        """What the model's work, a CUDA graph's replay included, has been told to copy to the CPU so far."""
+        ...
+
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU tensor on `device`; the host does not wait."""
         ...

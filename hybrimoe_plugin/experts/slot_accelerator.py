@@ -118,6 +118,12 @@ class SlotAccelerator:
     def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
         return self.streams.bring(tensors)
 
+    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.streams.landing(tensor)
+
+    def coming(self, landed: list[torch.Tensor]) -> Coming:
+        return self.streams.coming(landed)
+
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.streams.place(tensor)
 

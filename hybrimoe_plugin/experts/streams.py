@@ -69,6 +69,14 @@ class Streams(Protocol):
         """Queue copies to the CPU, behind what `COMPUTE` has been given so far; the host does not wait."""
         ...
 
+    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory on the CPU that this tensor can be copied to without stopping the host."""
+        ...
+
+    def coming(self, landed: list[torch.Tensor]) -> Coming:
+        """What work that `COMPUTE` has been given copies to the CPU."""
+        ...
+
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU tensor on this device, for `COMPUTE`; the host does not wait."""
         ...
@@ -98,6 +106,12 @@ class HostStreams:
 
     def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
         return Coming(self, [tensor.to("cpu") for tensor in tensors])
+
+    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device="cpu")
+
+    def coming(self, landed: list[torch.Tensor]) -> Coming:
+        return Coming(self, landed)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -144,8 +158,8 @@ class CudaStreams:
         devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
         for tensor in tensors:
             if tensor.device.type == "cuda":
-                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                tensor = target.copy_(tensor, non_blocking=True)  # on the tensor's own device, after what made it
+                # On the tensor's own device, after what made it.
+                tensor = self.landing(tensor).copy_(tensor, non_blocking=True)
             found.append(tensor)
         events = []
         for device in devices:
@@ -153,6 +167,12 @@ class CudaStreams:
             event.record(torch.cuda.current_stream(device))
             events.append(event)
         return Coming(self, found, events)
+
+    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+    def coming(self, landed: list[torch.Tensor]) -> Coming:
+        return Coming(self, landed, [self.record(COMPUTE)])
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         # The caching host allocator gives the pinned copy's memory away only once the transfer is over.

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hybrimoe_plugin.experts.base import Accelerator
 from hybrimoe_plugin.experts.cuda_graphs import Capture, Replay
+from hybrimoe_plugin.experts.streams import Coming
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.kv_cache import FixedCache
-from hybrimoe_plugin.operators.routers import GateRouter
 
 log = logging.getLogger(__name__)
 
@@ -98,22 +99,28 @@ class Noted(NamedTuple):
 
 @dataclass
 class Break:
-    """The experts' call, which runs between two pieces."""
+    """The experts' call, which runs between two pieces; also what the first piece sends to the host (`engine.Sent`)."""
 
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Hidden states, ids and weights, as the first piece leaves them."""
-    router: GateRouter
-    scores: torch.Tensor | None
-    look: Replay | None
-    predicted: list[torch.Tensor]
-    """What `look` leaves: ids of the next layers' routers."""
     answer: torch.Tensor
     """Where the experts' result is put for the second piece."""
+    accelerator: Accelerator
+    landed: list[torch.Tensor]
+    """On the CPU: what was given, and the scores. Valid until the layer's next call."""
+    look: Replay | None
+    """Asks the later routers; runs while the host already plans."""
+    foreseen: list[torch.Tensor]
+    """On the CPU: what they say."""
 
-    def predict(self, _hidden: torch.Tensor) -> Sequence[torch.Tensor]:
-        if self.look is not None:
-            self.look()
-        return self.predicted
+    def needed(self) -> Coming:
+        return self.accelerator.coming(self.landed)
+
+    def predicted(self) -> Coming | None:
+        if self.look is None:
+            return None
+        self.look()
+        return self.accelerator.coming(self.foreseen)
 
 
 @dataclass
@@ -155,37 +162,20 @@ def record(
         fixed = torch.full_like(hidden, 0.25)
         answer = torch.zeros_like(hidden[0])
     pieces: list[Replay] = []
-    found: list[Break] = []
-    capture = graphs.capture
-
-    def at_experts(*given: torch.Tensor) -> torch.Tensor:
-        assert experts is not None
-        router, later = experts.routers()
-        assert isinstance(router, GateRouter), "connect() looked at it"
-        scores = router.scores()
-        pieces.append(capture.end())
-        look, predicted = None, []
-        if later:
-            capture.begin()
-            predicted = [other.predict(given[0]) for other in later]
-            look = capture.end()
-        found.append(Break((given[0], given[1], given[2]), router, scores, look, predicted, answer))
-        capture.begin()
-        return answer
-
-    with capture.aside():
+    at_experts = None if experts is None else _AtExperts(graphs.capture, experts, answer, pieces)
+    with graphs.capture.aside():
         # First calls load kernels and make handles, which a capture must not.
-        with _instead(experts, lambda *_given: answer):
+        with _instead(experts, None if at_experts is None else at_experts.warm_up):
             layer(fixed, cache, graphs.angles)
-        capture.begin()
+        graphs.capture.begin()
         try:
-            with _instead(experts, at_experts):
+            with _instead(experts, None if at_experts is None else at_experts.capture):
                 output = layer(fixed, cache, graphs.angles)
-            pieces.append(capture.end())
+            pieces.append(graphs.capture.end())
         except BaseException:
-            capture.abandon()
+            graphs.capture.abandon()
             raise
-    broken = found[0] if found else None
+    broken = at_experts.found if at_experts is not None else None
     return LayerGraphs(fixed, pieces[0], broken, pieces[1] if broken is not None else None, output)
 
 
@@ -214,13 +204,14 @@ def difference(
     output = made.run(hidden, lambda _broken: noted.answer if noted is not None else hidden[0])
     pairs = [(output, expected), *zip(buffers, saved, strict=True)]
     if noted is not None and made.broken is not None:
-        states, _, weights = made.broken.given
+        # As it arrives on the host, so that the copies are looked at too.
+        states, _, weights, *scores = made.broken.needed().wait()
         # Sorted: where two experts are all but tied, either may come first, or be chosen.
-        pairs += [(states, noted.given[0]), (_sorted(weights), _sorted(noted.given[2]))]
-        if made.broken.scores is not None and noted.scores is not None:
-            pairs.append((made.broken.scores, noted.scores))
-    errors = [_error(found, right) for found, right in pairs if right.numel()]
-    return float(torch.stack(errors).amax())
+        seen = [(states, noted.given[0]), (_sorted(weights), _sorted(noted.given[2]))]
+        if noted.scores is not None:
+            seen += [(found, noted.scores) for found in scores]
+        pairs += [(found, right.cpu()) for found, right in seen]
+    return max(float(_error(found, right)) for found, right in pairs if right.numel())
 
 
 def restore(buffers: Buffers, saved: Sequence[torch.Tensor]) -> None:
@@ -232,10 +223,56 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, HALF_TOLERANCE)
 
 
+class _AtExperts:
+    """What happens at the experts' call while its layer is warmed up, then captured."""
+
+    def __init__(self, capture: Capture, experts: HybriMoEExperts, answer: torch.Tensor, pieces: list[Replay]) -> None:
+        self._capture, self._answer, self._pieces = capture, answer, pieces
+        self._router, self._later = experts.routers()
+        assert experts.accelerator is not None, "connect() looked at it"
+        self._accelerator = experts.accelerator
+        self._landed: list[torch.Tensor] = []
+        self._foreseen: list[torch.Tensor] = []
+        self.found: Break | None = None
+
+    def warm_up(self, *given: torch.Tensor) -> torch.Tensor:
+        landing = self._accelerator.landing  # not while capturing: it may take memory
+        self._landed = [landing(tensor) for tensor in self._wanted(given)]
+        self._foreseen = [landing(ids) for ids in self._ask(given[0])]
+        return self._answer
+
+    def capture(self, *given: torch.Tensor) -> torch.Tensor:
+        wanted = self._wanted(given)
+        _send(wanted, self._landed)
+        self._pieces.append(self._capture.end())
+        look = None
+        if self._later:
+            self._capture.begin()
+            _send(self._ask(given[0]), self._foreseen)
+            look = self._capture.end()
+        self.found = Break(
+            (wanted[0], wanted[1], wanted[2]),
+            self._answer,
+            self._accelerator,
+            self._landed,
+            look,
+            self._foreseen,
+        )
+        self._capture.begin()
+        return self._answer
+
+    def _wanted(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        scores = self._router.scores()
+        return [*given, *(() if scores is None else (scores,))]
+
+    def _ask(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        return [router.predict(hidden) for router in self._later]
+
+
 class _instead:  # noqa: N801 - reads as the word it is
     """While entered, the experts' operator calls this function in place of its engine."""
 
-    def __init__(self, experts: HybriMoEExperts | None, call: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, experts: HybriMoEExperts | None, call: Callable[..., torch.Tensor] | None) -> None:
         self._experts, self._call = experts, call
 
     def __enter__(self) -> None:
@@ -245,6 +282,11 @@ class _instead:  # noqa: N801 - reads as the word it is
     def __exit__(self, *_error: object) -> None:
         if self._experts is not None:
             self._experts.instead = None
+
+
+def _send(tensors: Sequence[torch.Tensor], landed: Sequence[torch.Tensor]) -> None:
+    for tensor, place in zip(tensors, landed, strict=True):
+        place.copy_(tensor, non_blocking=True)
 
 
 def _error(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

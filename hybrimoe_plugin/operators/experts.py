@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.engine import Engine, Predict, Router
+from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.experts.base import Accelerator
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.weights import LayerWeights, layer_weights
 
@@ -112,24 +113,29 @@ class HybriMoEExperts(nn.Module):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        predict: Predict | None = None,
+        sent: Sent | None = None,
     ) -> torch.Tensor:
         """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
 
         Args:
-            predict: gives what the next layers' routers would choose; by default they are asked.
+            sent: what a CUDA graph has sent to the host already.
 
         Raises:
             BackendError: the model was not bound to an engine.
         """
         if self.instead is not None:
             return self.instead(hidden_states, top_k_index, top_k_weights)
-        return self._bound().run(self._position, hidden_states, top_k_index, top_k_weights, predict)
+        return self._bound().run(self._position, hidden_states, top_k_index, top_k_weights, sent)
 
     def routers(self) -> tuple[Router, list[Router]]:
         """This layer's router, and those whose choices the engine predicts here. Raises: as `forward`."""
         engine = self._bound()
         return engine.routers[self._position], engine.later_routers(self._position)
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The engine's. Raises: as `forward`."""
+        return self._bound().accelerator
 
     def _bound(self) -> Engine:
         if self._engine is None:

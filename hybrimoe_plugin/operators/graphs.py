@@ -88,11 +88,12 @@ class GraphedLayer(DenseOperator):
         """Use graphs from now on, where attention and router are of a kind that can be captured."""
         inside = list(self.modules())
         self._experts = tuple(module for module in inside if isinstance(module, HybriMoEExperts))
-        routers = [experts.routers()[0] for experts in self._experts]
+        routers = [experts.routers()[0] for experts in self._experts if experts.accelerator is not None]
         attention = self._modules.get("self_attn")
         lean = isinstance(attention, LeanAttention | LeanMLA) and attention.ggml is None
-        if not lean or len(routers) > 1 or any(type(router) is not GateRouter for router in routers):
-            log.info("%s: not captured: needs the lean attention operators and a transformers router", self.key)
+        known = len(routers) == len(self._experts) <= 1 and all(type(router) is GateRouter for router in routers)
+        if not lean or not known:
+            log.info("%s: not captured: needs lean attention, a transformers router and an accelerator", self.key)
             return
         apart = {module for experts in self._experts for module in experts.modules()}
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
@@ -160,8 +161,7 @@ class GraphedLayer(DenseOperator):
         self._holder = weakref.ref(layer)
 
     def _run_experts(self, broken: Break) -> torch.Tensor:
-        broken.router.show(broken.scores)
-        answer: torch.Tensor = self._experts[0](*broken.given, broken.predict)
+        answer: torch.Tensor = self._experts[0](*broken.given, broken)
         return answer
 
     def _prove(

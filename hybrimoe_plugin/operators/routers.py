@@ -15,22 +15,17 @@ class GateRouter:
     def __init__(self, gate: nn.Module) -> None:
         self.gate = gate
         self._logits: torch.Tensor | None = None
-        self._shown: torch.Tensor | None = None
         self._predicting = False
         self._hook = gate.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
         if not self._predicting:
-            self._logits, self._shown = output[0], None
-
-    def show(self, scores: torch.Tensor | None) -> None:
-        """Scores of the running call from elsewhere: a CUDA graph computes them without calling the gate."""
-        self._shown = scores
+            self._logits = output[0]
 
     def scores(self) -> torch.Tensor | None:
         """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else softmax."""
-        if self._shown is not None or self._logits is None:
-            return self._shown
+        if self._logits is None:
+            return None
         logits = self._logits.detach().float().reshape(-1, self._logits.shape[-1])
         correction = getattr(self.gate, "e_score_correction_bias", None)
         if correction is not None:
@@ -49,4 +44,4 @@ class GateRouter:
 
     def detach(self) -> None:
         self._hook.remove()
-        self._logits = self._shown = None
+        self._logits = None
