@@ -1,8 +1,9 @@
 """On one NVIDIA GPU: roofline, then four systems at three cache sizes, prefill and decode of shape-accurate models.
 
-`python -m eval.throughput --device cuda` comes here. The models are MoE layers only, driven by given routing; the CPU
-is limited to ten threads. Without a CUDA device it is a dry run: the same code on the emulated accelerator with small
-matrices, times from the simulated clock and the published profile of the paper's machine, and `emulated` true.
+`python -m eval.throughput --device cuda` comes here. The models are MoE layers only (`eval.cuda_model` has the rest of
+a model too), driven by given routing, recorded or generated as the column says; the CPU is limited to ten threads.
+Without a CUDA device it is a dry run: the same code on the emulated accelerator with small matrices, times from the
+simulated clock and the published profile of the paper's machine, and `emulated` true.
 """
 
 from __future__ import annotations

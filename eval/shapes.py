@@ -25,6 +25,7 @@ class Model(NamedTuple):
     """Experts of one model as its usual GGUF file has them."""
 
     name: str
+    """A name in `eval.synthetic`, in capitals; what comes after a comma says whose routing it is."""
     trace: str
     """Name in `eval.traces`."""
     hidden: int
@@ -41,7 +42,14 @@ MODELS = (
         "DeepSeek-V2-Lite", "deepseek-v2-lite", 2048, 1536, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
         "intermediate 1408 padded to 1536: K blocks and kt-kernel want multiples of 256",
     ),
-    Model("Mixtral-8x7B", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K")),
+    Model(
+        "Mixtral-8x7B", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "generated, long-run popularity as measured",
+    ),
+    Model(
+        "Qwen3-30B-A3B, routed as Gemma-4", "gemma", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "the other recorded run with 128 experts and top 6",
+    ),
 )  # fmt: skip
 
 TINY = 64, 64, ("Q8_0", "Q8_0", "Q8_0")

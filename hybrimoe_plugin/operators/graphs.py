@@ -91,7 +91,7 @@ class GraphedLayer(DenseOperator):
         routers = [experts.routers()[0] for experts in self._experts if experts.accelerator is not None]
         attention = self._modules.get("self_attn")
         lean = isinstance(attention, LeanAttention | LeanMLA) and attention.ggml is None
-        known = len(routers) == len(self._experts) <= 1 and all(type(router) is GateRouter for router in routers)
+        known = len(routers) == len(self._experts) <= 1 and all(isinstance(router, GateRouter) for router in routers)
         if not lean or not known:
             log.info("%s: not captured: needs lean attention, a transformers router and an accelerator", self.key)
             return
@@ -104,6 +104,11 @@ class GraphedLayer(DenseOperator):
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self.graphs = graphs
+
+    @property
+    def captured(self) -> bool:
+        """Whether the next step of the running sequence is a replay."""
+        return self.graphs is not None and self._made is not None and self._proofs >= PROOFS
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the layer: [B, T, H] from [B, T, H]."""

@@ -33,7 +33,7 @@ KEYS = {
 def test_dry_run_says_that_it_is_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "MODELS", cuda.MODELS[2:])
+    monkeypatch.setattr(cuda, "MODELS", cuda.MODELS[2:3])
     monkeypatch.setattr(cuda, "RATIOS", (0.5,))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -130,4 +130,6 @@ def test_shapes_have_the_bytes_of_the_models() -> None:
             assert torch.isfinite(matrix).all()
             assert 0.1 < float(matrix.std()) * 16 < 3
     assert not np.shares_memory(one.gate.stacked, two.gate.stacked)
+    other = shapes.routing(shapes.MODELS[3], 40, 3, look_ahead=2, recall=0.8)
+    assert other.header.experts == 128 and other.header.model != found.header.model
     assert shapes.fits(qwen, 128, 48, 1e9) == 2
