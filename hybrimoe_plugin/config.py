@@ -77,7 +77,9 @@ class Settings:
     kernels: str = setting("auto", "kernels for experts in slots: fused Triton ones or torch", choices=KERNELS)
     context: int = setting(4096, "tokens whose attention cache is left free on the accelerator", low=0)
     dense: str = setting("lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE)
-    linears: str = setting("auto", "dense matrices on the CPU: as the file stores them, or plain", choices=LINEARS)
+    linears: str = setting(
+        "auto", "dense matrices: as the file stores them (auto: on the CPU), or plain", choices=LINEARS
+    )
     cuda_graphs: str = setting("auto", "CUDA graphs of the layers for decode on a GPU", choices=CUDA_GRAPHS)
     weights: str = setting("auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS)
     profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")

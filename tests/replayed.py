@@ -20,7 +20,7 @@ FORBIDDEN = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "is_n
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.done: list[tuple[Any, Any, Any, list[Any]]] = []
+        self.done: list[tuple[Any, Any, Any, list[tuple[int, torch.Tensor]]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -28,8 +28,19 @@ class _Recorder(TorchDispatchMode):
         if name.startswith(FORBIDDEN):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         result = func(*args, **kwargs)
-        self.done.append((func, args, kwargs, tree_leaves(result)))
+        given = {_memory(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        # Views and in-place results are memory that was there; what is new keeps its place.
+        made = [
+            (index, value)
+            for index, value in enumerate(tree_leaves(result))
+            if isinstance(value, torch.Tensor) and _memory(value) not in given
+        ]
+        self.done.append((func, args, kwargs, made))
         return result
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class Replayed:
@@ -71,11 +82,8 @@ class Replayed:
             self.replayed += 1
             for func, args, kwargs, made in mode.done:
                 again = tree_leaves(func(*args, **kwargs))
-                # Views and in-place results are the memory itself.
-                if all(returned.alias_info is None for returned in func._schema.returns):
-                    for old, new in zip(made, again, strict=True):
-                        if isinstance(old, torch.Tensor):
-                            old.copy_(new)
+                for index, old in made:
+                    old.copy_(again[index])
 
         return replay if self._spoil is None else self._spoil(self.captured, mode.done, replay)
 

@@ -29,7 +29,7 @@ class LeanAttention(DenseOperator):
         self.head_dim = int(orig_module.head_dim)
         self.scaling = float(orig_module.scaling)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, as_stored(self.ggml, getattr(orig_module, name)))
+            setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
         self.query_heads = self.q_proj.out_features // self.head_dim
         self.grouped = self.query_heads * self.head_dim != self.k_proj.out_features
         if hasattr(orig_module, "q_norm"):

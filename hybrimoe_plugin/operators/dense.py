@@ -28,7 +28,8 @@ class DenseOperator(nn.Module):
         settings: fields of `Settings`; `linears` counts here.
 
     Attributes:
-        ggml: kernels for matrices as stored; None where matrices are plain tensors, on any device.
+        ggml: kernels for matrices as stored, on the CPU; None where the dense part lies elsewhere, or is plain.
+        on_device: matrices stay as stored in accelerator memory.
     """
 
     is_dense = True
@@ -50,7 +51,9 @@ class DenseOperator(nn.Module):
             raise ConfigError(f"{key}: the operator needs the module that it replaces")
         self.key = key
         self.generate_device = generate_device
-        self.ggml = stored_kernels(gguf_loader, Settings.of(settings), prefill_device, generate_device)
+        chosen = Settings.of(settings)
+        self.ggml = stored_kernels(gguf_loader, chosen, prefill_device, generate_device)
+        self.on_device = self.ggml is None and chosen.linears == "quantised"
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -58,7 +61,7 @@ class DenseOperator(nn.Module):
         HybriMoEExperts.check_kwargs(kwargs)
 
     def extra_repr(self) -> str:
-        return f"key={self.key!r}, matrices={'plain' if self.ggml is None else 'as stored'}"
+        return f"key={self.key!r}, matrices={'plain' if self.ggml is None and not self.on_device else 'as stored'}"
 
 
 def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, generate: str) -> Ggml | None:
@@ -67,7 +70,6 @@ def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, ge
     The first operator on a store makes them, all others share them.
 
     Raises:
-        ConfigError: asked for on an accelerator.
         BackendError: asked for, and kt-kernel's ggml cannot be used.
     """
     asked = settings.linears == "quantised"
@@ -76,10 +78,6 @@ def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, ge
     if any(
         device not in ("cpu", "auto") or (device == "auto" and cuda_refusal() is None) for device in (prefill, generate)
     ):
-        if asked:
-            raise ConfigError(
-                "linears: quantised is for the CPU; give prefill_device and generate_device cpu, or plain"
-            )
         return None
     try:
         return shared_kernels(store)

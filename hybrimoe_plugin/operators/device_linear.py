@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from contextlib import nullcontext
@@ -54,7 +55,7 @@ class DeviceLinear(DenseOperator):
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
     def _has_kernel(self) -> bool:
-        if importlib.util.find_spec("triton") is None or not _runs_triton(self.planes.device):
+        if not _runs_triton(self.planes.device) or not _triton_installed():
             return False
         from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
 
@@ -70,6 +71,11 @@ class DeviceLinear(DenseOperator):
     def _plain(self, flat: torch.Tensor) -> torch.Tensor:
         raw = join_planes(self.planes, self.type_name)
         return F.linear(flat, dequantize(raw, self.type_name, (self.out_features, self.in_features)).to(flat.dtype))
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _runs_triton(device: torch.device) -> bool:

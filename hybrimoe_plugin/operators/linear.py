@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.device_linear import DeviceLinear
 
 Build = Callable[[Graph, Node], Sequence[Node]]
 
@@ -86,9 +87,19 @@ class StoredLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, matrix={kind}"
 
 
-def as_stored(ggml: Ggml | None, linear: nn.Module) -> nn.Module:
-    """The linear on stored bytes, or itself where there are no kernels."""
-    return linear if ggml is None or not isinstance(linear, nn.Linear) else StoredLinear(ggml, linear)
+def as_stored(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Module:
+    """The operator's linear on stored bytes, on the CPU or on its device; itself where it is to be plain.
+
+    Args:
+        name: of the linear in the operator.
+    """
+    if not isinstance(linear, nn.Linear):
+        return linear
+    if operator.ggml is not None:
+        return StoredLinear(operator.ggml, linear)
+    if operator.on_device:
+        return DeviceLinear(f"{operator.key}.{name}", None, None, linear, linears="plain")
+    return linear
 
 
 class LinearGroup:
@@ -117,12 +128,13 @@ class LinearGroup:
 
 
 class LeanLinear(DenseOperator):
-    """A dense linear, the language model's head above all, on the matrix as stored; plain where that cannot be."""
+    """A dense linear, the language model's head above all, on the matrix as stored; plain where that is not asked."""
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
-        self.stored = StoredLinear(self.ggml, orig_module) if self.ggml is not None else None
+        made = as_stored(self, "stored", orig_module)
+        self.stored: Any = made if made is not orig_module else None
         if self.stored is None:
             self.weight = orig_module.weight
         self.bias = orig_module.bias
@@ -134,4 +146,5 @@ class LeanLinear(DenseOperator):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] from [..., M]."""
-        return F.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)
+        y: torch.Tensor = F.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)
+        return y

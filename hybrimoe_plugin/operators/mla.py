@@ -35,7 +35,7 @@ class LeanMLA(DenseOperator):
         self.halves = getattr(config, "rope_interleave", True) is False
         names = ["q_proj"] if orig_module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
         for name in (*names, "kv_a_proj_with_mqa", "o_proj"):
-            setattr(self, name, as_stored(self.ggml, getattr(orig_module, name)))
+            setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
         if orig_module.q_lora_rank is not None:
             self.q_a_layernorm = orig_module.q_a_layernorm
         self.kv_a_layernorm = orig_module.kv_a_layernorm

@@ -31,7 +31,7 @@ class LeanMLP(DenseOperator):
         if any(getattr(orig_module, name).bias is not None for name in names):
             raise BackendError(f"{key}: linears with biases are not supported")
         for name in names:
-            setattr(self, name, as_stored(self.ggml, getattr(orig_module, name)))
+            setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
         self._graphs = None if self.ggml is None else RowGraphs(self.ggml, self._build)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -66,9 +66,9 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
     """
     source = ParameterSource(store, config)
     for name, module in model.named_modules():
-        if isinstance(module, StoredLinear):
+        if isinstance(module, StoredLinear | DeviceLinear):
             module.take(source.stored(f"{name.removesuffix('.stored')}.weight"))
-        elif isinstance(module, DeviceLinear) or (isinstance(module, LeanEmbedding) and module.ggml is not None):
+        elif isinstance(module, LeanEmbedding) and module.ggml is not None:
             module.take(source.stored(f"{name}.weight"))
         elif isinstance(module, LeanMLA) and module.ggml is not None:
             module.take_split(*source.stored_kv_b(f"{name}.kv_b_proj.weight"))
