@@ -17,6 +17,7 @@ CPU_BACKENDS = ("auto", "kt", "ggml", "torch")
 DENSE = ("lean", "plain")
 LINEARS = ("auto", "quantised", "plain")
 WEIGHTS = ("auto", "mapped", "memory")
+ATTENTION = ("auto", "torch")
 CUDA_GRAPHS = ("auto", "off")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
@@ -81,6 +82,9 @@ class Settings:
         "auto", "dense matrices: as the file stores them (auto: on the CPU), or plain", choices=LINEARS
     )
     cuda_graphs: str = setting("auto", "CUDA graphs of the layers for decode on a GPU", choices=CUDA_GRAPHS)
+    attention: str = setting(
+        "auto", "attention in CUDA graphs: flashinfer where it is faster, or torch", choices=ATTENTION
+    )
     weights: str = setting("auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS)
     profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")
 

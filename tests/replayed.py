@@ -6,6 +6,7 @@ capture forbids is an error: reading a value on the host, sizes that depend on v
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,11 @@ class Replayed:
                     old.copy_(again[index])
 
         return replay if self._spoil is None else self._spoil(self.captured, mode.done, replay)
+
+    def time_us(self, replay: Callable[[], None]) -> float:
+        started = time.perf_counter_ns()
+        replay()
+        return (time.perf_counter_ns() - started) / 1e3
 
     def abandon(self) -> None:
         self.abandoned += 1

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from hybrimoe_plugin.experts.kernels.tuning import cuda_timer
+
 Replay = Callable[[], None]
 """Does the captured work again, on the memory that it had when it was captured."""
 
@@ -31,6 +33,10 @@ class Capture(Protocol):
 
     def abandon(self) -> None:
         """Forget the work since `begin`, if there is any."""
+        ...
+
+    def time_us(self, replay: Replay) -> float:
+        """How long one replay takes on the device; stops the host."""
         ...
 
 
@@ -78,6 +84,9 @@ class CudaCapture:
         if graph is not None:
             with contextlib.suppress(RuntimeError):  # an invalid capture ends with an error, but it ends
                 graph.capture_end()
+
+    def time_us(self, replay: Replay) -> float:
+        return cuda_timer(self._device)(replay)
 
 
 def capture_for(device: torch.device) -> Capture | None:

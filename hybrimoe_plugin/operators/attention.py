@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.kv_cache import growing
+from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, as_stored
 
 
@@ -60,7 +60,10 @@ class LeanAttention(DenseOperator):
         if cache is not None:
             growing(cache, self.layer_idx)
             key, value = cache.update(key, value, self.layer_idx)
-        out = attend(query, key, value, attention_mask, self.scaling, self.grouped)
+        if isinstance(cache, FixedCache) and cache.kernel is not None:
+            out = cache.kernel(query, key, value)
+        else:
+            out = attend(query, key, value, attention_mask, self.scaling, self.grouped)
         out = self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
         return out, None
 

@@ -13,6 +13,7 @@ from hybrimoe_plugin.experts.base import Accelerator
 from hybrimoe_plugin.experts.cuda_graphs import Capture, Replay
 from hybrimoe_plugin.experts.streams import Coming
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.flash_decode import FlashDecode, Shape, choose
 from hybrimoe_plugin.operators.kv_cache import FixedCache
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class DecodeGraphs:
         self._device = device
         with torch.inference_mode(False):
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._kernels: dict[Shape, FlashDecode | None] = {}
         self._held = -1
         self._given: tuple[torch.Tensor, ...] = ()
         self._angles: tuple[torch.Tensor, ...] = ()
@@ -63,7 +65,7 @@ class DecodeGraphs:
             with torch.inference_mode(False):
                 self._angles = tuple(torch.zeros_like(part) for part in given)
         if held != self._held:
-            self.place.fill_(held)
+            self._put(held)
             self._held = held
         # `is` on tensors that are kept: no later step's can be taken for them.
         if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
@@ -77,10 +79,37 @@ class DecodeGraphs:
 
     def scramble(self, row: int) -> None:
         """Inputs unlike any step's, so that a capture that froze one of its own step's is found out."""
-        self.place.fill_(row)
+        self._put(row)
         for part in self._angles:
             part.fill_(0.5)
         self._held, self._given = -1, ()
+
+    def kernel(self, shape: Shape) -> FlashDecode | None:
+        """Attention that is faster than torch's for this shape; looked for once."""
+        if shape not in self._kernels:
+            # Smaller caches are full by now, in every layer.
+            self._kernels = {known: kernel for known, kernel in self._kernels.items() if known.room >= shape.room}
+            self._kernels[shape] = choose(shape, self._device, self.capture)
+            self._held = -1  # so that the next `show` plans for it too
+        return self._kernels[shape]
+
+    def serves(self, kernel: FlashDecode | None) -> bool:
+        """Whether steps are still planned for a kernel that a layer was captured with."""
+        return kernel is None or any(kernel is known for known in self._kernels.values())
+
+    def without_kernels(self, reason: str) -> bool:
+        """Do without other kernels than torch's from now on; gives whether there were any."""
+        used = [shape for shape, kernel in self._kernels.items() if kernel is not None]
+        if used:
+            log.warning("flashinfer is not used on %s any more: %s", self._device, reason)
+        self._kernels.update(dict.fromkeys(used))
+        return bool(used)
+
+    def _put(self, row: int) -> None:
+        self.place.fill_(row)
+        for shape, kernel in self._kernels.items():
+            if kernel is not None and row < shape.room:
+                kernel.plan(row)
 
     def refuse(self, reason: str) -> None:
         """Every layer runs eagerly from now on; says so once."""
@@ -133,6 +162,8 @@ class LayerGraphs:
     after: Replay | None
     output: torch.Tensor
     """[1, 1, H]. Valid until the layer's next call."""
+    kernel: FlashDecode | None
+    """Kept: its memory is in the graphs."""
 
     def run(self, hidden: torch.Tensor, experts: Callable[[Break], torch.Tensor]) -> torch.Tensor:
         """Replay on the graphs' own memory, with the experts' call in between."""
@@ -145,7 +176,12 @@ class LayerGraphs:
 
 
 def record(
-    graphs: DecodeGraphs, layer: Layer, hidden: torch.Tensor, buffers: Buffers, experts: HybriMoEExperts | None
+    graphs: DecodeGraphs,
+    layer: Layer,
+    hidden: torch.Tensor,
+    buffers: Buffers,
+    experts: HybriMoEExperts | None,
+    kernel: FlashDecode | None = None,
 ) -> LayerGraphs:
     """Capture a layer: one piece where there are no experts, else one before and one after them.
 
@@ -156,7 +192,7 @@ def record(
 
     Mutates: buffers, the step's inputs.
     """
-    cache = FixedCache(buffers, graphs.place)
+    cache = FixedCache(buffers, graphs.place, kernel)
     graphs.scramble(buffers[0].shape[2] - 1)
     with torch.inference_mode(False):
         fixed = torch.full_like(hidden, 0.25)
@@ -176,7 +212,7 @@ def record(
             graphs.capture.abandon()
             raise
     broken = at_experts.found if at_experts is not None else None
-    return LayerGraphs(fixed, pieces[0], broken, pieces[1] if broken is not None else None, output)
+    return LayerGraphs(fixed, pieces[0], broken, pieces[1] if broken is not None else None, output, kernel)
 
 
 def difference(

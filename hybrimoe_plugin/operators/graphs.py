@@ -26,6 +26,7 @@ from hybrimoe_plugin.operators.capture import (
 )
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.flash_decode import FlashDecode, Shape
 from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, make_buffer
 from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
@@ -56,6 +57,7 @@ class GraphedLayer(DenseOperator):
         settings = Settings.of(rest)
         self.wanted = settings.cuda_graphs != "off"
         self._context = settings.context
+        self._flash = settings.attention != "torch"
         self.graphs: DecodeGraphs | None = None
         self._twin = (orig_module,)  # in a tuple, else it would become a child
         self._modules = orig_module._modules  # the same dict, so that operators inside are seen here too
@@ -121,6 +123,8 @@ class GraphedLayer(DenseOperator):
         self._seat(layer)
         if not graphs.show(layer.get_seq_length(), kwargs["position_embeddings"]):
             return self._eager(hidden_states, **kwargs)
+        if self._made is not None and not graphs.serves(self._made.kernel):
+            self._made, self._proofs = None, 0
         if self._made is None or self._proofs < PROOFS:
             return self._prove(graphs, layer, hidden_states, kwargs)
         output = self._made.run(hidden_states, self._run_experts)
@@ -177,19 +181,32 @@ class GraphedLayer(DenseOperator):
         assert buffers is not None
         expected, noted = self._noted(hidden, kwargs)
         saved = [buffer.clone() for buffer in buffers]
+        problem = ""
         try:
             if self._made is None:
-                self._made = record(graphs, self._layer(kwargs), hidden, buffers, next(iter(self._experts), None))
-                graphs.show(held, kwargs["position_embeddings"])
+                experts, kernel = next(iter(self._experts), None), self._kernel(graphs, buffers)
+                self._made = record(graphs, self._layer(kwargs), hidden, buffers, experts, kernel)
+            graphs.show(held, kwargs["position_embeddings"])
             error = difference(self._made, hidden, expected, noted, buffers, saved, held)
-            if error > tolerance(hidden.dtype):
-                graphs.refuse(f"{self.key} differs from its eager twin when it is replayed (relative RMS {error:.2g})")
-        except Exception as problem:  # CUDA, Triton and torch raise many kinds
-            graphs.refuse(f"{self.key} cannot be captured: {' '.join(str(problem).split())[:200]}")
+            if not error <= tolerance(hidden.dtype):
+                problem = f"{self.key} differs from its eager twin when it is replayed (relative RMS {error:.2g})"
+        except Exception as raised:  # CUDA, Triton and torch raise many kinds
+            problem = f"{self.key} cannot be captured: {' '.join(str(raised).split())[:200]}"
         self._proofs += 1
-        if graphs.refusal is not None:
+        if problem:
             restore(buffers, saved)
+            self._made, self._proofs = None, 0
+            if not graphs.without_kernels(problem):
+                graphs.refuse(problem)
         return expected
+
+    def _kernel(self, graphs: DecodeGraphs, buffers: Buffers) -> FlashDecode | None:
+        attention = self._modules["self_attn"]
+        if not self._flash or not isinstance(attention, LeanAttention):
+            return None
+        keys = buffers[0]
+        heads, groups = attention.query_heads, keys.shape[1]
+        return graphs.kernel(Shape(heads, groups, keys.shape[3], keys.shape[2], keys.dtype, attention.scaling))
 
     def _noted(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Noted | None]:
         """The eager result, and what went in and out of the experts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,11 +93,18 @@ class FixedCache:
     Attributes:
         buffers: keys and values [1, heads, S, D].
         place: [1] int64 on their device; where the one token of a call is written.
+        kernel: attention of one token over the buffers, (queries, keys, values) -> output; None for torch's.
     """
 
-    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor], place: torch.Tensor) -> None:
+    def __init__(
+        self,
+        buffers: tuple[torch.Tensor, torch.Tensor],
+        place: torch.Tensor,
+        kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.buffers = buffers
         self.place = place
+        self.kernel = kernel
 
     @property
     def seen(self) -> torch.Tensor:
