@@ -16,7 +16,6 @@ from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.capture import (
     Break,
     Buffers,
-    DecodeGraphs,
     LayerGraphs,
     Noted,
     difference,
@@ -24,6 +23,7 @@ from hybrimoe_plugin.operators.capture import (
     restore,
     tolerance,
 )
+from hybrimoe_plugin.operators.decode_graphs import DecodeGraphs
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.flash_decode import FlashDecode, Shape
