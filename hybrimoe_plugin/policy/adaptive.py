@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
 
-DECAYS = np.array([0.05, 0.1, 0.3])
-"""Steps of the decayed frequencies: memories of about 20, 10 and 3 tokens."""
-AGES = (1.0, 10.0)
+DECAYS = np.array([0.07, 0.15, 0.3])
+"""Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where the text moves on."""
+AGES = (2.0, 20.0)
 """Features `1 / (offset + tokens since the last use)`."""
 SCORE_STEP = 0.3
-"""Step of the decayed router score."""
+"""Step of the decayed router score; where the host shows no scores, the chosen experts' weights stand in for them."""
 FEATURES = len(DECAYS) + len(AGES) + 2
 START = np.array([1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0])
 """Weights before anything is learned: slow frequency and a bonus for recent use, the best fixed rule on real traces."""
 PRIOR = 20.0
 """How much `START` counts, in sums of squared features; a token or two of evidence outweighs it."""
-FORGET = 0.99
+FORGET = 0.98
 """Share of the evidence that is kept from one token to the next."""
 STEPWISE = 32
 """Tokens of a call that are learned one by one; those before them only move the features."""
@@ -67,13 +67,17 @@ class AdaptiveCache(RankedCache):
             if self._seen[layer]:
                 self._moments += features @ features.T
                 self._targets += features[:, ids].sum(axis=1)
-            self._advance(layer, ids, None if scores is None else scores[token])
+            self._advance(layer, ids)
+            if scores is None:
+                self._scored(features, topk_weights[token], ids)
+            else:
+                self._scored(features, scores[token])
         if layer == len(self.ranks) - 1:
             self._solve(len(topk_ids))
         self.ranks[layer] = self.weights @ self._features[layer]
 
-    def _advance(self, layer: int, ids: NDArray[np.int64], scores: Scores | None) -> None:
-        """Move one layer's features on by one token."""
+    def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
+        """Move one layer's frequencies and ages on by one token."""
         features, fast = self._features[layer], len(DECAYS)
         features[:fast] *= (1 - DECAYS)[:, None]
         features[:fast, ids] += DECAYS[:, None]
@@ -83,9 +87,17 @@ class AdaptiveCache(RankedCache):
         age = self._seen[layer] - last
         for row, offset in enumerate(AGES, fast):
             np.divide(1.0, age + offset, out=features[row])
-        if scores is not None:
-            np.multiply(scores, self._top_k, out=features[-2])
-            features[-1] += SCORE_STEP * (features[-2] - features[-1])
+
+    def _scored(self, features: NDArray[np.float64], scores: Scores, ids: NDArray[np.int64] | None = None) -> None:
+        """Move one layer's score features on: scores of all experts, or of `ids` alone, scaled to a sum of top-k."""
+        total = float(scores.sum())
+        scale = self._top_k / total if total > 0.0 else 0.0
+        if ids is None:
+            np.multiply(scores, scale, out=features[-2])
+        else:
+            features[-2] = 0.0
+            features[-2, ids] = scores * scale
+        features[-1] += SCORE_STEP * (features[-2] - features[-1])
 
     def _skip(self, layer: int, ids: Ids) -> None:
         """Move frequencies and ages over many tokens at once; `ids` [T, K]."""

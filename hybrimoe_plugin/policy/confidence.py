@@ -30,17 +30,13 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        self._hits: dict[Kind, float] = {}
-        self._checked: dict[Kind, float] = {}
-        self._open: dict[int, dict[int, list[Kind]]] = {}
+        self._evidence: dict[Kind, _Evidence] = {}
+        self._open: dict[int, dict[int, list[tuple[_Evidence, _Evidence]]]] = {}
+        """Layer -> expert -> evidence for each of its predictions: its own kind's, and that of all of its distance."""
 
     def of(self, kind: Kind) -> float:
         """Probability that an expert predicted in this way will be needed."""
-        distance, _, many, offloaded = kind
-        wide = distance, ANY, many, offloaded
-        hits, checked = self._hits.get(wide, 0.0), self._checked.get(wide, 0.0)
-        share = (hits + (0.5 * DOUBT if many else 0.0)) / (checked + DOUBT)
-        return (self._hits.get(kind, 0.0) + BORROWED * share) / (self._checked.get(kind, 0.0) + BORROWED)
+        return self._share(*self._pair(kind), many=kind[2])
 
     def predicted(self, layer: int, distance: int, routed: Iterable[Routed], many: bool) -> dict[int, float]:
         """Remember a prediction until its layer runs; gives each expert's probability of being needed."""
@@ -48,16 +44,40 @@ class Confidence:
         found = {}
         for item in routed:
             kinds = known.setdefault(item.expert, [])
-            kind = distance, len(kinds), many, item.ready_us == OFFLOADED
-            kinds.append(kind)
-            found[item.expert] = self.of(kind)
+            pair = self._pair((distance, len(kinds), many, item.ready_us == OFFLOADED))
+            kinds.append(pair)
+            found[item.expert] = self._share(*pair, many)
         return found
 
     def check(self, layer: int, needed: Collection[int]) -> None:
         """The layer runs: compare what was predicted for it with what it needs."""
         for expert, kinds in self._open.pop(layer, {}).items():
             hit = 1.0 if expert in needed else 0.0
-            for kind in kinds:
-                for key in (kind, (kind[0], ANY, *kind[2:])):
-                    self._hits[key] = self._hits.get(key, 0.0) * KEEP + hit
-                    self._checked[key] = self._checked.get(key, 0.0) * KEEP + 1.0
+            for pair in kinds:
+                for evidence in pair:
+                    evidence.hits = evidence.hits * KEEP + hit
+                    evidence.checked = evidence.checked * KEEP + 1.0
+
+    def _pair(self, kind: Kind) -> tuple[_Evidence, _Evidence]:
+        own = self._evidence.get(kind)
+        if own is None:
+            own = self._evidence[kind] = _Evidence()
+        wide_kind = kind[0], ANY, kind[2], kind[3]
+        wide = self._evidence.get(wide_kind)
+        if wide is None:
+            wide = self._evidence[wide_kind] = _Evidence()
+        return own, wide
+
+    @staticmethod
+    def _share(own: _Evidence, wide: _Evidence, many: bool) -> float:
+        share = (wide.hits + (0.5 * DOUBT if many else 0.0)) / (wide.checked + DOUBT)
+        return (own.hits + BORROWED * share) / (own.checked + BORROWED)
+
+
+class _Evidence:
+    """Predictions of one kind that came true, and all of them, older ones faded."""
+
+    __slots__ = ("checked", "hits")
+
+    def __init__(self) -> None:
+        self.hits = self.checked = 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hybrimoe_plugin.core import Routed
+from hybrimoe_plugin.core import ExpertRef, Routed
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.prefetch import DOUBTFUL, Prediction, Prefetcher, PrefetchRequest
@@ -27,6 +27,10 @@ SLACK = 0.05
 """How sure these must be."""
 FADE = 0.9995
 """What is left of old prefetches in that share, from one call to the next."""
+CREDIT = 4.0
+"""Prefetches in spare time that may be tried before any was used."""
+SAFE = 0.5
+"""Share of a newcomer's confidence below which the worth of what it replaces must lie."""
 
 
 class Idle(NamedTuple):
@@ -93,12 +97,41 @@ class IdleLink(Residency):
                 continue
             slot = self._admit(layer, expert, lenders, gain_us)
             if slot is not None:
-                moves.append(self._send(layer, expert, slot, idle.now_us, cached=True))
-                self._unused[request.ref] = request.distance
-                self.by_distance.setdefault(request.distance, [0, 0])[0] += 1
+                moves.append(self._sent_ahead(layer, expert, slot, request.distance, idle))
                 self._issued += alone
+        if alone and self.prefetcher.calibrated:
+            spare = self._spare(predictions[0], lenders, idle)
+            self._issued += len(spare)
+            moves += spare
         self.counters.prefetches += len(moves)
         return moves
+
+    def _spare(self, prediction: Prediction, lenders: range, idle: Idle) -> list[Move]:
+        """Prefetches for the next layer in time that nobody else wants: those without impact or of little confidence.
+
+        Alone the CPU would hide such a miss, but predictions err, and then two meet. Each must be clearly likelier to
+        be used than what it replaces. Predictions from further away wait for the next layer's, which is better.
+        """
+        moves: list[Move] = []
+        layer, sure = prediction.layer, prediction.confidence
+        for expert in sorted(sure, key=lambda expert: -sure[expert]):
+            if self._end_us(idle) > idle.until_us or self._used + CREDIT <= USED_SHARE * self._issued:
+                break
+            if self.pool.slot_of(layer, expert) is not None:
+                continue
+            victim = None if self.pool.has_room(layer) else self._victim(layer, lenders)
+            if victim is not None and self._worth[victim] >= SAFE * sure[expert]:
+                break
+            slot = self._admit(layer, expert, lenders, KEPT)
+            if slot is None:
+                break
+            moves.append(self._sent_ahead(layer, expert, slot, prediction.distance, idle))
+        return moves
+
+    def _sent_ahead(self, layer: int, expert: int, slot: int, distance: int, idle: Idle) -> Move:
+        self._unused[ExpertRef(layer, expert)] = distance
+        self.by_distance.setdefault(distance, [0, 0])[0] += 1
+        return self._send(layer, expert, slot, idle.now_us, cached=True)
 
     def _may_doubt(self, distance: int, idle: Idle) -> bool:
         """Whether a doubtful prefetch may be sent now: not before better predictions will be there, nor into the way.

@@ -112,8 +112,10 @@ class Residency:
         self.counters.link_bytes -= self.expert_bytes
 
     def _ready_us(self, layer: int, expert: int, now_us: float) -> float:
-        if self.pool.slot_of(layer, expert) is None:
+        if expert not in self.pool.cached[layer]:
             return OFFLOADED
+        if not self._arrivals:
+            return 0.0
         return max(0.0, self._arrivals.get(ExpertRef(layer, expert), now_us) - now_us)
 
     def _value(self, layer: int) -> None:

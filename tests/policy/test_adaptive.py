@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.policy.adaptive import AGES, DECAYS, STEPWISE, AdaptiveCache
+from hybrimoe_plugin.policy.adaptive import AGES, DECAYS, SCORE_STEP, STEPWISE, AdaptiveCache
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.replay.sources import synthetic
 from hybrimoe_plugin.replay.trace import Trace
@@ -55,7 +55,24 @@ def test_a_long_call_ends_where_single_tokens_end() -> None:
     for row in ids:
         single.observe(0, row[None], np.ones((1, 2), np.float32), None)
     whole.observe(0, ids, np.ones(ids.shape, np.float32), None)
-    np.testing.assert_allclose(whole._features, single._features, atol=1e-9)
+    np.testing.assert_allclose(whole._features[:, :-1], single._features[:, :-1], atol=1e-9)
+    forgotten = (1 - SCORE_STEP) ** STEPWISE
+    np.testing.assert_allclose(whole._features[:, -1], single._features[:, -1], atol=2 * forgotten)
+
+
+def test_weights_stand_in_for_scores() -> None:
+    """Where the host shows no scores, the chosen experts' weights are their scores, whatever they sum to."""
+    ids, weights = np.array([[3, 1]]), np.array([[0.6, 0.2]], np.float32)
+    scores = np.zeros((1, 5), np.float32)
+    np.put_along_axis(scores, ids, weights, axis=1)
+    shown, hidden = AdaptiveCache(1, 5, 2), AdaptiveCache(1, 5, 2)
+    shown.observe(0, ids, weights, scores)
+    hidden.observe(0, ids, weights, None)
+    np.testing.assert_allclose(hidden._features, shown._features, rtol=1e-6)
+    np.testing.assert_allclose(hidden._features[0, -2], [0.0, 0.5, 0.0, 1.5, 0.0], rtol=1e-6)
+    assert hidden._features[0, -1, 3] == pytest.approx(1.5 * SCORE_STEP)
+    hidden.observe(0, ids, np.zeros((1, 2), np.float32), None)
+    assert np.isfinite(hidden.ranks).all(), "weights of zero"
 
 
 def test_ranks_are_calibrated_probabilities() -> None:

@@ -13,6 +13,7 @@ from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.controller import Controller, loads
+from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE
 from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -20,9 +21,9 @@ from hybrimoe_plugin.policy.slots import SlotPool
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
-def controller(quota: int = 2, transfer_us: float = 300.0, **choices: str) -> Controller:
+def controller(quota: int = 2, transfer_us: float = 300.0, accelerator_us: float = 50.0, **choices: str) -> Controller:
     settings = Settings.of(choices)
-    costs = tiny_experts.costs(transfer_us=transfer_us)
+    costs = tiny_experts.costs(transfer_us=transfer_us, accelerator_us=accelerator_us)
     scheduler = make_scheduler(settings.scheduler, costs, True)
     return Controller(
         SlotPool([quota] * LAYERS, 4, settings.budget == "shared"),
@@ -112,6 +113,42 @@ def test_nothing_is_prefetched_on_predictions_that_never_come_true() -> None:
             made.finish(step)
             now_us += step.plan.makespan_us + 500.0
     assert made.counters.prefetches == 0
+
+
+def spare_moves(
+    worth: float, transfer_us: float = 300.0, issued: float = 0.0, accelerator_us: float = 600.0
+) -> list[tuple[int, int]]:
+    """What is prefetched for layer 1 when it is predicted to need expert 7 alone, which the CPU computes as fast."""
+    made = controller(2, transfer_us, accelerator_us, prefetch="expected")
+    made._issued = issued
+    made.warm_start()
+    assert made.pool.slot_of(1, 7) is None
+    ids = np.array([[0, 1]])
+    made.learn(0, ids, np.full((1, 2), 0.5, np.float32), None)
+    step = made.begin(0, loads(ids), 1, 0.0)
+    for _ in range(50):
+        made.confidence.predicted(1, 1, routed(7), many=False)
+        made.confidence.check(1, {7})
+    made._worth[made._worth < np.inf] = worth
+    moves = made.look_ahead(step, [(1, {7: 1})], 0.0)
+    return [(move.layer, move.expert) for move in moves if move.layer == 1]
+
+
+def test_spare_time_sends_what_the_cpu_would_hide() -> None:
+    assert spare_moves(worth=0.1) == [(1, 7)]
+
+
+def test_spare_time_takes_no_slot_that_may_be_needed() -> None:
+    assert spare_moves(worth=0.6) == []
+
+
+def test_there_is_no_spare_time_on_a_busy_link() -> None:
+    assert spare_moves(worth=0.1, transfer_us=5000.0) == []
+
+
+def test_spare_time_is_not_for_prefetches_that_stay_unused() -> None:
+    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE - 0.1) == [(1, 7)]
+    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE + 0.1) == []
 
 
 def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
