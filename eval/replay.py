@@ -13,6 +13,7 @@ from typing import Any
 from eval import report, traces
 from eval.cells import mapped
 from eval.systems import ABLATION, BASELINES, KTRANSFORMERS, ORACLE, OURS, PUBLISHED, SINGLE, System, build, prepare
+from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.replay.simulator import replay
 from hybrimoe_plugin.replay.trace import Trace
 
@@ -21,6 +22,8 @@ RECALL = 0.79
 """Strict top-k recall of router look-ahead, the best published (Fate)."""
 PROMPTS = (32, 128, 512)
 """Further prompt lengths, besides 64, for generated routing on the paper's machine; real traces have their own."""
+DRAWS = 8
+"""How often a prompt is replayed, each time with other errors of the modelled predictions."""
 PAPER = ("a6000", "constants")
 MACHINES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(traces.FLAT, ("a6000", "constants", "rtx4090-desktop", "laptop-8gb")),
@@ -71,7 +74,13 @@ def cell(job: Job) -> dict[str, Any]:
     decode = sum(1 for group in trace.passes() if len(group[0].ids) == 1)
     popularity, costs = traces.other_text(trace, name), traces.costs_for(machine, trace, name)
     found = replay(prepare(system, trace, RECALL), build(system, trace, costs, ratio, popularity), decode // 2)
-    prefill = list(found.prefill_us)
+    first = list(found.prefill_us)
+    prompt = prompt_of(trace)
+    for draw in range(1, DRAWS) if Settings.of(system.settings).prefetch != "off" else ():
+        first += replay(
+            prepare(system, prompt, RECALL, draw), build(system, prompt, costs, ratio, popularity)
+        ).prefill_us
+    prefill = [mean(first)]
     for length in PROMPTS if lengths and name in traces.SHAPES else ():
         prompt = Trace(trace.header, traces.flat(name, length, 0, text=1).calls)
         prefill += replay(prepare(system, prompt, RECALL), build(system, prompt, costs, ratio, popularity)).prefill_us
@@ -85,6 +94,11 @@ def cell(job: Job) -> dict[str, Any]:
         "resident": found.resident_rate,
         "MB per token": found.decode_counters.link_bytes / len(found.decode_us) / 1e6,
     }
+
+
+def prompt_of(trace: Trace) -> Trace:
+    """The calls of many tokens."""
+    return Trace(trace.header, [call for group in trace.passes() if len(group[0].ids) > 1 for call in group])
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:

@@ -99,8 +99,12 @@ def build(system: System, trace: Trace, costs: CostModel, ratio: float, populari
     )
 
 
-def prepare(system: System, trace: Trace, recall: float) -> Trace:
-    """The trace with the predictions that this system would see: recorded ones where there are any, else modelled."""
+def prepare(system: System, trace: Trace, recall: float, draw: int = 0) -> Trace:
+    """The trace with the predictions that this system would see: recorded ones where there are any, else modelled.
+
+    Args:
+        draw: which of the modelled predictions' errors are drawn.
+    """
     if Settings.of(system.settings).prefetch == "off":
         return trace
     if system.oracle:
@@ -109,4 +113,4 @@ def prepare(system: System, trace: Trace, recall: float) -> Trace:
         return Trace(
             trace.header, [call._replace(predicted=call.predicted[: system.look_ahead]) for call in trace.calls]
         )
-    return with_predictions(trace, recall, system.look_ahead)
+    return with_predictions(trace, recall, system.look_ahead, draw)
