@@ -18,7 +18,7 @@ from hybrimoe_plugin.replay.trace import Trace, read_trace
 
 REAL = ("qwen", "gemma", "gptoss")
 FLAT = ("mixtral-8x7b", "deepseek-v2-lite", "qwen2-57b-a14b")
-RECORDED = ("smollm2-mixtral",)
+RECORDED = ("smollm2-mixtral", "smollm2-qwen2moe")
 
 
 class Shape(NamedTuple):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval import cache, replay, schedule, traces
+from eval import cache, prefetch, replay, schedule, traces
 from eval.hits import POLICIES, hit_rate
 from eval.systems import ABLATION, BASELINES, ORACLE, OURS, SINGLE, build, prepare, quotas
+from hybrimoe_plugin.policy.counters import Counters
+from hybrimoe_plugin.replay.simulator import Outcome
 from hybrimoe_plugin.replay.simulator import replay as run
 from hybrimoe_plugin.replay.sources import synthetic
 from hybrimoe_plugin.replay.trace import Trace
@@ -96,6 +98,54 @@ def test_a_baseline_that_is_faster_shows() -> None:
     replay.compare(rows)
     assert replay.worst(rows[:1], "decode") == pytest.approx(0.9)
     assert replay.worst(rows[:1], "prefill") == pytest.approx(1.5)
+
+
+def outcome(prefill: float, decode: float, issued: int = 0, used: int = 0) -> Outcome:
+    counts = Counters(prefetches=issued, prefetches_used=used)
+    return Outcome([prefill], [decode], decode_counters=counts, by_distance={1: (issued, used)})
+
+
+def test_speed_is_the_mean_over_starts_and_counts_are_of_the_first() -> None:
+    without, found = [outcome(10.0, 100.0), outcome(10.0, 100.0)], [outcome(8.0, 80.0, 4, 3), outcome(10.0, 125.0)]
+    row = prefetch.row_of(tiny(1), ("made", "a6000", 0.25), 0.5, without, found)
+    assert row["speedup over off"] == pytest.approx((1.25 + 0.8) / 2)
+    assert row["standard error"] == pytest.approx(0.225)
+    assert row["prefill speedup over off"] == pytest.approx((1.25 + 1.0) / 2)
+    assert row["run speedup over off"] == pytest.approx((110 / 88 + 110 / 135) / 2)
+    assert (row["starts"], row["issued"], row["used share"], row["used share at 1"]) == (2, 4, 0.75, 0.75)
+
+
+def test_cells_near_level_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {0.0: 100.0, 0.79: 80.0}
+    monkeypatch.setattr(prefetch, "routing", lambda name: tiny(1))
+    monkeypatch.setattr(
+        prefetch,
+        "run",
+        lambda system, job, recall, start: outcome(1.0, 100.0 if system is prefetch.OFF else times[recall]),
+    )
+    rows = prefetch.cells(("made", "a6000", 0.25, (0.0, 0.79)))
+    assert [(row["recall"], row["starts"]) for row in rows] == [(0.0, prefetch.STARTS), (0.79, 1)]
+
+
+def test_starts_differ_and_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "routing", lambda name: tiny(2))
+    first = []
+    monkeypatch.setattr(prefetch, "replay", lambda trace, made: first.append(made.warm_start()) or outcome(1.0, 1.0))
+    for system, start in ((prefetch.OFF, 0), (OURS, 0), (OURS, 1)):
+        prefetch.run(system, ("made", "a6000-deepseek-v2-lite", 0.25, (0.5,)), 0.5, start)
+    assert first[0] == first[1] != first[2]
+
+
+def test_a_prompt_is_what_has_many_tokens() -> None:
+    prompt = replay.prompt_of(traces.real("gptoss"))
+    assert len(prompt.calls) == 36
+    assert len(prompt.calls[0].ids) == 85
+
+
+def test_recorded_runs_hold_predictions() -> None:
+    assert traces.recorded_names() == traces.RECORDED
+    for name in traces.RECORDED:
+        assert traces.real(name).header.predictions == "recorded"
 
 
 def test_share_of_the_way_to_belady() -> None:
