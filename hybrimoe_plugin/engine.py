@@ -344,7 +344,7 @@ class Engine:
         """[W, T, K] int64: the slot of each routed expert in each wave, -1 where it is not computed there."""
         if len(ids) == 1:
             row = ids[0].tolist()
-            return torch.tensor([[[wave.get(expert, -1) for expert in row]] for wave in waves])
+            return torch.from_numpy(np.array([[[wave.get(expert, -1) for expert in row]] for wave in waves]))
         table = np.full((len(waves), self.layers[0].spec.experts), -1, dtype=np.int64)
         for line, wave in zip(table, waves, strict=True):
             line[list(wave)] = list(wave.values())
