@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     ]
     rows = [row for part in mapped(cells, jobs) for row in part]
     quality = [row for name in names for row in prediction_rows(name)]
-    report.show("Prefetches in decode (simulated)", [row for row in rows if row["profile"] == "a6000"])
+    report.show(f"Prefetches in decode, {profiles[0]} (simulated)", [r for r in rows if r["profile"] == profiles[0]])
     report.show("Predictions by distance", quality)
     report.save_csv(args.out / "prefetch.csv", rows)
     report.save_csv(args.out / "prefetch_predictions.csv", quality)
