@@ -47,7 +47,7 @@ class LeverDecoding:
         draft: Draft | None,
         policy: TreePolicy,
         target: FlashTarget | None = None,
-        max_rows: int = 64,
+        max_rows: int = 128,
         streamer: Any = None,
         overlap: bool = True,
         price_union: bool = True,

@@ -9,12 +9,10 @@ import numpy as np
 
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.target import FlashTarget
-from lever_ext.tree.cost import ExpertUnion
+from lever_ext.tree.cost import RECENT, ExpertUnion
 from lever_ext.tree.token_tree import TokenTree
 from lever_ext.verify import Verified
 
-RECENT = 48
-"""Passes that the time of a pass is fitted to."""
 ROW_US = 1000.0
 """Of compute for a further row, until passes are measured."""
 
@@ -53,12 +51,12 @@ class ExpertReads:
 
     def learn(self, tree: TokenTree, verified: Verified, verify_us: float) -> None:
         """Learn from a finished pass. Mutates."""
-        self._passes.append((len(verified.row_of), self.count(), verify_us))
+        reads = self.count()
+        self._passes.append((len(verified.row_of), reads, verify_us))
         self._fit()
         if len(verified.row_of) == len(tree) and all(len(ids) == len(tree) for ids in self.cache.chosen.values()):
             chosen = np.stack([self.cache.chosen[layer] for layer in sorted(self.cache.chosen)])
-            for row, token in enumerate(tree.tokens):
-                self.union.observe(token, chosen[:, row])
+            self.union.observe(tree.tokens, chosen, reads)
         self.union.set_resident(self.cache.resident())
 
     def count(self) -> int:

@@ -1,9 +1,11 @@
 """From a draft's probabilities to the probability that the target takes a token (paper 2a; its form is our choice).
 
-    calibrate(a) = r * p(a)^gamma / sum over candidates of p^gamma
+    calibrate(a) = p(a)^gamma / (sum over candidates of p^gamma + rest * (1 - sum over candidates of p))
 
-The candidates of a node share `r`, how often the target's token was among the candidates; `gamma` sharpens or flattens
-the draft's own distribution and is fitted online to what the target chose. Both keep the draft's order.
+`gamma` sharpens or flattens the draft's own distribution; `rest` says how much of what the draft gives to tokens beyond
+its candidates the target really takes from there. Both are fitted online to what the target chose and keep the draft's
+order. The candidates' sum, the paper's reliability factor r, is then near 1 where the draft is sure and less where it is
+not: one r for all nodes made sure chains look 4 % a step too unlikely (`docs/LOG.md`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+LEAST_BEYOND = 0.02
+"""Share of a draft's distribution that is taken to lie beyond its candidates at least."""
 
 
 class Candidates(NamedTuple):
@@ -29,15 +35,15 @@ class Calibration:
     """What recent verifications say about a draft.
 
     Args:
-        reliability: r to start with.
+        rest: to start with.
         gamma: sharpness to start with; 1 keeps the draft's proportions.
-        step: weight of a new observation in r.
+        step: learning rate of rest's logarithm.
         rate: learning rate of gamma.
     """
 
-    reliability: float = 0.8
+    rest: float = 0.5
     gamma: float = 1.0
-    step: float = 0.04
+    step: float = 0.2
     rate: float = 0.02
     seen: int = 0
     """Positions observed."""
@@ -47,11 +53,10 @@ class Calibration:
     """Moving average of the calibrated probabilities by rank: what an unseen node's children will be like."""
 
     def __call__(self, candidates: Candidates) -> list[float]:
-        """Probability of each candidate given that verification reaches their parent; they add up to r."""
+        """Probability of each candidate given that verification reaches their parent; they add up to less than 1."""
         if not candidates.tokens:
             return []
-        weights = self._weights(candidates)
-        values = [self.reliability * weight for weight in weights]
+        values = self._values(candidates)
         if len(self.ranks) < len(values):
             self.ranks = np.concatenate([self.ranks, values[len(self.ranks) :]])
         self.ranks[: len(values)] += 0.05 * (np.asarray(values) - self.ranks[: len(values)])
@@ -60,28 +65,29 @@ class Calibration:
     def observe(self, candidates: Candidates, token: int) -> None:
         """Learn that the target chose `token` after the candidates' parent.
 
-        Mutates: reliability and gamma.
+        Mutates: rest and gamma.
         """
         if not candidates.tokens:
             return
         hit = token in candidates.tokens
         self.seen += 1
         self.agreed += token == candidates.tokens[0]
-        self.reliability += self.step * (float(hit) - self.reliability)
-        self.reliability = min(max(self.reliability, 0.02), 0.99)
+        values = self._values(candidates)
+        total = sum(values)
+        # The gradient of the likelihood of being or not being among the candidates.
+        self.rest = min(max(self.rest * math.exp(self.step * (total - hit)), 0.02), 1e3)
         if not hit:
             return
         logs = [math.log(max(p, 1e-9)) for p in candidates.probabilities]
-        weights = self._weights(candidates)
-        expected = sum(w * log for w, log in zip(weights, logs, strict=True))
-        spread = sum(w * (log - expected) ** 2 for w, log in zip(weights, logs, strict=True))
+        expected = sum(w * log for w, log in zip(values, logs, strict=True)) / total
+        spread = sum(w * (log - expected) ** 2 for w, log in zip(values, logs, strict=True)) / total
         # A damped Newton step on log(p^gamma / sum p^gamma): steady for sharp and for flat drafts alike.
         step = (logs[candidates.tokens.index(token)] - expected) / (spread + 0.5)
         self.gamma = min(max(self.gamma + self.rate * step, 0.1), 3.0)
 
-    def _weights(self, candidates: Candidates) -> list[float]:
-        logs = [self.gamma * math.log(max(p, 1e-9)) for p in candidates.probabilities]
-        top = max(logs)
-        raised = [math.exp(log - top) for log in logs]
-        total = sum(raised)
+    def _values(self, candidates: Candidates) -> list[float]:
+        raised = [max(p, 1e-9) ** self.gamma for p in candidates.probabilities]
+        # A draft that is quite sure of its candidates may still be wrong.
+        beyond = self.rest * max(1 - sum(candidates.probabilities), LEAST_BEYOND)
+        total = sum(raised) + beyond
         return [value / total for value in raised]

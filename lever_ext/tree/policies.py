@@ -158,7 +158,7 @@ class Lever:
         horizons: draft calls to imagine ahead, the nearest first: a bucket's edge is crossed only by several.
     """
 
-    widths: tuple[int, ...] = (1, 2, 4, 8)
+    widths: tuple[int, ...] = (1, 2, 4, 8, 16)
     horizons: tuple[int, ...] = (1, 4, 10)
     name: str = "lever"
 

@@ -11,6 +11,8 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from lever_ext.tree.cost import CycleCost, NoUnion
 
 LEAF_WEIGHTS = (1.0, 0.5, 0.2)
@@ -62,6 +64,8 @@ def best_prefix(
         leaf_weight: see `LEAF_WEIGHTS`; 1 is best-first by reach.
         by_union: order by reach over what a node adds to the time of the pass, expert reads included.
     """
+    if leaf_weight == 1 and not by_union:
+        return _best_by_reach(known, cost, spent_us, max_rows)
     children = _children(known)
     union = cost.union.start()
     union_us = union.add(known.tokens[0])
@@ -100,6 +104,23 @@ def best_prefix(
         for child in children[row]:
             push(child)
     return best
+
+
+def _best_by_reach(known: Known, cost: CycleCost, spent_us: float, max_rows: int) -> Selection:
+    """The best prefix by reach alone, all sizes at once; a parent is reached no less often than its children."""
+    reach = np.asarray(known.reach)
+    order = np.concatenate([[0], 1 + np.argsort(-reach[1:], kind="stable")])[:max_rows]
+    parents = np.asarray(known.parents)[order]
+    # A parent's first child takes its place as a leaf.
+    branches = np.ones(len(order), dtype=bool)
+    branches[np.unique(parents, return_index=True)[1]] = False
+    leaves = 1 + np.cumsum(branches)
+    gain = 1.0 + np.cumsum(np.where(order == 0, 0.0, reach[order]))
+    us = cost.union.prefixes([known.tokens[row] for row in order])
+    us = us + [cost.fixed_us + spent_us + cost.verify(n + 1, int(count)) for n, count in enumerate(leaves)]
+    value = gain / us
+    size = int(np.argmax(value)) + 1
+    return Selection(tuple(order[:size].tolist()), float(value[size - 1]))
 
 
 def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) -> Selection:
