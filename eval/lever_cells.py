@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.pack import FlashPack, block_memory
 from lever_ext.flash.reader import Buffer, plain_gbps
+from lever_ext.stats import SpeculationStats
 from lever_ext.target import FlashTarget
 from lever_ext.tree.policies import (
     Chain,
@@ -45,18 +46,19 @@ TREES: dict[str, Callable[[], TreePolicy]] = {
     "fixed 8": lambda: FixedBudget(8),
     "opt_tree 4": lambda: OptTree(4),
     "opt_tree 16": lambda: OptTree(16),
-    "opt_tree 32": lambda: OptTree(32),
+    "opt_tree 8": lambda: OptTree(8),
+    "opt_tree 48": lambda: OptTree(48),
     "greedy": lambda: make_policy("greedy"),
     "lever": Lever,
     "lever, no overlap": Lever,
     "lever, cost without union": Lever,
 }
-BUDGETS = {"dense": "200MiB", "mixtral": "500MiB"}
+BUDGETS = {"dense": "200MiB", "mixtral": "600MiB"}
 DENSE_TREES = ("flash autoregressive", "chain 8", "specinfer", "specinfer 4-2-2-1", "fixed 16", "opt_tree 16",
-               "opt_tree 32", "greedy", "lever, no overlap", "lever")  # fmt: skip
+               "opt_tree 48", "greedy", "lever, no overlap", "lever")  # fmt: skip
 FEW_TREES = ("flash autoregressive", "chain 8", "specinfer", "fixed 16", "opt_tree 16", "lever")
-MOE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 16",
-             "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
+MOE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 8",
+             "opt_tree 16", "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class TreeCell(Cell):
     prompt: str = "code"
     trees: tuple[str, ...] = DENSE_TREES
     tokens: int = 28
-    rounds: int = 1
-    """The faster of several runs counts, for every policy alike."""
+    rounds: int = 2
+    """Turns that count; every policy runs once in each, and the order changes: the disk's speed drifts."""
     share: float = -1.0
     """Of layers in DRAM; below 0 the target's own budget."""
     throttle: str = ""
@@ -89,18 +91,22 @@ class TreeCell(Cell):
         target = lab.target(self.target, self._budget(lab), self.throttle, direct=not self.throttle)
         inputs, draft = lab.prompt(self.prompt), lab.draft(self.draft)
         decoders = {tree: make_decoder(tree, target, draft) for tree in self.trees}
-        best: dict[str, dict[str, Any]] = {}
+        runs: dict[str, list[SpeculationStats]] = {tree: [] for tree in self.trees}
+        others = dict.fromkeys(self.trees, 0.0)
         for turn in range(self.rounds + 1):
-            for tree in self.trees:
+            first = turn * (len(self.trees) // 2 + 1) % len(self.trees)
+            for tree in (*self.trees[first:], *self.trees[:first]):
                 # The first turn warms up, with a few tokens: costs and calibration are learned in it.
-                decoder = decoders[tree]
-                row = self._once(decoder, tree, target, inputs, 6 if turn == 0 else self.tokens)
-                if turn and row["tokens_per_s"] > best.get(tree, {"tokens_per_s": 0.0})["tokens_per_s"]:
-                    best[tree] = row
-        for decoder in decoders.values():
+                load = self._once(decoders[tree], target, inputs, 6 if turn == 0 else self.tokens)
+                if turn:
+                    runs[tree].append(decoders[tree].stats)
+                    others[tree] = max(others[tree], load)
+        seen = decoders.get("chain 8", decoders["lever"]).calibration
+        agreement = round(seen.agreed / max(1, seen.seen), 3)
+        for tree, decoder in decoders.items():
             decoder.close()
-        agreement = max((row["agreement"] for row in best.values() if row["tree"] == "chain 8"), default=0.0)
-        yield from ({**row, "agreement": agreement} for row in best.values())
+            row = {**BLANK, **self._row(tree, runs[tree])}
+            yield {**row, "agreement": agreement, "others_cpu": round(others[tree], 3), "value": ""}
 
     def _budget(self, lab: Lab) -> str | int:
         if self.share < 0:
@@ -112,10 +118,10 @@ class TreeCell(Cell):
         ring = 0 if self.share >= 1 else 3
         return fixed + (round(self.share * len(layers)) + ring) * block_memory(layers)
 
-    def _once(self, decoder: LeverDecoding, tree: str, target: FlashTarget, inputs: Any, tokens: int) -> dict[str, Any]:
+    def _once(self, decoder: LeverDecoding, target: FlashTarget, inputs: Any, tokens: int) -> float:
+        """Generate; the share of the processor that other programs took meanwhile."""
         count = min(tokens, 10) if decoder.policy.name == "none" else tokens
         for _ in range(ATTEMPTS):
-            agreed, seen = decoder.calibration.agreed, decoder.calibration.seen
             load = OthersLoad()
             target.model.generate(
                 **inputs, custom_generate=decoder, max_new_tokens=count, do_sample=False, eos_token_id=None,
@@ -124,8 +130,12 @@ class TreeCell(Cell):
             others = load.share()
             if others < CALM:
                 break
-        made = decoder.stats
-        cycles, passes = made.cycles, len(made.cycles)
+        return others
+
+    def _row(self, tree: str, runs: Sequence[SpeculationStats]) -> dict[str, Any]:
+        cycles = [cycle for run in runs for cycle in run.cycles]
+        made = SpeculationStats(cycles=cycles)
+        passes, label = len(cycles), runs[0].label
 
         def mean(name: str) -> float:
             return round(sum(getattr(cycle, name) for cycle in cycles) / passes / 1e3, 2)
@@ -133,12 +143,11 @@ class TreeCell(Cell):
         return {
             "target": self.target,
             "draft": self.draft,
-            "agreement": round((decoder.calibration.agreed - agreed) / max(1, decoder.calibration.seen - seen), 3),
             "prompt": self.prompt,
             "dram_share": self.share,
-            "label": made.label if not self.throttle else f"{made.label}, from the page cache",
+            "label": label if not self.throttle else f"{label}, from the page cache",
             "tree": tree,
-            "tokens": made.tokens,
+            "tokens": sum(run.tokens for run in runs),
             "tokens_per_s": round(made.tokens_per_s, 4),
             "acceptance_length": round(made.acceptance_length, 3),
             "passes": passes,
@@ -150,8 +159,6 @@ class TreeCell(Cell):
             "cycle_ms": mean("total_us"),
             "predicted_ms": mean("predicted_us"),
             "read_mb": round(sum(cycle.nbytes for cycle in cycles) / passes / 1e6, 1),
-            "others_cpu": round(others, 3),
-            "value": "",
         }
 
 
@@ -174,23 +181,34 @@ BLANK = {
 
 @dataclass(frozen=True)
 class ReadCell(Cell):
-    """Our reader against plain large-block direct reads of the same file, in turns."""
+    """Our reader against plain large-block direct reads of the same file, in turns.
 
-    repeats: int = 5
+    The plain reads go to as much memory as the stream's three buffers, as every reader's must whose bytes are to be
+    used; beside them, for comparison, into one 8 MiB block again and again, which stays in the processor's cache.
+    """
+
+    repeats: int = 12
 
     def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
         lab.close()
         path = lab.pack("dense")
-        shares = []
         pack = FlashPack.open(path)
-        for _ in range(self.repeats):
-            plain = plain_gbps(path, 768 << 20)
-            ours = stream_gbps(pack, 768 << 20)
-            shares.append(ours / plain)
-            yield {**BLANK, "target": "dense", "tree": "reader", "value": round(ours, 3)}
-            yield {**BLANK, "target": "dense", "tree": "plain direct read", "value": round(plain, 3)}
+        kept = 3 * block_memory(pack.blocks("layer"))
+        readers: dict[str, Callable[[], float]] = {
+            "reader": lambda: stream_gbps(pack, 384 << 20),
+            "plain direct read": lambda: plain_gbps(path, 384 << 20, memory=kept),
+            "plain direct read, one block": lambda: plain_gbps(path, 384 << 20),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in readers}
+        for turn in range(self.repeats):
+            for name in list(readers)[:: 1 if turn % 2 else -1]:
+                speeds[name].append(readers[name]())
+                yield {**BLANK, "target": "dense", "tree": name, "value": round(speeds[name][-1], 3)}
         pack.close()
-        yield {**BLANK, "target": "dense", "tree": "read share", "value": round(statistics.median(shares), 3)}
+        # Harmonic means: all bytes over all the time.
+        ours, plain, block = (statistics.harmonic_mean(found) for found in speeds.values())
+        yield {**BLANK, "target": "dense", "tree": "read share", "value": round(ours / plain, 3)}
+        yield {**BLANK, "target": "dense", "tree": "read share, one block", "value": round(ours / block, 3)}
 
 
 def stream_gbps(pack: FlashPack, nbytes: int) -> float:
@@ -263,7 +281,7 @@ def _cells() -> Iterator[Cell]:
 
 CELLS = tuple(_cells())
 QUICK_CELLS: tuple[Cell, ...] = (
-    ReadCell("read", 1),
+    ReadCell("read", 4),
     IdentityCell("identity", 10, ("lever",)),
     TreeCell("dense", trees=("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever"), tokens=16),
     TreeCell("moe", "mixtral", trees=("flash autoregressive", "chain 4", "opt_tree 4", "lever"), tokens=16),

@@ -116,7 +116,8 @@ def draw_speedups(axes: Any, table: Sequence[Row]) -> None:
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xticks([at + 0.4 for at in range(len(groups))], [f"{target}\n{draft}" for target, draft in groups])
     axes.set_ylabel("speed-up over flash autoregressive (measured)")
-    axes.legend(fontsize=7, ncols=2)
+    if groups:
+        axes.legend(fontsize=7, ncols=2)
 
 
 def draw_shares(axes: Any, rows: Sequence[Row]) -> None:
@@ -127,4 +128,5 @@ def draw_shares(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot([100 * share for share, _ in points], [speed for _, speed in points], marker="o", label=tree)
     axes.set_xlabel("layers in DRAM, %")
     axes.set_ylabel("decode tokens/s (measured)")
-    axes.legend(fontsize=8)
+    if mine:
+        axes.legend(fontsize=8)

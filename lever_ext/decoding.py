@@ -17,6 +17,7 @@ import torch
 from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.ahead import Overlap
 from lever_ext.drafts.base import Draft
+from lever_ext.forecast import RoutingForecast
 from lever_ext.run import SpeculativeRun
 from lever_ext.stats import SpeculationStats
 from lever_ext.target import FlashTarget
@@ -37,7 +38,8 @@ class LeverDecoding:
             in memory.
         max_rows: rows that a target pass may have; a safety limit, not a budget.
         streamer: gets every token. `generate` does not hand its own to custom decoding methods.
-        overlap: draft for the next cycle while a pass waits for flash; False is the plain twin.
+        overlap: draft for the next cycle while a pass waits for flash, read experts while the draft works; False is the
+            plain twin.
         price_union: count the experts that a node adds in a tree's cost; False is the plain twin.
         prune: where the target has an early exit: `auto` uses it for passes where it is predicted to pay, `always`.
     """
@@ -64,6 +66,8 @@ class LeverDecoding:
         self.latency = LatencyTable()
         self.reads = ExpertReads.of(target) if price_union else None
         self.cost = CycleCost(self.reads.verify, self.reads.union) if self.reads else CycleCost(self.latency)
+        self.forecast = RoutingForecast.of(target, draft) if self.reads and target is not None else None
+        self.overlap = overlap
         self.prune = prune
         self.stats = SpeculationStats()
         self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybrimoe_plugin.errors import SpeculationError
+from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.stats import Cycle, SpeculationStats
+from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
 from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.growth import Growth
@@ -60,12 +62,14 @@ class SpeculativeRun:
         done = self._append(self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache))
         self.stats.prefill_us = (time.perf_counter() - begin) * 1e6
         if self.owner.reads is not None:
-            self.owner.reads.count()
+            self.owner.reads.begin()
         if not self.owner.latency.cells:
             # Reads dominate the prompt's pass as they do every other, but it checks blocks and has other shapes: it
             # stands for a pass until one is measured, and is no measurement itself.
             self.owner.latency.start_us = self.stats.prefill_us
         self.tree = CandidateTree(int(self.ids[0, -1]), self.owner.calibration)
+        if isinstance(self.owner.draft, LanguageModelDraft):
+            self.owner.draft.watch(self.owner.forecast)
         if self.owner.draft is not None and not done:
             self.owner.draft.start(self.ids[0, :-1].tolist())
         while not done:
@@ -77,6 +81,7 @@ class SpeculativeRun:
     def _cycle(self) -> bool:
         """Draft, verify, accept; whether generation has ended."""
         begin, before = time.perf_counter(), self._counts()
+        self._note_forecasts()
         growth = self._growth()
         tree = self.owner.policy.build(growth)
         draft_us = (time.perf_counter() - begin) * 1e6
@@ -138,7 +143,18 @@ class SpeculativeRun:
         if draft.context is not None:
             # A draft at the end of its context falls silent; the target goes on alone.
             depth = min(depth, draft.context - length)
-        return Growth(self.tree, draft.expand, self.owner.cost, max(0, depth), self.owner.max_rows)
+        return Growth(self.tree, self._expand, self.owner.cost, max(0, depth), self.owner.max_rows)
+
+    def _expand(self, tree: CandidateTree, keys: Sequence[int]) -> list[Candidates]:
+        assert self.owner.draft is not None
+        found = self.owner.draft.expand(tree, keys)
+        self._note_forecasts()
+        return found
+
+    def _note_forecasts(self) -> None:
+        draft, reads = self.owner.draft, self.owner.reads
+        if self.owner.forecast is not None and isinstance(draft, LanguageModelDraft) and reads is not None:
+            reads.note(draft.routing, self.tree.root, self.owner.overlap)
 
     def _candidates(self, tree: TokenTree) -> list[Sequence[int]]:
         found = (self.tree.nodes[key].candidates for key in tree.keys)
@@ -212,8 +228,8 @@ class SpeculativeRun:
 
 def _union_us(cost: CycleCost, tree: TokenTree) -> float:
     union, us = cost.union.start(), 0.0
-    for token in tree.tokens:
-        us = union.add(token)
+    for drafted in tree.drafted:
+        us = union.add(drafted)
     return us
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.target import FlashTarget
@@ -30,6 +32,10 @@ class ExpertReads:
     seen_reads: int = 0
     fixed_us: float = 0.0
     row_us: float = ROW_US
+    forecast_share: float = 0.8
+    """Moving average of the share of chosen experts that were forecast."""
+    _routing: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    _early_root: int = -1
     _passes: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     """(rows, experts read, microseconds)."""
 
@@ -56,8 +62,38 @@ class ExpertReads:
         self._fit()
         if len(verified.row_of) == len(tree) and all(len(ids) == len(tree) for ids in self.cache.chosen.values()):
             chosen = np.stack([self.cache.chosen[layer] for layer in sorted(self.cache.chosen)])
-            self.union.observe(tree.tokens, chosen, reads)
+            self._judge(tree, chosen)
+            self.union.observe(tree.drafted, chosen, reads)
         self.union.set_resident(self.cache.resident())
+
+    def begin(self) -> None:
+        """A new run: nodes have new names, and the prompt's reads are no pass's. Mutates."""
+        self.count()
+        self.union.forget_forecasts(())
+        self._routing, self._early_root = {}, -1
+
+    def note(self, routing: Mapping[int, NDArray[np.int64]], root: int, early: bool) -> None:
+        """Take over forecasts of node -> expert ids [L, K].
+
+        Args:
+            root: of the next tree; its forecast experts are read at once if `early`.
+
+        Mutates: the union, and the cache's reads.
+        """
+        self.union.forget_forecasts(routing)
+        for node in routing.keys() - self._routing.keys():
+            self.union.forecast(node, routing[node], self.forecast_share)
+        self._routing = dict(routing)
+        if early and root in routing and root != self._early_root:
+            self._early_root = root
+            self.cache.read_early(routing[root])
+
+    def _judge(self, tree: TokenTree, chosen: NDArray[np.int64]) -> None:
+        """Learn how often forecasts are right from the experts [L, N, K] that a tree's rows chose."""
+        for row, key in enumerate(tree.keys):
+            if key in self._routing:
+                right = (chosen[:, row, :, None] == self._routing[key][:, None, :]).any(axis=2).mean()
+                self.forecast_share += 0.05 * (float(right) - self.forecast_share)
 
     def count(self) -> int:
         """Experts read since the last call. Mutates."""

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from lever_ext.drafts.runner import Runner, make_runner
+from lever_ext.drafts.runner import LeanRunner, Runner, make_runner
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
+
+
+class Watcher(Protocol):
+    """A target's routers, applied to a draft's hidden states."""
+
+    layers: tuple[int, ...]
+    """Decoder layers whose FFN inputs it wants to see."""
+
+    def __call__(self, inner: Sequence[torch.Tensor]) -> NDArray[np.int64]:
+        """Expert ids [N, L, K] from the FFN inputs [N, H] of those layers."""
+        ...
 
 
 class LanguageModelDraft:
@@ -37,10 +50,25 @@ class LanguageModelDraft:
         self._tokens: list[int] = []
         """Before the root; the first `_committed` of them have KV rows."""
         self._row_of: dict[int, int] = {}
+        self.routing: dict[int, NDArray[np.int64]] = {}
+        """Expanded node -> expert ids [L, K] that are forecast for it, while somebody watches."""
+        self._watcher: Watcher | None = None
 
     @property
     def _committed(self) -> int:
         return self._runner.rows - len(self._row_of)
+
+    @property
+    def can_watch(self) -> bool:
+        """Whether hidden states can be shown to a watcher."""
+        return isinstance(self._runner, LeanRunner)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Show a target's routers the hidden states of every node expanded from now on. Mutates."""
+        self._watcher = watcher
+        self.routing = {}
+        if isinstance(self._runner, LeanRunner):
+            self._runner.tapped = frozenset() if watcher is None else frozenset(watcher.layers)
 
     def start(self, ids: Sequence[int]) -> None:
         common, known = 0, self._committed
@@ -50,10 +78,13 @@ class LanguageModelDraft:
             self._runner.reset()
         else:
             self._runner.keep(range(common))
-        self._tokens, self._row_of = list(ids), {}
+        self._tokens, self._row_of, self.routing = list(ids), {}, {}
 
     def expand(self, tree: CandidateTree, keys: Sequence[int]) -> list[Candidates]:
         hidden = self._run_root(tree) if list(keys) == [tree.root] else self._run_nodes(tree, keys)
+        if self._watcher is not None and isinstance(self._runner, LeanRunner):
+            routed = self._watcher([tap[-len(keys) :] for tap in self._runner.taps])
+            self.routing.update(zip(keys, routed, strict=True))
         with torch.inference_mode():
             shares = torch.softmax(self._head(hidden).float(), dim=-1)
             values, tokens = shares.topk(self.candidates, dim=-1)
@@ -66,6 +97,7 @@ class LanguageModelDraft:
         alive = [key for key in self._row_of if key in tree.nodes]
         if self._runner.rows:
             self._runner.keep([*range(committed), *path, *(self._row_of[key] for key in alive)])
+        self.routing = {key: ids for key, ids in self.routing.items() if key in tree.nodes}
         self._tokens += tokens
         self._row_of = {key: committed + len(path) + index for index, key in enumerate(alive)}
 

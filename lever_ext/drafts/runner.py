@@ -98,6 +98,10 @@ class LeanRunner:
         self._heads = config.num_attention_heads
         self._kv_heads = config.num_key_value_heads
         self._size = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self.tapped: frozenset[int] = frozenset()
+        """Layers whose FFN inputs a run keeps."""
+        self.taps: list[torch.Tensor] = []
+        """Of the last run, [N, H] for each tapped layer."""
         self._rows = 0
         self._capacity = 0
         self._keys: list[torch.Tensor] = []
@@ -114,6 +118,7 @@ class LeanRunner:
     def run(self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         count = len(tokens)
         self._reserve(self._rows + count)
+        self.taps = []
         with torch.inference_mode():
             hidden = self._base.embed_tokens(torch.tensor(tokens))
             cos, sin = self._base.rotary_emb(hidden, positions[None])
@@ -124,6 +129,8 @@ class LeanRunner:
                 attended = self._attend(index, layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin, seen)
                 hidden = hidden + attended
                 inner = _norm(layer.post_attention_layernorm, hidden)
+                if index in self.tapped:
+                    self.taps.append(inner)
                 mlp = layer.mlp
                 hidden = hidden + mlp.down_proj(F.silu(mlp.gate_proj(inner)).mul_(mlp.up_proj(inner)))
             self._rows += count

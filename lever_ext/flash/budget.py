@@ -12,6 +12,8 @@ STAGING = 4
 """Buffers for experts that the cache does not admit: one is computed while others arrive."""
 AHEAD = 8
 """Buffers for experts of the next layer, read on its router's prediction."""
+EARLY = 16
+"""As many more, where memory is left over, for experts that are read while the draft works."""
 RING = 3
 """Buffers for streamed layers: one is computed, one is complete, one arrives."""
 
@@ -28,7 +30,7 @@ class Residency:
     """Routed experts cached for each MoE layer."""
     staging: int
     ahead: int
-    """Buffers for predicted experts of the next layer."""
+    """Buffers for experts that are read before their layer's router has chosen."""
     nbytes: int
     """All of it, with the parts that are always resident."""
 
@@ -66,7 +68,11 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING) -> Res
     ahead = min(AHEAD, left // expert_bytes, len(experts) // moe_layers) if moe_layers else 0
     left -= ahead * expert_bytes
     slots = min(left // (expert_bytes * moe_layers), len(experts) // moe_layers) if moe_layers else 0
-    used = limit - left + slots * expert_bytes * moe_layers
+    left -= slots * expert_bytes * moe_layers
+    if moe_layers and slots < len(experts) // moe_layers:
+        early = min(EARLY, left // expert_bytes)
+        ahead, left = ahead + early, left - early * expert_bytes
+    used = limit - left
     return Residency(resident, ring, slots, staging, ahead, used)
 
 

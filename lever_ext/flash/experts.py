@@ -137,6 +137,15 @@ class FlashExpertCache:
         finally:
             self._settle(layer, reads, waiting)
 
+    def read_early(self, ids: NDArray[np.int64]) -> None:
+        """Queue the experts [L, K] of a token that the next pass is sure to hold, as far as buffers are free. Mutates.
+
+        The first layers' come first; what is not used is dropped when its layer has run.
+        """
+        for layer, chosen in enumerate(ids.tolist()):
+            for expert in chosen:
+                self._queue(layer, expert)
+
     def _place(self, layer: int, misses: Sequence[int], keep: Sequence[int]) -> list[_Read]:
         """Give cache slots to the misses that the policy admits and that were not read ahead."""
         unread = [expert for expert in misses if (layer, expert) not in self._ahead]
@@ -158,12 +167,16 @@ class FlashExpertCache:
         """Queue the experts that the next layer most likely needs, as far as buffers are free."""
         experts, loads = np.unique(predicted.cpu().numpy(), return_counts=True)
         for expert in experts[np.argsort(-loads, kind="stable")].tolist():
-            known = self.pool.slot_of(layer, expert) is not None or (layer, expert) in self._ahead
-            if not known and self._ahead_free:
-                read = _Read(expert, self._ahead_free.pop(), staged=True)
-                self._submit(layer, read)
-                self._ahead[layer, expert] = read
-                self.counters.prefetches += 1
+            self._queue(layer, expert)
+
+    def _queue(self, layer: int, expert: int) -> None:
+        """Read an expert ahead, if it is not here and a buffer is free."""
+        known = self.pool.slot_of(layer, expert) is not None or (layer, expert) in self._ahead
+        if not known and self._ahead_free:
+            read = _Read(expert, self._ahead_free.pop(), staged=True)
+            self._submit(layer, read)
+            self._ahead[layer, expert] = read
+            self.counters.prefetches += 1
 
     def _keep_early(self, layer: int, early: Sequence[_Read], keep: Sequence[int]) -> None:
         """Cache what was read ahead and used, where the policy admits it: buffers change places, no byte is copied."""
@@ -198,7 +211,7 @@ class FlashExpertCache:
     def _settle(self, layer: int, reads: Sequence[_Read], waiting: Sequence[_Read]) -> None:
         """End the leases; drop what did not arrive whole, once nothing is on its way any more."""
         self.pool.release()
-        passed = [key for key in self._ahead if key[0] != layer + 1]
+        passed = [key for key in self._ahead if key[0] <= layer]
         for read in [*waiting, *(self._ahead[key] for key in passed)]:
             if read.arrival is not None:
                 read.arrival.exception()

@@ -4,8 +4,8 @@
 
 `gamma` sharpens or flattens the draft's own distribution; `rest` says how much of what the draft gives to tokens beyond
 its candidates the target really takes from there. Both are fitted online to what the target chose and keep the draft's
-order. The candidates' sum, the paper's reliability factor r, is then near 1 where the draft is sure and less where it is
-not: one r for all nodes made sure chains look 4 % a step too unlikely (`docs/LOG.md`).
+order. The candidates' sum, the paper's reliability factor r, is then near 1 where the draft is sure and less where it
+is not: one r for all nodes made sure chains look 4 % a step too unlikely.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
 
 LEAST_BEYOND = 0.02
 """Share of a draft's distribution that is taken to lie beyond its candidates at least."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +15,31 @@ RECENT = 48
 """Passes that learning looks back on."""
 
 
+class Drafted(NamedTuple):
+    """A node as the union of experts sees it."""
+
+    token: int
+    node: int = -1
+    """Its key in the candidate tree; -1 for one that is only imagined."""
+
+
 class Union(Protocol):
-    """Expected bytes, as time, that a set of tokens makes the target read; it grows by one token at a time."""
+    """Expected bytes, as time, that a set of nodes makes the target read; it grows by one node at a time."""
 
     def start(self) -> Union:
         """A union of its own to add to, holding nothing."""
         ...
 
-    def peek(self, token: int) -> float:
-        """The whole union's expected microseconds if the token were added."""
+    def peek(self, drafted: Drafted) -> float:
+        """The whole union's expected microseconds if the node were added."""
         ...
 
-    def add(self, token: int) -> float:
-        """Add a token; the whole union's expected microseconds. Mutates."""
+    def add(self, drafted: Drafted) -> float:
+        """Add a node; the whole union's expected microseconds. Mutates."""
         ...
 
-    def prefixes(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        """Expected microseconds of the first token alone, of the first two, and so on: float64 [N]."""
+    def prefixes(self, drafted: Sequence[Drafted]) -> NDArray[np.float64]:
+        """Expected microseconds of the first node alone, of the first two, and so on: float64 [N]."""
         ...
 
 
@@ -41,24 +49,24 @@ class NoUnion:
     def start(self) -> NoUnion:
         return self
 
-    def peek(self, token: int) -> float:
+    def peek(self, drafted: Drafted) -> float:
         return 0.0
 
-    def add(self, token: int) -> float:
+    def add(self, drafted: Drafted) -> float:
         return 0.0
 
-    def prefixes(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        return np.zeros(len(tokens))
+    def prefixes(self, drafted: Sequence[Drafted]) -> NDArray[np.float64]:
+        return np.zeros(len(drafted))
 
 
 class ExpertUnion:
     """Expected time to read the experts that a tree's tokens select and that are not resident.
 
     For each layer and expert, the chance that no node selects it is the product over the nodes of
-    1 - p(expert | token); p is what was seen of that token, filled up with how the last passes were routed: a text
-    keeps to its experts for a while. Nodes of one tree share a context, so they agree more often than chances that
-    are multiplied say. What is left of that after the context is taken into account is learned: with M experts
-    missing and the product's expectation U,
+    1 - p(expert | node); p is what was forecast for the node, or else what was seen of its token, filled up with how
+    the last passes were routed: a text keeps to its experts for a while. Nodes of one tree share a context, so they
+    agree more often than chances that are multiplied say. What is left of that after the context is taken into account
+    is learned: with M experts missing and the product's expectation U,
 
         reads = M (1 - exp(-a x^b)),  x = -log(1 - U / M)
 
@@ -90,6 +98,8 @@ class ExpertUnion:
         self._seen: dict[int, tuple[int, NDArray[np.float64]]] = {}
         self._misses: dict[int, NDArray[np.float64]] = {}
         """Token -> chance that it does not select each expert, [L * E]."""
+        self._forecasts: dict[int, NDArray[np.float64]] = {}
+        """Node -> the same."""
         self._survival: NDArray[np.float64] | None = None
         """Chance that no token so far selects each expert, [L * E]."""
 
@@ -99,15 +109,16 @@ class ExpertUnion:
         fresh._survival = np.ones(self.missing.shape)
         return fresh
 
-    def peek(self, token: int) -> float:
-        return float(self._reads(self._with(token))) * self.read_us
+    def peek(self, drafted: Drafted) -> float:
+        return float(self._reads(self._with(drafted))) * self.read_us
 
-    def add(self, token: int) -> float:
-        self._survival = self._with(token)
+    def add(self, drafted: Drafted) -> float:
+        self._survival = self._with(drafted)
         return float(self._reads(self._survival)) * self.read_us
 
-    def prefixes(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        return self._reads(self._survivals(tokens)) * np.float64(self.read_us)
+    def prefixes(self, drafted: Sequence[Drafted]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.read_us * self._reads(self._survivals(drafted))
+        return found
 
     def probabilities(self, token: int) -> NDArray[np.float64]:
         """Chance that each expert is selected for the token, float64 [L, E]."""
@@ -115,16 +126,29 @@ class ExpertUnion:
         found: NDArray[np.float64] = (sums + self.prior * self.context) / (count + self.prior)
         return found
 
-    def observe(self, tokens: Sequence[int], chosen: NDArray[np.int64], reads: int) -> None:
-        """Learn from a pass over N tokens: experts int64 [L, N, K], and how many had to be read. Mutates."""
+    def forecast(self, node: int, ids: NDArray[np.int64], share: float) -> None:
+        """Say which experts a node will select, ids [L, K], and the share of such forecasts that is right. Mutates."""
+        rest = self.context.copy()
+        np.put_along_axis(rest, ids, 0.0, axis=1)
+        found = rest * ((1 - share) * self.top_k / np.maximum(rest.sum(axis=1, keepdims=True), 1e-9))
+        np.put_along_axis(found, ids, share, axis=1)
+        self._forecasts[node] = 1 - np.minimum(found, 1.0).ravel()
+
+    def forget_forecasts(self, keep: Container[int]) -> None:
+        """Drop those of nodes that are no more. Mutates."""
+        for node in [node for node in self._forecasts if node not in keep]:
+            del self._forecasts[node]
+
+    def observe(self, drafted: Sequence[Drafted], chosen: NDArray[np.int64], reads: int) -> None:
+        """Learn from a pass over N nodes: experts int64 [L, N, K], and how many had to be read. Mutates."""
         missing = self.missing.sum()
         if missing > 0:
-            x = -math.log(max(1e-9, self._survivals(tokens)[-1] @ self.missing / missing))
+            x = -math.log(max(1e-9, self._survivals(drafted)[-1] @ self.missing / missing))
             self._bends.append((math.log(max(x, 1e-3)), math.log(-math.log(max(1e-3, 1 - max(reads, 0.5) / missing)))))
             self._fit_bend()
-        hot = np.zeros((self.shape[0], len(tokens), self.shape[1]))
+        hot = np.zeros((self.shape[0], len(drafted), self.shape[1]))
         np.put_along_axis(hot, chosen, 1.0, axis=2)
-        for row, token in enumerate(tokens):
+        for row, (token, _) in enumerate(drafted):
             count, sums = self._seen.get(token, (0, np.zeros(self.shape)))
             # Halved when it grows old: routing depends on the context too.
             self._seen[token] = (count + 1, sums + hot[:, row]) if count < 16 else (8, (sums + hot[:, row]) / 2)
@@ -137,19 +161,21 @@ class ExpertUnion:
         for layer, expert in resident:
             self.missing[layer * self.shape[1] + expert] = 0.0
 
-    def _with(self, token: int) -> NDArray[np.float64]:
+    def _with(self, drafted: Drafted) -> NDArray[np.float64]:
         assert self._survival is not None, "add to what start() gave"
-        return self._survival * self._missed_by(token)
+        return self._survival * self._missed_by(drafted)
 
-    def _missed_by(self, token: int) -> NDArray[np.float64]:
+    def _missed_by(self, drafted: Drafted) -> NDArray[np.float64]:
+        if drafted.node in self._forecasts:
+            return self._forecasts[drafted.node]
+        token = drafted.token
         if token not in self._misses:
             self._misses[token] = 1 - self.probabilities(token).ravel()
         return self._misses[token]
 
-    def _survivals(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        """Chance that none of the first n tokens selects each expert, [N, L * E]."""
-        found: NDArray[np.float64] = np.cumprod([self._missed_by(token) for token in tokens], axis=0)
-        return found
+    def _survivals(self, drafted: Sequence[Drafted]) -> NDArray[np.float64]:
+        """Chance that none of the first n nodes selects each expert, [N, L * E]."""
+        return np.cumprod(np.stack([self._missed_by(node) for node in drafted]), axis=0, dtype=np.float64)
 
     def _reads(self, survival: NDArray[np.float64]) -> NDArray[np.float64]:
         """Experts to read: [...] from survival [..., L * E]."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
-from lever_ext.tree.cost import CycleCost
+from lever_ext.tree.cost import CycleCost, Drafted
 from lever_ext.tree.select import Known, Selection
 from lever_ext.tree.token_tree import ROOT_PARENT, TokenTree
 
@@ -73,7 +73,9 @@ class Growth:
         keys.sort(key=lambda key: (nodes[key].depth, key))
         place = {key: row for row, key in enumerate(keys)}
         parents = [place[nodes[key].parent] if key != self.tree.root else ROOT_PARENT for key in keys]
-        return Known(parents, [nodes[key].reach for key in keys], [nodes[key].token for key in keys]), keys
+        return Known(
+            parents, [nodes[key].reach for key in keys], [Drafted(nodes[key].token, key) for key in keys]
+        ), keys
 
     def chosen(self, selection: Selection, keys: Sequence[int]) -> TokenTree:
         return self.tree.select(keys[row] for row in selection.rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hybrimoe_plugin.errors import ConfigError
+from lever_ext.tree.cost import Drafted
 from lever_ext.tree.growth import Growth
 from lever_ext.tree.select import Known, best_prefix, best_subtree
 from lever_ext.tree.token_tree import TokenTree
@@ -124,14 +125,16 @@ class GainCostGreedy:
         parents = set[int]()
         leaves, gain = 1, 1.0
         union = cost.union.start()
-        union_us = union.add(nodes[growth.tree.root].token)
+        union_us = union.add(Drafted(nodes[growth.tree.root].token, growth.tree.root))
         while frontier and len(chosen) < growth.max_rows:
             now = cost.fixed_us + growth.spent_us + cost.verify(len(chosen), leaves) + union_us
             ranked = []
             for key in frontier:
                 node = nodes[key]
                 drafting = cost.draft_us(1) if node.candidates is None else 0.0
-                after = cost.verify(len(chosen) + 1, leaves + (node.parent in parents)) + union.peek(node.token)
+                after = cost.verify(len(chosen) + 1, leaves + (node.parent in parents)) + union.peek(
+                    Drafted(node.token, key)
+                )
                 extra = cost.fixed_us + growth.spent_us + drafting + after - now
                 ranked.append((node.reach / max(extra, 1e-9), -key))
             ratio, key = max(ranked)
@@ -143,7 +146,7 @@ class GainCostGreedy:
             parents.add(nodes[key].parent)
             chosen.append(key)
             gain += nodes[key].reach
-            union_us = union.add(nodes[key].token)
+            union_us = union.add(Drafted(nodes[key].token, key))
             growth.expand([key])
             frontier += [child for child in nodes[key].children if nodes[child].depth <= growth.depth_limit]
         return growth.tree.select(chosen)
@@ -197,7 +200,7 @@ class Lever:
 
 def _imagine(known: Known, rows: Sequence[int], ranks: Sequence[float], levels: int) -> Known:
     """The candidates with typical children, not drafted yet, under some of them; the likeliest child prolongs each."""
-    parents, reach, tokens = list(known.parents), list(known.reach), list(known.tokens)
+    parents, reach, drafted = list(known.parents), list(known.reach), list(known.drafted)
     for start in rows:
         row = start
         for _ in range(levels):
@@ -206,9 +209,9 @@ def _imagine(known: Known, rows: Sequence[int], ranks: Sequence[float], levels: 
                 parents.append(row)
                 reach.append(reach[row] * share)
                 # Its parent's token stands in for the unknown one where experts are priced.
-                tokens.append(known.tokens[start])
+                drafted.append(Drafted(known.drafted[start].token))
             row = first
-    return Known(parents, reach, tokens)
+    return Known(parents, reach, drafted)
 
 
 def _by_widths(growth: Growth, widths: Sequence[int]) -> TokenTree:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lever_ext.tree.cost import CycleCost, NoUnion
+from lever_ext.tree.cost import CycleCost, Drafted, NoUnion
 
 LEAF_WEIGHTS = (1.0, 0.5, 0.2)
 """How much a node that opens a branch counts in an order, against one that prolongs a chain."""
@@ -28,7 +28,7 @@ class Known(NamedTuple):
 
     parents: Sequence[int]
     reach: Sequence[float]
-    tokens: Sequence[int]
+    drafted: Sequence[Drafted]
 
 
 class Selection(NamedTuple):
@@ -46,7 +46,7 @@ def tree_value(known: Known, rows: Sequence[int], cost: CycleCost, spent_us: flo
     union = cost.union.start()
     union_us = 0.0
     for row in rows:
-        union_us = union.add(known.tokens[row])
+        union_us = union.add(known.drafted[row])
     gain = 1.0 + sum(known.reach[row] for row in rows if row)
     return gain / _us(cost, len(rows), len(rows) - len(inner), union_us, spent_us)
 
@@ -68,7 +68,7 @@ def best_prefix(
         return _best_by_reach(known, cost, spent_us, max_rows)
     children = _children(known)
     union = cost.union.start()
-    union_us = union.add(known.tokens[0])
+    union_us = union.add(known.drafted[0])
     row_us = max(1e-9, (cost.verify(max_rows, max_rows) - cost.verify(1, 1)) / max_rows) if by_union else 1.0
     grown = [0]
     has_child: set[int] = set()
@@ -78,7 +78,7 @@ def best_prefix(
 
     def rank(row: int) -> float:
         weight = leaf_weight if known.parents[row] in has_child else 1.0
-        added = union.peek(known.tokens[row]) - union_us if by_union else 0.0
+        added = union.peek(known.drafted[row]) - union_us if by_union else 0.0
         return weight * known.reach[row] / (row_us + max(0.0, added))
 
     def push(row: int) -> None:
@@ -97,7 +97,7 @@ def best_prefix(
         has_child.add(parent)
         grown.append(row)
         gain += known.reach[row]
-        union_us = union.add(known.tokens[row])
+        union_us = union.add(known.drafted[row])
         value = gain / _us(cost, len(grown), leaves, union_us, spent_us)
         if value > best.value:
             best = Selection(tuple(grown), value)
@@ -116,7 +116,7 @@ def _best_by_reach(known: Known, cost: CycleCost, spent_us: float, max_rows: int
     branches[np.unique(parents, return_index=True)[1]] = False
     leaves = 1 + np.cumsum(branches)
     gain = 1.0 + np.cumsum(np.where(order == 0, 0.0, reach[order]))
-    us = cost.union.prefixes([known.tokens[row] for row in order])
+    us = cost.union.prefixes([known.drafted[row] for row in order])
     us = us + [cost.fixed_us + spent_us + cost.verify(n + 1, int(count)) for n, count in enumerate(leaves)]
     value = gain / us
     size = int(np.argmax(value)) + 1

@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lever_ext.tree.cost import Drafted
+
 ROOT_PARENT = -1
 
 
@@ -46,6 +48,11 @@ class TokenTree:
     def of_root(cls, token: int, key: int = 0) -> TokenTree:
         """The tree of plain decoding: nothing drafted."""
         return cls((token,), (ROOT_PARENT,), (1.0,), (key,))
+
+    @cached_property
+    def drafted(self) -> list[Drafted]:
+        """The rows as a union of experts sees them."""
+        return [Drafted(token, key) for token, key in zip(self.tokens, self.keys, strict=True)]
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lever_ext.tree.calibrate import Calibration, Candidates
 from lever_ext.tree.candidates import CandidateTree
-from lever_ext.tree.cost import CycleCost, ExpertUnion
+from lever_ext.tree.cost import CycleCost, Drafted, ExpertUnion
 from lever_ext.tree.growth import Growth
 from lever_ext.tree.latency import LatencyTable
 from lever_ext.tree.policies import POLICIES, make_policy
@@ -31,7 +31,7 @@ def random_known(seed: int, size: int) -> Known:
         parents.append(parent)
         reach.append(value)
         left.append(value)
-    return Known(parents, reach, list(range(size)))
+    return Known(parents, reach, [Drafted(token) for token in range(size)])
 
 
 def brute_force(known: Known, cost: CycleCost, spent: float) -> float:
@@ -150,14 +150,14 @@ def test_latency_noise_does_not_look_like_the_cost_of_rows() -> None:
 def test_expert_union_grows_less_for_shared_experts() -> None:
     union = ExpertUnion(layers=2, experts=8, top_k=2, read_us=10.0, prior=0.01)
     for token, chosen in ((1, [[0, 1], [2, 3]]), (2, [[0, 1], [2, 3]]), (3, [[6, 7], [4, 5]])):
-        union.observe([token], np.array(chosen)[:, None], reads=4)
+        union.observe([Drafted(token)], np.array(chosen)[:, None], reads=4)
     union.bend = (0.0, 1.0)
     start = union.start()
-    first = start.add(1)
+    first = start.add(Drafted(1))
     assert first == pytest.approx(40, rel=0.05)
-    assert start.peek(2) - first < 1 < 35 < start.peek(3) - first
+    assert start.peek(Drafted(2)) - first < 1 < 35 < start.peek(Drafted(3)) - first
     union.set_resident([(0, 6), (0, 7), (1, 4), (1, 5)])
-    assert union.start().peek(3) < 1
+    assert union.start().peek(Drafted(3)) < 1
 
 
 def growth_of(probabilities: Sequence[float], cost: CycleCost, depth_limit: int = 12) -> Growth:
