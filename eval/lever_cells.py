@@ -283,7 +283,8 @@ CELLS = tuple(_cells())
 QUICK_CELLS: tuple[Cell, ...] = (
     ReadCell("read", 4),
     IdentityCell("identity", 10, ("lever",)),
-    TreeCell("dense", trees=("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever"), tokens=20, rounds=1),
-    TreeCell("moe", "mixtral", trees=("flash autoregressive", "chain 4", "opt_tree 8", "lever"), tokens=20,
-             rounds=1),
+    TreeCell(
+        "dense", trees=("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever"), tokens=20, rounds=1
+    ),
+    TreeCell("moe", "mixtral", trees=("flash autoregressive", "chain 4", "opt_tree 8", "lever"), tokens=20, rounds=1),
 )
