@@ -80,8 +80,9 @@ class TreeCell(Cell):
     prompt: str = "code"
     trees: tuple[str, ...] = DENSE_TREES
     tokens: int = 28
-    rounds: int = 2
-    """Turns that count; every policy runs once in each, and the order changes: the disk's speed drifts."""
+    rounds: int = 3
+    """Turns that count, each with the next prompt of the kind. Every policy runs once in each; the order changes, for
+    the disk's speed drifts."""
     share: float = -1.0
     """Of layers in DRAM; below 0 the target's own budget."""
     throttle: str = ""
@@ -89,14 +90,15 @@ class TreeCell(Cell):
     def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
         # Throttled profiles are faster than this machine's disk: their bytes come from the page cache.
         target = lab.target(self.target, self._budget(lab), self.throttle, direct=not self.throttle)
-        inputs, draft = lab.prompt(self.prompt), lab.draft(self.draft)
+        draft = lab.draft(self.draft)
         decoders = {tree: make_decoder(tree, target, draft) for tree in self.trees}
         runs: dict[str, list[SpeculationStats]] = {tree: [] for tree in self.trees}
         others = dict.fromkeys(self.trees, 0.0)
         for turn in range(self.rounds + 1):
             first = turn * (len(self.trees) // 2 + 1) % len(self.trees)
-            for tree in (*self.trees[first:], *self.trees[:first]):
-                # The first turn warms up, with a few tokens: costs and calibration are learned in it.
+            # The first turn warms up, with a few tokens of another text: costs and calibration are learned in it.
+            inputs = lab.prompt(self.prompt, turn - 1)
+            for tree in (*self.trees[first:], *self.trees[:first])[:: 1 if turn % 2 else -1]:
                 load = self._once(decoders[tree], target, inputs, 6 if turn == 0 else self.tokens)
                 if turn:
                     runs[tree].append(decoders[tree].stats)
@@ -268,15 +270,15 @@ def _cells() -> Iterator[Cell]:
         yield TreeCell(f"dense, low-bit 65 %, {prompt}", prompt=prompt)
     yield IdentityCell("identity")
     for prompt in PROMPTS:
-        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES)
+        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES, rounds=4)
     few = ("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever")
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        yield TreeCell(f"dram {share:.0%}", trees=few, tokens=24, share=share)
+        yield TreeCell(f"dram {share:.0%}", trees=few, tokens=24, rounds=1, share=share)
     for draft in ("low-bit 50 %", "n-gram"):
         for prompt in PROMPTS:
-            yield TreeCell(f"dense, {draft}, {prompt}", draft=draft, prompt=prompt, trees=FEW_TREES)
+            yield TreeCell(f"dense, {draft}, {prompt}", draft=draft, prompt=prompt, trees=FEW_TREES, rounds=1)
     for throttle in ("ufs3.1", "ufs4.0", "nvme"):
-        yield TreeCell(f"throttled {throttle}", trees=few, tokens=24, throttle=throttle)
+        yield TreeCell(f"throttled {throttle}", trees=few, tokens=24, rounds=1, throttle=throttle)
 
 
 CELLS = tuple(_cells())

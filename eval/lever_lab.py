@@ -18,10 +18,21 @@ from lever_ext.packing import pack_model, pack_tokenizer
 from lever_ext.target import FlashTarget, load_target
 
 PROMPTS = {
-    "code": "Write a Python function that checks whether a number is prime, and explain it.",
-    "arithmetic": "A shop sells pens at 3 dollars and books at 12 dollars. How much do 7 pens and 4 books cost? "
-    "Show each step.",
-    "dialogue": "I feel nervous about my first day at a new job. What should I do?",
+    "code": (
+        "Write a Python function that checks whether a number is prime, and explain it.",
+        "Write a SQL query that lists customers with more than five orders.",
+        "Write a JavaScript function that reverses a string.",
+    ),
+    "arithmetic": (
+        "A shop sells pens at 3 dollars and books at 12 dollars. How much do 7 pens and 4 books cost? Show each step.",
+        "What is 17 times 23? Show your work.",
+        "A train travels 60 miles in 1.5 hours. How far does it travel in 4 hours? Explain.",
+    ),
+    "dialogue": (
+        "I feel nervous about my first day at a new job. What should I do?",
+        "Tell me a short story about a dragon.",
+        "How do I cook rice?",
+    ),
 }
 
 
@@ -78,10 +89,10 @@ class Lab:
             self._drafts[name] = demo_draft(source_path(), int(name.split()[1]))
         return self._drafts[name]
 
-    def prompt(self, kind: str) -> Any:
+    def prompt(self, kind: str, which: int = 0) -> Any:
         if self._tokenizer is None:
             self._tokenizer = pack_tokenizer(self.pack("dense"))
-        chat = [{"role": "user", "content": PROMPTS[kind]}]
+        chat = [{"role": "user", "content": PROMPTS[kind][which % len(PROMPTS[kind])]}]
         return self._tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )

@@ -80,7 +80,7 @@ class ExpertUnion:
     """
 
     def __init__(
-        self, layers: int, experts: int, top_k: int, read_us: float = 0.0, prior: float = 1.0, step: float = 0.3
+        self, layers: int, experts: int, top_k: int, read_us: float = 0.0, prior: float = 0.4, step: float = 0.3
     ) -> None:
         self.shape = (layers, experts)
         self.top_k = top_k

@@ -128,12 +128,13 @@ def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) 
 
     At least the exact best prefix; the exact optimum where cost depends on the node count only.
     """
-    dense = isinstance(cost.union, NoUnion)
-    starts = [best_prefix(known, cost, spent_us, max_rows, weight) for weight in LEAF_WEIGHTS]
+    dense, by_leaves = isinstance(cost.union, NoUnion), _leaves_matter(cost, max_rows)
+    weights = LEAF_WEIGHTS if by_leaves else LEAF_WEIGHTS[:1]
+    starts = [best_prefix(known, cost, spent_us, max_rows, weight) for weight in weights]
     if not dense:
         starts.append(best_prefix(known, cost, spent_us, max_rows, 1.0, by_union=True))
     best = max(starts, key=lambda found: found.value)
-    if not dense or not _leaves_matter(cost, max_rows):
+    if not dense or not by_leaves:
         return best
     starts = sorted(set(starts), key=lambda found: -found.value)[:2]
     improved = (improve(known, start, cost, spent_us, max_rows) for start in starts)
