@@ -103,7 +103,7 @@ class Overlap:
         least_us: of one draft call.
     """
 
-    def __init__(self, draft: Draft, least_wait: float = 0.45, least_us: float = 1000.0) -> None:
+    def __init__(self, draft: Draft, least_wait: float = 0.75, least_us: float = 1000.0) -> None:
         self._draft = DraftAhead(draft)
         self._least_wait = least_wait
         self._least_us = least_us
