@@ -23,6 +23,10 @@ MOVES = 12
 """Removals that a step of the local search looks at; twice as many additions."""
 
 
+LARGE = 48
+"""Rows of a tree that no single move betters by as much as looking for it costs (15 ms at 120 rows)."""
+
+
 class Known(NamedTuple):
     """Candidates as rows, parents first, the root in row 0."""
 
@@ -124,7 +128,7 @@ def _best_by_reach(known: Known, cost: CycleCost, spent_us: float, max_rows: int
 
 
 def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) -> Selection:
-    """The best of all orders, improved by local search where that is cheap.
+    """The best of all orders, small trees improved by local search.
 
     At least the exact best prefix; the exact optimum where cost depends on the node count only.
     """
@@ -134,7 +138,7 @@ def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) 
     if not dense:
         starts.append(best_prefix(known, cost, spent_us, max_rows, 1.0, by_union=True))
     best = max(starts, key=lambda found: found.value)
-    if not dense or not by_leaves:
+    if not dense or not by_leaves or len(best.rows) > LARGE:
         return best
     starts = sorted(set(starts), key=lambda found: -found.value)[:2]
     improved = (improve(known, start, cost, spent_us, max_rows) for start in starts)
