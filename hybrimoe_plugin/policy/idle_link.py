@@ -206,6 +206,9 @@ class IdleLink(Residency):
         coming = [i._replace(ready_us=late_us) if i.expert == request.ref.expert else i for i in routed]
         now = plan(routed, max(0.0, late_us - self.costs.transfer_us)).makespan_us
         right, wrong = plan(coming, late_us).makespan_us, plan(routed, late_us).makespan_us
+        # The sooner its layer is done, the sooner the layers behind it may want a link that is still busy.
+        after_us = late_us - right - self.costs.between_layers_us
+        loss_us += self._loss_us(step, predictions[request.distance :], idle, after_us)
         return now - sure * right - (1.0 - sure) * wrong - loss_us
 
     def _loss_us(

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS, Settings
-from hybrimoe_plugin.core import OFFLOADED, Routed
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.controller import Controller, loads
-from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE
-from hybrimoe_plugin.policy.prefetch import make_prefetcher
+from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE, Idle
+from hybrimoe_plugin.policy.prefetch import Prediction, PrefetchRequest, make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 
@@ -149,6 +149,27 @@ def test_there_is_no_spare_time_on_a_busy_link() -> None:
 def test_spare_time_is_not_for_prefetches_that_stay_unused() -> None:
     assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE - 0.1) == [(1, 7)]
     assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE + 0.1) == []
+
+
+def late_gain_us(behind: dict[int, int]) -> float:
+    """Gain of a sure prefetch for layer 1 that ends after layer 1 has run, when layer 2 is to need `behind`."""
+    made = controller(2, 2000.0, prefetch="expected")
+    step = made.begin(0, {}, 4, 0.0)
+    made._layer_us = 1000.0
+    made._demand = [0.0, 0.0]
+    ahead = [(1, {7: 1}), (2, behind)]
+    sure = [
+        Prediction(
+            layer, layer, tuple(Routed(e, load, OFFLOADED) for e, load in need.items()), dict.fromkeys(need, 1.0)
+        )
+        for layer, need in ahead
+    ]
+    request = PrefetchRequest(ExpertRef(1, 7), 1, 1000.0, 1.0)
+    return made._gain_us(step, sure, Idle(0.0, 500.0), request)
+
+
+def test_a_late_prefetch_pays_for_the_layer_behind_its_own() -> None:
+    assert late_gain_us({0: 1}) > late_gain_us({0: 64})
 
 
 def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
