@@ -32,6 +32,8 @@ class ExpertReads:
     seen_reads: int = 0
     fixed_us: float = 0.0
     row_us: float = ROW_US
+    start_read_us: float = 0.0
+    """Of an expert, until passes are measured."""
     forecast_share: float = 0.8
     """Moving average of the share of chosen experts that were forecast."""
     _routing: dict[int, NDArray[np.int64]] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class ExpertReads:
         # Until passes are measured: an expert's bytes at two gigabytes per second.
         start_us = blocks[0].nbytes / 2e3
         union = ExpertUnion(len(target.experts.layers), experts, target.model.config.num_experts_per_tok, start_us)
-        return cls(target.experts, union)
+        return cls(target.experts, union, start_read_us=start_us)
 
     def verify(self, rows: int, leaves: int) -> float:
         """Predicted microseconds of a pass without its expert reads."""
@@ -102,16 +104,16 @@ class ExpertReads:
         return reads
 
     def _fit(self) -> None:
-        """Least squares over recent passes, held near the present values where those say little."""
+        """Least squares over recent passes, held near the start where those say little.
+
+        Trees of one size do not tell rows from reads. Held near the present values instead, what a row costs drifts
+        upwards until no tree is built any more, and nothing is learned from then on.
+        """
         rows, reads, us = np.asarray(self._passes).T
         weights = 0.95 ** np.arange(len(us) - 1, -1, -1)
-        # Two imagined passes, a small and a large one, as predicted now: they hold what the data leave open.
-        far = np.array([[1.0, 8.0, 0.0], [1.0, 32.0, self.union.missing.size / 2]])
-        known = np.column_stack([np.ones_like(rows), rows, reads])
-        if len(us) == 1:
-            self.fixed_us = max(0.0, us[0] - rows[0] * self.row_us - reads[0] * self.union.read_us)
-        present = np.array([self.fixed_us, self.row_us, self.union.read_us])
-        scale = np.sqrt(np.concatenate([weights, [0.5, 0.5]]))
-        matrix = np.vstack([known, far]) * scale[:, None]
-        found = np.linalg.lstsq(matrix, np.concatenate([us, far @ present]) * scale, rcond=None)[0]
-        self.fixed_us, self.row_us, self.union.read_us = (float(value) for value in np.maximum(found, 0.0))
+        held = np.array([[0.0, 32.0, 0.0], [0.0, 0.0, 30.0]])
+        scale = np.sqrt(np.concatenate([weights, [2.0, 0.2]]))
+        matrix = np.vstack([np.column_stack([np.ones_like(rows), rows, reads]), held]) * scale[:, None]
+        wanted = np.concatenate([us, held @ [0.0, ROW_US, self.start_read_us]]) * scale
+        found = np.maximum(np.linalg.lstsq(matrix, wanted, rcond=None)[0], 0.0)
+        self.fixed_us, self.row_us, self.union.read_us = (float(value) for value in found)
