@@ -13,7 +13,6 @@ from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.stats import Cycle, SpeculationStats
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
-from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.growth import Growth
 from lever_ext.tree.token_tree import TokenTree
 from lever_ext.verify import Verified, Verifier
@@ -85,7 +84,7 @@ class SpeculativeRun:
         growth = self._growth()
         tree = self.owner.policy.build(growth)
         draft_us = (time.perf_counter() - begin) * 1e6
-        predicted = growth.cost.verify(len(tree), tree.leaves) + _union_us(growth.cost, tree)
+        predicted = growth.cost.verify(len(tree), tree.leaves) + float(growth.cost.union.prefixes(tree.drafted)[-1])
         start = time.perf_counter()
         verified = self._verify(tree, growth.depth_limit, predicted)
         verify_us = (time.perf_counter() - start) * 1e6
@@ -224,13 +223,6 @@ class SpeculativeRun:
         )
         output[self.verifier.cache_name] = self.cache
         return output
-
-
-def _union_us(cost: CycleCost, tree: TokenTree) -> float:
-    union, us = cost.union.start(), 0.0
-    for drafted in tree.drafted:
-        us = union.add(drafted)
-    return us
 
 
 def _cache(model: Any, kwargs: dict[str, Any]) -> Any:
