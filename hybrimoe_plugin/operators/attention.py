@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from hybrimoe_plugin.operators.attend import attend
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.flash_decode import Shape
 from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, as_stored
 
@@ -35,6 +36,10 @@ class LeanAttention(DenseOperator):
         if hasattr(orig_module, "q_norm"):
             self.q_norm, self.k_norm = orig_module.q_norm, orig_module.k_norm
         self._projections = LinearGroup(self.ggml, (self.q_proj, self.k_proj, self.v_proj))
+
+    def decode_shape(self, keys: torch.Tensor) -> Shape:
+        """What decoding over a cache of fixed place looks like whose keys [1, heads, S, D] are given."""
+        return Shape(self.query_heads, keys.shape[1], keys.shape[3], keys.shape[2], keys.dtype, self.scaling)
 
     def forward(
         self,
@@ -79,24 +84,3 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """The same for neighbouring pairs, which come out as halves: a dot product of two such is the same."""
     first, second = x[..., 0::2], x[..., 1::2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    grouped: bool,
-) -> torch.Tensor:
-    """[B, heads, T, D] from queries [B, heads, T, D] and the keys and values so far; causal where no mask is given."""
-    if grouped and mask is not None and query.shape[2] == 1 and mask.shape[1] == 1:
-        # Kernels that take a mask know no groups: torch would copy keys and values for every query head. The heads of
-        # a group are rows of one product instead.
-        rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-        return out.reshape(len(query), query.shape[1], 1, -1)
-    causal = mask is None and query.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
-    )

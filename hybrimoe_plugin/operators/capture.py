@@ -13,7 +13,7 @@ from hybrimoe_plugin.experts.cuda_graphs import Capture, Replay
 from hybrimoe_plugin.experts.streams import Coming
 from hybrimoe_plugin.operators.decode_graphs import DecodeGraphs
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.flash_decode import FlashDecode
+from hybrimoe_plugin.operators.flash_choice import FlashKernel
 from hybrimoe_plugin.operators.kv_cache import FixedCache
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -24,6 +24,15 @@ HALF_TOLERANCE = 0.03
 Buffers = tuple[torch.Tensor, torch.Tensor]
 Layer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
 """The model's own layer: (hidden states, cache, position embeddings) -> hidden states."""
+
+
+class Difference(NamedTuple):
+    """How far a replay is from its eager twin."""
+
+    error: float
+    """The largest relative RMS difference of what they leave."""
+    same_choice: bool
+    """Whether both chose the same experts; where two are all but tied, either may be, and weights say nothing."""
 
 
 class Noted(NamedTuple):
@@ -70,7 +79,7 @@ class LayerGraphs:
     after: Replay | None
     output: torch.Tensor
     """[1, 1, H]. Valid until the layer's next call."""
-    kernel: FlashDecode | None
+    kernel: FlashKernel | None
     """Kept: its memory is in the graphs."""
 
     def run(self, hidden: torch.Tensor, experts: Callable[[Break], torch.Tensor]) -> torch.Tensor:
@@ -89,7 +98,7 @@ def record(
     hidden: torch.Tensor,
     buffers: Buffers,
     experts: HybriMoEExperts | None,
-    kernel: FlashDecode | None = None,
+    kernel: FlashKernel | None = None,
 ) -> LayerGraphs:
     """Capture a layer: one piece where there are no experts, else one before and one after them.
 
@@ -131,8 +140,8 @@ def difference(
     buffers: Buffers,
     saved: Sequence[torch.Tensor],
     held: int,
-) -> float:
-    """Replay a step that the eager twin has just run; gives the largest relative RMS difference of what they leave.
+) -> Difference:
+    """Replay a step that the eager twin has just run, and compare what they leave.
 
     Look-ahead is left out: what it predicts is advice.
 
@@ -146,16 +155,20 @@ def difference(
     for buffer in buffers:
         buffer.narrow(2, held, 1).zero_()
     output = made.run(hidden, lambda _broken: noted.answer if noted is not None else hidden[0])
-    pairs = [(output, expected), *zip(buffers, saved, strict=True)]
+    pairs, same_choice = [(output, expected), *zip(buffers, saved, strict=True)], True
     if noted is not None and made.broken is not None:
         # As it arrives on the host, so that the copies are looked at too.
-        states, _, weights, *scores = made.broken.needed().wait()
-        # Sorted: where two experts are all but tied, either may come first, or be chosen.
-        seen = [(states, noted.given[0]), (_sorted(weights), _sorted(noted.given[2]))]
+        states, ids, weights, *scores = made.broken.needed().wait()
+        _, right_ids, right_weights = noted.given
+        same_choice = torch.equal(ids.sort().values, right_ids.cpu().sort().values)
+        seen = [(states, noted.given[0])]
+        if same_choice:  # sorted: of two that are all but tied either may come first
+            seen.append((_sorted(weights), _sorted(right_weights)))
         if noted.scores is not None:
             seen += [(found, noted.scores) for found in scores]
         pairs += [(found, right.cpu()) for found, right in seen]
-    return max(float(_error(found, right)) for found, right in pairs if right.numel())
+    error = max(float(_error(found, right)) for found, right in pairs if right.numel())
+    return Difference(error, same_choice)
 
 
 def restore(buffers: Buffers, saved: Sequence[torch.Tensor]) -> None:

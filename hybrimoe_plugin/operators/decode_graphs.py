@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.experts.cuda_graphs import Capture
-from hybrimoe_plugin.operators.flash_decode import FlashDecode, Shape, choose
+from hybrimoe_plugin.operators.flash_choice import FlashKernel, FlashShape, choose
 
 log = logging.getLogger(__name__)
 
@@ -19,15 +19,17 @@ class DecodeGraphs:
     Attributes:
         refusal: why the layers run eagerly from now on; None while graphs are used.
         place: [1] int64, where this step's token lies in the cache.
+        layers: how many share it.
     """
 
     def __init__(self, capture: Capture, device: torch.device) -> None:
         self.capture = capture
         self.refusal: str | None = None
+        self.layers = 0
         self._device = device
         with torch.inference_mode(False):
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self._kernels: dict[Shape, FlashDecode | None] = {}
+        self._kernels: dict[FlashShape, FlashKernel | None] = {}
         self._held = -1
         self._given: tuple[torch.Tensor, ...] = ()
         self._angles: tuple[torch.Tensor, ...] = ()
@@ -69,16 +71,16 @@ class DecodeGraphs:
             part.fill_(0.5)
         self._held, self._given = -1, ()
 
-    def kernel(self, shape: Shape) -> FlashDecode | None:
+    def kernel(self, shape: FlashShape) -> FlashKernel | None:
         """Attention that is faster than torch's for this shape; looked for once."""
         if shape not in self._kernels:
             # Smaller caches are full by now, in every layer.
             self._kernels = {known: kernel for known, kernel in self._kernels.items() if known.room >= shape.room}
-            self._kernels[shape] = choose(shape, self._device, self.capture)
+            self._kernels[shape] = choose(shape, self._device, self.capture, max(1, self.layers))
             self._held = -1  # so that the next `show` plans for it too
         return self._kernels[shape]
 
-    def serves(self, kernel: FlashDecode | None) -> bool:
+    def serves(self, kernel: FlashKernel | None) -> bool:
         """Whether steps are still planned for a kernel that a layer was captured with."""
         return kernel is None or any(kernel is known for known in self._kernels.values())
 

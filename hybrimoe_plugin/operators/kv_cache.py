@@ -93,14 +93,15 @@ class FixedCache:
     Attributes:
         buffers: keys and values [1, heads, S, D].
         place: [1] int64 on their device; where the one token of a call is written.
-        kernel: attention of one token over the buffers, (queries, keys, values) -> output; None for torch's.
+        kernel: attention of one token over the buffers, (queries, *buffers that are not empty) -> output; None for
+            torch's.
     """
 
     def __init__(
         self,
         buffers: tuple[torch.Tensor, torch.Tensor],
         place: torch.Tensor,
-        kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        kernel: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.buffers = buffers
         self.place = place

@@ -8,9 +8,11 @@ import torch
 
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.ggml import Stored, check_stored
-from hybrimoe_plugin.operators.attention import attend, rotate, rotate_pairs
+from hybrimoe_plugin.operators.attend import attend, attend_latents
+from hybrimoe_plugin.operators.attention import rotate, rotate_pairs
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.kv_cache import growing
+from hybrimoe_plugin.operators.flash_latent import LatentShape
+from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, RowGraphs, as_stored
 
 
@@ -61,6 +63,10 @@ class LeanMLA(DenseOperator):
             RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(value), x)]),
         )
 
+    def decode_shape(self, rows: torch.Tensor) -> LatentShape:
+        """What decoding over a cache of fixed place looks like whose rows [1, 1, S, latent + rope] are given."""
+        return LatentShape(self.heads, self.latent, self.rope, rows.shape[2], rows.dtype, self.scaling)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -92,7 +98,11 @@ class LeanMLA(DenseOperator):
             out = self._expanded(plain, rotary, rows, attention_mask)
         else:
             query = torch.cat((self._into_latent(plain), rotary), dim=-1)
-            out = self._out_of_latent(attend_latents(query, rows, attention_mask, self.scaling)[..., : self.latent])
+            if isinstance(cache, FixedCache) and cache.kernel is not None:
+                latents = cache.kernel(query, rows)
+            else:
+                latents = attend_latents(query, rows, attention_mask, self.scaling)[..., : self.latent]
+            out = self._out_of_latent(latents)
         return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
 
     def _into_latent(self, plain: torch.Tensor) -> torch.Tensor:
@@ -127,20 +137,6 @@ class LeanMLA(DenseOperator):
         keys, values = expanded.split((self.nope, self.values), dim=-1)
         keys = torch.cat((keys, key_rotary.expand(-1, self.heads, -1, -1)), dim=-1)
         return attend(torch.cat((plain, rotary), dim=-1), keys, values, mask, self.scaling, grouped=False)
-
-
-def attend_latents(query: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """[B, heads, T, D] from queries [B, heads, T, D] over rows [B, 1, C, D] that are keys and values at once."""
-    if query.shape[2] > 1:
-        return attend(query, rows, rows, mask, scaling, grouped=True)
-    # One token: all heads share the rows, so this is one matrix product; torch's fused attention takes head by head.
-    states = rows[:, 0]
-    scores = torch.matmul(query[:, :, 0] * scaling, states.transpose(1, 2))
-    if mask is not None:
-        mask = mask[:, 0]
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1, dtype=torch.float32)
-    return torch.matmul(weights.to(states.dtype), states)[:, :, None]
 
 
 def _angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:

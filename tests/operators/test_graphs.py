@@ -15,7 +15,7 @@ from replayed import Replayed
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.operators import graphs
-from hybrimoe_plugin.operators.graphs import PROOFS, GraphedLayer
+from hybrimoe_plugin.operators.graphs import PROOFS, UNDECIDED, GraphedLayer
 from hybrimoe_plugin.operators.kv_cache import FixedCache
 
 STEPS = 44
@@ -252,6 +252,36 @@ def test_a_wrong_replay_is_found_and_not_used(
     assert len(notices) == 1 and reason in notices[0], "said once"
     assert capture.captured == captured
     assert capture.replayed <= 3 * PROOFS, "nothing is replayed after that"
+
+
+@pytest.mark.parametrize("times", [3, 1000])
+def test_a_near_tie_proves_nothing(times: int, load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """Another choice of experts may be rounding for some steps, but not for ever."""
+    left = [times]
+
+    def choose_another(number: int, done: Any, replay: Callable[[], None]) -> Callable[[], None]:
+        if number != 1:
+            return replay
+        landed = next(args[0] for func, args, *_ in done if "copy_" in str(func) and args[0].dtype == torch.int64)
+
+        def spoiled() -> None:
+            replay()
+            left[0] -= 1
+            if left[0] >= 0:
+                landed.copy_((landed + 1) % 8)
+
+        return spoiled
+
+    capture = Replayed(choose_another)
+    model = load("mixtral", capture)
+    prompt = tiny.tokens(2)
+    assert greedy(model, prompt, 15) == greedy(tiny.model("mixtral"), prompt, 15)
+    if times < UNDECIDED:
+        assert all(layer.captured for layer in layers_of(model)) and not caplog.records
+        assert left[0] == times - 14, "once for each token after the first"
+    else:
+        assert "chooses other experts than its eager twin" in caplog.text
+        assert left[0] == times - UNDECIDED - 1
 
 
 def test_the_stand_in_freezes_what_a_graph_freezes() -> None:

@@ -1,0 +1,41 @@
+"""Attention itself, in torch: what operators use and what other kernels are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    grouped: bool,
+) -> torch.Tensor:
+    """[B, heads, T, D] from queries [B, heads, T, D] and the keys and values so far; causal where no mask is given."""
+    if grouped and mask is not None and query.shape[2] == 1 and mask.shape[1] == 1:
+        # Kernels that take a mask know no groups: torch would copy keys and values for every query head. The heads of
+        # a group are rows of one product instead.
+        rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(len(query), query.shape[1], 1, -1)
+    causal = mask is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+
+
+def attend_latents(query: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """[B, heads, T, D] from queries [B, heads, T, D] over rows [B, 1, C, D] that are keys and values at once."""
+    if query.shape[2] > 1:
+        return attend(query, rows, rows, mask, scaling, grouped=True)
+    # One token: all heads share the rows, so this is one matrix product; torch's fused attention takes head by head.
+    states = rows[:, 0]
+    scores = torch.matmul(query[:, :, 0] * scaling, states.transpose(1, 2))
+    if mask is not None:
+        mask = mask[:, 0]
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.float32)
+    return torch.matmul(weights.to(states.dtype), states)[:, :, None]
