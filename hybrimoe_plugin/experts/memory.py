@@ -49,21 +49,25 @@ def staging_slots(slots: int) -> int:
     return max(STAGING_SLOTS, min(MOST_STAGING_SLOTS, slots // 16))
 
 
-def kv_cache_bytes(config: Any, context: int) -> int:
+def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
     """Memory that attention keeps for `context` tokens of one sequence, all layers, 16-bit values.
 
     Args:
         config: a transformers model config; what it does not say counts as nothing.
+        latent: latent attention keeps latents, and prompts expand those of one layer at a time.
     """
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
         return 0
-    if getattr(config, "kv_lora_rank", None):  # DeepSeek's, cached after expansion
-        values = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    layers = int(config.num_hidden_layers)
+    if getattr(config, "kv_lora_rank", None):  # DeepSeek's
+        expanded = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+        rows = config.kv_lora_rank + config.qk_rope_head_dim
+        values = layers * rows + expanded if latent else layers * expanded
     else:
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        values = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
-    return 2 * values * int(config.num_hidden_layers) * context
+        values = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width * layers
+    return 2 * values * context
 
 
 def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None) -> list[int]:

@@ -25,6 +25,7 @@ from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refus
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.operators.dense import shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
@@ -128,7 +129,8 @@ def bind(
     for (prefill, generate, settings), members in groups.items():
         found = [(routers or _gate_beside)(model, operator) for operator in members]
         share = len(members) / len(operators)
-        kept_bytes = int(share * kv_cache_bytes(getattr(model, "config", None), settings.context))
+        latent = any(isinstance(module, LeanMLA) for module in model.modules())
+        kept_bytes = int(share * kv_cache_bytes(getattr(model, "config", None), settings.context, latent))
         engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes, kept_bytes, engines)
         engines.append(engine)
         profiles.append(profile)

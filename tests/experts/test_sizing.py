@@ -25,6 +25,7 @@ from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.operators import bind as bind_module
 from hybrimoe_plugin.operators.bind import bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.mla import LeanMLA
 
 
 def test_attention_cache_of_known_models() -> None:
@@ -36,7 +37,9 @@ def test_attention_cache_of_known_models() -> None:
         num_attention_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         num_hidden_layers=27,
     )  # fmt: skip
-    assert kv_cache_bytes(deepseek, 1000) == 2 * 16 * (128 + 64 + 128) * 27 * 1000
+    expanded = 2 * 16 * (128 + 64 + 128) * 1000
+    assert kv_cache_bytes(deepseek, 1000) == 27 * expanded
+    assert kv_cache_bytes(deepseek, 1000, latent=True) == 27 * 2 * (512 + 64) * 1000 + expanded
     assert kv_cache_bytes(None, 4096) == 0
 
 
@@ -161,6 +164,15 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BackendError, match="seen"):
         bind(whole, routers=lambda *_: SimpleNamespace(), progress=False)
     assert asked == [10_000_000 - 2 * 2 * HIDDEN * 4 * 1000]
+    # What keeps latents needs room for latents.
+    sizes = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    whole.config = SimpleNamespace(num_attention_heads=8, kv_lora_rank=64, num_hidden_layers=4, **sizes)
+    for kept in (8 * 64 * 4, 80 * 4 + 8 * 64):
+        with pytest.raises(BackendError, match="seen"):
+            bind(whole, routers=lambda *_: SimpleNamespace(), progress=False)
+        assert asked[-1] == 10_000_000 - 2 * kept * 1000
+        whole.attention = LeanMLA.__new__(LeanMLA)
+        torch.nn.Module.__init__(whole.attention)
 
 
 def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
