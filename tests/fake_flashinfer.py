@@ -149,10 +149,45 @@ class LatentWrapper:
         return out[None].to(query.dtype)
 
 
+def _sampling() -> Any:
+    """`sampling`, likewise: probabilities in, probabilities out; `wrong` keeps one token too few."""
+    module = SimpleNamespace(wrong=False, calls=[])
+
+    def keep(probs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        if module.wrong:
+            kept = kept & (probs < probs.amax(-1, keepdim=True))
+        probs = probs.masked_fill(~kept, 0.0)
+        return probs / probs.sum(-1, keepdim=True)
+
+    def check(probs: torch.Tensor) -> None:
+        assert probs.dtype == torch.float32 and probs.dim() == 2 and probs.is_contiguous()
+        torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
+
+    def top_k_renorm_probs(probs: torch.Tensor, top_k: int) -> torch.Tensor:
+        check(probs)
+        assert 0 < top_k <= probs.shape[1]
+        module.calls.append("top_k")
+        return keep(probs, probs >= probs.topk(top_k).values[:, -1:])
+
+    def top_p_renorm_probs(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+        """The smallest set of likeliest tokens with that much probability."""
+        check(probs)
+        assert 0 < top_p < 1
+        module.calls.append("top_p")
+        ordered = probs.sort(descending=True).values
+        last = (ordered.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp_max(probs.shape[1] - 1)
+        return keep(probs, probs >= ordered.gather(-1, last))
+
+    module.top_k_renorm_probs, module.top_p_renorm_probs = top_k_renorm_probs, top_p_renorm_probs
+    return module
+
+
 def make() -> Any:
     """A new module; `decode` and `latent` are its wrapper classes, which know what was made and an error to add."""
     state = {"made": [], "wrong": 0.0}
     decode = type("Decode", (DecodeWrapper,), dict(state))
     latent = type("Latent", (LatentWrapper,), {**state, "made": [], "once": False})
     mla = SimpleNamespace(BatchMLAPagedAttentionWrapper=latent, MLAPlanMetadata=Metadata)
-    return SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=decode, mla=mla, decode=decode, latent=latent)
+    return SimpleNamespace(
+        BatchDecodeWithPagedKVCacheWrapper=decode, mla=mla, sampling=_sampling(), decode=decode, latent=latent
+    )

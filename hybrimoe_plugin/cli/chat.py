@@ -13,6 +13,7 @@ from hybrimoe_plugin.cli.answer import Stop, TimedStreamer, Timing
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file
 from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.hosts.transformers.sampling import FlashSampling
 
 HELP = '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
 THINK = "<think>\n"
@@ -27,12 +28,14 @@ class ChatOptions:
         sampling: overrides of the model's generation config, such as `do_sample` and `temperature`.
         force_think: begin every answer with `<think>`.
         chunk_prefill_size: prompts longer than this are computed in pieces.
+        sampler: `auto` lets flashinfer filter tokens where it is faster, `transformers` leaves that to transformers.
     """
 
     max_new_tokens: int = 300
     sampling: Mapping[str, Any] | None = None
     force_think: bool = False
     chunk_prefill_size: int | None = None
+    sampler: str = "auto"
 
 
 class Chat:
@@ -61,6 +64,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._report = report
         self._decoder = decoder
+        self._sampling = FlashSampling(model)
         self._stop = Stop()
         self._streamer = TimedStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
 
@@ -164,12 +168,18 @@ class Chat:
             self.model.generate(
                 prompt.to(device),
                 attention_mask=torch.ones_like(prompt).to(device),
-                generation_config=config,
                 stopping_criteria=_criteria(self._stop),
+                **self._filtering(config),
                 **self._decoding(prompt),
             )
         text = self.tokenizer.decode(self._streamer.timing.ids, skip_special_tokens=True)
         return str(text)
+
+    def _filtering(self, config: Any) -> dict[str, Any]:
+        """How `generate` shall draw; custom decoding methods draw by themselves."""
+        if self._decoder is not None or self.options.sampler != "auto":
+            return {"generation_config": config}
+        return self._sampling.arguments(config)
 
     def _decoding(self, prompt: torch.Tensor) -> dict[str, Any]:
         """How `generate` shall stream; it shows custom decoding methods neither the streamer nor it the prompt."""

@@ -15,6 +15,7 @@ from hybrimoe_plugin.cli.flash_chat import FlashChat, add_flash, load_flash, wan
 from hybrimoe_plugin.cli.records import Records
 from hybrimoe_plugin.errors import ConfigError
 
+SAMPLERS = ("auto", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,6 +62,10 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "temperature", type=number(0, 100), help="flatter above 1, sharper below; 0 is greedy")
     add_flag(group, "top_p", type=number(0, 1), help="draw from the likeliest tokens with this share of probability")
     add_flag(group, "top_k", type=whole(1), metavar="N", help="draw from this many likeliest tokens")
+    add_flag(group, "min_p", type=number(0, 1), help="draw from tokens at least this share as likely as the likeliest")
+    add_flag(
+        group, "sampler", choices=SAMPLERS, default="auto", help="on a GPU, filter by flashinfer where it is faster"
+    )
     add_flag(group, "seed", type=whole(0), metavar="N", help="of the random draw")
     add_switch(group, "force_think", "begin every answer with <think>")
     add_flag(
@@ -71,7 +76,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
 
 def _add_foreign(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "cpu_infer", type=whole(1), metavar="N", help="threads for CPU experts; the same as --cpu_threads")
-    add_switch(group, "use_cuda_graph", "accepted and ignored: the plan changes at every step", None)
+    add_switch(group, "use_cuda_graph", "accepted and ignored: see --cuda_graphs", None)
     add_flag(group, "mode", metavar="MODE", help="accepted and ignored: long contexts need no mode of their own")
 
 
@@ -95,14 +100,14 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     if args.greedy or args.do_sample is False or args.temperature == 0:
         # Cleared, or transformers warns that they have no effect.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     sampling = {name: value for name, value in given.items() if value is not None}
     return {**sampling, "do_sample": True} if sampling or args.do_sample else {}
 
 
 def _explain_ignored(args: argparse.Namespace) -> None:
     if args.use_cuda_graph:
-        notice("--use_cuda_graph has no effect: the plan changes at every step")
+        notice("--use_cuda_graph has no effect: on a GPU graphs are used wherever they can be, see --cuda_graphs")
     if args.mode not in (None, "normal"):
         notice(f"--mode {args.mode} has no effect")
 
@@ -163,7 +168,7 @@ def _talk(
     if args.seed is not None:
         torch.manual_seed(args.seed)
     records.attach(model)
-    options = ChatOptions(args.max_new_tokens, sampling, args.force_think, args.chunk_prefill_size)
+    options = ChatOptions(args.max_new_tokens, sampling, args.force_think, args.chunk_prefill_size, args.sampler)
     return _converse(args, Chat(model, tokenizer, options, EngineReport(model)), prompt)
 
 
