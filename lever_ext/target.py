@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,13 +22,19 @@ from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
+from lever_ext.flash.accelerator import Accelerator, make_accelerator
 from lever_ext.flash.budget import Residency, plan_residency
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
 from lever_ext.flash.reader import Throttle
+from lever_ext.flash.split import Place, Split
+from lever_ext.flash.split_stream import SplitStream
 from lever_ext.flash.stream import LayerStream
+from lever_ext.operators.carry import Carrier
 from lever_ext.operators.decoder import FlashDecoderLayer
 from lever_ext.operators.experts import FlashExperts
+from lever_ext.operators.linear import with_row_linears
+from lever_ext.placing import Placement, move_head, place_layers, split_stream
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +57,23 @@ class FlashTarget:
     """The `transformers` model, ready for `generate`."""
     pack: FlashPack
     residency: Residency
-    stream: LayerStream
+    stream: LayerStream | SplitStream
     experts: FlashExpertCache | None
     """None for a dense target."""
     injection: Injection
     gate: ExitGate | None = None
+    accelerator: Accelerator | None = None
+    """Computes a part of the layers; None where all compute on the CPU."""
+    split: Split | None = None
+    """Which part, and what is expected of it."""
+    carrier: Carrier | None = None
 
     def set_gate(self, gate: ExitGate | None) -> None:
         """Switch early-exit pruning on, or off with None. Mutates."""
         self.gate = gate
         for done in self.injection.replaced:
             if isinstance(done.operator, FlashDecoderLayer):
-                done.operator.bind(self.stream, gate)
+                done.operator.bind(self.stream, gate, self.carrier)
 
     def load_gate(self, predictor: str | Path, settings: PruneSettings | None = None) -> None:
         """Switch early-exit pruning on with a predictor that `hybrimoe lever-train` made for this pack. Mutates.
@@ -86,6 +98,8 @@ class FlashTarget:
     def close(self) -> None:
         """Stop reading; the model cannot compute any more."""
         self.stream.reset(0)
+        if self.accelerator is not None:
+            self.accelerator.close()
         self.pack.close()
 
 
@@ -99,6 +113,9 @@ def load_target(
     throttle: Throttle | None = None,
     direct: bool = True,
     trust_rules: bool = False,
+    device: str = "cpu",
+    vram_budget: int | str | None = None,
+    places: Sequence[Place] | None = None,
 ) -> FlashTarget:
     """Build the model on the meta device, inject the flash operators, read what stays resident.
 
@@ -109,28 +126,46 @@ def load_target(
         cache: policy that keeps experts in DRAM.
         threads: direct reads in flight.
         throttle: slow reads down to a stated bandwidth.
+        device: cpu, or the accelerator that computes those parts which are measured to be quicker there: cuda, cuda:N,
+            or emulated (for tests).
+        vram_budget: of its memory for weights, bytes or text; by default what is free, less a tenth.
+        places: of all layers, instead of measuring.
 
     Raises:
         FlashError: the pack is damaged, foreign or unreadable.
         BudgetError: the budget is below what one pass needs.
         RulesError: the rules do not fit the model.
+        BackendError: the device cannot be used here.
     """
+    accelerator = make_accelerator(device, vram_budget)
     budget = None if dram_budget is None else parse_bytes(dram_budget, "dram_budget")
     opened = FlashPack.open(pack, threads=threads, throttle=throttle, direct=direct)
     try:
-        residency = plan_residency(opened, budget)
-        model = meta_model(dict(opened.config), _dtype(opened))
+        plan_residency(opened, budget)  # refused before anything is read
+        model = with_row_linears(meta_model(dict(opened.config), _dtype(opened)))
         plan = plan_injection(model, load_rules(rules or packaged_rules(model.config)), trust_rules=trust_rules)
         injection = inject(model, plan, opened, model.config)
-        target = _serve(model, opened, residency, injection, cache)
+        target = _serve(model, opened, injection, _Wanted(budget, cache, accelerator, places))
     except BaseException:
+        if accelerator is not None:
+            accelerator.close()
         opened.close()
         raise
     target.stream.start()
     return target
 
 
-def _serve(model: Any, pack: FlashPack, residency: Residency, injection: Injection, cache: str) -> FlashTarget:
+@dataclass(frozen=True)
+class _Wanted:
+    """How a target shall be served."""
+
+    budget: int | None
+    cache: str
+    accelerator: Accelerator | None
+    places: Sequence[Place] | None
+
+
+def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -> FlashTarget:
     """Read the resident parts and connect the operators."""
     for done in injection.replaced:
         done.operator.load()  # type: ignore[operator]
@@ -138,19 +173,36 @@ def _serve(model: Any, pack: FlashPack, residency: Residency, injection: Injecti
         assign_tensors(model, pack.load(block))
     model.tie_weights()
     rebuild_buffers(model)
-    stream = LayerStream(pack, residency.layers, residency.ring)
-    experts = _expert_cache(pack, residency, model.config, cache)
-    _bind_experts(model, injection, experts, residency, pack)
+    layers = [done.operator for done in injection.replaced if isinstance(done.operator, FlashDecoderLayer)]
+    placement = place_layers(model, pack, wanted.budget, layers, wanted.accelerator, wanted.places)
+    accelerator = wanted.accelerator if placement.split is not None else None
+    residency, elsewhere = placement.residency, placement.split.stays if placement.split is not None else 0
+    stream, carrier = split_stream(
+        LayerStream(pack, residency.layers, residency.ring, elsewhere), placement, accelerator
+    )
+    for operator in (one for one in layers if placement.keeps_router(one.index)):
+        # From the first pass on: the layer before asks its router what to read ahead.
+        operator.install(*stream.acquire(operator.index))
+    experts = _expert_cache(pack, residency, model.config, wanted.cache)
+    _bind_experts(injection, experts, model, placement, accelerator, pack)
     left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
     if left:
         raise FlashError(f"{pack.path}: nothing in the pack or the rules provides {left[0]}; check the rules")
-    target = FlashTarget(model.eval(), pack, residency, stream, experts, injection)
+    move_head(model, placement, accelerator)
+    target = FlashTarget(
+        model.eval(), pack, residency, stream, experts, injection, None, accelerator, placement.split, carrier
+    )
     target.set_gate(None)
     return target
 
 
 def _bind_experts(
-    model: Any, injection: Injection, experts: FlashExpertCache | None, residency: Residency, pack: FlashPack
+    injection: Injection,
+    experts: FlashExpertCache | None,
+    model: Any,
+    placement: Placement,
+    accelerator: Accelerator | None,
+    pack: FlashPack,
 ) -> None:
     """Give every experts operator the cache, its layer's router and the next one's where that is resident."""
     operators = [done.operator for done in injection.replaced if isinstance(done.operator, FlashExperts)]
@@ -158,11 +210,14 @@ def _bind_experts(
         raise FlashError(f"{pack.path}: the pack holds no routed experts; it was made from another model")
     gates = [getattr(model.get_submodule(operator.key.rpartition(".")[0]), "gate", None) for operator in operators]
     routers = [None if gate is None else GateRouter(gate) for gate in gates]
+    side = placement.experts_on(accelerator)
     for index, operator in enumerate(operators):
         following = index + 1 if index + 1 < len(operators) else -1
-        resident = following > 0 and operators[following].layer_index < residency.layers
+        resident = following > 0 and placement.keeps_router(operators[following].layer_index)
         assert experts is not None
-        operator.bind(experts, routers[index], routers[following] if resident else None)
+        operator.bind(experts, routers[index], routers[following] if resident else None, side)
+    if side is not None and accelerator is not None and accelerator.pins is not None and experts is not None:
+        accelerator.pins.add(experts.buffers)
 
 
 def _expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str) -> FlashExpertCache | None:

@@ -116,11 +116,10 @@ class RegisteredBytes:
         for start, end in wanted:
             # The outer pages may belong to a neighbour too, which another device has registered: then without them.
             for first, last in ((start, end), (start + _PAGE, end - _PAGE)):
-                if first < last and int(torch.cuda.cudart().cudaHostRegister(first, last - first, _FLAGS)) == 0:
+                if first < last and register_pages(first, last - first, _FLAGS, self._device):
                     self._starts.append(first)
                     self._ends.append(last)
                     break
-                _clear_error(self._device)
                 refused += 1
         if refused:
             size = sum(end - start for start, end in wanted) - sum(self._ends) + sum(self._starts)
@@ -143,6 +142,14 @@ class RegisteredBytes:
         self._starts.clear()
         self._ends.clear()
         self._staged.release()
+
+
+def register_pages(start: int, nbytes: int, flags: int, device: torch.device) -> bool:
+    """Register whole pages with the CUDA driver, which then copies from them without staging; False if it refuses."""
+    if int(torch.cuda.cudart().cudaHostRegister(start, nbytes, flags)) == 0:
+        return True
+    _clear_error(device)
+    return False
 
 
 def as_tensor(part: Bytes) -> torch.Tensor:

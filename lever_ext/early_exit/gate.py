@@ -60,6 +60,7 @@ class ExitGate:
     def _edges(self, asked: Verdict, hidden: torch.Tensor) -> list[float]:
         """Probability of each row's token among its parent's candidates, in the tree or not."""
         edges = [1.0] * len(asked.tree)
+        hidden = hidden.to(self.predictor.weight.device)
         for row, children in enumerate(asked.tree.children):
             if not children:
                 continue

@@ -23,7 +23,7 @@ class Residency:
     """How a DRAM budget is spent on weights."""
 
     layers: int
-    """The first layers, which stay."""
+    """The first layers, which stay; those on an accelerator, which cost no DRAM, are counted too."""
     ring: int
     """Buffers that the other layers pass through."""
     expert_slots: int
@@ -35,18 +35,19 @@ class Residency:
     """All of it, with the parts that are always resident."""
 
 
-def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING) -> Residency:
+def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING, elsewhere: int = 0) -> Residency:
     """Spend a budget: always-resident parts and buffers first, then first layers, then experts.
 
     Args:
         pack: the target.
         budget: bytes; None for no limit.
         ring: buffers for streamed layers, at least 2.
+        elsewhere: first layers that an accelerator keeps.
 
     Raises:
         BudgetError: below what one pass needs, with the number that would do.
     """
-    layers, experts = pack.blocks("layer"), pack.blocks("expert")
+    layers, experts = pack.blocks("layer")[elsewhere:], pack.blocks("expert")
     moe_layers = len({block.layer for block in experts})
     fixed = sum(align(block.nbytes) for block in pack.blocks("resident"))
     expert_bytes = block_memory(experts)
@@ -73,7 +74,7 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING) -> Res
         early = min(EARLY, left // expert_bytes)
         ahead, left = ahead + early, left - early * expert_bytes
     used = limit - left
-    return Residency(resident, ring, slots, staging, ahead, used)
+    return Residency(elsewhere + resident, ring, slots, staging, ahead, used)
 
 
 def _first_layers(sizes: list[int], left: int, ring: int) -> tuple[int, int]:

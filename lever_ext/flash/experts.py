@@ -77,6 +77,11 @@ class FlashExpertCache:
         self.chosen: dict[int, NDArray[np.int64]] = {}
         """MoE layer position -> ids [T, K] of its last call."""
 
+    @property
+    def buffers(self) -> list[Buffer]:
+        """All memory that holds experts."""
+        return list(self._buffers)
+
     def resident(self) -> list[tuple[int, int]]:
         """(MoE layer position, expert) of everything cached."""
         return [(layer, expert) for layer, cached in enumerate(self.pool.cached) for expert in cached]

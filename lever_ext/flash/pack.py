@@ -92,10 +92,18 @@ class FlashPack:
         Raises:
             FlashError: unreadable or damaged.
         """
+        return tensors_in(block, self.read(block))
+
+    def read(self, block: Block) -> Buffer:
+        """A buffer of its own with a block's bytes.
+
+        Raises:
+            FlashError: unreadable or damaged.
+        """
         buffer = Buffer(block.nbytes)
         self.submit(block, buffer).result()
         self.check(block, buffer)
-        return tensors_in(block, buffer)
+        return buffer
 
     def close(self) -> None:
         self.reader.close()
@@ -103,9 +111,14 @@ class FlashPack:
 
 def tensors_in(block: Block, buffer: Buffer) -> Tensors:
     """A block's tensors as views into a buffer. Valid until the buffer is read into again."""
+    return views(block, buffer.bytes)
+
+
+def views(block: Block, memory: torch.Tensor) -> Tensors:
+    """A block's tensors as views into its bytes (uint8, any device)."""
     found = {}
     for tensor in block.tensors:
-        part = buffer.bytes[tensor.offset : tensor.offset + tensor.nbytes]
+        part = memory[tensor.offset : tensor.offset + tensor.nbytes]
         found[tensor.name] = part.view(getattr(torch, tensor.dtype)).view(tensor.shape)
     return found
 

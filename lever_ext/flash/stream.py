@@ -11,6 +11,8 @@ from collections import deque
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import torch
+
 from hybrimoe_plugin.errors import FlashError
 from lever_ext.flash.format import Block
 from lever_ext.flash.pack import FlashPack, Tensors, block_memory, tensors_in
@@ -32,19 +34,24 @@ class LayerStream:
         pack: the target.
         resident: how many first layers stay in memory.
         ring: buffers for the others, at least 2 where there are any.
+        elsewhere: of the resident ones, how many first layers somebody else keeps.
 
     Raises:
         FlashError: a resident layer cannot be read.
     """
 
-    def __init__(self, pack: FlashPack, resident: int, ring: int) -> None:
+    def __init__(self, pack: FlashPack, resident: int, ring: int, elsewhere: int = 0) -> None:
         self.pack = pack
         self.layers = pack.blocks("layer")
         self.first = resident
         streamed = self.layers[resident:]
         if streamed and ring < 2:
             raise ValueError(f"{len(streamed)} streamed layers need 2 buffers, not {ring}")
-        self.resident = [pack.load(block) for block in self.layers[:resident]]
+        self._kept = {layer: pack.read(self.layers[layer]) for layer in range(elsewhere, resident)}
+        self.resident: list[Tensors] = [
+            tensors_in(self.layers[layer], self._kept[layer]) if layer in self._kept else {}
+            for layer in range(resident)
+        ]
         self.wait_us = 0.0
         """Time that `acquire` stood still for reads, since the start."""
         count = min(ring, len(streamed))
@@ -56,8 +63,24 @@ class LayerStream:
         self._next = resident
 
     @property
-    def buffer_bytes(self) -> int:
-        return sum(len(buffer.memory) for buffer in self._buffers)
+    def buffers(self) -> list[Buffer]:
+        """All memory that holds layers."""
+        return [*self._kept.values(), *self._buffers]
+
+    @property
+    def upcoming(self) -> int:
+        """The streamed layer that `acquire` gives next."""
+        return self._ahead[0].layer if self._ahead else self._next
+
+    @property
+    def arrived(self) -> bool:
+        """Whether `acquire` would give the upcoming layer at once."""
+        return bool(self._ahead) and self._ahead[0].arrival.done()
+
+    @property
+    def starved(self) -> bool:
+        """Whether all buffers are lent, so that nothing is read."""
+        return not self._ahead and not self._free
 
     def start(self) -> None:
         """Read ahead as far as buffers are free. Mutates."""
@@ -100,6 +123,22 @@ class LayerStream:
             self._free.append(self._held.slot)
             self._held = None
             self.start()
+
+    def lend(self) -> int:
+        """Take the acquired layer's buffer out of the ring until `give_back`; others can be acquired then. Mutates."""
+        assert self._held is not None
+        lent, self._held = self._held.slot, None
+        return lent
+
+    def give_back(self, slot: int) -> None:
+        """Read into a lent buffer again. Mutates."""
+        self._free.append(slot)
+        self.start()
+
+    def memory(self, layer: int, slot: int) -> torch.Tensor:
+        """The bytes of a layer's block, in a ring buffer or resident."""
+        buffer = self._kept[layer] if layer < self.first else self._buffers[slot]
+        return buffer.bytes[: self.layers[layer].nbytes]
 
     def reset(self, layer: int) -> None:
         """Forget what was read ahead and go on with `layer`. Mutates."""

@@ -11,7 +11,9 @@ from torch import nn
 from hybrimoe_plugin.errors import BackendError, ConfigError, FlashError
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.flash.split_stream import SplitStream
 from lever_ext.flash.stream import LayerStream
+from lever_ext.operators.carry import Carrier
 
 DEVICES = ("cpu", "auto")
 
@@ -52,9 +54,10 @@ class FlashDecoderLayer(nn.Module):
         self.config = config
         self.layer = orig_module
         self.index = int(key.rpartition(".")[2])
-        self._stream: LayerStream | None = None
+        self._stream: LayerStream | SplitStream | None = None
+        self._carrier: Carrier | None = None
         self._gate: ExitGate | None = None
-        self._sites: dict[str, tuple[nn.Module, str]] = {}
+        self.sites: dict[str, tuple[nn.Module, str]] = {}
         self._parameters_of: dict[int, dict[str, nn.Parameter]] = {}
 
     @staticmethod
@@ -78,11 +81,15 @@ class FlashDecoderLayer(nn.Module):
             raise FlashError(f"{self.pack.path}: {wrong[0]} does not fit the model; the pack was made from another one")
         for name in found:
             path, _, leaf = name[len(self.key) + 1 :].rpartition(".")
-            self._sites[name] = (self.layer.get_submodule(path), leaf)
+            self.sites[name] = (self.layer.get_submodule(path), leaf)
 
-    def bind(self, stream: LayerStream, gate: ExitGate | None) -> None:
-        """Connect to the target's stream and, where pruning is on, its early exit."""
-        self._stream, self._gate = stream, gate
+    def bind(self, stream: LayerStream | SplitStream, gate: ExitGate | None, carrier: Carrier | None = None) -> None:
+        """Connect to the target's stream and, where pruning is on, its early exit.
+
+        Args:
+            carrier: brings inputs to the layer's side where an accelerator computes some layers.
+        """
+        self._stream, self._gate, self._carrier = stream, gate, carrier
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer itself returns.
@@ -95,20 +102,27 @@ class FlashDecoderLayer(nn.Module):
             raise BackendError(f"{self.key}: not bound to a flash stream; use lever_ext.target.load_target")
         slot, tensors = self._stream.acquire(self.index)
         try:
-            self._install(slot, tensors)
+            self.install(slot, tensors)
             if self._gate is not None:
                 hidden_states, kwargs = self._gate.enter(self.index, hidden_states, kwargs)
+            if self._carrier is not None:
+                return self._carrier.run(self.index, self.layer, (hidden_states, *args), kwargs)
             return self.layer(hidden_states, *args, **kwargs)
         finally:
             self._stream.release(self.index)
 
-    def _install(self, slot: int, tensors: Tensors) -> None:
+    def install(self, slot: int, tensors: Tensors) -> None:
+        """Let the layer compute with what the stream gave. Mutates."""
         if slot not in self._parameters_of:
             self._parameters_of[slot] = {
                 name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
             }
-        for name, parameter in self._parameters_of[slot].items():
-            module, leaf = self._sites[name]
+        self.set_parameters(self._parameters_of[slot])
+
+    def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let the layer compute with these weights, by qualified name. Mutates."""
+        for name, parameter in parameters.items():
+            module, leaf = self.sites[name]
             module._parameters[leaf] = parameter
 
     def __getattr__(self, name: str) -> Any:

@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hybrimoe_plugin.errors import BackendError, FlashError
 from hybrimoe_plugin.operators.routers import GateRouter
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.operators.carry import CPU
 from lever_ext.operators.decoder import check_flash_kwargs
+from lever_ext.operators.linear import linear
 
 
 class FlashExperts(nn.Module):
@@ -61,6 +62,7 @@ class FlashExperts(nn.Module):
         self._router: GateRouter | None = None
         self._next_router: GateRouter | None = None
         self._position = -1
+        self._side, self._copied = CPU, False
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -77,15 +79,23 @@ class FlashExperts(nn.Module):
         if not blocks or any({t.name: t.shape for t in block.tensors} != self.shapes for block in blocks):
             raise FlashError(f"{self.pack.path}: {self.key} does not fit the model; the pack was made from another one")
 
-    def bind(self, cache: FlashExpertCache, router: GateRouter | None, next_router: GateRouter | None) -> None:
+    def bind(
+        self,
+        cache: FlashExpertCache,
+        router: GateRouter | None,
+        next_router: GateRouter | None,
+        accelerator: torch.device | None = None,
+    ) -> None:
         """Connect to the target's expert cache.
 
         Args:
             cache: shared by all layers.
             router: of this layer; its scores rank experts.
             next_router: of the next MoE layer where its weights are resident; it says what to read ahead.
+            accelerator: computes experts, sent there one by one; None for the CPU, whatever computes the layer.
         """
         self._cache, self._router, self._next_router = cache, router, next_router
+        self._side, self._copied = accelerator or CPU, accelerator is not None
         self._position = cache.layers.index(self.layer_index)
 
     def forward(
@@ -99,16 +109,31 @@ class FlashExperts(nn.Module):
         """
         if self._cache is None:
             raise BackendError(f"{self.key}: not bound to an expert cache; use lever_ext.target.load_target")
-        result = torch.zeros_like(hidden_states)
+        home = hidden_states.device
+        hidden, ids, weights = (value.to(self._side) for value in (hidden_states, top_k_index, top_k_weights))
+        result = torch.zeros_like(hidden)
 
         def compute(expert: int, tensors: Tensors) -> None:
-            rows, places = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[rows], tensors[f"{self.key}.gate_up_proj"]).chunk(2, dim=-1)
-            value = F.linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
-            result.index_add_(0, rows, (value * top_k_weights[rows, places, None]).to(result.dtype))
+            rows, places = torch.where(ids == expert)
+            value = self.compute(hidden[rows], self._brought(tensors))
+            result.index_add_(0, rows, (value * weights[rows, places, None]).to(result.dtype))
 
         scores = None if self._router is None else self._router.scores()
         following = self._next_router
-        predict = None if following is None else lambda: following.predict(hidden_states)
-        self._cache.run(self._position, top_k_index, top_k_weights, scores, compute, predict)
-        return result
+        predict = None if following is None else lambda: following.predict(on_side_of(following.gate, hidden_states))
+        self._cache.run(self._position, ids, weights, scores, compute, predict)
+        return result.to(home)
+
+    def compute(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        """One expert's result [T, H] for hidden states [T, H], not yet weighted."""
+        gate, up = linear(hidden, tensors[f"{self.key}.gate_up_proj"]).chunk(2, dim=-1)
+        return linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
+
+    def _brought(self, tensors: Tensors) -> Tensors:
+        """An expert's weights where it is computed, all there when this returns: their slot may be read into then."""
+        return {name: tensor.to(self._side, copy=True) for name, tensor in tensors.items()} if self._copied else tensors
+
+
+def on_side_of(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states where a module's weights are."""
+    return hidden.to(next(module.parameters()).device)

@@ -1,0 +1,66 @@
+"""The accelerator that may compute a part of a target on flash: CUDA, or emulated on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hybrimoe_plugin.config import parse_bytes
+from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.experts.memory import RESERVE
+from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
+from hybrimoe_plugin.experts.streams import CudaStreams, HostStreams, Streams
+from lever_ext.flash.pinned import PinnedBuffers
+
+
+@dataclass
+class Accelerator:
+    """A device, its queues, and what of its memory the target's weights may take."""
+
+    device: torch.device
+    streams: Streams
+    free_bytes: int
+    pins: PinnedBuffers | None = None
+    """Registers host buffers; None where copies need no pinned memory."""
+
+    @property
+    def label(self) -> str:
+        return "emulated" if self.device.type == "cpu" else str(self.device)
+
+    def close(self) -> None:
+        """Wait for copies, then give back pinned pages."""
+        self.streams.synchronize()
+        if self.pins is not None:
+            self.pins.release()
+
+
+def make_accelerator(name: str, budget: int | str | None = None) -> Accelerator | None:
+    """The accelerator of that name; None for `cpu`.
+
+    Args:
+        name: cpu, cuda, cuda:N, or emulated: the CPU behind the accelerator's interface, for tests.
+        budget: bytes or text such as 6GiB of its memory that weights may take; by default what is free, less a tenth.
+
+    Raises:
+        ConfigError: another name, or an unreadable budget.
+        BackendError: CUDA cannot be used here.
+    """
+    limit = None if budget is None else parse_bytes(budget, "vram_budget")
+    if name == "cpu":
+        return None
+    if name == "emulated":
+        if limit is None:
+            raise ConfigError("device emulated: has no memory of its own, so vram_budget must say how much it may take")
+        return Accelerator(torch.device("cpu"), HostStreams(), limit)
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()) or name.endswith(":"):
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or emulated, found {name!r}")
+    refusal = cuda_refusal()
+    if refusal is not None:
+        raise BackendError(f"device {name}: {refusal}; use --device cpu")
+    device = torch.device(kind, int(number or 0))
+    if device.index >= torch.cuda.device_count():
+        raise BackendError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    free = int(torch.cuda.mem_get_info(device)[0] * (1 - RESERVE))
+    return Accelerator(device, CudaStreams(device), free if limit is None else min(free, limit), PinnedBuffers(device))

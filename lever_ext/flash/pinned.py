@@ -1,0 +1,51 @@
+"""Buffers of the flash store that copies to a CUDA device read at the link's speed: their pages are registered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from hybrimoe_plugin.experts.host_bytes import register_pages
+from lever_ext.flash.reader import Buffer
+
+logger = logging.getLogger(__name__)
+
+PORTABLE = 1
+"""cudaHostRegisterPortable: every device may copy from the pages."""
+
+
+class PinnedBuffers:
+    """Registers the very memory that direct reads fill, so that nothing is copied on the host.
+
+    Args:
+        device: the CUDA device that copies from the buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[int, Buffer] = {}
+
+    def add(self, buffers: Iterable[Buffer]) -> None:
+        """Register buffers, with a notice where the driver refuses: copies from those stop the host. Mutates."""
+        refused = 0
+        for buffer in buffers:
+            start, nbytes = buffer.bytes.data_ptr(), buffer.bytes.numel()
+            if start in self._kept:
+                continue
+            if register_pages(start, nbytes, PORTABLE, self._device):
+                self._kept[start] = buffer  # its memory must outlive the registration
+            else:
+                refused += nbytes
+        if refused:
+            logger.warning(
+                "%.1f MiB of flash buffers cannot be registered with %s: copies from them stop the host",
+                refused / 2**20, self._device,
+            )  # fmt: skip
+
+    def release(self) -> None:
+        """Take the pages back from the driver, once nothing is copied any more. Mutates."""
+        for start in self._kept:
+            torch.cuda.cudart().cudaHostUnregister(start)
+        self._kept.clear()
