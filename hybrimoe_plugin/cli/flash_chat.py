@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lever_ext.target import FlashTarget
 
 TREES = ("lever", "greedy", "opt_tree", "specinfer", "fixed", "chain", "none")
-WANTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit")
+WANTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit", "device")
 """A chat is with a target on flash where one of these flags is given."""
 
 
@@ -30,6 +30,10 @@ def add_flash(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "draft_bits", type=int, choices=(2, 3, 4), default=3, help="of the low-bit draft (default 3)")
     add_flag(
         group, "dram_budget", metavar="BYTES", help="memory for the target's weights, e.g. 1GiB; default: no limit"
+    )
+    add_flag(group, "device", metavar="DEVICE", help="cuda or cuda:N computes what is quicker there (default cpu)")
+    add_flag(
+        group, "vram_budget", metavar="BYTES", help="of its memory for the target's weights; default: what is free"
     )
     add_flag(group, "tree", choices=TREES, help="what is verified in one pass (default lever)")
     add_flag(group, "tree_size", type=whole(1), metavar="N", help="chain length or node budget of trees that have one")
@@ -82,8 +86,11 @@ def load_flash(args: argparse.Namespace) -> FlashChat:
     throttle = None if args.throttle is None else Throttle.parse(args.throttle)
     pack = args.flash_pack or _demo_pack(args.demo)
     target = load_target(pack, dram_budget=args.dram_budget, rules=args.optimize_config_path, throttle=throttle,
-                         trust_rules=args.trust_rules)  # fmt: skip
+                         trust_rules=args.trust_rules, device=args.device or "cpu",
+                         vram_budget=args.vram_budget)  # fmt: skip
     try:
+        if target.split is not None and target.accelerator is not None:
+            notice(target.split.line(target.accelerator.label))
         tokenizer = pack_tokenizer(pack)
         target.stop_as(tokenizer)
         name = args.draft or ("none" if policy.name == "none" else "low-bit")

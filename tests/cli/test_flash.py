@@ -78,6 +78,19 @@ def test_chat_prints_the_answer_and_what_speculation_did(pack: Path, capsys: pyt
     assert "throttled to nvme" in said[3] and "measured" in said[1]
 
 
+def test_an_accelerator_changes_where_but_not_what(
+    pack: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert chat(pack, "--tree", "none") == 0
+    want = answer(capsys.readouterr().out)
+    assert chat(pack, "--device", "emulated", "--vram_budget", "64MiB", "--dram_budget", "400KiB") == 0
+    made = capsys.readouterr()
+    assert answer(made.out) == want
+    assert ("live there" in made.err) != ("emulated is not used" in caplog.text)
+    assert chat(pack, "--device", "warp") == 2 and chat(pack, "--device", "emulated") == 2
+    assert "cpu, cuda, cuda:N or emulated" in capsys.readouterr().err
+
+
 def test_sampling_with_a_seed_is_repeatable(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for draft in ("low-bit", "ngram"):
