@@ -1,7 +1,8 @@
 """On one NVIDIA GPU: roofline, then four systems at three cache sizes, prefill and decode of shape-accurate models.
 
-`python -m eval.throughput --device cuda` comes here. The models are MoE layers only (`eval.cuda_model` has the rest of
-a model too), driven by given routing, recorded or generated as the column says; the CPU is limited to ten threads.
+`python -m eval.throughput --device cuda` comes here. The models are MoE layers only, driven by given routing, recorded
+or generated as the column says; the CPU is limited to ten threads. `whole_model` in the last line is what
+`eval.cuda_model` says of whole models, with attention, norms and head, at half the experts.
 Without a CUDA device it is a dry run: the same code on the emulated accelerator with small matrices, times from the
 simulated clock and the published profile of the paper's machine, and `emulated` true.
 """
@@ -10,34 +11,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from eval import cuda_bandwidth, report, traces
+from eval import cuda_bandwidth, report
 from eval.cuda_bandwidth import Bandwidths
-from eval.shapes import MODELS, Model, fits, layers_of, routing
-from eval.systems import KTRANSFORMERS, OURS, PUBLISHED, System, quotas
-from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.engine import Engine, SimulatedClock, WallClock
-from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.calibrate import calibrate
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.memory import free_host_bytes, staging_slots
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
-from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.controller import Controller
-from hybrimoe_plugin.policy.costs import CostModel
+from eval.cuda_bench import Bench, limit_cpu
+from eval.shapes import MODELS, Model
+from eval.systems import KTRANSFORMERS, OURS, PUBLISHED, System
+from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.policy.counters import Counters
-from hybrimoe_plugin.policy.prefetch import make_prefetcher
-from hybrimoe_plugin.policy.schedule import make_scheduler
-from hybrimoe_plugin.policy.slots import SlotPool
-from hybrimoe_plugin.replay.trace import Call
 
 log = logging.getLogger(__name__)
 
@@ -47,114 +35,12 @@ LOAD_EVERY_MISS = System(
 SYSTEMS = (KTRANSFORMERS, LOAD_EVERY_MISS, PUBLISHED, OURS)
 RATIOS = (0.25, 0.5, 0.75)
 PHASES = ("prefill", "decode")
-DEVICE = "cuda:0"
-CPU_THREADS = 10
-RECALL = 0.8
-"""Of modelled predictions for the next layer; the routing has no recorded ones."""
 REPEATS = 20
 """Prompts, and the fewest decode steps that count."""
 CELL_SECONDS = 8.0
 """Decode of one cell stops after this."""
-
-
-class Bench:
-    """One model on one machine: what all systems share.
-
-    Args:
-        dry: emulated accelerator, small matrices.
-    """
-
-    def __init__(self, model: Model, dry: bool, quick: bool) -> None:
-        self.model, self.dry, self.quick = model, dry, quick
-        self.device = torch.device("cpu" if dry else DEVICE)
-        self.routing = routing(model, *((32, 12) if quick else (128, 64)), look_ahead=3, recall=RECALL)
-        header, most = self.routing.header, len(self.routing.prompts[0])
-        # Half of what is free: where pages cannot be registered, staging and the page cache want their part.
-        count = min(most, 3 if quick else 12) if dry else fits(model, header.experts, most, 0.5 * free_host_bytes())
-        self.layers = layers_of(model, header, count, dry)
-        made = make_accelerator("emulated" if dry else "cuda", self.device)
-        assert made is not None
-        self.accelerator: SlotAccelerator = made
-        self.expert_bytes = float(header.expert_bytes)
-        self.costs: CostModel
-        self.cpu: CPUBackend
-        trace = traces.real(model.trace) if model.trace in traces.REAL else traces.flat(model.trace, 16, 4, 0)
-        self.popularity = traces.other_text(trace, model.trace)[:count]
-        if dry:
-            self.costs = traces.costs_for("a6000", trace, model.trace)
-            self.cpu = TorchExperts(keep=True)
-        else:
-            self.expert_bytes = statistics.mean(layer.spec.expert_bytes for layer in self.layers)
-            threads = max(1, min(CPU_THREADS, len(os.sched_getaffinity(0))) - 1)  # the caller is the tenth
-            profile = calibrate(self.layers[0], _kt, self.accelerator, threads=threads, progress=False)
-            self.costs = profile.costs(self.layers[0].spec)
-            self.cpu = _kt(threads)
-        for layer in self.layers:
-            self.cpu.add_layer(layer)
-
-    def engine(self, system: System, ratio: float) -> Engine:
-        """The engine that a user's settings would make, on the shared backends."""
-        settings, header, count = Settings.of(system.settings), self.routing.header, len(self.layers)
-        scheduler = make_scheduler(settings.scheduler, self.costs, True)
-        shares = quotas(ratio, count, header.experts, system.split)
-        controller = Controller(
-            SlotPool(shares, staging_slots(sum(shares)), settings.budget == "shared"),
-            self.costs,
-            scheduler,
-            scheduler,
-            make_cache(settings.cache, count, header.experts, header.top_k, settings, self.popularity),
-            make_prefetcher(settings.prefetch, scheduler, self.costs),
-            round(self.expert_bytes),
-        )
-        self.accelerator.allocate(controller.pool.slots, self.layers)
-        look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
-        routers = [_TraceRouter() for _ in self.layers]
-        clock = SimulatedClock() if self.dry else WallClock()
-        return Engine(self.layers, routers, controller, self.cpu, self.accelerator, clock, look_ahead)
-
-    def run(self, engine: Engine, calls: Sequence[Call]) -> float:
-        """Time of one pass through all layers, in us."""
-        tokens, width = len(calls[0].ids), self.layers[0].spec.hidden
-        dtype = torch.float32 if self.dry else torch.bfloat16
-        hidden = torch.randn(tokens, width, dtype=dtype, device=self.device)
-        inputs = [self._inputs(engine, call) for call in calls[: len(self.layers)]]
-        self.accelerator.synchronize()
-        started, simulated = time.perf_counter_ns(), engine.clock.now_us()
-        for call, (ids, weights) in zip(calls, inputs, strict=False):
-            _TraceRouter.show(engine, call, self.device)
-            hidden = F.rms_norm(hidden + engine.run(call.layer, hidden, ids, weights), (width,))
-        self.accelerator.synchronize()
-        if self.dry:
-            return engine.clock.now_us() - simulated
-        return (time.perf_counter_ns() - started) / 1e3
-
-    def _inputs(self, engine: Engine, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(call.ids).to(self.device), torch.from_numpy(call.weights).to(self.device)
-
-    def close(self) -> None:
-        self.cpu.close()
-        self.accelerator.close()
-
-
-class _TraceRouter:
-    """A router that gives what the trace says; predictions are put on the device before the call."""
-
-    def __init__(self) -> None:
-        self.predicted: torch.Tensor | None = None
-
-    @staticmethod
-    def show(engine: Engine, call: Call, device: torch.device) -> None:
-        for distance, ids in enumerate(call.predicted, 1):
-            if call.layer + distance < len(engine.routers):
-                router: Any = engine.routers[call.layer + distance]
-                router.predicted = torch.from_numpy(ids).to(device, non_blocking=True)
-
-    def scores(self) -> torch.Tensor | None:
-        return None
-
-    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self.predicted is not None
-        return self.predicted
+EVERY = "demo"
+"""What `--model` of `eval.throughput` says when it was not given."""
 
 
 class Timing(NamedTuple):
@@ -201,7 +87,7 @@ def rows_of(bench: Bench, bandwidths: Bandwidths) -> list[dict[str, Any]]:
                     {
                         "model": bench.model.name,
                         "layers": len(bench.layers),
-                        "routing": bench.routing.header.source,
+                        "routing": f"{bench.routing.header.source} ({bench.model.note})",
                         "cache": ratio,
                         "method": system.name,
                         "phase": phase,
@@ -243,17 +129,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole question; `args` has `out` and `quick`. Gives what the JSON line says."""
+    """The whole question; `args` has `out`, `quick` and `model`. Gives what the JSON line says.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    models = named(args.model)
     reason = cuda_refusal()
     dry = reason is not None
     if dry:
         log.warning("dry run on the emulated accelerator, no number is a measurement: %s", reason)
         torch.set_num_threads(1)  # tiny operations: more threads only wait for one another
     else:
-        _limit_cpu()
+        limit_cpu()
     rows: list[dict[str, Any]] = []
     roofs: list[dict[str, Any]] = []
-    for model in MODELS:
+    for model in models:
         bench = Bench(model, dry, args.quick)
         try:
             bandwidths = cuda_bandwidth.bandwidths(bench.costs, bench.expert_bytes, None if dry else bench.device)
@@ -269,9 +160,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     least = {
         name: None if dry else min(row[name] for row in roofs) for name in ("link_share", "kernel_bandwidth_share")
     }
-    result = {**summary(rows), **least, "emulated": dry}
+    result = {**summary(rows), **least, "emulated": dry, "whole_model": whole_models(models, dry, args)}
     report.finish(result)
     return result
+
+
+def named(name: str) -> list[Model]:
+    """The models of one name in `eval.synthetic`, or all. Raises: ConfigError: there is none."""
+    found = [model for model in MODELS if name in (EVERY, model.shape)]
+    if not found:
+        raise ConfigError(f"model: expected one of {', '.join({model.shape for model in MODELS})}, found {name!r}")
+    return found
+
+
+def whole_models(models: Sequence[Model], dry: bool, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `eval.cuda_model` says of these models at half the experts; None if it fails: the layers' times stand."""
+    from eval import cuda_model
+
+    try:
+        return cuda_model.measure_all(models, (0.5,), dry, args)
+    except Exception as error:
+        log.error("whole models could not be measured: %s", error, exc_info=True)
+        return None
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
@@ -279,22 +189,12 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _kt(threads: int) -> CPUBackend:
-    from hybrimoe_plugin.experts.cpu_kt import KTExperts
-
-    return KTExperts(threads)
-
-
-def _limit_cpu() -> None:
-    """Ten cores for this process and its workers."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPU_THREADS])
-    torch.set_num_threads(min(CPU_THREADS, len(os.sched_getaffinity(0))))
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """`python -m eval.cuda`, the same as `python -m eval.throughput --device cuda`."""
     logging.basicConfig(level=logging.WARNING)
-    return run(report.parser(__doc__ or "").parse_args(arguments))
+    parser = report.parser(__doc__ or "")
+    parser.add_argument("--model", default=EVERY, help="one model's shape instead of all")
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

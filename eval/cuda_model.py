@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ import torch
 from torch import nn
 
 from eval import report, synthetic
-from eval.cuda import CPU_THREADS, RATIOS, RECALL, SYSTEMS, _limit_cpu
+from eval.cuda import RATIOS, SYSTEMS
 from eval.cuda_bandwidth import driver
+from eval.cuda_bench import CPU_THREADS, RECALL, limit_cpu
 from eval.shapes import MODELS, Model, Routing, layer_bytes, routing
 from eval.systems import KTRANSFORMERS, OURS, System
 from hybrimoe_plugin.experts.memory import free_host_bytes
@@ -178,8 +180,8 @@ def measure(subject: Subject, given: Routing) -> Timing:
 
 def write(model: Model, given: Routing, layers: int, path: Path, dry: bool) -> None:
     """A file of the model's shape with as many MoE layers, whose tokens take as many experts as the routing's."""
-    shape = model.name.partition(",")[0].lower()
-    made = synthetic.config(shape, layers + synthetic.SHAPES[shape][1].get("first_k_dense_replace", 0))
+    dense = synthetic.SHAPES[model.shape][1].get("first_k_dense_replace", 0)
+    made = synthetic.config(model.shape, layers + dense)
     made.num_experts_per_tok = given.header.top_k
     if hasattr(made, "moe_intermediate_size"):
         made.moe_intermediate_size = model.intermediate
@@ -195,7 +197,7 @@ def write(model: Model, given: Routing, layers: int, path: Path, dry: bool) -> N
     synthetic.write(path, made, choose)
 
 
-def cells(model: Model, dry: bool, quick: bool) -> Iterator[dict[str, Any]]:
+def cells(model: Model, ratios: Sequence[float], dry: bool, quick: bool) -> Iterator[dict[str, Any]]:
     """One row for each cache size, system and phase."""
     given = routing(model, *((32, 16) if quick else (128, 64)), look_ahead=3, recall=RECALL)
     header = given.header
@@ -204,7 +206,7 @@ def cells(model: Model, dry: bool, quick: bool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write(model, given, layers, path, dry)
-        for ratio in (0.5,) if quick else RATIOS:
+        for ratio in ratios:
             for system in (*SYSTEMS, NO_GRAPHS, PLAIN):
                 subject = Subject(path, system, ratio, header.top_k, dry)
                 try:
@@ -216,7 +218,7 @@ def cells(model: Model, dry: bool, quick: bool) -> Iterator[dict[str, Any]]:
                     yield {
                         "model": model.name,
                         "moe_layers": layers,
-                        "routing": header.source,
+                        "routing": f"{header.source} ({model.note})",
                         "cache": ratio,
                         "method": system.name,
                         "phase": phase,
@@ -250,6 +252,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def measure_all(models: Sequence[Model], ratios: Sequence[float], dry: bool, args: Namespace) -> dict[str, Any]:
+    """Every model, shown and saved in `args.out`; gives what the JSON line says."""
+    rows = [row for model in models for row in cells(model, ratios, dry, args.quick)]
+    names = ("model", "cache", "method", "phase", "p20_ms", "p50_ms", "p80_ms", "hit_rate", "layers_captured")
+    title = "Whole models: times of the MoE layers, emulated" if dry else "Whole models, measured"
+    report.show(title, [{name: row[name] for name in names} for row in rows])
+    report.save_csv(args.out / "cuda_model.csv", [{**row, "driver": driver()} for row in rows])
+    result: dict[str, Any] = summary(rows)
+    if dry:  # the emulated accelerator knows of MoE layers alone
+        result |= {"decode_graphs_speedup": None, "decode_dense_operators_speedup": None}
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the question; gives what the JSON line says."""
     logging.basicConfig(level=logging.WARNING)
@@ -259,15 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         log.warning("dry run on the emulated accelerator, no number is a measurement: %s", reason)
         torch.set_num_threads(1)
     else:
-        _limit_cpu()
-    rows = [row for model in MODELS for row in cells(model, reason is not None, args.quick)]
-    names = ("model", "cache", "method", "phase", "p20_ms", "p50_ms", "p80_ms", "hit_rate", "layers_captured")
-    title = "Times, measured" if reason is None else "Times of the MoE layers, emulated"
-    report.show(title, [{name: row[name] for name in names} for row in rows])
-    report.save_csv(args.out / "cuda_model.csv", [{**row, "driver": driver()} for row in rows])
-    result: dict[str, Any] = {**summary(rows), "emulated": reason is not None}
-    if reason is not None:  # the emulated accelerator knows of MoE layers alone
-        result |= {"decode_graphs_speedup": None, "decode_dense_operators_speedup": None}
+        limit_cpu()
+    result = measure_all(MODELS, (0.5,) if args.quick else RATIOS, reason is not None, args)
+    result["emulated"] = reason is not None
     report.finish(result)
     return result
 

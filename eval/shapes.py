@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from eval import traces
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
+from hybrimoe_plugin.policy.costs import CostModel
+from hybrimoe_plugin.policy.profile import load_profile
 from hybrimoe_plugin.replay.sources import with_predictions
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader
 
@@ -27,28 +29,43 @@ class Model(NamedTuple):
     name: str
     """A name in `eval.synthetic`, in capitals; what comes after a comma says whose routing it is."""
     trace: str
-    """Name in `eval.traces`."""
+    """Name of a record in `eval/data`, or of a generator in `eval.traces`."""
     hidden: int
     intermediate: int
     kinds: Kinds
     kinds_too: Kinds
     """Of every second layer: Q4_K_M files keep half of the down matrices in Q6_K."""
     note: str = ""
+    like: str = ""
+    """Name in `eval.traces.SHAPES` of the model whose experts' size a record of smaller ones stands for."""
+
+    @property
+    def shape(self) -> str:
+        """Name in `eval.synthetic`."""
+        return self.name.partition(",")[0].lower()
 
 
 MODELS = (
-    Model("Qwen3-30B-A3B", "qwen", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"), "top 6 as recorded"),
     Model(
-        "DeepSeek-V2-Lite", "deepseek-v2-lite", 2048, 1536, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
-        "intermediate 1408 padded to 1536: K blocks and kt-kernel want multiples of 256",
+        "Qwen3-30B-A3B", "qwen", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "its own run, recorded; top 6 as recorded",
     ),
     Model(
-        "Mixtral-8x7B", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
-        "generated, long-run popularity as measured",
+        "DeepSeek-V2-Lite", "smollm2-64x6", 2048, 1536, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "recorded on a demo model with as many experts; intermediate 1408 padded to 1536: K blocks and kt-kernel want "
+        "multiples of 256", "deepseek-v2-lite",
+    ),
+    Model(
+        "Mixtral-8x7B", "smollm2-mixtral", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "recorded on the demo model in Mixtral form", "mixtral-8x7b",
     ),
     Model(
         "Qwen3-30B-A3B, routed as Gemma-4", "gemma", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
-        "the other recorded run with 128 experts and top 6",
+        "the other recorded run of a large model with 128 experts and top 6",
+    ),
+    Model(
+        "Mixtral-8x7B, flat routing", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "generated, long-run popularity as measured",
     ),
 )  # fmt: skip
 
@@ -69,22 +86,36 @@ class Routing(NamedTuple):
 
 
 def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: int, recall: float) -> Routing:
-    """The model's routing with modelled predictions for `look_ahead` layers.
+    """The model's routing with predictions for `look_ahead` layers: recorded ones where there are any, else modelled.
 
     A recorded prompt that is too short is continued with the recorded answer, whose tokens then come again in decode;
     further prompts are later windows of the same record.
     """
     variants = []
     for number in range(PROMPTS):
-        if model.trace in traces.REAL:
-            trace = _recorded(traces.real(model.trace), prompt_tokens, decode_tokens, number)
-        else:
+        if model.trace in traces.SHAPES:
             trace = traces.flat(model.trace, prompt_tokens, decode_tokens, text=number)
-        if look_ahead:
+        else:
+            trace = _recorded(traces.real(model.trace), prompt_tokens, decode_tokens, number, look_ahead)
+        if look_ahead and trace.header.predictions == "none":
             trace = with_predictions(trace, recall, look_ahead, seed=number)
         variants.append(trace)
     passes = [list(trace.passes()) for trace in variants]
-    return Routing([groups[0] for groups in passes], passes[0][1:], variants[0].header)
+    header = variants[0].header
+    if model.like:
+        header = replace(header, expert_bytes=load_profile(f"a6000-{model.like}").spec.expert_bytes)
+    return Routing([groups[0] for groups in passes], passes[0][1:], header)
+
+
+def whole_trace(model: Model) -> Trace:
+    """What was recorded, or a short text of what is generated."""
+    return traces.flat(model.trace, 16, 4, 0) if model.trace in traces.SHAPES else traces.real(model.trace)
+
+
+def published_costs(model: Model) -> CostModel:
+    """Costs of the model's experts on the paper's machine."""
+    name = model.like or model.trace
+    return traces.costs_for("a6000", traces.flat(name, 16, 4, 0) if model.like else whole_trace(model), name)
 
 
 def layers_of(model: Model, header: TraceHeader, count: int, tiny: bool) -> list[LayerWeights]:
@@ -110,8 +141,8 @@ def layer_bytes(model: Model, experts: int) -> float:
     return experts * sum(sizes) / len(sizes)
 
 
-def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int, window: int) -> Trace:
-    """Prompt and answer of a recorded run, without the layer that lacks most of the prompt."""
+def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int, window: int, look_ahead: int) -> Trace:
+    """Prompt and answer of a recorded run, without the layer that lacks most of the prompt, and without scores."""
     groups = list(trace.passes())
     prompt, answer = groups[0], [group for group in groups[1:] if len(group[0].ids) == 1]
     whole = [call.layer for call in prompt if len(call.ids) == len(prompt[0].ids)]
@@ -120,10 +151,13 @@ def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int, window: int)
         rows = [call for group in (prompt, *answer) for call in group if call.layer == layer]
         ids, weights = np.concatenate([c.ids for c in rows]), np.concatenate([c.weights for c in rows])
         first = window * max(0, len(ids) - prompt_tokens) // (PROMPTS - 1)
-        ids, weights = ids[first : first + prompt_tokens], weights[first : first + prompt_tokens]
-        calls.append(Call(layer, ids, weights, None, ()))
+        part = slice(first, first + prompt_tokens)
+        ahead = (np.concatenate(parts)[part] for parts in zip(*(c.predicted[:look_ahead] for c in rows), strict=True))
+        calls.append(Call(layer, ids[part], weights[part], None, tuple(ahead)))
     for group in answer[:decode_tokens]:
-        calls += [call for call in group if call.layer in whole]
+        calls += [
+            call._replace(scores=None, predicted=call.predicted[:look_ahead]) for call in group if call.layer in whole
+        ]
     return Trace(replace(trace.header, layers=len(whole)), calls)
 
 

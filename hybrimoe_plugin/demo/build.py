@@ -86,7 +86,7 @@ def build_demo_model(form: str = "mixtral", *, progress: bool = True, rebuild: b
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
-        _write(form, Path(name), progress)
+        write_model(form, Path(name), EXPERTS[form], TOP_K[form], progress)
         checksum = _sha256(Path(name))
         os.replace(name, path)
         write_atomic(_sidecar(path), checksum)
@@ -115,19 +115,20 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(form: str, path: Path, progress: bool) -> None:
+def write_model(form: str, path: Path, experts: int, top_k: int, progress: bool = True) -> None:
+    """Write a demo model with any number of experts. Raises: WeightsError: the source package is missing."""
     source = source_path()
     store = GGUFStore.open(source)
     layers = int(store.metadata["llama.block_count"])
     with tqdm(total=2 * layers, desc=f"building the {form} demo model", disable=not progress, leave=False) as bar:
         inputs = _ffn_inputs(source, bar)
         writer = GGUFWriter(str(path), "llama" if form == "mixtral" else "qwen2moe")
-        _add_metadata(writer, store, form)
+        _add_metadata(writer, store, form, experts, top_k)
         for name in store.tensors:
             if not name.startswith("blk."):
                 _add_raw(writer, store, name)
         for layer in range(layers):
-            _add_layer(writer, store, layer, inputs[layer], form)
+            _add_layer(writer, store, layer, inputs[layer], form, experts)
             bar.update()
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -152,7 +153,7 @@ def _ffn_inputs(source: Path, bar: Any) -> list[Matrix]:
     return seen
 
 
-def _add_metadata(writer: GGUFWriter, store: GGUFStore, form: str) -> None:
+def _add_metadata(writer: GGUFWriter, store: GGUFStore, form: str, experts: int, top_k: int) -> None:
     """The source's metadata under the new architecture, with the MoE's own."""
     arch = "llama" if form == "mixtral" else "qwen2moe"
     for key, value in store.metadata.items():
@@ -163,8 +164,8 @@ def _add_metadata(writer: GGUFWriter, store: GGUFStore, form: str) -> None:
             continue
         _add_value(writer, target, value)
     writer.add_uint32("general.file_type", 7)  # mostly Q8_0
-    writer.add_expert_count(EXPERTS[form])
-    writer.add_expert_used_count(TOP_K[form])
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(top_k)
     if form == "qwen2moe":
         routed = int(store.metadata["llama.feed_forward_length"]) - SHARED_NEURONS
         writer.add_expert_feed_forward_length(routed)
@@ -198,7 +199,7 @@ def _add_q8(writer: GGUFWriter, name: str, values: Matrix) -> None:
     writer.add_tensor(name, quantize(values, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
 
 
-def _add_layer(writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix, form: str) -> None:
+def _add_layer(writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix, form: str, experts: int) -> None:
     prefix = f"blk.{layer}"
     for part in ("attn_norm", "ffn_norm", "attn_output", "attn_v"):
         _add_raw(writer, store, f"{prefix}.{part}.weight")
@@ -216,7 +217,6 @@ def _add_layer(writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix,
         # The gate is a sigmoid of 0, one half.
         _add_q8(writer, f"{prefix}.ffn_down_shexp.weight", 2 * down[:, shared])
         gate, up, down = gate[SHARED_NEURONS:], up[SHARED_NEURONS:], down[:, SHARED_NEURONS:]
-    experts = EXPERTS[form]
     rng = np.random.default_rng([SEED, layer])
     writer.add_tensor(f"{prefix}.ffn_gate_inp.weight", _router(inputs, experts, rng))
     _add_experts(writer, f"{prefix}.ffn_gate_exps.weight", (gate for _ in range(experts)))

@@ -112,12 +112,12 @@ def test_a_damaged_cache_is_rebuilt(
 ) -> None:
     written = []
 
-    def write(form: str, path: Path, progress: bool) -> None:
+    def write(form: str, path: Path, *_: Any) -> None:
         written.append(form)
         path.write_bytes(b"a model")
 
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(builder, "_write", write)
+    monkeypatch.setattr(builder, "write_model", write)
     path = build_demo_model("qwen2moe", progress=False)
     assert path.is_relative_to(cache_dir())
     assert build_demo_model("qwen2moe", progress=False) == path
@@ -129,12 +129,12 @@ def test_a_damaged_cache_is_rebuilt(
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(form: str, path: Path, progress: bool) -> None:
+    def write(form: str, path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(builder, "_write", write)
+    monkeypatch.setattr(builder, "write_model", write)
     with pytest.raises(KeyboardInterrupt):
         build_demo_model(progress=False)
     assert list((tmp_path / "demo").iterdir()) == []

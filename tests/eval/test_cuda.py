@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval import cuda, cuda_bandwidth, shapes
+from eval import cuda, cuda_bandwidth, cuda_bench, cuda_model, shapes, synthetic
 from eval.cuda_bandwidth import Bandwidths
+from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.policy.counters import Counters
 
@@ -26,6 +27,7 @@ KEYS = {
     "link_share",
     "kernel_bandwidth_share",
     "emulated",
+    "whole_model",
 }
 
 
@@ -37,13 +39,17 @@ def test_dry_run_says_that_it_is_one(
     monkeypatch.setattr(cuda, "RATIOS", (0.5,))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True))
+    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, model="demo"))
     torch.set_num_threads(before)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == result
     assert set(last) == KEYS
     assert last["emulated"] is True
+    assert last["whole_model"]["decode_speedup_geomean"] > 0
+    assert last["whole_model"]["decode_graphs_speedup"] is None, "nothing to measure it on"
     assert last["link_share"] is None and last["kernel_bandwidth_share"] is None, "nothing to measure them on"
+    whole = list(csv.DictReader((tmp_path / "cuda_model.csv").open()))
+    assert {row["cache"] for row in whole} == {"0.5"}
     rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
     assert {(row["method"], row["phase"]) for row in rows} == {
         (system.name, phase) for system in cuda.SYSTEMS for phase in cuda.PHASES
@@ -58,17 +64,18 @@ def test_measuring_runs_on_stand_ins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of a real GPU, with the emulated device in its place: every call of it is made, no number means much."""
-    emulated = cuda.make_accelerator("emulated", torch.device("cpu"))
+    emulated = cuda_bench.make_accelerator("emulated", torch.device("cpu"))
     small = cuda.MODELS[2]._replace(hidden=256, intermediate=256)
     monkeypatch.setattr(cuda, "MODELS", (small,))
     monkeypatch.setattr(cuda, "RATIOS", (0.5,))
     monkeypatch.setattr(cuda, "SYSTEMS", (cuda.KTRANSFORMERS, cuda.OURS))
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_bench, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "cuda_refusal", lambda: None)
-    monkeypatch.setattr(cuda, "make_accelerator", lambda name, device: emulated)
-    monkeypatch.setattr(cuda, "_kt", lambda threads: TorchExperts())
-    monkeypatch.setattr(cuda, "_limit_cpu", lambda: None)
-    monkeypatch.setattr(cuda, "fits", lambda *_: 2)
+    monkeypatch.setattr(cuda_bench, "make_accelerator", lambda name, device: emulated)
+    monkeypatch.setattr(cuda_bench, "_kt", lambda threads: TorchExperts())
+    monkeypatch.setattr(cuda, "limit_cpu", lambda: None)
+    monkeypatch.setattr(cuda_bench, "fits", lambda *_: 2)
+    monkeypatch.setattr(cuda_model, "write", lambda *_: 1 / 0)
     monkeypatch.setattr(cuda_bandwidth, "BUFFER_BYTES", 1 << 16)
     monkeypatch.setattr(cuda_bandwidth, "REPEATS", 2)
     monkeypatch.setattr(cuda_bandwidth, "L2_BYTES", 1 << 18)
@@ -76,11 +83,12 @@ def test_measuring_runs_on_stand_ins(
     monkeypatch.setattr(cuda_bandwidth, "_device_us", lambda work, device, ahead=False: cuda_bandwidth._host_us(work))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True))
+    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, model="demo"))
     torch.set_num_threads(before)
     assert result["emulated"] is False
     assert set(result) == KEYS
-    assert all(value > 0 for name, value in result.items() if name != "emulated")
+    assert result["whole_model"] is None, "a failure is said, and the layers' times stand"
+    assert all(value > 0 for name, value in result.items() if name not in ("emulated", "whole_model"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
     assert {int(row["repetitions"]) for row in rows} == {3, 12}
@@ -120,6 +128,17 @@ def test_shapes_have_the_bytes_of_the_models() -> None:
     assert not np.array_equal(first, last)
     assert [len(group) for group in found.decode] == [47] * 3
     assert [len(call.predicted) for call in found.decode[0][-3:]] == [2, 1, 0]
+    for recorded, experts, top_k in ((shapes.MODELS[1], 64, 6), (shapes.MODELS[2], 8, 2)):
+        own = shapes.routing(recorded, 40, 3, look_ahead=2, recall=0.8)
+        assert (own.header.experts, own.header.top_k, own.header.predictions) == (experts, top_k, "recorded")
+        assert own.header.expert_bytes > 3e6, "of the shape, not of the small model that was recorded"
+        assert own.header.expert_bytes / shapes.published_costs(recorded).transfer_us < 32e3, "no link is faster"
+        assert [len(group[0].ids) for group in own.prompts] == [40] * shapes.PROMPTS
+        assert [[ids.shape for ids in call.predicted] for call in own.prompts[1][-3:]] == [
+            [(40, top_k)] * 2,
+            [(40, top_k)],
+            [],
+        ]
     assert shapes.layer_bytes(qwen, 128) == pytest.approx(128 * 3 * 2048 * 768 * (5 * 144 + 210) / 6 / 256)
     small = qwen._replace(hidden=256, intermediate=256)
     one, two = shapes.layers_of(small, found.header, 2, tiny=False)
@@ -133,3 +152,12 @@ def test_shapes_have_the_bytes_of_the_models() -> None:
     other = shapes.routing(shapes.MODELS[3], 40, 3, look_ahead=2, recall=0.8)
     assert other.header.experts == 128 and other.header.model != found.header.model
     assert shapes.fits(qwen, 128, 48, 1e9) == 2
+
+
+def test_models_are_chosen_by_shape() -> None:
+    assert cuda.named("demo") == list(shapes.MODELS)
+    assert [model.trace for model in cuda.named("mixtral-8x7b")] == ["smollm2-mixtral", "mixtral-8x7b"]
+    with pytest.raises(ConfigError, match="qwen2-57b-a14b"):
+        cuda.named("qwen2-57b-a14b")
+    for model in shapes.MODELS:
+        assert model.shape in synthetic.SHAPES
