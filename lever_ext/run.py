@@ -10,6 +10,7 @@ import torch
 
 from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.drafts.language_model import LanguageModelDraft
+from lever_ext.early_exit.rates import pays
 from lever_ext.stats import Cycle, SpeculationStats
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
@@ -19,9 +20,6 @@ from lever_ext.verify import Verified, Verifier
 
 if TYPE_CHECKING:
     from lever_ext.decoding import LeverDecoding
-
-KEPT_ROWS, LOST_TOKENS = 0.48, 0.05
-"""Rows that stay after an early exit, and accepted tokens that are lost by it (paper, evaluation)."""
 
 
 class SpeculativeRun:
@@ -91,7 +89,7 @@ class SpeculativeRun:
         start = time.perf_counter()
         path, done = self._accept(tree, verified)
         project_us = (time.perf_counter() - start) * 1e6
-        self._learn(tree, verified, verify_us)
+        self._learn(tree, verified, verify_us, path)
         self.verifier.compact(self.cache, verified, path)
         self._advance([tree.keys[row] for row in path], [tree.tokens[row] for row in path])
         after = self._counts()
@@ -117,22 +115,22 @@ class SpeculativeRun:
         return done
 
     def _verify(self, tree: TokenTree, depth_limit: int, expected_us: float) -> Verified:
-        candidates, ahead = self._candidates(tree) if self._pruning_pays(tree) else [], self.owner.ahead
+        candidates, used = self._early_exit(tree)
+        ahead = self.owner.ahead
         if ahead is None:
-            return self.verifier.verify(tree, self.cache, candidates)
+            return self.verifier.verify(tree, self.cache, candidates, used)
         with ahead.drafting(self.tree, depth_limit, expected_us):
-            return self.verifier.verify(tree, self.cache, candidates)
+            return self.verifier.verify(tree, self.cache, candidates, used)
 
-    def _pruning_pays(self, tree: TokenTree) -> bool:
-        """Whether fewer rows in the layers after the exit save more of a cycle than lost acceptance costs."""
+    def _early_exit(self, tree: TokenTree) -> tuple[list[Sequence[int]], bool]:
+        """(what the exit is asked about, whether its verdict counts); nothing where it is neither used nor judged."""
         gate = self.verifier.gate
-        if gate is None or self.owner.prune == "always":
-            return gate is not None
-        cost, rows, leaves = self.owner.cost, len(tree), tree.leaves
-        whole = cost.verify(rows, leaves)
-        saved = whole - cost.verify(max(1, round(KEPT_ROWS * rows)), max(1, round(KEPT_ROWS * leaves)))
+        if gate is None or len(tree) == 1:
+            return [], False
         after = 1 - gate.predictor.layer / len(self.cache.layers)
-        return saved * after > LOST_TOKENS * (whole + cost.draft_us(1))
+        due = gate.rates.due and self.owner.prune != "always"
+        used = self.owner.prune == "always" or (not due and pays(tree, self.owner.cost, gate.rates, after))
+        return (self._candidates(tree) if used or due else []), used
 
     def _growth(self) -> Growth:
         length, draft = self.ids.shape[1], self.owner.draft
@@ -193,7 +191,9 @@ class SpeculativeRun:
             self.owner.streamer.put(token[0].cpu())
         return bool(self.criteria(self.ids, tuple(self.scores) or None).all()) if self.criteria is not None else False
 
-    def _learn(self, tree: TokenTree, verified: Verified, verify_us: float) -> None:
+    def _learn(self, tree: TokenTree, verified: Verified, verify_us: float, path: Sequence[int]) -> None:
+        if self.verifier.gate is not None and len(tree) > 1:
+            self.verifier.gate.learn(path)
         reads = self.owner.reads
         if reads is not None:
             reads.learn(tree, verified, verify_us)

@@ -45,13 +45,16 @@ class Verifier:
         """Run prompt ids [1, S] that the cache does not hold yet; the last row's hidden state [1, H]."""
         return self._run(ids, cache).last_hidden_state[:, -1]
 
-    def verify(self, tree: TokenTree, cache: Any, candidates: Sequence[Sequence[int]] = ()) -> Verified:
+    def verify(
+        self, tree: TokenTree, cache: Any, candidates: Sequence[Sequence[int]] = (), prune: bool = True
+    ) -> Verified:
         """Run all rows of a tree in one pass.
 
         Args:
             tree: at most as long as the model's context allows.
             cache: KV of everything before the root. Mutates: gets the tree's rows, until `compact`.
             candidates: the draft's proposals after each row; pruning needs them.
+            prune: False where the early exit shall only be judged.
 
         Raises:
             SpeculationError: a layer's cache has a sliding window, which a tree would tear.
@@ -65,7 +68,7 @@ class Verifier:
             return Verified(hidden, {0: 0}, past)
         gate = self.gate if candidates else None
         if gate is not None:
-            gate.open(Verdict(tree, candidates, past))
+            gate.open(Verdict(tree, candidates, past, prune))
         try:
             positions = torch.from_numpy(tree.depths)[None] + past
             hidden = self._run(

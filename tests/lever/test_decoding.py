@@ -285,21 +285,6 @@ def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[st
         torch.testing.assert_close(ours.values, theirs.values)
 
 
-def test_pruning_is_used_only_where_it_is_predicted_to_pay(
-    plain_models: dict[str, Any], packs: dict[str, Path], wanted: dict[str, list[torch.Tensor]]
-) -> None:
-    target, kept = load_target(packs["llama"]), []
-    target.set_gate(a_gate(plain_models["llama"]))
-    for per_row in (0.0, 1e6):
-        decoder = LeverDecoding(make_draft("low-bit", plain_models["llama"]), FixedBudget(12), target)
-        decoder.cost.verify = lambda rows, leaves, per_row=per_row: 1e6 + per_row * rows
-        assert torch.equal(target.model.generate(prompt(2), custom_generate=decoder, **SHORT), wanted["llama"][2])
-        kept.append(all(cycle.kept == cycle.rows for cycle in decoder.stats.cycles))
-        decoder.close()
-    assert kept == [True, False]
-    target.close()
-
-
 def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
     target = load_target(packs["llama"])
     gate = a_gate(plain_models["llama"], threshold=0.9)
