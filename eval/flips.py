@@ -1,0 +1,81 @@
+"""How many greedy tokens of the flash targets differ, in bfloat16, between tree verification and plain decoding?
+
+Every token of the tree-decoded text is compared with what one-row decoding of the same text chooses, so that one flip
+does not count all the tokens after it. Weights lie in DRAM: where they lie changes no bit.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from eval import report
+from eval.lever_lab import PROMPTS, Lab
+from lever_ext.decoding import LeverDecoding
+from lever_ext.flips import FlipCount, count_flips
+from lever_ext.packing import pack_tokenizer
+from lever_ext.tree.policies import make_policy
+
+TARGETS = ("dense", "mixtral")
+TREES = ("lever", "chain")
+FURTHER = (
+    "Explain photosynthesis to a child.",
+    "List five European capitals with one sentence about each.",
+    "Translate 'good morning, my friend' into French and Spanish.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the question; gives what the JSON line says."""
+    parser = report.parser(__doc__ or "")
+    parser.add_argument("--tokens", type=int, default=32, help="generated for each prompt")
+    parser.add_argument("--only", default="", choices=("", *TARGETS), help="one target")
+    args = parser.parse_args(arguments)
+    result: dict[str, Any] = {}
+    rows = []
+    lab = Lab()
+    prompts = _prompts(lab)[:: 4 if args.quick else 1]
+    for name in (args.only,) if args.only else TARGETS:
+        target = lab.target(name, "4GiB")
+        for tree in TREES:
+            decoder = LeverDecoding(lab.draft("low-bit 65 %"), make_policy(tree), target, overlap=False)
+            found = count_flips(target.model, decoder, prompts, args.tokens)
+            decoder.close()
+            rows.append({"target": name, "tree": tree, **_row(found, len(prompts))})
+            result |= {f"{name}_{tree}_flips": len(found.flips), f"{name}_{tree}_tokens": found.tokens}
+    lab.close()
+    report.show("Greedy tokens that differ from plain decoding, bfloat16 (measured)", rows)
+    report.save_csv(args.out / "flips.csv", rows)
+    report.finish(result)
+    return result
+
+
+def _prompts(lab: Lab) -> list[torch.Tensor]:
+    tokenizer = pack_tokenizer(lab.pack("dense"))
+    texts = [text for kind in PROMPTS.values() for text in kind] + list(FURTHER)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        for chat in chats
+    ]
+
+
+def _row(found: FlipCount, prompts: int) -> dict[str, Any]:
+    margins = [flip.margin for flip in found.flips]
+    first = found.first()
+    return {
+        "prompts": prompts,
+        "tokens": found.tokens,
+        "flips": len(found.flips),
+        "prompts_with_a_flip": len(first),
+        "largest_margin": round(max(margins, default=0.0), 4),
+        "median_margin": round(statistics.median(margins), 4) if margins else 0.0,
+        "first_flips": " ".join(f"{flip.prompt}:{flip.position}:{flip.margin:.3f}" for flip in first),
+    }
+
+
+if __name__ == "__main__":
+    main()
