@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+FIRST_TREE = 16
+"""Rows of a tree whose pass is the first that is measured, at most."""
 RECENT = 48
 """Passes that learning looks back on."""
 
@@ -213,6 +215,19 @@ class CycleCost:
     draft_step: float = 0.15
     draft_times: dict[int, float] = field(default_factory=dict)
     """Nodes in a draft call -> moving average of its microseconds."""
+
+    def verify_prefixes(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predicted microseconds of passes with 1, 2, ... rows and so many leaves each: float64 [N]."""
+        at_once = getattr(self.verify, "prefixes", None)
+        if at_once is not None:
+            found: NDArray[np.float64] = at_once(leaves)
+            return found
+        return np.array([self.verify(rows, count) for rows, count in enumerate(leaves.tolist(), start=1)])
+
+    def largest_tree(self, max_rows: int) -> int:
+        """Rows that a tree may have: twice as many as any measured, lest times of large trees alone are ever known."""
+        measured = getattr(self.verify, "most_rows", None)
+        return max_rows if measured is None else min(max_rows, max(FIRST_TREE, 2 * measured))
 
     def observe_draft(self, nodes: int, us: float) -> None:
         """Add the measured time of one draft call over `nodes` nodes. Mutates."""

@@ -6,6 +6,8 @@ import heapq
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
 from lever_ext.tree.cost import CycleCost, Drafted
@@ -73,9 +75,8 @@ class Growth:
         keys.sort(key=lambda key: (nodes[key].depth, key))
         place = {key: row for row, key in enumerate(keys)}
         parents = [place[nodes[key].parent] if key != self.tree.root else ROOT_PARENT for key in keys]
-        return Known(
-            parents, [nodes[key].reach for key in keys], [Drafted(nodes[key].token, key) for key in keys]
-        ), keys
+        reach = np.array([nodes[key].reach for key in keys])
+        return Known(np.array(parents), reach, [Drafted(nodes[key].token, key) for key in keys]), keys
 
     def chosen(self, selection: Selection, keys: Sequence[int]) -> TokenTree:
         return self.tree.select(keys[row] for row in selection.rows)

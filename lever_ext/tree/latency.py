@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass
@@ -34,7 +36,8 @@ class LatencyTable:
     _counts: dict[tuple[int, int], int] = field(default_factory=dict)
     _line: tuple[float, float] = (0.0, 0.0)
     """Microseconds without rows, and for each row."""
-    _cache: dict[tuple[int, int], float] = field(default_factory=dict)
+    _grid: NDArray[np.float64] | None = None
+    """Predictions, [rows, leaves]; made anew after each measurement, when somebody asks."""
 
     def observe(self, rows: int, leaves: int, us: float) -> None:
         """Add a measured time in microseconds. Mutates."""
@@ -44,7 +47,7 @@ class LatencyTable:
         self._by_rows.setdefault(rows, {})[leaves] = new
         self._counts[rows, leaves] = self._counts.get((rows, leaves), 0) + 1
         self._line = self._fit()
-        self._cache.clear()
+        self._grid = None
 
     def warm_start(self, measured: Iterable[tuple[int, int, float]]) -> None:
         """Fill from an offline measurement of (rows, leaves, microseconds). Mutates."""
@@ -53,35 +56,51 @@ class LatencyTable:
 
     def __call__(self, rows: int, leaves: int) -> float:
         """Predicted microseconds; `start_us` where no tree was ever measured, so that gain alone decides."""
-        key = (rows, leaves)
-        if key not in self._cache:
-            self._cache[key] = self._predict(rows, leaves)
-        return self._cache[key]
+        return float(self._up_to(max(rows, leaves))[rows, leaves])
 
-    def _predict(self, rows: int, leaves: int) -> float:
+    def prefixes(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predicted microseconds of 1, 2, ... rows with so many leaves each: float64 [N]."""
+        found: NDArray[np.float64] = self._up_to(len(leaves))[np.arange(1, len(leaves) + 1), leaves]
+        return found
+
+    @property
+    def most_rows(self) -> int:
+        """Of all passes measured; 0 before the first."""
+        return max(self._by_rows, default=0)
+
+    def _up_to(self, size: int) -> NDArray[np.float64]:
+        if self._grid is None or len(self._grid) <= size:
+            self._grid = self._predict(max(128, size))
+        return self._grid
+
+    def _predict(self, size: int) -> NDArray[np.float64]:
+        """The grid for 0..size rows and leaves."""
         if not self._by_rows:
-            return self.start_us
-        if (rows, leaves) in self.cells:
-            return self._drawn(rows, leaves)
-        known = sorted(self._by_rows)
-        at = bisect_left(known, rows)
-        if at < len(known) and known[at] == rows:
-            return self._row(rows, leaves)
-        if at == 0:
-            # Fewer rows than ever measured cannot cost more than the fewest measured.
-            return self._row(known[0], leaves)
-        low = self._row(known[at - 1], leaves)
-        if at < len(known):
-            high = self._row(known[at], leaves)
-            share = (rows - known[at - 1]) / (known[at] - known[at - 1])
-            near = min(rows - known[at - 1], known[at] - rows)
-            return max(low, low + share * (high - low)) * self._caution(near, rows)
-        beyond = rows - known[-1]
-        return (low + beyond * self._slope()) * self._caution(beyond, rows)
+            return np.full((size + 1, size + 1), self.start_us)
+        known = np.array(sorted(self._by_rows))
+        measured = np.stack([self._row(int(rows), size) for rows in known])
+        rows = np.arange(size + 1)
+        at = np.searchsorted(known, rows)
+        low, high = np.maximum(at - 1, 0), np.minimum(at, len(known) - 1)
+        # Fewer rows than ever measured cannot cost more than the fewest measured.
+        within = (rows > known[0]) & (rows < known[-1]) & (known[high] != rows)
+        span = np.maximum(known[high] - known[low], 1)
+        share = np.where(within, (rows - known[low]) / span, 0.0)[:, None]
+        floor = np.where(within | (rows > known[-1]), low, high)
+        base = np.maximum(measured[floor], measured[floor] + share * (measured[high] - measured[floor]))
+        beyond = np.maximum(rows - known[-1], 0)
+        gap = np.where(within, np.minimum(rows - known[low], known[high] - rows), beyond)
+        # Next to a measured row count nothing, growing to the penalty at a quarter of the rows away.
+        caution = 1 + self.penalty * np.minimum(1.0, 4 * gap / np.maximum(rows, 1))
+        grid: NDArray[np.float64] = (base + (beyond * self._slope())[:, None]) * caution[:, None]
+        return grid
 
-    def _caution(self, gap: int, rows: int) -> float:
-        """1 next to a measured row count, growing to 1 + penalty at a quarter of the rows away."""
-        return 1 + self.penalty * min(1.0, 4 * gap / rows)
+    def _row(self, rows: int, size: int) -> NDArray[np.float64]:
+        """Of a measured row count with 0..size leaves: the nearest measured, the larger of two as near."""
+        known = np.array(sorted(self._by_rows[rows]))
+        times = np.array([self._drawn(rows, int(leaves)) for leaves in known])
+        near: NDArray[np.float64] = times[np.searchsorted((known[1:] + known[:-1]) / 2, np.arange(size + 1), "right")]
+        return near
 
     def _fit(self) -> tuple[float, float]:
         """Least squares through all cells by row count, its slope not negative."""
@@ -99,10 +118,6 @@ class LatencyTable:
         line = self._line[0] + self._line[1] * rows
         count = self._counts[rows, leaves]
         return (count * self.cells[rows, leaves] + self.trust * line) / (count + self.trust)
-
-    def _row(self, rows: int, leaves: int) -> float:
-        near = min(self._by_rows[rows], key=lambda found: (abs(found - leaves), -found))
-        return self._drawn(rows, near)
 
     def _slope(self) -> float:
         """Microseconds per row beyond the table: the line's; a five-hundredth of a pass while one shape is known."""

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybrimoe_plugin.errors import ConfigError
 from lever_ext.tree.cost import Drafted
 from lever_ext.tree.growth import Growth
-from lever_ext.tree.select import Known, best_prefix, best_subtree
+from lever_ext.tree.select import Known, Selection, best_prefix, best_subtree
 from lever_ext.tree.token_tree import TokenTree
 
 POLICIES = ("lever", "greedy", "opt_tree", "specinfer", "fixed", "chain", "none")
@@ -166,52 +169,61 @@ class Lever:
     name: str = "lever"
 
     def build(self, growth: Growth) -> TokenTree:
+        max_rows = growth.cost.largest_tree(growth.max_rows)
         growth.expand([growth.tree.root])
         while True:
             known, keys = growth.known()
-            best = best_prefix(known, growth.cost, growth.spent_us, growth.max_rows)
-            batch = self._batch(growth, known, keys, best.value)
+            best = best_prefix(known, growth.cost, growth.spent_us, max_rows)
+            batch = self._batch(growth, known, keys, best, max_rows)
             if not batch:
                 break
             growth.expand(batch)
-        return growth.chosen(best_subtree(known, growth.cost, growth.spent_us, growth.max_rows), keys)
+        return growth.chosen(best_subtree(known, growth.cost, growth.spent_us, max_rows), keys)
 
-    def _batch(self, growth: Growth, known: Known, keys: Sequence[int], value: float) -> list[int]:
-        """The nodes whose drafting promises the most beyond `value`; none if nothing does."""
+    def _batch(self, growth: Growth, known: Known, keys: Sequence[int], best: Selection, max_rows: int) -> list[int]:
+        """The nodes whose drafting promises the most beyond the best tree so far; none if nothing does."""
+        value = best.value
+        # No call makes a tree so much larger.
+        max_rows = min(max_rows, 2 * len(best.rows) + 32)
         place = {key: row for row, key in enumerate(keys)}
         open_keys = growth.tree.unexpanded(growth.depth_limit, max(self.widths))
         open_keys = [key for key in open_keys if key in place]
-        ranks = growth.tree.calibration.ranks.tolist()
+        ranks = growth.tree.calibration.ranks
         found: list[int] = []
+        if not len(ranks):
+            return found
         for horizon in self.horizons:
             for width in self.widths:
                 batch = open_keys[:width]
-                if len(batch) < width and width > 1:
+                if len(batch) < width:
                     break
                 imagined = _imagine(known, [place[key] for key in batch], ranks, horizon)
                 spent = growth.spent_us + horizon * growth.cost.draft_us(len(batch))
-                promise = best_prefix(imagined, growth.cost, spent, growth.max_rows).value
-                if batch and promise > value * (1 + 1e-6):
+                promise = best_prefix(imagined, growth.cost, spent, max_rows).value
+                if promise > value * (1 + 1e-6):
                     value, found = promise, batch
             if found:
                 break
         return found
 
 
-def _imagine(known: Known, rows: Sequence[int], ranks: Sequence[float], levels: int) -> Known:
+def _imagine(known: Known, rows: Sequence[int], ranks: NDArray[np.float64], levels: int) -> Known:
     """The candidates with typical children, not drafted yet, under some of them; the likeliest child prolongs each."""
-    parents, reach, drafted = list(known.parents), list(known.reach), list(known.drafted)
-    for start in rows:
-        row = start
-        for _ in range(levels):
-            first = len(parents)
-            for share in ranks:
-                parents.append(row)
-                reach.append(reach[row] * share)
-                # Its parent's token stands in for the unknown one where experts are priced.
-                drafted.append(Drafted(known.drafted[start].token))
-            row = first
-    return Known(parents, reach, drafted)
+    starts, width = np.asarray(rows), len(ranks)
+    first = len(known.parents) + width * np.arange(len(starts) * levels).reshape(len(starts), levels)
+    # Each level hangs from the first child of the level above.
+    above = np.concatenate([starts[:, None], first[:, :-1]], axis=1)
+    shares = np.power(ranks[0], np.arange(levels))[:, None] * ranks
+    reach = np.asarray(known.reach)[starts][:, None, None] * shares
+    # Its parent's token stands in for the unknown one where experts are priced.
+    drafted = list(known.drafted)
+    for row in rows:
+        drafted += [Drafted(known.drafted[row].token)] * (width * levels)
+    return Known(
+        np.concatenate([known.parents, np.repeat(above.ravel(), width)]),
+        np.concatenate([known.reach, reach.ravel()]),
+        drafted,
+    )
 
 
 def _by_widths(growth: Growth, widths: Sequence[int]) -> TokenTree:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lever_ext.tree.cost import CycleCost, Drafted, NoUnion
 
@@ -30,9 +31,13 @@ LARGE = 48
 class Known(NamedTuple):
     """Candidates as rows, parents first, the root in row 0."""
 
-    parents: Sequence[int]
-    reach: Sequence[float]
+    parents: Sequence[int] | NDArray[np.int64]
+    reach: Sequence[float] | NDArray[np.float64]
     drafted: Sequence[Drafted]
+
+    def listed(self) -> Known:
+        """The same in plain numbers, which are faster one at a time."""
+        return Known(np.asarray(self.parents).tolist(), np.asarray(self.reach).tolist(), self.drafted)
 
 
 class Selection(NamedTuple):
@@ -120,9 +125,8 @@ def _best_by_reach(known: Known, cost: CycleCost, spent_us: float, max_rows: int
     branches[np.unique(parents, return_index=True)[1]] = False
     leaves = 1 + np.cumsum(branches)
     gain = 1.0 + np.cumsum(np.where(order == 0, 0.0, reach[order]))
-    us = cost.union.prefixes([known.drafted[row] for row in order])
-    us = us + [cost.fixed_us + spent_us + cost.verify(n + 1, int(count)) for n, count in enumerate(leaves)]
-    value = gain / us
+    us = cost.union.prefixes([known.drafted[row] for row in order.tolist()])
+    value = gain / (us + cost.verify_prefixes(leaves) + (cost.fixed_us + spent_us))
     size = int(np.argmax(value)) + 1
     return Selection(tuple(order[:size].tolist()), float(value[size - 1]))
 
@@ -132,6 +136,7 @@ def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) 
 
     At least the exact best prefix; the exact optimum where cost depends on the node count only.
     """
+    known = known.listed()
     dense, by_leaves = isinstance(cost.union, NoUnion), _leaves_matter(cost, max_rows)
     weights = LEAF_WEIGHTS if by_leaves else LEAF_WEIGHTS[:1]
     starts = [best_prefix(known, cost, spent_us, max_rows, weight) for weight in weights]
