@@ -21,6 +21,9 @@ from lever_ext.verify import Verified, Verifier
 if TYPE_CHECKING:
     from lever_ext.decoding import LeverDecoding
 
+AT_ONCE = 3
+"""Rows of the likeliest path that are projected in one product: as many as take no longer than one."""
+
 
 class SpeculativeRun:
     """One call of `generate`; `result` is what it returns."""
@@ -56,7 +59,8 @@ class SpeculativeRun:
 
     def result(self) -> Any:
         begin = time.perf_counter()
-        done = self._append(self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache))
+        hidden = self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache)
+        done = self._append(self.verifier.logits(hidden))
         self.stats.prefill_us = (time.perf_counter() - begin) * 1e6
         if self.owner.reads is not None:
             self.owner.reads.begin()
@@ -159,9 +163,13 @@ class SpeculativeRun:
 
     def _accept(self, tree: TokenTree, verified: Verified) -> tuple[list[int], bool]:
         """Rows from the root to the last node that the target itself chose, and whether generation has ended."""
-        row, path = 0, [0]
+        row, path, logits = 0, [0], dict[int, torch.Tensor]()
         while True:
-            done = self._append(verified.hidden[:, verified.row_of[row]])
+            if row not in logits:
+                rows = _likeliest_path(tree, verified, row)
+                hidden = verified.hidden[0, [verified.row_of[likely] for likely in rows]]
+                logits.update(zip(rows, self.verifier.logits(hidden).split(1), strict=True))
+            done = self._append(logits[row])
             token = int(self.ids[0, -1])
             candidates = self.tree.nodes[tree.keys[row]].candidates
             if candidates is not None:
@@ -172,9 +180,8 @@ class SpeculativeRun:
             row = child
             path.append(row)
 
-    def _append(self, hidden: torch.Tensor) -> bool:
-        """Choose the token after a hidden state [1, H] as `generate` would; whether generation has ended."""
-        logits = self.verifier.logits(hidden)
+    def _append(self, logits: torch.Tensor) -> bool:
+        """Choose the next token by float32 logits [1, V] as `generate` would; whether generation has ended."""
         scores = self.processors(self.ids, logits) if self.processors is not None else logits
         if self.config.do_sample:
             token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
@@ -223,6 +230,17 @@ class SpeculativeRun:
         )
         output[self.verifier.cache_name] = self.cache
         return output
+
+
+def _likeliest_path(tree: TokenTree, verified: Verified, row: int) -> list[int]:
+    """The row and those below it that the target most likely takes, as far as they were not pruned."""
+    path = [row]
+    while len(path) < AT_ONCE:
+        below = [child for child in tree.children[path[-1]].values() if child in verified.row_of]
+        if not below:
+            break
+        path.append(max(below, key=lambda child: tree.reach[child]))
+    return path
 
 
 def _cache(model: Any, kwargs: dict[str, Any]) -> Any:

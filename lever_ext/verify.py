@@ -82,7 +82,7 @@ class Verifier:
         return Verified(hidden, {row: index for index, row in enumerate(rows)}, past)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [1, V] of one hidden state [1, H]: projected on demand (paper 2c)."""
+        """Float32 logits [N, V] of hidden states [N, H]: projected on demand (paper 2c)."""
         logits: torch.Tensor = self.head(hidden).to(copy=True, dtype=torch.float32)
         return logits
 
