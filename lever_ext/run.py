@@ -204,7 +204,7 @@ class SpeculativeRun:
         reads = self.owner.reads
         if reads is not None:
             reads.learn(tree, verified, verify_us)
-        self.owner.latency.observe(len(tree), tree.leaves, verify_us)
+        self.owner.latency.observe(self.verifier.mean_rows(verified, len(tree)), tree.leaves, verify_us)
 
     def _advance(self, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         self.tree.advance(accepted, int(self.ids[0, -1]))

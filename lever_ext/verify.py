@@ -86,6 +86,13 @@ class Verifier:
         logits: torch.Tensor = self.head(hidden).to(copy=True, dtype=torch.float32)
         return logits
 
+    def mean_rows(self, verified: Verified, rows: int) -> int:
+        """Rows that a layer computed on average in a pass over a tree of so many."""
+        if self.gate is None or len(verified.row_of) == rows:
+            return rows
+        before = self.gate.predictor.layer / self.model.config.num_hidden_layers
+        return round(before * rows + (1 - before) * len(verified.row_of))
+
     def compact(self, cache: Any, verified: Verified, path: Sequence[int]) -> None:
         """Keep the KV entries of the accepted path alone.
 
