@@ -8,7 +8,7 @@ import tiny_experts
 import torch
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.engine import Engine, SimulatedClock
+from hybrimoe_plugin.engine import Engine, SimulatedClock, WallClock
 from hybrimoe_plugin.experts.base import Accelerator
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas
@@ -45,7 +45,10 @@ class FixedRouter:
 
 
 def build(
-    accelerator: Accelerator | str = "emulated", weights: Sequence[LayerWeights] = WEIGHTS, **choices: object
+    accelerator: Accelerator | str = "emulated",
+    weights: Sequence[LayerWeights] = WEIGHTS,
+    clock: WallClock | None = None,
+    **choices: object,
 ) -> tuple[Engine, list[FixedRouter]]:
     """An engine over these layers on an accelerator, given or made by name."""
     settings = Settings.of(choices)
@@ -70,7 +73,7 @@ def build(
         device.allocate(controller.pool.slots, weights)
     routers = [FixedRouter(index, spec.experts, spec.hidden, spec.top_k) for index in range(len(weights))]
     look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
-    return Engine(weights, routers, controller, cpu, device, SimulatedClock(), look_ahead), routers
+    return Engine(weights, routers, controller, cpu, device, clock or SimulatedClock(), look_ahead), routers
 
 
 def plain(weights: LayerWeights, hidden: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:

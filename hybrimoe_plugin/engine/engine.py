@@ -1,0 +1,223 @@
+"""One MoE layer call: learn -> plan -> run -> look ahead.
+
+The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the backends and
+adds up the parts. It is owned by one model; several can live in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from hybrimoe_plugin.engine.clock import Between, SimulatedClock, WallClock
+from hybrimoe_plugin.engine.view import CallRecord, HostView, Router, Routing, Sent, bring, here, take
+from hybrimoe_plugin.engine.waves import Waves
+from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.experts.base import Accelerator, CPUBackend, WholeCalls
+from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
+from hybrimoe_plugin.policy.schedule import simulate
+from hybrimoe_plugin.timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+SHRINK_TO = 0.75
+"""Share of the cached experts that is kept when the device runs out of memory."""
+
+
+class Engine:
+    """Runs the routed experts of one model on one accelerator (or none) and the CPU.
+
+    Args:
+        layers: the MoE layers' weights, in order; `run`'s `layer` is the position in this list.
+        routers: the same layers' routers.
+        look_ahead: how many later layers are predicted for prefetching; 0 for none.
+        clock: real time, or simulated where the accelerator is emulated.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        routers: Sequence[Router],
+        controller: Controller,
+        cpu: CPUBackend,
+        accelerator: Accelerator | None,
+        clock: WallClock | SimulatedClock,
+        look_ahead: int,
+    ) -> None:
+        self.layers = list(layers)
+        self.routers = list(routers)
+        self.controller = controller
+        self.cpu = cpu
+        self.accelerator = accelerator
+        self.clock = clock
+        self.look_ahead = look_ahead if accelerator is not None else 0
+        self.timeline: Timeline | None = None
+        self.recorder: Callable[[CallRecord], None] | None = None
+        self._whole_calls = accelerator is None and isinstance(cpu, WholeCalls)
+        self._waves = None if accelerator is None else Waves(accelerator, self.layers, controller)
+        self._between = None if clock.emulated or accelerator is None else Between()
+        if self._waves is not None:
+            self._waves.onload(controller.warm_start())
+
+    def later_routers(self, layer: int) -> list[Router]:
+        """The routers whose choices are predicted at this layer, nearest first."""
+        return self.routers[layer + 1 : layer + 1 + self.look_ahead]
+
+    def run(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        sent: Sent | None = None,
+    ) -> torch.Tensor:
+        """Compute the routed experts of one layer call.
+
+        Args:
+            hidden: [T, H] floating point, on the device of the model's dense part.
+            topk_ids: [T, K] integer expert ids.
+            topk_weights: [T, K] floating point routing weights; a weight belongs to the id at its own place.
+            sent: what is on its way to the host already; without an accelerator nothing is.
+
+        Returns:
+            [T, H] sum over each token's experts, dtype and device of `hidden`.
+        """
+        if hidden.shape[0] == 0:
+            return torch.zeros_like(hidden)
+        call = Routing(hidden, topk_ids, topk_weights)
+        if self._whole_calls and self.recorder is None and self.timeline is None:
+            return self._whole(layer, call)
+        while True:
+            try:
+                return self._run(layer, call, sent)
+            except torch.OutOfMemoryError as error:
+                self._shrink(error)
+
+    def close(self) -> None:
+        """Give back threads and device memory."""
+        self.cpu.close()
+        if self.accelerator is not None:
+            self.accelerator.close()
+
+    def _run(self, layer: int, call: Routing, sent: Sent | None) -> torch.Tensor:
+        hidden = call.hidden
+        seen = self._read(layer, call, sent)
+        now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
+        ids = seen.ids.numpy()
+        if self._between is not None:
+            self._know_between(layer, len(ids), now_us)
+        if self.accelerator is not None:
+            self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
+        step = self.controller.begin(layer, loads(ids), len(ids), now_us)
+        submitted = bool(step.plan.cpu)
+        try:
+            if submitted:
+                self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
+            output = None if self._waves is None else self._waves.run(step, hidden, ids, call.weights)
+            self._look_ahead(step, seen, now_us)
+        finally:
+            # An interrupted call must leave no task behind and no slot leased.
+            from_cpu = self.cpu.sync() if submitted else None
+            self.controller.finish(step)
+        if from_cpu is not None:
+            from_cpu = self._place(from_cpu.to(hidden.dtype), hidden.device)
+            output = from_cpu if output is None else output + from_cpu
+        assert output is not None, "a plan covers every routed expert"
+        self._pass_time(step, now_us)
+        return output
+
+    def _whole(self, layer: int, call: Routing) -> torch.Tensor:
+        """The CPU computes everything and nobody watches: there is nothing to plan, and planning would cost a third."""
+        now_us = self.clock.now_us()
+        output: torch.Tensor = self.cpu.compute(layer, *call)  # type: ignore[attr-defined]
+        counters = self.controller.counters
+        tokens, chosen = call.ids.shape
+        if tokens > 1:
+            chosen = len(np.unique(call.ids.numpy()))
+        counters.calls += 1
+        counters.tokens += tokens
+        counters.activations += chosen
+        counters.experts_cpu += chosen
+        counters.moe_us += self.clock.now_us() - now_us
+        return output
+
+    def _read(self, layer: int, call: Routing, sent: Sent | None) -> HostView:
+        """The routing decision on the host; the one host synchronisation of a call."""
+        if sent is not None:
+            return take(sent)
+        router = self.routers[layer]
+        if self.accelerator is None:
+            return here(call, router if self.recorder is not None else None)
+        return bring(call, router, self.later_routers(layer), self.accelerator)
+
+    def _know_between(self, layer: int, tokens: int, now_us: float) -> None:
+        """Plan with the time between layers as this model has it."""
+        assert self._between is not None
+        known = self._between.begin(layer, tokens, now_us)
+        if known is not None:
+            self.controller.costs.between_layers_us = known
+
+    def _place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.to(device) if self._waves is None else self._waves.place(tensor, device)
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Give a part of the cache back to the rest of the model and go on; the interrupted call is run again.
+
+        Raises:
+            torch.OutOfMemoryError, BudgetError: there is no cache left to give.
+        """
+        before = sum(self.controller.pool.quotas)
+        if self.accelerator is None or self._waves is None or not before:
+            raise error
+        while True:
+            moves = self.controller.shrink(SHRINK_TO)
+            try:
+                self.accelerator.allocate(self.controller.pool.slots, self.layers)
+                break
+            except BudgetError:  # what was given back may lie in pieces
+                if not sum(self.controller.pool.quotas):
+                    raise
+        self._waves.onload(moves)
+        left = sum(self.controller.pool.quotas)
+        log.warning(
+            "out of memory on %s: the cache shrinks from %d to %d experts", self.accelerator.device, before, left
+        )
+
+    def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
+        """Use the idle link for what the next layers are predicted to need, while CPU and accelerator compute."""
+        found = seen.predicted(wait=self.recorder is not None)
+        if self.recorder is not None:
+            self.recorder(seen.record(step.layer, found))
+        if self._waves is None:
+            return
+        predicted = [(step.layer + distance, loads(ids)) for distance, ids in enumerate(found, 1)]
+        moves = self.controller.look_ahead(step, predicted, now_us)
+        self._waves.onload(moves, ahead=True)
+        if self.timeline is not None:
+            self._draw_link(moves)
+
+    def _pass_time(self, step: Step, now_us: float) -> None:
+        """Advance the clock over this call and draw it."""
+        costs, plan = self.controller.costs, step.plan
+        if isinstance(self.clock, SimulatedClock):
+            spent_us = plan.makespan_us
+            self.clock.advance(spent_us + costs.between_layers_us)
+        else:
+            ended_us = self.clock.now_us()
+            spent_us = ended_us - now_us
+            if self._between is not None:
+                self._between.end(step.layer, step.tokens, max(ended_us, now_us + plan.makespan_us))
+        self.controller.counters.moe_us += spent_us
+        if self.timeline is not None:
+            run = simulate(plan, step.routed, costs, 0.0)
+            self.timeline.layer_call(step.layer, now_us, spent_us, run, emulated=self.clock.emulated)
+            self._draw_link(step.moves)
+
+    def _draw_link(self, moves: Sequence[Move]) -> None:
+        assert self.timeline is not None
+        for move in moves:
+            self.timeline.transfer(move.layer, move.expert, move.start_us, move.end_us)
