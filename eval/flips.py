@@ -20,7 +20,7 @@ from lever_ext.packing import pack_tokenizer
 from lever_ext.tree.policies import make_policy
 
 TARGETS = ("dense", "mixtral")
-TREES = ("lever", "chain")
+TREES = ("lever",)
 FURTHER = (
     "Explain photosynthesis to a child.",
     "List five European capitals with one sentence about each.",
