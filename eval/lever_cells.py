@@ -53,6 +53,8 @@ TREES: dict[str, Callable[[], TreePolicy]] = {
     "lever, no overlap": Lever,
     "lever, cost without union": Lever,
 }
+WARM_UP = 12
+"""Tokens of the turn that does not count."""
 BUDGETS = {"dense": "200MiB", "mixtral": "600MiB"}
 DENSE_TREES = ("flash autoregressive", "chain 8", "specinfer", "specinfer 4-2-2-1", "fixed 16", "opt_tree 16",
                "opt_tree 48", "greedy", "lever, no overlap", "lever")  # fmt: skip
@@ -79,7 +81,7 @@ class TreeCell(Cell):
     draft: str = "low-bit 65 %"
     prompt: str = "code"
     trees: tuple[str, ...] = DENSE_TREES
-    tokens: int = 28
+    tokens: int = 40
     rounds: int = 3
     """Turns that count, each with the next prompt of the kind. Every policy runs once in each; the order changes, for
     the disk's speed drifts."""
@@ -99,7 +101,7 @@ class TreeCell(Cell):
             # The first turn warms up, with a few tokens of another text: costs and calibration are learned in it.
             inputs = lab.prompt(self.prompt, turn - 1)
             for tree in (*self.trees[first:], *self.trees[:first])[:: 1 if turn % 2 else -1]:
-                load = self._once(decoders[tree], target, inputs, 6 if turn == 0 else self.tokens)
+                load = self._once(decoders[tree], target, inputs, WARM_UP if turn == 0 else self.tokens)
                 if turn:
                     runs[tree].append(decoders[tree].stats)
                     others[tree] = max(others[tree], load)
@@ -270,15 +272,16 @@ def _cells() -> Iterator[Cell]:
         yield TreeCell(f"dense, low-bit 65 %, {prompt}", prompt=prompt)
     yield IdentityCell("identity")
     for prompt in PROMPTS:
-        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES, rounds=4)
+        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES, tokens=32, rounds=6)
     few = ("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever")
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        yield TreeCell(f"dram {share:.0%}", trees=few, tokens=24, rounds=1, share=share)
-    for draft in ("low-bit 50 %", "n-gram"):
+        yield TreeCell(f"dram {share:.0%}", trees=few, tokens=32, rounds=2, share=share)
+    # n-grams are accepted seldom here: hardly more than a token a pass.
+    for draft, tokens, rounds in (("low-bit 50 %", 32, 2), ("n-gram", 12, 3)):
         for prompt in PROMPTS:
-            yield TreeCell(f"dense, {draft}, {prompt}", draft=draft, prompt=prompt, trees=FEW_TREES, rounds=1)
+            yield TreeCell(f"dense, {draft}, {prompt}", "dense", draft, prompt, FEW_TREES, tokens, rounds)
     for throttle in ("ufs3.1", "ufs4.0", "nvme"):
-        yield TreeCell(f"throttled {throttle}", trees=few, tokens=24, rounds=1, throttle=throttle)
+        yield TreeCell(f"throttled {throttle}", trees=few, tokens=32, rounds=1, throttle=throttle)
 
 
 CELLS = tuple(_cells())
