@@ -215,7 +215,7 @@ def _expert(
 def _head(model: Any, hidden: torch.Tensor, accelerator: Accelerator, watch: Stopwatch) -> tuple[float, float]:
     """Output projection of a row: (on the CPU, on the accelerator and back)."""
     head, row = model.get_output_embeddings(), hidden[0, :1]
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.nbytes > accelerator.free_bytes:
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.nbytes > accelerator.free_bytes:
         return 0.0, math.inf
     weight = head.weight.detach().to(accelerator.device, copy=True)
     cpu = watch.us(lambda: head(row))
