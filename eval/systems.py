@@ -114,3 +114,8 @@ def prepare(system: System, trace: Trace, recall: float, draw: int = 0) -> Trace
             trace.header, [call._replace(predicted=call.predicted[: system.look_ahead]) for call in trace.calls]
         )
     return with_predictions(trace, recall, system.look_ahead, draw)
+
+
+def prompt_of(trace: Trace) -> Trace:
+    """The calls of many tokens."""
+    return Trace(trace.header, [call for group in trace.passes() if len(group[0].ids) > 1 for call in group])

@@ -83,16 +83,21 @@ def mixtral_popularity() -> Popularity:
     return np.asarray(total / total.sum(axis=1, keepdims=True))
 
 
-def other_text(trace: Trace, name: str) -> Popularity:
+def other_text(trace: Trace, name: str, start: int = 0) -> Popularity:
     """Popularity by which systems place their first experts: never from the tokens that are judged.
 
     For flat routing another text of the same model. The real traces hold one text each, so it is the first half of
     their own answer, which favours the systems that never move an expert.
+
+    Args:
+        start: which other text; of a real trace, later ones are tokens drawn from that half, with repeats.
     """
     if name in SHAPES:
-        return counts(flat(name, 64, 64, text=7).calls, trace.header)
+        return counts(flat(name, 64, 64, text=7 + start).calls, trace.header)
     decode = [group for group in trace.passes() if len(group[0].ids) == 1]
-    return counts((call for group in decode[: len(decode) // 2] for call in group), trace.header)
+    half = decode[: len(decode) // 2]
+    drawn = np.random.default_rng(start).integers(0, len(half), len(half)) if start else range(len(half))
+    return counts((call for index in drawn for call in half[index]), trace.header)
 
 
 def costs_for(profile: str, trace: Trace, name: str) -> CostModel:

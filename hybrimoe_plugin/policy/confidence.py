@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 
 from hybrimoe_plugin.core import OFFLOADED, Routed
 
@@ -14,8 +14,8 @@ need most experts whatever is predicted): trust has to be earned."""
 BORROWED = 4.0
 """Weight, in predictions, of all kinds of a distance in the estimate for one kind."""
 
-Kind = tuple[int, int, bool, bool]
-"""Distance, votes, many tokens, offloaded."""
+Kind = tuple[int, int, bool, bool, bool]
+"""Distance, votes, many tokens, offloaded, leading."""
 ANY = -1
 """In place of the votes: all kinds of a distance together."""
 
@@ -24,8 +24,9 @@ class Confidence:
     """Share of predicted experts that their layer then needed, by kind of prediction.
 
     A kind is the distance; the votes, how often the expert was predicted for the same call from further away, since
-    agreement tells true predictions from chance ones; whether the call has many tokens; and whether the expert was
-    offloaded: what is there is there because it is needed often, so predicting it is easier. Predictions for calls of
+    agreement tells true predictions from chance ones; whether the call has many tokens; whether the expert was
+    offloaded: what is there is there because it is needed often, so predicting it is easier; and, for one token,
+    whether it leads, as one of the half that the router put first. Predictions for calls of
     one token are not trusted before such ones were checked, so bad ones cost nothing but their making.
     """
 
@@ -38,13 +39,18 @@ class Confidence:
         """Probability that an expert predicted in this way will be needed."""
         return self._share(*self._pair(kind), many=kind[2])
 
-    def predicted(self, layer: int, distance: int, routed: Iterable[Routed], many: bool) -> dict[int, float]:
-        """Remember a prediction until its layer runs; gives each expert's probability of being needed."""
+    def predicted(self, layer: int, distance: int, routed: Sequence[Routed], many: bool) -> dict[int, float]:
+        """Remember a prediction until its layer runs; gives each expert's probability of being needed.
+
+        Args:
+            routed: of one token, the router's first choice first.
+        """
         known = self._open.setdefault(layer, {})
         found = {}
-        for item in routed:
+        for place, item in enumerate(routed):
             kinds = known.setdefault(item.expert, [])
-            pair = self._pair((distance, len(kinds), many, item.ready_us == OFFLOADED))
+            leading = not many and 2 * place < len(routed)
+            pair = self._pair((distance, len(kinds), many, item.ready_us == OFFLOADED, leading))
             kinds.append(pair)
             found[item.expert] = self._share(*pair, many)
         return found
@@ -62,7 +68,7 @@ class Confidence:
         own = self._evidence.get(kind)
         if own is None:
             own = self._evidence[kind] = _Evidence()
-        wide_kind = kind[0], ANY, kind[2], kind[3]
+        wide_kind = kind[0], ANY, kind[2], kind[3], False
         wide = self._evidence.get(wide_kind)
         if wide is None:
             wide = self._evidence[wide_kind] = _Evidence()

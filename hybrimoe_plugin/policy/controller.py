@@ -72,7 +72,7 @@ class Controller(IdleLink):
         spent_us = step.plan.makespan_us + self.costs.between_layers_us
         self._layer_us += 0.1 * (spent_us - self._layer_us) if self._layer_us else spent_us
         idle = Idle(now_us, now_us + spent_us)
-        predictions = self._predictions(step, predicted, now_us)
+        predictions = self._predictions(step, predicted, idle)
         moves = self._prefetch(step, predictions, idle)
         moves += self._fill(step, predictions, idle)
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
@@ -108,8 +108,9 @@ class Controller(IdleLink):
                 counters.cache_hits += 1
                 ref = ExpertRef(layer, item.expert)
                 if ref in self._unused:
-                    self.by_distance[self._unused.pop(ref)][1] += 1
-                    self._used += tokens == 1
+                    ahead = self._unused.pop(ref)
+                    self.by_distance[ahead.distance][1] += 1
+                    self._used += ahead.alone
                     counters.prefetches_used += 1
 
 

@@ -15,7 +15,7 @@ from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.prefetch import DOUBTFUL, Prediction, Prefetcher, PrefetchRequest
 from hybrimoe_plugin.policy.ranked import CachePolicy
-from hybrimoe_plugin.policy.residency import KEPT, Move, Residency, Step
+from hybrimoe_plugin.policy.residency import KEPT, Ahead, Move, Residency, Step
 from hybrimoe_plugin.policy.schedule import Scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 
@@ -25,8 +25,8 @@ RARE = 0.1
 """Share of calls with demand loads up to which the link counts as free."""
 SLACK = 0.05
 """How sure these must be."""
-FADE = 0.9995
-"""What is left of old prefetches in that share, from one call to the next."""
+FADE = 0.998
+"""What is left of old prefetches in that share when one more is sent: of 500 remembered ones the credit is little."""
 CREDIT = 4.0
 """Prefetches in spare time that may be tried before any was used."""
 SAFE = 0.5
@@ -60,18 +60,24 @@ class IdleLink(Residency):
         self.confidence = Confidence()
         self._demand = [1.0, 1.0]
         """Recent share of layer calls with demand loads: of one token, of many."""
+        self._postponed: dict[int, list[int]] = {}
+        """Layer -> experts that the CPU computed in a prompt and that the link had no time to bring."""
         self._layer_us = 0.0
         """Moving average of the time from one layer to the next."""
 
     def _predictions(
-        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float
+        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], idle: Idle
     ) -> list[Prediction]:
-        """The later layers as they stand now; predicted experts that are there are kept until their layer has run."""
+        """The later layers as they will stand at their own start if nothing more is sent.
+
+        Predicted experts that are there are kept until their layer has run.
+        """
         if self.prefetcher is None:
             return []
         found = []
         for distance, (layer, loads) in enumerate(predicted, 1):
-            routed = tuple(Routed(e, load, self._ready_us(layer, e, now_us)) for e, load in loads.items())
+            start_us = self._start_us(distance, idle)
+            routed = tuple(Routed(e, load, self._ready_us(layer, e, start_us)) for e, load in loads.items())
             confidence = self.confidence.predicted(layer, distance, routed, step.tokens > 1)
             found.append(Prediction(layer, distance, routed, confidence))
             row = self._worth[layer]
@@ -82,7 +88,8 @@ class IdleLink(Residency):
                     )
         return found
 
-    def _prefetch(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
+    def _prefetch(self, step: Step, predictions: list[Prediction], idle: Idle) -> list[Move]:
+        """Send what the prefetcher chooses and what then still is worth it. Mutates `predictions`."""
         if self.prefetcher is None or not predictions:
             return []
         moves: list[Move] = []
@@ -97,16 +104,14 @@ class IdleLink(Residency):
                 continue
             slot = self._admit(layer, expert, lenders, gain_us)
             if slot is not None:
-                moves.append(self._sent_ahead(layer, expert, slot, request.distance, idle))
-                self._issued += alone
+                moves.append(self._sent_ahead(layer, expert, slot, request.distance, step, idle))
+                predictions[request.distance - 1] = self._coming(predictions[request.distance - 1], moves[-1], idle)
         if alone and self.prefetcher.calibrated:
-            spare = self._spare(predictions[0], lenders, idle)
-            self._issued += len(spare)
-            moves += spare
+            moves += self._spare(step, predictions[0], lenders, idle)
         self.counters.prefetches += len(moves)
         return moves
 
-    def _spare(self, prediction: Prediction, lenders: range, idle: Idle) -> list[Move]:
+    def _spare(self, step: Step, prediction: Prediction, lenders: range, idle: Idle) -> list[Move]:
         """Prefetches for the next layer in time that nobody else wants: those without impact or of little confidence.
 
         Alone the CPU would hide such a miss, but predictions err, and then two meet. Each must be clearly likelier to
@@ -115,7 +120,9 @@ class IdleLink(Residency):
         moves: list[Move] = []
         layer, sure = prediction.layer, prediction.confidence
         for expert in sorted(sure, key=lambda expert: -sure[expert]):
-            if self._end_us(idle) > idle.until_us or self._used + CREDIT <= USED_SHARE * self._issued:
+            if self._end_us(idle) > idle.until_us:
+                break
+            if sure[expert] < self._floor(CREDIT):
                 break
             if self.pool.slot_of(layer, expert) is not None:
                 continue
@@ -125,13 +132,27 @@ class IdleLink(Residency):
             slot = self._admit(layer, expert, lenders, KEPT)
             if slot is None:
                 break
-            moves.append(self._sent_ahead(layer, expert, slot, prediction.distance, idle))
+            moves.append(self._sent_ahead(layer, expert, slot, prediction.distance, step, idle))
         return moves
 
-    def _sent_ahead(self, layer: int, expert: int, slot: int, distance: int, idle: Idle) -> Move:
-        self._unused[ExpertRef(layer, expert)] = distance
+    def _sent_ahead(self, layer: int, expert: int, slot: int, distance: int, step: Step, idle: Idle) -> Move:
+        alone = step.tokens == 1
+        self._unused[ExpertRef(layer, expert)] = Ahead(distance, alone)
         self.by_distance.setdefault(distance, [0, 0])[0] += 1
+        if alone:
+            self._issued = self._issued * FADE + 1.0
+            self._used *= FADE
         return self._send(layer, expert, slot, idle.now_us, cached=True)
+
+    def _start_us(self, distance: int, idle: Idle) -> float:
+        """When the layer at that distance is expected to begin."""
+        return idle.until_us + (distance - 1) * self._layer_us
+
+    def _coming(self, prediction: Prediction, move: Move, idle: Idle) -> Prediction:
+        """The prediction, knowing that one of its experts is now under way: the next one is weighed beside it."""
+        ready_us = max(0.0, move.end_us - self._start_us(prediction.distance, idle))
+        routed = [i._replace(ready_us=ready_us) if i.expert == move.expert else i for i in prediction.routed]
+        return prediction._replace(routed=tuple(routed))
 
     def _may_doubt(self, distance: int, idle: Idle) -> bool:
         """Whether a doubtful prefetch may be sent now: not before better predictions will be there, nor into the way.
@@ -143,11 +164,16 @@ class IdleLink(Residency):
             return False
         return self._end_us(idle) <= idle.until_us or self._demand[False] < RARE
 
-    def _floor(self) -> float:
-        """How sure a prediction for one token must be: doubtful ones are tried while enough have been used so far."""
-        self._issued *= FADE
-        self._used *= FADE
-        return SLACK if self._used > USED_SHARE * self._issued else DOUBTFUL
+    def _floor(self, credit: float = 0.0) -> float:
+        """How sure a prediction for one token must be.
+
+        Doubtful ones are tried while enough were used so far. Else the rest must be sure, and the surer the fewer were
+        used: what is chosen comes true less often than its kind.
+        """
+        if self._used + credit > USED_SHARE * self._issued:
+            return SLACK
+        share = (self._used + CREDIT) / (self._issued + CREDIT)
+        return max(DOUBTFUL, 2.0 * USED_SHARE - share)
 
     def _fill(self, step: Step, predictions: Sequence[Prediction], idle: Idle) -> list[Move]:
         """Bring misses that the CPU computed into the cache while the link is idle, the most likely ones first."""
@@ -165,7 +191,33 @@ class IdleLink(Residency):
             slot = self._admit(step.layer, expert, lenders)
             if slot is not None:
                 moves.append(self._send(step.layer, expert, slot, idle.now_us, cached=True))
+        if step.tokens > 1:
+            self._postponed[step.layer] = [e for e in missed if self.pool.slot_of(step.layer, e) is None]
+        elif self._postponed and self.cache.probabilities:
+            # The next layers' first: they are there before the token that needs them.
+            for layer in sorted(self._postponed, key=lambda layer: (layer - step.layer - 1) % len(self._worth)):
+                moves += self._make_up(layer, lenders, idle)
         self.counters.fills += len(moves)
+        return moves
+
+    def _make_up(self, layer: int, lenders: range, idle: Idle) -> list[Move]:
+        """Fills that a prompt had no time for, each once: where it prefetched more, it filled less."""
+        moves: list[Move] = []
+        ranks, left = self.cache.ranks[layer], self._postponed.pop(layer, [])
+        left.sort(key=lambda expert: ranks[expert])
+        while left and self._end_us(idle) <= idle.until_us:
+            expert = left.pop()
+            if self.pool.slot_of(layer, expert) is not None:
+                continue
+            victim = None if self.pool.has_room(layer) else self._victim(layer, lenders)
+            if victim is not None and self._worth[victim] >= SAFE * ranks[expert]:
+                return moves
+            slot = self._admit(layer, expert, lenders)
+            if slot is None:
+                return moves
+            moves.append(self._send(layer, expert, slot, idle.now_us, cached=True))
+        if left:
+            self._postponed[layer] = left
         return moves
 
     def _room(self, idle: Idle) -> int:

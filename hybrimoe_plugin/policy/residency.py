@@ -38,6 +38,15 @@ class Step(NamedTuple):
     moves: tuple[Move, ...]
 
 
+class Ahead(NamedTuple):
+    """How a prefetch came about."""
+
+    distance: int
+    """Layers over which it was predicted."""
+    alone: bool
+    """Whether a call of one token sent it."""
+
+
 class Residency:
     """Slots and link bookkeeping of one model; times are microseconds on the caller's clock.
 
@@ -57,10 +66,10 @@ class Residency:
         self.by_distance: dict[int, list[int]] = {}
         """Distance -> prefetches issued, and those that were then needed."""
         self._arrivals: dict[ExpertRef, float] = {}
-        self._unused: dict[ExpertRef, int] = {}
-        """Prefetched and not needed yet, with the distance over which it was predicted."""
+        self._unused: dict[ExpertRef, Ahead] = {}
+        """Prefetched and not needed yet."""
         self._issued = self._used = 0.0
-        """Recent prefetches for calls of one token, and how many of them were needed."""
+        """Recent prefetches that calls of one token sent, and how many of them were needed."""
         self._worth = np.full(cache.ranks.shape, KEPT)
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
 
@@ -102,9 +111,9 @@ class Residency:
     def withdraw(self, layer: int, expert: int) -> None:
         """Forget a prefetch that the link never carried: its slot is free again."""
         self.pool.withdraw(layer, expert)
-        distance = self._unused.pop(ExpertRef(layer, expert))
-        self.by_distance[distance][0] -= 1
-        self._issued -= 1.0
+        ahead = self._unused.pop(ExpertRef(layer, expert))
+        self.by_distance[ahead.distance][0] -= 1
+        self._issued -= ahead.alone
         del self._arrivals[ExpertRef(layer, expert)]
         self._worth[layer, expert] = KEPT
         self.link_free_us -= self.costs.transfer_us

@@ -7,7 +7,7 @@ import pytest
 
 from eval import cache, prefetch, replay, schedule, traces
 from eval.hits import POLICIES, hit_rate
-from eval.systems import ABLATION, BASELINES, ORACLE, OURS, SINGLE, build, prepare, quotas
+from eval.systems import ABLATION, BASELINES, ORACLE, OURS, SINGLE, build, prepare, prompt_of, quotas
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.replay.simulator import Outcome
 from hybrimoe_plugin.replay.simulator import replay as run
@@ -100,6 +100,43 @@ def test_a_baseline_that_is_faster_shows() -> None:
     assert replay.worst(rows[:1], "prefill") == pytest.approx(1.5)
 
 
+def test_comparisons_near_level_are_repeated_from_the_same_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [("qwen", "a6000", 0.25, system, 4, False) for system in (BASELINES[0], BASELINES[1], OURS)]
+    rows = [
+        {
+            "trace": "qwen",
+            "profile": "a6000",
+            "cache": 0.25,
+            "system": job[3].name,
+            "decode ms": ms,
+            "prefill ms": 9.0 * ms,
+        }
+        for job, ms in zip(jobs, (9.99, 20.0, 10.0), strict=True)
+    ]
+    replay.compare(rows)
+    seen: list[tuple[str, int]] = []
+
+    def mapped(work: object, starts: list[replay.Start]) -> list[tuple[float, float]]:
+        seen.extend((job[3].name, start) for job, start in starts)
+        return [((1.0 if job[3] is OURS else 1.0 + 0.1 * start), 1.0) for job, start in starts]
+
+    monkeypatch.setattr(replay, "mapped", mapped)
+    replay.repeat(rows, jobs, 3)
+    assert sorted(seen) == sorted((name, start) for name in (BASELINES[0].name, OURS.name) for start in range(3))
+    assert rows[0]["ours decode speedup"] == pytest.approx(1.1)
+    assert rows[0]["decode standard error"] == pytest.approx(0.1 / 3**0.5)
+    assert (rows[1]["ours decode speedup"], rows[1]["decode starts"]) == (2.0, 1)
+
+
+def test_starts_place_experts_by_other_tokens_of_the_same_half() -> None:
+    for name in ("gptoss", "deepseek-v2-lite"):
+        trace = traces.real(name) if name in traces.REAL else traces.flat(name, 8, 8, text=1)
+        first, again, other = (traces.other_text(trace, name, start) for start in (0, 0, 3))
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).any()
+        np.testing.assert_allclose(other.sum(axis=1), 1.0)
+
+
 def outcome(prefill: float, decode: float, issued: int = 0, used: int = 0) -> Outcome:
     counts = Counters(prefetches=issued, prefetches_used=used)
     return Outcome([prefill], [decode], decode_counters=counts, by_distance={1: (issued, used)})
@@ -107,10 +144,12 @@ def outcome(prefill: float, decode: float, issued: int = 0, used: int = 0) -> Ou
 
 def test_speed_is_the_mean_over_starts_and_counts_are_of_the_first() -> None:
     without, found = [outcome(10.0, 100.0), outcome(10.0, 100.0)], [outcome(8.0, 80.0, 4, 3), outcome(10.0, 125.0)]
-    row = prefetch.row_of(tiny(1), ("made", "a6000", 0.25), 0.5, without, found)
+    pairs = list(zip(without, found, strict=True))
+    row = prefetch.row_of(tiny(1), ("made", "a6000", 0.25), 0.5, pairs, pairs)
     assert row["speedup over off"] == pytest.approx((1.25 + 0.8) / 2)
     assert row["standard error"] == pytest.approx(0.225)
     assert row["prefill speedup over off"] == pytest.approx((1.25 + 1.0) / 2)
+    assert (row["prefill starts"], row["prefill standard error"]) == (2, pytest.approx(0.125))
     assert row["run speedup over off"] == pytest.approx((110 / 88 + 110 / 135) / 2)
     assert (row["starts"], row["issued"], row["used share"], row["used share at 1"]) == (2, 4, 0.75, 0.75)
 
@@ -121,10 +160,13 @@ def test_cells_near_level_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         prefetch,
         "run",
-        lambda system, job, recall, start: outcome(1.0, 100.0 if system is prefetch.OFF else times[recall]),
+        lambda system, job, recall, start, prompt=False: outcome(
+            1.0, 100.0 if system is prefetch.OFF else times[recall]
+        ),
     )
     rows = prefetch.cells(("made", "a6000", 0.25, (0.0, 0.79)))
     assert [(row["recall"], row["starts"]) for row in rows] == [(0.0, prefetch.STARTS), (0.79, 1)]
+    assert [row["prefill starts"] for row in rows] == [prefetch.PROMPT_STARTS] * 2
 
 
 def test_starts_differ_and_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +179,7 @@ def test_starts_differ_and_are_the_same_with_and_without(monkeypatch: pytest.Mon
 
 
 def test_a_prompt_is_what_has_many_tokens() -> None:
-    prompt = replay.prompt_of(traces.real("gptoss"))
+    prompt = prompt_of(traces.real("gptoss"))
     assert len(prompt.calls) == 36
     assert len(prompt.calls[0].ids) == 85
 

@@ -12,7 +12,7 @@ from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS, Set
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.confidence import Confidence
-from hybrimoe_plugin.policy.controller import Controller, loads
+from hybrimoe_plugin.policy.controller import Controller, Move, loads
 from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE, Idle
 from hybrimoe_plugin.policy.prefetch import Prediction, PrefetchRequest, make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
@@ -116,7 +116,7 @@ def test_nothing_is_prefetched_on_predictions_that_never_come_true() -> None:
 
 
 def spare_moves(
-    worth: float, transfer_us: float = 300.0, issued: float = 0.0, accelerator_us: float = 600.0
+    worth: float, transfer_us: float = 300.0, issued: float = 0.0, accelerator_us: float = 600.0, hits: int = 50
 ) -> list[tuple[int, int]]:
     """What is prefetched for layer 1 when it is predicted to need expert 7 alone, which the CPU computes as fast."""
     made = controller(2, transfer_us, accelerator_us, prefetch="expected")
@@ -126,9 +126,9 @@ def spare_moves(
     ids = np.array([[0, 1]])
     made.learn(0, ids, np.full((1, 2), 0.5, np.float32), None)
     step = made.begin(0, loads(ids), 1, 0.0)
-    for _ in range(50):
+    for turn in range(50):
         made.confidence.predicted(1, 1, routed(7), many=False)
-        made.confidence.check(1, {7})
+        made.confidence.check(1, {7} if turn * hits // 50 < (turn + 1) * hits // 50 else ())
     made._worth[made._worth < np.inf] = worth
     moves = made.look_ahead(step, [(1, {7: 1})], 0.0)
     return [(move.layer, move.expert) for move in moves if move.layer == 1]
@@ -146,9 +146,14 @@ def test_there_is_no_spare_time_on_a_busy_link() -> None:
     assert spare_moves(worth=0.1, transfer_us=5000.0) == []
 
 
-def test_spare_time_is_not_for_prefetches_that_stay_unused() -> None:
-    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE - 0.1) == [(1, 7)]
-    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE + 0.1) == []
+def test_doubtful_ones_wait_while_prefetches_stay_unused() -> None:
+    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE - 0.1, hits=25) == [(1, 7)]
+    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE + 0.1, hits=25) == []
+
+
+def test_sure_ones_need_not_wait_but_must_be_the_surer_the_fewer_were_used() -> None:
+    assert spare_moves(worth=0.1, issued=CREDIT / USED_SHARE + 0.1) == [(1, 7)]
+    assert spare_moves(worth=0.1, issued=50.0) == []
 
 
 def late_gain_us(behind: dict[int, int]) -> float:
@@ -172,18 +177,53 @@ def test_a_late_prefetch_pays_for_the_layer_behind_its_own() -> None:
     assert late_gain_us({0: 1}) > late_gain_us({0: 64})
 
 
+def test_the_second_prefetch_is_weighed_beside_the_first() -> None:
+    """Two equal misses: with the first under way their layer is done sooner, so the layer behind wants the link."""
+    made = controller(2, 2000.0, prefetch="expected")
+    step = made.begin(0, {}, 4, 0.0)
+    made._layer_us, made._demand, made.link_free_us = 1000.0, [0.0, 0.0], 2000.0
+    idle = Idle(0.0, 1500.0)
+    ahead = Prediction(1, 1, (Routed(6, 4, OFFLOADED), Routed(7, 4, OFFLOADED)), {6: 1.0, 7: 1.0})
+    behind = Prediction(2, 2, (Routed(0, 64, OFFLOADED),), {0: 1.0})
+    coming = made._coming(ahead, Move(1, 6, 0, 0.0, 2000.0), idle)
+    assert [item.ready_us for item in coming.routed] == [500.0, OFFLOADED]
+    request = PrefetchRequest(ExpertRef(1, 7), 1, 100.0, 1.0)
+    assert made._gain_us(step, [coming, behind], idle, request) < made._gain_us(step, [ahead, behind], idle, request)
+
+
+def test_decode_makes_up_for_fills_that_a_prompt_had_no_time_for() -> None:
+    made = controller(2, prefetch="off")
+    made.warm_start()
+    now_us = 0.0
+    for layer in range(LAYERS):
+        ids = np.array([[4, 5]] * 3)
+        made.learn(layer, ids, np.full((3, 2), 0.5, np.float32), None)
+        made.link_free_us = now_us + 1e6
+        step = made.begin(layer, loads(ids), 3, now_us)
+        made.look_ahead(step, [], now_us)
+        made.finish(step)
+        now_us += 100.0
+    assert made._postponed == {layer: [4, 5] for layer in range(LAYERS)}
+    made.link_free_us = now_us
+    step = made.begin(0, {0: 1}, 1, now_us)
+    moves = made._make_up(1, range(LAYERS), Idle(now_us, now_us + 350.0))
+    assert [(move.layer, move.expert) for move in moves] == [(1, 5)], "what fits, best first"
+    assert made._postponed[1] == [4]
+
+
 def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
     return [Routed(expert, 1, ready_us) for expert in experts]
 
 
 def test_confidence_is_the_share_that_came_true() -> None:
     trust = Confidence()
-    assert trust.of((1, 0, False, True)) == 0.0
+    assert trust.of((1, 0, False, True, True)) == 0.0
     for turn in range(400):
         trust.predicted(0, 1, routed(0, 1, 2, 3), many=False)
         trust.check(0, {0, 1, 2} if turn % 2 else {0})
-    assert trust.of((1, 0, False, True)) == pytest.approx(0.5, abs=0.02)
-    assert trust.of((2, 0, False, True)) == 0.0
+    assert trust.of((1, 0, False, True, True)) == pytest.approx(0.75, abs=0.02), "the leading half"
+    assert trust.of((1, 0, False, True, False)) == pytest.approx(0.25, abs=0.02)
+    assert trust.of((2, 0, False, True, True)) == 0.0
 
 
 def test_votes_and_residency_are_kinds_of_their_own() -> None:
@@ -192,10 +232,10 @@ def test_votes_and_residency_are_kinds_of_their_own() -> None:
         trust.predicted(0, 2, routed(5), many=False)
         trust.predicted(0, 1, [*routed(5, 6), *routed(7, ready_us=0.0)], many=False)
         trust.check(0, {5, 7})
-    assert trust.of((1, 1, False, True)) > 0.9, "predicted twice"
-    assert trust.of((1, 0, False, True)) < 0.1, "predicted once"
-    assert trust.of((1, 0, False, False)) > 0.9, "resident"
+    assert trust.of((1, 1, False, True, True)) > 0.9, "predicted twice"
+    assert trust.of((1, 0, False, True, True)) < 0.1, "predicted once"
+    assert trust.of((1, 0, False, False, False)) > 0.9, "resident"
 
 
 def test_calls_of_many_tokens_are_trusted_by_halves_from_the_start() -> None:
-    assert Confidence().of((1, 0, True, True)) == pytest.approx(0.5)
+    assert Confidence().of((1, 0, True, True, False)) == pytest.approx(0.5)
