@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
-from hybrimoe_plugin.policy.idle_link import Idle, IdleLink
+from hybrimoe_plugin.policy.idle_link import IdleLink
+from hybrimoe_plugin.policy.link_time import Idle
 from hybrimoe_plugin.policy.residency import Move as Move
 from hybrimoe_plugin.policy.residency import Step as Step
 

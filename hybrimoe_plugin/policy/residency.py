@@ -68,6 +68,8 @@ class Residency:
         self._arrivals: dict[ExpertRef, float] = {}
         self._unused: dict[ExpertRef, Ahead] = {}
         """Prefetched and not needed yet."""
+        self._postponed: dict[int, list[int]] = {}
+        """Layer -> experts that the CPU computed in a prompt and that the link had no time to bring."""
         self._issued = self._used = 0.0
         """Recent prefetches that calls of one token sent, and how many of them were needed."""
         self._worth = np.full(cache.ranks.shape, KEPT)

@@ -13,7 +13,8 @@ from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.controller import Controller, Move, loads
-from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE, Idle
+from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE
+from hybrimoe_plugin.policy.link_time import Idle
 from hybrimoe_plugin.policy.prefetch import Prediction, PrefetchRequest, make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
