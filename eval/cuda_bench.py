@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from eval import traces
-from eval.shapes import Model, fits, layers_of, published_costs, routing, whole_trace
+from eval.shapes import Model, fits, layers_of, published_costs, routing
 from eval.systems import System, quotas
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, SimulatedClock, WallClock
@@ -56,9 +55,10 @@ class Bench:
         self.expert_bytes = float(header.expert_bytes)
         self.costs: CostModel
         self.cpu: CPUBackend
-        self.popularity = traces.other_text(whole_trace(model), model.trace)[:count]
+        self.popularity = self.routing.popularity[:count]
         if dry:
             self.costs = published_costs(model)
+            self.costs.between_layers_us = 0.0  # as here on a GPU: one MoE layer follows another
             self.cpu = TorchExperts(keep=True)
         else:
             self.expert_bytes = statistics.mean(layer.spec.expert_bytes for layer in self.layers)

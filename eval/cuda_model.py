@@ -28,10 +28,13 @@ from eval.cuda_bandwidth import driver
 from eval.cuda_bench import CPU_THREADS, RECALL, limit_cpu
 from eval.shapes import MODELS, Model, Routing, layer_bytes, routing
 from eval.systems import KTRANSFORMERS, OURS, System
+from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.experts.memory import free_host_bytes
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.operators.graphs import GraphedLayer, connect_layers
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.replay.trace import Call
 
 log = logging.getLogger(__name__)
@@ -102,10 +105,10 @@ class Subject:
 
     Args:
         path: the model's file.
-        top_k: experts of a token in the routing.
+        given: the routing that will be given.
     """
 
-    def __init__(self, path: Path, system: System, ratio: float, top_k: int, dry: bool) -> None:
+    def __init__(self, path: Path, system: System, ratio: float, given: Routing, dry: bool) -> None:
         from hybrimoe_plugin import load_model
         from hybrimoe_plugin.hosts.transformers.load import experts_operators
 
@@ -124,10 +127,21 @@ class Subject:
             block: Any = self.model.get_submodule(operator.key.rpartition(".")[0])
             old: Any = self.engine.routers[place]
             old.detach()
-            block.gate = GivenGate(block.gate, top_k)
+            block.gate = GivenGate(block.gate, given.header.top_k)
             self.gates.append(block.gate)
             self.engine.routers[place] = GivenRouter(block.gate)
         connect_layers(self.model)
+        self._place(Settings.of(system.settings), given)
+
+    def _place(self, settings: Settings, given: Routing) -> None:
+        """Begin with the experts that are most popular elsewhere, as every system in `eval.cuda` does."""
+        controller, layers = self.engine.controller, len(self.gates)
+        experts, top_k = self.engine.layers[0].spec.experts, given.header.top_k
+        controller.cache = make_cache(settings.cache, layers, experts, top_k, settings, given.popularity[:layers])
+        pool = controller.pool
+        controller.pool = SlotPool(pool.quotas, pool.staging, pool.shared)
+        for move in controller.warm_start():
+            self.engine.accelerator.onload(move.slot, self.engine.layers[move.layer], move.expert)
 
     def run(self, calls: Sequence[Call], cache: Any) -> tuple[float, Any]:
         """(us, cache) of one pass."""
@@ -208,7 +222,7 @@ def cells(model: Model, ratios: Sequence[float], dry: bool, quick: bool) -> Iter
         write(model, given, layers, path, dry)
         for ratio in ratios:
             for system in (*SYSTEMS, NO_GRAPHS, PLAIN):
-                subject = Subject(path, system, ratio, header.top_k, dry)
+                subject = Subject(path, system, ratio, given, dry)
                 try:
                     timing = measure(subject, given)
                 finally:

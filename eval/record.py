@@ -52,7 +52,8 @@ def record(path: Path, experts: int, top_k: int, tokens: int) -> dict[str, Any]:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
-            answer = model.generate(ids, max_new_tokens=tokens, do_sample=False)
+            torch.manual_seed(0)  # drawn, for the likeliest answer soon repeats itself, and so would its routing
+            answer = model.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95)
         model.hybrimoe.record(None)
         writer.close()
         model.hybrimoe.close()
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = report.parser(__doc__ or "")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=97, help="longest answer")
+    parser.add_argument("--tokens", type=int, default=161, help="longest answer")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"smollm2-{args.experts}x{args.top_k}.trace"

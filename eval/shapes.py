@@ -14,7 +14,7 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.profile import load_profile
-from hybrimoe_plugin.replay.sources import with_predictions
+from hybrimoe_plugin.replay.sources import Popularity, counts, with_predictions
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader
 
 Kinds = tuple[str, str, str]
@@ -83,6 +83,8 @@ class Routing(NamedTuple):
     prompts: list[list[Call]]
     decode: list[list[Call]]
     header: TraceHeader
+    popularity: Popularity
+    """[L, E] of tokens that are not in `decode`, by which every system places its first experts."""
 
 
 def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: int, recall: float) -> Routing:
@@ -104,18 +106,22 @@ def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: in
     header = variants[0].header
     if model.like:
         header = replace(header, expert_bytes=load_profile(f"a6000-{model.like}").spec.expert_bytes)
-    return Routing([groups[0] for groups in passes], passes[0][1:], header)
-
-
-def whole_trace(model: Model) -> Trace:
-    """What was recorded, or a short text of what is generated."""
-    return traces.flat(model.trace, 16, 4, 0) if model.trace in traces.SHAPES else traces.real(model.trace)
+    return Routing([groups[0] for groups in passes], passes[0][1:], header, _elsewhere(model, decode_tokens, header))
 
 
 def published_costs(model: Model) -> CostModel:
     """Costs of the model's experts on the paper's machine."""
     name = model.like or model.trace
-    return traces.costs_for("a6000", traces.flat(name, 16, 4, 0) if model.like else whole_trace(model), name)
+    trace = traces.flat(name, 16, 4, 0) if name in traces.SHAPES else traces.real(name)
+    return traces.costs_for("a6000", trace, name)
+
+
+def _elsewhere(model: Model, decode_tokens: int, header: TraceHeader) -> Popularity:
+    """Popularity in the rest of a recorded answer, or in another generated text."""
+    if model.trace in traces.SHAPES:
+        return traces.other_text(traces.flat(model.trace, 16, 4, 0), model.trace)
+    answer = [group for group in traces.real(model.trace).passes() if len(group[0].ids) == 1]
+    return counts((call for group in answer[decode_tokens:] for call in group if call.layer < header.layers), header)
 
 
 def layers_of(model: Model, header: TraceHeader, count: int, tiny: bool) -> list[LayerWeights]:

@@ -49,7 +49,7 @@ def test_graphs_replay_the_routing_that_is_given(
     given = routing(model, 8, 12, look_ahead=3, recall=0.8)
     path = tmp_path / "model.gguf"
     cuda_model.write(model, given, 2, path, dry=True)
-    subject = cuda_model.Subject(path, OURS, 0.5, given.header.top_k, dry=True)
+    subject = cuda_model.Subject(path, OURS, 0.5, given, dry=True)
     seen = []
     subject.model.hybrimoe.record(seen.append)
     timing = cuda_model.measure(subject, given)
