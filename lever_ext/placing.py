@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hybrimoe_plugin.experts.memory import human, kv_cache_bytes
 from lever_ext.flash.accelerator import Accelerator
 from lever_ext.flash.budget import Residency, plan_residency
 from lever_ext.flash.pack import FlashPack, block_memory
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 DEVICE_RING = 3
 """Accelerator buffers for copied layers: one is computed, one is complete, one arrives."""
+CONTEXT = 4096
+"""Tokens whose keys and values are left room for."""
 HEAD_ROWS = 4
 """Projections in a pass: one for each accepted token."""
 
@@ -67,8 +70,15 @@ def place_layers(
     if places is not None:
         split = Split(tuple(places), 0.0, 0.0, head=True, experts=True)
         return Placement(plan_residency(pack, budget, elsewhere=split.stays), split)
+    free_bytes = accelerator.free_bytes - kv_cache_bytes(model.config, CONTEXT)
+    if not list(_fitting(pack, free_bytes)):
+        logger.warning(
+            "%s is not used: beside keys and values of %d tokens, %s of its memory hold no layer",
+            accelerator.label, CONTEXT, human(max(0, free_bytes)),
+        )  # fmt: skip
+        return alone
     measured = measure(model, pack, operators, accelerator)
-    best = choose(pack, budget, measured, accelerator.free_bytes, _head_bytes(model), model.config)
+    best = choose(pack, budget, measured, free_bytes, _head_bytes(model), model.config)
     if best is None:
         logger.warning("%s is not used: by the measured costs a pass is no quicker with it", accelerator.label)
         return alone

@@ -170,6 +170,14 @@ def test_measured_end_to_end(plain_models: dict[str, Any], packs: dict[str, Path
         target.close()
 
 
+def test_an_accelerator_that_holds_no_layer_is_left_alone(
+    packs: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    target = load_target(packs["llama"], device="emulated", vram_budget="1KiB")
+    assert target.split is None and target.carrier is None and "hold no layer" in caplog.text
+    target.close()
+
+
 def test_hidden_states_masks_and_kv_change_sides_with_the_layers() -> None:
     """Torch's own fake tensors refuse operations on tensors of two devices, without having the second one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
