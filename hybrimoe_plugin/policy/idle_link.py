@@ -62,6 +62,8 @@ class IdleLink(LinkTime):
         lenders = self._lenders(step.layer, step.tokens)
         alone = step.tokens == 1
         for request in self.prefetcher.choose(predictions, self._room(idle), self._floor() if alone else SLACK):
+            if self.link_free_us >= idle.until_us:
+                break  # It would not start before the next call, which knows better what it wants.
             layer, expert = request.ref
             if alone and request.confidence < DOUBTFUL and not self._may_doubt(request.distance, idle):
                 continue
@@ -144,6 +146,8 @@ class IdleLink(LinkTime):
         ranks = self.cache.ranks[step.layer]
         missed = [expert for expert in step.plan.cpu if self.pool.slot_of(step.layer, expert) is None]
         for expert in sorted(missed, key=lambda expert: -ranks[expert]):
+            if self.link_free_us >= idle.until_us:
+                break
             late_us = self._end_us(idle) - idle.until_us
             if late_us > 0.0:
                 # A call of many tokens must not wait for the sake of later ones.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS, Settings
-from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.controller import Controller, Move, loads
@@ -190,6 +190,21 @@ def test_the_second_prefetch_is_weighed_beside_the_first() -> None:
     assert [item.ready_us for item in coming.routed] == [500.0, OFFLOADED]
     request = PrefetchRequest(ExpertRef(1, 7), 1, 100.0, 1.0)
     assert made._gain_us(step, [coming, behind], idle, request) < made._gain_us(step, [ahead, behind], idle, request)
+
+
+def test_nothing_is_queued_that_would_start_after_the_next_call() -> None:
+    """Else a link that nobody can use any more seems free to everybody, and the queue grows without end."""
+    for busy_us, sent in ((0.0, True), (1e5, False)):
+        made = controller(2, prefetch="expected")
+        made.warm_start()
+        ids = np.array([[4, 5]])
+        made.learn(0, ids, np.full((1, 2), 0.5, np.float32), None)
+        made.link_free_us = busy_us
+        step = made.begin(0, loads(ids), 1, 0.0)._replace(plan=LayerPlan((4, 5), (), (), 500.0, 500.0, 0.0, 0.0))
+        made._demand = [0.0, 0.0]
+        free_us = made.link_free_us
+        made.look_ahead(step, [(1, {6: 1, 7: 1})], 0.0)
+        assert (made.link_free_us > free_us) == sent
 
 
 def test_decode_makes_up_for_fills_that_a_prompt_had_no_time_for() -> None:
