@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS, Settings
-from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.controller import Controller, Move, loads
@@ -193,18 +193,22 @@ def test_the_second_prefetch_is_weighed_beside_the_first() -> None:
 
 
 def test_nothing_is_queued_that_would_start_after_the_next_call() -> None:
-    """Else a link that nobody can use any more seems free to everybody, and the queue grows without end."""
+    """Else a link that no later call wants is free to everybody, and the queue grows without end."""
     for busy_us, sent in ((0.0, True), (1e5, False)):
         made = controller(2, prefetch="expected")
         made.warm_start()
+        for _ in range(50):
+            made.confidence.predicted(1, 1, routed(0, 1, ready_us=0.0), many=False)
+            made.confidence.check(1, {0, 1})
         ids = np.array([[4, 5]])
         made.learn(0, ids, np.full((1, 2), 0.5, np.float32), None)
-        made.link_free_us = busy_us
-        step = made.begin(0, loads(ids), 1, 0.0)._replace(plan=LayerPlan((4, 5), (), (), 500.0, 500.0, 0.0, 0.0))
+        made.link_free_us = busy_us or 1e5
+        step = made.begin(0, loads(ids), 1, 0.0)
+        assert step.plan.cpu == (4, 5)
         made._demand = [0.0, 0.0]
-        free_us = made.link_free_us
-        made.look_ahead(step, [(1, {6: 1, 7: 1})], 0.0)
-        assert (made.link_free_us > free_us) == sent
+        made.link_free_us = busy_us
+        made.look_ahead(step, [(1, {0: 1, 1: 1})], 0.0)
+        assert (made.link_free_us > busy_us) == sent
 
 
 def test_decode_makes_up_for_fills_that_a_prompt_had_no_time_for() -> None:
