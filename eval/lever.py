@@ -1,7 +1,8 @@
 """How much does speculation gain when the target is streamed from flash, and which tree gains most?
 
 Measured with real, unthrottled direct reads. A run is made of cells, one for a target, a draft and a prompt; within a
-cell all tree policies take turns, and speed-ups are ratios within a cell. Finished cells are kept in
+cell all tree policies decode the same texts side by side, taking turns after every cycle, and speed-ups are ratios
+within a cell. Finished cells are kept in
 `lever_cells.csv`: the same command goes on where it was stopped (`--minutes` stops it between two cells).
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eval.lever_lab import PROMPTS, Lab, OthersLoad
+from eval.lever_turns import Lane, own_state, run_together
 from hybrimoe_plugin.demo import source_path
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.base import Draft
@@ -75,7 +76,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TreeCell(Cell):
-    """All tree policies in turn on one prompt."""
+    """All tree policies side by side on one kind of prompt."""
 
     target: str = "dense"
     draft: str = "low-bit 65 %"
@@ -83,8 +84,7 @@ class TreeCell(Cell):
     trees: tuple[str, ...] = DENSE_TREES
     tokens: int = 40
     rounds: int = 3
-    """Turns that count, each with the next prompt of the kind. Every policy runs once in each; the order changes, for
-    the disk's speed drifts."""
+    """Texts that count, each of the next prompt of the kind. The policies decode it side by side, cycle by cycle."""
     share: float = -1.0
     """Of layers in DRAM; below 0 the target's own budget."""
     throttle: str = ""
@@ -93,24 +93,24 @@ class TreeCell(Cell):
         # Throttled profiles are faster than this machine's disk: their bytes come from the page cache.
         target = lab.target(self.target, self._budget(lab), self.throttle, direct=not self.throttle)
         draft = lab.draft(self.draft)
-        decoders = {tree: make_decoder(tree, target, draft) for tree in self.trees}
-        runs: dict[str, list[SpeculationStats]] = {tree: [] for tree in self.trees}
-        others = dict.fromkeys(self.trees, 0.0)
+        lanes = [
+            Lane(target, lambda target, tree=tree: make_decoder(tree, target, own_state(draft)))  # type: ignore[misc]
+            for tree in self.trees
+        ]
+        runs: list[list[SpeculationStats]] = [[] for _ in lanes]
+        load = 0.0
         for turn in range(self.rounds + 1):
-            first = turn * (len(self.trees) // 2 + 1) % len(self.trees)
-            # The first turn warms up, with a few tokens of another text: costs and calibration are learned in it.
-            inputs = lab.prompt(self.prompt, turn - 1)
-            for tree in (*self.trees[first:], *self.trees[:first])[:: 1 if turn % 2 else -1]:
-                load = self._once(decoders[tree], target, inputs, WARM_UP if turn == 0 else self.tokens)
-                if turn:
-                    runs[tree].append(decoders[tree].stats)
-                    others[tree] = max(others[tree], load)
-        seen = decoders.get("chain 8", decoders["lever"]).calibration
+            others = self._together(lanes, turn, lab.prompt(self.prompt, turn - 1))
+            if turn:
+                load = max(load, others)
+                for kept, lane in zip(runs, lanes, strict=True):
+                    kept.append(lane.decoder.stats)
+        seen = lanes[self.trees.index("chain 8")].decoder.calibration
         agreement = round(seen.agreed / max(1, seen.seen), 3)
-        for tree, decoder in decoders.items():
-            decoder.close()
-            row = {**BLANK, **self._row(tree, runs[tree])}
-            yield {**row, "agreement": agreement, "others_cpu": round(others[tree], 3), "value": ""}
+        for tree, lane, kept in zip(self.trees, lanes, runs, strict=True):
+            lane.decoder.close()
+            row = {**BLANK, **self._row(tree, kept)}
+            yield {**row, "agreement": agreement, "others_cpu": round(load, 3), "value": ""}
 
     def _budget(self, lab: Lab) -> str | int:
         if self.share < 0:
@@ -122,15 +122,17 @@ class TreeCell(Cell):
         ring = 0 if self.share >= 1 else 3
         return fixed + (round(self.share * len(layers)) + ring) * block_memory(layers)
 
-    def _once(self, decoder: LeverDecoding, target: FlashTarget, inputs: Any, tokens: int) -> float:
-        """Generate; the share of the processor that other programs took meanwhile."""
-        count = min(tokens, 10) if decoder.policy.name == "none" else tokens
+    def _together(self, lanes: Sequence[Lane], turn: int, inputs: Any) -> float:
+        """All policies on one text; the share of the processor that other programs took meanwhile.
+
+        The first turn warms up on another text: costs and calibration are learned in it.
+        """
+        count = WARM_UP if turn == 0 else self.tokens
+        tokens = [min(count, 10) if lane.decoder.policy.name == "none" else count for lane in lanes]
+        order = [(place + turn * (len(lanes) // 2 + 1)) % len(lanes) for place in range(len(lanes))]
         for _ in range(ATTEMPTS):
             load = OthersLoad()
-            target.model.generate(
-                **inputs, custom_generate=decoder, max_new_tokens=count, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
-            )  # fmt: skip
+            run_together(lanes, order[:: 1 if turn % 2 else -1], tokens, inputs)
             others = load.share()
             if others < CALM:
                 break
@@ -272,12 +274,12 @@ def _cells() -> Iterator[Cell]:
         yield TreeCell(f"dense, low-bit 65 %, {prompt}", prompt=prompt)
     yield IdentityCell("identity")
     for prompt in PROMPTS:
-        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES, tokens=32, rounds=6)
+        yield TreeCell(f"moe, low-bit 65 %, {prompt}", "mixtral", prompt=prompt, trees=MOE_TREES)
     few = ("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever")
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         yield TreeCell(f"dram {share:.0%}", trees=few, tokens=32, rounds=2, share=share)
     # n-grams are accepted seldom here: hardly more than a token a pass.
-    for draft, tokens, rounds in (("low-bit 50 %", 32, 2), ("n-gram", 12, 3)):
+    for draft, tokens, rounds in (("low-bit 50 %", 32, 2), ("n-gram", 12, 1)):
         for prompt in PROMPTS:
             yield TreeCell(f"dense, {draft}, {prompt}", "dense", draft, prompt, FEW_TREES, tokens, rounds)
     for throttle in ("ufs3.1", "ufs4.0", "nvme"):

@@ -10,6 +10,7 @@ pruning; greedy decoding is the special case. One random number is drawn per tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class LeverDecoding:
         self.overlap = overlap
         self.prune = prune
         self.stats = SpeculationStats()
+        self.step: Callable[[Callable[[], bool]], bool] = lambda call: call()
+        """Runs the prompt's pass and then each cycle; through it several decodings can take turns on one thread."""
         self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
 
     def close(self) -> None:

@@ -58,6 +58,15 @@ class SpeculativeRun:
         owner.stats = self.stats
 
     def result(self) -> Any:
+        done = self.owner.step(self._begin)
+        while not done:
+            done = self.owner.step(self._cycle)
+        if self.owner.streamer is not None:
+            self.owner.streamer.end()
+        return self._output()
+
+    def _begin(self) -> bool:
+        """The prompt's pass and the first token; whether generation has ended."""
         begin = time.perf_counter()
         hidden = self.verifier.prefill(self.ids[:, self.cache.get_seq_length() :], self.cache)
         done = self._append(self.verifier.logits(hidden))
@@ -73,11 +82,7 @@ class SpeculativeRun:
             self.owner.draft.watch(self.owner.forecast)
         if self.owner.draft is not None and not done:
             self.owner.draft.start(self.ids[0, :-1].tolist())
-        while not done:
-            done = self._cycle()
-        if self.owner.streamer is not None:
-            self.owner.streamer.end()
-        return self._output()
+        return done
 
     def _cycle(self) -> bool:
         """Draft, verify, accept; whether generation has ended."""

@@ -183,7 +183,7 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
     for operator in (one for one in layers if placement.keeps_router(one.index)):
         # From the first pass on: the layer before asks its router what to read ahead.
         operator.install(*stream.acquire(operator.index))
-    experts = _expert_cache(pack, residency, model.config, wanted.cache)
+    experts = expert_cache(pack, residency, model.config, wanted.cache)
     _bind_experts(injection, experts, model, placement, accelerator, pack)
     left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
     if left:
@@ -220,7 +220,8 @@ def _bind_experts(
         accelerator.pins.add(experts.buffers)
 
 
-def _expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str) -> FlashExpertCache | None:
+def expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str = "mrs") -> FlashExpertCache | None:
+    """An empty expert cache of the size that a residency gives it; None for a dense target."""
     blocks = pack.blocks("expert")
     if not blocks:
         return None

@@ -98,6 +98,10 @@ class FlashExperts(nn.Module):
         self._side, self._copied = accelerator or CPU, accelerator is not None
         self._position = cache.layers.index(self.layer_index)
 
+    def serve_from(self, cache: FlashExpertCache) -> None:
+        """Take experts from another cache of the same pack from now on. Mutates."""
+        self._cache = cache
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
