@@ -33,6 +33,7 @@ RUN_BY = {
     "python -m eval.cuda_model": "tests/eval/test_cuda_model.py",
     "python -m eval.fidelity": "eval/all.py",
     "python -m eval.lever": "eval/all.py",
+    "python -m eval.flips": "eval/all.py",
     "make eval": ".ci/run",
 }
 """Command, as far as it matters -> what runs it. `make peers` compiles llama.cpp and is run by hand only."""
