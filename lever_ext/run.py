@@ -121,6 +121,7 @@ class SpeculativeRun:
             ahead=int(after[2] - before[2]),
         )
         self.stats.cycles.append(cycle)
+        self.owner.cost.observe_cycle(len(path), cycle.total_us)
         return done
 
     def _verify(self, tree: TokenTree, depth_limit: int, expected_us: float) -> Verified:

@@ -6,11 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+REMEMBERED = 0.97
+"""Weight of a cycle in the rate against the next one's."""
 FIRST_TREE = 16
 """Rows of a tree whose pass is the first that is measured, at most."""
 RECENT = 48
@@ -215,6 +217,24 @@ class CycleCost:
     draft_step: float = 0.15
     draft_times: dict[int, float] = field(default_factory=dict)
     """Nodes in a draft call -> moving average of its microseconds."""
+    rate: float = 0.0
+    """Tokens per microsecond over recent cycles; 0 until there are some."""
+    _tokens: float = 0.0
+    _us: float = 0.0
+
+    def worth(self, gain: Any, us: Any) -> Any:
+        """What a cycle of `gain` expected tokens that takes `us` is worth: numbers or arrays.
+
+        Tokens per microsecond of that cycle, as in the paper, until cycles have been seen. From then on its tokens less
+        those that an average cycle makes in the same time: the sum over all cycles is what counts, and a cycle of poor
+        prospects had better be short than the best of its kind (renewal reward; in no paper on speculation).
+        """
+        return gain - self.rate * us if self.rate else gain / us
+
+    def observe_cycle(self, tokens: int, us: float) -> None:
+        """Add a finished cycle. Mutates."""
+        self._tokens, self._us = REMEMBERED * self._tokens + tokens, REMEMBERED * self._us + us
+        self.rate = self._tokens / self._us
 
     def verify_prefixes(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
         """Predicted microseconds of passes with 1, 2, ... rows and so many leaves each: float64 [N]."""

@@ -200,7 +200,7 @@ class Lever:
                 imagined = _imagine(known, [place[key] for key in batch], ranks, horizon)
                 spent = growth.spent_us + horizon * growth.cost.draft_us(len(batch))
                 promise = best_prefix(imagined, growth.cost, spent, max_rows).value
-                if promise > value * (1 + 1e-6):
+                if promise > value + 1e-6 * abs(value):
                     value, found = promise, batch
             if found:
                 break

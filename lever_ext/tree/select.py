@@ -46,18 +46,18 @@ class Selection(NamedTuple):
     rows: tuple[int, ...]
     """Rows of `Known`, the root first, parents before children."""
     value: float
-    """Expected tokens per microsecond of the cycle."""
+    """Of the cycle, as `CycleCost.worth` has it."""
 
 
 def tree_value(known: Known, rows: Sequence[int], cost: CycleCost, spent_us: float) -> float:
-    """Gain over cost of a subtree; `spent_us` is drafting time already spent."""
+    """Worth of a subtree; `spent_us` is drafting time already spent."""
     inner = {known.parents[row] for row in rows if row}
     union = cost.union.start()
     union_us = 0.0
     for row in rows:
         union_us = union.add(known.drafted[row])
     gain = 1.0 + sum(known.reach[row] for row in rows if row)
-    return gain / _us(cost, len(rows), len(rows) - len(inner), union_us, spent_us)
+    return float(cost.worth(gain, _us(cost, len(rows), len(rows) - len(inner), union_us, spent_us)))
 
 
 def best_prefix(
@@ -82,7 +82,7 @@ def best_prefix(
     grown = [0]
     has_child: set[int] = set()
     leaves, gain = 1, 1.0
-    best = Selection((0,), 1.0 / _us(cost, 1, 1, union_us, spent_us))
+    best = Selection((0,), float(cost.worth(1.0, _us(cost, 1, 1, union_us, spent_us))))
     heap: list[tuple[float, int, int]] = []
 
     def rank(row: int) -> float:
@@ -107,7 +107,7 @@ def best_prefix(
         grown.append(row)
         gain += known.reach[row]
         union_us = union.add(known.drafted[row])
-        value = gain / _us(cost, len(grown), leaves, union_us, spent_us)
+        value = float(cost.worth(gain, _us(cost, len(grown), leaves, union_us, spent_us)))
         if value > best.value:
             best = Selection(tuple(grown), value)
         for child in children[row]:
@@ -126,7 +126,7 @@ def _best_by_reach(known: Known, cost: CycleCost, spent_us: float, max_rows: int
     leaves = 1 + np.cumsum(branches)
     gain = 1.0 + np.cumsum(np.where(order == 0, 0.0, reach[order]))
     us = cost.union.prefixes([known.drafted[row] for row in order.tolist()])
-    value = gain / (us + cost.verify_prefixes(leaves) + (cost.fixed_us + spent_us))
+    value = cost.worth(gain, us + cost.verify_prefixes(leaves) + (cost.fixed_us + spent_us))
     size = int(np.argmax(value)) + 1
     return Selection(tuple(order[:size].tolist()), float(value[size - 1]))
 
@@ -171,7 +171,7 @@ def improve(known: Known, start: Selection, cost: CycleCost, spent_us: float, ma
                     continue
                 rows = tuple(sorted((chosen - set(removed)) | set(added)))
                 value = tree_value(known, rows, cost, spent_us)
-                if value > better.value * (1 + 1e-9):
+                if value > better.value + 1e-9 * abs(better.value):
                     better = Selection(rows, value)
         if better is best:
             return best
