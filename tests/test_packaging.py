@@ -90,3 +90,9 @@ def test_packaged_rules_are_sound_yaml_and_found() -> None:
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "docs/structure.md", "docs/LOG.md"])
 def test_documents_are_there(name: str) -> None:
     assert (ROOT / name).stat().st_size > 200
+
+
+def test_what_both_hosts_load_does_without_the_newer_one() -> None:
+    code = "import sys, hybrimoe_plugin.operators.bind as _; print('hybrimoe_plugin.operators.kv_cache' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"  # classic kTransformers brings a transformers without its cache layers

@@ -23,9 +23,8 @@ from hybrimoe_plugin.experts.ggml import TYPES, Ggml
 from hybrimoe_plugin.experts.memory import cache_quotas, kv_cache_bytes, staging_slots
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
-from hybrimoe_plugin.operators.dense import shared_kernels
+from hybrimoe_plugin.operators.dense import DenseOperator, shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
@@ -129,7 +128,7 @@ def bind(
     for (prefill, generate, settings), members in groups.items():
         found = [(routers or _gate_beside)(model, operator) for operator in members]
         share = len(members) / len(operators)
-        latent = any(isinstance(module, LeanMLA) for module in model.modules())
+        latent = any(isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules())
         kept_bytes = int(share * kv_cache_bytes(getattr(model, "config", None), settings.context, latent))
         engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes, kept_bytes, engines)
         engines.append(engine)

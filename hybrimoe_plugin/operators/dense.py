@@ -34,6 +34,8 @@ class DenseOperator(nn.Module):
 
     is_dense = True
     """`dense: plain` leaves modules alone that rules give to such an operator."""
+    keeps_latents = False
+    """Attention whose cache holds latents in place of keys and values."""
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class LeanMLA(DenseOperator):
     W_uk goes into the query and W_uv behind the sum, so a step reads the cached latents and expands none.
     """
 
+    keeps_latents = True
     q_b_proj: Any
     q_a_layernorm: Any
     o_proj: Any
