@@ -105,7 +105,8 @@ class TreeCell(Cell):
                 load = max(load, others)
                 for kept, lane in zip(runs, lanes, strict=True):
                     kept.append(lane.decoder.stats)
-        seen = lanes[self.trees.index("chain 8")].decoder.calibration
+        chain = next(lane for lane in lanes if isinstance(lane.decoder.policy, Chain))
+        seen = chain.decoder.calibration  # a chain follows the draft's first choice, which is what agreement is of
         agreement = round(seen.agreed / max(1, seen.seen), 3)
         for tree, lane, kept in zip(self.trees, lanes, runs, strict=True):
             lane.decoder.close()
