@@ -221,7 +221,7 @@ class ReadCell(Cell):
 def stream_gbps(pack: FlashPack, nbytes: int) -> float:
     """GB/s of layer blocks through three buffers, as a target's stream reads them, with nothing to compute."""
     blocks = pack.blocks("layer")
-    buffers = deque(Buffer(block_memory(blocks)) for _ in range(3))
+    buffers = deque(Buffer.several(3, block_memory(blocks)))
     for buffer in buffers:
         buffer.bytes.zero_()  # the kernel hands out pages on first touch
     waiting, done = deque[Any](), 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.experts.gguf_header import TensorInfo, read_header
+from hybrimoe_plugin.experts.memory import huge_pages
 
 _READ_BYTES = 1 << 26
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -92,10 +92,7 @@ class GGUFStore:
         """
         for index, path in enumerate(self.paths):
             size = self._bytes[index].size
-            memory = mmap.mmap(-1, size)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without huge pages
-                    memory.madvise(mmap.MADV_HUGEPAGE)
+            memory = huge_pages(size)
             try:
                 with path.open("rb", buffering=0) as file, memoryview(memory) as view:
                     done = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,18 @@ def free_host_bytes() -> int:
         return free if limit == "max" else min(free, int(limit) - used)
     except (OSError, ValueError):
         return free
+
+
+def huge_pages(nbytes: int) -> mmap.mmap:
+    """Host memory of its own, zeroed, from huge pages where the kernel has them.
+
+    Private, as shared anonymous memory gets huge pages only where `shmem_enabled` says so, which is rare.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def staging_slots(slots: int) -> int:

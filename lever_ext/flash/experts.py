@@ -69,7 +69,7 @@ class FlashExpertCache:
             (self.layers.index(block.layer), block.expert): block for block in blocks
         }
         self.pool = SlotPool([slots] * len(self.layers), staging)
-        self._buffers = [Buffer(block_memory(blocks)) for _ in range(self.pool.slots + ahead)]
+        self._buffers = Buffer.several(self.pool.slots + ahead, block_memory(blocks))
         self._ahead_free = list(range(self.pool.slots, self.pool.slots + ahead))
         self._ahead: dict[tuple[int, int], _Read] = {}
         self._views: dict[tuple[int, int], Tensors] = {}

@@ -82,7 +82,7 @@ class FlashPack:
         self.reader.check_unchanged()
         if block.offset in self._checked:
             return
-        if zlib.crc32(memoryview(buffer.memory)[: block.nbytes]) != block.crc:
+        if zlib.crc32(buffer.memory[: block.nbytes]) != block.crc:
             raise FlashError(f"{self.path}: block {block.label} is damaged; pack the model again")
         self._checked.add(block.offset)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, FlashError
+from hybrimoe_plugin.experts.memory import huge_pages
 from lever_ext.flash.format import ALIGNMENT, align
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,19 @@ class Throttle:
 class Buffer:
     """Page-aligned memory outside the page cache: what O_DIRECT needs."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.memory = mmap.mmap(-1, align(nbytes))
+    def __init__(self, nbytes: int, memory: memoryview | None = None) -> None:
+        self.memory = memoryview(huge_pages(align(nbytes))) if memory is None else memory
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
         """uint8 [nbytes rounded up to 4096]."""
+
+    @classmethod
+    def several(cls, count: int, nbytes: int) -> list[Buffer]:
+        """Buffers side by side in one mapping, so that huge pages reach over their edges."""
+        if not count:
+            return []
+        size = align(nbytes)
+        memory = memoryview(huge_pages(count * size))
+        return [cls(nbytes, memory[place * size : (place + 1) * size]) for place in range(count)]
 
 
 @dataclass
@@ -113,7 +123,7 @@ class FlashReader:
             a future that ends when all bytes are there, with FlashError if they cannot be read.
         """
         done: Future[None] = Future()
-        view = memoryview(buffer.memory)
+        view = buffer.memory
         starts = range(0, nbytes, self.chunk_bytes)
         with self._lock:
             if self._in_flight == 0:
@@ -238,7 +248,7 @@ def plain_gbps(
         block = max(ALIGNMENT, min(block, size))
         size = size // block * block
         places = max(1, memory // block)
-        kept = mmap.mmap(-1, places * block)
+        kept = huge_pages(places * block)
         for page in range(0, len(kept), mmap.PAGESIZE):
             kept[page] = 0  # the kernel hands out pages on first touch
         views = [memoryview(kept)[place * block : (place + 1) * block] for place in range(places)]

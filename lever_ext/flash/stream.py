@@ -55,7 +55,7 @@ class LayerStream:
         self.wait_us = 0.0
         """Time that `acquire` stood still for reads, since the start."""
         count = min(ring, len(streamed))
-        self._buffers = [Buffer(block_memory(streamed)) for _ in range(count)]
+        self._buffers = Buffer.several(count, block_memory(streamed))
         self._views: dict[tuple[int, int], Tensors] = {}
         self._ahead: deque[_Ahead] = deque()
         self._free: list[int] = list(range(count))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,23 @@ from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.errors import BudgetError, ConfigError
 from hybrimoe_plugin.experts.calibrate import ensure_profile, profile_path, thread_candidates
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas, check_host, free_host_bytes, human
+from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas, check_host, free_host_bytes, huge_pages, human
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 
 LAYERS = [1000] * 4
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
+def test_memory_from_huge_pages_is_private_and_asks_for_them() -> None:
+    memory = huge_pages(8 << 20)
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        low, high, permissions = re.split(r"[- ]", mapping, maxsplit=2)
+        if int(low, 16) <= address < int(high, 16):
+            assert permissions[3] == "p"
+            assert re.search(r"^VmFlags:.* hg", mapping, re.MULTILINE)
+            return
+    pytest.fail("the memory is not mapped")
 
 
 def test_quotas_follow_ratio_bytes_or_what_is_free() -> None:
