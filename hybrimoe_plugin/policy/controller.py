@@ -37,6 +37,7 @@ class Controller(IdleLink):
         """
         started = perf_counter_ns()
         self._land(now_us)
+        self.row.follow(layer, loads, tokens)
         routed = tuple(Routed(expert, load, self._ready_us(layer, expert, now_us)) for expert, load in loads.items())
         plan = (self.decode if tokens == 1 else self.prefill).plan(routed, max(0.0, self.link_free_us - now_us))
         self.pool.lease(layer, plan.accelerator)
@@ -85,11 +86,16 @@ class Controller(IdleLink):
             if self._arrivals.pop(ExpertRef(move.layer, move.expert), None) is not None:
                 self.pool.arrive(move.layer, move.expert)
         self.pool.release()
+        if self._in_a_row:
+            self._keep_heavier(step)
         self._value(step.layer)
+        self._loans.pop(step.layer, None)
 
     def _load(self, layer: int, expert: int, lenders: range, now_us: float) -> Move:
         """A demand load: into the cache where it admits the expert, else through a staging slot."""
-        slot = self._admit(layer, expert, lenders)
+        slot = self._paid_back(layer, expert) if self._in_a_row else None
+        if slot is None:
+            slot = self._admit(layer, expert, lenders)
         cached = slot is not None
         move = self._send(layer, expert, self.pool.stage() if slot is None else slot, now_us, cached)
         if cached:

@@ -70,7 +70,8 @@ class IdleLink(LinkTime):
             gain_us = self._gain_us(step, predictions, idle, request)
             if gain_us <= 0.0:
                 continue
-            slot = self._admit(layer, expert, lenders, gain_us)
+            take = self._borrow if self._in_a_row else self._admit
+            slot = take(layer, expert, lenders, gain_us)
             if slot is not None:
                 moves.append(self._sent_ahead(layer, expert, slot, request.distance, step, idle))
                 predictions[request.distance - 1] = self._coming(predictions[request.distance - 1], moves[-1], idle)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.confidence import Confidence
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.prefetch import Prediction, Prefetcher, PrefetchRequest
@@ -19,6 +22,14 @@ class Idle(NamedTuple):
 
     now_us: float
     until_us: float
+
+
+class Loan(NamedTuple):
+    """A slot that a layer may lend while prompts follow one another."""
+
+    victim: ExpertRef
+    loss_us: float
+    """What the layer's next prompt takes longer without it."""
 
 
 class LinkTime(Residency):
@@ -47,6 +58,8 @@ class LinkTime(Residency):
         """Recent share of layer calls with demand loads: of one token, of many."""
         self._layer_us = 0.0
         """Moving average of the time from one layer to the next."""
+        self._loans: dict[int, Loan] = {}
+        """Layer -> what it could lend, as long as nothing changed there."""
 
     def _start_us(self, distance: int, idle: Idle) -> float:
         """When the layer at that distance is expected to begin."""
@@ -70,6 +83,40 @@ class LinkTime(Residency):
         victim = None if self.pool.has_room(layer) else self._victim(layer, lenders)
         lost = 0.0 if victim is None else float(self._worth[victim])
         return (float(self.cache.ranks[layer, expert]) - lost) * self._miss_us
+
+    def _borrow(self, layer: int, expert: int, lenders: range, gain_us: float) -> int | None:
+        """A slot for a prompt's prefetch where the next pass may be a prompt too; None where it gains too little.
+
+        What the lender loses it needs again in that prompt: the gain must exceed the loss.
+        """
+        if self.pool.has_room(layer):
+            return self.pool.place(layer, expert)
+        loans = [loan for lender in lenders if (loan := self._loan(lender)) is not None]
+        cheapest = min(loans, key=lambda loan: loan.loss_us, default=None)
+        if cheapest is None or gain_us <= cheapest.loss_us:
+            return None
+        self._evict(cheapest.victim)
+        return self.pool.place(layer, expert)
+
+    def _loan(self, layer: int) -> Loan | None:
+        """The layer's cached expert with the least load in recent prompts; None where all are in use."""
+        known = self._loans.get(layer)
+        # Two plans: too dear for each layer at each prefetch.
+        if known is None or self._worth[known.victim] == KEPT:
+            loads = self.row.loads[layer]
+            victim = int(np.where(self._worth[layer] == KEPT, KEPT, loads).argmin())
+            if self._worth[layer, victim] == KEPT:
+                return None
+            cached = self.pool.cached[layer]
+            needed = [
+                Routed(e, round(loads[e]), 0.0 if e in cached else OFFLOADED)
+                for e in np.flatnonzero(loads > 0.5).tolist()
+            ]
+            without = [i._replace(ready_us=OFFLOADED) if i.expert == victim else i for i in needed]
+            plan = self.prefill.plan
+            loss_us = plan(without).makespan_us - plan(needed).makespan_us
+            known = self._loans[layer] = Loan(ExpertRef(layer, victim), loss_us)
+        return known
 
     def _gain_us(self, step: Step, predictions: Sequence[Prediction], idle: Idle, request: PrefetchRequest) -> float:
         """Expected gain of a prefetch, less what it costs where the link stays busy beyond the next layer's start."""

@@ -10,6 +10,7 @@ import numpy as np
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.counters import Counters
+from hybrimoe_plugin.policy.prompt_row import PromptRow
 from hybrimoe_plugin.policy.ranked import CachePolicy
 from hybrimoe_plugin.policy.slots import SlotPool
 
@@ -61,6 +62,7 @@ class Residency:
         self.cache = cache
         self.expert_bytes = expert_bytes
         self.counters = Counters()
+        self.row = PromptRow(cache.ranks.shape)
         self.link_free_us = 0.0
         """When the link has delivered everything it was given."""
         self.by_distance: dict[int, list[int]] = {}
@@ -175,6 +177,42 @@ class Residency:
         return self.pool.place(layer, expert)
 
     @property
+    def _in_a_row(self) -> bool:
+        """Whether prompts follow one another where layers share slots: all layers then need most experts each time."""
+        return self.row.going and self.pool.shared and self.cache.probabilities
+
+    def _paid_back(self, layer: int, expert: int) -> int | None:
+        """A slot for a layer that holds less than its quota, from those that hold more; None where there are none."""
+        held, quotas = [len(cached) for cached in self.pool.cached], self.pool.quotas
+        if self.pool.has_room(layer) or held[layer] >= quotas[layer]:
+            return None
+        debtors = [row for row, count in enumerate(held) if count > quotas[row]]
+        if not debtors:
+            return None
+        place, lent = divmod(int(self._worth[debtors].argmin()), len(self._worth[layer]))
+        victim = ExpertRef(debtors[place], lent)
+        if self._worth[victim] == KEPT:
+            return None
+        self._evict(victim)
+        return self.pool.place(layer, expert)
+
+    def _keep_heavier(self, step: Step) -> None:
+        """Keep demand loads in their staging slots, each in exchange for a cached expert of less load.
+
+        In a prompt all that is cached is in use when they come, so the cache could not admit them: without this it
+        would hold for ever what it held when the row began.
+        """
+        layer, loads = step.layer, self.row.loads[step.layer]
+        for slot, expert in {move.slot: move.expert for move in step.moves}.items():
+            evictable = self.pool.evictable(layer)
+            if expert in self.pool.cached[layer] or not evictable:
+                continue
+            victim = min(evictable, key=lambda other: loads[other])
+            if loads[expert] > loads[victim]:
+                self._forget(ExpertRef(layer, victim))
+                self.pool.adopt(layer, expert, slot, victim)
+
+    @property
     def _miss_us(self) -> float:
         """What a miss costs, roughly: the cheaper of the two ways to live with it."""
         return min(self.costs.cpu(1), self.costs.transfer_us)
@@ -189,6 +227,10 @@ class Residency:
 
     def _evict(self, victim: ExpertRef) -> None:
         self.pool.evict(*victim)
+        self._forget(victim)
+
+    def _forget(self, victim: ExpertRef) -> None:
+        """Count what goes, and that nobody used it if so."""
         self._worth[victim] = KEPT
         self.counters.evictions += 1
         if victim in self._unused:

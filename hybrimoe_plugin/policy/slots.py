@@ -2,7 +2,7 @@
 
 A slot is free, in flight (its weights are crossing the link) or resident. A leased slot is in use by a layer call.
 A slot that is leased or in flight cannot be evicted: `evictable` never lists it and `evict` refuses it.
-Staging slots lie beyond the cache and hold an expert only for the call that demand-loads it.
+Staging slots lie beside the cache and hold an expert only for the call that demand-loads it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class SlotPool:
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
         self._free = list(range(sum(quotas) - 1, -1, -1))
+        self._staging = list(range(sum(quotas), sum(quotas) + staging))
         self._in_flight: set[int] = set()
         self._leased: set[int] = set()
         self._next_stage = 0
@@ -94,14 +95,26 @@ class SlotPool:
 
     def stage(self) -> int:
         """The next staging slot, in turn; its last occupant must have been computed by then."""
-        slot = sum(self.quotas) + self._next_stage
+        slot = self._staging[self._next_stage]
         self._next_stage = (self._next_stage + 1) % self.staging
         return slot
+
+    def adopt(self, layer: int, expert: int, slot: int, victim: int) -> None:
+        """Keep an expert in the staging slot where it lies; in exchange the slot of one of its layer is for staging.
+
+        Nothing is moved. The expert must have arrived there, and the slot must not have been given out again since.
+        """
+        if expert in self.cached[layer]:
+            raise ValueError(f"layer {layer}: expert {expert} is cached already")
+        place = self._staging.index(slot)
+        self.evict(layer, victim)
+        self._staging[place] = self._free.pop()
+        self.cached[layer][expert] = slot
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless each slot is free or holds exactly one expert, within every quota."""
         held = [slot for layer in self.cached for slot in layer.values()]
-        assert sorted(held + self._free) == list(range(sum(self.quotas))), "a slot is lost or held twice"
+        assert sorted(held + self._free + self._staging) == list(range(self.slots)), "a slot is lost or held twice"
         within = (len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True))
         assert self.shared or all(within), "over quota"
         assert self._in_flight <= set(held) and self._leased <= set(held), "a free slot is in flight or leased"
