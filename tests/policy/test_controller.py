@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import tiny_experts
@@ -16,6 +18,7 @@ from hybrimoe_plugin.policy.controller import Controller, Move, loads
 from hybrimoe_plugin.policy.idle_link import CREDIT, USED_SHARE
 from hybrimoe_plugin.policy.link_time import Idle
 from hybrimoe_plugin.policy.prefetch import Prediction, PrefetchRequest, make_prefetcher
+from hybrimoe_plugin.policy.prompt_row import PromptRow
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 
@@ -229,6 +232,111 @@ def test_decode_makes_up_for_fills_that_a_prompt_had_no_time_for() -> None:
     moves = made._make_up(1, range(LAYERS), Idle(now_us, now_us + 350.0))
     assert [(move.layer, move.expert) for move in moves] == [(1, 5)], "what fits, best first"
     assert made._postponed[1] == [4]
+
+
+def a_pass(made: Controller, experts: Sequence[int], tokens: int, layers: int = LAYERS) -> None:
+    """All layers need the same experts, each for every token."""
+    for layer in range(layers):
+        ids = np.tile(np.array(experts, dtype=np.int64), (tokens, 1))
+        made.learn(layer, ids, np.full(ids.shape, 1.0 / len(experts), np.float32), None)
+        step = made.begin(layer, loads(ids), tokens, made.link_free_us)
+        made.finish(step)
+
+
+def lopsided(passes: Sequence[int], lender: int = 0) -> Controller:
+    """Passes of so many tokens, then the last layer has borrowed a slot."""
+    made = controller(2, prefetch="off")
+    made.warm_start()
+    for tokens in passes:
+        a_pass(made, (0, 1), tokens)
+    made._evict(ExpertRef(lender, 1))
+    made.pool.place(2, 7)
+    made.pool.arrive(2, 7)
+    made._value(2)
+    return made
+
+
+def test_prompts_in_a_row_give_back_what_a_layer_lacks_of_its_quota() -> None:
+    made = lopsided([8, 8])
+    a_pass(made, (0, 1, 2, 3, 4, 5), 8)
+    assert [len(cached) for cached in made.pool.cached] == [2, 2, 2]
+    made.pool.check_integrity()
+
+
+def test_only_layers_above_their_quota_give_back_and_only_to_those_below() -> None:
+    for lender, shares in ((0, [2, 2, 2]), (1, [2, 1, 3])):
+        made = lopsided([8, 8], lender)
+        made._worth[1, 0] = -1.0  # the least worthy of all, in a layer that owes nothing
+        a_pass(made, (0, 1, 2, 3, 4, 5), 8, layers=1)
+        assert [len(cached) for cached in made.pool.cached] == shares
+
+
+@pytest.mark.parametrize("passes", [[1, 1], [8, 1], []])
+def test_a_prompt_behind_an_answer_leaves_the_shares_as_the_answer_made_them(passes: list[int]) -> None:
+    made = lopsided(passes)
+    a_pass(made, (0, 1, 2, 3, 4, 5), 8)
+    assert [len(cached) for cached in made.pool.cached] == [1, 2, 3]
+
+
+def test_a_row_needs_two_prompts_and_ends_with_the_answer() -> None:
+    row, going = PromptRow((2, 4)), []
+    for tokens in (8, 8, 3, 1, 8, 8):
+        for layer in range(2):
+            row.follow(layer, {0: tokens}, tokens)
+        going.append(row.going)
+    assert going == [False, True, True, False, False, True]
+    assert row.loads[0].tolist() == row.loads[1].tolist() and row.loads[0, 0] > 0.0 == row.loads[0, 1]
+
+
+def borrowed(lent_load: int, gain_us: float, tokens: Sequence[int] = (8, 8)) -> bool:
+    """Whether a prefetch for layer 1 takes a slot of layer 0, which is done and has an expert of that load to lend."""
+    made = controller(2, 4000.0, accelerator_us=10.0, prefetch="expected")
+    made.warm_start()
+    for count in tokens:
+        made.row.follow(0, {0: 40, 1: lent_load}, count)
+    assert made._in_a_row
+    return made._borrow(1, 7, range(1), gain_us) is not None and made.pool.slot_of(0, 1) is None
+
+
+def test_a_prefetch_of_prompts_in_a_row_must_gain_more_than_the_lender_loses() -> None:
+    costs = tiny_experts.costs(transfer_us=4000.0, accelerator_us=10.0)
+    loss_us = costs.cpu(1)  # of one token at the lender's next prompt, where the CPU has nothing else to do
+    assert borrowed(4, 100.0 * loss_us)
+    assert not borrowed(4, 0.01 * loss_us)
+    assert borrowed(0, 0.01 * loss_us), "what no prompt needs is lent for nothing"
+
+
+def test_what_a_layer_can_lend_is_judged_anew_when_it_has_run() -> None:
+    made = controller(2, 4000.0, accelerator_us=10.0, prefetch="off")
+    made.warm_start()
+    losses = []
+    for load in (1, 30):
+        made.finish(made.begin(0, {0: 40, 1: load}, 41, made.link_free_us))
+        loan = made._loan(0)
+        assert loan is not None and loan.victim == (0, 1)
+        losses.append(loan.loss_us)
+    assert losses[1] > losses[0]
+
+
+def test_a_prompt_alone_borrows_without_asking_for_the_next_one() -> None:
+    made = controller(2, prefetch="expected")
+    made.warm_start()
+    made.row.follow(0, {0: 40, 1: 40}, 8)
+    assert not made._in_a_row
+
+
+def test_prompts_in_a_row_keep_the_heavier_demand_load() -> None:
+    """All that is cached is in use, so a demand load finds no slot; it is kept where it lies."""
+    for light, kept in ((1, {0, 7}), (30, {0, 1})):
+        made = controller(2, 50.0, accelerator_us=5.0, prefetch="off")
+        made.warm_start()
+        for _ in range(4):
+            for layer in range(LAYERS):
+                step = made.begin(layer, {0: 40, 1: light, 7: 20}, 61, made.link_free_us)
+                assert [move.expert for move in step.moves] == [7] or 7 in made.pool.cached[layer]
+                made.finish(step)
+                made.pool.check_integrity()
+        assert [set(cached) for cached in made.pool.cached] == [kept] * LAYERS
 
 
 def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
