@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lever_ext.operators import linear as linears
 from lever_ext.operators.linear import RowLinear, linear, with_row_linears
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["amx", "no amx"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen on either kind of processor; both compute on this one."""
+    monkeypatch.setattr(linears, "_has_tiles", lambda: request.param)
 
 
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48), (7, 48), (1, 33, 48), (2, 3, 48)])
