@@ -32,8 +32,9 @@ def linear(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 @functools.cache
 def _has_tiles() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest torch that will do
-    return bool(capabilities().get("amx_tile", False))
+    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that will do
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
 
 
 class RowLinear(nn.Linear):
