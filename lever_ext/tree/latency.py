@@ -23,12 +23,14 @@ class LatencyTable:
         step: weight of a new measurement.
         penalty: share added for shapes far from all that were measured.
         trust: measurements of a shape that weigh as much as the line.
+        held: squared rows, summed over measurements, that tell as much about a row's cost as the prior does.
         start_us: of any pass, until one is measured.
     """
 
     step: float = 0.2
     penalty: float = 0.03
     trust: float = 4.0
+    held: float = 2.0 * 32**2
     start_us: float = 1.0
     cells: dict[tuple[int, int], float] = field(default_factory=dict)
     """(rows, leaves) -> microseconds."""
@@ -92,7 +94,7 @@ class LatencyTable:
         gap = np.where(within, np.minimum(rows - known[low], known[high] - rows), beyond)
         # Next to a measured row count nothing, growing to the penalty at a quarter of the rows away.
         caution = 1 + self.penalty * np.minimum(1.0, 4 * gap / np.maximum(rows, 1))
-        grid: NDArray[np.float64] = (base + (beyond * self._slope())[:, None]) * caution[:, None]
+        grid: NDArray[np.float64] = (base + (beyond * self._line[1])[:, None]) * caution[:, None]
         return grid
 
     def _row(self, rows: int, size: int) -> NDArray[np.float64]:
@@ -103,14 +105,18 @@ class LatencyTable:
         return near
 
     def _fit(self) -> tuple[float, float]:
-        """Least squares through all cells by row count, its slope not negative."""
+        """Least squares through all cells by row count; its slope is held near a five-hundredth of a pass.
+
+        Small trees of nearly one size say nothing about what a row costs. A slope that their noise made steep would
+        keep larger trees away for good.
+        """
         weights = {shape: min(count, 8) for shape, count in self._counts.items()}
         total = sum(weights.values())
         rows = sum(weight * shape[0] for shape, weight in weights.items()) / total
         us = sum(weight * self.cells[shape] for shape, weight in weights.items()) / total
         spread = sum(weight * (shape[0] - rows) ** 2 for shape, weight in weights.items())
         joint = sum(weight * (shape[0] - rows) * (self.cells[shape] - us) for shape, weight in weights.items())
-        slope = max(0.0, joint / spread) if spread else 0.0
+        slope = max(0.0, (joint + self.held * us / 500) / (spread + self.held))
         return us - slope * rows, slope
 
     def _drawn(self, rows: int, leaves: int) -> float:
@@ -118,7 +124,3 @@ class LatencyTable:
         line = self._line[0] + self._line[1] * rows
         count = self._counts[rows, leaves]
         return (count * self.cells[rows, leaves] + self.trust * line) / (count + self.trust)
-
-    def _slope(self) -> float:
-        """Microseconds per row beyond the table: the line's; a five-hundredth of a pass while one shape is known."""
-        return self._line[1] if len(self._by_rows) > 1 else self._line[0] / 500
