@@ -27,6 +27,8 @@ FIGURES: dict[str, tuple[Draw, float, float]] = {
     "throughput_deepseek-v2-lite.csv": (throughput._draw, 7.0, 3.2),
     "fidelity.csv": (fidelity._draw, 7.0, 2.6),
     "lever.csv": (lever_summary.draw_speedups, 9.0, 4.0),
+    "lever_amx.csv": (lever_summary.draw_speedups, 9.0, 4.0),
+    "lever_cells.csv": (lever_summary.draw_shares, 7.0, 4.0),
 }
 
 
