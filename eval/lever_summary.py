@@ -107,19 +107,19 @@ def draw_speedups(axes: Any, table: Sequence[Row]) -> None:
     """Speed-up over flash autoregressive decoding by tree, one group of bars for each target and draft."""
     mine = [row for row in table if row["dram_share"] == -1.0 and row["label"] == "measured" and row["speedup"] != ""]
     groups = list(dict.fromkeys((row["target"], row["draft"]) for row in mine))
-    trees = [tree for tree in dict.fromkeys(row["tree"] for row in mine) if tree != AR]
+    trees = [tree for tree in dict.fromkeys(row["tree"] for row in mine) if tree not in (AR, OURS)] + [OURS]
     width = 0.85 / max(1, len(trees))
     for index, tree in enumerate(trees):
         values = {(row["target"], row["draft"]): row["speedup"] for row in mine if row["tree"] == tree}
         places = [at + index * width for at in range(len(groups))]
         # Ten colours; a second round of them is hatched.
-        hatch = "//" if index >= 10 else None
-        axes.bar(places, [values.get(group, 0) for group in groups], width, label=tree, hatch=hatch)
+        style = {"color": "black"} if tree == OURS else {"hatch": "//" if index >= 10 else None}
+        axes.bar(places, [values.get(group, 0) for group in groups], width, label=tree, **style)
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xticks([at + 0.4 for at in range(len(groups))], [f"{target}\n{draft}" for target, draft in groups])
     axes.set_ylabel("speed-up over flash autoregressive (measured)")
     if groups:
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, ncols=2, loc="upper right")
 
 
 def draw_shares(axes: Any, rows: Sequence[Row]) -> None:
