@@ -15,7 +15,7 @@ import torch
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
 from hybrimoe_plugin.experts.memory import free_host_bytes
-from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, repacked_bytes
+from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0, repacked_bytes
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 _SHARE_OF_FREE = 0.02
@@ -117,7 +117,8 @@ class _Layer:
         for index, stored in enumerate(self._stored):
             check_stored(stored)
             small = repacked_bytes(stored) < _SHARE_OF_FREE * free_host_bytes()
-            if repack and small and stored.type_name in SLOW_TYPES:
+            slow = repack and stored.type_name in SLOW_TYPES and quicker_as_q8_0(ggml, threads, stored.type_name)
+            if slow and small:
                 self._stored[index] = as_q8_0(stored)
         self._ggml = ggml
         self._threads = threads

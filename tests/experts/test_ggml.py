@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import needs
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts import cpu_ggml, repack
 from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.ggml import TYPES, Ggml, Graph, Stored, Team
 from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
-from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, repacked_bytes
+from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0, repacked_bytes
 
 needs.kt_kernel()
 
@@ -172,6 +175,41 @@ def test_repacking_changes_no_value(type_name: str) -> None:
     assert packed.nbytes == repacked_bytes(stored)
     found, wanted = (dequantize_bytes(item.data, item.type_name, item.shape) for item in (packed, stored))
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+def test_slow_types_are_repacked_only_where_that_is_quicker(quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ggml, "quicker_as_q8_0", lambda ggml, threads, type_name: quicker)
+    experts = GgmlExperts(threads=1)
+    experts.add_layer(tiny_experts.layer(types=("Q4_0", "Q5_0", "Q8_0")))
+    types = [stored.type_name for stored in experts._layers[0]._stored]
+    assert types == (["Q8_0"] * 3 if quicker else ["Q4_0", "Q5_0", "Q8_0"])
+
+
+@pytest.mark.parametrize(("stored_ns", "packed_ns"), [(10, 20), (20, 10)])
+def test_whether_repacking_pays_is_measured_once(
+    stored_ns: int, packed_ns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, made = [0], list[str]()
+
+    class Product:
+        def __init__(self, ggml: Any, threads: int, type_name: str, shape: tuple[int, int]) -> None:
+            made.append(type_name)
+            self.ns = packed_ns if type_name == "Q8_0" else stored_ns
+
+        def run(self) -> None:
+            clock[0] += self.ns
+
+    monkeypatch.setattr(repack, "_product", Product)
+    monkeypatch.setattr(repack, "perf_counter_ns", lambda: clock[0])
+    machine: Any = object()
+    assert quicker_as_q8_0(machine, 2, "Q5_0") == quicker_as_q8_0(machine, 2, "Q5_0") == (packed_ns < stored_ns)
+    assert made == ["Q5_0", "Q8_0"]
+
+
+@pytest.mark.parametrize("type_name", [*SLOW_TYPES, "Q8_0"])
+def test_what_is_measured_is_a_product(ggml: Ggml, type_name: str) -> None:
+    repack._product(ggml, 1, type_name, (2, 64)).run()
 
 
 def test_a_host_s_default_dtype_does_not_reach_the_buffers() -> None:
