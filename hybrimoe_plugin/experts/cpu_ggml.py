@@ -117,8 +117,8 @@ class _Layer:
         for index, stored in enumerate(self._stored):
             check_stored(stored)
             small = repacked_bytes(stored) < _SHARE_OF_FREE * free_host_bytes()
-            slow = repack and stored.type_name in SLOW_TYPES and quicker_as_q8_0(ggml, threads, stored.type_name)
-            if slow and small:
+            candidate = repack and small and stored.type_name in SLOW_TYPES
+            if candidate and quicker_as_q8_0(ggml, threads, stored.type_name):
                 self._stored[index] = as_q8_0(stored)
         self._ggml = ggml
         self._threads = threads
