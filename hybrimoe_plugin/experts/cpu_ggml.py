@@ -137,47 +137,52 @@ class _Layer:
 
 
 class _OneToken:
-    """The graph of one token with K experts: 3 K products whose weights are pointed at the chosen experts.
+    """The graph of one token with K experts.
 
-    ggml's product with an expert index (`_Call`) reads single rows at half the speed of a plain product.
+    Each of its three steps is one product with the experts' indices, or K plain products whose weights are pointed at
+    the chosen experts where those are the quicker ones (`Ggml.pace`).
     """
 
     def __init__(self, ggml: Ggml, threads: int, stored: Sequence[Stored], count: int) -> None:
-        graph = Graph(ggml, threads, kept=True, nodes=10 * count + 8)
+        self._count = count
+        self._stored = stored  # mapped as long as the graph may read it
+        self._pointed: list[tuple[int, int, list[ctypes.c_uint64]]] = []
+        """Base address, bytes of an expert, and where the addresses of the chosen ones go."""
+        graph = self._graph = Graph(ggml, threads, kept=True, nodes=10 * count + 16)
         _, inner, hidden = stored[0].shape
-        gates, ups, outs = (
+        gates, ups, self._outs = (
             torch.empty(count, width, dtype=torch.float32, device="cpu") for width in (inner, inner, hidden)
         )
-        self._x = graph.input(1, hidden)
-        self._bases = [(part.data.ctypes.data, part.nbytes // part.shape[0]) for part in stored]
-        firsts = [Stored(part.data[: part.nbytes // part.shape[0]], part.type_name, part.shape[1:]) for part in stored]
-        self._pointers: list[list[ctypes.c_uint64]] = [[], [], []]
-        order: list[Node] = []
-        for which, rows in ((0, gates), (1, ups)):
-            for place in range(count):
-                weight = self._weight(graph, firsts[which], which)
-                order.append(graph.matmul(weight, self._x, rows[place : place + 1]))
+        self._x = torch.empty(1, hidden, dtype=torch.float32, device="cpu")
+        self._ids = graph.input(1, count, dtype=torch.int32)
+        order = self._products(stored[0], self._x, gates) + self._products(stored[1], self._x, ups)
         order.append(graph.silu_mul(graph.place(gates), graph.place(ups)))
-        for place in range(count):
-            row = graph.place(gates[place : place + 1])
-            order.append(graph.matmul(self._weight(graph, firsts[2], 2), row, outs[place : place + 1]))
-        graph.finish(*order)
-        self._graph = graph
-        self._stored = stored  # mapped as long as the graph may read it
-        self._outs = outs
+        graph.finish(*order, *self._products(stored[2], gates, self._outs))
 
-    def _weight(self, graph: Graph, first: Stored, which: int) -> Node:
-        node = graph.weight(first)
-        self._pointers[which].append(graph.pointer(node))
-        return node
+    def _products(self, stored: Stored, x: torch.Tensor, out: torch.Tensor) -> list[Node]:
+        """out [K, N] from the experts' matrices [E, N, M] and x [1 or K, M]."""
+        graph = self._graph
+        weights = graph.weight(stored)
+        if graph.indexed(weights):
+            return [graph.matmul_id(weights, graph.place(x[None]), self._ids, out)]
+        size = stored.nbytes // stored.shape[0]
+        first = Stored(stored.data[:size], stored.type_name, stored.shape[1:])
+        experts = [graph.weight(first) for _ in range(self._count)]
+        self._pointed.append((stored.data.ctypes.data, size, [graph.pointer(expert) for expert in experts]))
+        rows = [graph.place(row[None]) for row in x.expand(self._count, -1)]
+        return [
+            graph.matmul(expert, row, out[place : place + 1], indexed=False)
+            for place, (expert, row) in enumerate(zip(experts, rows, strict=True))
+        ]
 
     def run(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[1, H]; ids must be in range."""
         chosen = ids[0].tolist()
-        for (base, size), pointers in zip(self._bases, self._pointers, strict=True):
+        for base, size, pointers in self._pointed:
             for expert, pointer in zip(chosen, pointers, strict=True):
                 pointer.value = base + expert * size
-        self._x.value.copy_(hidden)
+        self._ids.value.copy_(ids)
+        self._x.copy_(hidden)
         self._graph.run()
         return torch.mm(weights.float(), self._outs).to(hidden.dtype)
 

@@ -6,14 +6,11 @@ ggml's kernels for Q4_0 and Q5_0 take their time for unpacking: 7 GB/s on two th
 
 from __future__ import annotations
 
-import functools
-from time import perf_counter_ns
-
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from hybrimoe_plugin.experts.ggml import Ggml, Graph, Stored
+from hybrimoe_plugin.experts.ggml import Ggml, Stored
 
 SLOW_TYPES = ("Q4_0", "Q5_0")
 
@@ -23,31 +20,9 @@ def repacked_bytes(stored: Stored) -> int:
     return int(np.prod(stored.shape)) // 32 * 34
 
 
-@functools.cache
 def quicker_as_q8_0(ggml: Ggml, threads: int, type_name: str) -> bool:
-    """Whether a product with one row takes less time in Q8_0 than as stored; measured once, in some 60 ms.
-
-    The matrices are larger than a last-level cache: there Q8_0 is the faster one everywhere.
-    """
-    shape = (16384, 4096)
-    graphs = {name: _product(ggml, threads, name, shape) for name in (type_name, "Q8_0")}
-    fastest = dict.fromkeys(graphs, 1 << 62)
-    for _ in range(7):
-        for name, graph in graphs.items():
-            started = perf_counter_ns()
-            graph.run()
-            fastest[name] = min(fastest[name], perf_counter_ns() - started)
-    return fastest["Q8_0"] < fastest[type_name]
-
-
-def _product(ggml: Ggml, threads: int, type_name: str, shape: tuple[int, int]) -> Graph:
-    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    graph = Graph(ggml, threads)
-    x = graph.input(1, shape[1])
-    weight = graph.weight(Stored(np.ones(int(np.prod(shape)) // values * size, np.uint8), type_name, shape))
-    graph.finish(graph.matmul(weight, x))
-    x.value.fill_(1.0)
-    return graph
+    """Whether a product with one row takes less time in Q8_0 than as stored; measured once."""
+    return ggml.pace("Q8_0", threads).ns < ggml.pace(type_name, threads).ns
 
 
 def as_q8_0(stored: Stored) -> Stored:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import needs
 import numpy as np
 import pytest
@@ -14,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts import cpu_ggml, repack
+from hybrimoe_plugin.experts import cpu_ggml
+from hybrimoe_plugin.experts import ggml as ggml_module
 from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.ggml import TYPES, Ggml, Graph, Stored, Team
+from hybrimoe_plugin.experts.ggml import TYPES, Ggml, Graph, Pace, Stored, Team
 from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
 from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0, repacked_bytes
 
@@ -58,10 +57,10 @@ def random_matrix(type_name: str, rows: int, columns: int, seed: int = 0) -> Sto
 def test_products_of_every_type(ggml: Ggml, type_name: str) -> None:
     stored = random_matrix(type_name, 48, 512)
     weight = dequantize_bytes(stored.data, type_name, stored.shape)
-    for rows in (1, 5, 40):
+    for rows, indexed in ((1, False), (1, True), (1, None), (5, None), (40, None)):
         graph = Graph(ggml, 2)
         x = graph.input(rows, 512)
-        y = graph.matmul(graph.weight(stored), x)
+        y = graph.matmul(graph.weight(stored), x, indexed=indexed)
         graph.finish(y)
         x.value.copy_(torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)))
         graph.run()
@@ -83,9 +82,13 @@ def test_rows_are_dequantised(ggml: Ggml) -> None:
     torch.testing.assert_close(rows.value, dequantize_bytes(stored.data, "Q6_K", stored.shape)[[31, 0, 7]])
 
 
+@pytest.mark.parametrize("indexed", [frozenset(), frozenset({"Q4_1"}), TYPES])
 @pytest.mark.parametrize("types", [("Q8_0",) * 3, ("Q4_0", "Q4_1", "Q5_0"), ("F32",) * 3])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_experts_equal_the_reference(types: tuple[str, str, str], top_k: int) -> None:
+def test_experts_equal_the_reference(
+    types: tuple[str, str, str], top_k: int, indexed: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ggml, "pace", lambda _, type_name, threads: Pace(type_name in indexed, 1.0))
     weights = tiny_experts.layer(types=types, top_k=top_k)
     native, plain = GgmlExperts(2), TorchExperts(keep=True)
     for backend in (native, plain):
@@ -186,30 +189,37 @@ def test_slow_types_are_repacked_only_where_that_is_quicker(quicker: bool, monke
     assert types == (["Q8_0"] * 3 if quicker else ["Q4_0", "Q5_0", "Q8_0"])
 
 
-@pytest.mark.parametrize(("stored_ns", "packed_ns"), [(10, 20), (20, 10)])
-def test_whether_repacking_pays_is_measured_once(
-    stored_ns: int, packed_ns: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stored_ns", "packed_ns"), [(10.0, 20.0), (20.0, 10.0)])
+def test_whether_repacking_pays_is_read_off_the_pace(
+    ggml: Ggml, stored_ns: float, packed_ns: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, made = [0], list[str]()
-
-    class Product:
-        def __init__(self, ggml: Any, threads: int, type_name: str, shape: tuple[int, int]) -> None:
-            made.append(type_name)
-            self.ns = packed_ns if type_name == "Q8_0" else stored_ns
-
-        def run(self) -> None:
-            clock[0] += self.ns
-
-    monkeypatch.setattr(repack, "_product", Product)
-    monkeypatch.setattr(repack, "perf_counter_ns", lambda: clock[0])
-    machine: Any = object()
-    assert quicker_as_q8_0(machine, 2, "Q5_0") == quicker_as_q8_0(machine, 2, "Q5_0") == (packed_ns < stored_ns)
-    assert made == ["Q5_0", "Q8_0"]
+    paces = {"Q5_0": Pace(False, stored_ns), "Q8_0": Pace(True, packed_ns)}
+    monkeypatch.setattr(Ggml, "pace", lambda _, type_name, threads: paces[type_name])
+    assert quicker_as_q8_0(ggml, 2, "Q5_0") == (packed_ns < stored_ns)
 
 
-@pytest.mark.parametrize("type_name", [*SLOW_TYPES, "Q8_0"])
-def test_what_is_measured_is_a_product(ggml: Ggml, type_name: str) -> None:
-    repack._product(ggml, 1, type_name, (2, 64)).run()
+@pytest.mark.parametrize(("plain_ns", "indexed_ns"), [(10, 20), (20, 10)])
+def test_the_pace_is_that_of_the_quicker_product_and_measured_once(
+    ggml: Ggml, plain_ns: int, indexed_ns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, runs = [0], list[bool]()
+
+    def run(graph: Graph) -> None:
+        runs.append(graph._first is not None)
+        clock[0] += indexed_ns if runs[-1] else plain_ns
+
+    monkeypatch.setattr(Graph, "run", run)
+    monkeypatch.setattr(ggml_module, "perf_counter_ns", lambda: clock[0])
+    monkeypatch.setattr(ggml_module, "_PACES", {})
+    pace = ggml.pace("Q8_0", 2)
+    assert pace.indexed == (indexed_ns < plain_ns)
+    rows = (64 << 20) // (4096 // 32 * 34)
+    assert pace.ns == 10 / (rows * 4096)
+    measured = len(runs)
+    assert set(runs) == {True, False}
+    assert Ggml.pace(ggml, "Q8_0", 2) is pace and len(runs) == measured
+    ggml.pace("Q8_0", 1)
+    assert len(runs) == 2 * measured
 
 
 def test_a_host_s_default_dtype_does_not_reach_the_buffers() -> None:
