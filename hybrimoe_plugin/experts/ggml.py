@@ -152,6 +152,7 @@ class Ggml:
             self.get_rows = _function(quick.ggml_get_rows, _Pointer, _Pointer, _Pointer, _Pointer)
             self.silu = _function(quick.ggml_silu_inplace, _Pointer, _Pointer, _Pointer)
             self.mul = _function(quick.ggml_mul_inplace, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.rms_norm = _function(quick.ggml_rms_norm, _Pointer, _Pointer, _Pointer, ctypes.c_float)
             self.new_graph = _function(quick.ggml_new_graph_custom, _Pointer, _Pointer, ctypes.c_size_t, ctypes.c_bool)
             self.expand = _function(quick.ggml_build_forward_expand, None, _Pointer, _Pointer)
             self.plan = _function(quick.ggml_graph_plan, _Plan, _Pointer, ctypes.c_int)
@@ -301,6 +302,13 @@ class Graph:
         first = self._ggml.silu(self._context, gate.pointer)
         self._point(first, gate.value.data_ptr())
         return self._own(self._ggml.mul(self._context, first, up.pointer), gate.shape, gate.value)
+
+    def rms_norm(self, x: Node, weight: Node, eps: float) -> Node:
+        """x / rms(x) * weight, [..., M] for a weight [1, M]."""
+        norm = self._ggml.rms_norm(self._context, x.pointer, eps)
+        buffer = _buffer(x.shape)
+        self._point(norm, buffer.data_ptr())
+        return self._own(self._ggml.mul(self._context, norm, weight.pointer), x.shape, buffer)
 
     def finish(self, *outputs: Node) -> None:
         """Close the graph; nothing can be added after. Outputs are computed in this order, one after the other."""

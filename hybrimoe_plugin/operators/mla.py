@@ -14,6 +14,7 @@ from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.flash_latent import LatentShape
 from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, RowGraphs, as_stored
+from hybrimoe_plugin.operators.norm import LeanRMSNorm
 
 
 class LeanMLA(DenseOperator):
@@ -26,6 +27,7 @@ class LeanMLA(DenseOperator):
     keeps_latents = True
     q_b_proj: Any
     q_a_layernorm: Any
+    kv_a_layernorm: Any
     o_proj: Any
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
@@ -39,9 +41,9 @@ class LeanMLA(DenseOperator):
         names = ["q_proj"] if orig_module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
         for name in (*names, "kv_a_proj_with_mqa", "o_proj"):
             setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
-        if orig_module.q_lora_rank is not None:
-            self.q_a_layernorm = orig_module.q_a_layernorm
-        self.kv_a_layernorm = orig_module.kv_a_layernorm
+        for name in ("kv_a_layernorm", *(["q_a_layernorm"] if orig_module.q_lora_rank is not None else [])):
+            norm = LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs)
+            setattr(self, name, norm)
         self._inputs = LinearGroup(self.ggml, (getattr(self, names[0]), self.kv_a_proj_with_mqa))
         self._graphs: tuple[RowGraphs, RowGraphs] | None = None
         if self.ggml is None:
@@ -126,6 +128,9 @@ class LeanMLA(DenseOperator):
     def _by_head(self, graphs: RowGraphs, x: torch.Tensor) -> torch.Tensor:
         """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B, heads, T, M]."""
         batch, heads, count, width = x.shape
+        if batch == count == 1:
+            (y,) = graphs(x[0], 1)
+            return y[None].to(x.dtype)
         (y,) = graphs(x.transpose(0, 1).reshape(heads, batch * count, width), batch * count)
         return y.view(heads, batch, count, -1).transpose(0, 1).to(x.dtype)
 

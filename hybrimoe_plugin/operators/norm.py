@@ -7,17 +7,36 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.experts.ggml import Graph
 from hybrimoe_plugin.operators.dense import DenseOperator
 
 
 class LeanRMSNorm(DenseOperator):
-    """`x / rms(x) * weight`, in the precision of torch's own kernel."""
+    """`x / rms(x) * weight` in float32 by ggml for one row on the CPU, else in the precision of torch's own kernel.
+
+    On the CPU torch's is six operations again, which between other work take 25 to 40 us in place of 10.
+    """
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
-        super().__init__(key, gguf_loader, config, orig_module, **{**kwargs, "linears": "plain"})
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
+        self._graph: tuple[Graph, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.ggml is None or x.numel() != len(self.weight) or x.dtype != torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self._graph is None:
+            graph = Graph(self.ggml, 1)
+            row = graph.input(1, len(self.weight))
+            out = graph.rms_norm(row, graph.place(self.weight.detach().float()[None]), self.eps)
+            graph.finish(out)
+            self._graph = graph, row.value, out.value
+        graph, given, result = self._graph
+        given.copy_(x.reshape(1, -1))
+        graph.run()
+        return result.clone().view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"key={self.key!r}, width={len(self.weight)}, eps={self.eps}"

@@ -18,6 +18,7 @@ from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.kv_cache import GrowingLayer, growing
 from hybrimoe_plugin.operators.linear import StoredLinear
+from hybrimoe_plugin.operators.norm import LeanRMSNorm
 
 needs.kt_kernel()
 
@@ -59,6 +60,22 @@ def test_one_token_and_many_give_the_same_function(mixtral: Path) -> None:
     found = torch.cat(parts, dim=1)
     # 8-bit activations round alike row by row; sums differ in order alone.
     assert float((found - whole).norm() / whole.norm()) < 1e-2
+    model.hybrimoe.close()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (64,), (1, 3, 64)])
+def test_norms_equal_torch_s_own(mixtral: Path, shape: tuple[int, ...]) -> None:
+    model = load(mixtral, accelerator="none")
+    norm = model.model.layers[1].input_layernorm
+    assert isinstance(norm, LeanRMSNorm) and norm.ggml is not None
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(64, generator=generator))
+        xs = [torch.randn(shape, generator=generator) * scale for scale in (1e-3, 1.0, 300.0)]
+        found = [norm(x) for x in xs]
+        norm.ggml = None
+        for x, y in zip(xs, found, strict=True):  # an earlier result must survive later calls
+            torch.testing.assert_close(y, norm(x), rtol=1e-5, atol=1e-6)
     model.hybrimoe.close()
 
 
