@@ -20,6 +20,8 @@ from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 _SHARE_OF_FREE = 0.02
 """A matrix of all experts of a layer is repacked only if it takes less than this share of the memory still free."""
+_ROWS_FOR_TILES = 6
+"""Rows for each expert from which a product for each is quicker than one with all experts' indices (docs/LOG.md)."""
 _MAX_TOKENS = 512
 """Tokens per graph; longer calls are cut, since a graph's buffers grow with this."""
 
@@ -132,8 +134,9 @@ class _Layer:
         return call.run(hidden, ids, weights)
 
     def prefill(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Built anew: its buffers would otherwise stay for every length."""
-        return _Call(self._ggml, self._threads, self._stored, *ids.shape).run(hidden, ids, weights)
+        """Graphs are built anew: their buffers would otherwise stay for every length."""
+        tiled = ids.numel() >= _ROWS_FOR_TILES * self.spec.experts
+        return (_by_expert if tiled else _by_index)(self._ggml, self._threads, self._stored, hidden, ids, weights)
 
 
 class _OneToken:
@@ -187,26 +190,60 @@ class _OneToken:
         return torch.mm(weights.float(), self._outs).to(hidden.dtype)
 
 
-class _Call:
-    """The graph of T tokens with K experts each."""
+def _by_index(
+    ggml: Ggml, threads: int, stored: Sequence[Stored], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """[T, H]: each of the three steps is one product with all experts' indices."""
+    graph = Graph(ggml, threads)
+    gate, up, down = (graph.weight(matrices) for matrices in stored)
+    x = graph.input(len(hidden), 1, hidden.shape[1])
+    chosen = graph.input(*ids.shape, dtype=torch.int32)
+    inner = graph.silu_mul(graph.matmul_id(gate, x, chosen), graph.matmul_id(up, x, chosen))
+    out = graph.matmul_id(down, inner, chosen)
+    graph.finish(out)
+    x.value[:, 0].copy_(hidden)
+    chosen.value.copy_(ids)
+    graph.run()
+    return _weighted(out.value, weights, hidden.dtype)
 
-    def __init__(self, ggml: Ggml, threads: int, stored: Sequence[Stored], tokens: int, count: int) -> None:
-        graph = Graph(ggml, threads)
-        gate, up, down = (graph.weight(matrix) for matrix in stored)
-        self._x: Node = graph.input(tokens, 1, stored[0].shape[2])
-        self._ids = graph.input(tokens, count, dtype=torch.int32)
-        inner = graph.silu_mul(graph.matmul_id(gate, self._x, self._ids), graph.matmul_id(up, self._x, self._ids))
-        out = graph.matmul_id(down, inner, self._ids)
-        graph.finish(out)
-        self._graph = graph
-        self._hidden = self._x.value[:, 0]
-        self._out = out.value
 
-    def run(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        self._hidden.copy_(hidden)
-        self._ids.value.copy_(ids)
-        self._graph.run()
-        return torch.bmm(weights.float()[:, None], self._out)[:, 0].to(hidden.dtype)
+def _by_expert(
+    ggml: Ggml, threads: int, stored: Sequence[Stored], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same from rows sorted by expert: one product for each expert and matrix, which goes through tiles."""
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    loads = [(expert, load) for expert, load in enumerate(torch.bincount(flat).tolist()) if load]
+    graph = Graph(ggml, threads, nodes=9 * len(loads) + 8)
+    _, inner, width = stored[0].shape
+    gates, ups, outs = (
+        torch.empty(len(order), size, dtype=torch.float32, device="cpu") for size in (inner, inner, width)
+    )
+
+    def products(matrices: Stored, x: torch.Tensor, out: torch.Tensor) -> list[Node]:
+        size = matrices.nbytes // matrices.shape[0]
+        nodes, start = [], 0
+        for expert, load in loads:
+            rows = slice(start, start + load)
+            data = matrices.data[expert * size : (expert + 1) * size]
+            weight = graph.weight(Stored(data, matrices.type_name, matrices.shape[1:]))
+            nodes.append(graph.matmul(weight, graph.place(x[rows]), out[rows]))
+            start += load
+        return nodes
+
+    x = hidden.float().index_select(0, order // ids.shape[1])
+    first = products(stored[0], x, gates) + products(stored[1], x, ups)
+    first.append(graph.silu_mul(graph.place(gates), graph.place(ups)))
+    graph.finish(*first, *products(stored[2], gates, outs))
+    graph.run()
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device="cpu")
+    return _weighted(outs.index_select(0, places).view(*ids.shape, width), weights, hidden.dtype)
+
+
+def _weighted(outs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, H] from experts' outputs [T, K, H] and weights [T, K]."""
+    return torch.bmm(weights.float()[:, None], outs)[:, 0].to(dtype)
 
 
 def _stacked(matrix: Matrix) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

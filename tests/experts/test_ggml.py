@@ -16,9 +16,10 @@ from hybrimoe_plugin.experts import cpu_ggml
 from hybrimoe_plugin.experts import ggml as ggml_module
 from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.ggml import TYPES, Ggml, Graph, Pace, Stored, Team
+from hybrimoe_plugin.experts.ggml import TYPES, Ggml, Graph, Pace, Stored
 from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
 from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0, repacked_bytes
+from hybrimoe_plugin.experts.team import Team
 
 needs.kt_kernel()
 
@@ -103,6 +104,18 @@ def test_experts_equal_the_reference(
             assert float((found - wanted).norm()) / scale < (1e-5 if types[0] == "F32" else 0.03)
     whole = native.compute(0, hidden, ids, routing)
     torch.testing.assert_close(whole, _compute(native, hidden, ids, routing, list(range(8))))
+
+
+@pytest.mark.parametrize("types", [("Q8_0",) * 3, ("Q4_0", "Q4_1", "Q5_0")])
+def test_both_ways_through_many_tokens_are_the_same_function(ggml: Ggml, types: tuple[str, str, str]) -> None:
+    weights = tiny_experts.layer(types=types, top_k=2)
+    stored = cpu_ggml._Layer(ggml, 2, weights, repack=False)._stored
+    generator = torch.Generator().manual_seed(0)
+    for tokens, experts in ((1, 8), (5, 8), (64, 8), (64, 3), (7, 2)):  # also such as leave experts without rows
+        ids = torch.rand(tokens, experts, generator=generator).topk(2).indices + (8 - experts)
+        hidden, routing = (torch.randn(tokens, size, generator=generator) for size in (64, 2))
+        one, other = (way(ggml, 2, stored, hidden, ids, routing) for way in (cpu_ggml._by_index, cpu_ggml._by_expert))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
 
 
 def _compute(
