@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from eval import peer, report, roofline, synthetic
+from hybrimoe_plugin.errors import BackendError
 
 CONTEXT = 2048
 MODELS = ("demo", *synthetic.SHAPES)
@@ -96,7 +97,13 @@ def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], str]:
     times: dict[str, list[tuple[float, list[float]]]] = {}
     twins = TWINS if args.twins else {"HybriMoE": {}}
     for index, (name, settings) in enumerate(twins.items()):
-        run, close = _ours(args, gguf, settings)
+        try:
+            run, close = _ours(args, gguf, settings)
+        except BackendError as error:
+            if index == 0:
+                raise
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
         run(prompt, steps[:3])
         for _ in range(args.turns):
             times.setdefault(name, []).append(run(prompt, steps))
