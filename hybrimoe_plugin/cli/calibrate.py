@@ -45,25 +45,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tuple[MachineProfile, Path]:
     from hybrimoe_plugin.cli.models import first_experts, open_model
-    from hybrimoe_plugin.experts.calibrate import ensure_profile, profile_path, shared_threads
+    from hybrimoe_plugin.experts.calibrate import profile_path
     from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
     from hybrimoe_plugin.operators import bind
 
     store, config = open_model(model_path, gguf_path)
     weights = first_experts(store, config)
     kind, where = bind.accelerator_kind(settings, "auto", "auto")
-    backend = bind.cpu_backend(settings, [weights], alone=kind == "none")
     accelerator = make_accelerator(kind, where)
-    threads = settings.cpu_threads or (shared_threads() if backend == "ggml" else None)
-    profile = ensure_profile(
-        weights,
-        backend,
-        lambda threads: bind.make_cpu(backend, threads),
-        accelerator,
-        threads=threads,
-        progress=sys.stderr.isatty(),
-        refresh=True,
-    )
+    backend, profile = bind.choose_cpu(settings, [weights], accelerator, progress=sys.stderr.isatty(), refresh=True)
+    threads = bind.cpu_threads(settings, backend, accelerator is None)
     return profile, profile_path(weights.spec, backend, kind, threads)
 
 

@@ -15,6 +15,8 @@ class CPUBackend(Protocol):
     """Computes experts where their bytes lie, in host memory."""
 
     name: str
+    workers: int
+    """Threads that compute beside the caller's; 0 where the caller's own do."""
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Make a layer known; layers are numbered in the order of these calls. Raises: BackendError."""

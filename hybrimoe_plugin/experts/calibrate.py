@@ -186,7 +186,7 @@ def write_atomic(path: Path, text: str) -> None:
 def _quiet_torch(cpu: CPUBackend) -> Iterator[None]:
     """One torch thread while workers of their own are measured: they would fight for the cores."""
     before = torch.get_num_threads()
-    if cpu.name != "ggml":  # which computes on torch's threads
+    if cpu.workers:
         torch.set_num_threads(1)
     try:
         yield
@@ -228,8 +228,9 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int) -> Side:
     started = time.perf_counter()
     for load in LOADS:
         small = _cpu_call(weights, cpu, few, load)
-        large = _cpu_call(weights, cpu, many, load)
-        each = max((large - small) / (many - few), 0.05 * small / few)
+        most = min(many, spec.top_k) if load == 1 < spec.top_k else many  # in decode it is one token with its experts
+        large = _cpu_call(weights, cpu, most, load)
+        each = max((large - small) / (most - few), 0.05 * small / few)
         if load == 1:
             first = max(0.0, small - few * each)
         tokens.append(load)
@@ -242,14 +243,15 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int) -> Side:
 def _cpu_call(weights: LayerWeights, cpu: CPUBackend, experts: int, load: int, repeats: int = REPEATS) -> float:
     """Median time in us of a call in which `experts` experts have `load` tokens each."""
     spec = weights.spec
-    hidden = torch.randn(load * experts, spec.hidden, dtype=torch.bfloat16)
+    tokens, each = (1, experts) if load == 1 and experts <= spec.top_k else (load * experts, 1)
+    hidden = torch.randn(tokens, spec.hidden, dtype=torch.bfloat16)
     # Different experts from call to call, so that their weights come from memory as they do in a model.
     shifts = [(turn * experts) % spec.experts for turn in range(repeats + 1)]
-    routing = torch.ones(load * experts, 1)
+    routing = torch.ones(tokens, each)
     times = []
     for shift in shifts:
         chosen = [(shift + index) % spec.experts for index in range(experts)]
-        ids = torch.tensor(chosen).repeat_interleave(load)[:, None]
+        ids = torch.tensor(chosen).repeat_interleave(load).view(tokens, each)
         start = time.perf_counter_ns()
         cpu.submit(0, hidden, ids, routing, chosen)
         cpu.sync()

@@ -1,19 +1,21 @@
-"""CPU experts as ggml graphs on the caller's threads: where nothing else computes meanwhile, nothing is handed over.
+"""CPU experts as ggml graphs, for any GGML type and shape.
 
-`KTExperts` runs beside an accelerator on workers of its own; this backend computes inside `submit`, on the same OpenMP
-threads as torch, so that no two pools fight for the cores.
+Where nothing else computes meanwhile they run on the caller's own threads, the same OpenMP threads as torch's, so that
+no two pools fight for the cores. Beside an accelerator they run on a thread of their own, and its OpenMP team.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
+from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, buffer, check_stored
 from hybrimoe_plugin.experts.memory import free_host_bytes
 from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0, repacked_bytes
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
@@ -27,10 +29,11 @@ _MAX_TOKENS = 512
 
 
 class GgmlExperts:
-    """Routed experts of any GGML type straight from the mapped bytes; synchronous.
+    """Routed experts of any GGML type straight from the mapped bytes.
 
     Args:
-        threads: OpenMP threads, the caller's included.
+        threads: OpenMP threads that compute; the caller's is one of them unless `beside`.
+        beside: compute while the caller goes on, between `submit` and `sync`.
 
     Raises:
         BackendError: kt-kernel's ggml cannot be used.
@@ -38,17 +41,23 @@ class GgmlExperts:
 
     name = "ggml"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, beside: bool = False) -> None:
         self.threads = threads
+        self.workers = threads if beside else 0
         self.repack = True
         """Whether layers added from now may be copied into a type with faster kernels, where memory is plentiful."""
         self._ggml = Ggml()
         self._layers: list[_Layer] = []
-        self._output: torch.Tensor | None = None
+        self._worker = ThreadPoolExecutor(1, "cpu-experts") if beside else None
+        self._pending: Callable[[], torch.Tensor] | None = None
 
     def share(self, ggml: Ggml) -> None:
-        """Use the kernels, and with them the team of threads, of the model's dense part for layers added from now."""
-        self._ggml = ggml
+        """Use the kernels, and with them the team of threads, of the model's dense part for layers added from now.
+
+        Beside an accelerator the team is the worker thread's, which no dense part uses.
+        """
+        if self._worker is None:
+            self._ggml = ggml
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Raises: BackendError: a type without a kernel."""
@@ -62,26 +71,28 @@ class GgmlExperts:
         topk_weights: torch.Tensor,
         mine: Sequence[int],
     ) -> None:
-        """Of several tokens every expert is computed, those not in `mine` for nothing: it is meant to be alone.
-
-        They cannot be put off to another expert: ggml takes an expert at most once for a token.
-        """
+        """The tensors must stay as they are until `sync`. Raises: BackendError: as `compute`."""
+        if self._pending is not None:
+            self.sync()
+        target = self._layers[layer]
+        _check(target, hidden, topk_ids, topk_weights)
         kept = torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64, device="cpu"))
-        if len(topk_ids) == 1:
-            topk_ids, topk_weights = topk_ids[kept][None], topk_weights[kept][None]
-        elif not kept.all():
-            topk_weights = topk_weights.masked_fill(~kept, 0.0)
-        self._output = self.compute(layer, hidden, topk_ids, topk_weights) if topk_ids.shape[1] else hidden * 0
+        call = functools.partial(target.share, hidden, topk_ids, topk_weights, kept)
+        if self._worker is not None:
+            self._pending = self._worker.submit(call).result
+        else:
+            output = call()
+            self._pending = lambda: output
 
     def sync(self) -> torch.Tensor:
-        assert self._output is not None, "sync without submit"
-        output, self._output = self._output, None
-        return output
+        assert self._pending is not None, "sync without submit"
+        pending, self._pending = self._pending, None
+        return pending()
 
     def compute(
         self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] of hidden's dtype: every chosen expert of every token, computed at once.
+        """[T, H] of hidden's dtype: every chosen expert of every token, computed at once, on the caller's thread.
 
         Args:
             hidden: [T, H] floating point on the CPU.
@@ -93,15 +104,13 @@ class GgmlExperts:
         """
         target = self._layers[layer]
         _check(target, hidden, topk_ids, topk_weights)
-        if len(hidden) == 1:
-            return target.decode(hidden, topk_ids, topk_weights)
-        parts = [
-            target.prefill(hidden[part], topk_ids[part], topk_weights[part])
-            for part in (slice(start, start + _MAX_TOKENS) for start in range(0, len(hidden), _MAX_TOKENS))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return target.compute(hidden, topk_ids, topk_weights)
 
     def close(self) -> None:
+        if self._pending is not None:
+            self.sync()
+        if self._worker is not None:
+            self._worker.shutdown()
         self._layers.clear()
 
 
@@ -126,17 +135,37 @@ class _Layer:
         self._threads = threads
         self._one: dict[int, _OneToken] = {}
 
-    def decode(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        count = ids.shape[1]
-        call = self._one.get(count)
-        if call is None:
-            call = self._one[count] = _OneToken(self._ggml, self._threads, self._stored, count)
-        return call.run(hidden, ids, weights)
+    def share(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """[T, H]: the chosen experts where `kept` [T, K] says so."""
+        if bool(kept.all()):
+            return self.compute(hidden, ids, weights)
+        if len(ids) > 1 and bool(kept.any()):
+            return torch.cat(
+                [
+                    _by_expert(
+                        self._ggml, self._threads, self._stored, hidden[part], ids[part], weights[part], kept[part]
+                    )
+                    for part in _parts(len(hidden))
+                ]
+            )
+        ids, weights = ids[kept][None], weights[kept][None]
+        return self.compute(hidden, ids, weights) if ids.shape[1] else torch.zeros_like(hidden)
 
-    def prefill(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Graphs are built anew: their buffers would otherwise stay for every length."""
-        tiled = ids.numel() >= _ROWS_FOR_TILES * self.spec.experts
-        return (_by_expert if tiled else _by_index)(self._ggml, self._threads, self._stored, hidden, ids, weights)
+    def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[T, H]: all of them. Graphs of many tokens are built anew: their buffers would stay for every length."""
+        if len(hidden) == 1:
+            count = ids.shape[1]
+            call = self._one.get(count)
+            if call is None:
+                call = self._one[count] = _OneToken(self._ggml, self._threads, self._stored, count)
+            return call.run(hidden, ids, weights)
+        tiled = min(len(hidden), _MAX_TOKENS) * ids.shape[1] >= _ROWS_FOR_TILES * self.spec.experts
+        way = _by_expert if tiled else _by_index
+        parts = [
+            way(self._ggml, self._threads, self._stored, hidden[part], ids[part], weights[part])
+            for part in _parts(len(hidden))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _OneToken:
@@ -153,10 +182,8 @@ class _OneToken:
         """Base address, bytes of an expert, and where the addresses of the chosen ones go."""
         graph = self._graph = Graph(ggml, threads, kept=True, nodes=10 * count + 16)
         _, inner, hidden = stored[0].shape
-        gates, ups, self._outs = (
-            torch.empty(count, width, dtype=torch.float32, device="cpu") for width in (inner, inner, hidden)
-        )
-        self._x = torch.empty(1, hidden, dtype=torch.float32, device="cpu")
+        gates, ups, self._outs = (buffer(count, width) for width in (inner, inner, hidden))
+        self._x = buffer(1, hidden)
         self._ids = graph.input(1, count, dtype=torch.int32)
         order = self._products(stored[0], self._x, gates) + self._products(stored[1], self._x, ups)
         order.append(graph.silu_mul(graph.place(gates), graph.place(ups)))
@@ -184,8 +211,8 @@ class _OneToken:
         for base, size, pointers in self._pointed:
             for expert, pointer in zip(chosen, pointers, strict=True):
                 pointer.value = base + expert * size
-        self._ids.value.copy_(ids)
-        self._x.copy_(hidden)
+        self._ids.fill(ids)
+        self._x.copy_(hidden.detach())
         self._graph.run()
         return torch.mm(weights.float(), self._outs).to(hidden.dtype)
 
@@ -201,24 +228,36 @@ def _by_index(
     inner = graph.silu_mul(graph.matmul_id(gate, x, chosen), graph.matmul_id(up, x, chosen))
     out = graph.matmul_id(down, inner, chosen)
     graph.finish(out)
-    x.value[:, 0].copy_(hidden)
-    chosen.value.copy_(ids)
+    x.fill(hidden[:, None])
+    chosen.fill(ids)
     graph.run()
     return _weighted(out.value, weights, hidden.dtype)
 
 
 def _by_expert(
-    ggml: Ggml, threads: int, stored: Sequence[Stored], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ggml: Ggml,
+    threads: int,
+    stored: Sequence[Stored],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same from rows sorted by expert: one product for each expert and matrix, which goes through tiles."""
+    """The same from rows sorted by expert: one product for each expert and matrix, which goes through tiles.
+
+    Args:
+        kept: [T, K] bool: choices that count; all where it is not given.
+    """
     flat = ids.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    loads = [(expert, load) for expert, load in enumerate(torch.bincount(flat).tolist()) if load]
+    if kept is None:
+        order = torch.argsort(flat, stable=True)
+    else:
+        places = kept.reshape(-1).nonzero()[:, 0]
+        order = places[torch.argsort(flat[places], stable=True)]
+    loads = [(expert, load) for expert, load in enumerate(torch.bincount(flat[order]).tolist()) if load]
     graph = Graph(ggml, threads, nodes=9 * len(loads) + 8)
     _, inner, width = stored[0].shape
-    gates, ups, outs = (
-        torch.empty(len(order), size, dtype=torch.float32, device="cpu") for size in (inner, inner, width)
-    )
+    gates, ups, outs = (buffer(len(order), size) for size in (inner, inner, width))
 
     def products(matrices: Stored, x: torch.Tensor, out: torch.Tensor) -> list[Node]:
         size = matrices.nbytes // matrices.shape[0]
@@ -231,19 +270,23 @@ def _by_expert(
             start += load
         return nodes
 
-    x = hidden.float().index_select(0, order // ids.shape[1])
+    x = hidden.detach().float().index_select(0, order // ids.shape[1])
     first = products(stored[0], x, gates) + products(stored[1], x, ups)
     first.append(graph.silu_mul(graph.place(gates), graph.place(ups)))
     graph.finish(*first, *products(stored[2], gates, outs))
     graph.run()
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device="cpu")
-    return _weighted(outs.index_select(0, places).view(*ids.shape, width), weights, hidden.dtype)
+    whole = outs.new_empty(len(flat), width) if kept is None else outs.new_zeros(len(flat), width)
+    whole.index_copy_(0, order, outs)
+    return _weighted(whole.view(*ids.shape, width), weights, hidden.dtype)
 
 
 def _weighted(outs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[T, H] from experts' outputs [T, K, H] and weights [T, K]."""
     return torch.bmm(weights.float()[:, None], outs)[:, 0].to(dtype)
+
+
+def _parts(tokens: int) -> list[slice]:
+    return [slice(start, start + _MAX_TOKENS) for start in range(0, tokens, _MAX_TOKENS)]
 
 
 def _stacked(matrix: Matrix) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -97,7 +97,7 @@ class KTExperts:
         self._kernel = import_kernel()
         with _quiet():
             self._infer = self._kernel.CPUInfer(threads)
-        self.threads = threads
+        self.threads = self.workers = threads
         self._layers: list[_Layer] = []
         self._pending: tuple[torch.Tensor, torch.dtype] | None = None
         self._keep: tuple[Any, ...] = ()

@@ -21,6 +21,7 @@ class SharedCPU:
     def __init__(self, backend: CPUBackend, first: int) -> None:
         self.backend = backend
         self.name = backend.name
+        self.workers = backend.workers
         self._first = first
 
     def add_layer(self, weights: LayerWeights) -> None:

@@ -43,6 +43,7 @@ class TorchExperts:
     """
 
     name = "torch"
+    workers = 0
 
     def __init__(self, keep: bool = False) -> None:
         self._layers: list[LayerWeights] = []

@@ -79,6 +79,10 @@ class Node(NamedTuple):
         assert self.data is not None, "stored weights have no torch tensor"
         return self.data
 
+    def fill(self, values: torch.Tensor) -> None:
+        """Write values of this shape; no gradient flows through a graph, and none may hang on to its buffers."""
+        self.value.copy_(values.detach())
+
 
 class Pace(NamedTuple):
     """How fast one row is multiplied by matrices of a type that lie in memory, not in a cache."""
@@ -207,8 +211,8 @@ class Graph:
 
     def input(self, *shape: int, dtype: torch.dtype = torch.float32) -> Node:
         """A buffer that the caller fills: float32, or int32 for ids."""
-        buffer = torch.empty(shape, dtype=dtype, device="cpu")
-        return self._own(self._tensor(_F32 if dtype == torch.float32 else _I32, shape), shape, buffer)
+        made = buffer(*shape, dtype=dtype)
+        return self._own(self._tensor(_F32 if dtype == torch.float32 else _I32, shape), shape, made)
 
     def weight(self, stored: Stored) -> Node:
         """Stored bytes, read where they lie.
@@ -222,10 +226,10 @@ class Graph:
         self._kept.append(stored)
         return Node(pointer, stored.shape, None, stored.type_name)
 
-    def place(self, buffer: torch.Tensor) -> Node:
+    def place(self, memory: torch.Tensor) -> Node:
         """A tensor in memory of the caller's, float32 and contiguous; what writes there must be an earlier output."""
-        assert buffer.dtype == torch.float32 and buffer.is_contiguous() and buffer.device.type == "cpu"
-        return self._own(self._tensor(_F32, buffer.shape), tuple(buffer.shape), buffer)
+        assert memory.dtype == torch.float32 and memory.is_contiguous() and memory.device.type == "cpu"
+        return self._own(self._tensor(_F32, memory.shape), tuple(memory.shape), memory)
 
     def pointer(self, node: Node) -> ctypes.c_uint64:
         """Where a tensor's data pointer is kept: set its `value` to let the next run read other bytes."""
@@ -245,7 +249,7 @@ class Graph:
             pointer = self._ggml.matmul_id(self._context, weight.pointer, x.pointer, self._first.pointer)
         else:
             pointer = self._ggml.matmul(self._context, weight.pointer, x.pointer)
-        return self._own(pointer, shape, _buffer(shape) if out is None else out)
+        return self._own(pointer, shape, buffer(*shape) if out is None else out)
 
     def indexed(self, weight: Node) -> bool:
         """Whether `matmul_id` is the quicker way to multiply one row by matrices of this type."""
@@ -255,12 +259,12 @@ class Graph:
         """[T, K, N] from weights [E, N, M], x [T, 1 or K, M] and ids [T, K] int32; into `out` where it is given."""
         shape = (*ids.shape, weights.shape[-2])
         pointer = self._ggml.matmul_id(self._context, weights.pointer, x.pointer, ids.pointer)
-        return self._own(pointer, shape, _buffer(shape) if out is None else out)
+        return self._own(pointer, shape, buffer(*shape) if out is None else out)
 
     def rows(self, weight: Node, ids: Node) -> Node:
         """[T, M] float32: rows of weight [N, M] for ids [T] int32, which must be in range."""
         shape = (*ids.shape, weight.shape[-1])
-        return self._own(self._ggml.get_rows(self._context, weight.pointer, ids.pointer), shape, _buffer(shape))
+        return self._own(self._ggml.get_rows(self._context, weight.pointer, ids.pointer), shape, buffer(*shape))
 
     def silu_mul(self, gate: Node, up: Node) -> Node:
         """silu(gate) * up, in gate's buffer."""
@@ -271,9 +275,9 @@ class Graph:
     def rms_norm(self, x: Node, weight: Node, eps: float) -> Node:
         """x / rms(x) * weight, [..., M] for a weight [1, M]."""
         norm = self._ggml.rms_norm(self._context, x.pointer, eps)
-        buffer = _buffer(x.shape)
-        self._point(norm, buffer.data_ptr())
-        return self._own(self._ggml.mul(self._context, norm, weight.pointer), x.shape, buffer)
+        out = buffer(*x.shape)
+        self._point(norm, out.data_ptr())
+        return self._own(self._ggml.mul(self._context, norm, weight.pointer), x.shape, out)
 
     def finish(self, *outputs: Node) -> None:
         """Close the graph; nothing can be added after. Outputs are computed in this order, one after the other."""
@@ -319,10 +323,10 @@ class Graph:
         sizes = (_Int64 * len(shape))(*reversed(shape))
         return int(self._ggml.new_tensor(self._context, kind, len(shape), sizes))
 
-    def _own(self, pointer: int, shape: tuple[int, ...], buffer: torch.Tensor) -> Node:
-        self._point(pointer, buffer.data_ptr())
-        self._kept.append(buffer)
-        return Node(pointer, shape, buffer)
+    def _own(self, pointer: int, shape: tuple[int, ...], memory: torch.Tensor) -> Node:
+        self._point(pointer, memory.data_ptr())
+        self._kept.append(memory)
+        return Node(pointer, shape, memory)
 
     def _point(self, pointer: int, address: int) -> None:
         self._nodes += 1
@@ -364,9 +368,13 @@ def check_stored(stored: Stored) -> None:
         )
 
 
-def _buffer(shape: Sequence[int]) -> torch.Tensor:
-    """On the CPU whatever the default device is: operators are built while that is `meta`."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory that calls of every mode may write to: what inference mode makes can be changed there alone.
+
+    On the CPU whatever the default device is: operators are built while that is `meta`.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _function(symbol: Any, result: Any, *arguments: Any) -> Any:

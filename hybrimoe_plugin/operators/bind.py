@@ -141,9 +141,9 @@ def bind(
 
 
 def _share_cores(engines: Sequence[Engine]) -> None:
-    """Leave torch the cores that kt-kernel's workers do not take: both spin, and fight to a standstill otherwise."""
-    pools = {id(pool): pool for pool in (_pool(engine) for engine in engines) if isinstance(pool, KTExperts)}
-    workers = sum(pool.threads for pool in pools.values())
+    """Leave torch the cores that workers do not take: both spin, and fight to a standstill otherwise."""
+    pools = {id(pool): pool for pool in map(_pool, engines)}
+    workers = sum(pool.workers for pool in pools.values())
     threads = max(1, int(hardware()["cores"]) - workers)
     if workers and threads < torch.get_num_threads():
         log.info("torch now uses %d threads beside %d CPU expert workers", threads, workers)
@@ -154,13 +154,14 @@ def _pool(engine: Engine) -> CPUBackend:
     return engine.cpu.backend if isinstance(engine.cpu, SharedCPU) else engine.cpu
 
 
-def _cpu_for(backend: str, threads: int, others: Sequence[Engine]) -> CPUBackend:
+def _cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) -> CPUBackend:
     """A backend of the engine's own, or its part of the one that the model's other engines have made."""
     for engine in others:
         pool = _pool(engine)
-        if pool.name == backend and getattr(pool, "threads", threads) == threads:
+        fits = pool.name == backend and getattr(pool, "threads", threads) == threads
+        if fits and (backend != "ggml" or (pool.workers == 0) == alone):
             return SharedCPU(pool, sum(len(other.layers) for other in others if _pool(other) is pool))
-    return make_cpu(backend, threads)
+    return make_cpu(backend, threads, alone)
 
 
 def _close_all(engines: Sequence[Engine]) -> None:
@@ -189,8 +190,8 @@ def _build(
             # The dense weights are there already; attention's cache is not, and grows until the context is full.
             free_bytes = max(0, torch.cuda.mem_get_info(device)[0] - kept_bytes)
         quotas = cache_quotas(settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes)
-    backend = cpu_backend(settings, layers, alone=accelerator is None)
-    profile = _profile(settings, layers[0], backend, accelerator, progress)
+    alone = accelerator is None
+    backend, profile = choose_cpu(settings, layers, accelerator, progress=progress)
     costs = profile.costs(spec)
     decode = make_scheduler(settings.scheduler, costs, kind != "none" and generate != "cpu")
     prefiller = make_scheduler(settings.scheduler, costs, kind != "none" and prefill != "cpu")
@@ -203,7 +204,7 @@ def _build(
         None if accelerator is None else make_prefetcher(settings.prefetch, decode, costs),
         spec.expert_bytes,
     )
-    cpu = _cpu_for(backend, settings.cpu_threads or profile.cpu.threads or 1, others)
+    cpu = _cpu_for(backend, settings.cpu_threads or profile.cpu.threads or 1, others, alone)
     if isinstance(cpu, GgmlExperts):
         cpu.share(shared_kernels(operators[0].store))
         cpu.repack = settings.weights != "mapped"
@@ -238,48 +239,78 @@ def accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[s
     return "cuda", torch.device("cuda:0" if asked in ("auto", "cpu", "cuda") else asked)
 
 
-def cpu_backend(settings: Settings, layers: Sequence[LayerWeights], alone: bool = False) -> str:
-    """`auto` takes kt-kernel where it loads and can run the shape, else the torch reference.
+def cpu_backends(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> tuple[str, ...]:
+    """What can run these layers: the one asked for; by `auto` all there are, the torch reference if all else fails.
 
     Args:
         alone: there is no accelerator, so nothing is gained by workers beside the caller: kt-kernel's ggml graphs.
     """
     if settings.cpu_backend != "auto":
-        return settings.cpu_backend
-    if alone and all(matrix.type_name in TYPES for weights in layers for matrix in weights.matrices()):
-        try:
-            Ggml()
-            return "ggml"
-        except BackendError as error:
-            log.info("no ggml graphs: %s", error)
-    if any(refusal(weights.spec) is not None for weights in layers):
-        return "torch"
+        return (settings.cpu_backend,)
+    ggml = _works(Ggml) and all(matrix.type_name in TYPES for weights in layers for matrix in weights.matrices())
+    if alone and ggml:
+        return ("ggml",)
+    workers = not any(refusal(weights.spec) for weights in layers) and _works(import_kernel)
+    return (*(["kt"] if workers else []), *(["ggml"] if ggml else [])) or ("torch",)
+
+
+def _works(load: Callable[[], object]) -> bool:
     try:
-        import_kernel()
-    except BackendError:
-        return "torch"
-    return "kt"
+        load()
+    except BackendError as error:
+        log.info("%s", error)
+        return False
+    return True
 
 
-def make_cpu(backend: str, threads: int) -> CPUBackend:
+def make_cpu(backend: str, threads: int, alone: bool = True) -> CPUBackend:
+    """Args: alone: nothing else computes meanwhile."""
     if backend == "ggml":
-        return GgmlExperts(threads)
+        return GgmlExperts(threads, beside=not alone)
     return KTExperts(threads) if backend == "kt" else TorchExperts(keep=False)
 
 
-def _profile(
-    settings: Settings, weights: LayerWeights, backend: str, accelerator: SlotAccelerator | None, progress: bool
-) -> MachineProfile:
+def choose_cpu(
+    settings: Settings,
+    layers: Sequence[LayerWeights],
+    accelerator: SlotAccelerator | None,
+    *,
+    progress: bool = True,
+    refresh: bool = False,
+) -> tuple[str, MachineProfile]:
+    """(CPU backend, machine profile with it): of several backends the one that is measured to be quickest in decode.
+
+    Args:
+        refresh: measure again what has been measured before.
+    """
+    alone = accelerator is None
+    backends = cpu_backends(settings, layers, alone)
     if settings.profile is not None:
-        return load_profile(settings.profile)
-    return ensure_profile(
-        weights,
-        backend,
-        lambda threads: make_cpu(backend, threads),
-        accelerator,
-        threads=settings.cpu_threads or (shared_threads() if backend == "ggml" else None),
-        progress=progress,
+        return backends[0], load_profile(settings.profile)
+    profiles = {
+        backend: ensure_profile(
+            layers[0],
+            backend,
+            lambda threads, backend=backend: make_cpu(backend, threads, alone),  # type: ignore[misc]
+            accelerator,
+            threads=cpu_threads(settings, backend, alone),
+            progress=progress,
+            refresh=refresh,
+        )
+        for backend in backends
+    }
+    best = min(
+        backends,
+        key=lambda backend: profiles[backend].cpu.first_us + layers[0].spec.top_k * profiles[backend].cpu.us[0],
     )
+    if len(backends) > 1:
+        log.info("CPU experts by %s, the quickest of %s", best, ", ".join(backends))
+    return best, profiles[best]
+
+
+def cpu_threads(settings: Settings, backend: str, alone: bool) -> int | None:
+    """Threads that are settled before anything is measured."""
+    return settings.cpu_threads or (shared_threads() if backend == "ggml" and alone else None)
 
 
 def _gate_beside(model: nn.Module, operator: HybriMoEExperts) -> Router:

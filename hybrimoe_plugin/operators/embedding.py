@@ -46,6 +46,6 @@ class LeanEmbedding(DenseOperator):
         wanted = graph.input(len(flat), dtype=torch.int32)
         rows = graph.rows(graph.weight(self.stored), wanted)
         graph.finish(rows)
-        wanted.value.copy_(flat)
+        wanted.fill(flat)
         graph.run()
         return rows.value.to(self.dtype).view(*ids.shape, self.embedding_dim)

@@ -42,7 +42,7 @@ class RowGraphs:
             if rows == 1:
                 self._one = made
         _, graph, node, outputs = made
-        node.value.copy_(x)
+        node.fill(x)
         graph.run()
         return [output.value for output in outputs]
 

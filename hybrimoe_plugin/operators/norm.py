@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.experts.ggml import Graph
+from hybrimoe_plugin.experts.ggml import Graph, Node
 from hybrimoe_plugin.operators.dense import DenseOperator
 
 
@@ -21,7 +21,7 @@ class LeanRMSNorm(DenseOperator):
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
-        self._graph: tuple[Graph, torch.Tensor, torch.Tensor] | None = None
+        self._graph: tuple[Graph, Node, Node] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
@@ -32,11 +32,11 @@ class LeanRMSNorm(DenseOperator):
             row = graph.input(1, len(self.weight))
             out = graph.rms_norm(row, graph.place(self.weight.detach().float()[None]), self.eps)
             graph.finish(out)
-            self._graph = graph, row.value, out.value
-        graph, given, result = self._graph
-        given.copy_(x.reshape(1, -1))
+            self._graph = graph, row, out
+        graph, row, out = self._graph
+        row.fill(x.reshape(1, -1))
         graph.run()
-        return result.clone().view(x.shape)
+        return out.value.clone().view(x.shape)
 
     def extra_repr(self) -> str:
         return f"key={self.key!r}, width={len(self.weight)}, eps={self.eps}"

@@ -60,7 +60,7 @@ def test_greedy_answers_equal_the_plain_model(plain: tuple[Any, Any], monkeypatc
     path = build_demo_model(progress=False)
     with monkeypatch.context() as patch:
         # Remembering the dequantised experts takes 2.5 GB and a tenth of the time.
-        patch.setattr(bind, "make_cpu", lambda _backend, _threads: TorchExperts(keep=True))
+        patch.setattr(bind, "make_cpu", lambda *_: TorchExperts(keep=True))
         exact, tokenizer = load_model(None, path, dtype="float32", cpu_backend="torch", cpu_threads=1, progress=False)
     assert [ask(exact, tokenizer, prompt) for prompt in PROMPTS] == wanted
     assert "Paris" in tokenizer.decode(wanted[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import needs
 import numpy as np
 import pytest
@@ -91,19 +93,54 @@ def test_experts_equal_the_reference(
 ) -> None:
     monkeypatch.setattr(Ggml, "pace", lambda _, type_name, threads: Pace(type_name in indexed, 1.0))
     weights = tiny_experts.layer(types=types, top_k=top_k)
-    native, plain = GgmlExperts(2), TorchExperts(keep=True)
-    for backend in (native, plain):
+    native, beside, plain = GgmlExperts(2), GgmlExperts(1, beside=True), TorchExperts(keep=True)
+    for backend in (native, beside, plain):
         backend.add_layer(weights)
     for tokens in (1, 2, 33, 600):
         generator = torch.Generator().manual_seed(tokens)
         ids = torch.rand(tokens, 8, generator=generator).topk(top_k).indices
         hidden, routing = torch.randn(tokens, 64, generator=generator), torch.rand(tokens, top_k, generator=generator)
         for mine in (list(range(8)), [1, 2, 6]):
-            found, wanted = (_compute(backend, hidden, ids, routing, mine) for backend in (native, plain))
+            wanted = _compute(plain, hidden, ids, routing, mine)
             scale = max(1e-3, float(wanted.norm()))
-            assert float((found - wanted).norm()) / scale < (1e-5 if types[0] == "F32" else 0.03)
+            for backend in (native, beside):
+                found = _compute(backend, hidden, ids, routing, mine)
+                assert float((found - wanted).norm()) / scale < (1e-5 if types[0] == "F32" else 0.03)
     whole = native.compute(0, hidden, ids, routing)
     torch.testing.assert_close(whole, _compute(native, hidden, ids, routing, list(range(8))))
+    beside.close()
+
+
+def test_experts_beside_the_caller_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = GgmlExperts(1, beside=True)
+    experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
+    go, run = threading.Event(), Graph.run
+    monkeypatch.setattr(Graph, "run", lambda graph: go.wait(10) and run(graph))
+    hidden, ids, routing = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.75, 0.25]])
+    experts.submit(0, hidden, ids, routing, [1, 5])
+    go.set()  # without a thread of its own `submit` would have waited for this
+    torch.testing.assert_close(experts.sync(), experts.compute(0, hidden, ids, routing))
+    experts.close()
+
+
+def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = GgmlExperts(1, beside=True)
+    experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
+    hidden, ids, routing = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.75, 0.25]])
+    with pytest.raises(BackendError):
+        experts.submit(0, hidden, ids + 8, routing, [1, 5])
+
+    def fail(_graph: Graph) -> None:
+        raise BackendError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "run", fail)
+        experts.submit(0, hidden, ids, routing, [1, 5])
+        with pytest.raises(BackendError, match="broken"):
+            experts.sync()
+    experts.submit(0, hidden, ids, routing, [1, 5])
+    torch.testing.assert_close(experts.sync(), experts.compute(0, hidden, ids, routing))
+    experts.close()
 
 
 @pytest.mark.parametrize("types", [("Q8_0",) * 3, ("Q4_0", "Q4_1", "Q5_0")])

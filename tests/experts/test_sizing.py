@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
+import needs
 import pytest
+import tiny_experts
 import torch
 from engines import HIDDEN, LAYERS, WEIGHTS, build, plain, run
 from torch import nn
@@ -13,6 +16,7 @@ from torch import nn
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError, BudgetError, ConfigError
+from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.memory import (
     MOST_STAGING_SLOTS,
@@ -23,9 +27,10 @@ from hybrimoe_plugin.experts.memory import (
 )
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.operators import bind as bind_module
-from hybrimoe_plugin.operators.bind import bind
+from hybrimoe_plugin.operators.bind import bind, choose_cpu
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.mla import LeanMLA
+from hybrimoe_plugin.policy.profile import MachineProfile, Side, load_profile
 
 
 def test_attention_cache_of_known_models() -> None:
@@ -185,3 +190,57 @@ def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings(kernels="cutlass")
     spec = ExpertSpec(64, 64, 2, 1, "IQ4_XS", "Q8_0", "Q8_0", 1, 1, 1)
     assert "IQ4_XS" in str(TorchKernels().refusal(spec))
+
+
+def side(us: float) -> MachineProfile:
+    return replace(load_profile("rtx4090-desktop"), cpu=Side(10.0, (1,), (us,), 4))
+
+
+@pytest.mark.parametrize(("kt_us", "ggml_us", "wanted"), [(50.0, 80.0, "kt"), (80.0, 50.0, "ggml")])
+def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
+    kt_us: float, ggml_us: float, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs.kt_kernel()
+    profiles = {"kt": side(kt_us), "ggml": side(ggml_us)}
+    asked: list[str] = []
+
+    def ensure(_weights: object, backend: str, *_: object, **__: object) -> MachineProfile:
+        asked.append(backend)
+        return profiles[backend]
+
+    monkeypatch.setattr(bind_module, "ensure_profile", ensure)
+    accelerator = make_accelerator("emulated", torch.device("cpu"))
+    fits, refused = tiny_experts.layer(), tiny_experts.layer(intermediate=96)
+    assert choose_cpu(Settings(), [fits], accelerator) == (wanted, profiles[wanted])
+    assert sorted(asked) == ["ggml", "kt"]
+    assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", "kt-kernel takes multiples of 256 alone"
+    assert choose_cpu(Settings(), [fits], None)[0] == "ggml"
+    assert choose_cpu(Settings(cpu_backend="kt"), [fits], accelerator)[0] == "kt"
+    assert choose_cpu(Settings(profile="rtx4090-desktop"), [refused], accelerator) == (
+        "ggml",
+        load_profile("rtx4090-desktop"),
+    )
+
+
+def test_experts_that_kt_kernel_refuses_are_computed_by_ggml_beside_an_accelerator() -> None:
+    """DeepSeek-V2-Lite's are 1408 wide: beside a GPU they were left to the torch reference."""
+    needs.kt_kernel()
+    weights = [tiny_experts.layer(hidden=HIDDEN, intermediate=96, types=("Q8_0",) * 3, index=index) for index in (0, 1)]
+    whole = model([{"accelerator": "emulated", "cache_ratio": 0.25, "scheduler": "static"}] * 2)
+    for layer, stored in zip(whole.layers, weights, strict=True):
+        layer.experts.weights = stored
+    router = SimpleNamespace(scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64))
+    handle = bind(whole, routers=lambda *_: router, progress=False)
+    try:
+        (engine,) = handle.engines
+        assert isinstance(engine.cpu, GgmlExperts) and engine.cpu.workers > 0
+        for seed, tokens in enumerate((1, 1, 5, 64)):
+            generator = torch.Generator().manual_seed(seed)
+            hidden, routing = (torch.randn(tokens, size, generator=generator) for size in (HIDDEN, 2))
+            ids = torch.rand(tokens, 8, generator=generator).topk(2).indices
+            for layer, stored in zip(whole.layers, weights, strict=True):
+                found, wanted = layer.experts(hidden, ids, routing), plain(stored, hidden, ids, routing)
+                assert float((found - wanted).norm() / wanted.norm()) < 0.03
+        assert engine.controller.counters.experts_cpu and engine.controller.counters.experts_accelerator
+    finally:
+        handle.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.experts.ggml import Node
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -76,6 +78,24 @@ def test_norms_equal_torch_s_own(mixtral: Path, shape: tuple[int, ...]) -> None:
         norm.ggml = None
         for x, y in zip(xs, found, strict=True):  # an earlier result must survive later calls
             torch.testing.assert_close(y, norm(x), rtol=1e-5, atol=1e-6)
+    model.hybrimoe.close()
+
+
+def test_calls_of_every_mode_may_follow_each_other(mixtral: Path) -> None:
+    """What inference mode makes cannot be written to in others, and no gradients must pile up in graphs' buffers."""
+    model = load(mixtral, accelerator="none")
+    ids, found = tiny.tokens(4), []
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            cache = model(ids, use_cache=True).cache
+            found.append(model(ids[:, :1], cache=cache, use_cache=True).logits.detach())
+    for logits in found[1:]:
+        assert torch.equal(logits, found[0])
+    graphs = [
+        item for module in model.modules() for item in gc.get_referents(module.__dict__) if isinstance(item, tuple)
+    ]
+    nodes = [part for item in graphs for part in item if isinstance(part, Node) and part.data is not None]
+    assert nodes and not any(node.value.requires_grad for node in nodes)
     model.hybrimoe.close()
 
 
