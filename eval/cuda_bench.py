@@ -16,10 +16,11 @@ from eval.systems import System, quotas
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, SimulatedClock, WallClock
 from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.calibrate import calibrate
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.memory import free_host_bytes, staging_slots
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.operators.bind import choose_cpu, make_cpu
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.costs import CostModel
@@ -62,10 +63,7 @@ class Bench:
             self.cpu = TorchExperts(keep=True)
         else:
             self.expert_bytes = statistics.mean(layer.spec.expert_bytes for layer in self.layers)
-            threads = max(1, min(CPU_THREADS, len(os.sched_getaffinity(0))) - 1)  # the caller is the tenth
-            profile = calibrate(self.layers[0], _kt, self.accelerator, threads=threads, progress=False)
-            self.costs = profile.costs(self.layers[0].spec)
-            self.cpu = _kt(threads)
+            self.costs, self.cpu = machine(self.layers, self.accelerator)
         for layer in self.layers:
             self.cpu.add_layer(layer)
 
@@ -134,10 +132,12 @@ class _TraceRouter:
         return self.predicted
 
 
-def _kt(threads: int) -> CPUBackend:
-    from hybrimoe_plugin.experts.cpu_kt import KTExperts
-
-    return KTExperts(threads)
+def machine(layers: Sequence[LayerWeights], accelerator: SlotAccelerator) -> tuple[CostModel, CPUBackend]:
+    """What this machine takes, measured, and the CPU backend that a user would get."""
+    threads = max(1, min(CPU_THREADS, len(os.sched_getaffinity(0))) - 1)  # the caller is the tenth
+    settings = Settings(cpu_threads=threads)
+    backend, profile = choose_cpu(settings, layers, accelerator, progress=False, refresh=True)
+    return profile.costs(layers[0].spec), make_cpu(backend, threads, alone=False)
 
 
 def limit_cpu() -> None:

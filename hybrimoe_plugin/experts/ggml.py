@@ -362,7 +362,9 @@ def check_stored(stored: Stored) -> None:
         raise BackendError(f"no ggml kernel for type {stored.type_name}; there is for {', '.join(sorted(TYPES))}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored.type_name]]
     wanted = int(np.prod(stored.shape)) // block * block_bytes
-    if stored.shape[-1] % block or stored.data.size != wanted or not stored.data.flags.c_contiguous:
+    if stored.shape[-1] % block:
+        raise BackendError(f"{stored.type_name}: rows of {stored.shape[-1]} values are no whole blocks of {block}")
+    if stored.data.size != wanted or not stored.data.flags.c_contiguous:
         raise BackendError(
             f"a matrix {stored.shape} in {stored.type_name} has {wanted} contiguous bytes, found {stored.data.size}"
         )

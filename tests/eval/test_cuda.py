@@ -16,7 +16,6 @@ import torch
 from eval import cuda, cuda_bandwidth, cuda_bench, cuda_model, shapes, synthetic
 from eval.cuda_bandwidth import Bandwidths
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.policy.counters import Counters
 
 KEYS = {
@@ -72,7 +71,6 @@ def test_measuring_runs_on_stand_ins(
     monkeypatch.setattr(cuda_bench, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "cuda_refusal", lambda: None)
     monkeypatch.setattr(cuda_bench, "make_accelerator", lambda name, device: emulated)
-    monkeypatch.setattr(cuda_bench, "_kt", lambda threads: TorchExperts())
     monkeypatch.setattr(cuda, "limit_cpu", lambda: None)
     monkeypatch.setattr(cuda_bench, "fits", lambda *_: 2)
     monkeypatch.setattr(cuda_model, "write", lambda *_: 1 / 0)
