@@ -44,8 +44,11 @@ class GgmlExperts:
     def __init__(self, threads: int, beside: bool = False) -> None:
         self.threads = threads
         self.workers = threads if beside else 0
-        self.repack = True
-        """Whether layers added from now may be copied into a type with faster kernels, where memory is plentiful."""
+        self.repack = not beside
+        """Whether layers added from now may be copied into a type with faster kernels, where memory is plentiful.
+
+        Beside an accelerator the file's pages want that memory: experts cross the link from there.
+        """
         self._ggml = Ggml()
         self._layers: list[_Layer] = []
         self._worker = ThreadPoolExecutor(1, "cpu-experts") if beside else None
@@ -77,7 +80,7 @@ class GgmlExperts:
         target = self._layers[layer]
         _check(target, hidden, topk_ids, topk_weights)
         kept = torch.isin(topk_ids, torch.tensor(mine, dtype=torch.int64, device="cpu"))
-        call = functools.partial(target.share, hidden, topk_ids, topk_weights, kept)
+        call = functools.partial(target.part, hidden, topk_ids, topk_weights, kept)
         if self._worker is not None:
             self._pending = self._worker.submit(call).result
         else:
@@ -107,10 +110,9 @@ class GgmlExperts:
         return target.compute(hidden, topk_ids, topk_weights)
 
     def close(self) -> None:
-        if self._pending is not None:
-            self.sync()
+        self._pending = None
         if self._worker is not None:
-            self._worker.shutdown()
+            self._worker.shutdown()  # waits for what still runs: it reads from the layers
         self._layers.clear()
 
 
@@ -135,7 +137,7 @@ class _Layer:
         self._threads = threads
         self._one: dict[int, _OneToken] = {}
 
-    def share(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def part(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """[T, H]: the chosen experts where `kept` [T, K] says so."""
         if bool(kept.all()):
             return self.compute(hidden, ids, weights)
@@ -254,6 +256,8 @@ def _by_expert(
     else:
         places = kept.reshape(-1).nonzero()[:, 0]
         order = places[torch.argsort(flat[places], stable=True)]
+        if not len(order):
+            return torch.zeros_like(hidden)
     loads = [(expert, load) for expert, load in enumerate(torch.bincount(flat[order]).tolist()) if load]
     graph = Graph(ggml, threads, nodes=9 * len(loads) + 8)
     _, inner, width = stored[0].shape

@@ -207,7 +207,7 @@ def _build(
     cpu = _cpu_for(backend, settings.cpu_threads or profile.cpu.threads or 1, others, alone)
     if isinstance(cpu, GgmlExperts):
         cpu.share(shared_kernels(operators[0].store))
-        cpu.repack = settings.weights != "mapped"
+        cpu.repack &= settings.weights != "mapped"
     for weights in layers:
         cpu.add_layer(weights)
     if accelerator is not None:

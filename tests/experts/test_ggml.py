@@ -111,6 +111,19 @@ def test_experts_equal_the_reference(
     beside.close()
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 1024])
+def test_tokens_without_an_expert_of_the_cpu_s_give_zeros(tokens: int) -> None:
+    """In some pieces of a long prompt nothing may be the CPU's."""
+    experts = GgmlExperts(1)
+    experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
+    hidden, routing = torch.randn(tokens, 64), torch.ones(tokens, 2)
+    ids = torch.tensor([[0, 1]]).repeat(tokens, 1)
+    ids[-1, 0] = 7
+    assert not _compute(experts, hidden, ids, routing, [5]).any()
+    found = _compute(experts, hidden, ids, routing, [7])
+    assert found[-1].any() and not found[:-1].any()
+
+
 def test_experts_beside_the_caller_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = GgmlExperts(1, beside=True)
     experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
@@ -130,6 +143,9 @@ def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(monkeyp
     with pytest.raises(BackendError):
         experts.submit(0, hidden, ids + 8, routing, [1, 5])
 
+    another = GgmlExperts(1, beside=True)
+    another.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
+
     def fail(_graph: Graph) -> None:
         raise BackendError("broken")
 
@@ -138,6 +154,8 @@ def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(monkeyp
         experts.submit(0, hidden, ids, routing, [1, 5])
         with pytest.raises(BackendError, match="broken"):
             experts.sync()
+        another.submit(0, hidden, ids, routing, [1, 5])
+        another.close()  # nobody waits for the failed call any more
     experts.submit(0, hidden, ids, routing, [1, 5])
     torch.testing.assert_close(experts.sync(), experts.compute(0, hidden, ids, routing))
     experts.close()
@@ -233,10 +251,12 @@ def test_repacking_changes_no_value(type_name: str) -> None:
 @pytest.mark.parametrize("quicker", [True, False])
 def test_slow_types_are_repacked_only_where_that_is_quicker(quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_ggml, "quicker_as_q8_0", lambda ggml, threads, type_name: quicker)
-    experts = GgmlExperts(threads=1)
-    experts.add_layer(tiny_experts.layer(types=("Q4_0", "Q5_0", "Q8_0")))
-    types = [stored.type_name for stored in experts._layers[0]._stored]
-    assert types == (["Q8_0"] * 3 if quicker else ["Q4_0", "Q5_0", "Q8_0"])
+    for beside in (False, True):
+        experts = GgmlExperts(threads=1, beside=beside)
+        experts.add_layer(tiny_experts.layer(types=("Q4_0", "Q5_0", "Q8_0")))
+        types = [stored.type_name for stored in experts._layers[0]._stored]
+        assert types == (["Q8_0"] * 3 if quicker and not beside else ["Q4_0", "Q5_0", "Q8_0"])
+        experts.close()
 
 
 @pytest.mark.parametrize(("stored_ns", "packed_ns"), [(10.0, 20.0), (20.0, 10.0)])
