@@ -35,15 +35,16 @@ def run(args: argparse.Namespace) -> int:
 
         notice("no --gguf_path given: measuring with the demo model's experts")
         gguf_path = str(demo_gguf(FORMS[0]))
-    profile, path = _measure(args.model_path, gguf_path, settings)
+    backend, profile, path = _measure(args.model_path, gguf_path, settings)
     if args.out is not None:
         Path(args.out).write_text(profile.to_json(), encoding="utf-8")
-    _show(profile)
+    _show(profile, backend)
     print(path)
     return 0
 
 
-def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tuple[MachineProfile, Path]:
+def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tuple[str, MachineProfile, Path]:
+    """(CPU backend, profile, where it is kept)."""
     from hybrimoe_plugin.cli.models import first_experts, open_model
     from hybrimoe_plugin.experts.calibrate import profile_path
     from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
@@ -55,10 +56,10 @@ def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tupl
     accelerator = make_accelerator(kind, where)
     backend, profile = bind.choose_cpu(settings, [weights], accelerator, progress=sys.stderr.isatty(), refresh=True)
     threads = bind.cpu_threads(settings, backend, accelerator is None)
-    return profile, profile_path(weights.spec, backend, kind, threads)
+    return backend, profile, profile_path(weights.spec, backend, kind, threads)
 
 
-def _show(profile: MachineProfile) -> None:
+def _show(profile: MachineProfile, backend: str) -> None:
     from rich.table import Table
 
     spec = profile.spec
@@ -72,7 +73,7 @@ def _show(profile: MachineProfile) -> None:
     for load in profile.cpu.tokens:
         table.add_column(f"{load} tok", justify="right")
     table.add_column("first expert", justify="right")
-    table.add_row(f"CPU, {profile.cpu.threads or '?'} thread(s)", *_cells(profile.cpu, profile.cpu.tokens))
+    table.add_row(f"CPU by {backend}, {profile.cpu.threads or '?'} thread(s)", *_cells(profile.cpu, profile.cpu.tokens))
     if profile.accelerator is not None:
         table.add_row("accelerator", *_cells(profile.accelerator, profile.cpu.tokens))
     print(title)
