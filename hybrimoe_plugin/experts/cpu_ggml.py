@@ -23,7 +23,7 @@ from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 _SHARE_OF_FREE = 0.02
 """A matrix of all experts of a layer is repacked only if it takes less than this share of the memory still free."""
 _ROWS_FOR_TILES = 6
-"""Rows for each expert from which a product for each is quicker than one with all experts' indices (docs/LOG.md)."""
+"""Rows for each expert, on average, from which one product for each is quicker than one with all experts' indices."""
 _MAX_TOKENS = 512
 """Tokens per graph; longer calls are cut, since a graph's buffers grow with this."""
 
@@ -161,13 +161,13 @@ class _Layer:
             if call is None:
                 call = self._one[count] = _OneToken(self._ggml, self._threads, self._stored, count)
             return call.run(hidden, ids, weights)
-        tiled = min(len(hidden), _MAX_TOKENS) * ids.shape[1] >= _ROWS_FOR_TILES * self.spec.experts
-        way = _by_expert if tiled else _by_index
-        parts = [
-            way(self._ggml, self._threads, self._stored, hidden[part], ids[part], weights[part])
-            for part in _parts(len(hidden))
-        ]
+        parts = [self._many(hidden[part], ids[part], weights[part]) for part in _parts(len(hidden))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _many(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        used = int(torch.count_nonzero(torch.bincount(ids.reshape(-1))))
+        way = _by_expert if ids.numel() >= _ROWS_FOR_TILES * used else _by_index
+        return way(self._ggml, self._threads, self._stored, hidden, ids, weights)
 
 
 class _OneToken:
