@@ -88,10 +88,13 @@ class Pace(NamedTuple):
     """How fast one row is multiplied by matrices of a type that lie in memory, not in a cache."""
 
     indexed: bool
-    """Whether `matmul_id` is quicker than `matmul`, even for a single matrix."""
+    """Whether `matmul_id` is as quick as `matmul` or quicker, even for a single matrix."""
     ns: float
-    """The quicker one's time for one value of the matrix."""
+    """That way's time for one value of the matrix."""
 
+
+_LEVEL = 1.1
+"""Most types use the same loop both ways, and then the indexed product is to be preferred: K experts are one of it."""
 
 _PACES: dict[tuple[str, int], Pace] = {}
 """By type and number of threads, as measured in this process."""
@@ -252,7 +255,7 @@ class Graph:
         return self._own(pointer, shape, buffer(*shape) if out is None else out)
 
     def indexed(self, weight: Node) -> bool:
-        """Whether `matmul_id` is the quicker way to multiply one row by matrices of this type."""
+        """Whether `matmul_id` is the way to multiply one row by matrices of this type."""
         return self._ggml.pace(weight.type_name, self._threads).indexed
 
     def matmul_id(self, weights: Node, x: Node, ids: Node, out: torch.Tensor | None = None) -> Node:
@@ -353,7 +356,8 @@ def _measured(ggml: Ggml, type_name: str, threads: int) -> Pace:
             started = perf_counter_ns()
             graph.run()
             fastest[index] = min(fastest[index], perf_counter_ns() - started)
-    return Pace(fastest[1] < fastest[0], min(fastest) / (rows * columns))
+    indexed = fastest[1] < _LEVEL * fastest[0]
+    return Pace(indexed, fastest[indexed] / (rows * columns))
 
 
 def check_stored(stored: Stored) -> None:
