@@ -141,7 +141,7 @@ class _Layer:
         """[T, H]: the chosen experts where `kept` [T, K] says so."""
         if bool(kept.all()):
             return self.compute(hidden, ids, weights)
-        if len(ids) > 1 and bool(kept.any()):
+        if len(ids) > 1:
             return torch.cat(
                 [
                     _by_expert(

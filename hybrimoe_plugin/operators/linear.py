@@ -22,16 +22,18 @@ class RowGraphs:
 
     Args:
         build: adds the operations to a graph with the given input and gives the outputs.
+        threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be shared.
     """
 
-    def __init__(self, ggml: Ggml, build: Build) -> None:
+    def __init__(self, ggml: Ggml, build: Build, threads: int | None = None) -> None:
         self._ggml = ggml
         self._build = build
+        self._threads = threads
         self._one: tuple[int, Graph, Node, Sequence[Node]] | None = None
 
     def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
         """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the next call."""
-        threads = torch.get_num_threads()  # the same OpenMP pool: torch's setting holds for both
+        threads = self._threads or torch.get_num_threads()
         made = self._one if rows == 1 else None
         if made is None or made[0] != threads:
             graph = Graph(self._ggml, threads, kept=rows == 1)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hybrimoe_plugin.experts.ggml import Graph, Node
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.linear import RowGraphs
 
 
 class LeanRMSNorm(DenseOperator):
@@ -21,22 +22,17 @@ class LeanRMSNorm(DenseOperator):
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
-        self._graph: tuple[Graph, Node, Node] | None = None
+        self._graphs = None if self.ggml is None else RowGraphs(self.ggml, self._build, threads=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
-        if self.ggml is None or x.numel() != len(self.weight) or x.dtype != torch.float32:
+        if self._graphs is None or x.numel() != len(self.weight) or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if self._graph is None:
-            graph = Graph(self.ggml, 1)
-            row = graph.input(1, len(self.weight))
-            out = graph.rms_norm(row, graph.place(self.weight.detach().float()[None]), self.eps)
-            graph.finish(out)
-            self._graph = graph, row, out
-        graph, row, out = self._graph
-        row.fill(x.reshape(1, -1))
-        graph.run()
-        return out.value.clone().view(x.shape)
+        (y,) = self._graphs(x.reshape(1, -1), 1)
+        return y.clone().view(x.shape)
+
+    def _build(self, graph: Graph, x: Node) -> list[Node]:
+        return [graph.rms_norm(x, graph.place(self.weight.detach().float()[None]), self.eps)]
 
     def extra_repr(self) -> str:
         return f"key={self.key!r}, width={len(self.weight)}, eps={self.eps}"
