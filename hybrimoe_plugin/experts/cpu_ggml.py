@@ -133,6 +133,7 @@ class _Layer:
             candidate = repack and small and stored.type_name in SLOW_TYPES
             if candidate and quicker_as_q8_0(ggml, threads, stored.type_name):
                 self._stored[index] = as_q8_0(stored)
+            ggml.pace(self._stored[index].type_name, threads)  # else the first answer waits for it
         self._ggml = ggml
         self._threads = threads
         self._one: dict[int, _OneToken] = {}

@@ -65,6 +65,7 @@ class StoredLinear(nn.Module):
         if stored.shape != (self.out_features, self.in_features):
             raise BackendError(f"expected a matrix {(self.out_features, self.in_features)}, found {stored.shape}")
         check_stored(stored)
+        self.ggml.pace(stored.type_name, torch.get_num_threads())  # else the first answer waits for it
         self.stored = stored
 
     def node(self, graph: Graph) -> Node:
