@@ -18,7 +18,7 @@ DENSE = ("lean", "plain")
 LINEARS = ("auto", "quantised", "plain")
 WEIGHTS = ("auto", "mapped", "memory")
 ATTENTION = ("auto", "torch")
-CUDA_GRAPHS = ("auto", "off")
+GRAPHS = ("auto", "off")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
 
@@ -81,7 +81,8 @@ class Settings:
     linears: str = setting(
         "auto", "dense matrices: as the file stores them (auto: on the CPU), or plain", choices=LINEARS
     )
-    cuda_graphs: str = setting("auto", "CUDA graphs of the layers for decode on a GPU", choices=CUDA_GRAPHS)
+    cuda_graphs: str = setting("auto", "CUDA graphs of the layers for decode on a GPU", choices=GRAPHS)
+    cpu_graphs: str = setting("auto", "decode on the CPU: two graphs a layer, or module by module", choices=GRAPHS)
     attention: str = setting(
         "auto", "attention in CUDA graphs: flashinfer where it is faster, or torch", choices=ATTENTION
     )

@@ -124,6 +124,10 @@ class Ggml:
             self.get_rows = _function(quick.ggml_get_rows, _Pointer, _Pointer, _Pointer, _Pointer)
             self.silu = _function(quick.ggml_silu_inplace, _Pointer, _Pointer, _Pointer)
             self.mul = _function(quick.ggml_mul_inplace, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.add = _function(quick.ggml_add_inplace, _Pointer, _Pointer, _Pointer, _Pointer)
+            self.view = _function(
+                quick.ggml_view_3d, _Pointer, _Pointer, _Pointer, *[_Int64] * 3, *[ctypes.c_size_t] * 3
+            )
             self.rms_norm = _function(quick.ggml_rms_norm, _Pointer, _Pointer, _Pointer, ctypes.c_float)
             self.new_graph = _function(quick.ggml_new_graph_custom, _Pointer, _Pointer, ctypes.c_size_t, ctypes.c_bool)
             self.expand = _function(quick.ggml_build_forward_expand, None, _Pointer, _Pointer)
@@ -193,7 +197,7 @@ class Graph:
         nodes: most tensors that it may have, inputs and weights included.
     """
 
-    def __init__(self, ggml: Ggml, threads: int, kept: bool = False, nodes: int = 16) -> None:
+    def __init__(self, ggml: Ggml, threads: int, kept: bool = False, nodes: int = 48) -> None:
         self._ggml = ggml
         self._kept_long = kept
         self._threads = threads
@@ -233,6 +237,10 @@ class Graph:
         """A tensor in memory of the caller's, float32 and contiguous; what writes there must be an earlier output."""
         assert memory.dtype == torch.float32 and memory.is_contiguous() and memory.device.type == "cpu"
         return self._own(self._tensor(_F32, memory.shape), tuple(memory.shape), memory)
+
+    def constant(self, values: torch.Tensor) -> Node:
+        """A vector [M] of the model's own as [1, M] float32; a float32 one is read where it lies."""
+        return self.place(values.detach().float()[None])
 
     def pointer(self, node: Node) -> ctypes.c_uint64:
         """Where a tensor's data pointer is kept: set its `value` to let the next run read other bytes."""
@@ -275,10 +283,23 @@ class Graph:
         self._point(first, gate.value.data_ptr())
         return self._own(self._ggml.mul(self._context, first, up.pointer), gate.shape, gate.value)
 
-    def rms_norm(self, x: Node, weight: Node, eps: float) -> Node:
-        """x / rms(x) * weight, [..., M] for a weight [1, M]."""
+    def add(self, x: Node, y: Node) -> Node:
+        """x + y, in x's buffer, for x [..., M] and y [..., M] or [1, M]."""
+        return self._own(self._ggml.add(self._context, x.pointer, y.pointer), x.shape, x.value)
+
+    def view(self, node: Node, part: torch.Tensor) -> Node:
+        """A part of a node's buffer, given as torch's view of it: up to three dimensions, the last one dense."""
+        whole = part[(None,) * (3 - part.ndim)]
+        outer, middle, inner = (4 * stride for stride in whole.stride())
+        assert inner == 4 and part.dtype == torch.float32
+        offset = part.data_ptr() - node.value.data_ptr()
+        pointer = self._ggml.view(self._context, node.pointer, *reversed(whole.shape), middle, outer, offset)
+        return self._own(pointer, tuple(part.shape), part)
+
+    def rms_norm(self, x: Node, weight: Node, eps: float, out: torch.Tensor | None = None) -> Node:
+        """x / rms(x) * weight, [..., M] for a weight [1, M]; into `out` where it is given."""
         norm = self._ggml.rms_norm(self._context, x.pointer, eps)
-        out = buffer(*x.shape)
+        out = buffer(*x.shape) if out is None else out
         self._point(norm, out.data_ptr())
         return self._own(self._ggml.mul(self._context, norm, weight.pointer), x.shape, out)
 

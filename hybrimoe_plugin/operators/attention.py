@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from hybrimoe_plugin.experts.ggml import Graph, Node
 from hybrimoe_plugin.operators.attend import attend
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.flash_decode import Shape
 from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, as_stored
+from hybrimoe_plugin.operators.norm import LeanRMSNorm
+
+Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Rotary embedding of x [..., D] by cos and sin [..., D / 2]."""
 
 
 class LeanAttention(DenseOperator):
@@ -23,6 +29,8 @@ class LeanAttention(DenseOperator):
     k_proj: Any
     v_proj: Any
     o_proj: Any
+    q_norm: Any
+    k_norm: Any
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
@@ -33,8 +41,8 @@ class LeanAttention(DenseOperator):
             setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
         self.query_heads = self.q_proj.out_features // self.head_dim
         self.grouped = self.query_heads * self.head_dim != self.k_proj.out_features
-        if hasattr(orig_module, "q_norm"):
-            self.q_norm, self.k_norm = orig_module.q_norm, orig_module.k_norm
+        for name in ("q_norm", "k_norm") if hasattr(orig_module, "q_norm") else ():
+            setattr(self, name, LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs))
         self._projections = LinearGroup(self.ggml, (self.q_proj, self.k_proj, self.v_proj))
 
     def decode_shape(self, keys: torch.Tensor) -> Shape:
@@ -57,20 +65,44 @@ class LeanAttention(DenseOperator):
         query, key, value = (part.view(batch, count, -1, self.head_dim) for part in parts)
         if "q_norm" in self._modules:
             query, key = self.q_norm(query), self.k_norm(key)
-        cos, sin = (part[:, None, :, : self.head_dim // 2] for part in position_embeddings)
+        cos, sin = angles(position_embeddings, self.head_dim // 2)
         turned = rotate(torch.cat((query, key), dim=2).transpose(1, 2), cos, sin).to(dtype)  # all heads at once
         query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = value.transpose(1, 2).to(dtype)
-        cache = cache if cache is not None else past_key_values
+        out = self._attended(query, key, value, attention_mask, cache if cache is not None else past_key_values)
+        out = self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
+        return out, None
+
+    def _attended(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, cache: Any
+    ) -> torch.Tensor:
+        """[B, heads, T, D] from new queries, keys and values [B, heads, T, D]. Mutates: the cache."""
         if cache is not None:
             growing(cache, self.layer_idx)
             key, value = cache.update(key, value, self.layer_idx)
         if isinstance(cache, FixedCache) and cache.kernel is not None:
-            out = cache.kernel(query, key, value)
-        else:
-            out = attend(query, key, value, attention_mask, self.scaling, self.grouped)
-        out = self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
-        return out, None
+            return cache.kernel(query, key, value)
+        return attend(query, key, value, mask, self.scaling, self.grouped)
+
+    # One token in two graphs (`row_step`).
+
+    @property
+    def turn(self) -> tuple[Turn, int]:
+        return rotate, self.head_dim
+
+    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
+        query, key, value = (linear.build(graph, x) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = (graph.view(part, part.value.view(-1, self.head_dim)) for part in (query, key))
+        if "q_norm" in self._modules:
+            query, key = self.q_norm.build(graph, query), self.k_norm.build(graph, key)
+        return [graph.matmul(turned, query, indexed=False), graph.matmul(turned, key, indexed=False), value]
+
+    def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
+        query, key, value = (part.view(1, -1, 1, self.head_dim) for part in parts)
+        return self._attended(query, key, value, None, cache).view(1, -1)
+
+    def after(self, graph: Graph, attended: Node) -> Node:
+        return self.o_proj.build(graph, attended)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -78,6 +110,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [B or 1, 1, T, D / 2] from what the model's rotary module gives."""
+    if isinstance(embeddings, torch.Tensor):  # DeepSeek-V2: complex numbers
+        return embeddings.real[:, None], embeddings.imag[:, None]
+    cos, sin = embeddings
+    return cos[:, None, :, :half], sin[:, None, :, :half]
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.ggml import Graph, Stored, check_stored
+from hybrimoe_plugin.experts.ggml import Stored, check_stored
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.linear import RowGraphs
 
 
 class LeanEmbedding(DenseOperator):
@@ -20,7 +21,7 @@ class LeanEmbedding(DenseOperator):
         self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
         self.padding_idx = orig_module.padding_idx
         self.dtype = orig_module.weight.dtype
-        self.stored: Stored | None = None
+        self._graphs: RowGraphs | None = None
         if self.ggml is None:
             self.weight = orig_module.weight
 
@@ -31,21 +32,17 @@ class LeanEmbedding(DenseOperator):
                 f"{self.key}: expected {(self.num_embeddings, self.embedding_dim)}, found {stored.shape}"
             )
         check_stored(stored)
-        self.stored = stored
+        assert self.ggml is not None
+        self._graphs = RowGraphs(self.ggml, lambda graph, ids: [graph.rows(graph.weight(stored), ids)], threads=1)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[..., H] from ids [...]. Raises: IndexError: an id outside the vocabulary."""
         if self.ggml is None:
             return F.embedding(ids, self.weight, self.padding_idx)
-        assert self.stored is not None, "take() comes first"
         flat = ids.reshape(-1)
         low, high = torch.aminmax(flat) if len(flat) else (0, 0)
         if not (int(low) >= 0 and int(high) < self.num_embeddings):
             raise IndexError(f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}")
-        graph = Graph(self.ggml, 1)
-        wanted = graph.input(len(flat), dtype=torch.int32)
-        rows = graph.rows(graph.weight(self.stored), wanted)
-        graph.finish(rows)
-        wanted.fill(flat)
-        graph.run()
-        return rows.value.to(self.dtype).view(*ids.shape, self.embedding_dim)
+        assert self._graphs is not None, "take() comes first"
+        (rows,) = self._graphs(len(flat), flat)
+        return rows.to(self.dtype, copy=True).view(*ids.shape, self.embedding_dim)

@@ -36,7 +36,7 @@ class LatentShape(NamedTuple):
         return query, torch.randn(1, 1, self.room, self.latent + self.rope, dtype=self.dtype, device=device)
 
     def plain(self, seen: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-        return attend_latents(query, cache[0], seen, self.scaling)[..., : self.latent]
+        return attend_latents(query, cache[0], seen, self.scaling, self.latent)
 
 
 class FlashLatent:

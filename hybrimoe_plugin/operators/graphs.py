@@ -1,4 +1,4 @@
-"""Decoder layers that replay their one-token calls as CUDA graphs, broken where the experts are."""
+"""Decoder layers whose one-token calls are graphs: replayed ones on a GPU, ggml's on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.experts.cuda_graphs import capture_for
-from hybrimoe_plugin.operators.attention import LeanAttention
+from hybrimoe_plugin.operators.attention import LeanAttention, Turn
 from hybrimoe_plugin.operators.capture import (
     Break,
     Buffers,
@@ -30,6 +30,7 @@ from hybrimoe_plugin.operators.flash_choice import FlashKernel
 from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, make_buffer
 from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.operators.row_step import Rotation, RowStep, row_step
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,10 @@ ROOM = 256
 class GraphedLayer(DenseOperator):
     """The model's own decoder layer; in decode on a GPU its kernels are launched as one or two graphs.
 
-    The layer's code is captured as it is, operators in it included: norms, attention on a cache of fixed place, router
-    and look-ahead before the experts' call, shared experts and the rest after it. Anything else than one token of one
-    sequence without padding, without gradients and without foreign hooks runs eagerly, as does everything on other
-    devices and once a captured layer does not give what the eager one gives.
+    On a GPU the layer's code is captured as it is, operators in it included: norms, attention on a cache of fixed
+    place, router and look-ahead before the experts' call, shared experts and the rest after it. Anything else than one
+    token of one sequence without padding, without gradients and without foreign hooks runs eagerly, and so does
+    everything once a captured layer does not give what the eager one gives. On the CPU such calls are a `RowStep`.
 
     Stands in for the layer in every respect: its children are the layer's own, and so are names of parameters.
     """
@@ -59,6 +60,7 @@ class GraphedLayer(DenseOperator):
         rest = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
         settings = Settings.of(rest)
         self.wanted = settings.cuda_graphs != "off"
+        self._rows_wanted = settings.cpu_graphs != "off"
         self._context = settings.context
         self._flash = settings.attention != "torch"
         self.graphs: DecodeGraphs | None = None
@@ -73,6 +75,7 @@ class GraphedLayer(DenseOperator):
         """The sequence whose cache lies in the buffers."""
         self._made: LayerGraphs | None = None
         self._proofs = self._undecided = 0
+        self.row_step: RowStep | None = None
 
     # transformers finds layers by class when hidden states are asked for.
     @property  # type: ignore[misc]
@@ -111,6 +114,17 @@ class GraphedLayer(DenseOperator):
         self.graphs = graphs
         graphs.layers += 1
 
+    def connect_rows(self, rotations: dict[tuple[Turn, int], Rotation]) -> None:
+        """Use ggml's graphs from now on, where the layer can be one. Mutates: `rotations`."""
+        self.row_step = row_step(self._twin[0], rotations) if self._rows_wanted else None
+        if self.row_step is not None:
+            # Router and experts are called as modules, with all their hooks.
+            apart = ("mlp.gate.", "mlp.experts.")
+            around = [module for name, module in self.named_modules() if name and not f"{name}.".startswith(apart)]
+            self._hooks = [
+                (hooks, 0) for module in around for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            ]
+
     @property
     def captured(self) -> bool:
         """Whether the next step of the running sequence is a replay."""
@@ -118,6 +132,10 @@ class GraphedLayer(DenseOperator):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the layer: [B, T, H] from [B, T, H]."""
+        if self.row_step is not None:
+            if args or hidden_states.dtype != torch.float32 or not self._one_token(hidden_states, kwargs):
+                return self._eager(hidden_states, *args, **kwargs)
+            return self.row_step(hidden_states, kwargs["position_embeddings"], _cache(kwargs))
         graphs = self.graphs
         if graphs is not None and graphs.refusal is not None:
             self.graphs = graphs = self._made = None
@@ -139,19 +157,24 @@ class GraphedLayer(DenseOperator):
         output: torch.Tensor = self._twin[0](hidden_states, *args, **kwargs)
         return output
 
-    def _decoding(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
-        """This layer's cache, if the call is one that graphs are for."""
+    def _one_token(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the call is one that graphs are for."""
         if hidden_states.shape[:2] != (1, 1) or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
+            return False
+        known = all(len(hooks) == count for hooks, count in self._hooks)
+        return known and kwargs.get("position_embeddings") is not None
+
+    def _decoding(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
+        """This layer's cache, if the call is one that CUDA graphs are for."""
+        if not self._one_token(hidden_states, kwargs):
             return None
-        cache = kwargs.get("cache")
-        cache = kwargs.get("past_key_values") if cache is None else cache
-        layers, index = getattr(cache, "layers", ()), int(self.self_attn.layer_idx)
+        layers, index = getattr(_cache(kwargs), "layers", ()), int(self.self_attn.layer_idx)
         layer = layers[index] if index < len(layers) else None
-        if type(layer) is not GrowingLayer or layer.get_seq_length() == 0 or kwargs.get("position_embeddings") is None:
+        if type(layer) is not GrowingLayer or layer.get_seq_length() == 0:
             return None
         if self._made is not None and _kind(hidden_states) != _kind(self._made.hidden):
             return None
-        return layer if all(len(hooks) == known for hooks, known in self._hooks) else None
+        return layer
 
     def _seat(self, layer: GrowingLayer) -> None:
         """Put the sequence's cache into this layer's buffers, made or doubled where it does not fit."""
@@ -246,8 +269,12 @@ def connect_layers(model: nn.Module) -> None:
     Mutates: `model`.
     """
     shared: dict[torch.device, DecodeGraphs | None] = {}
+    rotations: dict[tuple[Turn, int], Rotation] = {}
     for module in model.modules():
-        if not isinstance(module, GraphedLayer) or not module.wanted:
+        if not isinstance(module, GraphedLayer):
+            continue
+        module.connect_rows(rotations)
+        if not module.wanted or module.row_step is not None:
             continue
         device = next(module.parameters()).device
         if device not in shared:
@@ -256,6 +283,12 @@ def connect_layers(model: nn.Module) -> None:
         graphs = shared[device]
         if graphs is not None:
             module.connect(graphs)
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    """Under either of the names that transformers gives it."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -14,14 +14,15 @@ from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 
-Build = Callable[[Graph, Node], Sequence[Node]]
+Build = Callable[..., Sequence[Node]]
+"""(graph, inputs) -> outputs"""
 
 
 class RowGraphs:
     """Graphs of one function for different numbers of rows; the one for a single row is kept.
 
     Args:
-        build: adds the operations to a graph with the given input and gives the outputs.
+        build: adds the operations to a graph with the given inputs and gives the outputs.
         threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be shared.
     """
 
@@ -29,24 +30,32 @@ class RowGraphs:
         self._ggml = ggml
         self._build = build
         self._threads = threads
-        self._one: tuple[int, Graph, Node, Sequence[Node]] | None = None
+        self._one: tuple[int, Graph, Sequence[Node], Sequence[Node]] | None = None
 
-    def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
-        """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the next call."""
+    def __call__(self, rows: int, *given: torch.Tensor) -> list[torch.Tensor]:
+        """Float32 outputs for inputs, whose shapes depend on the number of rows alone; valid until the next call.
+
+        Inputs that are not floating point become int32.
+        """
         threads = self._threads or torch.get_num_threads()
         made = self._one if rows == 1 else None
         if made is None or made[0] != threads:
             graph = Graph(self._ggml, threads, kept=rows == 1)
-            node = graph.input(*x.shape)
-            outputs = self._build(graph, node)
+            inputs: Sequence[Node] = [graph.input(*x.shape, dtype=_kind(x)) for x in given]
+            outputs = self._build(graph, *inputs)
             graph.finish(*outputs)
-            made = threads, graph, node, outputs
+            made = threads, graph, inputs, outputs
             if rows == 1:
                 self._one = made
-        _, graph, node, outputs = made
-        node.fill(x)
+        _, graph, inputs, outputs = made
+        for node, x in zip(inputs, given, strict=True):
+            node.fill(x)
         graph.run()
         return [output.value for output in outputs]
+
+
+def _kind(x: torch.Tensor) -> torch.dtype:
+    return torch.float32 if x.is_floating_point() else torch.int32
 
 
 class StoredLinear(nn.Module):
@@ -68,20 +77,19 @@ class StoredLinear(nn.Module):
         self.ggml.pace(stored.type_name, torch.get_num_threads())  # else the first answer waits for it
         self.stored = stored
 
-    def node(self, graph: Graph) -> Node:
-        """The matrix in a graph."""
+    def build(self, graph: Graph, x: Node) -> Node:
+        """[..., N] from [..., M] in a graph. Raises: BackendError: there is no matrix yet."""
         if self.stored is None:
             raise BackendError("a stored linear was not given its matrix")
-        return graph.weight(self.stored)
+        y = graph.matmul(graph.weight(self.stored), x)
+        return y if self.bias is None else graph.add(y, graph.constant(self.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] of x's dtype from [..., M]."""
         if self._graphs is None:
-            self._graphs = RowGraphs(self.ggml, lambda graph, x: [graph.matmul(self.node(graph), x)])
+            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)])
         flat = x.reshape(-1, self.in_features)
-        (y,) = self._graphs(flat, len(flat))
-        if self.bias is not None:
-            y = y + self.bias
+        (y,) = self._graphs(len(flat), flat)
         # A copy in every case: the buffer belongs to the graph.
         return y.to(x.dtype, copy=True).view(*x.shape[:-1], self.out_features)
 
@@ -120,14 +128,10 @@ class LinearGroup:
         """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next call."""
         if self._graphs is None:
             return [linear(x) for linear in self._linears]
-        outputs = self._graphs(x, len(x))
-        return [
-            output if linear.bias is None else output + linear.bias
-            for linear, output in zip(self._linears, outputs, strict=True)
-        ]
+        return self._graphs(len(x), x)
 
     def _build(self, graph: Graph, x: Node) -> list[Node]:
-        return [graph.matmul(linear.node(graph), x) for linear in self._linears]
+        return [linear.build(graph, x) for linear in self._linears]
 
 
 class LeanLinear(DenseOperator):

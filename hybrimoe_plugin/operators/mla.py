@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.ggml import Stored, check_stored
+from hybrimoe_plugin.experts.ggml import Graph, Node, Stored, buffer, check_stored
 from hybrimoe_plugin.operators.attend import attend, attend_latents
-from hybrimoe_plugin.operators.attention import rotate, rotate_pairs
+from hybrimoe_plugin.operators.attention import Turn, angles, rotate, rotate_pairs
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.flash_latent import LatentShape
 from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
@@ -29,6 +29,9 @@ class LeanMLA(DenseOperator):
     q_a_layernorm: Any
     kv_a_layernorm: Any
     o_proj: Any
+    q_proj: Any
+    q_a_proj: Any
+    kv_a_proj_with_mqa: Any
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
@@ -45,6 +48,9 @@ class LeanMLA(DenseOperator):
             norm = LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs)
             setattr(self, name, norm)
         self._inputs = LinearGroup(self.ggml, (getattr(self, names[0]), self.kv_a_proj_with_mqa))
+        self._split: tuple[Stored, Stored] | None = None
+        self._row = torch.empty(0)
+        """[1, latent + rope]: where `before` leaves what the cache keeps of the token."""
         self._graphs: tuple[RowGraphs, RowGraphs] | None = None
         if self.ggml is None:
             self.kv_b_proj = orig_module.kv_b_proj
@@ -61,6 +67,7 @@ class LeanMLA(DenseOperator):
         assert self.ggml is not None
         check_stored(key)
         check_stored(value)
+        self._split = key, value
         self._graphs = (
             RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(key), x)]),
             RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(value), x)]),
@@ -87,16 +94,13 @@ class LeanMLA(DenseOperator):
         query = query.view(batch, count, self.heads, -1).transpose(1, 2)
         plain, rotary = query.split((self.nope, self.rope), dim=-1)
         latent, key_rotary = compressed.view(batch, 1, count, -1).split((self.latent, self.rope), dim=-1)
-        cos, sin = _angles(position_embeddings, self.rope // 2)
-        turn = rotate if self.halves else rotate_pairs
-        turned = turn(torch.cat((rotary, key_rotary), dim=1), cos, sin).to(query.dtype)  # all heads at once
+        cos, sin = angles(position_embeddings, self.rope // 2)
+        turned = self.turn[0](torch.cat((rotary, key_rotary), dim=1), cos, sin).to(query.dtype)  # all heads at once
         rotary, key_rotary = turned[:, :-1], turned[:, -1:]
         # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are its values.
         rows = torch.cat((self.kv_a_layernorm(latent), key_rotary), dim=-1)
         cache = cache if cache is not None else past_key_values
-        if cache is not None:
-            growing(cache, self.layer_idx)
-            rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
+        rows = self._kept(rows, cache)
         if self._graphs is None and count > 1:
             out = self._expanded(plain, rotary, rows, attention_mask)
         else:
@@ -104,9 +108,51 @@ class LeanMLA(DenseOperator):
             if isinstance(cache, FixedCache) and cache.kernel is not None:
                 latents = cache.kernel(query, rows)
             else:
-                latents = attend_latents(query, rows, attention_mask, self.scaling)[..., : self.latent]
+                latents = attend_latents(query, rows, attention_mask, self.scaling, self.latent)
             out = self._out_of_latent(latents)
         return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
+
+    def _kept(self, rows: torch.Tensor, cache: Any) -> torch.Tensor:
+        """All rows so far [B, 1, C, latent + rope]. Mutates: the cache."""
+        if cache is None:
+            return rows
+        growing(cache, self.layer_idx)
+        rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
+        return rows
+
+    # One token in two graphs (`row_step`).
+
+    @property
+    def turn(self) -> tuple[Turn, int]:
+        return rotate if self.halves else rotate_pairs, self.rope
+
+    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
+        assert self._split is not None
+        if "q_b_proj" in self._modules:
+            query = self.q_b_proj.build(graph, self.q_a_layernorm.build(graph, self.q_a_proj.build(graph, x)))
+        else:
+            query = self.q_proj.build(graph, x)
+        compressed = self.kv_a_proj_with_mqa.build(graph, x)
+        heads, row = query.value.view(self.heads, self.nope + self.rope), buffer(1, self.latent + self.rope)
+        latent = graph.view(compressed, compressed.value[:, : self.latent])
+        rotary = graph.view(compressed, compressed.value[:, self.latent :])
+        self._row = row
+        return [
+            self.kv_a_layernorm.build(graph, latent, row[:, : self.latent]),
+            graph.matmul(turned, rotary, row[:, self.latent :], indexed=False),
+            graph.matmul(graph.weight(self._split[0]), graph.view(query, heads[:, None, : self.nope])),
+            graph.matmul(turned, graph.view(query, heads[:, None, self.nope :]), indexed=False),
+        ]
+
+    def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
+        rows = self._kept(self._row[None, None], cache)
+        query = torch.cat(parts[2:], dim=-1)[None]
+        return attend_latents(query, rows, None, self.scaling, self.latent)[0]
+
+    def after(self, graph: Graph, attended: Node) -> Node:
+        assert self._split is not None
+        values = graph.matmul(graph.weight(self._split[1]), attended)
+        return self.o_proj.build(graph, graph.view(values, values.value.view(1, -1)))
 
     def _into_latent(self, plain: torch.Tensor) -> torch.Tensor:
         """[B, heads, T, latent] from the queries' part without positions [B, heads, T, nope]."""
@@ -129,9 +175,9 @@ class LeanMLA(DenseOperator):
         """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B, heads, T, M]."""
         batch, heads, count, width = x.shape
         if batch == count == 1:
-            (y,) = graphs(x[0], 1)
+            (y,) = graphs(1, x[0])
             return y[None].to(x.dtype)
-        (y,) = graphs(x.transpose(0, 1).reshape(heads, batch * count, width), batch * count)
+        (y,) = graphs(batch * count, x.transpose(0, 1).reshape(heads, batch * count, width))
         return y.view(heads, batch, count, -1).transpose(0, 1).to(x.dtype)
 
     def _expanded(
@@ -143,11 +189,3 @@ class LeanMLA(DenseOperator):
         keys, values = expanded.split((self.nope, self.values), dim=-1)
         keys = torch.cat((keys, key_rotary.expand(-1, self.heads, -1, -1)), dim=-1)
         return attend(torch.cat((plain, rotary), dim=-1), keys, values, mask, self.scaling, grouped=False)
-
-
-def _angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [B or 1, 1, T, D / 2] from what the model's rotary module gives."""
-    if isinstance(embeddings, torch.Tensor):  # DeepSeek-V2: complex numbers
-        return embeddings.real[:, None], embeddings.imag[:, None]
-    cos, sin = embeddings
-    return cos[:, None, :, :half], sin[:, None, :, :half]

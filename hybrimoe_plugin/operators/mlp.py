@@ -32,7 +32,9 @@ class LeanMLP(DenseOperator):
             raise BackendError(f"{key}: linears with biases are not supported")
         for name in names:
             setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
-        self._graphs = None if self.ggml is None else RowGraphs(self.ggml, self._build)
+        self._graphs = None
+        if self.ggml is not None:
+            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
@@ -40,10 +42,11 @@ class LeanMLP(DenseOperator):
             plain: torch.Tensor = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
             return plain
         flat = x.reshape(-1, x.shape[-1])
-        (y,) = self._graphs(flat, len(flat))
+        (y,) = self._graphs(len(flat), flat)
         return y.to(x.dtype, copy=True).view(x.shape)
 
-    def _build(self, graph: Graph, x: Node) -> list[Node]:
-        gate = graph.matmul(self.gate_proj.node(graph), x)
-        inner = graph.silu_mul(gate, graph.matmul(self.up_proj.node(graph), x))
-        return [graph.matmul(self.down_proj.node(graph), inner)]
+    def build(self, graph: Graph, x: Node) -> Node:
+        """[..., H] from [..., H] in a graph."""
+        inner = graph.silu_mul(self.gate_proj.build(graph, x), self.up_proj.build(graph, x))
+        built: Node = self.down_proj.build(graph, inner)
+        return built

@@ -22,17 +22,20 @@ class LeanRMSNorm(DenseOperator):
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
-        self._graphs = None if self.ggml is None else RowGraphs(self.ggml, self._build, threads=1)
+        self._graphs = None
+        if self.ggml is not None:
+            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)], threads=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
         if self._graphs is None or x.numel() != len(self.weight) or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        (y,) = self._graphs(x.reshape(1, -1), 1)
+        (y,) = self._graphs(1, x.reshape(1, -1))
         return y.clone().view(x.shape)
 
-    def _build(self, graph: Graph, x: Node) -> list[Node]:
-        return [graph.rms_norm(x, graph.place(self.weight.detach().float()[None]), self.eps)]
+    def build(self, graph: Graph, x: Node, out: torch.Tensor | None = None) -> Node:
+        """[..., H] from [..., H] in a graph, into `out` where it is given."""
+        return graph.rms_norm(x, graph.constant(self.weight), self.eps, out)
 
     def extra_repr(self) -> str:
         return f"key={self.key!r}, width={len(self.weight)}, eps={self.eps}"

@@ -205,6 +205,28 @@ def test_what_the_kernels_must_not_see_is_refused(ggml: Ggml) -> None:
         experts.compute(0, torch.zeros(2, 32), torch.zeros(2, 2, dtype=torch.int64), routing)
 
 
+def test_parts_of_a_buffer_are_read_and_written_in_place(ggml: Ggml) -> None:
+    """Strided views in, a sum and a norm into places of the caller's."""
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = torch.randn(6, 32, generator=generator), torch.randn(32, generator=generator)
+    out = torch.zeros(1, 40)
+    graph = Graph(ggml, 2)
+    x = graph.input(1, 4 * 48)
+    tails = graph.view(x, x.value.view(4, 48)[:, None, 16:])  # [4, 1, 32]
+    stored = Stored(weight.numpy().view(np.uint8).reshape(-1), "F32", (6, 32))
+    rows = graph.matmul(graph.weight(stored), tails)
+    plus = graph.add(rows, graph.constant(torch.arange(6)))
+    normed = graph.rms_norm(graph.view(x, x.value[:, 48:80]), graph.constant(scale), 1e-6, out[:, 8:])
+    graph.finish(plus, normed)
+    given = torch.randn(1, 4 * 48, generator=generator)
+    x.fill(given)
+    graph.run()
+    wanted = given.view(4, 48)[:, None, 16:] @ weight.T + torch.arange(6)
+    torch.testing.assert_close(plus.value, wanted)
+    torch.testing.assert_close(out[:, 8:], torch.nn.functional.rms_norm(given[:, 48:80], (32,), scale, 1e-6))
+    assert not out[:, :8].any() and torch.equal(x.value, given)
+
+
 def test_more_graphs_live_than_ggml_has_contexts(ggml: Ggml) -> None:
     stored = random_matrix("Q8_0", 4, 32)
     graphs = []

@@ -125,7 +125,7 @@ def test_latents_are_paged_likewise(held: int, flashinfer: Any) -> None:
     kernel = FlashLatent(flashinfer, LATENT, CPU)
     query, rows = LATENT.example(CPU)
     kernel.plan(held)
-    wanted = attend_latents(query.float(), rows[:, :, : held + 1].float(), None, LATENT.scaling)[..., : LATENT.latent]
+    wanted = attend_latents(query.float(), rows[:, :, : held + 1].float(), None, LATENT.scaling, LATENT.latent)
     torch.testing.assert_close(kernel(query, rows).float(), wanted, rtol=0.02, atol=0.02)
 
 
