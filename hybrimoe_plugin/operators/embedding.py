@@ -44,5 +44,5 @@ class LeanEmbedding(DenseOperator):
         if not (int(low) >= 0 and int(high) < self.num_embeddings):
             raise IndexError(f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}")
         assert self._graphs is not None, "take() comes first"
-        (rows,) = self._graphs(len(flat), flat)
+        (rows,) = self._graphs(flat, len(flat))
         return rows.to(self.dtype, copy=True).view(*ids.shape, self.embedding_dim)

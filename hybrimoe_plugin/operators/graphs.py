@@ -69,7 +69,8 @@ class GraphedLayer(DenseOperator):
         self.training = orig_module.training
         self._experts: tuple[HybriMoEExperts, ...] = ()
         """None or one; in a tuple for the same reason."""
-        self._hooks: list[tuple[dict[int, Any], int]] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._expected: list[int] = []
         self._rows: Buffers | None = None
         self._holder: weakref.ref[GrowingLayer] | None = None
         """The sequence whose cache lies in the buffers."""
@@ -105,12 +106,7 @@ class GraphedLayer(DenseOperator):
             return
         apart = {module for experts in self._experts for module in experts.modules()}
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
-        self._hooks = [
-            (hooks, int(module in gates and hooks is module._forward_hooks))  # a gate has its router's own
-            for module in inside
-            if module is not self and module not in apart
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        self._expect_hooks([module for module in inside if module is not self and module not in apart], gates)
         self.graphs = graphs
         graphs.layers += 1
 
@@ -121,9 +117,12 @@ class GraphedLayer(DenseOperator):
             # Router and experts are called as modules, with all their hooks.
             apart = ("mlp.gate.", "mlp.experts.")
             around = [module for name, module in self.named_modules() if name and not f"{name}.".startswith(apart)]
-            self._hooks = [
-                (hooks, 0) for module in around for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            ]
+            self._expect_hooks(around, [])
+
+    def _expect_hooks(self, modules: list[nn.Module], gates: list[nn.Module]) -> None:
+        """A graph stands for these modules while they have no hooks but the one that a gate has for its router."""
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._expected = [count for module in modules for count in (int(module in gates), 0)]
 
     @property
     def captured(self) -> bool:
@@ -161,8 +160,7 @@ class GraphedLayer(DenseOperator):
         """Whether the call is one that graphs are for."""
         if hidden_states.shape[:2] != (1, 1) or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
             return False
-        known = all(len(hooks) == count for hooks, count in self._hooks)
-        return known and kwargs.get("position_embeddings") is not None
+        return list(map(len, self._hooks)) == self._expected and kwargs.get("position_embeddings") is not None
 
     def _decoding(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
         """This layer's cache, if the call is one that CUDA graphs are for."""

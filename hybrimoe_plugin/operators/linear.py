@@ -14,15 +14,14 @@ from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 
-Build = Callable[..., Sequence[Node]]
-"""(graph, inputs) -> outputs"""
+Build = Callable[[Graph, Node], Sequence[Node]]
 
 
 class RowGraphs:
     """Graphs of one function for different numbers of rows; the one for a single row is kept.
 
     Args:
-        build: adds the operations to a graph with the given inputs and gives the outputs.
+        build: adds the operations to a graph with the given input and gives the outputs.
         threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be shared.
     """
 
@@ -30,32 +29,27 @@ class RowGraphs:
         self._ggml = ggml
         self._build = build
         self._threads = threads
-        self._one: tuple[int, Graph, Sequence[Node], Sequence[Node]] | None = None
+        self._one: tuple[int, Graph, Node, Sequence[Node]] | None = None
 
-    def __call__(self, rows: int, *given: torch.Tensor) -> list[torch.Tensor]:
-        """Float32 outputs for inputs, whose shapes depend on the number of rows alone; valid until the next call.
+    def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
+        """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the next call.
 
-        Inputs that are not floating point become int32.
+        Integers, too, may be given: ids.
         """
         threads = self._threads or torch.get_num_threads()
         made = self._one if rows == 1 else None
         if made is None or made[0] != threads:
             graph = Graph(self._ggml, threads, kept=rows == 1)
-            inputs: Sequence[Node] = [graph.input(*x.shape, dtype=_kind(x)) for x in given]
-            outputs = self._build(graph, *inputs)
+            node = graph.input(*x.shape, dtype=torch.float32 if x.is_floating_point() else torch.int32)
+            outputs = self._build(graph, node)
             graph.finish(*outputs)
-            made = threads, graph, inputs, outputs
+            made = threads, graph, node, outputs
             if rows == 1:
                 self._one = made
-        _, graph, inputs, outputs = made
-        for node, x in zip(inputs, given, strict=True):
-            node.fill(x)
+        _, graph, node, outputs = made
+        node.fill(x)
         graph.run()
         return [output.value for output in outputs]
-
-
-def _kind(x: torch.Tensor) -> torch.dtype:
-    return torch.float32 if x.is_floating_point() else torch.int32
 
 
 class StoredLinear(nn.Module):
@@ -89,7 +83,7 @@ class StoredLinear(nn.Module):
         if self._graphs is None:
             self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)])
         flat = x.reshape(-1, self.in_features)
-        (y,) = self._graphs(len(flat), flat)
+        (y,) = self._graphs(flat, len(flat))
         # A copy in every case: the buffer belongs to the graph.
         return y.to(x.dtype, copy=True).view(*x.shape[:-1], self.out_features)
 
@@ -128,7 +122,7 @@ class LinearGroup:
         """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next call."""
         if self._graphs is None:
             return [linear(x) for linear in self._linears]
-        return self._graphs(len(x), x)
+        return self._graphs(x, len(x))
 
     def _build(self, graph: Graph, x: Node) -> list[Node]:
         return [linear.build(graph, x) for linear in self._linears]

@@ -175,9 +175,9 @@ class LeanMLA(DenseOperator):
         """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B, heads, T, M]."""
         batch, heads, count, width = x.shape
         if batch == count == 1:
-            (y,) = graphs(1, x[0])
+            (y,) = graphs(x[0], 1)
             return y[None].to(x.dtype)
-        (y,) = graphs(batch * count, x.transpose(0, 1).reshape(heads, batch * count, width))
+        (y,) = graphs(x.transpose(0, 1).reshape(heads, batch * count, width), batch * count)
         return y.view(heads, batch, count, -1).transpose(0, 1).to(x.dtype)
 
     def _expanded(

@@ -42,7 +42,7 @@ class LeanMLP(DenseOperator):
             plain: torch.Tensor = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
             return plain
         flat = x.reshape(-1, x.shape[-1])
-        (y,) = self._graphs(len(flat), flat)
+        (y,) = self._graphs(flat, len(flat))
         return y.to(x.dtype, copy=True).view(x.shape)
 
     def build(self, graph: Graph, x: Node) -> Node:

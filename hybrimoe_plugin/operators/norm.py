@@ -30,7 +30,7 @@ class LeanRMSNorm(DenseOperator):
         """[..., H] from [..., H]."""
         if self._graphs is None or x.numel() != len(self.weight) or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        (y,) = self._graphs(1, x.reshape(1, -1))
+        (y,) = self._graphs(x.reshape(1, -1), 1)
         return y.clone().view(x.shape)
 
     def build(self, graph: Graph, x: Node, out: torch.Tensor | None = None) -> Node:

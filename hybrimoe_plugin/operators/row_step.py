@@ -79,15 +79,16 @@ class RowStep:
         self._dense = dense
         self._dense_gate: nn.Module | None = getattr(layer.mlp, "shared_expert_gate", None)
         self._rotation = rotation
+        self._x = torch.empty(0)
+        """[1, H]: the layer's input, as it lies in the first graph."""
         self._before = RowGraphs(attention.ggml, self._build_before)
         self._after = RowGraphs(attention.ggml, self._build_after)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
         """[1, 1, H]. Mutates: the cache."""
         self._rotation.show(embeddings)
-        row = hidden[0]
-        attended = self._attention.between(self._before(1, row), cache)
-        total, normed, *dense = self._after(1, attended, row)
+        attended = self._attention.between(self._before(hidden[0], 1), cache)
+        total, normed, *dense = self._after(attended, 1)
         if self._gate is None or self._experts is None:
             return (dense[0] + total)[None]
         normed = normed.clone()  # who watches may keep it
@@ -98,11 +99,12 @@ class RowStep:
         return (output + total)[None]
 
     def _build_before(self, graph: Graph, x: Node) -> list[Node]:
+        self._x = x.value
         normed = self._norms[0].build(graph, x)
         return self._attention.before(graph, normed, graph.place(self._rotation.matrix))
 
-    def _build_after(self, graph: Graph, attended: Node, x: Node) -> list[Node]:
-        total = graph.add(self._attention.after(graph, attended), x)
+    def _build_after(self, graph: Graph, attended: Node) -> list[Node]:
+        total = graph.add(self._attention.after(graph, attended), graph.place(self._x))
         normed = self._norms[1].build(graph, total)
         return [total, normed, *([] if self._dense is None else [self._dense.build(graph, normed)])]
 
