@@ -21,7 +21,9 @@ import torch
 from eval import peer, report, roofline, synthetic
 from hybrimoe_plugin.errors import BackendError
 
+PROMPT_TOKENS = 128
 CONTEXT = 2048
+"""Tokens that llama.cpp has room for at least."""
 MODELS = ("demo", *synthetic.SHAPES)
 SLICES: dict[str, tuple[int, int | None]] = {
     # (layers, routed experts) by default: llama.cpp takes DeepSeek-V2-Lite by its 27 layers alone, so that slice is
@@ -33,6 +35,7 @@ SLICES: dict[str, tuple[int, int | None]] = {
 }
 TWINS: dict[str, dict[str, Any]] = {
     "HybriMoE": {},
+    "module by module": {"cpu_graphs": "off"},
     "plain linears": {"linears": "plain", "dtype": "bfloat16"},
     "plain operators": {"dense": "plain", "dtype": "bfloat16"},
     "kt-kernel workers, plain operators": {"dense": "plain", "dtype": "bfloat16", "cpu_backend": "kt"},
@@ -54,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     gguf = _gguf(args)
     rows, note = measure(args, gguf)
     name = gguf.stem if args.gguf_path else args.model
+    file = f"throughput_{name}"
+    if args.prompt_tokens != PROMPT_TOKENS:
+        file += f"_{args.prompt_tokens}-tokens"
     report.show(f"{name}: {args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns (measured)", rows)
-    report.save_csv(args.out / f"throughput_{name}.csv", rows)
-    report.save_figure(args.out / f"throughput_{name}.png", lambda axes: _draw(axes, rows), height=3.2)
+    report.save_csv(args.out / f"{file}.csv", rows)
+    report.save_figure(args.out / f"{file}.png", lambda axes: _draw(axes, rows), height=3.2)
     result = summary(name, rows, args.threads, note)
     report.finish(result)
     return result
@@ -72,7 +78,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--quantisation", choices=synthetic.QUANTISATIONS, default="Q4_K_M")
     parser.add_argument("--trace", type=Path, help="take the routing from a recorded trace (without llama.cpp then)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for every system alike")
-    parser.add_argument("--prompt_tokens", type=int, default=128)
+    parser.add_argument("--prompt_tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--steps", type=int, help="single tokens after the prompt in each turn (default 24, quick 10)")
     parser.add_argument("--turns", type=int, help="turns of each system (default 4, quick 2)")
     parser.add_argument("--twins", action="store_true", help="measure the plain twins of our operators too")
@@ -123,7 +129,8 @@ def _beside(args: Namespace, gguf: Path) -> tuple[peer.Peer | None, str]:
         print(peer.HOW_TO_GET, file=sys.stderr, flush=True)
         return None, peer.HOW_TO_GET
     try:
-        beside, note = peer.start(args.peer_python, gguf, args.threads, CONTEXT)
+        context = max(CONTEXT, args.prompt_tokens + args.steps)
+        beside, note = peer.start(args.peer_python, gguf, args.threads, context)
     except RuntimeError as error:
         print(f"llama.cpp cannot run this file: {error}", file=sys.stderr, flush=True)
         return None, str(error)
@@ -168,6 +175,7 @@ def _row(name: str, turns: Sequence[tuple[float, list[float]]], prompt: int, bou
     ttft = statistics.median(prefill for prefill, _ in turns)
     return {
         "system": name,
+        "prompt_tokens": prompt,
         "ttft_ms": 1e3 * ttft,
         "prefill_tok_s": prompt / ttft,
         "tbt_ms_p20": low,

@@ -86,8 +86,26 @@ def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr()
     assert json.loads(out.out.strip().splitlines()[-1]) == result
     assert "make peers" in out.err and "roofline" in out.out
-    text = (tmp_path / "throughput_model.csv").read_text()
+    text = (tmp_path / "throughput_model_5-tokens.csv").read_text()
     assert "plain operators" in text and "commit" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(("prompt", "room"), [(128, 2048), (4000, 4024)])
+def test_llama_cpp_has_room_for_the_prompt(prompt: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def start(python: str, gguf: Path, threads: int, context: int) -> None:
+        assert context == room
+        raise Stop
+
+    monkeypatch.setattr(peer, "missing", lambda python: False)
+    monkeypatch.setattr(peer, "start", start)
+    monkeypatch.setattr(roofline, "read_gbps", lambda threads: 1.0)
+    monkeypatch.setattr(roofline, "token_bytes", lambda gguf, config: 1)
+    monkeypatch.setattr(throughput, "_config", lambda args, gguf: None)
+    with pytest.raises(Stop):
+        throughput.measure(throughput._parser().parse_args(["--prompt_tokens", str(prompt)]), Path("none"))
 
 
 def test_ratios_are_ours_over_theirs() -> None:
