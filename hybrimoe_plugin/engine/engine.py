@@ -63,6 +63,11 @@ class Engine:
         if self._waves is not None:
             self._waves.onload(controller.warm_start())
 
+    @property
+    def unplanned(self) -> bool:
+        """Whether the CPU computes every call as a whole, and nobody records or draws it."""
+        return self._whole_calls and self.recorder is None and self.timeline is None
+
     def later_routers(self, layer: int) -> list[Router]:
         """The routers whose choices are predicted at this layer, nearest first."""
         return self.routers[layer + 1 : layer + 1 + self.look_ahead]
@@ -89,7 +94,7 @@ class Engine:
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
         call = Routing(hidden, topk_ids, topk_weights)
-        if self._whole_calls and self.recorder is None and self.timeline is None:
+        if self.unplanned:
             return self._whole(layer, call)
         while True:
             try:

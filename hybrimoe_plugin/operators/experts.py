@@ -137,6 +137,11 @@ class HybriMoEExperts(nn.Module):
         """The engine's. Raises: as `forward`."""
         return self._bound().accelerator
 
+    @property
+    def unplanned(self) -> bool:
+        """Whether nothing but the result depends on the tokens of a call. Raises: as `forward`."""
+        return self._bound().unplanned
+
     def _bound(self) -> Engine:
         if self._engine is None:
             raise BackendError(f"{self.key}: not bound to an engine; call hybrimoe_plugin.operators.bind.bind(model)")

@@ -28,6 +28,7 @@ from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.flash_choice import FlashKernel
 from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, make_buffer
+from hybrimoe_plugin.operators.last_rows import LastRows
 from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.operators.row_step import Rotation, RowStep, row_step
@@ -77,6 +78,7 @@ class GraphedLayer(DenseOperator):
         self._made: LayerGraphs | None = None
         self._proofs = self._undecided = 0
         self.row_step: RowStep | None = None
+        self.last_rows: LastRows | None = None
 
     # transformers finds layers by class when hidden states are asked for.
     @property  # type: ignore[misc]
@@ -132,9 +134,11 @@ class GraphedLayer(DenseOperator):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the layer: [B, T, H] from [B, T, H]."""
         if self.row_step is not None:
-            if args or hidden_states.dtype != torch.float32 or not self._one_token(hidden_states, kwargs):
-                return self._eager(hidden_states, *args, **kwargs)
-            return self.row_step(hidden_states, kwargs["position_embeddings"], _cache(kwargs))
+            if not args and hidden_states.dtype == torch.float32 and self._one_token(hidden_states, kwargs):
+                return self.row_step(hidden_states, kwargs["position_embeddings"], _cache(kwargs))
+            if not args and self.last_rows is not None and self.last_rows.serve(hidden_states):
+                return self.last_rows(hidden_states, **kwargs)
+            return self._eager(hidden_states, *args, **kwargs)
         graphs = self.graphs
         if graphs is not None and graphs.refusal is not None:
             self.graphs = graphs = self._made = None
@@ -261,18 +265,26 @@ class GraphedLayer(DenseOperator):
         return call
 
 
-def connect_layers(model: nn.Module) -> None:
+def connect_layers(model: Any) -> Callable[[], None]:
     """Let a bound model's graphed layers use graphs, where they are wanted and their device has them.
+
+    Returns:
+        Takes the hooks off that this leaves on the model.
 
     Mutates: `model`.
     """
+    last: LastRows | None = None
     shared: dict[torch.device, DecodeGraphs | None] = {}
     rotations: dict[tuple[Turn, int], Rotation] = {}
     for module in model.modules():
         if not isinstance(module, GraphedLayer):
             continue
         module.connect_rows(rotations)
-        if not module.wanted or module.row_step is not None:
+        if module.row_step is not None:
+            if module.self_attn.layer_idx == model.config.num_hidden_layers - 1:
+                module.last_rows = last = LastRows(model, module)
+            continue
+        if not module.wanted:
             continue
         device = next(module.parameters()).device
         if device not in shared:
@@ -281,6 +293,7 @@ def connect_layers(model: nn.Module) -> None:
         graphs = shared[device]
         if graphs is not None:
             module.connect(graphs)
+    return lambda: None if last is None else last.remove()
 
 
 def _cache(kwargs: dict[str, Any]) -> Any:

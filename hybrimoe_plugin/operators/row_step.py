@@ -75,7 +75,7 @@ class RowStep:
         self._attention = attention
         self._norms: tuple[LeanRMSNorm, LeanRMSNorm] = (layer.input_layernorm, layer.post_attention_layernorm)
         self._gate: nn.Module | None = getattr(layer.mlp, "gate", None)
-        self._experts: nn.Module | None = getattr(layer.mlp, "experts", None)
+        self._experts: HybriMoEExperts | None = getattr(layer.mlp, "experts", None)
         self._dense = dense
         self._dense_gate: nn.Module | None = getattr(layer.mlp, "shared_expert_gate", None)
         self._rotation = rotation

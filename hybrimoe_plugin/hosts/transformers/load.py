@@ -88,12 +88,12 @@ def load_model(
         load_dense(model, store, config, injection, progress=progress)
         unhook = _spread(model)
         model.hybrimoe = bind(model, progress=progress) if experts_operators(model) else None
-        connect_layers(model)
+        unhook_rows = connect_layers(model)
     except BaseException:
         injection.restore()
         raise
     if model.hybrimoe is not None:
-        model.hybrimoe.on_restore = _both(unhook, injection.restore)
+        model.hybrimoe.on_restore = _all(unhook, unhook_rows, injection.restore)
     tokenizer = load_tokenizer(model_path, store)
     _set_generation_config(model, tokenizer, store)
     return model, tokenizer
@@ -265,10 +265,10 @@ def _spread(model: nn.Module) -> Callable[[], None]:
         raise BudgetError(f"the dense weights do not fit on the accelerators: {error}") from error
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+def _all(*parts: Callable[[], None]) -> Callable[[], None]:
     def call() -> None:
-        first()
-        second()
+        for part in parts:
+            part()
 
     return call
 
