@@ -15,9 +15,11 @@ def attend(
     grouped: bool,
 ) -> torch.Tensor:
     """[B, heads, T, D] from queries [B, heads, T, D] and the keys and values so far; causal where no mask is given."""
-    if grouped and mask is not None and query.shape[2] == 1 and mask.shape[1] == 1:
-        # Kernels that take a mask know no groups: torch would copy keys and values for every query head. The heads of
-        # a group are rows of one product instead.
+    masked = mask is not None and mask.shape[1] == 1
+    if grouped and query.shape[2] == 1 and (masked or (mask is None and query.device.type == "cpu")):
+        # The heads of a group become rows of one product. Kernels that take a mask know no groups: torch would copy
+        # keys and values for every query head. The CPU's kernel reads them anew for every head, which is a quarter of
+        # a decode step behind 2,048 tokens (8 heads a group, docs/LOG.md).
         rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
         out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(len(query), query.shape[1], 1, -1)
