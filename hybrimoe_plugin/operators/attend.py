@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+_LARGE = 1 << 16
+"""Keys of so many values do not stay in a core's cache while the heads of a group take turns."""
+
 
 def attend(
     query: torch.Tensor,
@@ -15,8 +18,7 @@ def attend(
     grouped: bool,
 ) -> torch.Tensor:
     """[B, heads, T, D] from queries [B, heads, T, D] and the keys and values so far; causal where no mask is given."""
-    masked = mask is not None and mask.shape[1] == 1
-    if grouped and query.shape[2] == 1 and (masked or (mask is None and query.device.type == "cpu")):
+    if grouped and query.shape[2] == 1 and _as_rows(key, mask):
         # The heads of a group become rows of one product. Kernels that take a mask know no groups: torch would copy
         # keys and values for every query head. The CPU's kernel reads them anew for every head, which is a quarter of
         # a decode step behind 2,048 tokens (8 heads a group, docs/LOG.md).
@@ -27,6 +29,12 @@ def attend(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
+
+
+def _as_rows(key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    if mask is not None:
+        return mask.shape[1] == 1
+    return key.device.type == "cpu" and key.numel() >= _LARGE
 
 
 def attend_latents(

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.operators.attend import attend
 from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.kv_cache import GrowingLayer, growing
@@ -131,6 +132,21 @@ def test_switches_choose_the_twins(mixtral: Path) -> None:
         model.hybrimoe.close()
     with pytest.raises(RulesError, match="linears"):
         load(mixtral, linears="sometimes")
+
+
+@pytest.mark.parametrize("context", [7, 4096])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_of_a_group_attend_as_rows(context: int, masked: bool) -> None:
+    """Small and large keys take different ways; both are the textbook's."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 16, generator=generator)
+    key, value = (torch.randn(2, 2, context, 16, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 1, 1, context, generator=generator) < 0.5 if masked else None
+    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.25
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    wanted = scores.softmax(-1) @ value.repeat_interleave(3, 1)
+    torch.testing.assert_close(attend(query, key, value, mask, 0.25, grouped=True), wanted)
 
 
 def test_the_growing_layer_is_the_dynamic_one() -> None:
