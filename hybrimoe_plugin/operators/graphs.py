@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.experts.cuda_graphs import capture_for
@@ -27,6 +26,7 @@ from hybrimoe_plugin.operators.decode_graphs import DecodeGraphs
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.flash_choice import FlashKernel
+from hybrimoe_plugin.operators.hooks import Hooks
 from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, make_buffer
 from hybrimoe_plugin.operators.last_rows import LastRows
 from hybrimoe_plugin.operators.mla import LeanMLA
@@ -70,8 +70,7 @@ class GraphedLayer(DenseOperator):
         self.training = orig_module.training
         self._experts: tuple[HybriMoEExperts, ...] = ()
         """None or one; in a tuple for the same reason."""
-        self._hooks: list[dict[int, Any]] = []
-        self._expected: list[int] = []
+        self._hooks = Hooks()
         self._rows: Buffers | None = None
         self._holder: weakref.ref[GrowingLayer] | None = None
         """The sequence whose cache lies in the buffers."""
@@ -108,7 +107,7 @@ class GraphedLayer(DenseOperator):
             return
         apart = {module for experts in self._experts for module in experts.modules()}
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
-        self._expect_hooks([module for module in inside if module is not self and module not in apart], gates)
+        self._hooks = Hooks((module for module in inside if module is not self and module not in apart), gates)
         self.graphs = graphs
         graphs.layers += 1
 
@@ -119,12 +118,7 @@ class GraphedLayer(DenseOperator):
             # Router and experts are called as modules, with all their hooks.
             apart = ("mlp.gate.", "mlp.experts.")
             around = [module for name, module in self.named_modules() if name and not f"{name}.".startswith(apart)]
-            self._expect_hooks(around, [])
-
-    def _expect_hooks(self, modules: list[nn.Module], gates: list[nn.Module]) -> None:
-        """A graph stands for these modules while they have no hooks but the one that a gate has for its router."""
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._expected = [count for module in modules for count in (int(module in gates), 0)]
+            self._hooks = Hooks(around)
 
     @property
     def captured(self) -> bool:
@@ -164,7 +158,7 @@ class GraphedLayer(DenseOperator):
         """Whether the call is one that graphs are for."""
         if hidden_states.shape[:2] != (1, 1) or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
             return False
-        return list(map(len, self._hooks)) == self._expected and kwargs.get("position_embeddings") is not None
+        return not self._hooks.foreign() and kwargs.get("position_embeddings") is not None
 
     def _decoding(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
         """This layer's cache, if the call is one that CUDA graphs are for."""

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.hooks import Hooks
+from hybrimoe_plugin.operators.routers import GateRouter
 
 
 class LastRows:
@@ -26,12 +28,8 @@ class LastRows:
         self._keep = 0
         self._experts = [module for module in layer.modules() if isinstance(module, HybriMoEExperts)]
         routers = [experts.routers()[0] for experts in self._experts]
-        gates = [getattr(router, "gate", None) for router in routers]  # which have a hook of their router's
-        self._hooks = [
-            (hooks, int(hooks is module._forward_hooks and any(module is gate for gate in gates)))
-            for module in layer.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        gates = [router.gate for router in routers if isinstance(router, GateRouter)]
+        self._hooks = Hooks(layer.modules(), gates)
         self._handles = (
             model.register_forward_pre_hook(self._asked, with_kwargs=True),
             model.register_forward_hook(self._answered, always_call=True),
@@ -39,11 +37,8 @@ class LastRows:
 
     def serve(self, hidden: torch.Tensor) -> bool:
         """Whether a call [B, T, H] has rows that nobody looks at."""
-        return (
-            0 < self._keep < hidden.shape[1]
-            and all(experts.unplanned for experts in self._experts)
-            and all(len(hooks) == known for hooks, known in self._hooks)
-        )
+        wanted = 0 < self._keep < hidden.shape[1]
+        return wanted and all(experts.unplanned for experts in self._experts) and not self._hooks.foreign()
 
     def __call__(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last rows [B, keep, H] of what the layer gives."""
