@@ -49,8 +49,6 @@ class LeanMLA(DenseOperator):
             setattr(self, name, norm)
         self._inputs = LinearGroup(self.ggml, (getattr(self, names[0]), self.kv_a_proj_with_mqa))
         self._split: tuple[Stored, Stored] | None = None
-        self._row = torch.empty(0)
-        """[1, latent + rope]: where `before` leaves what the cache keeps of the token."""
         self._graphs: tuple[RowGraphs, RowGraphs] | None = None
         if self.ggml is None:
             self.kv_b_proj = orig_module.kv_b_proj
@@ -136,17 +134,18 @@ class LeanMLA(DenseOperator):
         heads, row = query.value.view(self.heads, self.nope + self.rope), buffer(1, self.latent + self.rope)
         latent = graph.view(compressed, compressed.value[:, : self.latent])
         rotary = graph.view(compressed, compressed.value[:, self.latent :])
-        self._row = row
         return [
             self.kv_a_layernorm.build(graph, latent, row[:, : self.latent]),
-            graph.matmul(turned, rotary, row[:, self.latent :], indexed=False),
+            # Behind it the row for the cache is whole, and that is what this output shows.
+            graph.matmul(turned, rotary, row[:, self.latent :], indexed=False)._replace(data=row),
             graph.matmul(graph.weight(self._split[0]), graph.view(query, heads[:, None, : self.nope])),
             graph.matmul(turned, graph.view(query, heads[:, None, self.nope :]), indexed=False),
         ]
 
     def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
-        rows = self._kept(self._row[None, None], cache)
-        query = torch.cat(parts[2:], dim=-1)[None]
+        _, row, *query_parts = parts
+        rows = self._kept(row[None, None], cache)
+        query = torch.cat(query_parts, dim=-1)[None]
         return attend_latents(query, rows, None, self.scaling, self.latent)[0]
 
     def after(self, graph: Graph, attended: Node) -> Node:

@@ -48,5 +48,4 @@ class LeanMLP(DenseOperator):
     def build(self, graph: Graph, x: Node) -> Node:
         """[..., H] from [..., H] in a graph."""
         inner = graph.silu_mul(self.gate_proj.build(graph, x), self.up_proj.build(graph, x))
-        built: Node = self.down_proj.build(graph, inner)
-        return built
+        return self.down_proj.build(graph, inner)

@@ -114,10 +114,10 @@ def row_step(layer: Any, rotations: dict[tuple[Turn, int], Rotation]) -> RowStep
 
     Mutates: `rotations`, which layers of one model share.
     """
-    attention, mlp = layer.self_attn, layer.mlp
     family = type(layer).__name__.removesuffix("DecoderLayer")
-    if family not in FAMILIES or not isinstance(attention, LeanAttention | LeanMLA):
+    if family not in FAMILIES or not isinstance(layer.self_attn, LeanAttention | LeanMLA):
         return None
+    attention, mlp = layer.self_attn, layer.mlp
     dense = mlp
     if isinstance(getattr(mlp, "experts", None), HybriMoEExperts):
         if getattr(mlp, "jitter_noise", 0):  # only while Mixtral trains

@@ -14,7 +14,7 @@ import torch
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators.graphs import GraphedLayer
-from hybrimoe_plugin.operators.row_step import RowStep
+from hybrimoe_plugin.operators.row_step import RowStep, row_step
 
 needs.kt_kernel()
 
@@ -157,6 +157,10 @@ def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> 
     hook.remove()
     decode(model, prompt, tokens)
     assert len(calls) == 3 and watched.row_step in stepped
+
+
+def test_a_layer_of_another_kind_is_left_alone() -> None:
+    assert row_step(torch.nn.Module(), {}) is None
 
 
 @pytest.mark.parametrize("settings", [{"linears": "plain"}, {"dense": "plain"}, {"dtype": "bfloat16"}])
