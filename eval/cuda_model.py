@@ -32,6 +32,7 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.experts.memory import free_host_bytes
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.operators.graphs import GraphedLayer, connect_layers
+from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -122,6 +123,7 @@ class Subject:
         self.dry = dry
         self.model, _ = load_model(None, path, progress=False, cache_ratio=ratio, **{**here, **system.settings})
         (self.engine,) = self.model.hybrimoe.engines
+        self._keyword = cache_name(self.model)
         self.gates = []
         for place, operator in enumerate(experts_operators(self.model)):
             block: Any = self.model.get_submodule(operator.key.rpartition(".")[0])
@@ -151,9 +153,9 @@ class Subject:
                 self.engine.routers[call.layer + 1].tell(torch.from_numpy(call.predicted[0]))
         ids = torch.randint(3, 250, (1, len(calls[0].ids)), device=self.model.device)
         started, simulated = self._now()
-        out = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(ids, **{self._keyword: cache}, use_cache=True, logits_to_keep=1)
         ended, later = self._now()
-        return (later - simulated if self.dry else ended - started), out.cache
+        return (later - simulated if self.dry else ended - started), cache_in(out)
 
     def _now(self) -> tuple[float, float]:
         self.engine.accelerator.synchronize()

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from eval import report
+from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
 CHUNK_TOKENS = 256
 DECODED = 32
@@ -72,10 +73,11 @@ def texts(tokenizer: Any, count: int) -> list[torch.Tensor]:
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[T, V] float32: one prefill, then the last `DECODED` positions token by token, as in an answer."""
     first = max(1, ids.shape[1] - DECODED)
+    keyword = cache_name(model)
     out = model(ids[:, :first], use_cache=True)
     parts = [out.logits[0]]
     for at in range(first, ids.shape[1]):
-        out = model(ids[:, at : at + 1], cache=out.cache, use_cache=True)
+        out = model(ids[:, at : at + 1], **{keyword: cache_in(out)}, use_cache=True)
         parts.append(out.logits[0])
     return torch.cat(parts).float()
 

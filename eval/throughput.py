@@ -20,6 +20,7 @@ import torch
 
 from eval import peer, report, roofline, synthetic
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
 PROMPT_TOKENS = 128
 CONTEXT = 2048
@@ -147,6 +148,7 @@ def _ours(args: Namespace, gguf: Path, settings: dict[str, Any]) -> tuple[Measur
         from eval.forced import route_by
 
         route_by(model, args.trace)
+    keyword = cache_name(model)
 
     @torch.inference_mode()
     def run(prompt: Sequence[int], steps: Sequence[int]) -> tuple[float, list[float]]:
@@ -156,7 +158,8 @@ def _ours(args: Namespace, gguf: Path, settings: dict[str, Any]) -> tuple[Measur
         spent = []
         for token in steps:
             started = time.perf_counter()
-            out = model(torch.tensor([[token]]), cache=out.cache, use_cache=True, logits_to_keep=1)
+            kept = {keyword: cache_in(out)}
+            out = model(torch.tensor([[token]]), **kept, use_cache=True, logits_to_keep=1)
             spent.append(time.perf_counter() - started)
         return prefill, spent
 

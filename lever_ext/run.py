@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybrimoe_plugin.errors import SpeculationError
+from hybrimoe_plugin.operators.kv_cache import cache_in
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.early_exit.rates import pays
 from lever_ext.stats import Cycle, SpeculationStats
@@ -252,7 +253,7 @@ def _likeliest_path(tree: TokenTree, verified: Verified, row: int) -> list[int]:
 def _cache(model: Any, kwargs: dict[str, Any]) -> Any:
     from transformers import DynamicCache
 
-    found = kwargs.get("cache", kwargs.get("past_key_values"))
+    found = cache_in(kwargs)
     if found is None:
         return DynamicCache(config=model.config)
     if not isinstance(found, DynamicCache):

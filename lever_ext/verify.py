@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import SpeculationError
+from hybrimoe_plugin.operators.kv_cache import cache_name
 from lever_ext.early_exit.gate import ExitGate, Verdict
 from lever_ext.tree.token_tree import TokenTree
 
@@ -124,8 +124,3 @@ class Verifier:
         mask = torch.zeros(1, 1, len(tree), past + len(tree), dtype=dtype)
         mask[0, 0, :, past:].masked_fill_(~torch.from_numpy(tree.mask), torch.finfo(dtype).min)
         return mask
-
-
-def cache_name(base: Any) -> str:
-    """The keyword under which this version of `transformers` takes a KV cache."""
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

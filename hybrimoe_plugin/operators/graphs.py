@@ -27,7 +27,7 @@ from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.flash_choice import FlashKernel
 from hybrimoe_plugin.operators.hooks import Hooks
-from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, make_buffer
+from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, cache_in, make_buffer
 from hybrimoe_plugin.operators.last_rows import LastRows
 from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
@@ -129,7 +129,7 @@ class GraphedLayer(DenseOperator):
         """As the layer: [B, T, H] from [B, T, H]."""
         if self.row_step is not None:
             if not args and hidden_states.dtype == torch.float32 and self._one_token(hidden_states, kwargs):
-                return self.row_step(hidden_states, kwargs["position_embeddings"], _cache(kwargs))
+                return self.row_step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
             if not args and self.last_rows is not None and self.last_rows.serve(hidden_states):
                 return self.last_rows(hidden_states, **kwargs)
             return self._eager(hidden_states, *args, **kwargs)
@@ -164,7 +164,7 @@ class GraphedLayer(DenseOperator):
         """This layer's cache, if the call is one that CUDA graphs are for."""
         if not self._one_token(hidden_states, kwargs):
             return None
-        layers, index = getattr(_cache(kwargs), "layers", ()), int(self.self_attn.layer_idx)
+        layers, index = getattr(cache_in(kwargs), "layers", ()), int(self.self_attn.layer_idx)
         layer = layers[index] if index < len(layers) else None
         if type(layer) is not GrowingLayer or layer.get_seq_length() == 0:
             return None
@@ -288,12 +288,6 @@ def connect_layers(model: Any) -> Callable[[], None]:
         if graphs is not None:
             module.connect(graphs)
     return lambda: None if last is None else last.remove()
-
-
-def _cache(kwargs: dict[str, Any]) -> Any:
-    """Under either of the names that transformers gives it."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:

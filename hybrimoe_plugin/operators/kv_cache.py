@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
+
+_NAMES = ("cache", "past_key_values")
+"""What transformers calls the KV cache: the second name up to 5.17, the first in later releases."""
 
 _SPARE = 256
 """Tokens of room that a new buffer has at least; it doubles when it is full."""
@@ -122,6 +126,18 @@ class FixedCache:
         if values.shape[3]:
             values.index_copy_(2, self.place, value_states)
         return keys, values
+
+
+def cache_name(model: Any) -> str:
+    """The keyword under which this release of transformers hands a KV cache to `model.forward`."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _NAMES if name in parameters), _NAMES[-1])
+
+
+def cache_in(found: Any) -> Any:
+    """The KV cache among a call's keyword arguments or in a model's output, under whichever name; None without one."""
+    read = found.get if isinstance(found, Mapping) else lambda name: getattr(found, name, None)
+    return next((cache for name in _NAMES if (cache := read(name)) is not None), None)
 
 
 def make_buffer(like: torch.Tensor, room: int) -> torch.Tensor:

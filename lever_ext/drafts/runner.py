@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
-from lever_ext.verify import cache_name
+from hybrimoe_plugin.operators.kv_cache import cache_name
 
 LEAN = ("llama", "qwen2", "qwen3")
 """Model types that the lean loop computes: pre-norm, rotary, grouped queries, gated FFN."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.operators.kv_cache import cache_in
+
 CPU = torch.device("cpu")
 
 
@@ -59,8 +61,7 @@ def _sent(value: torch.Tensor, side: torch.device) -> torch.Tensor:
 
 def move_kv(kwargs: Mapping[str, Any], index: int, side: torch.device) -> None:
     """Take a layer's keys and values to the side that computes it. Mutates: the cache."""
-    cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
-    layers = getattr(cache, "layers", ())
+    layers = getattr(cache_in(kwargs), "layers", ())
     if index < len(layers) and getattr(layers[index], "is_initialized", False) and layers[index].keys.device != side:
         layer = layers[index]
         layer.keys, layer.values, layer.device = layer.keys.to(side), layer.values.to(side), side
