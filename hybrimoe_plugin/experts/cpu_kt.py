@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 KERNEL_TYPES = frozenset({"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"})
 """GGML types that were tried against a float32 reference; any other ends the process."""
 
-REPLACEMENTS = {"F32": "BF16"}
-"""What other types are turned into; `Q8_0` where nothing is named."""
+BF16_VARIANTS = frozenset({"avx512_bf16", "amx"})
+"""kt-kernel's builds that multiply bfloat16. The others take BF16 weights and then end the process at the first token
+("llamafile not supported")."""
 INTERMEDIATE_MULTIPLE = 256
 GROUPED_HIDDEN_MULTIPLE = 256
 """From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows and leaves what is
@@ -70,6 +72,16 @@ def _float_environment() -> Iterator[None]:
         libm.fesetenv(kept)
 
 
+def kernel_types(variant: str) -> frozenset[str]:
+    """GGML types that a build of kt-kernel computes, by its name: `avx2`, `avx512_bf16`, `amx` and so on."""
+    return KERNEL_TYPES if variant in BF16_VARIANTS else KERNEL_TYPES - {"BF16"}
+
+
+def _variant() -> str:
+    """The build that kt-kernel has chosen for this processor; empty for one that does not say."""
+    return str(getattr(sys.modules.get("kt_kernel"), "__cpu_variant__", ""))
+
+
 def refusal(spec: ExpertSpec) -> str | None:
     """Why the kernels cannot run experts of this shape, None if they can."""
     if spec.intermediate % INTERMEDIATE_MULTIPLE:
@@ -82,7 +94,7 @@ def refusal(spec: ExpertSpec) -> str | None:
 class KTExperts:
     """kt-kernel's MoE on one pool of worker threads of its own.
 
-    Layers in types that the kernels lack are requantised to Q8_0, which makes a copy and logs a notice.
+    Layers in types that the kernels lack are requantised, which makes a copy and logs a notice.
 
     Args:
         threads: workers; measure before using every core, they spin (see docs/LOG.md).
@@ -98,6 +110,7 @@ class KTExperts:
         with _quiet():
             self._infer = self._kernel.CPUInfer(threads)
         self.threads = self.workers = threads
+        self._types = kernel_types(_variant())
         self._layers: list[_Layer] = []
         self._pending: tuple[torch.Tensor, torch.dtype] | None = None
         self._keep: tuple[Any, ...] = ()
@@ -107,7 +120,8 @@ class KTExperts:
         reason = refusal(weights.spec)
         if reason is not None:
             raise BackendError(f"layer {weights.layer}: kt-kernel cannot run these experts: {reason}")
-        layer = _Layer(self._kernel, self._infer, _supported(weights), len(self._layers))
+        known = _supported(weights, self._types)
+        layer = _Layer(self._kernel, self._infer, known, len(self._layers))
         self._layers.append(layer)
 
     def submit(
@@ -232,14 +246,14 @@ def _contiguous(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return matrix.stacked if matrix.stacked is not None else np.concatenate(matrix.experts)
 
 
-def _supported(weights: LayerWeights) -> LayerWeights:
-    """The same layer with every matrix in a type that the kernels run."""
+def _supported(weights: LayerWeights, types: frozenset[str]) -> LayerWeights:
+    """The same layer with every matrix in one of these types, which the kernels run."""
     changes: dict[str, Matrix] = {}
     for index, part in enumerate(("gate", "up", "down")):
         matrix: Matrix = getattr(weights, part)
-        if matrix.type_name in KERNEL_TYPES:
+        if matrix.type_name in types:
             continue
-        target = REPLACEMENTS.get(matrix.type_name, "Q8_0")
+        target = _replacement(matrix.type_name, types)
         log.warning(
             "layer %d: no kernel for %s experts in %s; requantised to %s, which takes a copy in memory",
             weights.layer,
@@ -248,16 +262,28 @@ def _supported(weights: LayerWeights) -> LayerWeights:
             target,
         )
         stored = [
-            quantize(weights.dequantized(expert)[index].numpy(), GGMLQuantizationType[target])
-            for expert in range(weights.spec.experts)
+            _requantised(weights.dequantized(expert)[index].numpy(), target) for expert in range(weights.spec.experts)
         ]
-        stacked = np.concatenate([item.view(np.uint8).ravel() for item in stored])
+        stacked = np.concatenate(stored)
         changes[part] = Matrix(target, tuple(stacked.reshape(weights.spec.experts, -1)), stacked)
     if not changes:
         return weights
     fields: dict[str, Any] = {f"{part}_type": matrix.type_name for part, matrix in changes.items()}
     fields.update({f"{part}_bytes": matrix.experts[0].size for part, matrix in changes.items()})
     return replace(weights, spec=replace(weights.spec, **fields), **changes)  # type: ignore[arg-type]
+
+
+def _replacement(type_name: str, types: frozenset[str]) -> str:
+    """The type that loses least: a 16-bit one for floats, else Q8_0."""
+    if type_name not in ("F32", "BF16"):
+        return "Q8_0"
+    return "BF16" if "BF16" in types else "F16"
+
+
+def _requantised(values: NDArray[np.float32], target: str) -> NDArray[np.uint8]:
+    if target == "F16" and not np.abs(values).max() <= np.finfo(np.float16).max:
+        raise BackendError("weights beyond the range of F16: kt-kernel has no kernel for them on this processor")
+    return quantize(values, GGMLQuantizationType[target]).view(np.uint8).ravel()
 
 
 def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as reference_dequantize
 
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts import cpu_kt
 from hybrimoe_plugin.experts.base import CPUBackend
 from hybrimoe_plugin.experts.cpu_kt import KTExperts
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
@@ -60,6 +61,22 @@ def test_kt_kernel_equals_the_reference(types: tuple[str, str, str], hidden: int
             wanted = compute(plain, arguments, mine)
             assert error(compute(native, arguments, mine), wanted) < max(TOLERANCE[name] for name in types)
     native.close()
+
+
+def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Such a build ends the process at the first token."""
+    weights = tiny_experts.layer(types=("BF16", "Q8_0", "F32"))
+    assert "BF16" in cpu_kt.kernel_types("amx") and "BF16" in cpu_kt.kernel_types("avx512_bf16")
+    for variant in ("avx2", "avx512_vnni", "a later one", ""):
+        found = cpu_kt._supported(weights, cpu_kt.kernel_types(variant))
+        assert [matrix.type_name for matrix in found.matrices()] == ["F16", "Q8_0", "F16"]
+        assert found.gate.experts[0].size == found.spec.gate_bytes
+        for one, other in zip(found.dequantized(3), weights.dequantized(3), strict=True):
+            torch.testing.assert_close(one, other, rtol=2**-11, atol=2**-24)  # a bfloat16 fits into 11 bits
+    assert "requantised to F16" in caplog.text
+    weights.gate.experts[0].view(np.uint16)[0] = 0x7F00  # 1.7e38
+    with pytest.raises(BackendError, match="beyond the range"):
+        cpu_kt._supported(weights, cpu_kt.kernel_types("avx2"))
 
 
 def test_kt_kernel_in_pieces_of_its_largest_call() -> None:
