@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
+from hybrimoe_plugin.experts.cuda_timer import device_us
+from hybrimoe_plugin.experts.kernels.tuning import CACHE_BYTES
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.costs import CostModel
 
 BUFFER_BYTES = 1 << 29
 REPEATS = 20
-SLEEP_CYCLES = 40_000_000
-"""20 to 30 ms: longer than the host takes to queue what is timed."""
-L2_BYTES = 64 << 20
-"""More than any device's second-level cache: experts that are timed must come from memory."""
+L2_BYTES = CACHE_BYTES
+"""Experts that are timed must come from memory."""
 
 
 class Bandwidths(NamedTuple):
@@ -50,14 +51,18 @@ def bandwidths(costs: CostModel, expert_bytes: float, device: torch.device | Non
 
 def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measured: Bandwidths) -> dict[str, float]:
     """What the engine's own calls reach (onloads, decode compute): the lower share over both kinds of layers."""
-    found = [_layer_shares(accelerator, layer, measured) for layer in layers[:2]]
+    found = [layer_shares(accelerator, layer, measured) for layer in layers[:2]]
     return {
         "link_share": min(link for link, _ in found),
         "kernel_bandwidth_share": min(kernel for _, kernel in found),
     }
 
 
-def _layer_shares(accelerator: SlotAccelerator, layer: LayerWeights, measured: Bandwidths) -> tuple[float, float]:
+def layer_shares(accelerator: SlotAccelerator, layer: LayerWeights, measured: Bandwidths) -> tuple[float, float]:
+    """(share of the link, share of the device's memory bandwidth) that onloads and decode compute of a layer reach.
+
+    Mutates: `accelerator`, whose slots are made anew.
+    """
     spec, device = layer.spec, accelerator.device
     count = max(spec.top_k, min(spec.experts, -(-2 * L2_BYTES // spec.expert_bytes)))
     count = count // spec.top_k * spec.top_k
@@ -80,6 +85,31 @@ def _layer_shares(accelerator: SlotAccelerator, layer: LayerWeights, measured: B
 
     kernel = count * spec.expert_bytes / _device_us(decode, device, ahead=True)
     return link / measured.link, kernel / measured.accelerator
+
+
+def attention_us(device: torch.device, lengths: Sequence[int], cudnn: bool) -> float:
+    """Median wall time of one decode step's attention, in us, where every step sees a length for the first time.
+
+    Qwen3's heads, bf16. What cuDNN plans it keeps, so lengths must be new to the process.
+
+    Args:
+        lengths: of the keys, one for each step.
+        cudnn: whether torch may leave attention to cuDNN.
+    """
+    heads, groups, width, times = 32, 4, 128, []
+    query = torch.randn(1, heads, 1, width, dtype=torch.bfloat16, device=device)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    try:
+        for length in lengths:
+            keys = torch.randn(1, groups, length, width, dtype=torch.bfloat16, device=device)
+            float(keys.sum())  # they are there
+            started = time.perf_counter_ns()
+            float(F.scaled_dot_product_attention(query, keys, keys, enable_gqa=True).sum())
+            times.append((time.perf_counter_ns() - started) / 1e3)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    return statistics.median(times)
 
 
 def driver() -> str:
@@ -105,20 +135,7 @@ def _host_us(work: Callable[[], object], after: Callable[[], None] | None = None
 
 
 def _device_us(work: Callable[[], object], device: torch.device, ahead: bool = False) -> float:
-    """Median of device time between two events.
-
-    Args:
-        ahead: let the device sleep first, until the host has queued everything: launches cost no device time then.
-    """
-    times = []
-    for _ in range(REPEATS + REPEATS // 10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        stream = torch.cuda.current_stream(device)
-        if ahead:
-            torch.cuda._sleep(SLEEP_CYCLES)
-        begin.record(stream)
-        work()
-        end.record(stream)
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[REPEATS // 10 :])
+    """Median of device time between two events; `ahead` as in `device_us`. On the CPU, of wall time."""
+    if device.type != "cuda":
+        return _host_us(work)
+    return device_us(work, device, REPEATS, REPEATS // 10, ahead)

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -40,15 +40,17 @@ class Bench:
 
     Args:
         dry: emulated accelerator, small matrices.
+        layers: most layers; by default as many as half of the free memory holds.
     """
 
-    def __init__(self, model: Model, dry: bool, quick: bool) -> None:
+    def __init__(self, model: Model, dry: bool, quick: bool, layers: int | None = None) -> None:
         self.model, self.dry, self.quick = model, dry, quick
         self.device = torch.device("cpu" if dry else DEVICE)
         self.routing = routing(model, *((32, 12) if quick else (128, 64)), look_ahead=3, recall=RECALL)
         header, most = self.routing.header, len(self.routing.prompts[0])
         # Half of what is free: where pages cannot be registered, staging and the page cache want their part.
         count = min(most, 3 if quick else 12) if dry else fits(model, header.experts, most, 0.5 * free_host_bytes())
+        count = min(count, layers or count)
         self.layers = layers_of(model, header, count, dry)
         made = make_accelerator("emulated" if dry else "cuda", self.device)
         assert made is not None
@@ -92,37 +94,52 @@ class Bench:
         tokens, width = len(calls[0].ids), self.layers[0].spec.hidden
         dtype = torch.float32 if self.dry else torch.bfloat16
         hidden = torch.randn(tokens, width, dtype=dtype, device=self.device)
-        inputs = [self._inputs(engine, call) for call in calls[: len(self.layers)]]
+        inputs = [self._inputs(call) for call in calls[: len(self.layers)]]
         self.accelerator.synchronize()
         started, simulated = time.perf_counter_ns(), engine.clock.now_us()
-        for call, (ids, weights) in zip(calls, inputs, strict=False):
-            _TraceRouter.show(engine, call, self.device)
-            hidden = F.rms_norm(hidden + engine.run(call.layer, hidden, ids, weights), (width,))
+        for given in inputs:
+            _TraceRouter.show(engine, given)
+            part = engine.run(given.layer, hidden, given.ids, given.weights)
+            hidden = F.rms_norm(hidden + part, (width,))
         self.accelerator.synchronize()
         if self.dry:
             return engine.clock.now_us() - simulated
         return (time.perf_counter_ns() - started) / 1e3
 
-    def _inputs(self, engine: Engine, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(call.ids).to(self.device), torch.from_numpy(call.weights).to(self.device)
+    def _inputs(self, call: Call) -> _Inputs:
+        place = self.accelerator.place
+        ids, weights, *predicted = (
+            place(torch.from_numpy(array)) for array in (call.ids, call.weights, *call.predicted)
+        )
+        return _Inputs(call.layer, ids, weights, predicted)
 
     def close(self) -> None:
         self.cpu.close()
         self.accelerator.close()
 
 
+class _Inputs(NamedTuple):
+    """What a model would have computed by a layer's call, on the device before the clock starts."""
+
+    layer: int
+    ids: torch.Tensor
+    weights: torch.Tensor
+    predicted: list[torch.Tensor]
+    """[T, K] int64 for each of the next layers, nearest first."""
+
+
 class _TraceRouter:
-    """A router that gives what the trace says; predictions are put on the device before the call."""
+    """A router that gives what the trace says."""
 
     def __init__(self) -> None:
         self.predicted: torch.Tensor | None = None
 
     @staticmethod
-    def show(engine: Engine, call: Call, device: torch.device) -> None:
-        for distance, ids in enumerate(call.predicted, 1):
-            if call.layer + distance < len(engine.routers):
-                router: Any = engine.routers[call.layer + distance]
-                router.predicted = torch.from_numpy(ids).to(device, non_blocking=True)
+    def show(engine: Engine, given: _Inputs) -> None:
+        """Let the next layers' routers predict what this call's record says."""
+        for router, ids in zip(engine.routers[given.layer + 1 :], given.predicted, strict=False):
+            assert isinstance(router, _TraceRouter)
+            router.predicted = ids
 
     def scores(self) -> torch.Tensor | None:
         return None

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from hybrimoe_plugin.experts.kernels.tuning import cuda_timer
+from hybrimoe_plugin.experts.cuda_timer import cuda_timer
 
 Replay = Callable[[], None]
 """Does the captured work again, on the memory that it had when it was captured."""
@@ -52,6 +52,9 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._broken: list[torch.cuda.CUDAGraph] = []
+        """Graphs whose capture ended with an error. torch's allocator may still ask them which stream they record, so
+        they must not be destroyed."""
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -76,14 +79,28 @@ class CudaCapture:
     def end(self) -> Replay:
         graph, self._graph = self._graph, None
         assert graph is not None, "begin() comes first"
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except BaseException:
+            self._keep(graph)
+            raise
         return graph.replay
 
     def abandon(self) -> None:
-        graph, self._graph = self._graph, None
-        if graph is not None:
+        if self._graph is not None:
             with contextlib.suppress(RuntimeError):  # an invalid capture ends with an error, but it ends
-                graph.capture_end()
+                self.end()
+
+    def _keep(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a failed end: torch goes on as if the graph were being captured, with the allocator bound to its pool.
+
+        That pool would refuse every later capture ("already recording"), and freed memory would wait for the end.
+        """
+        self._broken.append(graph)
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        with contextlib.suppress(AttributeError, RuntimeError):  # not torch's public API; or it has ended it itself
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
 
     def time_us(self, replay: Replay) -> float:
         return cuda_timer(self._device)(replay)

@@ -1,4 +1,8 @@
-"""Where transfers read from: the mapped file's own pages, registered with the driver, else pinned staging buffers."""
+"""Where transfers read from: the mapped file's own pages, registered with the driver, else pinned staging buffers.
+
+A driver or a sandbox may refuse to register pages of a mapped file. Then every transfer is a copy in host memory first,
+which is slower than the link, so another thread makes it (`issue.OnThread`).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,21 @@ from typing import Protocol
 
 import torch
 
+from hybrimoe_plugin.experts.memory import huge_pages, human
 from hybrimoe_plugin.experts.streams import Event, Streams
 from hybrimoe_plugin.experts.weights import Bytes, LayerWeights
 
 log = logging.getLogger(__name__)
 
 _PAGE = 4096
-_FLAGS = 8 | 1
+READ_ONLY_PORTABLE = 8 | 1
 """cudaHostRegisterReadOnly, which a read-only file mapping needs, and Portable: several devices read one file."""
+
+PORTABLE = 1
+"""Enough for memory of the process's own, where the device does not know ReadOnly."""
+
+_FEW = 0.01
+"""Share of the weights that may be staged by the caller itself, such as a page that another device has registered."""
 
 
 class HostBytes(Protocol):
@@ -27,6 +38,11 @@ class HostBytes(Protocol):
 
     def source(self, part: Bytes) -> torch.Tensor:
         """[part.size] uint8; where `reuses` says so, valid until the event that `sent` is told."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether `source` takes so long that a thread of its own should call it; known after `prepare`."""
         ...
 
     @property
@@ -44,6 +60,7 @@ class HostBytes(Protocol):
 class PlainBytes:
     """The bytes as they are: the emulated link."""
 
+    slow = False
     reuses = False
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
@@ -60,11 +77,17 @@ class PlainBytes:
 
 
 class StagedBytes:
-    """A ring of buffers that bytes are copied through; `pinned` is False only in tests without CUDA."""
+    """A ring of buffers that bytes are copied through.
+
+    Args:
+        pinned: False only in tests without CUDA.
+        slow: whether to ask for a thread of its own; False is the plain twin.
+    """
 
     reuses = True
 
-    def __init__(self, streams: Streams, ring: int = 8, pinned: bool = True) -> None:
+    def __init__(self, streams: Streams, ring: int = 8, pinned: bool = True, slow: bool = False) -> None:
+        self.slow = slow
         self._streams = streams
         self._count = ring
         self._pinned = pinned
@@ -103,27 +126,31 @@ class RegisteredBytes:
     def __init__(self, device: torch.device, staged: StagedBytes) -> None:
         self._device = device
         self._staged = staged
+        self._wanted: list[tuple[int, int]] = []
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self.slow = False
         self.reuses = False
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
         wanted = list(_page_runs(layers))
-        if wanted == list(zip(self._starts, self._ends, strict=True)):
+        if wanted == self._wanted:
             return
         self.release()
-        refused = 0
+        self._wanted = wanted
         for start, end in wanted:
             # The outer pages may belong to a neighbour too, which another device has registered: then without them.
             for first, last in ((start, end), (start + _PAGE, end - _PAGE)):
-                if first < last and register_pages(first, last - first, _FLAGS, self._device):
+                if first < last and _register(first, last - first, self._device):
                     self._starts.append(first)
                     self._ends.append(last)
                     break
-                refused += 1
+        total = sum(end - start for start, end in wanted)
+        refused = total - sum(self._ends) + sum(self._starts)
         if refused:
-            size = sum(end - start for start, end in wanted) - sum(self._ends) + sum(self._starts)
-            log.warning("%.1f MiB of weights cannot be registered: their transfers are staged", size / 2**20)
+            self.slow = self._staged.slow and refused > _FEW * total
+            advice = _advice(self._device) if refused > _FEW * total else ""
+            log.warning("%s of weights cannot be registered: their transfers are staged%s", human(refused), advice)
             self._staged.prepare(layers)
 
     def source(self, part: Bytes) -> torch.Tensor:
@@ -139,8 +166,10 @@ class RegisteredBytes:
     def release(self) -> None:
         for start in self._starts:
             torch.cuda.cudart().cudaHostUnregister(start)
+        self._wanted = []
         self._starts.clear()
         self._ends.clear()
+        self.slow = False
         self._staged.release()
 
 
@@ -152,10 +181,29 @@ def register_pages(start: int, nbytes: int, flags: int, device: torch.device) ->
     return False
 
 
+def registers_own_memory(device: torch.device) -> bool:
+    """Whether the driver registers memory of the process's own; tried on a page."""
+    memory = huge_pages(_PAGE)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    if not _register(start, _PAGE, device):
+        return False
+    torch.cuda.cudart().cudaHostUnregister(start)
+    return True
+
+
 def as_tensor(part: Bytes) -> torch.Tensor:
     """A tensor over bytes that may lie in a read-only mapping; it is only ever read. Valid as long as `part`."""
     # By address: torch warns about every buffer that says it is read-only.
     return torch.frombuffer((ctypes.c_ubyte * part.size).from_address(part.ctypes.data), dtype=torch.uint8)
+
+
+def _register(start: int, nbytes: int, device: torch.device) -> bool:
+    return any(register_pages(start, nbytes, flags, device) for flags in (READ_ONLY_PORTABLE, PORTABLE))
+
+
+def _advice(device: torch.device) -> str:
+    """What makes transfers faster than staging, where anything does."""
+    return "; the setting `weights: memory` avoids that" if registers_own_memory(device) else ""
 
 
 def _page_runs(layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,9 @@
 
 A slot has two arrivals: gate and up, then down, so that compute can start on the first. Prefetches wait here until the
 link has room for them; one that is superseded meanwhile never crosses it.
+
+What the device is given may be given to it by another thread (`issue`). Bytes, landing buffers and the queues that
+write slots are then that thread's alone; which slot holds what, and what compute waits for, is the caller's.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ import torch
 
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.host_bytes import HostBytes
+from hybrimoe_plugin.experts.issue import Arrival, AtOnce, Events, Issued, Issuer
 from hybrimoe_plugin.experts.kernels.base import Kernels
 from hybrimoe_plugin.experts.kernels.layout import Part, SlotLayout
 from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK, Event, Streams
 from hybrimoe_plugin.experts.weights import Bytes
 
-AHEAD_DEPTH = 4
-"""Prefetches given to the device at once: enough to keep the link busy between two layer calls, few enough that most
-of what is superseded can still be dropped."""
+AHEAD_DEPTH = 2
+"""Prefetches given to the device at once. Copies share one engine that serves them in the order of their arrival,
+whatever their streams' priorities: a demand load waits for every prefetch before it. Two keep the link busy, one
+crossing it while the next is ready."""
 
 LANDINGS = 4
 """Buffers in which matrices arrive that are to be split."""
@@ -44,25 +49,37 @@ class SlotLane:
         host: where bytes are read from.
         buffer: [slots, slot bytes] uint8 on the device.
         landing_bytes: of the largest matrix that is split, 0 for none.
+        ahead_depth: most prefetches that the device is given at once.
+        issuer: gives transfers to the device; the lane closes it.
     """
 
     def __init__(
-        self, streams: Streams, kernels: Kernels, host: HostBytes, buffer: torch.Tensor, landing_bytes: int
+        self,
+        streams: Streams,
+        kernels: Kernels,
+        host: HostBytes,
+        buffer: torch.Tensor,
+        landing_bytes: int,
+        ahead_depth: int = AHEAD_DEPTH,
+        issuer: Issuer | None = None,
     ) -> None:
         self._streams = streams
         self._kernels = kernels
         self._host = host
         self._buffer = buffer
+        self._ahead_depth = ahead_depth
+        self._issuer = issuer or AtOnce()
         count = LANDINGS if landing_bytes else 0
         self._landings = [torch.empty(landing_bytes, dtype=torch.uint8, device=buffer.device) for _ in range(count)]
         self._landed: list[Event | None] = [None] * count
         self._turn = 0
         self._pending: dict[int, Transfer] = {}
         """Prefetches that the device has not been given, oldest first."""
-        self._outstanding: deque[Event] = deque()
-        self._gate_up: dict[int, tuple[Event, ...]] = {}
-        self._down: dict[int, tuple[Event, ...]] = {}
-        """Slot -> arrivals that compute has not waited for yet."""
+        self._outstanding: deque[Arrival] = deque()
+        """Prefetches that the device has been given and that have not crossed the link, oldest first."""
+        self._gate_up: dict[int, Arrival] = {}
+        self._down: dict[int, Arrival] = {}
+        """Slot -> what compute has not waited for yet."""
         self._last_use: dict[int, Event] = {}
         self._known: set[int] = set()
         self.cancelled = 0
@@ -91,31 +108,28 @@ class SlotLane:
 
     def pump(self) -> None:
         """Give the device as many waiting prefetches as it should have."""
-        while self._outstanding and self._streams.reached(self._outstanding[0]):
+        while self._outstanding and self._reached(self._outstanding[0]):
             self._outstanding.popleft()
-        while self._pending and len(self._outstanding) < AHEAD_DEPTH:
-            transfer = self._pending.pop(next(iter(self._pending)))
-            self._issue(transfer, AHEAD)
-            self._outstanding.append(self._streams.record(AHEAD))
+        while self._pending and len(self._outstanding) < self._ahead_depth:
+            self._issue(self._pending.pop(next(iter(self._pending))), AHEAD)
+            self._outstanding.append(self._issuer.submit(lambda: (self._streams.record(AHEAD),)))
 
     def wait_gate_up(self, slots: Iterable[int]) -> None:
         """Compute goes on only when these slots' gate and up have arrived.
 
         Raises:
-            BackendError: a slot was never filled, or its transfer was cancelled.
+            BackendError: a slot was never filled, its transfer was cancelled, or any transfer has failed.
         """
         for slot in slots:
             if slot not in self._known:
                 raise BackendError(f"slot {slot} was never onloaded")
             if slot in self._pending:  # needed now: it goes before the other prefetches
                 self._issue(self._pending.pop(slot), LINK)
-            for event in self._gate_up.pop(slot, ()):
-                self._streams.wait(COMPUTE, event)  # edge: gate and up have arrived -> stage 1
+        self._wait(self._gate_up, slots)  # edge: gate and up have arrived -> stage 1
 
     def wait_down(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            for event in self._down.pop(slot, ()):
-                self._streams.wait(COMPUTE, event)  # edge: down has arrived -> stage 2
+        """The same for down. Raises: BackendError: any transfer has failed."""
+        self._wait(self._down, slots)  # edge: down has arrived -> stage 2
 
     def used(self, slots: Sequence[int]) -> None:
         """Everything queued for compute so far is these slots' last use."""
@@ -124,27 +138,51 @@ class SlotLane:
         for slot in slots:
             self._last_use[slot] = event
 
+    def drain(self) -> None:
+        """The device has been given everything that it is to have by now; `synchronize` of its queues may follow."""
+        self._issuer.drain()
+
+    def check(self) -> None:
+        """Raises: BackendError: a transfer has failed."""
+        self._issuer.check()
+
+    def close(self) -> None:
+        """As `drain`; nothing can be sent any more."""
+        self._issuer.close()
+
+    def _wait(self, arrivals: dict[int, Arrival], slots: Iterable[int]) -> None:
+        self._issuer.check()
+        for slot in slots:
+            if slot in arrivals:
+                for event in arrivals[slot].result():
+                    self._streams.wait(COMPUTE, event)
+                del arrivals[slot]  # only now: an interrupted wait must come again
+
+    def _reached(self, arrival: Arrival) -> bool:
+        return arrival.done() and all(self._streams.reached(event) for event in arrival.result())
+
     def _issue(self, transfer: Transfer, queue: str) -> None:
         slot = transfer.slot
         # Whatever writes this slot now comes after its last use and after an older transfer that nobody waited for.
-        before = [*self._gate_up.pop(slot, ()), *self._down.pop(slot, ())]
+        # That one has been issued when this one is: jobs keep their order.
+        older = [arrivals.pop(slot) for arrivals in (self._gate_up, self._down) if slot in arrivals]
         if slot in self._last_use:
-            before.append(self._last_use.pop(slot))
+            older.append(Issued((self._last_use.pop(slot),)))
         ordered: set[str] = set()
         gate, up, down = zip(transfer.layout, transfer.parts, strict=True)
-        self._gate_up[slot] = self._write(slot, queue, (gate, up), before, ordered)
-        self._down[slot] = self._write(slot, queue, (down,), before, ordered)
+        self._gate_up[slot] = self._issuer.submit(lambda: self._write(slot, queue, (gate, up), older, ordered))
+        self._down[slot] = self._issuer.submit(lambda: self._write(slot, queue, (down,), older, ordered))
 
     def _write(
-        self, slot: int, queue: str, parts: Sequence[tuple[Part, Bytes]], before: Sequence[Event], ordered: set[str]
-    ) -> tuple[Event, ...]:
+        self, slot: int, queue: str, parts: Sequence[tuple[Part, Bytes]], older: Sequence[Arrival], ordered: set[str]
+    ) -> Events:
         """Send some matrices; gives the last event of each queue that writes them."""
         writers = []
         for part, stored in parts:
             writer = REPACK if part.split else queue
             if writer not in ordered:
                 ordered.add(writer)
-                for event in before:
+                for event in (event for arrival in older for event in arrival.result()):
                     self._streams.wait(writer, event)  # edge: last use of the slot -> its next content
             target = self._buffer[slot, part.offset : part.offset + part.size]
             if part.split:

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -22,6 +22,8 @@ MOST_STAGING_SLOTS = 32
 RESERVE = 0.1
 """Share of free accelerator memory that is left alone for activations and fragmentation."""
 
+_CGROUPS = Path("/sys/fs/cgroup")
+
 DEFAULT_EMULATED_RATIO = 0.25
 """Cache ratio of the emulated accelerator, which has no memory of its own to size it by: the papers' smallest."""
 
@@ -35,15 +37,60 @@ def human(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def free_host_bytes() -> int:
-    """Memory that can still be taken on the host; a container's limit counts."""
+class _Group(NamedTuple):
+    """Where one version of control groups says what a container may take and has taken."""
+
+    limit: str
+    used: str
+    stat: str
+    cached: tuple[str, ...]
+    """Lines of `stat`, in bytes: pages of files, which the kernel takes back when memory is asked for."""
+    dirty: str
+    """The part of them that must be written first."""
+
+
+_GROUPS = (
+    _Group("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file"), "file_dirty"),
+    _Group(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+        "total_dirty",
+    ),
+)
+
+
+def free_host_bytes(root: Path = _CGROUPS) -> int:
+    """Memory that can still be taken on the host; a container's limit counts.
+
+    Args:
+        root: where control groups are mounted, of version 2 or 1.
+    """
     free = int(psutil.virtual_memory().available)
+    for group in _GROUPS:
+        with contextlib.suppress(OSError, ValueError):  # not this version, or no limit ("max")
+            free = min(free, _free_in(root, group))
+    return max(0, free)
+
+
+def _free_in(root: Path, group: _Group) -> int:
+    """What a container may still take, its cached pages of files counted as free: a mapped model would seem to fill it.
+
+    Raises:
+        OSError, ValueError: there is no such group, or it has no limit.
+    """
+    limit, used = (int((root / name).read_text()) for name in (group.limit, group.used))
+    return limit - used + _reclaimable(root, group)
+
+
+def _reclaimable(root: Path, group: _Group) -> int:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
-        return free
+        words = (root / group.stat).read_text().split()
+        stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    except (OSError, ValueError):  # a sandbox may show the limit alone
+        return 0
+    return max(0, sum(stat.get(name, 0) for name in group.cached) - stat.get(group.dirty, 0))
 
 
 def huge_pages(nbytes: int) -> mmap.mmap:

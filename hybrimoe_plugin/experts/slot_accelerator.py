@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 
 from hybrimoe_plugin.errors import BackendError, BudgetError
+from hybrimoe_plugin.experts.cuda_timer import cuda_timer
 from hybrimoe_plugin.experts.host_bytes import HostBytes, PlainBytes, RegisteredBytes, StagedBytes
+from hybrimoe_plugin.experts.issue import AtOnce, OnThread
 from hybrimoe_plugin.experts.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.experts.kernels.layout import SlotLayout
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
-from hybrimoe_plugin.experts.kernels.tuning import Tunable, cuda_timer
-from hybrimoe_plugin.experts.lane import LANDINGS, SlotLane, Transfer
+from hybrimoe_plugin.experts.kernels.tuning import Tunable
+from hybrimoe_plugin.experts.lane import AHEAD_DEPTH, LANDINGS, SlotLane, Transfer
 from hybrimoe_plugin.experts.streams import Coming, CudaStreams, HostStreams, Streams
 from hybrimoe_plugin.experts.weights import LayerWeights
 
@@ -35,6 +37,7 @@ class SlotAccelerator:
 
     Args:
         kernels: fused Triton kernels or their plain twin; `fallback` serves layers whose types they refuse.
+        ahead_depth: most prefetches that the device is given at once, at least 1; see `AHEAD_DEPTH`.
     """
 
     def __init__(
@@ -45,15 +48,19 @@ class SlotAccelerator:
         streams: Streams | None = None,
         host: HostBytes | None = None,
         fallback: Kernels | None = None,
+        ahead_depth: int = AHEAD_DEPTH,
     ) -> None:
+        if ahead_depth < 1:
+            raise ValueError(f"ahead_depth: expected at least 1, found {ahead_depth}")
         self.name = name
         self.device = device
         self.kernels = kernels
         self.streams = streams or HostStreams()
         self._host = host or PlainBytes()
         self._fallback = fallback
+        self._ahead_depth = ahead_depth
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
-        self._lane = SlotLane(self.streams, kernels, self._host, self._buffer, 0)
+        self._lane = self._make_lane(0)
         self._layouts: dict[int, SlotLayout] = {}
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
@@ -74,16 +81,16 @@ class SlotAccelerator:
         size = max(layout.size for layout in layouts)
         landing = max((part.size for layout in layouts for part in layout if part.split), default=0)
         self._drop()  # given back before the new slots are taken
+        self._host.prepare(layers)
         try:
             self._buffer = torch.empty(slots, size, dtype=torch.uint8, device=self.device)
-            self._lane = SlotLane(self.streams, self.kernels, self._host, self._buffer, landing)
+            self._lane = self._make_lane(landing)
         except (RuntimeError, MemoryError) as error:  # CUDA out of memory is a RuntimeError
             self._drop()
             raise BudgetError(
                 f"{slots} slots of {size} bytes and {LANDINGS} landing buffers of {landing} do not fit on "
                 f"{self.device}: {error}"
             ) from error
-        self._host.prepare(layers)
         if self.device.type == "cuda" and isinstance(self.kernels, Tunable):
             with torch.cuda.device(self.device):
                 for layout, top_k in {(self.kernels.layout(item.spec), item.spec.top_k) for item in layers}:
@@ -128,7 +135,10 @@ class SlotAccelerator:
         return self.streams.place(tensor)
 
     def synchronize(self) -> None:
+        """The host waits for everything. Raises: BackendError: a transfer has failed."""
+        self._lane.drain()
         self.streams.synchronize()
+        self._lane.check()
 
     def close(self) -> None:
         self._drop()
@@ -136,10 +146,16 @@ class SlotAccelerator:
 
     def _drop(self) -> None:
         """Give the slots back."""
+        self._lane.close()  # before the device is waited for: this gives it the last of its work
         self.streams.synchronize()
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
-        self._lane = SlotLane(self.streams, self.kernels, self._host, self._buffer, 0)
+        self._lane = self._make_lane(0)
         self._layouts.clear()
+
+    def _make_lane(self, landing_bytes: int) -> SlotLane:
+        """Traffic for the buffer as it is now."""
+        issuer = OnThread() if self._host.slow and len(self._buffer) else AtOnce()
+        return SlotLane(self.streams, self.kernels, self._host, self._buffer, landing_bytes, self._ahead_depth, issuer)
 
     def _choose_kernels(self, layers: Sequence[LayerWeights]) -> None:
         for weights in layers:
@@ -193,8 +209,10 @@ def _tuned_path(device: torch.device) -> Path | None:
     return cache_dir() / "kernels" / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
 
-def make_accelerator(name: str, device: torch.device, kernels: str = "auto") -> SlotAccelerator | None:
-    """`none`, `emulated` or `cuda`; `kernels` is `auto`, `triton` or `torch`.
+def make_accelerator(
+    name: str, device: torch.device, kernels: str = "auto", ahead_depth: int = AHEAD_DEPTH
+) -> SlotAccelerator | None:
+    """`none`, `emulated` or `cuda`; `kernels` is `auto`, `triton` or `torch`; `ahead_depth` as in `SlotAccelerator`.
 
     Raises:
         BackendError: the device or the kernels cannot be used, with the reason.
@@ -204,11 +222,11 @@ def make_accelerator(name: str, device: torch.device, kernels: str = "auto") -> 
     if name == "emulated":
         device = torch.device("cpu")
         chosen, fallback = make_kernels(kernels, device)
-        return SlotAccelerator(device, "emulated", chosen, fallback=fallback)
+        return SlotAccelerator(device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth)
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")
     chosen, fallback = make_kernels(kernels, device)
     streams = CudaStreams(device)
-    host = RegisteredBytes(device, StagedBytes(streams))
-    return SlotAccelerator(device, "cuda", chosen, streams, host, fallback)
+    host = RegisteredBytes(device, StagedBytes(streams, slow=True))
+    return SlotAccelerator(device, "cuda", chosen, streams, host, fallback, ahead_depth)

@@ -1,7 +1,7 @@
 """Queues of one device and the events between them: every cross-stream edge is one `wait`.
 
-Four queues. `LINK` carries demand loads and is ahead of `AHEAD`, which carries prefetches, wherever the device can
-choose. `REPACK` brings arrived bytes into slot form, so that a copy never waits for a kernel. `COMPUTE` is whatever
+Four queues. `LINK` carries demand loads and `AHEAD` prefetches, so that neither waits for the other's slots to be
+free. `REPACK` brings arrived bytes into slot form, so that a copy never waits for a kernel. `COMPUTE` is whatever
 stream the model runs on.
 """
 
@@ -125,7 +125,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Lower numbers go first. Copies to the device share one engine: a demand load overtakes queued prefetches.
+        # Lower numbers go first, but among kernels only: copies cross the link as they came, see `AHEAD_DEPTH`.
         self._streams = {
             LINK: torch.cuda.Stream(device, priority=-2),
             AHEAD: torch.cuda.Stream(device, priority=0),

@@ -137,7 +137,22 @@ def bind(
     handle = HybriMoE(engines, profiles)
     # Threads and pinned memory must go with the model, also when nobody calls close.
     weakref.finalize(model, _close_all, engines)
+    if any(parameter.is_cuda for parameter in model.parameters()) or _any_cuda(engines):
+        leave_cudnn_attention()
     return handle
+
+
+def leave_cudnn_attention() -> None:
+    """Keep torch's attention away from cuDNN, for the whole process.
+
+    cuDNN makes a plan for every new number of keys, which decode has at every token, and a plan takes a good part of a
+    second. From 2.11 on torch asks it first on Hopper. torch's own kernels take any length as it comes.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _any_cuda(engines: Sequence[Engine]) -> bool:
+    return any(engine.accelerator is not None and engine.accelerator.device.type == "cuda" for engine in engines)
 
 
 def _share_cores(engines: Sequence[Engine]) -> None:

@@ -70,11 +70,11 @@ def test_stress_gives_the_plain_twins_tokens(monkeypatch: pytest.MonkeyPatch) ->
     wanted = tokens(Toy(*build(weights=WEIGHTS, **settings)), None)
     assert len(set(wanted)) > 20, "a loop of few tokens would prove little"
 
-    monkeypatch.setattr(lane_module, "AHEAD_DEPTH", 1)  # most prefetches wait, so many are dropped
     streams = LazyStreams(7)
     monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
     host = StagedBytes(streams, ring=4, pinned=False)
-    device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host)
+    # At depth 1 most prefetches wait, so many are dropped.
+    device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host, ahead_depth=1)
     engine, routers = build(device, WEIGHTS, **settings)
     rng = random.Random(3)
     # Predictions with a mind of their own: much is sent for nothing, and withdrawn.

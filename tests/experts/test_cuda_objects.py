@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -117,13 +118,18 @@ def test_the_host_stops_once_for_all_tensors_and_only_in_wait(
 
 
 class FakeGraph:
-    """Notes what is asked of it and on which stream."""
+    """Notes what is asked of it and on which stream; the third capture ends with an error."""
 
     log: list[str]
     current: FakeStream
+    recording: set[str]
+    """Pools that the allocator takes memory from, as it believes, for a capture."""
 
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        assert (pool, capture_error_mode) == ("pool", "thread_local")
+    def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        assert pool not in self.recording, "already recording to mempool_id"
+        self.pool = pool
+        self.recording.add(pool)
         assert self.current.entered, "capturing needs a stream that is not the default one"
         assert not gc.isenabled()
         self.log.append("begin")
@@ -132,18 +138,23 @@ class FakeGraph:
         self.log.append("end")
         if self.log.count("end") == 3:
             raise RuntimeError("capture was invalidated")
+        self.recording.remove(self.pool)
 
     def replay(self) -> None:
         self.log.append("replay")
 
 
-def test_graphs_are_captured_aside_and_replayed_where_the_model_runs(
-    current: FakeStream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FakeGraph.log, FakeGraph.current = [], current
+@pytest.fixture
+def graphs(current: FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = iter(("pool", "second pool"))
+    FakeGraph.log, FakeGraph.current, FakeGraph.recording = [], current, set()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+@pytest.mark.usefixtures("graphs")
+def test_graphs_are_captured_aside_and_replayed_where_the_model_runs(current: FakeStream) -> None:
     capture = capture_for(DEVICE)
     assert isinstance(capture, CudaCapture) and capture_for(torch.device("cpu")) is None
     side: Any = capture._stream
@@ -171,18 +182,56 @@ def test_graphs_are_captured_aside_and_replayed_where_the_model_runs(
     assert FakeGraph.log[-2:] == ["begin", "end"]
 
 
-class FakeRuntime:
-    """cudaHostRegister that refuses ranges which overlap `taken`, or everything."""
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("abandoned", [False, True])
+@pytest.mark.parametrize("public_only", [False, True])
+def test_a_graph_whose_capture_failed_is_kept_and_the_next_one_has_its_own_pool(
+    abandoned: bool, public_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's allocator still asks it, and takes its pool for one that is being recorded."""
+    ended: list[tuple[int, str]] = []
+    if public_only:
+        monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    else:
+        end = lambda index, pool: ended.append((index, pool))  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    capture = capture_for(DEVICE)
+    assert isinstance(capture, CudaCapture)
+    with capture.aside():
+        for _ in range(2):
+            capture.begin()
+            capture.end()
+        capture.begin()
+        failed = weakref.ref(capture._graph)
+        if abandoned:
+            capture.abandon()
+        else:
+            with pytest.raises(RuntimeError, match="invalidated"):
+                capture.end()
+            capture.abandon()  # as callers do after an error
+        gc.collect()
+        assert failed() is not None
+        capture.begin()
+        capture.end()
+    assert ended == ([] if public_only else [(0, "pool")])
 
-    def __init__(self, taken: tuple[int, int] | None = None, refuse: bool = False) -> None:
-        self.taken, self.refuse = taken, refuse
+
+class FakeRuntime:
+    """cudaHostRegister that refuses ranges which overlap `taken`, or everything, or flags."""
+
+    def __init__(
+        self, taken: tuple[int, int] | None = None, refuse: bool = False, refused_flags: tuple[int, ...] = ()
+    ) -> None:
+        self.taken, self.refuse, self.refused_flags = taken, refuse, refused_flags
         self.ranges: dict[int, int] = {}
+        self.calls = 0
 
     def cudaHostRegister(self, start: int, size: int, flags: int) -> int:  # noqa: N802
         assert start % 4096 == size % 4096 == 0
-        assert flags == 9
+        assert flags in (9, 1)
+        self.calls += 1
         hit = self.taken is not None and start < self.taken[1] and self.taken[0] < start + size
-        if self.refuse or hit:
+        if self.refuse or hit or flags in self.refused_flags:
             return 1
         self.ranges[start] = start + size
         return 0
@@ -195,7 +244,7 @@ class FakeRuntime:
 def registered(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> RegisteredBytes:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(host_bytes, "_clear_error", lambda device: None)
-    return RegisteredBytes(DEVICE, StagedBytes(HostStreams(), ring=2, pinned=False))
+    return RegisteredBytes(DEVICE, StagedBytes(HostStreams(), ring=2, pinned=False, slow=True))
 
 
 def test_pages_are_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +252,10 @@ def test_pages_are_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatc
     host = registered(monkeypatch, runtime)
     weights = tiny_experts.layer(types=("Q8_0",) * 3)
     host.prepare([weights])
-    known = dict(runtime.ranges)
+    known, calls = dict(runtime.ranges), runtime.calls
     host.prepare([weights])
-    assert runtime.ranges == known
+    assert (runtime.ranges, runtime.calls) == (known, calls)
+    assert not host.slow
     for matrix in weights.matrices():
         part = matrix.experts[3]
         source = host.source(part)
@@ -218,11 +268,16 @@ def test_pages_are_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_registered_is_staged_with_a_notice(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    host = registered(monkeypatch, FakeRuntime(refuse=True))
+    runtime = FakeRuntime(refuse=True)
+    host = registered(monkeypatch, runtime)
     weights = tiny_experts.layer(types=("Q8_0",) * 3)
     with caplog.at_level(logging.WARNING):
         host.prepare([weights])
-    assert "cannot be registered" in caplog.text
+    assert "cannot be registered" in caplog.text and "weights: memory" not in caplog.text
+    assert host.slow, "a thread of its own makes the copies"
+    calls = runtime.calls
+    host.prepare([weights])
+    assert runtime.calls == calls, "asked once"
     for expert in range(5):
         part = weights.up.experts[expert]
         source = host.source(part)
@@ -245,3 +300,29 @@ def test_a_page_that_another_device_has_costs_only_its_own_bytes(monkeypatch: py
         direct.append(host.source(part).data_ptr() == part.ctypes.data)
         host.sent(None)
     assert 0 < direct.count(False) <= 2
+    assert not host.slow, "too few for a thread"
+
+
+def test_memory_of_the_process_is_proposed_where_only_mappings_are_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = tiny_experts.layer(experts=16, intermediate=512, types=("Q8_0",) * 3)
+    starts = [matrix.stacked.ctypes.data for matrix in weights.matrices() if matrix.stacked is not None]
+    ends = [
+        matrix.stacked.ctypes.data + matrix.stacked.size for matrix in weights.matrices() if matrix.stacked is not None
+    ]
+    runtime = FakeRuntime(taken=(min(starts) - 4096, max(ends) + 4096))
+    host = registered(monkeypatch, runtime)
+    with caplog.at_level(logging.WARNING):
+        host.prepare([weights])
+    assert "weights: memory" in caplog.text
+    assert not runtime.ranges, "what was tried is given back"
+
+
+def test_devices_that_do_not_know_read_only_pages_register_the_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime(refused_flags=(9,))
+    host = registered(monkeypatch, runtime)
+    host.prepare([tiny_experts.layer(types=("Q8_0",) * 3)])
+    assert runtime.ranges and not host.slow
+    host.release()
+    assert not runtime.ranges

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_streams import LazyStreams
+from fake_streams import LazyStreams, Point
 from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
@@ -16,7 +16,7 @@ from hybrimoe_plugin.errors import BackendError, BudgetError
 from hybrimoe_plugin.experts import lane as lane_module
 from hybrimoe_plugin.experts.host_bytes import HostBytes, PlainBytes, StagedBytes
 from hybrimoe_plugin.experts.lane import AHEAD_DEPTH
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
+from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK
 
 Build = Callable[..., tuple[SlotAccelerator, LazyStreams]]
@@ -30,11 +30,17 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     """Makes a device on lazy streams; its copies tell them what they write."""
 
     def make(
-        seed: int | None = None, host: HostBytes | None = None, streams: LazyStreams | None = None
+        seed: int | None = None,
+        host: HostBytes | None = None,
+        streams: LazyStreams | None = None,
+        ahead_depth: int = AHEAD_DEPTH,
     ) -> tuple[SlotAccelerator, LazyStreams]:
         streams = streams or LazyStreams(seed)
         monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
-        device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host or PlainBytes())
+        kernels = WatchedKernels(streams)
+        device = SlotAccelerator(
+            torch.device("cpu"), "fake", kernels, streams, host or PlainBytes(), ahead_depth=ahead_depth
+        )
         device.allocate(SLOTS, [WEIGHTS])
         return device, streams
 
@@ -119,12 +125,13 @@ def test_compute_starts_before_down_has_arrived(build: Build) -> None:
     assert streams.host_waits == 0
 
 
-def test_prefetches_wait_for_room_and_can_be_dropped(build: Build) -> None:
-    device, _ = build()
-    device.allocate(AHEAD_DEPTH + 3, [WEIGHTS])
-    for slot in range(AHEAD_DEPTH + 3):
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_prefetches_wait_for_room_and_can_be_dropped(build: Build, depth: int) -> None:
+    device, _ = build(ahead_depth=depth)
+    device.allocate(depth + 3, [WEIGHTS])
+    for slot in range(depth + 3):
         device.onload(slot, WEIGHTS, slot % EXPERTS, ahead=True)
-    first, second, third = range(AHEAD_DEPTH, AHEAD_DEPTH + 3)
+    first, second, third = range(depth, depth + 3)
     assert not device.cancel(0), "the link has it already"
     assert device.cancel(first)
     assert not device.cancel(first)
@@ -134,6 +141,21 @@ def test_prefetches_wait_for_room_and_can_be_dropped(build: Build) -> None:
     compute(device, {third: third % EXPERTS}, 2)  # needed while it waits: sent at once
     with pytest.raises(BackendError, match="never onloaded"):
         compute(device, {first: first % EXPERTS}, 3)
+
+
+def test_a_demand_load_has_few_prefetches_before_it(build: Build) -> None:
+    """The link serves copies in the order in which the device was given them."""
+    device, streams = build()
+    device.allocate(8, [WEIGHTS])
+    for slot in range(7):
+        device.onload(slot, WEIGHTS, slot % EXPERTS, ahead=True)
+    events = sum(isinstance(item, Point) for item in streams._queues[AHEAD])
+    device.onload(7, WEIGHTS, 0)
+    assert device._lane._pending.keys() == set(range(2, 7))
+    assert events and events == sum(isinstance(item, Point) for item in streams._queues[AHEAD])
+    with pytest.raises(ValueError, match="ahead_depth"):
+        build(ahead_depth=0)
+    assert make_accelerator("emulated", torch.device("cpu"), ahead_depth=4)._ahead_depth == 4
 
 
 def test_an_interrupted_compute_leaves_its_slots_ordered(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import tiny_experts
 import torch
@@ -58,6 +60,38 @@ def test_host_memory() -> None:
     with pytest.raises(BudgetError, match=r"the weights need 1\.0 TiB of memory"):
         check_host(1 << 40, "the weights", 1 << 30)
     assert [human(size) for size in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
+
+
+GIB = 1 << 30
+V2 = ("memory.max", "memory.current", "memory.stat")
+V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+CACHED = "anon 7\ninactive_file {0}\nactive_file {1}\nfile_dirty {2}\n"
+CACHED_V1 = "inactive_file 1\ntotal_inactive_file {0}\ntotal_active_file {1}\ntotal_dirty {2}\n"
+
+
+@pytest.mark.parametrize(("names", "text"), [(V2, CACHED), (V1, CACHED_V1)], ids=["v2", "v1"])
+def test_a_mapped_file_does_not_fill_a_container(
+    names: tuple[str, ...], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIB))
+    assert free_host_bytes(tmp_path) == 100 * GIB, "no limit is known"
+
+    def say(*values: object) -> None:
+        for name, value in zip(names, values, strict=True):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(f"{value}\n")
+
+    say(32 * GIB, 30 * GIB, text.format(15 * GIB, 5 * GIB, GIB))
+    assert free_host_bytes(tmp_path) == (2 + 15 + 5 - 1) * GIB
+    say(200 * GIB, 30 * GIB, text.format(0, 0, 0))
+    assert free_host_bytes(tmp_path) == 100 * GIB, "the machine has no more"
+    say("max" if names is V2 else 9223372036854771712, 30 * GIB, text.format(0, 0, 0))
+    assert free_host_bytes(tmp_path) == 100 * GIB
+    say(32 * GIB, 33 * GIB, "")
+    assert free_host_bytes(tmp_path) == 0
+    say(32 * GIB, 30 * GIB, "")
+    (tmp_path / names[2]).unlink()
+    assert free_host_bytes(tmp_path) == 2 * GIB, "a limit counts where nothing else is told"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,24 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
         torch.nn.Module.__init__(whole.attention)
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_attention_beside_a_gpu_is_kept_from_cudnn(on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It plans for every new number of keys, and decode has one at each token."""
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+
+    def build(*_: object) -> tuple[object, object]:
+        device = SimpleNamespace(type="cuda" if on_cuda else "cpu")
+        engine = SimpleNamespace(
+            accelerator=SimpleNamespace(device=device), cpu=SimpleNamespace(workers=0), close=lambda: None
+        )
+        return engine, None
+
+    monkeypatch.setattr(bind_module, "_build", build)
+    bind(model([{}] * 2), routers=lambda *_: SimpleNamespace(), progress=False)
+    assert asked == ([False] if on_cuda else [])
+
+
 def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert isinstance(make_accelerator("emulated", cpu).kernels, TorchKernels)

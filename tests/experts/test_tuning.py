@@ -14,10 +14,9 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.kernels.base import SlotCall
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.layout import slot_layout
-from hybrimoe_plugin.experts.kernels.tuning import Tunable, Tuned, candidates, tune
+from hybrimoe_plugin.experts.kernels.tuning import CACHE_BYTES, Tunable, Tuned, candidates, slot_groups, tune
 
 QWEN = slot_layout(ExpertSpec(2048, 768, 128, 8, "Q4_K", "Q4_K", "Q6_K", 884736, 884736, 1290240), split=True)
-CALL = SlotCall(torch.empty(0), QWEN, (), torch.empty(0), torch.empty(0), torch.empty(0))
 
 
 def nothing() -> None:
@@ -40,7 +39,7 @@ def test_the_fastest_of_each_stage_is_taken() -> None:
     first = Blocks.of(QWEN, 8)
     tried: list[Blocks] = []
 
-    def run(call: SlotCall, blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
+    def run(blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
         if blocks.decode_warps == 2:
             raise RuntimeError("out of resources")
         tried.append(blocks)
@@ -54,7 +53,7 @@ def test_the_fastest_of_each_stage_is_taken() -> None:
         )
 
     timer.calls = 0  # type: ignore[attr-defined]
-    best = tune(CALL, first, run, timer)
+    best = tune(first, run, timer)
     assert len(tried) == len([item for item in candidates(first) if item.decode_warps != 2])
     assert (best.gate_rows, best.decode_warps, best.down_rows, best.down_warps) == (1, 4, 4, 4)
     assert (best.gate_units, best.down_units, best.tokens) == (first.gate_units, first.down_units, first.tokens)
@@ -99,3 +98,41 @@ def test_triton_kernels_use_what_was_tuned(tmp_path: Path) -> None:
     kernels.tune(layout, spec.top_k, buffer, timer)
     assert timer.runs == count, "a shape is tuned once"  # type: ignore[attr-defined]
     assert kernels._sizes(SlotCall(buffer, layout, (0,), *[torch.zeros(1, spec.top_k)] * 3)) == found
+
+
+def test_slots_take_turns_until_the_cache_has_forgotten_them() -> None:
+    groups = slot_groups(3000, 8, QWEN)
+    slots = [slot for group in groups for slot in group]
+    assert {len(group) for group in groups} == {8} and len(set(slots)) == len(slots)
+    for stage_bytes in (QWEN.gate.size + QWEN.up.size, QWEN.down.size):
+        assert len(slots) * stage_bytes >= 2 * CACHE_BYTES
+    assert slot_groups(20, 8, QWEN) == [tuple(range(8)), tuple(range(8, 16))], "as many as the buffer has"
+
+
+def test_tuning_computes_other_slots_from_run_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same eight experts again and again would lie in the device's cache, whatever the tiles."""
+    pytest.importorskip("triton")
+    from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+
+    spec = random_layer(("Q8_0", "Q8_0", "Q8_0"), 64, 64).spec
+    kernels = TritonKernels(torch.device("cpu"))
+    seen: dict[str, list[tuple[int, ...]]] = {"gate": [], "down": []}
+
+    def gate_up(call: SlotCall, blocks: Blocks) -> torch.Tensor:
+        assert call.slot_ids.tolist() == [list(call.slots)]
+        seen["gate"].append(call.slots)
+        return torch.empty(0)
+
+    monkeypatch.setattr(kernels, "_gate_up_decode", gate_up)
+    monkeypatch.setattr(kernels, "_down_decode", lambda call, activations, blocks: seen["down"].append(call.slots))
+
+    def timer(work: Callable[[], object]) -> float:
+        for _ in range(5):
+            work()
+        return 1.0
+
+    slots = 5 * spec.top_k
+    kernels.tune(kernels.layout(spec), spec.top_k, torch.zeros(slots, 8, dtype=torch.uint8), timer)
+    for stage in seen.values():
+        assert all(set(one).isdisjoint(other) for one, other in zip(stage, stage[1:], strict=False))
+        assert {slot for group in stage for slot in group} == set(range(slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.experts.cuda_timer import Timer
 from hybrimoe_plugin.experts.kernels.base import SlotCall
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.decode import down_decode, gate_up_decode
@@ -18,7 +20,7 @@ from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
 from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, Part, SlotLayout, slot_layout
 from hybrimoe_plugin.experts.kernels.prefill import down_prefill, gate_up_prefill
 from hybrimoe_plugin.experts.kernels.repack import split_planes
-from hybrimoe_plugin.experts.kernels.tuning import Timer, Tuned, tune
+from hybrimoe_plugin.experts.kernels.tuning import Tuned, slot_groups, tune
 
 _COLUMNS_MULTIPLE = {"Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 """Of a matrix's columns; 32 for every other type."""
@@ -89,15 +91,22 @@ class TritonKernels:
         if self._blocks is not None or self._tuned.get(layout, top_k) is not None or len(buffer) < top_k:
             return
         hidden = torch.zeros(1, layout.gate.columns, dtype=torch.bfloat16, device=self._device)
-        slots = tuple(range(top_k))
-        ids = torch.arange(top_k, device=self._device)[None]
-        call = SlotCall(buffer, layout, slots, hidden, ids, torch.ones(1, top_k, device=self._device))
+        weights = torch.ones(1, top_k, device=self._device)
+        calls = cycle(
+            [
+                SlotCall(buffer, layout, slots, hidden, torch.tensor([slots], device=self._device), weights)
+                for slots in slot_groups(len(buffer), top_k, layout)
+            ]
+        )
 
-        def run(call: SlotCall, blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
-            activations = self._gate_up_decode(call, blocks)
-            return lambda: self._gate_up_decode(call, blocks), lambda: self._down_decode(call, activations, blocks)
+        def run(blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
+            activations = self._gate_up_decode(next(calls), blocks)
+            return (
+                lambda: self._gate_up_decode(next(calls), blocks),
+                lambda: self._down_decode(next(calls), activations, blocks),
+            )
 
-        self._tuned.put(layout, top_k, tune(call, Blocks.of(layout, top_k), run, timer))
+        self._tuned.put(layout, top_k, tune(Blocks.of(layout, top_k), run, timer))
 
     def gate_up(self, call: SlotCall) -> Any:
         if len(call.hidden) <= self.decode_tokens:

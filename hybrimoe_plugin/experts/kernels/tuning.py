@@ -13,17 +13,17 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from hybrimoe_plugin.experts.kernels.base import SlotCall
+from hybrimoe_plugin.experts.cuda_timer import Timer
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.layout import SlotLayout
 
 log = logging.getLogger(__name__)
 
-Timer = Callable[[Callable[[], object]], float]
-"""Time of one run of some device work, in us."""
+Run = Callable[[Blocks], tuple[Callable[[], object], Callable[[], object]]]
+"""(gate and up, down) of one decode call with these tile sizes; each run may compute other slots."""
 
-Run = Callable[[SlotCall, Blocks], tuple[Callable[[], object], Callable[[], object]]]
-"""(gate and up, down) of one call with these tile sizes."""
+CACHE_BYTES = 64 << 20
+"""More than any device's second-level cache holds: 50 MB on an H100 or H200."""
 
 
 @runtime_checkable
@@ -51,13 +51,26 @@ def candidates(first: Blocks) -> list[Blocks]:
     return list(dict.fromkeys(found))
 
 
-def tune(call: SlotCall, first: Blocks, run: Run, timer: Timer) -> Blocks:
+def slot_groups(slots: int, top_k: int, layout: SlotLayout) -> list[tuple[int, ...]]:
+    """Slots for one decode call after another, each with `top_k` of its own.
+
+    In a model an expert's bytes come from the device's memory. Calls that take the groups in turn read so many other
+    bytes in between that the second-level cache has forgotten a group when it comes again, if the buffer has as many
+    slots; else it is as many groups as there are.
+    """
+    stage_bytes = min(layout.down.size, layout.gate.size + layout.up.size)  # each stage is timed alone
+    wanted = -(-2 * CACHE_BYTES // (stage_bytes * top_k))
+    count = min(wanted, slots // top_k)
+    return [tuple(range(group * top_k, (group + 1) * top_k)) for group in range(count)]
+
+
+def tune(first: Blocks, run: Run, timer: Timer) -> Blocks:
     """The fastest sizes for gate and up, and for down; a candidate that does not compile is left out."""
     best = first
     times: dict[str, float] = {}
     for blocks in candidates(first):
         try:
-            spent = [timer(stage) for stage in run(call, blocks)]
+            spent = [timer(stage) for stage in run(blocks)]
         except Exception as error:  # out of registers or shared memory shows in many ways
             log.debug("%s: %s", blocks, error)
             continue
@@ -95,23 +108,6 @@ class Tuned:
             self._path.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
         except OSError as error:
             log.warning("%s: cannot keep the tuned tile sizes (%s)", self._path, error)
-
-
-def cuda_timer(device: torch.device) -> Timer:
-    """Median over ten runs, after three that compile and warm up."""
-
-    def timer(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(13):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(torch.cuda.current_stream(device))
-            work()
-            end.record(torch.cuda.current_stream(device))
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3)
-        return sorted(times[3:])[5]
-
-    return timer
 
 
 def _key(layout: SlotLayout, top_k: int) -> str:
