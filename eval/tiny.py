@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as transformers models and as GGUF files."""
+"""Tiny random models of every family, as transformers models and as GGUF files, for tests and checks on a device."""
 
 from __future__ import annotations
 
@@ -137,6 +137,12 @@ def write(folder: Path, family: str, seed: int = 0, changes: dict[str, Any] | No
     path = folder / "model.gguf"
     export_gguf(model(family, seed, **(changes or {})), path, **export)
     return path
+
+
+def write_quantised(path: Path, family: str) -> None:
+    """Write a tiny model whose experts and larger dense matrices are Q8_0, a type that every backend takes."""
+    wide = ("exps", "shexp", "attn_q.", "attn_k.", "attn_v.", "attn_output")
+    export_gguf(model(family), path, types=lambda name: "Q8_0" if any(part in name for part in wide) else "F32")
 
 
 def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
