@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.hosts.ktransformers.standins import flash_attn, ktransformers_ops, triton_attention
+from hybrimoe_plugin.hosts.ktransformers.standins import cpuinfer_ext, flash_attn, ktransformers_ops, triton_attention
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -139,3 +139,25 @@ def test_cpu_experts_refuse_what_would_be_garbage() -> None:
         cpuinfer_ext.linear.LinearConfig(1, 2)
     with pytest.raises(BackendError, match="long_context"):
         _ = cpuinfer_ext.kvcache.KVCache
+
+
+@pytest.mark.parametrize("stream", [0, 4711])
+def test_the_stream_that_writes_the_inputs_is_awaited(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default stream's pointer is null, from which torch's `ExternalStream` makes a stream of its own."""
+    awaited = []
+
+    class Stream:
+        def __init__(self, pointer: int) -> None:
+            self.name = "another" if pointer == 0 else pointer
+
+        def synchronize(self) -> None:
+            awaited.append(self.name)
+
+    default = Stream(1)
+    default.name = "default"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: default)
+    cpuinfer_ext._wait_for(stream)
+    assert awaited == ["default" if stream == 0 else stream]

@@ -170,7 +170,9 @@ def _wait_for(stream: int) -> None:
         return
     if torch.cuda.is_current_stream_capturing():
         raise BackendError("experts on kt-kernel cannot be captured in a CUDA graph: start with --use_cuda_graph False")
-    torch.cuda.ExternalStream(stream).synchronize()
+    # torch takes a null pointer for "make me a new stream", which would be awaited in vain.
+    found = torch.cuda.ExternalStream(stream) if stream else torch.cuda.default_stream()
+    found.synchronize()
 
 
 def _matrix(address: int, kind: int, experts: int, shape: tuple[int, int]) -> Matrix:
