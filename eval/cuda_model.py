@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from eval import report, synthetic
-from eval.cuda import RATIOS, SYSTEMS
-from eval.cuda_bandwidth import driver
+from eval.cuda import JOURNAL, NOT_JUDGED, PHASES, RATIOS, SYSTEMS
 from eval.cuda_bench import CPU_THREADS, RECALL, limit_cpu
+from eval.finished import Finished, Row, add_fresh
+from eval.progress import Planned, Progress
 from eval.shapes import MODELS, Model, Routing, layer_bytes, routing
 from eval.systems import KTRANSFORMERS, OURS, System
 from hybrimoe_plugin.config import Settings
@@ -42,12 +43,18 @@ log = logging.getLogger(__name__)
 
 NO_GRAPHS = System("ours, no graphs", {"cuda_graphs": "off"})
 PLAIN = System("ours, plain dense operators", {"dense": "plain"})
+WHOLE = "whole models"
+"""The question that a row of the journal belongs to."""
 FILE_BYTES = 4e9
 """Experts' bytes in a model's file: a few layers tell what a layer costs."""
 MOST_LAYERS = 12
 WARM_UP = 6
 """Decode steps that do not count; graphs are captured and proved in the first two."""
 PROMPT_REPEATS = 5
+CELL_S = {True: 8.0, False: 15.0}
+"""A guess at what a cell takes on a GPU, quick and full: loading, capturing, prompts, steps."""
+DRY_CELL_S = {True: 0.6, False: 4.0}
+"""What a cell of a dry run took on 2 cores."""
 SMALL = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16,
     "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
@@ -194,13 +201,19 @@ def measure(subject: Subject, given: Routing) -> Timing:
     return Timing(prefill[1:], decode[WARM_UP:], counts.hit_rate, subject.captured)
 
 
-def write(model: Model, given: Routing, layers: int, path: Path, dry: bool) -> None:
-    """A file of the model's shape with as many MoE layers, whose tokens take as many experts as the routing's."""
+def write(model: Model, given: Routing, layers: int, path: Path, dry: bool, vocabulary: int | None = None) -> None:
+    """A file of the model's shape with as many MoE layers, whose tokens take as many experts as the routing's.
+
+    Args:
+        vocabulary: rows of embedding and head instead of the model's own; a dry run has few anyway.
+    """
     dense = synthetic.SHAPES[model.shape][1].get("first_k_dense_replace", 0)
     made = synthetic.config(model.shape, layers + dense)
     made.num_experts_per_tok = given.header.top_k
     if hasattr(made, "moe_intermediate_size"):
         made.moe_intermediate_size = model.intermediate
+    if vocabulary is not None:
+        made.vocab_size = vocabulary
     for name, value in SMALL.items() if dry else ():
         if getattr(made, name, None) is not None:
             setattr(made, name, value)
@@ -213,40 +226,71 @@ def write(model: Model, given: Routing, layers: int, path: Path, dry: bool) -> N
     synthetic.write(path, made, choose)
 
 
-def cells(model: Model, ratios: Sequence[float], dry: bool, quick: bool) -> Iterator[dict[str, Any]]:
-    """One row for each cache size, system and phase."""
+def cells(ratios: Sequence[float]) -> list[tuple[float, System]]:
+    """Cache size and system of each cell of a model."""
+    return [(ratio, system) for ratio in ratios for system in (*SYSTEMS, NO_GRAPHS, PLAIN)]
+
+
+def planned(
+    models: Sequence[Model], ratios: Sequence[float], dry: bool, quick: bool, found: Finished
+) -> tuple[Planned, int]:
+    """(cells still to be measured, how many an earlier run measured)."""
+    keys = [_key(model, ratio, system) for model in models for ratio, system in cells(ratios)]
+    left = sum(found.phases(*PHASES, **key) is None for key in keys)
+    return Planned(left, (DRY_CELL_S if dry else CELL_S)[quick]), len(keys) - left
+
+
+def model_rows(
+    model: Model, ratios: Sequence[float], dry: bool, quick: bool, found: Finished, progress: Progress
+) -> Iterator[Row]:
+    """One row for each cell and phase of a model, taken from the journal or measured and saved one by one."""
     given = routing(model, *((32, 16) if quick else (128, 64)), look_ahead=3, recall=RECALL)
-    header = given.header
-    size = min(FILE_BYTES, 0.5 * free_host_bytes()) / layer_bytes(model, header.experts)
-    layers = min(len(given.prompts[0]), 2 if dry else max(2, min(MOST_LAYERS, int(size))))
+    layers = _layers(model, given, dry)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write(model, given, layers, path, dry)
-        for ratio in ratios:
-            for system in (*SYSTEMS, NO_GRAPHS, PLAIN):
+        for ratio, system in cells(ratios):
+            # Layers are as many as fit, which may have changed since.
+            key = {**_key(model, ratio, system), "moe_layers": layers}
+            kept = found.phases(*PHASES, **key)
+            if kept is None:
+                if not path.exists():
+                    write(model, given, layers, path, dry)
                 subject = Subject(path, system, ratio, given, dry)
                 try:
                     timing = measure(subject, given)
                 finally:
                     subject.close()
-                for phase, us in (("prefill", timing.prefill_us), ("decode", timing.decode_us)):
-                    low, middle, high = statistics.quantiles(us, n=10)[1::3]
-                    yield {
-                        "model": model.name,
-                        "moe_layers": layers,
-                        "routing": f"{header.source} ({model.note})",
-                        "cache": ratio,
-                        "method": system.name,
-                        "phase": phase,
-                        "tokens": len(given.prompts[0][0].ids) if phase == "prefill" else 1,
-                        "p20_ms": low / 1e3,
-                        "p50_ms": statistics.median(us) / 1e3,
-                        "p80_ms": high / 1e3,
-                        "repetitions": len(us),
-                        "hit_rate": timing.hit_rate,
-                        "layers_captured": timing.captured,
-                        "emulated": dry,
-                    }
+                kept = [found.add({**key, **row}) for row in _rows(model, given, timing, dry)]
+                progress.done(WHOLE)
+            yield from kept
+
+
+def _key(model: Model, ratio: float, system: System) -> Row:
+    return {"question": WHOLE, "model": model.name, "cache": ratio, "method": system.name}
+
+
+def _layers(model: Model, given: Routing, dry: bool) -> int:
+    """MoE layers of a model's file."""
+    size = min(FILE_BYTES, 0.5 * free_host_bytes()) / layer_bytes(model, given.header.experts)
+    return min(len(given.prompts[0]), 2 if dry else max(2, min(MOST_LAYERS, int(size))))
+
+
+def _rows(model: Model, given: Routing, timing: Timing, dry: bool) -> Iterator[Row]:
+    """What was measured in each phase."""
+    for phase, us in zip(PHASES, (timing.prefill_us, timing.decode_us), strict=True):
+        low, middle, high = statistics.quantiles(us, n=10)[1::3]
+        yield {
+            "routing": f"{given.header.source} ({model.note})",
+            "phase": phase,
+            "tokens": len(given.prompts[0][0].ids) if phase == "prefill" else 1,
+            "p20_ms": low / 1e3,
+            "p50_ms": statistics.median(us) / 1e3,
+            "p80_ms": high / 1e3,
+            "repetitions": len(us),
+            "hit_rate": timing.hit_rate,
+            "layers_captured": timing.captured,
+            "emulated": dry,
+        }
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -268,31 +312,47 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def measure_all(models: Sequence[Model], ratios: Sequence[float], dry: bool, args: Namespace) -> dict[str, Any]:
-    """Every model, shown and saved in `args.out`; gives what the JSON line says."""
-    rows = [row for model in models for row in cells(model, ratios, dry, args.quick)]
+def measure_all(
+    models: Sequence[Model],
+    ratios: Sequence[float],
+    dry: bool,
+    args: Namespace,
+    found: Finished,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every model, shown and saved in `args.out`; gives what the JSON line says. A quick run does not judge."""
+    rows = [row for model in models for row in model_rows(model, ratios, dry, args.quick, found, progress)]
     names = ("model", "cache", "method", "phase", "p20_ms", "p50_ms", "p80_ms", "hit_rate", "layers_captured")
     title = "Whole models: times of the MoE layers, emulated" if dry else "Whole models, measured"
     report.show(title, [{name: row[name] for name in names} for row in rows])
-    report.save_csv(args.out / "cuda_model.csv", [{**row, "driver": driver()} for row in rows])
+    report.save_csv(args.out / "cuda_model.csv", rows)
     result: dict[str, Any] = summary(rows)
     if dry:  # the emulated accelerator knows of MoE layers alone
         result |= {"decode_graphs_speedup": None, "decode_dense_operators_speedup": None}
-    return result
+    return dict.fromkeys(result) if args.quick else result
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the question; gives what the JSON line says."""
     logging.basicConfig(level=logging.WARNING)
-    args = report.parser(__doc__ or "").parse_args(arguments)
+    parser = report.parser(__doc__ or "")
+    add_fresh(parser)
+    args = parser.parse_args(arguments)
     reason = cuda_refusal()
-    if reason is not None:
+    dry = reason is not None
+    if dry:
         log.warning("dry run on the emulated accelerator, no number is a measurement: %s", reason)
         torch.set_num_threads(1)
     else:
         limit_cpu()
-    result = measure_all(MODELS, (0.5,) if args.quick else RATIOS, reason is not None, args)
-    result["emulated"] = reason is not None
+    ratios = (0.5,) if args.quick else RATIOS
+    found = Finished(args.out / JOURNAL, args.quick, args.fresh)
+    left, taken = planned(MODELS, ratios, dry, args.quick, found)
+    with Progress({WHOLE: left}, taken) as progress:
+        result = measure_all(MODELS, ratios, dry, args, found, progress)
+    result |= {"judged": not args.quick, "emulated": dry}
+    if args.quick:
+        print(NOT_JUDGED)
     report.finish(result)
     return result
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from rich.table import Table
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+COMMIT_VARIABLE = "HYBRIMOE_COMMIT"
 
 Row = Mapping[str, Any]
 
@@ -31,16 +35,53 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def facts() -> dict[str, str]:
-    """Hardware, versions, commit and date, which every CSV row carries."""
+    """Hardware, driver, versions, commit and date, which every CSV row carries; `none` or `unknown` where missing."""
     from hybrimoe_plugin.experts.calibrate import hardware, versions
 
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    ).stdout.strip()
     machine = hardware()
     machine["os"] = machine.pop("system")  # tables have a column `system` of their own
-    return {**machine, **versions(), "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
+    more = {name: _version(name) for name in ("triton", "transformers")}
+    today = datetime.date.today().isoformat()
+    return {
+        **machine,
+        "driver": _driver(machine["gpu"]),
+        **versions(),
+        **more,
+        "commit": commit(),
+        "date": today,
+    }
+
+
+def commit() -> str:
+    """The code's commit: what HYBRIMOE_COMMIT says, else what git says of this tree, else `unknown`.
+
+    The variable is for machines that the tree reaches without its `.git`.
+    """
+    told = os.environ.get(COMMIT_VARIABLE, "").strip()
+    if told:
+        return told
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT / "eval", capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or one that git refuses to read
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver(gpu: str) -> str:
+    """The NVIDIA driver's version, `none` without a GPU."""
+    if gpu == "none":
+        return "none"
+    from eval.cuda_bandwidth import driver  # it imports kernels, which no other question needs
+
+    return driver()
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
@@ -54,13 +95,13 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows with the facts of this machine beside each."""
+    """Write rows with the facts of this machine beside each; facts that a row has already are left as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = facts()
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *known])
+        writer = csv.DictWriter(file, list(dict.fromkeys([*rows[0], *known])))
         writer.writeheader()
-        writer.writerows({**row, **known} for row in rows)
+        writer.writerows({**known, **row} for row in rows)
 
 
 def save_figure(path: Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:

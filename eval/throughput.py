@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from eval import peer, report, roofline, synthetic
+from eval.finished import add_fresh
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
@@ -85,6 +86,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--twins", action="store_true", help="measure the plain twins of our operators too")
     parser.add_argument("--peer_python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_fresh(parser)
     return parser
 
 

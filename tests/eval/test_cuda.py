@@ -25,6 +25,7 @@ KEYS = {
     "roofline_share",
     "link_share",
     "kernel_bandwidth_share",
+    "judged",
     "emulated",
     "whole_model",
 }
@@ -38,14 +39,18 @@ def test_dry_run_says_that_it_is_one(
     monkeypatch.setattr(cuda, "RATIOS", (0.5,))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, model="demo"))
+    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, fresh=False, model="demo"))
     torch.set_num_threads(before)
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    assert out.index("cells to measure (4 of layers and 6 of whole models)") < out.index("bandwidths (emulated)")
+    assert "does not judge" in out
+    last = json.loads(out.splitlines()[-1])
     assert last == result
     assert set(last) == KEYS
     assert last["emulated"] is True
-    assert last["whole_model"]["decode_speedup_geomean"] > 0
-    assert last["whole_model"]["decode_graphs_speedup"] is None, "nothing to measure it on"
+    assert last["judged"] is False, "a quick run does not judge"
+    assert {last[name] for name in cuda.VERDICTS} == set(last["whole_model"].values()) == {None}
+    assert last["roofline_share"] > 0
     assert last["link_share"] is None and last["kernel_bandwidth_share"] is None, "nothing to measure them on"
     whole = list(csv.DictReader((tmp_path / "cuda_model.csv").open()))
     assert {row["cache"] for row in whole} == {"0.5"}
@@ -81,16 +86,39 @@ def test_measuring_runs_on_stand_ins(
     monkeypatch.setattr(cuda_bandwidth, "_device_us", lambda work, device, ahead=False: cuda_bandwidth._host_us(work))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, model="demo"))
+    result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, fresh=False, model="demo"))
     torch.set_num_threads(before)
     assert result["emulated"] is False
     assert set(result) == KEYS
     assert result["whole_model"] is None, "a failure is said, and the layers' times stand"
-    assert all(value > 0 for name, value in result.items() if name not in ("emulated", "whole_model"))
+    assert all(result[name] > 0 for name in ("roofline_share", "link_share", "kernel_bandwidth_share"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
-    assert {int(row["repetitions"]) for row in rows} == {3, 12}
+    assert {int(row["repetitions"]) for row in rows} == {3, 6}
     assert {row["layers"] for row in rows} == {"2"}
+
+
+def test_steps_that_count_come_after_others_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that remembers what it saw must not have seen what counts."""
+    seen: list[str] = []
+
+    def passes(kind: str, count: int) -> list[str]:
+        return [f"{kind} {number}" for number in range(count)]
+
+    def run(engine: Any, calls: str) -> float:
+        seen.append(calls)
+        return float(len(seen))
+
+    engine = SimpleNamespace(controller=SimpleNamespace(counters=Counters()))
+    for quick, steps, warm_up in ((False, 64, cuda.WARM_UP), (True, 12, 6)):
+        seen.clear()
+        bench: Any = SimpleNamespace(quick=quick, engine=lambda system, ratio: engine, run=run)
+        bench.routing = SimpleNamespace(prompts=passes("prompt", 4), decode=passes("step", steps))
+        found = cuda.measure(bench, cuda.OURS, 0.5)
+        prompts, decode = seen[:-steps], seen[-steps:]
+        assert decode == passes("step", steps), "each step once: none is seen before it counts"
+        assert len(found["decode"].us) == steps - warm_up
+        assert prompts[0] == "prompt 3" and len(found["prefill"].us) == len(prompts) - 1 == (3 if quick else 20)
 
 
 def test_roofline_is_the_slower_of_misses_and_everything() -> None:

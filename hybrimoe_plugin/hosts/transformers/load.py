@@ -196,9 +196,15 @@ def load_dense(
     for name in wanted:
         for part in source._present(name):
             store.info(part)
+    device = _dense_device(model)
     loaded = {}
-    for name, value in tqdm(wanted.items(), desc="loading weights", disable=not progress, leave=False, unit="tensor"):
-        loaded[name] = source.load(name, value.shape, value.dtype)
+    try:
+        for name, value in tqdm(
+            wanted.items(), desc="loading weights", disable=not progress, leave=False, unit="tensor"
+        ):
+            loaded[name] = source.load(name, value.shape, value.dtype, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BudgetError(f"the dense weights do not fit on the accelerator: {error}") from error
     model.load_state_dict(loaded, strict=False, assign=True)
     _rebuild_buffers(model, config)
     if tied:
@@ -240,12 +246,18 @@ def _is_meta(value: torch.Tensor | None) -> bool:
     return value is not None and value.is_meta
 
 
+def _dense_device(model: nn.Module) -> str:
+    """Where dense weights are dequantised: on the one accelerator that the operators compute on, else on the CPU."""
+    devices = {_real(operator.generate_device) for operator in experts_operators(model)} - {"cpu"}
+    return devices.pop() if len(devices) == 1 and cuda_refusal() is None else "cpu"
+
+
 def _place(model: nn.Module, injection: Injection | None) -> None:
     """Dense parts go to the accelerator where the operators compute there; `default` rules may say otherwise."""
-    devices = {_real(operator.generate_device) for operator in experts_operators(model)} - {"cpu"}
+    device = _dense_device(model)
     try:
-        if len(devices) == 1 and cuda_refusal() is None:
-            model.to(devices.pop())
+        if device != "cpu":
+            model.to(device)
         for name, device in (injection.devices if injection is not None else {}).items():
             if cuda_refusal() is None or device == "cpu":
                 model.get_submodule(name).to(device)

@@ -57,20 +57,22 @@ class ParameterSource:
             raise WeightsError(f"parameter {name!r} has no counterpart in a {self.store.architecture!r} GGUF")
         return (found,)
 
-    def load(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """One parameter, dequantised, in the layout of the transformers model.
+    def load(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """One parameter, dequantised on `device`, in the layout of the transformers model.
 
         Raises:
             WeightsError: missing or of another shape.
         """
-        parts = [self.store.dequantized(part) for part in self._present(name)]
+        parts = [self.store.dequantized(part, dtype, device) for part in self._present(name)]
         value = self._arrange(name, parts)
         if tuple(value.shape) != tuple(shape):
             raise WeightsError(
                 f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} give shape {tuple(value.shape)}, "
                 f"the model's config asks for {tuple(shape)} ({name})"
             )
-        return value.to(dtype)
+        return value
 
     def stored(self, name: str) -> Stored:
         """A matrix as its stored bytes, in the row order of the transformers model.
