@@ -9,13 +9,14 @@ kTransformers' own `KExpertsCPU` runs on kt-kernel's prebuilt expert kernels. Ou
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -26,6 +27,9 @@ from hybrimoe_plugin.errors import BackendError
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("ours", "ours, kt", "stock")
 PACKAGED = ROOT / "optimize_rules" / "ktransformers" / "Mixtral-cpu.yaml"
+PACKAGED_GPU = PACKAGED.with_name("Mixtral-gpu.yaml")
+SITE = "HYBRIMOE_CLASSIC_SITE"
+"""Environment variable: a folder of packages with classic kTransformers, for the Python that runs this."""
 SHORT = (
     "Tell me a long story about a fox who lives at the edge of a forest.",
     "Explain in many sentences how rain forms.",
@@ -36,11 +40,30 @@ LONG = "Summarise this text: " + " ".join(
     f"In chapter {number} the travellers cross river {number}, count {number * 7} birds and write a letter home."
     for number in range(1, 13)
 )
+QUESTIONS = (SHORT[0], *SHORT, LONG, LONG)
+"""What `ask` asks; the first warms up."""
+MEASURES = ("decode", "prefill, short prompts", "prefill, long prompt")
 _LINES = re.compile(
     r"prompt eval count: +(?P<prompt>\d+).*?prompt eval rate: +(?P<prefill>[\d.]+).*?"
     r"eval count: +(?P<count>\d+).*?eval rate: +(?P<decode>[\d.]+)",
     re.DOTALL,
 )
+
+
+class Host(NamedTuple):
+    """Where classic kTransformers runs: a Python, and a folder that comes first on its path ("" for none)."""
+
+    python: str
+    site: str = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For its processes. Triton's interpreter, which a dry run asks for, is left out: it has its own stand-in."""
+        values = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        if self.site:
+            path = [self.site, *filter(None, [values.get("PYTHONPATH")])]
+            values["PYTHONPATH"] = os.pathsep.join(path)
+        return values
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -49,18 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--threads", type=int, default=1, help="threads of kTransformers' own experts (default 1)")
     parser.add_argument("--rounds", type=int, default=2, help="how often each set of rules is started (default 2)")
     args = parser.parse_args(arguments)
-    python = interpreter()
+    host = find_host()
     rounds, tokens = (1, 16) if args.quick else (args.rounds, 40)
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in SETS}
     with tempfile.TemporaryDirectory() as folder:
         flags = rules_flags(Path(folder), args.threads)
         for _ in range(rounds):
             for name in SETS:  # in turns, so that a slow spell of the machine meets all
-                answers[name] += ask(python, [*flags[name], "--max_new_tokens", str(tokens)])
+                answers[name] += ask(host, [*flags[name], "--max_new_tokens", str(tokens)])
     rows = [
-        {"rules": name, "measure": measure, **summary(answers[name], measure)}
-        for measure in ("decode", "prefill, short prompts", "prefill, long prompt")
-        for name in SETS
+        {"rules": name, "measure": measure, **summary(answers[name], measure)} for measure in MEASURES for name in SETS
     ]
     report.show("local_chat with the demo model (measured, tokens per second)", rows)
     report.save_csv(args.out / "ktransformers_cpu.csv", [{**row, "label": "measured"} for row in rows])
@@ -90,38 +111,64 @@ def rules_flags(folder: Path, threads: int) -> dict[str, list[str]]:
     }
 
 
-def interpreter() -> str:
-    """The Python in whose environment ktransformers is installed.
+def find_host() -> Host:
+    """The folder that `SITE` names, this environment, or the one that `scripts/setup_ktransformers.py` makes.
 
     Raises:
         BackendError: there is none.
     """
+    site = os.environ.get(SITE)
+    if site:
+        if not (Path(site) / "ktransformers").is_dir():
+            raise BackendError(f"{SITE}={site}: there is no ktransformers in that folder")
+        return Host(sys.executable, str(Path(site).resolve()))
     if importlib.util.find_spec("ktransformers") is not None:
-        return sys.executable
+        return Host(sys.executable)
     beside = ROOT / ".venv-ktransformers" / "bin" / "python"
     if not beside.exists():
         raise BackendError("no environment with ktransformers: python scripts/setup_ktransformers.py makes it")
-    return str(beside)
+    return Host(str(beside))
 
 
-def ask(python: str, flags: Sequence[str]) -> list[dict[str, float]]:
-    """Rates of the answers of one process; the first, which warms up, is left out."""
-    command = [python, "-m", "hybrimoe_plugin", "ktransformers_chat", "--demo", "--greedy", *flags]
-    questions = [SHORT[0], *SHORT, LONG, LONG]
-    done = subprocess.run(command, input="\n".join(questions), capture_output=True, text=True, check=False, cwd=ROOT)
+def ask(
+    host: Host, flags: Sequence[str], questions: Sequence[str] = QUESTIONS, timeout_s: float | None = None
+) -> list[dict[str, float]]:
+    """Rates of the answers of one process; the first, which warms up, is left out.
+
+    Raises:
+        BackendError: an answer is missing, or the process took longer than `timeout_s`.
+    """
+    command = [host.python, "-m", "hybrimoe_plugin", "ktransformers_chat", "--demo", "--greedy", *flags]
+    try:
+        done = subprocess.run(
+            command,
+            input="\n".join(questions),
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=host.environment,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(f"local_chat needed more than {timeout_s:.0f} s for {len(questions)} questions") from error
     found = [{key: float(value) for key, value in match.groupdict().items()} for match in _LINES.finditer(done.stdout)]
     if done.returncode or len(found) != len(questions):
         raise BackendError(f"local_chat gave {len(found)} of {len(questions)} answers: {done.stderr[-500:]}")
     return found[1:]
 
 
-def summary(answers: Sequence[dict[str, float]], measure: str) -> dict[str, Any]:
-    """p20, p50 and p80 of one measure, with how many answers and prompt tokens it is of."""
-    longest = max(answer["prompt"] for answer in answers)
+def answers_of(answers: Sequence[dict[str, float]], measure: str) -> list[dict[str, float]]:
+    """The answers that count for one of `MEASURES`; the longest prompt is the long one."""
     if measure == "decode":
-        chosen = [answer for answer in answers if answer["count"] > 1]
-    else:
-        chosen = [answer for answer in answers if (answer["prompt"] == longest) == measure.endswith("long prompt")]
+        return [answer for answer in answers if answer["count"] > 1]
+    longest = max((answer["prompt"] for answer in answers), default=0.0)
+    return [answer for answer in answers if (answer["prompt"] == longest) == measure.endswith("long prompt")]
+
+
+def summary(answers: Sequence[dict[str, float]], measure: str) -> dict[str, Any]:
+    """p20, p50 and p80 of one measure, with how many answers and prompt tokens it is of; there must be one at least."""
+    chosen = answers_of(answers, measure)
     rates = [answer["decode" if measure == "decode" else "prefill"] for answer in chosen]
     low, middle, high = (float(value) for value in np.percentile(rates, (20, 50, 80)))
     prompts = sorted(int(answer["prompt"]) for answer in chosen)

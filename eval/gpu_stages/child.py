@@ -1,0 +1,64 @@
+"""One stage in a process of its own: `python -m eval.gpu_stages.child NAME --module PATH --out DIR --scratch DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from eval.journal import Journal
+
+RESULTS = "results.jsonl"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--module", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--limit", type=float, required=True, help="seconds after which this process will be killed")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--core", action="store_true")
+    args = parser.parse_args()
+    _end_with_parent()
+    # A stage that hangs tells in the log where, just before it is killed.
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(1.0, args.limit - 2.0))
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7d ms %(name)s: %(message)s")
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    import torch
+
+    from eval import report
+    from eval.gpu_stages.place import Place
+
+    if args.dry:
+        torch.set_num_threads(1)  # tiny operations: more threads only wait for one another
+    place = Place(args.out, args.scratch, args.dry, args.core)
+    journal, facts = Journal(args.out / RESULTS), report.facts()
+    started = time.monotonic()
+    for row in importlib.import_module(args.module).run(place):
+        known = {"stage": args.name, **row, "at_s": round(time.monotonic() - started, 3), "emulated": args.dry}
+        journal.append({**known, **facts})
+        print(args.name, dict(row), file=sys.stderr, flush=True)
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with its parent: nothing may hold the card after the check was killed."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

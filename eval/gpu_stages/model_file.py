@@ -1,0 +1,57 @@
+"""The check's model: Qwen3-30B-A3B in shape, twelve layers, a small vocabulary, random weights."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+from eval import cuda_model
+from eval.cuda_bench import RECALL
+from eval.gpu_stages.place import Place
+from eval.shapes import MODELS, Routing, layer_bytes, routing
+from hybrimoe_plugin.experts.memory import free_host_bytes
+
+MODEL = MODELS[0]
+LAYERS = 12
+DRY_LAYERS = 2
+VOCABULARY = 8192
+"""Head and embedding are read into memory at every load; they say nothing about experts."""
+LOOK_AHEAD = 3
+PROMPT_TOKENS = 128
+DECODE_TOKENS = 48
+
+
+@functools.cache  # predictions for every layer and token take seconds to make
+def given(place: Place, prompt_tokens: int = PROMPT_TOKENS, decode_tokens: int = DECODE_TOKENS) -> Routing:
+    """The recorded routing that stands in for the routers' choice."""
+    tokens = (prompt_tokens // 16, 10) if place.dry else (prompt_tokens, decode_tokens)
+    return routing(MODEL, *tokens, look_ahead=LOOK_AHEAD, recall=RECALL)
+
+
+def model_file(place: Place) -> Path:
+    """The model's file, written now if it is not there yet. A half-written one is never seen under this name.
+
+    Raises:
+        OSError: the scratch folder has no room.
+    """
+    shape = given(place)
+    layers = DRY_LAYERS if place.dry else _layers(shape)
+    path = place.scratch / f"qwen3-shape-{layers}-layers{'-tiny' if place.dry else ''}.gguf"
+    if path.exists():
+        return path
+    handle, name = tempfile.mkstemp(dir=place.scratch, suffix=".part")
+    os.close(handle)
+    try:
+        cuda_model.write(MODEL, shape, layers, Path(name), place.dry, vocabulary=VOCABULARY)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _layers(shape: Routing) -> int:
+    """As many layers as leave half of the host's memory free: the file's pages want to stay in it."""
+    return max(2, min(LAYERS, int(0.5 * free_host_bytes() / layer_bytes(MODEL, shape.header.experts))))

@@ -1,0 +1,106 @@
+"""Random traffic through the slots, twice: as fast as the queues allow, and with everything awaited after each step.
+
+The arithmetic of both is the same, in the same order, so every result must be the same to the last bit; one that is not
+shows a missing edge between queues.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from eval.gpu_stages.place import Place, Row
+from eval.shapes import MODELS, Model, layers_of
+from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.replay.trace import TraceHeader
+
+SLOTS = 12
+STEPS = 500
+DRY_STEPS = 60
+
+
+class Case(NamedTuple):
+    """One shape's traffic."""
+
+    model: Model
+    experts: int
+    top_k: int
+
+
+# Small experts, where launches are most of the time, and large ones, where transfers overtake one another for long.
+CASES = (Case(MODELS[0], 24, 8), Case(MODELS[2], 8, 2))
+
+
+def run(place: Place) -> Iterator[Row]:
+    """See `place.Run`."""
+    for case in CASES:
+        steps = DRY_STEPS if place.dry else STEPS
+        header = TraceHeader(case.model.name, 1, case.experts, case.top_k, 0, "random")
+        layer = layers_of(case.model, header, 2, place.dry)[1]  # the second kind: its down matrices are split
+        free = traffic(place, layer, steps, synchronised=False)
+        awaited = traffic(place, layer, steps, synchronised=True)
+        different = sum(not torch.equal(one, other) for one, other in zip(free, awaited, strict=True))
+        finite = all(bool(torch.isfinite(result).all()) for result in free)
+        yield {
+            "case": f"{case.model.name}: {steps} steps over {SLOTS} slots",
+            "ok": different == 0 and finite,
+            "calls": len(free),
+            "different": different,
+        }
+
+
+def traffic(place: Place, layer: LayerWeights, steps: int, synchronised: bool) -> list[torch.Tensor]:
+    """The results of all calls of one random sequence, the same in every run."""
+    made = make_accelerator(place.accelerator, place.device)
+    assert made is not None
+    made.allocate(SLOTS, [layer])
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    held: dict[int, int] = {}
+    results = []
+    try:
+        for _ in range(steps):
+            _move(made, layer, held, draw)
+            if held and draw.random() < 0.5:
+                results.append(_call(made, layer, held, draw, generator))
+            if synchronised:
+                made.synchronize()
+        made.synchronize()
+        return [result.cpu() for result in results]
+    finally:
+        made.close()
+
+
+def _move(accelerator: SlotAccelerator, layer: LayerWeights, held: dict[int, int], draw: random.Random) -> None:
+    """Send a random expert into a random slot, sometimes ahead of need, and sometimes take it back. Mutates: `held`."""
+    slot, expert = draw.randrange(SLOTS), draw.randrange(layer.spec.experts)
+    for other in [other for other, kept in held.items() if kept == expert or other == slot]:
+        del held[other]
+    accelerator.onload(slot, layer, expert, ahead=draw.random() < 0.5)
+    if draw.random() < 0.2 and accelerator.cancel(slot):
+        return
+    held[slot] = expert
+
+
+def _call(
+    accelerator: SlotAccelerator,
+    layer: LayerWeights,
+    held: dict[int, int],
+    draw: random.Random,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """One layer call of a few tokens on some of the held experts."""
+    tokens, top_k = draw.choice((1, 1, 1, 3, 20)), layer.spec.top_k
+    chosen = draw.sample(sorted(held), min(len(held), draw.randint(1, 2 * top_k)))
+    places = torch.randint(len(chosen), (tokens, top_k), generator=generator)
+    ids = torch.tensor(chosen)[places]
+    dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+    hidden = torch.randn(tokens, layer.spec.hidden, generator=generator).to(dtype)
+    weights = torch.rand(tokens, top_k, generator=generator)
+    used = tuple(sorted(set(ids.flatten().tolist())))
+    # `place` does not stop the host, so the queues run as far apart as they do in a model.
+    place = accelerator.place
+    return accelerator.compute(used, place(hidden), place(ids), place(weights))

@@ -1,0 +1,91 @@
+"""Where a decode step's time goes: how long the device is busy, and what it and the host do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from eval import cuda_model
+from eval.gpu_stages.model_file import given, model_file
+from eval.gpu_stages.place import Place, Row
+from eval.shapes import Routing
+from eval.systems import OURS
+from hybrimoe_plugin.replay.trace import Call
+
+PROFILED = 3
+TIMED = 24
+WARM_UP = 6
+SHOWN = 8
+"""The longest of the device's kernels and of the host's operations."""
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+
+
+def run(place: Place) -> Iterator[Row]:
+    """See `place.Run`."""
+    routing = given(place)
+    subject = cuda_model.Subject(model_file(place), OURS, 0.5, routing, place.dry)
+    try:
+        yield from _steps(place, subject, routing)
+    finally:
+        subject.close()
+
+
+@torch.no_grad()
+def _steps(place: Place, subject: cuda_model.Subject, routing: Routing) -> Iterator[Row]:
+    layers = subject.model.config.num_hidden_layers
+    _, cache = subject.run(routing.prompts[0], None)
+    steps = [routing.decode[number % len(routing.decode)] for number in range(WARM_UP + TIMED + PROFILED)]
+    wall = []
+    for calls in steps[: WARM_UP + TIMED]:
+        spent, cache = _timed(place, subject, calls, cache)
+        wall.append(spent)
+    step_us = statistics.median(wall[WARM_UP:])
+    activities = [ProfilerActivity.CPU, *([] if place.dry else [ProfilerActivity.CUDA])]
+    with profile(activities=activities) as profiled:
+        for calls in steps[-PROFILED:]:
+            _, cache = _timed(place, subject, calls, cache)
+    events: Sequence[Any] = profiled.events() or ()
+    on_device = [event for event in events if event.device_type.name == "CUDA"]
+    launches = sum(event.name.startswith(LAUNCHES) for event in events)
+    busy_us = _union_us([(event.time_range.start, event.time_range.end) for event in on_device]) / PROFILED
+    yield {
+        "case": "a decode step of ours, half of the experts cached",
+        "layers": layers,
+        "step_us": step_us,
+        "device_busy_us": None if place.dry else busy_us,
+        "host_us_per_layer": (step_us - (0.0 if place.dry else busy_us)) / layers,
+        "launches_per_layer": launches / PROFILED / layers,
+    }
+    for kind, averages in (("device", _sums(on_device)), ("host", _sums([e for e in events if e not in on_device]))):
+        for name, us in averages[:SHOWN]:
+            yield {"case": f"{kind}: {name[:80]}", "us_per_layer": us / PROFILED / layers}
+
+
+def _timed(place: Place, subject: cuda_model.Subject, calls: Sequence[Call], cache: Any) -> tuple[float, Any]:
+    """Wall time of one step in us, also where the subject's own clock is simulated."""
+    started = time.perf_counter_ns()
+    _, cache = subject.run(calls, cache)
+    return (time.perf_counter_ns() - started) / 1e3, cache
+
+
+def _sums(events: Sequence[Any]) -> list[tuple[str, float]]:
+    """(name, time of its own in us) of all events of that name, longest first."""
+    found: dict[str, float] = {}
+    for event in events:
+        own = event.self_cpu_time_total or event.time_range.elapsed_us()
+        found[event.name] = found.get(event.name, 0.0) + float(own)
+    return sorted(found.items(), key=lambda item: -item[1])
+
+
+def _union_us(spans: Sequence[tuple[float, float]]) -> float:
+    """How long at least one of the spans was running."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

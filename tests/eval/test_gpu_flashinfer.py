@@ -1,0 +1,124 @@
+"""The check's stage for flashinfer, with a module in its place that computes plainly."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_flashinfer
+import pytest
+import torch
+from replayed import Replayed
+
+from eval.gpu_stages import flashinfer as stage
+from eval.gpu_stages.place import Place
+from hybrimoe_plugin.hosts.transformers import sampling
+from hybrimoe_plugin.operators import flash_choice
+
+SECOND = 1e6
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path, tmp_path, dry=True, core=False)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = fake_flashinfer.make()
+    monkeypatch.setattr(flash_choice, "WORKSPACE_BYTES", 1 << 10)
+    monkeypatch.setattr(flash_choice, "installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "flashinfer", made)
+    monkeypatch.setattr(stage, "capture_for", lambda device: Alternating())
+    walls = [2 * SECOND, SECOND] * 100  # transformers, flashinfer
+
+    def wall_us(work: Callable[[], object], device: torch.device) -> float:
+        work()
+        return walls.pop(0)
+
+    monkeypatch.setattr(sampling, "median_wall_us", wall_us)
+    return made
+
+
+class Alternating(Replayed):
+    """torch's replays take two seconds, flashinfer's one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def time_us(self, replay: Callable[[], None]) -> float:
+        replay()
+        self.asked += 1
+        return 2 * SECOND if self.asked % 2 else SECOND
+
+
+def test_what_is_not_installed_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_choice, "installed", lambda: False)
+    (row,) = stage.run(place)
+    assert row["ok"] is None and "pip install" in row["missing"]
+
+
+def test_without_a_card_it_says_so(place: Place, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "capture_for", lambda device: None)
+    (row,) = stage.run(place)
+    assert row["ok"] is None and "CUDA device" in row["missing"]
+
+
+def test_every_shape_and_filter_is_measured(place: Place, library: Any) -> None:
+    version, *rows = stage.run(place)
+    assert "ok" not in version, "a fact, not a judgement"
+    assert len({row["case"] for row in rows}) == len(rows) == len(stage.CASES) * 2 + len(stage.FILTERS)
+    assert all(row["ok"] is True for row in rows)
+    attention = [row for row in rows if row["case"].startswith("attention")]
+    assert all(0 < row["relative_rms"] < 0.01 for row in attention), "bfloat16 against float32"
+    assert {(row["torch_us"], row["flashinfer_us"], row["chosen"]) for row in attention} == {(2 * SECOND, SECOND, True)}
+    filters = [row for row in rows if row["case"].startswith("sampling")]
+    assert {(row["transformers_us"], row["flashinfer_us"], row["chosen"]) for row in filters} == {
+        (2 * SECOND, SECOND, True)
+    }
+
+
+def test_attention_that_is_wrong_is_a_fault(place: Place, library: Any) -> None:
+    library.decode.wrong = 0.5
+    grouped = [row for row in stage.run(place) if "Qwen3" in row["case"]]
+    assert grouped and all(row["ok"] is False and row["relative_rms"] > flash_choice.TOLERANCE for row in grouped)
+
+
+def test_a_graph_that_does_not_follow_its_plan_is_a_fault(
+    place: Place, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Frozen(Alternating):
+        """Replays nothing: what was captured stays as it was."""
+
+        def end(self) -> Callable[[], None]:
+            super().end()
+            return lambda: None
+
+    monkeypatch.setattr(stage, "capture_for", lambda device: Frozen())
+    monkeypatch.setattr(library.latent, "run", _drifting(library.latent.run))
+    latent = [row for row in stage.run(place) if "DeepSeek" in row["case"]]
+    assert latent and all(row["ok"] is False and "differs" in row["detail"] for row in latent)
+
+
+def _drifting(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Right in the first two calls, which are made outside of graphs."""
+    calls: list[int] = []
+
+    def drifting(self: Any, **given: Any) -> torch.Tensor:
+        calls.append(1)
+        return run(self, **given) + 0.5 * ((len(calls) - 1) % 4 > 1)
+
+    return drifting
+
+
+def test_what_fails_is_missing(place: Place, library: Any) -> None:
+    library.latent.once = True  # it cannot be planned again
+    library.sampling.wrong = True
+    rows = list(stage.run(place))
+    broken = [row for row in rows if "DeepSeek" in row["case"]]
+    assert broken and all(row["ok"] is None and "cannot replan" in row["missing"] for row in broken)
+    filters = [row for row in rows if row["case"].startswith("sampling")]
+    assert filters and all(row["ok"] is False and row["chosen"] is False for row in filters)
