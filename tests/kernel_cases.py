@@ -1,34 +1,20 @@
-"""Random experts in any GGML type."""
+"""Random experts in any GGML type, as weights of a layer; what the kernels are judged on is in `eval.kernel_cases`."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from eval.kernel_cases import random_stored
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
-
-SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}
-"""Bytes at which a block keeps float16 scales: random ones would often not be finite."""
 
 
 def random_matrix(rng: np.random.Generator, experts: int, rows: int, columns: int, kind: str) -> Matrix:
     """Random stored bytes with scales such that weights are of the order 1 / sqrt(columns)."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    if kind in ("F16", "BF16", "F32"):
-        values = torch.from_numpy(rng.standard_normal((experts, rows * columns)) * columns**-0.5)
-        dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[kind]
-        stored = values.to(dtype).view(torch.uint8).numpy()
-    else:
-        blocks = rng.integers(0, 256, (experts, rows * columns // block, size), dtype=np.uint8)
-        spread = {"Q4_K": 300.0, "Q5_K": 600.0, "Q6_K": 1400.0, "Q8_0": 74.0, "Q4_0": 4.6}[kind]
-        for at in SCALES[kind]:
-            scales = rng.uniform(0.5, 1.5, blocks.shape[:2]) * columns**-0.5 / spread
-            blocks[:, :, at : at + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
-        stored = blocks.reshape(experts, -1)
-    stacked = np.ascontiguousarray(stored).ravel()
-    return Matrix(kind, tuple(stacked.reshape(experts, -1)), stacked)
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
+    stored = random_stored(kind, experts, rows, columns, generator).numpy()
+    return Matrix(kind, tuple(stored), stored.ravel())
 
 
 def random_layer(
@@ -69,7 +55,3 @@ def reference(
             inner = torch.nn.functional.silu(gate @ states[token]) * (up @ states[token])
             output[token] += routing[token, place].double() * (down @ inner)
     return output
-
-
-def rms_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-12))

@@ -1,4 +1,4 @@
-"""Triton kernels against gguf's own dequantisation, in the interpreter where there is no GPU; and compiled for one."""
+"""Device kernels against float64: small shapes in the interpreter, the models' own on a GPU; and compiled for one."""
 
 from __future__ import annotations
 
@@ -8,117 +8,174 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from kernel_cases import random_call, random_layer, reference, rms_error
+from kernel_cases import random_layer
 
-from hybrimoe_plugin.experts.kernels.base import Kernels, SlotCall
+from eval.kernel_cases import (
+    LARGE,
+    LIMITS,
+    MODEL_SHAPES,
+    ODD_SHAPES,
+    SMALL_SHAPES,
+    TOKENS,
+    TYPES,
+    Case,
+    LinearCase,
+    RepackCase,
+    Shape,
+    candidate_cases,
+    cases,
+    linear_cases,
+    odd_cases,
+    poisoned,
+    product_kernels,
+    random_matrices,
+    reference,
+    repack_cases,
+    run_case,
+    run_linear,
+    run_repack,
+)
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
-from hybrimoe_plugin.experts.weights import LayerWeights
 
 pytest.importorskip("triton")
-from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
 from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
 
-DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-LARGE = Blocks(256, 4, 256, 2, tokens=16, rows=256)
-"""The interpreter takes as long for a small tile as for a large one."""
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
+CPU = torch.device("cpu")
 
-MIXED = [
-    # kinds, hidden, intermediate, experts, top_k
-    (("Q4_K", "Q5_K", "Q8_0"), 256, 320, 4, 2),
-    (("Q8_0", "Q4_0", "Q6_K"), 576, 256, 2, 2),
-    (("Q8_0", "Q8_0", "Q4_0"), 96, 160, 5, 1),
-    (("Q4_K", "Q4_K", "Q6_K"), 256, 1536, 2, 2),
-    (("BF16", "F16", "Q5_K"), 64, 512, 4, 3),
-]
+# On a GPU `cases` holds the odd ones too.
+EXPERTS = [*cases(INTERPRETED), *(odd_cases(INTERPRETED) if INTERPRETED else [])]
 
 
-def fill(kernels: Kernels, weights: LayerWeights, mine: list[int]) -> torch.Tensor:
-    """Slots with these experts and a spare one full of garbage."""
-    layout = kernels.layout(weights.spec)
-    buffer = torch.full((len(mine) + 1, layout.size), 0xAB, dtype=torch.uint8, device=DEVICE)
-    for slot, expert in enumerate(mine):
-        for part, matrix in zip(layout, weights.matrices(), strict=True):
-            raw = torch.from_numpy(matrix.experts[expert].copy()).to(DEVICE)
-            target = buffer[slot, part.offset : part.offset + part.size]
-            if part.split:
-                kernels.repack(part, raw, target)
-            else:
-                target.copy_(raw)
-    return buffer
+@pytest.mark.parametrize("case", EXPERTS, ids=lambda case: case.name)
+def test_experts_equal_the_reference(case: Case) -> None:
+    assert run_case(case, product_kernels(case, DEVICE), DEVICE) < case.limit
 
 
-def check(
-    kernels: Kernels, weights: LayerWeights, tokens: int, mine: list[int], dtype: torch.dtype = torch.float32
-) -> float:
-    """Relative RMS error where only the experts `mine` have slots."""
-    spec = weights.spec
-    buffer = fill(kernels, weights, mine)
-    hidden, ids, routing = random_call(tokens, spec.experts, spec.hidden, spec.top_k, seed=tokens)
-    hidden = hidden.to(dtype)
-    table = torch.full((spec.experts,), -1)
-    table[torch.tensor(mine)] = torch.arange(len(mine))
-    on_device = [tensor.to(DEVICE) for tensor in (hidden, table[ids], routing)]
-    call = SlotCall(buffer, kernels.layout(spec), tuple(range(len(mine))), *on_device)
-    found = kernels.down(call, kernels.gate_up(call))
-    assert found.dtype == dtype
-    assert found.shape == hidden.shape
-    return rms_error(found.cpu(), reference(weights, hidden, ids, routing, set(mine)))
+@pytest.mark.parametrize("case", linear_cases(INTERPRETED), ids=lambda case: case.name)
+def test_linears_equal_the_reference(case: LinearCase) -> None:
+    assert run_linear(case, DEVICE) < case.limit
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_every_type_equals_the_reference(kind: str, tokens: int) -> None:
-    weights = random_layer((kind,) * 3, experts=2)
-    assert check(TritonKernels(DEVICE, LARGE), weights, tokens, [1, 0]) < 1e-6
+@pytest.mark.parametrize("case", repack_cases(INTERPRETED), ids=lambda case: case.name)
+def test_repacking_puts_every_byte_in_its_plane_and_none_beside(case: RepackCase) -> None:
+    assert run_repack(case, DEVICE) == 0
 
 
-@pytest.mark.parametrize("tokens", [2, 24])
-@pytest.mark.parametrize("case", MIXED)
-def test_mixed_types_and_odd_shapes(case: tuple[tuple[str, str, str], int, int, int, int], tokens: int) -> None:
-    kinds, hidden, intermediate, experts, top_k = case
-    weights = random_layer(kinds, hidden, intermediate, experts, top_k)
-    kernels = TritonKernels(DEVICE, LARGE)
-    assert kernels.refusal(weights.spec) is None
-    # All but one resident; K may be all experts; with few tokens some expert has none.
-    assert check(kernels, weights, tokens, list(range(experts - 1, 0, -1))) < 1e-6
-
-
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_default_tile_sizes_give_the_same(tokens: int) -> None:
-    weights = random_layer(("Q4_0", "Q8_0", "Q4_0"), 64, 96)
-    assert check(TritonKernels(DEVICE), weights, tokens, [2, 1]) < 1e-6
-
-
-@pytest.mark.parametrize("tokens", [1, 12])
-def test_bfloat16_states(tokens: int) -> None:
-    """Judged by bf16's own step (2^-8): activations and parts of the sum are rounded to it in prefill."""
-    weights = random_layer(("Q4_K", "Q4_K", "Q6_K"))
-    assert check(TritonKernels(DEVICE, LARGE), weights, tokens, [0, 2, 3], torch.bfloat16) < 0.01
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("case", candidate_cases(), ids=lambda case: case.name)
+def test_every_tile_that_tuning_may_choose_equals_the_reference(case: Case) -> None:
+    assert run_case(case, product_kernels(case, DEVICE), DEVICE) < case.limit
 
 
 def test_plain_twin_runs_the_same_calls() -> None:
     for kinds in (("Q4_K", "Q4_K", "Q6_K"), ("F32", "BF16", "Q8_0")):
-        weights = random_layer(kinds)
         for tokens in (1, 16, 17):
-            assert check(TorchKernels(), weights, tokens, [3, 1]) < 1e-6
+            case = Case(Shape("small", kinds, 256, 256, 4, 2), tokens, torch.float32)
+            assert run_case(case, TorchKernels(), DEVICE) < case.limit
+
+
+def test_a_gpu_runs_the_tiles_dtypes_and_shapes_of_the_product() -> None:
+    found = cases(interpreted=False)
+    tiled = [case for case in found if case.blocks is not None]
+    assert not tiled, "other tiles than the product's say nothing about it"
+    for shape in MODEL_SHAPES:
+        mine = [case for case in found if case.shape == shape]
+        assert {case.tokens for case in mine if case.dtype == torch.bfloat16} >= set(TOKENS)
+        assert {case.dtype for case in mine} == set(LIMITS)
+    sizes = {
+        Blocks.of(slot_layout(case.shape.spec, split=True), case.shape.top_k).tile_tokens(
+            case.tokens * case.shape.top_k, case.shape.experts - 1
+        )
+        for case in found
+        if case.tokens > 8 and case.dtype == torch.bfloat16
+    }
+    assert sizes == {16, 32, 64}, "every size of prefill tile"
+    assert {kind for case in found for kind in case.shape.kinds} >= set(TYPES)
+    assert {case.kind for case in linear_cases()} == set(TYPES) == set(SUPPORTED)
+    assert {case.limit for case in found if case.dtype == torch.float32 and case.tokens == 1} == {1e-6}
+
+
+def test_candidates_are_what_tuning_tries() -> None:
+    tried: list[Blocks] = []
+
+    class Noted(TritonKernels):
+        def _gate_up_decode(self, call, blocks):  # type: ignore[no-untyped-def]
+            tried.append(blocks)
+            return torch.empty(0)
+
+    shape = SMALL_SHAPES[0]
+    kernels = Noted(CPU)
+    layout = kernels.layout(shape.spec)
+    slots = torch.zeros(shape.top_k, layout.size, dtype=torch.uint8)
+    kernels.tune(layout, shape.top_k, slots, lambda _work: 1.0)
+    assert {case.blocks for case in candidate_cases([shape])} == set(tried)
+
+
+@pytest.mark.parametrize("kernels", [TritonKernels(CPU, LARGE), TorchKernels()], ids=["triton", "torch"])
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_a_kernel_that_leaves_outputs_out_is_found(
+    kernels: TritonKernels | TorchKernels, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the last column: it holds what the allocator gave."""
+    case = Case(SMALL_SHAPES[3], tokens, torch.float32)
+    down = kernels.down
+
+    def short(call, activations):  # type: ignore[no-untyped-def]
+        whole = down(call, activations)
+        found = torch.empty_like(whole)
+        found[:, :-1] = whole[:, :-1]
+        return found
+
+    monkeypatch.setattr(kernels, "down", short)
+    assert not run_case(case, kernels, CPU) < case.limit
+
+
+def test_memory_that_nobody_wrote_reads_as_nan() -> None:
+    with poisoned():
+        for dtype in LIMITS:
+            empty = torch.empty(7, 9, dtype=dtype, device=DEVICE)
+            assert empty.isnan().all()
+            assert torch.empty_like(empty, memory_format=torch.contiguous_format).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_reference_is_ggufs_own() -> None:
+    """The reference that runs on a device, against gguf's dequantisation and one token and expert after another."""
+    for shape in ODD_SHAPES:
+        matrices = random_matrices(shape, 0, CPU)
+        hidden = torch.randn(3, shape.hidden, generator=torch.Generator().manual_seed(1))
+        ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(3)])
+        routing = torch.rand(3, shape.top_k)
+        inner, outer = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+        wanted = torch.zeros(3, shape.hidden, dtype=torch.float64)
+        for token in range(3):
+            for expert, weight in zip(ids[token].tolist(), routing[token].tolist(), strict=True):
+                if expert == 0:
+                    continue
+                gate, up, down = (
+                    dequantize_bytes(matrix[expert].numpy(), kind, size).double()
+                    for matrix, kind, size in zip(matrices, shape.kinds, (inner, inner, outer), strict=True)
+                )
+                state = hidden[token].double()
+                wanted[token] += weight * (down @ (torch.nn.functional.silu(gate @ state) * (up @ state)))
+        torch.testing.assert_close(reference(shape, matrices, hidden, ids, routing), wanted)
 
 
 @pytest.mark.parametrize("kind", PLANES)
 def test_planes_hold_every_byte_once(kind: str) -> None:
-    """The repacking kernel against numpy; 67 blocks are no whole number of its programs."""
     size = BLOCK_BYTES[kind]
-    raw = np.random.default_rng(0).integers(0, 256, (67, size), dtype=np.uint8)
-    wanted = np.concatenate([raw[:, at : at + count].ravel() for at, count in PLANES[kind]])
     assert sorted(b for at, count in PLANES[kind] for b in range(at, at + count)) == list(range(size))
-    part = slot_layout(random_layer((kind,) * 3).spec, split=True).gate._replace(size=raw.size)
-    target = torch.zeros(raw.size, dtype=torch.uint8, device=DEVICE)
-    TritonKernels(DEVICE).repack(part, torch.from_numpy(raw.ravel().copy()).to(DEVICE), target)
-    np.testing.assert_array_equal(target.cpu().numpy(), wanted)
 
 
 def test_what_the_kernels_refuse() -> None:
@@ -129,8 +186,8 @@ def test_what_the_kernels_refuse() -> None:
 
 
 def test_slots_start_aligned_whatever_the_types() -> None:
-    for kinds, hidden, intermediate, experts, top_k in MIXED:
-        spec = random_layer(kinds, hidden, intermediate, experts, top_k).spec
+    for shape in (*ODD_SHAPES, *MODEL_SHAPES):
+        spec: ExpertSpec = shape.spec
         layout = slot_layout(spec, split=True)
         assert all(part.offset % 256 == 0 for part in layout)
         assert layout.size % 256 == 0
