@@ -13,6 +13,8 @@ from eval.cuda_bandwidth import Bandwidths, layer_shares
 from eval.gpu_stages.place import Place, Row
 from eval.kernel_cases import TYPES, Shape, random_matrices
 from eval.shapes import MODELS, Model, layers_of, published_costs
+from hybrimoe_plugin.experts.kernels.blocks import Blocks
+from hybrimoe_plugin.experts.kernels.layout import slot_layout
 from hybrimoe_plugin.experts.lane import AHEAD_DEPTH
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
@@ -37,9 +39,8 @@ def run(place: Place) -> Iterator[Row]:
             yield _shares(place, measured, f"{model.name}, {kind}", layer(model, place, number))
     for depth in DEPTHS:
         yield _demand(place, depth)
-    for kind in TYPES:
-        if not place.dry:
-            yield _shares(place, measured, f"{SMALL.name}, all {kind}", _one_type(kind))
+    for kind in () if place.dry else TYPES:
+        yield _shares(place, measured, f"{SMALL.name}, all {kind}", _one_type(kind), tuned=False)
 
 
 def layer(model: Model, place: Place, number: int = 0) -> LayerWeights:
@@ -50,15 +51,22 @@ def layer(model: Model, place: Place, number: int = 0) -> LayerWeights:
 
 
 def _one_type(kind: str) -> LayerWeights:
-    """Experts of the small model's shape in one type."""
-    shape = Shape(SMALL.name, (kind,) * 3, SMALL.hidden, SMALL.intermediate, experts=64, top_k=8)
+    """As many experts of the small model's shape in one type as no cache holds."""
+    shape = Shape(SMALL.name, (kind,) * 3, SMALL.hidden, SMALL.intermediate, experts=8, top_k=8)
+    shape = shape._replace(experts=8 + 2 * cuda_bandwidth.L2_BYTES // shape.spec.expert_bytes)
     stored = [part.numpy() for part in random_matrices(shape, 0, torch.device("cpu"))]
     gate, up, down = (Matrix(kind, tuple(part), part.ravel()) for part in stored)
     return LayerWeights(0, shape.spec, gate, up, down)
 
 
-def _shares(place: Place, measured: Bandwidths, name: str, weights: LayerWeights) -> Row:
+def _shares(place: Place, measured: Bandwidths, name: str, weights: LayerWeights, tuned: bool = True) -> Row:
+    """Shares of one layer; without tuning in the tiles that follow from its shape, since tuning compiles for long."""
     made = _accelerator(place)
+    if not tuned:
+        from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+
+        layout = slot_layout(weights.spec, split=True)
+        made.kernels = TritonKernels(place.device, Blocks.of(layout, weights.spec.top_k))
     try:
         link, kernel = layer_shares(made, weights, measured)
     finally:

@@ -7,15 +7,20 @@ import contextlib
 import faulthandler
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from eval.journal import Journal
 
 RESULTS = "results.jsonl"
+
+Row = Mapping[str, Any]
 
 
 def main() -> int:
@@ -26,7 +31,8 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--limit", type=float, required=True, help="seconds after which this process will be killed")
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--core", action="store_true")
+    parser.add_argument("--card", help="the GPU's name as the check has it; torch may spell it otherwise")
+    parser.add_argument("--run", required=True, help="what this run's lines have in common")
     args = parser.parse_args()
     _end_with_parent()
     # A stage that hangs tells in the log where, just before it is killed.
@@ -42,14 +48,21 @@ def main() -> int:
 
     if args.dry:
         torch.set_num_threads(1)  # tiny operations: more threads only wait for one another
-    place = Place(args.out, args.scratch, args.dry, args.core)
+    place = Place(args.out, args.scratch, args.dry)
     journal, facts = Journal(args.out / RESULTS), report.facts()
+    facts["gpu"] = args.card or facts["gpu"]
     started = time.monotonic()
     for row in importlib.import_module(args.module).run(place):
-        known = {"stage": args.name, **row, "at_s": round(time.monotonic() - started, 3), "emulated": args.dry}
-        journal.append({**known, **facts})
+        known = {"stage": args.name, **_finite(row), "at_s": round(time.monotonic() - started, 3)}
+        journal.append({**known, "run": args.run, "emulated": args.dry, **facts})
         print(args.name, dict(row), file=sys.stderr, flush=True)
     return 0
+
+
+def _finite(row: Row) -> dict[str, Any]:
+    """JSON has no NaN: figures that are no numbers become words, which no sum takes for one."""
+    odd = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {**row, **odd}
 
 
 def _end_with_parent() -> None:

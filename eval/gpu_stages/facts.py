@@ -8,18 +8,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from eval.gpu_stages.place import Place, Row
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.cpu_kt import import_kernel
-from hybrimoe_plugin.experts.host_bytes import READ_ONLY_PORTABLE, as_tensor, register_pages
+from hybrimoe_plugin.experts.host_bytes import PORTABLE, READ_ONLY_PORTABLE, as_tensor, register_pages
 from hybrimoe_plugin.experts.memory import free_host_bytes, huge_pages
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 
 REGISTERED_BYTES = 1 << 30
+_FLAGS = {"read-only": READ_ONLY_PORTABLE, "read and write": PORTABLE}
+"""In the order in which the product tries them."""
 _GB = 1e9
 
 
@@ -37,8 +41,8 @@ def run(place: Place) -> Iterator[Row]:
     yield {"case": "device memory", "free_gb": free / _GB, "total_gb": total / _GB}
     facts = torch.cuda.get_device_properties(place.device)
     yield {"case": "device", "multiprocessors": facts.multi_processor_count, "l2_mb": facts.L2_cache_size / 1e6}
+    yield _registration(place, "pages of anonymous memory", _anonymous)
     yield _registration(place, "pages of a mapped file", lambda: _mapping(place.scratch))
-    yield _registration(place, "pages of anonymous memory", lambda: huge_pages(REGISTERED_BYTES))
 
 
 def _kt_kernel() -> Row:
@@ -51,19 +55,27 @@ def _kt_kernel() -> Row:
 
 def _registration(place: Place, what: str, make: Callable[[], mmap.mmap]) -> Row:
     """Register 1 GiB, copy it to the device, and say how fast either was. A refusal is a fact, not a fault."""
-    memory = make()
+    try:
+        memory = make()
+    except OSError as error:
+        return {"case": what, "missing": f"room for {REGISTERED_BYTES >> 20} MiB: {error}"}
     values = np.frombuffer(memory, dtype=np.uint8)
     values[:: mmap.PAGESIZE].sum()  # the pages are there before the clock starts
     started = time.perf_counter()
-    accepted = register_pages(values.ctypes.data, values.size, READ_ONLY_PORTABLE, place.device)
-    row = {"case": what, "accepted": accepted, "register_gbps": values.size / (time.perf_counter() - started) / _GB}
-    if accepted:
+    accepted = next((name for name, flags in _FLAGS.items() if _register(values, flags, place.device)), "neither")
+    spent = time.perf_counter() - started
+    row: dict[str, Any] = {"case": what, "accepted": accepted, "register_gbps": values.size / spent / _GB}
+    if accepted in _FLAGS:
         row["copy_gbps"] = _copy_gbps(values, place.device)
         torch.cuda.cudart().cudaHostUnregister(values.ctypes.data)
     return row
 
 
-def _copy_gbps(values: np.ndarray, device: torch.device) -> float:
+def _register(values: NDArray[np.uint8], flags: int, device: torch.device) -> bool:
+    return register_pages(values.ctypes.data, values.size, flags, device)
+
+
+def _copy_gbps(values: NDArray[np.uint8], device: torch.device) -> float:
     source, target = as_tensor(values), torch.empty(values.size, dtype=torch.uint8, device=device)
     target.copy_(source, non_blocking=True)
     torch.cuda.synchronize(device)
@@ -71,6 +83,12 @@ def _copy_gbps(values: np.ndarray, device: torch.device) -> float:
     target.copy_(source, non_blocking=True)
     torch.cuda.synchronize(device)
     return float(values.size / (time.perf_counter() - started) / _GB)
+
+
+def _anonymous() -> mmap.mmap:
+    memory = huge_pages(REGISTERED_BYTES)
+    np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE] = 1  # pages that were only read are all the same one
+    return memory
 
 
 def _mapping(folder: Path) -> mmap.mmap:

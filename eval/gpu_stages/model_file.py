@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
-from eval import cuda_model
+from eval import cuda_model, shapes, synthetic
 from eval.cuda_bench import RECALL
 from eval.gpu_stages.place import Place
 from eval.shapes import MODELS, Routing, layer_bytes, routing
@@ -37,10 +38,12 @@ def model_file(place: Place) -> Path:
         OSError: the scratch folder has no room.
     """
     shape = given(place)
-    layers = DRY_LAYERS if place.dry else _layers(shape)
-    path = place.scratch / f"qwen3-shape-{layers}-layers{'-tiny' if place.dry else ''}.gguf"
+    layers = DRY_LAYERS if place.dry else _layers(shape.header.experts)
+    path = place.scratch / f"qwen3-shape-{layers}-layers{'-tiny' if place.dry else ''}-{_writers_digest()}.gguf"
     if path.exists():
         return path
+    for left in place.scratch.glob("*.part"):
+        left.unlink()  # of a run that was killed; no other check runs here
     handle, name = tempfile.mkstemp(dir=place.scratch, suffix=".part")
     os.close(handle)
     try:
@@ -52,6 +55,13 @@ def model_file(place: Place) -> Path:
     return path
 
 
-def _layers(shape: Routing) -> int:
+def _writers_digest() -> str:
+    """Eight hexadecimal digits that change with the code that decides what is in the file."""
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (cuda_model, shapes, synthetic))
+    return hashlib.sha256(code).hexdigest()[:8]
+
+
+@functools.cache  # what is free changes while systems come and go, the model must not
+def _layers(experts: int) -> int:
     """As many layers as leave half of the host's memory free: the file's pages want to stay in it."""
-    return max(2, min(LAYERS, int(0.5 * free_host_bytes() / layer_bytes(MODEL, shape.header.experts))))
+    return max(2, min(LAYERS, int(0.5 * free_host_bytes() / layer_bytes(MODEL, experts))))

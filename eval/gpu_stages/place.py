@@ -24,8 +24,6 @@ class Place(NamedTuple):
     """Large files, kept from run to run."""
     dry: bool
     """No card: the emulated accelerator and Triton's interpreter, at tiny sizes."""
-    core: bool
-    """Only what the first four minutes have room for."""
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,24 +14,30 @@ OURS = "ours"
 
 
 def merged(lines: Iterable[Line]) -> list[Line]:
-    """The newest line of each case, in the order in which cases were first seen.
+    """What counts of a file's lines: for each stage, its newest whole run and what later runs measured again.
 
-    A stage that was run again replaces what it measured again and leaves the rest, so that two runs that were cut off
-    make a whole one. Lines of another device than the newest line's are left out: numbers of two cards never mix.
+    A run that was cut off replaces the cases that it measured and leaves the others, so that two such runs make a whole
+    one. A run that ended well replaces everything that the stage said before. Lines must be of one device.
     """
-    found = [line for line in lines if "stage" in line and "case" in line]
-    devices = [_device(line) for line in found if line.get("gpu") is not None]
-    cases: dict[tuple[str, str], Line] = {}
-    for line in found:
-        # A stage that died before it could name its device counts with whatever device there is.
-        if line.get("gpu") is None or _device(line) == devices[-1]:
-            cases[line["stage"], line["case"]] = line
-    return list(cases.values())
+    stages: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        if "stage" not in line or "case" not in line:
+            continue
+        cases = stages.setdefault(line["stage"], {})
+        if line["case"] != END:
+            cases[line["case"]] = line
+        elif line.get("status") == "ok":
+            whole = {case: kept for case, kept in cases.items() if kept.get("run") == line.get("run")}
+            stages[line["stage"]] = {**whole, END: line}
+        elif line.get("status") != "skipped" or END not in cases:  # a failure is not undone by having no time
+            cases[END] = line
+    return [line for cases in stages.values() for line in cases.values()]
 
 
 def done(lines: Sequence[Line]) -> set[str]:
-    """The stages whose newest process ended well."""
-    return {line["stage"] for line in lines if line["case"] == END and line.get("status") == "ok"}
+    """The stages whose newest process ended well, with nothing wrong."""
+    ended = {line["stage"] for line in lines if line["case"] == END and line.get("status") == "ok"}
+    return ended - {line["stage"] for line in _judged(lines) if not line["ok"]}
 
 
 def rows(lines: Sequence[Line], stage: str) -> list[Line]:
@@ -40,13 +45,17 @@ def rows(lines: Sequence[Line], stage: str) -> list[Line]:
     return [line for line in lines if line["stage"] == stage and line["case"] != END]
 
 
-def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """The verdict: one flat object. What was not measured is None, never a guess."""
-    judged = [line for line in lines if line.get("ok") is not None and line["case"] != END]
-    ends = [line for line in lines if line["case"] == END]
+def summary(lines: Sequence[Line], wanted: Iterable[str], judges: Iterable[str]) -> dict[str, Any]:
+    """The verdict: one flat object. What was not measured is None, never a guess.
+
+    Args:
+        wanted: the stages that this kind of check consists of.
+        judges: those of them without which nothing is known to be right.
+    """
+    ends = {line["stage"]: line["status"] for line in lines if line["case"] == END}
     ours = _times(lines, OURS)
     found: dict[str, Any] = {
-        "correct": all(line["ok"] for line in judged) if judged else None,
+        "correct": _correct(lines, judges),
         "kernel_share": _least(lines, "kernel_share"),
         "link_share": _least(lines, "link_share"),
         "host_us_per_layer": _one(lines, "host_us_per_layer"),
@@ -57,8 +66,9 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
     found["prefill_vs_static"] = _ratio(_times(lines, RATIO_SYSTEMS["decode_vs_static"]), ours, "prefill_ms_p50")
     emulated = {line.get("emulated") for line in lines}
     found["emulated"] = True in emulated
-    found["stages_failed"] = sorted(line["stage"] for line in ends if line.get("status") not in ("ok", "skipped"))
-    found["wrong"] = [f"{line['stage']}: {line['case']}" for line in judged if not line["ok"]]
+    found["stages_failed"] = sorted(stage for stage, status in ends.items() if status not in ("ok", "skipped"))
+    found["stages_missing"] = sorted(stage for stage in wanted if ends.get(stage, "skipped") == "skipped")
+    found["wrong"] = [f"{line['stage']}: {line['case']}" for line in _judged(lines) if not line["ok"]]
     return found
 
 
@@ -67,7 +77,7 @@ def headline(lines: Sequence[Line], stage: str) -> str:
     mine = rows(lines, stage)
     if not mine:
         return "no rows"
-    judged = [line for line in mine if line.get("ok") is not None]
+    judged = _judged(mine)
     parts = [f"{len(mine)} rows"]
     if judged:
         parts.append(f"{sum(bool(line['ok']) for line in judged)} of {len(judged)} right")
@@ -80,8 +90,17 @@ def headline(lines: Sequence[Line], stage: str) -> str:
     return ", ".join(parts)
 
 
-def _device(line: Line) -> tuple[Any, Any]:
-    return line.get("gpu"), line.get("emulated")
+def _judged(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if line.get("ok") is not None and line["case"] != END]
+
+
+def _correct(lines: Sequence[Line], judges: Iterable[str]) -> bool | None:
+    """False as soon as one case is wrong; True only if every judging stage ended well and has judged something."""
+    judged = _judged(lines)
+    if not all(line["ok"] for line in judged):
+        return False
+    sound = done(lines) & {line["stage"] for line in judged}
+    return True if judged and set(judges) <= sound else None
 
 
 def _times(lines: Sequence[Line], system: str) -> Line:
@@ -91,14 +110,15 @@ def _times(lines: Sequence[Line], system: str) -> Line:
 
 
 def _ratio(theirs: Line, ours: Line, name: str) -> float | None:
-    return theirs[name] / ours[name] if name in theirs and name in ours else None
+    """Their time over ours; None where they were not measured in one run, one after the other."""
+    if not theirs or not ours or theirs.get("run") != ours.get("run"):
+        return None
+    return float(theirs[name] / ours[name])
 
 
 def _least(lines: Sequence[Line], name: str) -> float | None:
-    values = [line[name] for line in lines if isinstance(line.get(name), float)]
-    return min(values) if values else None
+    return min((line[name] for line in lines if isinstance(line.get(name), float)), default=None)
 
 
 def _one(lines: Sequence[Line], name: str) -> float | None:
-    values = [line[name] for line in lines if isinstance(line.get(name), float)]
-    return statistics.median(values) if values else None
+    return next((line[name] for line in lines if isinstance(line.get(name), float)), None)

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +20,28 @@ from eval.gpu_stages.plan import Stage
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
+_TAIL_BYTES = 1 << 16
 GRACE_S = 5.0
 """How long a killed process may take to go; one that is stuck in the driver is left behind."""
+
+
+def _writable_caches(scratch: Path) -> dict[str, str]:
+    """Where profiles, tuned tiles and compiled kernels are kept, if the usual place cannot be written."""
+    try:
+        usual = Path.home() / ".cache"
+        usual.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=usual):
+            return {}
+    except (OSError, RuntimeError):
+        return {"HYBRIMOE_CACHE": str(scratch / "cache"), "TRITON_CACHE_DIR": str(scratch / "triton")}
 
 
 class End(NamedTuple):
     """How one stage's process ended."""
 
     stage: str
+    run: str
+    """What the lines of this process have in common; empty where none was started."""
     status: str
     """`ok`, `failed`, `died` (by a signal), `timeout`, or `skipped`."""
     seconds: float
@@ -45,10 +61,14 @@ class Running:
         self._limit_s = limit_s
         self._started = time.monotonic()
         self._log = out / f"{stage.name}.log"
+        self.run = uuid.uuid4().hex[:12]
+        self._logged = self._log.stat().st_size if self._log.exists() else 0
         command = [sys.executable, "-m", "eval.gpu_stages.child", stage.name, "--module", stage.path]
-        command += ["--out", str(out), "--scratch", str(scratch), "--limit", f"{limit_s:g}", *flags]
+        command += ["--out", str(out), "--scratch", str(scratch), "--limit", f"{limit_s:g}"]
+        command += ["--run", self.run, *flags]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        environment = {**_writable_caches(scratch), **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment["PYTHONUNBUFFERED"] = "1"
         with self._log.open("ab") as file:
             # A session of its own, so that what the stage started is killed with it.
             self._process = subprocess.Popen(
@@ -87,11 +107,13 @@ class Running:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _end(self, status: str, detail: str = "") -> End:
-        return End(self.stage.name, status, round(time.monotonic() - self._started, 2), detail)
+        return End(self.stage.name, self.run, status, round(time.monotonic() - self._started, 2), detail)
 
     def _last_line(self) -> str:
-        lines = [line.strip() for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        said = [line for line in lines if line]
+        with self._log.open("rb") as file:
+            file.seek(max(self._logged, self._log.stat().st_size - _TAIL_BYTES))  # of this run, not of an earlier one
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip()]
         return said[-1][:200] if said else "its log is empty"
 
 

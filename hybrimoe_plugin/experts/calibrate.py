@@ -123,7 +123,10 @@ def ensure_profile(
         except ProfileError as error:
             log.warning("%s; measuring again", error)
     text = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress).to_json()
-    write_atomic(path, text)
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        log.warning("the machine's profile cannot be kept (%s); it is measured again next time", error)
     return MachineProfile.from_json(text)
 
 

@@ -78,7 +78,7 @@ def on_a_card(
     fake = Fake(folder, broken)
     monkeypatch.setattr(ktransformers, "find_host", lambda: fake.host)
     monkeypatch.setattr(classic, "_demo", lambda _place: Path("demo.gguf"))
-    place = Place(folder, folder, dry=dry, core=False)
+    place = Place(folder, folder, dry=dry)
     return fake, {row["case"]: row for row in classic.run(place)}
 
 
@@ -134,7 +134,7 @@ def test_a_machine_that_is_too_slow_for_a_dry_run_says_so(tmp_path: Path, monkey
 def test_without_ktransformers_or_demo_model_it_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(tmp_path, tmp_path, dry=False, core=False)
+    place = Place(tmp_path, tmp_path, dry=False)
     monkeypatch.setenv(SITE, str(tmp_path / "nothing"))
     (row,) = classic.run(place)
     assert row["ok"] is None and SITE in row["missing"]

@@ -22,7 +22,7 @@ SECOND = 1e6
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    return Place(tmp_path, tmp_path, dry=True, core=False)
+    return Place(tmp_path, tmp_path, dry=True)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def bare(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(peers, "model_file", lambda _place: gguf)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(peers.FREETOKEN_PYTHON, raising=False)
-    return Place(tmp_path, tmp_path, dry=True, core=False)
+    return Place(tmp_path, tmp_path, dry=True)
 
 
 @pytest.fixture

@@ -157,3 +157,14 @@ def test_profile_is_measured_once_and_again_when_damaged(
 def test_another_shape_has_another_profile() -> None:
     small, large = tiny_experts.layer().spec, tiny_experts.layer(hidden=128).spec
     assert profile_path(small, "kt", "none", None) != profile_path(large, "kt", "none", None)
+
+
+def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYBRIMOE_PROFILES", str(tmp_path / "file" / "below"))
+    weights = tiny_experts.layer()
+    profile = ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, threads=1, progress=False)
+    assert profile.cpu.us[0] > 0
+    assert "cannot be kept" in caplog.text
