@@ -1,8 +1,10 @@
 # Every target does its own set-up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# What depends on other libraries' versions. The long tests of our own arithmetic run in `make test` alone.
+OLDEST := tests/hosts tests/operators tests/experts tests/engine tests/eval tests/lever --ignore tests/hosts/ktransformers --ignore tests/eval/test_gpu_check.py -m "not slow"
 
-.PHONY: chat chat-ktransformers test test-ktransformers lint eval figures peers clean setup setup-dev setup-ktransformers setup-ktransformers-dev
+.PHONY: chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers lint eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
 
 chat: setup  ## chat with the demo model; PROMPT="..." asks one question
 	@$(BIN)/hybrimoe local_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -19,8 +21,17 @@ test-ktransformers: setup-dev setup-ktransformers-dev  ## tests of the classic h
 	@.venv-ktransformers/bin/python -m pytest -q tests/hosts/ktransformers
 	@$(BIN)/python -m pytest -q tests/hosts/ktransformers/test_against_default.py
 
+test-oldest: setup-oldest  ## tests that depend on other libraries, with the oldest that pyproject.toml allows
+	@.venv-oldest/bin/python -m pytest -q -n 2 $(OLDEST)
+
 eval: setup-dev  ## every question at its quick size, one HTML report in out/
 	@$(BIN)/python -m eval.all --quick --out out
+
+gpu-check-dry: setup-dev  ## the GPU check's every stage, emulated at a tiny size
+	@$(BIN)/python -m eval.gpu_check --emulated --fresh --out out/gpu_check
+
+gpu-bundle: setup  ## what a GPU machine without a network needs, in build/gpu-bundle
+	@$(BIN)/python scripts/gpu_bundle.py
 
 figures: setup-dev  ## the README's figures from the committed CSVs
 	@$(BIN)/python -m eval.figures
@@ -45,5 +56,8 @@ setup-ktransformers-dev:
 setup-dev:
 	@$(PYTHON) scripts/setup_env.py --dev
 
+setup-oldest:
+	@$(PYTHON) scripts/setup_env.py --oldest
+
 clean:
-	rm -rf .venv .venv-ktransformers build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-ktransformers build dist *.egg-info

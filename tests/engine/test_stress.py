@@ -65,6 +65,7 @@ def tokens(toy: Toy, rng: random.Random | None) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_stress_gives_the_plain_twins_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"cache_ratio": 0.5, "prefetch": "score", "budget": "layer", "cache": "lru"}
     wanted = tokens(Toy(*build(weights=WEIGHTS, **settings)), None)

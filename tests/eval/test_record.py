@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from eval import record
 from hybrimoe_plugin.replay.trace import read_trace
 
 
+@pytest.mark.slow
 def test_a_recorded_run_is_a_whole_trace(tmp_path: Path) -> None:
     result = record.main(["--experts", "4", "--top_k", "2", "--tokens", "3", "--out", str(tmp_path)])
     trace = read_trace(tmp_path / "smollm2-4x2.trace")

@@ -180,6 +180,7 @@ def test_the_report_survives_a_question_that_fails(
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_a_question_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = every.ask("schedule", tmp_path, True)
     assert good.result is not None and good.result["gap_max"] < 0.06

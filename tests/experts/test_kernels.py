@@ -194,6 +194,7 @@ def test_slots_start_aligned_whatever_the_types() -> None:
         assert spec.expert_bytes <= layout.size < spec.expert_bytes + 3 * 256
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
     """Triton compiles without a device: every type in every kernel must give sm_90 code, in wide loads."""
     program = Path(__file__).with_name("compile_kernels.py")

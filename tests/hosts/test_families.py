@@ -10,9 +10,11 @@ import needs
 import pytest
 import tiny
 import torch
+from steps import step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.operators.kv_cache import cache_in
 
 SCHEDULERS = ("hybrimoe", "greedy", "static", "accelerator_only", "cpu_only")
 POLICIES = list(itertools.product(("mrs", "lru", "lfu", "static"), ("impact", "score", "off")))
@@ -23,8 +25,8 @@ def forward(model: Any, prompt: torch.Tensor, steps: torch.Tensor) -> torch.Tens
     with torch.no_grad():
         out = model(prompt, use_cache=True)
         logits = [out.logits]
-        for step in steps.T:
-            out = model(step[:, None], past_key_values=out.past_key_values, use_cache=True)
+        for ids in steps.T:
+            out = step(model, ids[:, None], cache_in(out))
             logits.append(out.logits)
     return torch.cat(logits, dim=1)
 

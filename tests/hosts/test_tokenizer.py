@@ -61,6 +61,38 @@ def test_deepseek_splits_numbers_as_its_vocabularies_do(tmp_path: Path) -> None:
     assert digits == {"deepseek_v2": ["1", "2", "3", "4", "5"], "deepseek_v3": ["123", "4", "5"]}
 
 
+@pytest.mark.parametrize(
+    ("family", "pre"), [("mixtral", "llama-bpe"), ("qwen3_moe", "qwen2"), ("deepseek_v2", "qwen2")]
+)
+@pytest.mark.parametrize("begins", [True, False])
+def test_special_tokens_are_the_file_s(family: str, pre: str, begins: bool, tmp_path: Path) -> None:
+    changes = {"vocab_size": len(TOKENS)}
+    kinds = [3, 3, *[1] * (len(TOKENS) - 3), 4]
+    said = {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.token_type": kinds}
+    path = tiny.write(tmp_path, family, changes=changes, extra={**vocabulary(pre), **said})
+    tokenizer = load_tokenizer(None, GGUFStore.open(path))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    whole = TOKENS.index("123")
+    ids = tokenizer("he</s>123").input_ids
+    assert ids == [*([0] if begins else []), TOKENS.index("he"), 1, whole]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "he123"
+
+
+def test_deepseek_s_own_tokens_keep_their_places(tmp_path: Path) -> None:
+    """Their names are not in the alphabet of bytes; looked up as bytes they would get ids past the vocabulary."""
+    named = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", *TOKENS[3:]]
+    own = {"tokens": named, "token_type": [3, 3, 4] + [1] * (len(named) - 3), "add_bos_token": True}
+    extra = {**vocabulary("deepseek-v3"), **{f"tokenizer.ggml.{key}": value for key, value in own.items()}}
+    store = GGUFStore.open(tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(named)}, extra=extra))
+    tokenizer = load_tokenizer(None, store)
+    assert len(tokenizer) == len(named)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    ids = tokenizer("<｜User｜>the<｜end▁of▁sentence｜>").input_ids
+    assert ids == [0, 2, named.index("t"), named.index("he"), 1]
+    # What users may write themselves is text; what controls the model is not.
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<｜User｜>the"
+
+
 def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     broken = {**vocabulary("deepseek-v3"), "tokenizer.ggml.model": "no-such-kind"}
     store = GGUFStore.open(tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(TOKENS)}, extra=broken))

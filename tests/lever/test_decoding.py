@@ -83,7 +83,7 @@ def wanted(plain_models: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize(("family", "prompts"), [("llama", 20), ("mixtral", 4)])
+@pytest.mark.parametrize(("family", "prompts"), [pytest.param("llama", 20, marks=pytest.mark.slow), ("mixtral", 4)])
 @pytest.mark.parametrize("draft", ["low-bit", "n-gram", "wrong"])
 @pytest.mark.parametrize("pruning", [False, True])
 def test_greedy_output_is_token_identical(
@@ -180,6 +180,7 @@ def make_draft(name: str, plain: Any) -> Any:
     return LanguageModelDraft(low_bit_copy(plain, 3, 32))
 
 
+@pytest.mark.slow
 def test_twenty_prompts_in_one_conversation(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
     """The decoder keeps what it learned from prompt to prompt, and follow-ups reuse the draft's KV."""
     plain = plain_models["llama"]
@@ -196,6 +197,7 @@ def test_twenty_prompts_in_one_conversation(plain_models: dict[str, Any], packs:
     target.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -221,6 +223,7 @@ def test_sampling_with_a_seed_draws_what_generate_draws(
     target.close()
 
 
+@pytest.mark.slow
 def test_sampled_pairs_follow_the_targets_distribution(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
     """Chi-square of the third token given the first two, with pruning: conditional on nothing but the prompt's path."""
     plain = plain_models["llama"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
@@ -45,6 +47,7 @@ print(json.dumps({"pack": pack.stat().st_size, "budget": budget, "grown": peak()
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_within_the_budget(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False

@@ -89,6 +89,7 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> LazyStreams:
     return streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "share", "places"),
     [*(("llama", 0.0, places) for places in PLACES), ("llama", 0.6, PLACES[2]), ("llama", 0.6, PLACES[3]),
@@ -197,7 +198,7 @@ def test_hidden_states_masks_and_kv_change_sides_with_the_layers() -> None:
 
     with FakeTensorMode():
         layers = [toy(i, torch.empty(8, 8, device="cuda:0" if away else "cpu")) for i, away in enumerate(there)]
-        with pytest.raises(RuntimeError, match="at least two devices"):
+        with pytest.raises(RuntimeError, match="two (different )?devices"):
             torch.empty(2, device="cuda:0") + torch.empty(2)
         cache = DynamicCache()
         for step in range(3):

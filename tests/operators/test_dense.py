@@ -9,6 +9,7 @@ import needs
 import pytest
 import tiny
 import torch
+from steps import prefill, step
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hybrimoe_plugin import load_model
@@ -17,7 +18,7 @@ from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators.attend import attend
 from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.kv_cache import GrowingLayer, growing
+from hybrimoe_plugin.operators.kv_cache import GrowingLayer, cache_in, growing
 from hybrimoe_plugin.operators.linear import RowGraphs, StoredLinear
 from hybrimoe_plugin.operators.norm import LeanRMSNorm
 
@@ -56,7 +57,7 @@ def test_one_token_and_many_give_the_same_function(mixtral: Path) -> None:
         out = model(ids[:, :7], use_cache=True)
         parts = [out.logits]
         for at in range(7, 12):
-            out = model(ids[:, at : at + 1], cache=out.cache, use_cache=True)
+            out = step(model, ids[:, at : at + 1], cache_in(out))
             parts.append(out.logits)
     found = torch.cat(parts, dim=1)
     # 8-bit activations round alike row by row; sums differ in order alone.
@@ -86,8 +87,8 @@ def test_calls_of_every_mode_may_follow_each_other(mixtral: Path) -> None:
     ids, found = tiny.tokens(4), []
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
         with mode():
-            cache = model(ids, use_cache=True).cache
-            found.append(model(ids[:, :1], cache=cache, use_cache=True).logits.detach())
+            cache = prefill(model, ids)
+            found.append(step(model, ids[:, :1], cache).logits.detach())
     for logits in found[1:]:
         assert torch.equal(logits, found[0])
     kept = [value._one for module in model.modules() for value in vars(module).values() if isinstance(value, RowGraphs)]
@@ -177,7 +178,11 @@ def test_the_growing_layer_is_the_dynamic_one() -> None:
     both(3, 1)
     assert ours.get_seq_length() == theirs.get_seq_length()
     ours.reset()
+    fresh = GrowingLayer()
     assert ours.get_seq_length() == 0
+    new = torch.randn(2, 3, 4, 8, generator=generator)  # another batch, too: nothing is left of what was held
+    for found, wanted in zip(ours.update(new, -new), fresh.update(new, -new), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_only_empty_dynamic_layers_are_exchanged() -> None:

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from replayed import Replayed
+from steps import step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.operators import flash_choice, graphs
@@ -20,6 +21,7 @@ from hybrimoe_plugin.operators.attend import attend_latents
 from hybrimoe_plugin.operators.flash_choice import PAGE
 from hybrimoe_plugin.operators.flash_decode import FlashDecode, Shape
 from hybrimoe_plugin.operators.flash_latent import FlashLatent, LatentShape
+from hybrimoe_plugin.operators.kv_cache import cache_in
 
 SHAPE = Shape(heads=8, groups=2, width=16, room=64, dtype=torch.bfloat16, scaling=0.25)
 LATENT = LatentShape(heads=4, latent=128, rope=64, room=64, dtype=torch.bfloat16, scaling=0.1)
@@ -135,11 +137,12 @@ def decode(model: Any, steps: int = 40) -> list[float]:
         out = model(tiny.tokens(7), use_cache=True)
         logits = []
         for token in tiny.tokens(steps, seed=1)[0]:
-            out = model(token[None, None], cache=out.cache, use_cache=True)
+            out = step(model, token[None, None], cache_in(out))
             logits.append(out.logits[0, -1].float())
     return torch.stack(logits).flatten().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2_lite", "deepseek_v3"])
 def test_a_model_decodes_with_it(

@@ -11,12 +11,13 @@ import pytest
 import tiny
 import torch
 from replayed import Replayed
+from steps import step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.operators import graphs
 from hybrimoe_plugin.operators.graphs import PROOFS, UNDECIDED, GraphedLayer
-from hybrimoe_plugin.operators.kv_cache import FixedCache
+from hybrimoe_plugin.operators.kv_cache import FixedCache, cache_in
 
 STEPS = 44
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
@@ -118,8 +119,8 @@ def test_sequences_take_turns(load: Load) -> None:
             which = turn // 2 % 2
             ours, theirs = outs[which]
             outs[which] = (
-                model(token[None, None], cache=ours.cache, use_cache=True),
-                plain(token[None, None], cache=theirs.cache, use_cache=True),
+                step(model, token[None, None], cache_in(ours)),
+                step(plain, token[None, None], cache_in(theirs)),
             )
             torch.testing.assert_close(outs[which][0].logits, outs[which][1].logits)
     assert capture.captured == 5, "the same graphs serve both"
@@ -132,8 +133,8 @@ def test_prompts_into_a_cache_in_use_and_cropping(load: Load) -> None:
     def both(ids: torch.Tensor) -> None:
         logits = []
         for index, built in enumerate((model, plain)):
-            out = built(ids, cache=caches[index], use_cache=True)
-            caches[index] = out.cache
+            out = step(built, ids, caches[index])
+            caches[index] = cache_in(out)
             logits.append(out.logits)
         torch.testing.assert_close(*logits)
 

@@ -9,9 +9,11 @@ import needs
 import pytest
 import tiny
 import torch
+from steps import step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.operators.kv_cache import cache_in
 from hybrimoe_plugin.operators.last_rows import LastRows
 
 needs.kt_kernel()
@@ -53,7 +55,7 @@ def test_logits_are_the_plain_models(family: str, keep: int, batch: int, tmp_pat
     assert rows == [keep]
     assert model.hybrimoe.stats().tokens < PROMPT * batch * len(model.hybrimoe.engines[0].layers)
     # The cache holds the whole prompt, in the last layer too.
-    found, wanted = (one(after, cache=out.cache) for one, out in ((model, found), (plain, wanted)))
+    found, wanted = (step(one, after, cache_in(out)) for one, out in ((model, found), (plain, wanted)))
     torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     model.hybrimoe.close()
 

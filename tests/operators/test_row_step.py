@@ -10,6 +10,7 @@ import needs
 import pytest
 import tiny
 import torch
+from steps import prefill, step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers import load_plain_model
@@ -59,10 +60,10 @@ def layers(model: Any) -> list[GraphedLayer]:
 @torch.no_grad()
 def decode(model: Any, prompt: torch.Tensor, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
     """Logits [B, S, V] of given tokens [B, S] after a prompt, one at a time."""
-    cache = model(prompt, use_cache=True, **options).cache
+    cache = prefill(model, prompt, **options)
     found = []
     for at in range(tokens.shape[1]):
-        out = model(tokens[:, at : at + 1], cache=cache, use_cache=True)
+        out = step(model, tokens[:, at : at + 1], cache)
         found.append(out.logits)
     return torch.cat(found, dim=1)
 
@@ -89,11 +90,11 @@ def test_sequences_take_turns_at_different_places(family: str, load: Load) -> No
     tokens = tiny.tokens(STEPS, seed=1)
     alone = [decode(model, prompt, tokens) for prompt in prompts]
     with torch.inference_mode():
-        caches = [model(prompt, use_cache=True).cache for prompt in prompts]
+        caches = [prefill(model, prompt) for prompt in prompts]
         found: list[list[torch.Tensor]] = [[], []]
         for at in range(STEPS):
             for which, cache in enumerate(caches):
-                out = model(tokens[:, at : at + 1], cache=cache, use_cache=True, output_hidden_states=True)
+                out = step(model, tokens[:, at : at + 1], cache, output_hidden_states=True)
                 found[which].append(out.logits)
     for logits, wanted in zip(found, alone, strict=True):
         assert torch.equal(torch.cat(logits, dim=1), wanted)
@@ -143,9 +144,9 @@ def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> 
     model(tokens[:, :1]).logits.sum()  # gradients
     padded = torch.tensor([[0, 1, 1, 1]])
     with torch.no_grad():
-        cache = model(prompt, attention_mask=padded, use_cache=True).cache
+        cache = prefill(model, prompt, attention_mask=padded)
         mask = torch.cat((padded, torch.ones(1, 1, dtype=torch.int64)), dim=1)
-        masked = model(tokens[:, :1], attention_mask=mask, cache=cache, use_cache=True).logits
+        masked = step(model, tokens[:, :1], cache, attention_mask=mask).logits
     assert not stepped
     torch.testing.assert_close(masked, decode(model, prompt[:, 1:], tokens[:, :1]), rtol=1e-4, atol=1e-4)
     calls: list[torch.Tensor] = []
