@@ -102,6 +102,8 @@ def _pip_would_take_cpu_build(python: str) -> bool:
 
 def _pip(python: str, *arguments: str) -> None:
     command = [python, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    if arguments[0] == "install":
+        command.append("--no-compile")  # what is imported is compiled then; the rest never is
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"set-up stopped: pip {' '.join(arguments)} failed, see above")
 
