@@ -84,7 +84,7 @@ def wanted(plain_models: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("family", "prompts"), [pytest.param("llama", 20, marks=pytest.mark.slow), ("mixtral", 4)])
-@pytest.mark.parametrize("draft", ["low-bit", "n-gram", "wrong"])
+@pytest.mark.parametrize("draft", ["low-bit", "n-gram", pytest.param("wrong", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pruning", [False, True])
 def test_greedy_output_is_token_identical(
     family: str,
