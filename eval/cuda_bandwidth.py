@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -110,16 +109,6 @@ def attention_us(device: torch.device, lengths: Sequence[int], cudnn: bool) -> f
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     return statistics.median(times)
-
-
-def driver() -> str:
-    """The NVIDIA driver's version, `none` where there is none."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return "none"
-    return found[0] if found else "none"
 
 
 def _host_us(work: Callable[[], object], after: Callable[[], None] | None = None) -> float:

@@ -15,7 +15,6 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,8 +31,6 @@ from eval.gpu_stages.plan import CORE_S, DRY_LIMIT_S, PREPARE, STAGES, TOTAL_S, 
 from eval.gpu_stages.results import END, Line, done, headline, merged, rows, summary
 from eval.gpu_stages.runner import End, Running
 from eval.journal import Journal
-
-log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown card"
 """A card whose driver does not say its name."""
@@ -86,14 +83,10 @@ def card_name() -> str | None:
 
     A card whose driver does not answer in time is still a card: its stages will say what is wrong.
     """
-    there = any(Path("/dev").glob("nvidia[0-9]*"))
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=15)
-    except (OSError, subprocess.SubprocessError):
-        return UNKNOWN if there else None
-    names = done.stdout.splitlines()
-    return names[0].strip() if names else None
+    names = report.nvidia_smi("name")
+    if names is None:
+        return UNKNOWN if any(Path("/dev").glob("nvidia[0-9]*")) else None
+    return names[0] if names else None
 
 
 def wanted(stages: Sequence[Stage], kind: Sequence[Stage], named: Sequence[str] | None, ended: set[str]) -> list[Stage]:

@@ -76,13 +76,20 @@ def _version(package: str) -> str:
         return "none"
 
 
+def nvidia_smi(field: str) -> list[str] | None:
+    """What the NVIDIA driver's own tool says of each GPU, such as its `name`; None where it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=15)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [line.strip() for line in done.stdout.splitlines()]
+
+
 def _driver(gpu: str) -> str:
     """The NVIDIA driver's version, `none` without a GPU."""
-    if gpu == "none":
-        return "none"
-    from eval.cuda_bandwidth import driver  # it imports kernels, which no other question needs
-
-    return driver()
+    found = None if gpu == "none" else nvidia_smi("driver_version")
+    return found[0] if found else "none"
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

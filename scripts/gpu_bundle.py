@@ -114,7 +114,7 @@ def build(out: Path, args: argparse.Namespace) -> list[Part]:
     say(f"kt-kernel with {', '.join(args.variants)}, and gguf")
     with tempfile.TemporaryDirectory(prefix="gpu-bundle-") as name:
         folder = Path(name)
-        wheels = [download(setup_env.KERNELS, folder), download("gguf>=0.17", folder)]
+        wheels = [download(wanted, folder) for wanted in (setup_env.KERNELS, *setup_env.asked("gguf"))]
         unpack(wheels[0], site, lambda path: kept_of_kt_kernel(path, args.variants))
         unpack(wheels[1], site, lambda path: not path.startswith(("gguf/scripts/", "bin/")))
         for wheel in wheels[1:]:
@@ -257,7 +257,7 @@ def find_python(given: str | None, folder: Path) -> tuple[str | None, str]:
         subprocess.run([base, "-m", "venv", str(folder / "venv")], check=True, capture_output=True)
         setup_env._install_torch(python)
         setup_env._pip(python, "install", "--no-deps", TRITON)
-        setup_env._pip(python, "install", "gguf>=0.17", "numpy>=1.26", "psutil>=5.9", "pyyaml>=6.0")
+        setup_env._pip(python, "install", *setup_env.asked("gguf", "numpy", "psutil", "pyyaml"))
     except (subprocess.CalledProcessError, SystemExit) as error:
         return None, f"no environment with {TRITON} could be made: {error}"
     return (python, "") if _will_do(python) else (None, f"{TRITON} does not work in a fresh environment here")

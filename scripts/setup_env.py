@@ -49,7 +49,7 @@ def main() -> int:
     extras = "[test,figures]" if args.oldest else "[dev,figures]" if args.dev else ""
     constraint = folder / "constraints.txt"
     # Nothing below may replace torch by a build with CUDA.
-    constraint.write_text("\n".join([TORCH, *(_floors() if args.oldest else [])]) + "\n")
+    constraint.write_text("\n".join([TORCH, *(_oldest() if args.oldest else [])]) + "\n")
     _pip(python, "install", "--constraint", str(constraint), "--editable", f"{ROOT}{extras}")
     _pip(python, "install", "--no-deps", DEMO)
     _install_kernels(python)
@@ -63,10 +63,21 @@ def _fresh(stamp: Path) -> bool:
     return stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources)
 
 
-def _floors() -> list[str]:
-    """`name==1.2` for each `name>=1.2` among what pyproject.toml asks for; torch is the one that is installed."""
-    asked = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]  # Python 3.10: no tomllib
-    return [f"{name}=={floor}" for name, floor in re.findall(r'"([\w.-]+)>=([\w.]+)', asked) if name != "torch"]
+def floors() -> dict[str, str]:
+    """Name -> oldest version, for each `name>=1.2` among what pyproject.toml asks for."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]  # 3.10 has no tomllib
+    return dict(re.findall(r'"([\w.-]+)>=([\w.]+)', project))
+
+
+def _oldest() -> list[str]:
+    """Pins to the floors; torch is the one that is installed."""
+    return [f"{name}=={floor}" for name, floor in floors().items() if name != "torch"]
+
+
+def asked(*names: str) -> list[str]:
+    """What pyproject.toml asks for under these names, as pip wants it."""
+    known = floors()
+    return [f"{name}>={known[name]}" for name in names]
 
 
 def _install_torch(python: str) -> None:

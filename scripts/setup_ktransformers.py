@@ -13,22 +13,16 @@ import venv
 from pathlib import Path
 
 import setup_env
-from setup_env import ROOT, TORCH
+from setup_env import ROOT, TORCH, asked
 
 LIBRARIES = (
     "transformers==4.43.2",
     "fire",
-    "gguf>=0.17",
-    "jinja2>=3.1",
-    "numpy>=1.26",
-    "psutil>=5.9",
-    "pyyaml>=6.0",
-    "rich>=13",
     "sentencepiece",
     "setuptools>=70.1",
-    "tqdm>=4.66",
+    *asked("gguf", "jinja2", "numpy", "psutil", "pyyaml", "rich", "tqdm"),
 )
-DEV = ("hypothesis>=6.100", "pytest>=8")
+DEV = tuple(asked("hypothesis", "pytest"))
 WITHOUT_DEPENDENCIES = ("kt-kernel==0.7.2",)
 """It pins a torch with CUDA that it does not link."""
 

@@ -25,9 +25,9 @@ DECODE_TOKENS = 48
 
 
 @functools.cache  # predictions for every layer and token take seconds to make
-def given(place: Place, prompt_tokens: int = PROMPT_TOKENS, decode_tokens: int = DECODE_TOKENS) -> Routing:
+def given(place: Place, prompt_tokens: int) -> Routing:
     """The recorded routing that stands in for the routers' choice."""
-    tokens = (prompt_tokens // 16, 10) if place.dry else (prompt_tokens, decode_tokens)
+    tokens = (prompt_tokens // 16, 10) if place.dry else (prompt_tokens, DECODE_TOKENS)
     return routing(MODEL, *tokens, look_ahead=LOOK_AHEAD, recall=RECALL)
 
 
@@ -37,7 +37,7 @@ def model_file(place: Place) -> Path:
     Raises:
         OSError: the scratch folder has no room.
     """
-    shape = given(place)
+    shape = given(place, PROMPT_TOKENS)
     layers = DRY_LAYERS if place.dry else _layers(shape.header.experts)
     path = place.scratch / f"qwen3-shape-{layers}-layers{'-tiny' if place.dry else ''}-{_writers_digest()}.gguf"
     if path.exists():

@@ -75,10 +75,6 @@ class Running:
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
             )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def wait(self) -> End:
         """Wait until the stage ends or its time is over."""
         left = self._limit_s - (time.monotonic() - self._started)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -16,9 +15,8 @@ from eval.systems import System
 def measured(place: Place, system: System, ratio: float, prompt_tokens: int = PROMPT_TOKENS) -> Row:
     """A row for one system at one cache size: time to first token, time between tokens, hit rate."""
     started = time.perf_counter()
-    routing = given(place) if prompt_tokens == PROMPT_TOKENS else given(place, prompt_tokens)
-    path: Path = model_file(place)
-    subject = cuda_model.Subject(path, system, ratio, routing, place.dry)
+    routing = given(place, prompt_tokens)
+    subject = cuda_model.Subject(model_file(place), system, ratio, routing, place.dry)
     loaded = time.perf_counter() - started
     try:
         timing = cuda_model.measure(subject, routing)

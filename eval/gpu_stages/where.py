@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from eval import cuda_model
-from eval.gpu_stages.model_file import given, model_file
+from eval.gpu_stages.model_file import PROMPT_TOKENS, given, model_file
 from eval.gpu_stages.place import Place, Row
 from eval.shapes import Routing
 from eval.systems import OURS
@@ -27,7 +27,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 def run(place: Place) -> Iterator[Row]:
     """See `place.Run`."""
-    routing = given(place)
+    routing = given(place, PROMPT_TOKENS)
     subject = cuda_model.Subject(model_file(place), OURS, 0.5, routing, place.dry)
     try:
         yield from _steps(place, subject, routing)
