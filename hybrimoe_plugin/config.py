@@ -17,6 +17,7 @@ CPU_BACKENDS = ("auto", "kt", "ggml", "torch")
 DENSE = ("lean", "plain")
 LINEARS = ("auto", "quantised", "plain")
 WEIGHTS = ("auto", "mapped", "memory")
+VERIFY = ("off", "slots")
 ATTENTION = ("auto", "torch")
 GRAPHS = ("auto", "off")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
@@ -87,6 +88,7 @@ class Settings:
         "auto", "attention in CUDA graphs: flashinfer where it is faster, or torch", choices=ATTENTION
     )
     weights: str = setting("auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS)
+    verify: str = setting("off", "look for faults: compare cached experts with the file at every call", choices=VERIFY)
     profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")
 
     def __post_init__(self) -> None:

@@ -76,6 +76,7 @@ class Timeline:
     def _write(self, event: dict[str, object]) -> None:
         if self._file is None:
             return
-        self._file.write("\n" if self._first else ",\n")
+        # In one piece: an interrupted call leaves whole events.
+        line = json.dumps(event, separators=(",", ":"))
+        self._file.write(("\n" if self._first else ",\n") + line)
         self._first = False
-        json.dump(event, self._file, separators=(",", ":"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -142,10 +144,35 @@ class LazyStreams:
         item = self._queues[queue].popleft()
         if isinstance(item, Point):
             item.done = True
-        else:
+            return
+        trace = sys.gettrace()
+        sys.settrace(None)  # what a device does cannot be interrupted from outside
+        try:
             item()
+        finally:
+            sys.settrace(trace)
 
     @staticmethod
     def _merge(clock: Clock, other: Clock) -> None:
         for name, count in other.items():
             clock[name] = max(clock.get(name, 0), count)
+
+
+class SharedStreams(LazyStreams):
+    """Two threads may call it, as they may call CUDA."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__(seed)
+        self._lock = threading.RLock()
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name.startswith("_") or not callable(value):
+            return value
+        lock = self._lock
+
+        def locked(*args: Any, **more: Any) -> Any:
+            with lock:
+                return value(*args, **more)
+
+        return locked

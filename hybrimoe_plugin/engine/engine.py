@@ -6,6 +6,7 @@ adds up the parts. It is owned by one model; several can live in one process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -36,6 +37,7 @@ class Engine:
         routers: the same layers' routers.
         look_ahead: how many later layers are predicted for prefetching; 0 for none.
         clock: real time, or simulated where the accelerator is emulated.
+        verify: compare the slots with the file's bytes before every call: for looking for faults, very slow.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Engine:
         accelerator: Accelerator | None,
         clock: WallClock | SimulatedClock,
         look_ahead: int,
+        verify: bool = False,
     ) -> None:
         self.layers = list(layers)
         self.routers = list(routers)
@@ -57,6 +60,9 @@ class Engine:
         self.look_ahead = look_ahead if accelerator is not None else 0
         self.timeline: Timeline | None = None
         self.recorder: Callable[[CallRecord], None] | None = None
+        self.verify = verify
+        self._unfinished = False
+        """Whether a call has begun and not come to its end: then the next one begins with `_recover`."""
         self._whole_calls = accelerator is None and isinstance(cpu, WholeCalls)
         self._waves = None if accelerator is None else Waves(accelerator, self.layers, controller)
         self._between = None if clock.emulated or accelerator is None else Between()
@@ -97,10 +103,25 @@ class Engine:
         if self.unplanned:
             return self._whole(layer, call)
         while True:
+            if self._unfinished:
+                self._recover()
             try:
-                return self._run(layer, call, sent)
+                self._unfinished = True
+                output = self._run(layer, call, sent)
+                self._unfinished = False
+                return output
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
+            except BaseException:
+                # At once, so that nothing runs on; should this fail too, the next call does it.
+                with contextlib.suppress(Exception):
+                    self._recover()
+                raise
+
+    def check_integrity(self) -> None:
+        """Compare the cache's books, and every byte in its slots, with the file; slow. Raises: BackendError."""
+        if self._waves is not None:
+            self._waves.check_integrity()
 
     def close(self) -> None:
         """Give back threads and device memory."""
@@ -109,6 +130,8 @@ class Engine:
             self.accelerator.close()
 
     def _run(self, layer: int, call: Routing, sent: Sent | None) -> torch.Tensor:
+        if self.verify:
+            self.check_integrity()
         hidden = call.hidden
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
@@ -119,21 +142,25 @@ class Engine:
             self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
         step = self.controller.begin(layer, loads(ids), len(ids), now_us)
         submitted = bool(step.plan.cpu)
-        try:
-            if submitted:
-                self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
-            output = None if self._waves is None else self._waves.run(step, hidden, ids, call.weights)
-            self._look_ahead(step, seen, now_us)
-        finally:
-            # An interrupted call must leave no task behind and no slot leased.
-            from_cpu = self.cpu.sync() if submitted else None
-            self.controller.finish(step)
+        if submitted:
+            self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
+        output = None if self._waves is None else self._waves.run(step, hidden, ids, call.weights)
+        self._look_ahead(step, seen, now_us)
+        from_cpu = self.cpu.sync() if submitted else None
+        self.controller.finish(step)
         if from_cpu is not None:
             from_cpu = self._place(from_cpu.to(hidden.dtype), hidden.device)
             output = from_cpu if output is None else output + from_cpu
         assert output is not None, "a plan covers every routed expert"
         self._pass_time(step, now_us)
         return output
+
+    def _recover(self) -> None:
+        """After a call that did not end, wherever it was: leave no task behind and no claim that is not true."""
+        self.cpu.abandon()
+        if self._waves is not None:
+            self._waves.recover()
+        self._unfinished = False
 
     def _whole(self, layer: int, call: Routing) -> torch.Tensor:
         """The CPU computes everything and nobody watches: there is nothing to plan, and planning would cost a third."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.core import ExpertRef
+from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.base import Accelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.controller import Controller, Move, Step
@@ -29,6 +31,35 @@ class Waves:
         """Queue transfers on the link."""
         for move in moves:
             self._accelerator.onload(move.slot, self._layers[move.layer], move.expert, ahead)
+
+    def recover(self) -> None:
+        """After a call that did not end: the controller's books again say what the slots hold."""
+        pool = self._controller.pool
+        if self._accelerator.slots != pool.slots:  # it ended while slots were given back
+            self._accelerator.allocate(pool.slots, self._layers)
+        positions = {id(weights): place for place, weights in enumerate(self._layers)}
+        held = self._accelerator.settle()
+        self._controller.recover({s: ExpertRef(positions[id(weights)], e) for s, (weights, e) in held.items()})
+
+    def check_integrity(self) -> None:
+        """Compare books and slots with the file's bytes; slow. Raises: BackendError."""
+        pool = self._controller.pool
+        try:
+            pool.check_integrity()
+        except AssertionError as error:
+            raise BackendError(f"the books of the expert cache are wrong: {error}") from None
+        expected = {
+            slot: (weights, expert)
+            for weights, cached in zip(self._layers, pool.cached, strict=True)
+            for expert, slot in cached.items()
+        }
+        wrong = self._accelerator.wrong_slots(expected)
+        if wrong:
+            weights, expert = expected[wrong[0]]
+            raise BackendError(
+                f"slot {wrong[0]} does not hold expert {expert} of layer {weights.layer} as the file has it "
+                f"(wrong: {len(wrong)} of {len(expected)} slots)"
+            )
 
     def place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor on the device; from the CPU to the accelerator without stopping the host."""

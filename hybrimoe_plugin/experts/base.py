@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -43,6 +43,10 @@ class CPUBackend(Protocol):
         """[T, H] of hidden's dtype: the result of the last `submit`. Valid until the next `submit`."""
         ...
 
+    def abandon(self) -> None:
+        """Wait for what `submit` may have started, wherever it was interrupted, and forget it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -62,6 +66,11 @@ class Accelerator(Protocol):
 
     name: str
     device: torch.device
+
+    @property
+    def slots(self) -> int:
+        """How many there are; 0 before `allocate` has come to its end."""
+        ...
 
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
         """Make slots that hold any expert of these layers. Raises: BackendError, BudgetError."""
@@ -110,5 +119,21 @@ class Accelerator(Protocol):
         ...
 
     def synchronize(self) -> None: ...
+
+    def settle(self) -> dict[int, tuple[LayerWeights, int]]:
+        """Begin anew after a call that did not end: wait for what runs, drop what waits, keep what is certain.
+
+        Returns:
+            slot -> (its layer's weights, expert) of every slot whose bytes have all arrived.
+        """
+        ...
+
+    def wrong_slots(self, expected: Mapping[int, tuple[LayerWeights, int]]) -> list[int]:
+        """Slots that neither hold nor wait for the expert that is expected there; slow, it compares all bytes.
+
+        Args:
+            expected: slot -> (its layer's weights, expert).
+        """
+        ...
 
     def close(self) -> None: ...

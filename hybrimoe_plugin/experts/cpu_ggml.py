@@ -92,6 +92,11 @@ class GgmlExperts:
         pending, self._pending = self._pending, None
         return pending()
 
+    def abandon(self) -> None:
+        if self._worker is not None:
+            self._worker.submit(int).result()  # behind everything that it was given
+        self._pending = None
+
     def compute(
         self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:

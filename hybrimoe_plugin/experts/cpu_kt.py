@@ -142,14 +142,14 @@ class KTExperts:
         weights = topk_weights.to(torch.float32).contiguous()
         output = torch.empty_like(states)
         target.set_mask(mine)
-        # The kernel reads these from its own thread: they must outlive the call.
+        # The kernel reads these from its own thread: they must outlive the call, wherever it is interrupted.
         self._keep = (states, ids, weights, output)
+        self._pending = output, hidden.dtype
         for start in range(0, len(states), _MAX_TOKENS):
             part = slice(start, start + _MAX_TOKENS)
             if start:
                 self._infer.sync()
             self._infer.submit(target.task(states[part], ids[part], weights[part], output[part]))
-        self._pending = output, hidden.dtype
 
     def sync(self) -> torch.Tensor:
         assert self._pending is not None, "sync without submit"
@@ -159,9 +159,14 @@ class KTExperts:
         self._keep = ()
         return output.to(dtype)
 
+    def abandon(self) -> None:
+        if self._infer is not None:
+            self._infer.sync()
+        self._pending = None
+        self._keep = ()
+
     def close(self) -> None:
-        if self._pending is not None:
-            self.sync()
+        self.abandon()
         with _quiet():
             self._layers.clear()
             self._infer = None
@@ -200,6 +205,7 @@ class _Layer:
         """True skips an expert; read by the kernel at each call."""
         chosen = tuple(mine)
         if chosen != self._mine:
+            self._mine = None  # until the mask is whole
             self._mask.fill(1)
             self._mask[list(chosen)] = 0
             self._mine = chosen

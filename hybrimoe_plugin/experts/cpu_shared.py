@@ -40,6 +40,9 @@ class SharedCPU:
     def sync(self) -> torch.Tensor:
         return self.backend.sync()
 
+    def abandon(self) -> None:
+        self.backend.abandon()
+
     def close(self) -> None:
         """Close the backend for all: engines of one model end together."""
         self.backend.close()

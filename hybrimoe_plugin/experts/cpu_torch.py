@@ -70,6 +70,9 @@ class TorchExperts:
         assert self._output is not None, "sync without submit"
         return self._output
 
+    def abandon(self) -> None:
+        self._output = None
+
     def close(self) -> None:
         self._layers.clear()
         if self._kept is not None:

@@ -41,6 +41,10 @@ class Issuer(Protocol):
         """The host waits until every job is over."""
         ...
 
+    def forget(self) -> None:
+        """Take jobs again after one has failed; nothing may be running."""
+        ...
+
     def close(self) -> None:
         """Drain, and take no more jobs."""
         ...
@@ -70,6 +74,9 @@ class AtOnce:
     def drain(self) -> None:
         """Nothing is left to do."""
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -77,16 +84,16 @@ class AtOnce:
 class OnThread:
     """Jobs run on one thread, so that the caller need not wait while bytes are copied.
 
-    After a job has failed, later ones are not begun: slots would hold wrong bytes. Each of them, and `check`, raises
-    what it failed with. At the interpreter's exit, jobs that were submitted are finished before CUDA is torn down:
-    `concurrent.futures` sees to that.
+    After a job has failed, later ones are not begun until `forget`: slots would hold wrong bytes. Each of them, and
+    `check`, raises what it failed with. At the interpreter's exit, jobs that were submitted are finished before CUDA
+    is torn down: `concurrent.futures` sees to that.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "hybrimoe-staging")
         self._last: Future[Events] | None = None
         self._worker: int | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def submit(self, job: Job) -> Arrival:
         self._last = self._pool.submit(self._run, job)
@@ -100,6 +107,9 @@ class OnThread:
         if self._last is not None and not self._on_worker():
             wait([self._last])
 
+    def forget(self) -> None:
+        self._error = None
+
     def close(self) -> None:
         self._pool.shutdown(wait=not self._on_worker())
 
@@ -112,7 +122,7 @@ class OnThread:
         self.check()
         try:
             return job()
-        except Exception as error:
+        except BaseException as error:
             self._error = error
         self.check()
         raise AssertionError("check() raises where there is an error")

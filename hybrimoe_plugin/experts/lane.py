@@ -5,6 +5,12 @@ link has room for them; one that is superseded meanwhile never crosses it.
 
 What the device is given may be given to it by another thread (`issue`). Bytes, landing buffers and the queues that
 write slots are then that thread's alone; which slot holds what, and what compute waits for, is the caller's.
+
+A call can end at any line, by Ctrl-C or an error. So `held` says of a slot what it holds only after all of the
+transfer has been issued, and nothing from before the first byte of the next one; `settle` then finds the rest.
+
+    send(A -> slot 3):   held[3] gone | gate, up issued | down issued | held[3] = A
+                                      ^ ended here: slot 3 holds nothing for certain
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from hybrimoe_plugin.experts.issue import Arrival, AtOnce, Events, Issued, Issue
 from hybrimoe_plugin.experts.kernels.base import Kernels
 from hybrimoe_plugin.experts.kernels.layout import Part, SlotLayout
 from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK, Event, Streams
-from hybrimoe_plugin.experts.weights import Bytes
+from hybrimoe_plugin.experts.weights import Bytes, LayerWeights
 
 AHEAD_DEPTH = 2
 """Prefetches given to the device at once. Copies share one engine that serves them in the order of their arrival,
@@ -37,11 +43,22 @@ class Transfer(NamedTuple):
 
     slot: int
     layout: SlotLayout
-    parts: tuple[Bytes, Bytes, Bytes]
+    weights: LayerWeights
+    expert: int
+
+    @property
+    def parts(self) -> tuple[tuple[Part, Bytes], ...]:
+        """Gate, up and down: where each goes in the slot, and its stored bytes."""
+        stored = (matrix.experts[self.expert] for matrix in self.weights.matrices())
+        return tuple(zip(self.layout, stored, strict=True))
 
 
 class SlotLane:
     """The slots' traffic on one device.
+
+    Attributes:
+        held: slot -> the transfer that fills it, once the device has been given all of it.
+        cancelled: prefetches that were superseded before they crossed the link.
 
     Args:
         streams: the device's queues.
@@ -81,19 +98,17 @@ class SlotLane:
         self._down: dict[int, Arrival] = {}
         """Slot -> what compute has not waited for yet."""
         self._last_use: dict[int, Event] = {}
-        self._known: set[int] = set()
+        self.held: dict[int, Transfer] = {}
         self.cancelled = 0
-        """Prefetches that were superseded before they crossed the link."""
         # Memory that compute gave back a moment ago may still be read there: nothing is written before that is over.
         streams.synchronize()
 
     def send(self, transfer: Transfer, ahead: bool = False) -> None:
         """Fill a slot; `ahead` for a prefetch, which may wait and be superseded."""
-        slot = transfer.slot
-        self.cancel(slot)
-        self._known.add(slot)
+        self.held.pop(transfer.slot, None)
+        self.cancel(transfer.slot)
         if ahead:
-            self._pending[slot] = transfer
+            self._pending[transfer.slot] = transfer
             self.pump()
         else:
             self._issue(transfer, LINK)
@@ -102,7 +117,6 @@ class SlotLane:
         """Drop the slot's transfer if the device has not been given it; then the slot holds nothing."""
         if self._pending.pop(slot, None) is None:
             return False
-        self._known.discard(slot)
         self.cancelled += 1
         return True
 
@@ -121,10 +135,10 @@ class SlotLane:
             BackendError: a slot was never filled, its transfer was cancelled, or any transfer has failed.
         """
         for slot in slots:
-            if slot not in self._known:
-                raise BackendError(f"slot {slot} was never onloaded")
             if slot in self._pending:  # needed now: it goes before the other prefetches
                 self._issue(self._pending.pop(slot), LINK)
+            elif slot not in self.held:
+                raise BackendError(f"slot {slot} was never onloaded")
         self._wait(self._gate_up, slots)  # edge: gate and up have arrived -> stage 1
 
     def wait_down(self, slots: Iterable[int]) -> None:
@@ -133,10 +147,37 @@ class SlotLane:
 
     def used(self, slots: Sequence[int]) -> None:
         """Everything queued for compute so far is these slots' last use."""
-        self.wait_down(slots)  # of an interrupted call: a use comes after everything it could have read
         event = self._streams.record(COMPUTE)
         for slot in slots:
             self._last_use[slot] = event
+
+    def settle(self) -> None:
+        """After a call that did not end: wait for what was issued, forget what was not, and keep what is certain.
+
+        The host waits for the device, so that no edge to older work is needed from then on.
+
+        Mutates: `held`, which then lists only slots whose bytes have arrived.
+        """
+        self._pending.clear()
+        self._issuer.drain()
+        self._streams.synchronize()
+        for arrivals in (self._gate_up, self._down):
+            for slot in [slot for slot, arrival in arrivals.items() if _failed(arrival)]:
+                self.held.pop(slot, None)
+        self._issuer.forget()
+        for known in (self._outstanding, self._gate_up, self._down, self._last_use):
+            known.clear()
+        self._landed = [None] * len(self._landed)
+
+    def holds(self, slot: int, weights: LayerWeights, expert: int) -> bool:
+        """Whether a slot has an expert's bytes as the file has them, or waits for them.
+
+        The host must have waited for the device.
+        """
+        transfer = self._pending.get(slot) or self.held.get(slot)
+        if transfer is None or transfer.weights is not weights or transfer.expert != expert:
+            return False
+        return slot in self._pending or not self._differs(slot)
 
     def drain(self) -> None:
         """The device has been given everything that it is to have by now; `synchronize` of its queues may follow."""
@@ -149,6 +190,17 @@ class SlotLane:
     def close(self) -> None:
         """As `drain`; nothing can be sent any more."""
         self._issuer.close()
+
+    def _differs(self, slot: int) -> bool:
+        for part, stored in self.held[slot].parts:
+            found = self._buffer[slot, part.offset : part.offset + part.size]
+            raw = wanted = torch.from_numpy(stored.copy()).to(found.device)
+            if part.split:
+                wanted = torch.empty_like(found)
+                self._kernels.repack(part, raw, wanted)
+            if not torch.equal(found, wanted):
+                return True
+        return False
 
     def _wait(self, arrivals: dict[int, Arrival], slots: Iterable[int]) -> None:
         self._issuer.check()
@@ -169,9 +221,10 @@ class SlotLane:
         if slot in self._last_use:
             older.append(Issued((self._last_use.pop(slot),)))
         ordered: set[str] = set()
-        gate, up, down = zip(transfer.layout, transfer.parts, strict=True)
+        gate, up, down = transfer.parts
         self._gate_up[slot] = self._issuer.submit(lambda: self._write(slot, queue, (gate, up), older, ordered))
         self._down[slot] = self._issuer.submit(lambda: self._write(slot, queue, (down,), older, ordered))
+        self.held[slot] = transfer
 
     def _write(
         self, slot: int, queue: str, parts: Sequence[tuple[Part, Bytes]], older: Sequence[Arrival], ordered: set[str]
@@ -209,6 +262,14 @@ class SlotLane:
         self._streams.wait(REPACK, self._streams.record(queue))  # edge: landed -> split
         self._streams.run(REPACK, lambda: self._kernels.repack(part, landing, target))
         self._landed[turn] = self._streams.record(REPACK)
+
+
+def _failed(arrival: Arrival) -> bool:
+    try:
+        arrival.result()
+    except BackendError:
+        return True
+    return False
 
 
 def _copy_now(source: torch.Tensor, target: torch.Tensor) -> None:

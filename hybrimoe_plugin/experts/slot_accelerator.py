@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class SlotAccelerator:
         self._ahead_depth = ahead_depth
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._lane = self._make_lane(0)
-        self._layouts: dict[int, SlotLayout] = {}
+        self._allocated = False
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
         self._known: dict[int, SlotLayout] = {}
@@ -71,6 +71,10 @@ class SlotAccelerator:
     def cancelled(self) -> int:
         """Prefetches that were superseded before they crossed the link."""
         return self._lane.cancelled
+
+    @property
+    def slots(self) -> int:
+        return len(self._buffer) if self._allocated else 0
 
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
         """Raises: BackendError: a type has no device dequantisation. BudgetError: the memory is not there."""
@@ -95,12 +99,11 @@ class SlotAccelerator:
             with torch.cuda.device(self.device):
                 for layout, top_k in {(self.kernels.layout(item.spec), item.spec.top_k) for item in layers}:
                     self.kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
+        self._allocated = True
 
     def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
         layout = self._known.get(id(weights)) or self.kernels.layout(weights.spec)
-        gate, up, down = weights.gate.experts[expert], weights.up.experts[expert], weights.down.experts[expert]
-        self._layouts[slot] = layout
-        self._lane.send(Transfer(slot, layout, (gate, up, down)), ahead)
+        self._lane.send(Transfer(slot, layout, weights, expert), ahead)
 
     def cancel(self, slot: int) -> bool:
         return self._lane.cancel(slot)
@@ -111,16 +114,15 @@ class SlotAccelerator:
         self._lane.pump()
         # Triton launches on the current device, which is another where a model lies on several.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            try:
-                self._lane.wait_gate_up(slots)
-                layout = self._layouts[slots[0]]
-                assert all(self._layouts[slot] == layout for slot in slots), "one call computes one layer"
-                call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
-                activations = self.kernels.gate_up(call)
-                self._lane.wait_down(slots)
-                return self.kernels.down(call, activations)
-            finally:
-                self._lane.used(slots)
+            self._lane.wait_gate_up(slots)
+            layout = self._lane.held[slots[0]].layout
+            assert all(self._lane.held[slot].layout == layout for slot in slots), "one call computes one layer"
+            call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
+            activations = self.kernels.gate_up(call)
+            self._lane.wait_down(slots)
+            output = self.kernels.down(call, activations)
+            self._lane.used(slots)
+        return output
 
     def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
         return self.streams.bring(tensors)
@@ -140,17 +142,25 @@ class SlotAccelerator:
         self.streams.synchronize()
         self._lane.check()
 
+    def settle(self) -> dict[int, tuple[LayerWeights, int]]:
+        self._lane.settle()
+        return {slot: (held.weights, held.expert) for slot, held in self._lane.held.items()}
+
+    def wrong_slots(self, expected: Mapping[int, tuple[LayerWeights, int]]) -> list[int]:
+        self.synchronize()
+        return [slot for slot, (weights, expert) in expected.items() if not self._lane.holds(slot, weights, expert)]
+
     def close(self) -> None:
         self._drop()
         self._host.release()
 
     def _drop(self) -> None:
         """Give the slots back."""
+        self._allocated = False
         self._lane.close()  # before the device is waited for: this gives it the last of its work
         self.streams.synchronize()
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._lane = self._make_lane(0)
-        self._layouts.clear()
 
     def _make_lane(self, landing_bytes: int) -> SlotLane:
         """Traffic for the buffer as it is now."""

@@ -80,6 +80,11 @@ class HybriMoE:
         for engine in self.engines:
             engine.recorder = recorder
 
+    def check_integrity(self) -> None:
+        """Compare every cached expert on the accelerator with the file's bytes; slow. Raises: BackendError."""
+        for engine in self.engines:
+            engine.check_integrity()
+
     def restore(self) -> None:
         """Put the original modules back and give back threads and device memory.
 
@@ -229,7 +234,8 @@ def _build(
         accelerator.allocate(controller.pool.slots, layers)
     clock = SimulatedClock() if kind == "emulated" else WallClock()
     look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
-    engine = Engine(layers, routers, controller, cpu, accelerator, clock, look_ahead)
+    verify = settings.verify == "slots"
+    engine = Engine(layers, routers, controller, cpu, accelerator, clock, look_ahead, verify)
     for position, operator in enumerate(operators):
         operator.bind(engine, position)
     return engine, profile

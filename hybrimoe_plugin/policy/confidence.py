@@ -64,6 +64,10 @@ class Confidence:
                     evidence.hits = evidence.hits * KEEP + hit
                     evidence.checked = evidence.checked * KEEP + 1.0
 
+    def forget(self) -> None:
+        """Drop the predictions that no layer has answered yet."""
+        self._open.clear()
+
     def _pair(self, kind: Kind) -> tuple[_Evidence, _Evidence]:
         own = self._evidence.get(kind)
         if own is None:

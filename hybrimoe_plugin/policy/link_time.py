@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +60,11 @@ class LinkTime(Residency):
         """Moving average of the time from one layer to the next."""
         self._loans: dict[int, Loan] = {}
         """Layer -> what it could lend, as long as nothing changed there."""
+
+    def recover(self, held: Mapping[int, ExpertRef]) -> None:
+        super().recover(held)
+        self.confidence.forget()
+        self._loans.clear()
 
     def _start_us(self, distance: int, idle: Idle) -> float:
         """When the layer at that distance is expected to begin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +105,22 @@ class Residency:
                 self.pool.arrive(layer, expert)
             self._value(layer)
         return moves
+
+    def recover(self, held: Mapping[int, ExpertRef]) -> None:
+        """Begin anew after a call that did not end, wherever it was: believe the slots, not the books.
+
+        What was being sent is withdrawn; counters keep what the call had planned.
+
+        Args:
+            held: slot -> expert whose bytes are all there.
+        """
+        self.pool = self.pool.keeping(held)
+        self.link_free_us = 0.0
+        self._arrivals.clear()
+        self._unused.clear()
+        self._postponed.clear()
+        for layer in range(len(self._worth)):
+            self._value(layer)
 
     def stale(self, step: Step) -> list[tuple[int, int]]:
         """(expert, slot) of prefetches for the running layer that it does not need and that are still in flight."""

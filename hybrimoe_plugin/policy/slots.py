@@ -7,7 +7,7 @@ Staging slots lie beside the cache and hold an expert only for the call that dem
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from hybrimoe_plugin.core import ExpertRef
 
@@ -110,6 +110,20 @@ class SlotPool:
         self.evict(layer, victim)
         self._staging[place] = self._free.pop()
         self.cached[layer][expert] = slot
+
+    def keeping(self, held: Mapping[int, ExpertRef]) -> SlotPool:
+        """A pool of the same size with those of this one's experts that lie in their slots for certain.
+
+        Args:
+            held: slot -> expert whose bytes are all there.
+        """
+        pool = SlotPool(self.quotas, self.staging, self.shared)
+        for layer, cached in enumerate(self.cached):
+            pool.cached[layer] = {e: slot for e, slot in cached.items() if held.get(slot) == (layer, e)}
+        taken = {slot for layer in pool.cached for slot in layer.values()}
+        left = [slot for slot in range(self.slots) if slot not in taken]
+        pool._staging, pool._free = left[: self.staging], left[self.staging :]
+        return pool
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless each slot is free or holds exactly one expert, within every quota."""

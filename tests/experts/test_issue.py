@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_streams import LazyStreams, Point
+from fake_streams import LazyStreams, Point, SharedStreams
 from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
@@ -28,26 +28,6 @@ from hybrimoe_plugin.experts.weights import Bytes
 
 EXPERTS, SLOTS, STEPS = 6, 4, 80
 WEIGHTS = random_layer(("Q4_0", "F16", "Q8_0"), 64, 32, experts=EXPERTS)
-
-
-class SharedStreams(LazyStreams):
-    """Two threads may call it, as they may call CUDA."""
-
-    def __init__(self, seed: int | None = None) -> None:
-        super().__init__(seed)
-        self._lock = threading.RLock()
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name.startswith("_") or not callable(value):
-            return value
-        lock = self._lock
-
-        def locked(*args: Any, **more: Any) -> Any:
-            with lock:
-                return value(*args, **more)
-
-        return locked
 
 
 class Gate(StagedBytes):
@@ -130,7 +110,7 @@ def traffic(device: SlotAccelerator, seed: int) -> list[torch.Tensor]:
         compute(device, {slot: held[slot]}, STEPS)
     device.synchronize()
     for slot in sorted(held):
-        for part in device._layouts[slot]:  # what lies between them nobody writes
+        for part in device._lane.held[slot].layout:  # what lies between them nobody writes
             found.append(device._buffer[slot, part.offset : part.offset + part.size].clone())
     return found
 
@@ -180,7 +160,7 @@ def test_synchronising_includes_what_the_thread_has_not_issued(make: Make) -> No
     device.onload(3, WEIGHTS, 4)
     threading.Timer(0.05, host.open.set).start()
     device.synchronize()
-    gate = device._layouts[3].up
+    gate = device._lane.held[3].layout.up
     stored = WEIGHTS.up.experts[4]
     np.testing.assert_array_equal(device._buffer[3, gate.offset : gate.offset + gate.size].numpy(), stored)
 
@@ -217,10 +197,24 @@ def test_an_interrupted_wait_comes_again(make: Make, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streams, "wait", interrupted)  # and again where compute tidies up
+        patch.setattr(streams, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compute(device, {0: 1}, 0)
     compute(device, {0: 1}, 1)
+
+
+def test_settling_drops_what_failed_and_takes_jobs_again(make: Make) -> None:
+    device, host, _ = make()
+    device.onload(1, WEIGHTS, 1)
+    device._lane.drain()
+    host.error = OSError("the disk is gone")
+    device.onload(0, WEIGHTS, 0)
+    device.onload(2, WEIGHTS, 2)
+    device._lane.drain()
+    host.error = None
+    assert device.settle() == {1: (WEIGHTS, 1)}
+    device.onload(0, WEIGHTS, 3)
+    compute(device, {0: 3, 1: 1}, 2)
 
 
 def test_closing_finishes_what_was_sent_and_can_be_begun_anew(make: Make) -> None:

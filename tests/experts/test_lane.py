@@ -158,13 +158,16 @@ def test_a_demand_load_has_few_prefetches_before_it(build: Build) -> None:
     assert make_accelerator("emulated", torch.device("cpu"), ahead_depth=4)._ahead_depth == 4
 
 
-def test_an_interrupted_compute_leaves_its_slots_ordered(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_interrupted_compute_slots_keep_what_has_arrived(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, _ = build()
     device.onload(0, WEIGHTS, 1)
     with monkeypatch.context() as patch:
         patch.setattr(WatchedKernels, "down", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             compute(device, {0: 1}, 0)
+    assert device.settle() == {0: (WEIGHTS, 1)}
     device.onload(0, WEIGHTS, 2)
     compute(device, {0: 2}, 1)
 
