@@ -4,14 +4,18 @@ BIN := .venv/bin
 # What depends on other libraries' versions. The long tests of our own arithmetic run in `make test` alone.
 OLDEST := tests/hosts tests/operators tests/experts tests/engine tests/eval tests/lever --ignore tests/hosts/ktransformers --ignore tests/eval/test_gpu_check.py --ignore tests/eval/test_resume.py -m "not slow"
 
-.PHONY: chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers lint eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+.PHONY: chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+
+# Handed over in the environment, unexpanded: a prompt may hold what make or the shell would take for its own.
+unexport PROMPT
+chat chat-ktransformers: export ASKED = $(value PROMPT)
 
 chat: setup  ## chat with the demo model; PROMPT="..." asks one question
-	@$(BIN)/hybrimoe local_chat --demo $(if $(PROMPT),--prompt "$(PROMPT)")
+	@$(BIN)/hybrimoe local_chat --demo $${ASKED:+"--prompt=$$ASKED"}
 
 chat-ktransformers: setup setup-ktransformers  ## the real ktransformers.local_chat with the demo model and our rules
 	@$(BIN)/hybrimoe demo-model > /dev/null
-	@.venv-ktransformers/bin/hybrimoe ktransformers_chat --demo $(if $(PROMPT),--greedy --prompt "$(PROMPT)")
+	@.venv-ktransformers/bin/hybrimoe ktransformers_chat --demo $${ASKED:+--greedy "--prompt=$$ASKED"}
 
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -m pytest -q -n 2
@@ -38,6 +42,9 @@ figures: setup-dev  ## the README's figures from the committed CSVs
 
 peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes
 	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
+
+fuzz: setup-dev  ## damaged files of every kind, for hours; CASES=... of GGUF files, fewer of the others
+	@$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000)
 
 lint: setup-dev
 	@$(BIN)/ruff check .

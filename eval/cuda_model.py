@@ -139,7 +139,7 @@ class Subject:
             block.gate = GivenGate(block.gate, given.header.top_k)
             self.gates.append(block.gate)
             self.engine.routers[place] = GivenRouter(block.gate)
-        connect_layers(self.model)
+        connect_layers(self.model, self.model.hybrimoe.turns)
         self._place(Settings.of(system.settings), given)
 
     def _place(self, settings: Settings, given: Routing) -> None:

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Run the question; gives what the JSON line says."""
     args = report.parser(__doc__ or "").parse_args(arguments)
     names = (*traces.FLAT, *traces.REAL)
-    tokens = 48 if args.quick else 128
+    tokens = 24 if args.quick else 128
     jobs: list[Job] = [
         (name, machine, ratio, system, tokens, not args.quick and machine in PAPER)
         for name in names

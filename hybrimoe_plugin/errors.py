@@ -28,6 +28,13 @@ class BackendError(HybriMoEError):
     """A compute backend is not installed, does not work here, or was asked for what it cannot do."""
 
 
+class InputError(HybriMoEError, ValueError, IndexError):
+    """A tensor given to a model or an operator has the wrong type, shape or values.
+
+    Also a `ValueError` and an `IndexError`, which callers of torch's own modules may expect.
+    """
+
+
 class ProfileError(HybriMoEError):
     """A machine profile is damaged, of another format version or of another expert shape."""
 

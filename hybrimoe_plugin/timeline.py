@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -28,6 +29,7 @@ class Timeline:
         self._file: IO[str] | None = self.path.open("w", encoding="utf-8")
         self._file.write("[")
         self._first = True
+        self._lock = threading.Lock()  # it may be closed while another thread computes
         self._origin_us: float | None = None
         for lane, name in enumerate(_LANES):
             self._write({"ph": "M", "name": "thread_name", "pid": 1, "tid": lane, "args": {"name": name}})
@@ -46,10 +48,11 @@ class Timeline:
         self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.write("\n]\n")
-            self._file.close()
-            self._file = None
+        with self._lock:
+            if self._file is not None:
+                self._file.write("\n]\n")
+                self._file.close()
+                self._file = None
 
     def __enter__(self) -> Timeline:
         return self
@@ -74,9 +77,10 @@ class Timeline:
         )
 
     def _write(self, event: dict[str, object]) -> None:
-        if self._file is None:
-            return
         # In one piece: an interrupted call leaves whole events.
         line = json.dumps(event, separators=(",", ":"))
-        self._file.write(("\n" if self._first else ",\n") + line)
-        self._first = False
+        with self._lock:
+            if self._file is None:
+                return
+            self._file.write(("\n" if self._first else ",\n") + line)
+            self._first = False

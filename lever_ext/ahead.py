@@ -47,6 +47,7 @@ class DraftAhead:
         self._least_reach = least_reach
         self._call_s = 0.0
         self._stop = threading.Event()
+        self._begun = False
         self._running: Future[None] | None = None
         self._pool: ThreadPoolExecutor | None = None
 
@@ -58,23 +59,33 @@ class DraftAhead:
             depth_limit: of nodes that may get children.
             expected_us: time that the pass will take; no call is begun that would not end within it.
         """
-        assert self._running is None
+        assert not self._begun
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "draft-ahead", torch.set_num_threads, (self._threads,))
         self._stop.clear()
         until = time.perf_counter() + expected_us / 1e6
+        self._begun = True
         self._running = self._pool.submit(self._work, tree, depth_limit, until)
 
     def end(self) -> None:
         """Stop after the running call. Raises what the draft raised."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            self._stop.set()
+        running = self._running
+        self.settle()
+        if running is not None:
             running.result()
+
+    def settle(self) -> None:
+        """Stop after the running call, also where an interrupt came before it was known to run. Mutates."""
+        if not self._begun:
+            return
+        self._stop.set()
+        if self._pool is not None:
+            self._pool.submit(int).result()  # behind everything that the thread was given
+        self._running, self._begun = None, False
 
     def close(self) -> None:
         """End the thread; `begin` starts a new one."""
-        self.end()
+        self.settle()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -128,13 +139,17 @@ class Overlap:
             return
         threads = torch.get_num_threads()
         # One thread computes a streamed layer faster than it is read.
-        torch.set_num_threads(max(1, threads - 1))
-        self._draft.begin(tree, depth_limit, expected_us)
         try:
+            torch.set_num_threads(max(1, threads - 1))
+            self._draft.begin(tree, depth_limit, expected_us)
             yield
         finally:
             torch.set_num_threads(threads)
             self._draft.end()
+
+    def settle(self) -> None:
+        """End what an interrupted answer has left running. Mutates."""
+        self._draft.settle()
 
     def close(self) -> None:
         self._draft.close()

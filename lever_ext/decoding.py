@@ -10,7 +10,9 @@ pruning; greedy decoding is the special case. One random number is drawn per tok
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +33,10 @@ from lever_ext.union import ExpertReads
 
 class LeverDecoding:
     """Callable for `generate(custom_generate=...)`; keeps what it learned about costs and the draft between calls.
+
+    Threads may share it, and then take turns answer by answer: a draft keeps the KV entries of one sequence, and would
+    have to read the other's text anew at every change. Decoders with drafts of their own on one target take turns
+    cycle by cycle, among each other and with plain `generate`.
 
     Args:
         draft: proposes tokens; None only with a policy that drafts nothing.
@@ -71,14 +77,17 @@ class LeverDecoding:
         self.overlap = overlap
         self.prune = prune
         self.stats = SpeculationStats()
+        """Of the last answer that was begun."""
         self.step: Callable[[Callable[[], bool]], bool] = lambda call: call()
         """Runs the prompt's pass and then each cycle; through it several decodings can take turns on one thread."""
+        self._answering = threading.RLock()
         self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
 
     def close(self) -> None:
-        """End the thread that drafts ahead, if there is one."""
-        if self.ahead is not None:
-            self.ahead.close()
+        """End the thread that drafts ahead, if there is one, once no answer is being made."""
+        with self._answering:
+            if self.ahead is not None:
+                self.ahead.close()
 
     def __call__(
         self,
@@ -99,10 +108,13 @@ class LeverDecoding:
             FlashError: the target's pack cannot be read.
         """
         _check(input_ids, generation_config, model_kwargs)
-        run = SpeculativeRun(
-            self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-        )
-        return run.result()
+        with self._answering, nullcontext() if self.draft is None else self.draft.lock:
+            if self.ahead is not None:
+                self.ahead.settle()
+            run = SpeculativeRun(
+                self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+            )
+            return run.result()
 
 
 def _check(ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from lever_ext.drafts.language_model import LanguageModelDraft
@@ -65,6 +66,7 @@ def widened_pack(gguf: str | Path, directory: str | Path, times: int = 8, progre
     store = GGUFStore.open(gguf)
     config = model_config(None, store)
     narrow = meta_model(plain_config(config), torch.float32)
+    check_complete(narrow, store, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in narrow.named_parameters()}
     source = WidenedSource(GGUFSource(store, config, shapes), times)
     wide = plain_config(config)

@@ -10,9 +10,12 @@ import torch
 
 from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError, WeightsError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.files import read_json
+from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_generation
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
-from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+from hybrimoe_plugin.hosts.transformers.tokenizer import TOKENIZER_FILES, directory_tokenizer, load_tokenizer
 from lever_ext.flash.source import SafetensorsSource, TensorSource
 from lever_ext.flash.writer import Progress, write_pack
 from lever_ext.target import meta_model
@@ -68,25 +71,31 @@ def pack_model(
         the pack's path.
 
     Raises:
-        ConfigError: no model named, or unknown dtype.
+        ConfigError: no model named, unknown dtype, or files that name code to be run.
         WeightsError: the model's files are missing, damaged, or do not fit its config.
         FlashError: no space, or the disk failed.
     """
     if model_path is None and gguf_path is None:
         raise ConfigError("name a model to pack: --gguf_path, or --model_path with safetensors files")
     store = GGUFStore.open(gguf_path) if gguf_path is not None else None
+    if store is None:
+        _refuse_quantised(model_path)
     config = model_config(model_path, store)
+    tokenizer = load_tokenizer(model_path, store, config) if store is not None else _tokenizer(model_path, config)
     plain = plain_config(config)
     model = meta_model(plain, torch.float32)
+    set_generation(model, tokenizer, {} if store is None else store.metadata, model_path, config.vocab_size)
     if store is not None:
+        check_complete(model, store, config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         source: TensorSource = GGUFSource(store, config, shapes)
     else:
         source = SafetensorsSource(str(model_path))
+        source.check_all_used(model)
     path = write_pack(source, model, plain, directory, dtype, progress)
-    tokenizer = load_tokenizer(model_path, store) if store is not None else _tokenizer(model_path)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
+    write_generation(model.generation_config, directory)
     return path
 
 
@@ -102,16 +111,20 @@ def pack_tokenizer(pack: str | Path) -> Any:
 
     Raises:
         FlashError: none there, or unreadable.
+        ConfigError: it is code of its own, which is never run.
     """
-    from transformers import AutoTokenizer
-
-    directory = Path(pack) if Path(pack).is_dir() else Path(pack).parent
+    directory = pack_directory(pack)
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except Exception as error:  # transformers and tokenizers raise many kinds
+        return directory_tokenizer(directory)
+    except WeightsError as error:
         raise FlashError(
             f"{directory}: no readable tokenizer beside the pack; pack the model again ({error})"
         ) from error
+
+
+def pack_directory(pack: str | Path) -> Path:
+    """Where a pack's tokenizer and generation config lie."""
+    return Path(pack) if Path(pack).is_dir() else Path(pack).parent
 
 
 def check_same_tokenizer(target: Any, draft: Any) -> None:
@@ -134,12 +147,21 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
     )
 
 
-def _tokenizer(model_path: str | Path | None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(model_path))
-    except OSError:
+def _tokenizer(model_path: str | Path | None, config: Any) -> Any:
+    """The directory's tokenizer, None where there is none. Raises: as `load_tokenizer`."""
+    assert model_path is not None
+    if not any((Path(model_path) / name).exists() for name in TOKENIZER_FILES):
         return None
-    except Exception as error:  # transformers and tokenizers raise many kinds
-        raise WeightsError(f"{model_path}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    return directory_tokenizer(model_path, config)
+
+
+def _refuse_quantised(directory: str | Path | None) -> None:
+    """Raise WeightsError where safetensors files hold another library's blocks, which would be read as weights."""
+    path = Path(str(directory)) / "config.json"
+    found = read_json(path).get("quantization_config") if path.exists() else None
+    if found:
+        kind = found.get("quant_method") if isinstance(found, dict) else found
+        raise WeightsError(
+            f"{path}: the directory's weights are quantised ({kind!r}), which is not read here: "
+            "give a GGUF by gguf_path"
+        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,12 +60,17 @@ class SpeculativeRun:
         owner.stats = self.stats
 
     def result(self) -> Any:
-        done = self.owner.step(self._begin)
+        done = self.owner.step(self._in_turn(self._begin))
         while not done:
-            done = self.owner.step(self._cycle)
+            done = self.owner.step(self._in_turn(self._cycle))
         if self.owner.streamer is not None:
             self.owner.streamer.end()
         return self._output()
+
+    def _in_turn(self, call: Callable[[], bool]) -> Callable[[], bool]:
+        """The call as one turn on the target: its early exit, reads and counters are this cycle's till the end."""
+        target = self.owner.target
+        return call if target is None else partial(target.turns.run, call)
 
     def _begin(self) -> bool:
         """The prompt's pass and the first token; whether generation has ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings, parse_bytes
-from hybrimoe_plugin.errors import FlashError, SpeculationError
+from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError
+from hybrimoe_plugin.hosts.transformers.as_usual import Guard
+from hybrimoe_plugin.hosts.transformers.directory import config_of
+from hybrimoe_plugin.hosts.transformers.generation import set_generation
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.operators.turns import Turns, take_turns
 from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
@@ -37,6 +41,8 @@ from lever_ext.operators.linear import with_row_linears
 from lever_ext.placing import Placement, move_head, place_layers, split_stream
 
 logger = logging.getLogger(__name__)
+
+CLOSED = "this target was closed: load it again with load_target"
 
 RULES = {
     "llama": "llama",
@@ -67,13 +73,16 @@ class FlashTarget:
     split: Split | None = None
     """Which part, and what is expected of it."""
     carrier: Carrier | None = None
+    turns: Turns = field(default_factory=Turns)
+    """Of the threads that use the model: a forward pass each, or a cycle of speculation."""
 
     def set_gate(self, gate: ExitGate | None) -> None:
         """Switch early-exit pruning on, or off with None. Mutates."""
-        self.gate = gate
-        for done in self.injection.replaced:
-            if isinstance(done.operator, FlashDecoderLayer):
-                done.operator.bind(self.stream, gate, self.carrier)
+        with self.turns.lock:
+            self.gate = gate
+            for done in self.injection.replaced:
+                if isinstance(done.operator, FlashDecoderLayer):
+                    done.operator.bind(self.stream, gate, self.carrier)
 
     def load_gate(self, predictor: str | Path, settings: PruneSettings | None = None) -> None:
         """Switch early-exit pruning on with a predictor that `hybrimoe lever-train` made for this pack. Mutates.
@@ -87,20 +96,30 @@ class FlashTarget:
         self.set_gate(ExitGate(found, settings or PruneSettings()))
 
     def stop_as(self, tokenizer: Any) -> None:
-        """Let `generate` end and pad with the tokenizer's tokens. Mutates."""
-        config = self.model.generation_config
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(tokenizer, name, None) is not None:
-                setattr(config, name, getattr(tokenizer, name))
-        if config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id
+        """Let `generate` draw, end and pad as the tokenizer and the pack's generation config say. Mutates.
+
+        Raises:
+            ConfigError: a value in the pack's generation_config.json is out of range.
+            WeightsError: the file cannot be read.
+        """
+        set_generation(self.model, tokenizer, {}, self.pack.path.parent, self.model.config.vocab_size)
 
     def close(self) -> None:
-        """Stop reading; the model cannot compute any more."""
+        """Stop reading, once no thread computes; a forward pass after it raises BackendError."""
+        with self.turns.lock:
+            self.turns.end(CLOSED)
+            self.pack.close()
+            self.stream.reset(0)
+            if self.accelerator is not None:
+                self.accelerator.close()
+
+    def recover(self) -> None:
+        """Clear what a turn has left that did not come to its end, wherever it was cut off. Mutates."""
+        self.pack.reader.settle()  # first: what follows gives buffers to the next reads
         self.stream.reset(0)
-        if self.accelerator is not None:
-            self.accelerator.close()
-        self.pack.close()
+        for done in self.injection.replaced:
+            if isinstance(done.operator, FlashDecoderLayer | FlashExperts):
+                done.operator.recover()
 
 
 def load_target(
@@ -142,7 +161,9 @@ def load_target(
     opened = FlashPack.open(pack, threads=threads, throttle=throttle, direct=direct)
     try:
         plan_residency(opened, budget)  # refused before anything is read
-        model = with_row_linears(meta_model(dict(opened.config), _dtype(opened)))
+        plain = meta_model(dict(opened.config), _dtype(opened))
+        _check_complete(plain, opened)
+        model = with_row_linears(plain)
         plan = plan_injection(model, load_rules(rules or packaged_rules(model.config)), trust_rules=trust_rules)
         injection = inject(model, plan, opened, model.config)
         target = _serve(model, opened, injection, _Wanted(budget, cache, accelerator, places))
@@ -153,6 +174,19 @@ def load_target(
         raise
     target.stream.start()
     return target
+
+
+def _check_complete(model: nn.Module, pack: FlashPack) -> None:
+    """Raise FlashError where the pack's tensors are not all parameters of the model, and those alone."""
+    held = {tensor.name: None for block in pack.index.blocks for tensor in block.tensors}
+    wanted = dict.fromkeys(name for name, _ in model.named_parameters())
+    missing = [name for name in wanted if name not in held]
+    unused = [name for name in held if name not in wanted]
+    if missing or unused:
+        what = f"lacks {missing[0]!r}" if missing else f"holds {unused[0]!r}, which the model has no place for"
+        raise FlashError(
+            f"{pack.path}: the pack {what} ({len(missing) + len(unused)} such tensors); it was made from another model"
+        )
 
 
 @dataclass(frozen=True)
@@ -193,6 +227,9 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
         model.eval(), pack, residency, stream, experts, injection, None, accelerator, placement.split, carrier
     )
     target.set_gate(None)
+    target.turns.recover.append(target.recover)
+    Guard(model, "the model that the pack was made from")
+    take_turns(model, target.turns)
     return target
 
 
@@ -236,15 +273,17 @@ def meta_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
 
     Raises:
         SpeculationError: `transformers` knows no such model.
+        ConfigError: the config names code or kernels that would have to be run or fetched.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-        parsed = AutoConfig.for_model(config["model_type"], **settings)
+        parsed = config_of(config, "the pack's config")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(parsed, dtype=dtype)
-    except (KeyError, ValueError, TypeError) as error:
+            return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers raises many kinds
         raise SpeculationError(f"cannot build a causal LM from the pack's config: {error}") from None
 
 

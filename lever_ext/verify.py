@@ -67,9 +67,9 @@ class Verifier:
             hidden = self._run(ids, cache).last_hidden_state
             return Verified(hidden, {0: 0}, past)
         gate = self.gate if candidates else None
-        if gate is not None:
-            gate.open(Verdict(tree, candidates, past, prune))
         try:
+            if gate is not None:
+                gate.open(Verdict(tree, candidates, past, prune))
             positions = torch.from_numpy(tree.depths)[None] + past
             hidden = self._run(
                 ids, cache, attention_mask=self._mask(tree, past), position_ids=positions

@@ -1,7 +1,9 @@
 """Make an environment for the Makefile's targets: `python scripts/setup_env.py [--dev | --oldest] [--venv DIR]`.
 
-Needs nothing but Python's standard library. On a machine without an NVIDIA GPU no CUDA package is installed: torch is
-the CPU build, from wherever pip is set up to look, else through uv, which knows PyTorch's own indexes.
+Needs nothing but Python's standard library. All but torch is installed in the versions of scripts/requirements, each
+file compared with its hash; the oldest versions, which only tests use, follow from the floors in pyproject.toml. On a
+machine without an NVIDIA GPU no CUDA package is installed: torch is the CPU build, from wherever pip is set up to look,
+else through uv, which knows PyTorch's own indexes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ROOT / "scripts" / "requirements"
+"""Exact versions and hashes of everything but torch; `scripts/lock.py` writes them."""
 TORCH = "torch==2.13.0"
 KERNELS = "kt-kernel==0.7.2"
 """Pins a torch with CUDA that it does not link: installed without its dependencies."""
@@ -44,14 +48,20 @@ def main() -> int:
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
-    _install_torch(python)
-    _say("this project and its libraries")
-    extras = "[test,figures]" if args.oldest else "[dev,figures]" if args.dev else ""
-    constraint = folder / "constraints.txt"
-    # Nothing below may replace torch by a build with CUDA.
-    constraint.write_text("\n".join([TORCH, *(_oldest() if args.oldest else [])]) + "\n")
-    _pip(python, "install", "--constraint", str(constraint), "--editable", f"{ROOT}{extras}")
-    _pip(python, "install", "--no-deps", DEMO)
+    if args.oldest:
+        _install_torch(python)
+        _say("this project and its oldest libraries")
+        constraint = folder / "constraints.txt"
+        # Nothing below may replace torch by a build with CUDA.
+        constraint.write_text("\n".join([TORCH, *_oldest()]) + "\n")
+        _pip(python, "install", "--constraint", str(constraint), "--editable", f"{ROOT}[test,figures]")
+    else:
+        _say("libraries")
+        install_locked(python, "dev" if args.dev else "run")
+        _install_torch(python)
+        _say("this project")
+        _pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    install_locked(python, "demo")
     _install_kernels(python)
     stamp.touch()
     _say(f"ready after {time.monotonic() - started:.0f} s")
@@ -59,7 +69,7 @@ def main() -> int:
 
 
 def _fresh(stamp: Path) -> bool:
-    sources = (ROOT / "pyproject.toml", Path(__file__))
+    sources = (ROOT / "pyproject.toml", Path(__file__), *LOCKS.glob("*.txt"))
     return stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources)
 
 
@@ -80,6 +90,11 @@ def asked(*names: str) -> list[str]:
     return [f"{name}>={known[name]}" for name in names]
 
 
+def install_locked(python: str, name: str) -> None:
+    """Install what a lock names, in its versions and from files with its hashes only."""
+    _pip(python, "install", "--no-deps", "--require-hashes", "--requirement", str(LOCKS / f"{name}.txt"))
+
+
 def _install_torch(python: str) -> None:
     gpu = shutil.which("nvidia-smi") is not None
     if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0:
@@ -88,7 +103,7 @@ def _install_torch(python: str) -> None:
     if gpu or _pip_would_take_cpu_build(python):
         _pip(python, "install", TORCH)
         return
-    _pip(python, "install", "uv")
+    install_locked(python, "uv")
     uv = [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend", "cpu", TORCH]
     if subprocess.run(uv, check=False).returncode:
         sys.exit("no CPU build of torch could be installed; install one into .venv by hand and run this again")
@@ -96,8 +111,9 @@ def _install_torch(python: str) -> None:
 
 def _install_kernels(python: str) -> None:
     """kt-kernel has wheels for Linux on x86-64 only; elsewhere the torch reference computes the experts."""
-    command = [python, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check", KERNELS]
-    if subprocess.run(command, check=False).returncode:
+    lock = str(LOCKS / "kernels.txt")
+    command = [python, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    if subprocess.run([*command, "--require-hashes", "--requirement", lock], check=False).returncode:
         _say(f"{KERNELS} cannot be installed here: experts on the CPU will run on the slow torch reference")
 
 

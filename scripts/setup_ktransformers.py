@@ -13,18 +13,17 @@ import venv
 from pathlib import Path
 
 import setup_env
-from setup_env import ROOT, TORCH, asked
+from setup_env import LOCKS, ROOT, asked
 
 LIBRARIES = (
     "transformers==4.43.2",
     "fire",
     "sentencepiece",
-    "setuptools>=70.1",
+    "setuptools>=77",
     *asked("gguf", "jinja2", "numpy", "psutil", "pyyaml", "rich", "tqdm"),
 )
 DEV = tuple(asked("hypothesis", "pytest"))
-WITHOUT_DEPENDENCIES = ("kt-kernel==0.7.2",)
-"""It pins a torch with CUDA that it does not link."""
+"""Asked for in these ranges; `scripts/lock.py` chooses the versions."""
 
 
 def main() -> int:
@@ -33,7 +32,12 @@ def main() -> int:
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
     args = parser.parse_args()
     stamp = args.venv / f".hybrimoe-{'dev' if args.dev else 'run'}"
-    sources = (Path(__file__), ROOT / "pyproject.toml", ROOT / "hybrimoe_plugin/hosts/ktransformers/release.py")
+    sources = (
+        Path(__file__),
+        ROOT / "pyproject.toml",
+        ROOT / "hybrimoe_plugin/hosts/ktransformers/release.py",
+        *LOCKS.glob("*.txt"),
+    )
     if stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources):
         return 0
     started = time.monotonic()
@@ -41,14 +45,12 @@ def main() -> int:
     if not (args.venv / "bin" / "python").exists():
         venv.create(args.venv, with_pip=True)
     python = str(args.venv / "bin" / "python")
-    setup_env._install_torch(python)
     say("libraries")
-    constraint = args.venv / "constraints.txt"
-    constraint.write_text(f"{TORCH}\n", encoding="utf-8")  # nothing below may replace torch by a build with CUDA
-    wanted = [*LIBRARIES, *(DEV if args.dev else ())]
-    setup_env._pip(python, "install", "--constraint", str(constraint), *wanted)
-    # This project too: its own dependencies are the default host's.
-    setup_env._pip(python, "install", "--no-deps", *WITHOUT_DEPENDENCIES, "--editable", str(ROOT))
+    setup_env.install_locked(python, "ktransformers-dev" if args.dev else "ktransformers")
+    setup_env._install_torch(python)
+    setup_env.install_locked(python, "kernels")  # pins a torch with CUDA that it does not link
+    # Without its dependencies: they are the default host's.
+    setup_env._pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     say("ktransformers")
     command = [python, "-m", "hybrimoe_plugin", "install_ktransformers"]
     if subprocess.run(command, check=False).returncode:

@@ -8,6 +8,8 @@ from types import FrameType
 from typing import Any
 
 OURS = ("hybrimoe_plugin", "lever_ext")
+WITHOUT_SIGNALS = ("hybrimoe_plugin.operators.turns",)
+"""They take a lock in C by `with`, which no signal keeps from being given back; ending between two operations would."""
 
 
 class _Tracer:
@@ -32,7 +34,8 @@ class _Tracer:
         sys.settrace(self._before)
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not str(frame.f_globals.get("__name__")).startswith(OURS):
+        name = str(frame.f_globals.get("__name__"))
+        if not name.startswith(OURS) or name in WITHOUT_SIGNALS:
             return None
         # Not by line: a signal is also seen between a function's return and the assignment of what it gave.
         frame.f_trace_opcodes = True

@@ -67,6 +67,7 @@ class TimedStreamer:
         self._inner = inner
         self._clock = clock
         self._prompt_seen = False
+        self._open = False
         self.timing = Timing()
 
     def start(self, prompt_tokens: int) -> None:
@@ -83,23 +84,34 @@ class TimedStreamer:
                 self.timing.first_s = self.timing.last_s
             self.timing.tokens += value.numel()
             self.timing.ids += value.flatten().tolist()
-        self._prompt_seen = True
+        self._prompt_seen = self._open = True
         if self._inner is not None:
             self._inner.put(value)
 
     def end(self) -> None:
+        self._open = False
         if self._inner is not None:
             self._inner.end()
+
+    def close(self) -> None:
+        """End an answer that was broken off, or the text streamer would take the next prompt for a part of it."""
+        if self._open:
+            self.end()
 
 
 class Stop:
     """A stopping criterion that Ctrl-C sets, so that an answer ends between two tokens and nothing is torn.
 
-    A second Ctrl-C does not wait for the token: it raises `KeyboardInterrupt` at once.
+    While the prompt is computed there is no next token to wait for, only a pass that may take minutes: then the first
+    Ctrl-C raises `KeyboardInterrupt` at once, as a second one always does.
+
+    Args:
+        begun: whether the answer has begun.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begun: Callable[[], bool] = lambda: True) -> None:
         self.requested = False
+        self._begun = begun
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
         """[B] bool on the device of `input_ids` [B, T]."""
@@ -119,7 +131,7 @@ class Stop:
             signal.signal(signal.SIGINT, before)
 
     def _on_interrupt(self, _number: int, _frame: object) -> None:
-        if self.requested:
+        if self.requested or not self._begun():
             raise KeyboardInterrupt
         self.requested = True
 

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         Path(args.out).write_text(profile.to_json(), encoding="utf-8")
     _show(profile, backend)
-    print(path)
+    if path.exists():  # not where the machine was busy, or the cache cannot be written
+        print(path)
     return 0
 
 

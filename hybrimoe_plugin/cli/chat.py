@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 
 from hybrimoe_plugin.cli.answer import Stop, TimedStreamer, Timing
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file, well_formed
+from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
 from hybrimoe_plugin.hosts.transformers.sampling import FlashSampling
+from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
+
+log = logging.getLogger(__name__)
 
 HELP = '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
 THINK = "<think>\n"
@@ -65,8 +69,9 @@ class Chat:
         self._report = report
         self._decoder = decoder
         self._sampling = FlashSampling(model)
-        self._stop = Stop()
+        self._template = ChatTemplate(tokenizer)
         self._streamer = TimedStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        self._stop = Stop(lambda: self._streamer.timing.first_s is not None)
 
     def answer(self, content: str) -> bool:
         """Stream the answer to a message and print the counts and rates after it.
@@ -75,9 +80,11 @@ class Chat:
             False if Ctrl-C cut the answer short.
 
         Raises:
-            ConfigError: message and answer are longer than the model's context.
+            ConfigError: message and answer are longer than the model's context, the message is no text, or the
+                model's chat template or tokenizer refuses it.
+            BackendError: a library failed while it computed the answer.
         """
-        self.messages.append({"role": "user", "content": content})
+        self.messages.append({"role": "user", "content": well_formed(content)})
         try:
             prompt = self._fitting_prompt()
             text = self._generate(prompt)
@@ -101,8 +108,9 @@ class Chat:
                 return
             try:
                 self._turn(content, prompt_file)
-            except ConfigError as error:
+            except HybriMoEError as error:
                 notice(f"error: {error}")
+                log.info("in detail", exc_info=error)
             except KeyboardInterrupt:
                 print()
                 notice("stopped")
@@ -143,35 +151,66 @@ class Chat:
         return prompt
 
     def _encode(self) -> torch.Tensor:
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-            special = False
+        if self._template.exists:
+            text, special = self._template.render(self.messages), False
         else:
             text, special = "\n".join(message["content"] for message in self.messages), True
-        if self.options.force_think:
+        # Templates of models that always think open the answer so themselves.
+        if self.options.force_think and not text.rstrip().endswith(THINK.strip()):
             text += THINK
-        ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+        try:
+            ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+        except Exception as error:  # tokenizers raise many kinds
+            raise ConfigError(f"the tokenizer cannot read the prompt ({type(error).__name__}: {error})") from error
+        assert isinstance(ids, torch.Tensor)
         if ids.shape[1] == 0:
             raise ConfigError("the message has no tokens")
-        assert isinstance(ids, torch.Tensor)
+        self._check_known(ids)
         return ids
 
-    @torch.no_grad()
+    def _check_known(self, ids: torch.Tensor) -> None:
+        """Raise ConfigError for ids beyond the model's embedding, which native code would read past its end."""
+        table = getattr(self.model, "get_input_embeddings", lambda: None)()
+        rows = getattr(table, "num_embeddings", None)
+        largest = int(ids.max())
+        if rows is not None and largest >= rows:
+            raise ConfigError(
+                f"the tokenizer gives token {largest} ({self.tokenizer.decode([largest])!r}), and the model's "
+                f"embedding has {rows} rows: the tokenizer is another model's"
+            )
+
     def _generate(self, prompt: torch.Tensor) -> str:
+        """The answer, streamed.
+
+        Raises:
+            BackendError: what a library raised.
+        """
+        try:
+            return self._stream(prompt)
+        except (HybriMoEError, OSError):  # an OSError is the terminal's
+            raise
+        except Exception as error:  # transformers, torch and kernels raise many kinds
+            raise BackendError(f"the answer could not be computed: {type(error).__name__}: {error}") from error
+
+    @torch.no_grad()
+    def _stream(self, prompt: torch.Tensor) -> str:
         config = self._generation_config(prompt.shape[1])
         device = getattr(self.model, "device", prompt.device)
         if self.options.force_think:
             print(THINK, end="", flush=True)
         self._report()
         self._streamer.start(prompt.shape[1])
-        with self._stop.listening():
-            self.model.generate(
-                prompt.to(device),
-                attention_mask=torch.ones_like(prompt).to(device),
-                stopping_criteria=_criteria(self._stop),
-                **self._filtering(config),
-                **self._decoding(prompt),
-            )
+        try:
+            with self._stop.listening():
+                self.model.generate(
+                    prompt.to(device),
+                    attention_mask=torch.ones_like(prompt).to(device),
+                    stopping_criteria=_criteria(self._stop),
+                    **self._filtering(config),
+                    **self._decoding(prompt),
+                )
+        finally:
+            self._streamer.close()
         text = self.tokenizer.decode(self._streamer.timing.ids, skip_special_tokens=True)
         return str(text)
 

@@ -51,16 +51,21 @@ def add_switch(arguments: Arguments, name: str, help: str, default: bool | None 
     arguments.add_argument(*off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """Reader of whole numbers of at least `low`."""
+SEEDS = 2**64 - 1
+"""The largest seed of torch's generators."""
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Reader of whole numbers of at least `low`, and at most `high`."""
+    span = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"expected a whole number {span}, found {text!r}")
         return value
 
     return read

@@ -111,16 +111,18 @@ def load_flash(args: argparse.Namespace) -> FlashChat:
 
 def _demo_pack(form: str | None) -> Path:
     """The demo target: a dense one, or the MoE that --demo names; packed on first use."""
+    from hybrimoe_plugin.cache_folder import found, place_for
     from hybrimoe_plugin.cli.models import demo_gguf
     from hybrimoe_plugin.demo import source_path
-    from hybrimoe_plugin.experts.calibrate import cache_dir
     from lever_ext.demo import widened_pack
     from lever_ext.packing import pack_model
 
     notice("no --flash_pack given: this is the demo target" + ("" if form is None else f" in {form} form"))
-    directory = cache_dir() / "lever" / ("dense" if form is None else form)
-    if (directory / "target.lever").exists():
-        return directory
+    file = f"lever/{'dense' if form is None else form}/target.lever"
+    kept = found(file)
+    if kept is not None:
+        return kept.parent
+    directory = place_for(file, 0).parent  # the packer looks for room itself, and goes on where it was stopped
     with packing_bar() as bar:
         if form is None:
             widened_pack(source_path(), directory, progress=bar)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.demo_model import FORMS
-from hybrimoe_plugin.cli.flags import add_flag, add_switch, whole
+from hybrimoe_plugin.cli.flags import SEEDS, add_flag, add_switch, whole
 from hybrimoe_plugin.errors import ConfigError
 
 STOCK = "stock"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(ours, "prompt", metavar="TEXT", help="answer this once and exit, instead of talking")
     add_flag(ours, "demo", nargs="?", const=FORMS[0], choices=FORMS, help="the demo model")
     add_switch(ours, "greedy", "take the likeliest token; kTransformers draws with temperature 0.1")
-    add_flag(ours, "seed", type=whole(0), metavar="N", help="of the random draw")
+    add_flag(ours, "seed", type=whole(0, SEEDS), metavar="N", help="of the random draw")
 
 
 def run(args: argparse.Namespace) -> int:

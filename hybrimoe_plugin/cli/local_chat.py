@@ -10,12 +10,23 @@ from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.demo_model import FORMS
-from hybrimoe_plugin.cli.flags import add_flag, add_model, add_settings, add_switch, given_settings, number, whole
+from hybrimoe_plugin.cli.flags import (
+    SEEDS,
+    add_flag,
+    add_model,
+    add_settings,
+    add_switch,
+    given_settings,
+    number,
+    whole,
+)
 from hybrimoe_plugin.cli.flash_chat import FlashChat, add_flash, load_flash, wanted
 from hybrimoe_plugin.cli.records import Records
+from hybrimoe_plugin.config import COLDEST_TEMPERATURE
 from hybrimoe_plugin.errors import ConfigError
 
 SAMPLERS = ("auto", "transformers")
+PIECE, CPU_PIECE = 8192, 512
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -66,11 +77,12 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     add_flag(
         group, "sampler", choices=SAMPLERS, default="auto", help="on a GPU, filter by flashinfer where it is faster"
     )
-    add_flag(group, "seed", type=whole(0), metavar="N", help="of the random draw")
+    add_flag(group, "seed", type=whole(0, SEEDS), metavar="N", help="of the random draw")
     add_switch(group, "force_think", "begin every answer with <think>")
     add_flag(
-        group, "chunk_prefill_size", type=whole(1), default=8192, metavar="N",
-        help="compute longer prompts in pieces of this many tokens (default 8192)",
+        group, "chunk_prefill_size", type=whole(1), metavar="N",
+        help=f"compute longer prompts in pieces of this many tokens (default {PIECE}; {CPU_PIECE} on the CPU alone, "
+        "where a piece that has begun does not hear Ctrl-C)",
     )  # fmt: skip
 
 
@@ -97,7 +109,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Overrides of the model's generation config."""
     if args.greedy and args.do_sample:
         raise ConfigError("--greedy and --do_sample exclude each other: give one of them")
-    if args.greedy or args.do_sample is False or args.temperature == 0:
+    cold = args.temperature is not None and args.temperature < COLDEST_TEMPERATURE
+    if args.greedy or args.do_sample is False or cold:
         # Cleared, or transformers warns that they have no effect.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p")}
@@ -113,15 +126,18 @@ def _explain_ignored(args: argparse.Namespace) -> None:
 
 
 def _one_shot(args: argparse.Namespace) -> str | None:
-    from hybrimoe_plugin.cli.reading import read_prompt_file
+    from hybrimoe_plugin.cli.reading import read_prompt_file, well_formed
 
     if args.prompt_file is not None:
         # Read now: a missing file should not wait for the model to load.
         read_prompt_file(args.prompt_file)
-    if args.prompt is not None and not args.prompt.strip():
+    if args.prompt is None:
+        if sys.stdin is None:
+            raise ConfigError("standard input is closed, so there is nothing to talk with: give --prompt")
+        return None
+    if not args.prompt.strip():
         raise ConfigError("--prompt is empty")
-    prompt: str | None = args.prompt
-    return prompt
+    return well_formed(args.prompt)
 
 
 def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -168,8 +184,15 @@ def _talk(
     if args.seed is not None:
         torch.manual_seed(args.seed)
     records.attach(model)
-    options = ChatOptions(args.max_new_tokens, sampling, args.force_think, args.chunk_prefill_size, args.sampler)
+    piece = args.chunk_prefill_size or (CPU_PIECE if _on_cpu_alone(model) else PIECE)
+    options = ChatOptions(args.max_new_tokens, sampling, args.force_think, piece, args.sampler)
     return _converse(args, Chat(model, tokenizer, options, EngineReport(model)), prompt)
+
+
+def _on_cpu_alone(model: Any) -> bool:
+    """Whether no accelerator computes: there, many pieces would send the same experts many times."""
+    engines = getattr(getattr(model, "hybrimoe", None), "engines", ())
+    return bool(engines) and all(engine.accelerator is None for engine in engines)
 
 
 def _talk_flash(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.flags import underscored
 from hybrimoe_plugin.errors import HybriMoEError
+
+log = logging.getLogger(__name__)
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -54,6 +57,8 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     Returns:
         the exit code: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output any more.
     """
+    _tolerant_streams()
+    _keep_off_hubs()
     try:
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
@@ -62,8 +67,10 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
             return stop.code if isinstance(stop.code, int) else 0
         finally:
             # Here rather than at exit, where a closed pipe could no longer be handled.
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except HybriMoEError as error:
+        log.info("in detail", exc_info=error)
         return _complain(str(error))
     except BrokenPipeError:
         _silence_stdout()
@@ -73,6 +80,10 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     except KeyboardInterrupt:
         print("\nhybrimoe: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        # A fault of ours, or of a library that nobody foresaw.
+        log.info("in detail", exc_info=error)
+        return _complain(f"unexpected {type(error).__name__}: {error} ({_place(error)}; -v shows more)")
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
@@ -106,8 +117,32 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
 _DESCRIPTION = "MoE models whose experts are scheduled over CPU and accelerator, injected by kTransformers-style rules."
 
 
+def _tolerant_streams() -> None:
+    """What the terminal cannot show is replaced; what it sends that is no text is kept, for `well_formed` to judge."""
+    streams = ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace"))
+    for stream, errors in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _keep_off_hubs() -> None:
+    """Models are files here. Set before the libraries that read it are imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised: file and line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "nowhere"
+    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+
+
 def _complain(text: str) -> int:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         sys.stdout.flush()
     print(f"hybrimoe: error: {' '.join(text.split())}", file=sys.stderr)
     return BAD_INPUT

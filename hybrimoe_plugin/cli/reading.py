@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.files import read_regular
 
 FENCE = '"""'
 MAX_FILE_BYTES = 16 * 2**20
@@ -37,6 +38,21 @@ def read_message(read: Callable[[str], str], prompt: str = "Chat: ") -> str:
     return "\n".join(lines)
 
 
+def well_formed(text: str) -> str:
+    """The text that was typed, where the terminal's encoding does not say what its bytes mean.
+
+    Python keeps bytes that it cannot decode as lone surrogates. Where they are UTF-8 after all (in the C locale), that
+    is what is meant.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8").removeprefix("\ufeff")
+    except UnicodeError as error:
+        raise ConfigError("the message is not UTF-8 text: set the terminal, or LANG, to the encoding in use") from error
+
+
 def read_prompt_file(path: str | Path) -> str:
     """The text of a prompt file.
 
@@ -44,13 +60,12 @@ def read_prompt_file(path: str | Path) -> str:
         ConfigError: it cannot be read, is not UTF-8 text, is empty or far too large.
     """
     try:
-        file = Path(path)
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; this is not a prompt")
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot read the prompt file: {reason}") from error
+        # Editors on Windows begin files with a byte order mark, and end lines in two characters.
+        text = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the prompt file: {error.strerror or error}") from error
+    except UnicodeError as error:
+        raise ConfigError(f"{path}: cannot read the prompt file: not UTF-8 text") from error
     if not text.strip():
         raise ConfigError(f"{path}: the prompt file is empty")
     return text

@@ -25,9 +25,9 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hybrimoe_plugin.cache_folder import found, place_for, write_atomic
 from hybrimoe_plugin.demo.text import CALIBRATION
 from hybrimoe_plugin.errors import ConfigError, WeightsError
-from hybrimoe_plugin.experts.calibrate import cache_dir, write_atomic
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.hosts.transformers.names import unrotate
@@ -44,6 +44,8 @@ PERTURBATION = 0.02
 """Noise of an expert's down projection, relative to its own size."""
 ROUTER_STD = 1.5
 """Standard deviation of router logits over experts, which sets how sure the router is."""
+ROOM_BYTES = 800 << 20
+"""More than either form takes: 692 MiB."""
 SEED = 136
 """Of the perturbation. Asked for the capital of France, SmolLM2 itself is nearly undecided how to begin (0.09 between
 its two best logits), and any rounding could turn the answer; of four seeds tried this one is the clearest (0.6)."""
@@ -71,18 +73,33 @@ def source_path() -> Path:
 def build_demo_model(form: str = "mixtral", *, progress: bool = True, rebuild: bool = False) -> Path:
     """The demo model's GGUF, from the cache directory or built there first; the same bytes every time.
 
+    Where the cache directory cannot be written, a folder for temporary files takes its place, with a notice.
+
     Raises:
-        ConfigError: unknown form.
-        WeightsError: the source package is missing.
+        ConfigError: unknown form, or no place to put it.
+        WeightsError: the source package is missing, or the disk failed.
     """
     if form not in FORMS:
         raise ConfigError(f"form: expected one of {', '.join(FORMS)}, found {form!r}")
-    path = cache_dir() / "demo" / f"SmolLM2-135M-{form}-v{VERSION}-Q8_0.gguf"
-    if path.exists() and not rebuild:
-        if _is_whole(path):
-            return path
-        log.warning("%s is damaged; building it again", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    file = f"demo/SmolLM2-135M-{form}-v{VERSION}-Q8_0.gguf"
+    kept = found(file)
+    if kept is not None and not rebuild:
+        if _is_whole(kept):
+            return kept
+        log.warning("%s is damaged; building it again", kept)
+    path = place_for(file, ROOM_BYTES)
+    try:
+        _write_whole(form, path, progress)
+    except OSError as error:
+        raise WeightsError(
+            f"{path}: the demo model cannot be written ({error.strerror or error}); set HYBRIMOE_CACHE to another "
+            "folder"
+        ) from error
+    return path
+
+
+def _write_whole(form: str, path: Path, progress: bool) -> None:
+    """Build the model beside its place, and put it there when it is whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
@@ -93,7 +110,6 @@ def build_demo_model(form: str = "mixtral", *, progress: bool = True, rebuild: b
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return path
 
 
 def _sidecar(path: Path) -> Path:

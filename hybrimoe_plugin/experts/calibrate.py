@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,12 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from hybrimoe_plugin.cache_folder import cache_dir as cache_dir
+from hybrimoe_plugin.cache_folder import write_atomic as write_atomic
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import ProfileError
 from hybrimoe_plugin.experts.base import CPUBackend
+from hybrimoe_plugin.experts.noise import Median, Noise
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
@@ -52,14 +54,6 @@ ASSUMED_ACCELERATOR_GBPS = 250.0
 """Weights read per second by a decode kernel on an entry-level discrete GPU (half of 500 GB/s)."""
 ASSUMED_ACCELERATOR_GFLOPS = 15e3
 ASSUMED_LAUNCH_US = 20.0
-
-
-def cache_dir() -> Path:
-    """Where profiles and demo models are kept: `HYBRIMOE_CACHE`, else the user's cache directory."""
-    own = os.environ.get("HYBRIMOE_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrimoe"
 
 
 def hardware() -> dict[str, str]:
@@ -113,21 +107,44 @@ def ensure_profile(
 ) -> MachineProfile:
     """The stored profile for this hardware, backend and expert shape; measured first where there is none.
 
-    A damaged profile is measured again, with a notice.
+    A damaged profile is measured again, with a notice. What was measured while other programs used the cores is for
+    this run alone: the next one measures again. `HYBRIMOE_BUSY=keep` stores it all the same, for machines that are
+    never quiet.
     """
     kind = "none" if accelerator is None else accelerator.name
     path = profile_path(weights.spec, backend, kind, threads)
-    if path.exists() and not refresh:
-        try:
-            return load_profile(path)
-        except ProfileError as error:
-            log.warning("%s; measuring again", error)
-    text = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress).to_json()
+    if not refresh:
+        kept = _kept(path, weights.spec, threads, accelerator is not None)
+        if kept is not None:
+            return kept
+    noise = Noise()
+    text = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress, median=noise.median).to_json()
+    disturbed = noise.verdict()
+    if disturbed and os.environ.get("HYBRIMOE_BUSY") != "keep":
+        log.warning("%s: these times are used for this run only, and measured again at the next start", disturbed)
+        return MachineProfile.from_json(text)
     try:
         write_atomic(path, text)
     except OSError as error:
         log.warning("the machine's profile cannot be kept (%s); it is measured again next time", error)
     return MachineProfile.from_json(text)
+
+
+def _kept(path: Path, spec: ExpertSpec, threads: int | None, accelerated: bool) -> MachineProfile | None:
+    """The stored profile; None where there is none, or, with a notice, where it was not measured here."""
+    if not os.path.exists(path):  # not Path.exists, which raises where a folder cannot be searched
+        return None
+    try:
+        profile = load_profile(path)
+        if profile.spec != spec or (profile.accelerator is not None) != accelerated:
+            raise ProfileError(f"{path}: the profile of other experts or of another device")
+        most = max(thread_candidates()) if threads is None else threads
+        if not 1 <= (profile.cpu.threads or 1) <= most:
+            raise ProfileError(f"{path}: made for {profile.cpu.threads} threads where {most} are possible")
+    except ProfileError as error:
+        log.warning("%s; measuring again", error)
+        return None
+    return profile
 
 
 def profile_path(spec: ExpertSpec, backend: str, accelerator: str, threads: int | None) -> Path:
@@ -144,18 +161,23 @@ def calibrate(
     *,
     threads: int | None = None,
     progress: bool = True,
+    median: Median = statistics.median,
 ) -> MachineProfile:
-    """Measure one layer's experts: CPU time by threads, loads and number of experts, accelerator time, link."""
+    """Measure one layer's experts: CPU time by threads, loads and number of experts, accelerator time, link.
+
+    Args:
+        median: of the times of one call's repetitions.
+    """
     counts = thread_candidates() if threads is None else [threads]
     with tqdm(total=len(counts) + 2, desc="calibrating", disable=not progress, leave=False) as bar:
-        best, cpu = _choose_threads(weights, make_cpu, counts, bar)
+        best, cpu = _choose_threads(weights, make_cpu, counts, bar, median)
         try:
             with _quiet_torch(cpu):
-                side = _measure_cpu(weights, cpu, best)
+                side = _measure_cpu(weights, cpu, best, median)
         finally:
             cpu.close()
         bar.update()
-        accelerated, link, notes = _measure_accelerator(weights, accelerator)
+        accelerated, link, notes = _measure_accelerator(weights, accelerator, median)
         bar.update()
     return MachineProfile(
         name="this machine",
@@ -172,19 +194,6 @@ def calibrate(
     )
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def _quiet_torch(cpu: CPUBackend) -> Iterator[None]:
     """One torch thread while workers of their own are measured: they would fight for the cores."""
@@ -198,7 +207,7 @@ def _quiet_torch(cpu: CPUBackend) -> Iterator[None]:
 
 
 def _choose_threads(
-    weights: LayerWeights, make_cpu: MakeCPU, counts: Sequence[int], bar: Any
+    weights: LayerWeights, make_cpu: MakeCPU, counts: Sequence[int], bar: Any, median: Median
 ) -> tuple[int, CPUBackend]:
     """The thread count with the fastest decode call; decode is what waits for the CPU most."""
     best: tuple[float, int, CPUBackend] | None = None
@@ -206,7 +215,7 @@ def _choose_threads(
         cpu = make_cpu(count)
         cpu.add_layer(weights)
         with _quiet_torch(cpu):
-            spent = _cpu_call(weights, cpu, experts=weights.spec.top_k, load=1, repeats=2 * REPEATS)
+            spent = _cpu_call(weights, cpu, weights.spec.top_k, 1, median, 2 * REPEATS)
         if best is None or spent < best[0]:
             if best is not None:
                 best[2].close()
@@ -218,7 +227,7 @@ def _choose_threads(
     return best[1], best[2]
 
 
-def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int) -> Side:
+def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int, median: Median) -> Side:
     """Time per expert at each load, and what the first expert costs beyond it.
 
     One call of n experts takes `first + n * expert`: two values of n give both.
@@ -230,9 +239,9 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int) -> Side:
     first = 0.0
     started = time.perf_counter()
     for load in LOADS:
-        small = _cpu_call(weights, cpu, few, load)
+        small = _cpu_call(weights, cpu, few, load, median)
         most = min(many, spec.top_k) if load == 1 < spec.top_k else many  # in decode it is one token with its experts
-        large = _cpu_call(weights, cpu, most, load)
+        large = _cpu_call(weights, cpu, most, load, median)
         each = max((large - small) / (most - few), 0.05 * small / few)
         if load == 1:
             first = max(0.0, small - few * each)
@@ -243,7 +252,9 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int) -> Side:
     return Side(first, tuple(tokens), tuple(us), threads)
 
 
-def _cpu_call(weights: LayerWeights, cpu: CPUBackend, experts: int, load: int, repeats: int = REPEATS) -> float:
+def _cpu_call(
+    weights: LayerWeights, cpu: CPUBackend, experts: int, load: int, median: Median, repeats: int = REPEATS
+) -> float:
     """Median time in us of a call in which `experts` experts have `load` tokens each."""
     spec = weights.spec
     tokens, each = (1, experts) if load == 1 and experts <= spec.top_k else (load * experts, 1)
@@ -259,11 +270,11 @@ def _cpu_call(weights: LayerWeights, cpu: CPUBackend, experts: int, load: int, r
         cpu.submit(0, hidden, ids, routing, chosen)
         cpu.sync()
         times.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(times[1:])
+    return median(times[1:])
 
 
 def _measure_accelerator(
-    weights: LayerWeights, accelerator: SlotAccelerator | None
+    weights: LayerWeights, accelerator: SlotAccelerator | None, median: Median
 ) -> tuple[Side | None, Link | None, tuple[str, ...]]:
     spec = weights.spec
     if accelerator is None:
@@ -278,10 +289,12 @@ def _measure_accelerator(
             f"{ASSUMED_ACCELERATOR_GFLOPS / 1e3:.0f} TFLOP/s"
         )
         return side, ASSUMED_LINK, (note,)
-    return (*_measure_cuda(weights, accelerator), ())
+    return (*_measure_cuda(weights, accelerator, median), ())
 
 
-def _measure_cuda(weights: LayerWeights, accelerator: SlotAccelerator) -> tuple[Side, Link]:
+def _measure_cuda(
+    weights: LayerWeights, accelerator: SlotAccelerator, median: Median = statistics.median
+) -> tuple[Side, Link]:
     """Time slots and link with the engine's own calls, from submission to synchronisation.
 
     Differences between many and one give what each more costs. Calls rotate over the slots, so that weights come from
@@ -298,7 +311,7 @@ def _measure_cuda(weights: LayerWeights, accelerator: SlotAccelerator) -> tuple[
             accelerator.onload(slot, weights, slot)
 
     onload(slots)
-    one, more = _timed(accelerator, lambda: onload(1)), _timed(accelerator, lambda: onload(many))
+    one, more = _timed(accelerator, lambda: onload(1), median), _timed(accelerator, lambda: onload(many), median)
     # Transfers queue up behind one another: what each more takes has its share of latency in it.
     link = Link(spec.expert_bytes / (max((more - one) / (many - 1), 0.05 * one) * 1e3), 0.0)
     tokens, us, first = [], [], 0.0
@@ -310,7 +323,7 @@ def _measure_cuda(weights: LayerWeights, accelerator: SlotAccelerator) -> tuple[
             ids = accelerator.place(torch.tensor([group]).expand(load, count).contiguous())
             accelerator.compute(group, hidden, ids, torch.ones(load, count, device=device))
 
-        one, more = _timed(accelerator, lambda: compute(1)), _timed(accelerator, lambda: compute(many))
+        one, more = _timed(accelerator, lambda: compute(1), median), _timed(accelerator, lambda: compute(many), median)
         tokens.append(load)
         us.append(max((more - one) / (many - 1), 0.05 * one))
         if load == 1:
@@ -318,11 +331,11 @@ def _measure_cuda(weights: LayerWeights, accelerator: SlotAccelerator) -> tuple[
     return Side(first, tuple(tokens), tuple(us)), link
 
 
-def _timed(accelerator: SlotAccelerator, call: Callable[[], object]) -> float:
+def _timed(accelerator: SlotAccelerator, call: Callable[[], object], median: Median) -> float:
     times = []
     for _ in range(4 * REPEATS):
         start = time.perf_counter_ns()
         call()
         accelerator.synchronize()
         times.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(times[REPEATS:])
+    return median(times[REPEATS:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.experts.cpu_kt import check_kinds
 from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, buffer, check_stored
 from hybrimoe_plugin.experts.memory import free_host_bytes
 from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0, repacked_bytes
@@ -222,6 +224,8 @@ class _OneToken:
         self._ids.fill(ids)
         self._x.copy_(hidden.detach())
         self._graph.run()
+        if self._graph.spoiled:
+            self._outs.fill_(math.nan)
         return torch.mm(weights.float(), self._outs).to(hidden.dtype)
 
 
@@ -239,6 +243,8 @@ def _by_index(
     x.fill(hidden[:, None])
     chosen.fill(ids)
     graph.run()
+    if graph.spoiled:
+        out.value[~(_finite_rows(x.value) & _finite_rows(inner.value))] = math.nan
     return _weighted(out.value, weights, hidden.dtype)
 
 
@@ -285,9 +291,15 @@ def _by_expert(
     first.append(graph.silu_mul(graph.place(gates), graph.place(ups)))
     graph.finish(*first, *products(stored[2], gates, outs))
     graph.run()
+    if graph.spoiled:
+        outs[~(_finite_rows(x) & _finite_rows(gates))] = math.nan
     whole = outs.new_empty(len(flat), width) if kept is None else outs.new_zeros(len(flat), width)
     whole.index_copy_(0, order, outs)
     return _weighted(whole.view(*ids.shape, width), weights, hidden.dtype)
+
+
+def _finite_rows(values: torch.Tensor) -> torch.Tensor:
+    return values.isfinite().all(dim=-1)
 
 
 def _weighted(outs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -307,8 +319,9 @@ def _stacked(matrix: Matrix) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 def _check(layer: _Layer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
     spec = layer.spec
-    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden or not hidden.is_floating_point():
-        raise BackendError(f"hidden states must be floating point [T, {spec.hidden}], found {list(hidden.shape)}")
+    check_kinds(hidden, ids, weights)
+    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden or not len(hidden):
+        raise BackendError(f"hidden states must be [T, {spec.hidden}] of at least a token, found {list(hidden.shape)}")
     if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden) or not ids.shape[1]:
         raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
     if len(ids) == 1:  # plain integers are quicker than four operations on a tensor of two

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,6 +50,9 @@ def import_kernel() -> ModuleType:
     Raises:
         BackendError: not installed, or it does not load on this processor.
     """
+    # A failed assertion would start a debugger, which takes up to a minute. Newer releases of ggml ask this first; that
+    # of kt-kernel 0.7.2 has no switch.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         with _float_environment():
             from kt_kernel import kt_kernel_ext
@@ -226,21 +230,26 @@ class _Layer:
         return task
 
 
+_STDOUT = threading.RLock()
+"""The process has one standard output: of two threads that both put it aside, the second would give back the sink."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the kernel's greetings, which C++ writes to standard output, out of the user's answer."""
     flush = ctypes.CDLL(None).fflush  # what C has buffered must go where it was meant to go, before and after
-    sys.stdout.flush()
-    flush(None)
-    kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 1)
-        yield
-    finally:
+    with _STDOUT:
+        sys.stdout.flush()
         flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(sink)
+        kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(sink, 1)
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(sink)
 
 
 def _ggml(type_name: str) -> int:
@@ -293,11 +302,21 @@ def _requantised(values: NDArray[np.float32], target: str) -> NDArray[np.uint8]:
 
 
 def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden or not hidden.is_floating_point():
-        raise BackendError(f"hidden states must be floating point [T, {spec.hidden}], found {list(hidden.shape)}")
+    check_kinds(hidden, ids, weights)
+    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden:
+        raise BackendError(f"hidden states must be [T, {spec.hidden}], found {list(hidden.shape)}")
     if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden):
         raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
     if not 1 <= ids.shape[1] <= spec.experts or ids.shape[1] > spec.top_k:
         raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < spec.experts):
         raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}")
+
+
+def check_kinds(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    """Raises: BackendError: not on the CPU, or of a type that a kernel's conversion would change without a word."""
+    for what, tensor in (("hidden states", hidden), ("expert weights", weights)):
+        if not tensor.is_floating_point() or tensor.device.type != "cpu":
+            raise BackendError(f"{what} must be floating point on the CPU, found {tensor.dtype} on {tensor.device}")
+    if ids.dtype not in (torch.int64, torch.int32) or ids.device.type != "cpu":
+        raise BackendError(f"expert ids must be int64 or int32 on the CPU, found {ids.dtype} on {ids.device}")

@@ -5,13 +5,16 @@ that these are built on, whose graphs run on the calling thread and OpenMP: righ
 where nothing else computes meanwhile. On 2 cores a matrix of 8192 x 2048 in Q8_0 is read at 19 GB/s with two threads
 (docs/LOG.md).
 
-ggml ends the process on what it does not know, so types, sizes and the library's version are checked here first.
+ggml ends the process on what it does not know, so types, shapes, constants and the library's version are checked here
+first. Its kernels for quantised matrices round activations to small integers, which makes ordinary numbers of NaN:
+`Graph.spoiled` tells when that has happened.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -33,6 +36,9 @@ TYPES = frozenset(
     | {"IQ4_NL", "IQ4_XS"}
 )
 """GGML types that were tried against a float32 reference (tests/experts/test_ggml.py)."""
+
+_FLOATS = frozenset({"F32", "F16", "BF16"})
+"""Types whose products keep NaN and infinity."""
 
 _F32, _I32 = 0, 26
 _Pointer = ctypes.c_void_p
@@ -207,6 +213,12 @@ class Graph:
         if not self._context:
             raise BackendError("ggml has no context left: more than 64 graphs are being built at once")
         self._kept: list[Any] = []
+        self._rounded: list[torch.Tensor] = []
+        """Activations that products round to integers."""
+        self._watched: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        """All memory of these, by its address, and as many small factors: their product is the quickest look at it."""
+        self.spoiled = False
+        """Whether the last run rounded a NaN or an infinity; the outputs that depend on it are meaningless then."""
         self._nodes = 0
         self._first: Node | None = None
         """The index of the only matrix."""
@@ -251,7 +263,13 @@ class Graph:
 
         Args:
             indexed: of a single matrix and row: through `matmul_id`; None for the quicker way.
+
+        Raises:
+            BackendError: shapes that do not fit.
         """
+        batch = weight.shape[:-2]
+        _need(weight.shape[-1] == x.shape[-1] and batch in ((), x.shape[:-2]), "a product", weight, x)
+        self._watch(weight, x)
         shape = (*x.shape[:-1], weight.shape[-2])
         if x.shape == (1, weight.shape[-1]) and (self.indexed(weight) if indexed is None else indexed):
             if self._first is None:
@@ -267,24 +285,33 @@ class Graph:
         return self._ggml.pace(weight.type_name, self._threads).indexed
 
     def matmul_id(self, weights: Node, x: Node, ids: Node, out: torch.Tensor | None = None) -> Node:
-        """[T, K, N] from weights [E, N, M], x [T, 1 or K, M] and ids [T, K] int32; into `out` where it is given."""
+        """[T, K, N] from weights [E, N, M], x [T, 1 or K, M] and ids [T, K] int32; into `out` where it is given.
+
+        Ids must be in range. Raises: BackendError: shapes that do not fit.
+        """
+        fits = len(weights.shape) == len(x.shape) == 3 and weights.shape[-1] == x.shape[-1]
+        _need(fits and x.shape[0] == ids.shape[0] and x.shape[1] in (1, ids.shape[1]), "a product", weights, x, ids)
+        self._watch(weights, x)
         shape = (*ids.shape, weights.shape[-2])
         pointer = self._ggml.matmul_id(self._context, weights.pointer, x.pointer, ids.pointer)
         return self._own(pointer, shape, buffer(*shape) if out is None else out)
 
     def rows(self, weight: Node, ids: Node) -> Node:
-        """[T, M] float32: rows of weight [N, M] for ids [T] int32, which must be in range."""
+        """[T, M] float32: rows of weight [N, M] for ids [T] int32, which must be in range. Raises: BackendError."""
+        _need(ids.value.dtype == torch.int32 and len(weight.shape) == 2 and len(ids.shape) == 1, "rows", weight, ids)
         shape = (*ids.shape, weight.shape[-1])
         return self._own(self._ggml.get_rows(self._context, weight.pointer, ids.pointer), shape, buffer(*shape))
 
     def silu_mul(self, gate: Node, up: Node) -> Node:
-        """silu(gate) * up, in gate's buffer."""
+        """silu(gate) * up, in gate's buffer. Raises: BackendError: of different shapes."""
+        _need(gate.shape == up.shape, "a gated product", gate, up)
         first = self._ggml.silu(self._context, gate.pointer)
         self._point(first, gate.value.data_ptr())
         return self._own(self._ggml.mul(self._context, first, up.pointer), gate.shape, gate.value)
 
     def add(self, x: Node, y: Node) -> Node:
-        """x + y, in x's buffer, for x [..., M] and y [..., M] or [1, M]."""
+        """x + y, in x's buffer, for x [..., M] and y [..., M] or [1, M]. Raises: BackendError: other shapes."""
+        _need(y.shape in (x.shape, (1, x.shape[-1])), "a sum", x, y)
         return self._own(self._ggml.add(self._context, x.pointer, y.pointer), x.shape, x.value)
 
     def view(self, node: Node, part: torch.Tensor) -> Node:
@@ -297,7 +324,14 @@ class Graph:
         return self._own(pointer, tuple(part.shape), part)
 
     def rms_norm(self, x: Node, weight: Node, eps: float, out: torch.Tensor | None = None) -> Node:
-        """x / rms(x) * weight, [..., M] for a weight [1, M]; into `out` where it is given."""
+        """x / rms(x) * weight, [..., M] for a weight [1, M]; into `out` where it is given.
+
+        Raises:
+            BackendError: shapes that do not fit, or an epsilon for which `norm_epsilon_fits` is false.
+        """
+        _need(weight.shape == (1, x.shape[-1]), "a norm", weight, x)
+        if not norm_epsilon_fits(eps):
+            raise BackendError(f"ggml's norm needs a finite epsilon above 0 in float32, found {eps}")
         norm = self._ggml.rms_norm(self._context, x.pointer, eps)
         out = buffer(*x.shape) if out is None else out
         self._point(norm, out.data_ptr())
@@ -316,7 +350,7 @@ class Graph:
         self._context = None
 
     def run(self) -> None:
-        """Compute every output. Mutates: the nodes' buffers. Raises: BackendError."""
+        """Compute every output; look at `spoiled` after it. Mutates: the nodes' buffers. Raises: BackendError."""
         team, plan = self._ggml.team, self._together
         # A graph that is kept begins with one thread, to know what that takes.
         alone = plan is None or not team.together or (self._kept_long and self._alone_runs < 2)
@@ -331,6 +365,38 @@ class Graph:
             team.ran_alone()
         elif self._kept_long:
             team.ran_together(took_ns, self._alone_ns)
+        self.spoiled = False
+        for values, small in self._watched.values():
+            if not math.isfinite(values.dot(small)):
+                self.spoiled = True
+
+    def spread_nan(self, rows: int, outputs: Sequence[Node]) -> None:
+        """Make rows of outputs NaN, as float32 arithmetic does, where a product met a NaN or an infinity.
+
+        Args:
+            rows: how many the graph computes; dimension -2 of activations and outputs where it is more than one.
+        """
+        if rows == 1:
+            for output in outputs:
+                output.value.fill_(math.nan)
+            return
+        bad = torch.zeros(rows, dtype=torch.bool, device="cpu")
+        for x in self._rounded:
+            bad |= ~x.isfinite().all(-1).view(-1, rows).all(0)
+        for output in outputs:
+            output.value[..., bad, :] = math.nan
+
+    def _watch(self, weight: Node, x: Node) -> None:
+        """Look at x after every run, if products with this weight round it."""
+        if weight.type_name in _FLOATS:
+            return
+        self._rounded.append(x.value)
+        # Views share their buffer's memory, all of which has been written when a run ends.
+        memory = x.value.untyped_storage()
+        if memory.data_ptr() not in self._watched:
+            values = torch.empty(0, dtype=torch.float32, device="cpu").set_(memory)
+            small = np.full(values.numel(), 1e-30, np.float32)  # no sum of such products overflows
+            self._watched[memory.data_ptr()] = values.numpy(), small
 
     def _planned(self, threads: int) -> _Plan:
         plan: _Plan = self._ggml.plan(self._graph, threads)
@@ -393,6 +459,17 @@ def check_stored(stored: Stored) -> None:
         raise BackendError(
             f"a matrix {stored.shape} in {stored.type_name} has {wanted} contiguous bytes, found {stored.data.size}"
         )
+
+
+def norm_epsilon_fits(eps: float) -> bool:
+    """Whether ggml's norm takes this epsilon: it ends the process on any that is not above 0 in float32."""
+    return 0 < ctypes.c_float(eps).value < math.inf
+
+
+def _need(fits: bool, what: str, *nodes: Node) -> None:
+    if not fits:
+        shapes = " and ".join(str(list(node.shape)) for node in nodes)
+        raise BackendError(f"ggml cannot compute {what} of {shapes}: the shapes do not fit together")
 
 
 def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

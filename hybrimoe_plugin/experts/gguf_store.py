@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import re
+import stat
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +22,35 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.experts import dequant
 from hybrimoe_plugin.experts.gguf_header import TensorInfo, read_header
 from hybrimoe_plugin.experts.memory import huge_pages
+from hybrimoe_plugin.files import open_regular
 
 _READ_BYTES = 1 << 26
 _AT_A_TIME = 1 << 20
 """Values that are dequantised at a time: what lies between stays in the processor's cache."""
+_IN_USE = "the weights file was changed while it is in use; load the model again"
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+class _Identity(NamedTuple):
+    """What changes when a file is written to, cut or replaced."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> _Identity:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
 
 class GGUFStore:
     """Read-only view of GGUF weights.
+
+    Files are mapped: kernels read them where they lie, and the system ends a process that reads where a mapped file
+    has become shorter. So what is copied while a model loads is read into memory instead, and `check_unchanged` is
+    called before each pass of a model. A file that is cut within a pass still ends the process, unless
+    `read_into_memory` was called.
 
     Attributes:
         paths: the files, in order.
@@ -43,11 +66,19 @@ class GGUFStore:
         self.kernels: object | None = None
         """Kernels that read these bytes where they lie; the first operator on the store sets them, all share them."""
         self._bytes: list[NDArray[np.uint8]] = []
+        self._files: list[BinaryIO] = []
+        self._mapped: dict[int, _Identity] = {}
+        """By index of the file: as it was when it was opened; those read into memory are taken out."""
+        weakref.finalize(self, _close_all, self._files)
         for index, path in enumerate(self.paths):
-            data = _map(path)
+            file, data = _map(path)
+            self._files.append(file)
+            self._mapped[index] = _Identity.of(os.fstat(file.fileno()))
             metadata, tensors = read_header(data, str(path), index)
             if index == 0:
                 self.metadata = metadata
+            else:
+                self._check_part(metadata, path)
             for info in tensors:
                 if info.name in self.tensors:
                     raise WeightsError(f"{path}: tensor {info.name!r} is in another part of the split set too")
@@ -94,22 +125,17 @@ class GGUFStore:
 
         Mutates: the store.
         """
-        for index, path in enumerate(self.paths):
+        for index in range(len(self.paths)):
             size = self._bytes[index].size
             memory = huge_pages(size)
-            try:
-                with path.open("rb", buffering=0) as file, memoryview(memory) as view:
-                    done = 0
-                    while done < size:
-                        count = file.readinto(view[done : done + _READ_BYTES])
-                        if not count:
-                            raise WeightsError(f"{path}: became shorter while it was read")
-                        done += count
-            except OSError as error:
-                raise WeightsError(f"{path}: cannot read the weights ({error.strerror or error})") from None
+            with memoryview(memory) as view:
+                for start in range(0, size, _READ_BYTES):
+                    self._read_into(index, start, view[start : start + _READ_BYTES])
+            self._check(index)  # half old and half new would be neither
             values = np.frombuffer(memory, dtype=np.uint8)
             values.flags.writeable = False
             self._bytes[index] = values
+            del self._mapped[index]
 
     def info(self, name: str) -> TensorInfo:
         """Raises: WeightsError: no such tensor."""
@@ -122,6 +148,66 @@ class GGUFStore:
         info = self.info(name)
         return self._bytes[info.file][info.offset : info.offset + info.nbytes]
 
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """A copy of the tensor's stored bytes, 1-D uint8. Raises: WeightsError: missing, or the file was cut."""
+        info = self.info(name)
+        return self._part(info, 0, info.nbytes)
+
+    def check_unchanged(self) -> None:
+        """See whether mapped files are as they were when they were opened; takes microseconds.
+
+        Raises:
+            WeightsError: one was written to, cut, replaced or removed.
+        """
+        for index in self._mapped:
+            self._check(index)
+
+    @property
+    def others_may_write(self) -> bool:
+        """Whether any user of the system may write to, and so cut, a file that is mapped."""
+        return any(os.fstat(self._files[index].fileno()).st_mode & stat.S_IWOTH for index in self._mapped)
+
+    def _check_part(self, metadata: dict[str, Any], path: Path) -> None:
+        """Raise WeightsError where a part of a split set states what the first one does not: only that one is read."""
+        for key, value in metadata.items():
+            if not key.startswith(("general.", "split.")) and self.metadata.get(key) != value:
+                raise WeightsError(f"{path}: this part of the split set states {key}, and the first part does not")
+
+    def _check(self, index: int) -> None:
+        path = self.paths[index]
+        try:
+            found = _Identity.of(os.stat(path))
+        except OSError as error:
+            raise WeightsError(f"{path}: {_IN_USE} ({error.strerror or error})") from None
+        before = self._mapped[index]
+        if found != before:
+            what = "replaced by another file"
+            if (found.inode, found.device) == (before.inode, before.device):
+                what = f"it has {found.nbytes} bytes and had {before.nbytes}"
+                what = what if found.nbytes != before.nbytes else "written to"
+            raise WeightsError(f"{path}: {_IN_USE} ({what})")
+
+    def _part(self, info: TensorInfo, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """A copy of a part of a tensor's bytes."""
+        begin = info.offset + start
+        if info.file not in self._mapped:
+            return self._bytes[info.file][begin : begin + nbytes].copy()
+        found = np.empty(nbytes, np.uint8)
+        self._read_into(info.file, begin, memoryview(found))
+        return found
+
+    def _read_into(self, index: int, start: int, view: memoryview) -> None:
+        """Fill `view` from a file. Raises: WeightsError."""
+        path, done = self.paths[index], 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._files[index].fileno(), [view[done:]], start + done)
+                if not count:
+                    raise WeightsError(f"{path}: {_IN_USE} (it has become shorter)")
+                done += count
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot read the weights ({error.strerror or error})") from None
+
     def dequantized(
         self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
@@ -133,17 +219,17 @@ class GGUFStore:
         Raises:
             WeightsError: missing, or of a type that `gguf` cannot dequantise.
         """
-        info, raw = self.info(name), self.raw(name)
+        info = self.info(name)
         if info.type_name not in dequant.supported():
-            return dequantize_bytes(raw, info.type_name, info.shape, name).to(device, dtype)
+            return dequantize_bytes(self.read(name), info.type_name, info.shape, name).to(device, dtype)
         values = torch.empty(info.shape, dtype=dtype, device=device)
         flat, done = values.view(-1), 0
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[info.type_name]]
         step = _AT_A_TIME // block * block_bytes
         with _one_thread():
-            for first in range(0, raw.size, step):
-                # A copy: the mapping is read-only memory, which must not reach torch.
-                stored = torch.from_numpy(raw[first : first + step].copy()).to(device)
+            for first in range(0, info.nbytes, step):
+                part = self._part(info, first, min(step, info.nbytes - first))
+                stored = torch.from_numpy(part).to(device)
                 count = stored.numel() // block_bytes * block
                 flat[done : done + count] = dequant.dequantize(stored, info.type_name, (count,))
                 done += count
@@ -152,6 +238,8 @@ class GGUFStore:
     def close(self) -> None:
         """Drop the mappings; they are unmapped once no view of them is left."""
         self._bytes.clear()
+        self._mapped.clear()
+        _close_all(self._files)
 
 
 @contextlib.contextmanager
@@ -184,10 +272,19 @@ def dequantize_bytes(
     return torch.from_numpy(values).reshape(tuple(shape))
 
 
-def _map(path: Path) -> mmap.mmap:
+def _close_all(files: Sequence[BinaryIO]) -> None:
+    for file in files:
+        file.close()
+
+
+def _map(path: Path) -> tuple[BinaryIO, mmap.mmap]:
     try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = open_regular(path)
+        try:
+            return file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            file.close()
+            raise
     except ValueError:  # mmap refuses an empty file
         raise WeightsError(f"{path}: the file is empty") from None
     except OSError as error:
@@ -197,7 +294,8 @@ def _map(path: Path) -> mmap.mmap:
 def _resolve(path: Path) -> list[Path]:
     """All files of the model that `path` names."""
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
+        # macOS keeps what other file systems cannot store in files of this name beside each one.
+        files = sorted(file for file in path.glob("*.gguf") if not file.name.startswith("._"))
         if not files:
             raise WeightsError(f"{path}: no .gguf file in this directory")
         models = {match["stem"] if (match := _SPLIT.match(file.name)) else file.name for file in files}
@@ -211,5 +309,6 @@ def _resolve(path: Path) -> list[Path]:
     parts = [path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
     missing = [part.name for part in parts if not part.exists()]
     if missing or count == 0:
-        raise WeightsError(f"{path}: the split set lacks {', '.join(missing) or 'all parts'}")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise WeightsError(f"{path}: the split set lacks {', '.join(missing[:3]) or 'all parts'}{more}")
     return parts

@@ -1,7 +1,8 @@
-"""Blocks of 4 and 5 bits written out as Q8_0, to the same values: more bytes, and twice the speed on some CPUs.
+"""Matrices written out as Q8_0: blocks of 4 and 5 bits, to the same values, and types that have no kernel.
 
-ggml's kernels for Q4_0 and Q5_0 take their time for unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at
-21; an AMD EPYC reads Q4_0 at 26 and Q5_0 at 14, Q8_0 at 30 (docs/LOG.md). So it is measured.
+The former take more bytes and half the time on some CPUs: ggml's kernels for Q4_0 and Q5_0 take their time for
+unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at 21; an AMD EPYC reads Q4_0 at 26 and Q5_0 at 14,
+Q8_0 at 30 (docs/LOG.md). So it is measured.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quantize
 
 from hybrimoe_plugin.experts.ggml import Ggml, Stored
+from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
 
 SLOW_TYPES = ("Q4_0", "Q5_0")
 
@@ -35,6 +38,23 @@ def as_q8_0(stored: Stored) -> Stored:
         out[start : start + len(part), :2] = part[:, :2]
         out[start : start + len(part), 2:] = _integers(torch.from_numpy(part.copy()), stored.type_name).numpy()
     return Stored(out.reshape(-1), "Q8_0", stored.shape)
+
+
+def requantised(stored: Stored) -> Stored:
+    """A matrix in a type without a kernel, in Q8_0, or in F32 where rows are no whole blocks of 32.
+
+    Raises:
+        WeightsError: the type cannot be dequantised.
+    """
+    columns = stored.shape[-1]
+    kind = GGMLQuantizationType.Q8_0 if columns % 32 == 0 else GGMLQuantizationType.F32
+    rows = stored.data.reshape(-1, stored.nbytes // (int(np.prod(stored.shape)) // columns))
+    made = []
+    for start in range(0, len(rows), 4096):  # in pieces: the float32 values of all take four times the result
+        part = rows[start : start + 4096]
+        values = dequantize_bytes(part.reshape(-1), stored.type_name, (len(part), columns)).numpy()
+        made.append(quantize(values, kind).view(np.uint8).reshape(-1))
+    return Stored(np.concatenate(made), kind.name, stored.shape)
 
 
 def _integers(blocks: torch.Tensor, type_name: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hybrimoe_plugin.cache_folder import cache_dir, usable_triton_cache
 from hybrimoe_plugin.errors import BackendError, BudgetError
 from hybrimoe_plugin.experts.cuda_timer import cuda_timer
 from hybrimoe_plugin.experts.host_bytes import HostBytes, PlainBytes, RegisteredBytes, StagedBytes
@@ -206,6 +207,8 @@ def make_kernels(name: str, device: torch.device) -> tuple[Kernels, Kernels | No
         )
     from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
 
+    if on_cuda:
+        usable_triton_cache()
     return TritonKernels(device, tuned=_tuned_path(device)), TorchKernels() if name == "auto" else None
 
 
@@ -213,8 +216,6 @@ def _tuned_path(device: torch.device) -> Path | None:
     """Where tile sizes for this kind of device are kept."""
     if device.type != "cuda":
         return None
-    from hybrimoe_plugin.experts.calibrate import cache_dir  # which imports this module
-
     facts = f"{torch.cuda.get_device_name(device)} triton {importlib.metadata.version('triton')}"
     return cache_dir() / "kernels" / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 

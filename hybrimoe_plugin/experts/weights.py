@@ -68,6 +68,8 @@ def layer_weights(
     Raises:
         WeightsError: a tensor is missing or does not have the expected shape.
     """
+    if not 1 <= top_k <= experts:
+        raise WeightsError(f"{store.paths[0]}: a token cannot choose {top_k} of {experts} experts")
     inner, outer = (intermediate, hidden), (hidden, intermediate)
     gate = _matrix(store, layer, "gate", experts, inner)
     up = _matrix(store, layer, "up", experts, inner)
@@ -94,9 +96,12 @@ def _matrix(store: GGUFStore, layer: int, part: str, experts: int, shape: tuple[
         _check_shape(stacked_name, info.shape, (experts, *shape))
         stacked = store.raw(stacked_name)
         return Matrix(info.type_name, tuple(stacked.reshape(experts, -1)), stacked)
+    first = f"blk.{layer}.ffn_{part}.0.weight"
+    if first not in store.tensors:
+        raise WeightsError(f"{store.paths[0]}: neither {stacked_name!r} nor {first!r} is there")
+    if experts > len(store.tensors):
+        raise WeightsError(f"{store.paths[0]}: holds {len(store.tensors)} tensors, too few for {experts} experts")
     names = [f"blk.{layer}.ffn_{part}.{expert}.weight" for expert in range(experts)]
-    if names[0] not in store.tensors:
-        raise WeightsError(f"{store.paths[0]}: neither {stacked_name!r} nor {names[0]!r} is there")
     infos = [store.info(name) for name in names]
     for name, info in zip(names, infos, strict=True):
         _check_shape(name, info.shape, shape)

@@ -11,7 +11,7 @@ from torch import nn
 
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.injection.classes import check_kwargs, import_class, takes_settings
-from hybrimoe_plugin.injection.rules import DEFAULT, Rule, Rules
+from hybrimoe_plugin.injection.rules import DEFAULT, Rule, Rules, find_names
 
 _EXCLUSIVE = (("cache_ratio", "cache_bytes"),)
 """Settings of which only one may be given: naming one overrides a rule's other."""
@@ -64,7 +64,8 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
         RulesError: a class cannot be imported or is no operator, its kwargs are wrong, a rule matches nothing or
             only what earlier rules take, or a rule would replace the whole model.
     """
-    matchers = [_Matcher(rule, trust_rules) for rule in rules.rules]
+    names = find_names(rules.rules, list(_names(model, "")))
+    matchers = [_Matcher(rule, found, trust_rules) for rule, found in zip(rules.rules, names, strict=True)]
     plan = list(_walk(model, "", matchers))
     for matcher in matchers:
         if matcher.taken == 0:
@@ -94,8 +95,9 @@ def with_settings(plan: Sequence[Match], settings: Mapping[str, Any]) -> list[Ma
 class _Matcher:
     """A rule with its classes imported, and how often it matched."""
 
-    def __init__(self, rule: Rule, trust_rules: bool) -> None:
+    def __init__(self, rule: Rule, names: frozenset[str], trust_rules: bool) -> None:
         self.rule = rule
+        self._names = names
         self.matched = 0
         self.taken = 0
         self.taken_by: Rule | None = None
@@ -110,7 +112,7 @@ class _Matcher:
     def fits(self, module: nn.Module, name: str) -> bool:
         if self.match_class is not None and not isinstance(module, self.match_class):
             return False
-        return self.rule.searches(name)
+        return name in self._names
 
     def take(self, module: nn.Module, name: str, shadowed: tuple[int, ...]) -> Match:
         if self.operator is not None and not name:
@@ -163,7 +165,19 @@ def _walk(module: nn.Module, name: str, matchers: Sequence[_Matcher]) -> Iterato
         yield winner.take(module, name, tuple(other.rule.index for other in others))
         if not winner.rule.recursive:
             return
+    for child_name, child in _children(module, name):
+        yield from _walk(child, child_name, matchers)
+
+
+def _names(module: nn.Module, name: str) -> Iterator[str]:
+    """All names that `_walk` may come to."""
+    yield name
+    for child_name, child in _children(module, name):
+        yield from _names(child, child_name)
+
+
+def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     # Not named_children(): it shows a module that two parents share only once.
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, matchers)
+            yield f"{name}.{child_name}" if name else child_name, child

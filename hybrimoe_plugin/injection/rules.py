@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +13,8 @@ from typing import Any
 import yaml
 
 from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.files import read_regular
+from hybrimoe_plugin.injection.patterns import PatternError, search_all
 from hybrimoe_plugin.injection.yaml_nodes import MAX_BYTES, Document, Field, kind_of, line_of, shorten
 
 DEFAULT = "default"
@@ -58,10 +59,6 @@ class Rule:
         """The error about a part of this rule, with file and line."""
         return RulesError(f"{self.source}:{self.line_of(part)}: {problem}")
 
-    def searches(self, name: str) -> bool:
-        """Whether the rule's name pattern, if it has one, is found in a qualified module name."""
-        return self.match_name is None or re.search(self.match_name, name) is not None
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -79,21 +76,16 @@ def load_rules(path: str | os.PathLike[str]) -> Rules:
     """
     file = Path(path)
     try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RulesError(f"{file}: cannot read the rules file: {reason}") from error
+        raw = read_regular(file, MAX_BYTES)
+    except OSError as error:
+        raise RulesError(f"{file}: cannot read the rules file: {error.strerror or error}") from error
     try:
-        # Cutting at the limit may split a character; such a file is refused for its size anyway.
-        text = raw.decode("utf-8-sig", errors="ignore" if len(raw) > MAX_BYTES else "strict")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise RulesError(
             f"{file}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); is it a YAML file?"
         ) from error
-    if len(raw) > MAX_BYTES:
-        raise RulesError(f"{file}:1: larger than {MAX_BYTES // 1024} KiB; this is not a rules file")
     return parse_rules(text, str(file))
 
 
@@ -115,7 +107,25 @@ def parse_rules(text: str, source: str = "<rules>") -> Rules:
         document.fail(line_of(root), f"a rules file is a list of rules ('- match: ...'), found {kind_of(root)}")
     if not root.value:
         document.fail(line_of(root), "the list of rules is empty")
-    return Rules(source, tuple(_rule(document, index, node) for index, node in enumerate(root.value, start=1)))
+    rules = tuple(_rule(document, index, node) for index, node in enumerate(root.value, start=1))
+    find_names(rules, ())
+    return Rules(source, rules)
+
+
+def find_names(rules: Sequence[Rule], names: Sequence[str]) -> list[frozenset[str]]:
+    """For each rule, the qualified module names in which its pattern is found; all of them where it has none.
+
+    Raises:
+        RulesError: a pattern is no regular expression, or takes too much time or memory.
+    """
+    patterns = [rule.match_name for rule in rules if rule.match_name is not None]
+    try:
+        found = iter(search_all(patterns, names))
+    except PatternError as error:
+        rule = [rule for rule in rules if rule.match_name is not None][error.index]
+        text = shorten(str(rule.match_name))
+        raise rule.error(f"match.name of rule {rule.index}, {text}, {error}", "name") from error
+    return [frozenset(names) if rule.match_name is None else next(found) for rule in rules]
 
 
 def _rule(document: Document, index: int, node: yaml.Node) -> Rule:
@@ -142,7 +152,7 @@ def _rule(document: Document, index: int, node: yaml.Node) -> Rule:
         source=document.source,
         index=index,
         line=line,
-        match_name=_pattern(document, match["name"], what) if "name" in match else None,
+        match_name=_text(document, match["name"], f"match.name of {what}") if "name" in match else None,
         match_class=_match_class(document, match["class"], what) if "class" in match else None,
         replace_class=operator,
         kwargs=MappingProxyType(kwargs),
@@ -156,17 +166,6 @@ def _text(document: Document, entry: Field, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         document.fail(entry.line, f"{what} must be text, found {value!r}")
     return value
-
-
-def _pattern(document: Document, entry: Field, what: str) -> str:
-    pattern = _text(document, entry, f"match.name of {what}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        document.fail(entry.line, f"match.name of {what} is not a regular expression: {shorten(pattern)}: {error}")
-    return pattern
 
 
 def _class_path(document: Document, entry: Field, what: str) -> str:

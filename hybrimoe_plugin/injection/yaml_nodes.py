@@ -21,6 +21,9 @@ MAX_DEPTH = 20
 MAX_VALUES = 20_000
 """Values in one file, aliases counted each time they are used."""
 
+MAX_NUMBER = 100
+"""Characters of a number: with very many its conversion takes long, and Python does not print it."""
+
 _SCALARS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
 _MAPPING = "tag:yaml.org,2002:map"
 _SEQUENCE = "tag:yaml.org,2002:seq"
@@ -133,6 +136,8 @@ class Document:
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
             self.fail(line_of(node), f"expected text, a number, true or false, found {kind_of(node)}")
         assert self._loader is not None
+        if len(node.value) > MAX_NUMBER and node.tag != "tag:yaml.org,2002:str":
+            self.fail(line_of(node), f"{shorten(str(node.value))} has too many digits")
         try:
             value: str | int | float | bool | None = self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.experts.ggml import Graph, Node
 from hybrimoe_plugin.operators.attend import attend
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -43,7 +44,7 @@ class LeanAttention(DenseOperator):
         self.grouped = self.query_heads * self.head_dim != self.k_proj.out_features
         for name in ("q_norm", "k_norm") if hasattr(orig_module, "q_norm") else ():
             setattr(self, name, LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs))
-        self._projections = LinearGroup(self.ggml, (self.q_proj, self.k_proj, self.v_proj))
+        self._projections = LinearGroup(self.ggml, self, ("q_proj", "k_proj", "v_proj"))
 
     def decode_shape(self, keys: torch.Tensor) -> Shape:
         """What decoding over a cache of fixed place looks like whose keys [1, heads, S, D] are given."""
@@ -113,7 +114,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [B or 1, 1, T, D / 2] from what the model's rotary module gives."""
+    """cos and sin [B or 1, 1, T, D / 2] from what the model's rotary module gives.
+
+    Raises:
+        InputError: they are of other dimensions, since the positions were.
+    """
+    given = embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
+    if given.ndim != 3:
+        raise InputError(f"position_ids must be [batch, tokens], they gave angles {list(given.shape)}")
     if isinstance(embeddings, torch.Tensor):  # DeepSeek-V2: complex numbers
         return embeddings.real[:, None], embeddings.imag[:, None]
     cos, sin = embeddings

@@ -26,6 +26,7 @@ from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.operators.dense import DenseOperator, shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.operators.turns import Turns
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.counters import Counters
@@ -37,20 +38,30 @@ from hybrimoe_plugin.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
+CLOSED = "this model was closed, its threads and memory are given back: load it again with load_model"
+
 
 class HybriMoE:
     """What an injected model carries as `model.hybrimoe`: counters, timeline, recording, and the way back.
 
+    Every method may be called while other threads compute: it waits until their running pass is over.
+
     Attributes:
         engines: one for each device that the rules name.
         profiles: the machine profile of each engine.
+        turns: of the threads that use the model.
     """
 
     def __init__(self, engines: Sequence[Engine], profiles: Sequence[MachineProfile]) -> None:
         self.engines = tuple(engines)
         self.profiles = tuple(profiles)
+        self.turns = Turns()
         self.on_restore: Callable[[], None] | None = None
         """Set by the host: puts the original modules back."""
+
+    def __deepcopy__(self, _memo: object) -> HybriMoE:
+        """Itself: it is no part of the model, and a restored model can be copied."""
+        return self
 
     @property
     def emulated(self) -> bool:
@@ -60,30 +71,35 @@ class HybriMoE:
     def stats(self) -> Counters:
         """A snapshot of the counters, summed over engines."""
         total = Counters()
-        for engine in self.engines:
-            total = total.plus(engine.controller.counters)
+        with self.turns.lock:
+            for engine in self.engines:
+                total = total.plus(engine.controller.counters)
         return total
 
     def reset_stats(self) -> None:
-        for engine in self.engines:
-            engine.controller.counters = Counters()
+        with self.turns.lock:
+            for engine in self.engines:
+                engine.controller.counters = Counters()
 
     def timeline(self, path: str | Path) -> Timeline:
         """Write every layer call from now on to a trace file, until the returned object is closed."""
         timeline = Timeline(path)
-        for engine in self.engines:
-            engine.timeline = timeline
+        with self.turns.lock:
+            for engine in self.engines:
+                engine.timeline = timeline
         return timeline
 
     def record(self, recorder: Callable[[CallRecord], None] | None) -> None:
         """Hand every layer call's routing to `recorder`; None stops it."""
-        for engine in self.engines:
-            engine.recorder = recorder
+        with self.turns.lock:
+            for engine in self.engines:
+                engine.recorder = recorder
 
     def check_integrity(self) -> None:
         """Compare every cached expert on the accelerator with the file's bytes; slow. Raises: BackendError."""
-        for engine in self.engines:
-            engine.check_integrity()
+        with self.turns.lock:
+            for engine in self.engines:
+                engine.check_integrity()
 
     def restore(self) -> None:
         """Put the original modules back and give back threads and device memory.
@@ -91,17 +107,21 @@ class HybriMoE:
         They are as the injection found them: experts, and dense matrices that stayed as stored, never had weights of
         their own.
         """
-        if self.on_restore is not None:
-            self.on_restore()
-            self.on_restore = None
-        self.close()
+        with self.turns.lock:
+            if self.on_restore is not None:
+                self.on_restore()
+                self.on_restore = None
+            self.close()
 
     def close(self) -> None:
-        for engine in self.engines:
-            for router in engine.routers:
-                if isinstance(router, GateRouter):
-                    router.detach()
-            engine.close()
+        """Give back threads and device memory, once no thread computes; a forward pass after it raises BackendError."""
+        with self.turns.lock:
+            self.turns.end(CLOSED)
+            for engine in self.engines:
+                for router in engine.routers:
+                    if isinstance(router, GateRouter):
+                        router.detach()
+                engine.close()
 
 
 def bind(
@@ -140,8 +160,9 @@ def bind(
         profiles.append(profile)
     _share_cores(engines)
     handle = HybriMoE(engines, profiles)
+    handle.turns.recover += [operator.recover for operator in operators]
     # Threads and pinned memory must go with the model, also when nobody calls close.
-    weakref.finalize(model, _close_all, engines)
+    weakref.finalize(model, _close_all, engines, handle.turns)
     if any(parameter.is_cuda for parameter in model.parameters()) or _any_cuda(engines):
         leave_cudnn_attention()
     return handle
@@ -184,9 +205,11 @@ def _cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) 
     return make_cpu(backend, threads, alone)
 
 
-def _close_all(engines: Sequence[Engine]) -> None:
-    for engine in engines:
-        engine.close()
+def _close_all(engines: Sequence[Engine], turns: Turns) -> None:
+    with turns.lock:  # at the interpreter's exit a daemon thread may still be computing
+        turns.end(CLOSED)
+        for engine in engines:
+            engine.close()
 
 
 def _build(

@@ -52,6 +52,7 @@ class DecodeGraphs:
             with torch.inference_mode(False):
                 self._angles = tuple(torch.zeros_like(part) for part in given)
         if held != self._held:
+            self._held = -1  # unknown until all of it is set: an interrupted step leaves a part
             self._put(held)
             self._held = held
         # `is` on tensors that are kept: no later step's can be taken for them.
@@ -59,6 +60,7 @@ class DecodeGraphs:
             return True
         if [_kind(part) for part in given] != [_kind(part) for part in self._angles]:
             return False
+        self._given = ()
         for fixed, part in zip(self._angles, given, strict=True):
             fixed.copy_(part)
         self._given = given

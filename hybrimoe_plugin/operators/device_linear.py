@@ -16,6 +16,7 @@ from hybrimoe_plugin.experts.dequant import dequantize, supported
 from hybrimoe_plugin.experts.ggml import Stored
 from hybrimoe_plugin.experts.kernels.layout import join_planes, split_planes
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.gradients import outside_autograd
 
 
 class DeviceLinear(DenseOperator):
@@ -62,6 +63,8 @@ class DeviceLinear(DenseOperator):
         return self.type_name in SUPPORTED
 
     def _fused(self, flat: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return outside_autograd(self.key, lambda: self._fused(flat), flat)
         from hybrimoe_plugin.experts.kernels.linear import linear
 
         # Triton launches on the current device, which is another where a model lies on several.

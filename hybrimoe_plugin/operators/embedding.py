@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.experts.ggml import Stored, check_stored
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.linear import RowGraphs
@@ -33,16 +33,20 @@ class LeanEmbedding(DenseOperator):
             )
         check_stored(stored)
         assert self.ggml is not None
-        self._graphs = RowGraphs(self.ggml, lambda graph, ids: [graph.rows(graph.weight(stored), ids)], threads=1)
+        self._graphs = RowGraphs(
+            self.ggml, lambda graph, ids: [graph.rows(graph.weight(stored), ids)], threads=1, ids=True
+        )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[..., H] from ids [...]. Raises: IndexError: an id outside the vocabulary."""
+        """[..., H] from ids [...]. Raises: InputError: no whole numbers, or an id outside the vocabulary."""
         if self.ggml is None:
             return F.embedding(ids, self.weight, self.padding_idx)
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"{self.key}: token ids must be int64 or int32, found {ids.dtype}")
         flat = ids.reshape(-1)
         low, high = torch.aminmax(flat) if len(flat) else (0, 0)
         if not (int(low) >= 0 and int(high) < self.num_embeddings):
-            raise IndexError(f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}")
+            raise InputError(f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}")
         assert self._graphs is not None, "take() comes first"
         (rows,) = self._graphs(flat, len(flat))
         return rows.to(self.dtype, copy=True).view(*ids.shape, self.embedding_dim)

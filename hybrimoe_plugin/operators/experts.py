@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -12,8 +13,11 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.experts.base import Accelerator
+from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.weights import LayerWeights, layer_weights
+from hybrimoe_plugin.operators.gradients import outside_autograd
+from hybrimoe_plugin.operators.routers import GateRouter
 
 DEVICES = "cpu, cuda, cuda:N or auto"
 
@@ -38,7 +42,7 @@ class HybriMoEExperts(nn.Module):
         settings: fields of `Settings`.
 
     Raises:
-        ConfigError: a device or a setting is not valid.
+        ConfigError: a device or a setting is not valid, or the name of the module holds no layer's number.
         BackendError: the model's experts use an activation other than SiLU.
     """
 
@@ -57,6 +61,7 @@ class HybriMoEExperts(nn.Module):
         activation = getattr(config, "hidden_act", "silu")
         if activation != "silu":
             raise BackendError(f"{key}: experts with activation {activation!r} are not supported, only silu")
+        layer_of(key)  # a rule that reaches beyond the layers is refused before anything is loaded
         self.key = key
         self.store = gguf_loader
         self.config = config
@@ -86,7 +91,7 @@ class HybriMoEExperts(nn.Module):
     @property
     def layer_index(self) -> int:
         """The decoder layer that the key names."""
-        return next(int(part) for part in self.key.split(".") if part.isdigit())
+        return layer_of(self.key)
 
     def load(self) -> None:
         """Find this layer's experts in the file; nothing is read or copied.
@@ -121,16 +126,28 @@ class HybriMoEExperts(nn.Module):
             sent: what a CUDA graph has sent to the host already.
 
         Raises:
-            BackendError: the model was not bound to an engine.
+            BackendError: the model was not bound to an engine. Going backward through the result raises it too, but
+                where plain torch computes all experts.
         """
         if self.instead is not None:
             return self.instead(hidden_states, top_k_index, top_k_weights)
-        return self._bound().run(self._position, hidden_states, top_k_index, top_k_weights, sent)
+        engine = self._bound()
+        if torch.is_grad_enabled() and not _differentiable(engine):
+            call = functools.partial(engine.run, self._position, hidden_states, top_k_index, top_k_weights, sent)
+            return outside_autograd(self.key, call, hidden_states, top_k_weights)
+        return engine.run(self._position, hidden_states, top_k_index, top_k_weights, sent)
 
     def routers(self) -> tuple[Router, list[Router]]:
         """This layer's router, and those whose choices the engine predicts here. Raises: as `forward`."""
         engine = self._bound()
         return engine.routers[self._position], engine.later_routers(self._position)
+
+    def recover(self) -> None:
+        """Clear what a pass has left that did not come to its end."""
+        self.instead = None
+        router, _ = self.routers()
+        if isinstance(router, GateRouter):
+            router.recover()
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -151,6 +168,18 @@ class HybriMoEExperts(nn.Module):
         return f"key={self.key!r}, prefill_device={self.prefill_device!r}, generate_device={self.generate_device!r}"
 
 
+def layer_of(key: str) -> int:
+    """The decoder layer that a module's name holds.
+
+    Raises:
+        ConfigError: it holds no number.
+    """
+    for part in key.split("."):
+        if part.isdecimal():
+            return int(part)
+    raise ConfigError(f"{key!r} is no module of a decoder layer: an experts operator replaces routed experts only")
+
+
 def expert_counts(config: Any) -> tuple[int, int]:
     """(number of routed experts, their intermediate size) under the names that model families use.
 
@@ -162,6 +191,11 @@ def expert_counts(config: Any) -> tuple[int, int]:
         if isinstance(count, int) and count > 0:
             return count, int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
     raise ConfigError(f"{type(config).__name__}: no number of routed experts in the model's config")
+
+
+def _differentiable(engine: Engine) -> bool:
+    """Whether autograd can follow a call: torch's own operations from the input to the result."""
+    return engine.accelerator is None and engine.recorder is None and isinstance(engine.cpu, TorchExperts)
 
 
 def _is_device(name: object) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.errors import ConfigError, InputError
 from hybrimoe_plugin.experts.cuda_graphs import capture_for
 from hybrimoe_plugin.operators.attention import LeanAttention, Turn
 from hybrimoe_plugin.operators.capture import (
@@ -32,6 +33,7 @@ from hybrimoe_plugin.operators.last_rows import LastRows
 from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.operators.row_step import Rotation, RowStep, row_step
+from hybrimoe_plugin.operators.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class GraphedLayer(DenseOperator):
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **{**kwargs, "linears": "plain"})
+        if not {"self_attn", "mlp"} <= orig_module._modules.keys():
+            raise ConfigError(f"{key}: {type(orig_module).__name__} is no decoder layer of attention and MLP")
         rest = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
         settings = Settings.of(rest)
         self.wanted = settings.cuda_graphs != "off"
@@ -126,7 +130,9 @@ class GraphedLayer(DenseOperator):
         return self.graphs is not None and self._made is not None and self._proofs >= PROOFS
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the layer: [B, T, H] from [B, T, H]."""
+        """As the layer: [B, T, H] from [B, T, H]. Raises: InputError: other dimensions."""
+        if hidden_states.ndim != 3:
+            raise InputError(f"{self.key}: expected [batch, tokens, width], found {list(hidden_states.shape)}")
         if self.row_step is not None:
             if not args and hidden_states.dtype == torch.float32 and self._one_token(hidden_states, kwargs):
                 return self.row_step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
@@ -178,7 +184,7 @@ class GraphedLayer(DenseOperator):
         if buffers is not None and held < buffers[0].shape[2] and layer.lies_in(buffers):
             return
         before = self._holder() if self._holder is not None else None
-        if before is not None and before is not layer and before.lies_in(buffers):
+        if before is not None and before is not layer and before.touches(buffers):
             before.leave()  # another sequence may go on later
         like = layer.keys, layer.values
         if buffers is None or held >= buffers[0].shape[2] or any(map(_differ, buffers, like)):
@@ -190,8 +196,8 @@ class GraphedLayer(DenseOperator):
             buffers = make_buffer(like[0], room), make_buffer(like[1], room)
             self._rows = buffers
             self._discard()
+        self._holder = weakref.ref(layer)  # before its move, which may be interrupted
         layer.move(buffers)
-        self._holder = weakref.ref(layer)
 
     def _discard(self) -> None:
         self._made, self._proofs, self._undecided = None, 0, 0
@@ -259,13 +265,16 @@ class GraphedLayer(DenseOperator):
         return call
 
 
-def connect_layers(model: Any) -> Callable[[], None]:
+def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
     """Let a bound model's graphed layers use graphs, where they are wanted and their device has them.
 
-    Returns:
-        Takes the hooks off that this leaves on the model.
+    Args:
+        turns: of the model; an interrupted one is cleared up after.
 
-    Mutates: `model`.
+    Returns:
+        Takes off what this leaves on the model.
+
+    Mutates: `model`, `turns`.
     """
     last: LastRows | None = None
     shared: dict[torch.device, DecodeGraphs | None] = {}
@@ -277,6 +286,7 @@ def connect_layers(model: Any) -> Callable[[], None]:
         if module.row_step is not None:
             if module.self_attn.layer_idx == model.config.num_hidden_layers - 1:
                 module.last_rows = last = LastRows(model, module)
+                turns.recover.append(last.forget)
             continue
         if not module.wanted:
             continue

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from hybrimoe_plugin.errors import InputError
+
 _NAMES = ("cache", "past_key_values")
 """What transformers calls the KV cache: the second name up to 5.17, the first in later releases."""
 
@@ -20,6 +22,8 @@ class GrowingLayer(DynamicLayer):
     """transformers' `DynamicLayer` with spare room behind keys and values, which are views of the filled part."""
 
     is_initialized: bool
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,10 +32,16 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, heads, T, D] and give all keys and values so far."""
+        """Append [B, heads, T, D] and give all keys and values so far. Raises: InputError: of other B, heads or D."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
+        if held and not (_alike(self.keys, key_states) and _alike(self.values, value_states)):
+            raise InputError(
+                f"the KV cache holds keys {list(self.keys.shape)} and values {list(self.values.shape)}, which keys "
+                f"{list(key_states.shape)} and values {list(value_states.shape)} do not go on: it is another batch's "
+                "or another model's"
+            )
         total = held + key_states.shape[-2]
         if not self._fits(held, total):
             self._grow(key_states, value_states, held, total)
@@ -49,6 +59,13 @@ class GrowingLayer(DynamicLayer):
             return False
         # Not `_base`, which inference mode does not keep. What replaces keys replaces values too.
         return bool(self.keys.data_ptr() == buffers[0].data_ptr() and self.keys.shape[0] == buffers[0].shape[0])
+
+    def touches(self, buffers: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+        """Whether anything is still in these buffers, also after a `move` or `leave` that was interrupted."""
+        if buffers is None or not self.is_initialized:
+            return False
+        places = {buffer.data_ptr() for buffer in buffers if buffer.numel()}
+        return self._buffers is buffers or self.keys.data_ptr() in places or self.values.data_ptr() in places
 
     def move(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Go on in these buffers [B, heads, room, D], which have room for what is held; nothing if it lies there."""
@@ -148,6 +165,10 @@ def make_buffer(like: torch.Tensor, room: int) -> torch.Tensor:
     """Zeros [B, heads, room, D] for a cache of states [B, heads, T, D]; rows that a mask hides must be finite."""
     with torch.inference_mode(False):  # such a buffer can be written in every mode
         return like.new_zeros((*like.shape[:2], room, like.shape[3]))
+
+
+def _alike(held: torch.Tensor, new: torch.Tensor) -> bool:
+    return held.shape[:2] == new.shape[:2] and held.shape[3] == new.shape[3]
 
 
 def growing(cache: Any, layer: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,10 +32,8 @@ class LastRows:
         routers = [experts.routers()[0] for experts in self._experts]
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
         self._hooks = Hooks(layer.modules(), gates)
-        self._handles = (
-            model.register_forward_pre_hook(self._asked, with_kwargs=True),
-            model.register_forward_hook(self._answered, always_call=True),
-        )
+        self._model = model
+        model.forward = self._watched(model.forward)
 
     def serve(self, hidden: torch.Tensor) -> bool:
         """Whether a call [B, T, H] has rows that nobody looks at."""
@@ -48,13 +48,22 @@ class LastRows:
         output: torch.Tensor = total + layer.mlp(layer.post_attention_layernorm(total))
         return output
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _asked(self, _model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        keep = kwargs.get("logits_to_keep", 0)
-        self._keep = keep if isinstance(keep, int) else 0
-
-    def _answered(self, *_: Any) -> None:
+    def forget(self) -> None:
+        """Serve nothing until a call of the model asks for it."""
         self._keep = 0
+
+    def remove(self) -> None:
+        """Leave the model alone."""
+        self._model.__dict__.pop("forward", None)
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            keep = kwargs.get("logits_to_keep", 0)
+            self._keep = keep if isinstance(keep, int) else 0
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.forget()
+
+        return forward

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
+from hybrimoe_plugin.operators.gradients import outside_autograd
 
 Build = Callable[[Graph, Node], Sequence[Node]]
 
@@ -23,33 +24,65 @@ class RowGraphs:
     Args:
         build: adds the operations to a graph with the given input and gives the outputs.
         threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be shared.
+        row: [1, M] float32, the input of graphs for a single row; by default memory of each graph's own.
+        ids: the input is integers, else floating point.
+        learned: gives the parameters that the graphs hold as constants, for which there are no gradients.
     """
 
-    def __init__(self, ggml: Ggml, build: Build, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        ggml: Ggml,
+        build: Build,
+        threads: int | None = None,
+        row: torch.Tensor | None = None,
+        ids: bool = False,
+        learned: Callable[[], Sequence[torch.Tensor | None]] = tuple,
+    ) -> None:
         self._ggml = ggml
         self._build = build
         self._threads = threads
-        self._one: tuple[int, Graph, Node, Sequence[Node]] | None = None
+        self._row = row
+        self._ids = ids
+        self._learned = learned
+        self._one: dict[int, tuple[Graph, Node, Sequence[Node]]] = {}
+        """For each number of threads: torch has one for every thread that calls it."""
 
     def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
         """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the next call.
 
-        Integers, too, may be given: ids.
+        Rows whose products met a NaN or an infinity are NaN. Going backward through them raises BackendError.
+
+        Raises:
+            InputError: x is of another shape or type than this function takes.
         """
+        if x.is_floating_point() is self._ids:
+            raise InputError(f"expected {'whole numbers' if self._ids else 'floating point values'}, found {x.dtype}")
+        if torch.is_grad_enabled():
+            return outside_autograd("a matrix as stored", lambda: self(x, rows), x, *self._learned())
         threads = self._threads or torch.get_num_threads()
-        made = self._one if rows == 1 else None
-        if made is None or made[0] != threads:
-            graph = Graph(self._ggml, threads, kept=rows == 1)
-            node = graph.input(*x.shape, dtype=torch.float32 if x.is_floating_point() else torch.int32)
-            outputs = self._build(graph, node)
-            graph.finish(*outputs)
-            made = threads, graph, node, outputs
+        made = self._one.get(threads) if rows == 1 else None
+        if made is None:
+            made = self._made(x, threads, kept=rows == 1)
             if rows == 1:
-                self._one = made
-        _, graph, node, outputs = made
+                self._one[threads] = made
+        graph, node, outputs = made
+        if x.shape != node.shape:
+            raise InputError(f"expected values {list(node.shape)}, found {list(x.shape)}")
         node.fill(x)
         graph.run()
+        if graph.spoiled:
+            graph.spread_nan(rows, outputs)
         return [output.value for output in outputs]
+
+    def _made(self, x: torch.Tensor, threads: int, kept: bool) -> tuple[Graph, Node, Sequence[Node]]:
+        graph = Graph(self._ggml, threads, kept=kept)
+        if kept and self._row is not None:
+            node = graph.place(self._row)
+        else:
+            node = graph.input(*x.shape, dtype=torch.int32 if self._ids else torch.float32)
+        outputs = self._build(graph, node)
+        graph.finish(*outputs)
+        return graph, node, outputs
 
 
 class StoredLinear(nn.Module):
@@ -79,9 +112,11 @@ class StoredLinear(nn.Module):
         return y if self.bias is None else graph.add(y, graph.constant(self.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., N] of x's dtype from [..., M]."""
+        """[..., N] of x's dtype from [..., M]. Raises: InputError: another width, or no floating point."""
+        if x.shape[-1:] != (self.in_features,):
+            raise InputError(f"a linear of {self.in_features} inputs was given values {list(x.shape)}")
         if self._graphs is None:
-            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)])
+            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)], learned=lambda: (self.bias,))
         flat = x.reshape(-1, self.in_features)
         (y,) = self._graphs(flat, len(flat))
         # A copy in every case: the buffer belongs to the graph.
@@ -111,21 +146,29 @@ class LinearGroup:
     """Linears that share their input, as one graph where all are stored.
 
     Args:
-        linears: `nn.Linear` or `StoredLinear`, of one input width.
+        owner: the module that holds them. They are looked up at every call: adapters put others in their place.
+        names: of the linears in it, `nn.Linear` or `StoredLinear`, of one input width.
     """
 
-    def __init__(self, ggml: Ggml | None, linears: Sequence[Any]) -> None:
-        self._linears = tuple(linears)
-        self._graphs = None if ggml is None else RowGraphs(ggml, self._build)
+    def __init__(self, ggml: Ggml | None, owner: nn.Module, names: Sequence[str]) -> None:
+        self._owner = owner
+        self._names = tuple(names)
+        self._graphs = None if ggml is None else RowGraphs(ggml, self._build, learned=self._biases)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next call."""
         if self._graphs is None:
-            return [linear(x) for linear in self._linears]
+            return [linear(x) for linear in self._linears()]
         return self._graphs(x, len(x))
 
     def _build(self, graph: Graph, x: Node) -> list[Node]:
-        return [linear.build(graph, x) for linear in self._linears]
+        return [linear.build(graph, x) for linear in self._linears()]
+
+    def _linears(self) -> list[Any]:
+        return [getattr(self._owner, name) for name in self._names]
+
+    def _biases(self) -> list[torch.Tensor | None]:
+        return [linear.bias for linear in self._linears()]
 
 
 class LeanLinear(DenseOperator):

@@ -47,7 +47,7 @@ class LeanMLA(DenseOperator):
         for name in ("kv_a_layernorm", *(["q_a_layernorm"] if orig_module.q_lora_rank is not None else [])):
             norm = LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs)
             setattr(self, name, norm)
-        self._inputs = LinearGroup(self.ggml, (getattr(self, names[0]), self.kv_a_proj_with_mqa))
+        self._inputs = LinearGroup(self.ggml, self, (names[0], "kv_a_proj_with_mqa"))
         self._split: tuple[Stored, Stored] | None = None
         self._graphs: tuple[RowGraphs, RowGraphs] | None = None
         if self.ggml is None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.experts.ggml import Graph, Node
+from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.experts.ggml import Graph, Node, norm_epsilon_fits
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.linear import RowGraphs
 
@@ -22,13 +23,19 @@ class LeanRMSNorm(DenseOperator):
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
+        if not norm_epsilon_fits(self.eps):
+            self.ggml = None  # torch's kernel gives what the model asks for, if it is NaN
         self._graphs = None
         if self.ggml is not None:
-            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)], threads=1)
+            self._graphs = RowGraphs(
+                self.ggml, lambda graph, x: [self.build(graph, x)], threads=1, learned=lambda: (self.weight,)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] from [..., H]."""
-        if self._graphs is None or x.numel() != len(self.weight) or x.dtype != torch.float32:
+        """[..., H] from [..., H]. Raises: InputError: values of another width."""
+        if x.shape[-1:] != self.weight.shape:
+            raise InputError(f"{self.key}: expected values of width {len(self.weight)}, found {list(x.shape)}")
+        if self._graphs is None or x.numel() != x.shape[-1] or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         (y,) = self._graphs(x.reshape(1, -1), 1)
         return y.clone().view(x.shape)

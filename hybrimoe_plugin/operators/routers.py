@@ -15,12 +15,10 @@ class GateRouter:
     def __init__(self, gate: nn.Module) -> None:
         self.gate = gate
         self._logits: torch.Tensor | None = None
-        self._predicting = False
         self._hook = gate.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
-        if not self._predicting:
-            self._logits = output[0]
+        self._logits = output[0]
 
     def scores(self) -> torch.Tensor | None:
         """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else softmax."""
@@ -34,13 +32,17 @@ class GateRouter:
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3)."""
-        self._predicting = True
-        try:
-            ids: torch.Tensor = self.gate(hidden)[2]
-        finally:
-            self._predicting = False
+        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3).
+
+        Hooks do not see it: to whoever watches the router, transformers' `output_router_logits` among them, it is no
+        call of the model.
+        """
+        ids: torch.Tensor = self.gate.forward(hidden)[2]
         return ids
+
+    def recover(self) -> None:
+        """Clear what a pass has left that did not come to its end."""
+        self._logits = None
 
     def detach(self) -> None:
         self._hook.remove()

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, buffer
 from hybrimoe_plugin.operators.attention import LeanAttention, Turn, angles
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -52,9 +53,20 @@ class Rotation:
         self.matrix = buffer(width, width)
 
     def show(self, embeddings: Any) -> None:
-        """Take what the model's rotary module gave, the same object for every layer of a step."""
+        """Take what the model's rotary module gave, the same object for every layer of a step.
+
+        Raises:
+            InputError: angles of another shape than one token's.
+        """
         if embeddings is not self._shown:
-            cos, sin = angles(embeddings, len(self._basis) // 2)
+            self._shown = None
+            half = len(self._basis) // 2
+            cos, sin = angles(embeddings, half)
+            if cos.shape != (1, 1, 1, half):
+                raise InputError(
+                    f"one token has one position of {half} angles, found {list(cos.shape)}: "
+                    "position_ids must be [1, 1] for it"
+                )
             self.matrix.copy_(self._turn(self._basis, cos[0, 0], sin[0, 0]).t())
             self._shown = embeddings
 
@@ -79,9 +91,9 @@ class RowStep:
         self._dense = dense
         self._dense_gate: nn.Module | None = getattr(layer.mlp, "shared_expert_gate", None)
         self._rotation = rotation
-        self._x = torch.empty(0)
-        """[1, H]: the layer's input, as it lies in the first graph."""
-        self._before = RowGraphs(attention.ggml, self._build_before)
+        self._x = buffer(1, len(layer.input_layernorm.weight))
+        """[1, H]: the layer's input, which both graphs read."""
+        self._before = RowGraphs(attention.ggml, self._build_before, row=self._x)
         self._after = RowGraphs(attention.ggml, self._build_after)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
@@ -99,7 +111,6 @@ class RowStep:
         return (output + total)[None]
 
     def _build_before(self, graph: Graph, x: Node) -> list[Node]:
-        self._x = x.value
         normed = self._norms[0].build(graph, x)
         return self._attention.before(graph, normed, graph.place(self._rotation.matrix))
 

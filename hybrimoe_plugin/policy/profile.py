@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import ProfileError
+from hybrimoe_plugin.files import read_regular
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 FORMAT = "hybrimoe-profile"
 VERSION = 1
+MAX_BYTES = 1 << 20
+MAX_POINTS = 4096
+"""Points of a cost curve."""
+MAX_NUMBER = 1e12
+"""Of microseconds (11 days) and GB/s, and of a size or count; beyond it sums and ratios stop meaning anything."""
 LABELS = ("measured", "emulated", "published", "assumed")
 
 
@@ -87,8 +92,8 @@ class MachineProfile:
             raise ValueError(f"label must be one of {', '.join(LABELS)}, found {label!r}")
         spec = ExpertSpec(**data["spec"])
         sizes = (spec.hidden, spec.intermediate, spec.experts, spec.top_k, spec.expert_bytes)
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(f"spec sizes must be whole numbers of at least 1, found {sizes}")
+        if any(type(size) is not int or not 1 <= size <= MAX_NUMBER for size in sizes):
+            raise ValueError(f"spec sizes must be whole numbers of 1 to {MAX_NUMBER:.0e}, found {sizes}")
         accelerator, link = data.get("accelerator"), data.get("link")
         if (accelerator is None) != (link is None):
             raise ValueError("accelerator and link must both be given or both be null")
@@ -145,32 +150,35 @@ def load_profile(path: str | Path) -> MachineProfile:
     source = Path(path)
     known = {} if source.suffix or len(source.parts) > 1 else shipped()
     try:
-        found = known.get(str(path), source)
-        text = found.read_text(encoding="utf-8")
+        packaged = known.get(str(path))
+        text = str(read_regular(source, MAX_BYTES), "utf-8") if packaged is None else packaged.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         hint = f"; shipped profiles: {', '.join(known)}" if known else ""
-        raise ProfileError(f"{path}: cannot read the machine profile ({error}){hint}") from None
+        raise ProfileError(f"{path}: cannot read the machine profile ({reason}){hint}") from None
     return MachineProfile.from_json(text, str(path))
 
 
 def _side(data: dict[str, Any]) -> Side:
     threads = data.get("threads")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ValueError(f"threads must be a whole number of at least 1, found {threads!r}")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_POINTS):
+        raise ValueError(f"threads must be a whole number of 1 to {MAX_POINTS}, found {threads!r}")
     tokens = tuple(data["tokens"])
-    if any(type(load) is not int for load in tokens):
-        raise ValueError("tokens must be whole numbers")
+    if len(tokens) > MAX_POINTS:
+        raise ValueError(f"a curve has at most {MAX_POINTS} points, found {len(tokens)}")
+    if any(type(load) is not int or load > MAX_NUMBER for load in tokens):
+        raise ValueError(f"tokens must be whole numbers of at most {MAX_NUMBER:.0e}")
     curve = CostCurve(tokens, [_time(value) for value in data["us"]])
     return Side(_time(data["first_us"]), curve.tokens, curve.us, threads)
 
 
 def _time(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"a time must be a finite number of at least 0, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"a time must be a number of 0 to {MAX_NUMBER:.0e}, found {value!r}")
     return float(value)
 
 
 def _positive(value: object) -> float:
-    if _time(value) <= 0:
-        raise ValueError("a bandwidth must be above 0")
+    if _time(value) < 1 / MAX_NUMBER:
+        raise ValueError(f"a bandwidth must be at least {1 / MAX_NUMBER:.0e}, found {value!r}")
     return float(value)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import TraceError
+from hybrimoe_plugin.files import read_regular
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader, read_trace
 
 Popularity = NDArray[np.float64]
+
+MAX_TEXT_BYTES = 4 << 20
+"""Of a CSV or JSON file."""
 
 
 def load_trace(path: str | os.PathLike[str]) -> Trace:
@@ -40,12 +45,10 @@ def read_route_csv(path: str | os.PathLike[str]) -> Trace:
         TraceError: not such a file, or a value out of range.
     """
     try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            lines = file.read().splitlines()
+        lines = read_regular(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
         facts = _facts(lines, path)
-        rows = np.array(_rows(lines), dtype=np.float64)
-        return _assemble_csv(rows, facts, path)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, IndexError) as error:
+        return _assemble_csv(_rows(lines), facts, path)
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise TraceError(f"{path}: not a sound route_trace v1 file ({type(error).__name__}: {error})") from None
 
 
@@ -56,10 +59,10 @@ def read_popularity(path: str | os.PathLike[str]) -> Popularity:
         TraceError: not such a file.
     """
     try:
-        counts = np.asarray(json.loads(Path(path).read_text())["expert_popularity"], dtype=np.float64)
+        counts = np.asarray(json.loads(read_regular(path, MAX_TEXT_BYTES))["expert_popularity"], dtype=np.float64)
         if counts.ndim != 2 or not np.isfinite(counts).all() or counts.min() < 0 or (counts.sum(axis=1) <= 0).any():
             raise ValueError("counts must be a table of non-negative numbers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TraceError(f"{path}: not a popularity table ({error})") from None
     return counts / counts.sum(axis=1, keepdims=True)
 
@@ -181,18 +184,22 @@ def _facts(lines: Sequence[str], path: str | os.PathLike[str]) -> dict[str, str]
     facts: dict[str, str] = {}
     for line in lines:
         if line.startswith("#"):
-            for key, value in re.findall(r"(\w+)=(\S+)", line):
+            for key, value in re.findall(r"(\w+)=(\S+)", line[:4096]):
                 facts.setdefault(key, value)
     facts["model"] = Path(facts["model"]).name.removesuffix(".gguf")
     return facts
 
 
-def _rows(lines: Sequence[str]) -> list[list[str]]:
-    body = (line for line in lines if line and not line.startswith("#"))
-    return [
-        [row["phase"], row["step"], row["layer"], row["slot"], row["expert"], row["weight"]]
-        for row in csv.DictReader(body)
-    ]
+def _rows(lines: Sequence[str]) -> NDArray[np.float64]:
+    """[N, 6]: the columns below."""
+    names = ("phase", "step", "layer", "slot", "expert", "weight")
+    values = array("d")  # lists of so many texts would take ten times the file
+    for row in csv.DictReader(line for line in lines if line and not line.startswith("#")):
+        values.extend(float(row[name]) for name in names)
+    rows = np.array(values).reshape(-1, len(names))
+    if not np.isfinite(rows).all():
+        raise ValueError("a value is no finite number")
+    return rows
 
 
 def _assemble_csv(rows: NDArray[np.float64], facts: dict[str, str], path: str | os.PathLike[str]) -> Trace:
@@ -212,13 +219,12 @@ def _assemble_csv(rows: NDArray[np.float64], facts: dict[str, str], path: str | 
     calls: list[Call] = []
     for phase in (0, 1):
         part = rows[rows[:, 0] == phase]
-        groups = [part] if phase == 0 else [part[part[:, 1] == step] for step in np.unique(part[:, 1])]
-        for group in groups:
-            for layer in layers.tolist():
-                chosen = group[group[:, 2] == layer]
-                if len(chosen):
-                    order = np.lexsort((chosen[:, 3], chosen[:, 1]))
-                    ids = chosen[order, 4].astype(np.int64).reshape(-1, top_k)
-                    weights = chosen[order, 5].astype(np.float32).reshape(-1, top_k)
-                    calls.append(Call(position[layer], ids, weights, None, ()))
+        passes = part[:, 1] * phase  # the whole prompt is one
+        order = np.lexsort((part[:, 3], part[:, 1], part[:, 2], passes))
+        part, passes = part[order], passes[order]
+        begins = (np.diff(passes) != 0) | (np.diff(part[:, 2]) != 0)
+        for chosen in np.split(part, np.flatnonzero(begins) + 1) if len(part) else ():
+            ids = chosen[:, 4].astype(np.int64).reshape(-1, top_k)
+            weights = chosen[:, 5].astype(np.float32).reshape(-1, top_k)
+            calls.append(Call(position[int(chosen[0, 2])], ids, weights, None, ()))
     return Trace(header, calls)

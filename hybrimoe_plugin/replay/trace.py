@@ -24,12 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import TraceError
+from hybrimoe_plugin.files import read_regular
 
 FORMAT, VERSION = "hybrimoe-trace", 1
 CHUNK_CALLS = 256
-MEMBER_BYTES = 1 << 30
-"""Largest array that is unpacked; 256 calls of 8192 tokens stay far below."""
-_COLUMNS = ("layer", "tokens", "ids", "weights", "score_ids", "scores", "predicted")
+MAX_FILE_BYTES = 64 << 20
+MAX_MEMORY_BYTES = 384 << 20
+"""Memory that a trace may take when it is read: a file of some KiB could unpack to any size."""
+_MAX_LISTING_BYTES = 4 << 20
+"""The archive's table of contents, of some 60 bytes an array; its entries take ten times as much memory."""
+_MAX_JSON_BYTES = 1 << 20
+_COLUMNS = {
+    "layer": np.int16,
+    "tokens": np.int32,
+    "ids": np.int16,
+    "weights": np.float16,
+    "score_ids": np.int16,
+    "scores": np.float16,
+    "predicted": np.int16,
+}
 
 
 @dataclass(frozen=True)
@@ -162,14 +175,22 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace file whole.
 
     Raises:
-        TraceError: missing, cut off, damaged, of another version, or no trace at all.
+        TraceError: missing, cut off, damaged, of another version, too large to be held in memory, or no trace at all.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        data = read_regular(path, MAX_FILE_BYTES)
+        _check_listing(data)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             header = _header(_json(archive, "header.json"), path)
             footer = _json(archive, "footer.json")
-            chunks = range(int(footer["chunks"]))
-            calls = [call for chunk in chunks for call in _chunk_calls(archive, chunk, header, path)]
+            calls: list[Call] = []
+            left = MAX_MEMORY_BYTES
+            for chunk in range(int(footer["chunks"])):
+                columns = _columns(archive, chunk, left)
+                left -= _memory_bytes(columns, header)
+                if left < 0:
+                    raise TraceError(f"{path}: takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory: record less")
+                calls.extend(_chunk_calls(columns, chunk, header, path))
             if len(calls) != footer["calls"]:
                 raise TraceError(f"{path}: holds {len(calls)} calls, its footer says {footer['calls']}")
     except FileNotFoundError:
@@ -192,8 +213,25 @@ def write_trace(path: str | os.PathLike[str], header: TraceHeader, calls: Iterab
             writer.write(call)
 
 
+def _check_listing(data: bytes) -> None:
+    """Raise ValueError for an archive whose table of contents is not small: `zipfile` makes objects of all of it."""
+    end = data.rfind(b"PK\5\6")
+    if end < 0 or len(data) < end + 22:
+        raise ValueError("no archive")
+    nbytes = int.from_bytes(data[end + 12 : end + 16], "little")
+    if nbytes > _MAX_LISTING_BYTES or data[end - 20 : end - 16] == b"PK\6\7":  # the latter: a longer table elsewhere
+        raise ValueError(f"its table of contents has more than {_MAX_LISTING_BYTES >> 20} MiB")
+
+
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    info = archive.getinfo(name)
+    if info.file_size > most:
+        raise ValueError(f"{name} unpacks to {info.file_size} bytes, of which {most} may be read")
+    return archive.read(info)
+
+
 def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
-    value = json.loads(archive.read(name))
+    value = json.loads(_member(archive, name, _MAX_JSON_BYTES))
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not an object")
     return value
@@ -212,23 +250,41 @@ def _header(data: dict[str, Any], path: str | os.PathLike[str]) -> TraceHeader:
     return header
 
 
-def _chunk_calls(
-    archive: zipfile.ZipFile, chunk: int, header: TraceHeader, path: str | os.PathLike[str]
-) -> Iterator[Call]:
+def _columns(archive: zipfile.ZipFile, chunk: int, most: int) -> dict[str, NDArray[Any]]:
+    """The arrays of a chunk, of at most so many bytes together."""
     columns = {}
-    for name in _COLUMNS:
-        if archive.getinfo(f"{chunk}/{name}").file_size > MEMBER_BYTES:
-            raise TraceError(f"{path}: an array of chunk {chunk} is larger than any recording makes")
-        with archive.open(f"{chunk}/{name}") as member:
-            columns[name] = np.lib.format.read_array(member, allow_pickle=False)
+    for name, kind in _COLUMNS.items():
+        stored = io.BytesIO(_member(archive, f"{chunk}/{name}", most))
+        most -= len(stored.getbuffer())
+        if np.lib.format.read_magic(stored) != (1, 0):
+            raise ValueError(f"{chunk}/{name} is no array of the kind that is written here")
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(stored)
+        if by_column or dtype != kind:
+            raise ValueError(f"{chunk}/{name} is of type {dtype}, not {np.dtype(kind)}")
+        columns[name] = np.frombuffer(stored.getbuffer()[stored.tell() :], dtype).reshape(shape)
+    return columns
+
+
+def _memory_bytes(columns: dict[str, NDArray[Any]], header: TraceHeader) -> int:
+    """What the calls of a chunk take: ids are widened, and scores have a place for every expert."""
+    rows, scored = len(columns["scores"]), columns["scores"].size > 0
+    widened = 8 * (columns["ids"].size + columns["predicted"].size) + 4 * columns["weights"].size
+    return widened + 4 * header.experts * rows * scored + 1024 * len(columns["tokens"])
+
+
+def _chunk_calls(
+    columns: dict[str, NDArray[Any]], chunk: int, header: TraceHeader, path: str | os.PathLike[str]
+) -> Iterator[Call]:
     ids, predicted = columns["ids"].astype(np.int64), columns["predicted"].astype(np.int64)
     layers, tokens = columns["layer"], columns["tokens"]
-    rows = int(tokens.sum())
+    rows = int(tokens.sum(dtype=np.int64))
     shapes = ids.shape == columns["weights"].shape == (rows, header.top_k) and len(layers) == len(tokens)
     shapes = shapes and predicted.shape[::2] == (rows, header.top_k) and tokens.min(initial=1) >= 1
     shapes = shapes and columns["score_ids"].shape == columns["scores"].shape and len(columns["scores"]) == rows
     if not shapes:
         raise TraceError(f"{path}: the arrays of chunk {chunk} do not fit together")
+    if not (np.isfinite(columns["weights"]).all() and np.isfinite(columns["scores"]).all()):
+        raise TraceError(f"{path}: a weight or score of chunk {chunk} is no finite number")
     inside = [(layers, 0, header.layers), (ids, 0, header.experts), (predicted, -1, header.experts)]
     inside.append((columns["score_ids"], 0, header.experts))
     if any(values.size and not low <= values.min() <= values.max() < high for values, low, high in inside):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
@@ -15,6 +16,11 @@ class Draft(Protocol):
     name: str
     context: int | None
     """Tokens that it can look back on, prompt and tree together; None for no limit."""
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held by the answer that it drafts for: a draft follows one sequence."""
+        ...
 
     def start(self, ids: Sequence[int]) -> None:
         """Begin with the tokens before the root. Mutates."""

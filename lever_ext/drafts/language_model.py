@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +44,7 @@ class LanguageModelDraft:
     ) -> None:
         self.model = model
         self.name = name
+        self.lock = threading.RLock()
         self.candidates = candidates
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         self._runner = make_runner(model) if runner is None else runner
@@ -53,6 +56,8 @@ class LanguageModelDraft:
         self.routing: dict[int, NDArray[np.int64]] = {}
         """Expanded node -> expert ids [L, K] that are forecast for it, while somebody watches."""
         self._watcher: Watcher | None = None
+        self._whole = True
+        """Whether the last change of KV rows and of what is known about them came to its end."""
 
     @property
     def _committed(self) -> int:
@@ -71,17 +76,19 @@ class LanguageModelDraft:
             self._runner.tapped = frozenset() if watcher is None else frozenset(watcher.layers)
 
     def start(self, ids: Sequence[int]) -> None:
-        common, known = 0, self._committed
+        common, known = 0, self._committed if self._whole else 0
         while common < min(known, len(ids)) and self._tokens[common] == ids[common]:
             common += 1
-        if common == 0:
-            self._runner.reset()
-        else:
-            self._runner.keep(range(common))
-        self._tokens, self._row_of, self.routing = list(ids), {}, {}
+        with self._changing():
+            if common == 0:
+                self._runner.reset()
+            else:
+                self._runner.keep(range(common))
+            self._tokens, self._row_of, self.routing = list(ids), {}, {}
 
     def expand(self, tree: CandidateTree, keys: Sequence[int]) -> list[Candidates]:
-        hidden = self._run_root(tree) if list(keys) == [tree.root] else self._run_nodes(tree, keys)
+        with self._changing():
+            hidden = self._run_root(tree) if list(keys) == [tree.root] else self._run_nodes(tree, keys)
         if self._watcher is not None and isinstance(self._runner, LeanRunner):
             routed = self._watcher([tap[-len(keys) :] for tap in self._runner.taps])
             self.routing.update(zip(keys, routed, strict=True))
@@ -95,11 +102,19 @@ class LanguageModelDraft:
         # The last accepted node may never have been expanded; its token waits for the next root's pass.
         path = [self._row_of[key] for key in accepted if key in self._row_of]
         alive = [key for key in self._row_of if key in tree.nodes]
-        if self._runner.rows:
-            self._runner.keep([*range(committed), *path, *(self._row_of[key] for key in alive)])
-        self.routing = {key: ids for key, ids in self.routing.items() if key in tree.nodes}
-        self._tokens += tokens
-        self._row_of = {key: committed + len(path) + index for index, key in enumerate(alive)}
+        with self._changing():
+            if self._runner.rows:
+                self._runner.keep([*range(committed), *path, *(self._row_of[key] for key in alive)])
+            self.routing = {key: ids for key, ids in self.routing.items() if key in tree.nodes}
+            self._tokens += tokens
+            self._row_of = {key: committed + len(path) + index for index, key in enumerate(alive)}
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """While KV rows and what is known about them change: an answer after one that was cut off here begins anew."""
+        self._whole = False
+        yield
+        self._whole = True
 
     def _run_root(self, tree: CandidateTree) -> torch.Tensor:
         """Catch up with the committed tokens, then the root; its hidden state [1, H]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from lever_ext.tree.calibrate import Candidates
@@ -18,6 +19,7 @@ class NGramDraft:
 
     def __init__(self, longest: int = 4, candidates: int = 4) -> None:
         self.name = "n-gram"
+        self.lock = threading.RLock()
         self.context: int | None = None
         self.longest = longest
         self.candidates = candidates

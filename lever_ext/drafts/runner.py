@@ -170,8 +170,8 @@ class LeanRunner:
     def _reserve(self, rows: int) -> None:
         if rows <= self._capacity:
             return
-        self._capacity = max(2 * self._capacity, rows, 512)
-        shape = (self._kv_heads, self._capacity, self._size)
+        capacity = max(2 * self._capacity, rows, 512)
+        shape = (self._kv_heads, capacity, self._size)
         grown: list[list[torch.Tensor]] = []
         for old in (self._keys, self._values):
             new = [torch.empty(shape) for _ in self._layers]
@@ -179,6 +179,7 @@ class LeanRunner:
                 target[:, : self._rows] = source[:, : self._rows]
             grown.append(new)
         self._keys, self._values = grown
+        self._capacity = capacity  # last: an interrupt must not leave a promise that the buffers do not keep
 
 
 def _norm(norm: Any, value: torch.Tensor) -> torch.Tensor:

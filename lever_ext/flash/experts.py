@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.cache import CachePolicy
 from hybrimoe_plugin.policy.slots import SlotPool
 from lever_ext.flash.format import Block
@@ -70,6 +71,8 @@ class FlashExpertCache:
         }
         self.pool = SlotPool([slots] * len(self.layers), staging)
         self._buffers = Buffer.several(self.pool.slots + ahead, block_memory(blocks))
+        self._held: dict[int, ExpertRef] = {}
+        """Cache slot -> expert whose bytes are all there, and right."""
         self._ahead_free = list(range(self.pool.slots, self.pool.slots + ahead))
         self._ahead: dict[tuple[int, int], _Read] = {}
         self._views: dict[tuple[int, int], Tensors] = {}
@@ -151,6 +154,15 @@ class FlashExpertCache:
             for expert in chosen:
                 self._queue(layer, expert)
 
+    def recover(self) -> None:
+        """Begin anew after a call that did not end, wherever it was: keep what is here for certain, forget the rest.
+
+        Nothing may be on its way any more. Mutates.
+        """
+        self.pool = self.pool.keeping(self._held)
+        self._ahead.clear()
+        self._ahead_free = list(range(self.pool.slots, len(self._buffers)))
+
     def _place(self, layer: int, misses: Sequence[int], keep: Sequence[int]) -> list[_Read]:
         """Give cache slots to the misses that the policy admits and that were not read ahead."""
         unread = [expert for expert in misses if (layer, expert) not in self._ahead]
@@ -189,8 +201,11 @@ class FlashExpertCache:
         for read in early:
             slot = self._slot_for(layer, read.expert, keep)
             if slot >= 0:
-                self._buffers[slot], self._buffers[read.slot] = self._buffers[read.slot], self._buffers[slot]
-                self.pool.arrive(layer, read.expert)
+                self._held.pop(slot, None)
+                buffers = list(self._buffers)
+                buffers[slot], buffers[read.slot] = buffers[read.slot], buffers[slot]
+                self._buffers = buffers  # at once: an interrupt must not leave one of them in both places
+                self._arrive(layer, read.expert, slot)
 
     def _stage(self, layer: int, expert: int, slot: int | None = None) -> _Read:
         read = _Read(expert, self.pool.stage() if slot is None else slot, staged=True)
@@ -199,6 +214,7 @@ class FlashExpertCache:
 
     def _submit(self, layer: int, read: _Read) -> None:
         block = self._blocks[layer, read.expert]
+        self._held.pop(read.slot, None)
         read.arrival = self.pack.submit(block, self._buffers[read.slot])
         self.counters.reads += 1
         self.counters.nbytes += block.nbytes
@@ -206,12 +222,16 @@ class FlashExpertCache:
     def _compute(self, layer: int, read: _Read, compute: Compute) -> None:
         assert read.arrival is not None
         begin = time.perf_counter()
-        read.arrival.result()
+        self.pack.arrive(self._blocks[layer, read.expert], self._buffers[read.slot], read.arrival)
         self.counters.wait_us += (time.perf_counter() - begin) * 1e6
         self.pack.check(self._blocks[layer, read.expert], self._buffers[read.slot])
         compute(read.expert, self._tensors(layer, read.expert, read.slot))
         if not read.staged:
-            self.pool.arrive(layer, read.expert)
+            self._arrive(layer, read.expert, read.slot)
+
+    def _arrive(self, layer: int, expert: int, slot: int) -> None:
+        self._held[slot] = ExpertRef(layer, expert)
+        self.pool.arrive(layer, expert)
 
     def _settle(self, layer: int, reads: Sequence[_Read], waiting: Sequence[_Read]) -> None:
         """End the leases; drop what did not arrive whole, once nothing is on its way any more."""

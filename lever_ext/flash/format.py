@@ -34,7 +34,8 @@ TENSOR_ALIGNMENT = 64
 HEADER = struct.Struct("<8sIQQI")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = ("resident", "layer", "expert")
-MAX_INDEX_BYTES = 1 << 28
+MAX_INDEX_BYTES = 1 << 24
+"""A model of 61 layers with 256 experts each takes 7 MiB; what JSON is read into takes up to 20 times its length."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def parse_index(data: bytes, crc: int, data_end: int, where: str) -> Index:
         body = json.loads(data)
         index = Index(dict(body["config"]), tuple(_block(entry) for entry in body["blocks"]))
         known = body["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FlashError(f"{where}: the pack's index makes no sense ({error}); pack the model again") from None
     _check_places(index.blocks, data_end, where)
     if known != index.fingerprint:
@@ -164,6 +165,7 @@ def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
         end = block.offset + block.nbytes
         for tensor in block.tensors:
             sound = sound and tensor.dtype in DTYPES and tensor.offset % TENSOR_ALIGNMENT == 0 and tensor.offset >= 0
-            sound = sound and all(size > 0 for size in tensor.shape) and tensor.offset + tensor.nbytes <= block.nbytes
+            sound = sound and len(tensor.shape) <= 8 and all(size > 0 for size in tensor.shape)
+            sound = sound and tensor.offset + tensor.nbytes <= block.nbytes
         if not sound or end > data_end:
             raise FlashError(f"{where}: block {block.label} lies outside its place; pack the model again")

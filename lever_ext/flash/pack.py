@@ -73,13 +73,27 @@ class FlashPack:
         """Start reading a block into a buffer that is large enough."""
         return self.reader.submit(block.offset, block.nbytes, buffer)
 
-    def check(self, block: Block, buffer: Buffer) -> None:
-        """Compare a block's bytes with its checksum the first time that it was read.
+    def arrive(self, block: Block, buffer: Buffer, arrival: Future[None]) -> None:
+        """Wait for a block that was submitted; its bytes are still to be checked.
+
+        A read ahead may have failed long ago, for an answer that is over: what counts is whether it can be read now.
 
         Raises:
-            FlashError: the block is damaged, or the file has changed since it was opened.
+            FlashError: it cannot be read.
         """
-        self.reader.check_unchanged()
+        try:
+            arrival.result()
+        except FlashError:
+            self.submit(block, buffer).result()
+
+    def check(self, block: Block, buffer: Buffer) -> None:
+        """Compare a block's bytes with its checksum: the first time that it was read, and again after any change.
+
+        Raises:
+            FlashError: the block is damaged, or the file was written to since it was opened.
+        """
+        if not self.reader.check_unchanged():
+            self._checked.clear()
         if block.offset in self._checked:
             return
         if zlib.crc32(buffer.memory[: block.nbytes]) != block.crc:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, FlashError
 from hybrimoe_plugin.experts.memory import huge_pages
+from hybrimoe_plugin.files import open_regular
 from lever_ext.flash.format import ALIGNMENT, align
 
 logger = logging.getLogger(__name__)
@@ -109,12 +111,14 @@ class FlashReader:
         self.counters = ReadCounters()
         self.fd, self.direct = _open(self.path, direct)
         self._state = _identity(self.fd)
-        self.size = self._state[0]
+        self.size = self._state.size
         self._lock = threading.Lock()
         self._in_flight = 0
         self._busy_since = 0.0
         self._paced_until = 0.0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flash-read")
+        self._threads = threads
+        self._pools = [self._make_pool()]
+        """The first is in use; others are being waited for."""
 
     def submit(self, offset: int, nbytes: int, buffer: Buffer) -> Future[None]:
         """Read [offset, offset + nbytes) into the buffer's start; both are multiples of 4096.
@@ -132,21 +136,45 @@ class FlashReader:
         finish = _Countdown(len(starts), lambda error: self._finished(done, nbytes, error))
         for start in starts:
             part = view[start : min(start + self.chunk_bytes, nbytes)]
-            self._pool.submit(self._read, offset + start, part, finish)
+            self._pools[0].submit(self._read, offset + start, part, finish)
         return done
 
     def read(self, offset: int, nbytes: int, buffer: Buffer) -> None:
         """`submit` and wait. Raises: FlashError."""
         self.submit(offset, nbytes, buffer).result()
 
-    def check_unchanged(self) -> None:
-        """Raises: FlashError: the file was changed since it was opened."""
-        if _identity(self.fd) != self._state:
+    def check_unchanged(self) -> bool:
+        """Whether the file is for certain what it was at the last call, or when it was opened.
+
+        False where something has happened that also happens to files whose bytes stay the same: a change of their
+        name, mode or times. Programs can set the time of the last write back, but not the one of the last change.
+
+        Raises:
+            FlashError: the file was written to since it was opened.
+        """
+        found = _identity(self.fd)
+        if (found.size, found.written_ns) != (self._state.size, self._state.written_ns):
             raise FlashError(f"{self.path}: the pack was changed while it is in use; load it again")
+        same = found == self._state
+        self._state = found
+        return same
+
+    def settle(self) -> None:
+        """Wait until nothing is read any more, not even for a request that an interrupt cut off in its middle. Mutates.
+
+        Such a request has no future that one could wait for, and no count that could be trusted.
+        """
+        self._pools = [self._make_pool(), *self._pools]
+        for pool in self._pools[1:]:
+            pool.shutdown(wait=True)
+        self._pools = self._pools[:1]
+        with self._lock:
+            self._in_flight = 0
 
     def close(self) -> None:
         """Wait for reads in flight, then close; a second call does nothing."""
-        self._pool.shutdown(wait=True)
+        for pool in self._pools:
+            pool.shutdown(wait=True)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -159,9 +187,12 @@ class FlashReader:
                 more = os.preadv(self.fd, [view[got:]], offset + got)
                 got = got + more if more else -1
             error = None if got == len(view) else FlashError(f"{self.path}: the pack ends early: it was truncated")
-        except OSError as fault:
-            error = FlashError(f"{self.path}: cannot read the pack ({fault.strerror or fault})")
+        except Exception as fault:  # whatever it is: whoever waits for these bytes must learn of it
+            error = FlashError(f"{self.path}: cannot read the pack ({getattr(fault, 'strerror', None) or fault})")
         finish(error)
+
+    def _make_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="flash-read")
 
     def _pace(self, nbytes: int) -> None:
         """Sleep until the throttled device would have delivered the bytes."""
@@ -176,7 +207,7 @@ class FlashReader:
 
     def _finished(self, done: Future[None], nbytes: int, error: FlashError | None) -> None:
         with self._lock:
-            self._in_flight -= 1
+            self._in_flight = max(0, self._in_flight - 1)
             self.counters.nbytes += nbytes
             self.counters.requests += 1
             if self._in_flight == 0:
@@ -208,6 +239,7 @@ class _Countdown:
 def _open(path: Path, direct: bool) -> tuple[int, bool]:
     flag = getattr(os, "O_DIRECT", 0) if direct else 0
     try:
+        open_regular(path).close()  # opening a pipe would wait for ever
         if flag:
             try:
                 fd = os.open(path, os.O_RDONLY | flag)
@@ -223,9 +255,17 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
         raise FlashError(f"{path}: cannot open the pack ({error.strerror or error})") from None
 
 
-def _identity(fd: int) -> tuple[int, int]:
+class _Identity(NamedTuple):
+    """What a file system knows of a file's bytes."""
+
+    size: int
+    written_ns: int
+    changed_ns: int
+
+
+def _identity(fd: int) -> _Identity:
     state = os.fstat(fd)
-    return state.st_size, state.st_mtime_ns
+    return _Identity(state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 def plain_gbps(

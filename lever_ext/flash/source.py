@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -91,6 +91,29 @@ class SafetensorsSource:
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise WeightsError(f"{self.directory}: cannot read the safetensors files ({error})") from None
 
+    def check_all_used(self, model: Any) -> None:
+        """Compare the files' tensors with the model's parameters, which are all that a pack holds.
+
+        Raises:
+            WeightsError: naming tensors that no parameter of the model is made from.
+        """
+        used = {name for parameter, value in model.state_dict().items() for name in _names(parameter, len(value))}
+        ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        unused = [
+            name
+            for name in self.files
+            if name not in used
+            and not name.endswith(".rotary_emb.inv_freq")  # computed from the config
+            and not any(pattern.search(name) for pattern in ignored)
+            and not _beyond(name, model.config.num_hidden_layers)
+        ]
+        if unused:
+            raise WeightsError(
+                f"{self.directory}: a {model.config.model_type} model has no place for "
+                f"{', '.join(map(repr, sorted(unused)[:8]))} ({len(unused)} in all), without which its answers "
+                "would be wrong"
+            )
+
     def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
@@ -121,3 +144,20 @@ class SafetensorsSource:
                     self._read(down) if match["part"] == "down_proj" else torch.cat([self._read(gate), self._read(up)])
                 )
         raise WeightsError(f"{self.directory}: neither {name!r} nor its experts one by one are there")
+
+
+def _names(parameter: str, count: int) -> list[str]:
+    """The names under which files may hold a parameter of `count` rows, or as many experts."""
+    match = _EXPERTS.match(parameter)
+    if match is None:
+        return [parameter, parameter.replace(".mlp.gate.", ".block_sparse_moe.gate.")]
+    prefix = match["prefix"]
+    moe = prefix[: -len("mlp")] + "block_sparse_moe"
+    apart = [part for parts in _APART for part in parts]
+    return [parameter, *(part.format(prefix=prefix, moe=moe, e=e) for e in range(count) for part in apart)]
+
+
+def _beyond(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a layer behind the last, which predicts further tokens."""
+    match = re.match(r"^model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= layers

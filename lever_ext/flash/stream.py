@@ -109,7 +109,7 @@ class LayerStream:
         self._held = ahead
         begin = time.perf_counter()
         try:
-            ahead.arrival.result()
+            self.pack.arrive(self.layers[layer], self._buffers[ahead.slot], ahead.arrival)
             self.pack.check(self.layers[layer], self._buffers[ahead.slot])
         except FlashError:
             self.reset(self.first)

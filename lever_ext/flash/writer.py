@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -21,6 +22,7 @@ from lever_ext.flash.format import (
     ALIGNMENT,
     DTYPES,
     TENSOR_ALIGNMENT,
+    VERSION,
     Block,
     Index,
     PackedTensor,
@@ -28,6 +30,8 @@ from lever_ext.flash.format import (
     header_bytes,
 )
 from lever_ext.flash.source import TensorSource
+
+log = logging.getLogger(__name__)
 
 PACK_NAME = "target.lever"
 SYNC_BYTES = 64 << 20
@@ -70,6 +74,21 @@ def plan_blocks(model: nn.Module, dtype: str) -> list[Block]:
     return blocks
 
 
+def _refuse_buffers(model: nn.Module) -> None:
+    """Raise WeightsError for weights that a model keeps as buffers: a pack holds parameters."""
+    lost = [
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        for name, value in module._buffers.items()
+        if value is not None and name not in module._non_persistent_buffers_set
+    ]
+    if lost:
+        raise WeightsError(
+            f"a pack holds a model's parameters, and would lose {', '.join(lost[:4])} ({len(lost)} in all): "
+            "such a model cannot be packed"
+        )
+
+
 def layer_of(name: str) -> int:
     """The decoder layer that a parameter's name belongs to, or -1."""
     parts = name.split(".")
@@ -109,9 +128,11 @@ def write_pack(
 
     Raises:
         FlashError: no space, or the disk failed; what was written is kept for a resumed run.
-        WeightsError: a tensor is missing or has another shape than the model.
+        WeightsError: a tensor is missing or has another shape than the model, or the model has weights that are no
+            parameters.
     """
     directory = Path(directory)
+    _refuse_buffers(model)
     blocks = plan_blocks(model, dtype)
     end = blocks[-1].offset + blocks[-1].nbytes
     target, partial = directory / PACK_NAME, directory / (PACK_NAME + ".partial")
@@ -185,46 +206,101 @@ def _block_bytes(source: TensorSource, block: Block) -> bytearray:
 
 @dataclass
 class _Journal:
-    """Which blocks of an unfinished pack are safely on the disk: their checksums, one a line."""
+    """Which blocks of an unfinished pack are safely on the disk.
+
+    A line with the plan's key, then a line for each block: its number, its CRC-32 and a CRC-32 of the line itself. A
+    crash may leave anything at the end of such a file, half a line for example, so it counts up to its last whole
+    record, and no further than the blocks are what their checksums say.
+    """
 
     path: Path
     key: str
+    noted: int = 0
+    """Blocks whose records are in it."""
 
     def open(self, partial: Path, blocks: Sequence[Block]) -> list[int]:
-        """Checksums of the blocks that need not be written again; starts a new journal if it does not fit."""
-        done = self._read(blocks)
-        if done and partial.exists() and _sound(partial, blocks[len(done) - 1], done[-1]):
-            return done
-        partial.unlink(missing_ok=True)
-        self.path.write_text(self.key + "\n")
-        return []
-
-    def _read(self, blocks: Sequence[Block]) -> list[int]:
-        try:
-            # A line without its end was cut off by a crash.
-            lines = self.path.read_text().split("\n")[:-1]
-            return [int(line) for line in lines[1:]][: len(blocks)] if lines and lines[0] == self.key else []
-        except (OSError, ValueError):
-            return []
+        """Checksums of the blocks that need not be written again. Mutates: the journal, which ends with them."""
+        known = self._read(blocks)
+        done = _sound(partial, blocks, known) if known and partial.exists() else []
+        if len(done) < len(known):
+            log.warning(
+                "%s: %d of %d noted blocks are not as noted: written again", partial, len(known) - len(done), len(known)
+            )
+        if not done:
+            partial.unlink(missing_ok=True)
+        self._begin(done)
+        return done
 
     def add(self, checksums: Sequence[int]) -> None:
-        with open(self.path, "a") as file:
-            file.write("".join(f"{crc}\n" for crc in checksums))
-            file.flush()
-            os.fsync(file.fileno())
+        """Note that the next blocks, which have these checksums, are on the disk. Mutates."""
+        self._write("a", checksums)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
+    def _read(self, blocks: Sequence[Block]) -> list[int]:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        start, *lines = data.split(b"\n")[:-1] or [b""]  # what follows the last line end was cut off
+        if start.decode(errors="replace") != self.key:
+            return []
+        found: list[int] = []
+        for number, line in enumerate(lines):
+            checksum = _checksum_in(line, number)
+            if checksum is None:
+                break
+            found.append(checksum)
+        return found[: len(blocks)]
 
-def _sound(partial: Path, block: Block, crc: int) -> bool:
+    def _begin(self, done: Sequence[int]) -> None:
+        # In a file of its own first: a crash here must leave the former journal or this one.
+        new = self.path.with_name(self.path.name + ".new")
+        _Journal(new, self.key)._write("w", done)
+        os.replace(new, self.path)
+        _sync_directory(self.path.parent)
+        self.noted = len(done)
+
+    def _write(self, mode: str, checksums: Sequence[int]) -> None:
+        lines = [_record(number, crc) for number, crc in enumerate(checksums, self.noted)]
+        with open(self.path, mode, encoding="ascii") as file:
+            file.writelines(f"{line}\n" for line in ([self.key, *lines] if mode == "w" else lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.noted += len(lines)
+
+
+def _record(number: int, crc: int) -> str:
+    text = f"{number} {crc}"
+    return f"{text} {zlib.crc32(text.encode())}"
+
+
+def _checksum_in(line: bytes, number: int) -> int | None:
+    """The checksum in the record of a block; None if the line is anything else."""
+    parts = line.split(b" ")
+    if len(parts) != 3 or not parts[1].isdigit() or len(parts[1]) > 10:
+        return None
+    crc = int(parts[1])
+    return crc if line.decode(errors="replace") == _record(number, crc) else None
+
+
+def _sound(partial: Path, blocks: Sequence[Block], checksums: Sequence[int]) -> list[int]:
+    """The first checksums whose blocks lie in the file as noted, up to the first that does not."""
+    log.info("%s: checking %d blocks that an earlier run has written", partial, len(checksums))
     with open(partial, "rb") as file:
-        file.seek(block.offset)
-        return zlib.crc32(file.read(block.nbytes)) == crc
+        for count, (block, crc) in enumerate(zip(blocks, checksums, strict=False)):
+            file.seek(block.offset)
+            data = file.read(block.nbytes)
+            if len(data) < block.nbytes or zlib.crc32(data) != crc:
+                return list(checksums[:count])
+    return list(checksums)
 
 
 def _plan_key(source: TensorSource, config: dict[str, Any], blocks: Sequence[Block]) -> str:
-    text = json.dumps([source.identity, config, [dataclasses.asdict(block) for block in blocks]], sort_keys=True)
+    text = json.dumps(
+        [VERSION, source.identity, config, [dataclasses.asdict(block) for block in blocks]], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.errors import BackendError, ConfigError, FlashError
+from hybrimoe_plugin.operators.gradients import outside_autograd
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.flash.pack import FlashPack, Tensors
 from lever_ext.flash.split_stream import SplitStream
@@ -95,9 +96,12 @@ class FlashDecoderLayer(nn.Module):
         """What the layer itself returns.
 
         Raises:
-            BackendError: not bound to a stream.
+            BackendError: not bound to a stream. Going backward through the result raises it too.
             FlashError: the weights cannot be read.
         """
+        if torch.is_grad_enabled():
+            # The buffers are read into again before a backward pass would come to them.
+            return outside_autograd(self.key, lambda: self.forward(hidden_states, *args, **kwargs), hidden_states)
         if self._stream is None:
             raise BackendError(f"{self.key}: not bound to a flash stream; use lever_ext.target.load_target")
         slot, tensors = self._stream.acquire(self.index)
@@ -110,6 +114,11 @@ class FlashDecoderLayer(nn.Module):
             return self.layer(hidden_states, *args, **kwargs)
         finally:
             self._stream.release(self.index)
+
+    def recover(self) -> None:
+        """Clear what a pass has left that did not come to its end. Mutates."""
+        if self._gate is not None:
+            self._gate.close()
 
     def install(self, slot: int, tensors: Tensors) -> None:
         """Let the layer compute with what the stream gave. Mutates."""

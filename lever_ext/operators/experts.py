@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.errors import BackendError, FlashError
+from hybrimoe_plugin.operators.experts import layer_of
+from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.operators.routers import GateRouter
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
@@ -28,7 +31,7 @@ class FlashExperts(nn.Module):
         prefill_device, generate_device: cpu or auto.
 
     Raises:
-        ConfigError: a device other than the CPU.
+        ConfigError: a device other than the CPU, or the name of the module holds no layer's number.
         FlashError: `gguf_loader` is no flash pack.
         BackendError: the original's experts are not gate, up and down with one activation.
     """
@@ -57,7 +60,7 @@ class FlashExperts(nn.Module):
         self.config = config
         self.activation = cast(Callable[[torch.Tensor], torch.Tensor], orig_module.act_fn)
         self.shapes = {f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()}
-        self.layer_index = next(int(part) for part in key.split(".") if part.isdigit())
+        self.layer_index = layer_of(key)
         self._cache: FlashExpertCache | None = None
         self._router: GateRouter | None = None
         self._next_router: GateRouter | None = None
@@ -102,15 +105,26 @@ class FlashExperts(nn.Module):
         """Take experts from another cache of the same pack from now on. Mutates."""
         self._cache = cache
 
+    def recover(self) -> None:
+        """Clear what a pass has left that did not come to its end, once no read is in flight. Mutates."""
+        for router in (self._router, self._next_router):
+            if router is not None:
+                router.recover()
+        if self._cache is not None:
+            self._cache.recover()
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
 
         Raises:
-            BackendError: not bound to a cache.
+            BackendError: not bound to a cache. Going backward through the result raises it too.
             FlashError: an expert cannot be read.
         """
+        if torch.is_grad_enabled():
+            call = functools.partial(self.forward, hidden_states, top_k_index, top_k_weights)
+            return outside_autograd(self.key, call, hidden_states, top_k_weights)
         if self._cache is None:
             raise BackendError(f"{self.key}: not bound to an expert cache; use lever_ext.target.load_target")
         home = hidden_states.device

@@ -28,10 +28,12 @@ def test_numbers_and_path_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Any] = []
+    kept = tmp_path / "kept.json"
+    kept.touch()
 
     def measure(*arguments: Any) -> tuple[str, MachineProfile, Path]:
         asked.append(arguments)
-        return "kt", PROFILE, Path("kept.json")
+        return "kt", PROFILE, kept
 
     monkeypatch.setattr(calibrate, "_measure", measure)
     out = tmp_path / "profile.json"
@@ -43,7 +45,7 @@ def test_numbers_and_path_are_shown(
     assert lines[-3:] == [
         "link: 3.0 GB/s, latency 15 us, 16 us per expert",
         "accelerator and link are assumed",
-        "kept.json",
+        str(kept),
     ]
     assert load_profile(out) == PROFILE
 

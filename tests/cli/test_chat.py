@@ -14,7 +14,7 @@ import torch
 from hybrimoe_plugin.cli.answer import Stop, TimedStreamer
 from hybrimoe_plugin.cli.chat import Chat, ChatOptions
 from hybrimoe_plugin.cli.report import EngineReport
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.policy.counters import Counters
 
 END = 0
@@ -23,10 +23,7 @@ END = 0
 class Tokenizer:
     """One token per character."""
 
-    chat_template: str | None = "made up"
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
-        return "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>"
+    chat_template: str | None = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
 
     def __call__(self, text: str, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=torch.tensor([[ord(char) for char in text]], dtype=torch.int64).reshape(1, -1))
@@ -127,10 +124,70 @@ def test_second_interrupt_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_interrupt_of_the_prompt_does_not_wait_for_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """A long prompt's pass has no token to wait for."""
+    model = Model("next")
+    finish, passes = model.generate, []
+
+    def generate(ids: torch.Tensor, **rest: Any) -> None:
+        passes.append("begun")
+        rest["streamer"].put(ids)
+        os.kill(os.getpid(), signal.SIGINT)
+        passes.append("finished")
+
+    model.generate = generate  # type: ignore[assignment, method-assign]
+    talk = chat(model)
+    with pytest.raises(KeyboardInterrupt):
+        talk.answer("a long one")
+    assert passes == ["begun"] and talk.messages == []
+    model.generate = finish  # type: ignore[method-assign]
+    talk.answer("on")
+    # The text streamer takes the next prompt for a prompt, not for more of the answer that was broken off.
+    assert capsys.readouterr().out.splitlines()[:2] == ["", "next"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("probability tensor contains inf"), MemoryError(), ValueError("x")])
+def test_a_chat_goes_on_after_errors_of_libraries(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model("fine")
+    generate = model.generate
+
+    def fail(*_: Any, **__: Any) -> None:
+        model.generate = generate  # type: ignore[method-assign]
+        raise error
+
+    model.generate = fail  # type: ignore[method-assign]
+    lines = iter(["first", "second", "/exit"])
+    talk = chat(model)
+    talk.loop(lambda _prompt: next(lines))
+    out, err = capsys.readouterr()
+    assert "fine" in out and f"error: the answer could not be computed: {type(error).__name__}" in err
+    assert [message["content"] for message in talk.messages] == ["second", "fine"]
+
+
+def test_what_is_no_text_is_refused_and_the_chat_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes that are not UTF-8 come as lone surrogates; those that are UTF-8 after all come so in the C locale."""
+    latin, utf8 = b"gr\xfc\xdf".decode("utf-8", "surrogateescape"), "grüß".encode().decode("ascii", "surrogateescape")
+    model = Model("a", "b")
+    lines = iter([latin, "\ud800", utf8, "\ufeffhello", "/exit"])
+    chat(model).loop(lambda _prompt: next(lines))
+    assert model.prompts == ["<u>grüß<a>", "<u>grüß<a>a<u>hello<a>"]
+    assert capsys.readouterr().err.count("the message is not UTF-8 text") == 2
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_the_model_sees_them() -> None:
+    model = Model("a")
+    model.get_input_embeddings = lambda: torch.nn.Embedding(200, 4)  # type: ignore[attr-defined]
+    talk = chat(model)
+    with pytest.raises(ConfigError, match="token 252 .'ü'., and the model's embedding has 200 rows"):
+        talk.answer("ü")
+    assert model.prompts == []
+    talk.answer("u")
+
+
 def test_failed_answer_leaves_no_question_behind() -> None:
     model = Model()
     talk = chat(model)
-    with pytest.raises(IndexError):
+    with pytest.raises(BackendError, match="IndexError: pop from empty list"):
         talk.answer("anyone?")
     assert talk.messages == []
 
@@ -171,6 +228,19 @@ def test_thinking_is_forced(capsys: pytest.CaptureFixture[str]) -> None:
     chat(model, force_think=True).answer("why?")
     assert model.prompts[0].endswith("<a><think>\n")
     assert capsys.readouterr().out.startswith("<think>\nso.")
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", "<think>\n\n"])
+def test_thinking_is_not_forced_twice(opening: str) -> None:
+    """Templates of models that always think begin the answer so themselves."""
+    model = Model("so.", "so.")
+    talk = chat(model, force_think=True)
+    talk.tokenizer.chat_template = "{{ messages[-1].content }}<a>" + opening.replace("\n", "{{ '\n' }}")
+    talk.answer("why?")
+    assert model.prompts[0] == "why?<a>" + opening
+    talk.tokenizer.chat_template = "<a><think></think>"
+    talk.answer("why?")
+    assert model.prompts[1] == "<a><think></think><think>\n"
 
 
 def test_loop_answers_until_exit(capsys: pytest.CaptureFixture[str]) -> None:

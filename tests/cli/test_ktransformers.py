@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import BackendError, ConfigError
@@ -124,3 +126,56 @@ def test_install_pins_the_file_and_compiles_nothing(monkeypatch: pytest.MonkeyPa
     assert {"--require-hashes", "--no-cache-dir", "--no-deps", "--no-build-isolation"} <= set(command)
     assert (Path(environment["PYTHONPATH"]) / "sitecustomize.py").is_file()
     assert (Path(environment["HYBRIMOE_NO_CUDA_HOME"]) / "bin" / "nvcc").stat().st_mode & 0o100
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (
+            "config.json",
+            {"model_type": "own", "architectures": ["MixtralForCausalLM"], "auto_map": {"AutoConfig": "o.C"}},
+        ),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["o.T", None]}}),
+    ],
+)
+def test_code_of_a_directory_is_refused(
+    name: str, values: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / name).write_text(json.dumps(values))
+    assert chat(model, "--prompt", "hi") == 2
+    assert "auto_map" in capsys.readouterr().err
+
+
+class Words:
+    """A tokenizer of words, with an end of its own."""
+
+    eos_token_id = 0
+    words = ("</s>", "<|im_end|>", "<think>", "\\n", "hi", "\n", "part")
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        assert text == "<think>\\n"
+        return [2, 3]
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(self.words[index] for index in ([ids] if isinstance(ids, int) else list(ids)))
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"<|im_end|>": 1}
+
+
+def test_every_end_of_the_model_ends_its_answers() -> None:
+    from hybrimoe_plugin.hosts.ktransformers.ending import EndingTokenizer
+
+    loader = SimpleNamespace(gguf_file_meta={"tokenizer.ggml.eot_token_id": 6})
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, 4]), gguf_loader=loader)
+    tokenizer = EndingTokenizer.of(model, Words())
+    ends = [index for index in range(7) if tokenizer.decode(torch.tensor([index])) == "<|im_end|>"]
+    assert ends == [0, 1, 4, 6]
+    assert tokenizer.decode([4]) == "hi" and tokenizer.eos_token_id == 0, "text is what it was"
+
+
+def test_thinking_is_not_forced_twice() -> None:
+    from hybrimoe_plugin.hosts.ktransformers.ending import without_second_think
+
+    for prompt, left in (([4, 2, 3], 3), ([4, 2, 5, 2, 3], 3), ([4, 2, 2, 3], 2), ([4, 2, 5], 3), ([2, 3], 2)):
+        assert without_second_think(Words(), torch.tensor([prompt])).shape == (1, left), prompt

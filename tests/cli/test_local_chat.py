@@ -86,6 +86,18 @@ def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
     assert (seen.options.max_new_tokens, seen.options.chunk_prefill_size) == (7, 8192)
 
 
+@pytest.mark.parametrize(("accelerator", "piece"), [(None, 512), ("cuda", 8192)])
+def test_pieces_of_prompts_are_short_where_the_cpu_computes(
+    accelerator: str | None, piece: int, seen: Recorder
+) -> None:
+    """A piece that has begun does not hear Ctrl-C; on an accelerator every piece sends the experts again."""
+    seen.model.hybrimoe.engines = (SimpleNamespace(accelerator=accelerator),)
+    assert chat("--gguf_path g") == 0
+    assert seen.options.chunk_prefill_size == piece
+    assert chat("--gguf_path g --chunk_prefill_size 100") == 0
+    assert seen.options.chunk_prefill_size == 100
+
+
 def test_rules_have_two_spellings(seen: Recorder) -> None:
     assert main(["local_chat", "--gguf_path", "g", "--optimize_rule_path", "r.yaml", "--prompt", "hi"]) == 0
     assert seen.load["rules"] == "r.yaml"
@@ -128,6 +140,7 @@ def test_interrupted_one_shot_exits_130(seen: Recorder) -> None:
         ("--temperature 0.6 --top_p 0.95", {"temperature": 0.6, "top_p": 0.95, "do_sample": True}),
         ("--do_sample", {"do_sample": True}),
         ("--greedy", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        ("--temperature 1e-30", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
         ("--temperature 0", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
         ("--do_sample False", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     ],
@@ -174,6 +187,11 @@ def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
         ("--demo --gguf_path g", "give one of them"),
         ("--prompt_file /nonexistent", "cannot read the prompt file"),
         ("--prompt=", "--prompt is empty"),
+        ("--prompt=gr\udcfc", "the message is not UTF-8 text"),
+        ("--seed 18446744073709551616 --prompt a", "from 0 to 18446744073709551615"),
+        ("--seed -1 --prompt a", "from 0 to"),
+        ("--temperature nan --prompt a", "expected a number from 0 to 100"),
+        ("--top_p inf --prompt a", "expected a number from 0 to 1"),
         ("--timeline /nonexistent/t.json", "/nonexistent/t.json: No such file"),
     ],
 )
@@ -182,7 +200,7 @@ def test_bad_flags_are_refused_before_loading(
 ) -> None:
     assert main(["local_chat", *flags.split()]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("hybrimoe: error: ")
+    assert "error: " in err and "Traceback" not in err
     assert found in err
     assert seen.load == {}
     assert seen.demo == []

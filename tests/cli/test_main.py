@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,9 +47,13 @@ def test_system_errors_name_the_file(run_with: Callable[..., int], capsys: pytes
     assert capsys.readouterr().err == "hybrimoe: error: t.json: No such file or directory\n"
 
 
-def test_faults_of_ours_are_not_hidden(run_with: Callable[..., int]) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_with(_raise(ZeroDivisionError()))
+def test_what_nobody_foresaw_is_one_line_that_says_where(
+    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(_raise(ZeroDivisionError("by zero"))) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hybrimoe: error: unexpected ZeroDivisionError: by zero (test_main.py:")
+    assert err.count("\n") == 1
 
 
 def test_interrupt_exits_130_with_a_clean_message(
@@ -127,3 +132,43 @@ def test_closed_pipe_is_quiet(unbuffered: str, monkeypatch: pytest.MonkeyPatch) 
     script = '"$0" -c "$1" | true; echo "${PIPESTATUS[0]}"'
     done = subprocess.run(["bash", "-c", script, sys.executable, CHATTY], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+SPEAKING = """
+import sys, types
+from hybrimoe_plugin.cli.main import Command, main
+module = types.ModuleType("speaking")
+module.add_arguments = lambda parser: None
+def run(args):
+    print("Antwort: \\u00fc", input().encode("utf-8", "surrogateescape"))
+    print("\\u4f60", file=sys.stderr)
+    return 0
+module.run = run
+sys.modules["speaking"] = module
+sys.exit(main(["speaking"], [Command("speaking", "talks", "speaking")]))
+"""
+
+
+def test_terminals_that_know_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be shown is replaced, and what is no text is read all the same."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    done = subprocess.run([sys.executable, "-c", SPEAKING], input=b"gr\xfc\n", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"Antwort: ? b'gr\\xfc'\n"
+    assert done.stderr == b"\\u4f60\n"
+
+
+def test_closed_streams_are_no_traceback() -> None:
+    script = '"$@" local_chat --gguf_path none.gguf <&-; echo $?; "$@" --version >&-'
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", "hybrimoe_plugin"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "2\n"
+    closed = "hybrimoe: error: standard input is closed, so there is nothing to talk with: give --prompt\n"
+    assert done.stderr.removeprefix(closed) in ("", f"hybrimoe {hybrimoe_plugin.__version__}\n")
+
+
+def test_nothing_is_fetched(run_with: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    seen: list[str | None] = []
+    run_with(lambda _args: seen.append(os.environ.get("HF_HUB_OFFLINE")) or 0)
+    assert seen == ["1"]

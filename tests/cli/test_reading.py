@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,23 @@ def test_unusable_prompt_file_is_refused(tmp_path: Path, raw: bytes | None) -> N
         path.write_bytes(raw)
     with pytest.raises(ConfigError, match="prompt"):
         read_prompt_file(path)
+
+
+def test_prompt_files_of_other_systems(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert read_prompt_file(path) == "one\ntwo\n"
+    path.write_bytes("one".encode("utf-16"))
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        read_prompt_file(path)
+
+
+def test_prompt_files_without_an_end_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="cannot read the prompt file: (.*not a regular file|Is a directory)"):
+            read_prompt_file(path)
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(ConfigError, match="larger than the 16 MiB"):
+        read_prompt_file(tmp_path / "huge")

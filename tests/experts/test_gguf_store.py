@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.weights import layer_weights
+from tests.fuzz.gguf_file import Field, parse, serialise
 
 EXPERTS, HIDDEN, INNER = 4, 32, 64
 SIZES: dict[str, Any] = {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INNER, "top_k": 2}
@@ -156,3 +160,100 @@ def test_endless_array_fails_at_once(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
     with pytest.raises(WeightsError, match="needs"):
         GGUFStore.open(tmp_path / "m.gguf")
+
+
+def moved(data: bytes, name: bytes, by: int) -> bytes:
+    """The file with a tensor that begins elsewhere."""
+    file = parse(data)
+    place = next(place for place, tensor in enumerate(file.tensors) if tensor.name == name)
+    file.tensors[place] = replace(file.tensors[place], offset=file.tensors[place].offset + by)
+    return serialise(file)
+
+
+def test_overlapping_and_misaligned_tensors_are_refused(sound: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    assert serialise(parse(sound)) == sound
+    path.write_bytes(moved(sound, b"blk.0.ffn_up_exps.weight", -32))
+    with pytest.raises(WeightsError, match="'blk.0.ffn_gate_exps.weight' and 'blk.0.ffn_up_exps.weight' overlap"):
+        GGUFStore.open(path)
+    path.write_bytes(moved(sound, b"blk.0.ffn_gate_exps.weight", 2))
+    with pytest.raises(WeightsError, match=r"'blk\.0\.ffn_gate_exps\.weight' begins at byte 2 .* no multiple of 32"):
+        GGUFStore.open(path)
+
+
+@pytest.mark.parametrize("alignment", [1, 4, 24, True])
+def test_alignments_that_the_format_does_not_have_are_refused(sound: bytes, tmp_path: Path, alignment: int) -> None:
+    file = parse(sound)
+    kind = 7 if alignment is True else 4
+    file.fields.append(Field(b"general.alignment", kind, alignment))
+    (tmp_path / "m.gguf").write_bytes(serialise(file))
+    with pytest.raises(WeightsError, match="alignment"):
+        GGUFStore.open(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("kind, count", [(0, 3 << 20), (8, 3 << 20), (9, 1 << 17)])
+def test_a_large_and_empty_header_is_refused(tmp_path: Path, kind: int, count: int) -> None:
+    """Zeros without end: a file takes no place on the disk, its values would take gigabytes or minutes."""
+    path = tmp_path / "m.gguf"
+    field = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, kind, count)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    os.truncate(path, 1 << 28)
+    with pytest.raises(WeightsError, match=f"k has {count} values"):
+        GGUFStore.open(path)
+
+
+def test_what_macos_leaves_beside_a_file_is_no_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf")
+    (tmp_path / "._model.gguf").write_bytes(b"\0\5\x16\7" + bytes(100))
+    assert GGUFStore.open(tmp_path).paths == (path,)
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    before, state = path.read_bytes(), path.stat()
+    changes: dict[str, Callable[[], object]] = {
+        "written to": lambda: path.write_bytes(before),
+        "had": lambda: os.truncate(path, len(before) - 1),
+        "replaced": lambda: (path.with_name("new").write_bytes(before), os.replace(path.with_name("new"), path)),
+        "No such file": path.unlink,
+    }
+    for what, change in changes.items():
+        path.write_bytes(before)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        store = GGUFStore.open(path)
+        store.check_unchanged()
+        change()
+        with pytest.raises(WeightsError, match=f"m.gguf: .*{what}"):
+            store.check_unchanged()
+        store.close()
+
+
+def test_what_is_cut_off_cannot_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    store = GGUFStore.open(path)
+    os.truncate(path, path.stat().st_size - 8)  # inside the last page: the mapping shows zeros there
+    last = max(store.tensors.values(), key=lambda tensor: tensor.offset).name
+    with pytest.raises(WeightsError, match="shorter"):
+        store.dequantized(last)
+    with pytest.raises(WeightsError, match="shorter"):
+        store.read_into_memory()
+
+
+def test_what_was_read_into_memory_stays(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    store = GGUFStore.open(path)
+    name = "blk.0.ffn_down_exps.weight"
+    expected = store.dequantized(name)
+    store.read_into_memory()
+    os.truncate(path, 100)
+    store.check_unchanged()
+    assert torch.equal(store.dequantized(name), expected)
+
+
+def test_experts_must_be_enough_for_a_token(tmp_path: Path) -> None:
+    store = GGUFStore.open(write(tmp_path / "m.gguf"))
+    with pytest.raises(WeightsError, match="cannot choose 5 of 4 experts"):
+        layer_weights(store, 0, **{**SIZES, "top_k": 5})
+    store = GGUFStore.open(write(tmp_path / "apart.gguf", stacked=False))
+    with pytest.raises(WeightsError, match="too few for 2147483647 experts"):
+        layer_weights(store, 0, **{**SIZES, "experts": 2**31 - 1})

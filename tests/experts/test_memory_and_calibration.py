@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -14,10 +17,12 @@ import torch
 
 from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.errors import BudgetError, ConfigError
+from hybrimoe_plugin.experts import noise
 from hybrimoe_plugin.experts.calibrate import ensure_profile, profile_path, thread_candidates
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas, check_host, free_host_bytes, huge_pages, human
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
+from hybrimoe_plugin.policy.profile import MachineProfile
 
 LAYERS = [1000] * 4
 
@@ -152,6 +157,86 @@ def test_profile_is_measured_once_and_again_when_damaged(
     assert "measuring again" in caplog.text
     assert len(made) == 2 * len(thread_candidates())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "other experts": lambda profile: profile["spec"].update(hidden=profile["spec"]["hidden"] * 2),
+    "more threads than cores": lambda profile: profile["cpu"].update(threads=3000),
+    "times beyond all bounds": lambda profile: profile["cpu"].update(us=[1e308] * len(profile["cpu"]["us"])),
+    "no time at all": lambda profile: profile["cpu"].update(us=[]),
+    "an accelerator that is not there": lambda profile: profile.update(
+        accelerator=profile["cpu"], link={"gbps": 1.0, "latency_us": 1.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", sorted(HOSTILE))
+def test_a_stored_profile_that_was_not_measured_here_is_measured_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HYBRIMOE_PROFILES", str(tmp_path))
+    weights = tiny_experts.layer()
+
+    def ensure() -> MachineProfile:
+        return ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False)
+
+    ensure()
+    path = profile_path(weights.spec, "torch", "none", None)
+    changed = json.loads(path.read_text())
+    HOSTILE[how](changed)
+    path.write_text(json.dumps(changed))
+    fresh = ensure()
+    assert "measuring again" in caplog.text
+    assert fresh.spec == weights.spec and fresh.accelerator is None
+    assert (fresh.cpu.threads or 1) in thread_candidates()
+    assert ensure() == fresh
+
+
+def test_times_of_a_busy_machine_are_for_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HYBRIMOE_PROFILES", str(tmp_path))
+    monkeypatch.delenv("HYBRIMOE_BUSY", raising=False)
+    weights = tiny_experts.layer()
+    waited = iter(range(0, 10_000, 1_000))  # seconds that threads waited: far more than the measurement takes
+    monkeypatch.setattr(noise, "_waited_seconds", lambda: float(next(waited)))
+
+    def ensure() -> MachineProfile:
+        return ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False)
+
+    assert ensure().cpu.us[0] > 0
+    assert "threads waited for one" in caplog.text and "measured again at the next start" in caplog.text
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("HYBRIMOE_BUSY", "keep")
+    kept = ensure()
+    assert ensure() == kept and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.delenv("HYBRIMOE_BUSY")
+    profile_path(weights.spec, "torch", "none", None).unlink()
+    monkeypatch.setattr(noise, "_waited_seconds", lambda: 0.0)
+    monkeypatch.setattr(noise, "MOST_SPREAD", float("inf"))
+    kept = ensure()
+    assert ensure() == kept, "a quiet machine's times stay"
+
+
+def test_repetitions_that_differ_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "_waited_seconds", lambda: None)
+    steady, outlier, erratic = [100.0, 103.0, 99.0, 101.0, 100.0], [100.0] * 4 + [9000.0], [100.0, 900.0] * 5
+    quiet = noise.Noise()
+    assert [quiet.median(times) for times in (steady, outlier)] == [100.0, 100.0]
+    assert quiet.verdict() == ""
+    busy = noise.Noise()
+    for times in (steady, erratic, erratic):
+        busy.median(times)
+    assert "repetitions of 2 of 3 calls differ" in busy.verdict()
+
+
+def test_linux_counts_how_long_threads_wait() -> None:
+    if not Path("/proc/self/task").exists():
+        pytest.skip("no /proc on this system")
+    before = noise._waited_seconds()
+    if before is None:
+        pytest.skip("this kernel keeps no such count")
+    assert before >= 0
 
 
 def test_another_shape_has_another_profile() -> None:

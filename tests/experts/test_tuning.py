@@ -66,7 +66,8 @@ def test_sizes_are_kept_in_a_file_and_a_damaged_one_is_no_harm(
     Tuned(path).put(QWEN, 8, blocks)
     assert Tuned(path).get(QWEN, 8) == blocks
     assert Tuned(path).get(QWEN, 6) is None
-    for damage in ("{", "[1]", '{"a": [1, "x"]}', '{"a": 3}', '{"a": [1]}'):
+    hostile = ("[0, 1, 1, 1]", "[1, 1, 1, 1, -4]", "[1, 1, 1, 3]", "[1e9, 1, 1, 1]", "[1073741824, 1, 1, 1]", '"abcd"')
+    for damage in ("{", "[1]", '{"a": [1, "x"]}', '{"a": 3}', '{"a": [1]}', *(f'{{"a": {one}}}' for one in hostile)):
         path.write_text(damage)
         caplog.clear()
         with caplog.at_level(logging.WARNING):

@@ -100,3 +100,12 @@ def test_packaged_rules_fit_their_family_without_weights(family: str, tmp_path: 
     operators = [match.operator.rpartition(".")[2] for match in plan]
     assert operators.count("HybriMoEExperts") == sparse
     assert operators.count("LeanMLA" if family.startswith("deepseek") else "LeanAttention") == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["^lm_head$", "^model$", r"^model\\.norm$"])
+def test_experts_are_not_put_where_no_layer_is(name: str, mixtral: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "r.yaml"
+    operator = "hybrimoe_plugin.operators.experts.HybriMoEExperts"
+    rules.write_text(f'- match: {{name: "{name}"}}\n  replace: {{class: {operator}}}\n')
+    with pytest.raises(ConfigError, match=r"r\.yaml.*no module of a decoder layer"):
+        load(mixtral, rules=rules)

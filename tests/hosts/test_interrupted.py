@@ -96,9 +96,9 @@ def test_the_next_answers_after_a_transfer_that_was_not_sent(
 def test_the_next_answer_after_an_error_inside(case: Case) -> None:
     rng = random.Random(1)
     count = operations(lambda: generate(case.model, PROMPTS[1]))
-    errors = [RuntimeError("injected"), MemoryError("injected"), OSError("injected"), BackendError("injected")]
+    errors = (RuntimeError, MemoryError, OSError, BackendError)
     for time in range(TIMES):
-        place, error = rng.randint(1, count), errors[time % len(errors)]
+        place, error = rng.randint(1, count), errors[time % len(errors)]("injected")
         try:
             ended(lambda: generate(case.model, PROMPTS[1]), place, error)
         except Exception as other:  # what our own code makes of it, or a library

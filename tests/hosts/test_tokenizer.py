@@ -93,6 +93,58 @@ def test_deepseek_s_own_tokens_keep_their_places(tmp_path: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<｜User｜>the"
 
 
+@pytest.mark.parametrize(
+    ("family", "pre", "pieces"),
+    [
+        ("mixtral", "smollm", ["1", "2", "3"]),
+        ("mixtral", "tekken", ["1", "2", "3"]),
+        ("mixtral", "gpt-4o", ["123"]),
+        ("mixtral", "gpt-2", ["123"]),
+        ("qwen3_moe", "deepseek-r1-qwen", ["1", "2", "3"]),
+        ("qwen3_moe", "llama-bpe", ["123"]),
+        ("deepseek_v2", "deepseek-coder", ["1", "2", "3"]),
+        ("deepseek_v3", "kimi-k2", ["123"]),
+        ("deepseek_v3", "glm4", ["123"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(family: str, pre: str, pieces: list[str], tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path, family, pre)
+    assert tokenizer.tokenize("123") == pieces
+    text = "Don't I'LL  x\n\n  y 你好 12 été ```\r\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_an_unknown_way_of_splitting_is_refused(family: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"tokenizer\.ggml\.pre is 'made-up'.*give model_path"):
+        tokenizer_of(tmp_path, family, "made-up")
+
+
+def test_a_file_that_says_nothing_is_split_as_usual(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extra = {key: value for key, value in vocabulary("").items() if not key.endswith(".pre")}
+    path = tiny.write(tmp_path, "qwen3_moe", changes={"vocab_size": len(TOKENS)}, extra=extra)
+    assert load_tokenizer(None, GGUFStore.open(path)).tokenize("123") == ["1", "2", "3"]
+    assert "'qwen2' is taken" in caplog.text
+
+
+def test_a_sentencepiece_vocabulary_is_read_from_the_file_alone(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "▁", "h", "e", "he", "▁he", "<0x0A>"]
+    extra = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -0.5, -0.1, 0.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 6],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    path = tiny.write(tmp_path, "mixtral", changes={"vocab_size": len(tokens)}, extra=extra)
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{")
+    tokenizer = load_tokenizer(None, GGUFStore.open(path))
+    assert tokenizer("he").input_ids == [1, 7]
+
+
 def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     broken = {**vocabulary("deepseek-v3"), "tokenizer.ggml.model": "no-such-kind"}
     store = GGUFStore.open(tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(TOKENS)}, extra=broken))

@@ -9,8 +9,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import in_time
+from torch import nn
 
 from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import is_trusted, load_rules, parse_rules
 
 GOOD = r"""
@@ -250,3 +253,23 @@ def _parse_or_refuse(text: str) -> None:
         assert parsed.rules
         return
     assert refused.startswith("fuzz.yaml:")
+
+
+@pytest.mark.parametrize("pattern", ["^([a-z.0-9_]+)+X$"])
+def test_a_search_without_end_is_ended(pattern: str) -> None:
+    rules = parse_rules(f"- match: {{name: '{pattern}'}}\n  replace: {{class: default}}\n", "r.yaml")
+    model = nn.ModuleDict({"a_module_with_quite_a_long_name_of_its_own": nn.Linear(1, 1)})
+    with in_time(40), pytest.raises(RulesError, match=r"r\.yaml:1: match\.name of rule 1, .* takes too long"):
+        plan_injection(model, rules)
+
+
+def test_a_pattern_without_end_is_refused() -> None:
+    with pytest.raises(RulesError, match="longer than 4096 characters"):
+        parse_rules(f"- match: {{name: '{'a' * 5000}'}}\n  replace: {{class: default}}\n")
+
+
+@pytest.mark.parametrize("number", ["1" + ":1" * 50_000, "9" * 5000, "0x" + "f" * 5000], ids=lambda text: text[:4])
+def test_a_number_without_end_is_refused(number: str) -> None:
+    text = f"- match: {{name: a}}\n  replace:\n    class: a.B\n    kwargs: {{size: {number}}}\n"
+    with in_time(20), pytest.raises(RulesError, match=":4: .* too many digits"):
+        parse_rules(text)

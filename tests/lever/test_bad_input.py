@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_plugin.errors import FlashError, HybriMoEError, WeightsError
+from hybrimoe_plugin.errors import BackendError, FlashError, HybriMoEError, WeightsError
 from lever_ext.flash.format import ALIGNMENT
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.source import StateDictSource
@@ -130,3 +131,22 @@ def test_a_packer_killed_for_good_leaves_the_former_pack_and_is_resumed(tmp_path
     for block in pack.index.blocks:
         pack.load(block)
     pack.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_would_go_wrong_with_weights_on_flash_is_refused(
+    family: str, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    """Buffers are read into again while a backward pass would need them; a copy or checkpoint would lack layers."""
+    target = load_target(packs[family])
+    plain, model = plain_models[family], target.model
+    loss = model(inputs_embeds=plain.get_input_embeddings()(PROMPT).detach().requires_grad_(), labels=PROMPT).loss
+    torch.testing.assert_close(loss.detach(), plain(PROMPT, labels=PROMPT).loss.detach())
+    with pytest.raises(BackendError, match=r"model\.layers\.3 is computed without gradients"):
+        loss.backward()
+    for call in (lambda: model.save_pretrained("nowhere"), model.state_dict, lambda: copy.deepcopy(model), model.half):
+        with pytest.raises(BackendError, match="the model that the pack was made from|load"):
+            call()
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, plain(PROMPT).logits)
+    target.close()

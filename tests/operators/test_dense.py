@@ -91,8 +91,8 @@ def test_calls_of_every_mode_may_follow_each_other(mixtral: Path) -> None:
             found.append(step(model, ids[:, :1], cache).logits.detach())
     for logits in found[1:]:
         assert torch.equal(logits, found[0])
-    kept = [value._one for module in model.modules() for value in vars(module).values() if isinstance(value, RowGraphs)]
-    nodes = [part for item in kept if item is not None for part in (item[2], *item[3])]
+    graphs = [value for module in model.modules() for value in vars(module).values() if isinstance(value, RowGraphs)]
+    nodes = [part for each in graphs for _, given, gives in each._one.values() for part in (given, *gives)]
     assert nodes and not any(node.value.requires_grad for node in nodes)
     model.hybrimoe.close()
 

@@ -17,7 +17,7 @@ from hybrimoe_plugin import load_model
 from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.operators import graphs
 from hybrimoe_plugin.operators.graphs import PROOFS, UNDECIDED, GraphedLayer
-from hybrimoe_plugin.operators.kv_cache import FixedCache, cache_in
+from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, cache_in
 
 STEPS = 44
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
@@ -300,3 +300,49 @@ def test_the_stand_in_freezes_what_a_graph_freezes() -> None:
     x.add_(1)
     replay()
     assert out.tolist() == [2, 4, 6, 8]
+
+
+def test_an_interrupted_change_of_seats_leaves_the_others_alone(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence lies in a layer's buffers; the step of another one is cut off while it takes its place."""
+    model, steps = load("mixtral", Replayed()), PROOFS + 5
+    wanted = [greedy(model, tiny.tokens(7, seed), steps) for seed in range(3)]
+    for name, after in (("leave", False), ("_grow", True), ("_show", False), ("move", True)):
+        first, second, third = (Sequence(model, seed) for seed in range(3))
+        for _ in range(PROOFS + 2):
+            first.step()
+        second.step()
+        real = getattr(GrowingLayer, name)
+
+        def stopped(*args: Any) -> None:
+            if after:  # noqa: B023
+                real(*args)  # noqa: B023
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(GrowingLayer, name, stopped)
+            second.step()
+        for sequence in (third, first):
+            while len(sequence.tokens) < steps:
+                sequence.step()
+        assert [first.tokens, third.tokens] == [wanted[0], wanted[2]], name
+
+
+class Sequence:
+    """A greedy answer made step by step, with a cache of its own."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self._model = model
+        self._ids = tiny.tokens(7, seed)
+        self._cache: Any = None
+        self.tokens: list[int] = []
+
+    def step(self) -> None:
+        with torch.no_grad():
+            output = (
+                self._model(self._ids, use_cache=True)
+                if self._cache is None
+                else step(self._model, self._ids, self._cache)
+            )
+        self._cache = cache_in(output)
+        self._ids = output.logits[:, -1:].argmax(dim=-1)
+        self.tokens.append(int(self._ids))

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from hybrimoe_plugin.cache_folder import write_atomic
 from hybrimoe_plugin.experts.cuda_timer import Timer
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.layout import SlotLayout
+from hybrimoe_plugin.files import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,10 @@ Run = Callable[[Blocks], tuple[Callable[[], object], Callable[[], object]]]
 
 CACHE_BYTES = 64 << 20
 """More than any device's second-level cache holds: 50 MB on an H100 or H200."""
+
+
+LARGEST = 1024
+"""Tile size that a file may ask for; larger ones would take minutes to compile."""
 
 
 @runtime_checkable
@@ -90,10 +97,10 @@ class Tuned:
         self._path = path
         self._known: dict[str, Blocks] = {}
         try:
-            if path is not None and path.exists():
-                data = json.loads(path.read_text(encoding="utf-8"))
-                self._known = {str(key): Blocks(*map(int, sizes)) for key, sizes in data.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if path is not None and os.path.exists(path):  # Path.exists may raise
+                data = json.loads(read_regular(path, 1 << 20))
+                self._known = {str(key): _blocks(sizes) for key, sizes in data.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s: cannot read the tuned tile sizes (%s); they are measured again", path, error)
 
     def get(self, layout: SlotLayout, top_k: int) -> Blocks | None:
@@ -104,10 +111,19 @@ class Tuned:
         if self._path is None:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
+            write_atomic(self._path, json.dumps(self._known, indent=1))
         except OSError as error:
             log.warning("%s: cannot keep the tuned tile sizes (%s)", self._path, error)
+
+
+def _blocks(sizes: Any) -> Blocks:
+    """Raises: ValueError, TypeError: not what `tune` may have found."""
+    blocks = Blocks(*sizes)
+    if any(type(size) is not int or not 1 <= size <= LARGEST for size in blocks):
+        raise ValueError(f"tile sizes must be whole numbers of 1 to {LARGEST}, found {sizes}")
+    if any(size & (size - 1) for size in blocks):
+        raise ValueError(f"tile sizes must be powers of two, found {sizes}")
+    return blocks
 
 
 def _key(layout: SlotLayout, top_k: int) -> str:

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.ktransformers.complete import check_complete
 from hybrimoe_plugin.operators.bind import HybriMoE, bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.operators.turns import take_turns
 
 NO_GRAPHS = "HybriMoE plans every layer call anew, which a CUDA graph cannot hold: start with --use_cuda_graph False"
 _ON_LOADER = "hybrimoe"
@@ -38,7 +40,7 @@ class Shared:
         """The one of this loader, made on first use.
 
         Raises:
-            WeightsError: the loader's files are not one sound model.
+            WeightsError: the loader's files are not one sound model, or hold what kTransformers would not read.
         """
         found = getattr(loader, _ON_LOADER, None)
         if not isinstance(found, cls):
@@ -47,6 +49,7 @@ class Shared:
                 raise WeightsError(f"{type(loader).__name__} has no GGUF files; HybriMoE reads experts from GGUF")
             # Its loader takes every GGUF file below a directory; so must ours, to mean the same model.
             found = cls(GGUFStore.open(sorted(files)))
+            check_complete(found.store)
             setattr(loader, _ON_LOADER, found)
         return found
 
@@ -67,6 +70,7 @@ class Shared:
         if self._handle is None and self._operators:
             self._members = nn.ModuleList(self._operators)  # the engine lives as long as this does
             self._handle = bind(self._members, routers=self._router, progress=False)
+            take_turns(self._members, self._handle.turns)
         return self._handle
 
     def _router(self, _model: nn.Module, operator: HybriMoEExperts) -> GateRouter:
@@ -102,8 +106,6 @@ class ClassicRouter(GateRouter):
         self._top_k = top_k
 
     def _keep(self, _module: nn.Module, args: Any, output: Any) -> None:
-        if self._predicting:
-            return
         # A MoEGate keeps its logits to itself; one small product gives them again.
         self._logits = output if isinstance(output, torch.Tensor) else self._compute(args[0])
 
@@ -113,12 +115,8 @@ class ClassicRouter(GateRouter):
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3)."""
-        self._predicting = True
-        try:
-            found = self.gate(hidden[None])
-        finally:
-            self._predicting = False
+        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3); hooks do not see it."""
+        found = self.gate.forward(hidden[None])
         if isinstance(found, torch.Tensor):
             return found.reshape(len(hidden), -1).topk(self._top_k, dim=-1).indices
         ids: torch.Tensor = found[0]

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, RulesError, WeightsError
+from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.ktransformers.changes import Changes
+from hybrimoe_plugin.hosts.ktransformers.directory import refuse_own_code, run_no_code
+from hybrimoe_plugin.hosts.ktransformers.ending import EndingTokenizer, without_second_think
 from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 
 log = logging.getLogger(__name__)
@@ -65,12 +68,15 @@ def run_local_chat(
         answered: called with the token ids of each answer.
 
     Raises:
+        ConfigError: the model directory's tokenizer or config is code of its own.
         HybriMoEError: what the patches and operators refuse.
     """
+    refuse_own_code(launch.flags.get("model_path"))
     with contextlib.redirect_stdout(io.StringIO()) if launch.quiet else contextlib.nullcontext():
         applied = apply_patches()
     with applied:
         log.info("ktransformers patches in force: %s", ", ".join(applied.names) or "none")
+        run_no_code(applied.changes)
         _adjust(applied.changes, launch, loaded, answered)
         argv = [LOCAL_CHAT, *(f"--{name}={value}" for name, value in launch.flags.items() if value is not None)]
         with _process(argv, launch.prompt), warnings.catch_warnings(), contextlib.suppress(EOFError):
@@ -99,12 +105,10 @@ def packaged_rules(model_path: str, device: str) -> Path:
 
 def architecture(model_path: str) -> str:
     """The architecture in a model directory's config.json. Raises: WeightsError: none there."""
-    import json
-
     path = Path(model_path) / "config.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["architectures"][0])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return str(read_json(path)["architectures"][0])
+    except (WeightsError, LookupError, TypeError) as error:
         raise WeightsError(f"{path}: no architecture can be read there ({type(error).__name__}: {error})") from error
 
 
@@ -148,12 +152,20 @@ def _adjust(
     @functools.wraps(generate)
     def prefill_and_generate(model: Any, *arguments: Any, **options: Any) -> Any:
         with _greedily(model) if launch.greedy else contextlib.nullcontext():
-            tokens = generate(model, *arguments, **options)
+            tokens = generate(model, *_ending(model, arguments), **options)
         answered(tokens)
         return tokens
 
     changes.set(optimize, "optimize_and_load_gguf", load_quietly)
     changes.set(utils, "prefill_and_generate", prefill_and_generate)
+
+
+def _ending(model: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`prefill_and_generate`'s tokenizer and prompt as this model needs them; the rest is left alone."""
+    if len(arguments) < 2:
+        return arguments
+    tokenizer, ids, *rest = arguments
+    return EndingTokenizer.of(model, tokenizer), without_second_think(tokenizer, ids), *rest
 
 
 @contextlib.contextmanager

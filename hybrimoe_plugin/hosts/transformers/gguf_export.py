@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gguf.quants import quantize
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.hosts.transformers.names import rotate
+from hybrimoe_plugin.hosts.transformers.rope import FACTORS, frequencies
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -70,8 +72,12 @@ def export_gguf(
 
 
 def metadata(config: Any, arch: str) -> dict[str, Any]:
-    """GGUF metadata that describes the config, under llama.cpp's keys."""
-    rope = config.rope_parameters
+    """GGUF metadata that describes the config, under llama.cpp's keys.
+
+    Raises:
+        WeightsError: the config asks for what these files cannot say.
+    """
+    _refuse_unsayable(config, arch)
     values: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -80,8 +86,8 @@ def metadata(config: Any, arch: str) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": config.vocab_size,
+        **_rope_metadata(config, arch),
     }
     if arch == "deepseek2":
         values.update(_deepseek_metadata(config))
@@ -97,7 +103,77 @@ def metadata(config: Any, arch: str) -> dict[str, Any]:
             values["expert_weights_norm"] = bool(config.norm_topk_prob)
         if arch == "qwen2moe":
             values["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if getattr(config, "sliding_window", None):
+        values["attention.sliding_window"] = config.sliding_window
     return {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def _rope_metadata(config: Any, arch: str) -> dict[str, Any]:
+    """Rotary embedding; factors of single frequencies are tensors."""
+    rope = config.rope_parameters
+    values: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
+    if rope["rope_type"] in ("linear", "yarn"):
+        values.update({"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])})
+    if rope["rope_type"] == "longrope" and frequencies(rope, _width(config)) is None:
+        values.update({"rope.scaling.type": "longrope", "rope.scaling.attn_factor": _long_scaling(config, rope)})
+        values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    if rope["rope_type"] != "yarn":
+        return values
+    values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    for name in ("beta_fast", "beta_slow"):
+        if rope.get(name) is not None:
+            values[f"rope.scaling.yarn_{name}"] = float(rope[name])
+    scale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    if arch == "deepseek2" and all_dims:
+        values["rope.scaling.yarn_log_multiplier"] = 0.1 * all_dims
+    # Readers take one `mscale` for both, and of other architectures none.
+    usual = not (scale or all_dims) or (arch == "deepseek2" and scale == all_dims)
+    if rope.get("attention_factor") is not None or not usual:
+        values["rope.scaling.yarn_attn_factor"] = _rotary(config, rope)[1]
+    return values
+
+
+def _width(config: Any) -> int:
+    """Dimensions of a head that are turned."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotary(config: Any, rope: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
+    """Angles and scaling of a rotary embedding that does not depend on the context's length."""
+    found = frequencies(rope, _width(config))
+    assert found is not None
+    return found
+
+
+def _long_scaling(config: Any, rope: Mapping[str, Any]) -> float:
+    """What transformers multiplies cosines and sines by where `longrope` is given no attention factor."""
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or config.max_position_embeddings / original
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return float(rope.get("attention_factor") or usual)
+
+
+def _rope_tensors(config: Any) -> dict[str, torch.Tensor]:
+    """What frequencies are divided by, where that is not one number for all."""
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("llama3", "longrope"):
+        return {}
+    found = frequencies(rope, _width(config))
+    if found is None:
+        return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"]) for part in ("long", "short")}
+    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return {FACTORS: _rotary(config, plain)[0] / found[0]}
+
+
+def _refuse_unsayable(config: Any, arch: str) -> None:
+    kind = config.rope_parameters["rope_type"]
+    wrong = []
+    if kind not in ("default", "linear", "yarn", "llama3", "longrope"):
+        wrong.append(f"rope_type {kind!r}")
+    if config.hidden_act != "silu":
+        wrong.append(f"hidden_act {config.hidden_act!r}")
+    if wrong:
+        raise WeightsError(f"a GGUF of architecture {arch!r} cannot say {' and '.join(wrong)}")
 
 
 def _deepseek_metadata(config: Any) -> dict[str, Any]:
@@ -156,6 +232,7 @@ def tensors(model: Any, arch: str, stacked: bool = True, split_kv_b: bool = Fals
             if arch == "llama" and ".k_proj." in name:
                 value = rotate(value, config.num_key_value_heads)
             out[found] = value
+    out.update(_rope_tensors(config))
     return out
 
 

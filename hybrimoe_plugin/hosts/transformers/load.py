@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from hybrimoe_plugin.errors import BudgetError, ConfigError, RulesError, Weights
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
+from hybrimoe_plugin.hosts.transformers.as_usual import Guard
+from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
+from hybrimoe_plugin.hosts.transformers.generation import set_generation
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.hosts.transformers.stored import give_stored, keeps_stored, read_if_worth_it, without_plain
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
@@ -27,6 +30,7 @@ from hybrimoe_plugin.injection.rules import Rules, load_rules
 from hybrimoe_plugin.operators.bind import bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.graphs import connect_layers
+from hybrimoe_plugin.operators.turns import Turns, take_turns
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,10 @@ def load_model(
     """
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
+    tokenizer = load_tokenizer(model_path, store, config)
     model = meta_model(config, _dtype(dtype))
+    check_complete(model, store, config)
+    set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
     parsed = load_rules(rules_path(rules, config))
     plan = without_plain(with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings))
     if dtype is None and any(keeps_stored(match, store) for match in plan):
@@ -86,16 +93,22 @@ def load_model(
             operator.load()
         give_stored(model, store, config)
         load_dense(model, store, config, injection, progress=progress)
+        store.check_unchanged()  # from here on kernels read it where it lies
         unhook = _spread(model)
         model.hybrimoe = bind(model, progress=progress) if experts_operators(model) else None
-        unhook_rows = connect_layers(model)
+        turns = Turns() if model.hybrimoe is None else model.hybrimoe.turns
+        turns.before.append(store.check_unchanged)
+        unhook_rows = connect_layers(model, turns)
+        guard = Guard(model)
+        unhook_turns = take_turns(model, turns)
     except BaseException:
         injection.restore()
         raise
     if model.hybrimoe is not None:
-        model.hybrimoe.on_restore = _all(unhook, unhook_rows, injection.restore)
-    tokenizer = load_tokenizer(model_path, store)
-    _set_generation_config(model, tokenizer, store)
+        model.hybrimoe.on_restore = _all(
+            unhook_turns, guard.remove, unhook, unhook_rows, injection.restore, guard.restored
+        )
+    log.info("memory left on the host: %d bytes", free_host_bytes())
     return model, tokenizer
 
 
@@ -109,10 +122,11 @@ def load_plain_model(
     """The same model without injection, every weight dequantised: the oracle. Raises as `load_model`."""
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
+    tokenizer = load_tokenizer(model_path, store, config)
     model = meta_model(config, _dtype(dtype))
+    check_complete(model, store, config)
+    set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
     load_dense(model, store, config, None, progress=progress)
-    tokenizer = load_tokenizer(model_path, store)
-    _set_generation_config(model, tokenizer, store)
     return model, tokenizer
 
 
@@ -126,7 +140,7 @@ def meta_model(config: Any, dtype: torch.dtype = DEFAULT_DTYPE) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     except Exception as error:  # transformers raises many kinds
         raise WeightsError(f"transformers cannot build a {type(config).__name__} model: {error}") from error
 
@@ -166,6 +180,8 @@ def plan_for(
     store = _open(model_path, gguf_path) if gguf_path is not None or not has_config else None
     config = model_config(model_path, store)
     model = meta_model(config)
+    if store is not None:
+        check_complete(model, store, config)
     parsed = load_rules(rules_path(rules, config))
     plan = with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
     return model, parsed, without_plain(plan)
@@ -194,7 +210,7 @@ def load_dense(
     check_host(sum(value.numel() * value.element_size() for value in wanted.values()), "the dense weights")
     # Checked as a whole before the first is read, so that a wrong file fails at once.
     for name in wanted:
-        for part in source._present(name):
+        for part in source.parts(name):
             store.info(part)
     device = _dense_device(model)
     loaded = {}
@@ -289,22 +305,3 @@ def _real(device: str) -> str:
     if device != "auto":
         return device
     return "cuda:0" if cuda_refusal() is None else "cpu"
-
-
-def _set_generation_config(model: Any, tokenizer: Any, store: GGUFStore) -> None:
-    """Stop and pad as the tokenizer says."""
-    keys: Sequence[tuple[str, str]] = (
-        ("bos_token_id", "tokenizer.ggml.bos_token_id"),
-        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
-        ("pad_token_id", "tokenizer.ggml.padding_token_id"),
-    )
-    for name, key in keys:
-        token = getattr(tokenizer, name, None)
-        if token is None:
-            token = store.metadata.get(key)
-        if token is not None:
-            setattr(model.generation_config, name, token)
-    if model.generation_config.pad_token_id is None:
-        eos = model.generation_config.eos_token_id
-        model.generation_config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    log.info("memory left on the host: %d bytes", free_host_bytes())

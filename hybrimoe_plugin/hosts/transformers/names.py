@@ -14,6 +14,7 @@ from gguf.quants import quantize
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.experts.ggml import Stored
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.operators.experts import expert_counts
 
 _EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 _CORRECTION = ".gate.e_score_correction_bias"
@@ -65,8 +66,15 @@ class ParameterSource:
         Raises:
             WeightsError: missing or of another shape.
         """
-        parts = [self.store.dequantized(part, dtype, device) for part in self._present(name)]
-        value = self._arrange(name, parts)
+        parts = [self.store.dequantized(part, dtype, device) for part in self.parts(name)]
+        try:
+            value = self._arrange(name, parts)
+        except (RuntimeError, IndexError) as error:  # torch's for shapes that do not go together
+            found = " and ".join(str(tuple(part.shape)) for part in parts)
+            raise WeightsError(
+                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} of shape {found} cannot be made "
+                f"{tuple(shape)}, which the model's config asks for ({name})"
+            ) from error
         if tuple(value.shape) != tuple(shape):
             raise WeightsError(
                 f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} give shape {tuple(value.shape)}, "
@@ -84,8 +92,12 @@ class ParameterSource:
         info = self.store.info(found)
         data = self.store.raw(found)
         heads = self._rotated_heads(name)
+        if heads and info.shape[0] % (2 * heads):
+            raise WeightsError(
+                f"{self.store.paths[0]}: {found!r} of shape {info.shape} cannot be {heads} heads ({name})"
+            )
         if heads:  # rows are whole blocks, so they can be moved as they are
-            rows = torch.from_numpy(data.copy()).view(info.shape[0], -1)
+            rows = torch.from_numpy(self.store.read(found)).view(info.shape[0], -1)
             data = unrotate(rows, heads).reshape(-1).numpy()
         return Stored(data, info.type_name, info.shape)
 
@@ -106,7 +118,12 @@ class ParameterSource:
             keys, values = (Stored(self.store.raw(info.name), info.type_name, info.shape) for info in infos)
             return keys, values
         info = self.store.info(names[0])
-        rows = self.store.raw(names[0]).reshape(heads, nope + config.v_head_dim, -1)
+        if info.shape != (heads * (nope + config.v_head_dim), rank):
+            raise WeightsError(
+                f"{self.store.paths[0]}: {names[0]!r} has shape {info.shape}, {heads} heads of {nope} and "
+                f"{config.v_head_dim} values from {rank} ask for {(heads * (nope + config.v_head_dim), rank)}"
+            )
+        rows = self.store.read(names[0]).reshape(heads, nope + config.v_head_dim, -1)
         value_rows = np.ascontiguousarray(rows[:, nope:]).reshape(-1)
         plain = self.store.dequantized(names[0]).view(heads, -1, rank)[:, :nope].transpose(1, 2).contiguous().numpy()
         kind = "Q8_0" if nope % 32 == 0 and info.type_name != "F32" else "F32"
@@ -125,13 +142,17 @@ class ParameterSource:
                 return int(self.config.num_key_value_heads)
         return 0
 
-    def _present(self, name: str) -> list[str]:
-        """The names to read; older files keep each expert in a tensor of its own."""
+    def parts(self, name: str) -> list[str]:
+        """The tensors to read for a parameter; older files keep each expert in a tensor of its own.
+
+        Raises:
+            WeightsError: no tensor of the file belongs to this parameter.
+        """
         names: list[str] = []
         for found in self.gguf_names(name):
             old = found.replace("_exps.weight", ".0.weight")
             if found not in self.store.tensors and old in self.store.tensors:
-                count = sum(1 for other in self.store.tensors if other.startswith(old.removesuffix("0.weight")))
+                count = min(expert_counts(self.config)[0], len(self.store.tensors))
                 names += [found.replace("_exps.weight", f".{expert}.weight") for expert in range(count)]
             else:
                 names.append(found)

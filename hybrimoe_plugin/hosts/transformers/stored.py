@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.errors import BackendError, WeightsError
+from hybrimoe_plugin.experts.ggml import TYPES, Stored
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
+from hybrimoe_plugin.experts.repack import requantised
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.injection.match import Match
 from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
@@ -17,6 +21,8 @@ from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.operators.embedding import LeanEmbedding
 from hybrimoe_plugin.operators.linear import StoredLinear
 from hybrimoe_plugin.operators.mla import LeanMLA
+
+log = logging.getLogger(__name__)
 
 _MOST_OF_FREE = 0.5
 """Share of the free memory that the weights may take unasked; beyond, a mapped file is the safer choice."""
@@ -39,9 +45,11 @@ def keeps_stored(match: Match, store: GGUFStore) -> bool:
 def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
     """Read the file into memory where the settings say so; `auto` does where the CPU computes alone and there is room.
 
+    With `auto` so is a file that any user may write to.
+
     Raises:
         BudgetError: asked for, and it does not fit.
-        WeightsError: the file cannot be read.
+        WeightsError: the file cannot be read, or any user may write to it and it does not fit.
 
     Mutates: `store`.
     """
@@ -50,14 +58,25 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
         check_host(store.nbytes, "the weights")
         store.read_into_memory()
         return
+    fits = store.nbytes <= _MOST_OF_FREE * free_host_bytes()
+    if asked == {"auto"} and store.others_may_write:
+        if not fits:
+            raise WeightsError(
+                f"{store.paths[0]}: any user may write to the file, and cutting it would end the process that reads "
+                "it where it lies; take the right away (chmod o-w), or accept it with weights='mapped'"
+            )
+        store.read_into_memory()
+        return
     alone = all(match.kwargs.get("accelerator", "auto") in ("auto", "none") for match in plan)
     on_cpu = alone and any(keeps_stored(match, store) for match in plan)
-    if asked == {"auto"} and on_cpu and store.nbytes <= _MOST_OF_FREE * free_host_bytes():
+    if asked == {"auto"} and on_cpu and fits:
         store.read_into_memory()
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
     """Hand every operator its matrices; they are mapped, and copied only where rows must change places.
+
+    Matrices on the CPU in a type without a kernel are requantised to Q8_0, with a notice.
 
     Raises:
         WeightsError, BackendError: a tensor is missing, has another shape, or is of a type without a kernel.
@@ -66,12 +85,31 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
     """
     source = ParameterSource(store, config)
     for name, module in model.named_modules():
-        if isinstance(module, StoredLinear | DeviceLinear):
-            module.take(source.stored(f"{name.removesuffix('.stored')}.weight"))
-        elif isinstance(module, LeanEmbedding) and module.ggml is not None:
-            module.take(source.stored(f"{name}.weight"))
-        elif isinstance(module, LeanMLA) and module.ggml is not None:
-            module.take_split(*source.stored_kv_b(f"{name}.kv_b_proj.weight"))
+        parameter = f"{name.removesuffix('.stored')}.weight"
+        try:
+            if isinstance(module, StoredLinear):
+                module.take(_for_kernels(source.stored(parameter), parameter))
+            elif isinstance(module, DeviceLinear):
+                module.take(source.stored(parameter))
+            elif isinstance(module, LeanEmbedding) and module.ggml is not None:
+                module.take(_for_kernels(source.stored(parameter), parameter))
+            elif isinstance(module, LeanMLA) and module.ggml is not None:
+                parameter = f"{name}.kv_b_proj.weight"
+                key, value = (_for_kernels(part, parameter) for part in source.stored_kv_b(parameter))
+                module.take_split(key, value)
+        except BackendError as error:
+            tensors = " and ".join(source.gguf_names(parameter))
+            raise BackendError(f"{store.paths[0]}: {tensors}: {error}") from error
+
+
+def _for_kernels(stored: Stored, name: str) -> Stored:
+    if stored.type_name in TYPES:
+        return stored
+    made = requantised(stored)
+    log.warning(
+        "%s: no kernel for %s; requantised to %s, which takes a copy in memory", name, stored.type_name, made.type_name
+    )
+    return made
 
 
 def _is_dense(match: Match) -> bool:

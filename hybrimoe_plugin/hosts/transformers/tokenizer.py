@@ -2,64 +2,86 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.errors import HybriMoEError, WeightsError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.ends import looks_like_an_end
+from hybrimoe_plugin.hosts.transformers.directory import check_tokenizer_files
+from hybrimoe_plugin.hosts.transformers.pre_tokenizers import pre_tokenizer, splits_of
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-_DEEPSEEK_SPLITS = {
-    "deepseek-llm": (
-        r"[\r\n]",
-        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-        r"\s+$",
-        r"[一-龥ࠀ-一가-퟿]+",
-        r"\p{N}",
-    ),
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        r"[一-龥぀-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-}
-"""`tokenizer.ggml.pre` -> the patterns at which DeepSeek splits text before merging, one after another."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+"""A directory with one of these has a tokenizer."""
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens: transformers' name -> GGUF's."""
 
-_CONTROL = 3
-_WHOLE = (_CONTROL, 4)
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_WHOLE = (_CONTROL, _USER_DEFINED)
 """Kinds in `tokenizer.ggml.token_type` whose tokens are not split: those that control the model, user-defined ones."""
 
 
-def load_tokenizer(model_path: str | Path | None, store: GGUFStore) -> Any:
+def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any = None) -> Any:
     """The tokenizer with its chat template; None where neither source holds one.
+
+    Args:
+        config: the model's, by which transformers chooses the directory's tokenizer class.
 
     Raises:
         WeightsError: a tokenizer is there and cannot be read.
+        ConfigError: the directory's tokenizer is code of its own.
     """
-    from transformers import AutoTokenizer
-
+    if model_path is not None and any((Path(model_path) / name).exists() for name in TOKENIZER_FILES):
+        return directory_tokenizer(model_path, config)
+    if "tokenizer.ggml.tokens" not in store.metadata:
+        return None
     try:
-        if model_path is not None and any((Path(model_path) / name).exists() for name in _FILES):
-            return AutoTokenizer.from_pretrained(str(model_path))
-        if "tokenizer.ggml.tokens" in store.metadata:
-            path = store.paths[0]
-            if store.architecture == "deepseek2":
-                return _deepseek(store)
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            return _corrected(tokenizer, store)
+        if store.metadata.get("tokenizer.ggml.model") == "llama":
+            return _corrected(_read_by_transformers(store.paths[0]), store)
+        return _byte_level(store)
+    except HybriMoEError:
+        raise
     except Exception as error:  # transformers and tokenizers raise many kinds
-        where = model_path if model_path is not None else store.paths[0]
         raise WeightsError(
-            f"{where}: its tokenizer cannot be read ({type(error).__name__}: {error}); "
+            f"{store.paths[0]}: its tokenizer cannot be read ({type(error).__name__}: {error}); "
             "give model_path, a directory with the model's own tokenizer"
         ) from error
-    return None
+
+
+def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
+    """The tokenizer that a directory's files describe; nothing there is run, nothing fetched.
+
+    Args:
+        config: of the model; without it the tokenizer's own files say which class it is.
+
+    Raises:
+        WeightsError: it cannot be read.
+        ConfigError: it is code of its own.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    check_tokenizer_files(directory)
+    # Given a config, transformers does not look for one in the directory.
+    config = PreTrainedConfig() if config is None else config
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(directory), config=config, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise WeightsError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _read_by_transformers(path: Path) -> Any:
+    """transformers reads other files beside the one that it is given: it gets a folder with nothing else."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
+        (Path(folder) / "model.gguf").symlink_to(path.resolve())
+        return AutoTokenizer.from_pretrained(
+            folder, gguf_file="model.gguf", trust_remote_code=False, local_files_only=True
+        )
 
 
 def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
@@ -76,28 +98,26 @@ def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
     return tokenizer
 
 
-def _deepseek(store: GGUFStore) -> Any:
-    """DeepSeek's byte-level BPE out of the file's metadata.
+def _byte_level(store: GGUFStore) -> Any:
+    """Byte-level BPE out of the file's metadata.
 
-    Not through transformers, which reads this architecture's tokenizer in some releases only, and there loses the
-    places of special tokens.
+    Not through transformers: releases differ in the architectures that they read, in which kinds of splitting they
+    know, and lose the places of special tokens.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     kind, pre, tokens, merges = (
         store.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "merges")
     )
     if kind != "gpt2" or tokens is None or merges is None:
-        raise ValueError(f"byte-level BPE with merges is expected, tokenizer.ggml.model is {kind!r}")
+        raise ValueError(f"SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is {kind!r}")
+    splits = splits_of(pre, store.architecture, str(store.paths[0]))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    splits = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _DEEPSEEK_SPLITS.get(pre or "", ())
-    ]
-    # A vocabulary whose patterns are not known is split as GPT-2's was, which ByteLevel does itself.
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
+    backend = Tokenizer(models.BPE(vocabulary, [_pair(merge) for merge in merges], ignore_merges=splits.whole_words))
+    if splits.composed:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizer(splits)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens([token for _, token in _whole_tokens(store)])
     template = store.metadata.get("tokenizer.chat_template")
@@ -106,11 +126,21 @@ def _deepseek(store: GGUFStore) -> Any:
     )
 
 
+def _pair(merge: str) -> tuple[str, str]:
+    """The two parts of a merge; the first may begin with a blank itself."""
+    at = merge.index(" ", 1)
+    return merge[:at], merge[at + 1 :]
+
+
 def _special_texts(store: GGUFStore) -> dict[str, str | None]:
-    """`bos_token` and so on; None where the file names none."""
+    """`bos_token` and so on; None where the file names none, which some converters write as -1."""
     tokens = store.metadata["tokenizer.ggml.tokens"]
-    ids = {name: store.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
-    return {f"{name}_token": None if index is None else tokens[index] for name, index in ids.items()}
+    found: dict[str, str | None] = {}
+    for name, key in _SPECIAL.items():
+        index = store.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        known = type(index) is int and 0 <= index < len(tokens)
+        found[f"{name}_token"] = tokens[index] if known else None
+    return found
 
 
 def _flags(store: GGUFStore) -> dict[str, bool]:
@@ -125,8 +155,13 @@ def _flags(store: GGUFStore) -> dict[str, bool]:
 def _whole_tokens(store: GGUFStore) -> list[tuple[int, Any]]:
     """Index and token of what is found in text as a whole, before anything is split."""
     tokens, kinds = (store.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
-    pairs = enumerate(zip(tokens or (), kinds or (), strict=False))
-    return [(index, _added(token, kind == _CONTROL)) for index, (token, kind) in pairs if kind in _WHOLE]
+    found = []
+    for index, (token, kind) in enumerate(zip(tokens or (), kinds or (), strict=False)):
+        # Some converters mark the end of a turn as an ordinary token, or as one of the user's.
+        ends = kind in (_NORMAL, _USER_DEFINED) and looks_like_an_end(token)
+        if ends or kind in _WHOLE:
+            found.append((index, _added(token, ends or kind == _CONTROL)))
+    return found
 
 
 def _added(text: str, special: bool) -> Any:

@@ -1,0 +1,91 @@
+"""What a GGUF file states and kTransformers does not read: it takes all but the weights from config.json."""
+
+from __future__ import annotations
+
+import re
+
+from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.facts import Facts
+
+_IN_CONFIG = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "leading_dense_block_count",
+    "nextn_predict_layers",
+    "expert_count",
+    "expert_feed_forward_length",
+    "expert_gating_func",
+    "expert_group_count",
+    "expert_group_used_count",
+    "expert_shared_count",
+    "expert_shared_feed_forward_length",
+    "expert_used_count",
+    "expert_weights_norm",
+    "expert_weights_scale",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.key_length_mla",
+    "attention.kv_lora_rank",
+    "attention.layer_norm_rms_epsilon",
+    "attention.q_lora_rank",
+    "attention.value_length",
+    "attention.value_length_mla",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
+)
+"""Keys whose values the models of this host have from config.json."""
+_BIASES = {"qwen2moe": ("attn_q", "attn_k", "attn_v"), "deepseek2": ("exp_probs_b",)}
+"""Biases that models of these architectures have here."""
+_FACTORS = "rope_freqs.weight"
+_NAME = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+?)(?:\.\d+)?\.(?P<kind>weight|bias)$")
+
+
+def check_complete(store: GGUFStore) -> None:
+    """Look at keys and names of tensors, before anything is read.
+
+    Raises:
+        WeightsError: naming what models of this host have no place for.
+    """
+    facts = Facts(store)
+    for key in _IN_CONFIG:
+        facts.get(key)
+    architecture = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None)
+    if architecture is None:
+        raise WeightsError(f"{store.paths[0]}: unknown GGUF architecture {store.architecture!r}")
+    known = {TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in MODEL_TENSORS[architecture]} - {"rope_freqs"}
+    blocks, ahead = facts.integer("block_count", 0), facts.integer("nextn_predict_layers", 0)
+    layers = blocks - ahead if ahead else None
+    for name in store.tensors:
+        if not _has_place(name, store, known, layers):
+            facts.refuse(f"tensor {name}")
+    facts.check_all_read()
+
+
+def _has_place(name: str, store: GGUFStore, known: set[str], layers: int | None) -> bool:
+    """Whether a model has a place for a tensor. Those of layers from `layers` on predict further tokens: not used."""
+    if name == _FACTORS:
+        return bool((store.dequantized(name) == 1).all())
+    found = _NAME.match(name)
+    if found is None:
+        return False
+    if layers is not None and found["layer"] and int(found["layer"]) >= layers:
+        return True
+    part = found["part"]
+    if found["kind"] == "bias":
+        return part in _BIASES.get(store.architecture, ())
+    return part in known

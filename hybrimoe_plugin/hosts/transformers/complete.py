@@ -1,0 +1,61 @@
+"""Every tensor of a file belongs to a parameter of the model, or is known to be needless; else the file is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.hosts.facts import Facts
+from hybrimoe_plugin.hosts.transformers.names import ParameterSource
+from hybrimoe_plugin.hosts.transformers.rope import FACTORS
+
+_SHOWN = 8
+_LAYER = re.compile(r"^blk\.(\d+)\.(.*)$")
+
+
+def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
+    """Compare the names of all tensors with the model's parameters, before a weight is read.
+
+    Args:
+        model: as transformers builds it, usually on the meta device.
+
+    Raises:
+        WeightsError: naming the tensors that are missing, and those that no parameter of the model is made from.
+    """
+    source = ParameterSource(store, config)
+    used = {part: None for name in model.state_dict() for part in source.parts(name)}
+    ahead = Facts(store).integer("nextn_predict_layers", 0) > 0
+    missing = [part for part in used if part not in store.tensors]
+    unused = [name for name in store.tensors if name not in used and not _needless(name, store, config, ahead)]
+    wrong = []
+    if missing:
+        wrong.append(f"tensor {_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    if unused:
+        wrong.append(
+            f"a {config.model_type} model has no place for {_listed(unused)}, without which its answers would be wrong"
+        )
+    if wrong:
+        raise WeightsError(f"{store.paths[0]}: {'; '.join(wrong)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
+    """Whether a tensor that is no parameter may be skipped."""
+    if name == FACTORS:
+        return True  # `read_rope` has read it: it is in the config
+    found = _LAYER.match(name)
+    if found is None:
+        return False
+    layer, part = int(found[1]), found[2]
+    if part == "attn_rot_embd.weight":
+        return True  # frequencies, which `read_rope` has compared
+    if ahead and layer >= config.num_hidden_layers:
+        return True  # layers that predict further tokens; plain decoding does not use them
+    split = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
+    return part == "attn_kv_b.weight" and all(one in store.tensors for one in split)  # the same matrix twice

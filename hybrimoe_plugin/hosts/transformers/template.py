@@ -1,0 +1,124 @@
+"""Chat templates, which are programs that come with a model: rendered under limits, every failure a typed error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.hosts.transformers import template_worker
+
+SECONDS = 5
+MAX_BYTES = 512 * 2**20
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    It is rendered in a process of its own, started when it is first needed and kept for the next message: a template
+    may loop for ever or build gigabytes in a single operation, and nothing inside Python ends that.
+
+    Args:
+        tokenizer: with `chat_template`; its special tokens are the template's variables.
+        seconds: longest time for one rendering.
+        nbytes: most memory of the process.
+    """
+
+    def __init__(self, tokenizer: Any, seconds: int = SECONDS, nbytes: int = MAX_BYTES) -> None:
+        self._tokenizer = tokenizer
+        self._seconds, self._nbytes = seconds, nbytes
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def exists(self) -> bool:
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation, with the beginning of the next answer.
+
+        Raises:
+            ConfigError: the template refuses the conversation, is damaged, or exceeds its limits.
+        """
+        special = getattr(self._tokenizer, "special_tokens_map", {})
+        variables = {
+            **{name: str(value) for name, value in special.items() if not isinstance(value, list)},
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        found = self._ask({"template": self._source(), "variables": variables})
+        if "text" not in found:
+            raise ConfigError(self._reason(found))
+        return found["text"]
+
+    def close(self) -> None:
+        """End the process. A later rendering starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+
+    def _source(self) -> str:
+        template = self._tokenizer.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise ConfigError("the tokenizer has several chat templates and none of them is called default")
+        return template
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, str]:
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            found: dict[str, str] = json.loads(line)
+        except (OSError, ValueError):
+            # Ended by the system, for time or memory.
+            self.close()
+            return {"kind": "ended", "error": ""}
+        except BaseException:
+            # Ctrl-C: what it is still writing would be taken for the next answer.
+            self.close()
+            raise
+        return found
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            limits = str(self._seconds), str(self._nbytes)
+            self._process = subprocess.Popen(
+                # Isolated: neither the working directory nor the environment adds modules.
+                [sys.executable, "-I", str(Path(template_worker.__file__)), *limits],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="ascii",
+                start_new_session=True,  # Ctrl-C is for the conversation
+            )
+            weakref.finalize(self, _end, self._process)
+        return self._process
+
+    def _reason(self, found: Mapping[str, str]) -> str:
+        error = " ".join(found["error"].split())[:500]
+        return {
+            "refused": f"the model's chat template refuses the conversation: {error}",
+            "syntax": f"the model's chat template is damaged: {error}",
+            "failed": f"the model's chat template failed: {error}",
+            "long": f"the model's chat template makes {error} characters of the conversation, which is refused",
+        }.get(
+            found["kind"],
+            f"the model's chat template takes more than {self._seconds} seconds or {self._nbytes >> 20} MiB, "
+            "which is refused",
+        )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,1 @@
+"""Structural fuzzing of everything that comes from outside: `python -m tests.fuzz`."""

@@ -1,0 +1,99 @@
+"""Chat templates come with a model: rendered as transformers does, refused in their own words, within bounds."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hybrimoe_plugin.cli.chat import Chat, ChatOptions
+from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
+
+MESSAGES = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "ü\n"}]
+
+
+def template(text: Any, **limits: Any) -> ChatTemplate:
+    tokenizer = SimpleNamespace(chat_template=text, special_tokens_map={"bos_token": "<s>", "extra": ["a"]})
+    return ChatTemplate(tokenizer, **limits)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}",
+        "{% for m in messages %}\n    {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{{ messages | tojson(indent=2, sort_keys=True) }}",
+        "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
+        "{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
+        "{% if tools is none and documents is none and add_generation_prompt %}yes{% endif %}{{ undefined }}",
+        "{% macro f(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
+    ],
+)
+def test_the_text_is_that_of_transformers(text: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (right,), _ = render_jinja_template([MESSAGES], chat_template=text, add_generation_prompt=True, bos_token="<s>")
+    assert template(text).render(MESSAGES) == right
+
+
+def test_several_in_a_row_and_named_ones() -> None:
+    one = template({"default": "{{ messages | length }}", "tool_use": "{{ raise_exception('no') }}"})
+    assert [one.render(MESSAGES[:count]) for count in (1, 2)] == ["1", "2"]
+    one.close()
+    assert one.render(MESSAGES) == "2"
+    assert template("{{ strftime_now('%Y') }}").render([]) == datetime.now().strftime("%Y")
+    with pytest.raises(ConfigError, match="none of them is called default"):
+        template({"tool_use": "x"}).render(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ raise_exception('wants a\nsystem message') }}", "refuses the conversation: wants a system message"),
+        ("{% for m in messages %}", "damaged: line 1: Unexpected end of template"),
+        ("\n{{ messages", "damaged: line 2"),
+        ("{{ messages.first.content }}", "failed: UndefinedError"),
+        ("{{ messages.append(1) }}", "failed: SecurityError"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "failed: SecurityError"),
+        ("{% include '/etc/passwd' %}", "failed"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "failed: RecursionError"),
+        ("{{ 'x' * 20000000 }}", "20000000 characters"),
+    ],
+)
+def test_a_template_that_cannot_be_used_says_why(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        template(text).render(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ (range(90000) | list) * 1000000 }}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{{ 7 ** (7 ** 11) }}",
+        "{{ '{:>9000000000}'.format(1) }}",
+    ],
+)
+def test_endless_and_growing_templates_end(text: str) -> None:
+    started = time.monotonic()
+    endless = template(text, seconds=1)
+    with pytest.raises(ConfigError, match="more than 1 seconds or 512 MiB"):
+        endless.render(MESSAGES)
+    assert time.monotonic() - started < 60, "it would have gone on for hours"
+    assert endless._process is None or endless._process.poll() is None
+
+
+def test_a_chat_goes_on_after_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = SimpleNamespace(chat_template="{{ raise_exception('never') }}", special_tokens_map={})
+    talk = Chat(SimpleNamespace(config=SimpleNamespace()), tokenizer, ChatOptions())
+    lines = iter(["hello", "again", "/exit"])
+    talk.loop(lambda _prompt: next(lines))
+    assert capsys.readouterr().err.count("error: the model's chat template refuses the conversation: never") == 2
+    assert talk.messages == []
