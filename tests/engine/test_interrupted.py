@@ -27,6 +27,8 @@ from hybrimoe_plugin.experts.host_bytes import PlainBytes, StagedBytes
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
 
+pytestmark = pytest.mark.slow
+
 LAYERS = [tiny_experts.layer(types=("Q8_0", "Q8_0", "Q8_0"), index=index) for index in range(3)]
 TOLERANCE = 0.04
 """Relative error of a token: ggml quantises activations, kt-kernel rounds them to bfloat16. With another expert's

@@ -16,6 +16,8 @@ from interrupts import ended, operations
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import BackendError
 
+pytestmark = pytest.mark.slow
+
 TIMES = int(os.environ.get("HYBRIMOE_LONG", 4))
 """Interrupts for each kind of model, and as many injected errors."""
 

@@ -20,6 +20,8 @@ from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.cpu_kt import KTExperts
 from hybrimoe_plugin.operators import graphs
 
+pytestmark = pytest.mark.slow
+
 THREADS = 8
 ANSWERS = int(os.environ.get("HYBRIMOE_LONG", 1))
 """Of each thread."""

@@ -24,6 +24,8 @@ from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
 from tests.lever.test_decoding import a_gate, least_budget, prompt
 
+pytestmark = pytest.mark.slow
+
 TIMES = int(os.environ.get("HYBRIMOE_LONG", 6))
 """Interrupts for each kind of target and way of decoding."""
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5}

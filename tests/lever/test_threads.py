@@ -21,6 +21,8 @@ from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
 from tests.lever.test_decoding import a_gate, least_budget, prompt
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = int(os.environ.get("HYBRIMOE_LONG", 1))
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
 PLACES = (Place.STAYS, Place.COPIED, Place.CPU, Place.COPIED)
