@@ -87,7 +87,7 @@ def check(stages: list[Stage], folder: Path, *flags: str) -> dict[str, Any]:
 
 def test_a_stage_that_fails_costs_only_itself(tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    stages = [make("hangs", HANGS, limit_s=15), make("dies", DIES), make("raises", RAISES)]
+    stages = [make("hangs", HANGS, limit_s=8), make("dies", DIES), make("raises", RAISES)]
     stages += [make("others", STARTS_OTHERS, background=True), make("sound", SOUND, quiet=True)]
     found = check(stages, out)
     printed = capsys.readouterr()
