@@ -14,6 +14,7 @@ from hybrimoe_plugin import load_model
 from hybrimoe_plugin.cli.chat import Chat, ChatOptions
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.hosts.transformers.generation import read_generation
 from lever_ext import load_target, pack_model, pack_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|eom_id|>", "</s>"]
@@ -120,7 +121,6 @@ def test_no_temperature_is_the_likeliest_token(cold: float, directory: Path, tmp
         ("typical_p", 0),
         ("do_sample", "yes"),
         ("eos_token_id", "</s>"),
-        ("eos_token_id", []),
         ("eos_token_id", [-1]),
         ("pad_token_id", 1.5),
     ],
@@ -152,3 +152,9 @@ def test_a_pack_keeps_how_its_model_answers(tmp_path: Path) -> None:
         assert (config.do_sample, config.temperature) == (True, 0.5)
     finally:
         target.close()
+
+
+def test_ids_that_say_that_there_is_no_token_are_left_to_the_other_files(tmp_path: Path) -> None:
+    values = {"pad_token_id": -1, "bos_token_id": -1, "eos_token_id": [], "temperature": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    assert read_generation(tmp_path) == {"temperature": 0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -97,3 +98,11 @@ def test_a_chat_goes_on_after_a_refusal(capsys: pytest.CaptureFixture[str]) -> N
     talk.loop(lambda _prompt: next(lines))
     assert capsys.readouterr().err.count("error: the model's chat template refuses the conversation: never") == 2
     assert talk.messages == []
+
+
+def test_threads_get_their_own_conversations() -> None:
+    shared = template("{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: shared.render([{"role": "user", "content": text}]), map(str, range(200))))
+    shared.close()
+    assert found == list(map(str, range(200)))

@@ -56,6 +56,8 @@ _NUMBERS = {
 """Settings that change which token is chosen."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NO_TOKEN: tuple[Any, ...] = (-1, [])
+"""By which older exports mean that there is none."""
 _SILENT = (
     "transformers_version",
     "_from_model_config",
@@ -137,7 +139,7 @@ def read_generation(directory: str | Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     unused = []
     for key, value in read_json(path).items():
-        if value is None or key in _SILENT:
+        if value is None or key in _SILENT or (key in _TOKENS and value in _NO_TOKEN):
             continue
         if key in _NUMBERS:
             found[key] = _number(key, value, path)

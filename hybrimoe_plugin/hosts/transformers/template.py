@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._seconds, self._nbytes = seconds, nbytes
         self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # one request and its answer at a time
 
     @property
     def exists(self) -> bool:
@@ -52,7 +54,8 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": True,
         }
-        found = self._ask({"template": self._source(), "variables": variables})
+        with self._lock:
+            found = self._ask({"template": self._source(), "variables": variables})
         if "text" not in found:
             raise ConfigError(self._reason(found))
         return found["text"]
