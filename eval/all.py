@@ -21,7 +21,7 @@ from tqdm import tqdm
 from eval import report
 
 QUESTIONS = ("schedule", "cache", "prefetch", "replay", "throughput", "fidelity", "lever", "flips")
-LIMIT_S = {True: 600, False: 7200}
+LIMIT_S = {True: 900, False: 7200}
 """Longest time for one question, quick and full."""
 _ROWS = 40
 _STYLE = """
