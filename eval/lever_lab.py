@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import torch
 
+from hybrimoe_plugin.cache_folder import cache_dir
 from hybrimoe_plugin.demo import build_demo_model, source_path
-from hybrimoe_plugin.experts.calibrate import cache_dir
 from lever_ext.demo import demo_draft, widened_pack
 from lever_ext.drafts.base import Draft
 from lever_ext.drafts.ngram import NGramDraft

@@ -18,8 +18,8 @@ from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.cache_folder import cache_dir
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.experts.calibrate import cache_dir
 
 VERSION = 1
 QUANTISATIONS = ("Q4_K_M", "Q8_0", "Q4_0")

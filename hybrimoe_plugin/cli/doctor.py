@@ -242,7 +242,8 @@ def _sizes(gguf_path: str) -> tuple[int, int, int]:
 
 
 def _profiles() -> Check:
-    from hybrimoe_plugin.experts.calibrate import cache_dir, hardware
+    from hybrimoe_plugin.cache_folder import cache_dir
+    from hybrimoe_plugin.experts.calibrate import hardware
 
     folder = cache_dir() / "profiles"
     found = [_machine_of(path) for path in sorted(folder.glob("*.json"))]
@@ -266,7 +267,7 @@ def _machine_of(profile: Path) -> dict[str, str] | None:
 
 
 def _demo() -> Check:
-    from hybrimoe_plugin.experts.calibrate import cache_dir
+    from hybrimoe_plugin.cache_folder import cache_dir
     from hybrimoe_plugin.experts.memory import human
 
     files: list[Any] = sorted(path for path in cache_dir().rglob("*.gguf") if not path.is_symlink())

@@ -26,8 +26,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from hybrimoe_plugin.cache_folder import cache_dir as cache_dir
-from hybrimoe_plugin.cache_folder import write_atomic as write_atomic
+from hybrimoe_plugin.cache_folder import cache_dir, write_atomic
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import ProfileError
 from hybrimoe_plugin.experts.base import CPUBackend

@@ -11,6 +11,7 @@ from torch import nn
 
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.hooks import Hooks
+from hybrimoe_plugin.operators.own import give_own
 from hybrimoe_plugin.operators.routers import GateRouter
 
 
@@ -32,8 +33,8 @@ class LastRows:
         routers = [experts.routers()[0] for experts in self._experts]
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
         self._hooks = Hooks(layer.modules(), gates)
-        self._model = model
-        model.forward = self._watched(model.forward)
+        self.remove = give_own(model, {"forward": self._watched(model.forward)})
+        """Leaves the model alone."""
 
     def serve(self, hidden: torch.Tensor) -> bool:
         """Whether a call [B, T, H] has rows that nobody looks at."""
@@ -51,10 +52,6 @@ class LastRows:
     def forget(self) -> None:
         """Serve nothing until a call of the model asks for it."""
         self._keep = 0
-
-    def remove(self) -> None:
-        """Leave the model alone."""
-        self._model.__dict__.pop("forward", None)
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)

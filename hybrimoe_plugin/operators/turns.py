@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.operators.own import give_own
 
 T = TypeVar("T")
 
@@ -75,16 +76,11 @@ def take_turns(model: nn.Module, turns: Turns) -> Callable[[], None]:
 
     Mutates: `model`.
     """
-    before = [(module, module.__dict__.get("forward")) for module in model.modules()]
-    for module, _ in before:
-        module.forward = _in_turn(module.forward, turns)
+    undone = [give_own(module, {"forward": _in_turn(module.forward, turns)}) for module in model.modules()]
 
     def undo() -> None:
-        for module, own in before:
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
+        for put_back in undone:
+            put_back()
 
     return undo
 

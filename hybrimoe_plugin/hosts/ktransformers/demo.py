@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_plugin.cache_folder import cache_dir
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.experts.calibrate import cache_dir
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 
 _CONTROL = 3

@@ -17,6 +17,7 @@ from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.mla import LeanMLA
+from hybrimoe_plugin.operators.own import give_own
 
 _SAVING = (
     "the checkpoint would lack every weight that is read from the file as it is stored: keep that file, or save {}"
@@ -82,16 +83,8 @@ class _Guard:
             if model.config._attn_implementation != "sdpa":
                 self._real["set_attn_implementation"]("sdpa")  # which these operators compute, whatever the config says
         own["forward"] = self._checked(model.forward)
-        self._before = {name: model.__dict__.get(name) for name in own}
-        model.__dict__.update(own)
-
-    def remove(self) -> None:
-        """Put everything back."""
-        for name, value in self._before.items():
-            if value is None:
-                self._model.__dict__.pop(name, None)
-            else:
-                self._model.__dict__[name] = value
+        self.remove = give_own(model, own)
+        """Puts everything back."""
 
     def _checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
         model, config = self._model, self._model.config

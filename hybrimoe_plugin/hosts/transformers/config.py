@@ -280,18 +280,16 @@ def _deepseek(facts: Facts, draft: _Draft) -> str:
     draft.take("first_k_dense_replace", facts.integer("leading_dense_block_count", 0), "leading_dense_block_count")
     draft.take("routed_scaling_factor", facts.number("expert_weights_scale", 1.0), "expert_weights_scale")
     groups, group = _groups(facts, draft, used)
+    draft.take("n_group", groups, "expert_group_count")
+    draft.take("topk_group", group, "expert_group_used_count")
     gating = facts.integer("expert_gating_func", 0)
     if gating == 2:  # a sigmoid, which came with V3
         norm = facts.flag("expert_weights_norm", False)
         draft.take("norm_topk_prob", norm, "expert_weights_norm")
-        draft.take("n_group", groups, "expert_group_count")
-        draft.take("topk_group", group, "expert_group_used_count")
         return "deepseek_v3"
     if gating not in (0, 1):  # files without the key are older and softmax
         facts.refuse(f"{facts.architecture}.expert_gating_func is {gating}")
     facts.only("expert_weights_norm", False, "transformers' DeepSeek-V2 does not normalise expert weights")
-    draft.take("n_group", groups, "expert_group_count")
-    draft.take("topk_group", group, "expert_group_used_count")
     draft.assumed["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
     return "deepseek_v2"
 
