@@ -67,14 +67,15 @@ def place_for(name: str, nbytes: int) -> Path:
 
 def found(name: str) -> Path | None:
     """A file below the cache directory or, failing that, below the folder that `place_for` falls back to."""
-    path = cache_dir() / name
-    if os.path.exists(path):
-        return path
+    return next((folder / name for folder in folders() if os.path.exists(folder / name)), None)
+
+
+def folders() -> list[Path]:
+    """The cache directory and, where it exists, the folder that `place_for` falls back to."""
     try:
-        path = _owned(_spare_path()) / name
+        return [cache_dir(), _owned(_spare_path())]
     except OSError:
-        return None
-    return path if os.path.exists(path) else None
+        return [cache_dir()]
 
 
 def spare_dir() -> Path:

@@ -104,10 +104,10 @@ class Facts:
             raise self.wrong(key, "expected true or false", value)
         return bool(value)
 
-    def only(self, key: str, allowed: Any, why: str) -> None:
-        """Note a refusal where the file states another value than the one allowed."""
+    def only(self, key: str, allowed: Any, why: str, unset: Any = None) -> None:
+        """Note a refusal where the file states another value than the one allowed, or than what stands for none."""
         value = self.get(key, allowed)
-        if not _same(value, allowed):
+        if not _same(value, allowed) and (unset is None or not _same(value, unset)):
             self.refuse(f"{self.architecture}.{key} is {_short(value)}, where {why}")
 
     def refuse(self, what: str) -> None:

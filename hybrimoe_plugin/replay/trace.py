@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,8 @@ MAX_MEMORY_BYTES = 384 << 20
 _MAX_LISTING_BYTES = 4 << 20
 """The archive's table of contents, of some 60 bytes an array; its entries take ten times as much memory."""
 _MAX_JSON_BYTES = 1 << 20
+_HEADER = (SyntaxError, tokenize.TokenError)
+"""What numpy raises, besides ValueError, for an array whose header is no Python literal."""
 _COLUMNS = {
     "layer": np.int16,
     "tokens": np.int32,
@@ -195,7 +198,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
                 raise TraceError(f"{path}: holds {len(calls)} calls, its footer says {footer['calls']}")
     except FileNotFoundError:
         raise TraceError(f"{path}: no such trace file") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError, *_HEADER) as error:
         raise TraceError(f"{path}: cut off, damaged or no trace ({type(error).__name__}: {error})") from None
     except (
         MemoryError,
@@ -278,7 +281,8 @@ def _chunk_calls(
     ids, predicted = columns["ids"].astype(np.int64), columns["predicted"].astype(np.int64)
     layers, tokens = columns["layer"], columns["tokens"]
     rows = int(tokens.sum(dtype=np.int64))
-    shapes = ids.shape == columns["weights"].shape == (rows, header.top_k) and len(layers) == len(tokens)
+    shapes = layers.ndim == 1 and layers.shape == tokens.shape and ids.shape == (rows, header.top_k)
+    shapes = shapes and columns["weights"].shape == ids.shape and predicted.ndim == 3
     shapes = shapes and predicted.shape[::2] == (rows, header.top_k) and tokens.min(initial=1) >= 1
     shapes = shapes and columns["score_ids"].shape == columns["scores"].shape and len(columns["scores"]) == rows
     if not shapes:
@@ -298,6 +302,8 @@ def _chunk_calls(
             for distance in range(predicted.shape[1])
             if (predicted[span, distance] >= 0).all()
         )
+        if layer + len(looked) >= header.layers:
+            raise TraceError(f"{path}: chunk {chunk} predicts experts for layers that the model does not have")
         scores = None
         if columns["scores"].shape[1]:
             scores = np.zeros((count, header.experts), np.float32)

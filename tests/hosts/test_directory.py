@@ -146,6 +146,21 @@ def test_a_config_names_nothing_to_fetch(values: dict[str, Any], folder: Callabl
         meta_model({**json.loads((folder(values) / "config.json").read_text())}, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"output_attentions": True},
+        {"return_dict": False},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+    ],
+)
+def test_what_every_answer_would_fail_by_is_refused(
+    values: dict[str, Any], folder: Callable[..., Path], gguf: Path
+) -> None:
+    with pytest.raises((ConfigError, WeightsError), match=next(iter(values))):
+        load(folder(values), gguf)
+
+
 def test_choices_of_transformers_own_are_the_host_s(folder: Callable[..., Path], gguf: Path) -> None:
     """Directories say `flash_attention_2`; transformers would fetch a kernel where it is not installed."""
     plain, _, _ = plan_for(folder(), gguf)

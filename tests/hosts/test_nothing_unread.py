@@ -266,6 +266,7 @@ CLASHES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("mixtral", {}, {"rope.scaling.type": "linear", "rope.scaling.factor": 3.0}, "rope_parameters is .* 'linear'"),
     ("mixtral", {}, {"attention.sliding_window": 8}, "sliding_window is None there and 8 in"),
     ("qwen3_moe", {"norm_topk_prob": False}, {}, "norm_topk_prob is False there and True in"),
+    ("deepseek_v2", {"norm_topk_prob": True}, {"expert_weights_norm": False}, "norm_topk_prob is True there and False"),
     ("deepseek_v3", {"routed_scaling_factor": 1.0, "topk_group": 1}, {}, r"1\.0 there and 2\.5 .*topk_group"),
     ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, YARN_KEYS, "OK"),
     (
@@ -327,3 +328,44 @@ def test_a_latent_model_as_current_converters_write_it(tmp_path: Path) -> None:
     check_equal(path, right, tiny.model("deepseek_v3"))
     right.config.save_pretrained(tmp_path)
     load_plain_model(tmp_path, path, dtype="float32", progress=False)
+
+
+OLD_FILES = {
+    "deepseek_v2": {"n_routed_experts": 160, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
+    "deepseek_v3": {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4},
+}
+
+
+@pytest.mark.parametrize("family", OLD_FILES)
+def test_groups_that_an_old_file_does_not_state(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of DeepSeek's large models from before the keys: grouped as released, with a notice."""
+    changes = {**OLD_FILES[family], "moe_intermediate_size": 32}
+    changes |= {"topk_method": "group_limited_greedy"} if family == "deepseek_v2" else {}
+    right, plain = tiny.model(family, **changes), gguf_export.metadata
+    monkeypatch.setattr(
+        gguf_export, "metadata", lambda *args: {key: v for key, v in plain(*args).items() if "_group_" not in key}
+    )
+    path = export(right, tmp_path / "m.gguf")
+    check_equal(path, right, tiny.model(family, **{**changes, "n_group": 1, "topk_group": 1}))
+    assert "does not state how its experts are grouped" in caplog.text
+    caplog.clear()
+    right.config.save_pretrained(tmp_path)
+    load_plain_model(tmp_path, path, dtype="float32", progress=False)
+    assert "grouped" not in caplog.text
+
+
+UNSET = {
+    "mixtral": {"attention.scale": 0.0, "expert_feed_forward_length": 0},
+    "deepseek_v2": {"expert_shared_feed_forward_length": 256},
+}
+
+
+@pytest.mark.parametrize("family", UNSET)
+def test_values_that_stand_for_none_or_say_again_what_is_known(family: str, tmp_path: Path) -> None:
+    right = tiny.model(family)
+    model, _ = load_plain_model(
+        None, export(right, tmp_path / "m.gguf", UNSET[family]), dtype="float32", progress=False
+    )
+    torch.testing.assert_close(logits(model, tiny.tokens(9)), logits(right, tiny.tokens(9)))

@@ -121,11 +121,14 @@ def array(values: np.ndarray) -> bytes:
         ("header.json", b"[]", "no trace"),
         ("footer.json", json.dumps({"calls": 1, "chunks": 1}).encode(), "its footer says 1"),
         ("footer.json", json.dumps({"calls": 1, "chunks": 10**12}).encode(), "no trace"),
-        ("0/ids", array(np.full((22, 2), 99, np.int16)), "t.trace"),
+        ("0/ids", array(np.full((27, 2), 99, np.int16)), "out of range"),
         ("0/ids", array(np.zeros((1, 2), np.int16)), "do not fit"),
         ("0/tokens", array(np.full(18, -1, np.int32)), "do not fit"),
-        ("0/layer", array(np.full(18, 7, np.int16)), "t.trace"),
+        ("0/layer", array(np.full(18, 7, np.int16)), "out of range"),
+        ("0/layer", array(np.zeros((18, 2), np.int16)), "do not fit"),
+        ("0/predicted", array(np.zeros((27, 3, 2), np.int16)), "layers that the model does not have"),
         ("0/scores", b"no array", "no trace"),
+        ("0/scores", array(np.zeros((27, 8), np.float16)).replace(b", }", b"{  "), "no trace"),
     ],
 )
 def test_what_is_wrong_inside_is_named(whole: bytes, tmp_path: Path, member: str, content: bytes, found: str) -> None:

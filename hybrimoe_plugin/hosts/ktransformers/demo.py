@@ -10,10 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_plugin.cache_folder import cache_dir
+from hybrimoe_plugin.cache_folder import folders, found, place_for
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 
+_NBYTES = 16 << 20
+"""Room for the files of the directory, the link aside."""
 _CONTROL = 3
 """GGUF's token type of special tokens."""
 
@@ -25,13 +27,15 @@ def classic_folder(form: str) -> Path:
 
     Raises:
         WeightsError: the demo model is not built yet.
+        ConfigError: there is no place for the directory.
     """
     weights = _weights(form)
     tokenizers = metadata.version("tokenizers").rpartition(".")[0]
-    folder = cache_dir() / "demo" / f"classic-{weights.stem}-tokenizers-{tokenizers}"
-    link = folder / weights.name
-    if link.exists() and link.resolve() == weights.resolve():
-        return folder
+    name = f"demo/classic-{weights.stem}-tokenizers-{tokenizers}"
+    link = found(f"{name}/{weights.name}")
+    if link is not None and link.resolve() == weights.resolve():
+        return link.parent
+    folder = place_for(name, _NBYTES)
     store = GGUFStore.open(weights)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     try:
@@ -49,13 +53,13 @@ def classic_folder(form: str) -> Path:
 
 def _weights(form: str) -> Path:
     """The newest demo model of this form; it is the default environment that builds it."""
-    found = list((cache_dir() / "demo").glob(f"SmolLM2-135M-{form}-v*-Q8_0.gguf"))
-    if not found:
+    built = [path for folder in folders() for path in (folder / "demo").glob(f"SmolLM2-135M-{form}-v*-Q8_0.gguf")]
+    if not built:
         raise WeightsError(
             f"the demo model is not there: run `hybrimoe demo-model --form {form}` in the default environment, whose "
             "transformers can build it"
         )
-    return max(found, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
+    return max(built, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
 
 
 def _files(store: GGUFStore, form: str) -> dict[str, dict[str, Any]]:

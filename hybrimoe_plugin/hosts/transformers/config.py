@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.facts import Facts
 from hybrimoe_plugin.hosts.transformers.directory import directory_config
 from hybrimoe_plugin.hosts.transformers.rope import Rope, difference, read_rope
+
+log = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _PADDING_ROWS = 512
@@ -30,6 +33,8 @@ class Description(NamedTuple):
     """What it leaves open, as llama.cpp understands it; a config.json may say otherwise."""
     rope: Rope
     where: str
+    notices: Sequence[str]
+    """What was taken for granted and the user should know, if the file is all there is."""
 
 
 def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
@@ -51,6 +56,8 @@ def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
         return config
     if described is None:
         raise WeightsError(f"{model_path}: no config.json there, and no GGUF file was given")
+    for notice in described.notices:
+        log.warning("%s: %s", described.where, notice)
     return _config_of(described)
 
 
@@ -75,7 +82,7 @@ def describe(store: GGUFStore) -> Description:
     model_type = builder(facts, draft)
     rope = read_rope(facts, draft.rotary)
     facts.check_all_read()
-    return Description(model_type, draft.stated, draft.assumed, rope, facts.where)
+    return Description(model_type, draft.stated, draft.assumed, rope, facts.where, draft.notices)
 
 
 def check_same_model(config: Any, described: Description, directory: str) -> None:
@@ -137,6 +144,7 @@ class _Draft:
         self.assumed: dict[str, Any] = {}
         self.rotary = 0
         """Dimensions of a head that are turned."""
+        self.notices: list[str] = []
         self._facts = facts
 
     def take(self, name: str, value: Any, *keys: str) -> None:
@@ -186,7 +194,7 @@ def _heads(facts: Facts, draft: _Draft) -> None:
     draft.take("head_dim", size, "attention.key_length")
     facts.only("attention.value_length", size, f"keys have {size} dimensions, and values must have as many")
     facts.only("rope.dimension_count", size, f"heads have {size} dimensions, all of which must be turned")
-    facts.only("attention.scale", size**-0.5, f"only {size**-0.5:.6g} is supported")
+    facts.only("attention.scale", size**-0.5, f"only {size**-0.5:.6g} is supported", unset=0)
     draft.rotary = size
 
 
@@ -219,7 +227,7 @@ def _llama(facts: Facts, draft: _Draft) -> str:
         draft.assumed.update(attention_bias=_biases(facts, *_ATTENTION), mlp_bias=_biases(facts, *_MLP))
         return "llama"
     _chosen(facts, draft, "num_local_experts")
-    facts.only("expert_feed_forward_length", size, f"feed_forward_length is {size}, and it must be the same")
+    facts.only("expert_feed_forward_length", size, f"feed_forward_length is {size}, and it must be the same", unset=0)
     window = facts.integer("attention.sliding_window", 0)
     draft.take("sliding_window", window or None, "attention.sliding_window")
     return "mixtral"
@@ -277,19 +285,22 @@ def _deepseek(facts: Facts, draft: _Draft) -> str:
     draft.take("intermediate_size", facts.integer("feed_forward_length", least=1))
     draft.take("moe_intermediate_size", facts.integer("expert_feed_forward_length", least=1))
     draft.take("n_shared_experts", facts.integer("expert_shared_count"))
+    shared = draft.stated["n_shared_experts"] * draft.stated["moe_intermediate_size"]
+    facts.only("expert_shared_feed_forward_length", shared, f"{shared} is what its experts give", unset=0)
     draft.take("first_k_dense_replace", facts.integer("leading_dense_block_count", 0), "leading_dense_block_count")
     draft.take("routed_scaling_factor", facts.number("expert_weights_scale", 1.0), "expert_weights_scale")
-    groups, group = _groups(facts, draft, used)
+    gating = facts.integer("expert_gating_func", 0)
+    groups, group = _groups(facts, draft, used, gating)
     draft.take("n_group", groups, "expert_group_count")
     draft.take("topk_group", group, "expert_group_used_count")
-    gating = facts.integer("expert_gating_func", 0)
-    if gating == 2:  # a sigmoid, which came with V3
+    if gating == _SIGMOID:
         norm = facts.flag("expert_weights_norm", False)
         draft.take("norm_topk_prob", norm, "expert_weights_norm")
         return "deepseek_v3"
     if gating not in (0, 1):  # files without the key are older and softmax
         facts.refuse(f"{facts.architecture}.expert_gating_func is {gating}")
     facts.only("expert_weights_norm", False, "transformers' DeepSeek-V2 does not normalise expert weights")
+    draft.take("norm_topk_prob", False, "expert_weights_norm")
     draft.assumed["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
     return "deepseek_v2"
 
@@ -312,9 +323,28 @@ def _latent_heads(facts: Facts, draft: _Draft) -> None:
     draft.rotary = rope
 
 
-def _groups(facts: Facts, draft: _Draft, used: int) -> tuple[int, int]:
+_SIGMOID = 2
+"""The gating function that came with DeepSeek-V3."""
+_GROUPED = {
+    # (experts, how many a token gets, gating function): (groups, how many a token may choose from)
+    (160, 6, 0): (8, 3),  # V2, V2.5, Coder-V2
+    (256, 8, _SIGMOID): (8, 4),  # V3, R1
+}
+"""Released models with groups of experts, which older converters left out of the file."""
+
+
+def _groups(facts: Facts, draft: _Draft, used: int, gating: int) -> tuple[int, int]:
     """(groups of experts, how many of them a token may choose from)."""
     experts = draft.stated["n_routed_experts"]
+    released = _GROUPED.get((experts, used, gating if gating == _SIGMOID else 0))
+    if released and not (facts.has("expert_group_count") or facts.has("expert_group_used_count")):
+        groups, chosen = released
+        draft.notices.append(
+            "it does not state how its experts are grouped: a token chooses from "
+            f"{chosen} of {groups} groups, as in DeepSeek's released model of this size; give its config.json with "
+            "--model_path if this is another model"
+        )
+        return released
     groups = facts.integer("expert_group_count", 1) or 1
     chosen = facts.integer("expert_group_used_count", 1) or 1
     if experts % groups:

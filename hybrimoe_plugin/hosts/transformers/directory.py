@@ -68,12 +68,15 @@ def config_of(values: Mapping[str, Any], where: str) -> Any:
     kind = _model_type(values, where)
     _refuse_fetching(values, where)
     _check_layers(values, where)
+    _check_answers(values, where)
     try:
         config = AutoConfig.for_model(kind, **_kept(values, kind, where))
     except ConfigError:
         raise
     except Exception as error:  # strict dataclass validation raises kinds of its own
         raise WeightsError(f"{where}: transformers cannot make a {kind} config of it ({error})") from error
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
+        raise WeightsError(f"{where}: layer_types names sliding attention, and there is no sliding_window")
     return config
 
 
@@ -165,6 +168,13 @@ def _check_layers(values: Mapping[str, Any], where: str) -> None:
     layers = values.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise WeightsError(f"{where}: num_hidden_layers is {layers}; more than {MAX_LAYERS} is refused")
+
+
+def _check_answers(values: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for what every answer would fail by."""
+    for key, needed in (("output_attentions", False), ("return_dict", True), ("use_return_dict", True)):
+        if values.get(key, needed) is not needed:
+            raise ConfigError(f"{where}: {key} must be {str(needed).lower()} or left out; found {values[key]!r}")
 
 
 def _kept(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:

@@ -32,6 +32,22 @@ def folder() -> str:
         pytest.skip(str(error))
 
 
+def test_without_a_cache_folder_the_spare_one_is_used(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe_plugin.cache_folder import spare_dir
+    from hybrimoe_plugin.hosts.ktransformers.demo import classic_folder
+
+    weights = next(Path(folder).glob("*.gguf")).resolve()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HYBRIMOE_CACHE", "/proc/none")
+    (spare_dir() / "demo").mkdir()
+    (spare_dir() / "demo" / weights.name).symlink_to(weights)
+    made = classic_folder("mixtral")
+    assert made.is_relative_to(tmp_path) and (made / "tokenizer.json").exists()
+    assert classic_folder("mixtral") == made
+
+
 def ask(folder: str, rules: str | None, capfd: pytest.CaptureFixture[str]) -> tuple[list[int], str]:
     """(token ids, what was printed) of one greedy answer by `local_chat` itself."""
     from hybrimoe_plugin.hosts.ktransformers.launch import Launch, run_local_chat
