@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import sys
 import threading
@@ -116,7 +117,8 @@ class KTExperts:
         self.threads = self.workers = threads
         self._types = kernel_types(_variant())
         self._layers: list[_Layer] = []
-        self._pending: tuple[torch.Tensor, torch.dtype] | None = None
+        self._pending: tuple[torch.Tensor, torch.dtype, torch.Tensor | None] | None = None
+        """(output, the caller's dtype, rows that hold a NaN)."""
         self._keep: tuple[Any, ...] = ()
 
     def add_layer(self, weights: LayerWeights) -> None:
@@ -148,7 +150,7 @@ class KTExperts:
         target.set_mask(mine)
         # The kernel reads these from its own thread: they must outlive the call, wherever it is interrupted.
         self._keep = (states, ids, weights, output)
-        self._pending = output, hidden.dtype
+        self._pending = output, hidden.dtype, _nan_rows(hidden)
         for start in range(0, len(states), _MAX_TOKENS):
             part = slice(start, start + _MAX_TOKENS)
             if start:
@@ -158,7 +160,9 @@ class KTExperts:
     def sync(self) -> torch.Tensor:
         assert self._pending is not None, "sync without submit"
         self._infer.sync()
-        output, dtype = self._pending
+        output, dtype, lost = self._pending
+        if lost is not None:
+            output[lost] = math.nan
         self._pending = None
         self._keep = ()
         return output.to(dtype)
@@ -311,6 +315,13 @@ def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: t
         raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < spec.experts):
         raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}")
+
+
+def _nan_rows(hidden: torch.Tensor) -> torch.Tensor | None:
+    """[T] bool: rows with a NaN, which products with quantised matrices would round to a number; None without any."""
+    if not math.isnan(hidden.sum(dtype=torch.float32)):
+        return None
+    return hidden.isnan().any(dim=1)
 
 
 def check_kinds(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:

@@ -63,6 +63,18 @@ def test_kt_kernel_equals_the_reference(types: tuple[str, str, str], hidden: int
     native.close()
 
 
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0", "F16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_kt_kernel_loses_no_nan(type_name: str, bad: float) -> None:
+    """Its products round activations to integers, a NaN to any number; it must spread as in float32, no further."""
+    native, plain = both(tiny_experts.layer(types=(type_name,) * 3))
+    for tokens in (1, 3, 20):
+        hidden, *chosen = call(tokens)
+        hidden[tokens // 2, 5] = bad
+        found, wanted = (compute(backend, (hidden, *chosen), list(range(8))).isnan() for backend in (native, plain))
+        assert torch.equal(found, wanted) and found.any()
+
+
 def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(caplog: pytest.LogCaptureFixture) -> None:
     """Such a build ends the process at the first token."""
     weights = tiny_experts.layer(types=("BF16", "Q8_0", "F32"))
