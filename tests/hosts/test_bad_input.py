@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import tiny
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import BackendError, BudgetError, ConfigError, HybriMoEError, RulesError, WeightsError
 from hybrimoe_plugin.hosts.transformers.load import plan_for
+from tests.fuzz.gguf_file import parse, serialise
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,20 @@ def test_another_architecture_is_named(mixtral: Path, tmp_path: Path) -> None:
     path = rewritten(mixtral, tmp_path / "m.gguf", b"llama", b"lemma")
     with pytest.raises(WeightsError, match="'lemma' is not supported"):
         load(path)
+
+
+@pytest.mark.parametrize("part", ["attn_q", "attn_k"])
+def test_a_flat_projection_is_named(part: str, tmp_path: Path) -> None:
+    """As many values as the matrix has, in one dimension: its rows cannot be put into heads."""
+    path = tiny.write(tmp_path, "mixtral")
+    file = parse(path.read_bytes())
+    name = f"blk.1.{part}.weight"
+    file.tensors = [
+        replace(one, shape=(math.prod(one.shape),)) if one.name.decode() == name else one for one in file.tensors
+    ]
+    path.write_bytes(serialise(file))
+    with pytest.raises(WeightsError, match=name.replace(".", r"\.")):
+        load_model(None, path, progress=False, accelerator="none")
 
 
 def test_a_directory_of_another_model_is_refused(mixtral: Path, tmp_path: Path) -> None:

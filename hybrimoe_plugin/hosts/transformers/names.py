@@ -92,7 +92,7 @@ class ParameterSource:
         info = self.store.info(found)
         data = self.store.raw(found)
         heads = self._rotated_heads(name)
-        if heads and info.shape[0] % (2 * heads):
+        if heads and (len(info.shape) != 2 or info.shape[0] % (2 * heads)):
             raise WeightsError(
                 f"{self.store.paths[0]}: {found!r} of shape {info.shape} cannot be {heads} heads ({name})"
             )
