@@ -4,7 +4,9 @@
 
     model, tokenizer = load_model("path/to/model", "path/to/gguf", cache_ratio=0.25)
 
-Importing this package imports neither torch nor transformers; `load_model` does on first use.
+`load_plain_model` loads the same files as transformers' own model, without operators.
+
+Importing this package imports neither torch nor transformers; these two do on first use.
 """
 
 from __future__ import annotations
@@ -12,19 +14,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrimoe_plugin.hosts.transformers import load_model
+    from hybrimoe_plugin.hosts.transformers import load_model, load_plain_model
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+__all__ = ["__version__", "load_model", "load_plain_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":
-        from hybrimoe_plugin.hosts.transformers import load_model
+    if name in ("load_model", "load_plain_model"):
+        from hybrimoe_plugin.hosts import transformers
 
-        return load_model
+        return getattr(transformers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "load_model"])
+    return sorted({*globals(), *__all__})

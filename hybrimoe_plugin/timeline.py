@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -26,6 +27,8 @@ class Timeline:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.closing: list[Callable[[], None]] = []
+        """Called by `close`: what draws into it stops."""
         self._file: IO[str] | None = self.path.open("w", encoding="utf-8")
         self._file.write("[")
         self._first = True
@@ -48,6 +51,8 @@ class Timeline:
         self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
 
     def close(self) -> None:
+        for stop in self.closing:
+            stop()
         with self._lock:
             if self._file is not None:
                 self._file.write("\n]\n")

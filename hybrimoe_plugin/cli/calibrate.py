@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hybrimoe_plugin.cli.console import notice, tables
 from hybrimoe_plugin.cli.demo_model import FORMS
 from hybrimoe_plugin.cli.flags import add_flag, add_model, whole
+from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.config import ACCELERATORS, CPU_BACKENDS, Settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, store where the engine looks, and show the numbers."""
     settings = Settings(cpu_backend=args.cpu_backend, cpu_threads=args.cpu_threads, accelerator=args.accelerator)
+    import_libraries()
     gguf_path = args.gguf_path
     if gguf_path is None:
         from hybrimoe_plugin.cli.models import demo_gguf

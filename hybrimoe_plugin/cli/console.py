@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ def tables() -> Console:
     """A console on stdout for tables."""
     from rich.console import Console
 
-    return Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False
-    )
+    class Tables(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process with code 1
+            raise BrokenPipeError
+
+    out = io.StringIO() if sys.stdout is None else sys.stdout  # closed by `>&-`
+    return Tables(file=out, width=None if out.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)

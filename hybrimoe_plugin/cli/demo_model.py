@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hybrimoe_plugin.cli.flags import add_flag, add_switch
+from hybrimoe_plugin.cli.imports import import_libraries
 
 FORMS = ("mixtral", "qwen2moe")
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build where needed and print the path of the GGUF on stdout."""
+    import_libraries()
     from hybrimoe_plugin.cli.models import demo_gguf
 
     print(demo_gguf(args.form, rebuild=args.rebuild))

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -63,7 +64,7 @@ def examine(gguf_path: str | None = None) -> dict[str, list[Check]]:
         "backends": (_kt_kernel, _torch_cpu, _cuda, _triton, _emulated),
         "classic ktransformers host": (_ktransformers, _ktransformers_patches),
         "memory": (_host_memory, _accelerator_memory),
-        "kept on disk": (_profiles, _demo),
+        "kept on disk": (_cache, _profiles, _demo),
     }
     found = {"installed": _installed()}
     for section, checks in sections.items():
@@ -239,6 +240,22 @@ def _sizes(gguf_path: str) -> tuple[int, int, int]:
     count = sum(info.shape[0] if len(info.shape) == 3 else 1 for info in gates)
     dense = sum(2 * prod(info.shape) for info in store.tensors.values() if not EXPERT_TENSOR.match(info.name))
     return sum(info.nbytes for info in routed), count, dense
+
+
+def _cache() -> Check:
+    from hybrimoe_plugin.cache_folder import cache_dir
+
+    folder = cache_dir()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        return Check(
+            "cache folder", False, f"{folder} cannot be written ({reason}): set HYBRIMOE_CACHE to one that can"
+        )
+    return Check("cache folder", None, f"{folder} (HYBRIMOE_CACHE names another)")
 
 
 def _profiles() -> Check:

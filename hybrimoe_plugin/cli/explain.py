@@ -7,6 +7,7 @@ from typing import Any
 
 from hybrimoe_plugin.cli.console import tables
 from hybrimoe_plugin.cli.flags import add_model, add_switch
+from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Print module -> operator -> device -> rule."""
     if args.model_path is None and args.gguf_path is None:
         raise ConfigError("explain needs a model: give --model_path (its config.json is enough) or --gguf_path")
+    import_libraries()
     from hybrimoe_plugin.hosts.transformers.load import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched
 

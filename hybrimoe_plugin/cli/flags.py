@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.errors import ConfigError
@@ -14,6 +14,13 @@ _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
 Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are this project's, to be told in one line like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help)")
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -128,7 +135,7 @@ def _reader(name: str, kind: str) -> Callable[[str], Any]:
                 return parse_bytes(text, name)
             return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
         except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
         except ValueError as error:
             wanted = "a whole number" if kind.startswith("int") else "a number"
             raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}") from error

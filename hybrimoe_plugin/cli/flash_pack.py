@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hybrimoe_plugin.cli.flags import add_flag, add_model
+from hybrimoe_plugin.cli.imports import import_libraries
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack with a progress bar; print the pack's path on stdout."""
+    import_libraries()
     from hybrimoe_plugin.cli.flash_chat import packing_bar
     from lever_ext.packing import pack_model
 

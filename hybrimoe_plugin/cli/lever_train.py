@@ -8,6 +8,7 @@ from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import add_flag, number, whole
+from hybrimoe_plugin.cli.imports import import_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train with a progress bar; print the predictor's path on stdout, layer and loss on stderr."""
+    import_libraries()
     from tqdm import tqdm
 
     from hybrimoe_plugin.cli.reading import read_prompt_file

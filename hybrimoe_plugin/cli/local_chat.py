@@ -21,6 +21,7 @@ from hybrimoe_plugin.cli.flags import (
     whole,
 )
 from hybrimoe_plugin.cli.flash_chat import FlashChat, add_flash, load_flash, wanted
+from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.cli.records import Records
 from hybrimoe_plugin.config import COLDEST_TEMPERATURE
 from hybrimoe_plugin.errors import ConfigError
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _explain_ignored(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import_libraries()
     if wanted(args):
         return _talk_flash(args, settings, sampling, prompt)
     with Records(args.timeline, args.record_trace) as records:

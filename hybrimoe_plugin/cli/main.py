@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrimoe_plugin import __version__
-from hybrimoe_plugin.cli.flags import underscored
+from hybrimoe_plugin.cli.flags import Parser, underscored
 from hybrimoe_plugin.errors import HybriMoEError
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
         except SystemExit as stop:
-            # argparse ends by itself: 0 after --help, 2 after a message.
+            # argparse ends by itself after --help and --version.
             return stop.code if isinstance(stop.code, int) else 0
         finally:
             # Here rather than at exit, where a closed pipe could no longer be handled.
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
-    parser = argparse.ArgumentParser(prog="hybrimoe", description=_DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="hybrimoe", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hybrimoe {__version__}")
     table = parser.add_subparsers(dest="command", metavar="command", title="commands")
     wanted = next((word for word in argv if not word.startswith("-")), None)

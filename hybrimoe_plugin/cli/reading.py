@@ -50,7 +50,7 @@ def well_formed(text: str) -> str:
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8").removeprefix("\ufeff")
     except UnicodeError as error:
-        raise ConfigError("the message is not UTF-8 text: set the terminal, or LANG, to the encoding in use") from error
+        raise ConfigError("the message is not UTF-8 text: set the terminal to UTF-8 and type it again") from error
 
 
 def read_prompt_file(path: str | Path) -> str:

@@ -120,12 +120,16 @@ def ensure_profile(
     text = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress, median=noise.median).to_json()
     disturbed = noise.verdict()
     if disturbed and os.environ.get("HYBRIMOE_BUSY") != "keep":
-        log.warning("%s: these times are used for this run only, and measured again at the next start", disturbed)
+        log.warning(
+            "%s; these times serve this run only and are measured again at the next start "
+            "(HYBRIMOE_BUSY=keep stores them)",
+            disturbed,
+        )
         return MachineProfile.from_json(text)
     try:
         write_atomic(path, text)
     except OSError as error:
-        log.warning("the machine's profile cannot be kept (%s); it is measured again next time", error)
+        log.warning("%s cannot be written (%s); the machine is measured again next time", path, error.strerror or error)
     return MachineProfile.from_json(text)
 
 

@@ -40,6 +40,7 @@ TYPES = frozenset(
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 """Types whose products keep NaN and infinity."""
 
+_SMALL = np.full(1 << 14, 1e-30, np.float32)
 _F32, _I32 = 0, 26
 _Pointer = ctypes.c_void_p
 _Int64 = ctypes.c_int64
@@ -346,8 +347,7 @@ class Graph:
         self._alone = self._planned(1)
         self._together = self._planned(self._threads) if self._threads > 1 else None
         # The structures lie in our own memory: giving the context back only frees its place among ggml's 64.
-        ggml.free(self._context)
-        self._context = None
+        self._free()
 
     def run(self) -> None:
         """Compute every output; look at `spoiled` after it. Mutates: the nodes' buffers. Raises: BackendError."""
@@ -395,8 +395,7 @@ class Graph:
         memory = x.value.untyped_storage()
         if memory.data_ptr() not in self._watched:
             values = torch.empty(0, dtype=torch.float32, device="cpu").set_(memory)
-            small = np.full(values.numel(), 1e-30, np.float32)  # no sum of such products overflows
-            self._watched[memory.data_ptr()] = values.numpy(), small
+            self._watched[memory.data_ptr()] = values.numpy(), _small(values.numel())
 
     def _planned(self, threads: int) -> _Plan:
         plan: _Plan = self._ggml.plan(self._graph, threads)
@@ -407,7 +406,12 @@ class Graph:
 
     def __del__(self) -> None:
         if getattr(self, "_context", None):
-            self._ggml.free(self._context)
+            self._free()
+
+    def _free(self) -> None:
+        # First forgotten: an interrupt between the two loses one place, where it would otherwise be freed twice.
+        context, self._context = self._context, None
+        self._ggml.free(context)
 
     def _tensor(self, kind: int, shape: Sequence[int]) -> int:
         sizes = (_Int64 * len(shape))(*reversed(shape))
@@ -422,6 +426,11 @@ class Graph:
         self._nodes += 1
         assert self._nodes <= self._most, f"a graph of {self._most} nodes has one more"
         ctypes.c_uint64.from_address(pointer + self._ggml.data_offset).value = address
+
+
+def _small(count: int) -> NDArray[np.float32]:
+    """Factors with which no sum of products overflows; those for one token are shared, so that they stay in a cache."""
+    return _SMALL[:count] if count <= len(_SMALL) else np.full(count, _SMALL[0])
 
 
 def _measured(ggml: Ggml, type_name: str, threads: int) -> Pace:

@@ -189,7 +189,8 @@ def _place(
         nbytes = elements // block * block_bytes
         if start + offset + nbytes > size:
             raise WeightsError(
-                f"{path}: truncated: tensor {name!r} ends at byte {start + offset + nbytes}, the file has {size}"
+                f"{path}: truncated: tensor {name!r} ends at byte {start + offset + nbytes}, the file has {size}; "
+                "was it copied or downloaded whole?"
             )
         if name in tensors:
             raise WeightsError(f"{path}: tensor {name!r} stands twice")

@@ -41,8 +41,8 @@ class Noise:
             share = (waited - self._waited) / max(1e-9, time.monotonic() - self._began)
             if share > MOST_WAITING:
                 return (
-                    "other programs use the cores: while the machine was measured, threads waited for one "
-                    f"{share:.0%} of the time"
+                    "other programs used the processor while the machine was measured "
+                    f"({share:.2g} threads waited for a core on average)"
                 )
         differing = sum(spread > MOST_SPREAD for spread in self._spreads)
         if differing > MOST_SPREAD_CALLS * len(self._spreads):

@@ -87,7 +87,14 @@ class HybriMoE:
         with self.turns.lock:
             for engine in self.engines:
                 engine.timeline = timeline
+        timeline.closing.append(lambda: self._detach(timeline))
         return timeline
+
+    def _detach(self, timeline: Timeline) -> None:
+        with self.turns.lock:
+            for engine in self.engines:
+                if engine.timeline is timeline:
+                    engine.timeline = None
 
     def record(self, recorder: Callable[[CallRecord], None] | None) -> None:
         """Hand every layer call's routing to `recorder`; None stops it."""

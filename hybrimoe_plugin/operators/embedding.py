@@ -41,8 +41,9 @@ class LeanEmbedding(DenseOperator):
         """[..., H] from ids [...]. Raises: InputError: no whole numbers, or an id outside the vocabulary."""
         if self.ggml is None:
             return F.embedding(ids, self.weight, self.padding_idx)
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"{self.key}: token ids must be int64 or int32, found {ids.dtype}")
+        kind = getattr(ids, "dtype", type(ids).__name__)
+        if kind not in (torch.int64, torch.int32):
+            raise InputError(f"{self.key}: token ids must be int64 or int32, found {kind}")
         flat = ids.reshape(-1)
         low, high = torch.aminmax(flat) if len(flat) else (0, 0)
         if not (int(low) >= 0 and int(high) < self.num_embeddings):

@@ -19,7 +19,11 @@ _SPARE = 256
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' `DynamicLayer` with spare room behind keys and values, which are views of the filled part."""
+    """transformers' `DynamicLayer` with spare room behind keys and values, which are views of the filled part.
+
+    Rows that were given out are not written again: after a `crop` the next token goes to new buffers. `cut` crops where
+    nobody holds them. In CUDA graphs buffers belong to the graphs, and what is held of them changes.
+    """
 
     is_initialized: bool
     keys: torch.Tensor
@@ -28,6 +32,15 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._shown = 0
+        """Tokens in the buffers of which keys and values were given out."""
+
+    def __copy__(self) -> GrowingLayer:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__, _buffers=None)
+        if self.is_initialized:  # the buffers are written to, by this sequence and in CUDA graphs by others
+            made.keys, made.values = self.keys.clone(), self.values.clone()
+        return made
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -50,8 +63,15 @@ class GrowingLayer(DynamicLayer):
         keys.narrow(2, held, total - held).copy_(key_states)
         if values.shape[3]:  # latent attention keeps one row per token, as its keys
             values.narrow(2, held, total - held).copy_(value_states)
-        self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
+        self._show(total)
         return self.keys, self.values
+
+    def cut(self, total: int) -> None:
+        """Keep the first tokens, and write the next ones over the others: nobody else may hold those."""
+        in_place = self._buffers is not None and self.lies_in(self._buffers)
+        self.keys, self.values = self.keys[:, :, :total], self.values[:, :, :total]
+        if in_place:
+            self._shown = total
 
     def lies_in(self, buffers: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
         """Whether keys and values are still views of these buffers: beams and batches replace them."""
@@ -90,10 +110,11 @@ class GrowingLayer(DynamicLayer):
     def _show(self, total: int) -> None:
         assert self._buffers is not None
         keys, values = self._buffers
+        self._shown = total
         self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
 
     def _fits(self, held: int, total: int) -> bool:
-        return held > 0 and self.lies_in(self._buffers) and total <= self._buffers[0].shape[2]  # type: ignore[index]
+        return 0 < held == self._shown and self.lies_in(self._buffers) and total <= self._buffers[0].shape[2]  # type: ignore[index]
 
     def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, total: int) -> None:
         room = max(2 * held, total + _SPARE)

@@ -40,7 +40,8 @@ class LeanMLA(DenseOperator):
         self.heads = int(orig_module.num_heads)
         self.latent, self.values = int(orig_module.kv_lora_rank), int(orig_module.v_head_dim)
         self.nope, self.rope = int(orig_module.qk_nope_head_dim), int(orig_module.qk_rope_head_dim)
-        self.halves = getattr(config, "rope_interleave", True) is False
+        # Of DeepSeek-V3 alone: transformers' V2 does not look at such a key.
+        self.halves = hasattr(type(config), "rope_interleave") and not config.rope_interleave
         names = ["q_proj"] if orig_module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
         for name in (*names, "kv_a_proj_with_mqa", "o_proj"):
             setattr(self, name, as_stored(self, name, getattr(orig_module, name)))

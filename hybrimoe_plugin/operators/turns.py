@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,12 +38,13 @@ class Turns:
         self.recover: list[Callable[[], None]] = []
         self._unfinished = False
         self._ended = ""
+        self._process = os.getpid()
 
     def run(self, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Call when no other thread computes; within a turn at once.
 
         Raises:
-            BackendError: the model was closed.
+            BackendError: the model was closed, or loaded by the process that this one was forked from.
             HybriMoEError: of what `before` says.
         """
         if self.lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks its lock
@@ -50,6 +52,11 @@ class Turns:
         with self.lock:
             if self._ended:
                 raise BackendError(self._ended)
+            if self._process != os.getpid():
+                raise BackendError(
+                    "this model was loaded before the process was forked, and its threads are not here: load it in the "
+                    "process that uses it, or start processes by 'spawn'"
+                )
             for part in self.before:
                 part()
             if self._unfinished:

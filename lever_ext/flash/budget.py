@@ -57,9 +57,9 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING, elsewh
     whole = fixed + sum(sizes) + len(experts) * expert_bytes
     limit = whole + (staging + AHEAD) * expert_bytes if budget is None else budget
     if limit < needed:
+        parts = "embedding, head and two layers" + (" and the buffers of two experts" if experts else "")
         raise BudgetError(
-            f"dram_budget of {limit / 2**20:.1f} MiB is too small for {pack.path.name}: embedding and head, two layers "
-            f"and the buffers of two experts need {needed / 2**20:.1f} MiB"
+            f"dram_budget of {limit >> 10} KiB is too small for {pack.path.name}: {parts} need {-(-needed >> 10)} KiB"
         )
     if limit - needed < (staging - min(2, staging)) * expert_bytes:
         staging = min(2, staging)

@@ -138,6 +138,9 @@ def write_pack(
     target, partial = directory / PACK_NAME, directory / (PACK_NAME + ".partial")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlashError(f"{directory}: the folder cannot be made ({error.strerror or error})") from error
+    try:
         journal = _Journal(directory / (PACK_NAME + ".journal"), _plan_key(source, config, blocks))
         done = journal.open(partial, blocks)
         _check_space(directory, partial, end + (16 << 20))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,21 @@ def test_tables_show_every_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert all(check.name in out for checks in doctor.examine().values() for check in checks)
+
+
+def test_the_cache_folder_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert str(cache) in doctor._cache().detail and doctor._cache().ok is None
+    monkeypatch.setenv("HYBRIMOE_CACHE", "/proc/none")
+    found = doctor._cache()
+    assert found.ok is False and found.detail.startswith("/proc/none cannot be written")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("| true", "141"), (">&-", "0")])
+def test_nobody_reads_it(ending: str, code: str) -> None:
+    script = f'"$@" doctor {ending}; echo "${{PIPESTATUS[0]}}" >&2'
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", "hybrimoe_plugin"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == f"{code}\n"
 
 
 def test_broken_check_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

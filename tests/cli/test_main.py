@@ -158,6 +158,37 @@ def test_terminals_that_know_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stderr == b"\\u4f60\n"
 
 
+@pytest.mark.parametrize(
+    "flags", [["--no_such"], ["--cache_bytes", "4X"], ["--max_new_tokens", "0"], ["--cache_ratio"], ["--seed", "x"]]
+)
+def test_wrong_flags_are_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local_chat", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hybrimoe: error: ") and err.count("\n") == 1
+    assert flags[0] in err and "--help" in err
+
+
+IMPORTING = """
+import os, signal, sys, time
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "hybrimoe_plugin.hosts.transformers.load":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                os.abort()  # what a library in C++ does with it
+sys.meta_path.insert(0, Finder())
+from hybrimoe_plugin.cli.main import main
+main(["explain", "--gguf_path", "none.gguf"])
+"""
+
+
+def test_interrupts_while_libraries_are_imported_end_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nhybrimoe: interrupted\n")
+
+
 def test_closed_streams_are_no_traceback() -> None:
     script = '"$@" local_chat --gguf_path none.gguf <&-; echo $?; "$@" --version >&-'
     command = ["bash", "-c", script, "bash", sys.executable, "-m", "hybrimoe_plugin"]

@@ -21,14 +21,9 @@ from hybrimoe_plugin.operators import bind
 PROMPTS = (
     "What is the capital of France?",
     "Name three colours.",
-    "How many legs does a spider have?",
     "Write a sentence about the sea.",
     "What is 2 plus 3?",
-    "Who painted the Mona Lisa?",
-    "What do bees make?",
     "Say hello in Spanish.",
-    "Why is the sky blue?",
-    "Give me a word that rhymes with cat.",
 )
 NEW = 10
 

@@ -74,6 +74,24 @@ def test_products_of_every_type(ggml: Ggml, type_name: str) -> None:
         assert error < limits.get(type_name, 0.03)
 
 
+@pytest.mark.parametrize(
+    ("value", "spoiled"),
+    [(1.0, False), (1e30, False), (-3e38, False), (float("nan"), True), (float("inf"), True), (float("-inf"), True)],
+)
+def test_a_graph_knows_when_it_rounded_what_is_no_number(ggml: Ggml, value: float, spoiled: bool) -> None:
+    """Large numbers are numbers, also where the sum of their squares is not."""
+    graph = Graph(ggml, 1)
+    x = graph.input(1, 512)
+    graph.finish(graph.matmul(graph.weight(random_matrix("Q8_0", 32, 512)), x))
+    for at in (0, 300):
+        x.value.fill_(1.0)
+        graph.run()
+        assert not graph.spoiled
+        x.value[0, at] = value
+        graph.run()
+        assert graph.spoiled == spoiled
+
+
 def test_rows_are_dequantised(ggml: Ggml) -> None:
     stored = random_matrix("Q6_K", 32, 256)
     graph = Graph(ggml, 1)

@@ -205,7 +205,7 @@ def test_times_of_a_busy_machine_are_for_one_run(
         return ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False)
 
     assert ensure().cpu.us[0] > 0
-    assert "threads waited for one" in caplog.text and "measured again at the next start" in caplog.text
+    assert "other programs used the processor" in caplog.text and "measured again at the next start" in caplog.text
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("HYBRIMOE_BUSY", "keep")
     kept = ensure()
@@ -252,4 +252,4 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
     weights = tiny_experts.layer()
     profile = ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, threads=1, progress=False)
     assert profile.cpu.us[0] > 0
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written" in caplog.text

@@ -1,4 +1,4 @@
-"""Fuzz everything that comes from outside: `python -m tests.fuzz --cases 20000 [--only gguf rules] [--seed N]`.
+"""Fuzz everything that comes from outside: `python -m tests.fuzz [--cases N] [--seconds S] [--only KIND] [--seed N]`.
 
 A case is bad when it ends by a signal, does not end, raises what is no error of the project's own, or takes too much
 memory. What was tried is printed for each bad one, with the seed that makes it again.
@@ -7,6 +7,7 @@ memory. What was tried is printed for each bad one, with the seed that makes it 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -28,7 +29,7 @@ KINDS = {
     "rules": (rules_cases.cases, 0.1),
     "packs": (pack_cases.cases, 0.05),
     "profiles": (profile_cases.cases, 0.025),
-    "traces": (trace_cases.cases, 0.025),
+    "traces": (trace_cases.cases, 0.1),
 }
 """Makers of cases, and how many of each there are for one GGUF file."""
 LEAST = 8
@@ -55,6 +56,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=200, help="damaged GGUF files; of the other kinds fewer")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="the longest that a kind may take")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -80,6 +82,8 @@ def _fuzz(kind: str, arguments: argparse.Namespace, folder: Path, sound: dict[st
     kinds: Counter[str] = Counter()
     slowest, largest = 0.0, 0
     for number, (what, call) in zip(range(count), make(random.Random(arguments.seed), place, sound), strict=False):
+        if time.monotonic() - began > arguments.seconds and number >= LEAST:
+            break
         outcome = limits.run(call)
         kinds[outcome.kind] += 1
         slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.nbytes)

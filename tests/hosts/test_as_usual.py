@@ -13,11 +13,12 @@ import needs
 import pytest
 import tiny
 import torch
+from steps import prefill, step
 from torch import nn
 from transformers.generation.configuration_utils import CompileConfig
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
@@ -142,6 +143,28 @@ def _continued(model: Any) -> Any:
     return model.generate(longer, **{cache_name(model): cache_in(first)}, **GREEDY)
 
 
+def _forked(model: Any) -> Any:
+    """Two sequences go on from one prompt, each in a copy of its cache."""
+    with torch.no_grad():
+        cache = prefill(model, IDS)
+        fork = copy.copy(cache)
+        fork.layers = [copy.copy(layer) for layer in cache.layers]
+        ways = [(each, ids) for ids in (IDS[:, :1], IDS[:, 1:2], IDS[:, 2:3]) for each in (cache, fork)]
+        return [step(model, ids if each is cache else ids + 9, each).logits for each, ids in ways]
+
+
+def _gone_back(model: Any) -> Any:
+    """What was held of a cache before it was cropped and gone on with is still that."""
+    with torch.no_grad():
+        cache = prefill(model, IDS)
+        held = [(layer.keys, layer.values) for layer in cache.layers]
+        cache.crop(-4)
+        found = [step(model, IDS[:, at : at + 1] + 9, cache).logits for at in range(3)]
+        for layer, (keys, values) in zip(cache.layers, held, strict=True):
+            layer.keys, layer.values = keys, values
+        return [*found, step(model, IDS[:, :1], cache).logits]
+
+
 def _untouched(model: Any) -> Any:
     """What changes nothing is no matter."""
     model.tie_weights()
@@ -169,6 +192,8 @@ USES: dict[str, Callable[[Any], Any]] = {
     "prefill in chunks": _generate(prefill_chunk_size=4),
     "no cache": _generate(use_cache=False),
     "a cache gone on with": _continued,
+    "a cache forked": _forked,
+    "a cache gone back to": _gone_back,
     "static cache": _generate(cache_implementation="static"),
     "train()": _training,
     "nothing changed": _untouched,
@@ -239,6 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "half": (lambda m: m.half(), r"to\(\): weights that are float32 on cpu cannot become float16 on cpu"),
     "to a dtype": (lambda m: m.to(torch.bfloat16), "cannot become bfloat16 on cpu"),
     "to a device": (lambda m: m.to("meta"), "cannot become float32 on meta"),
+    "to a device that is not there": (lambda m: m.to("xpu:7"), r"to\(\)"),
     "base to a dtype": (lambda m: m.model.double(), "cannot become float64 on cpu"),
     "to_empty": (lambda m: m.to_empty(device="cpu"), "to_empty"),
     "resize_token_embeddings": (_grown, "resize_token_embeddings"),
@@ -259,6 +285,12 @@ def test_what_would_go_wrong_is_refused(use: str, models: Models) -> None:
         call(injected)
     with torch.no_grad():
         torch.testing.assert_close(injected(IDS[:, :2]).logits, plain(IDS[:, :2]).logits)
+
+
+@pytest.mark.parametrize("given", [IDS[:, :0], IDS[:0]])
+def test_no_tokens_are_no_input(given: Any, models: Models) -> None:
+    with pytest.raises(InputError, match="hold no token"):
+        models["qwen2_moe"][0](given)
 
 
 def test_attention_dropout_is_refused_in_training(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,3 +369,12 @@ def test_values_that_stand_for_none_or_say_again_what_is_known(family: str, tmp_
         None, export(right, tmp_path / "m.gguf", UNSET[family]), dtype="float32", progress=False
     )
     torch.testing.assert_close(logits(model, tiny.tokens(9)), logits(right, tiny.tokens(9)))
+
+
+def test_a_key_of_another_family_changes_nothing(tmp_path: Path) -> None:
+    """transformers' DeepSeek-V2 does not look at V3's `rope_interleave`, so neither do the operators."""
+    path = tiny.write(tmp_path, "deepseek_v2")
+    tiny.config("deepseek_v2", rope_interleave=False).save_pretrained(tmp_path)
+    plain, _ = load_plain_model(tmp_path, path, dtype="float32", progress=False)
+    model, _ = load_model(tmp_path, path, dtype="float32", cpu_backend="torch", accelerator="none", progress=False)
+    torch.testing.assert_close(logits(model, tiny.tokens(9)), logits(plain, tiny.tokens(9)))

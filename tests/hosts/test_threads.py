@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,6 +275,22 @@ def test_closing_a_timeline_while_others_compute(model: Any, tmp_path: Path) -> 
             model.hybrimoe.reset_stats()
 
     in_threads([draw, lambda: [question.ask(model) for _ in range(4)]])
+    assert all(engine.timeline is None for engine in model.hybrimoe.engines), "nothing is planned for a closed one"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked on this system")
+def test_a_forked_process_is_told_that_its_threads_are_gone(model: Any) -> None:
+    model(tiny.tokens(3))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        try:
+            model(tiny.tokens(3))
+        except BackendError as error:
+            os._exit(0 if "forked" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    model(tiny.tokens(3))
 
 
 def test_standard_output_survives_two_pools_made_at_once() -> None:

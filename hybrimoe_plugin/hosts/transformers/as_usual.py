@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.operators.attention import LeanAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.mla import LeanMLA
@@ -46,7 +46,7 @@ class Guard:
         plain: what the user can take in place of it.
     """
 
-    def __init__(self, model: Any, plain: str = "the model of load_plain_model") -> None:
+    def __init__(self, model: Any, plain: str = "the model of hybrimoe_plugin.load_plain_model") -> None:
         self._model = model
         self._plain = plain
         self._guards = [_Guard(module, plain) for module in _models(model)]
@@ -98,6 +98,9 @@ class _Guard:
                     "output_attentions: attention weights are never computed by these operators; load with "
                     f"dense='plain' and then set_attn_implementation('eager'), or take {self._plain}"
                 )
+            given = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(given, torch.Tensor) and not given.numel():
+                raise InputError(f"input_ids of shape {list(given.shape)} hold no token")
             if model.training and getattr(config, "attention_dropout", 0.0):
                 raise BackendError(
                     f"train(): attention_dropout is {config.attention_dropout}, and these operators have none; load "
@@ -111,7 +114,10 @@ class _Guard:
         """What `to`, `half`, `float`, `cuda` and the like come down to: fine where they change nothing."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
-            probe = change(torch.empty(0, dtype=kind[0], device=kind[1]))
+            try:
+                probe = change(torch.empty(0, dtype=kind[0], device=kind[1]))
+            except Exception as error:  # torch has an error of its own for each device that is not there
+                raise BackendError(f"to(): the model stays where it is: {error}") from error
             if (probe.dtype, probe.device) != kind:
                 raise BackendError(
                     f"to(): weights that are {_name(*kind)} cannot become {_name(probe.dtype, probe.device)} once the "
