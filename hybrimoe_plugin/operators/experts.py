@@ -129,9 +129,12 @@ class HybriMoEExperts(nn.Module):
             BackendError: the model was not bound to an engine. Going backward through the result raises it too, but
                 where plain torch computes all experts.
         """
+        engine = self._bound()
+        router = engine.routers[self._position]
+        if sent is None and isinstance(router, GateRouter):  # a replayed router calls no hook, and has sent its scores
+            router.take(hidden_states.shape[0])
         if self.instead is not None:
             return self.instead(hidden_states, top_k_index, top_k_weights)
-        engine = self._bound()
         if torch.is_grad_enabled() and not _differentiable(engine):
             call = functools.partial(engine.run, self._position, hidden_states, top_k_index, top_k_weights, sent)
             return outside_autograd(self.key, call, hidden_states, top_k_weights)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +17,8 @@ from hybrimoe_plugin.operators.bind import HybriMoE, bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.operators.turns import take_turns
+
+T = TypeVar("T")
 
 NO_GRAPHS = "HybriMoE plans every layer call anew, which a CUDA graph cannot hold: start with --use_cuda_graph False"
 _ON_LOADER = "hybrimoe"
@@ -34,6 +38,7 @@ class Shared:
         self._routers: dict[str, GateRouter] = {}
         self._handle: HybriMoE | None = None
         self._members: nn.ModuleList | None = None
+        self._binding = threading.Lock()
 
     @classmethod
     def of(cls, loader: Any) -> Shared:
@@ -67,11 +72,20 @@ class Shared:
             BackendError: the MoE block of an operator does not show its router.
             ConfigError, BudgetError: settings that cannot be met.
         """
-        if self._handle is None and self._operators:
-            self._members = nn.ModuleList(self._operators)  # the engine lives as long as this does
-            self._handle = bind(self._members, routers=self._router, progress=False)
-            take_turns(self._members, self._handle.turns)
+        with self._binding:  # the first prompts may come on several threads
+            if self._handle is None and self._operators:
+                self._members = nn.ModuleList(self._operators)  # the engine lives as long as this does
+                self._handle = bind(self._members, routers=self._router, progress=False)
         return self._handle
+
+    def in_turn(self, call: Callable[..., T], *args: Any) -> T:
+        """Call while no other thread computes with this model's operators; builds the engine if nobody has.
+
+        Raises as `bind`, and BackendError once the model was closed.
+        """
+        handle = self._handle or self.bind()
+        assert handle is not None, "an operator calls this"
+        return handle.turns.run(call, *args)
 
     def _router(self, _model: nn.Module, operator: HybriMoEExperts) -> GateRouter:
         if operator.key not in self._routers:
@@ -85,10 +99,13 @@ class Shared:
 def attach(model: Any) -> HybriMoE | None:
     """Build the engine of a model that `optimize_and_load_gguf` has loaded, and give it as `model.hybrimoe` too.
 
-    Without this call it is built at the first prompt. Raises as `Shared.bind`.
+    From then on threads that share the model take turns, one pass each. Without this call the engine is built at the
+    first prompt, where the whole model is not at hand: then they take turns by MoE block. Raises as `Shared.bind`.
     """
     shared = getattr(model.gguf_loader, _ON_LOADER, None)
     handle = shared.bind() if isinstance(shared, Shared) else None
+    if handle is not None and getattr(model, "hybrimoe", None) is not handle:
+        take_turns(model, handle.turns)
     object.__setattr__(model, "hybrimoe", handle)
     return handle
 
@@ -107,7 +124,7 @@ class ClassicRouter(GateRouter):
 
     def _keep(self, _module: nn.Module, args: Any, output: Any) -> None:
         # A MoEGate keeps its logits to itself; one small product gives them again.
-        self._logits = output if isinstance(output, torch.Tensor) else self._compute(args[0])
+        self._kept.append(output if isinstance(output, torch.Tensor) else self._compute(args[0]))
 
     def _compute(self, hidden: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.gate.weight  # type: ignore[assignment]

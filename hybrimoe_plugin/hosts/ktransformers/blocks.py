@@ -5,6 +5,7 @@ The computation is theirs, unchanged.
 
 from __future__ import annotations
 
+import torch
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.operators.experts import (
     KDeepseekV2MoE,
@@ -23,6 +24,15 @@ class _ShowsRouter(BaseInjectedModule):
         super().load()
         if isinstance(self.experts, HybriMoEExperts):
             self.experts.show_router(self.gate, self.config.num_experts_per_tok)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As the block: [B, T, H] from [B, T, H]; what the router says waits for the experts, so both in one turn.
+
+        Raises as the experts' `forward`.
+        """
+        if not isinstance(self.experts, HybriMoEExperts):
+            return super().forward(hidden_states)
+        return self.experts.in_turn(super().forward, hidden_states)
 
 
 class DeepseekV2MoE(_ShowsRouter, KDeepseekV2MoE):

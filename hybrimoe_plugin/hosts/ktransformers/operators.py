@@ -5,7 +5,7 @@ Importing this imports `ktransformers`; where that was not compiled, `patches` c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -73,9 +73,14 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
         """
         if input_tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             raise BackendError(NO_GRAPHS)
-        if self._engine is None:
-            self._shared.bind()
-        return super().forward(input_tensor, expert_ids, weights)
+        return self.in_turn(super().forward, input_tensor, expert_ids, weights)
+
+    def in_turn(self, call: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+        """The result of a call, made while no other thread computes with the model; builds the engine if nobody has.
+
+        Raises as `Shared.in_turn`.
+        """
+        return self._shared.in_turn(call, *args)
 
     def show_router(self, gate: nn.Module, top_k: int) -> None:
         self._shared.show_router(self, gate, top_k)
