@@ -20,6 +20,7 @@ import torch
 from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.ahead import Overlap
 from lever_ext.drafts.base import Draft
+from lever_ext.drafts.language_model import LanguageModelDraft, vocabulary_of
 from lever_ext.forecast import RoutingForecast
 from lever_ext.run import SpeculativeRun
 from lever_ext.stats import SpeculationStats
@@ -104,13 +105,15 @@ class LeverDecoding:
             ids [1, S], or what `generate` returns with `return_dict_in_generate`.
 
         Raises:
-            SpeculationError: more than one sequence, padding, beams, or a draft whose context is too short.
+            SpeculationError: more than one sequence, padding, beams, or a draft with another vocabulary.
             FlashError: the target's pack cannot be read.
         """
         _check(input_ids, generation_config, model_kwargs)
         with self._answering, nullcontext() if self.draft is None else self.draft.lock:
             if self.ahead is not None:
                 self.ahead.settle()
+            if isinstance(self.draft, LanguageModelDraft):
+                self.draft.serve(vocabulary_of(model))
             run = SpeculativeRun(
                 self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
             )

@@ -16,7 +16,7 @@ from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_generation
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.hosts.transformers.tokenizer import TOKENIZER_FILES, directory_tokenizer, load_tokenizer
-from lever_ext.flash.source import SafetensorsSource, TensorSource
+from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
 from lever_ext.flash.writer import Progress, write_pack
 from lever_ext.target import meta_model
 
@@ -30,13 +30,19 @@ class GGUFSource:
         store: the open file or split set.
         config: of the model.
         shapes: parameter name -> shape.
+
+    Raises:
+        WeightsError: a file was changed or removed since the store was opened.
     """
 
     def __init__(self, store: GGUFStore, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         self.parameters = ParameterSource(store, config)
         self.shapes = shapes
-        stats = [(path.name, path.stat()) for path in store.paths]
-        self.identity = ",".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+        spans: list[list[Span]] = [[] for _ in store.paths]
+        for info in store.tensors.values():
+            spans[info.file].append(Span(info.offset, info.nbytes))
+        self.identity = ",".join(file_identity(path, found) for path, found in zip(store.paths, spans, strict=True))
+        store.check_unchanged()  # the files were opened by name once more
         self._layer: dict[str, torch.Tensor] = {}
 
     def get(self, name: str) -> torch.Tensor:
@@ -82,6 +88,11 @@ def pack_model(
         _refuse_quantised(model_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config) if store is not None else _tokenizer(model_path, config)
+    if tokenizer is None:
+        logger.warning(
+            "%s: no tokenizer there, so the pack will be of no use for chat; name a directory with one by --model_path",
+            gguf_path or model_path,
+        )
     plain = plain_config(config)
     model = meta_model(plain, torch.float32)
     set_generation(model, tokenizer, {} if store is None else store.metadata, model_path, config.vocab_size)
@@ -118,7 +129,8 @@ def pack_tokenizer(pack: str | Path) -> Any:
         return directory_tokenizer(directory)
     except WeightsError as error:
         raise FlashError(
-            f"{directory}: no readable tokenizer beside the pack; pack the model again ({error})"
+            f"{directory}: no readable tokenizer beside the pack; pack the model again, with --model_path if the GGUF "
+            f"has no tokenizer ({error})"
         ) from error
 
 

@@ -13,6 +13,7 @@ from hybrimoe_plugin.errors import SpeculationError
 from hybrimoe_plugin.operators.kv_cache import cache_in
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.early_exit.rates import pays
+from lever_ext.kept_rows import KeptRows
 from lever_ext.stats import Cycle, SpeculationStats
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
@@ -47,6 +48,7 @@ class SpeculativeRun:
         self.config = config
         self.verifier = Verifier(model, owner.target.gate if owner.target is not None else None)
         self.cache = _cache(model, kwargs)
+        self.kept = KeptRows(self.cache)
         self.scores: list[torch.Tensor] = []
         self.logits: list[torch.Tensor] = []
         target, draft = owner.target, owner.draft
@@ -60,12 +62,16 @@ class SpeculativeRun:
         owner.stats = self.stats
 
     def result(self) -> Any:
-        done = self.owner.step(self._in_turn(self._begin))
-        while not done:
-            done = self.owner.step(self._in_turn(self._cycle))
-        if self.owner.streamer is not None:
-            self.owner.streamer.end()
-        return self._output()
+        try:
+            done = self.owner.step(self._in_turn(self._begin))
+            while not done:
+                done = self.owner.step(self._in_turn(self._cycle))
+            if self.owner.streamer is not None:
+                self.owner.streamer.end()
+            return self._output()
+        except BaseException:
+            self.kept.drop_rest()  # the cache is the caller's, who may go on with it
+            raise
 
     def _in_turn(self, call: Callable[[], bool]) -> Callable[[], bool]:
         """The call as one turn on the target: its early exit, reads and counters are this cycle's till the end."""
@@ -105,8 +111,8 @@ class SpeculativeRun:
         start = time.perf_counter()
         path, done = self._accept(tree, verified)
         project_us = (time.perf_counter() - start) * 1e6
+        self.kept.drop_rest()
         self._learn(tree, verified, verify_us, path)
-        self.verifier.compact(self.cache, verified, path)
         self._advance([tree.keys[row] for row in path], [tree.tokens[row] for row in path])
         after = self._counts()
         if self.owner.ahead is not None:
@@ -182,6 +188,7 @@ class SpeculativeRun:
                 rows = _likeliest_path(tree, verified, row)
                 hidden = verified.hidden[0, [verified.row_of[likely] for likely in rows]]
                 logits.update(zip(rows, self.verifier.logits(hidden).split(1), strict=True))
+            self.verifier.place(self.cache, verified, row, len(path) - 1)
             done = self._append(logits[row])
             token = int(self.ids[0, -1])
             candidates = self.tree.nodes[tree.keys[row]].candidates
@@ -194,7 +201,10 @@ class SpeculativeRun:
             path.append(row)
 
     def _append(self, logits: torch.Tensor) -> bool:
-        """Choose the next token by float32 logits [1, V] as `generate` would; whether generation has ended."""
+        """Choose the next token by float32 logits [1, V] as `generate` would; whether generation has ended.
+
+        The cache's first rows must be those of all tokens before it: they are kept from here on.
+        """
         scores = self.processors(self.ids, logits) if self.processors is not None else logits
         if self.config.do_sample:
             token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
@@ -207,8 +217,13 @@ class SpeculativeRun:
                 self.logits.append(logits)
         self.ids = torch.cat([self.ids, token], dim=-1)
         self.stats.tokens += 1
-        if self.owner.streamer is not None:
-            self.owner.streamer.put(token[0].cpu())
+        chosen, put = token[0].cpu(), getattr(self.owner.streamer, "put", None)
+        try:
+            if put is not None:
+                put(chosen)
+        finally:
+            # Not before: a caller who has not seen the new token goes on from the one before, which then has no row.
+            self.kept.keep(self.ids.shape[1] - 1)
         return bool(self.criteria(self.ids, tuple(self.scores) or None).all()) if self.criteria is not None else False
 
     def _learn(self, tree: TokenTree, verified: Verified, verify_us: float, path: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""One target pass over a token tree, and the KV cache cut back to the accepted path."""
+"""One target pass over a token tree, and the accepted path brought to the front of the tree's rows in the KV cache."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Verifier:
 
         Args:
             tree: at most as long as the model's context allows.
-            cache: KV of everything before the root. Mutates: gets the tree's rows, until `compact`.
+            cache: KV of everything before the root. Mutates: gets the tree's rows behind it.
             candidates: the draft's proposals after each row; pruning needs them.
             prune: False where the early exit shall only be judged.
 
@@ -60,12 +60,12 @@ class Verifier:
             SpeculationError: a layer's cache has a sliding window, which a tree would tear.
         """
         past = int(cache.get_seq_length())
-        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            raise SpeculationError("sliding-window attention cannot verify token trees; use --tree none")
         ids = torch.tensor([tree.tokens])
         if len(tree) == 1:
             hidden = self._run(ids, cache).last_hidden_state
             return Verified(hidden, {0: 0}, past)
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            raise SpeculationError("sliding-window attention cannot verify token trees; use --tree none")
         gate = self.gate if candidates else None
         try:
             if gate is not None:
@@ -93,26 +93,25 @@ class Verifier:
         before = self.gate.predictor.layer / self.model.config.num_hidden_layers
         return round(before * rows + (1 - before) * len(verified.row_of))
 
-    def compact(self, cache: Any, verified: Verified, path: Sequence[int]) -> None:
-        """Keep the KV entries of the accepted path alone.
+    def place(self, cache: Any, verified: Verified, row: int, depth: int) -> None:
+        """Bring the KV entries of an accepted row to where plain decoding has them: behind those of its ancestors.
+
+        From the root on: a row lies no further to the front than its depth, so none is written over that may still be
+        accepted. In place: earlier tokens are not copied.
 
         Args:
-            path: rows of the tree from the root to the last accepted node.
+            row: of the tree.
+            depth: tokens between the root and it, itself included.
 
         Mutates: the cache.
         """
-        full = torch.as_tensor(path)
-        narrow = torch.as_tensor([verified.row_of[row] for row in path])
-        past, end = verified.past, verified.past + len(path)
         exit_layer = len(cache.layers) if self.gate is None else self.gate.predictor.layer
+        place = verified.past + depth
         for index, layer in enumerate(cache.layers):
-            rows = past + (narrow if index >= exit_layer else full)
-            if rows.tolist() != list(range(past, end)):
-                # In place: earlier tokens are not copied.
-                layer.keys[:, :, past:end] = layer.keys[:, :, rows]
-                layer.values[:, :, past:end] = layer.values[:, :, rows]
-            layer.keys = layer.keys[:, :, :end]
-            layer.values = layer.values[:, :, :end]
+            found = verified.past + (verified.row_of[row] if index >= exit_layer else row)
+            if found != place:
+                layer.keys[:, :, place] = layer.keys[:, :, found]
+                layer.values[:, :, place] = layer.values[:, :, found]
 
     def _run(self, ids: torch.Tensor, cache: Any, **kwargs: Any) -> Any:
         with torch.no_grad():

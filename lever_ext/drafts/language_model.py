@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.drafts.runner import LeanRunner, Runner, make_runner
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
+
+PADDING_ROWS = 512
+"""Tokens by which vocabularies of one tokenizer may differ: some are padded with rows that mean nothing."""
 
 
 class Watcher(Protocol):
@@ -47,6 +51,10 @@ class LanguageModelDraft:
         self.lock = threading.RLock()
         self.candidates = candidates
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.vocabulary = vocabulary_of(model)
+        """Tokens that it knows: it proposes nothing after a text with others."""
+        self._proposed = self.vocabulary
+        """Tokens that it may propose: the first ones."""
         self._runner = make_runner(model) if runner is None else runner
         self._head = model.get_output_embeddings()
         self._dtype: torch.dtype = model.dtype
@@ -75,6 +83,19 @@ class LanguageModelDraft:
         if isinstance(self._runner, LeanRunner):
             self._runner.tapped = frozenset() if watcher is None else frozenset(watcher.layers)
 
+    def serve(self, vocabulary: int) -> None:
+        """Propose only tokens of a target that has so many. Mutates.
+
+        Raises:
+            SpeculationError: the two vocabularies differ by more than padding.
+        """
+        if abs(self.vocabulary - vocabulary) > PADDING_ROWS:
+            raise SpeculationError(
+                f"the draft ({self.name}) has a vocabulary of {self.vocabulary} tokens and the target one of "
+                f"{vocabulary}: they cannot share a tokenizer; choose a draft of the target's family, or --draft ngram"
+            )
+        self._proposed = vocabulary
+
     def start(self, ids: Sequence[int]) -> None:
         common, known = 0, self._committed if self._whole else 0
         while common < min(known, len(ids)) and self._tokens[common] == ids[common]:
@@ -87,14 +108,17 @@ class LanguageModelDraft:
             self._tokens, self._row_of, self.routing = list(ids), {}, {}
 
     def expand(self, tree: CandidateTree, keys: Sequence[int]) -> list[Candidates]:
+        root = list(keys) == [tree.root]
+        if root and max(self._pending(tree)) >= self.vocabulary:
+            return [Candidates((), ())]
         with self._changing():
-            hidden = self._run_root(tree) if list(keys) == [tree.root] else self._run_nodes(tree, keys)
+            hidden = self._run_root(tree) if root else self._run_nodes(tree, keys)
         if self._watcher is not None and isinstance(self._runner, LeanRunner):
             routed = self._watcher([tap[-len(keys) :] for tap in self._runner.taps])
             self.routing.update(zip(keys, routed, strict=True))
         with torch.inference_mode():
             shares = torch.softmax(self._head(hidden).float(), dim=-1)
-            values, tokens = shares.topk(self.candidates, dim=-1)
+            values, tokens = shares[:, : self._proposed].topk(self.candidates, dim=-1)
         return [Candidates(tuple(t), tuple(v)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
 
     def advance(self, accepted: Sequence[int], tokens: Sequence[int], tree: CandidateTree) -> None:
@@ -119,13 +143,16 @@ class LanguageModelDraft:
     def _run_root(self, tree: CandidateTree) -> torch.Tensor:
         """Catch up with the committed tokens, then the root; its hidden state [1, H]."""
         assert not self._row_of, "a root without KV has no expanded nodes below it"
-        first = self._runner.rows
-        pending = [*self._tokens[first:], tree.nodes[tree.root].token]
+        first, pending = self._runner.rows, self._pending(tree)
         self._row_of[tree.root] = first + len(pending) - 1
         positions = torch.arange(first, first + len(pending))
         hidden_from = torch.arange(first + len(pending))[None] > positions[:, None]
         mask = torch.zeros(hidden_from.shape, dtype=self._dtype).masked_fill_(hidden_from, self._least)
         return self._runner.run(pending, positions, mask)[-1:]
+
+    def _pending(self, tree: CandidateTree) -> list[int]:
+        """The tokens up to the root that have no KV rows."""
+        return [*self._tokens[self._runner.rows :], tree.nodes[tree.root].token]
 
     def _run_nodes(self, tree: CandidateTree, keys: Sequence[int]) -> torch.Tensor:
         rows, committed = self._runner.rows, self._committed
@@ -142,3 +169,8 @@ class LanguageModelDraft:
     @property
     def _least(self) -> float:
         return torch.finfo(self._dtype).min
+
+
+def vocabulary_of(model: Any) -> int:
+    """Tokens that a model of `transformers` knows."""
+    return int(model.config.get_text_config().vocab_size)

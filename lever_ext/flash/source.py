@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.files import open_regular
+
+SAMPLE_BYTES = 4096
+"""Of each tensor, from its middle, that tell a model from another one."""
 
 _EXPERTS = re.compile(r"^(?P<prefix>.*\.mlp)\.experts\.(?P<part>gate_up_proj|down_proj)$")
 _APART = (
@@ -69,8 +75,9 @@ class SafetensorsSource:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.files = self._find()
-        sizes = [(file, (self.directory / file).stat()) for file in sorted(set(self.files.values()))]
-        self.identity = f"{self.directory.name}:" + ",".join(f"{f}:{s.st_size}:{s.st_mtime_ns}" for f, s in sizes)
+        paths = [self.directory / file for file in sorted(set(self.files.values()))]
+        parts = [file_identity(path, _spans(path)) for path in paths]
+        self.identity = ",".join([self.directory.name, *parts])
 
     def _find(self) -> dict[str, str]:
         from safetensors import SafetensorError, safe_open
@@ -144,6 +151,48 @@ class SafetensorsSource:
                     self._read(down) if match["part"] == "down_proj" else torch.cat([self._read(gate), self._read(up)])
                 )
         raise WeightsError(f"{self.directory}: neither {name!r} nor its experts one by one are there")
+
+
+class Span(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    offset: int
+    nbytes: int
+
+
+def file_identity(path: Path, tensors: Sequence[Span]) -> str:
+    """What tells a weights file from others: its name, size and time, and a digest of its content.
+
+    Models of one shape have files of one name and size, and copying keeps the time. The digest is over all that comes
+    before the tensors and a sample of each: it reads megabytes where the file has gigabytes.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno())
+            digest.update(file.read(min((tensor.offset for tensor in tensors), default=found.st_size)))
+            for offset, nbytes in tensors:
+                file.seek(offset + max(0, nbytes - SAMPLE_BYTES) // 2)
+                digest.update(file.read(min(nbytes, SAMPLE_BYTES)))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot read the weights ({error.strerror or error})") from None
+    return f"{path.name}:{found.st_size}:{found.st_mtime_ns}:{digest.hexdigest()}"
+
+
+def _spans(path: Path) -> list[Span]:
+    """The tensors of a sound safetensors file. Raises: WeightsError: unreadable."""
+    try:
+        with open_regular(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot read the weights ({error})") from None
+    header.pop("__metadata__", None)
+    ranges = (entry["data_offsets"] for entry in header.values())
+    return [Span(8 + size + begin, end - begin) for begin, end in ranges]
 
 
 def _names(parameter: str, count: int) -> list[str]:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from hybrimoe_plugin.errors import BackendError, FlashError, HybriMoEError, WeightsError
+from lever_ext.flash import writer
 from lever_ext.flash.format import ALIGNMENT
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.source import StateDictSource
 from lever_ext.flash.writer import write_pack
+from lever_ext.packing import pack_model
 from lever_ext.target import load_target, meta_model
 from tests.lever.conftest import tiny_config
 
@@ -131,6 +134,44 @@ def test_a_packer_killed_for_good_leaves_the_former_pack_and_is_resumed(tmp_path
     for block in pack.index.blocks:
         pack.load(block)
     pack.close()
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors"])
+def test_packing_is_resumed_from_the_same_model_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may have files of the same name, size and time."""
+    monkeypatch.setattr(writer, "SYNC_BYTES", 1)
+
+    def write(seed: int) -> dict[str, Path]:
+        folder = tmp_path / str(seed) / "model"
+        folder.mkdir(parents=True)
+        if kind == "gguf":
+            tiny.write(folder, "llama", seed)
+        else:
+            tiny.model("llama", seed).save_pretrained(folder)
+        for file in folder.iterdir():
+            os.utime(file, (0, 0))
+        return {"gguf_path": folder} if kind == "gguf" else {"model_path": folder}
+
+    def pack(source: dict[str, Path], to: str, stop: int = 0) -> tuple[bytes, int]:
+        written = list[int]()
+
+        def progress(count: int, total: int) -> None:
+            written.append(count)
+            if len(written) == stop:
+                raise KeyboardInterrupt
+
+        return pack_model(tmp_path / to, dtype="float32", progress=progress, **source).read_bytes(), len(written)
+
+    sources = [write(seed) for seed in range(2)]
+    wanted = [pack(source, f"whole {seed}") for seed, source in enumerate(sources)]
+    for seed, source in enumerate(sources):
+        with pytest.raises(KeyboardInterrupt):
+            pack(sources[0], f"resumed {seed}", stop=3)
+        content, written = pack(source, f"resumed {seed}")
+        assert content == wanted[seed][0]
+        assert written == wanted[seed][1] - (3 if seed == 0 else 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -23,12 +23,14 @@ from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.budget import plan_residency
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.reader import Throttle
+from lever_ext.kept_rows import KeptRows
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.calibrate import Calibration, Candidates
 from lever_ext.tree.candidates import CandidateTree
 from lever_ext.tree.policies import POLICIES, FixedBudget, make_policy
 from lever_ext.tree.token_tree import TokenTree
-from lever_ext.verify import Verifier
+from lever_ext.verify import Verified, Verifier
+from tests.lever.conftest import tiny_config
 
 FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 SHORT = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
@@ -282,10 +284,18 @@ def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[st
     with torch.no_grad():
         want = model.base_model(plain, use_cache=True, **{verifier.cache_name: again}).last_hidden_state
     torch.testing.assert_close(verified.hidden[0, path], want[0, -4:])
-    verifier.compact(cache, verified, path)
+    keep_path(verifier, cache, verified, path)
     for ours, theirs in zip(cache.layers, again.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
         torch.testing.assert_close(ours.values, theirs.values)
+
+
+def keep_path(verifier: Verifier, cache: DynamicCache, verified: Verified, path: Sequence[int]) -> None:
+    kept = KeptRows(cache)
+    for depth, row in enumerate(path):
+        verifier.place(cache, verified, row, depth)
+        kept.keep(verified.past + depth + 1)
+    kept.drop_rest()
 
 
 def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
@@ -298,7 +308,7 @@ def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], p
     verified = verifier.verify(tree, cache, [[5, 6, 30], [7], [8], [], [9], []])
     assert 0 < len(verified.row_of) < 6
     path = tree.path(max(verified.row_of))
-    verifier.compact(cache, verified, path)
+    keep_path(verifier, cache, verified, path)
     again = DynamicCache(config=target.model.config)
     whole = torch.cat([ids[:, :-1], torch.tensor([[tree.tokens[row] for row in path]])], 1)
     Verifier(plain_models["llama"]).prefill(whole, again)
@@ -357,6 +367,43 @@ def test_a_draft_at_the_end_of_its_context_falls_silent(plain_models: dict[str, 
         plain.generate(prompt(1), custom_generate=decoder, **GREEDY), plain.generate(prompt(1), **GREEDY)
     )
     assert decoder.stats.cycles[0].rows > 1 == decoder.stats.cycles[-1].rows
+
+
+@pytest.mark.parametrize(("vocabulary", "first"), [(40, 3), (40, 50), (64, 3), (200, 3), (576, 3)])
+def test_a_draft_with_more_or_fewer_rows_of_padding(
+    vocabulary: int, first: int, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    """It likes its last token best, and the text holds tokens that the smallest draft lacks from some place on."""
+    target, draft = load_target(packs["llama"]), a_draft_of(vocabulary)
+    decoder = LeverDecoding(draft, FixedBudget(6), target)
+    ids = torch.cat([prompt(1)[:, 1:] % 30 + 3, torch.tensor([[first]])], 1)
+    want = plain_models["llama"].generate(ids, **GREEDY)
+    assert torch.equal(target.model.generate(ids, custom_generate=decoder, **GREEDY), want)
+    assert (decoder.stats.cycles[0].rows > 1) == (first < vocabulary)
+    decoder.close()
+    target.close()
+
+
+@pytest.mark.parametrize("vocabulary", [577, 1000])
+def test_a_draft_with_another_vocabulary_is_refused(
+    vocabulary: int, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    target, draft = load_target(packs["llama"]), a_draft_of(vocabulary)
+    decoder = LeverDecoding(draft, make_policy("lever"), target)
+    with pytest.raises(SpeculationError, match=rf"vocabulary of {vocabulary} tokens and the target one of 64"):
+        target.model.generate(prompt(0), custom_generate=decoder, **GREEDY)
+    target.close()
+
+
+def a_draft_of(vocabulary: int) -> LanguageModelDraft:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**tiny_config("llama"), "vocab_size": vocabulary})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.arange(vocabulary, dtype=torch.float32), requires_grad=False)
+    return LanguageModelDraft(model)
 
 
 def test_draft_equals_recomputation_after_it_was_advanced(plain_models: dict[str, Any]) -> None:
@@ -424,7 +471,7 @@ def test_ngram_proposes_what_followed_before() -> None:
 
 
 def test_foreign_and_missing_rules(packs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="MiB"):
+    with pytest.raises(BudgetError, match="is too small"):
         load_target(packs["llama"], dram_budget="1KiB")
     rules = tmp_path / "rules.yaml"
     rules.write_text(
