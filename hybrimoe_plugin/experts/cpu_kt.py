@@ -40,6 +40,7 @@ GROUPED_HIDDEN_MULTIPLE = 256
 """From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows and leaves what is
 over untouched: with hidden size 576 the last 64 values of every token are wrong. Other sizes stay on the path for few
 tokens, which is right but about 2.4 times slower in prefill (docs/LOG.md)."""
+_IDS = (torch.int64, torch.int32)
 _GROUP_MIN_TOKENS = 10
 _MAX_TOKENS = 1024
 """Tokens per native call; longer calls are cut, since the kernel's buffers grow with this."""
@@ -326,8 +327,10 @@ def _nan_rows(hidden: torch.Tensor) -> torch.Tensor | None:
 
 def check_kinds(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
     """Raises: BackendError: not on the CPU, or of a type that a kernel's conversion would change without a word."""
-    for what, tensor in (("hidden states", hidden), ("expert weights", weights)):
-        if not tensor.is_floating_point() or tensor.device.type != "cpu":
-            raise BackendError(f"{what} must be floating point on the CPU, found {tensor.dtype} on {tensor.device}")
-    if ids.dtype not in (torch.int64, torch.int32) or ids.device.type != "cpu":
+    # Attributes in one expression: this is asked in every layer of every token.
+    if not (hidden.is_cpu and weights.is_cpu and hidden.is_floating_point() and weights.is_floating_point()):
+        for what, tensor in (("hidden states", hidden), ("expert weights", weights)):
+            if not (tensor.is_cpu and tensor.is_floating_point()):
+                raise BackendError(f"{what} must be floating point on the CPU, found {tensor.dtype} on {tensor.device}")
+    if not ids.is_cpu or ids.dtype not in _IDS:
         raise BackendError(f"expert ids must be int64 or int32 on the CPU, found {ids.dtype} on {ids.device}")
