@@ -34,7 +34,7 @@ def changed(rng: random.Random, value: Any) -> Any:
             items[place] = changed(rng, items[place])
         return items
     if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.5:
-        return rng.choice((value + 1, value - 1, value * 2, -value, value + 4096, value * 1e9))
+        return rng.choice((value + 1, value - 1, value * 2, -value, value + 4096, value * 10**9))
     return rng.choice(_VALUES)
 
 
