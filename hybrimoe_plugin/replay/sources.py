@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import TraceError
 from hybrimoe_plugin.files import read_regular
-from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader, read_trace
+from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader, check_header, read_trace
 
 Popularity = NDArray[np.float64]
 
@@ -215,6 +215,7 @@ def _assemble_csv(rows: NDArray[np.float64], facts: dict[str, str], path: str | 
         expert_bytes=int(facts["expert_bytes"]),
         source=f"{Path(path).name}: Helldez/BigMoeOnEdge 2d4f2b11, Apache-2.0",
     )
+    check_header(header)
     position = {layer: index for index, layer in enumerate(layers.tolist())}
     calls: list[Call] = []
     for phase in (0, 1):

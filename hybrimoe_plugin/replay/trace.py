@@ -216,6 +216,17 @@ def write_trace(path: str | os.PathLike[str], header: TraceHeader, calls: Iterab
             writer.write(call)
 
 
+def check_header(header: TraceHeader) -> None:
+    """Raises: ValueError: a size out of range, or a text that is none."""
+    sizes = (header.layers, header.experts, header.top_k)
+    if any(type(size) is not int or not 1 <= size < 1 << 15 for size in sizes) or header.top_k > header.experts:
+        raise ValueError(f"layers, experts, top_k are {sizes}")
+    if type(header.expert_bytes) is not int or not 1 <= header.expert_bytes < 1 << 40:
+        raise ValueError(f"expert_bytes is {header.expert_bytes!r}")
+    if any(type(text) is not str for text in (header.model, header.source, header.predictions)):
+        raise ValueError("model, source and predictions must be texts")
+
+
 def _check_listing(data: bytes) -> None:
     """Raise ValueError for an archive whose table of contents is not small: `zipfile` makes objects of all of it."""
     end = data.rfind(b"PK\5\6")
@@ -247,9 +258,7 @@ def _header(data: dict[str, Any], path: str | os.PathLike[str]) -> TraceHeader:
     if version != VERSION:
         raise TraceError(f"{path}: trace version {version!r}, this program reads {VERSION}")
     header = TraceHeader(**data)
-    sizes = (header.layers, header.experts, header.top_k)
-    if any(type(size) is not int or not 1 <= size < 1 << 15 for size in sizes) or header.top_k > header.experts:
-        raise ValueError(f"layers, experts, top_k are {sizes}")
+    check_header(header)
     return header
 
 

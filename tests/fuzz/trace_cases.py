@@ -94,7 +94,7 @@ def _other_values(rng: random.Random, raw: bytes) -> bytes:
     values = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False).copy()
     flat = values.reshape(-1)
     for _ in range(rng.choice((1, 1, 5)) if flat.size else 0):
-        near = (flat[rng.randrange(flat.size)], flat[rng.randrange(flat.size)] + 1, 0, 1)
+        near = (flat[rng.randrange(flat.size)], flat[rng.randrange(flat.size)] // 2 + 1, 0, 1)
         far = (-1, 7, 32767, math.nan if values.dtype.kind == "f" else -32768)
         flat[rng.randrange(flat.size)] = rng.choice(near if rng.random() < 0.8 else far)
     out = io.BytesIO()

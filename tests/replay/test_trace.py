@@ -7,6 +7,7 @@ import io
 import json
 import tracemalloc
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from hybrimoe_plugin.replay.sources import load_trace, read_popularity, syntheti
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader, TraceWriter, read_trace, write_trace
 
 HEADER = TraceHeader("tiny", 3, 8, 2, 1000, "made here", "recorded")
+SOUND = {"format": "hybrimoe-trace", "version": 1, **asdict(HEADER)}
 
 
 def tiny(decode_tokens: int = 5) -> Trace:
@@ -119,6 +121,9 @@ def array(values: np.ndarray) -> bytes:
         ("header.json", json.dumps({"format": "other"}).encode(), "not a hybrimoe-trace"),
         ("header.json", json.dumps({"format": "hybrimoe-trace", "version": 9}).encode(), "version 9"),
         ("header.json", b"[]", "no trace"),
+        ("header.json", json.dumps({**SOUND, "expert_bytes": [0]}).encode(), "expert_bytes is"),
+        ("header.json", json.dumps({**SOUND, "expert_bytes": -1}).encode(), "expert_bytes is"),
+        ("header.json", json.dumps({**SOUND, "source": None}).encode(), "must be texts"),
         ("footer.json", json.dumps({"calls": 1, "chunks": 1}).encode(), "its footer says 1"),
         ("footer.json", json.dumps({"calls": 1, "chunks": 10**12}).encode(), "no trace"),
         ("0/ids", array(np.full((27, 2), 99, np.int16)), "out of range"),
