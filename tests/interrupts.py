@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 OURS = ("hybrimoe_plugin", "lever_ext")
-WITHOUT_SIGNALS = ("hybrimoe_plugin.operators.turns",)
-"""They take a lock in C by `with`, which no signal keeps from being given back; ending between two operations would."""
+_SEEN_AFTER = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "SEND")
+"""How the operations are called after which the interpreter looks for signals. Between others none is seen: a lock that
+`with` has taken is given back, whatever comes."""
 
 
 class _Tracer:
     """Counts the operations of our packages that this thread runs, and raises at one of them.
 
     Args:
-        at: which operation, counted from 1; None to count only.
+        at: which operation, counted from 1, or the first after it where a signal could be seen; None to count only.
     """
 
     def __init__(self, at: int | None = None, error: BaseException | None = None) -> None:
@@ -24,6 +26,8 @@ class _Tracer:
         self.raised = False
         self._at = at
         self._error = error
+        self._before_it: dict[FrameType, int] = {}
+        """The operation that a frame has last run."""
 
     def __enter__(self) -> _Tracer:
         self._before = sys.gettrace()
@@ -35,7 +39,7 @@ class _Tracer:
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = str(frame.f_globals.get("__name__"))
-        if not name.startswith(OURS) or name in WITHOUT_SIGNALS:
+        if not name.startswith(OURS):
             return None
         # Not by line: a signal is also seen between a function's return and the assignment of what it gave.
         frame.f_trace_opcodes = True
@@ -44,9 +48,15 @@ class _Tracer:
     def _operation(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "opcode":
             self.count += 1
-            if self.count == self._at and self._error is not None:
+            before = self._before_it.get(frame)
+            self._before_it[frame] = frame.f_code.co_code[frame.f_lasti]
+            due = self._at is not None and self.count >= self._at and not self.raised
+            if due and before is not None and dis.opname[before].startswith(_SEEN_AFTER):
+                assert self._error is not None
                 self.raised = True
                 raise self._error
+        elif event == "return":
+            self._before_it.pop(frame, None)
         return self._operation
 
 
