@@ -161,11 +161,12 @@ def _block(entry: Mapping[str, Any]) -> Block:
 def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
     end = ALIGNMENT
     for block in blocks:
-        sound = block.kind in KINDS and block.offset == end and block.nbytes > 0 and block.nbytes % ALIGNMENT == 0
+        sound = block.kind in KINDS and block.offset == end and bool(block.tensors)
+        sound = sound and block.nbytes > 0 and block.nbytes % ALIGNMENT == 0
         end = block.offset + block.nbytes
         for tensor in block.tensors:
             sound = sound and tensor.dtype in DTYPES and tensor.offset % TENSOR_ALIGNMENT == 0 and tensor.offset >= 0
             sound = sound and len(tensor.shape) <= 8 and all(size > 0 for size in tensor.shape)
             sound = sound and tensor.offset + tensor.nbytes <= block.nbytes
         if not sound or end > data_end:
-            raise FlashError(f"{where}: block {block.label} lies outside its place; pack the model again")
+            raise FlashError(f"{where}: block {block.label} is empty or lies outside its place; pack the model again")

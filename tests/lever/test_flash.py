@@ -6,6 +6,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from hybrimoe_plugin.errors import BudgetError, ConfigError, FlashError, WeightsError
 from lever_ext.flash import writer
 from lever_ext.flash.budget import plan_residency
-from lever_ext.flash.format import ALIGNMENT, MAGIC
+from lever_ext.flash.format import ALIGNMENT, MAGIC, header_bytes, parse_header
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.reader import Buffer, FlashReader, Throttle
 from lever_ext.flash.source import StateDictSource
@@ -262,6 +263,19 @@ def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(FlashError, match="resident is damaged"):
         pack.load(pack.index.blocks[0])
     pack.close()
+
+
+def test_a_block_without_tensors_is_refused(tmp_path: Path) -> None:
+    path, _ = make(tmp_path)
+    pack = FlashPack.open(path)
+    first, *others = pack.index.blocks
+    pack.close()
+    raw = path.read_bytes()
+    offset, _, _ = parse_header(raw[:ALIGNMENT], len(raw), "sound")
+    index = replace(pack.index, blocks=(replace(first, tensors=()), *others)).to_bytes()
+    path.write_bytes(header_bytes(offset, index) + raw[ALIGNMENT:offset] + index)
+    with pytest.raises(FlashError, match="block resident is empty"):
+        FlashPack.open(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF" + b"\0" * 5000, MAGIC + (9).to_bytes(4, "little") + b"\0" * 5000])
