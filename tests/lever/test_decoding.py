@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lever_ext.verify import Verified, Verifier
 from tests.lever.conftest import tiny_config
 
 FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+PROMPTS = 20 if "HYBRIMOE_LONG" in os.environ else 10
 SHORT = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 
@@ -85,7 +87,9 @@ def wanted(plain_models: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize(("family", "prompts"), [pytest.param("llama", 20, marks=pytest.mark.slow), ("mixtral", 4)])
+@pytest.mark.parametrize(
+    ("family", "prompts"), [pytest.param("llama", PROMPTS, marks=pytest.mark.slow), ("mixtral", 4)]
+)
 @pytest.mark.parametrize("draft", ["low-bit", "n-gram", pytest.param("wrong", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pruning", [False, True])
 def test_greedy_output_is_token_identical(
