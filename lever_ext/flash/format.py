@@ -159,6 +159,8 @@ def _block(entry: Mapping[str, Any]) -> Block:
 
 
 def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
+    if not blocks:
+        raise FlashError(f"{where}: the pack holds no blocks; pack the model again")
     end = ALIGNMENT
     for block in blocks:
         sound = block.kind in KINDS and block.offset == end and bool(block.tensors)

@@ -265,16 +265,18 @@ def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path) -> None:
     pack.close()
 
 
-def test_a_block_without_tensors_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("empty", ["block resident is empty", "holds no blocks"])
+def test_what_holds_nothing_is_refused(empty: str, tmp_path: Path) -> None:
     path, _ = make(tmp_path)
     pack = FlashPack.open(path)
     first, *others = pack.index.blocks
     pack.close()
     raw = path.read_bytes()
     offset, _, _ = parse_header(raw[:ALIGNMENT], len(raw), "sound")
-    index = replace(pack.index, blocks=(replace(first, tensors=()), *others)).to_bytes()
+    blocks = () if "no blocks" in empty else (replace(first, tensors=()), *others)
+    index = replace(pack.index, blocks=blocks).to_bytes()
     path.write_bytes(header_bytes(offset, index) + raw[ALIGNMENT:offset] + index)
-    with pytest.raises(FlashError, match="block resident is empty"):
+    with pytest.raises(FlashError, match=empty):
         FlashPack.open(path)
 
 
