@@ -63,16 +63,13 @@ class GrowingLayer(DynamicLayer):
         keys.narrow(2, held, total - held).copy_(key_states)
         if values.shape[3]:  # latent attention keeps one row per token, as its keys
             values.narrow(2, held, total - held).copy_(value_states)
-        self._shown = total
-        self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
+        self._show(total)
         return self.keys, self.values
 
     def cut(self, total: int) -> None:
         """Keep the first tokens, and write the next ones over the others: nobody else may hold those."""
-        in_place = self._buffers is not None and self.lies_in(self._buffers)
         self.keys, self.values = self.keys[:, :, :total], self.values[:, :, :total]
-        if in_place:
-            self._shown = total
+        self._shown = total
 
     def lies_in(self, buffers: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
         """Whether keys and values are still views of these buffers: beams and batches replace them."""

@@ -12,12 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import SpeculationError
+from hybrimoe_plugin.hosts.transformers.config import PADDING_ROWS
 from lever_ext.drafts.runner import LeanRunner, Runner, make_runner
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
-
-PADDING_ROWS = 512
-"""Tokens by which vocabularies of one tokenizer may differ: some are padded with rows that mean nothing."""
 
 
 class Watcher(Protocol):

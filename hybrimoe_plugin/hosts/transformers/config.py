@@ -18,8 +18,8 @@ from hybrimoe_plugin.hosts.transformers.rope import Rope, difference, read_rope
 log = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
-_PADDING_ROWS = 512
-"""Rows by which an embedding may differ from the config: some converters drop padding, others add it."""
+PADDING_ROWS = 512
+"""Tokens by which vocabularies of one tokenizer may differ: some converters drop rows of padding, others add them."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -110,7 +110,7 @@ def _agree(name: str, ours: Any, theirs: Any) -> bool:
     if name == "model_type":  # Mistral is a Llama with a window
         return ours == theirs or {ours, theirs} == {"llama", "mistral"}
     if name == "vocab_size":
-        return abs(ours - theirs) < _PADDING_ROWS
+        return abs(ours - theirs) < PADDING_ROWS
     if isinstance(ours, float) or isinstance(theirs, float):  # the file has them as float32
         return isinstance(ours, int | float) and math.isclose(ours, theirs, rel_tol=1e-5)
     return bool(ours == theirs)
