@@ -1,6 +1,7 @@
 """Every question in turn, and one HTML report of all tables and figures.
 
-A question that fails does not stop the others: the report says what it printed, and the exit status is 1.
+A question that fails does not stop the others: the report says what it printed, and the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ th, td { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right;
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; font-size: 12px; }
 .failed { color: #b00020; }
-"""
+"""  # noqa: E501
 
 
 class Answer(NamedTuple):
@@ -70,12 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ask(question: str, out: Path, quick: bool) -> Answer:
     """Run one question in a process of its own."""
-    command = [sys.executable, "-m", f"eval.{question}", "--out", str(out), *(["--quick"] if quick else [])]
+    command = [
+        sys.executable,
+        "-m",
+        f"eval.{question}",
+        "--out",
+        str(out),
+        *(["--quick"] if quick else []),
+    ]
     started = time.monotonic()
     before = time.time() - 1
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=LIMIT_S[quick], cwd=report.ROOT
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT_S[quick],
+            cwd=report.ROOT,
         )
         output = done.stdout + (f"\n{done.stderr}" if done.returncode else "")
         result = _last_json(done.stdout) if done.returncode == 0 else None
@@ -90,9 +103,11 @@ def page(answers: Sequence[Answer], quick: bool) -> str:
     facts = ", ".join(f"{key} {value}" for key, value in report.facts().items())
     kind = "quick look, few repetitions" if quick else "full run"
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>HybriMoE evaluation</title><style>{_STYLE}</style>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>HybriMoE "
+        f"evaluation</title><style>{_STYLE}</style>",
         f"<h1>HybriMoE evaluation</h1><p>{html.escape(facts)} ({kind})</p>",
-        "<p>Numbers are measured on this machine unless their table says simulated or emulated.</p>",
+        "<p>Numbers are measured on this machine unless their table says simulated or "
+        "emulated.</p>",
     ]
     for answer in answers:
         parts += _section(answer)
@@ -109,7 +124,9 @@ def _section(answer: Answer) -> list[str]:
     for path in answer.files:
         if path.suffix == ".png":
             data = base64.b64encode(path.read_bytes()).decode()
-            parts.append(f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>')
+            parts.append(
+                f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+            )
         elif path.suffix == ".csv":
             rows = _rows(path)
             more = f", first {_ROWS} of {len(rows)} rows" if len(rows) > _ROWS else ""
@@ -121,7 +138,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows without the facts about the machine, which the page's head gives."""
     known = set(report.facts())
     with path.open(encoding="utf-8", newline="") as file:
-        return [{key: value for key, value in row.items() if key not in known} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if key not in known}
+            for row in csv.DictReader(file)
+        ]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -129,7 +149,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         return "<p>no rows</p>"
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_short(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(f"<td>{html.escape(_short(value))}</td>" for value in row.values())
+        + "</tr>"
+        for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 

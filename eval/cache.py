@@ -1,7 +1,8 @@
 """How often is an expert there when it is needed? Hit rates of cache policies, simulated on traces.
 
-`cache alone` is reactive: nobody looks ahead and nothing takes time. `with prefetch` replays decode on the paper's
-machine with the engine's controller and counts what was resident when its call began. No column is measured.
+`cache alone` is reactive: nobody looks ahead and nothing takes time. `with prefetch` replays decode
+on the paper's machine with the engine's controller and counts what was resident when its call
+began. No column is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         rows += hit_rows(name, JUDGED if args.quick else RATIOS)
     ahead = [prefetch_row(name) for name in traces.REAL]
     report.show("Hit rate in decode, cache alone (simulated)", rows)
-    report.show("Resident when needed at 25 %, with prefetch on the paper's link (simulated)", ahead)
+    report.show(
+        "Resident when needed at 25 %, with prefetch on the paper's link (simulated)", ahead
+    )
     report.save_csv(args.out / "cache.csv", rows)
     report.save_csv(args.out / "cache_prefetch.csv", ahead)
     report.save_figure(args.out / "cache.png", lambda axes: _draw(axes, rows))
@@ -70,7 +73,9 @@ def prefetch_row(name: str, ratio: float = 0.25) -> dict[str, Any]:
     """Cache and prefetch together against LRU and Belady without."""
     trace = routing(name)
     costs = traces.costs_for("a6000", trace, name)
-    seen = replay(prepare(OURS, trace, RECALL), build(OURS, trace, costs, ratio, None)).resident_rate
+    seen = replay(
+        prepare(OURS, trace, RECALL), build(OURS, trace, costs, ratio, None)
+    ).resident_rate
     lru, belady = (hit_rate(trace, policy, ratio, shared=False) for policy in ("lru", "belady"))
     return {
         "trace": name,
@@ -83,10 +88,15 @@ def prefetch_row(name: str, ratio: float = 0.25) -> dict[str, Any]:
 
 
 def closed(rows: Sequence[dict[str, Any]], budget: str) -> float:
-    """Share of the way from per-layer LRU to Belady of the same budget, over the real traces' mean hit rates."""
+    """Share of the way from per-layer LRU to Belady of the same budget, over the real traces' mean
+    hit rates.
+    """
     chosen = [row for row in rows if row["trace"] in traces.REAL and row["cache"] in JUDGED]
     lru = sum(row["lru"] for row in chosen if row["budget"] == "layer")
-    ours, best = (sum(row[name] for row in chosen if row["budget"] == budget) for name in ("adaptive", "belady"))
+    ours, best = (
+        sum(row[name] for row in chosen if row["budget"] == budget)
+        for name in ("adaptive", "belady")
+    )
     return float((ours - lru) / (best - lru))
 
 
@@ -108,10 +118,17 @@ def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     chosen = [row for row in rows if row["trace"] in traces.REAL and row["budget"] == "layer"]
     ratios = sorted({row["cache"] for row in chosen})
     shared = [row for row in rows if row["trace"] in traces.REAL and row["budget"] == "shared"]
-    lines = [(policy, policy, chosen) for policy in POLICIES] + [("adaptive, shared slots", "adaptive", shared)]
+    lines = [(policy, policy, chosen) for policy in POLICIES] + [
+        ("adaptive, shared slots", "adaptive", shared)
+    ]
     for label, policy, part in lines:
         means = [[row[policy] for row in part if row["cache"] == ratio] for ratio in ratios]
-        axes.plot([100 * r for r in ratios], [100 * sum(m) / len(m) for m in means], marker="o", label=label)
+        axes.plot(
+            [100 * r for r in ratios],
+            [100 * sum(m) / len(m) for m in means],
+            marker="o",
+            label=label,
+        )
     axes.set_xlabel("experts in the cache, %")
     axes.set_ylabel("decode hit rate, %, three traces (simulated)")
     axes.legend()

@@ -17,7 +17,9 @@ def mapped(work: Callable[[Job], Found], jobs: Iterable[Job]) -> list[Found]:
 
     Processes are spawned: a fork of a process with torch's threads could hang.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if cores == 1:
         return [work(job) for job in jobs]
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:

@@ -1,11 +1,13 @@
-"""On one NVIDIA GPU: roofline, then four systems at three cache sizes, prefill and decode of shape-accurate models.
+"""On one NVIDIA GPU: roofline, then four systems at three cache sizes, prefill and decode of
+shape-accurate models.
 
-`python -m eval.throughput --device cuda` comes here. The models are MoE layers only, driven by given routing, recorded
-or generated as the column says; the CPU is limited to ten threads. `whole_model` in the last line is what
-`eval.cuda_model` says of whole models, with attention, norms and head, at half the experts.
-Every finished row is in `cuda.jsonl` at once; the same command goes on after the last one. A quick run does not judge.
-Without a CUDA device it is a dry run: the same code on the emulated accelerator with small matrices, times from the
-simulated clock and the published profile of the paper's machine, and `emulated` true.
+`python -m eval.throughput --device cuda` comes here. The models are MoE layers only, driven by
+given routing, recorded or generated as the column says; the CPU is limited to ten threads.
+`whole_model` in the last line is what `eval.cuda_model` says of whole models, with attention, norms
+and head, at half the experts. Every finished row is in `cuda.jsonl` at once; the same command goes
+on after the last one. A quick run does not judge. Without a CUDA device it is a dry run: the same
+code on the emulated accelerator with small matrices, times from the simulated clock and the
+published profile of the paper's machine, and `emulated` true.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from hybrimoe_plugin.policy.counters import Counters
 log = logging.getLogger(__name__)
 
 LOAD_EVERY_MISS = System(
-    "load every miss, LRU", {"scheduler": "accelerator_only", "cache": "lru", "budget": "layer", "prefetch": "off"}
+    "load every miss, LRU",
+    {"scheduler": "accelerator_only", "cache": "lru", "budget": "layer", "prefetch": "off"},
 )
 SYSTEMS = (KTRANSFORMERS, LOAD_EVERY_MISS, PUBLISHED, OURS)
 RATIOS = (0.25, 0.5, 0.75)
@@ -41,15 +44,18 @@ PHASES = ("prefill", "decode")
 REPEATS = 20
 """Prompts, and the fewest decode steps that count."""
 WARM_UP = 8
-"""Decode steps that do not count: after them no system moves more experts a step than later. They are steps of their
-own, because a cache that has seen the steps that count, as LRU had, finds the experts of the first ones."""
+"""Decode steps that do not count: after them no system moves more experts a step than later. They
+are steps of their own, because a cache that has seen the steps that count, as LRU had, finds the
+experts of the first ones.
+"""
 CELL_SECONDS = 8.0
 """Decode of one cell stops after this."""
 JOURNAL = "cuda.jsonl"
 LAYERS, BANDWIDTHS = "layers", "bandwidths"
 """Questions that a row of the journal may belong to."""
 NOT_JUDGED = (
-    "a quick run does not judge: a few steps of a few layers put a median on either side of one expert's time; "
+    "a quick run does not judge: a few steps of a few layers put a median on either side of one "
+    "expert's time; "
     "its comparisons are null, its times are in the table"
 )
 VERDICTS = ("decode_speedup_geomean", "prefill_speedup_geomean", "worst_cell_vs_any_baseline")
@@ -69,16 +75,21 @@ class Timing(NamedTuple):
 
 
 def measure(bench: Bench, system: System, ratio: float) -> dict[str, Timing]:
-    """Both phases of one system at one cache size; before each, every system has the same passes to warm up.
+    """Both phases of one system at one cache size; before each, every system has the same passes to
+    warm up.
 
-    That is one prompt, and `WARM_UP` decode steps, or half of the steps where there are fewer than twice as many.
+    That is one prompt, and `WARM_UP` decode steps, or half of the steps where there are fewer than
+    twice as many.
     """
     engine = bench.engine(system, ratio)
     counters = engine.controller.counters
     prompts, decode = bench.routing.prompts, bench.routing.decode
     warm_up = min(WARM_UP, len(decode) // 2)
     prefill_passes = [prompts[turn % len(prompts)] for turn in range(3 if bench.quick else REPEATS)]
-    passes = {"prefill": (prompts[-1:], prefill_passes), "decode": (decode[:warm_up], decode[warm_up:])}
+    passes = {
+        "prefill": (prompts[-1:], prefill_passes),
+        "decode": (decode[:warm_up], decode[warm_up:]),
+    }
     found = {}
     for phase, (first, counted) in passes.items():
         for calls in first:
@@ -93,7 +104,9 @@ def measure(bench: Bench, system: System, ratio: float) -> dict[str, Timing]:
 
 
 def roofline_us(bench: Bench, bandwidths: Bandwidths, counts: Counters, passes: int) -> float:
-    """Least time of one pass: every expert's bytes once, misses over CPU and link together, all of it overlapped."""
+    """Least time of one pass: every expert's bytes once, misses over CPU and link together, all of
+    it overlapped.
+    """
     needed = counts.activations * bench.expert_bytes / passes
     missing = needed * (1.0 - counts.hit_rate)
     shared = missing / (bandwidths.cpu + bandwidths.link)
@@ -108,7 +121,9 @@ def cells() -> list[tuple[float, System]]:
 def rows_of(bench: Bench, bandwidths: Bandwidths, system: System, ratio: float) -> Iterator[Row]:
     """One row for each phase of a cell."""
     for phase, timing in measure(bench, system, ratio).items():
-        low, middle, high = statistics.quantiles(timing.us, n=10)[1::3] if len(timing.us) > 1 else timing.us * 3
+        low, middle, high = (
+            statistics.quantiles(timing.us, n=10)[1::3] if len(timing.us) > 1 else timing.us * 3
+        )
         yield {
             **_key(bench.model, ratio, system),
             "layers": len(bench.layers),
@@ -126,8 +141,12 @@ def rows_of(bench: Bench, bandwidths: Bandwidths, system: System, ratio: float) 
         }
 
 
-def model_rows(model: Model, dry: bool, quick: bool, found: Finished, progress: Progress) -> tuple[Row, list[Row]]:
-    """(bandwidths, all cells' rows) of one model, taken from the journal or measured and saved one by one."""
+def model_rows(
+    model: Model, dry: bool, quick: bool, found: Finished, progress: Progress
+) -> tuple[Row, list[Row]]:
+    """(bandwidths, all cells' rows) of one model, taken from the journal or measured and saved one
+    by one.
+    """
     kept = _kept(model, found)
     if kept is not None:
         return kept
@@ -174,7 +193,9 @@ def _roof(bench: Bench, found: Finished) -> Row:
     bandwidths = cuda_bandwidth.bandwidths(bench.costs, bench.expert_bytes, device)
     shares = {} if bench.dry else cuda_bandwidth.shares(bench.accelerator, bench.layers, bandwidths)
     name = {"question": BANDWIDTHS, "model": bench.model.name, "layers": len(bench.layers)}
-    return found.add({**name, **bandwidths.row(), **shares, "note": bench.model.note, "emulated": bench.dry})
+    return found.add(
+        {**name, **bandwidths.row(), **shares, "note": bench.model.note, "emulated": bench.dry}
+    )
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -195,13 +216,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     result["worst_cell_vs_any_baseline"] = min(
         gain(cell, system) for cell in cells for system in SYSTEMS if system is not OURS
     )
-    shares = [row["roofline_ms"] / row["p50_ms"] for cell, row in ours.items() if cell[2] == "decode"]
+    shares = [
+        row["roofline_ms"] / row["p50_ms"] for cell, row in ours.items() if cell[2] == "decode"
+    ]
     result["roofline_share"] = statistics.geometric_mean(shares)
     return result
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole question; `args` has `out`, `quick`, `fresh` and `model`. Gives what the JSON line says.
+    """The whole question; `args` has `out`, `quick`, `fresh` and `model`. Gives what the JSON line
+    says.
 
     Raises:
         ConfigError: no such model.
@@ -226,9 +250,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report.save_csv(args.out / "cuda_bandwidth.csv", roofs)
         whole = whole_models(models, dry, args, found, progress)
     least = {
-        name: None if dry else min(row[name] for row in roofs) for name in ("link_share", "kernel_bandwidth_share")
+        name: None if dry else min(row[name] for row in roofs)
+        for name in ("link_share", "kernel_bandwidth_share")
     }
-    result = {**summary(rows), **least, "judged": not args.quick, "emulated": dry, "whole_model": whole}
+    result = {
+        **summary(rows),
+        **least,
+        "judged": not args.quick,
+        "emulated": dry,
+        "whole_model": whole,
+    }
     if args.quick:
         result |= dict.fromkeys(VERDICTS)
         print(NOT_JUDGED)
@@ -245,21 +276,31 @@ def _progress(models: Sequence[Model], dry: bool, quick: bool, found: Finished) 
     planned, taken = cuda_model.planned(models, WHOLE_RATIOS, dry, quick, found)
     # Prompts of a cell take about as long as decode, which stops after CELL_SECONDS.
     guess = DRY_CELL_S[quick] if dry else CELL_SECONDS * (0.5 if quick else 2.0)
-    return Progress({LAYERS: Planned(left, guess), cuda_model.WHOLE: planned}, taken + len(keys) - left)
+    return Progress(
+        {LAYERS: Planned(left, guess), cuda_model.WHOLE: planned}, taken + len(keys) - left
+    )
 
 
 def named(name: str) -> list[Model]:
     """The models of one name in `eval.synthetic`, or all. Raises: ConfigError: there is none."""
     found = [model for model in MODELS if name in (EVERY, model.shape)]
     if not found:
-        raise ConfigError(f"model: expected one of {', '.join({model.shape for model in MODELS})}, found {name!r}")
+        raise ConfigError(
+            f"model: expected one of {', '.join({model.shape for model in MODELS})}, found {name!r}"
+        )
     return found
 
 
 def whole_models(
-    models: Sequence[Model], dry: bool, args: argparse.Namespace, found: Finished, progress: Progress
+    models: Sequence[Model],
+    dry: bool,
+    args: argparse.Namespace,
+    found: Finished,
+    progress: Progress,
 ) -> dict[str, Any] | None:
-    """What `eval.cuda_model` says of these models at half the experts; None if it fails: the layers' times stand."""
+    """What `eval.cuda_model` says of these models at half the experts; None if it fails: the
+    layers' times stand.
+    """
     from eval import cuda_model
 
     try:
@@ -270,7 +311,17 @@ def whole_models(
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("model", "cache", "method", "phase", "p20_ms", "p50_ms", "p80_ms", "roofline_ms", "hit_rate")
+    names = (
+        "model",
+        "cache",
+        "method",
+        "phase",
+        "p20_ms",
+        "p50_ms",
+        "p80_ms",
+        "roofline_ms",
+        "hit_rate",
+    )
     return {name: row[name] for name in names}
 
 

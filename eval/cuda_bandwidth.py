@@ -1,4 +1,6 @@
-"""Bandwidths of CPU, GPU and pinned link, and what share of them transfers and the decode kernel reach."""
+"""Bandwidths of CPU, GPU and pinned link, and what share of them transfers and the decode kernel
+reach.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def bandwidths(costs: CostModel, expert_bytes: float, device: torch.device | Non
     """Measured on `device`; without one, what the profile's costs amount to."""
     if device is None:
         transfer_us = costs.transfer_us - costs.link_latency_us
-        return Bandwidths(expert_bytes / costs.cpu(1), expert_bytes / costs.accelerator(1), expert_bytes / transfer_us)
+        return Bandwidths(
+            expert_bytes / costs.cpu(1),
+            expert_bytes / costs.accelerator(1),
+            expert_bytes / transfer_us,
+        )
     numbers = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
     cpu = BUFFER_BYTES / _host_us(lambda: numbers.sum())
     there = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64, device=device)
@@ -48,8 +54,12 @@ def bandwidths(costs: CostModel, expert_bytes: float, device: torch.device | Non
     return Bandwidths(cpu, accelerator, link)
 
 
-def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measured: Bandwidths) -> dict[str, float]:
-    """What the engine's own calls reach (onloads, decode compute): the lower share over both kinds of layers."""
+def shares(
+    accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measured: Bandwidths
+) -> dict[str, float]:
+    """What the engine's own calls reach (onloads, decode compute): the lower share over both kinds
+    of layers.
+    """
     found = [layer_shares(accelerator, layer, measured) for layer in layers[:2]]
     return {
         "link_share": min(link for link, _ in found),
@@ -57,8 +67,11 @@ def shares(accelerator: SlotAccelerator, layers: Sequence[LayerWeights], measure
     }
 
 
-def layer_shares(accelerator: SlotAccelerator, layer: LayerWeights, measured: Bandwidths) -> tuple[float, float]:
-    """(share of the link, share of the device's memory bandwidth) that onloads and decode compute of a layer reach.
+def layer_shares(
+    accelerator: SlotAccelerator, layer: LayerWeights, measured: Bandwidths
+) -> tuple[float, float]:
+    """(share of the link, share of the device's memory bandwidth) that onloads and decode compute
+    of a layer reach.
 
     Mutates: `accelerator`, whose slots are made anew.
     """
@@ -87,7 +100,8 @@ def layer_shares(accelerator: SlotAccelerator, layer: LayerWeights, measured: Ba
 
 
 def attention_us(device: torch.device, lengths: Sequence[int], cudnn: bool) -> float:
-    """Median wall time of one decode step's attention, in us, where every step sees a length for the first time.
+    """Median wall time of one decode step's attention, in us, where every step sees a length for
+    the first time.
 
     Qwen3's heads, bf16. What cuDNN plans it keeps, so lengths must be new to the process.
 
@@ -124,7 +138,9 @@ def _host_us(work: Callable[[], object], after: Callable[[], None] | None = None
 
 
 def _device_us(work: Callable[[], object], device: torch.device, ahead: bool = False) -> float:
-    """Median of device time between two events; `ahead` as in `device_us`. On the CPU, of wall time."""
+    """Median of device time between two events; `ahead` as in `device_us`. On the CPU, of wall
+    time.
+    """
     if device.type != "cuda":
         return _host_us(work)
     return device_us(work, device, REPEATS, REPEATS // 10, ahead)

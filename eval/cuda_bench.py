@@ -1,4 +1,6 @@
-"""One model's MoE layers on one machine, real or emulated, as the systems of `eval.cuda` share them."""
+"""One model's MoE layers on one machine, real or emulated, as the systems of `eval.cuda` share
+them.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,17 @@ class Bench:
     def __init__(self, model: Model, dry: bool, quick: bool, layers: int | None = None) -> None:
         self.model, self.dry, self.quick = model, dry, quick
         self.device = torch.device("cpu" if dry else DEVICE)
-        self.routing = routing(model, *((32, 12) if quick else (128, 64)), look_ahead=3, recall=RECALL)
+        self.routing = routing(
+            model, *((32, 12) if quick else (128, 64)), look_ahead=3, recall=RECALL
+        )
         header, most = self.routing.header, len(self.routing.prompts[0])
-        # Half of what is free: where pages cannot be registered, staging and the page cache want their part.
-        count = min(most, 3 if quick else 12) if dry else fits(model, header.experts, most, 0.5 * free_host_bytes())
+        # Half of what is free: where pages cannot be registered, staging and the page cache want
+        # their part.
+        count = (
+            min(most, 3 if quick else 12)
+            if dry
+            else fits(model, header.experts, most, 0.5 * free_host_bytes())
+        )
         count = min(count, layers or count)
         self.layers = layers_of(model, header, count, dry)
         made = make_accelerator("emulated" if dry else "cuda", self.device)
@@ -71,7 +80,11 @@ class Bench:
 
     def engine(self, system: System, ratio: float) -> Engine:
         """The engine that a user's settings would make, on the shared backends."""
-        settings, header, count = Settings.of(system.settings), self.routing.header, len(self.layers)
+        settings, header, count = (
+            Settings.of(system.settings),
+            self.routing.header,
+            len(self.layers),
+        )
         scheduler = make_scheduler(settings.scheduler, self.costs, True)
         shares = quotas(ratio, count, header.experts, system.split)
         controller = Controller(
@@ -79,7 +92,9 @@ class Bench:
             self.costs,
             scheduler,
             scheduler,
-            make_cache(settings.cache, count, header.experts, header.top_k, settings, self.popularity),
+            make_cache(
+                settings.cache, count, header.experts, header.top_k, settings, self.popularity
+            ),
             make_prefetcher(settings.prefetch, scheduler, self.costs),
             round(self.expert_bytes),
         )
@@ -87,7 +102,9 @@ class Bench:
         look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
         routers = [_TraceRouter() for _ in self.layers]
         clock = SimulatedClock() if self.dry else WallClock()
-        return Engine(self.layers, routers, controller, self.cpu, self.accelerator, clock, look_ahead)
+        return Engine(
+            self.layers, routers, controller, self.cpu, self.accelerator, clock, look_ahead
+        )
 
     def run(self, engine: Engine, calls: Sequence[Call]) -> float:
         """Time of one pass through all layers, in us."""
@@ -149,7 +166,9 @@ class _TraceRouter:
         return self.predicted
 
 
-def machine(layers: Sequence[LayerWeights], accelerator: SlotAccelerator) -> tuple[CostModel, CPUBackend]:
+def machine(
+    layers: Sequence[LayerWeights], accelerator: SlotAccelerator
+) -> tuple[CostModel, CPUBackend]:
     """What this machine takes, measured, and the CPU backend that a user would get."""
     threads = max(1, min(CPU_THREADS, len(os.sched_getaffinity(0))) - 1)  # the caller is the tenth
     settings = Settings(cpu_threads=threads)

@@ -1,10 +1,12 @@
-"""Whole models on one NVIDIA GPU: how long do a prompt and a decode step take, with and without CUDA graphs?
+"""Whole models on one NVIDIA GPU: how long do a prompt and a decode step take, with and without
+CUDA graphs?
 
-`python -m eval.throughput --device cuda` measures MoE layers alone; here attention on a growing cache, norms, routers,
-dense parts and the head run too, as a user's rules inject them. Weights are random in the models' shapes and types;
-each router computes, and then what it chose is exchanged for given routing, on the device, so that graphs hold it.
-Predictions for a layer are the same from every earlier layer. Without a CUDA device it is a dry run: small matrices,
-the emulated accelerator, and its simulated time of the MoE layers alone.
+`python -m eval.throughput --device cuda` measures MoE layers alone; here attention on a growing
+cache, norms, routers, dense parts and the head run too, as a user's rules inject them. Weights are
+random in the models' shapes and types; each router computes, and then what it chose is exchanged
+for given routing, on the device, so that graphs hold it. Predictions for a layer are the same from
+every earlier layer. Without a CUDA device it is a dry run: small matrices, the emulated
+accelerator, and its simulated time of the MoE layers alone.
 """
 
 from __future__ import annotations
@@ -56,21 +58,34 @@ CELL_S = {True: 8.0, False: 15.0}
 DRY_CELL_S = {True: 0.6, False: 4.0}
 """What a cell of a dry run took on 2 cores."""
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16,
-    "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
     "vocab_size": 256,
-}  # fmt: skip
+}
 """Shape of a dry run; layers, experts and top-k stay."""
 
 
 class GivenGate(nn.Module):
-    """A router that computes as it does and answers as told: ids and weights [1, K] in place, or [T, K] for prompts."""
+    """A router that computes as it does and answers as told: ids and weights [1, K] in place, or
+    [T, K] for prompts.
+    """
 
     def __init__(self, gate: nn.Module, top_k: int) -> None:
         super().__init__()
         self.inner = gate
         device = next(gate.parameters()).device
-        self.one = torch.zeros(1, top_k, dtype=torch.int64, device=device), torch.ones(1, top_k, device=device)
+        self.one = (
+            torch.zeros(1, top_k, dtype=torch.int64, device=device),
+            torch.ones(1, top_k, device=device),
+        )
         self.many = self.one
 
     def tell(self, call: Call) -> None:
@@ -88,7 +103,9 @@ class GivenGate(nn.Module):
 
 
 class GivenRouter(GateRouter):
-    """Predictions as told; the gate computes for its time's sake. Records hold no scores, so none are shown."""
+    """Predictions as told; the gate computes for its time's sake. Records hold no scores, so none
+    are shown.
+    """
 
     def __init__(self, gate: GivenGate) -> None:
         super().__init__(gate)
@@ -128,7 +145,9 @@ class Subject:
             here = {"accelerator": "emulated", "linears": "plain", "cpu_backend": "torch"}
             here |= {"dtype": "float32", "profile": "a6000-deepseek-v2-lite"}
         self.dry = dry
-        self.model, _ = load_model(None, path, progress=False, cache_ratio=ratio, **{**here, **system.settings})
+        self.model, _ = load_model(
+            None, path, progress=False, cache_ratio=ratio, **{**here, **system.settings}
+        )
         (self.engine,) = self.model.hybrimoe.engines
         self._keyword = cache_name(self.model)
         self.gates = []
@@ -143,10 +162,14 @@ class Subject:
         self._place(Settings.of(system.settings), given)
 
     def _place(self, settings: Settings, given: Routing) -> None:
-        """Begin with the experts that are most popular elsewhere, as every system in `eval.cuda` does."""
+        """Begin with the experts that are most popular elsewhere, as every system in `eval.cuda`
+        does.
+        """
         controller, layers = self.engine.controller, len(self.gates)
         experts, top_k = self.engine.layers[0].spec.experts, given.header.top_k
-        controller.cache = make_cache(settings.cache, layers, experts, top_k, settings, given.popularity[:layers])
+        controller.cache = make_cache(
+            settings.cache, layers, experts, top_k, settings, given.popularity[:layers]
+        )
         pool = controller.pool
         controller.pool = SlotPool(pool.quotas, pool.staging, pool.shared)
         for move in controller.warm_start():
@@ -171,7 +194,9 @@ class Subject:
     @property
     def captured(self) -> int:
         """Layers that run as graphs."""
-        return sum(module.captured for module in self.model.modules() if isinstance(module, GraphedLayer))
+        return sum(
+            module.captured for module in self.model.modules() if isinstance(module, GraphedLayer)
+        )
 
     def close(self) -> None:
         self.model.hybrimoe.restore()
@@ -201,8 +226,11 @@ def measure(subject: Subject, given: Routing) -> Timing:
     return Timing(prefill[1:], decode[WARM_UP:], counts.hit_rate, subject.captured)
 
 
-def write(model: Model, given: Routing, layers: int, path: Path, dry: bool, vocabulary: int | None = None) -> None:
-    """A file of the model's shape with as many MoE layers, whose tokens take as many experts as the routing's.
+def write(
+    model: Model, given: Routing, layers: int, path: Path, dry: bool, vocabulary: int | None = None
+) -> None:
+    """A file of the model's shape with as many MoE layers, whose tokens take as many experts as the
+    routing's.
 
     Args:
         vocabulary: rows of embedding and head instead of the model's own; a dry run has few anyway.
@@ -241,9 +269,16 @@ def planned(
 
 
 def model_rows(
-    model: Model, ratios: Sequence[float], dry: bool, quick: bool, found: Finished, progress: Progress
+    model: Model,
+    ratios: Sequence[float],
+    dry: bool,
+    quick: bool,
+    found: Finished,
+    progress: Progress,
 ) -> Iterator[Row]:
-    """One row for each cell and phase of a model, taken from the journal or measured and saved one by one."""
+    """One row for each cell and phase of a model, taken from the journal or measured and saved one
+    by one.
+    """
     given = routing(model, *((32, 16) if quick else (128, 64)), look_ahead=3, recall=RECALL)
     layers = _layers(model, given, dry)
     with tempfile.TemporaryDirectory() as folder:
@@ -295,7 +330,9 @@ def _rows(model: Model, given: Routing, timing: Timing, dry: bool) -> Iterator[R
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Geometric means over models and cache sizes, of medians."""
-    times = {(row["model"], row["cache"], row["phase"], row["method"]): row["p50_ms"] for row in rows}
+    times = {
+        (row["model"], row["cache"], row["phase"], row["method"]): row["p50_ms"] for row in rows
+    }
 
     def gain(other: System, phase: str) -> float:
         return statistics.geometric_mean(
@@ -320,9 +357,25 @@ def measure_all(
     found: Finished,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Every model, shown and saved in `args.out`; gives what the JSON line says. A quick run does not judge."""
-    rows = [row for model in models for row in model_rows(model, ratios, dry, args.quick, found, progress)]
-    names = ("model", "cache", "method", "phase", "p20_ms", "p50_ms", "p80_ms", "hit_rate", "layers_captured")
+    """Every model, shown and saved in `args.out`; gives what the JSON line says. A quick run does
+    not judge.
+    """
+    rows = [
+        row
+        for model in models
+        for row in model_rows(model, ratios, dry, args.quick, found, progress)
+    ]
+    names = (
+        "model",
+        "cache",
+        "method",
+        "phase",
+        "p20_ms",
+        "p50_ms",
+        "p80_ms",
+        "hit_rate",
+        "layers_captured",
+    )
     title = "Whole models: times of the MoE layers, emulated" if dry else "Whole models, measured"
     report.show(title, [{name: row[name] for name in names} for row in rows])
     report.save_csv(args.out / "cuda_model.csv", rows)

@@ -1,8 +1,9 @@
 """Does the injected model say what the plain model says?
 
-Measured on text that ships with Python (`pydoc_data.topics`): the share of positions at which both find the same next
-token likeliest, and the difference in perplexity. The plain model is transformers' own, every weight dequantised, in
-float32; what differs is the rounding of activations in the quantised kernels.
+Measured on text that ships with Python (`pydoc_data.topics`): the share of positions at which both
+find the same next token likeliest, and the difference in perplexity. The plain model is
+transformers' own, every weight dequantised, in float32; what differs is the rounding of activations
+in the quantised kernels.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the question; gives what the JSON line says."""
     parser = report.parser(__doc__ or "")
     parser.add_argument("--gguf_path", type=Path, help="a model's file; default the demo model")
-    parser.add_argument("--model_path", type=Path, help="directory with its config and tokenizer, if it has one")
-    parser.add_argument("--chunks", type=int, help=f"pieces of {CHUNK_TOKENS} tokens (default 12, quick 3)")
+    parser.add_argument(
+        "--model_path", type=Path, help="directory with its config and tokenizer, if it has one"
+    )
+    parser.add_argument(
+        "--chunks", type=int, help=f"pieces of {CHUNK_TOKENS} tokens (default 12, quick 3)"
+    )
     args = parser.parse_args(arguments)
     gguf = args.gguf_path or _demo()
     plain, tokenizer = _load(args.model_path, gguf, None)
@@ -39,17 +44,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     variants: dict[str, dict[str, Any]] = {
         "injected": {"accelerator": "none"},
         "injected, plain linears": {"accelerator": "none", "linears": "plain", "dtype": "float32"},
-        "injected, kt-kernel workers": {"accelerator": "none", "cpu_backend": "kt", "dtype": "float32"},
+        "injected, kt-kernel workers": {
+            "accelerator": "none",
+            "cpu_backend": "kt",
+            "dtype": "float32",
+        },
     }
     for name, settings in list(variants.items())[: 2 if args.quick else None]:
         model, _ = _load(args.model_path, gguf, settings)
-        rows.append({"model": name, **compare(chunks, wanted, [logits(model, chunk) for chunk in chunks])})
+        rows.append(
+            {"model": name, **compare(chunks, wanted, [logits(model, chunk) for chunk in chunks])}
+        )
         model.hybrimoe.close()
         del model
-    report.show(f"Against the plain model in float32, {len(chunks)} x {CHUNK_TOKENS} tokens of pydoc's topics", rows)
+    report.show(
+        f"Against the plain model in float32, {len(chunks)} x {CHUNK_TOKENS} tokens of pydoc's "
+        f"topics",
+        rows,
+    )
     report.save_csv(args.out / "fidelity.csv", rows)
     report.save_figure(args.out / "fidelity.png", lambda axes: _draw(axes, rows), height=2.6)
-    result = {key: rows[0][key] for key in ("token_agreement", "perplexity_difference", "logits_relative_rms")}
+    result = {
+        key: rows[0][key]
+        for key in ("token_agreement", "perplexity_difference", "logits_relative_rms")
+    }
     report.finish(result)
     return result
 
@@ -65,13 +83,20 @@ def texts(tokenizer: Any, count: int) -> list[torch.Tensor]:
     text = "\n\n".join(topics[name] for name in TOPICS if name in topics)
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if len(ids) < count * CHUNK_TOKENS:
-        raise ValueError(f"the text has {len(ids)} tokens, {count} chunks need {count * CHUNK_TOKENS}")
-    return [ids[None, start : start + CHUNK_TOKENS] for start in range(0, count * CHUNK_TOKENS, CHUNK_TOKENS)]
+        raise ValueError(
+            f"the text has {len(ids)} tokens, {count} chunks need {count * CHUNK_TOKENS}"
+        )
+    return [
+        ids[None, start : start + CHUNK_TOKENS]
+        for start in range(0, count * CHUNK_TOKENS, CHUNK_TOKENS)
+    ]
 
 
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] float32: one prefill, then the last `DECODED` positions token by token, as in an answer."""
+    """[T, V] float32: one prefill, then the last `DECODED` positions token by token, as in an
+    answer.
+    """
     first = max(1, ids.shape[1] - DECODED)
     keyword = cache_name(model)
     out = model(ids[:, :first], use_cache=True)
@@ -85,9 +110,11 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def compare(
     chunks: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]
 ) -> dict[str, float]:
-    """Agreement of the likeliest tokens, perplexities and relative error of the logits, over all chunks.
+    """Agreement of the likeliest tokens, perplexities and relative error of the logits, over all
+    chunks.
 
-    A position counts as agreeing only if the one likeliest token is the same; near ties are not forgiven.
+    A position counts as agreeing only if the one likeliest token is the same; near ties are not
+    forgiven.
     """
     targets = torch.cat([chunk[0, 1:] for chunk in chunks])
     plain = torch.cat([part[:-1] for part in wanted])

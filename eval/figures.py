@@ -1,6 +1,7 @@
 """The README's figures, drawn from the committed CSVs in `eval/results/`: nothing is measured here.
 
-Each figure is drawn by the code of the question that wrote its CSV; a CSV that is not there is left out with a notice.
+Each figure is drawn by the code of the question that wrote its CSV; a CSV that is not there is left
+out with a notice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Cells that are measured once: what an interrupted run left in its journal is taken by the next run in that folder."""
+"""Cells that are measured once: what an interrupted run left in its journal is taken by the next
+run in that folder.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ CODE = {"eval": "*.py", "hybrimoe_plugin": "*.py", "optimize_rules": "*.yaml"}
 
 
 class Finished:
-    """Finished rows of this machine, this code and this size; others in the same file are left where they are.
+    """Finished rows of this machine, this code and this size; others in the same file are left
+    where they are.
 
-    A row holds what was measured, which question and cell it belongs to, and beside that its conditions: the facts of
-    `report.facts`, `quick`, and a digest of the code, because two different trees may both be `dirty`.
+    A row holds what was measured, which question and cell it belongs to, and beside that its
+    conditions: the facts of `report.facts`, `quick`, and a digest of the code, because two
+    different trees may both be `dirty`.
 
     Args:
         path: the journal's file.
@@ -46,7 +50,9 @@ class Finished:
                 self._rows.append(row)
         if others:
             log.warning(
-                "%s: rows of other conditions are not taken, they differ in: %s", path, ", ".join(sorted(others))
+                "%s: rows of other conditions are not taken, they differ in: %s",
+                path,
+                ", ".join(sorted(others)),
             )
 
     def find(self, **cell: Any) -> list[Row]:
@@ -54,12 +60,16 @@ class Finished:
         return [row for row in self._rows if _has(row, cell)]
 
     def phases(self, *names: str, **cell: Any) -> list[Row] | None:
-        """The newest row of each phase, in the order of `names`; None unless all of them are there."""
+        """The newest row of each phase, in the order of `names`; None unless all of them
+        are there.
+        """
         newest = {row["phase"]: row for row in self.find(**cell)}
         return [newest[name] for name in names] if set(names) <= set(newest) else None
 
     def add(self, row: Mapping[str, Any]) -> Row:
-        """Save a row at once; gives it with its conditions, as it will be found again. Raises: as `Journal.append`."""
+        """Save a row at once; gives it with its conditions, as it will be found again. Raises: as
+        `Journal.append`.
+        """
         whole = {**row, **self._conditions}
         self._journal.append(whole)
         self._rows.append(whole)
@@ -71,12 +81,18 @@ class Finished:
 
     def _differences(self, row: Row) -> set[str]:
         """Conditions that are not this run's; a run may go on after midnight."""
-        return {name for name, value in self._conditions.items() if name != "date" and row.get(name) != value}
+        return {
+            name
+            for name, value in self._conditions.items()
+            if name != "date" and row.get(name) != value
+        }
 
 
 def add_fresh(parser: ArgumentParser) -> None:
     """`--fresh`, for questions that go on where an interrupted run stopped."""
-    parser.add_argument("--fresh", action="store_true", help="measure again what an interrupted run left in --out")
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure again what an interrupted run left in --out"
+    )
 
 
 def code_digest() -> str:

@@ -1,7 +1,9 @@
-"""How many greedy tokens of the flash targets differ, in bfloat16, between tree verification and plain decoding?
+"""How many greedy tokens of the flash targets differ, in bfloat16, between tree verification and
+plain decoding?
 
-Every token of the tree-decoded text is compared with what one-row decoding of the same text chooses, so that one flip
-does not count all the tokens after it. Weights lie in DRAM: where they lie changes no bit.
+Every token of the tree-decoded text is compared with what one-row decoding of the same text
+chooses, so that one flip does not count all the tokens after it. Weights lie in DRAM: where they
+lie changes no bit.
 """
 
 from __future__ import annotations
@@ -41,11 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name in (args.only,) if args.only else TARGETS:
         target = lab.target(name, "4GiB")
         for tree in TREES:
-            decoder = LeverDecoding(lab.draft("low-bit 65 %"), make_policy(tree), target, overlap=False)
+            decoder = LeverDecoding(
+                lab.draft("low-bit 65 %"), make_policy(tree), target, overlap=False
+            )
             found = count_flips(target.model, decoder, prompts, args.tokens)
             decoder.close()
             rows.append({"target": name, "tree": tree, **_row(found, len(prompts))})
-            result |= {f"{name}_{tree}_flips": len(found.flips), f"{name}_{tree}_tokens": found.tokens}
+            result |= {
+                f"{name}_{tree}_flips": len(found.flips),
+                f"{name}_{tree}_tokens": found.tokens,
+            }
     lab.close()
     report.show("Greedy tokens that differ from plain decoding, bfloat16 (measured)", rows)
     report.save_csv(args.out / "flips.csv", rows)
@@ -58,7 +65,9 @@ def _prompts(lab: Lab) -> list[torch.Tensor]:
     texts = [text for kind in PROMPTS.values() for text in kind] + list(FURTHER)
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
         for chat in chats
     ]
 
@@ -73,7 +82,9 @@ def _row(found: FlipCount, prompts: int) -> dict[str, Any]:
         "prompts_with_a_flip": len(first),
         "largest_margin": round(max(margins, default=0.0), 4),
         "median_margin": round(statistics.median(margins), 4) if margins else 0.0,
-        "first_flips": " ".join(f"{flip.prompt}:{flip.position}:{flip.margin:.3f}" for flip in first),
+        "first_flips": " ".join(
+            f"{flip.prompt}:{flip.position}:{flip.margin:.3f}" for flip in first
+        ),
     }
 
 

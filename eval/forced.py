@@ -1,4 +1,6 @@
-"""Routing taken from a recorded trace instead of the model's router, for measuring speed under real routing."""
+"""Routing taken from a recorded trace instead of the model's router, for measuring speed under real
+routing.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ from hybrimoe_plugin.errors import ConfigError
 
 
 def route_by(model: Any, trace: Path) -> None:
-    """Replace the choice of every router of an injected model by the trace's, token by token, over and over.
+    """Replace the choice of every router of an injected model by the trace's, token by token, over
+    and over.
 
     The routers still compute; only what they chose is exchanged, by a hook on each.
 
     Raises:
-        ConfigError: the trace is of another number of experts, or of too few layers or experts per token.
+        ConfigError: the trace is of another number of experts, or of too few layers or experts per
+            token.
         TraceError: not a sound trace.
 
     Mutates: `model`.
@@ -33,7 +37,8 @@ def route_by(model: Any, trace: Path) -> None:
     header = read.header
     if header.experts > spec.experts or header.layers < len(operators) or header.top_k < spec.top_k:
         raise ConfigError(
-            f"{trace} routes {header.top_k} of {header.experts} experts in {header.layers} layers; the model needs "
+            f"{trace} routes {header.top_k} of {header.experts} experts in {header.layers} "
+            f"layers; the model needs "
             f"{spec.top_k} of {spec.experts} in {len(operators)}"
         )
     for position, operator in enumerate(operators):
@@ -51,7 +56,9 @@ class _Chosen:
         self._ids, self._weights = torch.from_numpy(ids).long(), torch.from_numpy(weights).float()
         self._at = 0
 
-    def __call__(self, _module: Any, _args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, _module: Any, _args: Any, output: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         logits, weights = output[0], output[1]
         rows = torch.arange(self._at, self._at + len(weights)) % len(self._ids)
         self._at += len(weights)

@@ -1,12 +1,14 @@
-"""Everything worth knowing about a GPU in 7.5 minutes: is the product right on it, how fast, and what holds it up?
+"""Everything worth knowing about a GPU in 7.5 minutes: is the product right on it, how fast, and
+what holds it up?
 
-Each stage runs in a process of its own with a time limit, so that one that hangs or dies costs only itself. Every
-result is appended to `results.jsonl` in `--out` as soon as it is known, with device, driver, versions and commit; each
-stage has a log beside it. A run into the same folder goes on with the stages that have not ended well there, and two
-runs that were cut off make a whole one.
+Each stage runs in a process of its own with a time limit, so that one that hangs or dies costs only
+itself. Every result is appended to `results.jsonl` in `--out` as soon as it is known, with device,
+driver, versions and commit; each stage has a log beside it. A run into the same folder goes on with
+the stages that have not ended well there, and two runs that were cut off make a whole one.
 
-Without a card every stage runs at a tiny size on the emulated accelerator and Triton's interpreter, and says so.
-The exit status is 0 if every stage of the check ended well, now or before, and nothing was wrong.
+Without a card every stage runs at a tiny size on the emulated accelerator and Triton's interpreter,
+and says so. The exit status is 0 if every stage of the check ended well, now or before, and nothing
+was wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ LEAST_S = 5.0
 """A stage is not begun with less time than this."""
 
 
-def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> dict[str, Any]:
+def main(
+    arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES
+) -> dict[str, Any]:
     """Run the check; gives what the JSON line says.
 
     Raises:
@@ -57,9 +61,16 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         journal.clear()
     card = None if args.emulated else card_name()
     if card is None and not args.emulated:
-        _say("no NVIDIA GPU here: every stage runs emulated, at a tiny size; no number is a measurement")
+        _say(
+            "no NVIDIA GPU here: every stage runs emulated, at a tiny size; no number is a "
+            "measurement"
+        )
     check = Check(journal, args.out, card, report.commit())
-    kind = [stage for stage in stages if (check.dry or not stage.on_demand) and (stage.core or not args.core)]
+    kind = [
+        stage
+        for stage in stages
+        if (check.dry or not stage.on_demand) and (stage.core or not args.core)
+    ]
     limit_s = args.limit if args.limit is not None else CORE_S if args.core else TOTAL_S
     if check.dry and args.limit is None:
         limit_s = DRY_LIMIT_S * len(stages)
@@ -69,17 +80,24 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
             check.run(chosen, scratch, started + limit_s)
     except (KeyboardInterrupt, OSError) as problem:
         reason = "interrupted" if isinstance(problem, KeyboardInterrupt) else str(problem)
-        _say(f"{reason}: what follows is what was known by then; the same command goes on with the rest")
+        _say(
+            f"{reason}: what follows is what was known by then; the same command goes on with the "
+            f"rest"
+        )
     lines = check.lines()
     _show(lines, stages, check.dry)
     names = [stage.name for stage in kind]
-    result = {**summary(lines, names, [stage.name for stage in kind if stage.judges]), "emulated": check.dry}
+    result = {
+        **summary(lines, names, [stage.name for stage in kind if stage.judges]),
+        "emulated": check.dry,
+    }
     report.finish(result)
     return result
 
 
 def card_name() -> str | None:
-    """The first GPU's name, None without one; asked of the driver's own tool, since torch would take seconds to load.
+    """The first GPU's name, None without one; asked of the driver's own tool, since torch would
+    take seconds to load.
 
     A card whose driver does not answer in time is still a card: its stages will say what is wrong.
     """
@@ -89,10 +107,14 @@ def card_name() -> str | None:
     return names[0] if names else None
 
 
-def wanted(stages: Sequence[Stage], kind: Sequence[Stage], named: Sequence[str] | None, ended: set[str]) -> list[Stage]:
-    """The stages to run: those named, else those of this kind of check that have not ended well in this folder.
+def wanted(
+    stages: Sequence[Stage], kind: Sequence[Stage], named: Sequence[str] | None, ended: set[str]
+) -> list[Stage]:
+    """The stages to run: those named, else those of this kind of check that have not ended well in
+    this folder.
 
-    Whatever needs the model's file has the stage that writes it before it: on a new machine it is not there any more.
+    Whatever needs the model's file has the stage that writes it before it: on a new machine it is
+    not there any more.
     """
     chosen = {stage.name for stage in stages if named and stage.name in named}
     if not named:
@@ -121,7 +143,9 @@ class Check:
         self._beside: list[Running] = []
 
     def lines(self) -> list[Line]:
-        """The lines of this device. Emulated and measured ones, or those of two cards, never share a table."""
+        """The lines of this device. Emulated and measured ones, or those of two cards, never share
+        a table.
+        """
         found = [line for line in self._journal.rows() if line.get("emulated") == self.dry]
         if self._card == UNKNOWN:
             cards = [line["gpu"] for line in found if line.get("gpu") not in (None, UNKNOWN)]
@@ -134,7 +158,8 @@ class Check:
         return done(lines) - {line["stage"] for line in lines if line.get("commit") != self._commit}
 
     def run(self, stages: Sequence[Stage], scratch: Path, deadline: float) -> None:
-        """Run stages one after another until the deadline (`time.monotonic`); each end is a line in the journal.
+        """Run stages one after another until the deadline (`time.monotonic`); each end is a line in
+        the journal.
 
         On a card a stage gets its own limit and whatever the stages before it have left of theirs.
 
@@ -143,7 +168,10 @@ class Check:
         """
         most = sum(self._limit(stage) for stage in stages if not stage.background)
         left = deadline - time.monotonic()
-        _say(f"{len(stages)} stages, at most {max(0.0, min(most, left)):.0f} s; results in {self._out}")
+        _say(
+            f"{len(stages)} stages, at most {max(0.0, min(most, left)):.0f} s; results in "
+            f"{self._out}"
+        )
         self._warn_of_compiling()
         try:
             for number, stage in enumerate(stages, 1):
@@ -153,7 +181,15 @@ class Check:
                 left = deadline - time.monotonic()
                 limit = min(left, max(self._limit(stage), 0.0 if self.dry else left - later))
                 if limit < LEAST_S:
-                    self._note(End(stage.name, "", "skipped", 0.0, "no time left; the same command goes on here"))
+                    self._note(
+                        End(
+                            stage.name,
+                            "",
+                            "skipped",
+                            0.0,
+                            "no time left; the same command goes on here",
+                        )
+                    )
                     continue
                 _say(f"[{number}/{len(stages)}] {stage.name}: {stage.what} (at most {limit:.0f} s)")
                 flags = ["--dry"] if self._card is None else ["--card", self._card]
@@ -176,17 +212,27 @@ class Check:
             del self._beside[0]
 
     def _note(self, end: End) -> None:
-        known = {"stage": end.stage, "case": END, "run": end.run, "status": end.status, "seconds": end.seconds}
+        known = {
+            "stage": end.stage,
+            "case": END,
+            "run": end.run,
+            "status": end.status,
+            "seconds": end.seconds,
+        }
         facts = {"emulated": self.dry, "gpu": self._card or "none", "commit": self._commit}
         self._journal.append({**known, "detail": end.detail, **facts})
-        _say(f"    {end.stage}: {end.status} after {end.seconds:.1f} s{'; ' + end.detail if end.detail else ''}")
+        _say(
+            f"    {end.stage}: {end.status} after {end.seconds:.1f} "
+            f"s{'; ' + end.detail if end.detail else ''}"
+        )
 
     def _warn_of_compiling(self) -> None:
         cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
         if not self.dry and not (cache.is_dir() and any(cache.iterdir())):
             _say(
                 f"{cache} holds no compiled kernels: stages will spend their time compiling. "
-                "`python -m eval.kernel_prebuild --cache DIR` compiles all of them on every core, see docs/gpu.md"
+                "`python -m eval.kernel_prebuild --cache DIR` compiles all of them on every core, "
+                "see docs/gpu.md"
             )
 
 
@@ -202,7 +248,9 @@ def _show(lines: Sequence[Line], stages: Sequence[Stage], dry: bool) -> None:
         end = ends.get(stage.name, {})
         status = end.get("status", "cut off" if rows(lines, stage.name) else "not run")
         known = {"stage": stage.name, "status": status, "seconds": end.get("seconds", "")}
-        table.append({**known, "found": headline(lines, stage.name), "detail": end.get("detail", "")[:60]})
+        table.append(
+            {**known, "found": headline(lines, stage.name), "detail": end.get("detail", "")[:60]}
+        )
     report.show(f"All stages ({title})", table)
     commits = sorted({str(line["commit"]) for line in lines if line.get("commit")})
     if len(commits) > 1:
@@ -218,14 +266,30 @@ def _columns(found: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 _EVERYWHERE = {
-    "stage", "at_s", "run", "emulated", "cpu", "cores", "gpu", "os", "python", "torch", "triton", "transformers",
-    "kt-kernel", "ktransformers-hybrimoe", "driver", "commit", "date",
-}  # fmt: skip
+    "stage",
+    "at_s",
+    "run",
+    "emulated",
+    "cpu",
+    "cores",
+    "gpu",
+    "os",
+    "python",
+    "torch",
+    "triton",
+    "transformers",
+    "kt-kernel",
+    "ktransformers-hybrimoe",
+    "driver",
+    "commit",
+    "date",
+}
 
 
 @contextmanager
 def _scratch(given: Path | None) -> Iterator[Path]:
-    """Where large files go. Kept from run to run, so that a stage that is run again need not write them again.
+    """Where large files go. Kept from run to run, so that a stage that is run again need not write
+    them again.
 
     Raises:
         OSError: it cannot be used, or another check uses it: two would disturb each other's times.
@@ -242,7 +306,9 @@ def _scratch(given: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM and a lost terminal end the check as Ctrl-C does: stages are stopped, and what is known is shown."""
+    """SIGTERM and a lost terminal end the check as Ctrl-C does: stages are stopped, and what is
+    known is shown.
+    """
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -266,17 +332,31 @@ def _parser(stages: Sequence[Stage]) -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
-        epilog="stages:\n" + "\n".join(f"  {stage.name:12} {_kind(stage):10} {stage.what}" for stage in stages),
+        epilog="stages:\n"
+        + "\n".join(f"  {stage.name:12} {_kind(stage):10} {stage.what}" for stage in stages),
     )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results and logs (default out)")
-    parser.add_argument("--core", action="store_true", help=f"only the core stages: {CORE_S / 60:.0f} minutes at most")
     parser.add_argument(
-        "--stage", action="append", choices=[stage.name for stage in stages], help="run this stage (again); repeatable"
+        "--out", type=Path, default=Path("out"), help="folder for results and logs (default out)"
+    )
+    parser.add_argument(
+        "--core",
+        action="store_true",
+        help=f"only the core stages: {CORE_S / 60:.0f} minutes at most",
+    )
+    parser.add_argument(
+        "--stage",
+        action="append",
+        choices=[stage.name for stage in stages],
+        help="run this stage (again); repeatable",
     )
     parser.add_argument("--fresh", action="store_true", help="forget what the folder holds already")
-    parser.add_argument("--emulated", action="store_true", help="a dry run, even where there is a card")
+    parser.add_argument(
+        "--emulated", action="store_true", help="a dry run, even where there is a card"
+    )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="for all stages together")
-    parser.add_argument("--scratch", type=Path, help="folder for large files (default: in the temporary folder)")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for large files (default: in the temporary folder)"
+    )
     return parser
 
 

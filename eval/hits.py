@@ -1,4 +1,6 @@
-"""Hit rates of a cache alone: every miss may be taken in, nothing costs time, nobody looks ahead."""
+"""Hit rates of a cache alone: every miss may be taken in, nothing costs time, nobody looks
+ahead.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Cached:
         self._worth = np.full(policy.ranks.shape, np.inf)
 
     def take(self, layer: int, experts: np.ndarray) -> None:
-        """Admit what a token needed, best first, each against the least worthy of those that are there."""
+        """Admit what a token needed, best first, each against the least worthy of those that are
+        there.
+        """
         ranks, here, worth = self._policy.ranks[layer], self.here[layer], self._worth
         worth[layer] = np.where(here, ranks, np.inf)
         room = self._each * (len(self.here) if self._shared else 1)

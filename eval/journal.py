@@ -1,4 +1,6 @@
-"""A file of finished rows, one JSON object a line, that survives being killed and can be read back to go on."""
+"""A file of finished rows, one JSON object a line, that survives being killed and can be read back
+to go on.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ class Journal:
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it is on the disk when this returns.
 
-        The row is one `write` on a file opened with O_APPEND, so rows of several processes do not mix. If the last
-        line is torn, because its writer was killed or the disk was full, the row begins on a line of its own.
+        The row is one `write` on a file opened with O_APPEND, so rows of several processes do not
+        mix. If the last line is torn, because its writer was killed or the disk was full, the row
+        begins on a line of its own.
 
         Raises:
             OSError: the file cannot be written, or only a part of the row fitted.
@@ -37,7 +40,9 @@ class Journal:
                 line = b"\n" + line
             written = os.write(handle, line)
             if written < len(line):
-                raise OSError(f"{self.path}: only {written} of {len(line)} bytes of a row were written")
+                raise OSError(
+                    f"{self.path}: only {written} of {len(line)} bytes of a row were written"
+                )
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -61,14 +66,17 @@ class Journal:
 
 
 def _is_torn(handle: int) -> bool:
-    """Whether the file's last byte is not the end of a line. Another process's row may come in between: that row ends
-    its own line, so at worst an empty line is left, which `rows` skips."""
+    """Whether the file's last byte is not the end of a line. Another process's row may come in
+    between: that row ends its own line, so at worst an empty line is left, which `rows` skips.
+    """
     size = os.fstat(handle).st_size
     return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """The line's JSON object; None if it is not one. No proper beginning of an object is one itself."""
+    """The line's JSON object; None if it is not one. No proper beginning of an object is one
+    itself.
+    """
     try:
         found = json.loads(line)
     except ValueError:  # UnicodeDecodeError is one too

@@ -1,9 +1,11 @@
-"""What the device kernels must compute right: the types, shapes, tiles and numbers of tokens that the product uses.
+"""What the device kernels must compute right: the types, shapes, tiles and numbers of tokens that
+the product uses.
 
-The tests and `eval.gpu_check` run the same cases. Each fills slots through the product's own repacking, calls the
-kernels as the product does, and compares with a float64 reference that is computed on the same device from the stored
-bytes by `experts.dequant`. Memory that nobody has written reads as NaN: slots' gaps and spare slots because they are
-filled with 0xFF, activations and outputs by torch's own `fill_uninitialized_memory`.
+The tests and `eval.gpu_check` run the same cases. Each fills slots through the product's own
+repacking, calls the kernels as the product does, and compares with a float64 reference that is
+computed on the same device from the stored bytes by `experts.dequant`. Memory that nobody has
+written reads as NaN: slots' gaps and spare slots because they are filled with 0xFF, activations and
+outputs by torch's own `fill_uninitialized_memory`.
 
     for case in cases(interpreted=False):
         error = run_case(case, product_kernels(case, device), device)
@@ -25,7 +27,13 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.dequant import dequantize
 from hybrimoe_plugin.experts.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
-from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, Part, slot_layout, split_planes
+from hybrimoe_plugin.experts.kernels.layout import (
+    BLOCK_BYTES,
+    PLANES,
+    Part,
+    slot_layout,
+    split_planes,
+)
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.experts.kernels.tuning import candidates
 
@@ -33,17 +41,24 @@ TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
 """All that have a Triton kernel; `kernels.formats.SUPPORTED` without importing Triton."""
 
 TOKENS = (1, 2, 20, 96)
-"""One token, a small decode batch (both take the decode kernels), and prompts in small and large tiles."""
+"""One token, a small decode batch (both take the decode kernels), and prompts in small and large
+tiles.
+"""
 
 LARGE = Blocks(256, 4, 256, 2, tokens=16, rows=256)
-"""For the interpreter, which takes as long for a small tile as for a large one. The product never takes it: on a GPU
-it spills registers."""
+"""For the interpreter, which takes as long for a small tile as for a large one. The product never
+takes it: on a GPU it spills registers.
+"""
 
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-"""Largest relative RMS error. Sums are float32 everywhere. With bfloat16 states, prefill rounds weights, activations
-and each expert's part to steps of 2^-8, and decode the output: about 3e-3 together."""
+"""Largest relative RMS error. Sums are float32 everywhere. With bfloat16 states, prefill rounds
+weights, activations and each expert's part to steps of 2^-8, and decode the output: about 3e-3
+together.
+"""
 SUMMED_IN_ORDER = 1e-5
-"""For float32 prompts on a GPU: one sum runs over up to 14336 columns, whose rounding grows with their root."""
+"""For float32 prompts on a GPU: one sum runs over up to 14336 columns, whose rounding grows with
+their root.
+"""
 
 
 class Shape(NamedTuple):
@@ -57,13 +72,20 @@ class Shape(NamedTuple):
     experts: int
     top_k: int
     rounded_routing: bool = False
-    """Whether this model's router gives routing weights in the states' dtype; else they are float32."""
+    """Whether this model's router gives routing weights in the states' dtype; else they are
+    float32.
+    """
 
     @property
     def spec(self) -> ExpertSpec:
         inner, outer = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
-        sizes = [stored_bytes(kind, *shape) for kind, shape in zip(self.kinds, (inner, inner, outer), strict=True)]
-        return ExpertSpec(self.hidden, self.intermediate, self.experts, self.top_k, *self.kinds, *sizes)
+        sizes = [
+            stored_bytes(kind, *shape)
+            for kind, shape in zip(self.kinds, (inner, inner, outer), strict=True)
+        ]
+        return ExpertSpec(
+            self.hidden, self.intermediate, self.experts, self.top_k, *self.kinds, *sizes
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,10 @@ class Case:
 
     def __post_init__(self) -> None:
         tiles = "" if self.blocks is None else " tiles " + "-".join(map(str, self.blocks))
-        name = f"{self.shape.name} {'/'.join(self.shape.kinds)} T={self.tokens} {_short(self.dtype)}{tiles}"
+        name = (
+            f"{self.shape.name} {'/'.join(self.shape.kinds)} T={self.tokens} "
+            f"{_short(self.dtype)}{tiles}"
+        )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "limit", self.limit or LIMITS[self.dtype])
         own = self.dtype if self.shape.rounded_routing else torch.float32
@@ -108,7 +133,10 @@ class LinearCase:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.rows}x{self.columns} {self.kind} T={self.tokens} {_short(self.dtype)}"
+        return (
+            f"{self.model} {self.rows}x{self.columns} {self.kind} T={self.tokens} "
+            f"{_short(self.dtype)}"
+        )
 
 
 class RepackCase(NamedTuple):
@@ -122,8 +150,9 @@ class RepackCase(NamedTuple):
         return f"{self.kind}, {self.blocks} blocks"
 
 
-# As the models' usual GGUF files have them. 1408 columns are no whole number of K blocks (256): such files keep these
-# matrices in Q5_0, which the torch kernels compute, or Q8_0. 1536 is what eval.shapes pads them to.
+# As the models' usual GGUF files have them. 1408 columns are no whole number of K blocks (256):
+# such files keep these matrices in Q5_0, which the torch kernels compute, or Q8_0. 1536 is what
+# eval.shapes pads them to.
 MODEL_SHAPES = (
     Shape("Qwen3-30B-A3B", ("Q4_K", "Q4_K", "Q4_K"), 2048, 768, 12, 8, True),
     Shape("Qwen3-30B-A3B", ("Q4_K", "Q4_K", "Q6_K"), 2048, 768, 12, 8, True),
@@ -135,7 +164,9 @@ MODEL_SHAPES = (
     Shape("Mixtral-8x7B", ("Q4_K", "Q4_K", "Q4_K"), 4096, 14336, 8, 2),
     Shape("Mixtral-8x7B", ("Q4_K", "Q4_K", "Q6_K"), 4096, 14336, 8, 2),
 )
-TYPE_SHAPES = tuple(Shape("every type", (kind,) * 3, 2048, 768, 12, 8) for kind in TYPES if kind != "Q4_K")
+TYPE_SHAPES = tuple(
+    Shape("every type", (kind,) * 3, 2048, 768, 12, 8) for kind in TYPES if kind != "Q4_K"
+)
 
 SMALL_SHAPES = tuple(Shape("small", (kind,) * 3, 256, 256, 3, 2) for kind in TYPES)
 ODD_SHAPES = (
@@ -168,17 +199,24 @@ def cases(interpreted: bool) -> list[Case]:
     """Every case of the expert kernels.
 
     Args:
-        interpreted: what Triton's interpreter can do in a minute (small shapes, float32 mostly), instead of what a
-            GPU must do (the models' own shapes). Both in the tiles that the product takes for a shape.
+        interpreted: what Triton's interpreter can do in a minute (small shapes, float32 mostly),
+            instead of what a GPU must do (the models' own shapes). Both in the tiles that the
+            product takes for a shape.
     """
     return _interpreted_cases() if interpreted else _device_cases()
 
 
 def odd_cases(interpreted: bool) -> list[Case]:
-    """Shapes that no model has; `cases` holds them for a GPU, and the interpreter takes another minute for them."""
+    """Shapes that no model has; `cases` holds them for a GPU, and the interpreter takes another
+    minute for them.
+    """
     if interpreted:
-        return [Case(shape, tokens, torch.float32, LARGE) for shape in ODD_SHAPES for tokens in (2, 24)]
-    return [Case(shape, tokens, dtype) for shape in ODD_SHAPES for tokens in (2, 24) for dtype in LIMITS]
+        return [
+            Case(shape, tokens, torch.float32, LARGE) for shape in ODD_SHAPES for tokens in (2, 24)
+        ]
+    return [
+        Case(shape, tokens, dtype) for shape in ODD_SHAPES for tokens in (2, 24) for dtype in LIMITS
+    ]
 
 
 def candidate_cases(shapes: Sequence[Shape] = MODEL_SHAPES[:2]) -> list[Case]:
@@ -189,32 +227,48 @@ def candidate_cases(shapes: Sequence[Shape] = MODEL_SHAPES[:2]) -> list[Case]:
     found = []
     for shape in shapes:
         first = Blocks.of(slot_layout(shape.spec, split=True), shape.top_k)
-        found += [Case(shape, 1, blocks=blocks, routing=torch.float32) for blocks in candidates(first)]
+        found += [
+            Case(shape, 1, blocks=blocks, routing=torch.float32) for blocks in candidates(first)
+        ]
     return found
 
 
 def linear_cases(interpreted: bool = False) -> list[LinearCase]:
     """Every case of the dense linears."""
     if interpreted:
-        return [LinearCase("small", kind, 80, 256, tokens, torch.float32) for kind in TYPES for tokens in (1, 20)]
+        return [
+            LinearCase("small", kind, 80, 256, tokens, torch.float32)
+            for kind in TYPES
+            for tokens in (1, 20)
+        ]
     found = []
     for model, rows, columns, kinds in LINEAR_SHAPES:
         # A head computes the last token's logits alone, or those of a few.
         counts = TOKENS if rows < 30000 else (1, 2)
-        found += [LinearCase(model, kind, rows, columns, tokens) for kind in kinds for tokens in counts]
+        found += [
+            LinearCase(model, kind, rows, columns, tokens) for kind in kinds for tokens in counts
+        ]
         found += [LinearCase(model, kind, rows, columns, 1, torch.float32) for kind in kinds]
     return found
 
 
 def repack_cases(interpreted: bool = False) -> list[RepackCase]:
-    """67 blocks are no whole number of the kernel's programs; the others are a matrix of each model."""
+    """67 blocks are no whole number of the kernel's programs; the others are a matrix of each
+    model.
+    """
     matrices = () if interpreted else (2048 * 768, 2048 * 1408, 4096 * 14336)
     elements = {kind: GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] for kind in PLANES}
-    return [RepackCase(kind, count) for kind in PLANES for count in (67, *(n // elements[kind] for n in matrices))]
+    return [
+        RepackCase(kind, count)
+        for kind in PLANES
+        for count in (67, *(n // elements[kind] for n in matrices))
+    ]
 
 
 def product_kernels(case: Case, device: torch.device) -> Kernels:
-    """What the product computes these types with on a GPU: Triton's kernels, or torch's where those refuse."""
+    """What the product computes these types with on a GPU: Triton's kernels, or torch's where those
+    refuse.
+    """
     from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
 
     kernels = TritonKernels(device, case.blocks)
@@ -224,8 +278,8 @@ def product_kernels(case: Case, device: torch.device) -> Kernels:
 def run_case(case: Case, kernels: Kernels, device: torch.device) -> float:
     """Relative RMS error of one call; NaN if anything was read that nobody had written.
 
-    Expert 0 has no slot, so a pair in `top_k` or fewer is not computed here, as in the product. The others' slots are
-    in another order than the experts.
+    Expert 0 has no slot, so a pair in `top_k` or fewer is not computed here, as in the product. The
+    others' slots are in another order than the experts.
     """
     shape = case.shape
     seed = case.tokens
@@ -233,7 +287,9 @@ def run_case(case: Case, kernels: Kernels, device: torch.device) -> float:
     buffer, slot_of = fill(kernels, shape, matrices, device)
     hidden, ids, routing = random_call(shape, case.tokens, case.dtype, seed, device)
     routing = routing.to(case.routing)
-    call = SlotCall(buffer, kernels.layout(shape.spec), _used(slot_of), hidden, slot_of[ids], routing)
+    call = SlotCall(
+        buffer, kernels.layout(shape.spec), _used(slot_of), hidden, slot_of[ids], routing
+    )
     with poisoned():
         found = kernels.down(call, kernels.gate_up(call))
     assert found.dtype == case.dtype
@@ -248,11 +304,15 @@ def run_linear(case: LinearCase, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(case.tokens)
     stored = random_stored(case.kind, 1, case.rows, case.columns, generator)[0]
     planes = torch.from_numpy(split_planes(stored.cpu().numpy(), case.kind)).to(device)
-    states = torch.randn(case.tokens, case.columns, generator=generator, device=device).to(case.dtype)
+    states = torch.randn(case.tokens, case.columns, generator=generator, device=device).to(
+        case.dtype
+    )
     with poisoned():
         found = linear(states, planes, case.kind, case.rows)
     assert found.dtype == case.dtype
-    return rms_error(found, states.double() @ dequantize(stored, case.kind, (case.rows, case.columns)).double().T)
+    return rms_error(
+        found, states.double() @ dequantize(stored, case.kind, (case.rows, case.columns)).double().T
+    )
 
 
 def run_repack(case: RepackCase, device: torch.device) -> int:
@@ -263,7 +323,9 @@ def run_repack(case: RepackCase, device: torch.device) -> int:
     raw = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     room = torch.full((size + 2 * beside,), 0xFF, dtype=torch.uint8, device=device)
     part = Part(case.kind, 1, 1, 0, size, split=True)
-    TritonKernels(device).repack(part, torch.from_numpy(raw).to(device), room[beside : beside + size])
+    TritonKernels(device).repack(
+        part, torch.from_numpy(raw).to(device), room[beside : beside + size]
+    )
     wanted = np.full(size + 2 * beside, 0xFF, np.uint8)
     wanted[beside : beside + size] = split_planes(raw, case.kind)
     return int(np.count_nonzero(room.cpu().numpy() != wanted))
@@ -288,10 +350,14 @@ _SCALES: dict[str, tuple[tuple[int, ...], float]] = {
     "Q5_0": ((0,), 9.2),
     "Q5_1": ((0, 2), 18.0),
 }
-"""Type -> (bytes at which a block keeps float16 scales, since random ones would often not be finite; codes' spread)."""
+"""Type -> (bytes at which a block keeps float16 scales, since random ones would often not be
+finite; codes' spread).
+"""
 
 
-def random_stored(kind: str, experts: int, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+def random_stored(
+    kind: str, experts: int, rows: int, columns: int, generator: torch.Generator
+) -> torch.Tensor:
     """Stored bytes [experts, bytes] uint8 of random matrices, on the generator's device.
 
     Scales are such that weights are of the order 1 / sqrt(columns).
@@ -299,19 +365,27 @@ def random_stored(kind: str, experts: int, rows: int, columns: int, generator: t
     device = generator.device
     if kind in ("F32", "F16", "BF16"):
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-        values = torch.randn(experts, rows * columns, generator=generator, device=device) * columns**-0.5
+        values = (
+            torch.randn(experts, rows * columns, generator=generator, device=device) * columns**-0.5
+        )
         return values.to(dtype).view(torch.uint8)
     size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     shape = (experts, stored_bytes(kind, rows, columns) // size, size)
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device)
     places, spread = _SCALES[kind]
     for at in places:
-        scales = torch.rand(shape[:2], generator=generator, device=device).add_(0.5).mul_(columns**-0.5 / spread)
+        scales = (
+            torch.rand(shape[:2], generator=generator, device=device)
+            .add_(0.5)
+            .mul_(columns**-0.5 / spread)
+        )
         blocks[:, :, at : at + 2] = scales.half()[..., None].view(torch.uint8)
     return blocks.flatten(1)
 
 
-def random_matrices(shape: Shape, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_matrices(
+    shape: Shape, seed: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stored bytes of (gate, up, down), each [experts, bytes] uint8 on the device."""
     generator = torch.Generator(device).manual_seed(seed)
     rows_columns = ((shape.intermediate, shape.hidden),) * 2 + ((shape.hidden, shape.intermediate),)
@@ -327,7 +401,8 @@ def fill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(slots [E + 1, slot bytes] uint8, expert -> slot [E] int64), all but expert 0 in slots.
 
-    Experts lie in reverse order; what no expert owns is 0xFF, which is NaN in each floating-point type.
+    Experts lie in reverse order; what no expert owns is 0xFF, which is NaN in each floating-point
+    type.
     """
     layout = kernels.layout(shape.spec)
     buffer = torch.full((shape.experts + 1, layout.size), 0xFF, dtype=torch.uint8, device=device)
@@ -346,18 +421,29 @@ def fill(
 def random_call(
     shape: Shape, tokens: int, dtype: torch.dtype, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(hidden [T, H] of dtype, expert ids [T, K] int64, routing weights [T, K] float32) on the device."""
+    """(hidden [T, H] of dtype, expert ids [T, K] int64, routing weights [T, K] float32) on the
+    device.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     hidden = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
-    ids = torch.rand(tokens, shape.experts, generator=generator, device=device).topk(shape.top_k).indices
+    ids = (
+        torch.rand(tokens, shape.experts, generator=generator, device=device)
+        .topk(shape.top_k)
+        .indices
+    )
     return hidden, ids, torch.rand(tokens, shape.top_k, generator=generator, device=device)
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What torch allocates within is filled with NaN, so that a value nobody wrote cannot pass for a result."""
+    """What torch allocates within is filled with NaN, so that a value nobody wrote cannot pass for
+    a result.
+    """
     settings: Any = torch.utils.deterministic
-    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True
@@ -369,9 +455,15 @@ def poisoned() -> Iterator[None]:
 
 
 def reference(
-    shape: Shape, matrices: Sequence[torch.Tensor], hidden: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor
+    shape: Shape,
+    matrices: Sequence[torch.Tensor],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    routing: torch.Tensor,
 ) -> torch.Tensor:
-    """[T, H] float64 on hidden's device: what all experts but number 0 contribute, one after another."""
+    """[T, H] float64 on hidden's device: what all experts but number 0 contribute, one after
+    another.
+    """
     output = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     inner, outer = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     for expert in range(1, shape.experts):
@@ -384,7 +476,9 @@ def reference(
         )
         states = hidden[tokens].double()
         activations = torch.nn.functional.silu(states @ gate.T) * (states @ up.T)
-        output.index_add_(0, tokens, activations @ down.T * routing[tokens, places].double()[:, None])
+        output.index_add_(
+            0, tokens, activations @ down.T * routing[tokens, places].double()[:, None]
+        )
     return output
 
 
@@ -411,7 +505,10 @@ def _device_cases() -> list[Case]:
         found += [Case(shape, tokens) for tokens in TOKENS]
         found += [Case(shape, 1, torch.float32), Case(shape, 2, torch.float16)]
     for shape in MODEL_SHAPES[:2]:
-        found += [Case(shape, 20, torch.float32, limit=SUMMED_IN_ORDER), Case(shape, 96, torch.float16)]
+        found += [
+            Case(shape, 20, torch.float32, limit=SUMMED_IN_ORDER),
+            Case(shape, 96, torch.float16),
+        ]
         found.append(Case(shape, 40))  # the middle one of the three sizes of prefill tiles
     return found + odd_cases(interpreted=False)
 

@@ -1,15 +1,17 @@
-"""Compile the device kernels on a machine that has no GPU, into a cache that a machine with one finds complete.
+"""Compile the device kernels on a machine that has no GPU, into a cache that a machine with one
+finds complete.
 
-The product's own launch code runs on tensors that claim to lie on a GPU, with Triton's CUDA driver replaced by one
-that compiles as the real one does and launches nothing. So everything that Triton's cache key is made of is what it
-will be on the card: argument types, which of them are multiples of 16, tile sizes and options. The rest of the key
-(the kernels' source and its line numbers, Triton's own files, ptxas' version, environment variables that change code)
-has to be the same there.
+The product's own launch code runs on tensors that claim to lie on a GPU, with Triton's CUDA driver
+replaced by one that compiles as the real one does and launches nothing. So everything that Triton's
+cache key is made of is what it will be on the card: argument types, which of them are multiples of
+16, tile sizes and options. The rest of the key (the kernels' source and its line numbers, Triton's
+own files, ptxas' version, environment variables that change code) has to be the same there.
 
     python -m eval.kernel_prebuild --cache DIR
 
-The last line is a JSON object. A second run tells by `compiled` and `launchers_built` what a card would have to
-compile: nothing, if all is well (`scripts/gpu_bundle.py` asks that of a copy in another folder).
+The last line is a JSON object. A second run tells by `compiled` and `launchers_built` what a card
+would have to compile: nothing, if all is well (`scripts/gpu_bundle.py` asks that of a copy in
+another folder).
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ def wanted() -> list[tuple[str, list[AnyCase]]]:
     groups: dict[str, list[AnyCase]] = {}
 
     def add(kind: str, case: Case) -> None:
-        groups.setdefault(f"{kind}, {case.shape.name} {'/'.join(case.shape.kinds)}", []).append(case)
+        groups.setdefault(f"{kind}, {case.shape.name} {'/'.join(case.shape.kinds)}", []).append(
+            case
+        )
 
     for case in cases(interpreted=False):
         add("experts", case)
@@ -106,7 +110,9 @@ def wanted() -> list[tuple[str, list[AnyCase]]]:
     for shape in (*recorded, *qwen):
         add_tuning(add, shape, (torch.bfloat16,))
     for shape in (*padded, *mixtral):
-        add_tuning(add, shape, ())  # these routers' weights are float32 as well: no call differs from tuning's
+        add_tuning(
+            add, shape, ()
+        )  # these routers' weights are float32 as well: no call differs from tuning's
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (1, 12):
             add("tiny model", Case(TINY, tokens, dtype))
@@ -117,8 +123,11 @@ def wanted() -> list[tuple[str, list[AnyCase]]]:
     return list(groups.items())
 
 
-def add_tuning(add: Callable[[str, Case], None], shape: Shape, calls: Sequence[torch.dtype]) -> None:
-    """Tiles that tuning tries before the first token, with float32 routing weights, and those it may choose.
+def add_tuning(
+    add: Callable[[str, Case], None], shape: Shape, calls: Sequence[torch.dtype]
+) -> None:
+    """Tiles that tuning tries before the first token, with float32 routing weights, and those it
+    may choose.
 
     Args:
         calls: dtypes of states in calls after tuning that differ from tuning's own.
@@ -167,7 +176,12 @@ def launch(case: AnyCase) -> None:
             from hybrimoe_plugin.experts.kernels.linear import linear
 
             states = torch.empty(case.tokens, case.columns, dtype=case.dtype)
-            linear(states, _bytes(stored_bytes(case.kind, case.rows, case.columns)), case.kind, case.rows)
+            linear(
+                states,
+                _bytes(stored_bytes(case.kind, case.rows, case.columns)),
+                case.kind,
+                case.rows,
+            )
         else:
             _launch_repack(case.kind, case.blocks * BLOCK_BYTES[case.kind])
 
@@ -218,7 +232,11 @@ def make_driver(arch: int, library_path: Path | None, count: Count) -> Any:
 
         def __init__(self, src: Any, metadata: Any) -> None:
             # Later releases than 3.6 launch every kernel by one function of the driver's module.
-            if hasattr(nvidia, "make_launcher") and library_path is not None and not count.launcher_problem:
+            if (
+                hasattr(nvidia, "make_launcher")
+                and library_path is not None
+                and not count.launcher_problem
+            ):
                 try:
                     super().__init__(src, metadata)
                 except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
@@ -244,7 +262,8 @@ def make_driver(arch: int, library_path: Path | None, count: Count) -> Any:
 
     if library_path is not None:
         os.environ["TRITON_LIBCUDA_PATH"] = str(library_path)
-        # What is built calls functions that are found only where there is a card: bind them when they are called.
+        # What is built calls functions that are found only where there is a card: bind them when
+        # they are called.
         sys.setdlopenflags(os.RTLD_LAZY)
         ctypes.CDLL(str(library_path / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
         plain = build._build
@@ -255,7 +274,8 @@ def make_driver(arch: int, library_path: Path | None, count: Count) -> Any:
 
         build._build = counted
         try:
-            nvidia.CudaUtils()  # the driver's own module, which the first launch on a card builds too
+            # the driver's own module, which the first launch on a card builds too
+            nvidia.CudaUtils()
         except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
             count.launcher_problem = str(error)
 
@@ -281,14 +301,22 @@ def empty_libcuda() -> Iterator[Path | None]:
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            log.warning("no C compiler (%s): launchers are left out, a card's machine builds them in seconds", error)
+            log.warning(
+                "no C compiler (%s): launchers are left out, a card's machine builds them in "
+                "seconds",
+                error,
+            )
             yield None
             return
         yield folder
 
 
 def build(
-    share: Sequence[tuple[str, list[AnyCase]]], cache: Path, arch: int, library_path: Path | None, deadline: float
+    share: Sequence[tuple[str, list[AnyCase]]],
+    cache: Path,
+    arch: int,
+    library_path: Path | None,
+    deadline: float,
 ) -> tuple[Count, list[str]]:
     """Compile groups in this process, which can have no other driver afterwards.
 
@@ -312,11 +340,21 @@ def build(
         for case in group:
             try:
                 launch(case)
-            except Exception as error:  # a tile that does not compile is one that tuning passes over
+            except (
+                Exception
+            ) as error:  # a tile that does not compile is one that tuning passes over
                 log.debug("%s: %s", case.name, error, exc_info=True)
                 count.failed.append(f"{case.name}: {type(error).__name__}: {error}")
-        built, hits, spent = len(count.compiled) - built, count.hits - hits, time.monotonic() - begun
-        print(f"  {name}: {built} kernels compiled, {hits} found, {spent:.0f} s", file=sys.stderr, flush=True)
+        built, hits, spent = (
+            len(count.compiled) - built,
+            count.hits - hits,
+            time.monotonic() - begun,
+        )
+        print(
+            f"  {name}: {built} kernels compiled, {hits} found, {spent:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return count, []
 
 
@@ -328,7 +366,8 @@ def facts(arch: int) -> dict[str, Any]:
 
     kernels = Path(__file__).resolve().parent.parent / "hybrimoe_plugin" / "experts" / "kernels"
     source = b"".join(
-        (kernels / f"{name}.py").read_bytes() for name in ("decode", "formats", "linear", "prefill", "repack")
+        (kernels / f"{name}.py").read_bytes()
+        for name in ("decode", "formats", "linear", "prefill", "repack")
     )
     return {
         "arch": arch,
@@ -345,18 +384,34 @@ def _digest(data: bytes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache", type=Path, required=True, help="folder for TRITON_CACHE_DIR")
-    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for H100 and H200 (default)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    parser.add_argument("--seconds", type=float, default=1800.0, help="begin no further group after this long")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only groups whose names begin so")
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="not this group; repeatable")
+    parser.add_argument(
+        "--arch", type=int, default=90, help="compute capability, 90 for H100 and H200 (default)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1800.0, help="begin no further group after this long"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only groups whose names begin so"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="not this group; repeatable"
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     args.cache.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    groups = [(name, group) for name, group in wanted() if name.startswith(args.only) and name not in args.skip]
+    groups = [
+        (name, group)
+        for name, group in wanted()
+        if name.startswith(args.only) and name not in args.skip
+    ]
     deadline = time.time() + args.seconds
     total = Count()
     left_out: list[str] = []
@@ -365,7 +420,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         shares = [groups[first :: args.workers] for first in range(args.workers)]
-        jobs = [pool.submit(build, share, args.cache, args.arch, library_path, deadline) for share in shares if share]
+        jobs = [
+            pool.submit(build, share, args.cache, args.arch, library_path, deadline)
+            for share in shares
+            if share
+        ]
         for job in jobs:
             found, missing = job.result()
             total.add(found)

@@ -1,9 +1,9 @@
 """How fast is classic kTransformers with our rules and with its own, on this machine, in one run?
 
-All are the real `ktransformers.local_chat` with the demo model, greedy, the same questions, in turns.
-kTransformers' own `KExpertsCPU` runs on kt-kernel's prebuilt expert kernels. Our engine chooses its CPU backend itself;
-`ours, kt` holds it to the same kernels, which tells how much of the difference is the backend. Rates are those that
-`local_chat` prints. Everything is measured.
+All are the real `ktransformers.local_chat` with the demo model, greedy, the same questions, in
+turns. kTransformers' own `KExpertsCPU` runs on kt-kernel's prebuilt expert kernels. Our engine
+chooses its CPU backend itself; `ours, kt` holds it to the same kernels, which tells how much of the
+difference is the backend. Rates are those that `local_chat` prints. Everything is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ SETS = ("ours", "ours, kt", "stock")
 PACKAGED = ROOT / "optimize_rules" / "ktransformers" / "Mixtral-cpu.yaml"
 PACKAGED_GPU = PACKAGED.with_name("Mixtral-gpu.yaml")
 SITE = "HYBRIMOE_CLASSIC_SITE"
-"""Environment variable: a folder of packages with classic kTransformers, for the Python that runs this."""
+"""Environment variable: a folder of packages with classic kTransformers, for the Python that runs
+this.
+"""
 SHORT = (
     "Tell me a long story about a fox who lives at the edge of a forest.",
     "Explain in many sentences how rain forms.",
@@ -37,7 +39,8 @@ SHORT = (
     "List ten tips for healthy living and give a reason for each.",
 )
 LONG = "Summarise this text: " + " ".join(
-    f"In chapter {number} the travellers cross river {number}, count {number * 7} birds and write a letter home."
+    f"In chapter {number} the travellers cross river {number}, count {number * 7} birds and write "
+    f"a letter home."
     for number in range(1, 13)
 )
 QUESTIONS = (SHORT[0], *SHORT, LONG, LONG)
@@ -51,14 +54,18 @@ _LINES = re.compile(
 
 
 class Host(NamedTuple):
-    """Where classic kTransformers runs: a Python, and a folder that comes first on its path ("" for none)."""
+    """Where classic kTransformers runs: a Python, and a folder that comes first on its path ("" for
+    none).
+    """
 
     python: str
     site: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
-        """For its processes. Triton's interpreter, which a dry run asks for, is left out: it has its own stand-in."""
+        """For its processes. Triton's interpreter, which a dry run asks for, is left out: it has
+        its own stand-in.
+        """
         values = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         if self.site:
             path = [self.site, *filter(None, [values.get("PYTHONPATH")])]
@@ -69,8 +76,12 @@ class Host(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Run the question; gives what the JSON line says."""
     parser = report.parser((__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads of kTransformers' own experts (default 1)")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each set of rules is started (default 2)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of kTransformers' own experts (default 1)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often each set of rules is started (default 2)"
+    )
     args = parser.parse_args(arguments)
     host = find_host()
     rounds, tokens = (1, 16) if args.quick else (args.rounds, 40)
@@ -81,11 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             for name in SETS:  # in turns, so that a slow spell of the machine meets all
                 answers[name] += ask(host, [*flags[name], "--max_new_tokens", str(tokens)])
     rows = [
-        {"rules": name, "measure": measure, **summary(answers[name], measure)} for measure in MEASURES for name in SETS
+        {"rules": name, "measure": measure, **summary(answers[name], measure)}
+        for measure in MEASURES
+        for name in SETS
     ]
     report.show("local_chat with the demo model (measured, tokens per second)", rows)
-    report.save_csv(args.out / "ktransformers_cpu.csv", [{**row, "label": "measured"} for row in rows])
-    found = {(row["rules"], row["measure"].split(",")[0], row["measure"][-11:]): row["p50"] for row in rows}
+    report.save_csv(
+        args.out / "ktransformers_cpu.csv", [{**row, "label": "measured"} for row in rows]
+    )
+    found = {
+        (row["rules"], row["measure"].split(",")[0], row["measure"][-11:]): row["p50"]
+        for row in rows
+    }
     result = {
         "decode_ours": found["ours", "decode", "decode"],
         "decode_stock": found["stock", "decode", "decode"],
@@ -112,7 +130,8 @@ def rules_flags(folder: Path, threads: int) -> dict[str, list[str]]:
 
 
 def find_host() -> Host:
-    """The folder that `SITE` names, this environment, or the one that `scripts/setup_ktransformers.py` makes.
+    """The folder that `SITE` names, this environment, or the one that
+    `scripts/setup_ktransformers.py` makes.
 
     Raises:
         BackendError: there is none.
@@ -126,19 +145,32 @@ def find_host() -> Host:
         return Host(sys.executable)
     beside = ROOT / ".venv-ktransformers" / "bin" / "python"
     if not beside.exists():
-        raise BackendError("no environment with ktransformers: python scripts/setup_ktransformers.py makes it")
+        raise BackendError(
+            "no environment with ktransformers: python scripts/setup_ktransformers.py makes it"
+        )
     return Host(str(beside))
 
 
 def ask(
-    host: Host, flags: Sequence[str], questions: Sequence[str] = QUESTIONS, timeout_s: float | None = None
+    host: Host,
+    flags: Sequence[str],
+    questions: Sequence[str] = QUESTIONS,
+    timeout_s: float | None = None,
 ) -> list[dict[str, float]]:
     """Rates of the answers of one process; the first, which warms up, is left out.
 
     Raises:
         BackendError: an answer is missing, or the process took longer than `timeout_s`.
     """
-    command = [host.python, "-m", "hybrimoe_plugin", "ktransformers_chat", "--demo", "--greedy", *flags]
+    command = [
+        host.python,
+        "-m",
+        "hybrimoe_plugin",
+        "ktransformers_chat",
+        "--demo",
+        "--greedy",
+        *flags,
+    ]
     try:
         done = subprocess.run(
             command,
@@ -151,10 +183,17 @@ def ask(
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired as error:
-        raise BackendError(f"local_chat needed more than {timeout_s:.0f} s for {len(questions)} questions") from error
-    found = [{key: float(value) for key, value in match.groupdict().items()} for match in _LINES.finditer(done.stdout)]
+        raise BackendError(
+            f"local_chat needed more than {timeout_s:.0f} s for {len(questions)} questions"
+        ) from error
+    found = [
+        {key: float(value) for key, value in match.groupdict().items()}
+        for match in _LINES.finditer(done.stdout)
+    ]
     if done.returncode or len(found) != len(questions):
-        raise BackendError(f"local_chat gave {len(found)} of {len(questions)} answers: {done.stderr[-500:]}")
+        raise BackendError(
+            f"local_chat gave {len(found)} of {len(questions)} answers: {done.stderr[-500:]}"
+        )
     return found[1:]
 
 
@@ -163,11 +202,17 @@ def answers_of(answers: Sequence[dict[str, float]], measure: str) -> list[dict[s
     if measure == "decode":
         return [answer for answer in answers if answer["count"] > 1]
     longest = max((answer["prompt"] for answer in answers), default=0.0)
-    return [answer for answer in answers if (answer["prompt"] == longest) == measure.endswith("long prompt")]
+    return [
+        answer
+        for answer in answers
+        if (answer["prompt"] == longest) == measure.endswith("long prompt")
+    ]
 
 
 def summary(answers: Sequence[dict[str, float]], measure: str) -> dict[str, Any]:
-    """p20, p50 and p80 of one measure, with how many answers and prompt tokens it is of; there must be one at least."""
+    """p20, p50 and p80 of one measure, with how many answers and prompt tokens it is of; there must
+    be one at least.
+    """
     chosen = answers_of(answers, measure)
     rates = [answer["decode" if measure == "decode" else "prefill"] for answer in chosen]
     low, middle, high = (float(value) for value in np.percentile(rates, (20, 50, 80)))

@@ -35,7 +35,9 @@ from lever_ext.tree.policies import (
 )
 
 CALM, ATTEMPTS = 0.15, 2
-"""A run during which other programs took more of the processor than this is made again, so often at most."""
+"""A run during which other programs took more of the processor than this is made again, so often at
+most.
+"""
 
 TREES: dict[str, Callable[[], TreePolicy]] = {
     "flash autoregressive": NoSpeculation,
@@ -57,11 +59,16 @@ TREES: dict[str, Callable[[], TreePolicy]] = {
 WARM_UP = 12
 """Tokens of the turn that does not count."""
 BUDGETS = {"dense": "200MiB", "mixtral": "600MiB"}
-DENSE_TREES = ("flash autoregressive", "chain 8", "specinfer", "specinfer 4-2-2-1", "fixed 16", "opt_tree 16",
+DENSE_TREES = ("flash "
+               "autoregressive", "chain "
+                                 "8", "specinfer", "specinfer 4-2-2-1", "fixed 16", "opt_tree 16",
                "opt_tree 48", "greedy", "lever, no overlap", "lever")  # fmt: skip
 FEW_TREES = ("flash autoregressive", "chain 8", "specinfer", "fixed 16", "opt_tree 16", "lever")
-MOE_TREES = ("flash autoregressive", "chain 8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 8",
-             "opt_tree 16", "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
+MOE_TREES = ("flash "
+             "autoregressive", "chain "
+                               "8", "chain 4", "specinfer", "fixed 8", "opt_tree 4", "opt_tree 8",
+             "opt_tree "
+             "16", "greedy", "lever, cost without union", "lever, no overlap", "lever")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,16 @@ class TreeCell(Cell):
     trees: tuple[str, ...] = DENSE_TREES
     tokens: int = 40
     rounds: int = 3
-    """Texts that count, each of the next prompt of the kind. The policies decode it side by side, cycle by cycle."""
+    """Texts that count, each of the next prompt of the kind. The policies decode it side by side,
+    cycle by cycle.
+    """
     share: float = -1.0
     """Of layers in DRAM; below 0 the target's own budget."""
     throttle: str = ""
 
     def run(self, lab: Lab) -> Iterator[dict[str, Any]]:
-        # Throttled profiles are faster than this machine's disk: their bytes come from the page cache.
+        # Throttled profiles are faster than this machine's disk: their bytes come from the page
+        # cache.
         target = lab.target(self.target, self._budget(lab), self.throttle, direct=not self.throttle)
         draft = lab.draft(self.draft)
         lanes = [
@@ -106,7 +116,9 @@ class TreeCell(Cell):
                 for kept, lane in zip(runs, lanes, strict=True):
                     kept.append(lane.decoder.stats)
         chain = next(lane for lane in lanes if isinstance(lane.decoder.policy, Chain))
-        seen = chain.decoder.calibration  # a chain follows the draft's first choice, which is what agreement is of
+        seen = (
+            chain.decoder.calibration
+        )  # a chain follows the draft's first choice, which is what agreement is of
         agreement = round(seen.agreed / max(1, seen.seen), 3)
         for tree, lane, kept in zip(self.trees, lanes, runs, strict=True):
             lane.decoder.close()
@@ -174,24 +186,45 @@ def make_decoder(tree: str, target: FlashTarget, draft: Draft) -> LeverDecoding:
     policy, blind = TREES[tree](), "without union" in tree
     overlap = policy.name == "lever" and "no overlap" not in tree
     return LeverDecoding(
-        None if policy.name == "none" else draft, policy, target, overlap=overlap, price_union=not blind
+        None if policy.name == "none" else draft,
+        policy,
+        target,
+        overlap=overlap,
+        price_union=not blind,
     )
 
 
 BLANK = {
-    "target": "", "draft": "", "agreement": "", "prompt": "", "dram_share": "", "label": "measured", "tree": "",
-    "tokens": "", "tokens_per_s": "", "acceptance_length": "", "passes": "", "rows": "", "draft_ms": "",
-    "verify_ms": "", "wait_ms": "", "project_ms": "", "cycle_ms": "", "predicted_ms": "", "read_mb": "",
+    "target": "",
+    "draft": "",
+    "agreement": "",
+    "prompt": "",
+    "dram_share": "",
+    "label": "measured",
+    "tree": "",
+    "tokens": "",
+    "tokens_per_s": "",
+    "acceptance_length": "",
+    "passes": "",
+    "rows": "",
+    "draft_ms": "",
+    "verify_ms": "",
+    "wait_ms": "",
+    "project_ms": "",
+    "cycle_ms": "",
+    "predicted_ms": "",
+    "read_mb": "",
     "others_cpu": "",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class ReadCell(Cell):
     """Our reader against plain large-block direct reads of the same file, in turns.
 
-    The plain reads go to as much memory as the stream's three buffers, as every reader's must whose bytes are to be
-    used; beside them, for comparison, into one 8 MiB block again and again, which stays in the processor's cache.
+    The plain reads go to as much memory as the stream's three buffers, as every reader's must whose
+    bytes are to be used; beside them, for comparison, into one 8 MiB block again and again, which
+    stays in the processor's cache.
     """
 
     repeats: int = 12
@@ -210,16 +243,28 @@ class ReadCell(Cell):
         for turn in range(self.repeats):
             for name in list(readers)[:: 1 if turn % 2 else -1]:
                 speeds[name].append(readers[name]())
-                yield {**BLANK, "target": "dense", "tree": name, "value": round(speeds[name][-1], 3)}
+                yield {
+                    **BLANK,
+                    "target": "dense",
+                    "tree": name,
+                    "value": round(speeds[name][-1], 3),
+                }
         pack.close()
         # Harmonic means: all bytes over all the time.
         ours, plain, block = (statistics.harmonic_mean(found) for found in speeds.values())
         yield {**BLANK, "target": "dense", "tree": "read share", "value": round(ours / plain, 3)}
-        yield {**BLANK, "target": "dense", "tree": "read share, one block", "value": round(ours / block, 3)}
+        yield {
+            **BLANK,
+            "target": "dense",
+            "tree": "read share, one block",
+            "value": round(ours / block, 3),
+        }
 
 
 def stream_gbps(pack: FlashPack, nbytes: int) -> float:
-    """GB/s of layer blocks through three buffers, as a target's stream reads them, with nothing to compute."""
+    """GB/s of layer blocks through three buffers, as a target's stream reads them, with nothing to
+    compute.
+    """
     blocks = pack.blocks("layer")
     buffers = deque(Buffer.several(3, block_memory(blocks)))
     for buffer in buffers:
@@ -242,7 +287,9 @@ def stream_gbps(pack: FlashPack, nbytes: int) -> float:
 
 @dataclass(frozen=True)
 class IdentityCell(Cell):
-    """In float32, the tokens of every tree, pruned and not, against plain `generate` of the model in memory."""
+    """In float32, the tokens of every tree, pruned and not, against plain `generate` of the model
+    in memory.
+    """
 
     tokens: int = 20
     trees: tuple[str, ...] = ("lever", "chain 8", "specinfer", "opt_tree 16")
@@ -254,18 +301,33 @@ class IdentityCell(Cell):
         target = lab.target("narrow-fp32", "300MiB")
         head = plain.get_output_embeddings().weight.detach()
         gate = ExitGate(ExitPredictor(head * 0.05, 15, 0.0, ""), PruneSettings())
-        settings = {"max_new_tokens": self.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        settings = {
+            "max_new_tokens": self.tokens,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         for prompt in PROMPTS:
             inputs = lab.prompt(prompt)
             want = plain.generate(**inputs, **settings)
             for tree in self.trees:
                 for pruned in (False, True):
                     target.set_gate(gate if pruned else None)
-                    decoder = LeverDecoding(lab.draft("low-bit 65 %"), TREES[tree](), target, prune="always")
-                    same = torch.equal(target.model.generate(**inputs, custom_generate=decoder, **settings), want)
+                    decoder = LeverDecoding(
+                        lab.draft("low-bit 65 %"), TREES[tree](), target, prune="always"
+                    )
+                    same = torch.equal(
+                        target.model.generate(**inputs, custom_generate=decoder, **settings), want
+                    )
                     decoder.close()
                     name = f"{tree}{', pruned' if pruned else ''}: identical"
-                    yield {**BLANK, "target": "narrow-fp32", "prompt": prompt, "tree": name, "value": int(same)}
+                    yield {
+                        **BLANK,
+                        "target": "narrow-fp32",
+                        "prompt": prompt,
+                        "tree": name,
+                        "value": int(same),
+                    }
         target.set_gate(None)
 
 
@@ -282,7 +344,9 @@ def _cells() -> Iterator[Cell]:
     # n-grams are accepted seldom here: hardly more than a token a pass.
     for draft, tokens, rounds in (("low-bit 50 %", 32, 2), ("n-gram", 12, 1)):
         for prompt in PROMPTS:
-            yield TreeCell(f"dense, {draft}, {prompt}", "dense", draft, prompt, FEW_TREES, tokens, rounds)
+            yield TreeCell(
+                f"dense, {draft}, {prompt}", "dense", draft, prompt, FEW_TREES, tokens, rounds
+            )
     for throttle in ("ufs3.1", "ufs4.0", "nvme"):
         yield TreeCell(f"throttled {throttle}", trees=few, tokens=32, rounds=1, throttle=throttle)
 
@@ -292,7 +356,16 @@ QUICK_CELLS: tuple[Cell, ...] = (
     ReadCell("read", 4),
     IdentityCell("identity", 10, ("lever",)),
     TreeCell(
-        "dense", trees=("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever"), tokens=20, rounds=1
+        "dense",
+        trees=("flash autoregressive", "chain 8", "specinfer", "opt_tree 16", "lever"),
+        tokens=20,
+        rounds=1,
     ),
-    TreeCell("moe", "mixtral", trees=("flash autoregressive", "chain 4", "opt_tree 8", "lever"), tokens=20, rounds=1),
+    TreeCell(
+        "moe",
+        "mixtral",
+        trees=("flash autoregressive", "chain 4", "opt_tree 8", "lever"),
+        tokens=20,
+        rounds=1,
+    ),
 )

@@ -24,7 +24,8 @@ PROMPTS = {
         "Write a JavaScript function that reverses a string.",
     ),
     "arithmetic": (
-        "A shop sells pens at 3 dollars and books at 12 dollars. How much do 7 pens and 4 books cost? Show each step.",
+        "A shop sells pens at 3 dollars and books at 12 dollars. How much do 7 pens and 4 books "
+        "cost? Show each step.",
         "What is 17 times 23? Show your work.",
         "A train travels 60 miles in 1.5 hours. How far does it travel in 4 hours? Explain.",
     ),
@@ -51,7 +52,9 @@ class OthersLoad:
         return sum(times[:8]) - idle - mine.user - mine.system, sum(times[:8])
 
     def share(self) -> float:
-        others, whole = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        others, whole = (
+            after - before for after, before in zip(self._read(), self._before, strict=True)
+        )
         return max(0.0, others / whole) if whole > 0 else 0.0
 
 
@@ -75,13 +78,17 @@ class Lab:
                 pack_model(directory, None, build_demo_model(name))
         return directory / "target.lever"
 
-    def target(self, name: str, budget: str | int, throttle: str = "", direct: bool = True) -> FlashTarget:
+    def target(
+        self, name: str, budget: str | int, throttle: str = "", direct: bool = True
+    ) -> FlashTarget:
         """One target is open at a time."""
         key = (name, budget, throttle, direct)
         if key not in self._targets:
             self.close()
             slowed = Throttle.parse(throttle) if throttle else None
-            self._targets[key] = load_target(self.pack(name), dram_budget=budget, throttle=slowed, direct=direct)
+            self._targets[key] = load_target(
+                self.pack(name), dram_budget=budget, throttle=slowed, direct=direct
+            )
         return self._targets[key]
 
     def draft(self, name: str) -> Draft:

@@ -18,7 +18,9 @@ def tree_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One row for each group of cells (all but the prompt equal) and tree: means over the prompts."""
+    """One row for each group of cells (all but the prompt equal) and tree: means over the
+    prompts.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in tree_rows(rows):
         key = (row["target"], row["draft"], row["dram_share"], row["label"], row["tree"])
@@ -41,7 +43,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "label": label,
                 "tree": tree,
                 "prompts": len(members),
-                "tokens_per_s": round(statistics.geometric_mean(row["tokens_per_s"] for row in members), 3),
+                "tokens_per_s": round(
+                    statistics.geometric_mean(row["tokens_per_s"] for row in members), 3
+                ),
                 "speedup": round(statistics.geometric_mean(ratios), 3) if ratios else "",
                 **{
                     name: round(statistics.mean(row[name] for row in members), 2)
@@ -60,7 +64,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return made
 
 
-def best_other(table: Sequence[Row], target: str, draft: str = DRAFT, share: float = -1.0) -> Row | None:
+def best_other(
+    table: Sequence[Row], target: str, draft: str = DRAFT, share: float = -1.0
+) -> Row | None:
     """The fastest tree that is not ours, plain decoding included, each with its best setting."""
     found = [
         row
@@ -81,7 +87,8 @@ def results(rows: Sequence[Row], table: Sequence[Row]) -> dict[str, Any]:
         found = [
             row["tokens_per_s"]
             for row in table
-            if (row["target"], row["draft"], row["dram_share"], row["tree"]) == (target, DRAFT, -1.0, tree)
+            if (row["target"], row["draft"], row["dram_share"], row["tree"])
+            == (target, DRAFT, -1.0, tree)
             and row["label"] == "measured"
         ]
         return float(found[0]) if found else None
@@ -97,26 +104,40 @@ def results(rows: Sequence[Row], table: Sequence[Row]) -> dict[str, Any]:
         "speedup_vs_chain8": ratio(speed(OURS), speed("chain 8")),
         "speedup_vs_specinfer": ratio(speed(OURS), speed("specinfer")),
         "speedup_vs_best_tree": ratio(speed(OURS), float(tree["tokens_per_s"]) if tree else None),
-        "moe_speedup_vs_best_twin": ratio(speed(OURS, "mixtral"), float(moe["tokens_per_s"]) if moe else None),
+        "moe_speedup_vs_best_twin": ratio(
+            speed(OURS, "mixtral"), float(moe["tokens_per_s"]) if moe else None
+        ),
         "read_share": shares[-1] if shares else None,
         "token_identical": bool(same) and all(same),
     }
 
 
 def draw_speedups(axes: Any, table: Sequence[Row]) -> None:
-    """Speed-up over flash autoregressive decoding by tree, one group of bars for each target and draft."""
-    mine = [row for row in table if row["dram_share"] == -1.0 and row["label"] == "measured" and row["speedup"] != ""]
+    """Speed-up over flash autoregressive decoding by tree, one group of bars for each target and
+    draft.
+    """
+    mine = [
+        row
+        for row in table
+        if row["dram_share"] == -1.0 and row["label"] == "measured" and row["speedup"] != ""
+    ]
     groups = list(dict.fromkeys((row["target"], row["draft"]) for row in mine))
-    trees = [tree for tree in dict.fromkeys(row["tree"] for row in mine) if tree not in (AR, OURS)] + [OURS]
+    trees = [
+        tree for tree in dict.fromkeys(row["tree"] for row in mine) if tree not in (AR, OURS)
+    ] + [OURS]
     width = 0.85 / max(1, len(trees))
     for index, tree in enumerate(trees):
-        values = {(row["target"], row["draft"]): row["speedup"] for row in mine if row["tree"] == tree}
+        values = {
+            (row["target"], row["draft"]): row["speedup"] for row in mine if row["tree"] == tree
+        }
         places = [at + index * width for at in range(len(groups))]
         # Ten colours; a second round of them is hatched.
         style = {"color": "black"} if tree == OURS else {"hatch": "//" if index >= 10 else None}
         axes.bar(places, [values.get(group, 0) for group in groups], width, label=tree, **style)
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set_xticks([at + 0.4 for at in range(len(groups))], [f"{target}\n{draft}" for target, draft in groups])
+    axes.set_xticks(
+        [at + 0.4 for at in range(len(groups))], [f"{target}\n{draft}" for target, draft in groups]
+    )
     axes.set_ylabel("speed-up over flash autoregressive (measured)")
     if groups:
         axes.legend(fontsize=7, ncols=2, loc="upper right")
@@ -126,8 +147,15 @@ def draw_shares(axes: Any, rows: Sequence[Row]) -> None:
     """Decode speed against the share of layers in DRAM."""
     mine = [row for row in tree_rows(rows) if row["dram_share"] >= 0]
     for tree in dict.fromkeys(row["tree"] for row in mine):
-        points = sorted((row["dram_share"], row["tokens_per_s"]) for row in mine if row["tree"] == tree)
-        axes.plot([100 * share for share, _ in points], [speed for _, speed in points], marker="o", label=tree)
+        points = sorted(
+            (row["dram_share"], row["tokens_per_s"]) for row in mine if row["tree"] == tree
+        )
+        axes.plot(
+            [100 * share for share, _ in points],
+            [speed for _, speed in points],
+            marker="o",
+            label=tree,
+        )
     axes.set_xlabel("layers in DRAM, %")
     axes.set_ylabel("decode tokens/s (measured)")
     if mine:

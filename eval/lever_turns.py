@@ -1,8 +1,10 @@
-"""Decodings side by side that take turns cycle by cycle: a disk whose speed drifts is as slow for one as for the other.
+"""Decodings side by side that take turns cycle by cycle: a disk whose speed drifts is as slow for
+one as for the other.
 
-Every decoding has a thread of its own for what `generate` does, but all cycles run on the caller's: with a pool of
-workers for each thread OpenMP would put workers to sleep after every operation. Each has its own draft state and, where
-the target has routed experts, its own expert cache of the same size: what the others do does not help or hurt it.
+Every decoding has a thread of its own for what `generate` does, but all cycles run on the caller's:
+with a pool of workers for each thread OpenMP would put workers to sleep after every operation. Each
+has its own draft state and, where the target has routed experts, its own expert cache of the same
+size: what the others do does not help or hurt it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Turns:
         self._changed = threading.Condition()
 
     def run(self, mine: int, call: Callable[[], bool]) -> bool:
-        """From a thread of its own: have `call` run at my next turn, and wait for what it gives or raises."""
+        """From a thread of its own: have `call` run at my next turn, and wait for what it gives or
+        raises.
+        """
         result: Future[bool] = Future()
         with self._changed:
             self._asked[mine] = (call, result)
@@ -84,7 +88,9 @@ class Lane:
                 done.operator.serve_from(self.target.experts)
 
 
-def run_together(lanes: Sequence[Lane], order: Sequence[int], tokens: Sequence[int], inputs: Any) -> None:
+def run_together(
+    lanes: Sequence[Lane], order: Sequence[int], tokens: Sequence[int], inputs: Any
+) -> None:
     """Generate greedily on every lane, a cycle at a time in rotation; first the prompts.
 
     Args:
@@ -108,9 +114,13 @@ def run_together(lanes: Sequence[Lane], order: Sequence[int], tokens: Sequence[i
         try:
             lane.decoder.step = step
             lane.target.model.generate(
-                **inputs, custom_generate=lane.decoder, max_new_tokens=tokens[mine], do_sample=False,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                **inputs,
+                custom_generate=lane.decoder,
+                max_new_tokens=tokens[mine],
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         finally:
             turns.leave(mine)
 
@@ -124,4 +134,8 @@ def run_together(lanes: Sequence[Lane], order: Sequence[int], tokens: Sequence[i
 
 def own_state(draft: Draft) -> Draft:
     """The same draft model with KV entries of its own."""
-    return LanguageModelDraft(draft.model, draft.name) if isinstance(draft, LanguageModelDraft) else NGramDraft()
+    return (
+        LanguageModelDraft(draft.model, draft.name)
+        if isinstance(draft, LanguageModelDraft)
+        else NGramDraft()
+    )

@@ -1,7 +1,9 @@
-"""llama.cpp in a process of its own, asked over a pipe: `python eval/peer.py MODEL THREADS [--no-amx]`.
+"""llama.cpp in a process of its own, asked over a pipe: `python eval/peer.py MODEL THREADS
+[--no-amx]`.
 
-It needs nothing but the package llama-cpp-python, so any interpreter that has it will do, and where it ends with a
-signal only this process is lost. Each line on standard input is a JSON request, each on standard output the answer.
+It needs nothing but the package llama-cpp-python, so any interpreter that has it will do, and where
+it ends with a signal only this process is lost. Each line on standard input is a JSON request, each
+on standard output the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-HOW_TO_GET = "llama-cpp-python is not installed: `make peers` builds it (up to 20 minutes on 2 cores)"
+HOW_TO_GET = (
+    "llama-cpp-python is not installed: `make peers` builds it (up to 20 minutes on 2 cores)"
+)
 _ARCH_PRCTL, _REQUEST_PERMISSION = 158, 0x1023
 
 
@@ -30,7 +34,9 @@ class Peer:
         RuntimeError: it did not start, or died.
     """
 
-    def __init__(self, python: str, gguf: Path, threads: int, context: int, amx: bool = True) -> None:
+    def __init__(
+        self, python: str, gguf: Path, threads: int, context: int, amx: bool = True
+    ) -> None:
         command = [python, str(Path(__file__).resolve()), str(gguf), str(threads), str(context)]
         self._process = subprocess.Popen(
             command if amx else [*command, "--no-amx"],
@@ -42,7 +48,9 @@ class Peer:
         self.version = str(self._answer()["version"])
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """{"prefill_s": ..., "step_s": [...]} for `prompt` (ids) and `steps` (ids fed one by one)."""
+        """{"prefill_s": ..., "step_s": [...]} for `prompt` (ids) and `steps` (ids fed one
+        by one).
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -68,7 +76,8 @@ class Peer:
 def start(python: str, gguf: Path, threads: int, context: int) -> tuple[Peer, str]:
     """(llama.cpp that has survived a trial, a note on how it runs).
 
-    llama.cpp 0.3.36 built for a processor with AMX may end with SIGILL on a virtual one; it is then run without AMX.
+    llama.cpp 0.3.36 built for a processor with AMX may end with SIGILL on a virtual one; it is then
+    run without AMX.
 
     Raises:
         RuntimeError: it does not run either way.
@@ -77,7 +86,8 @@ def start(python: str, gguf: Path, threads: int, context: int) -> tuple[Peer, st
     for amx in (True, False):
         try:
             peer = Peer(python, gguf, threads, context, amx)
-            # More rows than any small-batch path takes, and twice: the fault is not always at the first.
+            # More rows than any small-batch path takes, and twice: the fault is not always at the
+            # first.
             for _ in range(2):
                 peer.ask(prompt=[3] * 64, steps=[3, 3])
         except RuntimeError as error:
@@ -100,7 +110,13 @@ def _serve(gguf: str, threads: int, context: int) -> None:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        gguf, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512, verbose=False
+        gguf,
+        n_ctx=context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=512,
+        n_ubatch=512,
+        verbose=False,
     )
     print(json.dumps({"version": llama_cpp.__version__}), file=answers, flush=True)
     for line in sys.stdin:
@@ -131,7 +147,9 @@ class _Program(ctypes.Structure):
 
 
 def _withhold_amx() -> None:
-    """Let the kernel refuse the permission for AMX to this process (a seccomp filter on one call)."""
+    """Let the kernel refuse the permission for AMX to this process (a seccomp filter on
+    one call).
+    """
     filters = (_Instruction * 6)(
         _Instruction(0x20, 0, 0, 0),  # load the call's number
         _Instruction(0x15, 0, 3, _ARCH_PRCTL),

@@ -1,9 +1,10 @@
-"""What becomes of prefetches? Simulated on traces, with the engine's own controller on the paper's machine.
+"""What becomes of prefetches? Simulated on traces, with the engine's own controller on the paper's
+machine.
 
-Predictions are recorded where a trace has them, else modelled at a stated recall (at distance 1; its d-th power at
-distance d). Which experts lie in the slots at first is random, the same with prefetch and without. A start alone
-changes decode by tenths of a percent and prompts by percents, so cells near level are repeated from further starts and
-their mean is given.
+Predictions are recorded where a trace has them, else modelled at a stated recall (at distance 1;
+its d-th power at distance d). Which experts lie in the slots at first is random, the same with
+prefetch and without. A start alone changes decode by tenths of a percent and prompts by percents,
+so cells near level are repeated from further starts and their mean is given.
 No column is measured.
 """
 
@@ -47,7 +48,9 @@ Pair = tuple[Outcome, Outcome]
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Run the question; gives what the JSON line says."""
     parser = report.parser(__doc__ or "")
-    parser.add_argument("--profiles", nargs="+", default=PROFILES, choices=PROFILES, help="machines to replay")
+    parser.add_argument(
+        "--profiles", nargs="+", default=PROFILES, choices=PROFILES, help="machines to replay"
+    )
     args = parser.parse_args(arguments)
     few = 2 if args.quick else None
     names = (*tuple(traces.REAL)[:few], *tuple(traces.FLAT)[:few], *traces.recorded_names())
@@ -60,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     ]
     rows = [row for part in mapped(cells, jobs) for row in part]
     quality = [row for name in names for row in prediction_rows(name)]
-    report.show(f"Prefetches in decode, {profiles[0]} (simulated)", [r for r in rows if r["profile"] == profiles[0]])
+    report.show(
+        f"Prefetches in decode, {profiles[0]} (simulated)",
+        [r for r in rows if r["profile"] == profiles[0]],
+    )
     report.show("Predictions by distance", quality)
     report.save_csv(args.out / "prefetch.csv", rows)
     report.save_csv(args.out / "prefetch_predictions.csv", quality)
@@ -79,7 +85,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         "used_share": total(judged, "used") / total(judged, "issued"),
         "used_share_recorded": total(recorded, "used") / max(1.0, total(recorded, "issued")),
-        "used_share_worst": min(row["used"] / row["issued"] for row in judged if row["issued"] >= FEW),
+        "used_share_worst": min(
+            row["used"] / row["issued"] for row in judged if row["issued"] >= FEW
+        ),
         "worst_speedup_over_off": lowest["speedup over off"],
         "worst_speedup_standard_error": lowest["standard error"],
         "worst_prefill_speedup_over_off": prompt["prefill speedup over off"],
@@ -105,15 +113,29 @@ def cells(job: Job) -> list[dict[str, Any]]:
             found += [run(OURS, job, recall, start) for start in range(1, STARTS)]
         prompts = list(zip(without, found, strict=False))
         if abs(gain(without[0], found[0], "prefill_us") - 1.0) < PROMPT_NEAR:
-            prompts_without = prompts_without or [run(OFF, job, 0.0, s, prompt=True) for s in range(PROMPT_STARTS)]
+            prompts_without = prompts_without or [
+                run(OFF, job, 0.0, s, prompt=True) for s in range(PROMPT_STARTS)
+            ]
             again = [run(OURS, job, recall, start, prompt=True) for start in range(PROMPT_STARTS)]
             prompts = list(zip(prompts_without, again, strict=True))
-        rows.append(row_of(trace, (name, profile, ratio), recall, list(zip(without, found, strict=False)), prompts))
+        rows.append(
+            row_of(
+                trace,
+                (name, profile, ratio),
+                recall,
+                list(zip(without, found, strict=False)),
+                prompts,
+            )
+        )
     return rows
 
 
 def row_of(
-    trace: Trace, place: tuple[str, str, float], recall: float, pairs: Sequence[Pair], prompts: Sequence[Pair]
+    trace: Trace,
+    place: tuple[str, str, float],
+    recall: float,
+    pairs: Sequence[Pair],
+    prompts: Sequence[Pair],
 ) -> dict[str, Any]:
     """Counts of the first start, speed over all starts of the whole trace and of the prompt."""
     first = pairs[0][1]
@@ -126,14 +148,19 @@ def row_of(
         "issued": counts.prefetches,
         "used": counts.prefetches_used,
         "used share": counts.prefetches_used / counts.prefetches if counts.prefetches else 0.0,
-        "wasted MB per token": counts.prefetches_wasted * trace.header.expert_bytes / 1e6 / len(first.decode_us),
+        "wasted MB per token": counts.prefetches_wasted
+        * trace.header.expert_bytes
+        / 1e6
+        / len(first.decode_us),
         "speedup over off": mean(decode),
         "starts": len(pairs),
         "standard error": standard_error(decode),
         "prefill speedup over off": mean(prefill),
         "prefill starts": len(prompts),
         "prefill standard error": standard_error(prefill),
-        "run speedup over off": mean([gain(off, on, "prefill_us", "decode_us") for off, on in pairs]),
+        "run speedup over off": mean(
+            [gain(off, on, "prefill_us", "decode_us") for off, on in pairs]
+        ),
     }
     for distance in (1, 2, 3):
         issued, used = first.by_distance.get(distance, (0, 0))
@@ -149,11 +176,15 @@ def standard_error(values: Sequence[float]) -> float:
 
 def gain(without: Outcome, found: Outcome, *phases: str) -> float:
     """Time without prefetch over time with it."""
-    return float(sum(sum(getattr(without, p)) for p in phases) / sum(sum(getattr(found, p)) for p in phases))
+    return float(
+        sum(sum(getattr(without, p)) for p in phases) / sum(sum(getattr(found, p)) for p in phases)
+    )
 
 
 def run(system: System, job: Job, recall: float, start: int, prompt: bool = False) -> Outcome:
-    """One replay from a start of its own: slots hold experts drawn at random, and predictions err anew."""
+    """One replay from a start of its own: slots hold experts drawn at random, and predictions err
+    anew.
+    """
     name, profile, ratio, _ = job
     trace = prompt_of(routing(name)) if prompt else routing(name)
     header, costs = trace.header, traces.costs_for(profile, trace, name)
@@ -167,7 +198,9 @@ def routing(name: str) -> Trace:
 
 
 def prediction_rows(name: str) -> list[dict[str, Any]]:
-    """Share of what a decode call needed that was predicted, by distance; K are predicted, so precision is the same."""
+    """Share of what a decode call needed that was predicted, by distance; K are predicted, so
+    precision is the same.
+    """
     trace = prepare(OURS, routing(name), PUBLISHED_RECALL)
     found: dict[int, list[int]] = {}
     for group in trace.passes():
@@ -186,10 +219,19 @@ def prediction_rows(name: str) -> list[dict[str, Any]]:
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    chosen = [row for row in rows if row["profile"] == "a6000" and row["cache"] == 0.25 and row["recall"] != "recorded"]
+    chosen = [
+        row
+        for row in rows
+        if row["profile"] == "a6000" and row["cache"] == 0.25 and row["recall"] != "recorded"
+    ]
     for name in dict.fromkeys(row["trace"] for row in chosen):
         mine = [row for row in chosen if row["trace"] == name]
-        axes.plot([100 * row["recall"] for row in mine], [row["speedup over off"] for row in mine], "o-", label=name)
+        axes.plot(
+            [100 * row["recall"] for row in mine],
+            [row["speedup over off"] for row in mine],
+            "o-",
+            label=name,
+        )
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xlabel("recall of the predictions, %")
     axes.set_ylabel("decode speed over no prefetch (simulated)")

@@ -1,4 +1,6 @@
-"""How long a run of cells will take: said before the first one, corrected by every cell that is done."""
+"""How long a run of cells will take: said before the first one, corrected by every cell that is
+done.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class _Kind:
 
 
 class Progress:
-    """A bar on stderr, and on stdout the estimate before anything is measured. Use it in a `with` block.
+    """A bar on stderr, and on stdout the estimate before anything is measured. Use it in a `with`
+    block.
 
     Args:
         planned: kind of cells -> how many are to be measured, and a guess at what each takes.
@@ -41,14 +44,22 @@ class Progress:
         clock: seconds, from any start.
     """
 
-    def __init__(self, planned: Mapping[str, Planned], taken: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        planned: Mapping[str, Planned],
+        taken: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._kinds = {name: _Kind(plan.cells, plan.seconds) for name, plan in planned.items()}
         self._clock = clock
         self._last = clock()
         total = sum(plan.cells for plan in planned.values())
-        parts = " and ".join(f"{plan.cells} of {name}" for name, plan in planned.items() if plan.cells)
+        parts = " and ".join(
+            f"{plan.cells} of {name}" for name, plan in planned.items() if plan.cells
+        )
         print(
-            f"{total} cells to measure{f' ({parts})' if parts else ''}, {taken} taken from an earlier run; "
+            f"{total} cells to measure{f' ({parts})' if parts else ''}, {taken} taken from an "
+            f"earlier run; "
             f"about {spoken(self.left_s())} (an estimate before anything is measured)",
             flush=True,
         )
@@ -60,7 +71,9 @@ class Progress:
         return sum(kind.left_s() for kind in self._kinds.values())
 
     def done(self, name: str) -> None:
-        """One cell of this kind is measured; what went before it, such as loading its model, counts with it."""
+        """One cell of this kind is measured; what went before it, such as loading its model, counts
+        with it.
+        """
         now, kind = self._clock(), self._kinds[name]
         kind.left, kind.done = max(0, kind.left - 1), kind.done + 1
         kind.spent_s += now - self._last
@@ -72,7 +85,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.close()
 

@@ -1,7 +1,9 @@
-"""Record routing of the demo model with another number of experts, for shapes that no public record fits.
+"""Record routing of the demo model with another number of experts, for shapes that no public record
+fits.
 
-The model is the demo model in Qwen2-MoE form (SmolLM2-135M, upcycled) with as many experts as are asked for; its
-routers really route a text and the answer to it. `eval/data/README.md` says which traces were made so.
+The model is the demo model in Qwen2-MoE form (SmolLM2-135M, upcycled) with as many experts as are
+asked for; its routers really route a text and the answer to it. `eval/data/README.md` says which
+traces were made so.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ every ship that passes. In winter the storms can last for a week, and then the b
 letters does not come. He reads the same four books again, mends his nets and talks to the gulls. Once a
 ship lost its way in the fog, and he rang the bell for eleven hours until the last man was ashore.
 Describe a day in the life of the keeper, and explain why a lamp with lenses can be seen from so far
-away."""
+away."""  # noqa: E501
 
 
 def record(path: Path, experts: int, top_k: int, tokens: int) -> dict[str, Any]:
@@ -35,25 +37,41 @@ def record(path: Path, experts: int, top_k: int, tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder) / "model.gguf"
         write_model(FORM, gguf, experts, top_k)
-        model, tokenizer = load_model(None, gguf, accelerator="emulated", cache_ratio=0.05, cpu_backend="torch")
+        model, tokenizer = load_model(
+            None, gguf, accelerator="emulated", cache_ratio=0.05, cpu_backend="torch"
+        )
         (engine,) = model.hybrimoe.engines
         spec = engine.layers[0].spec
         source = f"recorded by eval.record: SmolLM2-135M upcycled to {experts} experts, top {top_k}"
         header = TraceHeader(
-            f"demo {experts}x{top_k}", len(engine.layers), experts, top_k, spec.expert_bytes, source, "recorded"
+            f"demo {experts}x{top_k}",
+            len(engine.layers),
+            experts,
+            top_k,
+            spec.expert_bytes,
+            source,
+            "recorded",
         )
-        writer = TraceWriter(path, header, score_top=0)  # a third of the size; shapes need no scores
+        writer = TraceWriter(
+            path, header, score_top=0
+        )  # a third of the size; shapes need no scores
 
         def write(call: CallRecord) -> None:
-            writer.write(Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted))
+            writer.write(
+                Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted)
+            )
 
         model.hybrimoe.record(write)
         messages = [{"role": "user", "content": PROMPT}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
-            torch.manual_seed(0)  # drawn, for the likeliest answer soon repeats itself, and so would its routing
-            answer = model.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95)
+            torch.manual_seed(
+                0
+            )  # drawn, for the likeliest answer soon repeats itself, and so would its routing
+            answer = model.generate(
+                ids, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95
+            )
         model.hybrimoe.record(None)
         writer.close()
         model.hybrimoe.close()

@@ -1,4 +1,6 @@
-"""What every question shares: a table on stdout, CSV and PNG in `--out`, one JSON line at the end."""
+"""What every question shares: a table on stdout, CSV and PNG in `--out`, one JSON line at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,19 @@ Row = Mapping[str, Any]
 def parser(description: str) -> argparse.ArgumentParser:
     """`--out` and `--quick`, which all questions take."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--out", type=Path, default=Path("out"), help="folder for CSV and PNG (default out)")
-    made.add_argument("--quick", action="store_true", help="fewer cases, for a look in under a minute")
+    made.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for CSV and PNG (default out)"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="fewer cases, for a look in under a minute"
+    )
     return made
 
 
 def facts() -> dict[str, str]:
-    """Hardware, driver, versions, commit and date, which every CSV row carries; `none` or `unknown` where missing."""
+    """Hardware, driver, versions, commit and date, which every CSV row carries; `none` or `unknown`
+    where missing.
+    """
     from hybrimoe_plugin.experts.calibrate import hardware, versions
 
     machine = hardware()
@@ -54,7 +62,8 @@ def facts() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The code's commit: what HYBRIMOE_COMMIT says, else what git says of this tree, else `unknown`.
+    """The code's commit: what HYBRIMOE_COMMIT says, else what git says of this tree, else
+    `unknown`.
 
     The variable is for machines that the tree reaches without its `.git`.
     """
@@ -63,8 +72,13 @@ def commit() -> str:
         return told
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=ROOT / "eval", capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or one that git refuses to read
+        done = subprocess.run(
+            command, cwd=ROOT / "eval", capture_output=True, text=True, check=True, timeout=20
+        )
+    except (
+        OSError,
+        subprocess.SubprocessError,
+    ):  # no git, no repository, or one that git refuses to read
         return "unknown"
     return done.stdout.strip() or "unknown"
 
@@ -77,7 +91,9 @@ def _version(package: str) -> str:
 
 
 def nvidia_smi(field: str) -> list[str] | None:
-    """What the NVIDIA driver's own tool says of each GPU, such as its `name`; None where it does not answer."""
+    """What the NVIDIA driver's own tool says of each GPU, such as its `name`; None where it does
+    not answer.
+    """
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=15)
@@ -99,12 +115,19 @@ def show(title: str, rows: Sequence[Row]) -> None:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
         # Escaped: what a compiler says in brackets is no markup.
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else escape(str(value)) for value in row.values()))
+        table.add_row(
+            *(
+                f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+                for value in row.values()
+            )
+        )
     Console(width=160).print(table)
 
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows with the facts of this machine beside each; facts that a row has already are left as they are."""
+    """Write rows with the facts of this machine beside each; facts that a row has already are left
+    as they are.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     known = facts()
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -121,7 +144,9 @@ def save_figure(path: Path, draw: Any, width: float = 7.0, height: float = 4.0) 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        log.warning("no figure: matplotlib is not installed (pip install 'ktransformers-hybrimoe[figures]')")
+        log.warning(
+            "no figure: matplotlib is not installed (pip install 'ktransformers-hybrimoe[figures]')"
+        )
         return
     figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
     draw(axes)

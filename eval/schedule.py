@@ -1,6 +1,7 @@
 """How far are plans from the exact optimum, and how long does planning take?
 
-Plan time is measured here; makespans are simulated in the machine model of `hybrimoe_plugin.policy.schedule`.
+Plan time is measured here; makespans are simulated in the machine model of
+`hybrimoe_plugin.policy.schedule`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ from hybrimoe_plugin.replay.simulator import replay
 from hybrimoe_plugin.replay.trace import Trace
 
 MACHINES = {
-    # The only public trace of the paper's machine (constants in the authors' code, milliseconds by their size).
-    "paper's constants": CostModel(CostCurve((1, 2), (1790, 2790)), 0, CostCurve((1,), (500,)), 0, 418),
-    "fast link": CostModel(CostCurve((1, 2, 64), (800, 900, 9000)), 200, CostCurve((1, 64), (60, 90)), 20, 250),
-    "slow link": CostModel(CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (60, 90)), 20, 2500),
+    # The only public trace of the paper's machine (constants in the authors' code, milliseconds by
+    # their size).
+    "paper's constants": CostModel(
+        CostCurve((1, 2), (1790, 2790)), 0, CostCurve((1,), (500,)), 0, 418
+    ),
+    "fast link": CostModel(
+        CostCurve((1, 2, 64), (800, 900, 9000)), 200, CostCurve((1, 64), (60, 90)), 20, 250
+    ),
+    "slow link": CostModel(
+        CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (60, 90)), 20, 2500
+    ),
     "slow accelerator": CostModel(
         CostCurve((1, 2, 64), (400, 450, 5000)), 100, CostCurve((1, 64), (350, 900)), 30, 500
     ),
@@ -67,7 +75,9 @@ def gap_rows(cases: int) -> list[dict[str, Any]]:
 
 
 def recorded_rows(cases: int, tokens: int = 24) -> list[dict[str, Any]]:
-    """The same for decode calls as they came up in replays of the real traces, with what was resident or under way."""
+    """The same for decode calls as they came up in replays of the real traces, with what was
+    resident or under way.
+    """
     rows = []
     for name in traces.REAL:
         trace = traces.real(name)
@@ -78,7 +88,9 @@ def recorded_rows(cases: int, tokens: int = 24) -> list[dict[str, Any]]:
             first = Trace(trace.header, trace.calls[: (tokens + 1) * trace.header.layers])
             replay(prepare(OURS_SYSTEM, first, 0.79), made)
             picked = np.random.default_rng(0).permutation(len(seen.calls))[:cases]
-            rows += compared(machine, f"recorded, {name}", costs, [seen.calls[index] for index in picked])
+            rows += compared(
+                machine, f"recorded, {name}", costs, [seen.calls[index] for index in picked]
+            )
     return rows
 
 
@@ -119,17 +131,28 @@ def random_call(rng: np.random.Generator, kind: str) -> tuple[list[Routed], floa
         if kind == "in flight" and rng.random() < 0.3:
             state = float(rng.uniform(1, 1500))
         routed.append(Routed(expert, load, state))
-    return routed, max((item.ready_us for item in routed if item.ready_us != OFFLOADED), default=0.0)
+    return routed, max(
+        (item.ready_us for item in routed if item.ready_us != OFFLOADED), default=0.0
+    )
 
 
 def time_rows(repeats: int) -> list[dict[str, Any]]:
     """Plan time in decode (8 of 256 experts) and in prefill (all of 256)."""
     rng = np.random.default_rng(0)
     ids = rng.choice(256, 8, replace=False).tolist()
-    decode = [[Routed(e, 1, 0.0 if (i + s) % 3 == 0 else OFFLOADED) for i, e in enumerate(ids)] for s in range(3)]
-    flying = [[item._replace(ready_us=150.0) if i == s else item for i, item in enumerate(decode[s])] for s in range(3)]
+    decode = [
+        [Routed(e, 1, 0.0 if (i + s) % 3 == 0 else OFFLOADED) for i, e in enumerate(ids)]
+        for s in range(3)
+    ]
+    flying = [
+        [item._replace(ready_us=150.0) if i == s else item for i, item in enumerate(decode[s])]
+        for s in range(3)
+    ]
     loads = rng.integers(1, 60, (3, 256)).tolist()
-    prefill = [[Routed(e, load, 0.0 if e % 4 == 0 else OFFLOADED) for e, load in enumerate(row)] for row in loads]
+    prefill = [
+        [Routed(e, load, 0.0 if e % 4 == 0 else OFFLOADED) for e, load in enumerate(row)]
+        for row in loads
+    ]
     rows = []
     questions = (
         ("decode, 8 of 256", decode, repeats),
@@ -141,7 +164,9 @@ def time_rows(repeats: int) -> list[dict[str, Any]]:
             made = [make_scheduler(scheduler, costs, True) for costs in MACHINES.values()]
             spent = [us for one in made for us in plan_times(one, calls, count)]
             low, middle, high = (float(value) for value in np.percentile(spent, (20, 50, 80)))
-            rows.append({"call": name, "scheduler": scheduler, "p20": low, "p50": middle, "p80": high})
+            rows.append(
+                {"call": name, "scheduler": scheduler, "p20": low, "p50": middle, "p80": high}
+            )
     return sorted(rows, key=lambda row: row["scheduler"] != OURS)
 
 
@@ -158,7 +183,10 @@ def plan_times(scheduler: Scheduler, calls: Sequence[Sequence[Routed]], count: i
 def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     machines = list(dict.fromkeys(row["machine"] for row in rows))
     for index, name in enumerate(NAMES):
-        mine = [[row["gap_mean"] for row in rows if (row["machine"], row["scheduler"]) == (m, name)] for m in machines]
+        mine = [
+            [row["gap_mean"] for row in rows if (row["machine"], row["scheduler"]) == (m, name)]
+            for m in machines
+        ]
         places = [at + index * 0.2 for at in range(len(machines))]
         axes.bar(places, [100 * statistics.mean(values) for values in mine], 0.2, label=name)
     axes.set_xticks([at + 0.3 for at in range(len(machines))], machines, fontsize=7, rotation=15)

@@ -1,4 +1,6 @@
-"""Synthetic models with the shapes and the routing of real ones: random weights of the right size, no attention."""
+"""Synthetic models with the shapes and the routing of real ones: random weights of the right size,
+no attention.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Model(NamedTuple):
     """Experts of one model as its usual GGUF file has them."""
 
     name: str
-    """A name in `eval.synthetic`, in capitals; what comes after a comma says whose routing it is."""
+    """A name in `eval.synthetic`, in capitals; what comes after a comma says whose routing it is.
+    """
     trace: str
     """Name of a record in `eval/data`, or of a generator in `eval.traces`."""
     hidden: int
@@ -37,7 +40,9 @@ class Model(NamedTuple):
     """Of every second layer: Q4_K_M files keep half of the down matrices in Q6_K."""
     note: str = ""
     like: str = ""
-    """Name in `eval.traces.SHAPES` of the model whose experts' size a record of smaller ones stands for."""
+    """Name in `eval.traces.SHAPES` of the model whose experts' size a record of smaller ones stands
+    for.
+    """
 
     @property
     def shape(self) -> str:
@@ -52,7 +57,8 @@ MODELS = (
     ),
     Model(
         "DeepSeek-V2-Lite", "smollm2-64x6", 2048, 1536, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
-        "recorded on a demo model with as many experts; intermediate 1408 padded to 1536: K blocks and kt-kernel want "
+        "recorded on a demo model with as many experts; intermediate 1408 padded to 1536: K "
+        "blocks and kt-kernel want "
         "multiples of 256", "deepseek-v2-lite",
     ),
     Model(
@@ -60,21 +66,27 @@ MODELS = (
         "recorded on the demo model in Mixtral form", "mixtral-8x7b",
     ),
     Model(
-        "Qwen3-30B-A3B, routed as Gemma-4", "gemma", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "Qwen3-30B-A3B, routed as "
+        "Gemma-4", "gemma", 2048, 768, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
         "the other recorded run of a large model with 128 experts and top 6",
     ),
     Model(
-        "Mixtral-8x7B, flat routing", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
+        "Mixtral-8x7B, flat "
+        "routing", "mixtral-8x7b", 4096, 14336, ("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"),
         "generated, long-run popularity as measured",
     ),
 )  # fmt: skip
 
 TINY = 64, 64, ("Q8_0", "Q8_0", "Q8_0")
-"""Hidden size, intermediate size and types of a dry run: routing and plans are the model's, arithmetic is small."""
+"""Hidden size, intermediate size and types of a dry run: routing and plans are the model's,
+arithmetic is small.
+"""
 
 
 PROMPTS = 4
-"""Different prompts in turn: one alone, again and again, would find its own experts in every cache that learns."""
+"""Different prompts in turn: one alone, again and again, would find its own experts in every cache
+that learns.
+"""
 
 
 class Routing(NamedTuple):
@@ -87,18 +99,23 @@ class Routing(NamedTuple):
     """[L, E] of tokens that are not in `decode`, by which every system places its first experts."""
 
 
-def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: int, recall: float) -> Routing:
-    """The model's routing with predictions for `look_ahead` layers: recorded ones where there are any, else modelled.
+def routing(
+    model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: int, recall: float
+) -> Routing:
+    """The model's routing with predictions for `look_ahead` layers: recorded ones where there are
+    any, else modelled.
 
-    A recorded prompt that is too short is continued with the recorded answer, whose tokens then come again in decode;
-    further prompts are later windows of the same record.
+    A recorded prompt that is too short is continued with the recorded answer, whose tokens then
+    come again in decode; further prompts are later windows of the same record.
     """
     variants = []
     for number in range(PROMPTS):
         if model.trace in traces.SHAPES:
             trace = traces.flat(model.trace, prompt_tokens, decode_tokens, text=number)
         else:
-            trace = _recorded(traces.real(model.trace), prompt_tokens, decode_tokens, number, look_ahead)
+            trace = _recorded(
+                traces.real(model.trace), prompt_tokens, decode_tokens, number, look_ahead
+            )
         if look_ahead and trace.header.predictions == "none":
             trace = with_predictions(trace, recall, look_ahead, seed=number)
         variants.append(trace)
@@ -106,7 +123,12 @@ def routing(model: Model, prompt_tokens: int, decode_tokens: int, look_ahead: in
     header = variants[0].header
     if model.like:
         header = replace(header, expert_bytes=load_profile(f"a6000-{model.like}").spec.expert_bytes)
-    return Routing([groups[0] for groups in passes], passes[0][1:], header, _elsewhere(model, decode_tokens, header))
+    return Routing(
+        [groups[0] for groups in passes],
+        passes[0][1:],
+        header,
+        _elsewhere(model, decode_tokens, header),
+    )
 
 
 def published_costs(model: Model) -> CostModel:
@@ -121,7 +143,10 @@ def _elsewhere(model: Model, decode_tokens: int, header: TraceHeader) -> Popular
     if model.trace in traces.SHAPES:
         return traces.other_text(traces.flat(model.trace, 16, 4, 0), model.trace)
     answer = [group for group in traces.real(model.trace).passes() if len(group[0].ids) == 1]
-    return counts((call for group in answer[decode_tokens:] for call in group if call.layer < header.layers), header)
+    return counts(
+        (call for group in answer[decode_tokens:] for call in group if call.layer < header.layers),
+        header,
+    )
 
 
 def layers_of(model: Model, header: TraceHeader, count: int, tiny: bool) -> list[LayerWeights]:
@@ -147,22 +172,34 @@ def layer_bytes(model: Model, experts: int) -> float:
     return experts * sum(sizes) / len(sizes)
 
 
-def _recorded(trace: Trace, prompt_tokens: int, decode_tokens: int, window: int, look_ahead: int) -> Trace:
-    """Prompt and answer of a recorded run, without the layer that lacks most of the prompt, and without scores."""
+def _recorded(
+    trace: Trace, prompt_tokens: int, decode_tokens: int, window: int, look_ahead: int
+) -> Trace:
+    """Prompt and answer of a recorded run, without the layer that lacks most of the prompt, and
+    without scores.
+    """
     groups = list(trace.passes())
     prompt, answer = groups[0], [group for group in groups[1:] if len(group[0].ids) == 1]
     whole = [call.layer for call in prompt if len(call.ids) == len(prompt[0].ids)]
     calls = []
     for layer in whole:
         rows = [call for group in (prompt, *answer) for call in group if call.layer == layer]
-        ids, weights = np.concatenate([c.ids for c in rows]), np.concatenate([c.weights for c in rows])
+        ids, weights = (
+            np.concatenate([c.ids for c in rows]),
+            np.concatenate([c.weights for c in rows]),
+        )
         first = window * max(0, len(ids) - prompt_tokens) // (PROMPTS - 1)
         part = slice(first, first + prompt_tokens)
-        ahead = (np.concatenate(parts)[part] for parts in zip(*(c.predicted[:look_ahead] for c in rows), strict=True))
+        ahead = (
+            np.concatenate(parts)[part]
+            for parts in zip(*(c.predicted[:look_ahead] for c in rows), strict=True)
+        )
         calls.append(Call(layer, ids[part], weights[part], None, tuple(ahead)))
     for group in answer[:decode_tokens]:
         calls += [
-            call._replace(scores=None, predicted=call.predicted[:look_ahead]) for call in group if call.layer in whole
+            call._replace(scores=None, predicted=call.predicted[:look_ahead])
+            for call in group
+            if call.layer in whole
         ]
     return Trace(replace(trace.header, layers=len(whole)), calls)
 
@@ -176,7 +213,9 @@ def _layer(kinds: Kinds, hidden: int, intermediate: int, experts: int, top_k: in
         for stored in [_random(rng, kind, experts * rows * columns, columns)]
     )
     sizes = [part.experts[0].size for part in (gate, up, down)]
-    return LayerWeights(0, ExpertSpec(hidden, intermediate, experts, top_k, *kinds, *sizes), gate, up, down)
+    return LayerWeights(
+        0, ExpertSpec(hidden, intermediate, experts, top_k, *kinds, *sizes), gate, up, down
+    )
 
 
 def _copy(like: LayerWeights, index: int) -> LayerWeights:
@@ -192,7 +231,9 @@ def _random(rng: np.random.Generator, kind: str, values: int, columns: int) -> N
     """Random blocks with sound scales: weights of the order 1 / sqrt(columns)."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     # One random MiB over and over: what is in the codes changes no time.
-    blocks = np.resize(rng.integers(0, 256, 1 << 20, dtype=np.uint8), values // block * size).reshape(-1, size)
+    blocks = np.resize(
+        rng.integers(0, 256, 1 << 20, dtype=np.uint8), values // block * size
+    ).reshape(-1, size)
     for at, largest in SCALES[kind]:
         blocks[:, at : at + 2] = np.array([columns**-0.5 / largest], np.float16).view(np.uint8)
     return blocks.ravel()

@@ -1,8 +1,10 @@
-"""Models of the right shape and no sense: GGUF files with random quantised weights, for measuring speed.
+"""Models of the right shape and no sense: GGUF files with random quantised weights, for measuring
+speed.
 
-Every matrix has the size, the type and the place that it has in a released file of the model; a slice has fewer layers,
-or fewer routed experts in each of all layers, which leaves the work of a token as it is. Values are random with the
-spread that keeps activations in range; the router is random, so routing is flat.
+Every matrix has the size, the type and the place that it has in a released file of the model; a
+slice has fewer layers, or fewer routed experts in each of all layers, which leaves the work of a
+token as it is. Values are random with the spread that keeps activations in range; the router is
+random, so routing is flat.
 """
 
 from __future__ import annotations
@@ -100,10 +102,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(model: str, layers: int, experts: int | None = None) -> Any:
-    """The transformers config of the first `layers` layers, with the first `experts` routed experts in each.
+    """The transformers config of the first `layers` layers, with the first `experts` routed experts
+    in each.
 
     Raises:
-        ConfigError: unknown model, no layer with routed experts, or fewer experts than a token takes.
+        ConfigError: unknown model, no layer with routed experts, or fewer experts than a token
+            takes.
     """
     if model not in SHAPES:
         raise ConfigError(f"model: expected one of {', '.join(SHAPES)}, found {model!r}")
@@ -111,11 +115,18 @@ def config(model: str, layers: int, experts: int | None = None) -> Any:
 
     model_type, values = SHAPES[model]
     if layers <= values.get("first_k_dense_replace", 0):
-        raise ConfigError(f"layers: expected more than {values.get('first_k_dense_replace', 0)}, found {layers}")
-    count = next(name for name in ("n_routed_experts", "num_experts", "num_local_experts") if name in values)
+        raise ConfigError(
+            f"layers: expected more than {values.get('first_k_dense_replace', 0)}, found {layers}"
+        )
+    count = next(
+        name for name in ("n_routed_experts", "num_experts", "num_local_experts") if name in values
+    )
     if experts is not None:
         if not values["num_experts_per_tok"] <= experts <= values[count]:
-            raise ConfigError(f"experts: expected {values['num_experts_per_tok']} to {values[count]}, found {experts}")
+            raise ConfigError(
+                f"experts: expected {values['num_experts_per_tok']} to {values[count]}, found "
+                f"{experts}"
+            )
         values = {**values, count: experts}
     return AutoConfig.for_model(
         model_type,
@@ -130,23 +141,33 @@ def config(model: str, layers: int, experts: int | None = None) -> Any:
     )
 
 
-def build(model: str, layers: int, quantisation: str = "Q4_K_M", experts: int | None = None) -> Path:
+def build(
+    model: str, layers: int, quantisation: str = "Q4_K_M", experts: int | None = None
+) -> Path:
     """The slice's GGUF, from the cache directory or written there first.
 
     Raises:
         ConfigError: unknown model or quantisation.
     """
     if quantisation not in QUANTISATIONS:
-        raise ConfigError(f"quantisation: expected one of {', '.join(QUANTISATIONS)}, found {quantisation!r}")
+        raise ConfigError(
+            f"quantisation: expected one of {', '.join(QUANTISATIONS)}, found {quantisation!r}"
+        )
     made = config(model, layers, experts)
     part = "" if experts is None else f"-{experts}-experts"
-    path = cache_dir() / "synthetic" / f"{model}-{layers}-layers{part}-{quantisation}-v{VERSION}.gguf"
+    path = (
+        cache_dir() / "synthetic" / f"{model}-{layers}-layers{part}-{quantisation}-v{VERSION}.gguf"
+    )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
         try:
-            write(Path(name), made, lambda tensor, shape: choose_type(tensor, shape, quantisation, layers))
+            write(
+                Path(name),
+                made,
+                lambda tensor, shape: choose_type(tensor, shape, quantisation, layers),
+            )
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -155,8 +176,15 @@ def build(model: str, layers: int, quantisation: str = "Q4_K_M", experts: int | 
 
 
 def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) -> None:
-    """Write a model of the config's shape; `choose` gives the GGML type of a tensor by GGUF name and shape."""
-    from hybrimoe_plugin.hosts.transformers.gguf_export import ARCHITECTURES, _add, metadata, tensors
+    """Write a model of the config's shape; `choose` gives the GGML type of a tensor by GGUF name
+    and shape.
+    """
+    from hybrimoe_plugin.hosts.transformers.gguf_export import (
+        ARCHITECTURES,
+        _add,
+        metadata,
+        tensors,
+    )
     from hybrimoe_plugin.hosts.transformers.load import meta_model
 
     arch = ARCHITECTURES[made.model_type]
@@ -172,7 +200,9 @@ def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) 
             writer.add_tensor(name, _floats(rng, name, shape))
         else:
             data = random_blocks(rng, shape, kind)
-            writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind])
+            writer.add_tensor(
+                name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind]
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -180,7 +210,9 @@ def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) 
 
 
 def choose_type(name: str, shape: tuple[int, ...], quantisation: str, layers: int) -> str:
-    """The type of a matrix in a released file: llama.cpp's mix for Q4_K_M, one type for the others."""
+    """The type of a matrix in a released file: llama.cpp's mix for Q4_K_M, one type for
+    the others.
+    """
     if quantisation != "Q4_K_M":
         return quantisation
     kind = "Q4_K"
@@ -194,10 +226,16 @@ def choose_type(name: str, shape: tuple[int, ...], quantisation: str, layers: in
 
 
 def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> NDArray[np.uint8]:
-    """Random bytes [n] of a GGML type, with scales that give values a spread of 1 / sqrt(row length)."""
+    """Random bytes [n] of a GGML type, with scales that give values a spread of 1 / sqrt(row
+    length).
+    """
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     count = int(np.prod(shape)) // block
-    raw = np.frombuffer(rng.bytes(count * block_bytes), dtype=np.uint8).reshape(count, block_bytes).copy()
+    raw = (
+        np.frombuffer(rng.bytes(count * block_bytes), dtype=np.uint8)
+        .reshape(count, block_bytes)
+        .copy()
+    )
     spread = shape[-1] ** -0.5
 
     def put(at: int, value: float) -> None:
@@ -229,7 +267,9 @@ def _is_latent(made: Any) -> bool:
 
 
 def _latent_metadata(made: Any) -> dict[str, Any]:
-    """How current files describe latent attention: one key head, as wide as a latent and its rotary part."""
+    """How current files describe latent attention: one key head, as wide as a latent and its rotary
+    part.
+    """
     if not _is_latent(made):
         return {}
     keys = {

@@ -34,7 +34,9 @@ class System:
     """Belady's cache and true predictions in place of the policies."""
 
 
-def _system(name: str, scheduler: str, cache: str, budget: str, prefetch: str, **more: Any) -> System:
+def _system(
+    name: str, scheduler: str, cache: str, budget: str, prefetch: str, **more: Any
+) -> System:
     settings = {"scheduler": scheduler, "cache": cache, "budget": budget, "prefetch": prefetch}
     return System(name, settings, **more)
 
@@ -75,7 +77,9 @@ def quotas(ratio: float, layers: int, experts: int, split: bool) -> list[int]:
     return [max(0, min(experts, total - layer * experts)) for layer in range(layers)]
 
 
-def build(system: System, trace: Trace, costs: CostModel, ratio: float, popularity: Popularity | None) -> Controller:
+def build(
+    system: System, trace: Trace, costs: CostModel, ratio: float, popularity: Popularity | None
+) -> Controller:
     """The controller that the engine would have with these settings.
 
     Args:
@@ -87,9 +91,15 @@ def build(system: System, trace: Trace, costs: CostModel, ratio: float, populari
     if system.oracle:
         cache: Any = BeladyCache(trace)
     else:
-        cache = make_cache(settings.cache, header.layers, header.experts, header.top_k, settings, popularity)
+        cache = make_cache(
+            settings.cache, header.layers, header.experts, header.top_k, settings, popularity
+        )
     return Controller(
-        SlotPool(quotas(ratio, header.layers, header.experts, system.split), STAGING, settings.budget == "shared"),
+        SlotPool(
+            quotas(ratio, header.layers, header.experts, system.split),
+            STAGING,
+            settings.budget == "shared",
+        ),
         costs,
         scheduler,
         scheduler,
@@ -100,7 +110,8 @@ def build(system: System, trace: Trace, costs: CostModel, ratio: float, populari
 
 
 def prepare(system: System, trace: Trace, recall: float, draw: int = 0) -> Trace:
-    """The trace with the predictions that this system would see: recorded ones where there are any, else modelled.
+    """The trace with the predictions that this system would see: recorded ones where there are any,
+    else modelled.
 
     Args:
         draw: which of the modelled predictions' errors are drawn.
@@ -111,11 +122,14 @@ def prepare(system: System, trace: Trace, recall: float, draw: int = 0) -> Trace
         return with_predictions(trace, 1.0, system.look_ahead)
     if trace.header.predictions == "recorded":
         return Trace(
-            trace.header, [call._replace(predicted=call.predicted[: system.look_ahead]) for call in trace.calls]
+            trace.header,
+            [call._replace(predicted=call.predicted[: system.look_ahead]) for call in trace.calls],
         )
     return with_predictions(trace, recall, system.look_ahead, draw)
 
 
 def prompt_of(trace: Trace) -> Trace:
     """The calls of many tokens."""
-    return Trace(trace.header, [call for group in trace.passes() if len(group[0].ids) > 1 for call in group])
+    return Trace(
+        trace.header, [call for group in trace.passes() if len(group[0].ids) > 1 for call in group]
+    )

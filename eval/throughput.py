@@ -1,7 +1,9 @@
-"""How fast does an injected model answer on this machine, beside llama.cpp on the same file and thread count?
+"""How fast does an injected model answer on this machine, beside llama.cpp on the same file and
+thread count?
 
-Measured: TTFT of a prompt, TBT over single tokens, percent of the roofline. The systems take turns in one run, so that
-a change in the machine's mood meets all of them, and each number is a median over the turns.
+Measured: TTFT of a prompt, TBT over single tokens, percent of the roofline. The systems take turns
+in one run, so that a change in the machine's mood meets all of them, and each number is a median
+over the turns.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ CONTEXT = 2048
 """Tokens that llama.cpp has room for at least."""
 MODELS = ("demo", *synthetic.SHAPES)
 SLICES: dict[str, tuple[int, int | None]] = {
-    # (layers, routed experts) by default: llama.cpp takes DeepSeek-V2-Lite by its 27 layers alone, so that slice is
-    # one of experts; a token's work is the whole model's.
+    # (layers, routed experts) by default: llama.cpp takes DeepSeek-V2-Lite by its 27 layers alone,
+    # so that slice is one of experts; a token's work is the whole model's.
     "deepseek-v2-lite": (27, 16),
     "qwen2-57b-a14b": (2, None),
     "qwen3-30b-a3b": (4, None),
@@ -40,11 +42,16 @@ TWINS: dict[str, dict[str, Any]] = {
     "module by module": {"cpu_graphs": "off"},
     "plain linears": {"linears": "plain", "dtype": "bfloat16"},
     "plain operators": {"dense": "plain", "dtype": "bfloat16"},
-    "kt-kernel workers, plain operators": {"dense": "plain", "dtype": "bfloat16", "cpu_backend": "kt"},
+    "kt-kernel workers, plain operators": {
+        "dense": "plain",
+        "dtype": "bfloat16",
+        "cpu_backend": "kt",
+    },
 }
 
 Measure = Callable[[Sequence[int], Sequence[int]], tuple[float, list[float]]]
-"""(prompt, ids fed one by one) -> (seconds until the prompt's last logits, seconds of each step)."""
+"""(prompt, ids fed one by one) -> (seconds until the prompt's last logits, seconds of each step).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -62,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     file = f"throughput_{name}"
     if args.prompt_tokens != PROMPT_TOKENS:
         file += f"_{args.prompt_tokens}-tokens"
-    report.show(f"{name}: {args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns (measured)", rows)
+    report.show(
+        f"{name}: {args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns "
+        f"(measured)",
+        rows,
+    )
     report.save_csv(args.out / f"{file}.csv", rows)
     report.save_figure(args.out / f"{file}.png", lambda axes: _draw(axes, rows), height=3.2)
     result = summary(name, rows, args.threads, note)
@@ -72,19 +83,35 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _parser() -> ArgumentParser:
     parser = report.parser(__doc__ or "")
-    parser.add_argument("--model", choices=MODELS, default="demo", help="demo, or a synthetic file of that shape")
+    parser.add_argument(
+        "--model", choices=MODELS, default="demo", help="demo, or a synthetic file of that shape"
+    )
     parser.add_argument("--gguf_path", type=Path, help="a model's own file instead")
     parser.add_argument("--model_path", type=Path, help="directory with its config, if it has one")
     parser.add_argument("--layers", type=int, help="layers of the synthetic file")
-    parser.add_argument("--experts", type=int, help="routed experts in each layer of the synthetic file")
+    parser.add_argument(
+        "--experts", type=int, help="routed experts in each layer of the synthetic file"
+    )
     parser.add_argument("--quantisation", choices=synthetic.QUANTISATIONS, default="Q4_K_M")
-    parser.add_argument("--trace", type=Path, help="take the routing from a recorded trace (without llama.cpp then)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for every system alike")
+    parser.add_argument(
+        "--trace", type=Path, help="take the routing from a recorded trace (without llama.cpp then)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="for every system alike"
+    )
     parser.add_argument("--prompt_tokens", type=int, default=PROMPT_TOKENS)
-    parser.add_argument("--steps", type=int, help="single tokens after the prompt in each turn (default 24, quick 10)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="single tokens after the prompt in each turn (default 24, quick 10)",
+    )
     parser.add_argument("--turns", type=int, help="turns of each system (default 4, quick 2)")
-    parser.add_argument("--twins", action="store_true", help="measure the plain twins of our operators too")
-    parser.add_argument("--peer_python", default=sys.executable, help="interpreter that has llama-cpp-python")
+    parser.add_argument(
+        "--twins", action="store_true", help="measure the plain twins of our operators too"
+    )
+    parser.add_argument(
+        "--peer_python", default=sys.executable, help="interpreter that has llama-cpp-python"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_fresh(parser)
     return parser
@@ -98,9 +125,12 @@ def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], str]:
     needed, gbps = roofline.token_bytes(gguf, config), roofline.read_gbps(args.threads)
     bound_ms = needed / gbps / 1e6
     print(
-        f"roofline: {needed / 1e6:.0f} MB per token at {gbps:.1f} GB/s with {args.threads} threads: {bound_ms:.1f} ms"
+        f"roofline: {needed / 1e6:.0f} MB per token at {gbps:.1f} GB/s with {args.threads} "
+        f"threads: {bound_ms:.1f} ms"
     )
-    print("(main memory's bandwidth; a model that the last-level cache holds may pass it)", flush=True)
+    print(
+        "(main memory's bandwidth; a model that the last-level cache holds may pass it)", flush=True
+    )
     beside, note = _beside(args, gguf)
     prompt, steps = _ids(args, config.vocab_size)
     times: dict[str, list[tuple[float, list[float]]]] = {}
@@ -140,7 +170,9 @@ def _beside(args: Namespace, gguf: Path) -> tuple[peer.Peer | None, str]:
     return beside, f"llama-cpp-python {beside.version}, {note}"
 
 
-def _ours(args: Namespace, gguf: Path, settings: dict[str, Any]) -> tuple[Measure, Callable[[], None]]:
+def _ours(
+    args: Namespace, gguf: Path, settings: dict[str, Any]
+) -> tuple[Measure, Callable[[], None]]:
     """(measure, give back) of an injected model."""
     from hybrimoe_plugin import load_model
 
@@ -174,7 +206,9 @@ def _ours(args: Namespace, gguf: Path, settings: dict[str, Any]) -> tuple[Measur
     return run, close
 
 
-def _row(name: str, turns: Sequence[tuple[float, list[float]]], prompt: int, bound_ms: float) -> dict[str, Any]:
+def _row(
+    name: str, turns: Sequence[tuple[float, list[float]]], prompt: int, bound_ms: float
+) -> dict[str, Any]:
     steps = [1e3 * step for _, spent in turns for step in spent]
     low, middle, high = (float(value) for value in np.percentile(steps, (20, 50, 80)))
     ttft = statistics.median(prefill for prefill, _ in turns)
@@ -224,9 +258,14 @@ def _gguf(args: Namespace) -> Path:
 
         return build_demo_model("mixtral")
     layers, experts = SLICES[args.model]
-    whole = args.layers is not None and args.experts is None  # other layers asked for: with all their experts
+    whole = (
+        args.layers is not None and args.experts is None
+    )  # other layers asked for: with all their experts
     return synthetic.build(
-        args.model, args.layers or layers, args.quantisation, args.experts or (None if whole else experts)
+        args.model,
+        args.layers or layers,
+        args.quantisation,
+        args.experts or (None if whole else experts),
     )
 
 
@@ -238,8 +277,12 @@ def _config(args: Namespace, gguf: Path) -> Any:
 
 
 def _ids(args: Namespace, vocabulary: int) -> tuple[list[int], list[int]]:
-    """Random tokens, the same for all systems: what they say does not matter, but the routing should vary."""
-    drawn = np.random.default_rng(0).integers(3, vocabulary, args.prompt_tokens + args.steps).tolist()
+    """Random tokens, the same for all systems: what they say does not matter, but the routing
+    should vary.
+    """
+    drawn = (
+        np.random.default_rng(0).integers(3, vocabulary, args.prompt_tokens + args.steps).tolist()
+    )
     return drawn[: args.prompt_tokens], drawn[args.prompt_tokens :]
 
 

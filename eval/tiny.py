@@ -1,4 +1,6 @@
-"""Tiny random models of every family, as transformers models and as GGUF files, for tests and checks on a device."""
+"""Tiny random models of every family, as transformers models and as GGUF files, for tests and
+checks on a device.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ _MLA: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     "qwen2_moe": (
         "qwen2_moe",
         {
@@ -79,7 +84,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2_lite": (
         "deepseek_v2",
-        {**_MLA, "q_lora_rank": None, "first_k_dense_replace": 1, "topk_method": "greedy", "n_shared_experts": 2},
+        {
+            **_MLA,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 1,
+            "topk_method": "greedy",
+            "n_shared_experts": 2,
+        },
     ),
     "deepseek_v3": (
         "deepseek_v3",
@@ -105,12 +116,19 @@ def config(family: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     model_type, values = {**FAMILIES, **DENSE}[family]
-    values = {**_BASE, **values, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **changes}
+    values = {
+        **_BASE,
+        **values,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **changes,
+    }
     return AutoConfig.for_model(model_type, **values)
 
 
 def model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A model with distinct random weights everywhere, float32; routers are given a clear preference."""
+    """A model with distinct random weights everywhere, float32; routers are given a clear
+    preference.
+    """
     from transformers import AutoModelForCausalLM
 
     built = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32).eval()
@@ -132,7 +150,9 @@ def model(family: str, seed: int = 0, **changes: Any) -> Any:
     return built
 
 
-def write(folder: Path, family: str, seed: int = 0, changes: dict[str, Any] | None = None, **export: Any) -> Path:
+def write(
+    folder: Path, family: str, seed: int = 0, changes: dict[str, Any] | None = None, **export: Any
+) -> Path:
     """Write a tiny model as `model.gguf`; keyword arguments go to `export_gguf`."""
     path = folder / "model.gguf"
     export_gguf(model(family, seed, **(changes or {})), path, **export)
@@ -140,9 +160,15 @@ def write(folder: Path, family: str, seed: int = 0, changes: dict[str, Any] | No
 
 
 def write_quantised(path: Path, family: str) -> None:
-    """Write a tiny model whose experts and larger dense matrices are Q8_0, a type that every backend takes."""
+    """Write a tiny model whose experts and larger dense matrices are Q8_0, a type that every
+    backend takes.
+    """
     wide = ("exps", "shexp", "attn_q.", "attn_k.", "attn_v.", "attn_output")
-    export_gguf(model(family), path, types=lambda name: "Q8_0" if any(part in name for part in wide) else "F32")
+    export_gguf(
+        model(family),
+        path,
+        types=lambda name: "Q8_0" if any(part in name for part in wide) else "F32",
+    )
 
 
 def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:

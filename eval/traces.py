@@ -1,4 +1,6 @@
-"""The routing that every question is asked on: real traces, and generated ones with the paper's three shapes."""
+"""The routing that every question is asked on: real traces, and generated ones with the paper's
+three shapes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ RECORDED = ("smollm2-mixtral", "smollm2-qwen2moe")
 
 
 class Shape(NamedTuple):
-    """A model of the paper and routing that is flat in the long run, with the hit rates that the paper reports.
+    """A model of the paper and routing that is flat in the long run, with the hit rates that the
+    paper reports.
 
     `drift` and `locality` were fitted so that LRU and MRS at 25 % hit as often as in the paper.
     """
@@ -56,7 +59,9 @@ def recorded_names() -> tuple[str, ...]:
 
 @cache
 def flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
-    """Flat routing in the shape of one of the paper's models; Mixtral's long-run popularity is the measured one."""
+    """Flat routing in the shape of one of the paper's models; Mixtral's long-run popularity is the
+    measured one.
+    """
     shape = SHAPES[name]
     spec = load_profile(f"a6000-{name}").spec
     return synthetic(
@@ -77,8 +82,14 @@ def flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
 @cache
 def mixtral_popularity() -> Popularity:
     """[32, 8] shares of Mixtral-8x7B-Instruct over seven subjects."""
-    text = (resources.files("eval") / "data" / "mixtral_popularity.json").read_text(encoding="utf-8")
-    tables = [np.array(table, dtype=np.float64) for name, table in json.loads(text).items() if "instruct" in name]
+    text = (resources.files("eval") / "data" / "mixtral_popularity.json").read_text(
+        encoding="utf-8"
+    )
+    tables = [
+        np.array(table, dtype=np.float64)
+        for name, table in json.loads(text).items()
+        if "instruct" in name
+    ]
     total = np.sum([table / table.sum(axis=1, keepdims=True) for table in tables], axis=0)
     return np.asarray(total / total.sum(axis=1, keepdims=True))
 
@@ -86,22 +97,29 @@ def mixtral_popularity() -> Popularity:
 def other_text(trace: Trace, name: str, start: int = 0) -> Popularity:
     """Popularity by which systems place their first experts: never from the tokens that are judged.
 
-    For flat routing another text of the same model. The real traces hold one text each, so it is the first half of
-    their own answer, which favours the systems that never move an expert.
+    For flat routing another text of the same model. The real traces hold one text each, so it is
+    the first half of their own answer, which favours the systems that never move an expert.
 
     Args:
-        start: which other text; of a real trace, later ones are tokens drawn from that half, with repeats.
+        start: which other text; of a real trace, later ones are tokens drawn from that half, with
+            repeats.
     """
     if name in SHAPES:
         return counts(flat(name, 64, 64, text=7 + start).calls, trace.header)
     decode = [group for group in trace.passes() if len(group[0].ids) == 1]
     half = decode[: len(decode) // 2]
-    drawn = np.random.default_rng(start).integers(0, len(half), len(half)) if start else range(len(half))
+    drawn = (
+        np.random.default_rng(start).integers(0, len(half), len(half))
+        if start
+        else range(len(half))
+    )
     return counts((call for index in drawn for call in half[index]), trace.header)
 
 
 def costs_for(profile: str, trace: Trace, name: str) -> CostModel:
-    """Costs of one machine for a trace's experts. `a6000` and `constants` stand for the paper's machine."""
+    """Costs of one machine for a trace's experts. `a6000` and `constants` stand for the paper's
+    machine.
+    """
     if profile in ("a6000", "constants"):
         # Real traces: the shape of the paper's that is nearest in size.
         nearest = "deepseek-v2-lite" if trace.header.expert_bytes < 8e6 else "qwen2-57b-a14b"
@@ -111,9 +129,16 @@ def costs_for(profile: str, trace: Trace, name: str) -> CostModel:
 
 
 def shape_of(trace: Trace, like: ExpertSpec) -> ExpertSpec:
-    """An expert of the trace's size: times scale with bytes, so the split among its matrices does not matter."""
+    """An expert of the trace's size: times scale with bytes, so the split among its matrices does
+    not matter.
+    """
     third, rest = divmod(trace.header.expert_bytes, 3)
     header = trace.header
     return replace(
-        like, experts=header.experts, top_k=header.top_k, gate_bytes=third, up_bytes=third, down_bytes=third + rest
+        like,
+        experts=header.experts,
+        top_k=header.top_k,
+        gate_bytes=third,
+        up_bytes=third,
+        down_bytes=third + rest,
     )

@@ -1,4 +1,5 @@
-"""HybriMoE for kTransformers-style injection: MoE models whose experts are scheduled over CPU and accelerator.
+"""HybriMoE for kTransformers-style injection: MoE models whose experts are scheduled over CPU and
+accelerator.
 
     from hybrimoe_plugin import load_model
 

@@ -1,4 +1,6 @@
-"""Where profiles, tuned kernels and demo models are kept, and what happens where nothing can be kept."""
+"""Where profiles, tuned kernels and demo models are kept, and what happens where nothing can be
+kept.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ log = logging.getLogger(__name__)
 def cache_dir() -> Path:
     """The cache directory; nothing is made, and it need not be writable.
 
-    `HYBRIMOE_CACHE`, else `hybrimoe` in `XDG_CACHE_HOME` or in the user's `.cache`; without a home directory, a folder
-    of the user's own for temporary files.
+    `HYBRIMOE_CACHE`, else `hybrimoe` in `XDG_CACHE_HOME` or in the user's `.cache`; without a home
+    directory, a folder of the user's own for temporary files.
     """
     own = os.environ.get("HYBRIMOE_CACHE")
     if own:
@@ -33,12 +35,16 @@ def cache_dir() -> Path:
     home = os.path.expanduser("~")
     if os.path.isabs(home):
         return Path(home) / ".cache" / "hybrimoe"
-    _notice("there is no home directory: what would be kept there goes to the folder for temporary files")
+    _notice(
+        "there is no home directory: what would be kept there goes to the folder for temporary "
+        "files"
+    )
     return _spare_path()
 
 
 def place_for(name: str, nbytes: int) -> Path:
-    """Where a large file can be made: below the cache directory, or below a folder for temporary files, with a notice.
+    """Where a large file can be made: below the cache directory, or below a folder for temporary
+    files, with a notice.
 
     Args:
         name: relative to the cache directory. Its folder is made.
@@ -58,7 +64,8 @@ def place_for(name: str, nbytes: int) -> Path:
         spare_reason = str(error)
     if spare_reason is not None:
         raise ConfigError(
-            f"no place for {name}: {reason}; {spare_reason}. Set HYBRIMOE_CACHE to a folder that can be written and "
+            f"no place for {name}: {reason}; {spare_reason}. Set HYBRIMOE_CACHE to a folder that "
+            f"can be written and "
             f"has {-(-nbytes >> 20)} MiB free"
         )
     _notice(f"{reason}: {second.parent} is used instead")
@@ -66,7 +73,9 @@ def place_for(name: str, nbytes: int) -> Path:
 
 
 def found(name: str) -> Path | None:
-    """A file below the cache directory or, failing that, below the folder that `place_for` falls back to."""
+    """A file below the cache directory or, failing that, below the folder that `place_for` falls
+    back to.
+    """
     return next((folder / name for folder in folders() if os.path.exists(folder / name)), None)
 
 
@@ -103,7 +112,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def usable_triton_cache() -> None:
-    """Give Triton another folder for compiled kernels where its own cannot be written. Mutates: the environment."""
+    """Give Triton another folder for compiled kernels where its own cannot be written. Mutates: the
+    environment.
+    """
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
     reason = _unusable(folder, 0)
@@ -114,7 +125,11 @@ def usable_triton_cache() -> None:
         os.environ["TRITON_CACHE_DIR"] = str(spare)
         _notice(f"{reason}: Triton's compiled kernels are kept in {spare}")
     except OSError as error:
-        log.warning("%s, and %s: Triton may not be able to compile its kernels; set TRITON_CACHE_DIR", reason, error)
+        log.warning(
+            "%s, and %s: Triton may not be able to compile its kernels; set TRITON_CACHE_DIR",
+            reason,
+            error,
+        )
 
 
 def _spare_path() -> Path:

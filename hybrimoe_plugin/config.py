@@ -24,7 +24,9 @@ ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
 
 COLDEST_TEMPERATURE = 1e-4
-"""Below it the likeliest token is taken: scores divided by so little are no finite numbers any more."""
+"""Below it the likeliest token is taken: scores divided by so little are no finite numbers any
+more.
+"""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*$", re.IGNORECASE)
@@ -53,7 +55,9 @@ def _help(text: str, **extra: Any) -> dict[str, Any]:
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with a help text; `choices`, `low`, `high` in `extra` give the allowed range."""
+    """A dataclass field with a help text; `choices`, `low`, `high` in `extra` give the allowed
+    range.
+    """
     from dataclasses import field
 
     return field(default=default, metadata=_help(help, **extra))
@@ -61,7 +65,8 @@ def setting(default: Any, help: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a user can choose about the engine. Field metadata holds help text and allowed range.
+    """Everything a user can choose about the engine. Field metadata holds help text and allowed
+    range.
 
     Raises:
         ConfigError: naming field, value and allowed range.
@@ -69,30 +74,58 @@ class Settings:
 
     scheduler: str = setting("hybrimoe", "who computes what in a layer", choices=SCHEDULERS)
     cache: str = setting("adaptive", "which experts stay on the accelerator", choices=CACHES)
-    budget: str = setting("shared", "whether layers share the cache or each has an equal part", choices=BUDGETS)
+    budget: str = setting(
+        "shared", "whether layers share the cache or each has an equal part", choices=BUDGETS
+    )
     prefetch: str = setting("expected", "what the idle link loads ahead", choices=PREFETCHERS)
-    cache_ratio: float | None = setting(None, "share of all experts kept on the accelerator", low=0.0, high=1.0)
-    cache_bytes: int | None = setting(None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0)
+    cache_ratio: float | None = setting(
+        None, "share of all experts kept on the accelerator", low=0.0, high=1.0
+    )
+    cache_bytes: int | None = setting(
+        None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
+    )
     look_ahead: int = setting(3, "layers that prefetch looks ahead", low=1, high=16)
     mrs_alpha: float = setting(0.5, "weight of the newest scores in MRS", low=0.0, high=1.0)
     mrs_p: int | None = setting(None, "scores per token that MRS keeps; default 2 * top_k", low=1)
     cpu_backend: str = setting("auto", "kernels for experts on the CPU", choices=CPU_BACKENDS)
-    cpu_threads: int | None = setting(None, "threads for CPU experts; default: measured", low=1, high=1024)
+    cpu_threads: int | None = setting(
+        None, "threads for CPU experts; default: measured", low=1, high=1024
+    )
     accelerator: str = setting("auto", "device for experts in slots", choices=ACCELERATORS)
-    kernels: str = setting("auto", "kernels for experts in slots: fused Triton ones or torch", choices=KERNELS)
-    context: int = setting(4096, "tokens whose attention cache is left free on the accelerator", low=0)
-    dense: str = setting("lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE)
+    kernels: str = setting(
+        "auto", "kernels for experts in slots: fused Triton ones or torch", choices=KERNELS
+    )
+    context: int = setting(
+        4096, "tokens whose attention cache is left free on the accelerator", low=0
+    )
+    dense: str = setting(
+        "lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE
+    )
     linears: str = setting(
-        "auto", "dense matrices: as the file stores them (auto: on the CPU), or plain", choices=LINEARS
+        "auto",
+        "dense matrices: as the file stores them (auto: on the CPU), or plain",
+        choices=LINEARS,
     )
-    cuda_graphs: str = setting("auto", "CUDA graphs of the layers for decode on a GPU", choices=GRAPHS)
-    cpu_graphs: str = setting("auto", "decode on the CPU: two graphs a layer, or module by module", choices=GRAPHS)
+    cuda_graphs: str = setting(
+        "auto", "CUDA graphs of the layers for decode on a GPU", choices=GRAPHS
+    )
+    cpu_graphs: str = setting(
+        "auto", "decode on the CPU: two graphs a layer, or module by module", choices=GRAPHS
+    )
     attention: str = setting(
-        "auto", "attention in CUDA graphs: flashinfer where it is faster, or torch", choices=ATTENTION
+        "auto",
+        "attention in CUDA graphs: flashinfer where it is faster, or torch",
+        choices=ATTENTION,
     )
-    weights: str = setting("auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS)
-    verify: str = setting("off", "look for faults: compare cached experts with the file at every call", choices=VERIFY)
-    profile: str | None = setting(None, "machine profile to use instead of the measured one: name or JSON file")
+    weights: str = setting(
+        "auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS
+    )
+    verify: str = setting(
+        "off", "look for faults: compare cached experts with the file at every call", choices=VERIFY
+    )
+    profile: str | None = setting(
+        None, "machine profile to use instead of the measured one: name or JSON file"
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.cache_bytes, str):
@@ -129,7 +162,9 @@ def _check(name: str, value: Any, kind: str, allowed: Mapping[str, Any]) -> None
     if kind.startswith("str") and not isinstance(value, str):
         raise ConfigError(f"{name}: expected text, found {value!r}")
     if "choices" in allowed and value not in allowed["choices"]:
-        raise ConfigError(f"{name}: expected one of {', '.join(allowed['choices'])}, found {value!r}")
+        raise ConfigError(
+            f"{name}: expected one of {', '.join(allowed['choices'])}, found {value!r}"
+        )
     low, high = allowed.get("low"), allowed.get("high")
     # `not (a <= b)` rather than `a > b`: NaN must fail too.
     if (low is not None and not low <= value) or (high is not None and not value <= high):

@@ -11,22 +11,30 @@ OFFLOADED = math.inf
 
 
 class Routed(NamedTuple):
-    """One expert that this layer call needs; it carries its own load, so no two lists are ever joined by position."""
+    """One expert that this layer call needs; it carries its own load, so no two lists are ever
+    joined by position.
+    """
 
     expert: int
     load: int
     """Tokens of this call that chose the expert."""
     ready_us: float
-    """When its weights can be used on the accelerator: 0 resident, finite in flight, `OFFLOADED` not on the way."""
+    """When its weights can be used on the accelerator: 0 resident, finite in flight, `OFFLOADED`
+    not on the way.
+    """
 
 
 class LayerPlan(NamedTuple):
-    """Who computes what in one layer call. Every routed expert is in exactly one of `cpu` and `accelerator`."""
+    """Who computes what in one layer call. Every routed expert is in exactly one of `cpu` and
+    `accelerator`.
+    """
 
     cpu: tuple[int, ...]
     """Experts that the CPU computes, in order."""
     accelerator: tuple[int, ...]
-    """Experts that the accelerator computes, in order of start; resident, in flight and onloaded ones."""
+    """Experts that the accelerator computes, in order of start; resident, in flight and onloaded
+    ones.
+    """
     onload: tuple[int, ...]
     """Demand loads in link order; a subset of `accelerator`."""
     makespan_us: float
@@ -48,7 +56,9 @@ class ExpertRef(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """Shape and storage of the routed experts of a model. One expert is gate [I, H], up [I, H], down [H, I]."""
+    """Shape and storage of the routed experts of a model. One expert is gate [I, H], up [I, H],
+    down [H, I].
+    """
 
     hidden: int
     intermediate: int

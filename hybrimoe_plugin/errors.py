@@ -1,4 +1,5 @@
-"""The error types: one base, few children. A message says what was asked, what was found and what to do.
+"""The error types: one base, few children. A message says what was asked, what was found and what
+to do.
 
 The command line turns every `HybriMoEError` into one line on stderr and exit code 2.
 """
@@ -13,11 +14,15 @@ class ConfigError(HybriMoEError):
 
 
 class RulesError(HybriMoEError):
-    """A rules file cannot be read or does not fit the model; names the file, the line and what was found."""
+    """A rules file cannot be read or does not fit the model; names the file, the line and what was
+    found.
+    """
 
 
 class WeightsError(HybriMoEError):
-    """A weights file is missing, damaged, of another architecture, or holds what the kernels cannot run."""
+    """A weights file is missing, damaged, of another architecture, or holds what the kernels cannot
+    run.
+    """
 
 
 class BudgetError(HybriMoEError):
@@ -25,7 +30,9 @@ class BudgetError(HybriMoEError):
 
 
 class BackendError(HybriMoEError):
-    """A compute backend is not installed, does not work here, or was asked for what it cannot do."""
+    """A compute backend is not installed, does not work here, or was asked for what it
+    cannot do.
+    """
 
 
 class InputError(HybriMoEError, ValueError, IndexError):

@@ -1,4 +1,6 @@
-"""Open and read files from outside, which may be pipes, devices or far larger than what is expected."""
+"""Open and read files from outside, which may be pipes, devices or far larger than what is
+expected.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     """
     with open_regular(path) as file:
         parts, left = [], most + 1
-        while left and (part := file.read(left)):  # a file's size is not asked: those of /proc state none
+        while left and (
+            part := file.read(left)
+        ):  # a file's size is not asked: those of /proc state none
             parts.append(part)
             left -= len(part)
     if not left:

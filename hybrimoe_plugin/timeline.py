@@ -1,4 +1,6 @@
-"""Write a run as a trace that Perfetto and chrome://tracing open: one lane each for CPU, accelerator and link."""
+"""Write a run as a trace that Perfetto and chrome://tracing open: one lane each for CPU,
+accelerator and link.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ _LANES = ("cpu", "accelerator", "link")
 class Timeline:
     """A Trace Event Format file, written as the run goes; complete only after `close`.
 
-    An emulated run shows the simulated lanes as they are. A measured run knows when a layer call began and ended, but
-    not when each expert did: its slices share the measured time in proportion to the planned times, and say so.
+    An emulated run shows the simulated lanes as they are. A measured run knows when a layer call
+    began and ended, but not when each expert did: its slices share the measured time in proportion
+    to the planned times, and say so.
 
     Raises:
         OSError: the file cannot be written.
@@ -35,16 +38,27 @@ class Timeline:
         self._lock = threading.Lock()  # it may be closed while another thread computes
         self._origin_us: float | None = None
         for lane, name in enumerate(_LANES):
-            self._write({"ph": "M", "name": "thread_name", "pid": 1, "tid": lane, "args": {"name": name}})
+            self._write(
+                {"ph": "M", "name": "thread_name", "pid": 1, "tid": lane, "args": {"name": name}}
+            )
 
-    def layer_call(self, layer: int, start_us: float, spent_us: float, run: Simulation, emulated: bool) -> None:
+    def layer_call(
+        self, layer: int, start_us: float, spent_us: float, run: Simulation, emulated: bool
+    ) -> None:
         """Draw the experts of one call on the CPU and accelerator lanes."""
         scale = spent_us / run.makespan_us if run.makespan_us > 0 else 1.0
         label = "emulated" if emulated else "measured per call, shared among its experts"
         for piece in run.slices:
             if piece.lane != "link":
                 begin = start_us + piece.start_us * scale
-                self._slice(piece.lane, layer, piece.expert, begin, (piece.end_us - piece.start_us) * scale, label)
+                self._slice(
+                    piece.lane,
+                    layer,
+                    piece.expert,
+                    begin,
+                    (piece.end_us - piece.start_us) * scale,
+                    label,
+                )
 
     def transfer(self, layer: int, expert: int, start_us: float, end_us: float) -> None:
         """Draw one expert crossing the link, at the predicted time."""
@@ -62,10 +76,17 @@ class Timeline:
     def __enter__(self) -> Timeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
-    def _slice(self, lane: str, layer: int, expert: int, start_us: float, spent_us: float, label: str) -> None:
+    def _slice(
+        self, lane: str, layer: int, expert: int, start_us: float, spent_us: float, label: str
+    ) -> None:
         if self._origin_us is None:
             self._origin_us = start_us
         self._write(

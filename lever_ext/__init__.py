@@ -1,16 +1,18 @@
-"""Speculative decoding with a target that lives on flash: the sibling of HybriMoE on the same injection mechanism.
+"""Speculative decoding with a target that lives on flash: the sibling of HybriMoE on the same
+injection mechanism.
 
     from lever_ext import LeverDecoding, load_target, make_draft, make_policy, pack_tokenizer
 
     # "packed" was made by: hybrimoe flash-pack --gguf_path MODEL.gguf --output packed
     target, tokenizer = load_target("packed", dram_budget="1GiB"), pack_tokenizer("packed")
-    draft = make_draft("low-bit", target, tokenizer)  # or "ngram", or the path of a small model's GGUF
-    decoder = LeverDecoding(draft, make_policy("lever"), target)
+    draft = make_draft("low-bit", target, tokenizer)  # or "ngram", or the path of a small model's
+    GGUF decoder = LeverDecoding(draft, make_policy("lever"), target)
     target.model.generate(**inputs, custom_generate=decoder, max_new_tokens=100)
     print("\\n".join(decoder.stats.lines()))
 
-The text is the target's own, for every draft and tree: greedy decoding gives the same tokens as plain `generate`,
-sampling the same distribution. Importing this package imports neither torch nor transformers.
+The text is the target's own, for every draft and tree: greedy decoding gives the same tokens as
+plain `generate`, sampling the same distribution. Importing this package imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations

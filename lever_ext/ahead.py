@@ -1,8 +1,10 @@
-"""Drafting for the next cycle while the target's layers stream (paper 2c: drafting and verification overlap).
+"""Drafting for the next cycle while the target's layers stream (paper 2c: drafting and verification
+overlap).
 
-While a pass waits for flash a core is idle. A thread goes on expanding the candidate tree, the likeliest nodes first:
-whatever token the target chooses in the end, what was drafted after it is kept and costs the next cycle nothing, the
-rest is forgotten with the tree's other branches. Outputs do not depend on it.
+While a pass waits for flash a core is idle. A thread goes on expanding the candidate tree, the
+likeliest nodes first: whatever token the target chooses in the end, what was drafted after it is
+kept and costs the next cycle nothing, the rest is forgotten with the tree's other branches. Outputs
+do not depend on it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class DraftAhead:
         least_reach: nodes less likely than this are not worth a call.
     """
 
-    def __init__(self, draft: Draft, width: int = 4, threads: int = 1, least_reach: float = 1e-3) -> None:
+    def __init__(
+        self, draft: Draft, width: int = 4, threads: int = 1, least_reach: float = 1e-3
+    ) -> None:
         self.counters = AheadCounters()
         self._draft = draft
         self._width = width
@@ -57,11 +61,14 @@ class DraftAhead:
         Args:
             tree: its root has been expanded.
             depth_limit: of nodes that may get children.
-            expected_us: time that the pass will take; no call is begun that would not end within it.
+            expected_us: time that the pass will take; no call is begun that would not end within
+                it.
         """
         assert not self._begun
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "draft-ahead", torch.set_num_threads, (self._threads,))
+            self._pool = ThreadPoolExecutor(
+                1, "draft-ahead", torch.set_num_threads, (self._threads,)
+            )
         self._stop.clear()
         until = time.perf_counter() + expected_us / 1e6
         self._begun = True
@@ -75,7 +82,9 @@ class DraftAhead:
             running.result()
 
     def settle(self) -> None:
-        """Stop after the running call, also where an interrupt came before it was known to run. Mutates."""
+        """Stop after the running call, also where an interrupt came before it was known to run.
+        Mutates.
+        """
         if not self._begun:
             return
         self._stop.set()
@@ -128,7 +137,9 @@ class Overlap:
 
     def observe(self, verify_us: float, wait_us: float, draft_us: float) -> None:
         """Learn from a finished pass and the time of a draft call. Mutates."""
-        self._wait += 0.3 * (wait_us / verify_us - self._wait) if self._wait else wait_us / verify_us
+        self._wait += (
+            0.3 * (wait_us / verify_us - self._wait) if self._wait else wait_us / verify_us
+        )
         self._draft_us = draft_us
 
     @contextmanager

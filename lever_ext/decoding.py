@@ -3,9 +3,10 @@
     decoder = LeverDecoding(draft, make_policy("lever"), target)
     model.generate(**inputs, custom_generate=decoder, max_new_tokens=100)
 
-Sample-then-match (paper 2c): the target's own token is sampled at the root with `generate`'s own processors, then at
-the child that equals it, and so on until no child does. The output's distribution is the target's for every tree and
-pruning; greedy decoding is the special case. One random number is drawn per token, as plain `generate` does.
+Sample-then-match (paper 2c): the target's own token is sampled at the root with `generate`'s own
+processors, then at the child that equals it, and so on until no child does. The output's
+distribution is the target's for every tree and pruning; greedy decoding is the special case. One
+random number is drawn per token, as plain `generate` does.
 """
 
 from __future__ import annotations
@@ -33,23 +34,25 @@ from lever_ext.union import ExpertReads
 
 
 class LeverDecoding:
-    """Callable for `generate(custom_generate=...)`; keeps what it learned about costs and the draft between calls.
+    """Callable for `generate(custom_generate=...)`; keeps what it learned about costs and the draft
+    between calls.
 
-    Threads may share it, and then take turns answer by answer: a draft keeps the KV entries of one sequence, and would
-    have to read the other's text anew at every change. Decoders with drafts of their own on one target take turns
-    cycle by cycle, among each other and with plain `generate`.
+    Threads may share it, and then take turns answer by answer: a draft keeps the KV entries of one
+    sequence, and would have to read the other's text anew at every change. Decoders with drafts of
+    their own on one target take turns cycle by cycle, among each other and with plain `generate`.
 
     Args:
         draft: proposes tokens; None only with a policy that drafts nothing.
         policy: builds the trees.
-        target: where the model's weights live on flash: its reads are counted, its early exit used. None for a model
-            in memory.
+        target: where the model's weights live on flash: its reads are counted, its early exit used.
+            None for a model in memory.
         max_rows: rows that a target pass may have; a safety limit, not a budget.
         streamer: gets every token. `generate` does not hand its own to custom decoding methods.
-        overlap: draft for the next cycle while a pass waits for flash, read experts while the draft works; False is the
-            plain twin.
+        overlap: draft for the next cycle while a pass waits for flash, read experts while the draft
+            works; False is the plain twin.
         price_union: count the experts that a node adds in a tree's cost; False is the plain twin.
-        prune: where the target has an early exit: `auto` uses it for passes where it is predicted to pay, `always`.
+        prune: where the target has an early exit: `auto` uses it for passes where it is predicted
+            to pay, `always`.
     """
 
     def __init__(
@@ -73,16 +76,26 @@ class LeverDecoding:
         self.calibration = Calibration()
         self.latency = LatencyTable()
         self.reads = ExpertReads.of(target) if price_union else None
-        self.cost = CycleCost(self.reads.verify, self.reads.union) if self.reads else CycleCost(self.latency)
-        self.forecast = RoutingForecast.of(target, draft) if self.reads and target is not None else None
+        self.cost = (
+            CycleCost(self.reads.verify, self.reads.union)
+            if self.reads
+            else CycleCost(self.latency)
+        )
+        self.forecast = (
+            RoutingForecast.of(target, draft) if self.reads and target is not None else None
+        )
         self.overlap = overlap
         self.prune = prune
         self.stats = SpeculationStats()
         """Of the last answer that was begun."""
         self.step: Callable[[Callable[[], bool]], bool] = lambda call: call()
-        """Runs the prompt's pass and then each cycle; through it several decodings can take turns on one thread."""
+        """Runs the prompt's pass and then each cycle; through it several decodings can take turns
+        on one thread.
+        """
         self._answering = threading.RLock()
-        self.ahead = Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
+        self.ahead = (
+            Overlap(draft) if overlap and draft is not None and policy.name != "none" else None
+        )
 
     def close(self) -> None:
         """End the thread that drafts ahead, if there is one, once no answer is being made."""
@@ -105,7 +118,8 @@ class LeverDecoding:
             ids [1, S], or what `generate` returns with `return_dict_in_generate`.
 
         Raises:
-            SpeculationError: more than one sequence, padding, beams, or a draft with another vocabulary.
+            SpeculationError: more than one sequence, padding, beams, or a draft with another
+                vocabulary.
             FlashError: the target's pack cannot be read.
         """
         _check(input_ids, generation_config, model_kwargs)
@@ -115,14 +129,22 @@ class LeverDecoding:
             if isinstance(self.draft, LanguageModelDraft):
                 self.draft.serve(vocabulary_of(model))
             run = SpeculativeRun(
-                self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+                self,
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                model_kwargs,
             )
             return run.result()
 
 
 def _check(ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
     if ids.shape[0] != 1 or config.num_beams > 1:
-        raise SpeculationError(f"speculation decodes one sequence without beams, found {ids.shape[0]} sequences")
+        raise SpeculationError(
+            f"speculation decodes one sequence without beams, found {ids.shape[0]} sequences"
+        )
     mask = kwargs.get("attention_mask")
     if mask is not None and not bool((mask == 1).all()):
         raise SpeculationError("speculation takes prompts without padding")

@@ -1,7 +1,8 @@
-"""Demo targets that are too slow to stream without speculation, made from SmolLM2 without changing what it says.
+"""Demo targets that are too slow to stream without speculation, made from SmolLM2 without changing
+what it says.
 
-Every FFN neuron is copied, the copies' output weights divided by their number (Net2Net): eight times wider, 0.6 billion
-weights, 1.3 GB in bfloat16.
+Every FFN neuron is copied, the copies' output weights divided by their number (Net2Net): eight
+times wider, 0.6 billion weights, 1.3 GB in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from lever_ext.packing import GGUFSource, plain_config
 from lever_ext.target import meta_model
 
 DEMO_DRAFTS = {50: 0, 65: 12}
-"""Rough agreement with the target's greedy choice in percent -> how many of 30 layers have 4 bits, the others 3."""
+"""Rough agreement with the target's greedy choice in percent -> how many of 30 layers have 4 bits,
+the others 3.
+"""
 
 _INNER = re.compile(r"\.mlp\.(gate|up)_proj\.weight$")
 _OUTER = re.compile(r"\.mlp\.down_proj\.weight$")
@@ -53,7 +56,9 @@ class WidenedSource:
         return self.source.expert(name, expert)
 
 
-def widened_pack(gguf: str | Path, directory: str | Path, times: int = 8, progress: Progress | None = None) -> Path:
+def widened_pack(
+    gguf: str | Path, directory: str | Path, times: int = 8, progress: Progress | None = None
+) -> Path:
     """The widened model's pack in bfloat16, made where it is not there yet.
 
     Raises:
@@ -71,15 +76,20 @@ def widened_pack(gguf: str | Path, directory: str | Path, times: int = 8, progre
     source = WidenedSource(GGUFSource(store, config, shapes), times)
     wide = plain_config(config)
     wide["intermediate_size"] = config.intermediate_size * times
-    path = write_pack(source, meta_model(wide, torch.float32), wide, directory, "bfloat16", progress)
+    path = write_pack(
+        source, meta_model(wide, torch.float32), wide, directory, "bfloat16", progress
+    )
     tokenizer = load_tokenizer(None, store)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     return path
 
 
-def demo_draft(gguf: str | Path, agreement: int = 65, dtype: torch.dtype = torch.bfloat16) -> LanguageModelDraft:
-    """A draft for the demo targets: SmolLM2, which both were made from, in 3 bits, some layers and the head in 4.
+def demo_draft(
+    gguf: str | Path, agreement: int = 65, dtype: torch.dtype = torch.bfloat16
+) -> LanguageModelDraft:
+    """A draft for the demo targets: SmolLM2, which both were made from, in 3 bits, some layers and
+    the head in 4.
 
     Args:
         agreement: one of `DEMO_DRAFTS`.

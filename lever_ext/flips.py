@@ -1,7 +1,8 @@
 """Where tree verification and plain one-row decoding choose different tokens in low precision.
 
-In float32 they never do (tests). In bfloat16 kernels for many rows round otherwise than those for one, so a token may
-flip where the target's two best logits are nearly tied. A flip is either one's error as much as the other's.
+In float32 they never do (tests). In bfloat16 kernels for many rows round otherwise than those for
+one, so a token may flip where the target's two best logits are nearly tied. A flip is either one's
+error as much as the other's.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ class Flip:
     chosen: int
     plain: int
     margin: float
-    """Plain decoding's logit of its own choice less that of the token that was chosen; at least 0."""
+    """Plain decoding's logit of its own choice less that of the token that was chosen; at least 0.
+    """
     scale: float
-    """Largest absolute logit there; in bfloat16 logits of this size lie `scale` / 256 to `scale` / 128 apart."""
+    """Largest absolute logit there; in bfloat16 logits of this size lie `scale` / 256 to `scale` /
+    128 apart.
+    """
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,11 @@ class FlipCount:
         return list(found.values())
 
 
-def count_flips(model: Any, decoder: LeverDecoding, prompts: Sequence[torch.Tensor], new_tokens: int) -> FlipCount:
-    """Decode prompts greedily with trees, then compare each token with plain one-row decoding of the same text.
+def count_flips(
+    model: Any, decoder: LeverDecoding, prompts: Sequence[torch.Tensor], new_tokens: int
+) -> FlipCount:
+    """Decode prompts greedily with trees, then compare each token with plain one-row decoding of
+    the same text.
 
     Args:
         model: the target's.
@@ -61,9 +68,14 @@ def count_flips(model: Any, decoder: LeverDecoding, prompts: Sequence[torch.Tens
     flips, tokens = list[Flip](), 0
     for index, ids in enumerate(prompts):
         text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, max_new_tokens=new_tokens,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            custom_generate=decoder,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         tokens += text.shape[1] - ids.shape[1]
         flips += differences(model, text, ids.shape[1], index)
     return FlipCount(tokens, tuple(flips))
@@ -71,7 +83,8 @@ def count_flips(model: Any, decoder: LeverDecoding, prompts: Sequence[torch.Tens
 
 @torch.no_grad()
 def differences(model: Any, text: torch.Tensor, start: int, prompt: int = 0) -> list[Flip]:
-    """The tokens of a text [1, S] from `start` on that plain decoding, one row a pass, would not have chosen.
+    """The tokens of a text [1, S] from `start` on that plain decoding, one row a pass, would not
+    have chosen.
 
     Raises:
         FlashError: the target's pack cannot be read.
@@ -83,7 +96,9 @@ def differences(model: Any, text: torch.Tensor, start: int, prompt: int = 0) -> 
         chosen, plain = int(text[0, place]), int(logits.argmax())
         if chosen != plain:
             margin = float(logits[plain] - logits[chosen])
-            found.append(Flip(prompt, place - start, chosen, plain, margin, float(logits.abs().max())))
+            found.append(
+                Flip(prompt, place - start, chosen, plain, margin, float(logits.abs().max()))
+            )
         if place + 1 < text.shape[1]:
             hidden = verifier.prefill(text[:, place : place + 1], cache)
     return found

@@ -1,9 +1,10 @@
 """Which experts drafted tokens will need, before the target has seen them.
 
-A draft that is a low-bit copy of the target, or of the model that the target was made from, has nearly the target's
-hidden states. The target's own routers, applied to them while the draft runs, forecast each node's experts. The tree's
-cost then knows which nodes share experts, and the root's experts, needed whatever happens, are read while the draft
-works and the device would be idle. How often forecasts are right is measured; other drafts get none. In no paper.
+A draft that is a low-bit copy of the target, or of the model that the target was made from, has
+nearly the target's hidden states. The target's own routers, applied to them while the draft runs,
+forecast each node's experts. The tree's cost then knows which nodes share experts, and the root's
+experts, needed whatever happens, are read while the draft works and the device would be idle. How
+often forecasts are right is measured; other drafts get none. In no paper.
 """
 
 from __future__ import annotations
@@ -36,11 +37,20 @@ class RoutingForecast:
 
     @classmethod
     def of(cls, target: FlashTarget, draft: Any) -> RoutingForecast | None:
-        """For a draft whose layers have the target's shapes; None for others, or where routers are not in DRAM."""
-        if target.experts is None or not isinstance(draft, LanguageModelDraft) or not draft.can_watch:
+        """For a draft whose layers have the target's shapes; None for others, or where routers are
+        not in DRAM.
+        """
+        if (
+            target.experts is None
+            or not isinstance(draft, LanguageModelDraft)
+            or not draft.can_watch
+        ):
             return None
         ours, theirs, layers = target.model.config, draft.model.config, target.experts.layers
-        same = all(getattr(ours, name) == getattr(theirs, name) for name in ("hidden_size", "num_hidden_layers"))
+        same = all(
+            getattr(ours, name) == getattr(theirs, name)
+            for name in ("hidden_size", "num_hidden_layers")
+        )
         if not same or target.residency.layers <= max(layers):
             return None
         gates = [_gate(target.stream.resident[layer]) for layer in layers]

@@ -8,7 +8,8 @@ from hybrimoe_plugin.operators.kv_cache import GrowingLayer
 
 
 class KeptRows:
-    """The first rows of a KV cache: those of accepted tokens. What lies behind them can be dropped at any time.
+    """The first rows of a KV cache: those of accepted tokens. What lies behind them can be dropped
+    at any time.
 
     Args:
         cache: a `DynamicCache`, with which an answer begins; what it holds is kept.
@@ -21,8 +22,9 @@ class KeptRows:
 
     def keep(self, count: int) -> None:
         """Keep the first `count` rows from now on; every layer has them. Mutates."""
-        # An empty layer may be set up by a pass, or replaced, and a window loses old rows to new ones: neither can be
-        # cut back, but both are what they were again with the attributes that they had. Nothing is copied.
+        # An empty layer may be set up by a pass, or replaced, and a window loses old rows to new
+        # ones: neither can be cut back, but both are what they were again with the attributes that
+        # they had. Nothing is copied.
         layers = [
             (layer, dict(vars(layer)) if not count or getattr(layer, "is_sliding", False) else None)
             for layer in self.cache.layers
@@ -42,6 +44,8 @@ class KeptRows:
 
 def _cut(layer: Any, count: int) -> None:
     if isinstance(layer, GrowingLayer):
-        layer.cut(count)  # the rows behind are the answer's own: the next ones may be written over them
+        layer.cut(
+            count
+        )  # the rows behind are the answer's own: the next ones may be written over them
     else:
         layer.keys, layer.values = layer.keys[:, :, :count], layer.values[:, :, :count]

@@ -1,4 +1,6 @@
-"""What a layer costs on the CPU and on an accelerator, measured before a target's layers are placed."""
+"""What a layer costs on the CPU and on an accelerator, measured before a target's layers are
+placed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from lever_ext.operators.decoder import FlashDecoderLayer
 from lever_ext.operators.experts import FlashExperts
 
 ROWS = 32
-"""Rows of the tree that costs are measured with; on the CPU a pass hardly depends on them, on an accelerator less."""
+"""Rows of the tree that costs are measured with; on the CPU a pass hardly depends on them, on an
+accelerator less.
+"""
 REPEATS = 5
 """The median counts, after one call that warms up."""
 
@@ -68,7 +72,9 @@ class Stopwatch:
         return statistics.median(times)
 
 
-def measure(model: Any, pack: FlashPack, operators: list[FlashDecoderLayer], accelerator: Accelerator) -> Measured:
+def measure(
+    model: Any, pack: FlashPack, operators: list[FlashDecoderLayer], accelerator: Accelerator
+) -> Measured:
     """Measure one layer of each shape, an expert, the head and the link.
 
     Args:
@@ -83,18 +89,24 @@ def measure(model: Any, pack: FlashPack, operators: list[FlashDecoderLayer], acc
     known: dict[Any, LayerCosts] = {}
     layers = []
     for block, operator in zip(pack.blocks("layer"), operators, strict=True):
-        shape = tuple((tensor.name.split(".", 3)[3], tensor.dtype, tensor.shape) for tensor in block.tensors)
+        shape = tuple(
+            (tensor.name.split(".", 3)[3], tensor.dtype, tensor.shape) for tensor in block.tensors
+        )
         if shape not in known:
             known[shape] = _layer(pack, block, operator, hidden, kwargs, accelerator, watch)
         layers.append(known[shape])
     there = hidden.to(accelerator.device, copy=True)
-    hop = watch.us(lambda: hidden.to(accelerator.device, copy=True)) + watch.us(lambda: there.to(CPU, copy=True))
+    hop = watch.us(lambda: hidden.to(accelerator.device, copy=True)) + watch.us(
+        lambda: there.to(CPU, copy=True)
+    )
     return Measured(tuple(layers), hop / 2, *_expert(pack, operators, hidden, accelerator, watch),
                     *_head(model, hidden, accelerator, watch))  # fmt: skip
 
 
 def first_inputs(model: Any, first: nn.Module) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(hidden states [1, ROWS, H], keyword arguments) that a pass over `ROWS` tokens gives its first layer."""
+    """(hidden states [1, ROWS, H], keyword arguments) that a pass over `ROWS` tokens gives its
+    first layer.
+    """
     seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,22 +148,30 @@ def _layer(
         there = moved(kwargs, accelerator.device)
         with without_experts(operator):
             cpu = watch.us(lambda: run(operator, tensors_in(block, buffer), hidden, kwargs))
-            device = watch.us(lambda: run(operator, views(block, memory), hidden.to(accelerator.device), there))
+            device = watch.us(
+                lambda: run(operator, views(block, memory), hidden.to(accelerator.device), there)
+            )
     finally:
         if accelerator.pins is not None:
             accelerator.pins.release()
     return LayerCosts(read, copy, cpu, device)
 
 
-def run(operator: FlashDecoderLayer, tensors: Tensors, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+def run(
+    operator: FlashDecoderLayer, tensors: Tensors, hidden: torch.Tensor, kwargs: Mapping[str, Any]
+) -> None:
     """Compute a layer with weights that are not its stream's; afterwards it has its former ones."""
     before = {name: module._parameters[leaf] for name, (module, leaf) in operator.sites.items()}
-    operator.set_parameters({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+    operator.set_parameters(
+        {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    )
     try:
         with torch.no_grad():
             operator.layer(hidden, **kwargs)
     finally:
-        operator.set_parameters({name: parameter for name, parameter in before.items() if parameter is not None})
+        operator.set_parameters(
+            {name: parameter for name, parameter in before.items() if parameter is not None}
+        )
 
 
 @contextmanager
@@ -197,25 +217,43 @@ def _expert(
     accelerator: Accelerator,
     watch: Stopwatch,
 ) -> tuple[float, float]:
-    """Of a routed expert with one of the tree's rows: (on the CPU, on the accelerator with its copy)."""
+    """Of a routed expert with one of the tree's rows: (on the CPU, on the accelerator with its
+    copy).
+    """
     blocks = pack.blocks("expert")
-    found = [module for operator in operators for module in operator.modules() if isinstance(module, FlashExperts)]
+    found = [
+        module
+        for operator in operators
+        for module in operator.modules()
+        if isinstance(module, FlashExperts)
+    ]
     if not blocks or not found:
         return 0.0, 0.0
-    tensors, experts = pack.load(blocks[0]), next(one for one in found if one.layer_index == blocks[0].layer)
+    tensors, experts = (
+        pack.load(blocks[0]),
+        next(one for one in found if one.layer_index == blocks[0].layer),
+    )
     row = hidden[0, :1]
     there = row.to(accelerator.device)
     cpu = watch.us(lambda: experts.compute(row, tensors))
     device = watch.us(
-        lambda: experts.compute(there, {n: t.to(accelerator.device, copy=True) for n, t in tensors.items()})
+        lambda: experts.compute(
+            there, {n: t.to(accelerator.device, copy=True) for n, t in tensors.items()}
+        )
     )
     return cpu, device
 
 
-def _head(model: Any, hidden: torch.Tensor, accelerator: Accelerator, watch: Stopwatch) -> tuple[float, float]:
+def _head(
+    model: Any, hidden: torch.Tensor, accelerator: Accelerator, watch: Stopwatch
+) -> tuple[float, float]:
     """Output projection of a row: (on the CPU, on the accelerator and back)."""
     head, row = model.get_output_embeddings(), hidden[0, :1]
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.nbytes > accelerator.free_bytes:
+    if (
+        not isinstance(head, nn.Linear)
+        or head.bias is not None
+        or head.weight.nbytes > accelerator.free_bytes
+    ):
         return 0.0, math.inf
     weight = head.weight.detach().to(accelerator.device, copy=True)
     cpu = watch.us(lambda: head(row))

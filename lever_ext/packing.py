@@ -15,7 +15,11 @@ from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_generation
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
-from hybrimoe_plugin.hosts.transformers.tokenizer import TOKENIZER_FILES, directory_tokenizer, load_tokenizer
+from hybrimoe_plugin.hosts.transformers.tokenizer import (
+    TOKENIZER_FILES,
+    directory_tokenizer,
+    load_tokenizer,
+)
 from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
 from lever_ext.flash.writer import Progress, write_pack
 from lever_ext.target import meta_model
@@ -41,7 +45,9 @@ class GGUFSource:
         spans: list[list[Span]] = [[] for _ in store.paths]
         for info in store.tensors.values():
             spans[info.file].append(Span(info.offset, info.nbytes))
-        self.identity = ",".join(file_identity(path, found) for path, found in zip(store.paths, spans, strict=True))
+        self.identity = ",".join(
+            file_identity(path, found) for path, found in zip(store.paths, spans, strict=True)
+        )
         store.check_unchanged()  # the files were opened by name once more
         self._layer: dict[str, torch.Tensor] = {}
 
@@ -49,10 +55,15 @@ class GGUFSource:
         return self.parameters.load(name, self.shapes[name], torch.float32)
 
     def expert(self, name: str, expert: int) -> torch.Tensor:
-        # A layer's experts are asked for one after another: its stacked tensors are dequantised once for all of them.
+        # A layer's experts are asked for one after another: its stacked tensors are dequantised
+        # once for all of them.
         layer = name.rpartition(".experts.")[0]
         if name not in self._layer:
-            self._layer = {kept: value for kept, value in self._layer.items() if kept.startswith(f"{layer}.experts.")}
+            self._layer = {
+                kept: value
+                for kept, value in self._layer.items()
+                if kept.startswith(f"{layer}.experts.")
+            }
             self._layer[name] = self.parameters.load(name, self.shapes[name], torch.float32)
         return self._layer[name][expert]
 
@@ -68,7 +79,8 @@ def pack_model(
 
     Args:
         directory: gets the pack, the tokenizer and its chat template.
-        model_path: directory with config.json, tokenizer and, without `gguf_path`, safetensors files.
+        model_path: directory with config.json, tokenizer and, without `gguf_path`, safetensors
+            files.
         gguf_path: GGUF file, split set or directory.
         dtype: stored type of all weights: bfloat16, float16 or float32.
         progress: told (bytes done, bytes in all).
@@ -82,20 +94,29 @@ def pack_model(
         FlashError: no space, or the disk failed.
     """
     if model_path is None and gguf_path is None:
-        raise ConfigError("name a model to pack: --gguf_path, or --model_path with safetensors files")
+        raise ConfigError(
+            "name a model to pack: --gguf_path, or --model_path with safetensors files"
+        )
     store = GGUFStore.open(gguf_path) if gguf_path is not None else None
     if store is None:
         _refuse_quantised(model_path)
     config = model_config(model_path, store)
-    tokenizer = load_tokenizer(model_path, store, config) if store is not None else _tokenizer(model_path, config)
+    tokenizer = (
+        load_tokenizer(model_path, store, config)
+        if store is not None
+        else _tokenizer(model_path, config)
+    )
     if tokenizer is None:
         logger.warning(
-            "%s: no tokenizer there, so the pack will be of no use for chat; name a directory with one by --model_path",
+            "%s: no tokenizer there, so the pack will be of no use for chat; name a directory "
+            "with one by --model_path",
             gguf_path or model_path,
         )
     plain = plain_config(config)
     model = meta_model(plain, torch.float32)
-    set_generation(model, tokenizer, {} if store is None else store.metadata, model_path, config.vocab_size)
+    set_generation(
+        model, tokenizer, {} if store is None else store.metadata, model_path, config.vocab_size
+    )
     if store is not None:
         check_complete(model, store, config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -114,7 +135,10 @@ def plain_config(config: Any) -> dict[str, Any]:
     """A config as JSON values, without what says nothing about the model."""
     values: dict[str, Any] = config.to_diff_dict()
     dropped = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
-    return {"model_type": config.model_type, **{key: value for key, value in values.items() if key not in dropped}}
+    return {
+        "model_type": config.model_type,
+        **{key: value for key, value in values.items() if key not in dropped},
+    }
 
 
 def pack_tokenizer(pack: str | Path) -> Any:
@@ -129,7 +153,8 @@ def pack_tokenizer(pack: str | Path) -> Any:
         return directory_tokenizer(directory)
     except WeightsError as error:
         raise FlashError(
-            f"{directory}: no readable tokenizer beside the pack; pack the model again, with --model_path if the GGUF "
+            f"{directory}: no readable tokenizer beside the pack; pack the model again, with "
+            f"--model_path if the GGUF "
             f"has no tokenizer ({error})"
         ) from error
 
@@ -148,9 +173,13 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
     ours, theirs = target.get_vocab(), draft.get_vocab()
     if ours == theirs:
         return
-    wrong = sorted((token for token in ours if theirs.get(token) != ours[token]), key=lambda token: ours[token])
+    wrong = sorted(
+        (token for token in ours if theirs.get(token) != ours[token]), key=lambda token: ours[token]
+    )
     example = (
-        f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft" if wrong else ""
+        f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft"
+        if wrong
+        else ""
     )
     raise SpeculationError(
         f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens"
@@ -168,7 +197,9 @@ def _tokenizer(model_path: str | Path | None, config: Any) -> Any:
 
 
 def _refuse_quantised(directory: str | Path | None) -> None:
-    """Raise WeightsError where safetensors files hold another library's blocks, which would be read as weights."""
+    """Raise WeightsError where safetensors files hold another library's blocks, which would be read
+    as weights.
+    """
     path = Path(str(directory)) / "config.json"
     found = read_json(path).get("quantization_config") if path.exists() else None
     if found:

@@ -55,7 +55,8 @@ def place_layers(
     accelerator: Accelerator | None,
     places: Sequence[Place] | None = None,
 ) -> Placement:
-    """Measure, and choose what is predicted to be quickest; never what is predicted to be slower than the CPU alone.
+    """Measure, and choose what is predicted to be quickest; never what is predicted to be slower
+    than the CPU alone.
 
     Args:
         places: of all layers, instead of measuring; those that stay come first.
@@ -80,14 +81,21 @@ def place_layers(
     measured = measure(model, pack, operators, accelerator)
     best = choose(pack, budget, measured, free_bytes, _head_bytes(model), model.config)
     if best is None:
-        logger.warning("%s is not used: by the measured costs a pass is no quicker with it", accelerator.label)
+        logger.warning(
+            "%s is not used: by the measured costs a pass is no quicker with it", accelerator.label
+        )
         return alone
     logger.info("%s", best.line(accelerator.label))
     return Placement(plan_residency(pack, budget, elsewhere=best.stays), best)
 
 
 def choose(
-    pack: FlashPack, budget: int | None, measured: Measured, free_bytes: int, head_bytes: int, config: Any
+    pack: FlashPack,
+    budget: int | None,
+    measured: Measured,
+    free_bytes: int,
+    head_bytes: int,
+    config: Any,
 ) -> Split | None:
     """The quickest split that fits; None where the CPU alone is as quick.
 
@@ -108,7 +116,9 @@ def choose(
             for there in (False, True) if experts else (False,):
                 costs = _with_experts(_costs(measured, residency), measured, experts, there)
                 found = choose_places(costs, stays, rings)
-                us = found.pass_us + HEAD_ROWS * (measured.head_device_us if head else measured.head_cpu_us)
+                us = found.pass_us + HEAD_ROWS * (
+                    measured.head_device_us if head else measured.head_cpu_us
+                )
                 candidates.append(replace(found, pass_us=us, head=head, experts=there))
     return best_of(candidates, cpu_us)
 
@@ -152,11 +162,16 @@ def _fitting(pack: FlashPack, free_bytes: int) -> Iterator[int]:
 
 
 def _costs(measured: Measured, residency: Residency) -> list[LayerCosts]:
-    return [cost.in_dram() if layer < residency.layers else cost for layer, cost in enumerate(measured.layers)]
+    return [
+        cost.in_dram() if layer < residency.layers else cost
+        for layer, cost in enumerate(measured.layers)
+    ]
 
 
 def _experts_in_pass(pack: FlashPack, config: Any) -> dict[int, float]:
-    """Layer -> distinct experts that a tree's rows are expected to choose, if they chose at random."""
+    """Layer -> distinct experts that a tree's rows are expected to choose, if they chose
+    at random.
+    """
     blocks = pack.blocks("expert")
     found = {}
     for layer in {block.layer for block in blocks}:
@@ -168,7 +183,9 @@ def _experts_in_pass(pack: FlashPack, config: Any) -> dict[int, float]:
 def _with_experts(
     costs: list[LayerCosts], measured: Measured, experts: dict[int, float], there: bool
 ) -> list[LayerCosts]:
-    """Layers with their routed experts, on the accelerator or not; hidden states go over to them and back."""
+    """Layers with their routed experts, on the accelerator or not; hidden states go over to them
+    and back.
+    """
     one, over = measured.expert_device_us if there else measured.expert_cpu_us, 2 * measured.hop_us
     return [
         replace(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from lever_ext.decoding import LeverDecoding
 
 AT_ONCE = 3
-"""Rows of the likeliest path that are projected in one product: as many as take no longer than one."""
+"""Rows of the likeliest path that are projected in one product: as many as take no longer than one.
+"""
 
 
 class SpeculativeRun:
@@ -74,7 +75,9 @@ class SpeculativeRun:
             raise
 
     def _in_turn(self, call: Callable[[], bool]) -> Callable[[], bool]:
-        """The call as one turn on the target: its early exit, reads and counters are this cycle's till the end."""
+        """The call as one turn on the target: its early exit, reads and counters are this cycle's
+        till the end.
+        """
         target = self.owner.target
         return call if target is None else partial(target.turns.run, call)
 
@@ -87,8 +90,9 @@ class SpeculativeRun:
         if self.owner.reads is not None:
             self.owner.reads.begin()
         if not self.owner.latency.cells:
-            # Reads dominate the prompt's pass as they do every other, but it checks blocks and has other shapes: it
-            # stands for a pass until one is measured, and is no measurement itself.
+            # Reads dominate the prompt's pass as they do every other, but it checks blocks and has
+            # other shapes: it stands for a pass until one is measured, and is no measurement
+            # itself.
             self.owner.latency.start_us = self.stats.prefill_us
         self.tree = CandidateTree(int(self.ids[0, -1]), self.owner.calibration)
         if isinstance(self.owner.draft, LanguageModelDraft):
@@ -104,7 +108,9 @@ class SpeculativeRun:
         growth = self._growth()
         tree = self.owner.policy.build(growth)
         draft_us = (time.perf_counter() - begin) * 1e6
-        predicted = growth.cost.verify(len(tree), tree.leaves) + float(growth.cost.union.prefixes(tree.drafted)[-1])
+        predicted = growth.cost.verify(len(tree), tree.leaves) + float(
+            growth.cost.union.prefixes(tree.drafted)[-1]
+        )
         start = time.perf_counter()
         verified = self._verify(tree, growth.depth_limit, predicted)
         verify_us = (time.perf_counter() - start) * 1e6
@@ -146,13 +152,17 @@ class SpeculativeRun:
             return self.verifier.verify(tree, self.cache, candidates, used)
 
     def _early_exit(self, tree: TokenTree) -> tuple[list[Sequence[int]], bool]:
-        """(what the exit is asked about, whether its verdict counts); nothing where it is neither used nor judged."""
+        """(what the exit is asked about, whether its verdict counts); nothing where it is neither
+        used nor judged.
+        """
         gate = self.verifier.gate
         if gate is None or len(tree) == 1:
             return [], False
         after = 1 - gate.predictor.layer / len(self.cache.layers)
         due = gate.rates.due and self.owner.prune != "always"
-        used = self.owner.prune == "always" or (not due and pays(tree, self.owner.cost, gate.rates, after))
+        used = self.owner.prune == "always" or (
+            not due and pays(tree, self.owner.cost, gate.rates, after)
+        )
         return (self._candidates(tree) if used or due else []), used
 
     def _growth(self) -> Growth:
@@ -173,7 +183,11 @@ class SpeculativeRun:
 
     def _note_forecasts(self) -> None:
         draft, reads = self.owner.draft, self.owner.reads
-        if self.owner.forecast is not None and isinstance(draft, LanguageModelDraft) and reads is not None:
+        if (
+            self.owner.forecast is not None
+            and isinstance(draft, LanguageModelDraft)
+            and reads is not None
+        ):
             reads.note(draft.routing, self.tree.root, self.owner.overlap)
 
     def _candidates(self, tree: TokenTree) -> list[Sequence[int]]:
@@ -181,7 +195,9 @@ class SpeculativeRun:
         return [() if candidates is None else candidates.tokens for candidates in found]
 
     def _accept(self, tree: TokenTree, verified: Verified) -> tuple[list[int], bool]:
-        """Rows from the root to the last node that the target itself chose, and whether generation has ended."""
+        """Rows from the root to the last node that the target itself chose, and whether generation
+        has ended.
+        """
         row, path, logits = 0, [0], dict[int, torch.Tensor]()
         while True:
             if row not in logits:
@@ -201,7 +217,8 @@ class SpeculativeRun:
             path.append(row)
 
     def _append(self, logits: torch.Tensor) -> bool:
-        """Choose the next token by float32 logits [1, V] as `generate` would; whether generation has ended.
+        """Choose the next token by float32 logits [1, V] as `generate` would; whether generation
+        has ended.
 
         The cache's first rows must be those of all tokens before it: they are kept from here on.
         """
@@ -222,17 +239,26 @@ class SpeculativeRun:
             if put is not None:
                 put(chosen)
         finally:
-            # Not before: a caller who has not seen the new token goes on from the one before, which then has no row.
+            # Not before: a caller who has not seen the new token goes on from the one before, which
+            # then has no row.
             self.kept.keep(self.ids.shape[1] - 1)
-        return bool(self.criteria(self.ids, tuple(self.scores) or None).all()) if self.criteria is not None else False
+        return (
+            bool(self.criteria(self.ids, tuple(self.scores) or None).all())
+            if self.criteria is not None
+            else False
+        )
 
-    def _learn(self, tree: TokenTree, verified: Verified, verify_us: float, path: Sequence[int]) -> None:
+    def _learn(
+        self, tree: TokenTree, verified: Verified, verify_us: float, path: Sequence[int]
+    ) -> None:
         if self.verifier.gate is not None and len(tree) > 1:
             self.verifier.gate.learn(path)
         reads = self.owner.reads
         if reads is not None:
             reads.learn(tree, verified, verify_us)
-        self.owner.latency.observe(self.verifier.mean_rows(verified, len(tree)), tree.leaves, verify_us)
+        self.owner.latency.observe(
+            self.verifier.mean_rows(verified, len(tree)), tree.leaves, verify_us
+        )
 
     def _advance(self, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         self.tree.advance(accepted, int(self.ids[0, -1]))
@@ -245,7 +271,9 @@ class SpeculativeRun:
         nodes = 0 if ahead is None else ahead.nodes
         if target is None:
             return 0, 0, nodes
-        waited = target.stream.wait_us + (target.experts.counters.wait_us if target.experts is not None else 0)
+        waited = target.stream.wait_us + (
+            target.experts.counters.wait_us if target.experts is not None else 0
+        )
         return target.pack.reader.counters.nbytes, waited, nodes
 
     def _output(self) -> Any:
@@ -261,7 +289,9 @@ class SpeculativeRun:
 
 
 def _likeliest_path(tree: TokenTree, verified: Verified, row: int) -> list[int]:
-    """The row and those below it that the target most likely takes, as far as they were not pruned."""
+    """The row and those below it that the target most likely takes, as far as they were
+    not pruned.
+    """
     path = [row]
     while len(path) < AT_ONCE:
         below = [child for child in tree.children[path[-1]].values() if child in verified.row_of]

@@ -40,7 +40,8 @@ class Cycle:
 class SpeculationStats:
     """A run of `generate`.
 
-    `tokens` counts what was generated; the first comes from the prompt's own pass, which is no cycle.
+    `tokens` counts what was generated; the first comes from the prompt's own pass, which is no
+    cycle.
     """
 
     draft: str = ""
@@ -70,10 +71,16 @@ class SpeculationStats:
     @property
     def acceptance_length(self) -> float:
         """Mean of 1 + accepted per cycle."""
-        return 1 + sum(cycle.accepted for cycle in self.cycles) / len(self.cycles) if self.cycles else 0.0
+        return (
+            1 + sum(cycle.accepted for cycle in self.cycles) / len(self.cycles)
+            if self.cycles
+            else 0.0
+        )
 
     def position_acceptance(self) -> list[float]:
-        """For each depth d, the share of trees reaching that deep of which d drafted tokens or more were accepted."""
+        """For each depth d, the share of trees reaching that deep of which d drafted tokens or more
+        were accepted.
+        """
         rates = []
         for depth in range(1, max((cycle.depth for cycle in self.cycles), default=0) + 1):
             reaching = [cycle for cycle in self.cycles if cycle.depth >= depth]
@@ -91,7 +98,11 @@ class SpeculationStats:
         total, count = self.decode_us, len(self.cycles)
         nbytes = sum(cycle.nbytes for cycle in self.cycles)
         gbps = nbytes / total / 1e3
-        share = "" if not device_gbps else f" ({gbps / device_gbps:.0%} of the device's {device_gbps:.2f} GB/s)"
+        share = (
+            ""
+            if not device_gbps
+            else f" ({gbps / device_gbps:.0%} of the device's {device_gbps:.2f} GB/s)"
+        )
         positions = " ".join(f"{rate:.0%}" for rate in self.position_acceptance()[:10])
         parts = {
             "draft": sum(cycle.draft_us for cycle in self.cycles),
@@ -103,11 +114,15 @@ class SpeculationStats:
         actual = sum(cycle.draft_us + cycle.verify_us for cycle in self.cycles) / count
         return [
             f"speculation:          tree {self.tree}, draft {self.draft}, {self.label}",
-            f"decode rate:          {self.tokens_per_s:.2f} tokens/s, {count} target passes for {self.tokens} tokens",
-            f"acceptance length:    {self.acceptance_length:.2f} per pass; by position {positions or '-'}",
+            f"decode rate:          {self.tokens_per_s:.2f} tokens/s, {count} target passes for "
+            f"{self.tokens} tokens",
+            f"acceptance length:    {self.acceptance_length:.2f} per pass; by position "
+            f"{positions or '-'}",
             f"tree rows:            {sum(cycle.rows for cycle in self.cycles) / count:.1f} mean, "
             f"{sum(cycle.kept for cycle in self.cycles) / count:.1f} after early exit",
-            f"flash reads:          {nbytes / 1e6:.0f} MB, {gbps:.2f} GB/s over the decode time{share}",
-            "time:                 " + ", ".join(f"{name} {us / total:.0%}" for name, us in parts.items()),
+            f"flash reads:          {nbytes / 1e6:.0f} MB, {gbps:.2f} GB/s over the decode "
+            f"time{share}",
+            "time:                 "
+            + ", ".join(f"{name} {us / total:.0%}" for name, us in parts.items()),
             f"cycle time:           {actual / 1e3:.0f} ms, predicted {predicted / 1e3:.0f} ms",
         ]

@@ -1,4 +1,6 @@
-"""A target model whose weights live on flash: a normal `transformers` model with injected operators."""
+"""A target model whose weights live on flash: a normal `transformers` model with injected
+operators.
+"""
 
 from __future__ import annotations
 
@@ -85,24 +87,30 @@ class FlashTarget:
                     done.operator.bind(self.stream, gate, self.carrier)
 
     def load_gate(self, predictor: str | Path, settings: PruneSettings | None = None) -> None:
-        """Switch early-exit pruning on with a predictor that `hybrimoe lever-train` made for this pack. Mutates.
+        """Switch early-exit pruning on with a predictor that `hybrimoe lever-train` made for this
+        pack. Mutates.
 
         Raises:
             SpeculationError: the file is missing, damaged, or of another model.
         """
         config = self.model.config
         shape = (config.vocab_size, config.hidden_size)
-        found = ExitPredictor.load(predictor, self.pack.index.fingerprint, shape, config.num_hidden_layers)
+        found = ExitPredictor.load(
+            predictor, self.pack.index.fingerprint, shape, config.num_hidden_layers
+        )
         self.set_gate(ExitGate(found, settings or PruneSettings()))
 
     def stop_as(self, tokenizer: Any) -> None:
-        """Let `generate` draw, end and pad as the tokenizer and the pack's generation config say. Mutates.
+        """Let `generate` draw, end and pad as the tokenizer and the pack's generation config say.
+        Mutates.
 
         Raises:
             ConfigError: a value in the pack's generation_config.json is out of range.
             WeightsError: the file cannot be read.
         """
-        set_generation(self.model, tokenizer, {}, self.pack.path.parent, self.model.config.vocab_size)
+        set_generation(
+            self.model, tokenizer, {}, self.pack.path.parent, self.model.config.vocab_size
+        )
 
     def close(self) -> None:
         """Stop reading, once no thread computes; a forward pass after it raises BackendError."""
@@ -114,7 +122,9 @@ class FlashTarget:
                 self.accelerator.close()
 
     def recover(self) -> None:
-        """Clear what a turn has left that did not come to its end, wherever it was cut off. Mutates."""
+        """Clear what a turn has left that did not come to its end, wherever it was cut off.
+        Mutates.
+        """
         self.pack.reader.settle()  # first: what follows gives buffers to the next reads
         self.stream.reset(0)
         for done in self.injection.replaced:
@@ -140,14 +150,16 @@ def load_target(
 
     Args:
         pack: a flash pack or the directory that holds one.
-        dram_budget: bytes or text such as 1GiB for all weights and buffers in DRAM; None for no limit.
+        dram_budget: bytes or text such as 1GiB for all weights and buffers in DRAM; None for no
+            limit.
         rules: a rules file; the packaged one of the model's family by default.
         cache: policy that keeps experts in DRAM.
         threads: direct reads in flight.
         throttle: slow reads down to a stated bandwidth.
-        device: cpu, or the accelerator that computes those parts which are measured to be quicker there: cuda, cuda:N,
-            or emulated (for tests).
-        vram_budget: of its memory for weights, bytes or text; by default what is free, less a tenth.
+        device: cpu, or the accelerator that computes those parts which are measured to be quicker
+            there: cuda, cuda:N, or emulated (for tests).
+        vram_budget: of its memory for weights, bytes or text; by default what is free, less a
+            tenth.
         places: of all layers, instead of measuring.
 
     Raises:
@@ -164,7 +176,9 @@ def load_target(
         plain = meta_model(dict(opened.config), _dtype(opened))
         _check_complete(plain, opened)
         model = with_row_linears(plain)
-        plan = plan_injection(model, load_rules(rules or packaged_rules(model.config)), trust_rules=trust_rules)
+        plan = plan_injection(
+            model, load_rules(rules or packaged_rules(model.config)), trust_rules=trust_rules
+        )
         injection = inject(model, plan, opened, model.config)
         target = _serve(model, opened, injection, _Wanted(budget, cache, accelerator, places))
     except BaseException:
@@ -177,15 +191,22 @@ def load_target(
 
 
 def _check_complete(model: nn.Module, pack: FlashPack) -> None:
-    """Raise FlashError where the pack's tensors are not all parameters of the model, and those alone."""
+    """Raise FlashError where the pack's tensors are not all parameters of the model, and those
+    alone.
+    """
     held = {tensor.name: None for block in pack.index.blocks for tensor in block.tensors}
     wanted = dict.fromkeys(name for name, _ in model.named_parameters())
     missing = [name for name in wanted if name not in held]
     unused = [name for name in held if name not in wanted]
     if missing or unused:
-        what = f"lacks {missing[0]!r}" if missing else f"holds {unused[0]!r}, which the model has no place for"
+        what = (
+            f"lacks {missing[0]!r}"
+            if missing
+            else f"holds {unused[0]!r}, which the model has no place for"
+        )
         raise FlashError(
-            f"{pack.path}: the pack {what} ({len(missing) + len(unused)} such tensors); it was made from another model"
+            f"{pack.path}: the pack {what} ({len(missing) + len(unused)} such tensors); it was "
+            f"made from another model"
         )
 
 
@@ -207,10 +228,15 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
         assign_tensors(model, pack.load(block))
     model.tie_weights()
     rebuild_buffers(model)
-    layers = [done.operator for done in injection.replaced if isinstance(done.operator, FlashDecoderLayer)]
+    layers = [
+        done.operator for done in injection.replaced if isinstance(done.operator, FlashDecoderLayer)
+    ]
     placement = place_layers(model, pack, wanted.budget, layers, wanted.accelerator, wanted.places)
     accelerator = wanted.accelerator if placement.split is not None else None
-    residency, elsewhere = placement.residency, placement.split.stays if placement.split is not None else 0
+    residency, elsewhere = (
+        placement.residency,
+        placement.split.stays if placement.split is not None else 0,
+    )
     stream, carrier = split_stream(
         LayerStream(pack, residency.layers, residency.ring, elsewhere), placement, accelerator
     )
@@ -221,10 +247,21 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
     _bind_experts(injection, experts, model, placement, accelerator, pack)
     left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
     if left:
-        raise FlashError(f"{pack.path}: nothing in the pack or the rules provides {left[0]}; check the rules")
+        raise FlashError(
+            f"{pack.path}: nothing in the pack or the rules provides {left[0]}; check the rules"
+        )
     move_head(model, placement, accelerator)
     target = FlashTarget(
-        model.eval(), pack, residency, stream, experts, injection, None, accelerator, placement.split, carrier
+        model.eval(),
+        pack,
+        residency,
+        stream,
+        experts,
+        injection,
+        None,
+        accelerator,
+        placement.split,
+        carrier,
     )
     target.set_gate(None)
     target.turns.recover.append(target.recover)
@@ -241,11 +278,20 @@ def _bind_experts(
     accelerator: Accelerator | None,
     pack: FlashPack,
 ) -> None:
-    """Give every experts operator the cache, its layer's router and the next one's where that is resident."""
-    operators = [done.operator for done in injection.replaced if isinstance(done.operator, FlashExperts)]
+    """Give every experts operator the cache, its layer's router and the next one's where that is
+    resident.
+    """
+    operators = [
+        done.operator for done in injection.replaced if isinstance(done.operator, FlashExperts)
+    ]
     if operators and experts is None:
-        raise FlashError(f"{pack.path}: the pack holds no routed experts; it was made from another model")
-    gates = [getattr(model.get_submodule(operator.key.rpartition(".")[0]), "gate", None) for operator in operators]
+        raise FlashError(
+            f"{pack.path}: the pack holds no routed experts; it was made from another model"
+        )
+    gates = [
+        getattr(model.get_submodule(operator.key.rpartition(".")[0]), "gate", None)
+        for operator in operators
+    ]
     routers = [None if gate is None else GateRouter(gate) for gate in gates]
     side = placement.experts_on(accelerator)
     for index, operator in enumerate(operators):
@@ -253,11 +299,18 @@ def _bind_experts(
         resident = following > 0 and placement.keeps_router(operators[following].layer_index)
         assert experts is not None
         operator.bind(experts, routers[index], routers[following] if resident else None, side)
-    if side is not None and accelerator is not None and accelerator.pins is not None and experts is not None:
+    if (
+        side is not None
+        and accelerator is not None
+        and accelerator.pins is not None
+        and experts is not None
+    ):
         accelerator.pins.add(experts.buffers)
 
 
-def expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str = "mrs") -> FlashExpertCache | None:
+def expert_cache(
+    pack: FlashPack, residency: Residency, config: Any, cache: str = "mrs"
+) -> FlashExpertCache | None:
     """An empty expert cache of the size that a residency gives it; None for a dense target."""
     blocks = pack.blocks("expert")
     if not blocks:
@@ -265,7 +318,9 @@ def expert_cache(pack: FlashPack, residency: Residency, config: Any, cache: str 
     count = len({block.expert for block in blocks})
     layers = len({block.layer for block in blocks})
     policy = make_cache(cache, layers, count, config.num_experts_per_tok, Settings(cache=cache))
-    return FlashExpertCache(pack, residency.expert_slots, max(2, residency.staging), residency.ahead, policy)
+    return FlashExpertCache(
+        pack, residency.expert_slots, max(2, residency.staging), residency.ahead, policy
+    )
 
 
 def meta_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -284,7 +339,9 @@ def meta_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # transformers raises many kinds
-        raise SpeculationError(f"cannot build a causal LM from the pack's config: {error}") from None
+        raise SpeculationError(
+            f"cannot build a causal LM from the pack's config: {error}"
+        ) from None
 
 
 def packaged_rules(config: Any) -> Path:
@@ -296,9 +353,12 @@ def packaged_rules(config: Any) -> Path:
     if config.model_type not in RULES:
         known = ", ".join(sorted(RULES))
         raise SpeculationError(
-            f"no flash rules for model type {config.model_type!r}, only for {known}; give a rules file"
+            f"no flash rules for model type {config.model_type!r}, only for {known}; give a rules "
+            f"file"
         )
-    return Path(str(resources.files("optimize_rules"))) / "lever" / f"{RULES[config.model_type]}.yaml"
+    return (
+        Path(str(resources.files("optimize_rules"))) / "lever" / f"{RULES[config.model_type]}.yaml"
+    )
 
 
 def _dtype(pack: FlashPack) -> torch.dtype:
@@ -317,7 +377,9 @@ def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            raise FlashError(f"the model has no {name!r}; the pack was made from another one") from None
+            raise FlashError(
+                f"the model has no {name!r}; the pack was made from another one"
+            ) from None
         if module._parameters.get(leaf) is None or module._parameters[leaf].shape != tensor.shape:  # type: ignore[union-attr]
             raise FlashError(f"{name!r} does not fit the model; the pack was made from another one")
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

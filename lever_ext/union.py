@@ -1,4 +1,6 @@
-"""Expert reads of an MoE target: what each pass selected, and what the next tree's experts will cost."""
+"""Expert reads of an MoE target: what each pass selected, and what the next tree's experts will
+cost.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ ROW_US = 1000.0
 class ExpertReads:
     """Keeps a tree's expert-union cost in step with the target's cache and routing.
 
-    The time of a pass is fitted to recent ones as fixed + rows * per row + reads * per read. A table over shapes,
-    as for dense targets, would mix the cost of rows with that of the experts they happened to need.
+    The time of a pass is fitted to recent ones as fixed + rows * per row + reads * per read. A
+    table over shapes, as for dense targets, would mix the cost of rows with that of the experts
+    they happened to need.
     """
 
     cache: FlashExpertCache
@@ -50,7 +53,9 @@ class ExpertReads:
         experts = len({block.expert for block in blocks})
         # Until passes are measured: an expert's bytes at two gigabytes per second.
         start_us = blocks[0].nbytes / 2e3
-        union = ExpertUnion(len(target.experts.layers), experts, target.model.config.num_experts_per_tok, start_us)
+        union = ExpertUnion(
+            len(target.experts.layers), experts, target.model.config.num_experts_per_tok, start_us
+        )
         return cls(target.experts, union, start_read_us=start_us)
 
     def verify(self, rows: int, leaves: int) -> float:
@@ -62,7 +67,9 @@ class ExpertReads:
         reads = self.count()
         self._passes.append((len(verified.row_of), reads, verify_us))
         self._fit()
-        if len(verified.row_of) == len(tree) and all(len(ids) == len(tree) for ids in self.cache.chosen.values()):
+        if len(verified.row_of) == len(tree) and all(
+            len(ids) == len(tree) for ids in self.cache.chosen.values()
+        ):
             chosen = np.stack([self.cache.chosen[layer] for layer in sorted(self.cache.chosen)])
             self._judge(tree, chosen)
             self.union.observe(tree.drafted, chosen, reads)
@@ -91,10 +98,14 @@ class ExpertReads:
             self.cache.read_early(routing[root])
 
     def _judge(self, tree: TokenTree, chosen: NDArray[np.int64]) -> None:
-        """Learn how often forecasts are right from the experts [L, N, K] that a tree's rows chose."""
+        """Learn how often forecasts are right from the experts [L, N, K] that a tree's
+        rows chose.
+        """
         for row, key in enumerate(tree.keys):
             if key in self._routing:
-                right = (chosen[:, row, :, None] == self._routing[key][:, None, :]).any(axis=2).mean()
+                right = (
+                    (chosen[:, row, :, None] == self._routing[key][:, None, :]).any(axis=2).mean()
+                )
                 self.forecast_share += 0.05 * (float(right) - self.forecast_share)
 
     def count(self) -> int:
@@ -106,14 +117,17 @@ class ExpertReads:
     def _fit(self) -> None:
         """Least squares over recent passes, held near the start where those say little.
 
-        Trees of one size do not tell rows from reads. Held near the present values instead, what a row costs drifts
-        upwards until no tree is built any more, and nothing is learned from then on.
+        Trees of one size do not tell rows from reads. Held near the present values instead, what a
+        row costs drifts upwards until no tree is built any more, and nothing is learned from then
+        on.
         """
         rows, reads, us = np.asarray(self._passes).T
         weights = 0.95 ** np.arange(len(us) - 1, -1, -1)
         held = np.array([[0.0, 32.0, 0.0], [0.0, 0.0, 30.0]])
         scale = np.sqrt(np.concatenate([weights, [2.0, 0.2]]))
-        matrix = np.vstack([np.column_stack([np.ones_like(rows), rows, reads]), held]) * scale[:, None]
+        matrix = (
+            np.vstack([np.column_stack([np.ones_like(rows), rows, reads]), held]) * scale[:, None]
+        )
         wanted = np.concatenate([us, held @ [0.0, ROW_US, self.start_read_us]]) * scale
         found = np.maximum(np.linalg.lstsq(matrix, wanted, rcond=None)[0], 0.0)
         self.fixed_us, self.row_us, self.union.read_us = (float(value) for value in found)

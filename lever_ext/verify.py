@@ -1,4 +1,6 @@
-"""One target pass over a token tree, and the accepted path brought to the front of the tree's rows in the KV cache."""
+"""One target pass over a token tree, and the accepted path brought to the front of the tree's rows
+in the KV cache.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,17 @@ class Verifier:
         self.cache_name = cache_name(self.base)
 
     def prefill(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run prompt ids [1, S] that the cache does not hold yet; the last row's hidden state [1, H]."""
+        """Run prompt ids [1, S] that the cache does not hold yet; the last row's hidden state [1,
+        H].
+        """
         return self._run(ids, cache).last_hidden_state[:, -1]
 
     def verify(
-        self, tree: TokenTree, cache: Any, candidates: Sequence[Sequence[int]] = (), prune: bool = True
+        self,
+        tree: TokenTree,
+        cache: Any,
+        candidates: Sequence[Sequence[int]] = (),
+        prune: bool = True,
     ) -> Verified:
         """Run all rows of a tree in one pass.
 
@@ -65,7 +73,9 @@ class Verifier:
             hidden = self._run(ids, cache).last_hidden_state
             return Verified(hidden, {0: 0}, past)
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            raise SpeculationError("sliding-window attention cannot verify token trees; use --tree none")
+            raise SpeculationError(
+                "sliding-window attention cannot verify token trees; use --tree none"
+            )
         gate = self.gate if candidates else None
         try:
             if gate is not None:
@@ -94,10 +104,11 @@ class Verifier:
         return round(before * rows + (1 - before) * len(verified.row_of))
 
     def place(self, cache: Any, verified: Verified, row: int, depth: int) -> None:
-        """Bring the KV entries of an accepted row to where plain decoding has them: behind those of its ancestors.
+        """Bring the KV entries of an accepted row to where plain decoding has them: behind those of
+        its ancestors.
 
-        From the root on: a row lies no further to the front than its depth, so none is written over that may still be
-        accepted. In place: earlier tokens are not copied.
+        From the root on: a row lies no further to the front than its depth, so none is written over
+        that may still be accepted. In place: earlier tokens are not copied.
 
         Args:
             row: of the tree.

@@ -1,4 +1,5 @@
-"""Build what a GPU machine that reaches no package index needs, on a machine that need not have a GPU.
+"""Build what a GPU machine that reaches no package index needs, on a machine that need not have a
+GPU.
 
     python scripts/gpu_bundle.py                 writes build/gpu-bundle, under 60 MB
     python scripts/gpu_bundle.py --classic       another bundle, for the classic ktransformers host
@@ -7,11 +8,13 @@ On the GPU machine, in a checkout of the same commit, with the bundle beside it:
 
     source build/gpu-bundle/activate
 
-That sets PYTHONPATH and TRITON_CACHE_DIR, and says on stderr whether the compiled kernels fit the Triton there.
+That sets PYTHONPATH and TRITON_CACHE_DIR, and says on stderr whether the compiled kernels fit the
+Triton there.
 
-A bundle holds `site/` (kt-kernel stripped to what is used, gguf, and what they need that such a machine has not got)
-and `triton/` (kernels compiled by eval.kernel_prebuild). Needs pip, and for the kernels Python 3.12 with the GPU
-machine's Triton; where there is none it is installed into a temporary environment.
+A bundle holds `site/` (kt-kernel stripped to what is used, gguf, and what they need that such a
+machine has not got) and `triton/` (kernels compiled by eval.kernel_prebuild). Needs pip, and for
+the kernels Python 3.12 with the GPU machine's Triton; where there is none it is installed into a
+temporary environment.
 """
 
 from __future__ import annotations
@@ -38,23 +41,56 @@ LIMIT_BYTES = 60_000_000
 PYTHON = "3.12"
 TRITON = "triton==3.6.0"
 """What the GPU machines have: the compiled kernels serve this release of it alone."""
-PLATFORMS = ("manylinux_2_35_x86_64", "manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64")
+PLATFORMS = (
+    "manylinux_2_35_x86_64",
+    "manylinux_2_34_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux2014_x86_64",
+)
 
 VARIANTS = ("amx", "avx512_vnni", "avx2")
-"""Of kt-kernel's builds. It takes the best one that the processor has and that is there: AVX512 with bfloat16 or VBMI
-falls back to VNNI."""
+"""Of kt-kernel's builds. It takes the best one that the processor has and that is there: AVX512
+with bfloat16 or VBMI falls back to VNNI.
+"""
 
 THERE = (
-    "jinja2", "numpy", "packaging", "psutil", "pyyaml", "requests", "rich", "safetensors", "tokenizers", "torch",
-    "tqdm", "transformers", "triton",
-)  # fmt: skip
-"""Distributions that a GPU machine with torch and transformers has; what they need themselves is there as well."""
+    "jinja2",
+    "numpy",
+    "packaging",
+    "psutil",
+    "pyyaml",
+    "requests",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "triton",
+)
+"""Distributions that a GPU machine with torch and transformers has; what they need themselves is
+there as well.
+"""
 
-BASELINE = ("torch", "numpy", "yaml", "tqdm", "requests", "safetensors.torch", "rich", "packaging.version", "psutil")
-"""Imported before a check, so that what is left over afterwards came from neither them nor the bundle."""
+BASELINE = (
+    "torch",
+    "numpy",
+    "yaml",
+    "tqdm",
+    "requests",
+    "safetensors.torch",
+    "rich",
+    "packaging.version",
+    "psutil",
+)
+"""Imported before a check, so that what is left over afterwards came from neither them nor the
+bundle.
+"""
 
 CLASSIC_MODELS = ("auto", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe")
-"""Of transformers' models, those whose torch code travels: ktransformers has its own of the other families."""
+"""Of transformers' models, those whose torch code travels: ktransformers has its own of the other
+families.
+"""
 
 CLASSIC_BASELINE = (*BASELINE, "filelock", "fsspec", "regex")
 
@@ -66,7 +102,9 @@ CLASSIC = (
     "termcolor",
     "sentencepiece",
 )
-"""What that release pins and what it needs besides; its own dependencies of these are on the machine."""
+"""What that release pins and what it needs besides; its own dependencies of these are on the
+machine.
+"""
 
 
 ACTIVATE = """# Source this in the root of a checkout of the commit that the bundle was built from.
@@ -91,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.use is not None:
             return use(args.use)
-        out: Path = args.out or ROOT / "build" / ("gpu-bundle-classic" if args.classic else "gpu-bundle")
+        out: Path = args.out or ROOT / "build" / (
+            "gpu-bundle-classic" if args.classic else "gpu-bundle"
+        )
         parts = build_classic(out, args.python) if args.classic else build(out, args)
         show(parts)
         check_size(parts)
@@ -114,7 +154,9 @@ def build(out: Path, args: argparse.Namespace) -> list[Part]:
     say(f"kt-kernel with {', '.join(args.variants)}, and gguf")
     with tempfile.TemporaryDirectory(prefix="gpu-bundle-") as name:
         folder = Path(name)
-        wheels = [download(wanted, folder) for wanted in (setup_env.KERNELS, *setup_env.asked("gguf"))]
+        wheels = [
+            download(wanted, folder) for wanted in (setup_env.KERNELS, *setup_env.asked("gguf"))
+        ]
         unpack(wheels[0], site, lambda path: kept_of_kt_kernel(path, args.variants))
         unpack(wheels[1], site, lambda path: not path.startswith(("gguf/scripts/", "bin/")))
         for wheel in wheels[1:]:
@@ -122,7 +164,9 @@ def build(out: Path, args: argparse.Namespace) -> list[Part]:
                 say(f"{needed}, which {wheel.name} needs")
                 unpack(download(needed, folder), site)
         parts = [Part(f"site/{path.name}", size_of(path)) for path in sorted(site.iterdir())]
-        python, why = (None, "--no-kernels") if args.no_kernels else find_python(args.python, folder)
+        python, why = (
+            (None, "--no-kernels") if args.no_kernels else find_python(args.python, folder)
+        )
         parts.append(_checked(args.python or python, site))
         if python is None:
             say(f"no compiled kernels: {why}")
@@ -133,11 +177,18 @@ def build(out: Path, args: argparse.Namespace) -> list[Part]:
 
 
 def _checked(
-    python: str | None, site: Path, names: Sequence[str] = ("gguf", "kt_kernel"), baseline: Sequence[str] = BASELINE
+    python: str | None,
+    site: Path,
+    names: Sequence[str] = ("gguf", "kt_kernel"),
+    baseline: Sequence[str] = BASELINE,
 ) -> Part:
     python = python or shutil.which(f"python{PYTHON}")
     if python is None or not _can(python, ", ".join(baseline)):
-        return Part("check of the imports", 0, f"left out: no Python {PYTHON} with torch here; --python names one")
+        return Part(
+            "check of the imports",
+            0,
+            f"left out: no Python {PYTHON} with torch here; --python names one",
+        )
     found = check_import(python, site, names, baseline)
     return Part("check of the imports", 0, f"{found}, in {python}")
 
@@ -146,7 +197,9 @@ def _checked(
 
 
 def kept_of_kt_kernel(path: str, variants: Iterable[str]) -> bool:
-    """Whether this file of kt-kernel's wheel travels: the package without its tools, for these processors."""
+    """Whether this file of kt-kernel's wheel travels: the package without its tools, for these
+    processors.
+    """
     if path.startswith(("kt_kernel.libs/", "kt_kernel-")):
         return "dist-info" not in path or path.endswith("/METADATA")
     if not path.startswith("kt_kernel/") or path.startswith(("kt_kernel/cli/", "kt_kernel/sft/")):
@@ -158,7 +211,11 @@ def kept_of_kt_kernel(path: str, variants: Iterable[str]) -> bool:
 def unpack(wheel: Path, site: Path, keep: Callable[[str], bool] = lambda _path: True) -> None:
     """The files of a wheel that are kept, in `site`."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if keep(name) and not name.endswith(("/RECORD", "/"))]
+        names = [
+            name
+            for name in archive.namelist()
+            if keep(name) and not name.endswith(("/RECORD", "/"))
+        ]
         if not names:
             raise BundleError(f"{wheel.name} holds nothing of what is wanted")
         archive.extractall(site, names)
@@ -169,7 +226,11 @@ def needs(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         required = message_from_bytes(archive.read(name)).get_all("Requires-Dist") or []
-    return {re.split(r"[\s;<>=!~\[(]", item)[0].lower() for item in required if "extra" not in item.partition(";")[2]}
+    return {
+        re.split(r"[\s;<>=!~\[(]", item)[0].lower()
+        for item in required
+        if "extra" not in item.partition(";")[2]
+    }
 
 
 def download(requirement: str, folder: Path) -> Path:
@@ -180,12 +241,30 @@ def download(requirement: str, folder: Path) -> Path:
     """
     into = Path(tempfile.mkdtemp(dir=folder))
     platforms = [flag for platform in PLATFORMS for flag in ("--platform", platform)]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--python-version", PYTHON, *platforms, "--dest", str(into), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "download",
+        "--quiet",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary=:all:",
+        "--python-version",
+        PYTHON,
+        *platforms,
+        "--dest",
+        str(into),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = list(into.glob("*.whl"))
     if done.returncode or len(found) != 1:
-        raise BundleError(f"pip could not fetch {requirement}: {' '.join(done.stderr.split())[-300:]}")
+        raise BundleError(
+            f"pip could not fetch {requirement}: {' '.join(done.stderr.split())[-300:]}"
+        )
     return found[0]
 
 
@@ -205,22 +284,28 @@ for name in set(sys.modules) - before:
     if "site-packages" in path and not path.startswith(site):
         foreign.add(name.partition(".")[0])
 print(json.dumps([versions, sorted(foreign - {name.partition(".")[0] for name in before})]))
-"""
+"""  # noqa: E501
 
 
-def check_import(python: str, site: Path, names: Sequence[str], baseline: Sequence[str] = ()) -> str:
+def check_import(
+    python: str, site: Path, names: Sequence[str], baseline: Sequence[str] = ()
+) -> str:
     """Import packages from `site` in a process of its own; gives what was found, in words.
 
     Args:
-        baseline: modules that the GPU machine has; whatever else comes from outside `site` is missing there.
+        baseline: modules that the GPU machine has; whatever else comes from outside `site` is
+            missing there.
 
     Raises:
-        BundleError: a package does not import, is another installed one, or needs what the machine has not got.
+        BundleError: a package does not import, is another installed one, or needs what the machine
+            has not got.
     """
     given = json.dumps([str(site.resolve()), list(names), list(baseline)])
     environment = {**os.environ, "PYTHONPATH": str(site.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, "-s", "-c", _CHECK, given]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=site)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=site
+    )
     if done.returncode:
         raise BundleError(f"the bundle does not import in {python}: {done.stderr.strip()[-500:]}")
     found, foreign = json.loads(done.stdout.splitlines()[-1])
@@ -229,7 +314,10 @@ def check_import(python: str, site: Path, names: Sequence[str], baseline: Sequen
             raise BundleError(f"{name} was imported from {path or 'nowhere'}, not from the bundle")
     if foreign:
         raise BundleError(f"importing needs {', '.join(foreign)}, which is not in the bundle")
-    return ", ".join(f"{name} imports{f' ({variant})' if variant else ''}" for name, (_, variant) in found.items())
+    return ", ".join(
+        f"{name} imports{f' ({variant})' if variant else ''}"
+        for name, (_, variant) in found.items()
+    )
 
 
 # triton/
@@ -241,13 +329,20 @@ def find_python(given: str | None, folder: Path) -> tuple[str | None, str]:
     Args:
         given: taken if it will do; otherwise an environment is made in `folder`.
     """
-    for python in dict.fromkeys(filter(None, (given, sys.executable, shutil.which(f"python{PYTHON}")))):
+    for python in dict.fromkeys(
+        filter(None, (given, sys.executable, shutil.which(f"python{PYTHON}")))
+    ):
         if _will_do(python):
             return python, ""
     if given is not None:
         return None, f"{given} is not Python {PYTHON} with {TRITON}, torch and gguf"
     base = next(
-        (item for item in (sys.executable, shutil.which(f"python{PYTHON}")) if item and _is_version(item)), None
+        (
+            item
+            for item in (sys.executable, shutil.which(f"python{PYTHON}"))
+            if item and _is_version(item)
+        ),
+        None,
     )
     if base is None:
         return None, f"no Python {PYTHON} here; --python names one that has {TRITON} and torch"
@@ -260,7 +355,11 @@ def find_python(given: str | None, folder: Path) -> tuple[str | None, str]:
         setup_env._pip(python, "install", *setup_env.asked("gguf", "numpy", "psutil", "pyyaml"))
     except (subprocess.CalledProcessError, SystemExit) as error:
         return None, f"no environment with {TRITON} could be made: {error}"
-    return (python, "") if _will_do(python) else (None, f"{TRITON} does not work in a fresh environment here")
+    return (
+        (python, "")
+        if _will_do(python)
+        else (None, f"{TRITON} does not work in a fresh environment here")
+    )
 
 
 def _is_version(python: str) -> bool:
@@ -270,19 +369,27 @@ def _is_version(python: str) -> bool:
 
 def _will_do(python: str) -> bool:
     version = TRITON.partition("==")[2]
-    return _is_version(python) and _can(python, "torch, triton, gguf", f"assert triton.__version__ == {version!r}")
+    return _is_version(python) and _can(
+        python, "torch, triton, gguf", f"assert triton.__version__ == {version!r}"
+    )
 
 
 def _can(python: str, modules: str, statement: str = "") -> bool:
     command = [python, "-c", f"import {modules}\n{statement}"]
     try:
-        return subprocess.run(command, capture_output=True, check=False, cwd=ROOT.parent).returncode == 0
+        return (
+            subprocess.run(command, capture_output=True, check=False, cwd=ROOT.parent).returncode
+            == 0
+        )
     except OSError:
         return False
 
 
-def prebuild(python: str, cache: Path, manifest: Path, site: Path, args: argparse.Namespace) -> Part:
-    """Compile into `cache`, then ask in a fresh process and another place what a GPU machine would have to compile.
+def prebuild(
+    python: str, cache: Path, manifest: Path, site: Path, args: argparse.Namespace
+) -> Part:
+    """Compile into `cache`, then ask in a fresh process and another place what a GPU machine would
+    have to compile.
 
     Raises:
         BundleError: a kernel could not be compiled, or would not be found there.
@@ -295,7 +402,10 @@ def prebuild(python: str, cache: Path, manifest: Path, site: Path, args: argpars
         copy = Path(name) / "triton"
         shutil.copytree(cache, copy)
         relocate(copy)
-        say("every kernel again, in fresh processes and from another folder: nothing may be compiled")
+        say(
+            "every kernel again, in fresh processes and from another folder: nothing may be "
+            "compiled"
+        )
         skipped = [flag for item in made["left_out"] for flag in ("--skip", item)]
         again = run_prebuild(python, copy, [*flags, *skipped])
     missed = cache_report(made, again)
@@ -307,7 +417,9 @@ def run_prebuild(python: str, cache: Path, flags: Sequence[str]) -> dict[str, An
     """Raises: BundleError: it ended badly."""
     command = [python, "-m", "eval.kernel_prebuild", "--cache", str(cache.resolve()), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT, check=False
+    )
     if done.returncode:
         raise BundleError("the kernels could not be compiled, see above")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -327,9 +439,14 @@ def cache_report(made: dict[str, Any], again: dict[str, Any]) -> str:
             f"{again['launchers_built']} launchers were compiled again"
         )
     kernels = sum(made["compiled"].values())
-    said = [f"{kernels} kernels and {made['launchers_built']} launchers; all {again['hits']} found in fresh processes"]
+    said = [
+        f"{kernels} kernels and {made['launchers_built']} launchers; all {again['hits']} found in "
+        f"fresh processes"
+    ]
     if made["launcher_problem"]:
-        said.append(f"launchers left out ({made['launcher_problem']}): a C compiler is needed there")
+        said.append(
+            f"launchers left out ({made['launcher_problem']}): a C compiler is needed there"
+        )
     if made["failed"]:
         said.append(f"{len(made['failed'])} did not compile")
     if made["left_out"]:
@@ -344,11 +461,17 @@ def drop_sources(cache: Path) -> None:
 
 
 def relocate(cache: Path) -> int:
-    """Triton notes absolute paths of a kernel's files; let them point to where the files are now. Gives their count."""
+    """Triton notes absolute paths of a kernel's files; let them point to where the files are now.
+    Gives their count.
+    """
     groups = list(cache.glob("*/__grp__*.json"))
     for group in groups:
         names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
-        here = {name: str((group.parent / name).resolve()) for name in names if (group.parent / name).exists()}
+        here = {
+            name: str((group.parent / name).resolve())
+            for name in names
+            if (group.parent / name).exists()
+        }
         group.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
     return len(groups)
 
@@ -357,7 +480,8 @@ def relocate(cache: Path) -> int:
 
 
 def build_classic(out: Path, python: str | None) -> list[Part]:
-    """The pinned ktransformers with its old transformers; kt-kernel and gguf are in the other bundle.
+    """The pinned ktransformers with its old transformers; kt-kernel and gguf are in the other
+    bundle.
 
     Raises:
         BundleError: pip cannot fetch or build a package, or what was built cannot be imported.
@@ -372,12 +496,19 @@ def build_classic(out: Path, python: str | None) -> list[Part]:
         say("ktransformers, as `hybrimoe install_ktransformers` builds it")
         unpack(_ktransformers(folder), site)
     parts = [Part(f"site/{path.name}", size_of(path)) for path in sorted(site.iterdir())]
-    names = ("fire", "sentencepiece", "transformers", *(f"transformers.models.{name}" for name in CLASSIC_MODELS))
+    names = (
+        "fire",
+        "sentencepiece",
+        "transformers",
+        *(f"transformers.models.{name}" for name in CLASSIC_MODELS),
+    )
     return [*parts, _checked(python, site, names, CLASSIC_BASELINE)]
 
 
 def kept_of_transformers(path: str) -> bool:
-    """Whether this file travels: of most models only what importing the library lists, of some their torch code too."""
+    """Whether this file travels: of most models only what importing the library lists, of some
+    their torch code too.
+    """
     found = re.match(r"transformers/models/(\w+)/(\w+)\.py", path)
     if found is None:
         return True
@@ -388,9 +519,14 @@ def kept_of_transformers(path: str) -> bool:
 
 
 def _ktransformers(folder: Path) -> Path:
-    """The pure-Python wheel; its set-up script imports torch and setuptools from the Python that runs this one."""
+    """The pure-Python wheel; its set-up script imports torch and setuptools from the Python that
+    runs this one.
+    """
     if not _can(sys.executable, "torch, setuptools, wheel"):
-        raise BundleError(f"ktransformers' set-up imports torch, setuptools and wheel, which {sys.executable} lacks")
+        raise BundleError(
+            f"ktransformers' set-up imports torch, setuptools and wheel, which {sys.executable} "
+            f"lacks"
+        )
     into = folder / "ktransformers"
     into.mkdir()
     code = (
@@ -420,7 +556,10 @@ def use(bundle: Path) -> int:
     site, cache, manifest = bundle / "site", bundle / "triton", bundle / "manifest.json"
     if not site.is_dir():
         raise BundleError(f"{bundle} holds no bundle: there is no {site.name} in it")
-    print(f"export PYTHONPATH={shlex.quote(str(site))}:{shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    print(
+        f"export "
+        f"PYTHONPATH={shlex.quote(str(site))}:{shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    )
     if cache.is_dir() and manifest.exists():
         say(f"{relocate(cache)} compiled kernels in {_shown(cache)}")
         print(f"export TRITON_CACHE_DIR={shlex.quote(str(cache))}")
@@ -435,21 +574,29 @@ def _facts(arch: int, site: Path) -> dict[str, Any]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(site), str(ROOT), os.environ.get("PYTHONPATH", ""))),
     }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     return dict(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else {}
 
 
 def fits(made: dict[str, Any], here: dict[str, Any]) -> str:
     """Whether kernels compiled there will be found here, in words."""
     if not here:
-        return "Triton cannot be asked here: whether the compiled kernels are used shows only when they are called"
+        return (
+            "Triton cannot be asked here: whether the compiled kernels are used shows only "
+            "when they are called"
+        )
     other = [name for name in here if name != "python_suffix" and made.get(name) != here[name]]
     if other:
         return "kernels will be compiled again, since these differ: " + ", ".join(
             f"{name} ({made.get(name)} there, {here[name]} here)" for name in other
         )
     if made.get("python_suffix") != here["python_suffix"]:
-        return "the compiled kernels fit; their launchers are for another Python and will be built again"
+        return (
+            "the compiled kernels fit; their launchers are for another Python and will be "
+            "built again"
+        )
     return "the compiled kernels fit this machine's Triton"
 
 
@@ -476,8 +623,10 @@ def check_size(parts: Sequence[Part], limit: int = LIMIT_BYTES) -> None:
     if total > limit:
         largest = max(parts, key=lambda part: part.bytes)
         raise BundleError(
-            f"the bundle has {total / 1e6:.1f} MB, more than the {limit / 1e6:.0f} MB that travel; the largest part is "
-            f"{largest.name} with {largest.bytes / 1e6:.1f} MB. Fewer --variants or --seconds make it smaller"
+            f"the bundle has {total / 1e6:.1f} MB, more than the {limit / 1e6:.0f} MB that "
+            f"travel; the largest part is "
+            f"{largest.name} with {largest.bytes / 1e6:.1f} MB. Fewer --variants or --seconds "
+            f"make it smaller"
         )
 
 
@@ -499,18 +648,38 @@ def say(what: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder of the bundle (default build/gpu-bundle)")
-    parser.add_argument("--python", help=f"a Python {PYTHON} with {TRITON} and torch, as on the GPU machine")
-    parser.add_argument("--arch", type=int, default=90, help="compute capability: 90 for H100 and H200 (default)")
+    parser.add_argument(
+        "--python", help=f"a Python {PYTHON} with {TRITON} and torch, as on the GPU machine"
+    )
+    parser.add_argument(
+        "--arch", type=int, default=90, help="compute capability: 90 for H100 and H200 (default)"
+    )
     parser.add_argument(
         "--variants", nargs="+", default=list(VARIANTS), metavar="NAME",
         help=f"kt-kernel's builds for processors (default {' '.join(VARIANTS)})",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=1800, help="begin no further group of kernels after this long")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1800,
+        help="begin no further group of kernels after this long",
+    )
     parser.add_argument("--no-kernels", action="store_true", help="leave the compiled kernels out")
-    parser.add_argument("--classic", action="store_true", help="the bundle of the classic ktransformers host instead")
-    parser.add_argument("--use", type=Path, metavar="BUNDLE", help="on the GPU machine: prepare it, print the settings")
+    parser.add_argument(
+        "--classic",
+        action="store_true",
+        help="the bundle of the classic ktransformers host instead",
+    )
+    parser.add_argument(
+        "--use",
+        type=Path,
+        metavar="BUNDLE",
+        help="on the GPU machine: prepare it, print the settings",
+    )
     return parser
 
 

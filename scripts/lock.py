@@ -1,8 +1,10 @@
-"""Choose the versions that set-up installs, with the hashes of their files: `python scripts/lock.py [--upgrade]`.
+"""Choose the versions that set-up installs, with the hashes of their files: `python scripts/lock.py
+[--upgrade]`.
 
-Needs uv on the path or as a module. Writes scripts/requirements/*.txt, one for each environment, for Python 3.10 to
-3.12 and every platform. torch is not in them: its builds for CPU, CUDA and others have the same version and other
-hashes, and which one is right is found at set-up. What torch needs itself is in them.
+Needs uv on the path or as a module. Writes scripts/requirements/*.txt, one for each environment,
+for Python 3.10 to 3.12 and every platform. torch is not in them: its builds for CPU, CUDA and
+others have the same version and other hashes, and which one is right is found at set-up. What torch
+needs itself is in them.
 """
 
 from __future__ import annotations
@@ -16,13 +18,22 @@ import sys
 from setup_env import DEMO, KERNELS, LOCKS, ROOT
 from setup_ktransformers import DEV, LIBRARIES
 
-TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx>=2.5.1", "sympy>=1.13.3", "typing-extensions>=4.10")
+TORCH_NEEDS = (
+    "filelock",
+    "fsspec",
+    "jinja2",
+    "networkx>=2.5.1",
+    "sympy>=1.13.3",
+    "typing-extensions>=4.10",
+)
 BUILD = ("setuptools>=77.0.3",)
 """Builds this project's own wheel; torch needs it too from Python 3.12 on."""
 
 
 def wanted() -> dict[str, list[str]]:
-    """Name of a lock -> what it must provide, as pyproject.toml and the set-up scripts ask for it."""
+    """Name of a lock -> what it must provide, as pyproject.toml and the set-up scripts ask
+    for it.
+    """
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     run = [*_listed(project, "dependencies"), *TORCH_NEEDS, *BUILD]
     extras = [entry for extra in ("figures", "test", "dev") for entry in _listed(project, extra)]
@@ -41,7 +52,9 @@ def wanted() -> dict[str, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--upgrade", action="store_true", help="the newest versions that are allowed, not the present ones"
+        "--upgrade",
+        action="store_true",
+        help="the newest versions that are allowed, not the present ones",
     )
     args = parser.parse_args()
     LOCKS.mkdir(exist_ok=True)
@@ -51,7 +64,9 @@ def main() -> int:
 
 
 def _listed(project: str, name: str) -> list[str]:
-    """The entries of a list in pyproject.toml, without torch and the project itself (3.10 has no tomllib)."""
+    """The entries of a list in pyproject.toml, without torch and the project itself (3.10 has no
+    tomllib).
+    """
     block = re.search(rf"^{name} = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
     if block is None:
         sys.exit(f"pyproject.toml has no list {name!r}")
@@ -62,8 +77,19 @@ def _listed(project: str, name: str) -> list[str]:
 def _compile(name: str, requirements: list[str], upgrade: bool) -> None:
     path = LOCKS / f"{name}.txt"
     command = [*_uv(), "pip", "compile", "-", "--output-file", str(path)]
-    command += ["--universal", "--python-version", "3.10", "--generate-hashes", "--no-annotate", "--quiet"]
-    command += ["--custom-compile-command", "python scripts/lock.py", *(["--upgrade"] if upgrade else [])]
+    command += [
+        "--universal",
+        "--python-version",
+        "3.10",
+        "--generate-hashes",
+        "--no-annotate",
+        "--quiet",
+    ]
+    command += [
+        "--custom-compile-command",
+        "python scripts/lock.py",
+        *(["--upgrade"] if upgrade else []),
+    ]
     if name in ("kernels", "demo"):
         command.append("--no-deps")
     larger = LOCKS / f"{name}-dev.txt" if name != "run" else LOCKS / "dev.txt"

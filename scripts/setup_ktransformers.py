@@ -1,6 +1,8 @@
-"""Make the environment of the classic ktransformers host: `python scripts/setup_ktransformers.py [--dev] [--venv DIR]`.
+"""Make the environment of the classic ktransformers host: `python scripts/setup_ktransformers.py
+[--dev] [--venv DIR]`.
 
-It is one of its own, because that release pins an old transformers. Needs Python's standard library only; no compiler.
+It is one of its own, because that release pins an old transformers. Needs Python's standard library
+only; no compiler.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def main() -> int:
         ROOT / "hybrimoe_plugin/hosts/ktransformers/release.py",
         *LOCKS.glob("*.txt"),
     )
-    if stamp.exists() and all(stamp.stat().st_mtime >= source.stat().st_mtime for source in sources):
+    if stamp.exists() and all(
+        stamp.stat().st_mtime >= source.stat().st_mtime for source in sources
+    ):
         return 0
     started = time.monotonic()
     say(f"environment in {args.venv.name}")

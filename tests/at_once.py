@@ -11,7 +11,9 @@ LONG_S = 600
 
 
 def in_threads(calls: Sequence[Callable[[], Any]], limit_s: float = LONG_S) -> list[Any]:
-    """What calls give that are made at the same time, each on a thread of its own; raises what one raised."""
+    """What calls give that are made at the same time, each on a thread of its own; raises what one
+    raised.
+    """
     results: list[Any] = [None] * len(calls)
     errors: list[BaseException] = []
     start = threading.Barrier(len(calls))
@@ -23,7 +25,9 @@ def in_threads(calls: Sequence[Callable[[], Any]], limit_s: float = LONG_S) -> l
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
+    threads = [
+        threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -13,12 +13,15 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` in every test folder
 
-# Triton decides when it is first imported whether kernels are interpreted, and libraries import it early.
+# Triton decides when it is first imported whether kernels are interpreted, and libraries import it
+# early.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Slow examples are the machine's doing where many tests share two cores.
-settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "quick", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("quick")
 
 

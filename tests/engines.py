@@ -27,7 +27,9 @@ WEIGHTS = [tiny_experts.layer(index=index) for index in range(LAYERS)]
 class FixedRouter:
     """Scores and predictions from a fixed random gate."""
 
-    def __init__(self, seed: int, experts: int = EXPERTS, hidden: int = HIDDEN, top_k: int = TOP_K) -> None:
+    def __init__(
+        self, seed: int, experts: int = EXPERTS, hidden: int = HIDDEN, top_k: int = TOP_K
+    ) -> None:
         self.gate = torch.randn(experts, hidden, generator=torch.Generator().manual_seed(seed))
         self.top_k = top_k
         self._scores: torch.Tensor | None = None
@@ -55,7 +57,9 @@ def build(
     spec, costs = weights[0].spec, tiny_experts.costs()
     by_name = isinstance(accelerator, str)
     device = make_accelerator(accelerator, torch.device("cpu")) if by_name else accelerator
-    quotas = cache_quotas(settings, spec.experts, [layer.spec.expert_bytes for layer in weights], None)
+    quotas = cache_quotas(
+        settings, spec.experts, [layer.spec.expert_bytes for layer in weights], None
+    )
     scheduler = make_scheduler(settings.scheduler, costs, device is not None)
     controller = Controller(
         SlotPool(quotas, STAGING_SLOTS, shared=settings.budget == "shared"),
@@ -71,18 +75,26 @@ def build(
         cpu.add_layer(layer)
     if device is not None:
         device.allocate(controller.pool.slots, weights)
-    routers = [FixedRouter(index, spec.experts, spec.hidden, spec.top_k) for index in range(len(weights))]
+    routers = [
+        FixedRouter(index, spec.experts, spec.hidden, spec.top_k) for index in range(len(weights))
+    ]
     look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
-    return Engine(weights, routers, controller, cpu, device, clock or SimulatedClock(), look_ahead), routers
+    return Engine(
+        weights, routers, controller, cpu, device, clock or SimulatedClock(), look_ahead
+    ), routers
 
 
-def plain(weights: LayerWeights, hidden: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
+def plain(
+    weights: LayerWeights, hidden: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor
+) -> torch.Tensor:
     """Token by token, expert by expert: slow and obviously right."""
     output = torch.zeros_like(hidden)
     for token, (chosen, shares) in enumerate(zip(ids.tolist(), routing.tolist(), strict=True)):
         for expert, share in zip(chosen, shares, strict=True):
             gate, up, down = weights.dequantized(expert)
-            output[token] += share * (down @ (torch.nn.functional.silu(gate @ hidden[token]) * (up @ hidden[token])))
+            output[token] += share * (
+                down @ (torch.nn.functional.silu(gate @ hidden[token]) * (up @ hidden[token]))
+            )
     return output
 
 
@@ -94,11 +106,17 @@ def run(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    """One pass through all layers, each compared with the plain experts, by `assert_close` defaults if not said."""
-    hidden = torch.randn(tokens, engine.layers[0].spec.hidden, generator=torch.Generator().manual_seed(seed))
+    """One pass through all layers, each compared with the plain experts, by `assert_close` defaults
+    if not said.
+    """
+    hidden = torch.randn(
+        tokens, engine.layers[0].spec.hidden, generator=torch.Generator().manual_seed(seed)
+    )
     for layer, router in enumerate(routers):
         ids, routing = router.route(hidden)
         output = engine.run(layer, hidden, ids, routing)
-        torch.testing.assert_close(output, plain(engine.layers[layer], hidden, ids, routing), rtol=rtol, atol=atol)
+        torch.testing.assert_close(
+            output, plain(engine.layers[layer], hidden, ids, routing), rtol=rtol, atol=atol
+        )
         engine.controller.pool.check_integrity()
         hidden = hidden + output

@@ -1,4 +1,6 @@
-"""A module in flashinfer's place: checks what it is told as the real one does, and computes plainly."""
+"""A module in flashinfer's place: checks what it is told as the real one does, and computes
+plainly.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import torch
 
 
 class DecodeWrapper:
-    """BatchDecodeWithPagedKVCacheWrapper, as far as it is used: what `run` needs to know lies in device buffers."""
+    """BatchDecodeWithPagedKVCacheWrapper, as far as it is used: what `run` needs to know lies in
+    device buffers.
+    """
 
     made: list[Any]
     wrong: float
@@ -58,15 +62,25 @@ class DecodeWrapper:
         self.last.copy_(last_page_len)
         self.plans += 1
 
-    def run(self, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         heads, groups, width, page, *dtypes = self.facts
-        assert q.shape == (1, heads, width) and {q.dtype, *(part.dtype for part in paged_kv_cache)} == set(dtypes)
+        assert q.shape == (1, heads, width) and {
+            q.dtype,
+            *(part.dtype for part in paged_kv_cache),
+        } == set(dtypes)
         for part in paged_kv_cache:
             assert part.shape[1:] == (groups, page, width) and part.stride(-1) == 1
         # The table is followed on the device: a graph holds no number of it.
-        keys, values = (part[self.indices.long()].transpose(0, 1).flatten(1, 2) for part in paged_kv_cache)
+        keys, values = (
+            part[self.indices.long()].transpose(0, 1).flatten(1, 2) for part in paged_kv_cache
+        )
         held = (self.indptr[1] - self.indptr[0] - 1) * page + self.last
-        scores = torch.einsum("gqd,gsd->gqs", q[0].view(groups, -1, width).float(), keys.float()) * self.scale
+        scores = (
+            torch.einsum("gqd,gsd->gqs", q[0].view(groups, -1, width).float(), keys.float())
+            * self.scale
+        )
         scores = scores.masked_fill(torch.arange(keys.shape[1]) >= held, float("-inf"))
         out = torch.einsum("gqs,gsd->gqd", scores.softmax(-1), values.float()) + self.wrong
         return out.reshape(1, heads, width).to(q.dtype)
@@ -81,13 +95,19 @@ class Metadata:
 
     @classmethod
     def csr(
-        cls, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_len_arr: torch.Tensor
+        cls,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        kv_len_arr: torch.Tensor,
     ) -> Metadata:
         return cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
 
 
 class LatentWrapper:
-    """mla.BatchMLAPagedAttentionWrapper, likewise; `once` plays its backends that may be planned but once."""
+    """mla.BatchMLAPagedAttentionWrapper, likewise; `once` plays its backends that may be planned
+    but once.
+    """
 
     made: list[Any]
     wrong: float
@@ -105,9 +125,16 @@ class LatentWrapper:
     ) -> None:
         assert float_workspace_buffer.dtype == torch.uint8 and not float_workspace_buffer.any()
         assert use_cuda_graph and backend == "fa2"
-        assert qo_indptr is not None and kv_indptr is not None and kv_indices is not None and kv_len_arr is not None
+        assert (
+            qo_indptr is not None
+            and kv_indptr is not None
+            and kv_indices is not None
+            and kv_len_arr is not None
+        )
         self.buffers = qo_indptr, kv_indptr, kv_indices, kv_len_arr
-        assert {(buffer.dtype, buffer.is_contiguous()) for buffer in self.buffers} == {(torch.int32, True)}
+        assert {(buffer.dtype, buffer.is_contiguous()) for buffer in self.buffers} == {
+            (torch.int32, True)
+        }
         self.plans = 0
         self.made.append(self)
 
@@ -125,9 +152,13 @@ class LatentWrapper:
         kv_data_type: torch.dtype,
     ) -> None:
         if head_dim_ckv % 128 or head_dim_kpe % 64:
-            raise ValueError("fa2 requires head_dim_ckv to be a multiple of 128 and head_dim_kpe of 64")
+            raise ValueError(
+                "fa2 requires head_dim_ckv to be a multiple of 128 and head_dim_kpe of 64"
+            )
         if self.plans and self.once:
-            raise RuntimeError("cannot replan because captured metadata pointers must remain stable")
+            raise RuntimeError(
+                "cannot replan because captured metadata pointers must remain stable"
+            )
         queries, pages, which, held = metadata.parts
         assert queries.tolist() == [0, 1] and pages.tolist() == [0, len(which)]
         assert (len(which) - 1) * page_size < int(held) <= len(which) * page_size
@@ -140,7 +171,9 @@ class LatentWrapper:
 
     def run(self, *, query: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         heads, latent, rope, page, *dtypes = self.facts
-        assert query.shape == (1, heads, latent + rope) and {query.dtype, kv_cache.dtype} == set(dtypes)
+        assert query.shape == (1, heads, latent + rope) and {query.dtype, kv_cache.dtype} == set(
+            dtypes
+        )
         assert kv_cache.shape[1:] == (page, latent + rope) and kv_cache.stride(-1) == 1
         rows = kv_cache[self.buffers[2].long()].flatten(0, 1).float()
         scores = query[0].float() @ rows.T * self.scale
@@ -150,7 +183,9 @@ class LatentWrapper:
 
 
 def _sampling() -> Any:
-    """`sampling`, likewise: probabilities in, probabilities out; `wrong` keeps one token too few."""
+    """`sampling`, likewise: probabilities in, probabilities out; `wrong` keeps one token
+    too few.
+    """
     module = SimpleNamespace(wrong=False, calls=[])
 
     def keep(probs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -183,11 +218,17 @@ def _sampling() -> Any:
 
 
 def make() -> Any:
-    """A new module; `decode` and `latent` are its wrapper classes, which know what was made and an error to add."""
+    """A new module; `decode` and `latent` are its wrapper classes, which know what was made and an
+    error to add.
+    """
     state = {"made": [], "wrong": 0.0}
     decode = type("Decode", (DecodeWrapper,), dict(state))
     latent = type("Latent", (LatentWrapper,), {**state, "made": [], "once": False})
     mla = SimpleNamespace(BatchMLAPagedAttentionWrapper=latent, MLAPlanMetadata=Metadata)
     return SimpleNamespace(
-        BatchDecodeWithPagedKVCacheWrapper=decode, mla=mla, sampling=_sampling(), decode=decode, latent=latent
+        BatchDecodeWithPagedKVCacheWrapper=decode,
+        mla=mla,
+        sampling=_sampling(),
+        decode=decode,
+        latent=latent,
     )

@@ -1,4 +1,6 @@
-"""Queues that run as late as their edges allow, and see every race: for tests of the slots' traffic without a GPU."""
+"""Queues that run as late as their edges allow, and see every race: for tests of the slots' traffic
+without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,21 @@ class Access(NamedTuple):
 
 
 class LazyStreams:
-    """Work runs only when something waits for it; compute runs at once, as a host that is far ahead sees it.
+    """Work runs only when something waits for it; compute runs at once, as a host that is far ahead
+    sees it.
 
-    Late work makes a missing edge to compute show as old data. `reads` and `writes` are checked against all earlier
-    ones that overlap: two that no chain of edges orders are a race, whatever the data says.
+    Late work makes a missing edge to compute show as old data. `reads` and `writes` are checked
+    against all earlier ones that overlap: two that no chain of edges orders are a race, whatever
+    the data says.
 
     Args:
         seed: how far `reached` lets queues advance; None: not at all.
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self._queues: dict[str, deque[Callable[[], None] | Point]] = {name: deque() for name in QUEUES}
+        self._queues: dict[str, deque[Callable[[], None] | Point]] = {
+            name: deque() for name in QUEUES
+        }
         self._clocks: dict[str, Clock] = {name: {} for name in QUEUES}
         self._host: Clock = {}
         self._random = random.Random(seed) if seed is not None else None
@@ -125,7 +131,8 @@ class LazyStreams:
             overlaps = old.start < now.end and now.start < old.end and (old.write or now.write)
             if overlaps:
                 assert old.before(now) or now.before(old), f"race: {old} and {now}"
-            # What this access covers need not be kept: whatever comes after it comes after the old one too.
+            # What this access covers need not be kept: whatever comes after it comes after the old
+            # one too.
             covered = now.start <= old.start and old.end <= now.end and old.before(now)
             if not (covered and (write or (not old.write and old.queue == queue))):
                 kept.append(old)

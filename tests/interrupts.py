@@ -1,4 +1,6 @@
-"""Ends a call at any point in our own code, as Ctrl-C does; the same point again for the same number."""
+"""Ends a call at any point in our own code, as Ctrl-C does; the same point again for the same
+number.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,17 @@ from typing import Any
 
 OURS = ("hybrimoe_plugin", "lever_ext")
 _SEEN_AFTER = ("RESUME", "CALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "SEND")
-"""How the operations are called after which the interpreter looks for signals. Between others none is seen: a lock that
-`with` has taken is given back, whatever comes."""
+"""How the operations are called after which the interpreter looks for signals. Between others none
+is seen: a lock that `with` has taken is given back, whatever comes.
+"""
 
 
 class _Tracer:
     """Counts the operations of our packages that this thread runs, and raises at one of them.
 
     Args:
-        at: which operation, counted from 1, or the first after it where a signal could be seen; None to count only.
+        at: which operation, counted from 1, or the first after it where a signal could be seen;
+            None to count only.
     """
 
     def __init__(self, at: int | None = None, error: BaseException | None = None) -> None:
@@ -41,7 +45,8 @@ class _Tracer:
         name = str(frame.f_globals.get("__name__"))
         if not name.startswith(OURS):
             return None
-        # Not by line: a signal is also seen between a function's return and the assignment of what it gave.
+        # Not by line: a signal is also seen between a function's return and the assignment of what
+        # it gave.
         frame.f_trace_opcodes = True
         return self._operation
 

@@ -1,4 +1,6 @@
-"""Random experts in any GGML type, as weights of a layer; what the kernels are judged on is in `eval.kernel_cases`."""
+"""Random experts in any GGML type, as weights of a layer; what the kernels are judged on is in
+`eval.kernel_cases`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 
-def random_matrix(rng: np.random.Generator, experts: int, rows: int, columns: int, kind: str) -> Matrix:
+def random_matrix(
+    rng: np.random.Generator, experts: int, rows: int, columns: int, kind: str
+) -> Matrix:
     """Random stored bytes with scales such that weights are of the order 1 / sqrt(columns)."""
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
     stored = random_stored(kind, experts, rows, columns, generator).numpy()
@@ -31,7 +35,9 @@ def random_layer(
     up = random_matrix(rng, experts, intermediate, hidden, kinds[1])
     down = random_matrix(rng, experts, hidden, intermediate, kinds[2])
     sizes = (gate.experts[0].size, up.experts[0].size, down.experts[0].size)
-    return LayerWeights(index, ExpertSpec(hidden, intermediate, experts, top_k, *kinds, *sizes), gate, up, down)
+    return LayerWeights(
+        index, ExpertSpec(hidden, intermediate, experts, top_k, *kinds, *sizes), gate, up, down
+    )
 
 
 def random_call(
@@ -40,11 +46,19 @@ def random_call(
     """(hidden [T, H], ids [T, K], routing weights [T, K])."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
-    return torch.randn(tokens, hidden, generator=generator), ids, torch.rand(tokens, top_k, generator=generator)
+    return (
+        torch.randn(tokens, hidden, generator=generator),
+        ids,
+        torch.rand(tokens, top_k, generator=generator),
+    )
 
 
 def reference(
-    weights: LayerWeights, hidden: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor, mine: set[int]
+    weights: LayerWeights,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    routing: torch.Tensor,
+    mine: set[int],
 ) -> torch.Tensor:
     """Token by token, expert by expert, on gguf's own dequantisation; float64."""
     output = torch.zeros(hidden.shape, dtype=torch.float64)

@@ -10,7 +10,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def in_time(seconds: float) -> Iterator[None]:
-    """Fail a test that waits, or searches with a regular expression, far longer than anything should."""
+    """Fail a test that waits, or searches with a regular expression, far longer than anything
+    should.
+    """
 
     def late(*_: Any) -> None:
         raise AssertionError(f"still at it after {seconds} s")

@@ -1,4 +1,6 @@
-"""What a test needs and may not find; each function skips the test, or the module, with the reason."""
+"""What a test needs and may not find; each function skips the test, or the module, with
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from hybrimoe_plugin.experts.cpu_kt import import_kernel
 
 
 def kt_kernel() -> None:
-    """kt-kernel, loaded as the project loads it: a plain import would change how this process computes."""
+    """kt-kernel, loaded as the project loads it: a plain import would change how this process
+    computes.
+    """
     try:
         import_kernel()
     except BackendError as missing:

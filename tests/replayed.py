@@ -1,7 +1,9 @@
-"""A CUDA graph's stand-in on the CPU: records every operation below Python and does it again on the same memory.
+"""A CUDA graph's stand-in on the CPU: records every operation below Python and does it again on the
+same memory.
 
-What a real graph freezes is frozen: numbers, shapes, control flow, which tensors are read and written. What a real
-capture forbids is an error: reading a value on the host, sizes that depend on values, other devices.
+What a real graph freezes is frozen: numbers, shapes, control flow, which tensors are read and
+written. What a real capture forbids is an error: reading a value on the host, sizes that depend on
+values, other devices.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ class _Recorder(TorchDispatchMode):
         if name.startswith(FORBIDDEN):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         result = func(*args, **kwargs)
-        given = {_memory(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        given = {
+            _memory(value)
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, torch.Tensor)
+        }
         # Views and in-place results are memory that was there; what is new keeps its place.
         made = [
             (index, value)
@@ -48,10 +54,13 @@ class Replayed:
     """A `Capture`; counts what is asked of it.
 
     Args:
-        spoil: called with each piece's number, its recorded operations and its replay; gives the replay to use.
+        spoil: called with each piece's number, its recorded operations and its replay; gives the
+            replay to use.
     """
 
-    def __init__(self, spoil: Callable[[int, Any, Callable[[], None]], Callable[[], None]] | None = None) -> None:
+    def __init__(
+        self, spoil: Callable[[int, Any, Callable[[], None]], Callable[[], None]] | None = None
+    ) -> None:
         self._spoil = spoil
         self._mode: _Recorder | None = None
         self._aside = False

@@ -15,12 +15,19 @@ from hybrimoe_plugin.operators.kv_cache import cache_in
 
 
 def export(
-    model: Any, path: Path, keys: Mapping[str, Any] | None = None, tensors: Mapping[str, torch.Tensor] | None = None
+    model: Any,
+    path: Path,
+    keys: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """A GGUF with these keys of its architecture and these tensors besides the model's own."""
     arch, plain = gguf_export.ARCHITECTURES[model.config.model_type], gguf_export.tensors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_export, "tensors", lambda *args, **kwargs: {**plain(*args, **kwargs), **(tensors or {})})
+        patch.setattr(
+            gguf_export,
+            "tensors",
+            lambda *args, **kwargs: {**plain(*args, **kwargs), **(tensors or {})},
+        )
         extra = {f"{arch}.{key}": value for key, value in (keys or {}).items()}
         gguf_export.export_gguf(model, path, extra=extra)
     return path

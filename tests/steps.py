@@ -1,4 +1,6 @@
-"""A model's calls with its KV cache, in the words of whichever release of transformers is installed."""
+"""A model's calls with its KV cache, in the words of whichever release of transformers is
+installed.
+"""
 
 from __future__ import annotations
 

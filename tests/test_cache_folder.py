@@ -1,4 +1,6 @@
-"""Cache directories that cannot be written, are full or are not there at all: a notice, and the program goes on."""
+"""Cache directories that cannot be written, are full or are not there at all: a notice, and the
+program goes on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.layout import slot_layout
 from hybrimoe_plugin.experts.kernels.tuning import Tuned
 
-VARIABLES = ("HYBRIMOE_CACHE", "HYBRIMOE_PROFILES", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TRITON_HOME")
+VARIABLES = (
+    "HYBRIMOE_CACHE",
+    "HYBRIMOE_PROFILES",
+    "XDG_CACHE_HOME",
+    "TRITON_CACHE_DIR",
+    "TRITON_HOME",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +75,16 @@ def test_a_large_file_goes_where_there_is_room(
     assert not caplog.records
     free = {str(cache_dir() / "demo"): 10 << 20}
     monkeypatch.setattr(
-        cache_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=free.get(str(path), 1 << 40))
+        cache_folder.shutil,
+        "disk_usage",
+        lambda path: SimpleNamespace(free=free.get(str(path), 1 << 40)),
     )
     assert place_for("demo/x.gguf", 20 << 20) == spare_dir() / "demo" / "x.gguf"
     assert "has 10 MiB free, 20 MiB are needed" in caplog.text
     free[str(spare_dir() / "demo")] = 5 << 20
-    with pytest.raises(ConfigError, match="no place for demo/x.gguf.*10 MiB.*5 MiB.*HYBRIMOE_CACHE"):
+    with pytest.raises(
+        ConfigError, match="no place for demo/x.gguf.*10 MiB.*5 MiB.*HYBRIMOE_CACHE"
+    ):
         place_for("demo/x.gguf", 20 << 20)
 
 
@@ -114,18 +126,24 @@ def test_the_demo_model_is_built_elsewhere(
     assert build_demo_model(progress=False) == path and written == ["mixtral"], "built once"
 
 
-def test_a_demo_model_that_cannot_be_written_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_demo_model_that_cannot_be_written_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def write(form: str, path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(builder, "write_model", write)
-    with pytest.raises(WeightsError, match="cannot be written .No space left on device.*HYBRIMOE_CACHE"):
+    with pytest.raises(
+        WeightsError, match="cannot be written .No space left on device.*HYBRIMOE_CACHE"
+    ):
         build_demo_model(progress=False)
     assert list((cache_dir() / "demo").iterdir()) == []
 
 
-def test_tile_sizes_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tile_sizes_that_cannot_be_kept_are_used_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     layout = slot_layout(tiny_experts.layer(types=("Q8_0",) * 3).spec, split=True)
     blocks = Blocks.of(layout, 2)
     tuned = Tuned(Path(_unwritable(tmp_path)) / "sizes.json")
@@ -134,7 +152,9 @@ def test_tile_sizes_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, ca
     assert "cannot keep the tuned tile sizes" in caplog.text
 
 
-def test_triton_gets_a_folder_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_gets_a_folder_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usable_triton_cache()
     assert "TRITON_CACHE_DIR" not in os.environ
     for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "HOME"):

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from limits import in_time
 
-from hybrimoe_plugin.errors import FlashError, HybriMoEError, ProfileError, RulesError, TraceError, WeightsError
+from hybrimoe_plugin.errors import (
+    FlashError,
+    HybriMoEError,
+    ProfileError,
+    RulesError,
+    TraceError,
+    WeightsError,
+)
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.injection.rules import load_rules
 from hybrimoe_plugin.policy.profile import load_profile
@@ -59,7 +66,14 @@ def write_trace(path: Path, experts: int = 8, **arrays: Any) -> Path:
         "scores": np.zeros((1, 0), np.float16),
         "predicted": np.zeros((1, 0, 2), np.int16),
     }
-    header = {"format": FORMAT, "version": VERSION, "model": "m", "layers": 1, "experts": experts, "top_k": 2}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": "m",
+        "layers": 1,
+        "experts": experts,
+        "top_k": 2,
+    }
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("header.json", json.dumps({**header, "expert_bytes": 1, "source": "test"}))
         for name, values in {**sound, **arrays}.items():
@@ -126,10 +140,18 @@ def test_a_profile_of_endless_times_is_refused(change: dict[str, Any], tmp_path:
     side = {"first_us": 1.0, "tokens": [1, 2], "us": [1.0, 2.0]}
     sizes = {"hidden": 32, "intermediate": 32, "experts": 8, "top_k": 2}
     types = {
-        f"{part}_{what}": value for part in ("gate", "up", "down") for what, value in (("type", "Q8_0"), ("bytes", 34))
+        f"{part}_{what}": value
+        for part in ("gate", "up", "down")
+        for what, value in (("type", "Q8_0"), ("bytes", 34))
     }
     values: dict[str, Any] = {
-        **{"format": "hybrimoe-profile", "version": 1, "name": "n", "label": "assumed", "created": "now"},
+        **{
+            "format": "hybrimoe-profile",
+            "version": 1,
+            "name": "n",
+            "label": "assumed",
+            "created": "now",
+        },
         **{"spec": {**sizes, **types}, "cpu": side, "accelerator": side, "between_layers_us": 0.0},
         **{"link": {"gbps": 1.0, "latency_us": 1.0}},
     }

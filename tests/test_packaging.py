@@ -1,4 +1,6 @@
-"""The house rules: imports point one way, importing does nothing, the wheel holds what users need."""
+"""The house rules: imports point one way, importing does nothing, the wheel holds what
+users need.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ TORCH_FREE = ("core", "config", "errors", "policy", "replay")
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports when it is itself imported: not inside functions, not for type checks."""
+    """Modules that a file imports when it is itself imported: not inside functions, not for type
+    checks.
+    """
     found = set()
     waiting = list(ast.parse(path.read_text(encoding="utf-8")).body)
     while waiting:
@@ -32,7 +36,10 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-        elif isinstance(node, ast.If | ast.Try | ast.With) and "TYPE_CHECKING" not in ast.dump(node)[:120]:
+        elif (
+            isinstance(node, ast.If | ast.Try | ast.With)
+            and "TYPE_CHECKING" not in ast.dump(node)[:120]
+        ):
             waiting += ast.iter_child_nodes(node)  # type: ignore[arg-type]
     return found
 
@@ -53,7 +60,9 @@ def test_imports_point_down() -> None:
                 wrong.append(f"{path.name} imports {module}")
             if names[0] == "hybrimoe_plugin" and len(names) > 1 and names[1] in LAYERS:
                 own, other = LAYERS[parts[0]], LAYERS[names[1]]
-                if other > own or (other == own and names[1] != parts[0] and own > 0 and names[1] != "timeline"):
+                if other > own or (
+                    other == own and names[1] != parts[0] and own > 0 and names[1] != "timeline"
+                ):
                     wrong.append(f"{'/'.join(parts)} imports {module}")
     assert not wrong, wrong
 
@@ -61,7 +70,9 @@ def test_imports_point_down() -> None:
 def test_policies_know_nothing_of_torch() -> None:
     for path in sources():
         if path.relative_to(ROOT / "hybrimoe_plugin").with_suffix("").parts[0] in TORCH_FREE:
-            assert not {name for name in imports(path) if name.split(".")[0] in ("torch", "transformers")}, path
+            assert not {
+                name for name in imports(path) if name.split(".")[0] in ("torch", "transformers")
+            }, path
 
 
 def test_importing_starts_nothing() -> None:
@@ -73,7 +84,8 @@ def test_importing_starts_nothing() -> None:
         "import torch\n"
         "torch.cuda.init = torch.cuda._lazy_init = None\n"
         "before = threading.active_count()\n"
-        "import hybrimoe_plugin.operators.bind, hybrimoe_plugin.hosts.transformers, hybrimoe_plugin.demo, lever_ext\n"
+        "import hybrimoe_plugin.operators.bind, hybrimoe_plugin.hosts.transformers, "
+        "hybrimoe_plugin.demo, lever_ext\n"
         "assert 'kt_kernel' not in sys.modules, 'kt-kernel was imported'\n"
         "assert threading.active_count() == before, 'a thread was started'\n"
     )
@@ -93,6 +105,11 @@ def test_documents_are_there(name: str) -> None:
 
 
 def test_what_both_hosts_load_does_without_the_newer_one() -> None:
-    code = "import sys, hybrimoe_plugin.operators.bind as _; print('hybrimoe_plugin.operators.kv_cache' in sys.modules)"
+    code = (
+        "import sys, hybrimoe_plugin.operators.bind as _; "
+        "print('hybrimoe_plugin.operators.kv_cache' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"  # classic kTransformers brings a transformers without its cache layers
+    assert (
+        done.stdout.strip() == "False"
+    )  # classic kTransformers brings a transformers without its cache layers

@@ -37,7 +37,9 @@ RUN_BY = {
     "python -m eval.flips": "eval/all.py",
     "make eval": ".ci/run",
 }
-"""Command, as far as it matters -> what runs it. `make peers` compiles llama.cpp and is run by hand only."""
+"""Command, as far as it matters -> what runs it. `make peers` compiles llama.cpp and is run by hand
+only.
+"""
 BY_HAND = ("make peers",)
 
 

@@ -1,4 +1,6 @@
-"""Random experts of one layer as GGML bytes, and cost models, for tests below the level of models."""
+"""Random experts of one layer as GGML bytes, and cost models, for tests below the level of
+models.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 
 
-def matrix(rng: np.random.Generator, experts: int, rows: int, columns: int, type_name: str) -> Matrix:
+def matrix(
+    rng: np.random.Generator, experts: int, rows: int, columns: int, type_name: str
+) -> Matrix:
     values = (rng.standard_normal((experts, rows, columns)) * columns**-0.5).astype(np.float32)
     kind = GGMLQuantizationType[type_name]
     stored = [np.ascontiguousarray(quantize(item, kind)).view(np.uint8).ravel() for item in values]
@@ -47,7 +51,10 @@ def layer(
 
 
 def costs(
-    cpu_us: float = 400.0, accelerator_us: float = 50.0, transfer_us: float = 300.0, first_us: float = 100.0
+    cpu_us: float = 400.0,
+    accelerator_us: float = 50.0,
+    transfer_us: float = 300.0,
+    first_us: float = 100.0,
 ) -> CostModel:
     """A machine where every one of the three lanes is worth using."""
     return CostModel(

@@ -8,7 +8,13 @@ import torch
 from fake_streams import LazyStreams
 
 from hybrimoe_plugin.experts.kernels.base import SlotCall
-from hybrimoe_plugin.experts.kernels.layout import Part, SlotLayout, join_planes, slot_layout, split_planes
+from hybrimoe_plugin.experts.kernels.layout import (
+    Part,
+    SlotLayout,
+    join_planes,
+    slot_layout,
+    split_planes,
+)
 from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
 
 
@@ -40,7 +46,9 @@ class WatchedKernels(TorchKernels):
         return super().down(self._joined(call), activations)
 
     def _touch(self, call: SlotCall, slot: int, part: Part) -> None:
-        self._streams.touch(call.buffer[slot, part.offset : part.offset + part.size], write=False, compute=True)
+        self._streams.touch(
+            call.buffer[slot, part.offset : part.offset + part.size], write=False, compute=True
+        )
 
     @staticmethod
     def _joined(call: SlotCall) -> SlotCall:

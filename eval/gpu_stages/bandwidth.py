@@ -1,4 +1,6 @@
-"""How fast are memory and link, how much of that do transfers and decode kernels reach, what does a prefetch cost?"""
+"""How fast are memory and link, how much of that do transfers and decode kernels reach, what does a
+prefetch cost?
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,19 @@ SMALL, LARGE = MODELS[0], MODELS[2]
 
 
 def run(place: Place) -> Iterator[Row]:
-    """See `place.Run`. Decode kernels of the usual types first, then the link, then the other types."""
+    """See `place.Run`. Decode kernels of the usual types first, then the link, then the other
+    types.
+    """
     measured = cuda_bandwidth.bandwidths(
-        published_costs(SMALL), layer(SMALL, place).spec.expert_bytes, None if place.dry else place.device
+        published_costs(SMALL),
+        layer(SMALL, place).spec.expert_bytes,
+        None if place.dry else place.device,
     )
-    yield {"case": "memory and link", **measured.row(), "pageable_gbps": None if place.dry else _pageable(place)}
+    yield {
+        "case": "memory and link",
+        **measured.row(),
+        "pageable_gbps": None if place.dry else _pageable(place),
+    }
     for model in (SMALL, LARGE):
         for number, kind in enumerate(("Q4_K", "Q4_K with Q6_K down")):
             yield _shares(place, measured, f"{model.name}, {kind}", layer(model, place, number))
@@ -44,7 +54,9 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def layer(model: Model, place: Place, number: int = 0) -> LayerWeights:
-    """A layer of the model's first or second kind, with fewer experts than it has where they are small."""
+    """A layer of the model's first or second kind, with fewer experts than it has where they are
+    small.
+    """
     experts, top_k = (8, 2) if model is LARGE else (64, 8)
     header = TraceHeader(model.name, 1, experts, top_k, 0, "random")
     return layers_of(model, header, number + 1, place.dry)[number]
@@ -59,8 +71,12 @@ def _one_type(kind: str) -> LayerWeights:
     return LayerWeights(0, shape.spec, gate, up, down)
 
 
-def _shares(place: Place, measured: Bandwidths, name: str, weights: LayerWeights, tuned: bool = True) -> Row:
-    """Shares of one layer; without tuning in the tiles that follow from its shape, since tuning compiles for long."""
+def _shares(
+    place: Place, measured: Bandwidths, name: str, weights: LayerWeights, tuned: bool = True
+) -> Row:
+    """Shares of one layer; without tuning in the tiles that follow from its shape, since tuning
+    compiles for long.
+    """
     made = _accelerator(place)
     if not tuned:
         from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
@@ -71,13 +87,16 @@ def _shares(place: Place, measured: Bandwidths, name: str, weights: LayerWeights
         link, kernel = layer_shares(made, weights, measured)
     finally:
         made.close()
-    # Emulated, both are the CPU's and share no machine with the assumed bandwidths: ratios would be of nothing.
+    # Emulated, both are the CPU's and share no machine with the assumed bandwidths: ratios would be
+    # of nothing.
     shares = {} if place.dry else {"link_share": link, "kernel_share": kernel}
     return {"case": name, "expert_kb": weights.spec.expert_bytes / 1e3, **shares}
 
 
 def _demand(place: Place, depth: int) -> Row:
-    """Wall time of a demand load until its expert has been computed, with prefetches waiting before it and without."""
+    """Wall time of a demand load until its expert has been computed, with prefetches waiting before
+    it and without.
+    """
     weights, made = layer(SMALL, place), _accelerator(place, depth)
     try:
         made.allocate(AHEAD + 2, [weights])
@@ -85,7 +104,11 @@ def _demand(place: Place, depth: int) -> Row:
         behind = statistics.median(_demand_us(made, weights, AHEAD) for _ in range(REPEATS))
     finally:
         made.close()
-    return {"case": f"a demand load, prefetch depth {depth}", "alone_us": alone, "behind_prefetches_us": behind}
+    return {
+        "case": f"a demand load, prefetch depth {depth}",
+        "alone_us": alone,
+        "behind_prefetches_us": behind,
+    }
 
 
 def _demand_us(accelerator: SlotAccelerator, weights: LayerWeights, ahead: int) -> float:

@@ -1,4 +1,6 @@
-"""One stage in a process of its own: `python -m eval.gpu_stages.child NAME --module PATH --out DIR --scratch DIR`."""
+"""One stage in a process of its own: `python -m eval.gpu_stages.child NAME --module PATH --out DIR
+--scratch DIR`.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ def main() -> int:
     parser.add_argument("--module", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--limit", type=float, required=True, help="seconds after which this process will be killed")
+    parser.add_argument(
+        "--limit", type=float, required=True, help="seconds after which this process will be killed"
+    )
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--card", help="the GPU's name as the check has it; torch may spell it otherwise")
+    parser.add_argument(
+        "--card", help="the GPU's name as the check has it; torch may spell it otherwise"
+    )
     parser.add_argument("--run", required=True, help="what this run's lines have in common")
     args = parser.parse_args()
     _end_with_parent()
@@ -61,12 +67,18 @@ def main() -> int:
 
 def _finite(row: Row) -> dict[str, Any]:
     """JSON has no NaN: figures that are no numbers become words, which no sum takes for one."""
-    odd = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    odd = {
+        name: str(value)
+        for name, value in row.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
     return {**row, **odd}
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to end this process with its parent: nothing may hold the card after the check was killed."""
+    """Ask Linux to end this process with its parent: nothing may hold the card after the check was
+    killed.
+    """
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,6 @@
-"""What is there: memory, disk, kernel packages, and whether the driver registers the pages of a mapped file."""
+"""What is there: memory, disk, kernel packages, and whether the driver registers the pages of a
+mapped file.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from numpy.typing import NDArray
 from eval.gpu_stages.place import Place, Row
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.experts.cpu_kt import import_kernel
-from hybrimoe_plugin.experts.host_bytes import PORTABLE, READ_ONLY_PORTABLE, as_tensor, register_pages
+from hybrimoe_plugin.experts.host_bytes import (
+    PORTABLE,
+    READ_ONLY_PORTABLE,
+    as_tensor,
+    register_pages,
+)
 from hybrimoe_plugin.experts.memory import free_host_bytes, huge_pages
 from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 
@@ -30,7 +37,11 @@ _GB = 1e9
 def run(place: Place) -> Iterator[Row]:
     """See `place.Run`."""
     refusal = None if place.dry else cuda_refusal()
-    yield {"case": "torch sees the card", "ok": None if place.dry else refusal is None, "detail": refusal or ""}
+    yield {
+        "case": "torch sees the card",
+        "ok": None if place.dry else refusal is None,
+        "detail": refusal or "",
+    }
     yield {"case": "host memory", "free_gb": free_host_bytes() / _GB}
     yield {"case": "scratch folder", "free_gb": shutil.disk_usage(place.scratch).free / _GB}
     yield _kt_kernel()
@@ -40,7 +51,11 @@ def run(place: Place) -> Iterator[Row]:
     free, total = torch.cuda.mem_get_info(place.device)
     yield {"case": "device memory", "free_gb": free / _GB, "total_gb": total / _GB}
     facts = torch.cuda.get_device_properties(place.device)
-    yield {"case": "device", "multiprocessors": facts.multi_processor_count, "l2_mb": facts.L2_cache_size / 1e6}
+    yield {
+        "case": "device",
+        "multiprocessors": facts.multi_processor_count,
+        "l2_mb": facts.L2_cache_size / 1e6,
+    }
     yield _registration(place, "pages of anonymous memory", _anonymous)
     yield _registration(place, "pages of a mapped file", lambda: _mapping(place.scratch))
 
@@ -49,12 +64,18 @@ def _kt_kernel() -> Row:
     try:
         module = import_kernel()
     except BackendError as error:
-        return {"case": "kt-kernel", "ok": None, "missing": f"kt-kernel ({error}): experts on the CPU would be slow"}
+        return {
+            "case": "kt-kernel",
+            "ok": None,
+            "missing": f"kt-kernel ({error}): experts on the CPU would be slow",
+        }
     return {"case": "kt-kernel", "ok": True, "detail": Path(str(module.__file__)).name}
 
 
 def _registration(place: Place, what: str, make: Callable[[], mmap.mmap]) -> Row:
-    """Register 1 GiB, copy it to the device, and say how fast either was. A refusal is a fact, not a fault."""
+    """Register 1 GiB, copy it to the device, and say how fast either was. A refusal is a fact, not
+    a fault.
+    """
     try:
         memory = make()
     except OSError as error:
@@ -62,9 +83,16 @@ def _registration(place: Place, what: str, make: Callable[[], mmap.mmap]) -> Row
     values = np.frombuffer(memory, dtype=np.uint8)
     values[:: mmap.PAGESIZE].sum()  # the pages are there before the clock starts
     started = time.perf_counter()
-    accepted = next((name for name, flags in _FLAGS.items() if _register(values, flags, place.device)), "neither")
+    accepted = next(
+        (name for name, flags in _FLAGS.items() if _register(values, flags, place.device)),
+        "neither",
+    )
     spent = time.perf_counter() - started
-    row: dict[str, Any] = {"case": what, "accepted": accepted, "register_gbps": values.size / spent / _GB}
+    row: dict[str, Any] = {
+        "case": what,
+        "accepted": accepted,
+        "register_gbps": values.size / spent / _GB,
+    }
     if accepted in _FLAGS:
         row["copy_gbps"] = _copy_gbps(values, place.device)
         torch.cuda.cudart().cudaHostUnregister(values.ctypes.data)
@@ -87,12 +115,16 @@ def _copy_gbps(values: NDArray[np.uint8], device: torch.device) -> float:
 
 def _anonymous() -> mmap.mmap:
     memory = huge_pages(REGISTERED_BYTES)
-    np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE] = 1  # pages that were only read are all the same one
+    np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE] = (
+        1  # pages that were only read are all the same one
+    )
     return memory
 
 
 def _mapping(folder: Path) -> mmap.mmap:
-    """A read-only mapping, as weights are; private and never written, so numpy may call it read-only."""
+    """A read-only mapping, as weights are; private and never written, so numpy may call it
+    read-only.
+    """
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(REGISTERED_BYTES >> 26):
             file.write(bytes(1 << 26))

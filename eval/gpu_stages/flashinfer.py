@@ -1,4 +1,6 @@
-"""flashinfer against what the product uses without it: decode attention in the models' shapes, and sampling filters."""
+"""flashinfer against what the product uses without it: decode attention in the models' shapes, and
+sampling filters.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ from hybrimoe_plugin.operators.flash_decode import Shape
 from hybrimoe_plugin.operators.flash_latent import LatentShape
 
 HOW_TO_GET = (
-    "flashinfer is not installed: pip install 'flashinfer-python>=0.7', and a CUDA toolkit whose nvcc is on the PATH "
-    "(or the package flashinfer-jit-cache for the same CUDA version), because it compiles its kernels at first use"
+    "flashinfer is not installed: pip install 'flashinfer-python>=0.7', and a CUDA toolkit whose "
+    "nvcc is on the PATH "
+    "(or the package flashinfer-jit-cache for the same CUDA version), because it compiles its "
+    "kernels at first use"
 )
 ROOMS = (1024, 4096)
 DRY_ROOMS = (64, 128)
@@ -29,7 +33,9 @@ VOCABULARY = 151_936
 """Qwen3's, the largest among the models."""
 DRY_VOCABULARY = 1000
 FILTERS = (
-    Filters(temperature=0.6, top_k=20, top_p=0.95, min_p=0.0),  # what Qwen3's generation config asks for
+    Filters(
+        temperature=0.6, top_k=20, top_p=0.95, min_p=0.0
+    ),  # what Qwen3's generation config asks for
     Filters(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0),
     Filters(temperature=0.7, top_k=50, top_p=0.8, min_p=0.05),
 )
@@ -57,7 +63,11 @@ def run(place: Place) -> Iterator[Row]:
         return
     capture = capture_for(place.device)
     if capture is None:
-        yield {"case": "flashinfer", "ok": None, "missing": "a CUDA device: flashinfer runs on nothing else"}
+        yield {
+            "case": "flashinfer",
+            "ok": None,
+            "missing": "a CUDA device: flashinfer runs on nothing else",
+        }
         return
     yield {"case": "flashinfer", "version": _version()}
     for case in CASES:
@@ -78,10 +88,16 @@ def _attention(case: Case, room: int, device: torch.device, capture: Capture) ->
             return {"case": name, "ok": False, "relative_rms": error, "chosen": False}
         torch_us, flash_us = flash_choice.compare(kernel, device, capture)
         plan_us = flash_choice.plan_us(kernel)
-    except BackendError as problem:  # the graph does not give what the same call gives outside of one
+    except (
+        BackendError
+    ) as problem:  # the graph does not give what the same call gives outside of one
         return {"case": name, "ok": False, "detail": _line(problem), "chosen": False}
     except Exception as problem:  # it compiles at first use, and may raise anything
-        return {"case": name, "ok": None, "missing": f"flashinfer does not run here: {_line(problem)}"}
+        return {
+            "case": name,
+            "ok": None,
+            "missing": f"flashinfer does not run here: {_line(problem)}",
+        }
     return {
         "case": name,
         "ok": True,
@@ -95,7 +111,9 @@ def _attention(case: Case, room: int, device: torch.device, capture: Capture) ->
 
 
 def _error(kernel: FlashKernel, shape: FlashShape, device: torch.device) -> float:
-    """The larger relative RMS difference from torch's attention in float32, with the cache half full and full."""
+    """The larger relative RMS difference from torch's attention in float32, with the cache half
+    full and full.
+    """
     example = shape.example(device)
     exact = [part.float() for part in example]
     errors = []
@@ -110,14 +128,23 @@ def _error(kernel: FlashKernel, shape: FlashShape, device: torch.device) -> floa
 def _filters(filters: Filters, vocabulary: int, device: torch.device) -> Row:
     """One set of sampling filters, likewise."""
     name = f"sampling, {filters}, {vocabulary} tokens"
-    scores = (4.0 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(1))).to(device)
+    scores = (4.0 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(1))).to(
+        device
+    )
     try:
-        flash, plain = FlashFilter(importlib.import_module("flashinfer").sampling, filters), filters.plain()
+        flash, plain = (
+            FlashFilter(importlib.import_module("flashinfer").sampling, filters),
+            filters.plain(),
+        )
         error = sampling.distance(flash.filtered(scores), plain(None, scores))
         plain_us = sampling.median_wall_us(lambda: plain(None, scores[:1]), device)
         flash_us = sampling.median_wall_us(lambda: flash.filtered(scores[:1]), device)
     except Exception as problem:  # as above
-        return {"case": name, "ok": None, "missing": f"flashinfer does not run here: {_line(problem)}"}
+        return {
+            "case": name,
+            "ok": None,
+            "missing": f"flashinfer does not run here: {_line(problem)}",
+        }
     return {
         "case": name,
         "ok": error <= sampling.TOLERANCE,

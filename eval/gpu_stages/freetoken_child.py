@@ -1,7 +1,9 @@
-"""FreeToken in a process of its own: `python eval/gpu_stages/freetoken_child.py REQUEST`, one JSON object to and fro.
+"""FreeToken in a process of its own: `python eval/gpu_stages/freetoken_child.py REQUEST`, one JSON
+object to and fro.
 
-It needs nothing but the package freetoken, so any interpreter that has it will do. Written against the Python API of
-FreeToken 0.2.1 (`freetoken.llm.LLM`); its own server adds HTTP and a tokenizer to this, and nothing to its speed.
+It needs nothing but the package freetoken, so any interpreter that has it will do. Written against
+the Python API of FreeToken 0.2.1 (`freetoken.llm.LLM`); its own server adds HTTP and a tokenizer to
+this, and nothing to its speed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import time
 from typing import Any
 
 SPREAD = 1.0
-"""Temperature. Greedy tokens of random weights may be one token for ever, whose experts would always be cached."""
+"""Temperature. Greedy tokens of random weights may be one token for ever, whose experts would
+always be cached.
+"""
 
 
 class NoTokenizer:
@@ -31,7 +35,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Rates of each repetition.
 
     Args:
-        request: `gguf`, `cache_bytes`, `prompts` (lengths), `generated`, `depth`, `repetitions`, `vocabulary`.
+        request: `gguf`, `cache_bytes`, `prompts` (lengths), `generated`, `depth`, `repetitions`,
+            `vocabulary`.
 
     Returns:
         {"version": ..., "decode": [tokens/s], "prompt of 128": [tokens/s], ...}
@@ -68,7 +73,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(request: dict[str, Any]) -> Any:
-    """FreeToken's engine on the file; its `arrived` is a list of the times at which tokens were there."""
+    """FreeToken's engine on the file; its `arrived` is a list of the times at which tokens were
+    there.
+    """
     scheduler: Any = importlib.import_module("freetoken.scheduler.scheduler")
     scheduler.load_tokenizer = lambda *_given: NoTokenizer()
     scheduler.load_eos_token_ids = lambda *_given: frozenset()

@@ -1,4 +1,5 @@
-"""Tiny models of every family on the device: the plain model's logits, the same tokens with and without CUDA graphs.
+"""Tiny models of every family on the device: the plain model's logits, the same tokens with and
+without CUDA graphs.
 
 Also which attention backend is quick when every token brings a new length.
 """
@@ -21,10 +22,14 @@ from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
 PROMPT = 12
 LOGITS_LIMIT = 1e-5
-"""Relative RMS error of float32 logits: both sides dequantise exactly, so only the order of sums differs."""
+"""Relative RMS error of float32 logits: both sides dequantise exactly, so only the order of sums
+differs.
+"""
 LENGTHS = range(130, 138)
 FUSED = "qwen3_moe"
-"""The family that runs on Triton's kernels, last. They compile for every shape anew; the others take torch's twins."""
+"""The family that runs on Triton's kernels, last. They compile for every shape anew; the others
+take torch's twins.
+"""
 
 
 def run(place: Place) -> Iterator[Row]:
@@ -40,7 +45,9 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def logits(place: Place, family: str, path: Path) -> Row:
-    """A prompt's and three decode steps' logits against the plain model on the CPU, both in float32."""
+    """A prompt's and three decode steps' logits against the plain model on the CPU, both in
+    float32.
+    """
     plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
     ours = _load(place, family, path, "float32")
     try:
@@ -49,14 +56,18 @@ def logits(place: Place, family: str, path: Path) -> Row:
     finally:
         ours.hybrimoe.restore()
     error = float((found - right).norm() / right.norm())
-    return {"case": f"{family}: logits against the plain model", "ok": error < LOGITS_LIMIT, "error": error}
+    return {
+        "case": f"{family}: logits against the plain model",
+        "ok": error < LOGITS_LIMIT,
+        "error": error,
+    }
 
 
 def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
     """Greedy tokens with graphs and without, past the room that the graphs' cache is first given.
 
-    Judged in float32, where no two logits of these models are close enough for rounding to swap them. In bfloat16 one
-    swap changes all tokens behind it, so there the count is only shown.
+    Judged in float32, where no two logits of these models are close enough for rounding to swap
+    them. In bfloat16 one swap changes all tokens behind it, so there the count is only shown.
     """
     count = 24 if place.dry else ROOM + 40
     found = []
@@ -83,7 +94,9 @@ def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
 
 
 def attention(place: Place) -> Iterator[Row]:
-    """Eager decode meets a new key length at every token; a backend that prepares itself for each is no use there."""
+    """Eager decode meets a new key length at every token; a backend that prepares itself for each
+    is no use there.
+    """
     if place.dry:
         yield {"case": "attention at new lengths", "ok": None, "missing": "a card"}
         return
@@ -95,11 +108,20 @@ def attention(place: Place) -> Iterator[Row]:
 
 def _load(place: Place, family: str, path: Path, dtype: str, **settings: Any) -> Any:
     # Any profile will do: results must not depend on what is computed where.
-    known: dict[str, Any] = {"profile": "a6000-deepseek-v2-lite", "cache_ratio": 0.5, "context": 2 * ROOM}
+    known: dict[str, Any] = {
+        "profile": "a6000-deepseek-v2-lite",
+        "cache_ratio": 0.5,
+        "context": 2 * ROOM,
+    }
     known["cpu_backend"] = "torch"  # the one that does not round activations to 8 bits
     if place.dry or family != FUSED:
-        known |= {"kernels": "torch", "linears": "plain"}  # on the CPU stored linears round activations too
-    model, _ = load_model(None, path, dtype=dtype, progress=False, accelerator=place.accelerator, **known, **settings)
+        known |= {
+            "kernels": "torch",
+            "linears": "plain",
+        }  # on the CPU stored linears round activations too
+    model, _ = load_model(
+        None, path, dtype=dtype, progress=False, accelerator=place.accelerator, **known, **settings
+    )
     return model
 
 

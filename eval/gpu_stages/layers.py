@@ -1,4 +1,5 @@
-"""MoE layers alone, in the shapes of Mixtral and DeepSeek-V2-Lite, half of the experts cached: ours and its baselines.
+"""MoE layers alone, in the shapes of Mixtral and DeepSeek-V2-Lite, half of the experts cached: ours
+and its baselines.
 
 All run on the same weights, backends and measured costs, one after another.
 """
@@ -41,7 +42,9 @@ def _rows(place: Place, model: Model, bench: Bench) -> Iterator[Row]:
     count = DRY_DECODE_TOKENS if place.dry else DECODE_TOKENS
     for system in SYSTEMS:
         engine = bench.engine(system, RATIO)
-        prefill = [bench.run(engine, prompts[turn % len(prompts)]) for turn in range(PROMPTS + 1)][1:]
+        prefill = [bench.run(engine, prompts[turn % len(prompts)]) for turn in range(PROMPTS + 1)][
+            1:
+        ]
         # Each step once: a cache that had seen it before would find its experts.
         steps = [bench.run(engine, calls) for calls in decode[: WARM_UP + count]]
         counters = engine.controller.counters

@@ -1,4 +1,6 @@
-"""The first answer to "how fast": ours and two baselines on the check's model with half of the experts cached."""
+"""The first answer to "how fast": ours and two baselines on the check's model with half of the
+experts cached.
+"""
 
 from __future__ import annotations
 

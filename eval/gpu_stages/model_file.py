@@ -32,14 +32,18 @@ def given(place: Place, prompt_tokens: int) -> Routing:
 
 
 def model_file(place: Place) -> Path:
-    """The model's file, written now if it is not there yet. A half-written one is never seen under this name.
+    """The model's file, written now if it is not there yet. A half-written one is never seen under
+    this name.
 
     Raises:
         OSError: the scratch folder has no room.
     """
     shape = given(place, PROMPT_TOKENS)
     layers = DRY_LAYERS if place.dry else _layers(shape.header.experts)
-    path = place.scratch / f"qwen3-shape-{layers}-layers{'-tiny' if place.dry else ''}-{_writers_digest()}.gguf"
+    path = (
+        place.scratch
+        / f"qwen3-shape-{layers}-layers{'-tiny' if place.dry else ''}-{_writers_digest()}.gguf"
+    )
     if path.exists():
         return path
     for left in place.scratch.glob("*.part"):
@@ -57,11 +61,15 @@ def model_file(place: Place) -> Path:
 
 def _writers_digest() -> str:
     """Eight hexadecimal digits that change with the code that decides what is in the file."""
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (cuda_model, shapes, synthetic))
+    code = b"".join(
+        Path(str(module.__file__)).read_bytes() for module in (cuda_model, shapes, synthetic)
+    )
     return hashlib.sha256(code).hexdigest()[:8]
 
 
 @functools.cache  # what is free changes while systems come and go, the model must not
 def _layers(experts: int) -> int:
-    """As many layers as leave half of the host's memory free: the file's pages want to stay in it."""
+    """As many layers as leave half of the host's memory free: the file's pages want to
+    stay in it.
+    """
     return max(2, min(LAYERS, int(0.5 * free_host_bytes() / layer_bytes(MODEL, experts))))

@@ -1,7 +1,8 @@
 """llama.cpp and FreeToken on the check's model, with the same bytes of experts on the card as ours.
 
-Peers take no given routing, so here the routers choose, ours too, and all tokens are random. Decoding is timed behind a
-prompt, with one synchronisation a token; a rate is the median over repetitions.
+Peers take no given routing, so here the routers choose, ours too, and all tokens are random.
+Decoding is timed behind a prompt, with one synchronisation a token; a rate is the median over
+repetitions.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 OURS, LLAMA, FREETOKEN = "ours", "llama.cpp", "FreeToken"
 LLAMA_BENCH = "llama-bench"
 LLAMA_HOW_TO_GET = (
-    "no llama-bench on the PATH: build llama.cpp (b11480 or later has the expert cache) with -DGGML_CUDA=ON"
+    "no llama-bench on the PATH: build llama.cpp (b11480 or later has the expert "
+    "cache) with -DGGML_CUDA=ON"
 )
 FREETOKEN_PYTHON = "HYBRIMOE_FREETOKEN_PYTHON"
 """Environment variable: an interpreter that has FreeToken, which wants a torch of its own."""
 FREETOKEN_HOW_TO_GET = (
-    f"freetoken cannot be imported: pip install 'freetoken[accel]' into an environment of its own, and give its Python "
+    f"freetoken cannot be imported: pip install 'freetoken[accel]' into an environment of its "
+    f"own, and give its Python "
     f"as {FREETOKEN_PYTHON}"
 )
 FREETOKEN_TIMEOUT_S = 120.0
@@ -84,7 +87,8 @@ def run(place: Place) -> Iterator[Row]:
         "case": "what is compared",
         "cached_gb": subject.cached_bytes / 1e9,
         "layers": subject.layers,
-        "detail": f"{subject.path.name}, half of its experts' bytes on the card, routers choose, random tokens",
+        "detail": f"{subject.path.name}, half of its experts' bytes on the card, routers choose, "
+        f"random tokens",
     }
     ours, settings = measure_ours(place, subject, work)
     gc.collect()
@@ -101,7 +105,11 @@ def rows(system: str, rates: Rates, work: Work, facts: Mapping[str, Any]) -> Ite
     """One for each thing that was measured."""
     for what, found in rates.items():
         low, middle, high = (float(value) for value in np.percentile(found, (20, 50, 80)))
-        tokens = {"generated_tokens": work.generated, "depth_tokens": work.depth} if what == "decode" else {}
+        tokens = (
+            {"generated_tokens": work.generated, "depth_tokens": work.depth}
+            if what == "decode"
+            else {}
+        )
         figures = {"tok_s": middle, "tok_s_p20": low, "tok_s_p80": high, "repetitions": len(found)}
         yield {"case": f"{system} {what}", **figures, **tokens, **facts}
 
@@ -111,7 +119,11 @@ def ratios(place: Place, name: str, ours: Rates, theirs: Rates) -> Iterator[Row]
     for what in theirs:
         case = f"{what}, ours / {name}"
         if place.dry:
-            yield {"case": case, "ok": None, "missing": "a card: ours ran on the emulated accelerator"}
+            yield {
+                "case": case,
+                "ok": None,
+                "missing": "a card: ours ran on the emulated accelerator",
+            }
         else:
             yield {"case": case, "ratio": float(np.median(ours[what]) / np.median(theirs[what]))}
 
@@ -124,12 +136,17 @@ def measure_ours(place: Place, subject: Subject, work: Work) -> tuple[Rates, dic
     if place.dry:
         settings = {"accelerator": "emulated", "linears": "plain", "cpu_backend": "torch"}
         settings |= {"dtype": "float32", "profile": "a6000-deepseek-v2-lite"}
-    model, _ = load_model(None, subject.path, progress=False, cache_bytes=subject.cached_bytes, **settings)
+    model, _ = load_model(
+        None, subject.path, progress=False, cache_bytes=subject.cached_bytes, **settings
+    )
     try:
         rates, hit_rate = _our_rates(model, subject, work)
     finally:
         model.hybrimoe.restore()
-    return rates, {"hit_rate": hit_rate, "settings": _words({"cache_bytes": subject.cached_bytes, **settings})}
+    return rates, {
+        "hit_rate": hit_rate,
+        "settings": _words({"cache_bytes": subject.cached_bytes, **settings}),
+    }
 
 
 @torch.no_grad()
@@ -140,7 +157,9 @@ def _our_rates(model: Any, subject: Subject, work: Work) -> tuple[Rates, float]:
 
     def step(tokens: int, cache: Any) -> tuple[float, Any]:
         """(seconds, cache) of one pass over random tokens."""
-        ids = torch.randint(3, subject.vocabulary, (1, tokens), generator=generator).to(model.device)
+        ids = torch.randint(3, subject.vocabulary, (1, tokens), generator=generator).to(
+            model.device
+        )
         engine.accelerator.synchronize()
         started = time.perf_counter()
         out = model(ids, **{keyword: cache}, use_cache=True, logits_to_keep=1)
@@ -175,10 +194,16 @@ def _llama(subject: Subject, work: Work, found: Rates) -> Iterator[Row]:
         command = bench.command(subject.path, placement, _threads(), work.repetitions)
         for prompts, generated in (((), work.generated), (work.prompts, 0)):
             given = bench.measure(command, prompts, generated, 0 if prompts else work.depth)
-            rates = {_prompt(test.prompt_tokens) if prompts else "decode": test.tok_s for test in given}
+            rates = {
+                _prompt(test.prompt_tokens) if prompts else "decode": test.tok_s for test in given
+            }
             found.update(rates)
             # What stands between the tool and what it measures, without this machine's folders.
-            facts = {"version": given[0].version, "settings": " ".join(command[3:]), "detail": placement.note}
+            facts = {
+                "version": given[0].version,
+                "settings": " ".join(command[3:]),
+                "detail": placement.note,
+            }
             yield from rows(LLAMA, rates, work, facts)
     except LlamaBenchError as error:
         yield {"case": LLAMA, "ok": None, "missing": f"llama-bench: {error}"}
@@ -190,11 +215,23 @@ def _freetoken(subject: Subject, work: Work, found: Rates) -> Iterator[Row]:
     if not _imports(python, "freetoken"):
         yield {"case": FREETOKEN, "ok": None, "missing": FREETOKEN_HOW_TO_GET}
         return
-    request = {"gguf": str(subject.path), "cache_bytes": subject.cached_bytes, "vocabulary": subject.vocabulary}
-    command = [python, str(Path(freetoken_child.__file__).resolve()), json.dumps({**request, **work._asdict()})]
+    request = {
+        "gguf": str(subject.path),
+        "cache_bytes": subject.cached_bytes,
+        "vocabulary": subject.vocabulary,
+    }
+    command = [
+        python,
+        str(Path(freetoken_child.__file__).resolve()),
+        json.dumps({**request, **work._asdict()}),
+    ]
     answer, problem = _ask(command)
     if problem:
-        yield {"case": FREETOKEN, "ok": None, "missing": f"FreeToken does not run on this file: {problem}"}
+        yield {
+            "case": FREETOKEN,
+            "ok": None,
+            "missing": f"FreeToken does not run on this file: {problem}",
+        }
         return
     version = answer.pop("version")
     found.update(answer)
@@ -209,7 +246,9 @@ def _freetoken(subject: Subject, work: Work, found: Rates) -> Iterator[Row]:
 def _ask(command: list[str]) -> tuple[dict[str, Any], str]:
     """(a process's JSON answer, why there is none)."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=FREETOKEN_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=FREETOKEN_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return {}, f"no answer after {FREETOKEN_TIMEOUT_S:.0f} s"
     if done.returncode:

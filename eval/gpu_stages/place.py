@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 Row = Mapping[str, Any]
-"""One result. `case` names it within its stage; `ok` is there where it is judged; figures' names end in their unit."""
+"""One result. `case` names it within its stage; `ok` is there where it is judged; figures' names
+end in their unit.
+"""
 
 Run = Callable[["Place"], Iterator[Row]]
 """What every stage module has under the name `run`; a row is kept as soon as it is yielded."""

@@ -27,7 +27,9 @@ class Stage(NamedTuple):
     model: bool = False
     """Whether it needs the synthetic model's file."""
     on_demand: bool = False
-    """Whether a run on a card leaves it out unless it is named: what it compares with has to be brought along."""
+    """Whether a run on a card leaves it out unless it is named: what it compares with has to be
+    brought along.
+    """
     module: str = ""
     """Import path; empty for a module of this package with the stage's name."""
 
@@ -41,10 +43,28 @@ PREPARE = "prepare"
 # Ordered by value, so that a run that is cut off loses the least.
 STAGES = (
     Stage("facts", 15, "versions, memory, disk, kernel packages, page registration", core=True),
-    Stage(PREPARE, 90, "writes the synthetic model's file, beside the next stages", core=True, background=True),
+    Stage(
+        PREPARE,
+        90,
+        "writes the synthetic model's file, beside the next stages",
+        core=True,
+        background=True,
+    ),
     Stage("kernels", 60, "every type and shape against float64", core=True, judges=True),
-    Stage("slots", 30, "random transfers and calls, asynchronous against synchronised", core=True, judges=True),
-    Stage("bandwidth", 40, "links, decode kernels, demand loads behind prefetches", core=True, quiet=True),
+    Stage(
+        "slots",
+        30,
+        "random transfers and calls, asynchronous against synchronised",
+        core=True,
+        judges=True,
+    ),
+    Stage(
+        "bandwidth",
+        40,
+        "links, decode kernels, demand loads behind prefetches",
+        core=True,
+        quiet=True,
+    ),
     Stage(
         "model",
         95,
@@ -53,11 +73,30 @@ STAGES = (
         quiet=True,
         model=True,
     ),
-    Stage("systems", 70, "the same model: all experts cached, no graphs, long prompts", quiet=True, model=True),
-    Stage("graphs", 65, "every family: graphed tokens and the plain model's logits; attention backends", judges=True),
-    Stage("layers", 50, "Mixtral and DeepSeek layers at half the experts: four systems", quiet=True),
+    Stage(
+        "systems",
+        70,
+        "the same model: all experts cached, no graphs, long prompts",
+        quiet=True,
+        model=True,
+    ),
+    Stage(
+        "graphs",
+        65,
+        "every family: graphed tokens and the plain model's logits; attention backends",
+        judges=True,
+    ),
+    Stage(
+        "layers", 50, "Mixtral and DeepSeek layers at half the experts: four systems", quiet=True
+    ),
     Stage("where", 25, "where a decode step's time goes", quiet=True, model=True),
-    Stage("flashinfer", 60, "flashinfer's decode attention against torch's", quiet=True, on_demand=True),
+    Stage(
+        "flashinfer",
+        60,
+        "flashinfer's decode attention against torch's",
+        quiet=True,
+        on_demand=True,
+    ),
     Stage(
         "peers",
         240,
@@ -66,7 +105,9 @@ STAGES = (
         model=True,
         on_demand=True,
     ),
-    Stage("classic", 240, "kTransformers 0.2.1 with our rules and its own", quiet=True, on_demand=True),
+    Stage(
+        "classic", 240, "kTransformers 0.2.1 with our rules and its own", quiet=True, on_demand=True
+    ),
 )
 
 TOTAL_S = 450.0

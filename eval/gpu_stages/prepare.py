@@ -14,4 +14,9 @@ def run(place: Place) -> Iterator[Row]:
     started = time.perf_counter()
     path = model_file(place)
     size = path.stat().st_size / 1e9
-    yield {"case": "model file", "gb": size, "write_s": time.perf_counter() - started, "detail": path.name}
+    yield {
+        "case": "model file",
+        "gb": size,
+        "write_s": time.perf_counter() - started,
+        "detail": path.name,
+    }

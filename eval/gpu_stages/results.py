@@ -1,4 +1,6 @@
-"""What the stages found, read back from the results file: the newest line of every case, and the verdict over them."""
+"""What the stages found, read back from the results file: the newest line of every case, and the
+verdict over them.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,20 @@ Line = Mapping[str, Any]
 
 END = "end"
 """The `case` of the line that says how a stage's process ended."""
-RATIO_SYSTEMS = {"decode_vs_static": "kTransformers-like static", "decode_vs_load_every_miss": "load every miss, LRU"}
+RATIO_SYSTEMS = {
+    "decode_vs_static": "kTransformers-like static",
+    "decode_vs_load_every_miss": "load every miss, LRU",
+}
 OURS = "ours"
 
 
 def merged(lines: Iterable[Line]) -> list[Line]:
-    """What counts of a file's lines: for each stage, its newest whole run and what later runs measured again.
+    """What counts of a file's lines: for each stage, its newest whole run and what later runs
+    measured again.
 
-    A run that was cut off replaces the cases that it measured and leaves the others, so that two such runs make a whole
-    one. A run that ended well replaces everything that the stage said before. Lines must be of one device.
+    A run that was cut off replaces the cases that it measured and leaves the others, so that two
+    such runs make a whole one. A run that ended well replaces everything that the stage said
+    before. Lines must be of one device.
     """
     stages: dict[str, dict[str, Line]] = {}
     for line in lines:
@@ -27,9 +34,13 @@ def merged(lines: Iterable[Line]) -> list[Line]:
         if line["case"] != END:
             cases[line["case"]] = line
         elif line.get("status") == "ok":
-            whole = {case: kept for case, kept in cases.items() if kept.get("run") == line.get("run")}
+            whole = {
+                case: kept for case, kept in cases.items() if kept.get("run") == line.get("run")
+            }
             stages[line["stage"]] = {**whole, END: line}
-        elif line.get("status") != "skipped" or END not in cases:  # a failure is not undone by having no time
+        elif (
+            line.get("status") != "skipped" or END not in cases
+        ):  # a failure is not undone by having no time
             cases[END] = line
     return [line for cases in stages.values() for line in cases.values()]
 
@@ -63,17 +74,27 @@ def summary(lines: Sequence[Line], wanted: Iterable[str], judges: Iterable[str])
     }
     for name, system in RATIO_SYSTEMS.items():
         found[name] = _ratio(_times(lines, system), ours, "decode_ms_p50")
-    found["prefill_vs_static"] = _ratio(_times(lines, RATIO_SYSTEMS["decode_vs_static"]), ours, "prefill_ms_p50")
+    found["prefill_vs_static"] = _ratio(
+        _times(lines, RATIO_SYSTEMS["decode_vs_static"]), ours, "prefill_ms_p50"
+    )
     emulated = {line.get("emulated") for line in lines}
     found["emulated"] = True in emulated
-    found["stages_failed"] = sorted(stage for stage, status in ends.items() if status not in ("ok", "skipped"))
-    found["stages_missing"] = sorted(stage for stage in wanted if ends.get(stage, "skipped") == "skipped")
-    found["wrong"] = [f"{line['stage']}: {line['case']}" for line in _judged(lines) if not line["ok"]]
+    found["stages_failed"] = sorted(
+        stage for stage, status in ends.items() if status not in ("ok", "skipped")
+    )
+    found["stages_missing"] = sorted(
+        stage for stage in wanted if ends.get(stage, "skipped") == "skipped"
+    )
+    found["wrong"] = [
+        f"{line['stage']}: {line['case']}" for line in _judged(lines) if not line["ok"]
+    ]
     return found
 
 
 def headline(lines: Sequence[Line], stage: str) -> str:
-    """One cell of the table: how many rows, how many of the judged ones are right, the worst error."""
+    """One cell of the table: how many rows, how many of the judged ones are right, the
+    worst error.
+    """
     mine = rows(lines, stage)
     if not mine:
         return "no rows"
@@ -95,7 +116,9 @@ def _judged(lines: Sequence[Line]) -> list[Line]:
 
 
 def _correct(lines: Sequence[Line], judges: Iterable[str]) -> bool | None:
-    """False as soon as one case is wrong; True only if every judging stage ended well and has judged something."""
+    """False as soon as one case is wrong; True only if every judging stage ended well and has
+    judged something.
+    """
     judged = _judged(lines)
     if not all(line["ok"] for line in judged):
         return False

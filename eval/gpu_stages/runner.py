@@ -1,4 +1,6 @@
-"""Runs stages one after another, each in a process of its own that costs only itself when it hangs or dies."""
+"""Runs stages one after another, each in a process of its own that costs only itself when it hangs
+or dies.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,19 @@ GRACE_S = 5.0
 
 
 def _writable_caches(scratch: Path) -> dict[str, str]:
-    """Where profiles, tuned tiles and compiled kernels are kept, if the usual place cannot be written."""
+    """Where profiles, tuned tiles and compiled kernels are kept, if the usual place cannot be
+    written.
+    """
     try:
         usual = Path.home() / ".cache"
         usual.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=usual):
             return {}
     except (OSError, RuntimeError):
-        return {"HYBRIMOE_CACHE": str(scratch / "cache"), "TRITON_CACHE_DIR": str(scratch / "triton")}
+        return {
+            "HYBRIMOE_CACHE": str(scratch / "cache"),
+            "TRITON_CACHE_DIR": str(scratch / "triton"),
+        }
 
 
 class End(NamedTuple):
@@ -56,23 +63,41 @@ class Running:
         flags: more arguments for `eval.gpu_stages.child`.
     """
 
-    def __init__(self, stage: Stage, limit_s: float, out: Path, scratch: Path, flags: Iterable[str]) -> None:
+    def __init__(
+        self, stage: Stage, limit_s: float, out: Path, scratch: Path, flags: Iterable[str]
+    ) -> None:
         self.stage = stage
         self._limit_s = limit_s
         self._started = time.monotonic()
         self._log = out / f"{stage.name}.log"
         self.run = uuid.uuid4().hex[:12]
         self._logged = self._log.stat().st_size if self._log.exists() else 0
-        command = [sys.executable, "-m", "eval.gpu_stages.child", stage.name, "--module", stage.path]
+        command = [
+            sys.executable,
+            "-m",
+            "eval.gpu_stages.child",
+            stage.name,
+            "--module",
+            stage.path,
+        ]
         command += ["--out", str(out), "--scratch", str(scratch), "--limit", f"{limit_s:g}"]
         command += ["--run", self.run, *flags]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**_writable_caches(scratch), **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {
+            **_writable_caches(scratch),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         environment["PYTHONUNBUFFERED"] = "1"
         with self._log.open("ab") as file:
             # A session of its own, so that what the stage started is killed with it.
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
 
     def wait(self) -> End:
@@ -82,7 +107,9 @@ class Running:
             code = self._process.wait(max(0.0, left))
         except subprocess.TimeoutExpired:
             self.kill()
-            return self._end("timeout", f"killed after {self._limit_s:.0f} s; {self._log.name} says where it was")
+            return self._end(
+                "timeout", f"killed after {self._limit_s:.0f} s; {self._log.name} says where it was"
+            )
         self._kill_group()  # whatever the stage left running
         if code == 0:
             return self._end("ok")
@@ -96,18 +123,26 @@ class Running:
         try:
             self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            log.warning("%s: process %d does not end, and is left behind", self.stage.name, self._process.pid)
+            log.warning(
+                "%s: process %d does not end, and is left behind",
+                self.stage.name,
+                self._process.pid,
+            )
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone already
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _end(self, status: str, detail: str = "") -> End:
-        return End(self.stage.name, self.run, status, round(time.monotonic() - self._started, 2), detail)
+        return End(
+            self.stage.name, self.run, status, round(time.monotonic() - self._started, 2), detail
+        )
 
     def _last_line(self) -> str:
         with self._log.open("rb") as file:
-            file.seek(max(self._logged, self._log.stat().st_size - _TAIL_BYTES))  # of this run, not of an earlier one
+            file.seek(
+                max(self._logged, self._log.stat().st_size - _TAIL_BYTES)
+            )  # of this run, not of an earlier one
             lines = file.read().decode("utf-8", errors="replace").splitlines()
         said = [line.strip() for line in lines if line.strip()]
         return said[-1][:200] if said else "its log is empty"

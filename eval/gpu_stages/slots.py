@@ -1,7 +1,8 @@
-"""Random traffic through the slots, twice: as fast as the queues allow, and with everything awaited after each step.
+"""Random traffic through the slots, twice: as fast as the queues allow, and with everything awaited
+after each step.
 
-The arithmetic of both is the same, in the same order, so every result must be the same to the last bit; one that is not
-shows a missing edge between queues.
+The arithmetic of both is the same, in the same order, so every result must be the same to the last
+bit; one that is not shows a missing edge between queues.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Case(NamedTuple):
     top_k: int
 
 
-# Small experts, where launches are most of the time, and large ones, where transfers overtake one another for long.
+# Small experts, where launches are most of the time, and large ones, where transfers overtake one
+# another for long.
 CASES = (Case(MODELS[0], 24, 8), Case(MODELS[2], 8, 2))
 
 
@@ -40,10 +42,14 @@ def run(place: Place) -> Iterator[Row]:
     for case in CASES:
         steps = DRY_STEPS if place.dry else STEPS
         header = TraceHeader(case.model.name, 1, case.experts, case.top_k, 0, "random")
-        layer = layers_of(case.model, header, 2, place.dry)[1]  # the second kind: its down matrices are split
+        layer = layers_of(case.model, header, 2, place.dry)[
+            1
+        ]  # the second kind: its down matrices are split
         free = traffic(place, layer, steps, synchronised=False)
         awaited = traffic(place, layer, steps, synchronised=True)
-        different = sum(not torch.equal(one, other) for one, other in zip(free, awaited, strict=True))
+        different = sum(
+            not torch.equal(one, other) for one, other in zip(free, awaited, strict=True)
+        )
         finite = all(bool(torch.isfinite(result).all()) for result in free)
         yield {
             "case": f"{case.model.name}: {steps} steps over {SLOTS} slots",
@@ -53,7 +59,9 @@ def run(place: Place) -> Iterator[Row]:
         }
 
 
-def traffic(place: Place, layer: LayerWeights, steps: int, synchronised: bool) -> list[torch.Tensor]:
+def traffic(
+    place: Place, layer: LayerWeights, steps: int, synchronised: bool
+) -> list[torch.Tensor]:
     """The results of all calls of one random sequence, the same in every run."""
     made = make_accelerator(place.accelerator, place.device)
     assert made is not None
@@ -74,14 +82,19 @@ def traffic(place: Place, layer: LayerWeights, steps: int, synchronised: bool) -
         made.close()
 
 
-def _move(accelerator: SlotAccelerator, layer: LayerWeights, held: dict[int, int], draw: random.Random) -> None:
-    """Send a random expert into a random slot, sometimes ahead of need, and sometimes take it back. Mutates: `held`."""
+def _move(
+    accelerator: SlotAccelerator, layer: LayerWeights, held: dict[int, int], draw: random.Random
+) -> None:
+    """Send a random expert into a random slot, sometimes ahead of need, and sometimes take it back.
+    Mutates: `held`.
+    """
     slot, expert = draw.randrange(SLOTS), draw.randrange(layer.spec.experts)
     for other in [other for other, kept in held.items() if kept == expert or other == slot]:
         del held[other]
     accelerator.onload(slot, layer, expert, ahead=draw.random() < 0.5)
     if draw.random() < 0.2:
-        # Whether it comes in time is a matter of luck, and both runs must go on alike: the slot is not used either way.
+        # Whether it comes in time is a matter of luck, and both runs must go on alike: the slot is
+        # not used either way.
         accelerator.cancel(slot)
         return
     held[slot] = expert

@@ -1,4 +1,6 @@
-"""More of the check's model: nothing missing from the cache, no CUDA graphs, as published, and longer prompts."""
+"""More of the check's model: nothing missing from the cache, no CUDA graphs, as published, and
+longer prompts.
+"""
 
 from __future__ import annotations
 

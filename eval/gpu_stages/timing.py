@@ -13,7 +13,9 @@ from eval.systems import System
 
 
 def measured(place: Place, system: System, ratio: float, prompt_tokens: int = PROMPT_TOKENS) -> Row:
-    """A row for one system at one cache size: time to first token, time between tokens, hit rate."""
+    """A row for one system at one cache size: time to first token, time between tokens,
+    hit rate.
+    """
     started = time.perf_counter()
     routing = given(place, prompt_tokens)
     subject = cuda_model.Subject(model_file(place), system, ratio, routing, place.dry)

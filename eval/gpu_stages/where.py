@@ -22,7 +22,13 @@ TIMED = 24
 WARM_UP = 6
 SHOWN = 8
 """The longest of the device's kernels and of the host's operations."""
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+LAUNCHES = (
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaGraphLaunch",
+)
 
 
 def run(place: Place) -> Iterator[Row]:
@@ -39,7 +45,9 @@ def run(place: Place) -> Iterator[Row]:
 def _steps(place: Place, subject: cuda_model.Subject, routing: Routing) -> Iterator[Row]:
     layers = subject.model.config.num_hidden_layers
     _, cache = subject.run(routing.prompts[0], None)
-    steps = [routing.decode[number % len(routing.decode)] for number in range(WARM_UP + TIMED + PROFILED)]
+    steps = [
+        routing.decode[number % len(routing.decode)] for number in range(WARM_UP + TIMED + PROFILED)
+    ]
     wall = []
     for calls in steps[: WARM_UP + TIMED]:
         spent, cache = _timed(place, subject, calls, cache)
@@ -52,21 +60,35 @@ def _steps(place: Place, subject: cuda_model.Subject, routing: Routing) -> Itera
     events: Sequence[Any] = profiled.events() or ()
     on_device = [event for event in events if event.device_type.name == "CUDA"]
     launches = sum(event.name.startswith(LAUNCHES) for event in events)
-    row = {"case": "a decode step of ours, half of the experts cached", "layers": layers, "step_us": step_us}
+    row = {
+        "case": "a decode step of ours, half of the experts cached",
+        "layers": layers,
+        "step_us": step_us,
+    }
     row["launches_per_layer"] = launches / PROFILED / layers
     if on_device:
-        busy_us = _union_us([(event.time_range.start, event.time_range.end) for event in on_device]) / PROFILED
+        busy_us = (
+            _union_us([(event.time_range.start, event.time_range.end) for event in on_device])
+            / PROFILED
+        )
         row |= {"device_busy_us": busy_us, "host_us_per_layer": (step_us - busy_us) / layers}
     else:
         row["missing"] = "a card" if place.dry else "the profiler's view of the device"
     yield row
-    for kind, averages in (("device", _sums(on_device)), ("host", _sums([e for e in events if e not in on_device]))):
+    for kind, averages in (
+        ("device", _sums(on_device)),
+        ("host", _sums([e for e in events if e not in on_device])),
+    ):
         for name, us in averages[:SHOWN]:
             yield {"case": f"{kind}: {name[:80]}", "us_per_layer": us / PROFILED / layers}
 
 
-def _timed(place: Place, subject: cuda_model.Subject, calls: Sequence[Call], cache: Any) -> tuple[float, Any]:
-    """(wall time of one step in us, cache). On a card the subject's own time, without telling it the routing."""
+def _timed(
+    place: Place, subject: cuda_model.Subject, calls: Sequence[Call], cache: Any
+) -> tuple[float, Any]:
+    """(wall time of one step in us, cache). On a card the subject's own time, without telling it
+    the routing.
+    """
     started = time.perf_counter_ns()
     spent, cache = subject.run(calls, cache)
     return (time.perf_counter_ns() - started) / 1e3 if place.dry else spent, cache

@@ -44,7 +44,8 @@ class Timing:
 
     def lines(self) -> list[str]:
         """The lines that `ktransformers.local_chat` prints after an answer."""
-        # The first token comes out of the prompt's pass: the eval duration holds one token fewer than the count.
+        # The first token comes out of the prompt's pass: the eval duration holds one token fewer
+        # than the count.
         return [
             f"prompt eval count:    {self.prompt_tokens} token(s)",
             f"prompt eval duration: {self.prompt_seconds:.3f}s",
@@ -63,7 +64,9 @@ class TimedStreamer:
         clock: seconds.
     """
 
-    def __init__(self, inner: TokenStreamer | None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, inner: TokenStreamer | None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._inner = inner
         self._clock = clock
         self._prompt_seen = False
@@ -94,16 +97,19 @@ class TimedStreamer:
             self._inner.end()
 
     def close(self) -> None:
-        """End an answer that was broken off, or the text streamer would take the next prompt for a part of it."""
+        """End an answer that was broken off, or the text streamer would take the next prompt for a
+        part of it.
+        """
         if self._open:
             self.end()
 
 
 class Stop:
-    """A stopping criterion that Ctrl-C sets, so that an answer ends between two tokens and nothing is torn.
+    """A stopping criterion that Ctrl-C sets, so that an answer ends between two tokens and nothing
+    is torn.
 
-    While the prompt is computed there is no next token to wait for, only a pass that may take minutes: then the first
-    Ctrl-C raises `KeyboardInterrupt` at once, as a second one always does.
+    While the prompt is computed there is no next token to wait for, only a pass that may take
+    minutes: then the first Ctrl-C raises `KeyboardInterrupt` at once, as a second one always does.
 
     Args:
         begun: whether the answer has begun.
@@ -115,7 +121,9 @@ class Stop:
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
         """[B] bool on the device of `input_ids` [B, T]."""
-        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device, dtype=torch.bool)
+        return torch.full(
+            (input_ids.shape[0],), self.requested, device=input_ids.device, dtype=torch.bool
+        )
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:

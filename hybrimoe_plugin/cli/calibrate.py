@@ -21,15 +21,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that change what is measured; without a model it is the demo model."""
     add_model(parser)
     group = parser.add_argument_group("what to measure")
-    add_flag(group, "cpu_backend", choices=CPU_BACKENDS, default="auto", help="kernels for experts on the CPU")
-    add_flag(group, "cpu_threads", type=whole(1), metavar="N", help="only this thread count; default: the best")
-    add_flag(group, "accelerator", choices=ACCELERATORS, default="auto", help="device for experts in slots")
+    add_flag(
+        group,
+        "cpu_backend",
+        choices=CPU_BACKENDS,
+        default="auto",
+        help="kernels for experts on the CPU",
+    )
+    add_flag(
+        group,
+        "cpu_threads",
+        type=whole(1),
+        metavar="N",
+        help="only this thread count; default: the best",
+    )
+    add_flag(
+        group,
+        "accelerator",
+        choices=ACCELERATORS,
+        default="auto",
+        help="device for experts in slots",
+    )
     add_flag(parser, "out", metavar="FILE", help="write the profile here too, for --profile")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, store where the engine looks, and show the numbers."""
-    settings = Settings(cpu_backend=args.cpu_backend, cpu_threads=args.cpu_threads, accelerator=args.accelerator)
+    settings = Settings(
+        cpu_backend=args.cpu_backend, cpu_threads=args.cpu_threads, accelerator=args.accelerator
+    )
     import_libraries()
     gguf_path = args.gguf_path
     if gguf_path is None:
@@ -46,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tuple[str, MachineProfile, Path]:
+def _measure(
+    model_path: str | None, gguf_path: str, settings: Settings
+) -> tuple[str, MachineProfile, Path]:
     """(CPU backend, profile, where it is kept)."""
     from hybrimoe_plugin.cli.models import first_experts, open_model
     from hybrimoe_plugin.experts.calibrate import profile_path
@@ -57,7 +79,9 @@ def _measure(model_path: str | None, gguf_path: str, settings: Settings) -> tupl
     weights = first_experts(store, config)
     kind, where = bind.accelerator_kind(settings, "auto", "auto")
     accelerator = make_accelerator(kind, where)
-    backend, profile = bind.choose_cpu(settings, [weights], accelerator, progress=sys.stderr.isatty(), refresh=True)
+    backend, profile = bind.choose_cpu(
+        settings, [weights], accelerator, progress=sys.stderr.isatty(), refresh=True
+    )
     threads = bind.cpu_threads(settings, backend, accelerator is None)
     return backend, profile, profile_path(weights.spec, backend, kind, threads)
 
@@ -68,7 +92,8 @@ def _show(profile: MachineProfile, backend: str) -> None:
     spec = profile.spec
     types = "/".join(dict.fromkeys((spec.gate_type, spec.up_type, spec.down_type)))
     title = (
-        f"{profile.name} ({profile.label}), {profile.hardware.get('cpu', 'unknown CPU')}: experts of "
+        f"{profile.name} ({profile.label}), {profile.hardware.get('cpu', 'unknown CPU')}: experts "
+        f"of "
         f"{spec.hidden} x {spec.intermediate} in {types}, {spec.expert_bytes / 1e6:.2f} MB each"
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -76,14 +101,20 @@ def _show(profile: MachineProfile, backend: str) -> None:
     for load in profile.cpu.tokens:
         table.add_column(f"{load} tok", justify="right")
     table.add_column("first expert", justify="right")
-    table.add_row(f"CPU by {backend}, {profile.cpu.threads or '?'} thread(s)", *_cells(profile.cpu, profile.cpu.tokens))
+    table.add_row(
+        f"CPU by {backend}, {profile.cpu.threads or '?'} thread(s)",
+        *_cells(profile.cpu, profile.cpu.tokens),
+    )
     if profile.accelerator is not None:
         table.add_row("accelerator", *_cells(profile.accelerator, profile.cpu.tokens))
     print(title)
     tables().print(table)
     if profile.link is not None:
         link, transfer_us = profile.link, profile.costs(spec).transfer_us
-        print(f"link: {link.gbps:.1f} GB/s, latency {link.latency_us:.0f} us, {transfer_us:.0f} us per expert")
+        print(
+            f"link: {link.gbps:.1f} GB/s, latency {link.latency_us:.0f} us, {transfer_us:.0f} us "
+            f"per expert"
+        )
     for note in profile.notes:
         print(note)
 

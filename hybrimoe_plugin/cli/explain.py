@@ -12,7 +12,9 @@ from hybrimoe_plugin.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    about = "rules file, or the name of a packaged one; default: the packaged one of the model's family"
+    about = (
+        "rules file, or the name of a packaged one; default: the packaged one of the model's family"
+    )
     parser.add_argument("rules", nargs="?", metavar="RULES", help=about)
     add_model(parser)
     add_switch(parser, "all", "one row per module instead of one per group of repeated layers")
@@ -22,12 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print module -> operator -> device -> rule."""
     if args.model_path is None and args.gguf_path is None:
-        raise ConfigError("explain needs a model: give --model_path (its config.json is enough) or --gguf_path")
+        raise ConfigError(
+            "explain needs a model: give --model_path (its config.json is enough) or --gguf_path"
+        )
     import_libraries()
     from hybrimoe_plugin.hosts.transformers.load import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched
 
-    model, rules, plan = plan_for(args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules)
+    model, rules, plan = plan_for(
+        args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules
+    )
     _print(explain_rows(plan, show_all=args.all), f"{type(model).__name__} by {rules.source}")
     replaced = sum(match.replaces for match in plan)
     tables().print(
@@ -45,7 +51,9 @@ def _print(rows: list[Any], title: str) -> None:
         table.add_column(heading, overflow="fold", justify="right" if not heading else "left")
     for row in rows:
         name = row.module or "(whole model)"
-        table.add_row(*map(_plain, (name, f"x{row.count}", row.original, row.operator, row.device, row.rule)))
+        table.add_row(
+            *map(_plain, (name, f"x{row.count}", row.original, row.operator, row.device, row.rule))
+        )
     print(title)
     tables().print(table)
 

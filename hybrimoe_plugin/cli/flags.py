@@ -1,4 +1,6 @@
-"""Flags as typed for kTransformers: `--flag value`, `--flag=value`, `--flag True`, `--noflag`, `--a-flag`."""
+"""Flags as typed for kTransformers: `--flag value`, `--flag=value`, `--flag True`, `--noflag`,
+`--a-flag`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """The same arguments with every `--some-flag` written `--some_flag`; values are left as they are."""
+    """The same arguments with every `--some-flag` written `--some_flag`; values are left as they
+    are.
+    """
     found: list[str] = []
     for position, word in enumerate(argv):
         if word == "--":
@@ -52,10 +56,23 @@ def add_flag(arguments: Arguments, name: str, *aliases: str, **options: Any) -> 
 
 
 def add_switch(arguments: Arguments, name: str, help: str, default: bool | None = False) -> None:
-    """Add a flag that is true when given bare, and takes True or False; `--noname` and `--no_name` turn it off."""
-    add_flag(arguments, name, type=truth, nargs="?", const=True, default=default, metavar="True|False", help=help)
+    """Add a flag that is true when given bare, and takes True or False; `--noname` and `--no_name`
+    turn it off.
+    """
+    add_flag(
+        arguments,
+        name,
+        type=truth,
+        nargs="?",
+        const=True,
+        default=default,
+        metavar="True|False",
+        help=help,
+    )
     off = f"--no{name}", f"--no_{name}"
-    arguments.add_argument(*off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    arguments.add_argument(
+        *off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 SEEDS = 2**64 - 1
@@ -87,7 +104,9 @@ def number(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a number from {low:g} to {high:g}, found {text!r}"
+            )
         return value
 
     return read
@@ -96,7 +115,8 @@ def number(low: float, high: float) -> Callable[[str], float]:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of `Settings`; those that are given override what the rules say."""
     group = parser.add_argument_group(
-        "engine", "override what the rules say; see the rules file for the values in force otherwise"
+        "engine",
+        "override what the rules say; see the rules file for the values in force otherwise",
     )
     for item in fields(Settings):
         choices = item.metadata.get("choices")
@@ -114,7 +134,9 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a value outside its range, or two that exclude each other.
     """
-    given = {item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)}
+    given = {
+        item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)
+    }
     Settings.of(given)
     return given
 
@@ -133,7 +155,13 @@ def _reader(name: str, kind: str) -> Callable[[str], Any]:
         try:
             if name.endswith("_bytes"):
                 return parse_bytes(text, name)
-            return int(text) if kind.startswith("int") else float(text) if kind.startswith("float") else text
+            return (
+                int(text)
+                if kind.startswith("int")
+                else float(text)
+                if kind.startswith("float")
+                else text
+            )
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
         except ValueError as error:
@@ -147,7 +175,15 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that name a model."""
     group = parser.add_argument_group("model")
     add_flag(
-        group, "model_path", metavar="DIR", help="directory with config.json and tokenizer; default: from the GGUF"
+        group,
+        "model_path",
+        metavar="DIR",
+        help="directory with config.json and tokenizer; default: from the GGUF",
     )
-    add_flag(group, "gguf_path", metavar="PATH", help="GGUF file, or directory with one model's GGUF file or split set")
+    add_flag(
+        group,
+        "gguf_path",
+        metavar="PATH",
+        help="GGUF file, or directory with one model's GGUF file or split set",
+    )
     return group

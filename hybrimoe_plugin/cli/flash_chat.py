@@ -25,20 +25,64 @@ WANTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit", "device")
 def add_flash(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     group = parser.add_argument_group("target on flash, with speculative decoding")
-    add_flag(group, "flash_pack", metavar="DIR", help="pack that hybrimoe flash-pack made; default: the demo target's")
-    add_flag(group, "draft", metavar="DRAFT", help="low-bit, ngram, none or a small model's GGUF (default low-bit)")
-    add_flag(group, "draft_bits", type=int, choices=(2, 3, 4), default=3, help="of the low-bit draft (default 3)")
     add_flag(
-        group, "dram_budget", metavar="BYTES", help="memory for the target's weights, e.g. 1GiB; default: no limit"
+        group,
+        "flash_pack",
+        metavar="DIR",
+        help="pack that hybrimoe flash-pack made; default: the demo target's",
     )
-    add_flag(group, "device", metavar="DEVICE", help="cuda or cuda:N computes what is quicker there (default cpu)")
     add_flag(
-        group, "vram_budget", metavar="BYTES", help="of its memory for the target's weights; default: what is free"
+        group,
+        "draft",
+        metavar="DRAFT",
+        help="low-bit, ngram, none or a small model's GGUF (default low-bit)",
+    )
+    add_flag(
+        group,
+        "draft_bits",
+        type=int,
+        choices=(2, 3, 4),
+        default=3,
+        help="of the low-bit draft (default 3)",
+    )
+    add_flag(
+        group,
+        "dram_budget",
+        metavar="BYTES",
+        help="memory for the target's weights, e.g. 1GiB; default: no limit",
+    )
+    add_flag(
+        group,
+        "device",
+        metavar="DEVICE",
+        help="cuda or cuda:N computes what is quicker there (default cpu)",
+    )
+    add_flag(
+        group,
+        "vram_budget",
+        metavar="BYTES",
+        help="of its memory for the target's weights; default: what is free",
     )
     add_flag(group, "tree", choices=TREES, help="what is verified in one pass (default lever)")
-    add_flag(group, "tree_size", type=whole(1), metavar="N", help="chain length or node budget of trees that have one")
-    add_flag(group, "early_exit", metavar="FILE", help="prune trees with this predictor of hybrimoe lever-train")
-    add_flag(group, "throttle", metavar="DEVICE", help="slow reads down to ufs3.1, ufs4.0, nvme or a number of GB/s")
+    add_flag(
+        group,
+        "tree_size",
+        type=whole(1),
+        metavar="N",
+        help="chain length or node budget of trees that have one",
+    )
+    add_flag(
+        group,
+        "early_exit",
+        metavar="FILE",
+        help="prune trees with this predictor of hybrimoe lever-train",
+    )
+    add_flag(
+        group,
+        "throttle",
+        metavar="DEVICE",
+        help="slow reads down to ufs3.1, ufs4.0, nvme or a number of GB/s",
+    )
     add_switch(group, "overlap", "draft for the next cycle while a pass waits for flash", True)
 
 
@@ -58,7 +102,11 @@ class FlashChat:
 
     def report(self) -> str | None:
         """What the last answer's speculation did; nothing before the first."""
-        return "\n".join(self.decoder.stats.lines(self.device_gbps)) if self.decoder.stats.tokens else None
+        return (
+            "\n".join(self.decoder.stats.lines(self.device_gbps))
+            if self.decoder.stats.tokens
+            else None
+        )
 
     def close(self) -> None:
         self.decoder.close()
@@ -80,14 +128,21 @@ def load_flash(args: argparse.Namespace) -> FlashChat:
 
     if args.flash_pack is None and (args.model_path or args.gguf_path):
         raise ConfigError(
-            "a target on flash needs a pack: run hybrimoe flash-pack with the model, then give --flash_pack DIR here"
+            "a target on flash needs a pack: run hybrimoe flash-pack with the model, then give "
+            "--flash_pack DIR here"
         )
     policy = make_policy(args.tree or "lever", args.tree_size)
     throttle = None if args.throttle is None else Throttle.parse(args.throttle)
     pack = args.flash_pack or _demo_pack(args.demo)
-    target = load_target(pack, dram_budget=args.dram_budget, rules=args.optimize_config_path, throttle=throttle,
-                         trust_rules=args.trust_rules, device=args.device or "cpu",
-                         vram_budget=args.vram_budget)  # fmt: skip
+    target = load_target(
+        pack,
+        dram_budget=args.dram_budget,
+        rules=args.optimize_config_path,
+        throttle=throttle,
+        trust_rules=args.trust_rules,
+        device=args.device or "cpu",
+        vram_budget=args.vram_budget,
+    )
     try:
         if target.split is not None and target.accelerator is not None:
             notice(target.split.line(target.accelerator.label))
@@ -117,12 +172,17 @@ def _demo_pack(form: str | None) -> Path:
     from lever_ext.demo import widened_pack
     from lever_ext.packing import pack_model
 
-    notice("no --flash_pack given: this is the demo target" + ("" if form is None else f" in {form} form"))
+    notice(
+        "no --flash_pack given: this is the demo target"
+        + ("" if form is None else f" in {form} form")
+    )
     file = f"lever/{'dense' if form is None else form}/target.lever"
     kept = found(file)
     if kept is not None:
         return kept.parent
-    directory = place_for(file, 0).parent  # the packer looks for room itself, and goes on where it was stopped
+    directory = place_for(
+        file, 0
+    ).parent  # the packer looks for room itself, and goes on where it was stopped
     with packing_bar() as bar:
         if form is None:
             widened_pack(source_path(), directory, progress=bar)
@@ -141,7 +201,9 @@ def _demo_draft() -> Any:
 
 @contextmanager
 def packing_bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for the pack's writer: gives what it shall call with (bytes done, bytes in all)."""
+    """A progress bar for the pack's writer: gives what it shall call with (bytes done, bytes in
+    all).
+    """
     from tqdm import tqdm
 
     with tqdm(desc="packing", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:

@@ -12,8 +12,20 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_flag(parser, "output", metavar="DIR", required=True, help="directory for the pack and its tokenizer")
-    add_flag(parser, "dtype", choices=DTYPES, default=DTYPES[0], help="stored type of the weights (default bfloat16)")
+    add_flag(
+        parser,
+        "output",
+        metavar="DIR",
+        required=True,
+        help="directory for the pack and its tokenizer",
+    )
+    add_flag(
+        parser,
+        "dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="stored type of the weights (default bfloat16)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

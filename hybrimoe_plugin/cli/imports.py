@@ -26,8 +26,8 @@ def import_libraries() -> None:
 def _ending_at_once() -> Iterator[None]:
     """Ctrl-C ends the process.
 
-    Nothing is lost yet; and libraries in C++ that run Python while they are set up cannot hand an exception on: with a
-    KeyboardInterrupt they abort.
+    Nothing is lost yet; and libraries in C++ that run Python while they are set up cannot hand an
+    exception on: with a KeyboardInterrupt they abort.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

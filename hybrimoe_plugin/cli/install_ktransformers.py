@@ -1,4 +1,6 @@
-"""`hybrimoe install_ktransformers`: the pinned ktransformers into this environment, without a compiler."""
+"""`hybrimoe install_ktransformers`: the pinned ktransformers into this environment, without a
+compiler.
+"""
 
 from __future__ import annotations
 
@@ -18,5 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from hybrimoe_plugin.hosts.ktransformers.release import VERSION
 
     spent = install(force=args.force)
-    notice(f"ktransformers {VERSION} is installed" + (f" after {spent:.0f} s" if spent else " already"))
+    notice(
+        f"ktransformers {VERSION} is installed" + (f" after {spent:.0f} s" if spent else " already")
+    )
     return 0

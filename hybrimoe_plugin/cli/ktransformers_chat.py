@@ -1,4 +1,6 @@
-"""`hybrimoe ktransformers_chat`: the real `ktransformers.local_chat`, with our rules and the patches it needs here."""
+"""`hybrimoe ktransformers_chat`: the real `ktransformers.local_chat`, with our rules and the
+patches it needs here.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         theirs, "optimize_rule_path", "optimize_config_path", "rules", metavar="YAML",
         help=f"rules file; {STOCK}: kTransformers' own for the model; default: ours for the model",
     )  # fmt: skip
-    add_flag(theirs, "max_new_tokens", type=whole(1), default=300, metavar="N", help="longest answer (default 300)")
-    add_flag(theirs, "cpu_infer", type=whole(1), metavar="N", help="threads for kTransformers' own CPU experts")
-    add_switch(theirs, "use_cuda_graph", "goes with kTransformers' own operators only; default: off", None)
+    add_flag(
+        theirs,
+        "max_new_tokens",
+        type=whole(1),
+        default=300,
+        metavar="N",
+        help="longest answer (default 300)",
+    )
+    add_flag(
+        theirs,
+        "cpu_infer",
+        type=whole(1),
+        metavar="N",
+        help="threads for kTransformers' own CPU experts",
+    )
+    add_switch(
+        theirs, "use_cuda_graph", "goes with kTransformers' own operators only; default: off", None
+    )
     add_flag(theirs, "prompt_file", metavar="FILE", help="prompt that an empty line sends")
-    add_flag(theirs, "mode", metavar="MODE", help="normal, or long_context where kTransformers was compiled")
+    add_flag(
+        theirs,
+        "mode",
+        metavar="MODE",
+        help="normal, or long_context where kTransformers was compiled",
+    )
     add_switch(theirs, "force_think", "begin every answer with <think>")
     ours = parser.add_argument_group("ours")
     add_flag(ours, "prompt", metavar="TEXT", help="answer this once and exit, instead of talking")
@@ -44,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     flags = _flags(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model: list[Any] = []
-    run_local_chat(Launch(flags, args.prompt, greedy=args.greedy, seed=args.seed, quiet=not args.verbose), model.append)
+    run_local_chat(
+        Launch(flags, args.prompt, greedy=args.greedy, seed=args.seed, quiet=not args.verbose),
+        model.append,
+    )
     if model:
         _report(model[0])
     return 0
@@ -61,7 +86,8 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
     if rules is not None and args.use_cuda_graph:
         raise ConfigError(
             "--use_cuda_graph True does not go with HybriMoE, which plans every layer call anew: "
-            f"give --use_cuda_graph False, or --optimize_rule_path {STOCK} for kTransformers' own operators"
+            f"give --use_cuda_graph False, or --optimize_rule_path {STOCK} for kTransformers' own "
+            f"operators"
         )
     return {
         "model_path": model_path,
@@ -81,14 +107,17 @@ def _model(args: argparse.Namespace) -> tuple[str, str]:
     if args.demo is not None:
         if args.model_path or args.gguf_path:
             raise ConfigError(
-                "--demo names the demo model and --model_path or --gguf_path another one: give one of them"
+                "--demo names the demo model and --model_path or --gguf_path another one: give "
+                "one of them"
             )
         from hybrimoe_plugin.hosts.ktransformers.demo import classic_folder
 
         folder = str(classic_folder(args.demo))
         return folder, folder
     if args.model_path is None or args.gguf_path is None:
-        raise ConfigError("give --model_path (config and tokenizer) and --gguf_path (weights), or --demo")
+        raise ConfigError(
+            "give --model_path (config and tokenizer) and --gguf_path (weights), or --demo"
+        )
     if not Path(args.model_path).is_dir():
         # kTransformers would look for it on a model hub.
         raise ConfigError(f"{args.model_path}: no such directory")
@@ -110,7 +139,11 @@ def _rules(given: str | None, model_path: str) -> str | None:
     if given is None:
         return str(packaged_rules(model_path, "gpu" if torch.cuda.is_available() else "cpu"))
     path = _found(given)
-    if not names_cuda(path) and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and not torch.cuda.is_initialized():
+    if (
+        not names_cuda(path)
+        and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+        and not torch.cuda.is_initialized()
+    ):
         # local_chat asks CUDA to switch to whatever device the rules name, cpu too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif names_cuda(path) and not torch.cuda.is_available():
@@ -125,7 +158,9 @@ def _found(given: str) -> Path:
     for path in (Path(given), packaged / given, packaged / f"{given}.yaml"):
         if path.is_file():
             return path
-    raise ConfigError(f"{given}: no such rules file, and no packaged rules of that name in {packaged}")
+    raise ConfigError(
+        f"{given}: no such rules file, and no packaged rules of that name in {packaged}"
+    )
 
 
 def _report(model: Any) -> None:

@@ -12,14 +12,60 @@ from hybrimoe_plugin.cli.imports import import_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flag(parser, "flash_pack", metavar="DIR", required=True, help="pack that hybrimoe flash-pack made")
-    add_flag(parser, "output", metavar="FILE", help="the predictor's file (default: exit.safetensors beside the pack)")
-    add_flag(parser, "text", metavar="FILE", help="text like what the model will say; default: a short one of ours")
-    add_flag(parser, "layer", type=whole(1), metavar="N", help="exit before this decoder layer (default: the middle)")
-    add_flag(parser, "epochs", type=whole(1), default=6, metavar="N", help="passes over the text (default 6)")
-    add_flag(parser, "tau", type=number(0.1, 100), default=2.0, help="softmax temperature of the loss (default 2)")
-    add_flag(parser, "candidate_weight", type=number(0, 100), default=1.0, help="lambda of the loss (default 1)")
-    add_flag(parser, "dram_budget", metavar="BYTES", help="memory for the target's weights; default: all of them")
+    add_flag(
+        parser,
+        "flash_pack",
+        metavar="DIR",
+        required=True,
+        help="pack that hybrimoe flash-pack made",
+    )
+    add_flag(
+        parser,
+        "output",
+        metavar="FILE",
+        help="the predictor's file (default: exit.safetensors beside the pack)",
+    )
+    add_flag(
+        parser,
+        "text",
+        metavar="FILE",
+        help="text like what the model will say; default: a short one of ours",
+    )
+    add_flag(
+        parser,
+        "layer",
+        type=whole(1),
+        metavar="N",
+        help="exit before this decoder layer (default: the middle)",
+    )
+    add_flag(
+        parser,
+        "epochs",
+        type=whole(1),
+        default=6,
+        metavar="N",
+        help="passes over the text (default 6)",
+    )
+    add_flag(
+        parser,
+        "tau",
+        type=number(0.1, 100),
+        default=2.0,
+        help="softmax temperature of the loss (default 2)",
+    )
+    add_flag(
+        parser,
+        "candidate_weight",
+        type=number(0, 100),
+        default=1.0,
+        help="lambda of the loss (default 1)",
+    )
+    add_flag(
+        parser,
+        "dram_budget",
+        metavar="BYTES",
+        help="memory for the target's weights; default: all of them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     text = training_text() if args.text is None else read_prompt_file(args.text)
     settings = ExitTraining(tau=args.tau, weight=args.candidate_weight, epochs=args.epochs)
     directory = Path(args.flash_pack)
-    output = args.output or (directory if directory.is_dir() else directory.parent) / "exit.safetensors"
+    output = (
+        args.output or (directory if directory.is_dir() else directory.parent) / "exit.safetensors"
+    )
     target = load_target(directory, dram_budget=args.dram_budget)
     try:
         ids = pack_tokenizer(directory)(text, add_special_tokens=False).input_ids
@@ -49,13 +97,18 @@ def run(args: argparse.Namespace) -> int:
             made = train_exit(target, ids, output, args.layer, settings, progress)
     finally:
         target.close()
-    notice(f"exit before layer {made.layer}, loss {made.loss:.3f} on held-out positions of {len(ids)} tokens")
+    notice(
+        f"exit before layer {made.layer}, loss {made.loss:.3f} on held-out positions of "
+        f"{len(ids)} tokens"
+    )
     print(output)
     return 0
 
 
 def training_text() -> str:
-    """Conversations and, from Python's own library, code with prose about it: some ten thousand tokens."""
+    """Conversations and, from Python's own library, code with prose about it: some ten thousand
+    tokens.
+    """
     import fractions
     import statistics
     import textwrap
@@ -63,4 +116,9 @@ def training_text() -> str:
     from hybrimoe_plugin.demo.text import CALIBRATION
 
     modules: tuple[Any, ...] = (textwrap, fractions, statistics)
-    return "\n".join([CALIBRATION, *(Path(module.__file__).read_text(encoding="utf-8")[:16000] for module in modules)])
+    return "\n".join(
+        [
+            CALIBRATION,
+            *(Path(module.__file__).read_text(encoding="utf-8")[:16000] for module in modules),
+        ]
+    )

@@ -37,17 +37,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = add_model(parser)
     add_flag(
         model, "optimize_config_path", "optimize_rule_path", "rules", metavar="YAML",
-        help="rules file, or the name of a packaged one; default: the packaged one of the model's family",
+        help="rules file, or the name of a packaged one; default: the packaged one of the model's "
+             "family",
     )  # fmt: skip
     add_switch(model, "trust_rules", "let the rules import classes from any package")
-    add_flag(model, "demo", nargs="?", const=FORMS[0], choices=FORMS, help="the demo model, built on first use")
-    add_flag(model, "dtype", choices=DTYPES, default="auto", help="of everything but the experts (default auto)")
+    add_flag(
+        model,
+        "demo",
+        nargs="?",
+        const=FORMS[0],
+        choices=FORMS,
+        help="the demo model, built on first use",
+    )
+    add_flag(
+        model,
+        "dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of everything but the experts (default auto)",
+    )
     _add_generation(parser.add_argument_group("answers"))
     add_settings(parser)
     add_flash(parser)
     output = parser.add_argument_group("records")
-    add_flag(output, "timeline", metavar="FILE", help="write the run as a trace for Perfetto or chrome://tracing")
-    add_flag(output, "record_trace", metavar="FILE", help="write the routing as a trace for the replay simulator")
+    add_flag(
+        output,
+        "timeline",
+        metavar="FILE",
+        help="write the run as a trace for Perfetto or chrome://tracing",
+    )
+    add_flag(
+        output,
+        "record_trace",
+        metavar="FILE",
+        help="write the routing as a trace for the replay simulator",
+    )
     _add_foreign(parser.add_argument_group("flags of ktransformers.local_chat"))
 
 
@@ -69,29 +93,74 @@ def run(args: argparse.Namespace) -> int:
 def _add_generation(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "prompt", metavar="TEXT", help="answer this once and exit, instead of talking")
     add_flag(group, "prompt_file", metavar="FILE", help="prompt that an empty line sends")
-    add_flag(group, "max_new_tokens", type=whole(1), default=300, metavar="N", help="longest answer (default 300)")
-    add_switch(group, "do_sample", "draw tokens at random; default: as the model's generation config says", None)
-    add_switch(group, "greedy", "always take the likeliest token")
-    add_flag(group, "temperature", type=number(0, 100), help="flatter above 1, sharper below; 0 is greedy")
-    add_flag(group, "top_p", type=number(0, 1), help="draw from the likeliest tokens with this share of probability")
-    add_flag(group, "top_k", type=whole(1), metavar="N", help="draw from this many likeliest tokens")
-    add_flag(group, "min_p", type=number(0, 1), help="draw from tokens at least this share as likely as the likeliest")
     add_flag(
-        group, "sampler", choices=SAMPLERS, default="auto", help="on a GPU, filter by flashinfer where it is faster"
+        group,
+        "max_new_tokens",
+        type=whole(1),
+        default=300,
+        metavar="N",
+        help="longest answer (default 300)",
+    )
+    add_switch(
+        group,
+        "do_sample",
+        "draw tokens at random; default: as the model's generation config says",
+        None,
+    )
+    add_switch(group, "greedy", "always take the likeliest token")
+    add_flag(
+        group,
+        "temperature",
+        type=number(0, 100),
+        help="flatter above 1, sharper below; 0 is greedy",
+    )
+    add_flag(
+        group,
+        "top_p",
+        type=number(0, 1),
+        help="draw from the likeliest tokens with this share of probability",
+    )
+    add_flag(
+        group, "top_k", type=whole(1), metavar="N", help="draw from this many likeliest tokens"
+    )
+    add_flag(
+        group,
+        "min_p",
+        type=number(0, 1),
+        help="draw from tokens at least this share as likely as the likeliest",
+    )
+    add_flag(
+        group,
+        "sampler",
+        choices=SAMPLERS,
+        default="auto",
+        help="on a GPU, filter by flashinfer where it is faster",
     )
     add_flag(group, "seed", type=whole(0, SEEDS), metavar="N", help="of the random draw")
     add_switch(group, "force_think", "begin every answer with <think>")
     add_flag(
         group, "chunk_prefill_size", type=whole(1), metavar="N",
-        help=f"compute longer prompts in pieces of this many tokens (default {PIECE}; {CPU_PIECE} on the CPU alone, "
+        help=f"compute longer prompts in pieces of this many tokens (default {PIECE}; {CPU_PIECE} "
+             f"on the CPU alone, "
         "where a piece that has begun does not hear Ctrl-C)",
     )  # fmt: skip
 
 
 def _add_foreign(group: argparse._ArgumentGroup) -> None:
-    add_flag(group, "cpu_infer", type=whole(1), metavar="N", help="threads for CPU experts; the same as --cpu_threads")
+    add_flag(
+        group,
+        "cpu_infer",
+        type=whole(1),
+        metavar="N",
+        help="threads for CPU experts; the same as --cpu_threads",
+    )
     add_switch(group, "use_cuda_graph", "accepted and ignored: see --cuda_graphs", None)
-    add_flag(group, "mode", metavar="MODE", help="accepted and ignored: long contexts need no mode of their own")
+    add_flag(
+        group,
+        "mode",
+        metavar="MODE",
+        help="accepted and ignored: long contexts need no mode of their own",
+    )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,11 +168,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.cpu_infer is not None:
         if settings.get("cpu_threads", args.cpu_infer) != args.cpu_infer:
             raise ConfigError(
-                f"--cpu_infer {args.cpu_infer} and --cpu_threads {settings['cpu_threads']} differ: give one"
+                f"--cpu_infer {args.cpu_infer} and --cpu_threads {settings['cpu_threads']} "
+                f"differ: give one"
             )
         settings["cpu_threads"] = args.cpu_infer
     if args.demo is not None and (args.model_path or args.gguf_path):
-        raise ConfigError("--demo names the demo model and --model_path or --gguf_path another one: give one of them")
+        raise ConfigError(
+            "--demo names the demo model and --model_path or --gguf_path another one: give one of "
+            "them"
+        )
     return settings
 
 
@@ -122,7 +195,10 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def _explain_ignored(args: argparse.Namespace) -> None:
     if args.use_cuda_graph:
-        notice("--use_cuda_graph has no effect: on a GPU graphs are used wherever they can be, see --cuda_graphs")
+        notice(
+            "--use_cuda_graph has no effect: on a GPU graphs are used wherever they can be, see "
+            "--cuda_graphs"
+        )
     if args.mode not in (None, "normal"):
         notice(f"--mode {args.mode} has no effect")
 
@@ -135,7 +211,9 @@ def _one_shot(args: argparse.Namespace) -> str | None:
         read_prompt_file(args.prompt_file)
     if args.prompt is None:
         if sys.stdin is None:
-            raise ConfigError("standard input is closed, so there is nothing to talk with: give --prompt")
+            raise ConfigError(
+                "standard input is closed, so there is nothing to talk with: give --prompt"
+            )
         return None
     if not args.prompt.strip():
         raise ConfigError("--prompt is empty")
@@ -166,7 +244,10 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         **settings,
     )
     if tokenizer is None:
-        raise ConfigError("the GGUF holds no tokenizer that can be used: give --model_path with the model's tokenizer")
+        raise ConfigError(
+            "the GGUF holds no tokenizer that can be used: give --model_path with the model's "
+            "tokenizer"
+        )
     return model, tokenizer
 
 
@@ -192,7 +273,9 @@ def _talk(
 
 
 def _on_cpu_alone(model: Any) -> bool:
-    """Whether no accelerator computes: there, many pieces would send the same experts many times."""
+    """Whether no accelerator computes: there, many pieces would send the same experts many
+    times.
+    """
     engines = getattr(getattr(model, "hybrimoe", None), "engines", ())
     return bool(engines) and all(engine.accelerator is None for engine in engines)
 
@@ -206,7 +289,9 @@ def _talk_flash(
     from hybrimoe_plugin.cli.chat import Chat, ChatOptions
 
     if settings or args.timeline or args.record_trace:
-        raise ConfigError("a target on flash has no engine: leave the engine's and the records' flags out")
+        raise ConfigError(
+            "a target on flash has no engine: leave the engine's and the records' flags out"
+        )
     if not args.verbose:
         transformers_logging.set_verbosity_error()
     flash: FlashChat = load_flash(args)
@@ -214,7 +299,11 @@ def _talk_flash(
         if args.seed is not None:
             torch.manual_seed(args.seed)
         options = ChatOptions(args.max_new_tokens, sampling, args.force_think)
-        return _converse(args, Chat(flash.target.model, flash.tokenizer, options, flash.report, flash.decoder), prompt)
+        return _converse(
+            args,
+            Chat(flash.target.model, flash.tokenizer, options, flash.report, flash.decoder),
+            prompt,
+        )
     finally:
         flash.close()
 

@@ -1,4 +1,6 @@
-"""Entry point of the `hybrimoe` command: finds the sub-command, turns errors into one line and an exit code."""
+"""Entry point of the `hybrimoe` command: finds the sub-command, turns errors into one line and an
+exit code.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,48 @@ class Command:
 
 
 COMMANDS = (
-    Command("local_chat", "chat with a model whose experts HybriMoE schedules", "hybrimoe_plugin.cli.local_chat"),
-    Command("explain", "show which module each rule replaces, without loading weights", "hybrimoe_plugin.cli.explain"),
-    Command("calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"),
-    Command("demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"),
-    Command("flash-pack", "lay a model out on flash, for direct reads", "hybrimoe_plugin.cli.flash_pack"),
-    Command("lever-train", "train the early exit of a packed target", "hybrimoe_plugin.cli.lever_train"),
-    Command("doctor", "what is installed, which backends work and why not, what fits", "hybrimoe_plugin.cli.doctor"),
-    Command("ktransformers_chat", "ktransformers.local_chat itself, patched", "hybrimoe_plugin.cli.ktransformers_chat"),
-    Command("install_ktransformers", "ktransformers, no compiler", "hybrimoe_plugin.cli.install_ktransformers"),
-    Command("patches", "what ktransformers lacks here and what replaces it", "hybrimoe_plugin.cli.patches"),
+    Command(
+        "local_chat",
+        "chat with a model whose experts HybriMoE schedules",
+        "hybrimoe_plugin.cli.local_chat",
+    ),
+    Command(
+        "explain",
+        "show which module each rule replaces, without loading weights",
+        "hybrimoe_plugin.cli.explain",
+    ),
+    Command(
+        "calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"
+    ),
+    Command(
+        "demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"
+    ),
+    Command(
+        "flash-pack", "lay a model out on flash, for direct reads", "hybrimoe_plugin.cli.flash_pack"
+    ),
+    Command(
+        "lever-train", "train the early exit of a packed target", "hybrimoe_plugin.cli.lever_train"
+    ),
+    Command(
+        "doctor",
+        "what is installed, which backends work and why not, what fits",
+        "hybrimoe_plugin.cli.doctor",
+    ),
+    Command(
+        "ktransformers_chat",
+        "ktransformers.local_chat itself, patched",
+        "hybrimoe_plugin.cli.ktransformers_chat",
+    ),
+    Command(
+        "install_ktransformers",
+        "ktransformers, no compiler",
+        "hybrimoe_plugin.cli.install_ktransformers",
+    ),
+    Command(
+        "patches",
+        "what ktransformers lacks here and what replaces it",
+        "hybrimoe_plugin.cli.patches",
+    ),
 )
 
 
@@ -82,7 +116,9 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     except Exception as error:
         # A fault of ours, or of a library that nobody foresaw.
         log.info("in detail", exc_info=error)
-        return _complain(f"unexpected {type(error).__name__}: {error} ({_place(error)}; -v shows more)")
+        return _complain(
+            f"unexpected {type(error).__name__}: {error} ({_place(error)}; -v shows more)"
+        )
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
@@ -95,12 +131,18 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
         aliases = [command.name.replace("_", "-"), command.name.replace("-", "_")]
         names = [alias for alias in dict.fromkeys(aliases) if alias != command.name]
         sub = table.add_parser(
-            command.name, aliases=names, help=command.help, description=command.help, allow_abbrev=False
+            command.name,
+            aliases=names,
+            help=command.help,
+            description=command.help,
+            allow_abbrev=False,
         )
         if wanted in (command.name, *names):
             # Only the chosen module is imported: some of them pull in rich, later torch.
             chosen = importlib.import_module(command.module)
-            sub.add_argument("-v", "--verbose", action="store_true", help="say more about what happens")
+            sub.add_argument(
+                "-v", "--verbose", action="store_true", help="say more about what happens"
+            )
             chosen.add_arguments(sub)
     args = parser.parse_args(underscored(argv))
     if chosen is None:
@@ -113,12 +155,21 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
     return code
 
 
-_DESCRIPTION = "MoE models whose experts are scheduled over CPU and accelerator, injected by kTransformers-style rules."
+_DESCRIPTION = (
+    "MoE models whose experts are scheduled over CPU and accelerator, injected by "
+    "kTransformers-style rules."
+)
 
 
 def _tolerant_streams() -> None:
-    """What the terminal cannot show is replaced; what it sends that is no text is kept, for `well_formed` to judge."""
-    streams = ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace"))
+    """What the terminal cannot show is replaced; what it sends that is no text is kept, for
+    `well_formed` to judge.
+    """
+    streams = (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    )
     for stream, errors in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

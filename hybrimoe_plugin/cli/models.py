@@ -40,7 +40,9 @@ def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
 
     layers = [int(found[1]) for name in store.tensors if (found := EXPERT_TENSOR.match(name))]
     if not layers:
-        raise WeightsError(f"{store.paths[0]}: no routed experts in this file; HybriMoE is for MoE models")
+        raise WeightsError(
+            f"{store.paths[0]}: no routed experts in this file; HybriMoE is for MoE models"
+        )
     experts, intermediate = expert_counts(config)
     return layer_weights(
         store,

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List every patch: whether `ktransformers_chat` applies it here, for which versions, and why it exists."""
+    """List every patch: whether `ktransformers_chat` applies it here, for which versions, and why
+    it exists.
+    """
     from hybrimoe_plugin.hosts.ktransformers.patches import decide
     from hybrimoe_plugin.hosts.ktransformers.release import installed
 
@@ -35,13 +37,17 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), title=f"ktransformers {installed()}", title_justify="left")
+    table = Table(
+        box=None, padding=(0, 2, 0, 0), title=f"ktransformers {installed()}", title_justify="left"
+    )
     for name in ("patch", "applied", "here", "versions", "reason"):
         table.add_column(name, overflow="fold")
     for row in rows:
         applied = Text("yes", "green") if row["applied"] else Text("no", "dim")
         table.add_row(
-            Text(str(row["patch"])), applied, *(Text(str(row[key])) for key in ("here", "versions", "reason"))
+            Text(str(row["patch"])),
+            applied,
+            *(Text(str(row[key])) for key in ("here", "versions", "reason")),
         )
     tables().print(table)
     return 0

@@ -41,8 +41,8 @@ def read_message(read: Callable[[str], str], prompt: str = "Chat: ") -> str:
 def well_formed(text: str) -> str:
     """The text that was typed, where the terminal's encoding does not say what its bytes mean.
 
-    Python keeps bytes that it cannot decode as lone surrogates. Where they are UTF-8 after all (in the C locale), that
-    is what is meant.
+    Python keeps bytes that it cannot decode as lone surrogates. Where they are UTF-8 after all (in
+    the C locale), that is what is meant.
 
     Raises:
         ConfigError: they are not.
@@ -50,7 +50,9 @@ def well_formed(text: str) -> str:
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8").removeprefix("\ufeff")
     except UnicodeError as error:
-        raise ConfigError("the message is not UTF-8 text: set the terminal to UTF-8 and type it again") from error
+        raise ConfigError(
+            "the message is not UTF-8 text: set the terminal to UTF-8 and type it again"
+        ) from error
 
 
 def read_prompt_file(path: str | Path) -> str:
@@ -63,7 +65,9 @@ def read_prompt_file(path: str | Path) -> str:
         # Editors on Windows begin files with a byte order mark, and end lines in two characters.
         text = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the prompt file: {error.strerror or error}") from error
+        raise ConfigError(
+            f"{path}: cannot read the prompt file: {error.strerror or error}"
+        ) from error
     except UnicodeError as error:
         raise ConfigError(f"{path}: cannot read the prompt file: not UTF-8 text") from error
     if not text.strip():

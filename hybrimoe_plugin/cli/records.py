@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Records:
-    """Opened before the model is loaded, attached to it, complete when the block ends, however it ends.
+    """Opened before the model is loaded, attached to it, complete when the block ends, however it
+    ends.
 
     Args:
         timeline: path of the trace for Perfetto, None for none.
@@ -41,7 +42,8 @@ class Records:
         """Let the model's engine write.
 
         Raises:
-            ConfigError: the model has no engine, or several where one trace cannot hold their layers.
+            ConfigError: the model has no engine, or several where one trace cannot hold their
+                layers.
         """
         if self._timeline is None and self._trace is None:
             return
@@ -57,7 +59,12 @@ class Records:
             # Undone in reverse: recording stops before the file is closed.
             self._open.callback(handle.record, None)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._open.close()
 
 
@@ -65,7 +72,9 @@ def _trace_writer(path: str, handle: HybriMoE, model: str) -> TraceWriter:
     from hybrimoe_plugin.replay.trace import TraceHeader, TraceWriter
 
     if len(handle.engines) != 1:
-        raise ConfigError(f"--record_trace needs one engine, these rules make {len(handle.engines)}")
+        raise ConfigError(
+            f"--record_trace needs one engine, these rules make {len(handle.engines)}"
+        )
     engine = handle.engines[0]
     spec = engine.layers[0].spec
     header = TraceHeader(
@@ -85,6 +94,8 @@ def _recorder(writer: TraceWriter) -> Any:
     from hybrimoe_plugin.replay.trace import Call
 
     def record(call: CallRecord) -> None:
-        writer.write(Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted))
+        writer.write(
+            Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted)
+        )
 
     return record

@@ -18,13 +18,16 @@ def engine_line(counts: Counters, emulated: bool) -> str:
     line = (
         f"engine: cache hits {counts.cache_hits}/{counts.activations}{share}, "
         f"experts on CPU {counts.experts_cpu} / accelerator {counts.experts_accelerator} / "
-        f"transferred {counts.transferred}, prefetches used {counts.prefetches_used}/{counts.prefetches}"
+        f"transferred {counts.transferred}, prefetches used "
+        f"{counts.prefetches_used}/{counts.prefetches}"
     )
     return f"{line} [accelerator emulated]" if emulated else line
 
 
 class EngineReport:
-    """Gives the line of what happened since it was last asked; nothing for a model without an engine."""
+    """Gives the line of what happened since it was last asked; nothing for a model without an
+    engine.
+    """
 
     def __init__(self, model: Any) -> None:
         self._handle = getattr(model, "hybrimoe", None)

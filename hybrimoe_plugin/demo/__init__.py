@@ -1,4 +1,6 @@
-"""A small MoE model that talks sense, built on first use from a 135M dense model that a package ships."""
+"""A small MoE model that talks sense, built on first use from a 135M dense model that a package
+ships.
+"""
 
 from hybrimoe_plugin.demo.build import FORMS, build_demo_model, source_path
 

@@ -1,9 +1,11 @@
-"""Sparse upcycling of SmolLM2-135M-Instruct: every FFN becomes an MoE that computes nearly the same function.
+"""Sparse upcycling of SmolLM2-135M-Instruct: every FFN becomes an MoE that computes nearly the same
+function.
 
-Each expert is a copy of the FFN (or, in the form with a shared expert, of part of its neurons) with a small
-perturbation of its own, so that a wrong expert shows. Routing weights sum to 1, so whichever experts are chosen the
-model says what SmolLM2 says. Routers are spherical k-means centroids of the FFN's inputs over an English text, which
-makes routing depend on the input and change slowly, as in trained models.
+Each expert is a copy of the FFN (or, in the form with a shared expert, of part of its neurons) with
+a small perturbation of its own, so that a wrong expert shows. Routing weights sum to 1, so
+whichever experts are chosen the model says what SmolLM2 says. Routers are spherical k-means
+centroids of the FFN's inputs over an English text, which makes routing depend on the input and
+change slowly, as in trained models.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ FORMS = ("mixtral", "qwen2moe")
 EXPERTS = {"mixtral": 8, "qwen2moe": 32}
 TOP_K = {"mixtral": 2, "qwen2moe": 4}
 SHARED_NEURONS = 1024
-"""Neurons of the shared expert in the qwen2moe form; the other 512 are what each routed expert holds."""
+"""Neurons of the shared expert in the qwen2moe form; the other 512 are what each routed expert
+holds.
+"""
 PERTURBATION = 0.02
 """Noise of an expert's down projection, relative to its own size."""
 ROUTER_STD = 1.5
@@ -47,8 +51,10 @@ ROUTER_STD = 1.5
 ROOM_BYTES = 800 << 20
 """More than either form takes: 692 MiB."""
 SEED = 136
-"""Of the perturbation. Asked for the capital of France, SmolLM2 itself is nearly undecided how to begin (0.09 between
-its two best logits), and any rounding could turn the answer; of four seeds tried this one is the clearest (0.6)."""
+"""Of the perturbation. Asked for the capital of France, SmolLM2 itself is nearly undecided how to
+begin (0.09 between its two best logits), and any rounding could turn the answer; of four seeds
+tried this one is the clearest (0.6).
+"""
 
 Matrix = NDArray[np.float32]
 
@@ -70,10 +76,14 @@ def source_path() -> Path:
     return files[0]
 
 
-def build_demo_model(form: str = "mixtral", *, progress: bool = True, rebuild: bool = False) -> Path:
-    """The demo model's GGUF, from the cache directory or built there first; the same bytes every time.
+def build_demo_model(
+    form: str = "mixtral", *, progress: bool = True, rebuild: bool = False
+) -> Path:
+    """The demo model's GGUF, from the cache directory or built there first; the same bytes every
+    time.
 
-    Where the cache directory cannot be written, a folder for temporary files takes its place, with a notice.
+    Where the cache directory cannot be written, a folder for temporary files takes its place, with
+    a notice.
 
     Raises:
         ConfigError: unknown form, or no place to put it.
@@ -92,7 +102,8 @@ def build_demo_model(form: str = "mixtral", *, progress: bool = True, rebuild: b
         _write_whole(form, path, progress)
     except OSError as error:
         raise WeightsError(
-            f"{path}: the demo model cannot be written ({error.strerror or error}); set HYBRIMOE_CACHE to another "
+            f"{path}: the demo model cannot be written ({error.strerror or error}); set "
+            f"HYBRIMOE_CACHE to another "
             "folder"
         ) from error
     return path
@@ -132,11 +143,15 @@ def _sha256(path: Path) -> str:
 
 
 def write_model(form: str, path: Path, experts: int, top_k: int, progress: bool = True) -> None:
-    """Write a demo model with any number of experts. Raises: WeightsError: the source package is missing."""
+    """Write a demo model with any number of experts. Raises: WeightsError: the source package is
+    missing.
+    """
     source = source_path()
     store = GGUFStore.open(source)
     layers = int(store.metadata["llama.block_count"])
-    with tqdm(total=2 * layers, desc=f"building the {form} demo model", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=2 * layers, desc=f"building the {form} demo model", disable=not progress, leave=False
+    ) as bar:
         inputs = _ffn_inputs(source, bar)
         writer = GGUFWriter(str(path), "llama" if form == "mixtral" else "qwen2moe")
         _add_metadata(writer, store, form, experts, top_k)
@@ -169,7 +184,9 @@ def _ffn_inputs(source: Path, bar: Any) -> list[Matrix]:
     return seen
 
 
-def _add_metadata(writer: GGUFWriter, store: GGUFStore, form: str, experts: int, top_k: int) -> None:
+def _add_metadata(
+    writer: GGUFWriter, store: GGUFStore, form: str, experts: int, top_k: int
+) -> None:
     """The source's metadata under the new architecture, with the MoE's own."""
     arch = "llama" if form == "mixtral" else "qwen2moe"
     for key, value in store.metadata.items():
@@ -212,10 +229,14 @@ def _add_raw(writer: GGUFWriter, store: GGUFStore, name: str, target: str | None
 
 
 def _add_q8(writer: GGUFWriter, name: str, values: Matrix) -> None:
-    writer.add_tensor(name, quantize(values, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor(
+        name, quantize(values, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0
+    )
 
 
-def _add_layer(writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix, form: str, experts: int) -> None:
+def _add_layer(
+    writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix, form: str, experts: int
+) -> None:
     prefix = f"blk.{layer}"
     for part in ("attn_norm", "ffn_norm", "attn_output", "attn_v"):
         _add_raw(writer, store, f"{prefix}.{part}.weight")
@@ -224,10 +245,14 @@ def _add_layer(writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix,
             _add_raw(writer, store, f"{prefix}.{part}.weight")
     else:
         _add_qwen_attention(writer, store, prefix)
-    gate, up, down = (_dequantized(store, f"{prefix}.ffn_{part}.weight") for part in ("gate", "up", "down"))
+    gate, up, down = (
+        _dequantized(store, f"{prefix}.ffn_{part}.weight") for part in ("gate", "up", "down")
+    )
     if form == "qwen2moe":
         shared = slice(0, SHARED_NEURONS)
-        writer.add_tensor(f"{prefix}.ffn_gate_inp_shexp.weight", np.zeros(gate.shape[1], np.float32))
+        writer.add_tensor(
+            f"{prefix}.ffn_gate_inp_shexp.weight", np.zeros(gate.shape[1], np.float32)
+        )
         _add_q8(writer, f"{prefix}.ffn_gate_shexp.weight", gate[shared])
         _add_q8(writer, f"{prefix}.ffn_up_shexp.weight", up[shared])
         # The gate is a sigmoid of 0, one half.
@@ -238,7 +263,9 @@ def _add_layer(writer: GGUFWriter, store: GGUFStore, layer: int, inputs: Matrix,
     _add_experts(writer, f"{prefix}.ffn_gate_exps.weight", (gate for _ in range(experts)))
     _add_experts(writer, f"{prefix}.ffn_up_exps.weight", (up for _ in range(experts)))
     size = PERTURBATION * float(down.std())
-    noisy = (down + size * rng.standard_normal(down.shape, dtype=np.float32) for _ in range(experts))
+    noisy = (
+        down + size * rng.standard_normal(down.shape, dtype=np.float32) for _ in range(experts)
+    )
     _add_experts(writer, f"{prefix}.ffn_down_exps.weight", noisy)
 
 
@@ -266,8 +293,12 @@ def _dequantized(store: GGUFStore, name: str) -> Matrix:
 
 
 def _router(inputs: Matrix, experts: int, rng: np.random.Generator) -> Matrix:
-    """[E, H]: centroid directions of the inputs without their mean, scaled to a fixed spread of logits."""
-    centered = inputs[1:] - inputs[1:].mean(axis=0)  # the first token's states are outliers (attention sink)
+    """[E, H]: centroid directions of the inputs without their mean, scaled to a fixed spread of
+    logits.
+    """
+    centered = inputs[1:] - inputs[1:].mean(
+        axis=0
+    )  # the first token's states are outliers (attention sink)
     units = centered / np.linalg.norm(centered, axis=1, keepdims=True)
     centroids = units[rng.choice(len(units), experts, replace=False)]
     for _ in range(20):
@@ -277,7 +308,8 @@ def _router(inputs: Matrix, experts: int, rng: np.random.Generator) -> Matrix:
             if len(members):
                 mean = members.mean(axis=0)
                 centroids[expert] = mean / np.linalg.norm(mean)
-    # What the mean adds to a logit would favour the same experts always; the router has no bias to take it off.
+    # What the mean adds to a logit would favour the same experts always; the router has no bias to
+    # take it off.
     centroids -= (
         np.outer(centroids @ inputs[1:].mean(axis=0), inputs[1:].mean(axis=0))
         / np.square(inputs[1:].mean(axis=0)).sum()

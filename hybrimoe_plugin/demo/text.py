@@ -1,4 +1,6 @@
-"""The text on which the demo model's routers are fitted: short passages of several kinds, written for this purpose."""
+"""The text on which the demo model's routers are fitted: short passages of several kinds, written
+for this purpose.
+"""
 
 CALIBRATION = """<|im_start|>user
 What is the capital of Italy?<|im_end|>
@@ -51,4 +53,4 @@ print(matrix.sum(axis=0))
 Photosynthesis turns light, water and carbon dioxide into sugar and oxygen: 6 CO2 + 6 H2O -> C6H12O6 + 6 O2.
 Dear Anna, thank you for your letter. The weather here is lovely, and the children play outside all day. Please give my
 regards to your mother. Yours, Thomas
-"""
+"""  # noqa: E501

@@ -32,7 +32,8 @@ class SimulatedClock:
 class Between:
     """What attention and dense parts take between two MoE layers, measured as the model runs.
 
-    No profile knows it: it is the model's, not the machine's, and it is time in which the link may prefetch.
+    No profile knows it: it is the model's, not the machine's, and it is time in which the link may
+    prefetch.
     """
 
     NEWEST = 0.05
@@ -44,7 +45,9 @@ class Between:
         self._last: tuple[int, bool, float] | None = None
 
     def begin(self, layer: int, tokens: int, now_us: float) -> float | None:
-        """A call begins; gives what is known of the time between layers for calls of this kind, None for nothing."""
+        """A call begins; gives what is known of the time between layers for calls of this kind,
+        None for nothing.
+        """
         many = tokens > 1
         if self._last is not None and self._last[:2] == (layer - 1, many):
             spent_us = max(0.0, now_us - self._last[2])
@@ -54,5 +57,7 @@ class Between:
         return self._us[many]
 
     def end(self, layer: int, tokens: int, planned_us: float) -> None:
-        """The call is over by plan at `planned_us`: the device may still compute when the host is done."""
+        """The call is over by plan at `planned_us`: the device may still compute when the host is
+        done.
+        """
         self._last = layer, tokens > 1, planned_us

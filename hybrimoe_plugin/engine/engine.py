@@ -1,7 +1,7 @@
 """One MoE layer call: learn -> plan -> run -> look ahead.
 
-The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the backends and
-adds up the parts. It is owned by one model; several can live in one process.
+The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the
+backends and adds up the parts. It is owned by one model; several can live in one process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from hybrimoe_plugin.engine.clock import Between, SimulatedClock, WallClock
-from hybrimoe_plugin.engine.view import CallRecord, HostView, Router, Routing, Sent, bring, here, take
+from hybrimoe_plugin.engine.view import (
+    CallRecord,
+    HostView,
+    Router,
+    Routing,
+    Sent,
+    bring,
+    here,
+    take,
+)
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.experts.base import Accelerator, CPUBackend, WholeCalls
@@ -37,7 +46,8 @@ class Engine:
         routers: the same layers' routers.
         look_ahead: how many later layers are predicted for prefetching; 0 for none.
         clock: real time, or simulated where the accelerator is emulated.
-        verify: compare the slots with the file's bytes before every call: for looking for faults, very slow.
+        verify: compare the slots with the file's bytes before every call: for looking for faults,
+            very slow.
     """
 
     def __init__(
@@ -62,7 +72,9 @@ class Engine:
         self.recorder: Callable[[CallRecord], None] | None = None
         self.verify = verify
         self._unfinished = False
-        """Whether a call has begun and not come to its end: then the next one begins with `_recover`."""
+        """Whether a call has begun and not come to its end: then the next one begins with
+        `_recover`.
+        """
         self._whole_calls = accelerator is None and isinstance(cpu, WholeCalls)
         self._waves = None if accelerator is None else Waves(accelerator, self.layers, controller)
         self._between = None if clock.emulated or accelerator is None else Between()
@@ -91,7 +103,8 @@ class Engine:
         Args:
             hidden: [T, H] floating point, on the device of the model's dense part.
             topk_ids: [T, K] integer expert ids.
-            topk_weights: [T, K] floating point routing weights; a weight belongs to the id at its own place.
+            topk_weights: [T, K] floating point routing weights; a weight belongs to the id at its
+                own place.
             sent: what is on its way to the host already; without an accelerator nothing is.
 
         Returns:
@@ -119,7 +132,9 @@ class Engine:
                 raise
 
     def check_integrity(self) -> None:
-        """Compare the cache's books, and every byte in its slots, with the file; slow. Raises: BackendError."""
+        """Compare the cache's books, and every byte in its slots, with the file; slow. Raises:
+        BackendError.
+        """
         if self._waves is not None:
             self._waves.check_integrity()
 
@@ -156,14 +171,18 @@ class Engine:
         return output
 
     def _recover(self) -> None:
-        """After a call that did not end, wherever it was: leave no task behind and no claim that is not true."""
+        """After a call that did not end, wherever it was: leave no task behind and no claim that is
+        not true.
+        """
         self.cpu.abandon()
         if self._waves is not None:
             self._waves.recover()
         self._unfinished = False
 
     def _whole(self, layer: int, call: Routing) -> torch.Tensor:
-        """The CPU computes everything and nobody watches: there is nothing to plan, and planning would cost a third."""
+        """The CPU computes everything and nobody watches: there is nothing to plan, and planning
+        would cost a third.
+        """
         now_us = self.clock.now_us()
         output: torch.Tensor = self.cpu.compute(layer, *call)  # type: ignore[attr-defined]
         counters = self.controller.counters
@@ -197,7 +216,8 @@ class Engine:
         return tensor.to(device) if self._waves is None else self._waves.place(tensor, device)
 
     def _shrink(self, error: torch.OutOfMemoryError) -> None:
-        """Give a part of the cache back to the rest of the model and go on; the interrupted call is run again.
+        """Give a part of the cache back to the rest of the model and go on; the interrupted call is
+        run again.
 
         Raises:
             torch.OutOfMemoryError, BudgetError: there is no cache left to give.
@@ -216,11 +236,16 @@ class Engine:
         self._waves.onload(moves)
         left = sum(self.controller.pool.quotas)
         log.warning(
-            "out of memory on %s: the cache shrinks from %d to %d experts", self.accelerator.device, before, left
+            "out of memory on %s: the cache shrinks from %d to %d experts",
+            self.accelerator.device,
+            before,
+            left,
         )
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
-        """Use the idle link for what the next layers are predicted to need, while CPU and accelerator compute."""
+        """Use the idle link for what the next layers are predicted to need, while CPU and
+        accelerator compute.
+        """
         found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
             self.recorder(seen.record(step.layer, found))
@@ -246,7 +271,9 @@ class Engine:
         self.controller.counters.moe_us += spent_us
         if self.timeline is not None:
             run = simulate(plan, step.routed, costs, 0.0)
-            self.timeline.layer_call(step.layer, now_us, spent_us, run, emulated=self.clock.emulated)
+            self.timeline.layer_call(
+                step.layer, now_us, spent_us, run, emulated=self.clock.emulated
+            )
             self._draw_link(step.moves)
 
     def _draw_link(self, moves: Sequence[Move]) -> None:

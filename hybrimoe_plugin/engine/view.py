@@ -15,14 +15,18 @@ from hybrimoe_plugin.experts.streams import Coming
 
 
 class Router(Protocol):
-    """What the engine may ask of the model's own router; the routing itself stays the model's code."""
+    """What the engine may ask of the model's own router; the routing itself stays the
+    model's code.
+    """
 
     def scores(self) -> torch.Tensor | None:
         """[T, E] float32 scores of the running call, None where the host does not show them."""
         ...
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, K] int64 ids that this router would choose for hidden states [T, H] of an earlier layer."""
+        """[T, K] int64 ids that this router would choose for hidden states [T, H] of an earlier
+        layer.
+        """
         ...
 
 
@@ -65,7 +69,9 @@ class Sent(Protocol):
 
 
 class HostView(NamedTuple):
-    """What the host must know of a layer call; brought over in one synchronisation, predictions behind it."""
+    """What the host must know of a layer call; brought over in one synchronisation, predictions
+    behind it.
+    """
 
     hidden: torch.Tensor
     """[T, H] on the CPU, for the CPU's experts."""
@@ -92,7 +98,9 @@ class HostView(NamedTuple):
         return CallRecord(layer, ids, weights, scores, tuple(one.copy() for one in predicted))
 
 
-def bring(call: Routing, router: Router, later: Sequence[Router], accelerator: Accelerator) -> HostView:
+def bring(
+    call: Routing, router: Router, later: Sequence[Router], accelerator: Accelerator
+) -> HostView:
     """Bring over the routing decision and what else the host needs.
 
     Predictions are computed behind it, so that it does not wait for them.
@@ -115,7 +123,9 @@ def take(sent: Sent) -> HostView:
 def here(call: Routing, router: Router | None) -> HostView:
     """The same without an accelerator; scores only where a router is given."""
     shown = router.scores() if router is not None else None
-    return _view([tensor.to("cpu") for tensor in (*call, *(() if shown is None else (shown,)))], None)
+    return _view(
+        [tensor.to("cpu") for tensor in (*call, *(() if shown is None else (shown,)))], None
+    )
 
 
 def _view(tensors: Sequence[torch.Tensor], coming: Coming | None) -> HostView:

@@ -1,4 +1,6 @@
-"""The accelerator's share of a layer call: what is there, what is in flight, then demand loads as they come."""
+"""The accelerator's share of a layer call: what is there, what is in flight, then demand loads as
+they come.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,13 @@ Wave = dict[int, int]
 
 
 class Waves:
-    """Sends experts and computes them, one wave behind the other, so that link and accelerator overlap."""
+    """Sends experts and computes them, one wave behind the other, so that link and accelerator
+    overlap.
+    """
 
-    def __init__(self, accelerator: Accelerator, layers: Sequence[LayerWeights], controller: Controller) -> None:
+    def __init__(
+        self, accelerator: Accelerator, layers: Sequence[LayerWeights], controller: Controller
+    ) -> None:
         self._accelerator = accelerator
         self._layers = layers
         self._controller = controller
@@ -39,7 +45,9 @@ class Waves:
             self._accelerator.allocate(pool.slots, self._layers)
         positions = {id(weights): place for place, weights in enumerate(self._layers)}
         held = self._accelerator.settle()
-        self._controller.recover({s: ExpertRef(positions[id(weights)], e) for s, (weights, e) in held.items()})
+        self._controller.recover(
+            {s: ExpertRef(positions[id(weights)], e) for s, (weights, e) in held.items()}
+        )
 
     def check_integrity(self) -> None:
         """Compare books and slots with the file's bytes; slow. Raises: BackendError."""
@@ -57,7 +65,8 @@ class Waves:
         if wrong:
             weights, expert = expected[wrong[0]]
             raise BackendError(
-                f"slot {wrong[0]} does not hold expert {expert} of layer {weights.layer} as the file has it "
+                f"slot {wrong[0]} does not hold expert {expert} of layer {weights.layer} as the "
+                f"file has it "
                 f"(wrong: {len(wrong)} of {len(expected)} slots)"
             )
 
@@ -70,7 +79,8 @@ class Waves:
     def run(
         self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], topk_weights: torch.Tensor
     ) -> torch.Tensor | None:
-        """[T, H] sum over the accelerator's experts of each token, like `hidden`; None where there are none.
+        """[T, H] sum over the accelerator's experts of each token, like `hidden`; None where there
+        are none.
 
         Args:
             ids: [T, K] on the host.
@@ -79,7 +89,10 @@ class Waves:
             return None
         self._cancel(step)
         present = _present(step, self._controller.pool.cached[step.layer])
-        batches = [step.moves[first : first + self._size] for first in range(0, len(step.moves), self._size)]
+        batches = [
+            step.moves[first : first + self._size]
+            for first in range(0, len(step.moves), self._size)
+        ]
         waves = [*present, *({move.expert: move.slot for move in batch} for batch in batches)]
         unsent = iter(batches)
         self.onload(next(unsent, ()))
@@ -89,7 +102,8 @@ class Waves:
         output: torch.Tensor | None = None
         for index, wave in enumerate(waves):
             if index >= len(present):
-                # Send a wave before computing the one before it, so that link and accelerator overlap.
+                # Send a wave before computing the one before it, so that link and accelerator
+                # overlap.
                 self.onload(next(unsent, ()))
             part = self._accelerator.compute(tuple(wave.values()), states, slot_ids[index], weights)
             output = part if output is None else output + part
@@ -97,7 +111,9 @@ class Waves:
         return output.to(hidden.device, hidden.dtype)
 
     def _cancel(self, step: Step) -> None:
-        """Take back prefetches for this layer that it does not need, where the link has not begun with them."""
+        """Take back prefetches for this layer that it does not need, where the link has not begun
+        with them.
+        """
         for expert, slot in self._controller.stale(step):
             if self._accelerator.cancel(slot):
                 self._controller.withdraw(step.layer, expert)
@@ -116,10 +132,14 @@ def _present(step: Step, slots: Wave) -> list[Wave]:
 
 
 def _slot_ids(waves: Sequence[Wave], ids: NDArray[np.int64], experts: int) -> torch.Tensor:
-    """[W, T, K] int64: the slot of each routed expert in each wave, -1 where it is not computed there."""
+    """[W, T, K] int64: the slot of each routed expert in each wave, -1 where it is not computed
+    there.
+    """
     if len(ids) == 1:
         row = ids[0].tolist()
-        return torch.from_numpy(np.array([[[wave.get(expert, -1) for expert in row]] for wave in waves]))
+        return torch.from_numpy(
+            np.array([[[wave.get(expert, -1) for expert in row]] for wave in waves])
+        )
     table = np.full((len(waves), experts), -1, dtype=np.int64)
     for line, wave in zip(table, waves, strict=True):
         line[list(wave)] = list(wave.values())

@@ -19,7 +19,9 @@ class CPUBackend(Protocol):
     """Threads that compute beside the caller's; 0 where the caller's own do."""
 
     def add_layer(self, weights: LayerWeights) -> None:
-        """Make a layer known; layers are numbered in the order of these calls. Raises: BackendError."""
+        """Make a layer known; layers are numbered in the order of these calls. Raises:
+        BackendError.
+        """
         ...
 
     def submit(
@@ -40,7 +42,9 @@ class CPUBackend(Protocol):
         ...
 
     def sync(self) -> torch.Tensor:
-        """[T, H] of hidden's dtype: the result of the last `submit`. Valid until the next `submit`."""
+        """[T, H] of hidden's dtype: the result of the last `submit`. Valid until the next
+        `submit`.
+        """
         ...
 
     def abandon(self) -> None:
@@ -80,8 +84,8 @@ class Accelerator(Protocol):
         """Queue one expert on the link and return at once; ordered after the slot's last compute.
 
         Args:
-            ahead: a prefetch, which demand loads overtake; the slot's next `onload` or `cancel` drops it if it still
-                waits then.
+            ahead: a prefetch, which demand loads overtake; the slot's next `onload` or `cancel`
+                drops it if it still waits then.
         """
         ...
 
@@ -90,12 +94,18 @@ class Accelerator(Protocol):
         ...
 
     def compute(
-        self, slots: Sequence[int], hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        slots: Sequence[int],
+        hidden: torch.Tensor,
+        slot_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """[T, H] on `device`: the sum over each token's slots; waits, on the device, for the slots it uses.
+        """[T, H] on `device`: the sum over each token's slots; waits, on the device, for the slots
+        it uses.
 
         Args:
-            slots: the slots that occur in `slot_ids`, known to the host, so that nothing need be read back.
+            slots: the slots that occur in `slot_ids`, known to the host, so that nothing need be
+                read back.
             hidden: [T, H] on `device`.
             slot_ids: [T, K] int64 on `device`; -1 where the expert is not computed here.
             topk_weights: [T, K] floating point on `device`.
@@ -103,7 +113,9 @@ class Accelerator(Protocol):
         ...
 
     def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        """Queue copies to the CPU, behind what the model has been given so far; the host does not wait."""
+        """Queue copies to the CPU, behind what the model has been given so far; the host does not
+        wait.
+        """
         ...
 
     def landing(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -111,7 +123,9 @@ class Accelerator(Protocol):
         ...
 
     def coming(self, landed: list[torch.Tensor]) -> Coming:
-        """What the model's work, a CUDA graph's replay included, has been told to copy to the CPU so far."""
+        """What the model's work, a CUDA graph's replay included, has been told to copy to the CPU
+        so far.
+        """
         ...
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -121,7 +135,8 @@ class Accelerator(Protocol):
     def synchronize(self) -> None: ...
 
     def settle(self) -> dict[int, tuple[LayerWeights, int]]:
-        """Begin anew after a call that did not end: wait for what runs, drop what waits, keep what is certain.
+        """Begin anew after a call that did not end: wait for what runs, drop what waits, keep what
+        is certain.
 
         Returns:
             slot -> (its layer's weights, expert) of every slot whose bytes have all arrived.
@@ -129,7 +144,8 @@ class Accelerator(Protocol):
         ...
 
     def wrong_slots(self, expected: Mapping[int, tuple[LayerWeights, int]]) -> list[int]:
-        """Slots that neither hold nor wait for the expert that is expected there; slow, it compares all bytes.
+        """Slots that neither hold nor wait for the expert that is expected there; slow, it compares
+        all bytes.
 
         Args:
             expected: slot -> (its layer's weights, expert).

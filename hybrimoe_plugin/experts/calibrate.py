@@ -1,7 +1,8 @@
 """Measure what an expert costs on this machine, and keep the result.
 
-The CPU is measured with the model's own first MoE layer. An emulated accelerator and its link cannot be measured:
-theirs are assumed (`ASSUMED_*`), the profile says so, and whatever is computed from them is labelled emulated.
+The CPU is measured with the model's own first MoE layer. An emulated accelerator and its link
+cannot be measured: theirs are assumed (`ASSUMED_*`), the profile says so, and whatever is computed
+from them is labelled emulated.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ BUDGET_S = 4.0
 """Time for one sweep of measurements; what is not reached by then is left to extrapolation."""
 
 _CUDA_SLOTS = 32
-"""Slots that are filled to measure a device: more bytes than its cache holds, for all but the smallest experts."""
+"""Slots that are filled to measure a device: more bytes than its cache holds, for all but the
+smallest experts.
+"""
 
 ASSUMED_LINK = Link(gbps=12.0, latency_us=15.0)
 """An ordinary desktop slot, PCIe 4.0 x8, pinned."""
@@ -64,7 +67,9 @@ def hardware() -> dict[str, str]:
     except (OSError, StopIteration):
         pass
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return {"cpu": cpu, "cores": str(cores), "gpu": gpu, "system": platform.system()}
 
 
@@ -80,7 +85,9 @@ def versions() -> dict[str, str]:
 
 
 def thread_candidates() -> list[int]:
-    """CPU thread counts worth measuring: powers of two, leaving one core to the caller, who waits spinning."""
+    """CPU thread counts worth measuring: powers of two, leaving one core to the caller, who waits
+    spinning.
+    """
     physical = psutil.cpu_count(logical=False) or 1
     cores = min(int(hardware()["cores"]), physical)
     counts = [1]
@@ -90,7 +97,9 @@ def thread_candidates() -> list[int]:
 
 
 def shared_threads() -> int:
-    """Threads of a backend that computes on torch's own pool: as many as torch has, no other pool wants the cores."""
+    """Threads of a backend that computes on torch's own pool: as many as torch has, no other pool
+    wants the cores.
+    """
     return torch.get_num_threads()
 
 
@@ -104,11 +113,12 @@ def ensure_profile(
     progress: bool = True,
     refresh: bool = False,
 ) -> MachineProfile:
-    """The stored profile for this hardware, backend and expert shape; measured first where there is none.
+    """The stored profile for this hardware, backend and expert shape; measured first where there is
+    none.
 
-    A damaged profile is measured again, with a notice. What was measured while other programs used the cores is for
-    this run alone: the next one measures again. `HYBRIMOE_BUSY=keep` stores it all the same, for machines that are
-    never quiet.
+    A damaged profile is measured again, with a notice. What was measured while other programs used
+    the cores is for this run alone: the next one measures again. `HYBRIMOE_BUSY=keep` stores it all
+    the same, for machines that are never quiet.
     """
     kind = "none" if accelerator is None else accelerator.name
     path = profile_path(weights.spec, backend, kind, threads)
@@ -117,7 +127,9 @@ def ensure_profile(
         if kept is not None:
             return kept
     noise = Noise()
-    text = calibrate(weights, make_cpu, accelerator, threads=threads, progress=progress, median=noise.median).to_json()
+    text = calibrate(
+        weights, make_cpu, accelerator, threads=threads, progress=progress, median=noise.median
+    ).to_json()
     disturbed = noise.verdict()
     if disturbed and os.environ.get("HYBRIMOE_BUSY") != "keep":
         log.warning(
@@ -129,12 +141,20 @@ def ensure_profile(
     try:
         write_atomic(path, text)
     except OSError as error:
-        log.warning("%s cannot be written (%s); the machine is measured again next time", path, error.strerror or error)
+        log.warning(
+            "%s cannot be written (%s); the machine is measured again next time",
+            path,
+            error.strerror or error,
+        )
     return MachineProfile.from_json(text)
 
 
-def _kept(path: Path, spec: ExpertSpec, threads: int | None, accelerated: bool) -> MachineProfile | None:
-    """The stored profile; None where there is none, or, with a notice, where it was not measured here."""
+def _kept(
+    path: Path, spec: ExpertSpec, threads: int | None, accelerated: bool
+) -> MachineProfile | None:
+    """The stored profile; None where there is none, or, with a notice, where it was not measured
+    here.
+    """
     if not os.path.exists(path):  # not Path.exists, which raises where a folder cannot be searched
         return None
     try:
@@ -143,7 +163,9 @@ def _kept(path: Path, spec: ExpertSpec, threads: int | None, accelerated: bool) 
             raise ProfileError(f"{path}: the profile of other experts or of another device")
         most = max(thread_candidates()) if threads is None else threads
         if not 1 <= (profile.cpu.threads or 1) <= most:
-            raise ProfileError(f"{path}: made for {profile.cpu.threads} threads where {most} are possible")
+            raise ProfileError(
+                f"{path}: made for {profile.cpu.threads} threads where {most} are possible"
+            )
     except ProfileError as error:
         log.warning("%s; measuring again", error)
         return None
@@ -152,7 +174,9 @@ def _kept(path: Path, spec: ExpertSpec, threads: int | None, accelerated: bool) 
 
 def profile_path(spec: ExpertSpec, backend: str, accelerator: str, threads: int | None) -> Path:
     """File name that changes with everything the measurement depends on."""
-    facts = json.dumps([hardware(), versions(), asdict(spec), backend, accelerator, threads], sort_keys=True)
+    facts = json.dumps(
+        [hardware(), versions(), asdict(spec), backend, accelerator, threads], sort_keys=True
+    )
     folder = Path(os.environ.get("HYBRIMOE_PROFILES") or cache_dir() / "profiles")
     return folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
@@ -166,7 +190,8 @@ def calibrate(
     progress: bool = True,
     median: Median = statistics.median,
 ) -> MachineProfile:
-    """Measure one layer's experts: CPU time by threads, loads and number of experts, accelerator time, link.
+    """Measure one layer's experts: CPU time by threads, loads and number of experts, accelerator
+    time, link.
 
     Args:
         median: of the times of one call's repetitions.
@@ -184,7 +209,9 @@ def calibrate(
         bar.update()
     return MachineProfile(
         name="this machine",
-        label="emulated" if accelerator is not None and accelerator.name == "emulated" else "measured",
+        label="emulated"
+        if accelerator is not None and accelerator.name == "emulated"
+        else "measured",
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         spec=weights.spec,
         cpu=side,
@@ -243,7 +270,9 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int, median: M
     started = time.perf_counter()
     for load in LOADS:
         small = _cpu_call(weights, cpu, few, load, median)
-        most = min(many, spec.top_k) if load == 1 < spec.top_k else many  # in decode it is one token with its experts
+        most = (
+            min(many, spec.top_k) if load == 1 < spec.top_k else many
+        )  # in decode it is one token with its experts
         large = _cpu_call(weights, cpu, most, load, median)
         each = max((large - small) / (most - few), 0.05 * small / few)
         if load == 1:
@@ -256,13 +285,19 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int, median: M
 
 
 def _cpu_call(
-    weights: LayerWeights, cpu: CPUBackend, experts: int, load: int, median: Median, repeats: int = REPEATS
+    weights: LayerWeights,
+    cpu: CPUBackend,
+    experts: int,
+    load: int,
+    median: Median,
+    repeats: int = REPEATS,
 ) -> float:
     """Median time in us of a call in which `experts` experts have `load` tokens each."""
     spec = weights.spec
     tokens, each = (1, experts) if load == 1 and experts <= spec.top_k else (load * experts, 1)
     hidden = torch.randn(tokens, spec.hidden, dtype=torch.bfloat16)
-    # Different experts from call to call, so that their weights come from memory as they do in a model.
+    # Different experts from call to call, so that their weights come from memory as they do in a
+    # model.
     shifts = [(turn * experts) % spec.experts for turn in range(repeats + 1)]
     routing = torch.ones(tokens, each)
     times = []
@@ -288,7 +323,8 @@ def _measure_accelerator(
         loads = (1, 64, 1024)
         side = Side(ASSUMED_LAUNCH_US, loads, tuple(reading + load * each for load in loads))
         note = (
-            f"accelerator and link are assumed: {ASSUMED_LINK.gbps} GB/s, {ASSUMED_ACCELERATOR_GBPS} GB/s of weights, "
+            f"accelerator and link are assumed: {ASSUMED_LINK.gbps} GB/s, "
+            f"{ASSUMED_ACCELERATOR_GBPS} GB/s of weights, "
             f"{ASSUMED_ACCELERATOR_GFLOPS / 1e3:.0f} TFLOP/s"
         )
         return side, ASSUMED_LINK, (note,)
@@ -300,8 +336,8 @@ def _measure_cuda(
 ) -> tuple[Side, Link]:
     """Time slots and link with the engine's own calls, from submission to synchronisation.
 
-    Differences between many and one give what each more costs. Calls rotate over the slots, so that weights come from
-    the device's memory and not from its cache.
+    Differences between many and one give what each more costs. Calls rotate over the slots, so that
+    weights come from the device's memory and not from its cache.
     """
     spec, device = weights.spec, accelerator.device
     slots = min(spec.experts, _CUDA_SLOTS)
@@ -314,7 +350,10 @@ def _measure_cuda(
             accelerator.onload(slot, weights, slot)
 
     onload(slots)
-    one, more = _timed(accelerator, lambda: onload(1), median), _timed(accelerator, lambda: onload(many), median)
+    one, more = (
+        _timed(accelerator, lambda: onload(1), median),
+        _timed(accelerator, lambda: onload(many), median),
+    )
     # Transfers queue up behind one another: what each more takes has its share of latency in it.
     link = Link(spec.expert_bytes / (max((more - one) / (many - 1), 0.05 * one) * 1e3), 0.0)
     tokens, us, first = [], [], 0.0
@@ -326,7 +365,10 @@ def _measure_cuda(
             ids = accelerator.place(torch.tensor([group]).expand(load, count).contiguous())
             accelerator.compute(group, hidden, ids, torch.ones(load, count, device=device))
 
-        one, more = _timed(accelerator, lambda: compute(1), median), _timed(accelerator, lambda: compute(many), median)
+        one, more = (
+            _timed(accelerator, lambda: compute(1), median),
+            _timed(accelerator, lambda: compute(many), median),
+        )
         tokens.append(load)
         us.append(max((more - one) / (many - 1), 0.05 * one))
         if load == 1:

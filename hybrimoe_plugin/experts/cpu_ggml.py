@@ -1,7 +1,8 @@
 """CPU experts as ggml graphs, for any GGML type and shape.
 
-Where nothing else computes meanwhile they run on the caller's own threads, the same OpenMP threads as torch's, so that
-no two pools fight for the cores. Beside an accelerator they run on a thread of their own, and its OpenMP team.
+Where nothing else computes meanwhile they run on the caller's own threads, the same OpenMP threads
+as torch's, so that no two pools fight for the cores. Beside an accelerator they run on a thread of
+their own, and its OpenMP team.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from hybrimoe_plugin.experts.repack import SLOW_TYPES, as_q8_0, quicker_as_q8_0,
 from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 _SHARE_OF_FREE = 0.02
-"""A matrix of all experts of a layer is repacked only if it takes less than this share of the memory still free."""
+"""A matrix of all experts of a layer is repacked only if it takes less than this share of the
+memory still free.
+"""
 _ROWS_FOR_TILES = 6
-"""Rows for each expert, on average, from which one product for each is quicker than one with all experts' indices."""
+"""Rows for each expert, on average, from which one product for each is quicker than one with all
+experts' indices.
+"""
 _MAX_TOKENS = 512
 """Tokens per graph; longer calls are cut, since a graph's buffers grow with this."""
 
@@ -47,7 +52,8 @@ class GgmlExperts:
         self.threads = threads
         self.workers = threads if beside else 0
         self.repack = not beside
-        """Whether layers added from now may be copied into a type with faster kernels, where memory is plentiful.
+        """Whether layers added from now may be copied into a type with faster kernels, where memory
+        is plentiful.
 
         Beside an accelerator the file's pages want that memory: experts cross the link from there.
         """
@@ -57,7 +63,8 @@ class GgmlExperts:
         self._pending: Callable[[], torch.Tensor] | None = None
 
     def share(self, ggml: Ggml) -> None:
-        """Use the kernels, and with them the team of threads, of the model's dense part for layers added from now.
+        """Use the kernels, and with them the team of threads, of the model's dense part for layers
+        added from now.
 
         Beside an accelerator the team is the worker thread's, which no dense part uses.
         """
@@ -102,7 +109,8 @@ class GgmlExperts:
     def compute(
         self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] of hidden's dtype: every chosen expert of every token, computed at once, on the caller's thread.
+        """[T, H] of hidden's dtype: every chosen expert of every token, computed at once, on the
+        caller's thread.
 
         Args:
             hidden: [T, H] floating point on the CPU.
@@ -129,7 +137,10 @@ class _Layer:
     def __init__(self, ggml: Ggml, threads: int, weights: LayerWeights, repack: bool) -> None:
         self.spec = weights.spec
         spec = weights.spec
-        inner, outer = (spec.experts, spec.intermediate, spec.hidden), (spec.experts, spec.hidden, spec.intermediate)
+        inner, outer = (
+            (spec.experts, spec.intermediate, spec.hidden),
+            (spec.experts, spec.hidden, spec.intermediate),
+        )
         self._stored = [
             Stored(_stacked(matrix), matrix.type_name, shape)
             for matrix, shape in zip(weights.matrices(), (inner, inner, outer), strict=True)
@@ -145,7 +156,9 @@ class _Layer:
         self._threads = threads
         self._one: dict[int, _OneToken] = {}
 
-    def part(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def part(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor
+    ) -> torch.Tensor:
         """[T, H]: the chosen experts where `kept` [T, K] says so."""
         if bool(kept.all()):
             return self.compute(hidden, ids, weights)
@@ -153,7 +166,13 @@ class _Layer:
             return torch.cat(
                 [
                     _by_expert(
-                        self._ggml, self._threads, self._stored, hidden[part], ids[part], weights[part], kept[part]
+                        self._ggml,
+                        self._threads,
+                        self._stored,
+                        hidden[part],
+                        ids[part],
+                        weights[part],
+                        kept[part],
                     )
                     for part in _parts(len(hidden))
                 ]
@@ -161,8 +180,12 @@ class _Layer:
         ids, weights = ids[kept][None], weights[kept][None]
         return self.compute(hidden, ids, weights) if ids.shape[1] else torch.zeros_like(hidden)
 
-    def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[T, H]: all of them. Graphs of many tokens are built anew: their buffers would stay for every length."""
+    def compute(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H]: all of them. Graphs of many tokens are built anew: their buffers would stay for
+        every length.
+        """
         if len(hidden) == 1:
             count = ids.shape[1]
             call = self._one.get(count)
@@ -181,8 +204,8 @@ class _Layer:
 class _OneToken:
     """The graph of one token with K experts.
 
-    Each of its three steps is one product with the experts' indices, or K plain products whose weights are pointed at
-    the chosen experts where those are the quicker ones (`Ggml.pace`).
+    Each of its three steps is one product with the experts' indices, or K plain products whose
+    weights are pointed at the chosen experts where those are the quicker ones (`Ggml.pace`).
     """
 
     def __init__(self, ggml: Ggml, threads: int, stored: Sequence[Stored], count: int) -> None:
@@ -208,7 +231,9 @@ class _OneToken:
         size = stored.nbytes // stored.shape[0]
         first = Stored(stored.data[:size], stored.type_name, stored.shape[1:])
         experts = [graph.weight(first) for _ in range(self._count)]
-        self._pointed.append((stored.data.ctypes.data, size, [graph.pointer(expert) for expert in experts]))
+        self._pointed.append(
+            (stored.data.ctypes.data, size, [graph.pointer(expert) for expert in experts])
+        )
         rows = [graph.place(row[None]) for row in x.expand(self._count, -1)]
         return [
             graph.matmul(expert, row, out[place : place + 1], indexed=False)
@@ -230,7 +255,12 @@ class _OneToken:
 
 
 def _by_index(
-    ggml: Ggml, threads: int, stored: Sequence[Stored], hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ggml: Ggml,
+    threads: int,
+    stored: Sequence[Stored],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
     """[T, H]: each of the three steps is one product with all experts' indices."""
     graph = Graph(ggml, threads)
@@ -257,7 +287,8 @@ def _by_expert(
     weights: torch.Tensor,
     kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same from rows sorted by expert: one product for each expert and matrix, which goes through tiles.
+    """The same from rows sorted by expert: one product for each expert and matrix, which goes
+    through tiles.
 
     Args:
         kept: [T, K] bool: choices that count; all where it is not given.
@@ -270,7 +301,9 @@ def _by_expert(
         order = places[torch.argsort(flat[places], stable=True)]
         if not len(order):
             return torch.zeros_like(hidden)
-    loads = [(expert, load) for expert, load in enumerate(torch.bincount(flat[order]).tolist()) if load]
+    loads = [
+        (expert, load) for expert, load in enumerate(torch.bincount(flat[order]).tolist()) if load
+    ]
     graph = Graph(ggml, threads, nodes=9 * len(loads) + 8)
     _, inner, width = stored[0].shape
     gates, ups, outs = (buffer(len(order), size) for size in (inner, inner, width))
@@ -321,9 +354,14 @@ def _check(layer: _Layer, hidden: torch.Tensor, ids: torch.Tensor, weights: torc
     spec = layer.spec
     check_kinds(hidden, ids, weights)
     if hidden.ndim != 2 or hidden.shape[1] != spec.hidden or not len(hidden):
-        raise BackendError(f"hidden states must be [T, {spec.hidden}] of at least a token, found {list(hidden.shape)}")
+        raise BackendError(
+            f"hidden states must be [T, {spec.hidden}] of at least a token, found "
+            f"{list(hidden.shape)}"
+        )
     if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden) or not ids.shape[1]:
-        raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
+        raise BackendError(
+            f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]"
+        )
     if len(ids) == 1:  # plain integers are quicker than four operations on a tensor of two
         chosen = ids[0].tolist()
         low, high, twice = min(chosen), max(chosen), len(set(chosen)) < len(chosen)

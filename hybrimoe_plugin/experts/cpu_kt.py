@@ -29,17 +29,22 @@ from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 log = logging.getLogger(__name__)
 
-KERNEL_TYPES = frozenset({"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"})
+KERNEL_TYPES = frozenset(
+    {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
+)
 """GGML types that were tried against a float32 reference; any other ends the process."""
 
 BF16_VARIANTS = frozenset({"avx512_bf16", "amx"})
-"""kt-kernel's builds that multiply bfloat16. The others take BF16 weights and then end the process at the first token
-("llamafile not supported")."""
+"""kt-kernel's builds that multiply bfloat16. The others take BF16 weights and then end the process
+at the first token ("llamafile not supported").
+"""
 INTERMEDIATE_MULTIPLE = 256
 GROUPED_HIDDEN_MULTIPLE = 256
-"""From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows and leaves what is
-over untouched: with hidden size 576 the last 64 values of every token are wrong. Other sizes stay on the path for few
-tokens, which is right but about 2.4 times slower in prefill (docs/LOG.md)."""
+"""From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows
+and leaves what is over untouched: with hidden size 576 the last 64 values of every token are wrong.
+Other sizes stay on the path for few tokens, which is right but about 2.4 times slower in prefill
+(docs/LOG.md).
+"""
 _IDS = (torch.int64, torch.int32)
 _GROUP_MIN_TOKENS = 10
 _MAX_TOKENS = 1024
@@ -52,8 +57,8 @@ def import_kernel() -> ModuleType:
     Raises:
         BackendError: not installed, or it does not load on this processor.
     """
-    # A failed assertion would start a debugger, which takes up to a minute. Newer releases of ggml ask this first; that
-    # of kt-kernel 0.7.2 has no switch.
+    # A failed assertion would start a debugger, which takes up to a minute. Newer releases of ggml
+    # ask this first; that of kt-kernel 0.7.2 has no switch.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         with _float_environment():
@@ -66,7 +71,9 @@ def import_kernel() -> ModuleType:
 
 @contextmanager
 def _float_environment() -> Iterator[None]:
-    """Undo what loading a library built with -ffast-math does to the thread: subnormal numbers would become 0."""
+    """Undo what loading a library built with -ffast-math does to the thread: subnormal numbers
+    would become 0.
+    """
     libm = ctypes.CDLL(None)
     kept = ctypes.create_string_buffer(64)  # fenv_t is 32 bytes on x86-64, smaller elsewhere
     if not hasattr(libm, "fegetenv") or libm.fegetenv(kept):
@@ -79,7 +86,9 @@ def _float_environment() -> Iterator[None]:
 
 
 def kernel_types(variant: str) -> frozenset[str]:
-    """GGML types that a build of kt-kernel computes, by its name: `avx2`, `avx512_bf16`, `amx` and so on."""
+    """GGML types that a build of kt-kernel computes, by its name: `avx2`, `avx512_bf16`, `amx` and
+    so on.
+    """
     return KERNEL_TYPES if variant in BF16_VARIANTS else KERNEL_TYPES - {"BF16"}
 
 
@@ -91,7 +100,10 @@ def _variant() -> str:
 def refusal(spec: ExpertSpec) -> str | None:
     """Why the kernels cannot run experts of this shape, None if they can."""
     if spec.intermediate % INTERMEDIATE_MULTIPLE:
-        return f"expert intermediate size {spec.intermediate} is not a multiple of {INTERMEDIATE_MULTIPLE}"
+        return (
+            f"expert intermediate size {spec.intermediate} is not a multiple of "
+            f"{INTERMEDIATE_MULTIPLE}"
+        )
     if spec.hidden % 32:
         return f"hidden size {spec.hidden} is not a multiple of 32"
     return None
@@ -126,7 +138,9 @@ class KTExperts:
         """Raises: BackendError: the shape cannot be run at all."""
         reason = refusal(weights.spec)
         if reason is not None:
-            raise BackendError(f"layer {weights.layer}: kt-kernel cannot run these experts: {reason}")
+            raise BackendError(
+                f"layer {weights.layer}: kt-kernel cannot run these experts: {reason}"
+            )
         known = _supported(weights, self._types)
         layer = _Layer(self._kernel, self._infer, known, len(self._layers))
         self._layers.append(layer)
@@ -149,7 +163,8 @@ class KTExperts:
         weights = topk_weights.to(torch.float32).contiguous()
         output = torch.empty_like(states)
         target.set_mask(mine)
-        # The kernel reads these from its own thread: they must outlive the call, wherever it is interrupted.
+        # The kernel reads these from its own thread: they must outlive the call, wherever it is
+        # interrupted.
         self._keep = (states, ids, weights, output)
         self._pending = output, hidden.dtype, _nan_rows(hidden)
         for start in range(0, len(states), _MAX_TOKENS):
@@ -191,7 +206,9 @@ class _Layer:
         self._batch = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._bytes = [_contiguous(matrix) for matrix in weights.matrices()]
         spec, types = weights.spec, kernel.kvcache.ggml_type
-        config = kernel.moe.MOEConfig(spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data)
+        config = kernel.moe.MOEConfig(
+            spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data
+        )
         config.layer_idx = index
         config.pool = infer.backend_
         config.m_block = 32
@@ -199,7 +216,9 @@ class _Layer:
         config.group_min_len = _GROUP_MIN_TOKENS if grouped else _MAX_TOKENS + 1
         config.max_len = _MAX_TOKENS
         config.group_max_len = _MAX_TOKENS
-        config.gate_proj, config.up_proj, config.down_proj = (part.ctypes.data for part in self._bytes)
+        config.gate_proj, config.up_proj, config.down_proj = (
+            part.ctypes.data for part in self._bytes
+        )
         config.gate_type = _ggml(spec.gate_type)
         config.up_type = _ggml(spec.up_type)
         config.down_type = _ggml(spec.down_type)
@@ -236,13 +255,19 @@ class _Layer:
 
 
 _STDOUT = threading.RLock()
-"""The process has one standard output: of two threads that both put it aside, the second would give back the sink."""
+"""The process has one standard output: of two threads that both put it aside, the second would give
+back the sink.
+"""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the kernel's greetings, which C++ writes to standard output, out of the user's answer."""
-    flush = ctypes.CDLL(None).fflush  # what C has buffered must go where it was meant to go, before and after
+    """Keep the kernel's greetings, which C++ writes to standard output, out of the user's
+    answer.
+    """
+    flush = ctypes.CDLL(
+        None
+    ).fflush  # what C has buffered must go where it was meant to go, before and after
     with _STDOUT:
         sys.stdout.flush()
         flush(None)
@@ -275,14 +300,16 @@ def _supported(weights: LayerWeights, types: frozenset[str]) -> LayerWeights:
             continue
         target = _replacement(matrix.type_name, types)
         log.warning(
-            "layer %d: no kernel for %s experts in %s; requantised to %s, which takes a copy in memory",
+            "layer %d: no kernel for %s experts in %s; requantised to %s, which takes a copy in "
+            "memory",
             weights.layer,
             part,
             matrix.type_name,
             target,
         )
         stored = [
-            _requantised(weights.dequantized(expert)[index].numpy(), target) for expert in range(weights.spec.experts)
+            _requantised(weights.dequantized(expert)[index].numpy(), target)
+            for expert in range(weights.spec.experts)
         ]
         stacked = np.concatenate(stored)
         changes[part] = Matrix(target, tuple(stacked.reshape(weights.spec.experts, -1)), stacked)
@@ -302,35 +329,58 @@ def _replacement(type_name: str, types: frozenset[str]) -> str:
 
 def _requantised(values: NDArray[np.float32], target: str) -> NDArray[np.uint8]:
     if target == "F16" and not np.abs(values).max() <= np.finfo(np.float16).max:
-        raise BackendError("weights beyond the range of F16: kt-kernel has no kernel for them on this processor")
+        raise BackendError(
+            "weights beyond the range of F16: kt-kernel has no kernel for them on this processor"
+        )
     return quantize(values, GGMLQuantizationType[target]).view(np.uint8).ravel()
 
 
-def _check(spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+def _check(
+    spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> None:
     check_kinds(hidden, ids, weights)
     if hidden.ndim != 2 or hidden.shape[1] != spec.hidden:
         raise BackendError(f"hidden states must be [T, {spec.hidden}], found {list(hidden.shape)}")
     if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden):
-        raise BackendError(f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]")
+        raise BackendError(
+            f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]"
+        )
     if not 1 <= ids.shape[1] <= spec.experts or ids.shape[1] > spec.top_k:
         raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < spec.experts):
-        raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to {int(ids.max())}")
+        raise BackendError(
+            f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to "
+            f"{int(ids.max())}"
+        )
 
 
 def _nan_rows(hidden: torch.Tensor) -> torch.Tensor | None:
-    """[T] bool: rows with a NaN, which products with quantised matrices would round to a number; None without any."""
+    """[T] bool: rows with a NaN, which products with quantised matrices would round to a number;
+    None without any.
+    """
     if not math.isnan(hidden.sum(dtype=torch.float32)):
         return None
     return hidden.isnan().any(dim=1)
 
 
 def check_kinds(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-    """Raises: BackendError: not on the CPU, or of a type that a kernel's conversion would change without a word."""
+    """Raises: BackendError: not on the CPU, or of a type that a kernel's conversion would change
+    without a word.
+    """
     # Attributes in one expression: this is asked in every layer of every token.
-    if not (hidden.is_cpu and weights.is_cpu and hidden.is_floating_point() and weights.is_floating_point()):
+    if not (
+        hidden.is_cpu
+        and weights.is_cpu
+        and hidden.is_floating_point()
+        and weights.is_floating_point()
+    ):
         for what, tensor in (("hidden states", hidden), ("expert weights", weights)):
             if not (tensor.is_cpu and tensor.is_floating_point()):
-                raise BackendError(f"{what} must be floating point on the CPU, found {tensor.dtype} on {tensor.device}")
+                raise BackendError(
+                    f"{what} must be floating point on the CPU, found {tensor.dtype} on "
+                    f"{tensor.device}"
+                )
     if not ids.is_cpu or ids.dtype not in _IDS:
-        raise BackendError(f"expert ids must be int64 or int32 on the CPU, found {ids.dtype} on {ids.device}")
+        raise BackendError(
+            f"expert ids must be int64 or int32 on the CPU, found {ids.dtype} on {ids.device}"
+        )

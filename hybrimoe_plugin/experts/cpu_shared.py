@@ -1,4 +1,6 @@
-"""One CPU backend for several engines: two pools of workers on the same cores would fight to a standstill."""
+"""One CPU backend for several engines: two pools of workers on the same cores would fight to a
+standstill.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from hybrimoe_plugin.experts.weights import LayerWeights
 
 
 class SharedCPU:
-    """An engine's part of a backend that others use too, one call at a time: its layers are the next ones added.
+    """An engine's part of a backend that others use too, one call at a time: its layers are the
+    next ones added.
 
     Args:
         backend: may hold layers of other engines already.

@@ -1,4 +1,6 @@
-"""CPU experts in plain torch: the reference twin of every backend, and the oracle of their tests."""
+"""CPU experts in plain torch: the reference twin of every backend, and the oracle of their
+tests.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ def expert_forward(hidden: torch.Tensor, expert: Expert) -> torch.Tensor:
 
 
 def add_expert(
-    output: torch.Tensor, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, expert: Expert
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    expert: Expert,
 ) -> None:
     """Add one expert's weighted output to the tokens that chose it.
 
@@ -31,7 +37,9 @@ def add_expert(
     """
     tokens, places = chosen.nonzero(as_tuple=True)
     if len(tokens):
-        part = expert_forward(hidden[tokens], expert) * weights[tokens, places, None].to(hidden.dtype)
+        part = expert_forward(hidden[tokens], expert) * weights[tokens, places, None].to(
+            hidden.dtype
+        )
         output.index_add_(0, tokens, part)
 
 
@@ -39,7 +47,8 @@ class TorchExperts:
     """Dequantises an expert to hidden's dtype and computes it; synchronous.
 
     Args:
-        keep: remember dequantised experts, which takes their full size in memory: for tests and tiny models.
+        keep: remember dequantised experts, which takes their full size in memory: for tests and
+            tiny models.
     """
 
     name = "torch"
@@ -63,7 +72,13 @@ class TorchExperts:
     ) -> None:
         output = torch.zeros_like(hidden)
         for index in mine:
-            add_expert(output, hidden, topk_ids == index, topk_weights, self._expert(layer, index, hidden.dtype))
+            add_expert(
+                output,
+                hidden,
+                topk_ids == index,
+                topk_weights,
+                self._expert(layer, index, hidden.dtype),
+            )
         self._output = output
 
     def sync(self) -> torch.Tensor:

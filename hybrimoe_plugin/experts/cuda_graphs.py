@@ -1,4 +1,6 @@
-"""Capturing device work once and replaying it: CUDA graphs, behind a protocol that tests can play."""
+"""Capturing device work once and replaying it: CUDA graphs, behind a protocol that tests
+can play.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Capture(Protocol):
     """Records work instead of doing it; several pieces may be recorded one after another."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """Where warming up and capturing happen: after all work given so far, before all that comes."""
+        """Where warming up and capturing happen: after all work given so far, before all that
+        comes.
+        """
         ...
 
     def begin(self) -> None:
@@ -41,10 +45,11 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """CUDA graphs of one device; captured on a stream of their own, replayed on the stream the model runs on.
+    """CUDA graphs of one device; captured on a stream of their own, replayed on the stream the
+    model runs on.
 
-    All pieces share one pool of memory, so they must be replayed in the order in which they were captured, and what
-    a piece gives to a later one must be kept while that is captured.
+    All pieces share one pool of memory, so they must be replayed in the order in which they were
+    captured, and what a piece gives to a later one must be kept while that is captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,8 +58,9 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._broken: list[torch.cuda.CUDAGraph] = []
-        """Graphs whose capture ended with an error. torch's allocator may still ask them which stream they record, so
-        they must not be destroyed."""
+        """Graphs whose capture ended with an error. torch's allocator may still ask them which
+        stream they record, so they must not be destroyed.
+        """
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -72,8 +78,9 @@ class CudaCapture:
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which collects garbage and empties the allocator for each of some hundred pieces.
-        # Other threads (CPU experts' workers, timelines) may go on with what they do.
+        # Not `torch.cuda.graph`, which collects garbage and empties the allocator for each of some
+        # hundred pieces. Other threads (CPU experts' workers, timelines) may go on with what they
+        # do.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> Replay:
@@ -88,17 +95,23 @@ class CudaCapture:
 
     def abandon(self) -> None:
         if self._graph is not None:
-            with contextlib.suppress(RuntimeError):  # an invalid capture ends with an error, but it ends
+            with contextlib.suppress(
+                RuntimeError
+            ):  # an invalid capture ends with an error, but it ends
                 self.end()
 
     def _keep(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a failed end: torch goes on as if the graph were being captured, with the allocator bound to its pool.
+        """After a failed end: torch goes on as if the graph were being captured, with the allocator
+        bound to its pool.
 
-        That pool would refuse every later capture ("already recording"), and freed memory would wait for the end.
+        That pool would refuse every later capture ("already recording"), and freed memory would
+        wait for the end.
         """
         self._broken.append(graph)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with contextlib.suppress(AttributeError, RuntimeError):  # not torch's public API; or it has ended it itself
+        with contextlib.suppress(
+            AttributeError, RuntimeError
+        ):  # not torch's public API; or it has ended it itself
             torch._C._cuda_endAllocateToPool(index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
 

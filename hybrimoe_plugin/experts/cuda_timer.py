@@ -1,4 +1,6 @@
-"""Times work on the device alone: it sleeps until the host has queued everything, so that no launch is counted."""
+"""Times work on the device alone: it sleeps until the host has queued everything, so that no launch
+is counted.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ def device_us(
     """Median of the time that the device takes for some work, in us; stops the host.
 
     Args:
-        work: queues device operations on the current stream; the first `warm_ups` runs, which may compile, do not
-            count.
-        ahead: let the device sleep before each run, so that it starts only once the host has queued everything.
-            Otherwise launches are counted wherever the device is quicker than the host.
+        work: queues device operations on the current stream; the first `warm_ups` runs, which may
+            compile, do not count.
+        ahead: let the device sleep before each run, so that it starts only once the host has queued
+            everything. Otherwise launches are counted wherever the device is quicker than the host.
     """
     with torch.cuda.device(device):
         for _ in range(warm_ups):
@@ -56,7 +58,9 @@ def cuda_timer(device: torch.device) -> Timer:
 
 
 def _run(work: Callable[[], object], device: torch.device, sleep: int) -> tuple[float, bool]:
-    """(time between the events in us, whether the host was still queueing when the device began)."""
+    """(time between the events in us, whether the host was still queueing when the device
+    began).
+    """
     stream = torch.cuda.current_stream(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if sleep:

@@ -1,7 +1,8 @@
-"""GGML blocks to float32 in torch operations, on any device; equal to `gguf.quants.dequantize` to the last bit.
+"""GGML blocks to float32 in torch operations, on any device; equal to `gguf.quants.dequantize` to
+the last bit.
 
-Formats: https://github.com/ggml-org/ggml, src/ggml-common.h. Each function takes [N, block bytes] uint8 and returns
-[N, block elements] float32.
+Formats: https://github.com/ggml-org/ggml, src/ggml-common.h. Each function takes [N, block bytes]
+uint8 and returns [N, block elements] float32.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ def dequantize(raw: torch.Tensor, type_name: str, shape: tuple[int, ...]) -> tor
     if type_name == "F32":
         return raw.view(torch.float32).reshape(shape)
     if type_name in ("F16", "BF16"):
-        return raw.view(torch.float16 if type_name == "F16" else torch.bfloat16).float().reshape(shape)
+        return (
+            raw.view(torch.float16 if type_name == "F16" else torch.bfloat16).float().reshape(shape)
+        )
     if type_name not in _BLOCKS:
-        raise BackendError(f"no device dequantisation for GGML type {type_name}; there is for {supported()}")
+        raise BackendError(
+            f"no device dequantisation for GGML type {type_name}; there is for {supported()}"
+        )
     block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][1]
     return _BLOCKS[type_name](raw.reshape(-1, block_bytes)).reshape(shape)
 

@@ -1,9 +1,11 @@
-"""Read a GGUF file's header with every count bounded by the file, and by what headers of real models need.
+"""Read a GGUF file's header with every count bounded by the file, and by what headers of real
+models need.
 
-The `gguf` package's reader trusts the file: a hostile array length keeps it busy for ever, and an ordinary vocabulary
-of 49,152 takes it two seconds. This one reads the same format (https://github.com/ggml-org/ggml, docs/gguf.md), checks
-each length against what is left of the file before use, and leaves constants, block sizes and dequantisation to `gguf`.
-A file may be large and empty, so there are limits besides: reading a header takes a few seconds and 512 MiB at most.
+The `gguf` package's reader trusts the file: a hostile array length keeps it busy for ever, and an
+ordinary vocabulary of 49,152 takes it two seconds. This one reads the same format
+(https://github.com/ggml-org/ggml, docs/gguf.md), checks each length against what is left of the
+file before use, and leaves constants, block sizes and dequantisation to `gguf`. A file may be large
+and empty, so there are limits besides: reading a header takes a few seconds and 512 MiB at most.
 """
 
 from __future__ import annotations
@@ -19,16 +21,31 @@ from hybrimoe_plugin.errors import WeightsError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_DEPTH = 4
 _MAX_DIMS = 4
 _MAX_BYTES = 128 << 20
 """Of a header; those with the largest vocabularies have some 20 MiB."""
 _MAX_ITEMS = 2 << 20
-"""In all arrays together: 262,144 tokens with scores and types and 514,000 merges are 1.3 million."""
+"""In all arrays together: 262,144 tokens with scores and types and 514,000 merges are 1.3 million.
+"""
 _NESTED = 32
-"""What an array inside an array counts for: it takes so much longer to read, and no known model has any."""
+"""What an array inside an array counts for: it takes so much longer to read, and no known model has
+any.
+"""
 _MAX_FIELDS, _MAX_TENSORS = 1 << 16, 1 << 18
 _MAX_NAME = 1 << 16
 """Bytes; the format's own limit is 2^16 - 1 for keys and 64 for tensors."""
@@ -129,7 +146,8 @@ def read_header(data: mmap.mmap, path: str, file: int) -> tuple[dict[str, Any], 
     """Metadata and tensor table of one mapped GGUF file.
 
     Raises:
-        WeightsError: not a GGUF file, a count, type, shape or byte range does not fit the file, or tensors overlap.
+        WeightsError: not a GGUF file, a count, type, shape or byte range does not fit the file, or
+            tensors overlap.
     """
     cursor = _Cursor(data, path)
     if data[:4] != _MAGIC:
@@ -138,7 +156,10 @@ def read_header(data: mmap.mmap, path: str, file: int) -> tuple[dict[str, Any], 
     version = cursor.scalar("<I", "version")
     if version not in _VERSIONS:
         raise WeightsError(f"{path}: GGUF version {version}, this program reads {_VERSIONS}")
-    tensor_count, field_count = cursor.scalar("<Q", "tensor count"), cursor.scalar("<Q", "field count")
+    tensor_count, field_count = (
+        cursor.scalar("<Q", "tensor count"),
+        cursor.scalar("<Q", "field count"),
+    )
     cursor.need(tensor_count * 32 + field_count * 13, "the number of tensors and fields")
     if field_count > _MAX_FIELDS or tensor_count > _MAX_TENSORS:
         limits = f"more than {_MAX_FIELDS} and {_MAX_TENSORS}"
@@ -152,7 +173,9 @@ def read_header(data: mmap.mmap, path: str, file: int) -> tuple[dict[str, Any], 
     raw = [_tensor(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment is {str(alignment)[:60]}, not a power of two of at least 8")
+        raise cursor.fail(
+            f"general.alignment is {str(alignment)[:60]}, not a power of two of at least 8"
+        )
     start = -(-cursor.at // alignment) * alignment
     tensors = _place(raw, start, len(data), path, file)
     _check_order(tensors, start, alignment, path)
@@ -184,12 +207,14 @@ def _place(
         for dim in shape:
             elements *= dim
         if elements == 0 or shape[-1] % block:
-            raise WeightsError(f"{path}: tensor {name!r} of type {quant.name} has shape {shape}: rows must be a "
+            raise WeightsError(f"{path}: tensor {name!r} of type {quant.name} has shape {shape}: "
+                               f"rows must be a "
                                f"multiple of {block}")  # fmt: skip
         nbytes = elements // block * block_bytes
         if start + offset + nbytes > size:
             raise WeightsError(
-                f"{path}: truncated: tensor {name!r} ends at byte {start + offset + nbytes}, the file has {size}; "
+                f"{path}: truncated: tensor {name!r} ends at byte {start + offset + nbytes}, the "
+                f"file has {size}; "
                 "was it copied or downloaded whole?"
             )
         if name in tensors:
@@ -199,12 +224,15 @@ def _place(
 
 
 def _check_order(tensors: list[TensorInfo], start: int, alignment: int, path: str) -> None:
-    """Raise WeightsError for a tensor that begins at no multiple of the alignment, or inside another one."""
+    """Raise WeightsError for a tensor that begins at no multiple of the alignment, or inside
+    another one.
+    """
     end, before = start, ""
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         if (tensor.offset - start) % alignment:
             raise WeightsError(
-                f"{path}: damaged: tensor {tensor.name!r} begins at byte {tensor.offset - start} of the weights, "
+                f"{path}: damaged: tensor {tensor.name!r} begins at byte {tensor.offset - start} "
+                f"of the weights, "
                 f"no multiple of {alignment}"
             )
         if tensor.offset < end:

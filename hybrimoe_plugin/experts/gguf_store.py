@@ -1,4 +1,6 @@
-"""Open GGUF weights, a single file or a split set, without reading them: bytes are mapped, checked and shared."""
+"""Open GGUF weights, a single file or a split set, without reading them: bytes are mapped, checked
+and shared.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,10 @@ class _Identity(NamedTuple):
 class GGUFStore:
     """Read-only view of GGUF weights.
 
-    Files are mapped: kernels read them where they lie, and the system ends a process that reads where a mapped file
-    has become shorter. So what is copied while a model loads is read into memory instead, and `check_unchanged` is
-    called before each pass of a model. A file that is cut within a pass still ends the process, unless
-    `read_into_memory` was called.
+    Files are mapped: kernels read them where they lie, and the system ends a process that reads
+    where a mapped file has become shorter. So what is copied while a model loads is read into
+    memory instead, and `check_unchanged` is called before each pass of a model. A file that is cut
+    within a pass still ends the process, unless `read_into_memory` was called.
 
     Attributes:
         paths: the files, in order.
@@ -64,11 +66,14 @@ class GGUFStore:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.kernels: object | None = None
-        """Kernels that read these bytes where they lie; the first operator on the store sets them, all share them."""
+        """Kernels that read these bytes where they lie; the first operator on the store sets them,
+        all share them.
+        """
         self._bytes: list[NDArray[np.uint8]] = []
         self._files: list[BinaryIO] = []
         self._mapped: dict[int, _Identity] = {}
-        """By index of the file: as it was when it was opened; those read into memory are taken out."""
+        """By index of the file: as it was when it was opened; those read into memory are taken out.
+        """
         weakref.finalize(self, _close_all, self._files)
         for index, path in enumerate(self.paths):
             file, data = _map(path)
@@ -81,16 +86,20 @@ class GGUFStore:
                 self._check_part(metadata, path)
             for info in tensors:
                 if info.name in self.tensors:
-                    raise WeightsError(f"{path}: tensor {info.name!r} is in another part of the split set too")
+                    raise WeightsError(
+                        f"{path}: tensor {info.name!r} is in another part of the split set too"
+                    )
                 self.tensors[info.name] = info
             self._bytes.append(np.frombuffer(data, dtype=np.uint8))
 
     @classmethod
     def open(cls, path: str | Path | Sequence[str | Path]) -> GGUFStore:
-        """Open a file, any part of a split set, a directory that holds one model, or a list of files.
+        """Open a file, any part of a split set, a directory that holds one model, or a list of
+        files.
 
         Raises:
-            WeightsError: nothing there, several models, a part missing, or a file that is not sound GGUF.
+            WeightsError: nothing there, several models, a part missing, or a file that is not sound
+                GGUF.
         """
         if isinstance(path, str | Path):
             return cls(_resolve(Path(path)))
@@ -114,11 +123,13 @@ class GGUFStore:
         return sum(part.size for part in self._bytes)
 
     def read_into_memory(self) -> None:
-        """Read the files into memory of the process's own, on huge pages where the system gives them.
+        """Read the files into memory of the process's own, on huge pages where the system gives
+        them.
 
-        A mapped file lies on small pages, whose addresses the processor must look up all the time: reading experts in
-        Q8_0 from huge pages is 1 to 14 % faster (docs/LOG.md). Call it before anything holds a view; the file's cached
-        pages are left to the system, which may take them back.
+        A mapped file lies on small pages, whose addresses the processor must look up all the time:
+        reading experts in Q8_0 from huge pages is 1 to 14 % faster (docs/LOG.md). Call it before
+        anything holds a view; the file's cached pages are left to the system, which may take them
+        back.
 
         Raises:
             WeightsError: a file cannot be read any more.
@@ -149,7 +160,9 @@ class GGUFStore:
         return self._bytes[info.file][info.offset : info.offset + info.nbytes]
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """A copy of the tensor's stored bytes, 1-D uint8. Raises: WeightsError: missing, or the file was cut."""
+        """A copy of the tensor's stored bytes, 1-D uint8. Raises: WeightsError: missing, or the
+        file was cut.
+        """
         info = self.info(name)
         return self._part(info, 0, info.nbytes)
 
@@ -165,13 +178,19 @@ class GGUFStore:
     @property
     def others_may_write(self) -> bool:
         """Whether any user of the system may write to, and so cut, a file that is mapped."""
-        return any(os.fstat(self._files[index].fileno()).st_mode & stat.S_IWOTH for index in self._mapped)
+        return any(
+            os.fstat(self._files[index].fileno()).st_mode & stat.S_IWOTH for index in self._mapped
+        )
 
     def _check_part(self, metadata: dict[str, Any], path: Path) -> None:
-        """Raise WeightsError where a part of a split set states what the first one does not: only that one is read."""
+        """Raise WeightsError where a part of a split set states what the first one does not: only
+        that one is read.
+        """
         for key, value in metadata.items():
             if not key.startswith(("general.", "split.")) and self.metadata.get(key) != value:
-                raise WeightsError(f"{path}: this part of the split set states {key}, and the first part does not")
+                raise WeightsError(
+                    f"{path}: this part of the split set states {key}, and the first part does not"
+                )
 
     def _check(self, index: int) -> None:
         path = self.paths[index]
@@ -206,22 +225,28 @@ class GGUFStore:
                     raise WeightsError(f"{path}: {_IN_USE} (it has become shorter)")
                 done += count
         except OSError as error:
-            raise WeightsError(f"{path}: cannot read the weights ({error.strerror or error})") from None
+            raise WeightsError(
+                f"{path}: cannot read the weights ({error.strerror or error})"
+            ) from None
 
     def dequantized(
         self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """A fresh tensor of the stored shape: `gguf.quants.dequantize` to the last bit, rounded to `dtype`.
+        """A fresh tensor of the stored shape: `gguf.quants.dequantize` to the last bit, rounded to
+        `dtype`.
 
         Args:
-            device: where the tensor will be. The stored bytes go there and are dequantised there, a part at a time.
+            device: where the tensor will be. The stored bytes go there and are dequantised there, a
+                part at a time.
 
         Raises:
             WeightsError: missing, or of a type that `gguf` cannot dequantise.
         """
         info = self.info(name)
         if info.type_name not in dequant.supported():
-            return dequantize_bytes(self.read(name), info.type_name, info.shape, name).to(device, dtype)
+            return dequantize_bytes(self.read(name), info.type_name, info.shape, name).to(
+                device, dtype
+            )
         values = torch.empty(info.shape, dtype=dtype, device=device)
         flat, done = values.view(-1), 0
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[info.type_name]]
@@ -244,8 +269,10 @@ class GGUFStore:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Small operations in a row on one thread: a team of threads that wait for one another is slower, and where other
-    processes want the cores several times so. One thread takes half as long as `gguf` for Q4_K and Q6_K."""
+    """Small operations in a row on one thread: a team of threads that wait for one another is
+    slower, and where other processes want the cores several times so. One thread takes half as long
+    as `gguf` for Q4_K and Q6_K.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -266,7 +293,9 @@ def dequantize_bytes(
     try:
         values = dequantize(rows, GGMLQuantizationType[type_name])
     except NotImplementedError:
-        raise WeightsError(f"tensor {name!r}: GGML type {type_name} cannot be dequantised") from None
+        raise WeightsError(
+            f"tensor {name!r}: GGML type {type_name} cannot be dequantised"
+        ) from None
     # A float32 tensor comes back as a view of the mapping: read-only memory must not reach torch.
     values = np.require(values, dtype=np.float32, requirements=["C", "W"])
     return torch.from_numpy(values).reshape(tuple(shape))
@@ -288,7 +317,9 @@ def _map(path: Path) -> tuple[BinaryIO, mmap.mmap]:
     except ValueError:  # mmap refuses an empty file
         raise WeightsError(f"{path}: the file is empty") from None
     except OSError as error:
-        raise WeightsError(f"{path}: cannot open the weights file ({error.strerror or error})") from None
+        raise WeightsError(
+            f"{path}: cannot open the weights file ({error.strerror or error})"
+        ) from None
 
 
 def _resolve(path: Path) -> list[Path]:
@@ -298,17 +329,26 @@ def _resolve(path: Path) -> list[Path]:
         files = sorted(file for file in path.glob("*.gguf") if not file.name.startswith("._"))
         if not files:
             raise WeightsError(f"{path}: no .gguf file in this directory")
-        models = {match["stem"] if (match := _SPLIT.match(file.name)) else file.name for file in files}
+        models = {
+            match["stem"] if (match := _SPLIT.match(file.name)) else file.name for file in files
+        }
         if len(models) > 1:
-            raise WeightsError(f"{path}: holds several models ({', '.join(sorted(models))}): name one file")
+            raise WeightsError(
+                f"{path}: holds several models ({', '.join(sorted(models))}): name one file"
+            )
         path = files[0]
     match = _SPLIT.match(path.name)
     if match is None:
         return [path]
     count = int(match["count"])
-    parts = [path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    parts = [
+        path.with_name(f"{match['stem']}-{part:05d}-of-{count:05d}.gguf")
+        for part in range(1, count + 1)
+    ]
     missing = [part.name for part in parts if not part.exists()]
     if missing or count == 0:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise WeightsError(f"{path}: the split set lacks {', '.join(missing[:3]) or 'all parts'}{more}")
+        raise WeightsError(
+            f"{path}: the split set lacks {', '.join(missing[:3]) or 'all parts'}{more}"
+        )
     return parts

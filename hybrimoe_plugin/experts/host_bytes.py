@@ -1,7 +1,8 @@
-"""Where transfers read from: the mapped file's own pages, registered with the driver, else pinned staging buffers.
+"""Where transfers read from: the mapped file's own pages, registered with the driver, else pinned
+staging buffers.
 
-A driver or a sandbox may refuse to register pages of a mapped file. Then every transfer is a copy in host memory first,
-which is slower than the link, so another thread makes it (`issue.OnThread`).
+A driver or a sandbox may refuse to register pages of a mapped file. Then every transfer is a copy
+in host memory first, which is slower than the link, so another thread makes it (`issue.OnThread`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ log = logging.getLogger(__name__)
 
 _PAGE = 4096
 READ_ONLY_PORTABLE = 8 | 1
-"""cudaHostRegisterReadOnly, which a read-only file mapping needs, and Portable: several devices read one file."""
+"""cudaHostRegisterReadOnly, which a read-only file mapping needs, and Portable: several devices
+read one file.
+"""
 
 PORTABLE = 1
 """Enough for memory of the process's own, where the device does not know ReadOnly."""
 
 _FEW = 0.01
-"""Share of the weights that may be staged by the caller itself, such as a page that another device has registered."""
+"""Share of the weights that may be staged by the caller itself, such as a page that another device
+has registered.
+"""
 
 
 class HostBytes(Protocol):
@@ -42,7 +47,9 @@ class HostBytes(Protocol):
 
     @property
     def slow(self) -> bool:
-        """Whether `source` takes so long that a thread of its own should call it; known after `prepare`."""
+        """Whether `source` takes so long that a thread of its own should call it; known after
+        `prepare`.
+        """
         ...
 
     @property
@@ -86,7 +93,9 @@ class StagedBytes:
 
     reuses = True
 
-    def __init__(self, streams: Streams, ring: int = 8, pinned: bool = True, slow: bool = False) -> None:
+    def __init__(
+        self, streams: Streams, ring: int = 8, pinned: bool = True, slow: bool = False
+    ) -> None:
         self.slow = slow
         self._streams = streams
         self._count = ring
@@ -98,7 +107,10 @@ class StagedBytes:
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
         size = max(matrix.experts[0].size for weights in layers for matrix in weights.matrices())
         if not self._ring or self._ring[0].numel() < size:
-            self._ring = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(self._count)]
+            self._ring = [
+                torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+                for _ in range(self._count)
+            ]
             self._free = [None] * self._count
 
     def source(self, part: Bytes) -> torch.Tensor:
@@ -118,7 +130,8 @@ class StagedBytes:
 
 
 class RegisteredBytes:
-    """Registers the pages of every expert with CUDA, so that the one host copy serves CPU kernels and link.
+    """Registers the pages of every expert with CUDA, so that the one host copy serves CPU kernels
+    and link.
 
     What the driver refuses goes through `staged`, with a notice.
     """
@@ -139,7 +152,8 @@ class RegisteredBytes:
         self.release()
         self._wanted = wanted
         for start, end in wanted:
-            # The outer pages may belong to a neighbour too, which another device has registered: then without them.
+            # The outer pages may belong to a neighbour too, which another device has registered:
+            # then without them.
             for first, last in ((start, end), (start + _PAGE, end - _PAGE)):
                 if first < last and _register(first, last - first, self._device):
                     self._starts.append(first)
@@ -150,7 +164,11 @@ class RegisteredBytes:
         if refused:
             self.slow = self._staged.slow and refused > _FEW * total
             advice = _advice(self._device) if refused > _FEW * total else ""
-            log.warning("%s of weights cannot be registered: their transfers are staged%s", human(refused), advice)
+            log.warning(
+                "%s of weights cannot be registered: their transfers are staged%s",
+                human(refused),
+                advice,
+            )
             self._staged.prepare(layers)
 
     def source(self, part: Bytes) -> torch.Tensor:
@@ -174,7 +192,9 @@ class RegisteredBytes:
 
 
 def register_pages(start: int, nbytes: int, flags: int, device: torch.device) -> bool:
-    """Register whole pages with the CUDA driver, which then copies from them without staging; False if it refuses."""
+    """Register whole pages with the CUDA driver, which then copies from them without staging; False
+    if it refuses.
+    """
     if int(torch.cuda.cudart().cudaHostRegister(start, nbytes, flags)) == 0:
         return True
     _clear_error(device)
@@ -192,13 +212,19 @@ def registers_own_memory(device: torch.device) -> bool:
 
 
 def as_tensor(part: Bytes) -> torch.Tensor:
-    """A tensor over bytes that may lie in a read-only mapping; it is only ever read. Valid as long as `part`."""
+    """A tensor over bytes that may lie in a read-only mapping; it is only ever read. Valid as long
+    as `part`.
+    """
     # By address: torch warns about every buffer that says it is read-only.
-    return torch.frombuffer((ctypes.c_ubyte * part.size).from_address(part.ctypes.data), dtype=torch.uint8)
+    return torch.frombuffer(
+        (ctypes.c_ubyte * part.size).from_address(part.ctypes.data), dtype=torch.uint8
+    )
 
 
 def _register(start: int, nbytes: int, device: torch.device) -> bool:
-    return any(register_pages(start, nbytes, flags, device) for flags in (READ_ONLY_PORTABLE, PORTABLE))
+    return any(
+        register_pages(start, nbytes, flags, device) for flags in (READ_ONLY_PORTABLE, PORTABLE)
+    )
 
 
 def _advice(device: torch.device) -> str:
@@ -207,7 +233,9 @@ def _advice(device: torch.device) -> str:
 
 
 def _page_runs(layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int]]:
-    """Page-aligned (start, end) of all experts, neighbours joined: a page may be registered once only."""
+    """Page-aligned (start, end) of all experts, neighbours joined: a page may be registered once
+    only.
+    """
     spans = []
     for matrix in (matrix for weights in layers for matrix in weights.matrices()):
         for block in [matrix.stacked] if matrix.stacked is not None else matrix.experts:
@@ -225,7 +253,9 @@ def _page_runs(layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int]]:
 
 
 def _clear_error(device: torch.device) -> None:
-    """A refused registration stays as the runtime's last error, and the next kernel launch would report it."""
+    """A refused registration stays as the runtime's last error, and the next kernel launch would
+    report it.
+    """
     try:
         torch.zeros(1, device=device)
     except RuntimeError as error:

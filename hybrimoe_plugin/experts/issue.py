@@ -1,4 +1,6 @@
-"""Who gives transfers to the device: the caller at once, or a thread where bytes must be copied for them first."""
+"""Who gives transfers to the device: the caller at once, or a thread where bytes must be copied for
+them first.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Arrival(Protocol):
         ...
 
     def result(self) -> Events:
-        """The job's events; the host waits until the device has been given the work. Raises: BackendError."""
+        """The job's events; the host waits until the device has been given the work. Raises:
+        BackendError.
+        """
         ...
 
 
@@ -63,7 +67,9 @@ class Issued(NamedTuple):
 
 
 class AtOnce:
-    """Jobs run in `submit`: the plain twin, and all there is to do where the link reads stored bytes themselves."""
+    """Jobs run in `submit`: the plain twin, and all there is to do where the link reads stored
+    bytes themselves.
+    """
 
     def submit(self, job: Job) -> Arrival:
         return Issued(job())
@@ -84,9 +90,9 @@ class AtOnce:
 class OnThread:
     """Jobs run on one thread, so that the caller need not wait while bytes are copied.
 
-    After a job has failed, later ones are not begun until `forget`: slots would hold wrong bytes. Each of them, and
-    `check`, raises what it failed with. At the interpreter's exit, jobs that were submitted are finished before CUDA
-    is torn down: `concurrent.futures` sees to that.
+    After a job has failed, later ones are not begun until `forget`: slots would hold wrong bytes.
+    Each of them, and `check`, raises what it failed with. At the interpreter's exit, jobs that were
+    submitted are finished before CUDA is torn down: `concurrent.futures` sees to that.
     """
 
     def __init__(self) -> None:
@@ -101,7 +107,9 @@ class OnThread:
 
     def check(self) -> None:
         if self._error is not None:
-            raise BackendError(f"experts could not be sent to the accelerator: {self._error}") from self._error
+            raise BackendError(
+                f"experts could not be sent to the accelerator: {self._error}"
+            ) from self._error
 
     def drain(self) -> None:
         if self._last is not None and not self._on_worker():
@@ -114,7 +122,9 @@ class OnThread:
         self._pool.shutdown(wait=not self._on_worker())
 
     def _on_worker(self) -> bool:
-        """A garbage collection may close a forgotten model on this very thread, which cannot wait for itself."""
+        """A garbage collection may close a forgotten model on this very thread, which cannot wait
+        for itself.
+        """
         return self._worker == threading.get_ident()
 
     def _run(self, job: Job) -> Events:

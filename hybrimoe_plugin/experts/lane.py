@@ -1,13 +1,15 @@
 """Brings experts into slots: transfer, repacking and the events by which compute waits for them.
 
-A slot has two arrivals: gate and up, then down, so that compute can start on the first. Prefetches wait here until the
-link has room for them; one that is superseded meanwhile never crosses it.
+A slot has two arrivals: gate and up, then down, so that compute can start on the first. Prefetches
+wait here until the link has room for them; one that is superseded meanwhile never crosses it.
 
-What the device is given may be given to it by another thread (`issue`). Bytes, landing buffers and the queues that
-write slots are then that thread's alone; which slot holds what, and what compute waits for, is the caller's.
+What the device is given may be given to it by another thread (`issue`). Bytes, landing buffers and
+the queues that write slots are then that thread's alone; which slot holds what, and what compute
+waits for, is the caller's.
 
-A call can end at any line, by Ctrl-C or an error. So `held` says of a slot what it holds only after all of the
-transfer has been issued, and nothing from before the first byte of the next one; `settle` then finds the rest.
+A call can end at any line, by Ctrl-C or an error. So `held` says of a slot what it holds only after
+all of the transfer has been issued, and nothing from before the first byte of the next one;
+`settle` then finds the rest.
 
     send(A -> slot 3):   held[3] gone | gate, up issued | down issued | held[3] = A
                                       ^ ended here: slot 3 holds nothing for certain
@@ -30,9 +32,10 @@ from hybrimoe_plugin.experts.streams import AHEAD, COMPUTE, LINK, REPACK, Event,
 from hybrimoe_plugin.experts.weights import Bytes, LayerWeights
 
 AHEAD_DEPTH = 2
-"""Prefetches given to the device at once. Copies share one engine that serves them in the order of their arrival,
-whatever their streams' priorities: a demand load waits for every prefetch before it. Two keep the link busy, one
-crossing it while the next is ready."""
+"""Prefetches given to the device at once. Copies share one engine that serves them in the order of
+their arrival, whatever their streams' priorities: a demand load waits for every prefetch before it.
+Two keep the link busy, one crossing it while the next is ready.
+"""
 
 LANDINGS = 4
 """Buffers in which matrices arrive that are to be split."""
@@ -87,20 +90,26 @@ class SlotLane:
         self._ahead_depth = ahead_depth
         self._issuer = issuer or AtOnce()
         count = LANDINGS if landing_bytes else 0
-        self._landings = [torch.empty(landing_bytes, dtype=torch.uint8, device=buffer.device) for _ in range(count)]
+        self._landings = [
+            torch.empty(landing_bytes, dtype=torch.uint8, device=buffer.device)
+            for _ in range(count)
+        ]
         self._landed: list[Event | None] = [None] * count
         self._turn = 0
         self._pending: dict[int, Transfer] = {}
         """Prefetches that the device has not been given, oldest first."""
         self._outstanding: deque[Arrival] = deque()
-        """Prefetches that the device has been given and that have not crossed the link, oldest first."""
+        """Prefetches that the device has been given and that have not crossed the link, oldest
+        first.
+        """
         self._gate_up: dict[int, Arrival] = {}
         self._down: dict[int, Arrival] = {}
         """Slot -> what compute has not waited for yet."""
         self._last_use: dict[int, Event] = {}
         self.held: dict[int, Transfer] = {}
         self.cancelled = 0
-        # Memory that compute gave back a moment ago may still be read there: nothing is written before that is over.
+        # Memory that compute gave back a moment ago may still be read there: nothing is written
+        # before that is over.
         streams.synchronize()
 
     def send(self, transfer: Transfer, ahead: bool = False) -> None:
@@ -114,7 +123,9 @@ class SlotLane:
             self._issue(transfer, LINK)
 
     def cancel(self, slot: int) -> bool:
-        """Drop the slot's transfer if the device has not been given it; then the slot holds nothing."""
+        """Drop the slot's transfer if the device has not been given it; then the slot holds
+        nothing.
+        """
         if self._pending.pop(slot, None) is None:
             return False
         self.cancelled += 1
@@ -132,7 +143,8 @@ class SlotLane:
         """Compute goes on only when these slots' gate and up have arrived.
 
         Raises:
-            BackendError: a slot was never filled, its transfer was cancelled, or any transfer has failed.
+            BackendError: a slot was never filled, its transfer was cancelled, or any transfer has
+                failed.
         """
         for slot in slots:
             if slot in self._pending:  # needed now: it goes before the other prefetches
@@ -152,7 +164,8 @@ class SlotLane:
             self._last_use[slot] = event
 
     def settle(self) -> None:
-        """After a call that did not end: wait for what was issued, forget what was not, and keep what is certain.
+        """After a call that did not end: wait for what was issued, forget what was not, and keep
+        what is certain.
 
         The host waits for the device, so that no edge to older work is needed from then on.
 
@@ -180,7 +193,9 @@ class SlotLane:
         return slot in self._pending or not self._differs(slot)
 
     def drain(self) -> None:
-        """The device has been given everything that it is to have by now; `synchronize` of its queues may follow."""
+        """The device has been given everything that it is to have by now; `synchronize` of its
+        queues may follow.
+        """
         self._issuer.drain()
 
     def check(self) -> None:
@@ -215,19 +230,28 @@ class SlotLane:
 
     def _issue(self, transfer: Transfer, queue: str) -> None:
         slot = transfer.slot
-        # Whatever writes this slot now comes after its last use and after an older transfer that nobody waited for.
-        # That one has been issued when this one is: jobs keep their order.
+        # Whatever writes this slot now comes after its last use and after an older transfer that
+        # nobody waited for. That one has been issued when this one is: jobs keep their order.
         older = [arrivals.pop(slot) for arrivals in (self._gate_up, self._down) if slot in arrivals]
         if slot in self._last_use:
             older.append(Issued((self._last_use.pop(slot),)))
         ordered: set[str] = set()
         gate, up, down = transfer.parts
-        self._gate_up[slot] = self._issuer.submit(lambda: self._write(slot, queue, (gate, up), older, ordered))
-        self._down[slot] = self._issuer.submit(lambda: self._write(slot, queue, (down,), older, ordered))
+        self._gate_up[slot] = self._issuer.submit(
+            lambda: self._write(slot, queue, (gate, up), older, ordered)
+        )
+        self._down[slot] = self._issuer.submit(
+            lambda: self._write(slot, queue, (down,), older, ordered)
+        )
         self.held[slot] = transfer
 
     def _write(
-        self, slot: int, queue: str, parts: Sequence[tuple[Part, Bytes]], older: Sequence[Arrival], ordered: set[str]
+        self,
+        slot: int,
+        queue: str,
+        parts: Sequence[tuple[Part, Bytes]],
+        older: Sequence[Arrival],
+        ordered: set[str],
     ) -> Events:
         """Send some matrices; gives the last event of each queue that writes them."""
         writers = []
@@ -236,7 +260,9 @@ class SlotLane:
             if writer not in ordered:
                 ordered.add(writer)
                 for event in (event for arrival in older for event in arrival.result()):
-                    self._streams.wait(writer, event)  # edge: last use of the slot -> its next content
+                    self._streams.wait(
+                        writer, event
+                    )  # edge: last use of the slot -> its next content
             target = self._buffer[slot, part.offset : part.offset + part.size]
             if part.split:
                 self._land(queue, part, stored, target)

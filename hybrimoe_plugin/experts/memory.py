@@ -14,7 +14,9 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import BudgetError
 
 STAGING_SLOTS = 4
-"""Two waves of two demand loads: one is computed while the other arrives. The fewest that a run can do with."""
+"""Two waves of two demand loads: one is computed while the other arrives. The fewest that a run can
+do with.
+"""
 
 MOST_STAGING_SLOTS = 32
 """Long prompts stream whole layers through the staging slots: larger waves cost fewer launches."""
@@ -25,7 +27,9 @@ RESERVE = 0.1
 _CGROUPS = Path("/sys/fs/cgroup")
 
 DEFAULT_EMULATED_RATIO = 0.25
-"""Cache ratio of the emulated accelerator, which has no memory of its own to size it by: the papers' smallest."""
+"""Cache ratio of the emulated accelerator, which has no memory of its own to size it by: the
+papers' smallest.
+"""
 
 
 def human(size: float) -> str:
@@ -44,13 +48,21 @@ class _Group(NamedTuple):
     used: str
     stat: str
     cached: tuple[str, ...]
-    """Lines of `stat`, in bytes: pages of files, which the kernel takes back when memory is asked for."""
+    """Lines of `stat`, in bytes: pages of files, which the kernel takes back when memory is asked
+    for.
+    """
     dirty: str
     """The part of them that must be written first."""
 
 
 _GROUPS = (
-    _Group("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file"), "file_dirty"),
+    _Group(
+        "memory.max",
+        "memory.current",
+        "memory.stat",
+        ("inactive_file", "active_file"),
+        "file_dirty",
+    ),
     _Group(
         "memory/memory.limit_in_bytes",
         "memory/memory.usage_in_bytes",
@@ -75,7 +87,8 @@ def free_host_bytes(root: Path = _CGROUPS) -> int:
 
 
 def _free_in(root: Path, group: _Group) -> int:
-    """What a container may still take, its cached pages of files counted as free: a mapped model would seem to fill it.
+    """What a container may still take, its cached pages of files counted as free: a mapped model
+    would seem to fill it.
 
     Raises:
         OSError, ValueError: there is no such group, or it has no limit.
@@ -96,7 +109,8 @@ def _reclaimable(root: Path, group: _Group) -> int:
 def huge_pages(nbytes: int) -> mmap.mmap:
     """Host memory of its own, zeroed, from huge pages where the kernel has them.
 
-    Private, as shared anonymous memory gets huge pages only where `shmem_enabled` says so, which is rare.
+    Private, as shared anonymous memory gets huge pages only where `shmem_enabled` says so, which is
+    rare.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -131,15 +145,19 @@ def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
     return 2 * values * context
 
 
-def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None) -> list[int]:
+def cache_quotas(
+    settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None
+) -> list[int]:
     """Cached experts per MoE layer.
 
-    An explicit `cache_ratio` or `cache_bytes` is met or refused; without one the cache takes what is free.
+    An explicit `cache_ratio` or `cache_bytes` is met or refused; without one the cache takes what
+    is free.
 
     Args:
         experts: routed experts per layer.
         layer_bytes: bytes of one expert, for each MoE layer; slots are as large as the largest.
-        free_bytes: accelerator memory that experts may take, `None` where it is not limited (emulated).
+        free_bytes: accelerator memory that experts may take, `None` where it is not limited
+            (emulated).
 
     Raises:
         BudgetError: the explicit budget does not fit, or not even the staging slots do.
@@ -153,7 +171,8 @@ def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], f
         wanted = min(most, slots - staging_slots(slots))
         if wanted < 0:
             raise BudgetError(
-                f"cache_bytes {human(settings.cache_bytes)} is less than the {STAGING_SLOTS} staging slots of "
+                f"cache_bytes {human(settings.cache_bytes)} is less than the {STAGING_SLOTS} "
+                f"staging slots of "
                 f"{human(slot_bytes)} that every run needs"
             )
     elif free_bytes is None:
@@ -165,8 +184,10 @@ def cache_quotas(settings: Settings, experts: int, layer_bytes: Sequence[int], f
     needed = (max(wanted, 0) + staging) * slot_bytes
     if wanted < 0 or (free_bytes is not None and needed > free_bytes):
         raise BudgetError(
-            f"{max(wanted, 0)} cached experts and {staging} staging slots of {human(slot_bytes)} need "
-            f"{human(needed)}, {human(free_bytes or 0)} are free: ask for a smaller cache_ratio or cache_bytes"
+            f"{max(wanted, 0)} cached experts and {staging} staging slots of {human(slot_bytes)} "
+            f"need "
+            f"{human(needed)}, {human(free_bytes or 0)} are free: ask for a smaller cache_ratio "
+            f"or cache_bytes"
         )
     return [wanted // layers + (1 if layer < wanted % layers else 0) for layer in range(layers)]
 

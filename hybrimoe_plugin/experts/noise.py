@@ -1,4 +1,6 @@
-"""Whether other programs disturbed a measurement: threads that waited for a core, repetitions that differ."""
+"""Whether other programs disturbed a measurement: threads that waited for a core, repetitions that
+differ.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,14 @@ from pathlib import Path
 Median = Callable[[Sequence[float]], float]
 
 MOST_WAITING = 0.1
-"""Share of the time that the process's threads may wait for a core. Alone on a machine it is below 0.01; with two more
-busy programs on two cores it was 0.5."""
+"""Share of the time that the process's threads may wait for a core. Alone on a machine it is below
+0.01; with two more busy programs on two cores it was 0.5.
+"""
 
 MOST_SPREAD = 1.5
-"""The upper quartile of a call's repetitions over the lower one, beyond which they are said to differ."""
+"""The upper quartile of a call's repetitions over the lower one, beyond which they are said to
+differ.
+"""
 MOST_SPREAD_CALLS = 1 / 3
 """Share of the calls whose repetitions may differ: single calls do so on any machine."""
 
@@ -47,14 +52,17 @@ class Noise:
         differing = sum(spread > MOST_SPREAD for spread in self._spreads)
         if differing > MOST_SPREAD_CALLS * len(self._spreads):
             return (
-                f"the machine was not quiet while it was measured: repetitions of {differing} of {len(self._spreads)} "
+                f"the machine was not quiet while it was measured: repetitions of {differing} of "
+                f"{len(self._spreads)} "
                 f"calls differ by more than a factor of {MOST_SPREAD}"
             )
         return ""
 
 
 def _waited_seconds() -> float | None:
-    """How long the process's threads were ready to run and had no core, in all; None where Linux does not count it."""
+    """How long the process's threads were ready to run and had no core, in all; None where Linux
+    does not count it.
+    """
     total = 0
     try:
         for task in Path("/proc/self/task").iterdir():

@@ -1,8 +1,9 @@
-"""Matrices written out as Q8_0: blocks of 4 and 5 bits, to the same values, and types that have no kernel.
+"""Matrices written out as Q8_0: blocks of 4 and 5 bits, to the same values, and types that have no
+kernel.
 
-The former take more bytes and half the time on some CPUs: ggml's kernels for Q4_0 and Q5_0 take their time for
-unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at 21; an AMD EPYC reads Q4_0 at 26 and Q5_0 at 14,
-Q8_0 at 30 (docs/LOG.md). So it is measured.
+The former take more bytes and half the time on some CPUs: ggml's kernels for Q4_0 and Q5_0 take
+their time for unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at 21; an AMD EPYC
+reads Q4_0 at 26 and Q5_0 at 14, Q8_0 at 30 (docs/LOG.md). So it is measured.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ def as_q8_0(stored: Stored) -> Stored:
     size = GGML_QUANT_SIZES[GGMLQuantizationType[stored.type_name]][1]
     blocks = stored.data.reshape(-1, size)
     out = np.empty((len(blocks), 34), np.uint8)
-    for start in range(0, len(blocks), 1 << 20):  # in pieces: the steps between take several times a block's size
+    for start in range(
+        0, len(blocks), 1 << 20
+    ):  # in pieces: the steps between take several times a block's size
         part = blocks[start : start + (1 << 20)]
         out[start : start + len(part), :2] = part[:, :2]
-        out[start : start + len(part), 2:] = _integers(torch.from_numpy(part.copy()), stored.type_name).numpy()
+        out[start : start + len(part), 2:] = _integers(
+            torch.from_numpy(part.copy()), stored.type_name
+        ).numpy()
     return Stored(out.reshape(-1), "Q8_0", stored.shape)
 
 
@@ -50,7 +55,9 @@ def requantised(stored: Stored) -> Stored:
     kind = GGMLQuantizationType.Q8_0 if columns % 32 == 0 else GGMLQuantizationType.F32
     rows = stored.data.reshape(-1, stored.nbytes // (int(np.prod(stored.shape)) // columns))
     made = []
-    for start in range(0, len(rows), 4096):  # in pieces: the float32 values of all take four times the result
+    for start in range(
+        0, len(rows), 4096
+    ):  # in pieces: the float32 values of all take four times the result
         part = rows[start : start + 4096]
         values = dequantize_bytes(part.reshape(-1), stored.type_name, (len(part), columns)).numpy()
         made.append(quantize(values, kind).view(np.uint8).reshape(-1))

@@ -1,7 +1,7 @@
 """An accelerator whose slots hold quantised experts: CUDA, or emulated on the CPU.
 
-Both run the same code; only streams and host memory differ. The emulated one has no clock of its own: the engine
-advances time as the machine profile says, and labels every such number.
+Both run the same code; only streams and host memory differ. The emulated one has no clock of its
+own: the engine advances time as the machine profile says, and labels every such number.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class SlotAccelerator:
     """Slots of quantised experts on one device.
 
     Args:
-        kernels: fused Triton kernels or their plain twin; `fallback` serves layers whose types they refuse.
-        ahead_depth: most prefetches that the device is given at once, at least 1; see `AHEAD_DEPTH`.
+        kernels: fused Triton kernels or their plain twin; `fallback` serves layers whose types they
+            refuse.
+        ahead_depth: most prefetches that the device is given at once, at least 1; see
+            `AHEAD_DEPTH`.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class SlotAccelerator:
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
         self._known: dict[int, SlotLayout] = {}
-        """Layouts by the id of a layer's weights: hashing or making one for every transfer would cost as much as it."""
+        """Layouts by the id of a layer's weights: hashing or making one for every transfer would
+        cost as much as it.
+        """
 
     @property
     def cancelled(self) -> int:
@@ -78,7 +82,9 @@ class SlotAccelerator:
         return len(self._buffer) if self._allocated else 0
 
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
-        """Raises: BackendError: a type has no device dequantisation. BudgetError: the memory is not there."""
+        """Raises: BackendError: a type has no device dequantisation. BudgetError: the memory is not
+        there.
+        """
         self._choose_kernels(layers)
         layouts = [self.kernels.layout(weights.spec) for weights in layers]
         self._layers = tuple(layers)
@@ -93,12 +99,15 @@ class SlotAccelerator:
         except (RuntimeError, MemoryError) as error:  # CUDA out of memory is a RuntimeError
             self._drop()
             raise BudgetError(
-                f"{slots} slots of {size} bytes and {LANDINGS} landing buffers of {landing} do not fit on "
+                f"{slots} slots of {size} bytes and {LANDINGS} landing buffers of {landing} do "
+                f"not fit on "
                 f"{self.device}: {error}"
             ) from error
         if self.device.type == "cuda" and isinstance(self.kernels, Tunable):
             with torch.cuda.device(self.device):
-                for layout, top_k in {(self.kernels.layout(item.spec), item.spec.top_k) for item in layers}:
+                for layout, top_k in {
+                    (self.kernels.layout(item.spec), item.spec.top_k) for item in layers
+                }:
                     self.kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
         self._allocated = True
 
@@ -110,14 +119,20 @@ class SlotAccelerator:
         return self._lane.cancel(slot)
 
     def compute(
-        self, slots: Sequence[int], hidden: torch.Tensor, slot_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        slots: Sequence[int],
+        hidden: torch.Tensor,
+        slot_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
     ) -> torch.Tensor:
         self._lane.pump()
         # Triton launches on the current device, which is another where a model lies on several.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._lane.wait_gate_up(slots)
             layout = self._lane.held[slots[0]].layout
-            assert all(self._lane.held[slot].layout == layout for slot in slots), "one call computes one layer"
+            assert all(self._lane.held[slot].layout == layout for slot in slots), (
+                "one call computes one layer"
+            )
             call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
             activations = self.kernels.gate_up(call)
             self._lane.wait_down(slots)
@@ -149,7 +164,11 @@ class SlotAccelerator:
 
     def wrong_slots(self, expected: Mapping[int, tuple[LayerWeights, int]]) -> list[int]:
         self.synchronize()
-        return [slot for slot, (weights, expert) in expected.items() if not self._lane.holds(slot, weights, expert)]
+        return [
+            slot
+            for slot, (weights, expert) in expected.items()
+            if not self._lane.holds(slot, weights, expert)
+        ]
 
     def close(self) -> None:
         self._drop()
@@ -166,17 +185,32 @@ class SlotAccelerator:
     def _make_lane(self, landing_bytes: int) -> SlotLane:
         """Traffic for the buffer as it is now."""
         issuer = OnThread() if self._host.slow and len(self._buffer) else AtOnce()
-        return SlotLane(self.streams, self.kernels, self._host, self._buffer, landing_bytes, self._ahead_depth, issuer)
+        return SlotLane(
+            self.streams,
+            self.kernels,
+            self._host,
+            self._buffer,
+            landing_bytes,
+            self._ahead_depth,
+            issuer,
+        )
 
     def _choose_kernels(self, layers: Sequence[LayerWeights]) -> None:
         for weights in layers:
             reason = self.kernels.refusal(weights.spec)
             if reason is not None and self._fallback is not None:
-                log.warning("layer %d: %s; experts on %s use torch operations", weights.layer, reason, self.device)
+                log.warning(
+                    "layer %d: %s; experts on %s use torch operations",
+                    weights.layer,
+                    reason,
+                    self.device,
+                )
                 self.kernels, self._fallback = self._fallback, None
                 reason = self.kernels.refusal(weights.spec)
             if reason is not None:
-                raise BackendError(f"layer {weights.layer}: experts cannot be computed on {self.device}: {reason}")
+                raise BackendError(
+                    f"layer {weights.layer}: experts cannot be computed on {self.device}: {reason}"
+                )
 
 
 def cuda_refusal() -> str | None:
@@ -199,17 +233,22 @@ def make_kernels(name: str, device: torch.device) -> tuple[Kernels, Kernels | No
     if name == "torch" or (name == "auto" and not (on_cuda and installed)):
         return TorchKernels(), None
     if not installed:
-        raise BackendError("kernels: triton asked for, but Triton is not installed: pip install triton")
+        raise BackendError(
+            "kernels: triton asked for, but Triton is not installed: pip install triton"
+        )
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendError(
-            "kernels: triton without a CUDA device run only in Triton's interpreter: set TRITON_INTERPRET=1 before "
+            "kernels: triton without a CUDA device run only in Triton's interpreter: set "
+            "TRITON_INTERPRET=1 before "
             "the program starts (slow, for tests)"
         )
     from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
 
     if on_cuda:
         usable_triton_cache()
-    return TritonKernels(device, tuned=_tuned_path(device)), TorchKernels() if name == "auto" else None
+    return TritonKernels(
+        device, tuned=_tuned_path(device)
+    ), TorchKernels() if name == "auto" else None
 
 
 def _tuned_path(device: torch.device) -> Path | None:
@@ -223,7 +262,8 @@ def _tuned_path(device: torch.device) -> Path | None:
 def make_accelerator(
     name: str, device: torch.device, kernels: str = "auto", ahead_depth: int = AHEAD_DEPTH
 ) -> SlotAccelerator | None:
-    """`none`, `emulated` or `cuda`; `kernels` is `auto`, `triton` or `torch`; `ahead_depth` as in `SlotAccelerator`.
+    """`none`, `emulated` or `cuda`; `kernels` is `auto`, `triton` or `torch`; `ahead_depth` as in
+    `SlotAccelerator`.
 
     Raises:
         BackendError: the device or the kernels cannot be used, with the reason.
@@ -233,7 +273,9 @@ def make_accelerator(
     if name == "emulated":
         device = torch.device("cpu")
         chosen, fallback = make_kernels(kernels, device)
-        return SlotAccelerator(device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth)
+        return SlotAccelerator(
+            device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth
+        )
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")

@@ -1,8 +1,8 @@
 """Queues of one device and the events between them: every cross-stream edge is one `wait`.
 
-Four queues. `LINK` carries demand loads and `AHEAD` prefetches, so that neither waits for the other's slots to be
-free. `REPACK` brings arrived bytes into slot form, so that a copy never waits for a kernel. `COMPUTE` is whatever
-stream the model runs on.
+Four queues. `LINK` carries demand loads and `AHEAD` prefetches, so that neither waits for the
+other's slots to be free. `REPACK` brings arrived bytes into slot form, so that a copy never waits
+for a kernel. `COMPUTE` is whatever stream the model runs on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ class Coming:
         tensors: on the CPU; valid once all events have been reached.
     """
 
-    def __init__(self, streams: Streams, tensors: list[torch.Tensor], events: Sequence[Event] = ()) -> None:
+    def __init__(
+        self, streams: Streams, tensors: list[torch.Tensor], events: Sequence[Event] = ()
+    ) -> None:
         self._streams = streams
         self._tensors = tensors
         self._events = events
 
     def now(self) -> list[torch.Tensor] | None:
         """The tensors if they are there; the host does not wait."""
-        return self._tensors if all(self._streams.reached(event) for event in self._events) else None
+        return (
+            self._tensors if all(self._streams.reached(event) for event in self._events) else None
+        )
 
     def wait(self) -> list[torch.Tensor]:
         """The tensors; stops the host until they are there."""
@@ -43,7 +47,9 @@ class Coming:
 
 
 class Streams(Protocol):
-    """In-order queues: work of one queue runs in order, queues know of one another only by events."""
+    """In-order queues: work of one queue runs in order, queues know of one another only by
+    events.
+    """
 
     def run(self, queue: str, work: Callable[[], None]) -> None:
         """Queue some work; it may only start device operations."""
@@ -66,7 +72,9 @@ class Streams(Protocol):
         ...
 
     def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        """Queue copies to the CPU, behind what `COMPUTE` has been given so far; the host does not wait."""
+        """Queue copies to the CPU, behind what `COMPUTE` has been given so far; the host does not
+        wait.
+        """
         ...
 
     def landing(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +133,8 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Lower numbers go first, but among kernels only: copies cross the link as they came, see `AHEAD_DEPTH`.
+        # Lower numbers go first, but among kernels only: copies cross the link as they came, see
+        # `AHEAD_DEPTH`.
         self._streams = {
             LINK: torch.cuda.Stream(device, priority=-2),
             AHEAD: torch.cuda.Stream(device, priority=0),
@@ -175,7 +184,8 @@ class CudaStreams:
         return Coming(self, landed, [self.record(COMPUTE)])
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        # The caching host allocator gives the pinned copy's memory away only once the transfer is over.
+        # The caching host allocator gives the pinned copy's memory away only once the transfer is
+        # over.
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def synchronize(self) -> None:

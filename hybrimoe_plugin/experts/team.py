@@ -4,10 +4,12 @@ from __future__ import annotations
 
 
 class Team:
-    """Whether graphs use all their threads, or one because another process keeps the others off their cores.
+    """Whether graphs use all their threads, or one because another process keeps the others off
+    their cores.
 
-    ggml's threads meet at a barrier after each operation. A core that is shared holds up every one of them for whole
-    time slices: on 2 busy cores a decode step took 55 times its time with two threads, with one twice (docs/LOG.md).
+    ggml's threads meet at a barrier after each operation. A core that is shared holds up every one
+    of them for whole time slices: on 2 busy cores a decode step took 55 times its time with two
+    threads, with one twice (docs/LOG.md).
     """
 
     STREAK = 3

@@ -1,4 +1,6 @@
-"""The routed experts of one layer as stored bytes: checked views into the mapped file, never copies."""
+"""The routed experts of one layer as stored bytes: checked views into the mapped file, never
+copies.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Matrix(NamedTuple):
     experts: tuple[Bytes, ...]
     """Stored bytes of each expert's matrix, 1-D uint8."""
     stacked: Bytes | None
-    """The same bytes as one contiguous view; None where the file keeps experts in tensors of their own."""
+    """The same bytes as one contiguous view; None where the file keeps experts in tensors of their
+    own.
+    """
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class LayerWeights:
         self, expert: int, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(gate [I, H], up [I, H], down [H, I]) of one expert, fresh tensors on the CPU."""
-        return split_expert([matrix.experts[expert] for matrix in self.matrices()], self.spec, dtype)
+        return split_expert(
+            [matrix.experts[expert] for matrix in self.matrices()], self.spec, dtype
+        )
 
 
 def split_expert(
@@ -63,7 +69,8 @@ def split_expert(
 def layer_weights(
     store: GGUFStore, layer: int, *, experts: int, hidden: int, intermediate: int, top_k: int
 ) -> LayerWeights:
-    """Find one layer's experts, stacked (`ffn_*_exps`) or, in older files, one tensor each (`ffn_*.{i}`).
+    """Find one layer's experts, stacked (`ffn_*_exps`) or, in older files, one tensor each
+    (`ffn_*.{i}`).
 
     Raises:
         WeightsError: a tensor is missing or does not have the expected shape.
@@ -89,7 +96,9 @@ def layer_weights(
     return LayerWeights(layer, spec, gate, up, down)
 
 
-def _matrix(store: GGUFStore, layer: int, part: str, experts: int, shape: tuple[int, int]) -> Matrix:
+def _matrix(
+    store: GGUFStore, layer: int, part: str, experts: int, shape: tuple[int, int]
+) -> Matrix:
     stacked_name = f"blk.{layer}.ffn_{part}_exps.weight"
     if stacked_name in store.tensors:
         info = store.info(stacked_name)
@@ -100,14 +109,17 @@ def _matrix(store: GGUFStore, layer: int, part: str, experts: int, shape: tuple[
     if first not in store.tensors:
         raise WeightsError(f"{store.paths[0]}: neither {stacked_name!r} nor {first!r} is there")
     if experts > len(store.tensors):
-        raise WeightsError(f"{store.paths[0]}: holds {len(store.tensors)} tensors, too few for {experts} experts")
+        raise WeightsError(
+            f"{store.paths[0]}: holds {len(store.tensors)} tensors, too few for {experts} experts"
+        )
     names = [f"blk.{layer}.ffn_{part}.{expert}.weight" for expert in range(experts)]
     infos = [store.info(name) for name in names]
     for name, info in zip(names, infos, strict=True):
         _check_shape(name, info.shape, shape)
         if info.type_name != infos[0].type_name:
             raise WeightsError(
-                f"{store.paths[0]}: {name!r} is {info.type_name}, {names[0]!r} is {infos[0].type_name}: "
+                f"{store.paths[0]}: {name!r} is {info.type_name}, {names[0]!r} is "
+                f"{infos[0].type_name}: "
                 "the experts of a layer must share one type"
             )
     return Matrix(infos[0].type_name, tuple(store.raw(name) for name in names), None)
@@ -115,7 +127,9 @@ def _matrix(store: GGUFStore, layer: int, part: str, experts: int, shape: tuple[
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
-        raise WeightsError(f"tensor {name!r} has shape {found}, the model's config asks for {expected}")
+        raise WeightsError(
+            f"tensor {name!r} has shape {found}, the model's config asks for {expected}"
+        )
 
 
 def _matrix_bytes(type_name: str, shape: tuple[int, int]) -> int:

@@ -1,4 +1,6 @@
-"""Tokens that end an answer: what files name, and what llama.cpp ends at by name where files name too little."""
+"""Tokens that end an answer: what files name, and what llama.cpp ends at by name where files name
+too little.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _NAMES = frozenset(
         "<|file_sep|>",
     )
 )
-"""Tokens at which llama.cpp ends by name (its `special_eog_ids`), those after a piece of infilled code included."""
+"""Tokens at which llama.cpp ends by name (its `special_eog_ids`), those after a piece of infilled
+code included.
+"""
 
 _ORDINARY = frozenset(("_<EOT>", "[EOT]", "[EOS]", "<EOT>", "<eos>", "</s>", "[e~["))
 """Those that may be plain text in a vocabulary which does not mark them as control tokens."""
@@ -68,7 +72,11 @@ def ends_of(
     whole = [index for index in ids if type(index) is int and index >= 0]
     found = list(dict.fromkeys(index for index in whole if size is None or index < size))
     if len(set(whole)) > len(found):
-        log.warning("end tokens beyond the model's %s embeddings are left out: %s", size, sorted(set(whole) - {*found}))
+        log.warning(
+            "end tokens beyond the model's %s embeddings are left out: %s",
+            size,
+            sorted(set(whole) - {*found}),
+        )
     return found
 
 

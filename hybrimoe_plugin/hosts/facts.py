@@ -1,4 +1,6 @@
-"""GGUF metadata, read so that none of it is overlooked: what nobody asked for is refused at the end."""
+"""GGUF metadata, read so that none of it is overlooked: what nobody asked for is refused at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _LONGEST = 60
 _IGNORED: Mapping[str, str] = {
     "vocab_size": "the rows of token_embd.weight count",
     "pooling_type": "how embeddings are pooled has no part in predicting tokens",
-    "attention.layer_norm_epsilon": "of norms that subtract the mean, which none of the families here has",
+    "attention.layer_norm_epsilon": "of norms that subtract the mean, which none of the families "
+    "here has",
     "rope.scaling.finetuned": "tells how the model was trained",
 }
 """Keys that have no effect on logits, with the reason."""
@@ -48,7 +51,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "router_logit_softcapping": (0,),
     "use_parallel_residual": (False,),
 }
-"""Values with which a key changes nothing: 0 is llama.cpp's "not set", and a softmax is gating function 1."""
+"""Values with which a key changes nothing: 0 is llama.cpp's "not set", and a softmax is gating
+function 1.
+"""
 
 
 class Facts:
@@ -90,11 +95,17 @@ class Facts:
         return value
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
-        """A finite number, above 0 where it must be `positive`. Raises: WeightsError: anything else."""
+        """A finite number, above 0 where it must be `positive`. Raises: WeightsError: anything
+        else.
+        """
         value = self.get(key, default)
-        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        known = (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
         if not known or (positive and value <= 0):
-            raise self.wrong(key, f"expected a {'number above 0' if positive else 'finite number'}", value)
+            raise self.wrong(
+                key, f"expected a {'number above 0' if positive else 'finite number'}", value
+            )
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -105,7 +116,9 @@ class Facts:
         return bool(value)
 
     def only(self, key: str, allowed: Any, why: str, unset: Any = None) -> None:
-        """Note a refusal where the file states another value than the one allowed, or than what stands for none."""
+        """Note a refusal where the file states another value than the one allowed, or than what
+        stands for none.
+        """
         value = self.get(key, allowed)
         if not _same(value, allowed) and (unset is None or not _same(value, unset)):
             self.refuse(f"{self.architecture}.{key} is {_short(value)}, where {why}")
@@ -135,14 +148,17 @@ class Facts:
                 self.refuse(f"{full} is {_short(value)}")
         if self._refused:
             raise WeightsError(
-                f"{self.where}: not supported for architecture {self.architecture!r}, and without it the answers would "
+                f"{self.where}: not supported for architecture {self.architecture!r}, and without "
+                f"it the answers would "
                 f"be wrong: {'; '.join(self._refused)}"
             )
 
 
 def _neutral(key: str, architecture: str) -> tuple[Any, ...]:
     if key == "tensor_data_layout" and architecture == "llama":
-        return ("Meta AI original pth",)  # the order of Q's and K's rows that all files of this architecture have
+        return (
+            "Meta AI original pth",
+        )  # the order of Q's and K's rows that all files of this architecture have
     if key == "expert_weights_norm" and architecture == "llama":
         return (True,)  # which Mixtral always does
     return _NEUTRAL.get(key, ())

@@ -1,4 +1,6 @@
-"""Files of a model directory, which anybody may have written: looked at before they are opened, bounded."""
+"""Files of a model directory, which anybody may have written: looked at before they are opened,
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{path}: cannot be read as JSON ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
 def check_file(path: Path, most_bytes: int) -> None:
-    """Refuse pipes, devices and files that are far larger than such a file is, before a library opens them.
+    """Refuse pipes, devices and files that are far larger than such a file is, before a library
+    opens them.
 
     Raises:
         WeightsError: that, or the file cannot be opened.

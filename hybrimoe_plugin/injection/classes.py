@@ -1,4 +1,6 @@
-"""Import the classes that rules name, and check a rule's kwargs against its operator before anything is built."""
+"""Import the classes that rules name, and check a rule's kwargs against its operator before
+anything is built.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         trust_rules: import from any package.
 
     Raises:
-        RulesError: the package is not among `TRUSTED`, it cannot be imported, or the path is not a module class.
+        RulesError: the package is not among `TRUSTED`, it cannot be imported, or the path is not a
+            module class.
     """
     if not trust_rules and not is_trusted(path):
         raise rule.error(
-            f"{shorten(path)} is outside the packages that rules may import ({', '.join(TRUSTED)}); "
+            f"{shorten(path)} is outside the packages that rules may import "
+            f"({', '.join(TRUSTED)}); "
             "give --trust_rules (trust_rules=True) if you trust this file",
             part,
         )
@@ -39,17 +43,24 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
     except AttributeError as error:
         names = [key for key, value in vars(module).items() if inspect.isclass(value)]
         near = suggest(name, names) if names else ""
-        raise rule.error(f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part) from error
+        raise rule.error(
+            f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part
+        ) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
-        raise rule.error(f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part) from error
+        raise rule.error(
+            f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part
+        ) from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
-        raise rule.error(f"{path} is not a torch.nn.Module class, found {type(found).__name__}", part)
+        raise rule.error(
+            f"{path} is not a torch.nn.Module class, found {type(found).__name__}", part
+        )
     return found
 
 
 def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any]) -> None:
-    """Check kwargs against an operator's own `check_kwargs`, or else against its constructor's signature.
+    """Check kwargs against an operator's own `check_kwargs`, or else against its constructor's
+    signature.
 
     Raises:
         RulesError: an unknown or missing argument, or a value that the operator refuses.
@@ -77,20 +88,29 @@ def _check_signature(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str,
     except (TypeError, ValueError):
         return
     kinds = inspect.Parameter
-    named = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+    named = [
+        p
+        for p in parameters.values()
+        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    ]
     open_ended = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())
     missing_contract = [name for name in RESERVED if name not in parameters]
     if missing_contract and not open_ended:
         raise rule.error(
-            f"{rule.replace_class} is no operator: its constructor does not take {', '.join(missing_contract)}",
+            f"{rule.replace_class} is no operator: its constructor does not take "
+            f"{', '.join(missing_contract)}",
             "replace",
         )
     own = [p.name for p in named if p.name not in RESERVED]
     for name in kwargs:
         if not open_ended and name not in own:
             hint = suggest(name, own) if own else "; it takes none"
-            raise rule.error(f"{rule.replace_class} takes no argument {shorten(name)}{hint}", f"kwargs.{name}")
-    missing = [p.name for p in named if p.default is kinds.empty and p.name not in (*RESERVED, *kwargs)]
+            raise rule.error(
+                f"{rule.replace_class} takes no argument {shorten(name)}{hint}", f"kwargs.{name}"
+            )
+    missing = [
+        p.name for p in named if p.default is kinds.empty and p.name not in (*RESERVED, *kwargs)
+    ]
     if missing:
         raise rule.error(f"{rule.replace_class} needs kwargs {', '.join(missing)}", "replace")
 

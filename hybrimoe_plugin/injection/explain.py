@@ -1,4 +1,6 @@
-"""Tell what an injection would do, as rows for a table; layers that are treated alike share a row."""
+"""Tell what an injection would do, as rows for a table; layers that are treated alike
+share a row.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Row:
     operator: str
     device: str
     rule: str
-    """Position and line of the rule that took the modules, and of later ones that match them too."""
+    """Position and line of the rule that took the modules, and of later ones that match them too.
+    """
 
 
 def explain_rows(plan: Sequence[Match], show_all: bool = False) -> list[Row]:
@@ -37,7 +40,14 @@ def explain_rows(plan: Sequence[Match], show_all: bool = False) -> list[Row]:
     groups: dict[tuple[object, ...], list[Match]] = {}
     for match in plan:
         name = match.name if show_all else _NUMBER.sub("*", match.name)
-        key = (name, match.original, match.operator, _device(match), match.rule.index, match.shadowed)
+        key = (
+            name,
+            match.original,
+            match.operator,
+            _device(match),
+            match.rule.index,
+            match.shadowed,
+        )
         groups.setdefault(key, []).append(match)
     return [_row(matches) for matches in groups.values()]
 
@@ -49,7 +59,9 @@ def untouched(model: nn.Module, plan: Sequence[Match]) -> int:
     return sum(
         1
         for name, module in model.named_modules()
-        if name not in taken and not name.startswith(replaced) and any(True for _ in module.parameters(recurse=False))
+        if name not in taken
+        and not name.startswith(replaced)
+        and any(True for _ in module.parameters(recurse=False))
     )
 
 
@@ -72,7 +84,9 @@ def _device(match: Match) -> str:
 
 
 def _collapse(names: Sequence[str]) -> str:
-    """One name for several that differ in numbers only; each number becomes the set of its values."""
+    """One name for several that differ in numbers only; each number becomes the set of its
+    values.
+    """
     if len(names) == 1:
         return names[0]
     columns = zip(*(_NUMBER.findall(name) for name in names), strict=True)

@@ -31,7 +31,8 @@ class Replacement:
 class Injection:
     """What an injection changed in a model; `restore` undoes it.
 
-    Only the parents' entries for the replaced modules are ever changed: no hook, no attribute, no class.
+    Only the parents' entries for the replaced modules are ever changed: no hook, no attribute, no
+    class.
     """
 
     def __init__(self, plan: Sequence[Match]) -> None:
@@ -45,8 +46,14 @@ class Injection:
 
     @property
     def devices(self) -> dict[str, str]:
-        """Qualified module name -> device, for the modules that a `default` rule keeps and places."""
-        return {match.name: match.device for match in self.plan if not match.replaces and match.device is not None}
+        """Qualified module name -> device, for the modules that a `default` rule keeps and
+        places.
+        """
+        return {
+            match.name: match.device
+            for match in self.plan
+            if not match.replaces and match.device is not None
+        }
 
     def restore(self) -> None:
         """Put every original module back; a second call does nothing.
@@ -58,7 +65,9 @@ class Injection:
         """
         for done in self._replaced:
             if done.parent._modules.get(done.attribute) is not done.operator:
-                raise RulesError(f"{done.name} was replaced again after this injection; undo that first")
+                raise RulesError(
+                    f"{done.name} was replaced again after this injection; undo that first"
+                )
         self._undo()
 
     def _replace(self, done: Replacement) -> None:
@@ -74,7 +83,8 @@ class Injection:
 
 
 def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: Any) -> Injection:
-    """Build the plan's operators on the meta device and set them in the model; `load()` is the host's next step.
+    """Build the plan's operators on the meta device and set them in the model; `load()` is the
+    host's next step.
 
     Args:
         model: the model that the plan was made for.
@@ -86,8 +96,9 @@ def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: An
         the injection, which can be restored.
 
     Raises:
-        RulesError: an operator could not be built, or the plan is another model's. Errors of this project's own
-            kinds keep their type. The model is as before in every case, an interrupt included.
+        RulesError: an operator could not be built, or the plan is another model's. Errors of this
+            project's own kinds keep their type. The model is as before in every case, an interrupt
+            included.
 
     Mutates: `model`.
     """
@@ -97,7 +108,9 @@ def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: An
     try:
         for match, parent, original in places:
             operator = _build(match, original, gguf_loader, config)
-            injection._replace(Replacement(match.name, parent, match.name.rpartition(".")[2], original, operator))
+            injection._replace(
+                Replacement(match.name, parent, match.name.rpartition(".")[2], original, operator)
+            )
     except BaseException:
         injection._undo()
         raise
@@ -112,7 +125,9 @@ def _place(model: nn.Module, match: Match) -> tuple[nn.Module, nn.Module]:
         parent = model.get_submodule(parent_name)
         return parent, parent.get_submodule(attribute)
     except AttributeError as error:
-        raise match.rule.error(f"the model has no module {match.name!r}; was the plan made for another one?") from error
+        raise match.rule.error(
+            f"the model has no module {match.name!r}; was the plan made for another one?"
+        ) from error
 
 
 def _build(match: Match, original: nn.Module, gguf_loader: Any, config: Any) -> nn.Module:

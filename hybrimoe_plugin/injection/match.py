@@ -49,8 +49,8 @@ class Match:
 def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False) -> list[Match]:
     """Apply rules to a model on paper: the first rule that matches a module takes it.
 
-    The walk follows kTransformers: parents before children, children of a module taken by a rule with
-    `recursive: False` are left alone. Nothing is built and the model is not changed.
+    The walk follows kTransformers: parents before children, children of a module taken by a rule
+    with `recursive: False` are left alone. Nothing is built and the model is not changed.
 
     Args:
         model: any model; on the meta device it costs nothing.
@@ -61,11 +61,14 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
         one match per taken module, in the model's order.
 
     Raises:
-        RulesError: a class cannot be imported or is no operator, its kwargs are wrong, a rule matches nothing or
-            only what earlier rules take, or a rule would replace the whole model.
+        RulesError: a class cannot be imported or is no operator, its kwargs are wrong, a rule
+            matches nothing or only what earlier rules take, or a rule would replace the whole
+            model.
     """
     names = find_names(rules.rules, list(_names(model, "")))
-    matchers = [_Matcher(rule, found, trust_rules) for rule, found in zip(rules.rules, names, strict=True)]
+    matchers = [
+        _Matcher(rule, found, trust_rules) for rule, found in zip(rules.rules, names, strict=True)
+    ]
     plan = list(_walk(model, "", matchers))
     for matcher in matchers:
         if matcher.taken == 0:
@@ -76,12 +79,18 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
 def with_settings(plan: Sequence[Match], settings: Mapping[str, Any]) -> list[Match]:
     """The same plan with settings from the command line or API laid over the rules' kwargs.
 
-    They reach the operators that validate settings (`check_kwargs`); other operators and `default` are unchanged.
+    They reach the operators that validate settings (`check_kwargs`); other operators and `default`
+    are unchanged.
 
     Raises:
         RulesError: an operator refuses a value.
     """
-    dropped = {b if given == a else a for a, b in _EXCLUSIVE for given in (a, b) if settings.get(given) is not None}
+    dropped = {
+        b if given == a else a
+        for a, b in _EXCLUSIVE
+        for given in (a, b)
+        if settings.get(given) is not None
+    }
     merged = []
     for match in plan:
         if match.operator_class is not None and settings and takes_settings(match.operator_class):
@@ -117,7 +126,8 @@ class _Matcher:
     def take(self, module: nn.Module, name: str, shadowed: tuple[int, ...]) -> Match:
         if self.operator is not None and not name:
             raise self.rule.error(
-                f"rule {self.rule.index} would replace the whole model; narrow match.name to the modules you mean"
+                f"rule {self.rule.index} would replace the whole model; narrow match.name to the "
+                f"modules you mean"
             )
         self.taken += 1
         kwargs = copy.deepcopy(dict(self.rule.kwargs))
@@ -131,14 +141,18 @@ class _Matcher:
         if self.taken_by is not None:
             earlier = f"rule {self.taken_by.index} in line {self.taken_by.line}"
             return rule.error(
-                f"rule {rule.index} gets no module: earlier rules take all {self.matched} that it matches, "
+                f"rule {rule.index} gets no module: earlier rules take all {self.matched} that it "
+                f"matches, "
                 f"the first by {earlier}; put it before that rule or remove it",
                 part,
             )
-        unreached = next((name for name, module in model.named_modules() if self.fits(module, name)), None)
+        unreached = next(
+            (name for name, module in model.named_modules() if self.fits(module, name)), None
+        )
         if unreached is not None:
             return rule.error(
-                f"rule {rule.index} matches only inside modules taken with recursive: False, such as "
+                f"rule {rule.index} matches only inside modules taken with recursive: False, such "
+                f"as "
                 f"{unreached!r}; remove it or that recursive: False",
                 part,
             )
@@ -148,7 +162,8 @@ class _Matcher:
             if value is not None
         )
         return rule.error(
-            f"rule {rule.index} matches no module of {what} ({wanted}); correct match or remove the rule "
+            f"rule {rule.index} matches no module of {what} ({wanted}); correct match or remove "
+            f"the rule "
             f"(hybrimoe explain shows the model's modules)",
             part,
         )

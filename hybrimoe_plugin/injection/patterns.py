@@ -1,9 +1,9 @@
 """Regular expressions from rules files, compiled and searched under limits of time and memory.
 
-Some patterns take longer than any patience, on names of ordinary length, and Python's `re` cannot be told to stop. So
-it runs in a process of its own, which the operating system ends at its limits. That takes a few dozen milliseconds,
-which patterns of the usual kind are spared: those so simple that they cannot take long. Every pattern means what
-`re.search` says.
+Some patterns take longer than any patience, on names of ordinary length, and Python's `re` cannot
+be told to stop. So it runs in a process of its own, which the operating system ends at its limits.
+That takes a few dozen milliseconds, which patterns of the usual kind are spared: those so simple
+that they cannot take long. Every pattern means what `re.search` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from hybrimoe_plugin.errors import RulesError
 
 CPU_SECONDS = 2
-"""Processor time for all patterns of a rules file; ordinary ones take some milliseconds on a model of any size."""
+"""Processor time for all patterns of a rules file; ordinary ones take some milliseconds on a model
+of any size.
+"""
 WALL_SECONDS = 30
 """For a machine so busy that the process does not get its processor time."""
 MEMORY_BYTES = 512 << 20
@@ -63,22 +65,30 @@ class PatternError(RulesError):
 
 
 def search_all(patterns: Sequence[str], names: Sequence[str]) -> list[frozenset[str]]:
-    """For each pattern, the names in which `re.search` finds it; without names the patterns are only compiled.
+    """For each pattern, the names in which `re.search` finds it; without names the patterns are
+    only compiled.
 
     Raises:
-        PatternError: a pattern is no regular expression, is too long, or takes too much time or memory.
+        PatternError: a pattern is no regular expression, is too long, or takes too much time or
+            memory.
     """
     for index, pattern in enumerate(patterns):
         if len(pattern) > MAX_LENGTH:
             raise PatternError(index, f"is longer than {MAX_LENGTH} characters")
-    found = {index: _search(pattern, names) for index, pattern in enumerate(patterns) if _is_simple(pattern)}
+    found = {
+        index: _search(pattern, names)
+        for index, pattern in enumerate(patterns)
+        if _is_simple(pattern)
+    }
     others = [index for index in range(len(patterns)) if index not in found]
     results = _run(json.dumps([[patterns[index] for index in others], names])) if others else []
     found.update(zip(others, results, strict=False))
     matches = []
     for index in range(len(patterns)):
         if index not in found:
-            raise PatternError(index, "takes too long to search for: write it without a repetition of repetitions")
+            raise PatternError(
+                index, "takes too long to search for: write it without a repetition of repetitions"
+            )
         result = found[index]
         if isinstance(result, str):
             raise PatternError(index, f"is not a regular expression: {result}")
@@ -104,11 +114,15 @@ def _run(given: str) -> list[Result]:
     """The worker's results, fewer than there are patterns where it was ended."""
     command = [sys.executable, "-I", "-S", "-c", _WORKER]
     try:
-        done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=WALL_SECONDS, check=False)
+        done = subprocess.run(
+            command, input=given.encode(), capture_output=True, timeout=WALL_SECONDS, check=False
+        )
         written = done.stdout
     except subprocess.TimeoutExpired as ended:
         written = ended.stdout or b""
     except OSError as error:
-        raise RulesError(f"cannot start Python to search for patterns: {error.strerror or error}") from error
+        raise RulesError(
+            f"cannot start Python to search for patterns: {error.strerror or error}"
+        ) from error
     whole, _, _ = written.rpartition(b"\n")
     return [json.loads(line) for line in whole.decode().splitlines()]

@@ -15,7 +15,14 @@ import yaml
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.files import read_regular
 from hybrimoe_plugin.injection.patterns import PatternError, search_all
-from hybrimoe_plugin.injection.yaml_nodes import MAX_BYTES, Document, Field, kind_of, line_of, shorten
+from hybrimoe_plugin.injection.yaml_nodes import (
+    MAX_BYTES,
+    Document,
+    Field,
+    kind_of,
+    line_of,
+    shorten,
+)
 
 DEFAULT = "default"
 """`replace.class` of a rule that keeps the module and only says where it lives."""
@@ -72,13 +79,16 @@ def load_rules(path: str | os.PathLike[str]) -> Rules:
     """Read a rules file.
 
     Raises:
-        RulesError: the file cannot be read or is not a valid rules file; names file, line and what was found.
+        RulesError: the file cannot be read or is not a valid rules file; names file, line and what
+            was found.
     """
     file = Path(path)
     try:
         raw = read_regular(file, MAX_BYTES)
     except OSError as error:
-        raise RulesError(f"{file}: cannot read the rules file: {error.strerror or error}") from error
+        raise RulesError(
+            f"{file}: cannot read the rules file: {error.strerror or error}"
+        ) from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,7 +114,10 @@ def parse_rules(text: str, source: str = "<rules>") -> Rules:
     if root is None:
         document.fail(1, "empty; a rules file is a list of rules, each with match and replace")
     if not isinstance(root, yaml.SequenceNode) or kind_of(root) != "a list":
-        document.fail(line_of(root), f"a rules file is a list of rules ('- match: ...'), found {kind_of(root)}")
+        document.fail(
+            line_of(root),
+            f"a rules file is a list of rules ('- match: ...'), found {kind_of(root)}",
+        )
     if not root.value:
         document.fail(line_of(root), "the list of rules is empty")
     rules = tuple(_rule(document, index, node) for index, node in enumerate(root.value, start=1))
@@ -113,7 +126,8 @@ def parse_rules(text: str, source: str = "<rules>") -> Rules:
 
 
 def find_names(rules: Sequence[Rule], names: Sequence[str]) -> list[frozenset[str]]:
-    """For each rule, the qualified module names in which its pattern is found; all of them where it has none.
+    """For each rule, the qualified module names in which its pattern is found; all of them where it
+    has none.
 
     Raises:
         RulesError: a pattern is no regular expression, or takes too much time or memory.
@@ -142,17 +156,26 @@ def _rule(document: Document, index: int, node: yaml.Node) -> Rule:
     kwargs, kwarg_lines = _kwargs(document, what, replace.get("kwargs"))
     lines = {key: entry.line for key, entry in match.items()}
     lines["replace"] = replace["class"].line if "class" in replace else top["replace"].line
-    operator = _class_path(document, replace["class"], f"replace.class of {what}") if "class" in replace else DEFAULT
+    operator = (
+        _class_path(document, replace["class"], f"replace.class of {what}")
+        if "class" in replace
+        else DEFAULT
+    )
     if operator == DEFAULT:
         for key in kwargs:
             if key not in DEVICE_KEYS:
                 known = " and ".join(DEVICE_KEYS)
-                document.fail(kwarg_lines[f"kwargs.{key}"], f"class: default takes {known} only, found {shorten(key)}")
+                document.fail(
+                    kwarg_lines[f"kwargs.{key}"],
+                    f"class: default takes {known} only, found {shorten(key)}",
+                )
     return Rule(
         source=document.source,
         index=index,
         line=line,
-        match_name=_text(document, match["name"], f"match.name of {what}") if "name" in match else None,
+        match_name=_text(document, match["name"], f"match.name of {what}")
+        if "name" in match
+        else None,
         match_class=_match_class(document, match["class"], what) if "class" in match else None,
         replace_class=operator,
         kwargs=MappingProxyType(kwargs),
@@ -170,9 +193,13 @@ def _text(document: Document, entry: Field, what: str) -> str:
 
 def _class_path(document: Document, entry: Field, what: str) -> str:
     path = _text(document, entry, what)
-    if path != DEFAULT and (path.count(".") < 1 or not all(part.isidentifier() for part in path.split("."))):
+    if path != DEFAULT and (
+        path.count(".") < 1 or not all(part.isidentifier() for part in path.split("."))
+    ):
         document.fail(
-            entry.line, f"{what} must be a dotted class path such as package.module.Class, found {shorten(path)}"
+            entry.line,
+            f"{what} must be a dotted class path such as package.module.Class, found "
+            f"{shorten(path)}",
         )
     return path
 
@@ -180,7 +207,9 @@ def _class_path(document: Document, entry: Field, what: str) -> str:
 def _match_class(document: Document, entry: Field, what: str) -> str:
     path = _class_path(document, entry, f"match.class of {what}")
     if path == DEFAULT:
-        document.fail(entry.line, f"match.class of {what} must be a dotted class path, found 'default'")
+        document.fail(
+            entry.line, f"match.class of {what} must be a dotted class path, found 'default'"
+        )
     return path
 
 
@@ -193,7 +222,9 @@ def _recursive(document: Document, entry: Field | None, what: str) -> bool:
     return value
 
 
-def _kwargs(document: Document, what: str, entry: Field | None) -> tuple[dict[str, Any], dict[str, int]]:
+def _kwargs(
+    document: Document, what: str, entry: Field | None
+) -> tuple[dict[str, Any], dict[str, int]]:
     """The values and lines of a rule's kwargs."""
     if entry is None:
         return {}, {}
@@ -201,12 +232,18 @@ def _kwargs(document: Document, what: str, entry: Field | None) -> tuple[dict[st
     values: dict[str, Any] = {}
     for name, found in fields.items():
         if not name.isidentifier() or name in RESERVED:
-            reason = "the injection fills it in itself" if name in RESERVED else "it is no argument name"
+            reason = (
+                "the injection fills it in itself" if name in RESERVED else "it is no argument name"
+            )
             document.fail(found.line, f"kwargs of {what} cannot have {shorten(name)}: {reason}")
         values[name] = document.value(found.node)
-        if name in DEVICE_KEYS and not (isinstance(values[name], str) and _DEVICE.fullmatch(values[name])):
+        if name in DEVICE_KEYS and not (
+            isinstance(values[name], str) and _DEVICE.fullmatch(values[name])
+        ):
             document.fail(
-                found.line, f"{name} of {what}: expected cpu, cuda, cuda:N or auto, found {kind_of(found.node)}"
+                found.line,
+                f"{name} of {what}: expected cpu, cuda, cuda:N or auto, found "
+                f"{kind_of(found.node)}",
             )
     return values, {f"kwargs.{name}": found.line for name, found in fields.items()}
 

@@ -1,7 +1,7 @@
 """Read YAML from outside as plain values that remember their lines; every fault is a `RulesError`.
 
-PyYAML's safe loader is kept, but stopped early: it is recursive, expands aliases and lets a later key replace an
-earlier one without a word.
+PyYAML's safe loader is kept, but stopped early: it is recursive, expands aliases and lets a later
+key replace an earlier one without a word.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ MAX_VALUES = 20_000
 """Values in one file, aliases counted each time they are used."""
 
 MAX_NUMBER = 100
-"""Characters of a number: with very many its conversion takes long, and Python does not print it."""
+"""Characters of a number: with very many its conversion takes long, and Python does not print it.
+"""
 
-_SCALARS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
+_SCALARS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")
+)
 _MAPPING = "tag:yaml.org,2002:map"
 _SEQUENCE = "tag:yaml.org,2002:seq"
 
@@ -40,7 +43,11 @@ class _Loader(yaml.SafeLoader):
         self._depth += 1
         self._nodes += 1
         if self._depth > MAX_DEPTH or self._nodes > MAX_VALUES:
-            what = f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
+            what = (
+                f"nested deeper than {MAX_DEPTH}"
+                if self._depth > MAX_DEPTH
+                else f"more than {MAX_VALUES} values"
+            )
             raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -63,7 +70,8 @@ class Document:
         source: how errors name it, usually the path.
 
     Raises:
-        RulesError: not one well-formed document, or larger or deeper than any rules file needs to be.
+        RulesError: not one well-formed document, or larger or deeper than any rules file needs to
+            be.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -82,7 +90,9 @@ class Document:
         """Raise the `RulesError` of a line, counted from 1."""
         raise RulesError(f"{self.source}:{line}: {problem}")
 
-    def mapping(self, node: yaml.Node, what: str, allowed: Sequence[str] | None = None) -> dict[str, Field]:
+    def mapping(
+        self, node: yaml.Node, what: str, allowed: Sequence[str] | None = None
+    ) -> dict[str, Field]:
         """The fields of a mapping whose keys are text, merge keys (`<<`) resolved.
 
         Raises:
@@ -102,12 +112,18 @@ class Document:
             if not isinstance(name, str):
                 self.fail(line_of(key), f"keys of {what} must be text, found {name!r}")
             if name in found:
-                self.fail(line_of(key), f"{what} has the key {name!r} twice, first in line {found[name].line}")
+                self.fail(
+                    line_of(key),
+                    f"{what} has the key {name!r} twice, first in line {found[name].line}",
+                )
             found[name] = Field(line_of(key), value)
         fields = {**merged, **found}
         for name, field in fields.items():
             if allowed is not None and name not in allowed:
-                self.fail(field.line, f"{what} has the unknown key {shorten(name)}{suggest(name, allowed)}")
+                self.fail(
+                    field.line,
+                    f"{what} has the unknown key {shorten(name)}{suggest(name, allowed)}",
+                )
         return fields
 
     def _merged(self, node: yaml.Node, what: str, depth: int) -> Iterator[tuple[str, Field]]:
@@ -131,10 +147,13 @@ class Document:
         """The value of a scalar.
 
         Raises:
-            RulesError: not a scalar, or of a type that rules do not have (dates, binaries, Python objects).
+            RulesError: not a scalar, or of a type that rules do not have (dates, binaries, Python
+                objects).
         """
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
-            self.fail(line_of(node), f"expected text, a number, true or false, found {kind_of(node)}")
+            self.fail(
+                line_of(node), f"expected text, a number, true or false, found {kind_of(node)}"
+            )
         assert self._loader is not None
         if len(node.value) > MAX_NUMBER and node.tag != "tag:yaml.org,2002:str":
             self.fail(line_of(node), f"{shorten(str(node.value))} has too many digits")
@@ -142,14 +161,17 @@ class Document:
             value: str | int | float | bool | None = self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError):
             # An explicit tag that its text does not fit (`!!int x`) leaves PyYAML by many doors.
-            self.fail(line_of(node), f"{shorten(str(node.value))} is not a {node.tag.rpartition(':')[2]}")
+            self.fail(
+                line_of(node), f"{shorten(str(node.value))} is not a {node.tag.rpartition(':')[2]}"
+            )
         return value
 
     def value(self, node: yaml.Node, depth: int = 0) -> Any:
         """The plain Python value of any node; lists and dicts are fresh, aliases expanded.
 
         Raises:
-            RulesError: the node holds itself, expands to too much, or has values that rules do not have.
+            RulesError: the node holds itself, expands to too much, or has values that rules do not
+                have.
         """
         self._spend(node)
         if depth > MAX_DEPTH:

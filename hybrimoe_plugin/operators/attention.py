@@ -21,7 +21,8 @@ Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LeanAttention(DenseOperator):
-    """The model's attention with one graph for Q, K and V, a cache that grows in place, and torch's fused attention.
+    """The model's attention with one graph for Q, K and V, a cache that grows in place, and torch's
+    fused attention.
 
     Gives what the module it replaces gives with `sdpa`; attention weights are not returned.
     """
@@ -33,7 +34,9 @@ class LeanAttention(DenseOperator):
     q_norm: Any
     k_norm: Any
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.layer_idx = int(orig_module.layer_idx)
         self.head_dim = int(orig_module.head_dim)
@@ -43,12 +46,22 @@ class LeanAttention(DenseOperator):
         self.query_heads = self.q_proj.out_features // self.head_dim
         self.grouped = self.query_heads * self.head_dim != self.k_proj.out_features
         for name in ("q_norm", "k_norm") if hasattr(orig_module, "q_norm") else ():
-            setattr(self, name, LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs))
+            setattr(
+                self,
+                name,
+                LeanRMSNorm(
+                    f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs
+                ),
+            )
         self._projections = LinearGroup(self.ggml, self, ("q_proj", "k_proj", "v_proj"))
 
     def decode_shape(self, keys: torch.Tensor) -> Shape:
-        """What decoding over a cache of fixed place looks like whose keys [1, heads, S, D] are given."""
-        return Shape(self.query_heads, keys.shape[1], keys.shape[3], keys.shape[2], keys.dtype, self.scaling)
+        """What decoding over a cache of fixed place looks like whose keys [1, heads, S, D] are
+        given.
+        """
+        return Shape(
+            self.query_heads, keys.shape[1], keys.shape[3], keys.shape[2], keys.dtype, self.scaling
+        )
 
     def forward(
         self,
@@ -59,7 +72,9 @@ class LeanAttention(DenseOperator):
         past_key_values: Any = None,
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """([B, T, H], None) from [B, T, H] and the model's cos and sin [B or 1, T, D]. Mutates: the cache."""
+        """([B, T, H], None) from [B, T, H] and the model's cos and sin [B or 1, T, D]. Mutates: the
+        cache.
+        """
         batch, count, width = hidden_states.shape
         dtype = hidden_states.dtype
         parts = self._projections(hidden_states.reshape(-1, width))
@@ -67,17 +82,28 @@ class LeanAttention(DenseOperator):
         if "q_norm" in self._modules:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = angles(position_embeddings, self.head_dim // 2)
-        turned = rotate(torch.cat((query, key), dim=2).transpose(1, 2), cos, sin).to(dtype)  # all heads at once
+        turned = rotate(torch.cat((query, key), dim=2).transpose(1, 2), cos, sin).to(
+            dtype
+        )  # all heads at once
         query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = value.transpose(1, 2).to(dtype)
-        out = self._attended(query, key, value, attention_mask, cache if cache is not None else past_key_values)
+        out = self._attended(
+            query, key, value, attention_mask, cache if cache is not None else past_key_values
+        )
         out = self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
         return out, None
 
     def _attended(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, cache: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Any,
     ) -> torch.Tensor:
-        """[B, heads, T, D] from new queries, keys and values [B, heads, T, D]. Mutates: the cache."""
+        """[B, heads, T, D] from new queries, keys and values [B, heads, T, D]. Mutates:
+        the cache.
+        """
         if cache is not None:
             growing(cache, self.layer_idx)
             key, value = cache.update(key, value, self.layer_idx)
@@ -92,11 +118,17 @@ class LeanAttention(DenseOperator):
         return rotate, self.head_dim
 
     def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
-        query, key, value = (linear.build(graph, x) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            linear.build(graph, x) for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
         query, key = (graph.view(part, part.value.view(-1, self.head_dim)) for part in (query, key))
         if "q_norm" in self._modules:
             query, key = self.q_norm.build(graph, query), self.k_norm.build(graph, key)
-        return [graph.matmul(turned, query, indexed=False), graph.matmul(turned, key, indexed=False), value]
+        return [
+            graph.matmul(turned, query, indexed=False),
+            graph.matmul(turned, key, indexed=False),
+            value,
+        ]
 
     def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
         query, key, value = (part.view(1, -1, 1, self.head_dim) for part in parts)
@@ -121,7 +153,9 @@ def angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     given = embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
     if given.ndim != 3:
-        raise InputError(f"position_ids must be [batch, tokens], they gave angles {list(given.shape)}")
+        raise InputError(
+            f"position_ids must be [batch, tokens], they gave angles {list(given.shape)}"
+        )
     if isinstance(embeddings, torch.Tensor):  # DeepSeek-V2: complex numbers
         return embeddings.real[:, None], embeddings.imag[:, None]
     cos, sin = embeddings
@@ -129,6 +163,8 @@ def angles(embeddings: Any, half: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The same for neighbouring pairs, which come out as halves: a dot product of two such is the same."""
+    """The same for neighbouring pairs, which come out as halves: a dot product of two such is the
+    same.
+    """
     first, second = x[..., 0::2], x[..., 1::2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -38,13 +38,17 @@ from hybrimoe_plugin.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
-CLOSED = "this model was closed, its threads and memory are given back: load it again with load_model"
+CLOSED = (
+    "this model was closed, its threads and memory are given back: load it again with load_model"
+)
 
 
 class HybriMoE:
-    """What an injected model carries as `model.hybrimoe`: counters, timeline, recording, and the way back.
+    """What an injected model carries as `model.hybrimoe`: counters, timeline, recording, and the
+    way back.
 
-    Every method may be called while other threads compute: it waits until their running pass is over.
+    Every method may be called while other threads compute: it waits until their running pass is
+    over.
 
     Attributes:
         engines: one for each device that the rules name.
@@ -82,7 +86,9 @@ class HybriMoE:
                 engine.controller.counters = Counters()
 
     def timeline(self, path: str | Path) -> Timeline:
-        """Write every layer call from now on to a trace file, until the returned object is closed."""
+        """Write every layer call from now on to a trace file, until the returned object is
+        closed.
+        """
         timeline = Timeline(path)
         with self.turns.lock:
             for engine in self.engines:
@@ -103,7 +109,9 @@ class HybriMoE:
                 engine.recorder = recorder
 
     def check_integrity(self) -> None:
-        """Compare every cached expert on the accelerator with the file's bytes; slow. Raises: BackendError."""
+        """Compare every cached expert on the accelerator with the file's bytes; slow. Raises:
+        BackendError.
+        """
         with self.turns.lock:
             for engine in self.engines:
                 engine.check_integrity()
@@ -111,8 +119,8 @@ class HybriMoE:
     def restore(self) -> None:
         """Put the original modules back and give back threads and device memory.
 
-        They are as the injection found them: experts, and dense matrices that stayed as stored, never had weights of
-        their own.
+        They are as the injection found them: experts, and dense matrices that stayed as stored,
+        never had weights of their own.
         """
         with self.turns.lock:
             if self.on_restore is not None:
@@ -121,7 +129,9 @@ class HybriMoE:
             self.close()
 
     def close(self) -> None:
-        """Give back threads and device memory, once no thread computes; a forward pass after it raises BackendError."""
+        """Give back threads and device memory, once no thread computes; a forward pass after it
+        raises BackendError.
+        """
         with self.turns.lock:
             self.turns.end(CLOSED)
             for engine in self.engines:
@@ -141,12 +151,14 @@ def bind(
     """Build the engines for all experts operators of a model whose `load` has been called.
 
     Args:
-        routers: gives the router beside an operator; by default the `gate` of the operator's parent.
+        routers: gives the router beside an operator; by default the `gate` of the operator's
+            parent.
         progress: show a bar while the machine is measured for the first time.
         free_bytes: accelerator memory for experts; default what is free now on its device.
 
     Raises:
-        ConfigError, BudgetError, BackendError: settings that cannot be met, before anything is allocated.
+        ConfigError, BudgetError, BackendError: settings that cannot be met, before anything is
+            allocated.
     """
     operators = [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
     if not operators:
@@ -160,9 +172,15 @@ def bind(
     for (prefill, generate, settings), members in groups.items():
         found = [(routers or _gate_beside)(model, operator) for operator in members]
         share = len(members) / len(operators)
-        latent = any(isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules())
-        kept_bytes = int(share * kv_cache_bytes(getattr(model, "config", None), settings.context, latent))
-        engine, profile = _build(members, found, settings, prefill, generate, progress, free_bytes, kept_bytes, engines)
+        latent = any(
+            isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules()
+        )
+        kept_bytes = int(
+            share * kv_cache_bytes(getattr(model, "config", None), settings.context, latent)
+        )
+        engine, profile = _build(
+            members, found, settings, prefill, generate, progress, free_bytes, kept_bytes, engines
+        )
         engines.append(engine)
         profiles.append(profile)
     _share_cores(engines)
@@ -178,18 +196,24 @@ def bind(
 def leave_cudnn_attention() -> None:
     """Keep torch's attention away from cuDNN, for the whole process.
 
-    cuDNN makes a plan for every new number of keys, which decode has at every token, and a plan takes a good part of a
-    second. From 2.11 on torch asks it first on Hopper. torch's own kernels take any length as it comes.
+    cuDNN makes a plan for every new number of keys, which decode has at every token, and a plan
+    takes a good part of a second. From 2.11 on torch asks it first on Hopper. torch's own kernels
+    take any length as it comes.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _any_cuda(engines: Sequence[Engine]) -> bool:
-    return any(engine.accelerator is not None and engine.accelerator.device.type == "cuda" for engine in engines)
+    return any(
+        engine.accelerator is not None and engine.accelerator.device.type == "cuda"
+        for engine in engines
+    )
 
 
 def _share_cores(engines: Sequence[Engine]) -> None:
-    """Leave torch the cores that workers do not take: both spin, and fight to a standstill otherwise."""
+    """Leave torch the cores that workers do not take: both spin, and fight to a standstill
+    otherwise.
+    """
     pools = {id(pool): pool for pool in map(_pool, engines)}
     workers = sum(pool.workers for pool in pools.values())
     threads = max(1, int(hardware()["cores"]) - workers)
@@ -203,12 +227,16 @@ def _pool(engine: Engine) -> CPUBackend:
 
 
 def _cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) -> CPUBackend:
-    """A backend of the engine's own, or its part of the one that the model's other engines have made."""
+    """A backend of the engine's own, or its part of the one that the model's other engines have
+    made.
+    """
     for engine in others:
         pool = _pool(engine)
         fits = pool.name == backend and getattr(pool, "threads", threads) == threads
         if fits and (backend != "ggml" or (pool.workers == 0) == alone):
-            return SharedCPU(pool, sum(len(other.layers) for other in others if _pool(other) is pool))
+            return SharedCPU(
+                pool, sum(len(other.layers) for other in others if _pool(other) is pool)
+            )
     return make_cpu(backend, threads, alone)
 
 
@@ -237,9 +265,12 @@ def _build(
     quotas = [0] * len(layers)
     if accelerator is not None:
         if kind == "cuda" and free_bytes is None:
-            # The dense weights are there already; attention's cache is not, and grows until the context is full.
+            # The dense weights are there already; attention's cache is not, and grows until the
+            # context is full.
             free_bytes = max(0, torch.cuda.mem_get_info(device)[0] - kept_bytes)
-        quotas = cache_quotas(settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes)
+        quotas = cache_quotas(
+            settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes
+        )
     alone = accelerator is None
     backend, profile = choose_cpu(settings, layers, accelerator, progress=progress)
     costs = profile.costs(spec)
@@ -285,20 +316,28 @@ def accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[s
     asked = generate if generate != "cpu" else prefill
     if settings.accelerator in ("none", "emulated"):
         return settings.accelerator, torch.device("cpu")
-    if settings.accelerator == "auto" and (asked == "cpu" or (asked == "auto" and cuda_refusal() is not None)):
+    if settings.accelerator == "auto" and (
+        asked == "cpu" or (asked == "auto" and cuda_refusal() is not None)
+    ):
         return "none", torch.device("cpu")
     return "cuda", torch.device("cuda:0" if asked in ("auto", "cpu", "cuda") else asked)
 
 
-def cpu_backends(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> tuple[str, ...]:
-    """What can run these layers: the one asked for; by `auto` all there are, the torch reference if all else fails.
+def cpu_backends(
+    settings: Settings, layers: Sequence[LayerWeights], alone: bool
+) -> tuple[str, ...]:
+    """What can run these layers: the one asked for; by `auto` all there are, the torch reference if
+    all else fails.
 
     Args:
-        alone: there is no accelerator, so nothing is gained by workers beside the caller: kt-kernel's ggml graphs.
+        alone: there is no accelerator, so nothing is gained by workers beside the caller:
+            kt-kernel's ggml graphs.
     """
     if settings.cpu_backend != "auto":
         return (settings.cpu_backend,)
-    ggml = _works(Ggml) and all(matrix.type_name in TYPES for weights in layers for matrix in weights.matrices())
+    ggml = _works(Ggml) and all(
+        matrix.type_name in TYPES for weights in layers for matrix in weights.matrices()
+    )
     if alone and ggml:
         return ("ggml",)
     workers = not any(refusal(weights.spec) for weights in layers) and _works(import_kernel)
@@ -329,7 +368,8 @@ def choose_cpu(
     progress: bool = True,
     refresh: bool = False,
 ) -> tuple[str, MachineProfile]:
-    """(CPU backend, machine profile with it): of several backends the one that is measured to be quickest in decode.
+    """(CPU backend, machine profile with it): of several backends the one that is measured to be
+    quickest in decode.
 
     Args:
         refresh: measure again what has been measured before.
@@ -352,7 +392,9 @@ def choose_cpu(
     }
     best = min(
         backends,
-        key=lambda backend: profiles[backend].cpu.first_us + layers[0].spec.top_k * profiles[backend].cpu.us[0],
+        key=lambda backend: (
+            profiles[backend].cpu.first_us + layers[0].spec.top_k * profiles[backend].cpu.us[0]
+        ),
     )
     if len(backends) > 1:
         log.info("CPU experts by %s, the quickest of %s", best, ", ".join(backends))

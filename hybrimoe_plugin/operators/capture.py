@@ -1,4 +1,6 @@
-"""Recording a decoder layer's one-token call as graphs, in pieces between which the experts run, and proving them."""
+"""Recording a decoder layer's one-token call as graphs, in pieces between which the experts run,
+and proving them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from hybrimoe_plugin.operators.flash_choice import FlashKernel
 from hybrimoe_plugin.operators.kv_cache import FixedCache
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Relative RMS difference from the eager twin that is still rounding; kernels and the order of sums differ."""
+"""Relative RMS difference from the eager twin that is still rounding; kernels and the order of sums
+differ.
+"""
 HALF_TOLERANCE = 0.03
 """The same for 16-bit types: the layer's own rounding is 0.003 to 0.01 there."""
 
@@ -32,7 +36,9 @@ class Difference(NamedTuple):
     error: float
     """The largest relative RMS difference of what they leave."""
     same_choice: bool
-    """Whether both chose the same experts; where two are all but tied, either may be, and weights say nothing."""
+    """Whether both chose the same experts; where two are all but tied, either may be, and weights
+    say nothing.
+    """
 
 
 class Noted(NamedTuple):
@@ -45,7 +51,9 @@ class Noted(NamedTuple):
 
 @dataclass
 class Break:
-    """The experts' call, which runs between two pieces; also what the first piece sends to the host (`engine.Sent`)."""
+    """The experts' call, which runs between two pieces; also what the first piece sends to the host
+    (`engine.Sent`).
+    """
 
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Hidden states, ids and weights, as the first piece leaves them."""
@@ -129,7 +137,9 @@ def record(
             graphs.capture.abandon()
             raise
     broken = at_experts.found if at_experts is not None else None
-    return LayerGraphs(fixed, pieces[0], broken, pieces[1] if broken is not None else None, output, kernel)
+    return LayerGraphs(
+        fixed, pieces[0], broken, pieces[1] if broken is not None else None, output, kernel
+    )
 
 
 def difference(
@@ -147,7 +157,8 @@ def difference(
 
     Args:
         expected: the twin's result.
-        saved: the buffers as the twin left them; the replay must write row `held` anew and leave the others alone.
+        saved: the buffers as the twin left them; the replay must write row `held` anew and leave
+            the others alone.
 
     Mutates: buffers.
     """
@@ -183,7 +194,9 @@ def tolerance(dtype: torch.dtype) -> float:
 class _AtExperts:
     """What happens at the experts' call while its layer is warmed up, then captured."""
 
-    def __init__(self, capture: Capture, experts: HybriMoEExperts, answer: torch.Tensor, pieces: list[Replay]) -> None:
+    def __init__(
+        self, capture: Capture, experts: HybriMoEExperts, answer: torch.Tensor, pieces: list[Replay]
+    ) -> None:
         self._capture, self._answer, self._pieces = capture, answer, pieces
         self._router, self._later = experts.routers()
         assert experts.accelerator is not None, "connect() looked at it"
@@ -229,7 +242,9 @@ class _AtExperts:
 class _instead:  # noqa: N801 - reads as the word it is
     """While entered, the experts' operator calls this function in place of its engine."""
 
-    def __init__(self, experts: HybriMoEExperts | None, call: Callable[..., torch.Tensor] | None) -> None:
+    def __init__(
+        self, experts: HybriMoEExperts | None, call: Callable[..., torch.Tensor] | None
+    ) -> None:
         self._experts, self._call = experts, call
 
     def __enter__(self) -> None:
@@ -247,7 +262,9 @@ def _send(tensors: Sequence[torch.Tensor], landed: Sequence[torch.Tensor]) -> No
 
 
 def _error(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    error: torch.Tensor = (found.float() - right.float()).norm() / right.float().norm().clamp_min(1e-20)
+    error: torch.Tensor = (found.float() - right.float()).norm() / right.float().norm().clamp_min(
+        1e-20
+    )
     return error.nan_to_num(float("inf"))
 
 

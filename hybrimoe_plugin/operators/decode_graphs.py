@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 
 class DecodeGraphs:
-    """What the graphed layers of one device share: the mechanism, and a step's inputs at fixed addresses.
+    """What the graphed layers of one device share: the mechanism, and a step's inputs at fixed
+    addresses.
 
     Attributes:
         refusal: why the layers run eagerly from now on; None while graphs are used.
@@ -37,11 +38,14 @@ class DecodeGraphs:
 
     @property
     def angles(self) -> Any:
-        """Position embeddings at their fixed addresses, in the form in which the model gives them."""
+        """Position embeddings at their fixed addresses, in the form in which the model
+        gives them.
+        """
         return self._angles if self._is_tuple else self._angles[0]
 
     def show(self, held: int, angles: Any) -> bool:
-        """Set the step's inputs: tokens held, position embeddings; only a step's first layer has something to do.
+        """Set the step's inputs: tokens held, position embeddings; only a step's first layer has
+        something to do.
 
         Returns:
             whether they are of the kind that graphs were made for.
@@ -56,7 +60,9 @@ class DecodeGraphs:
             self._put(held)
             self._held = held
         # `is` on tensors that are kept: no later step's can be taken for them.
-        if len(given) == len(self._given) and all(a is b for a, b in zip(given, self._given, strict=True)):
+        if len(given) == len(self._given) and all(
+            a is b for a, b in zip(given, self._given, strict=True)
+        ):
             return True
         if [_kind(part) for part in given] != [_kind(part) for part in self._angles]:
             return False
@@ -67,7 +73,9 @@ class DecodeGraphs:
         return True
 
     def scramble(self, row: int) -> None:
-        """Inputs unlike any step's, so that a capture that froze one of its own step's is found out."""
+        """Inputs unlike any step's, so that a capture that froze one of its own step's is found
+        out.
+        """
         self._put(row)
         for part in self._angles:
             part.fill_(0.5)
@@ -77,7 +85,9 @@ class DecodeGraphs:
         """Attention that is faster than torch's for this shape; looked for once."""
         if shape not in self._kernels:
             # Smaller caches are full by now, in every layer.
-            self._kernels = {known: kernel for known, kernel in self._kernels.items() if known.room >= shape.room}
+            self._kernels = {
+                known: kernel for known, kernel in self._kernels.items() if known.room >= shape.room
+            }
             self._kernels[shape] = choose(shape, self._device, self.capture, max(1, self.layers))
             self._held = -1  # so that the next `show` plans for it too
         return self._kernels[shape]
@@ -104,7 +114,11 @@ class DecodeGraphs:
         """Every layer runs eagerly from now on; says so once."""
         if self.refusal is None:
             self.refusal = reason
-            log.warning("CUDA graphs are not used on %s: %s; decoding goes on without them", self._device, reason)
+            log.warning(
+                "CUDA graphs are not used on %s: %s; decoding goes on without them",
+                self._device,
+                reason,
+            )
 
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:

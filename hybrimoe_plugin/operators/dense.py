@@ -1,4 +1,6 @@
-"""What the operators for dense modules share: their settings, and whether matrices stay as the file stores them."""
+"""What the operators for dense modules share: their settings, and whether matrices stay as the file
+stores them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class DenseOperator(nn.Module):
         settings: fields of `Settings`; `linears` counts here.
 
     Attributes:
-        ggml: kernels for matrices as stored, on the CPU; None where the dense part lies elsewhere, or is plain.
+        ggml: kernels for matrices as stored, on the CPU; None where the dense part lies elsewhere,
+            or is plain.
         on_device: matrices stay as stored in accelerator memory.
     """
 
@@ -48,7 +51,9 @@ class DenseOperator(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.check_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **settings})
+        self.check_kwargs(
+            {"prefill_device": prefill_device, "generate_device": generate_device, **settings}
+        )
         if orig_module is None:
             raise ConfigError(f"{key}: the operator needs the module that it replaces")
         self.key = key
@@ -63,11 +68,17 @@ class DenseOperator(nn.Module):
         HybriMoEExperts.check_kwargs(kwargs)
 
     def extra_repr(self) -> str:
-        return f"key={self.key!r}, matrices={'plain' if self.ggml is None and not self.on_device else 'as stored'}"
+        return (
+            f"key={self.key!r}, "
+            f"matrices={'plain' if self.ggml is None and not self.on_device else 'as stored'}"
+        )
 
 
-def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, generate: str) -> Ggml | None:
-    """Kernels for matrices as stored, where the settings ask for them and the dense part is on the CPU.
+def stored_kernels(
+    store: GGUFStore | None, settings: Settings, prefill: str, generate: str
+) -> Ggml | None:
+    """Kernels for matrices as stored, where the settings ask for them and the dense part is on the
+    CPU.
 
     The first operator on a store makes them, all others share them.
 
@@ -78,7 +89,8 @@ def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, ge
     if settings.linears == "plain" or (settings.cpu_backend == "torch" and not asked):
         return None
     if any(
-        device not in ("cpu", "auto") or (device == "auto" and cuda_refusal() is None) for device in (prefill, generate)
+        device not in ("cpu", "auto") or (device == "auto" and cuda_refusal() is None)
+        for device in (prefill, generate)
     ):
         return None
     try:
@@ -90,7 +102,9 @@ def stored_kernels(store: GGUFStore | None, settings: Settings, prefill: str, ge
 
 
 def shared_kernels(store: GGUFStore | None) -> Ggml:
-    """The kernels of everything that reads this store, one team of threads. Raises: BackendError."""
+    """The kernels of everything that reads this store, one team of threads. Raises:
+    BackendError.
+    """
     if store is None:
         return Ggml()
     if store.kernels is None:

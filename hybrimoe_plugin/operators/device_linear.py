@@ -1,4 +1,6 @@
-"""Dense linears kept quantised in accelerator memory: a quarter of bfloat16's bytes to hold, and to read in decode."""
+"""Dense linears kept quantised in accelerator memory: a quarter of bfloat16's bytes to hold, and to
+read in decode.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,15 @@ from hybrimoe_plugin.operators.gradients import outside_autograd
 
 
 class DeviceLinear(DenseOperator):
-    """A linear on the matrix as stored, on the device of its rule; Triton kernels there, torch elsewhere.
+    """A linear on the matrix as stored, on the device of its rule; Triton kernels there, torch
+    elsewhere.
 
     The bytes lie in slot form (`experts.kernels.layout`) in a buffer, so that `to` moves them.
     """
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
         self.bias = orig_module.bias
@@ -41,7 +46,8 @@ class DeviceLinear(DenseOperator):
             raise BackendError(f"{self.key}: expected a matrix {shape}, found {stored.shape}")
         if stored.type_name not in supported():
             raise BackendError(
-                f"{self.key}: GGML type {stored.type_name} cannot be computed on a device; possible are "
+                f"{self.key}: GGML type {stored.type_name} cannot be computed on a device; "
+                f"possible are "
                 f"{', '.join(supported())}. Leave this module to its own class"
             )
         self.type_name = stored.type_name
@@ -73,7 +79,10 @@ class DeviceLinear(DenseOperator):
 
     def _plain(self, flat: torch.Tensor) -> torch.Tensor:
         raw = join_planes(self.planes, self.type_name)
-        return F.linear(flat, dequantize(raw, self.type_name, (self.out_features, self.in_features)).to(flat.dtype))
+        return F.linear(
+            flat,
+            dequantize(raw, self.type_name, (self.out_features, self.in_features)).to(flat.dtype),
+        )
 
 
 @functools.cache

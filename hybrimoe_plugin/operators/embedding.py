@@ -1,4 +1,6 @@
-"""Token embeddings read from the file's rows: a large vocabulary need not be dequantised to be kept."""
+"""Token embeddings read from the file's rows: a large vocabulary need not be dequantised to be
+kept.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,18 @@ from hybrimoe_plugin.operators.linear import RowGraphs
 
 
 class LeanEmbedding(DenseOperator):
-    """Rows of the stored table, dequantised as they are asked for; `nn.Embedding` where that cannot be."""
+    """Rows of the stored table, dequantised as they are asked for; `nn.Embedding` where that cannot
+    be.
+    """
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        self.num_embeddings, self.embedding_dim = orig_module.num_embeddings, orig_module.embedding_dim
+        self.num_embeddings, self.embedding_dim = (
+            orig_module.num_embeddings,
+            orig_module.embedding_dim,
+        )
         self.padding_idx = orig_module.padding_idx
         self.dtype = orig_module.weight.dtype
         self._graphs: RowGraphs | None = None
@@ -29,16 +38,22 @@ class LeanEmbedding(DenseOperator):
         """Raises: BackendError: a type without a kernel, or another shape."""
         if stored.shape != (self.num_embeddings, self.embedding_dim):
             raise BackendError(
-                f"{self.key}: expected {(self.num_embeddings, self.embedding_dim)}, found {stored.shape}"
+                f"{self.key}: expected {(self.num_embeddings, self.embedding_dim)}, found "
+                f"{stored.shape}"
             )
         check_stored(stored)
         assert self.ggml is not None
         self._graphs = RowGraphs(
-            self.ggml, lambda graph, ids: [graph.rows(graph.weight(stored), ids)], threads=1, ids=True
+            self.ggml,
+            lambda graph, ids: [graph.rows(graph.weight(stored), ids)],
+            threads=1,
+            ids=True,
         )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[..., H] from ids [...]. Raises: InputError: no whole numbers, or an id outside the vocabulary."""
+        """[..., H] from ids [...]. Raises: InputError: no whole numbers, or an id outside the
+        vocabulary.
+        """
         if self.ggml is None:
             return F.embedding(ids, self.weight, self.padding_idx)
         kind = getattr(ids, "dtype", type(ids).__name__)
@@ -47,7 +62,9 @@ class LeanEmbedding(DenseOperator):
         flat = ids.reshape(-1)
         low, high = torch.aminmax(flat) if len(flat) else (0, 0)
         if not (int(low) >= 0 and int(high) < self.num_embeddings):
-            raise InputError(f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}")
+            raise InputError(
+                f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}"
+            )
         assert self._graphs is not None, "take() comes first"
         (rows,) = self._graphs(flat, len(flat))
         return rows.to(self.dtype, copy=True).view(*ids.shape, self.embedding_dim)

@@ -37,12 +37,14 @@ class HybriMoEExperts(nn.Module):
         gguf_loader: the open weights.
         config: the model's configuration.
         orig_module: the module that this one replaces; kept by the injection, not here.
-        prefill_device: where experts may run when a call has more than one token: cpu, cuda, cuda:N or auto.
+        prefill_device: where experts may run when a call has more than one token: cpu, cuda, cuda:N
+            or auto.
         generate_device: the same for calls of one token.
         settings: fields of `Settings`.
 
     Raises:
-        ConfigError: a device or a setting is not valid, or the name of the module holds no layer's number.
+        ConfigError: a device or a setting is not valid, or the name of the module holds no layer's
+            number.
         BackendError: the model's experts use an activation other than SiLU.
     """
 
@@ -56,11 +58,17 @@ class HybriMoEExperts(nn.Module):
         generate_device: str = "auto",
         **settings: Any,
     ) -> None:
-        nn.Module.__init__(self)  # not super(): the classic host's subclass has bases with other constructors
-        self.check_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **settings})
+        nn.Module.__init__(
+            self
+        )  # not super(): the classic host's subclass has bases with other constructors
+        self.check_kwargs(
+            {"prefill_device": prefill_device, "generate_device": generate_device, **settings}
+        )
         activation = getattr(config, "hidden_act", "silu")
         if activation != "silu":
-            raise BackendError(f"{key}: experts with activation {activation!r} are not supported, only silu")
+            raise BackendError(
+                f"{key}: experts with activation {activation!r} are not supported, only silu"
+            )
         layer_of(key)  # a rule that reaches beyond the layers is refused before anything is loaded
         self.key = key
         self.store = gguf_loader
@@ -72,7 +80,9 @@ class HybriMoEExperts(nn.Module):
         self._engine: Engine | None = None
         self._position = -1
         self.instead: Callable[..., torch.Tensor] | None = None
-        """Called with `forward`'s three tensors in place of the engine, while a CUDA graph is made around it."""
+        """Called with `forward`'s three tensors in place of the engine, while a CUDA graph is made
+        around it.
+        """
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -120,28 +130,35 @@ class HybriMoEExperts(nn.Module):
         top_k_weights: torch.Tensor,
         sent: Sent | None = None,
     ) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
+        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own
+        router.
 
         Args:
             sent: what a CUDA graph has sent to the host already.
 
         Raises:
-            BackendError: the model was not bound to an engine. Going backward through the result raises it too, but
-                where plain torch computes all experts.
+            BackendError: the model was not bound to an engine. Going backward through the result
+                raises it too, but where plain torch computes all experts.
         """
         engine = self._bound()
         router = engine.routers[self._position]
-        if sent is None and isinstance(router, GateRouter):  # a replayed router calls no hook, and has sent its scores
+        if sent is None and isinstance(
+            router, GateRouter
+        ):  # a replayed router calls no hook, and has sent its scores
             router.take(hidden_states.shape[0])
         if self.instead is not None:
             return self.instead(hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled() and not _differentiable(engine):
-            call = functools.partial(engine.run, self._position, hidden_states, top_k_index, top_k_weights, sent)
+            call = functools.partial(
+                engine.run, self._position, hidden_states, top_k_index, top_k_weights, sent
+            )
             return outside_autograd(self.key, call, hidden_states, top_k_weights)
         return engine.run(self._position, hidden_states, top_k_index, top_k_weights, sent)
 
     def routers(self) -> tuple[Router, list[Router]]:
-        """This layer's router, and those whose choices the engine predicts here. Raises: as `forward`."""
+        """This layer's router, and those whose choices the engine predicts here. Raises: as
+        `forward`.
+        """
         engine = self._bound()
         return engine.routers[self._position], engine.later_routers(self._position)
 
@@ -164,11 +181,17 @@ class HybriMoEExperts(nn.Module):
 
     def _bound(self) -> Engine:
         if self._engine is None:
-            raise BackendError(f"{self.key}: not bound to an engine; call hybrimoe_plugin.operators.bind.bind(model)")
+            raise BackendError(
+                f"{self.key}: not bound to an engine; call "
+                f"hybrimoe_plugin.operators.bind.bind(model)"
+            )
         return self._engine
 
     def extra_repr(self) -> str:
-        return f"key={self.key!r}, prefill_device={self.prefill_device!r}, generate_device={self.generate_device!r}"
+        return (
+            f"key={self.key!r}, prefill_device={self.prefill_device!r}, "
+            f"generate_device={self.generate_device!r}"
+        )
 
 
 def layer_of(key: str) -> int:
@@ -180,7 +203,9 @@ def layer_of(key: str) -> int:
     for part in key.split("."):
         if part.isdecimal():
             return int(part)
-    raise ConfigError(f"{key!r} is no module of a decoder layer: an experts operator replaces routed experts only")
+    raise ConfigError(
+        f"{key!r} is no module of a decoder layer: an experts operator replaces routed experts only"
+    )
 
 
 def expert_counts(config: Any) -> tuple[int, int]:
@@ -192,13 +217,19 @@ def expert_counts(config: Any) -> tuple[int, int]:
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 0:
-            return count, int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+            return count, int(
+                getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+            )
     raise ConfigError(f"{type(config).__name__}: no number of routed experts in the model's config")
 
 
 def _differentiable(engine: Engine) -> bool:
     """Whether autograd can follow a call: torch's own operations from the input to the result."""
-    return engine.accelerator is None and engine.recorder is None and isinstance(engine.cpu, TorchExperts)
+    return (
+        engine.accelerator is None
+        and engine.recorder is None
+        and isinstance(engine.cpu, TorchExperts)
+    )
 
 
 def _is_device(name: object) -> bool:

@@ -1,4 +1,6 @@
-"""flashinfer's decode attention inside CUDA graphs: where it is installed, right and faster on a model's shape."""
+"""flashinfer's decode attention inside CUDA graphs: where it is installed, right and faster on a
+model's shape.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,23 @@ PLANS = 5
 
 
 class FlashKernel(Protocol):
-    """Attention of one token over a cache of fixed place. What changes from step to step is set by `plan`."""
+    """Attention of one token over a cache of fixed place. What changes from step to step is set by
+    `plan`.
+    """
 
     @property
     def shape(self) -> FlashShape: ...
 
     def plan(self, held: int) -> None:
-        """Set the step: this token's row is `held`, and it sees all up to it. Not while capturing."""
+        """Set the step: this token's row is `held`, and it sees all up to it. Not while
+        capturing.
+        """
         ...
 
     def __call__(self, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-        """[1, heads, 1, width of values] from queries [1, heads, 1, width] and the cache's buffers."""
+        """[1, heads, 1, width of values] from queries [1, heads, 1, width] and the cache's
+        buffers.
+        """
         ...
 
 
@@ -64,8 +72,11 @@ class FlashShape(Protocol):
         ...
 
 
-def choose(shape: FlashShape, device: torch.device, capture: Capture, layers: int = 1) -> FlashKernel | None:
-    """flashinfer for this shape, if it is installed, gives what torch gives, and takes less time; else None.
+def choose(
+    shape: FlashShape, device: torch.device, capture: Capture, layers: int = 1
+) -> FlashKernel | None:
+    """flashinfer for this shape, if it is installed, gives what torch gives, and takes less time;
+    else None.
 
     Args:
         layers: of this shape; a step plans once for all of them.
@@ -77,9 +88,13 @@ def choose(shape: FlashShape, device: torch.device, capture: Capture, layers: in
         ours, theirs = compare(kernel, device, capture)
         plan = plan_us(kernel)
     except Exception as problem:  # it compiles on first use, and may raise anything
-        log.warning("flashinfer is not used on %s: %s", device, " ".join(str(problem).split())[:200])
+        log.warning(
+            "flashinfer is not used on %s: %s", device, " ".join(str(problem).split())[:200]
+        )
         return None
-    text = "decode attention for %s: torch %.1f us, flashinfer %.1f us and %.1f us a step for its plan"
+    text = (
+        "decode attention for %s: torch %.1f us, flashinfer %.1f us and %.1f us a step for its plan"
+    )
     log.info(text, shape, ours, theirs, plan)
     return kernel if theirs + plan / layers < ours else None
 
@@ -124,7 +139,9 @@ def pages(cache: torch.Tensor) -> torch.Tensor:
 
 
 def table(held: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(where each sequence's pages begin and end, the pages) of one sequence, int32 on the CPU, where they are read."""
+    """(where each sequence's pages begin and end, the pages) of one sequence, int32 on the CPU,
+    where they are read.
+    """
     count = held // PAGE + 1
     return torch.tensor([0, count], dtype=torch.int32), torch.arange(count, dtype=torch.int32)
 

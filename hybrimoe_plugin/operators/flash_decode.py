@@ -1,8 +1,8 @@
 """flashinfer's decode attention with grouped queries.
 
-Written against flashinfer 0.7's Python API (`BatchDecodeWithPagedKVCacheWrapper`). A cache of fixed place is taken as
-pages of 16 tokens by its strides; what changes from step to step lies in the wrapper's own device buffers and is set by
-`plan`, outside the graphs.
+Written against flashinfer 0.7's Python API (`BatchDecodeWithPagedKVCacheWrapper`). A cache of fixed
+place is taken as pages of 16 tokens by its strides; what changes from step to step lies in the
+wrapper's own device buffers and is set by `plan`, outside the graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from hybrimoe_plugin.operators.attend import attend
 from hybrimoe_plugin.operators.flash_choice import PAGE, pages, table
 
 TENSOR_CORES_FROM = 4
-"""Query heads for each key head from which its tensor-core kernel pays, by its documentation's advice."""
+"""Query heads for each key head from which its tensor-core kernel pays, by its documentation's
+advice.
+"""
 
 
 class Shape(NamedTuple):
@@ -35,7 +37,9 @@ class Shape(NamedTuple):
 
     def example(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         query = torch.randn(1, self.heads, 1, self.width, dtype=self.dtype, device=device)
-        keys, values = torch.randn(2, 1, self.groups, self.room, self.width, dtype=self.dtype, device=device)
+        keys, values = torch.randn(
+            2, 1, self.groups, self.room, self.width, dtype=self.dtype, device=device
+        )
         return query, keys, values
 
     def plain(self, seen: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
@@ -68,7 +72,9 @@ class FlashDecode:
             )
 
     def plan(self, held: int) -> None:
-        """Set the step: this token's row is `held`, and it sees all up to it. Not while capturing."""
+        """Set the step: this token's row is `held`, and it sees all up to it. Not while
+        capturing.
+        """
         self._wrapper.plan(
             *table(held),
             torch.tensor([held % PAGE + 1], dtype=torch.int32),

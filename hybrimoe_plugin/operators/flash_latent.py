@@ -1,8 +1,8 @@
 """flashinfer's decode attention over latents (DeepSeek-V2, section 2.1, absorbed).
 
-Written against flashinfer 0.7's Python API (`mla.BatchMLAPagedAttentionWrapper`). Rows [latent, rotary part] of a cache
-of fixed place are taken as its packed pages of 16 tokens; what changes from step to step lies in the wrapper's own
-device buffers and is set by `plan`, outside the graphs.
+Written against flashinfer 0.7's Python API (`mla.BatchMLAPagedAttentionWrapper`). Rows [latent,
+rotary part] of a cache of fixed place are taken as its packed pages of 16 tokens; what changes from
+step to step lies in the wrapper's own device buffers and is set by `plan`, outside the graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ HOPPER = 9, 0
 
 
 class LatentShape(NamedTuple):
-    """Queries of several heads over rows [1, 1, room, latent + rope] that are keys; their latents are the values."""
+    """Queries of several heads over rows [1, 1, room, latent + rope] that are keys; their latents
+    are the values.
+    """
 
     heads: int
     latent: int
@@ -32,8 +34,12 @@ class LatentShape(NamedTuple):
         return FlashLatent(library, self, device)
 
     def example(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        query = torch.randn(1, self.heads, 1, self.latent + self.rope, dtype=self.dtype, device=device)
-        return query, torch.randn(1, 1, self.room, self.latent + self.rope, dtype=self.dtype, device=device)
+        query = torch.randn(
+            1, self.heads, 1, self.latent + self.rope, dtype=self.dtype, device=device
+        )
+        return query, torch.randn(
+            1, 1, self.room, self.latent + self.rope, dtype=self.dtype, device=device
+        )
 
     def plain(self, seen: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
         return attend_latents(query, cache[0], seen, self.scaling, self.latent)
@@ -65,11 +71,15 @@ class FlashLatent:
         self._metadata = library.mla.MLAPlanMetadata
 
     def plan(self, held: int) -> None:
-        """Set the step: this token's row is `held`, and it sees all up to it. Not while capturing."""
+        """Set the step: this token's row is `held`, and it sees all up to it. Not while
+        capturing.
+        """
         begin, which = table(held)
         one = torch.tensor([0, 1], dtype=torch.int32)
         self._wrapper.plan(
-            metadata=self._metadata.csr(one, begin, which, torch.tensor([held + 1], dtype=torch.int32)),
+            metadata=self._metadata.csr(
+                one, begin, which, torch.tensor([held + 1], dtype=torch.int32)
+            ),
             num_heads=self.shape.heads,
             head_dim_ckv=self.shape.latent,
             head_dim_kpe=self.shape.rope,
@@ -87,6 +97,8 @@ class FlashLatent:
 
 
 def _backend(device: torch.device) -> str:
-    """Those of its backends that may be planned again for a graph that was captured: FA3 on Hopper, else FA2."""
+    """Those of its backends that may be planned again for a graph that was captured: FA3 on Hopper,
+    else FA2.
+    """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
     return "auto" if hopper else "fa2"

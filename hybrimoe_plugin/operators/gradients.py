@@ -1,4 +1,6 @@
-"""Results that are computed outside torch's autograd: right going forward, refused going backward."""
+"""Results that are computed outside torch's autograd: right going forward, refused going
+backward.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +25,30 @@ class _Refusing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> Any:
         raise BackendError(
-            f"{ctx.what} is computed without gradients, so backward() would leave a part out: train the plain "
-            "transformers model (a GGUF has gradients, too, with cpu_backend='torch', linears='plain' and no "
+            f"{ctx.what} is computed without gradients, so backward() would leave a part out: "
+            f"train the plain "
+            "transformers model (a GGUF has gradients, too, with cpu_backend='torch', "
+            "linears='plain' and no "
             "accelerator); for inference call the model under torch.no_grad()"
         )
 
 
 def outside_autograd(what: str, call: Callable[[], T], *inputs: torch.Tensor | None) -> T:
-    """The result of a call that autograd cannot follow; going backward through it raises instead of being skipped.
+    """The result of a call that autograd cannot follow; going backward through it raises instead of
+    being skipped.
 
-    Operators come here while gradients are enabled, so inference under `torch.no_grad` pays nothing for it.
+    Operators come here while gradients are enabled, so inference under `torch.no_grad` pays nothing
+    for it.
 
     Args:
         what: is computed so; the error's message names it.
         call: gives a tensor, or a list or tuple in which there are tensors; runs without gradients.
-        inputs: what the result depends on; where none of them requires a gradient, neither does the result.
+        inputs: what the result depends on; where none of them requires a gradient, neither does the
+            result.
 
     Returns:
-        The same values; tensors are copies where a gradient is asked for. `backward()` through them raises
-        BackendError.
+        The same values; tensors are copies where a gradient is asked for. `backward()` through them
+        raises BackendError.
     """
     with torch.no_grad():
         result = call()

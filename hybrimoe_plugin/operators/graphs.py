@@ -38,30 +38,43 @@ from hybrimoe_plugin.operators.turns import Turns
 log = logging.getLogger(__name__)
 
 PROOFS = 2
-"""Steps that run eagerly and as graphs and are compared: the second tells whether anything of the first was frozen."""
+"""Steps that run eagerly and as graphs and are compared: the second tells whether anything of the
+first was frozen.
+"""
 
 UNDECIDED = 8
-"""Steps on which eager and replayed routers may choose other experts, by a near tie: such a step proves nothing."""
+"""Steps on which eager and replayed routers may choose other experts, by a near tie: such a step
+proves nothing.
+"""
 
 ROOM = 256
-"""Tokens in the smallest cache of fixed place; it doubles when it is full, and the layer is captured again."""
+"""Tokens in the smallest cache of fixed place; it doubles when it is full, and the layer is
+captured again.
+"""
 
 
 class GraphedLayer(DenseOperator):
-    """The model's own decoder layer; in decode on a GPU its kernels are launched as one or two graphs.
+    """The model's own decoder layer; in decode on a GPU its kernels are launched as one or two
+    graphs.
 
-    On a GPU the layer's code is captured as it is, operators in it included: norms, attention on a cache of fixed
-    place, router and look-ahead before the experts' call, shared experts and the rest after it. Anything else than one
-    token of one sequence without padding, without gradients and without foreign hooks runs eagerly, and so does
-    everything once a captured layer does not give what the eager one gives. On the CPU such calls are a `RowStep`.
+    On a GPU the layer's code is captured as it is, operators in it included: norms, attention on a
+    cache of fixed place, router and look-ahead before the experts' call, shared experts and the
+    rest after it. Anything else than one token of one sequence without padding, without gradients
+    and without foreign hooks runs eagerly, and so does everything once a captured layer does not
+    give what the eager one gives. On the CPU such calls are a `RowStep`.
 
-    Stands in for the layer in every respect: its children are the layer's own, and so are names of parameters.
+    Stands in for the layer in every respect: its children are the layer's own, and so are names of
+    parameters.
     """
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **{**kwargs, "linears": "plain"})
         if not {"self_attn", "mlp"} <= orig_module._modules.keys():
-            raise ConfigError(f"{key}: {type(orig_module).__name__} is no decoder layer of attention and MLP")
+            raise ConfigError(
+                f"{key}: {type(orig_module).__name__} is no decoder layer of attention and MLP"
+            )
         rest = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
         settings = Settings.of(rest)
         self.wanted = settings.cuda_graphs != "off"
@@ -70,7 +83,9 @@ class GraphedLayer(DenseOperator):
         self._flash = settings.attention != "torch"
         self.graphs: DecodeGraphs | None = None
         self._twin = (orig_module,)  # in a tuple, else it would become a child
-        self._modules = orig_module._modules  # the same dict, so that operators inside are seen here too
+        self._modules = (
+            orig_module._modules
+        )  # the same dict, so that operators inside are seen here too
         self.training = orig_module.training
         self._experts: tuple[HybriMoEExperts, ...] = ()
         """None or one; in a tuple for the same reason."""
@@ -102,16 +117,25 @@ class GraphedLayer(DenseOperator):
         """Use graphs from now on, where attention and router are of a kind that can be captured."""
         inside = list(self.modules())
         self._experts = tuple(module for module in inside if isinstance(module, HybriMoEExperts))
-        routers = [experts.routers()[0] for experts in self._experts if experts.accelerator is not None]
+        routers = [
+            experts.routers()[0] for experts in self._experts if experts.accelerator is not None
+        ]
         attention = self._modules.get("self_attn")
         lean = isinstance(attention, LeanAttention | LeanMLA) and attention.ggml is None
-        known = len(routers) == len(self._experts) <= 1 and all(isinstance(router, GateRouter) for router in routers)
+        known = len(routers) == len(self._experts) <= 1 and all(
+            isinstance(router, GateRouter) for router in routers
+        )
         if not lean or not known:
-            log.info("%s: not captured: needs lean attention, a transformers router and an accelerator", self.key)
+            log.info(
+                "%s: not captured: needs lean attention, a transformers router and an accelerator",
+                self.key,
+            )
             return
         apart = {module for experts in self._experts for module in experts.modules()}
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
-        self._hooks = Hooks((module for module in inside if module is not self and module not in apart), gates)
+        self._hooks = Hooks(
+            (module for module in inside if module is not self and module not in apart), gates
+        )
         self.graphs = graphs
         graphs.layers += 1
 
@@ -121,7 +145,11 @@ class GraphedLayer(DenseOperator):
         if self.row_step is not None:
             # Router and experts are called as modules, with all their hooks.
             apart = ("mlp.gate.", "mlp.experts.")
-            around = [module for name, module in self.named_modules() if name and not f"{name}.".startswith(apart)]
+            around = [
+                module
+                for name, module in self.named_modules()
+                if name and not f"{name}.".startswith(apart)
+            ]
             self._hooks = Hooks(around)
 
     @property
@@ -132,9 +160,15 @@ class GraphedLayer(DenseOperator):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the layer: [B, T, H] from [B, T, H]. Raises: InputError: other dimensions."""
         if hidden_states.ndim != 3:
-            raise InputError(f"{self.key}: expected [batch, tokens, width], found {list(hidden_states.shape)}")
+            raise InputError(
+                f"{self.key}: expected [batch, tokens, width], found {list(hidden_states.shape)}"
+            )
         if self.row_step is not None:
-            if not args and hidden_states.dtype == torch.float32 and self._one_token(hidden_states, kwargs):
+            if (
+                not args
+                and hidden_states.dtype == torch.float32
+                and self._one_token(hidden_states, kwargs)
+            ):
                 return self.row_step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
             if not args and self.last_rows is not None and self.last_rows.serve(hidden_states):
                 return self.last_rows(hidden_states, **kwargs)
@@ -162,7 +196,11 @@ class GraphedLayer(DenseOperator):
 
     def _one_token(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the call is one that graphs are for."""
-        if hidden_states.shape[:2] != (1, 1) or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
+        if (
+            hidden_states.shape[:2] != (1, 1)
+            or kwargs.get("attention_mask") is not None
+            or torch.is_grad_enabled()
+        ):
             return False
         return not self._hooks.foreign() and kwargs.get("position_embeddings") is not None
 
@@ -179,7 +217,9 @@ class GraphedLayer(DenseOperator):
         return layer
 
     def _seat(self, layer: GrowingLayer) -> None:
-        """Put the sequence's cache into this layer's buffers, made or doubled where it does not fit."""
+        """Put the sequence's cache into this layer's buffers, made or doubled where it does not
+        fit.
+        """
         buffers, held = self._rows, layer.get_seq_length()
         if buffers is not None and held < buffers[0].shape[2] and layer.lies_in(buffers):
             return
@@ -207,9 +247,15 @@ class GraphedLayer(DenseOperator):
         return answer
 
     def _prove(
-        self, graphs: DecodeGraphs, layer: GrowingLayer, hidden: torch.Tensor, kwargs: dict[str, Any]
+        self,
+        graphs: DecodeGraphs,
+        layer: GrowingLayer,
+        hidden: torch.Tensor,
+        kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Run a step eagerly and as graphs, captured where there are none yet; they stay only if both give the same."""
+        """Run a step eagerly and as graphs, captured where there are none yet; they stay only if
+        both give the same.
+        """
         held, buffers = layer.get_seq_length(), self._rows
         assert buffers is not None
         expected, noted = self._noted(hidden, kwargs)
@@ -224,9 +270,14 @@ class GraphedLayer(DenseOperator):
             self._undecided = 0 if found.same_choice else self._undecided + 1
             self._proofs += found.same_choice
             if not found.error <= tolerance(hidden.dtype):
-                problem = f"{self.key} differs from its eager twin when it is replayed (relative RMS {found.error:.2g})"
+                problem = (
+                    f"{self.key} differs from its eager twin when it is replayed (relative "
+                    f"RMS {found.error:.2g})"
+                )
             elif self._undecided > UNDECIDED:
-                problem = f"{self.key} chooses other experts than its eager twin when it is replayed"
+                problem = (
+                    f"{self.key} chooses other experts than its eager twin when it is replayed"
+                )
         except Exception as raised:  # CUDA, Triton and torch raise many kinds
             problem = f"{self.key} cannot be captured: {' '.join(str(raised).split())[:200]}"
         if problem:
@@ -241,7 +292,9 @@ class GraphedLayer(DenseOperator):
         assert isinstance(attention, LeanAttention | LeanMLA), "connect() looked at it"
         return graphs.kernel(attention.decode_shape(buffers[0])) if self._flash else None
 
-    def _noted(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Noted | None]:
+    def _noted(
+        self, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, Noted | None]:
         """The eager result, and what went in and out of the experts."""
         noted: list[Noted] = []
 
@@ -255,8 +308,14 @@ class GraphedLayer(DenseOperator):
             for hook in hooks:
                 hook.remove()
 
-    def _layer(self, kwargs: dict[str, Any]) -> Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]:
-        rest = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "position_ids")}
+    def _layer(
+        self, kwargs: dict[str, Any]
+    ) -> Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]:
+        rest = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("past_key_values", "position_ids")
+        }
 
         def call(hidden: torch.Tensor, cache: FixedCache, angles: Any) -> torch.Tensor:
             fixed = {"cache": cache, "attention_mask": cache.seen, "position_embeddings": angles}
@@ -266,7 +325,8 @@ class GraphedLayer(DenseOperator):
 
 
 def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
-    """Let a bound model's graphed layers use graphs, where they are wanted and their device has them.
+    """Let a bound model's graphed layers use graphs, where they are wanted and their device has
+    them.
 
     Args:
         turns: of the model; an interrupted one is cleared up after.
@@ -301,7 +361,11 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.shape[:2], one.shape[3], one.dtype) != (other.shape[:2], other.shape[3], other.dtype)
+    return (one.shape[:2], one.shape[3], one.dtype) != (
+        other.shape[:2],
+        other.shape[3],
+        other.dtype,
+    )
 
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -1,4 +1,6 @@
-"""Cache layers that stay in place: no copy of the context for every token, fixed addresses for CUDA graphs."""
+"""Cache layers that stay in place: no copy of the context for every token, fixed addresses for CUDA
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ _SPARE = 256
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' `DynamicLayer` with spare room behind keys and values, which are views of the filled part.
+    """transformers' `DynamicLayer` with spare room behind keys and values, which are views of the
+    filled part.
 
-    Rows that were given out are not written again: after a `crop` the next token goes to new buffers. `cut` crops where
-    nobody holds them. In CUDA graphs buffers belong to the graphs, and what is held of them changes.
+    Rows that were given out are not written again: after a `crop` the next token goes to new
+    buffers. `cut` crops where nobody holds them. In CUDA graphs buffers belong to the graphs, and
+    what is held of them changes.
     """
 
     is_initialized: bool
@@ -38,21 +42,27 @@ class GrowingLayer(DynamicLayer):
     def __copy__(self) -> GrowingLayer:
         made = type(self).__new__(type(self))
         made.__dict__.update(self.__dict__, _buffers=None)
-        if self.is_initialized:  # the buffers are written to, by this sequence and in CUDA graphs by others
+        if (
+            self.is_initialized
+        ):  # the buffers are written to, by this sequence and in CUDA graphs by others
             made.keys, made.values = self.keys.clone(), self.values.clone()
         return made
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, heads, T, D] and give all keys and values so far. Raises: InputError: of other B, heads or D."""
+        """Append [B, heads, T, D] and give all keys and values so far. Raises: InputError: of other
+        B, heads or D.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
         if held and not (_alike(self.keys, key_states) and _alike(self.values, value_states)):
             raise InputError(
-                f"the KV cache holds keys {list(self.keys.shape)} and values {list(self.values.shape)}, which keys "
-                f"{list(key_states.shape)} and values {list(value_states.shape)} do not go on: it is another batch's "
+                f"the KV cache holds keys {list(self.keys.shape)} and values "
+                f"{list(self.values.shape)}, which keys "
+                f"{list(key_states.shape)} and values {list(value_states.shape)} do not go on: it "
+                f"is another batch's "
                 "or another model's"
             )
         total = held + key_states.shape[-2]
@@ -67,26 +77,41 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def cut(self, total: int) -> None:
-        """Keep the first tokens, and write the next ones over the others: nobody else may hold those."""
+        """Keep the first tokens, and write the next ones over the others: nobody else may hold
+        those.
+        """
         self.keys, self.values = self.keys[:, :, :total], self.values[:, :, :total]
         self._shown = total
 
     def lies_in(self, buffers: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
-        """Whether keys and values are still views of these buffers: beams and batches replace them."""
+        """Whether keys and values are still views of these buffers: beams and batches
+        replace them.
+        """
         if buffers is None or self._buffers is not buffers or not self.is_initialized:
             return False
         # Not `_base`, which inference mode does not keep. What replaces keys replaces values too.
-        return bool(self.keys.data_ptr() == buffers[0].data_ptr() and self.keys.shape[0] == buffers[0].shape[0])
+        return bool(
+            self.keys.data_ptr() == buffers[0].data_ptr()
+            and self.keys.shape[0] == buffers[0].shape[0]
+        )
 
     def touches(self, buffers: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
-        """Whether anything is still in these buffers, also after a `move` or `leave` that was interrupted."""
+        """Whether anything is still in these buffers, also after a `move` or `leave` that was
+        interrupted.
+        """
         if buffers is None or not self.is_initialized:
             return False
         places = {buffer.data_ptr() for buffer in buffers if buffer.numel()}
-        return self._buffers is buffers or self.keys.data_ptr() in places or self.values.data_ptr() in places
+        return (
+            self._buffers is buffers
+            or self.keys.data_ptr() in places
+            or self.values.data_ptr() in places
+        )
 
     def move(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Go on in these buffers [B, heads, room, D], which have room for what is held; nothing if it lies there."""
+        """Go on in these buffers [B, heads, room, D], which have room for what is held; nothing if
+        it lies there.
+        """
         if self.lies_in(buffers):
             return
         held = self.get_seq_length()
@@ -112,9 +137,14 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
 
     def _fits(self, held: int, total: int) -> bool:
-        return 0 < held == self._shown and self.lies_in(self._buffers) and total <= self._buffers[0].shape[2]  # type: ignore[index]
+        buffers = self._buffers
+        if buffers is None or not self.lies_in(buffers):
+            return False
+        return 0 < held == self._shown and total <= buffers[0].shape[2]
 
-    def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, total: int) -> None:
+    def _grow(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, total: int
+    ) -> None:
         room = max(2 * held, total + _SPARE)
         buffers = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
@@ -125,20 +155,23 @@ class GrowingLayer(DynamicLayer):
         self._buffers = buffers[0], buffers[1]
 
     def reset(self) -> None:
-        """Empty, as before the first update: not every release of transformers gives the length up itself."""
+        """Empty, as before the first update: not every release of transformers gives the length up
+        itself.
+        """
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized, self._buffers = False, None
         super().reset()
 
 
 class FixedCache:
-    """What attention sees of a growing layer in a CUDA graph: whole buffers, and the token's place in a tensor.
+    """What attention sees of a growing layer in a CUDA graph: whole buffers, and the token's place
+    in a tensor.
 
     Attributes:
         buffers: keys and values [1, heads, S, D].
         place: [1] int64 on their device; where the one token of a call is written.
-        kernel: attention of one token over the buffers, (queries, *buffers that are not empty) -> output; None for
-            torch's.
+        kernel: attention of one token over the buffers, (queries, *buffers that are not empty) ->
+            output; None for torch's.
     """
 
     def __init__(
@@ -175,13 +208,17 @@ def cache_name(model: Any) -> str:
 
 
 def cache_in(found: Any) -> Any:
-    """The KV cache among a call's keyword arguments or in a model's output, under whichever name; None without one."""
+    """The KV cache among a call's keyword arguments or in a model's output, under whichever name;
+    None without one.
+    """
     read = found.get if isinstance(found, Mapping) else lambda name: getattr(found, name, None)
     return next((cache for name in _NAMES if (cache := read(name)) is not None), None)
 
 
 def make_buffer(like: torch.Tensor, room: int) -> torch.Tensor:
-    """Zeros [B, heads, room, D] for a cache of states [B, heads, T, D]; rows that a mask hides must be finite."""
+    """Zeros [B, heads, room, D] for a cache of states [B, heads, T, D]; rows that a mask hides must
+    be finite.
+    """
     with torch.inference_mode(False):  # such a buffer can be written in every mode
         return like.new_zeros((*like.shape[:2], room, like.shape[3]))
 
@@ -193,7 +230,8 @@ def _alike(held: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def growing(cache: Any, layer: int) -> None:
-    """Put a growing layer in the place of a cache's still empty dynamic one; other kinds are left alone.
+    """Put a growing layer in the place of a cache's still empty dynamic one; other kinds are left
+    alone.
 
     Mutates: `cache`.
     """

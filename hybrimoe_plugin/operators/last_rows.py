@@ -16,10 +16,12 @@ from hybrimoe_plugin.operators.routers import GateRouter
 
 
 class LastRows:
-    """The last decoder layer's call for many tokens, of which a language model is asked for a few last logits.
+    """The last decoder layer's call for many tokens, of which a language model is asked for a few
+    last logits.
 
-    Attention sees all of them, for the cache; experts and the rest of the MLP are computed for the wanted ones. Where
-    an accelerator caches experts, or a recording is made, the whole prompt's routing counts, and nothing is left out.
+    Attention sees all of them, for the cache; experts and the rest of the MLP are computed for the
+    wanted ones. Where an accelerator caches experts, or a recording is made, the whole prompt's
+    routing counts, and nothing is left out.
 
     Args:
         model: the causal language model.
@@ -29,7 +31,9 @@ class LastRows:
     def __init__(self, model: nn.Module, layer: Any) -> None:
         self._layer = layer
         self._keep = 0
-        self._experts = [module for module in layer.modules() if isinstance(module, HybriMoEExperts)]
+        self._experts = [
+            module for module in layer.modules() if isinstance(module, HybriMoEExperts)
+        ]
         routers = [experts.routers()[0] for experts in self._experts]
         gates = [router.gate for router in routers if isinstance(router, GateRouter)]
         self._hooks = Hooks(layer.modules(), gates)
@@ -39,7 +43,11 @@ class LastRows:
     def serve(self, hidden: torch.Tensor) -> bool:
         """Whether a call [B, T, H] has rows that nobody looks at."""
         wanted = 0 < self._keep < hidden.shape[1]
-        return wanted and all(experts.unplanned for experts in self._experts) and not self._hooks.foreign()
+        return (
+            wanted
+            and all(experts.unplanned for experts in self._experts)
+            and not self._hooks.foreign()
+        )
 
     def __call__(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The last rows [B, keep, H] of what the layer gives."""

@@ -1,4 +1,6 @@
-"""Linears on matrices as the GGUF file stores them: no dequantised copy, and a quarter of the bytes to read."""
+"""Linears on matrices as the GGUF file stores them: no dequantised copy, and a quarter of the bytes
+to read.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,13 @@ class RowGraphs:
 
     Args:
         build: adds the operations to a graph with the given input and gives the outputs.
-        threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be shared.
-        row: [1, M] float32, the input of graphs for a single row; by default memory of each graph's own.
+        threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be
+            shared.
+        row: [1, M] float32, the input of graphs for a single row; by default memory of each graph's
+            own.
         ids: the input is integers, else floating point.
-        learned: gives the parameters that the graphs hold as constants, for which there are no gradients.
+        learned: gives the parameters that the graphs hold as constants, for which there are no
+            gradients.
     """
 
     def __init__(
@@ -48,17 +53,24 @@ class RowGraphs:
         """For each number of threads: torch has one for every thread that calls it."""
 
     def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
-        """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the next call.
+        """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the
+        next call.
 
-        Rows whose products met a NaN or an infinity are NaN. Going backward through them raises BackendError.
+        Rows whose products met a NaN or an infinity are NaN. Going backward through them raises
+        BackendError.
 
         Raises:
             InputError: x is of another shape or type than this function takes.
         """
         if x.is_floating_point() is self._ids:
-            raise InputError(f"expected {'whole numbers' if self._ids else 'floating point values'}, found {x.dtype}")
+            raise InputError(
+                f"expected {'whole numbers' if self._ids else 'floating point values'}, found "
+                f"{x.dtype}"
+            )
         if torch.is_grad_enabled():
-            return outside_autograd("a matrix as stored", lambda: self(x, rows), x, *self._learned())
+            return outside_autograd(
+                "a matrix as stored", lambda: self(x, rows), x, *self._learned()
+            )
         threads = self._threads or torch.get_num_threads()
         made = self._one.get(threads) if rows == 1 else None
         if made is None:
@@ -74,7 +86,9 @@ class RowGraphs:
             graph.spread_nan(rows, outputs)
         return [output.value for output in outputs]
 
-    def _made(self, x: torch.Tensor, threads: int, kept: bool) -> tuple[Graph, Node, Sequence[Node]]:
+    def _made(
+        self, x: torch.Tensor, threads: int, kept: bool
+    ) -> tuple[Graph, Node, Sequence[Node]]:
         graph = Graph(self._ggml, threads, kept=kept)
         if kept and self._row is not None:
             node = graph.place(self._row)
@@ -99,9 +113,13 @@ class StoredLinear(nn.Module):
     def take(self, stored: Stored) -> None:
         """Raises: BackendError: a type without a kernel, or another shape."""
         if stored.shape != (self.out_features, self.in_features):
-            raise BackendError(f"expected a matrix {(self.out_features, self.in_features)}, found {stored.shape}")
+            raise BackendError(
+                f"expected a matrix {(self.out_features, self.in_features)}, found {stored.shape}"
+            )
         check_stored(stored)
-        self.ggml.pace(stored.type_name, torch.get_num_threads())  # else the first answer waits for it
+        self.ggml.pace(
+            stored.type_name, torch.get_num_threads()
+        )  # else the first answer waits for it
         self.stored = stored
 
     def build(self, graph: Graph, x: Node) -> Node:
@@ -112,11 +130,17 @@ class StoredLinear(nn.Module):
         return y if self.bias is None else graph.add(y, graph.constant(self.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., N] of x's dtype from [..., M]. Raises: InputError: another width, or no floating point."""
+        """[..., N] of x's dtype from [..., M]. Raises: InputError: another width, or no floating
+        point.
+        """
         if x.shape[-1:] != (self.in_features,):
-            raise InputError(f"a linear of {self.in_features} inputs was given values {list(x.shape)}")
+            raise InputError(
+                f"a linear of {self.in_features} inputs was given values {list(x.shape)}"
+            )
         if self._graphs is None:
-            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)], learned=lambda: (self.bias,))
+            self._graphs = RowGraphs(
+                self.ggml, lambda graph, x: [self.build(graph, x)], learned=lambda: (self.bias,)
+            )
         flat = x.reshape(-1, self.in_features)
         (y,) = self._graphs(flat, len(flat))
         # A copy in every case: the buffer belongs to the graph.
@@ -128,7 +152,8 @@ class StoredLinear(nn.Module):
 
 
 def as_stored(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Module:
-    """The operator's linear on stored bytes, on the CPU or on its device; itself where it is to be plain.
+    """The operator's linear on stored bytes, on the CPU or on its device; itself where it is to be
+    plain.
 
     Args:
         name: of the linear in the operator.
@@ -146,7 +171,8 @@ class LinearGroup:
     """Linears that share their input, as one graph where all are stored.
 
     Args:
-        owner: the module that holds them. They are looked up at every call: adapters put others in their place.
+        owner: the module that holds them. They are looked up at every call: adapters put others in
+            their place.
         names: of the linears in it, `nn.Linear` or `StoredLinear`, of one input width.
     """
 
@@ -156,7 +182,9 @@ class LinearGroup:
         self._graphs = None if ggml is None else RowGraphs(ggml, self._build, learned=self._biases)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next call."""
+        """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next
+        call.
+        """
         if self._graphs is None:
             return [linear(x) for linear in self._linears()]
         return self._graphs(x, len(x))
@@ -172,9 +200,13 @@ class LinearGroup:
 
 
 class LeanLinear(DenseOperator):
-    """A dense linear, the language model's head above all, on the matrix as stored; plain where that is not asked."""
+    """A dense linear, the language model's head above all, on the matrix as stored; plain where
+    that is not asked.
+    """
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
         made = as_stored(self, "stored", orig_module)
@@ -190,5 +222,7 @@ class LeanLinear(DenseOperator):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] from [..., M]."""
-        y: torch.Tensor = F.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)
+        y: torch.Tensor = (
+            F.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)
+        )
         return y

@@ -1,4 +1,6 @@
-"""DeepSeek's latent attention: the cache holds latents, and one-token calls attend to them without expanding them."""
+"""DeepSeek's latent attention: the cache holds latents, and one-token calls attend to them without
+expanding them.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from hybrimoe_plugin.operators.norm import LeanRMSNorm
 
 
 class LeanMLA(DenseOperator):
-    """Multi-head latent attention in its absorbed form where the matrices are as stored or there is one token.
+    """Multi-head latent attention in its absorbed form where the matrices are as stored or there is
+    one token.
 
-    transformers expands keys and values of the whole context at every step. Absorbed (DeepSeek-V2, section 2.1),
-    W_uk goes into the query and W_uv behind the sum, so a step reads the cached latents and expands none.
+    transformers expands keys and values of the whole context at every step. Absorbed (DeepSeek-V2,
+    section 2.1), W_uk goes into the query and W_uv behind the sum, so a step reads the cached
+    latents and expands none.
     """
 
     keeps_latents = True
@@ -33,7 +37,9 @@ class LeanMLA(DenseOperator):
     q_a_proj: Any
     kv_a_proj_with_mqa: Any
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.layer_idx = int(orig_module.layer_idx)
         self.scaling = float(orig_module.scaling)
@@ -45,8 +51,13 @@ class LeanMLA(DenseOperator):
         names = ["q_proj"] if orig_module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
         for name in (*names, "kv_a_proj_with_mqa", "o_proj"):
             setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
-        for name in ("kv_a_layernorm", *(["q_a_layernorm"] if orig_module.q_lora_rank is not None else [])):
-            norm = LeanRMSNorm(f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs)
+        for name in (
+            "kv_a_layernorm",
+            *(["q_a_layernorm"] if orig_module.q_lora_rank is not None else []),
+        ):
+            norm = LeanRMSNorm(
+                f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs
+            )
             setattr(self, name, norm)
         self._inputs = LinearGroup(self.ggml, self, (names[0], "kv_a_proj_with_mqa"))
         self._split: tuple[Stored, Stored] | None = None
@@ -55,14 +66,17 @@ class LeanMLA(DenseOperator):
             self.kv_b_proj = orig_module.kv_b_proj
 
     def take_split(self, key: Stored, value: Stored) -> None:
-        """The two parts of kv_b: [heads, latent, nope], which is W_uk transposed, and [heads, values, latent].
+        """The two parts of kv_b: [heads, latent, nope], which is W_uk transposed, and [heads,
+        values, latent].
 
         Raises:
             BackendError: another shape, or a type without a kernel.
         """
         wanted = (self.heads, self.latent, self.nope), (self.heads, self.values, self.latent)
         if (key.shape, value.shape) != wanted:
-            raise BackendError(f"{self.key}: expected kv_b as {wanted}, found {(key.shape, value.shape)}")
+            raise BackendError(
+                f"{self.key}: expected kv_b as {wanted}, found {(key.shape, value.shape)}"
+            )
         assert self.ggml is not None
         check_stored(key)
         check_stored(value)
@@ -73,8 +87,12 @@ class LeanMLA(DenseOperator):
         )
 
     def decode_shape(self, rows: torch.Tensor) -> LatentShape:
-        """What decoding over a cache of fixed place looks like whose rows [1, 1, S, latent + rope] are given."""
-        return LatentShape(self.heads, self.latent, self.rope, rows.shape[2], rows.dtype, self.scaling)
+        """What decoding over a cache of fixed place looks like whose rows [1, 1, S, latent + rope]
+        are given.
+        """
+        return LatentShape(
+            self.heads, self.latent, self.rope, rows.shape[2], rows.dtype, self.scaling
+        )
 
     def forward(
         self,
@@ -85,18 +103,27 @@ class LeanMLA(DenseOperator):
         past_key_values: Any = None,
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex. Mutates: the cache."""
+        """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex. Mutates:
+        the cache.
+        """
         batch, count, width = hidden_states.shape
-        query, compressed = (part.to(hidden_states.dtype) for part in self._inputs(hidden_states.reshape(-1, width)))
+        query, compressed = (
+            part.to(hidden_states.dtype) for part in self._inputs(hidden_states.reshape(-1, width))
+        )
         if "q_b_proj" in self._modules:
             query = self.q_b_proj(self.q_a_layernorm(query))
         query = query.view(batch, count, self.heads, -1).transpose(1, 2)
         plain, rotary = query.split((self.nope, self.rope), dim=-1)
-        latent, key_rotary = compressed.view(batch, 1, count, -1).split((self.latent, self.rope), dim=-1)
+        latent, key_rotary = compressed.view(batch, 1, count, -1).split(
+            (self.latent, self.rope), dim=-1
+        )
         cos, sin = angles(position_embeddings, self.rope // 2)
-        turned = self.turn[0](torch.cat((rotary, key_rotary), dim=1), cos, sin).to(query.dtype)  # all heads at once
+        turned = self.turn[0](torch.cat((rotary, key_rotary), dim=1), cos, sin).to(
+            query.dtype
+        )  # all heads at once
         rotary, key_rotary = turned[:, :-1], turned[:, -1:]
-        # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are its values.
+        # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are
+        # its values.
         rows = torch.cat((self.kv_a_layernorm(latent), key_rotary), dim=-1)
         cache = cache if cache is not None else past_key_values
         rows = self._kept(rows, cache)
@@ -128,18 +155,25 @@ class LeanMLA(DenseOperator):
     def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
         assert self._split is not None
         if "q_b_proj" in self._modules:
-            query = self.q_b_proj.build(graph, self.q_a_layernorm.build(graph, self.q_a_proj.build(graph, x)))
+            query = self.q_b_proj.build(
+                graph, self.q_a_layernorm.build(graph, self.q_a_proj.build(graph, x))
+            )
         else:
             query = self.q_proj.build(graph, x)
         compressed = self.kv_a_proj_with_mqa.build(graph, x)
-        heads, row = query.value.view(self.heads, self.nope + self.rope), buffer(1, self.latent + self.rope)
+        heads, row = (
+            query.value.view(self.heads, self.nope + self.rope),
+            buffer(1, self.latent + self.rope),
+        )
         latent = graph.view(compressed, compressed.value[:, : self.latent])
         rotary = graph.view(compressed, compressed.value[:, self.latent :])
         return [
             self.kv_a_layernorm.build(graph, latent, row[:, : self.latent]),
             # Behind it the row for the cache is whole, and that is what this output shows.
             graph.matmul(turned, rotary, row[:, self.latent :], indexed=False)._replace(data=row),
-            graph.matmul(graph.weight(self._split[0]), graph.view(query, heads[:, None, : self.nope])),
+            graph.matmul(
+                graph.weight(self._split[0]), graph.view(query, heads[:, None, : self.nope])
+            ),
             graph.matmul(turned, graph.view(query, heads[:, None, self.nope :]), indexed=False),
         ]
 
@@ -172,7 +206,9 @@ class LeanMLA(DenseOperator):
         return weight.view(self.heads, -1, self.latent)
 
     def _by_head(self, graphs: RowGraphs, x: torch.Tensor) -> torch.Tensor:
-        """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B, heads, T, M]."""
+        """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B,
+        heads, T, M].
+        """
         batch, heads, count, width = x.shape
         if batch == count == 1:
             (y,) = graphs(x[0], 1)
@@ -181,11 +217,21 @@ class LeanMLA(DenseOperator):
         return y.view(heads, batch, count, -1).transpose(0, 1).to(x.dtype)
 
     def _expanded(
-        self, plain: torch.Tensor, rotary: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None
+        self,
+        plain: torch.Tensor,
+        rotary: torch.Tensor,
+        rows: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, heads, T, values] with keys and values of the whole context written out."""
         latent, key_rotary = rows.split((self.latent, self.rope), dim=-1)
-        expanded = self.kv_b_proj(latent[:, 0]).view(*latent[:, 0].shape[:2], self.heads, -1).transpose(1, 2)
+        expanded = (
+            self.kv_b_proj(latent[:, 0])
+            .view(*latent[:, 0].shape[:2], self.heads, -1)
+            .transpose(1, 2)
+        )
         keys, values = expanded.split((self.nope, self.values), dim=-1)
         keys = torch.cat((keys, key_rotary.expand(-1, self.heads, -1, -1)), dim=-1)
-        return attend(torch.cat((plain, rotary), dim=-1), keys, values, mask, self.scaling, grouped=False)
+        return attend(
+            torch.cat((plain, rotary), dim=-1), keys, values, mask, self.scaling, grouped=False
+        )

@@ -13,7 +13,8 @@ from hybrimoe_plugin.operators.linear import RowGraphs, as_stored
 
 
 class LeanMLP(DenseOperator):
-    """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored; as plain linears where that cannot be.
+    """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored; as plain linears where
+    that cannot be.
 
     Raises:
         BackendError: another activation, or linears with biases.
@@ -23,10 +24,14 @@ class LeanMLP(DenseOperator):
     up_proj: Any
     down_proj: Any
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         if getattr(config, "hidden_act", "silu") != "silu":
-            raise BackendError(f"{key}: activation {config.hidden_act!r} is not supported, only silu")
+            raise BackendError(
+                f"{key}: activation {config.hidden_act!r} is not supported, only silu"
+            )
         names = ("gate_proj", "up_proj", "down_proj")
         if any(getattr(orig_module, name).bias is not None for name in names):
             raise BackendError(f"{key}: linears with biases are not supported")
@@ -39,7 +44,9 @@ class LeanMLP(DenseOperator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
         if self._graphs is None:
-            plain: torch.Tensor = self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+            plain: torch.Tensor = self.down_proj(
+                torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+            )
             return plain
         flat = x.reshape(-1, x.shape[-1])
         (y,) = self._graphs(flat, len(flat))

@@ -14,12 +14,16 @@ from hybrimoe_plugin.operators.linear import RowGraphs
 
 
 class LeanRMSNorm(DenseOperator):
-    """`x / rms(x) * weight` in float32 by ggml for one row on the CPU, else in the precision of torch's own kernel.
+    """`x / rms(x) * weight` in float32 by ggml for one row on the CPU, else in the precision of
+    torch's own kernel.
 
-    On the CPU torch's is six operations again, which between other work take 25 to 40 us in place of 10.
+    On the CPU torch's is six operations again, which between other work take 25 to 40 us in place
+    of 10.
     """
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
@@ -28,13 +32,18 @@ class LeanRMSNorm(DenseOperator):
         self._graphs = None
         if self.ggml is not None:
             self._graphs = RowGraphs(
-                self.ggml, lambda graph, x: [self.build(graph, x)], threads=1, learned=lambda: (self.weight,)
+                self.ggml,
+                lambda graph, x: [self.build(graph, x)],
+                threads=1,
+                learned=lambda: (self.weight,),
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]. Raises: InputError: values of another width."""
         if x.shape[-1:] != self.weight.shape:
-            raise InputError(f"{self.key}: expected values of width {len(self.weight)}, found {list(x.shape)}")
+            raise InputError(
+                f"{self.key}: expected values of width {len(self.weight)}, found {list(x.shape)}"
+            )
         if self._graphs is None or x.numel() != x.shape[-1] or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         (y,) = self._graphs(x.reshape(1, -1), 1)

@@ -1,4 +1,6 @@
-"""Attributes that single modules are given in place of their class's, such as a `forward` that does more."""
+"""Attributes that single modules are given in place of their class's, such as a `forward` that does
+more.
+"""
 
 from __future__ import annotations
 

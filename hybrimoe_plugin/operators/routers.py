@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 WAITING = 8
-"""Most calls of one gate that wait for their experts: no hooks nest deeper, and a gate called alone leaves no more."""
+"""Most calls of one gate that wait for their experts: no hooks nest deeper, and a gate called alone
+leaves no more.
+"""
 
 
 class GateRouter:
-    """The router of a transformers 5.x MoE block: `gate(hidden) -> (logits [T, E], weights [T, K], ids [T, K])`.
+    """The router of a transformers 5.x MoE block: `gate(hidden) -> (logits [T, E], weights [T, K],
+    ids [T, K])`.
 
-    A forward hook keeps the logits of each call until its experts are called; `detach` removes it. In between a hook of
-    somebody else's may call the model again: experts take the newest logits, so the calls inside come first.
+    A forward hook keeps the logits of each call until its experts are called; `detach` removes it.
+    In between a hook of somebody else's may call the model again: experts take the newest logits,
+    so the calls inside come first.
     """
 
     def __init__(self, gate: nn.Module) -> None:
@@ -29,10 +33,11 @@ class GateRouter:
         self._kept.append(output[0])
 
     def take(self, tokens: int) -> None:
-        """Begin the experts' call for T tokens: until the next one begins, `scores` are those of its own router call.
+        """Begin the experts' call for T tokens: until the next one begins, `scores` are those of
+        its own router call.
 
-        Without a router call of that many tokens there are none: experts can be called alone, and so can gates, which
-        leave logits that nobody takes. Mutates.
+        Without a router call of that many tokens there are none: experts can be called alone, and
+        so can gates, which leave logits that nobody takes. Mutates.
         """
         self._logits = None
         while self._logits is None and self._kept:
@@ -41,7 +46,8 @@ class GateRouter:
                 self._logits = logits
 
     def scores(self) -> torch.Tensor | None:
-        """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else softmax.
+        """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else
+        softmax.
 
         Who never calls `take` asks once in each experts' call, and is given the newest logits.
         """
@@ -60,8 +66,8 @@ class GateRouter:
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3).
 
-        Hooks do not see it: to whoever watches the router, transformers' `output_router_logits` among them, it is no
-        call of the model.
+        Hooks do not see it: to whoever watches the router, transformers' `output_router_logits`
+        among them, it is no call of the model.
         """
         ids: torch.Tensor = self.gate.forward(hidden)[2]
         return ids

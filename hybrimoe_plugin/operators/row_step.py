@@ -1,4 +1,6 @@
-"""One token through a decoder layer on the CPU in two graphs: a small operation costs more than its arithmetic."""
+"""One token through a decoder layer on the CPU in two graphs: a small operation costs more than its
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from hybrimoe_plugin.operators.mlp import LeanMLP
 from hybrimoe_plugin.operators.norm import LeanRMSNorm
 
 FAMILIES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
-"""Their layers are x + attention(norm(x)), and then x + mlp(norm(x)), with MLPs that `RowStep` knows."""
+"""Their layers are x + attention(norm(x)), and then x + mlp(norm(x)), with MLPs that `RowStep`
+knows.
+"""
 
 
 class RowAttention(Protocol):
@@ -31,7 +35,9 @@ class RowAttention(Protocol):
         ...
 
     def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
-        """Queries and what the cache keeps from x [1, H], turned by the matrix of the token's place [D, D]."""
+        """Queries and what the cache keeps from x [1, H], turned by the matrix of the token's place
+        [D, D].
+        """
         ...
 
     def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
@@ -44,7 +50,9 @@ class RowAttention(Protocol):
 
 
 class Rotation:
-    """The rotary embedding of the running step's position as a matrix [D, D], for all layers of a model."""
+    """The rotary embedding of the running step's position as a matrix [D, D], for all layers of a
+    model.
+    """
 
     def __init__(self, turn: Turn, width: int) -> None:
         self._turn = turn
@@ -72,7 +80,8 @@ class Rotation:
 
 
 class RowStep:
-    """A layer's call for one token [1, 1, H] float32: what needs no decision goes into the graphs around attention.
+    """A layer's call for one token [1, 1, H] float32: what needs no decision goes into the graphs
+    around attention.
 
     Gives what the layer gives. Router and experts are called as modules.
 
@@ -85,7 +94,10 @@ class RowStep:
         attention: RowAttention = layer.self_attn
         assert attention.ggml is not None
         self._attention = attention
-        self._norms: tuple[LeanRMSNorm, LeanRMSNorm] = (layer.input_layernorm, layer.post_attention_layernorm)
+        self._norms: tuple[LeanRMSNorm, LeanRMSNorm] = (
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+        )
         self._gate: nn.Module | None = getattr(layer.mlp, "gate", None)
         self._experts: HybriMoEExperts | None = getattr(layer.mlp, "experts", None)
         self._dense = dense
@@ -107,7 +119,11 @@ class RowStep:
         _, weights, ids = self._gate(normed)
         output: torch.Tensor = self._experts(normed, ids, weights)
         if dense:
-            output = output + (dense[0] if self._dense_gate is None else self._dense_gate(normed).sigmoid() * dense[0])
+            output = output + (
+                dense[0]
+                if self._dense_gate is None
+                else self._dense_gate(normed).sigmoid() * dense[0]
+            )
         return (output + total)[None]
 
     def _build_before(self, graph: Graph, x: Node) -> list[Node]:
@@ -121,7 +137,8 @@ class RowStep:
 
 
 def row_step(layer: Any, rotations: dict[tuple[Turn, int], Rotation]) -> RowStep | None:
-    """The step of a decoder layer, where it is of a known kind and its matrices are as stored on the CPU.
+    """The step of a decoder layer, where it is of a known kind and its matrices are as stored on
+    the CPU.
 
     Mutates: `rotations`, which layers of one model share.
     """
@@ -143,4 +160,6 @@ def row_step(layer: Any, rotations: dict[tuple[Turn, int], Rotation]) -> RowStep
 
 
 def _in_graphs(module: Any) -> bool:
-    return isinstance(module, StoredLinear) or (isinstance(module, LeanRMSNorm | LeanMLP) and module.ggml is not None)
+    return isinstance(module, StoredLinear) or (
+        isinstance(module, LeanRMSNorm | LeanMLP) and module.ggml is not None
+    )

@@ -1,1 +1,3 @@
-"""Pure policies: what to compute where, what to keep, what to fetch ahead. No torch, no devices, no models."""
+"""Pure policies: what to compute where, what to keep, what to fetch ahead. No torch, no devices, no
+models.
+"""

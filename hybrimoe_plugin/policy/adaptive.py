@@ -1,9 +1,11 @@
-"""The default cache policy: the chance that an expert is needed by its layer's next token, learned as the run goes.
+"""The default cache policy: the chance that an expert is needed by its layer's next token, learned
+as the run goes.
 
-A few features of an expert's past (decayed frequencies, age of its last use, router scores) are weighed by a ridge
-regression that all layers share and that forgets slowly. No fixed rule is best everywhere: recency wins where routing
-follows the topic closely, frequency where it is flat, scores where they drift slowly. The regression finds out which.
-Ranks are probabilities, so they compare across layers, with a prefetch's confidence, and with costs in microseconds.
+A few features of an expert's past (decayed frequencies, age of its last use, router scores) are
+weighed by a ridge regression that all layers share and that forgets slowly. No fixed rule is best
+everywhere: recency wins where routing follows the topic closely, frequency where it is flat, scores
+where they drift slowly. The regression finds out which. Ranks are probabilities, so they compare
+across layers, with a prefetch's confidence, and with costs in microseconds.
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
 
 DECAYS = np.array([0.07, 0.15, 0.3])
-"""Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where the text moves on."""
+"""Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where
+the text moves on.
+"""
 AGES = (2.0, 20.0)
 """Features `1 / (offset + tokens since the last use)`."""
 SCORE_STEP = 0.3
-"""Step of the decayed router score; where the host shows no scores, the chosen experts' weights stand in for them."""
+"""Step of the decayed router score; where the host shows no scores, the chosen experts' weights
+stand in for them.
+"""
 FEATURES = len(DECAYS) + len(AGES) + 2
 START = np.array([1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0])
-"""Weights before anything is learned: slow frequency and a bonus for recent use, the best fixed rule on real traces."""
+"""Weights before anything is learned: slow frequency and a bonus for recent use, the best fixed
+rule on real traces.
+"""
 PRIOR = 20.0
 """How much `START` counts, in sums of squared features; a token or two of evidence outweighs it."""
 FORGET = 0.98
@@ -43,7 +51,9 @@ class AdaptiveCache(RankedCache):
     name = "adaptive"
     probabilities = True
 
-    def __init__(self, layers: int, experts: int, top_k: int, popularity: NDArray[np.float64] | None = None) -> None:
+    def __init__(
+        self, layers: int, experts: int, top_k: int, popularity: NDArray[np.float64] | None = None
+    ) -> None:
         super().__init__(layers, experts, popularity)
         self.weights = START.copy()
         self._top_k = top_k
@@ -56,7 +66,9 @@ class AdaptiveCache(RankedCache):
             self._features[:, : len(DECAYS)] = popularity[:, None] * top_k
             self.ranks = np.tensordot(self.weights, self._features, (0, 1))
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         """Learn from what was predicted for these tokens, then predict the next one. Mutates."""
         early = max(0, len(topk_ids) - STEPWISE)
         if early:
@@ -88,8 +100,12 @@ class AdaptiveCache(RankedCache):
         for row, offset in enumerate(AGES, fast):
             np.divide(1.0, age + offset, out=features[row])
 
-    def _scored(self, features: NDArray[np.float64], scores: Scores, ids: NDArray[np.int64] | None = None) -> None:
-        """Move one layer's score features on: scores of all experts, or of `ids` alone, scaled to a sum of top-k."""
+    def _scored(
+        self, features: NDArray[np.float64], scores: Scores, ids: NDArray[np.int64] | None = None
+    ) -> None:
+        """Move one layer's score features on: scores of all experts, or of `ids` alone, scaled to a
+        sum of top-k.
+        """
         total = float(scores.sum())
         scale = self._top_k / total if total > 0.0 else 0.0
         if ids is None:

@@ -1,7 +1,7 @@
 """Expert cache policies: which experts are worth a slot.
 
-A policy ranks the experts of every layer; the controller evicts the lowest rank, of the layer or of all layers where
-they share their slots. `adaptive` (the default) has a file of its own.
+A policy ranks the experts of every layer; the controller evicts the lowest rank, of the layer or of
+all layers where they share their slots. `adaptive` (the default) has a file of its own.
 """
 
 from __future__ import annotations
@@ -17,28 +17,44 @@ from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
 
 
 class MRSCache(RankedCache):
-    """Minus recent score: `S <- alpha * TopP(s) + (1 - alpha) * S` for every token of a call, in order.
+    """Minus recent score: `S <- alpha * TopP(s) + (1 - alpha) * S` for every token of a call, in
+    order.
 
-    TopP keeps the `p` highest scores of a token and counts the others as 0. Without full scores the routing weights of
-    the chosen experts stand in for them. Source: paper section 4.4.
+    TopP keeps the `p` highest scores of a token and counts the others as 0. Without full scores the
+    routing weights of the chosen experts stand in for them. Source: paper section 4.4.
     """
 
     name = "mrs"
 
     def __init__(
-        self, layers: int, experts: int, alpha: float, p: int, popularity: NDArray[np.float64] | None = None
+        self,
+        layers: int,
+        experts: int,
+        alpha: float,
+        p: int,
+        popularity: NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__(layers, experts, popularity)
         self.alpha = alpha
         self.p = min(p, experts)
         # A token's share of S fades as (1 - alpha)^age: beyond this age it is below float noise.
-        self._horizon = 1 if alpha >= 1 else 1_000_000 if alpha <= 0 else int(np.ceil(np.log(1e-9) / np.log1p(-alpha)))
+        self._horizon = (
+            1
+            if alpha >= 1
+            else 1_000_000
+            if alpha <= 0
+            else int(np.ceil(np.log(1e-9) / np.log1p(-alpha)))
+        )
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         ranks = self.ranks[layer]
         tokens = len(topk_ids)
         if tokens == 1:
-            ids, values = (topk_ids[0], topk_weights[0]) if scores is None else self._top_p(scores[0])
+            ids, values = (
+                (topk_ids[0], topk_weights[0]) if scores is None else self._top_p(scores[0])
+            )
             ranks *= 1 - self.alpha
             ranks[ids] += self.alpha * values
             return
@@ -61,11 +77,15 @@ class LRUCache(RankedCache):
 
     name = "lru"
 
-    def __init__(self, layers: int, experts: int, popularity: NDArray[np.float64] | None = None) -> None:
+    def __init__(
+        self, layers: int, experts: int, popularity: NDArray[np.float64] | None = None
+    ) -> None:
         super().__init__(layers, experts, popularity)
         self._tokens = np.zeros(layers, dtype=np.int64)
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         ranks = self.ranks[layer]
         for row in topk_ids[-ranks.size :]:
             self._tokens[layer] += 1
@@ -81,17 +101,23 @@ class LFUCache(RankedCache):
 
     name = "lfu"
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         np.add.at(self.ranks[layer], topk_ids.ravel(), 1.0)
 
 
 class EMACache(RankedCache):
-    """Decayed frequency: rank is the share of recent tokens that chose the expert, with a memory of about 10 tokens."""
+    """Decayed frequency: rank is the share of recent tokens that chose the expert, with a memory of
+    about 10 tokens.
+    """
 
     name = "ema"
     STEP = 0.1
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         ranks, step = self.ranks[layer], self.STEP
         fade = step * (1 - step) ** np.arange(len(topk_ids) - 1, -1, -1, dtype=np.float64)
         ranks *= (1 - step) ** len(topk_ids)
@@ -103,7 +129,9 @@ class StaticCache(RankedCache):
 
     name = "static"
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         """Nothing to learn."""
 
     def prefers(self, newcomer: float, victim: float) -> bool:
@@ -129,8 +157,15 @@ def make_cache(
     if name == "adaptive":
         return AdaptiveCache(layers, experts, top_k, popularity)
     if name == "mrs":
-        return MRSCache(layers, experts, settings.mrs_alpha, settings.mrs_p or 2 * top_k, popularity)
-    kinds: dict[str, type[RankedCache]] = {"lru": LRUCache, "lfu": LFUCache, "ema": EMACache, "static": StaticCache}
+        return MRSCache(
+            layers, experts, settings.mrs_alpha, settings.mrs_p or 2 * top_k, popularity
+        )
+    kinds: dict[str, type[RankedCache]] = {
+        "lru": LRUCache,
+        "lfu": LFUCache,
+        "ema": EMACache,
+        "static": StaticCache,
+    }
     if name not in kinds:
         raise ConfigError(f"cache: expected one of {', '.join(CACHES)}, found {name!r}")
     return kinds[name](layers, experts, popularity)

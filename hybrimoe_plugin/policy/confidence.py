@@ -7,10 +7,13 @@ from collections.abc import Collection, Sequence
 from hybrimoe_plugin.core import OFFLOADED, Routed
 
 KEEP = 0.999
-"""Share of the evidence kept from one checked prediction to the next: a memory of about a thousand predictions."""
+"""Share of the evidence kept from one checked prediction to the next: a memory of about a thousand
+predictions.
+"""
 DOUBT = 6.0
-"""Imagined failures with which each distance starts (successes and failures by halves in calls of many tokens, which
-need most experts whatever is predicted): trust has to be earned."""
+"""Imagined failures with which each distance starts (successes and failures by halves in calls of
+many tokens, which need most experts whatever is predicted): trust has to be earned.
+"""
 BORROWED = 4.0
 """Weight, in predictions, of all kinds of a distance in the estimate for one kind."""
 
@@ -23,24 +26,30 @@ ANY = -1
 class Confidence:
     """Share of predicted experts that their layer then needed, by kind of prediction.
 
-    A kind is the distance; the votes, how often the expert was predicted for the same call from further away, since
-    agreement tells true predictions from chance ones; whether the call has many tokens; whether the expert was
-    offloaded: what is there is there because it is needed often, so predicting it is easier; and, for one token,
-    whether it leads, as one of the half that the router put first. Predictions for calls of
-    one token are not trusted before such ones were checked, so bad ones cost nothing but their making.
+    A kind is the distance; the votes, how often the expert was predicted for the same call from
+    further away, since agreement tells true predictions from chance ones; whether the call has many
+    tokens; whether the expert was offloaded: what is there is there because it is needed often, so
+    predicting it is easier; and, for one token, whether it leads, as one of the half that the
+    router put first. Predictions for calls of one token are not trusted before such ones were
+    checked, so bad ones cost nothing but their making.
     """
 
     def __init__(self) -> None:
         self._evidence: dict[Kind, _Evidence] = {}
         self._open: dict[int, dict[int, list[tuple[_Evidence, _Evidence]]]] = {}
-        """Layer -> expert -> evidence for each of its predictions: its own kind's, and that of all of its distance."""
+        """Layer -> expert -> evidence for each of its predictions: its own kind's, and that of all
+        of its distance.
+        """
 
     def of(self, kind: Kind) -> float:
         """Probability that an expert predicted in this way will be needed."""
         return self._share(*self._pair(kind), many=kind[2])
 
-    def predicted(self, layer: int, distance: int, routed: Sequence[Routed], many: bool) -> dict[int, float]:
-        """Remember a prediction until its layer runs; gives each expert's probability of being needed.
+    def predicted(
+        self, layer: int, distance: int, routed: Sequence[Routed], many: bool
+    ) -> dict[int, float]:
+        """Remember a prediction until its layer runs; gives each expert's probability of being
+        needed.
 
         Args:
             routed: of one token, the router's first choice first.

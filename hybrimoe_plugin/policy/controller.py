@@ -1,7 +1,8 @@
 """The decision loop of one model: learn -> plan -> place -> look ahead, over pure policies.
 
-The engine drives it with real backends, the replay simulator with a simulated clock: what is simulated is what runs.
-All times are microseconds on the caller's clock. Layers are numbered by position among the MoE layers.
+The engine drives it with real backends, the replay simulator with a simulated clock: what is
+simulated is what runs. All times are microseconds on the caller's clock. Layers are numbered by
+position among the MoE layers.
 """
 
 from __future__ import annotations
@@ -38,11 +39,17 @@ class Controller(IdleLink):
         started = perf_counter_ns()
         self._land(now_us)
         self.row.follow(layer, loads, tokens)
-        routed = tuple(Routed(expert, load, self._ready_us(layer, expert, now_us)) for expert, load in loads.items())
-        plan = (self.decode if tokens == 1 else self.prefill).plan(routed, max(0.0, self.link_free_us - now_us))
+        routed = tuple(
+            Routed(expert, load, self._ready_us(layer, expert, now_us))
+            for expert, load in loads.items()
+        )
+        plan = (self.decode if tokens == 1 else self.prefill).plan(
+            routed, max(0.0, self.link_free_us - now_us)
+        )
         self.pool.lease(layer, plan.accelerator)
         self._value(layer)
-        # In a call of many tokens every layer needs most of its experts: none should live at another's cost.
+        # In a call of many tokens every layer needs most of its experts: none should live at
+        # another's cost.
         lenders = range(layer, layer + 1) if tokens > 1 else self._lenders(layer, tokens)
         moves = tuple(self._load(layer, expert, lenders, now_us) for expert in plan.onload)
         self._count(layer, routed, plan, tokens)
@@ -61,14 +68,17 @@ class Controller(IdleLink):
         """Tell the cache what was scored: ids and weights [T, K], scores [T, E] or None."""
         self.cache.observe(layer, topk_ids, topk_weights, scores)
 
-    def look_ahead(self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float) -> list[Move]:
+    def look_ahead(
+        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float
+    ) -> list[Move]:
         """Spend the link's idle time until the next MoE layer: prefetches first, then fills.
 
         Args:
             predicted: (layer, expert -> predicted load) of the next layers, nearest first.
             now_us: the start of the running call.
 
-        Source: paper section 4.3 (impact-driven prefetching); confidence, admission and fills are ours.
+        Source: paper section 4.3 (impact-driven prefetching); confidence, admission and fills are
+            ours.
         """
         started = perf_counter_ns()
         spent_us = step.plan.makespan_us + self.costs.between_layers_us
@@ -97,7 +107,9 @@ class Controller(IdleLink):
         if slot is None:
             slot = self._admit(layer, expert, lenders)
         cached = slot is not None
-        move = self._send(layer, expert, self.pool.stage() if slot is None else slot, now_us, cached)
+        move = self._send(
+            layer, expert, self.pool.stage() if slot is None else slot, now_us, cached
+        )
         if cached:
             self.pool.lease(layer, (expert,))
         self.counters.demand_loads += 1

@@ -15,7 +15,8 @@ class CostCurve:
 
     Args:
         tokens: loads, ascending from at least 1.
-        us: time at each; made non-decreasing, since a drop is noise and would let a plan gain by adding tokens.
+        us: time at each; made non-decreasing, since a drop is noise and would let a plan gain by
+            adding tokens.
 
     Raises:
         ProfileError: lengths differ, loads do not ascend, or a time is negative or not finite.
@@ -25,11 +26,17 @@ class CostCurve:
 
     def __init__(self, tokens: Sequence[int], us: Sequence[float]) -> None:
         if not tokens or len(tokens) != len(us):
-            raise ProfileError(f"a cost curve needs as many times as loads, found {len(tokens)} and {len(us)}")
+            raise ProfileError(
+                f"a cost curve needs as many times as loads, found {len(tokens)} and {len(us)}"
+            )
         if tokens[0] < 1 or any(b <= a for a, b in zip(tokens, tokens[1:], strict=False)):
-            raise ProfileError(f"the loads of a cost curve must ascend from 1, found {list(tokens)[:8]}")
+            raise ProfileError(
+                f"the loads of a cost curve must ascend from 1, found {list(tokens)[:8]}"
+            )
         if any(not 0 <= value < float("inf") for value in us):
-            raise ProfileError(f"the times of a cost curve must be finite and at least 0, found {list(us)[:8]}")
+            raise ProfileError(
+                f"the times of a cost curve must be finite and at least 0, found {list(us)[:8]}"
+            )
         rising = [float(us[0])]
         for value in us[1:]:
             rising.append(max(rising[-1], float(value)))
@@ -38,7 +45,8 @@ class CostCurve:
         self._slope = 0.0
         if len(rising) > 1:
             self._slope = (rising[-1] - rising[-2]) / (self.tokens[-1] - self.tokens[-2])
-        # The hot path looks up small loads thousands of times a second: a list index instead of a search.
+        # The hot path looks up small loads thousands of times a second: a list index instead of a
+        # search.
         self._table = [0.0] + [self._interpolate(load) for load in range(1, _TABLE)]
 
     def __call__(self, load: int) -> float:
@@ -65,12 +73,14 @@ class CostModel:
 
     Args:
         cpu: one expert on the CPU, caches warm.
-        cpu_first_us: extra time of a layer's first CPU expert (cold caches, thread wake-up; paper section 3).
+        cpu_first_us: extra time of a layer's first CPU expert (cold caches, thread wake-up; paper
+            section 3).
         accelerator: one expert in a slot.
         accelerator_first_us: launch time, once per layer call that uses the accelerator.
         transfer_us: one expert across the link, latency included.
         link_latency_us: the share of `transfer_us` that does not depend on bytes.
-        between_layers_us: attention and dense parts between two MoE layers; the link is free to prefetch then.
+        between_layers_us: attention and dense parts between two MoE layers; the link is free to
+            prefetch then.
     """
 
     __slots__ = (

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 @dataclass
 class Counters:
-    """Counts since the last reset. An *activation* is one expert needed by one layer call, whatever its load."""
+    """Counts since the last reset. An *activation* is one expert needed by one layer call, whatever
+    its load.
+    """
 
     calls: int = 0
     """Layer calls."""
@@ -26,7 +28,9 @@ class Counters:
     prefetches: int = 0
     """Experts sent ahead of their layer."""
     prefetches_used: int = 0
-    """Prefetched experts that their layer then needed while they were resident or in flight; counted once each."""
+    """Prefetched experts that their layer then needed while they were resident or in flight;
+    counted once each.
+    """
     prefetches_wasted: int = 0
     """Prefetched experts evicted before any use."""
     fills: int = 0

@@ -1,4 +1,6 @@
-"""What a transfer in the link's idle time gains, and what it costs the calls that then want the link."""
+"""What a transfer in the link's idle time gains, and what it costs the calls that then want the
+link.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class LinkTime(Residency):
         return idle.until_us + (distance - 1) * self._layer_us
 
     def _room(self, idle: Idle) -> int:
-        """How many prefetches are worth choosing: what fits the idle time, and one or two that may end later."""
+        """How many prefetches are worth choosing: what fits the idle time, and one or two that may
+        end later.
+        """
         transfer_us = self.costs.transfer_us
         if transfer_us <= 0.0:
             return 0
@@ -90,7 +94,8 @@ class LinkTime(Residency):
         return (float(self.cache.ranks[layer, expert]) - lost) * self._miss_us
 
     def _borrow(self, layer: int, expert: int, lenders: range, gain_us: float) -> int | None:
-        """A slot for a prompt's prefetch where the next pass may be a prompt too; None where it gains too little.
+        """A slot for a prompt's prefetch where the next pass may be a prompt too; None where it
+        gains too little.
 
         What the lender loses it needs again in that prompt: the gain must exceed the loss.
         """
@@ -104,7 +109,9 @@ class LinkTime(Residency):
         return self.pool.place(layer, expert)
 
     def _loan(self, layer: int) -> Loan | None:
-        """The layer's cached expert with the least load in recent prompts; None where all are in use."""
+        """The layer's cached expert with the least load in recent prompts; None where all are in
+        use.
+        """
         known = self._loans.get(layer)
         # Two plans: too dear for each layer at each prefetch.
         if known is None or self._worth[known.victim] == KEPT:
@@ -123,8 +130,12 @@ class LinkTime(Residency):
             known = self._loans[layer] = Loan(ExpertRef(layer, victim), loss_us)
         return known
 
-    def _gain_us(self, step: Step, predictions: Sequence[Prediction], idle: Idle, request: PrefetchRequest) -> float:
-        """Expected gain of a prefetch, less what it costs where the link stays busy beyond the next layer's start."""
+    def _gain_us(
+        self, step: Step, predictions: Sequence[Prediction], idle: Idle, request: PrefetchRequest
+    ) -> float:
+        """Expected gain of a prefetch, less what it costs where the link stays busy beyond the next
+        layer's start.
+        """
         sure = request.confidence
         late_us = self._end_us(idle) - idle.until_us
         if late_us <= 0.0:
@@ -139,19 +150,31 @@ class LinkTime(Residency):
         # It arrives while its own layer already runs: still sooner than a demand load would.
         plan = self._scheduler(step).plan
         routed = predictions[before].routed
-        coming = [i._replace(ready_us=late_us) if i.expert == request.ref.expert else i for i in routed]
+        coming = [
+            i._replace(ready_us=late_us) if i.expert == request.ref.expert else i for i in routed
+        ]
         now = plan(routed, max(0.0, late_us - self.costs.transfer_us)).makespan_us
         right, wrong = plan(coming, late_us).makespan_us, plan(routed, late_us).makespan_us
-        # The sooner its layer is done, the sooner the layers behind it may want a link that is still busy.
+        # The sooner its layer is done, the sooner the layers behind it may want a link that is
+        # still busy.
         after_us = late_us - right - self.costs.between_layers_us
         loss_us += self._loss_us(step, predictions[request.distance :], idle, after_us)
         return now - sure * right - (1.0 - sure) * wrong - loss_us
 
     def _loss_us(
-        self, step: Step, predictions: Sequence[Prediction], idle: Idle, late_us: float, layers: int = 1 << 30
+        self,
+        step: Step,
+        predictions: Sequence[Prediction],
+        idle: Idle,
+        late_us: float,
+        layers: int = 1 << 30,
     ) -> float:
-        """What the next `layers` lose if one more transfer keeps the link busy for `late_us` of their time."""
-        known = [item.routed for item in predictions if max(item.confidence.values()) > 0.0] or [step.routed]
+        """What the next `layers` lose if one more transfer keeps the link busy for `late_us` of
+        their time.
+        """
+        known = [item.routed for item in predictions if max(item.confidence.values()) > 0.0] or [
+            step.routed
+        ]
         plan = self._scheduler(step).plan
         loss_us, distance = 0.0, 0
         while late_us > 0.0 and distance < layers:

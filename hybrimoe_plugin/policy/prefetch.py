@@ -1,4 +1,6 @@
-"""What the idle link loads ahead: experts that the routers of the next layers are predicted to choose."""
+"""What the idle link loads ahead: experts that the routers of the next layers are predicted to
+choose.
+"""
 
 from __future__ import annotations
 
@@ -39,28 +41,37 @@ class Prefetcher(Protocol):
     """Chooses transfers for the link's idle time."""
 
     calibrated: bool
-    """Whether requests are weighed by measured confidence; otherwise predictions are taken as true."""
+    """Whether requests are weighed by measured confidence; otherwise predictions are taken as true.
+    """
 
-    def choose(self, predictions: Sequence[Prediction], room: int, floor: float = 0.0) -> list[PrefetchRequest]:
-        """At most `room` offloaded experts to send, most useful first; calibrated ones of at least `floor`."""
+    def choose(
+        self, predictions: Sequence[Prediction], room: int, floor: float = 0.0
+    ) -> list[PrefetchRequest]:
+        """At most `room` offloaded experts to send, most useful first; calibrated ones of at least
+        `floor`.
+        """
         ...
 
 
 class ImpactPrefetcher:
     """Highest impact first: the drop of a layer's simulated makespan if the expert were resident.
 
-    Within a layer the heaviest offloaded expert has the highest impact, so one simulation per layer and one per choice
-    suffice. Experts without impact are left where they are: the CPU hides them. Source: paper section 4.3.
+    Within a layer the heaviest offloaded expert has the highest impact, so one simulation per layer
+    and one per choice suffice. Experts without impact are left where they are: the CPU hides them.
+    Source: paper section 4.3.
 
     Args:
-        calibrated: weigh impact by the measured confidence of a prediction (ours); else as published.
+        calibrated: weigh impact by the measured confidence of a prediction (ours); else as
+            published.
     """
 
     def __init__(self, scheduler: Scheduler, calibrated: bool = False) -> None:
         self._scheduler = scheduler
         self.calibrated = calibrated
 
-    def choose(self, predictions: Sequence[Prediction], room: int, floor: float = 0.0) -> list[PrefetchRequest]:
+    def choose(
+        self, predictions: Sequence[Prediction], room: int, floor: float = 0.0
+    ) -> list[PrefetchRequest]:
         heap: list[tuple[float, int, _Chain]] = []
         for prediction in predictions if room > 0 else ():
             chain = _Chain(prediction, self._scheduler, self.calibrated, floor)
@@ -78,10 +89,13 @@ class ImpactPrefetcher:
 class _Chain:
     """One layer's candidates, each with the impact it has once those before it are resident.
 
-    The heaviest come first; calibrated, loads count by their probability and those below `floor` not at all.
+    The heaviest come first; calibrated, loads count by their probability and those below `floor`
+    not at all.
     """
 
-    def __init__(self, prediction: Prediction, scheduler: Scheduler, calibrated: bool, floor: float) -> None:
+    def __init__(
+        self, prediction: Prediction, scheduler: Scheduler, calibrated: bool, floor: float
+    ) -> None:
         self._prediction = prediction
         self._calibrated = calibrated
         self._expert = -1
@@ -99,7 +113,11 @@ class _Chain:
 
     @property
     def expected_us(self) -> float:
-        return self._impact_us * self._prediction.confidence[self._expert] if self._calibrated else self._impact_us
+        return (
+            self._impact_us * self._prediction.confidence[self._expert]
+            if self._calibrated
+            else self._impact_us
+        )
 
     def request(self) -> PrefetchRequest:
         prediction = self._prediction
@@ -124,11 +142,15 @@ class _Chain:
 
 
 class ScorePrefetcher:
-    """Nearest layer first, heaviest predicted load first; no simulation (the plain twin of impact)."""
+    """Nearest layer first, heaviest predicted load first; no simulation (the plain twin of
+    impact).
+    """
 
     calibrated = False
 
-    def choose(self, predictions: Sequence[Prediction], room: int, floor: float = 0.0) -> list[PrefetchRequest]:
+    def choose(
+        self, predictions: Sequence[Prediction], room: int, floor: float = 0.0
+    ) -> list[PrefetchRequest]:
         candidates = [
             (prediction.distance, -item.load, ExpertRef(prediction.layer, item.expert))
             for prediction in predictions
@@ -149,4 +171,8 @@ def make_prefetcher(name: str, scheduler: Scheduler, costs: CostModel) -> Prefet
         raise ConfigError(f"prefetch: expected one of {', '.join(PREFETCHERS)}, found {name!r}")
     if name == "off":
         return None
-    return ScorePrefetcher() if name == "score" else ImpactPrefetcher(scheduler, calibrated=name == "expected")
+    return (
+        ScorePrefetcher()
+        if name == "score"
+        else ImpactPrefetcher(scheduler, calibrated=name == "expected")
+    )

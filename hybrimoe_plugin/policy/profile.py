@@ -1,4 +1,6 @@
-"""Machine profiles: measured (or published, or assumed) costs of one machine and expert shape, as JSON."""
+"""Machine profiles: measured (or published, or assumed) costs of one machine and expert shape, as
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,17 @@ MAX_BYTES = 1 << 20
 MAX_POINTS = 4096
 """Points of a cost curve."""
 MAX_NUMBER = 1e12
-"""Of microseconds (11 days) and GB/s, and of a size or count; beyond it sums and ratios stop meaning anything."""
+"""Of microseconds (11 days) and GB/s, and of a size or count; beyond it sums and ratios stop
+meaning anything.
+"""
 LABELS = ("measured", "emulated", "published", "assumed")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One processor: threads (CPU only), extra time of the first expert, and time of one expert over its load."""
+    """One processor: threads (CPU only), extra time of the first expert, and time of one expert
+    over its load.
+    """
 
     first_us: float
     tokens: tuple[int, ...]
@@ -47,8 +53,9 @@ class Link:
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What `hybrimoe calibrate` stores. `label` says where the numbers come from; an accelerator and its link may be
-    of another label than the CPU side, which `notes` then states."""
+    """What `hybrimoe calibrate` stores. `label` says where the numbers come from; an accelerator
+    and its link may be of another label than the CPU side, which `notes` then states.
+    """
 
     name: str
     label: str
@@ -79,11 +86,22 @@ class MachineProfile:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ProfileError(f"{source}: not a machine profile (no format {FORMAT!r})")
         if data.get("version") != VERSION:
-            raise ProfileError(f"{source}: profile version {data.get('version')!r}, this program reads {VERSION}")
+            raise ProfileError(
+                f"{source}: profile version {data.get('version')!r}, this program reads {VERSION}"
+            )
         try:
             return cls._from_dict(data)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProfileError) as error:
-            raise ProfileError(f"{source}: damaged machine profile ({type(error).__name__}: {error})") from None
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            AttributeError,
+            ProfileError,
+        ) as error:
+            raise ProfileError(
+                f"{source}: damaged machine profile ({type(error).__name__}: {error})"
+            ) from None
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> MachineProfile:
@@ -93,7 +111,9 @@ class MachineProfile:
         spec = ExpertSpec(**data["spec"])
         sizes = (spec.hidden, spec.intermediate, spec.experts, spec.top_k, spec.expert_bytes)
         if any(type(size) is not int or not 1 <= size <= MAX_NUMBER for size in sizes):
-            raise ValueError(f"spec sizes must be whole numbers of 1 to {MAX_NUMBER:.0e}, found {sizes}")
+            raise ValueError(
+                f"spec sizes must be whole numbers of 1 to {MAX_NUMBER:.0e}, found {sizes}"
+            )
         accelerator, link = data.get("accelerator"), data.get("link")
         if (accelerator is None) != (link is None):
             raise ValueError("accelerator and link must both be given or both be null")
@@ -114,9 +134,9 @@ class MachineProfile:
     def costs(self, spec: ExpertSpec) -> CostModel:
         """Costs for experts of the given shape: exact for the profile's own, else scaled by bytes.
 
-        A decode expert is bound by reading its weights and a transfer by its bytes, so both scale with
-        `expert_bytes`; for large loads the true factor lies nearer to the ratio of `hidden * intermediate`, which is
-        the same but for the quantisation.
+        A decode expert is bound by reading its weights and a transfer by its bytes, so both scale
+        with `expert_bytes`; for large loads the true factor lies nearer to the ratio of `hidden *
+        intermediate`, which is the same but for the quantisation.
         """
         factor = spec.expert_bytes / self.spec.expert_bytes
         accelerator = self.accelerator or Side(0.0, (1,), (0.0,))
@@ -137,7 +157,11 @@ class MachineProfile:
 def shipped() -> dict[str, Traversable]:
     """The profiles that come with the package, by name."""
     folder = resources.files("hybrimoe_plugin") / "replay" / "profiles"
-    found = {item.name.removesuffix(".json"): item for item in folder.iterdir() if item.name.endswith(".json")}
+    found = {
+        item.name.removesuffix(".json"): item
+        for item in folder.iterdir()
+        if item.name.endswith(".json")
+    }
     return dict(sorted(found.items()))
 
 
@@ -151,7 +175,11 @@ def load_profile(path: str | Path) -> MachineProfile:
     known = {} if source.suffix or len(source.parts) > 1 else shipped()
     try:
         packaged = known.get(str(path))
-        text = str(read_regular(source, MAX_BYTES), "utf-8") if packaged is None else packaged.read_text("utf-8")
+        text = (
+            str(read_regular(source, MAX_BYTES), "utf-8")
+            if packaged is None
+            else packaged.read_text("utf-8")
+        )
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         hint = f"; shipped profiles: {', '.join(known)}" if known else ""
@@ -173,7 +201,11 @@ def _side(data: dict[str, Any]) -> Side:
 
 
 def _time(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= MAX_NUMBER
+    ):
         raise ValueError(f"a time must be a number of 0 to {MAX_NUMBER:.0e}, found {value!r}")
     return float(value)
 

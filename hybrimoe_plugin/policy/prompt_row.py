@@ -1,7 +1,8 @@
 """Prompts in a row: does one follow another, and what did they need?
 
-Behind a single prompt comes an answer, whose tokens put right what the prompt did to the layers' shares of the slots.
-Where the next pass is a prompt again (another request, the next part of a long text), nothing does.
+Behind a single prompt comes an answer, whose tokens put right what the prompt did to the layers'
+shares of the slots. Where the next pass is a prompt again (another request, the next part of a long
+text), nothing does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class PromptRow:
         self._tokens = 1
 
     def follow(self, layer: int, loads: Mapping[int, int], tokens: int) -> None:
-        """A layer call begins: `loads` is expert -> tokens that chose it, `tokens` their T. Mutates."""
+        """A layer call begins: `loads` is expert -> tokens that chose it, `tokens` their T.
+        Mutates.
+        """
         if layer <= self._layer:
             self.going = min(tokens, self._tokens) > 1
         self._layer, self._tokens = layer, tokens

@@ -19,10 +19,15 @@ class CachePolicy(Protocol):
     probabilities: bool
     """Whether ranks estimate the chance of use at the layer's next token."""
     ranks: NDArray[np.float64]
-    """[L, E]; the lowest goes first. Rows of layers that share slots are compared with one another."""
+    """[L, E]; the lowest goes first. Rows of layers that share slots are compared with one another.
+    """
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
-        """Learn from one layer call: ids and weights [T, K], scores [T, E] where the host shows them. Mutates."""
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
+        """Learn from one layer call: ids and weights [T, K], scores [T, E] where the host shows
+        them. Mutates.
+        """
         ...
 
     def victim(self, layer: int, candidates: Sequence[int]) -> int:
@@ -34,7 +39,9 @@ class CachePolicy(Protocol):
         ...
 
     def prefers(self, newcomer: float, victim: float) -> bool:
-        """Whether an expert of one rank may take the slot of one of another, whatever their layers."""
+        """Whether an expert of one rank may take the slot of one of another, whatever
+        their layers.
+        """
         ...
 
     def initial(self, layer: int, count: int) -> list[int]:
@@ -48,18 +55,29 @@ class RankedCache:
     A newcomer is admitted if it ranks at least as high as the victim.
 
     Args:
-        popularity: [L, E] shares of earlier text, the ranks to start with; without it all experts start equal.
+        popularity: [L, E] shares of earlier text, the ranks to start with; without it all experts
+            start equal.
     """
 
     name = ""
     probabilities = False
 
-    def __init__(self, layers: int, experts: int, popularity: NDArray[np.float64] | None = None) -> None:
-        self.ranks = np.zeros((layers, experts)) if popularity is None else np.array(popularity, dtype=np.float64)
+    def __init__(
+        self, layers: int, experts: int, popularity: NDArray[np.float64] | None = None
+    ) -> None:
+        self.ranks = (
+            np.zeros((layers, experts))
+            if popularity is None
+            else np.array(popularity, dtype=np.float64)
+        )
         if self.ranks.shape != (layers, experts):
-            raise ValueError(f"popularity must be [{layers}, {experts}], found {list(self.ranks.shape)}")
+            raise ValueError(
+                f"popularity must be [{layers}, {experts}], found {list(self.ranks.shape)}"
+            )
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         """Learn from one layer call; each policy has its own rule. Mutates `ranks`."""
         raise AssertionError("a policy without a rule")
 

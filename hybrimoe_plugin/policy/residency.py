@@ -57,7 +57,9 @@ class Residency:
         expert_bytes: bytes of one expert, for the counters.
     """
 
-    def __init__(self, pool: SlotPool, costs: CostModel, cache: CachePolicy, expert_bytes: int) -> None:
+    def __init__(
+        self, pool: SlotPool, costs: CostModel, cache: CachePolicy, expert_bytes: int
+    ) -> None:
         self.pool = pool
         self.costs = costs
         self.cache = cache
@@ -72,14 +74,18 @@ class Residency:
         self._unused: dict[ExpertRef, Ahead] = {}
         """Prefetched and not needed yet."""
         self._postponed: dict[int, list[int]] = {}
-        """Layer -> experts that the CPU computed in a prompt and that the link had no time to bring."""
+        """Layer -> experts that the CPU computed in a prompt and that the link had no time to
+        bring.
+        """
         self._issued = self._used = 0.0
         """Recent prefetches that calls of one token sent, and how many of them were needed."""
         self._worth = np.full(cache.ranks.shape, KEPT)
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
 
     def warm_start(self) -> list[Move]:
-        """Fill every layer's quota with the cache's first choice; the caller loads them before the first call."""
+        """Fill every layer's quota with the cache's first choice; the caller loads them before the
+        first call.
+        """
         moves = []
         for layer, quota in enumerate(self.pool.quotas):
             for expert in self.cache.initial(layer, quota):
@@ -89,7 +95,8 @@ class Residency:
         return moves
 
     def shrink(self, share: float) -> list[Move]:
-        """Keep that share of each layer's quota, best ranked experts first; the caller loads them anew.
+        """Keep that share of each layer's quota, best ranked experts first; the caller loads them
+        anew.
 
         Only between calls: nothing may be leased.
         """
@@ -107,7 +114,8 @@ class Residency:
         return moves
 
     def recover(self, held: Mapping[int, ExpertRef]) -> None:
-        """Begin anew after a call that did not end, wherever it was: believe the slots, not the books.
+        """Begin anew after a call that did not end, wherever it was: believe the slots, not the
+        books.
 
         What was being sent is withdrawn; counters keep what the call had planned.
 
@@ -123,11 +131,19 @@ class Residency:
             self._value(layer)
 
     def stale(self, step: Step) -> list[tuple[int, int]]:
-        """(expert, slot) of prefetches for the running layer that it does not need and that are still in flight."""
+        """(expert, slot) of prefetches for the running layer that it does not need and that are
+        still in flight.
+        """
         routed = {item.expert for item in step.routed}
         cached = self.pool.cached[step.layer]
-        waiting = (expert for layer, expert in self._unused if layer == step.layer and expert not in routed)
-        return [(expert, cached[expert]) for expert in waiting if self.pool.in_flight(step.layer, expert)]
+        waiting = (
+            expert for layer, expert in self._unused if layer == step.layer and expert not in routed
+        )
+        return [
+            (expert, cached[expert])
+            for expert in waiting
+            if self.pool.in_flight(step.layer, expert)
+        ]
 
     def withdraw(self, layer: int, expert: int) -> None:
         """Forget a prefetch that the link never carried: its slot is free again."""
@@ -160,7 +176,8 @@ class Residency:
         for ref in [ref for ref, arrival in self._arrivals.items() if arrival <= now_us]:
             del self._arrivals[ref]
             self.pool.arrive(*ref)
-            # What was sent ahead is kept until its layer has run, then `_value` judges it like all others.
+            # What was sent ahead is kept until its layer has run, then `_value` judges it like all
+            # others.
             if ref not in self._unused:
                 self._worth[ref] = self.cache.ranks[ref]
 
@@ -171,7 +188,9 @@ class Residency:
         """
         return range(layer + 1 if tokens > 1 else len(self._worth))
 
-    def _admit(self, layer: int, expert: int, lenders: range, gain_us: float | None = None) -> int | None:
+    def _admit(
+        self, layer: int, expert: int, lenders: range, gain_us: float | None = None
+    ) -> int | None:
         """A cache slot for a newcomer, or None where nothing may go for it.
 
         Args:
@@ -195,11 +214,15 @@ class Residency:
 
     @property
     def _in_a_row(self) -> bool:
-        """Whether prompts follow one another where layers share slots: all layers then need most experts each time."""
+        """Whether prompts follow one another where layers share slots: all layers then need most
+        experts each time.
+        """
         return self.row.going and self.pool.shared and self.cache.probabilities
 
     def _paid_back(self, layer: int, expert: int) -> int | None:
-        """A slot for a layer that holds less than its quota, from those that hold more; None where there are none."""
+        """A slot for a layer that holds less than its quota, from those that hold more; None where
+        there are none.
+        """
         held, quotas = [len(cached) for cached in self.pool.cached], self.pool.quotas
         if self.pool.has_room(layer) or held[layer] >= quotas[layer]:
             return None
@@ -214,10 +237,11 @@ class Residency:
         return self.pool.place(layer, expert)
 
     def _keep_heavier(self, step: Step) -> None:
-        """Keep demand loads in their staging slots, each in exchange for a cached expert of less load.
+        """Keep demand loads in their staging slots, each in exchange for a cached expert of less
+        load.
 
-        In a prompt all that is cached is in use when they come, so the cache could not admit them: without this it
-        would hold for ever what it held when the row began.
+        In a prompt all that is cached is in use when they come, so the cache could not admit them:
+        without this it would hold for ever what it held when the row began.
         """
         layer, loads = step.layer, self.row.loads[step.layer]
         for slot, expert in {move.slot: move.expert for move in step.moves}.items():
@@ -235,7 +259,9 @@ class Residency:
         return min(self.costs.cpu(1), self.costs.transfer_us)
 
     def _victim(self, layer: int, lenders: range) -> ExpertRef | None:
-        """The least worthy evictable expert of the layer, or of all lenders where layers share slots."""
+        """The least worthy evictable expert of the layer, or of all lenders where layers share
+        slots.
+        """
         first, last = (lenders.start, lenders.stop) if self.pool.shared else (layer, layer + 1)
         place = int(self._worth[first:last].argmin())
         row, expert = divmod(place, len(self._worth[layer]))

@@ -1,15 +1,18 @@
-"""Intra-layer scheduling: which routed experts the CPU computes, which the accelerator, which cross the link.
+"""Intra-layer scheduling: which routed experts the CPU computes, which the accelerator, which cross
+the link.
 
-Machine model (paper section 4.2, three queues). All weights of one layer have the same size, so every transfer takes
-the same time and the link delivers one expert after another. The accelerator computes one expert after another, each
-not before its weights are there, and pays its launch once. The CPU computes one expert after another and pays extra
-for the first. A plan's makespan is the later of the two finishes.
+Machine model (paper section 4.2, three queues). All weights of one layer have the same size, so
+every transfer takes the same time and the link delivers one expert after another. The accelerator
+computes one expert after another, each not before its weights are there, and pays its launch once.
+The CPU computes one expert after another and pays extra for the first. A plan's makespan is the
+later of the two finishes.
 
-Given the set of experts that the accelerator takes, the best order is known: what is there, by arrival, then demand
-loads by descending accelerator time (Johnson's rule for equal first stages). Given how many experts cross and how
-many present ones the CPU takes, swapping a heavier CPU expert for a lighter accelerator one lowers the CPU's time by
-more than it raises the accelerator's, whose time is nearly flat. So two thresholds over the loads describe near-optimal
-plans; `HybriMoEScheduler` searches both and then mends what small, uneven cases leave.
+Given the set of experts that the accelerator takes, the best order is known: what is there, by
+arrival, then demand loads by descending accelerator time (Johnson's rule for equal first stages).
+Given how many experts cross and how many present ones the CPU takes, swapping a heavier CPU expert
+for a lighter accelerator one lowers the CPU's time by more than it raises the accelerator's, whose
+time is nearly flat. So two thresholds over the loads describe near-optimal plans;
+`HybriMoEScheduler` searches both and then mends what small, uneven cases leave.
 """
 
 from __future__ import annotations
@@ -31,12 +34,16 @@ class Scheduler(Protocol):
     name: str
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
-        """Assign every routed expert once; the link is busy with earlier transfers until `link_free_us`."""
+        """Assign every routed expert once; the link is busy with earlier transfers until
+        `link_free_us`.
+        """
         ...
 
 
 class Slice(NamedTuple):
-    """One expert on one lane (`cpu`, `accelerator` or `link`), in microseconds from the start of the call."""
+    """One expert on one lane (`cpu`, `accelerator` or `link`), in microseconds from the start of
+    the call.
+    """
 
     lane: str
     expert: int
@@ -54,7 +61,9 @@ class Simulation(NamedTuple):
     slices: tuple[Slice, ...]
 
 
-def simulate(plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_free_us: float = 0.0) -> Simulation:
+def simulate(
+    plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_free_us: float = 0.0
+) -> Simulation:
     """Execute a plan in the machine model, expert by expert."""
     by_id = {item.expert: item for item in routed}
     slices: list[Slice] = []
@@ -77,7 +86,9 @@ def simulate(plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_f
         slices.append(Slice("cpu", expert, start, cpu))
     if plan.accelerator:
         busy += costs.accelerator_first_us
-    return Simulation(max(finish, cpu), cpu, busy, len(plan.onload) * costs.transfer_us, tuple(slices))
+    return Simulation(
+        max(finish, cpu), cpu, busy, len(plan.onload) * costs.transfer_us, tuple(slices)
+    )
 
 
 def assemble(
@@ -92,7 +103,10 @@ def assemble(
         (item for item in routed if item.expert in on_accelerator and item.ready_us == OFFLOADED),
         key=lambda item: (-item.load, item.expert),
     )
-    rest = sorted((item for item in routed if item.expert not in on_accelerator), key=lambda i: (i.load, i.expert))
+    rest = sorted(
+        (item for item in routed if item.expert not in on_accelerator),
+        key=lambda i: (i.load, i.expert),
+    )
     return _plan(rest, present, crossing, costs, link_free_us)
 
 
@@ -172,9 +186,11 @@ class StaticScheduler:
 
 
 class RatioScheduler:
-    """Hits on the accelerator, a fixed share of the misses over the link, the others on the CPU (FreeToken).
+    """Hits on the accelerator, a fixed share of the misses over the link, the others on the CPU
+    (FreeToken).
 
-    The share is `cpu / (cpu + transfer)` of one-token times, which is `pcie / (pcie + cpu)` of bandwidths.
+    The share is `cpu / (cpu + transfer)` of one-token times, which is `pcie / (pcie + cpu)` of
+    bandwidths.
     """
 
     name = "ratio"
@@ -186,13 +202,18 @@ class RatioScheduler:
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
         side = {item.expert for item in routed if item.ready_us != OFFLOADED}
-        missing = sorted((item for item in routed if item.ready_us == OFFLOADED), key=lambda i: (-i.load, i.expert))
+        missing = sorted(
+            (item for item in routed if item.ready_us == OFFLOADED),
+            key=lambda i: (-i.load, i.expert),
+        )
         side.update(item.expert for item in missing[: round(self.share * len(missing))])
         return assemble(routed, side, self._costs, link_free_us)
 
 
 class GreedyScheduler:
-    """The paper's three-queue simulation, as published (section 4.2); the plain twin of `HybriMoEScheduler`."""
+    """The paper's three-queue simulation, as published (section 4.2); the plain twin of
+    `HybriMoEScheduler`.
+    """
 
     name = "greedy"
 
@@ -201,12 +222,20 @@ class GreedyScheduler:
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
         costs = self._costs
-        missing = sorted((i for i in routed if i.ready_us == OFFLOADED), key=lambda i: (i.load, i.expert))
-        ready = sorted((i for i in routed if i.ready_us != OFFLOADED), key=lambda i: (-i.load, i.expert))
+        missing = sorted(
+            (i for i in routed if i.ready_us == OFFLOADED), key=lambda i: (i.load, i.expert)
+        )
+        ready = sorted(
+            (i for i in routed if i.ready_us != OFFLOADED), key=lambda i: (-i.load, i.expert)
+        )
         cpu: list[Routed] = []
         done: list[Routed] = []
         onload: list[int] = []
-        cpu_at, accelerator_at, link_at = costs.cpu_first_us, costs.accelerator_first_us, link_free_us
+        cpu_at, accelerator_at, link_at = (
+            costs.cpu_first_us,
+            costs.accelerator_first_us,
+            link_free_us,
+        )
         while missing or ready:
             cpu_next = missing[0] if missing else ready[-1]
             cpu_end = cpu_at + costs.cpu(cpu_next.load)
@@ -225,7 +254,8 @@ class GreedyScheduler:
                 onload.append(arrived.expert)
                 link_at = link_end
                 ready = sorted([*ready, arrived], key=lambda i: (-i.load, i.expert))
-        # An expert can have crossed the link and then have been taken by an idle CPU: its transfer was not needed.
+        # An expert can have crossed the link and then have been taken by an idle CPU: its transfer
+        # was not needed.
         computed = {item.expert for item in done}
         plan = LayerPlan(
             tuple(item.expert for item in cpu),
@@ -238,7 +268,10 @@ class GreedyScheduler:
         )
         run = simulate(plan, routed, costs, link_free_us)
         return plan._replace(
-            makespan_us=run.makespan_us, cpu_us=run.cpu_us, accelerator_us=run.accelerator_us, link_us=run.link_us
+            makespan_us=run.makespan_us,
+            cpu_us=run.cpu_us,
+            accelerator_us=run.accelerator_us,
+            link_us=run.link_us,
         )
 
 
@@ -267,7 +300,8 @@ class HybriMoEScheduler:
             return self._plan_even(missing, present, load, link_free_us)
         plan = self._plan_uneven(missing, sorted(present, key=_load, reverse=True), link_free_us)
         if any(item.ready_us > 0.0 for item in present):
-            # Where weights are still in flight, it can pay to leave the late ones to the CPU instead of the light ones.
+            # Where weights are still in flight, it can pay to leave the late ones to the CPU
+            # instead of the light ones.
             other = self._plan_uneven(missing, sorted(present, key=_soon_first), link_free_us)
             plan = min(plan, other, key=lambda candidate: candidate.makespan_us)
         if len(routed) <= _EXCHANGE_LIMIT:
@@ -277,7 +311,9 @@ class HybriMoEScheduler:
     def _plan_even(
         self, missing: Sequence[Routed], present: Sequence[Routed], load: int, link_free_us: float
     ) -> LayerPlan:
-        """All loads equal and nothing in flight, as in decode: only two counts are to be chosen, so this is exact."""
+        """All loads equal and nothing in flight, as in decode: only two counts are to be chosen, so
+        this is exact.
+        """
         costs = self._costs
         cpu, accelerator, transfer = costs.cpu(load), costs.accelerator(load), costs.transfer_us
         cpu_first, first = costs.cpu_first_us, costs.accelerator_first_us
@@ -292,11 +328,16 @@ class HybriMoEScheduler:
             while True:
                 left = total - crossing - kept
                 cpu_us = cpu_first + left * cpu if left else 0.0
-                finish = max(first + kept * accelerator, gap) + crossing * accelerator if kept or crossing else 0.0
+                finish = (
+                    max(first + kept * accelerator, gap) + crossing * accelerator
+                    if kept or crossing
+                    else 0.0
+                )
                 makespan = finish if finish >= cpu_us else cpu_us
                 if makespan < best:
                     best, best_crossing, best_kept = makespan, crossing, kept
-                # Giving the CPU one more only helps while the accelerator is the later one and would gain by it.
+                # Giving the CPU one more only helps while the accelerator is the later one and
+                # would gain by it.
                 if finish <= cpu_us or not kept or cpu_us + cpu >= best:
                     break
                 kept -= 1
@@ -306,7 +347,10 @@ class HybriMoEScheduler:
         taken = best_crossing + best_kept
         left = total - taken
         return LayerPlan(
-            tuple([item.expert for item in missing[best_crossing:]] + [item.expert for item in present[best_kept:]]),
+            tuple(
+                [item.expert for item in missing[best_crossing:]]
+                + [item.expert for item in present[best_kept:]]
+            ),
             tuple([item.expert for item in present[:best_kept]] + onload),
             tuple(onload),
             best if total else 0.0,
@@ -315,18 +359,27 @@ class HybriMoEScheduler:
             best_crossing * transfer,
         )
 
-    def _plan_uneven(self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float) -> LayerPlan:
-        """Search both thresholds; `present` comes in the order in which the accelerator keeps them."""
+    def _plan_uneven(
+        self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float
+    ) -> LayerPlan:
+        """Search both thresholds; `present` comes in the order in which the accelerator
+        keeps them.
+        """
         missing = sorted(missing, key=_load, reverse=True)
         crossing, kept = self._thresholds(missing, present, link_free_us)
         cpu = sorted([*missing[crossing:], *present[kept:]], key=_load)
-        return _plan(cpu, sorted(present[:kept], key=_ready), missing[:crossing], self._costs, link_free_us)
+        return _plan(
+            cpu, sorted(present[:kept], key=_ready), missing[:crossing], self._costs, link_free_us
+        )
 
-    def _thresholds(self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float) -> tuple[int, int]:
-        """(how many of `missing` cross the link, how many of `present` the accelerator keeps), heaviest first.
+    def _thresholds(
+        self, missing: Sequence[Routed], present: Sequence[Routed], link_free_us: float
+    ) -> tuple[int, int]:
+        """(how many of `missing` cross the link, how many of `present` the accelerator keeps),
+        heaviest first.
 
-        The more experts cross, the fewer present ones the best plan leaves to the accelerator, so one sweep over both
-        thresholds sees the optimum: O(missing + present).
+        The more experts cross, the fewer present ones the best plan leaves to the accelerator, so
+        one sweep over both thresholds sees the optimum: O(missing + present).
         """
         costs, transfer = self._costs, self._costs.transfer_us
         cpu_us = [costs.cpu(item.load) for item in missing]
@@ -336,7 +389,8 @@ class HybriMoEScheduler:
         kept_finish = _prefix_finish(present, costs)
         best = OFFLOADED
         best_pair = (0, len(present))
-        # `queued` is the accelerator time of the crossing experts, `gap` the latest (arrival - work queued before it).
+        # `queued` is the accelerator time of the crossing experts, `gap` the latest (arrival - work
+        # queued before it).
         queued, gap, arrival = 0.0, 0.0, link_free_us
         kept, moved_cpu = len(present), 0.0
         for crossing in range(len(missing) + 1):
@@ -350,7 +404,9 @@ class HybriMoEScheduler:
             while True:
                 ready = kept_finish[kept]
                 finish = queued + (ready if ready >= gap else gap) if kept or crossing else 0.0
-                cpu_time = cpu_left + moved_cpu if crossing < len(missing) or kept < len(present) else 0.0
+                cpu_time = (
+                    cpu_left + moved_cpu if crossing < len(missing) or kept < len(present) else 0.0
+                )
                 makespan = finish if finish >= cpu_time else cpu_time
                 if makespan < best:
                     best, best_pair = makespan, (crossing, kept)
@@ -358,9 +414,12 @@ class HybriMoEScheduler:
                     break
                 kept -= 1
                 moved_cpu += present_cpu[kept]
-            # The balance point for the next `crossing` lies at or after one step back: with one more expert on the
-            # link the CPU has less to do, so it may take one present expert fewer or more; look again from there.
-            while kept < len(present) and cpu_left + moved_cpu > queued + max(kept_finish[kept], gap):
+            # The balance point for the next `crossing` lies at or after one step back: with one
+            # more expert on the link the CPU has less to do, so it may take one present expert
+            # fewer or more; look again from there.
+            while kept < len(present) and cpu_left + moved_cpu > queued + max(
+                kept_finish[kept], gap
+            ):
                 moved_cpu -= present_cpu[kept]
                 kept += 1
         return best_pair
@@ -398,11 +457,13 @@ def _prefix_finish(present: Sequence[Routed], costs: CostModel) -> list[float]:
     return finishes
 
 
-def _exchange(plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_free_us: float) -> LayerPlan:
+def _exchange(
+    plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_free_us: float
+) -> LayerPlan:
     """Improve a plan by moving up to two experts each way, while that helps.
 
-    Experts of equal load and arrival are interchangeable, so one of each kind is tried; candidates whose CPU time or
-    accelerator work alone reaches the best makespan are not evaluated.
+    Experts of equal load and arrival are interchangeable, so one of each kind is tried; candidates
+    whose CPU time or accelerator work alone reaches the best makespan are not evaluated.
     """
     by_id = {item.expert: item for item in routed}
     for _ in range(_EXCHANGE_ROUNDS):
@@ -440,7 +501,9 @@ def _kinds(items: Sequence[Routed]) -> list[Routed]:
 
 
 def _pairs(items: Sequence[Routed]) -> list[tuple[Routed, Routed]]:
-    """Pairs of different experts, for the smallest calls only: their number grows with the square."""
+    """Pairs of different experts, for the smallest calls only: their number grows with the
+    square.
+    """
     if len(items) > _PAIR_LIMIT:
         return []
     found = {(a.load, a.ready_us, b.load, b.ready_us): (a, b) for a, b in combinations(items, 2)}
@@ -462,7 +525,8 @@ def _accelerator_finish(side: Sequence[Routed], costs: CostModel, link_free_us: 
 
 
 def exact_plan(routed: Sequence[Routed], costs: CostModel, link_free_us: float = 0.0) -> LayerPlan:
-    """The optimum in the machine model by trying every set: the oracle of tests and of `eval.schedule`.
+    """The optimum in the machine model by trying every set: the oracle of tests and of
+    `eval.schedule`.
 
     Raises:
         ValueError: more than 16 experts.

@@ -1,8 +1,9 @@
 """Which expert lies in which slot: bookkeeping only, the bytes belong to a backend.
 
-A slot is free, in flight (its weights are crossing the link) or resident. A leased slot is in use by a layer call.
-A slot that is leased or in flight cannot be evicted: `evictable` never lists it and `evict` refuses it.
-Staging slots lie beside the cache and hold an expert only for the call that demand-loads it.
+A slot is free, in flight (its weights are crossing the link) or resident. A leased slot is in use
+by a layer call. A slot that is leased or in flight cannot be evicted: `evictable` never lists it
+and `evict` refuses it. Staging slots lie beside the cache and hold an expert only for the call that
+demand-loads it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ class SlotPool:
 
     Args:
         quotas: cached experts per layer position.
-        shared: whether a layer may hold more than its quota at the cost of others; the sum of all quotas binds.
-        staging: further slots for demand loads that the cache does not admit; at least 2, so that one
-            can receive while the other computes.
+        shared: whether a layer may hold more than its quota at the cost of others; the sum of all
+            quotas binds.
+        staging: further slots for demand loads that the cache does not admit; at least 2, so that
+            one can receive while the other computes.
     """
 
     def __init__(self, quotas: Sequence[int], staging: int = 2, shared: bool = False) -> None:
         if staging < 2 or any(quota < 0 for quota in quotas):
-            raise ValueError(f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and {list(quotas)}")
+            raise ValueError(
+                f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and "
+                f"{list(quotas)}"
+            )
         self.quotas = list(quotas)
         self.staging = staging
         self.shared = shared
@@ -50,7 +55,11 @@ class SlotPool:
     def evictable(self, layer: int, keep: Collection[int] = ()) -> list[int]:
         """Experts of a layer whose slots may be taken now, `keep` excepted."""
         busy = self._in_flight | self._leased if self._leased else self._in_flight
-        return [expert for expert, slot in self.cached[layer].items() if slot not in busy and expert not in keep]
+        return [
+            expert
+            for expert, slot in self.cached[layer].items()
+            if slot not in busy and expert not in keep
+        ]
 
     def place(self, layer: int, expert: int) -> int:
         """Give an expert a cache slot; its weights are in flight until `arrive`."""
@@ -100,9 +109,11 @@ class SlotPool:
         return slot
 
     def adopt(self, layer: int, expert: int, slot: int, victim: int) -> None:
-        """Keep an expert in the staging slot where it lies; in exchange the slot of one of its layer is for staging.
+        """Keep an expert in the staging slot where it lies; in exchange the slot of one of its
+        layer is for staging.
 
-        Nothing is moved. The expert must have arrived there, and the slot must not have been given out again since.
+        Nothing is moved. The expert must have arrived there, and the slot must not have been given
+        out again since.
         """
         if expert in self.cached[layer]:
             raise ValueError(f"layer {layer}: expert {expert} is cached already")
@@ -112,23 +123,34 @@ class SlotPool:
         self.cached[layer][expert] = slot
 
     def keeping(self, held: Mapping[int, ExpertRef]) -> SlotPool:
-        """A pool of the same size with those of this one's experts that lie in their slots for certain.
+        """A pool of the same size with those of this one's experts that lie in their slots for
+        certain.
 
         Args:
             held: slot -> expert whose bytes are all there.
         """
         pool = SlotPool(self.quotas, self.staging, self.shared)
         for layer, cached in enumerate(self.cached):
-            pool.cached[layer] = {e: slot for e, slot in cached.items() if held.get(slot) == (layer, e)}
+            pool.cached[layer] = {
+                e: slot for e, slot in cached.items() if held.get(slot) == (layer, e)
+            }
         taken = {slot for layer in pool.cached for slot in layer.values()}
         left = [slot for slot in range(self.slots) if slot not in taken]
         pool._staging, pool._free = left[: self.staging], left[self.staging :]
         return pool
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless each slot is free or holds exactly one expert, within every quota."""
+        """Raise AssertionError unless each slot is free or holds exactly one expert, within every
+        quota.
+        """
         held = [slot for layer in self.cached for slot in layer.values()]
-        assert sorted(held + self._free + self._staging) == list(range(self.slots)), "a slot is lost or held twice"
-        within = (len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True))
+        assert sorted(held + self._free + self._staging) == list(range(self.slots)), (
+            "a slot is lost or held twice"
+        )
+        within = (
+            len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True)
+        )
         assert self.shared or all(within), "over quota"
-        assert self._in_flight <= set(held) and self._leased <= set(held), "a free slot is in flight or leased"
+        assert self._in_flight <= set(held) and self._leased <= set(held), (
+            "a free slot is in flight or leased"
+        )

@@ -1,1 +1,3 @@
-"""Routing traces, machine profiles and the simulator that drives the engine's own policies over both. No torch."""
+"""Routing traces, machine profiles and the simulator that drives the engine's own policies over
+both. No torch.
+"""

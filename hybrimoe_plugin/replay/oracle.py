@@ -11,7 +11,8 @@ from hybrimoe_plugin.replay.trace import Trace
 class BeladyCache(RankedCache):
     """Evicts what is needed latest and admits nothing that is needed later than its victim.
 
-    An expert that its layer needs again in n tokens ranks 1 / n, so the next token's experts rank 1 in every layer.
+    An expert that its layer needs again in n tokens ranks 1 / n, so the next token's experts rank 1
+    in every layer.
     """
 
     name = "belady"
@@ -34,7 +35,9 @@ class BeladyCache(RankedCache):
             steps.reverse()
             self.ranks[layer] = _nearness(left[layer], later[layer])
 
-    def observe(self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None) -> None:
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
         """Go on to what comes after this call."""
         self._token[layer] += len(topk_ids)
         self.ranks[layer] = self._next[layer][self._token[layer] - 1]

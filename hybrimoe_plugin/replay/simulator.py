@@ -21,7 +21,9 @@ class Outcome:
     decode_counters: Counters = field(default_factory=Counters)
     """Counts of the judged decode passes alone."""
     ready: int = 0
-    """Activations of these passes whose weights were resident, not just under way, when their call began."""
+    """Activations of these passes whose weights were resident, not just under way, when their call
+    began.
+    """
 
     by_distance: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Distance -> prefetches issued and those used, over the whole trace."""
@@ -34,7 +36,8 @@ class Outcome:
 
 
 def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
-    """Run a trace through a controller whose pool is empty; mirrors `Engine.run` with a simulated clock.
+    """Run a trace through a controller whose pool is empty; mirrors `Engine.run` with a simulated
+    clock.
 
     Args:
         skip: decode passes at the beginning that warm the policies up and are not judged.
@@ -59,8 +62,12 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
             skip -= 1
         else:
             outcome.decode_us.append(now_us - started)
-            outcome.decode_counters = outcome.decode_counters.plus(controller.counters.since(before))
+            outcome.decode_counters = outcome.decode_counters.plus(
+                controller.counters.since(before)
+            )
             outcome.ready += ready
     outcome.counters = controller.counters.snapshot()
-    outcome.by_distance = {distance: (issued, used) for distance, (issued, used) in controller.by_distance.items()}
+    outcome.by_distance = {
+        distance: (issued, used) for distance, (issued, used) in controller.by_distance.items()
+    }
     return outcome

@@ -1,4 +1,6 @@
-"""Where traces come from besides recorded runs: public routing data, popularity tables and generators."""
+"""Where traces come from besides recorded runs: public routing data, popularity tables and
+generators.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,11 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
 
 
 def read_route_csv(path: str | os.PathLike[str]) -> Trace:
-    """Import a `route_trace v1` CSV (Helldez/BigMoeOnEdge, Apache-2.0): chosen experts and weights, no scores.
+    """Import a `route_trace v1` CSV (Helldez/BigMoeOnEdge, Apache-2.0): chosen experts and weights,
+    no scores.
 
-    Prompt tokens become one call per layer. A layer whose prompt routing is recorded for fewer tokens than the others
-    (the last one, in these files) gets a call of that many tokens.
+    Prompt tokens become one call per layer. A layer whose prompt routing is recorded for fewer
+    tokens than the others (the last one, in these files) gets a call of that many tokens.
 
     Raises:
         TraceError: not such a file, or a value out of range.
@@ -48,8 +51,18 @@ def read_route_csv(path: str | os.PathLike[str]) -> Trace:
         lines = read_regular(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
         facts = _facts(lines, path)
         return _assemble_csv(_rows(lines), facts, path)
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise TraceError(f"{path}: not a sound route_trace v1 file ({type(error).__name__}: {error})") from None
+    except (
+        OSError,
+        UnicodeDecodeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+    ) as error:
+        raise TraceError(
+            f"{path}: not a sound route_trace v1 file ({type(error).__name__}: {error})"
+        ) from None
 
 
 def read_popularity(path: str | os.PathLike[str]) -> Popularity:
@@ -59,8 +72,15 @@ def read_popularity(path: str | os.PathLike[str]) -> Popularity:
         TraceError: not such a file.
     """
     try:
-        counts = np.asarray(json.loads(read_regular(path, MAX_TEXT_BYTES))["expert_popularity"], dtype=np.float64)
-        if counts.ndim != 2 or not np.isfinite(counts).all() or counts.min() < 0 or (counts.sum(axis=1) <= 0).any():
+        counts = np.asarray(
+            json.loads(read_regular(path, MAX_TEXT_BYTES))["expert_popularity"], dtype=np.float64
+        )
+        if (
+            counts.ndim != 2
+            or not np.isfinite(counts).all()
+            or counts.min() < 0
+            or (counts.sum(axis=1) <= 0).any()
+        ):
             raise ValueError("counts must be a table of non-negative numbers")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TraceError(f"{path}: not a popularity table ({error})") from None
@@ -88,15 +108,22 @@ def synthetic(
 
     Args:
         skew: standard deviation of the experts' fixed preference (log scale); 0 is flat.
-        locality: share of a token's preference that it has from the token before (AR(1) coefficient), 0 to below 1.
-        drift: share of the preference that changes slowly, as a text's topic does (memory of 50 tokens), 0 to 1.
-        correlation: share of a layer's preference that it has from the layer before (through a fixed permutation).
+        locality: share of a token's preference that it has from the token before (AR(1)
+            coefficient), 0 to below 1.
+        drift: share of the preference that changes slowly, as a text's topic does (memory of 50
+            tokens), 0 to 1.
+        correlation: share of a layer's preference that it has from the layer before (through a
+            fixed permutation).
         popularity: [L, E] shares that replace the random skew.
         seed: fixes the model (skew and permutations).
         text: fixes the text that it reads.
     """
     rng = np.random.default_rng(seed)
-    base = rng.standard_normal((layers, experts)) * skew if popularity is None else np.log(popularity + 1e-9)
+    base = (
+        rng.standard_normal((layers, experts)) * skew
+        if popularity is None
+        else np.log(popularity + 1e-9)
+    )
     shuffles = np.stack([rng.permutation(experts) for _ in range(layers)])
     rng = np.random.default_rng([seed, text])
     state, topic = rng.standard_normal((2, layers, experts))
@@ -114,7 +141,8 @@ def synthetic(
         for layer in range(layers):
             calls.append(_routed(layer, logits[:, layer], top_k))
     source = (
-        f"synthetic: skew {skew}, locality {locality}, drift {drift}, correlation {correlation}, seed {seed}/{text}"
+        f"synthetic: skew {skew}, locality {locality}, drift {drift}, correlation "
+        f"{correlation}, seed {seed}/{text}"
     )
     if popularity is not None:
         source += ", measured popularity"
@@ -135,7 +163,9 @@ def _routed(layer: int, logits: NDArray[np.float64], top_k: int) -> Call:
 
 
 def counts(calls: Iterable[Call], header: TraceHeader) -> Popularity:
-    """[L, E] shares of how often these calls chose each expert, smoothed by half a choice; rows sum to 1."""
+    """[L, E] shares of how often these calls chose each expert, smoothed by half a choice; rows sum
+    to 1.
+    """
     chosen = np.full((header.layers, header.experts), 0.5)
     for call in calls:
         np.add.at(chosen[call.layer], call.ids.ravel(), 1.0)
@@ -143,10 +173,11 @@ def counts(calls: Iterable[Call], header: TraceHeader) -> Popularity:
 
 
 def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0) -> Trace:
-    """Model look-ahead predictions of a stated recall at distance 1; at distance d it is `recall ** d`.
+    """Model look-ahead predictions of a stated recall at distance 1; at distance d it is `recall **
+    d`.
 
-    Each true expert stays with that probability; the others are drawn from the layer's popularity, without repeats.
-    The header says that they are modelled.
+    Each true expert stays with that probability; the others are drawn from the layer's popularity,
+    without repeats. The header says that they are modelled.
     """
     rng = np.random.default_rng(seed)
     popularity = np.log(counts(trace.calls, trace.header))
@@ -164,8 +195,11 @@ def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0)
     return Trace(replace(trace.header, predictions=f"modelled at recall {recall}"), calls)
 
 
-def _blur(ids: NDArray[np.int64], liking: Popularity, recall: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Keep each id with probability `recall`, replace the others by other experts, popular ones more often.
+def _blur(
+    ids: NDArray[np.int64], liking: Popularity, recall: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Keep each id with probability `recall`, replace the others by other experts, popular ones
+    more often.
 
     Drawing without repeats is taking the highest of log popularity plus Gumbel noise.
     """
@@ -202,7 +236,9 @@ def _rows(lines: Sequence[str]) -> NDArray[np.float64]:
     return rows
 
 
-def _assemble_csv(rows: NDArray[np.float64], facts: dict[str, str], path: str | os.PathLike[str]) -> Trace:
+def _assemble_csv(
+    rows: NDArray[np.float64], facts: dict[str, str], path: str | os.PathLike[str]
+) -> Trace:
     experts, top_k = int(facts["n_expert"]), int(facts["n_expert_used"])
     layers = np.unique(rows[:, 2]).astype(int)
     if rows[:, 4].min() < 0 or rows[:, 4].max() >= experts:

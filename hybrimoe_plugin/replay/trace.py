@@ -1,11 +1,12 @@
 """Routing traces: what the routers chose, call by call, as a file that can be replayed.
 
-Format `hybrimoe-trace` 1: a zip archive (stored, not compressed per member beyond deflate) with `header.json` and, for
-every chunk of calls, numpy arrays `N/layer` [C] int16, `N/tokens` [C] int32, `N/ids` [R, K] int16, `N/weights` [R, K]
-float16, `N/score_ids` and `N/scores` [R, P] int16 and float16 (the P highest router scores; P = 0 without scores) and
-`N/predicted` [R, D, K] int16 (ids for the next D layers, -1 where there is none). R is the sum of `tokens`; rows follow
-one another call by call. Chunks are written as the run goes, so memory does not grow; `footer.json` comes last, so a
-file without it was cut off.
+Format `hybrimoe-trace` 1: a zip archive (stored, not compressed per member beyond deflate) with
+`header.json` and, for every chunk of calls, numpy arrays `N/layer` [C] int16, `N/tokens` [C] int32,
+`N/ids` [R, K] int16, `N/weights` [R, K] float16, `N/score_ids` and `N/scores` [R, P] int16 and
+float16 (the P highest router scores; P = 0 without scores) and `N/predicted` [R, D, K] int16 (ids
+for the next D layers, -1 where there is none). R is the sum of `tokens`; rows follow one another
+call by call. Chunks are written as the run goes, so memory does not grow; `footer.json` comes last,
+so a file without it was cut off.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ MAX_FILE_BYTES = 64 << 20
 MAX_MEMORY_BYTES = 384 << 20
 """Memory that a trace may take when it is read: a file of some KiB could unpack to any size."""
 _MAX_LISTING_BYTES = 4 << 20
-"""The archive's table of contents, of some 60 bytes an array; its entries take ten times as much memory."""
+"""The archive's table of contents, of some 60 bytes an array; its entries take ten times as much
+memory.
+"""
 _MAX_JSON_BYTES = 1 << 20
 _HEADER = (SyntaxError, tokenize.TokenError)
 """What numpy raises, besides ValueError, for an array whose header is no Python literal."""
@@ -59,7 +62,9 @@ class TraceHeader:
     top_k: int
     expert_bytes: int
     source: str
-    """Where the routing comes from: a recorded run, a public data set, or a generator with its parameters."""
+    """Where the routing comes from: a recorded run, a public data set, or a generator with its
+    parameters.
+    """
     predictions: str = "none"
     """`recorded`, `modelled at recall R`, or `none`."""
 
@@ -107,7 +112,9 @@ class TraceWriter:
         TraceError: the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: TraceHeader, score_top: int = 0) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], header: TraceHeader, score_top: int = 0
+    ) -> None:
         self.header = header
         self.calls = 0
         self._score_top = min(score_top, header.experts)
@@ -133,7 +140,12 @@ class TraceWriter:
     def __enter__(self) -> TraceWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _flush(self) -> None:
@@ -178,7 +190,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace file whole.
 
     Raises:
-        TraceError: missing, cut off, damaged, of another version, too large to be held in memory, or no trace at all.
+        TraceError: missing, cut off, damaged, of another version, too large to be held in memory,
+            or no trace at all.
     """
     try:
         data = read_regular(path, MAX_FILE_BYTES)
@@ -192,14 +205,30 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
                 columns = _columns(archive, chunk, left)
                 left -= _memory_bytes(columns, header)
                 if left < 0:
-                    raise TraceError(f"{path}: takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory: record less")
+                    raise TraceError(
+                        f"{path}: takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory: record "
+                        f"less"
+                    )
                 calls.extend(_chunk_calls(columns, chunk, header, path))
             if len(calls) != footer["calls"]:
-                raise TraceError(f"{path}: holds {len(calls)} calls, its footer says {footer['calls']}")
+                raise TraceError(
+                    f"{path}: holds {len(calls)} calls, its footer says {footer['calls']}"
+                )
     except FileNotFoundError:
         raise TraceError(f"{path}: no such trace file") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError, *_HEADER) as error:
-        raise TraceError(f"{path}: cut off, damaged or no trace ({type(error).__name__}: {error})") from None
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        KeyError,
+        ValueError,
+        TypeError,
+        EOFError,
+        *_HEADER,
+    ) as error:
+        raise TraceError(
+            f"{path}: cut off, damaged or no trace ({type(error).__name__}: {error})"
+        ) from None
     except (
         MemoryError,
         OverflowError,
@@ -209,7 +238,9 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     return Trace(header, calls)
 
 
-def write_trace(path: str | os.PathLike[str], header: TraceHeader, calls: Iterable[Call], score_top: int = 0) -> None:
+def write_trace(
+    path: str | os.PathLike[str], header: TraceHeader, calls: Iterable[Call], score_top: int = 0
+) -> None:
     """Write a whole trace; see `TraceWriter`."""
     with TraceWriter(path, header, score_top) as writer:
         for call in calls:
@@ -219,7 +250,10 @@ def write_trace(path: str | os.PathLike[str], header: TraceHeader, calls: Iterab
 def check_header(header: TraceHeader) -> None:
     """Raises: ValueError: a size out of range, or a text that is none."""
     sizes = (header.layers, header.experts, header.top_k)
-    if any(type(size) is not int or not 1 <= size < 1 << 15 for size in sizes) or header.top_k > header.experts:
+    if (
+        any(type(size) is not int or not 1 <= size < 1 << 15 for size in sizes)
+        or header.top_k > header.experts
+    ):
         raise ValueError(f"layers, experts, top_k are {sizes}")
     if type(header.expert_bytes) is not int or not 1 <= header.expert_bytes < 1 << 40:
         raise ValueError(f"expert_bytes is {header.expert_bytes!r}")
@@ -228,12 +262,16 @@ def check_header(header: TraceHeader) -> None:
 
 
 def _check_listing(data: bytes) -> None:
-    """Raise ValueError for an archive whose table of contents is not small: `zipfile` makes objects of all of it."""
+    """Raise ValueError for an archive whose table of contents is not small: `zipfile` makes objects
+    of all of it.
+    """
     end = data.rfind(b"PK\5\6")
     if end < 0 or len(data) < end + 22:
         raise ValueError("no archive")
     nbytes = int.from_bytes(data[end + 12 : end + 16], "little")
-    if nbytes > _MAX_LISTING_BYTES or data[end - 20 : end - 16] == b"PK\6\7":  # the latter: a longer table elsewhere
+    if (
+        nbytes > _MAX_LISTING_BYTES or data[end - 20 : end - 16] == b"PK\6\7"
+    ):  # the latter: a longer table elsewhere
         raise ValueError(f"its table of contents has more than {_MAX_LISTING_BYTES >> 20} MiB")
 
 
@@ -293,14 +331,21 @@ def _chunk_calls(
     shapes = layers.ndim == 1 and layers.shape == tokens.shape and ids.shape == (rows, header.top_k)
     shapes = shapes and columns["weights"].shape == ids.shape and predicted.ndim == 3
     shapes = shapes and predicted.shape[::2] == (rows, header.top_k) and tokens.min(initial=1) >= 1
-    shapes = shapes and columns["score_ids"].shape == columns["scores"].shape and len(columns["scores"]) == rows
+    shapes = (
+        shapes
+        and columns["score_ids"].shape == columns["scores"].shape
+        and len(columns["scores"]) == rows
+    )
     if not shapes:
         raise TraceError(f"{path}: the arrays of chunk {chunk} do not fit together")
     if not (np.isfinite(columns["weights"]).all() and np.isfinite(columns["scores"]).all()):
         raise TraceError(f"{path}: a weight or score of chunk {chunk} is no finite number")
     inside = [(layers, 0, header.layers), (ids, 0, header.experts), (predicted, -1, header.experts)]
     inside.append((columns["score_ids"], 0, header.experts))
-    if any(values.size and not low <= values.min() <= values.max() < high for values, low, high in inside):
+    if any(
+        values.size and not low <= values.min() <= values.max() < high
+        for values, low, high in inside
+    ):
         raise TraceError(f"{path}: an expert or layer number of chunk {chunk} is out of range")
     start = 0
     for layer, count in zip(layers.tolist(), tokens.tolist(), strict=True):
@@ -312,9 +357,13 @@ def _chunk_calls(
             if (predicted[span, distance] >= 0).all()
         )
         if layer + len(looked) >= header.layers:
-            raise TraceError(f"{path}: chunk {chunk} predicts experts for layers that the model does not have")
+            raise TraceError(
+                f"{path}: chunk {chunk} predicts experts for layers that the model does not have"
+            )
         scores = None
         if columns["scores"].shape[1]:
             scores = np.zeros((count, header.experts), np.float32)
-            np.put_along_axis(scores, columns["score_ids"][span].astype(np.int64), columns["scores"][span], axis=1)
+            np.put_along_axis(
+                scores, columns["score_ids"][span].astype(np.int64), columns["scores"][span], axis=1
+            )
         yield Call(layer, ids[span], columns["weights"][span].astype(np.float32), scores, looked)

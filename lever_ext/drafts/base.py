@@ -11,7 +11,9 @@ from lever_ext.tree.candidates import CandidateTree
 
 
 class Draft(Protocol):
-    """Proposes likely next tokens after any node of a candidate tree. Takes nothing from the global random state."""
+    """Proposes likely next tokens after any node of a candidate tree. Takes nothing from the global
+    random state.
+    """
 
     name: str
     context: int | None

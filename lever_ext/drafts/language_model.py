@@ -42,7 +42,11 @@ class LanguageModelDraft:
     """
 
     def __init__(
-        self, model: Any, name: str = "language model", candidates: int = 8, runner: Runner | None = None
+        self,
+        model: Any,
+        name: str = "language model",
+        candidates: int = 8,
+        runner: Runner | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -89,8 +93,10 @@ class LanguageModelDraft:
         """
         if abs(self.vocabulary - vocabulary) > PADDING_ROWS:
             raise SpeculationError(
-                f"the draft ({self.name}) has a vocabulary of {self.vocabulary} tokens and the target one of "
-                f"{vocabulary}: they cannot share a tokenizer; choose a draft of the target's family, or --draft ngram"
+                f"the draft ({self.name}) has a vocabulary of {self.vocabulary} tokens and the "
+                f"target one of "
+                f"{vocabulary}: they cannot share a tokenizer; choose a draft of the target's "
+                f"family, or --draft ngram"
             )
         self._proposed = vocabulary
 
@@ -117,11 +123,15 @@ class LanguageModelDraft:
         with torch.inference_mode():
             shares = torch.softmax(self._head(hidden).float(), dim=-1)
             values, tokens = shares[:, : self._proposed].topk(self.candidates, dim=-1)
-        return [Candidates(tuple(t), tuple(v)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+        return [
+            Candidates(tuple(t), tuple(v))
+            for t, v in zip(tokens.tolist(), values.tolist(), strict=True)
+        ]
 
     def advance(self, accepted: Sequence[int], tokens: Sequence[int], tree: CandidateTree) -> None:
         committed = self._committed
-        # The last accepted node may never have been expanded; its token waits for the next root's pass.
+        # The last accepted node may never have been expanded; its token waits for the next root's
+        # pass.
         path = [self._row_of[key] for key in accepted if key in self._row_of]
         alive = [key for key in self._row_of if key in tree.nodes]
         with self._changing():
@@ -133,7 +143,9 @@ class LanguageModelDraft:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """While KV rows and what is known about them change: an answer after one that was cut off here begins anew."""
+        """While KV rows and what is known about them change: an answer after one that was cut off
+        here begins anew.
+        """
         self._whole = False
         yield
         self._whole = True
@@ -145,7 +157,9 @@ class LanguageModelDraft:
         self._row_of[tree.root] = first + len(pending) - 1
         positions = torch.arange(first, first + len(pending))
         hidden_from = torch.arange(first + len(pending))[None] > positions[:, None]
-        mask = torch.zeros(hidden_from.shape, dtype=self._dtype).masked_fill_(hidden_from, self._least)
+        mask = torch.zeros(hidden_from.shape, dtype=self._dtype).masked_fill_(
+            hidden_from, self._least
+        )
         return self._runner.run(pending, positions, mask)[-1:]
 
     def _pending(self, tree: CandidateTree) -> list[int]:

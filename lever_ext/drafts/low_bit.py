@@ -17,9 +17,11 @@ ZERO = 8
 
 
 class LowBitLinear(nn.Module):
-    """A linear map with weights of 2 to 4 bits, stored in 4, one scale and zero point for each group.
+    """A linear map with weights of 2 to 4 bits, stored in 4, one scale and zero point for each
+    group.
 
-    Computes with torch's int4 CPU kernel in bfloat16, or dequantises (the plain twin) in any other dtype.
+    Computes with torch's int4 CPU kernel in bfloat16, or dequantises (the plain twin) in any other
+    dtype.
 
     Args:
         weight: [out, in].
@@ -32,18 +34,28 @@ class LowBitLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, bits: int, group: int, dtype: torch.dtype
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        bits: int,
+        group: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         codes, scales, lows = quantize(weight.float(), bits, group)
         self.group = group
         self.shape = tuple(weight.shape)
         self.dtype = dtype
-        self.kernel = dtype == torch.bfloat16 and group in (32, 64, 128, 256) and weight.shape[0] % 16 == 0
+        self.kernel = (
+            dtype == torch.bfloat16 and group in (32, 64, 128, 256) and weight.shape[0] % 16 == 0
+        )
         if self.kernel:
-            # Codes centred on the kernel's zero: bfloat16 zero points stay small, and so does their rounding.
+            # Codes centred on the kernel's zero: bfloat16 zero points stay small, and so does their
+            # rounding.
             middle = 2 ** (bits - 1)
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + (ZERO - middle), 1)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                codes.int() + (ZERO - middle), 1
+            )
             zeros = lows + middle * scales
             pairs = torch.stack([scales.T, zeros.T], dim=-1).to(dtype).contiguous()
         else:
@@ -58,24 +70,31 @@ class LowBitLinear(nn.Module):
         if not self.kernel:
             return F.linear(value, self.dequantized(), self.bias)
         flat = value.reshape(-1, self.shape[1])
-        result: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.pairs)
+        result: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            flat, self.packed, self.group, self.pairs
+        )
         result = result.view(*value.shape[:-1], self.shape[0])
         return result if self.bias is None else result + self.bias
 
     def dequantized(self) -> torch.Tensor:
         """The weights as the plain twin uses them, [out, in]."""
         packed, pairs = self.packed, self.pairs
-        assert isinstance(packed, torch.Tensor) and isinstance(pairs, torch.Tensor) and not self.kernel
+        assert (
+            isinstance(packed, torch.Tensor) and isinstance(pairs, torch.Tensor) and not self.kernel
+        )
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(self.shape)
         grouped = codes.view(self.shape[0], -1, self.group).to(self.dtype)
         return (grouped * pairs[..., :1] + pairs[..., 1:]).view(self.shape)
 
 
-def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor, bits: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round to nearest between each group's extremes.
 
     Returns:
-        codes uint8 [out, in], scales float32 [out, in / group], lowest values float32 [out, in / group].
+        codes uint8 [out, in], scales float32 [out, in / group], lowest values float32 [out, in /
+        group].
 
     Raises:
         ConfigError: bits or group outside what is supported.
@@ -98,7 +117,8 @@ def low_bit_copy(
     dtype: torch.dtype | None = None,
     head_bits: int | None = None,
 ) -> Any:
-    """A copy of a causal LM whose decoder linears have few bits; embedding and norms stay as they are.
+    """A copy of a causal LM whose decoder linears have few bits; embedding and norms stay as they
+    are.
 
     Args:
         model: the model to copy; unchanged.

@@ -19,10 +19,14 @@ from lever_ext.target import FlashTarget, assign_tensors, meta_model, rebuild_bu
 
 DRAFTS = ("low-bit", "ngram", "none")
 BITS, GROUP, HEAD_BITS = 3, 32, 4
-"""Of a low-bit copy; on SmolLM2 it then agrees with the target in 53 % of greedy choices (eval.lever)."""
+"""Of a low-bit copy; on SmolLM2 it then agrees with the target in 53 % of greedy choices
+(eval.lever).
+"""
 
 
-def make_draft(name: str, target: FlashTarget, tokenizer: Any, bits: int = BITS, group: int = GROUP) -> Draft | None:
+def make_draft(
+    name: str, target: FlashTarget, tokenizer: Any, bits: int = BITS, group: int = GROUP
+) -> Draft | None:
     """The draft of that name.
 
     Args:
@@ -45,13 +49,15 @@ def make_draft(name: str, target: FlashTarget, tokenizer: Any, bits: int = BITS,
         return LanguageModelDraft(low_bit_of(target, bits, group), f"low-bit copy, {bits} bits")
     if not Path(name).exists():
         raise SpeculationError(
-            f"--draft {name}: expected {', '.join(DRAFTS)} or the path of a GGUF, found no such file"
+            f"--draft {name}: expected {', '.join(DRAFTS)} or the path of a GGUF, found no such "
+            f"file"
         )
     return _from_file(Path(name), tokenizer)
 
 
 def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any:
-    """A low-bit copy of a target, made layer by layer from its pack; embedding, norms are the target's own.
+    """A low-bit copy of a target, made layer by layer from its pack; embedding, norms are the
+    target's own.
 
     Raises:
         ConfigError: bits or group outside what is supported.
@@ -60,7 +66,9 @@ def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any
     pack, dtype = target.pack, target.model.dtype
     model = meta_model(dict(pack.config), dtype)
     shared = {tensor.name for block in pack.blocks("resident") for tensor in block.tensors}
-    assign_tensors(model, {name: p.data for name, p in target.model.named_parameters() if name in shared})
+    assign_tensors(
+        model, {name: p.data for name, p in target.model.named_parameters() if name in shared}
+    )
     model.tie_weights()
     rebuild_buffers(model)
     experts: dict[int, list[Block]] = {}
@@ -89,6 +97,8 @@ def _from_file(path: Path, tokenizer: Any) -> LanguageModelDraft:
 
     model, theirs = load_plain_model(None, path, progress=False)
     if theirs is None:
-        raise SpeculationError(f"{path}: holds no tokenizer, so it is unknown whether it shares the target's")
+        raise SpeculationError(
+            f"{path}: holds no tokenizer, so it is unknown whether it shares the target's"
+        )
     check_same_tokenizer(tokenizer, theirs)
     return LanguageModelDraft(model, path.name)

@@ -51,7 +51,8 @@ class NGramDraft:
             counts = self._followers.get(tuple(tail[-size:]), {})
             total = sum(counts.values())
             if total:
-                # Back off: a context seen `total` times keeps one share in total + 1 for shorter ones.
+                # Back off: a context seen `total` times keeps one share in total + 1 for shorter
+                # ones.
                 for token, count in counts.items():
                     scores[token] = scores.get(token, 0.0) + left * count / (total + 1)
                 left /= total + 1

@@ -1,4 +1,5 @@
-"""How a draft's language model is run: any causal LM through `transformers`, or a lean loop over its layers.
+"""How a draft's language model is run: any causal LM through `transformers`, or a lean loop over
+its layers.
 
 Both keep KV rows in the order in which tokens were run; attention needs only a mask and positions.
 """
@@ -29,8 +30,12 @@ class Runner(Protocol):
         """Forget all rows. Mutates."""
         ...
 
-    def run(self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [N, H]; positions int64 [N], additive mask [N, rows + N]. Mutates: adds N rows."""
+    def run(
+        self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Final hidden states [N, H]; positions int64 [N], additive mask [N, rows + N]. Mutates:
+        adds N rows.
+        """
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -63,7 +68,9 @@ class HostRunner:
 
         self._cache = DynamicCache(config=self._model.config)
 
-    def run(self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         with torch.no_grad():
             output = self._base(
                 input_ids=torch.tensor([tokens]),
@@ -85,7 +92,8 @@ class HostRunner:
 class LeanRunner:
     """A loop over the layers' own linears and norms without the host's overhead per layer.
 
-    Measured on SmolLM2 in 3 bits, 2 threads, 1 row: 19 ms through `transformers`, half of it overhead.
+    Measured on SmolLM2 in 3 bits, 2 threads, 1 row: 19 ms through `transformers`, half of it
+    overhead.
 
     Args:
         model: of a type in `LEAN`, on the CPU.
@@ -105,7 +113,9 @@ class LeanRunner:
         self._rows = 0
         self._capacity = 0
         self._keys: list[torch.Tensor] = []
-        """For each layer float32 [KV heads, capacity, head size]: small products are faster than in bfloat16."""
+        """For each layer float32 [KV heads, capacity, head size]: small products are faster than in
+        bfloat16.
+        """
         self._values: list[torch.Tensor] = []
 
     @property
@@ -115,7 +125,9 @@ class LeanRunner:
     def reset(self) -> None:
         self._rows = 0
 
-    def run(self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, tokens: Sequence[int], positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         count = len(tokens)
         self._reserve(self._rows + count)
         self.taps = []
@@ -126,20 +138,32 @@ class LeanRunner:
             group = self._heads // self._kv_heads
             seen = mask.float().repeat(group, 1)
             for index, layer in enumerate(self._layers):
-                attended = self._attend(index, layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin, seen)
+                attended = self._attend(
+                    index, layer.self_attn, _norm(layer.input_layernorm, hidden), cos, sin, seen
+                )
                 hidden = hidden + attended
                 inner = _norm(layer.post_attention_layernorm, hidden)
                 if index in self.tapped:
                     self.taps.append(inner)
                 mlp = layer.mlp
-                hidden = hidden + mlp.down_proj(F.silu(mlp.gate_proj(inner)).mul_(mlp.up_proj(inner)))
+                hidden = hidden + mlp.down_proj(
+                    F.silu(mlp.gate_proj(inner)).mul_(mlp.up_proj(inner))
+                )
             self._rows += count
             return _norm(self._base.norm, hidden)
 
     def _attend(
-        self, index: int, attention: Any, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
+        self,
+        index: int,
+        attention: Any,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention output [N, H] of one layer for its normed input [N, H]; writes the layer's KV rows."""
+        """Attention output [N, H] of one layer for its normed input [N, H]; writes the layer's KV
+        rows.
+        """
         count, size, rows = value.shape[0], self._size, self._rows + value.shape[0]
         queries = attention.q_proj(value).view(count, self._heads, size)
         keys = attention.k_proj(value).view(count, self._kv_heads, size)
@@ -149,13 +173,17 @@ class LeanRunner:
         half = size // 2
         both = both * cos + torch.cat([-both[..., half:], both[..., :half]], dim=-1) * sin
         self._keys[index][:, self._rows : rows] = both[self._heads :]
-        self._values[index][:, self._rows : rows] = attention.v_proj(value).view(count, -1, size).transpose(0, 1)
+        self._values[index][:, self._rows : rows] = (
+            attention.v_proj(value).view(count, -1, size).transpose(0, 1)
+        )
         grouped = both[: self._heads].reshape(self._kv_heads, -1, size).float()
         weights = torch.baddbmm(
             mask[None], grouped, self._keys[index][:, :rows].transpose(1, 2), alpha=size**-0.5
         ).softmax(dim=-1)
         mixed = weights @ self._values[index][:, :rows]
-        joined = mixed.view(self._heads, count, size).transpose(0, 1).reshape(count, -1).to(value.dtype)
+        joined = (
+            mixed.view(self._heads, count, size).transpose(0, 1).reshape(count, -1).to(value.dtype)
+        )
         result: torch.Tensor = attention.o_proj(joined)
         return result
 
@@ -179,7 +207,9 @@ class LeanRunner:
                 target[:, : self._rows] = source[:, : self._rows]
             grown.append(new)
         self._keys, self._values = grown
-        self._capacity = capacity  # last: an interrupt must not leave a promise that the buffers do not keep
+        self._capacity = (
+            capacity  # last: an interrupt must not leave a promise that the buffers do not keep
+        )
 
 
 def _norm(norm: Any, value: torch.Tensor) -> torch.Tensor:

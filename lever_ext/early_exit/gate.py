@@ -18,7 +18,9 @@ class Verdict(NamedTuple):
 
     tree: TokenTree
     candidates: Sequence[Sequence[int]]
-    """For each row, the draft's candidates after it; those outside the tree are shadow tokens: denominator only."""
+    """For each row, the draft's candidates after it; those outside the tree are shadow tokens:
+    denominator only.
+    """
     past: int
     """Tokens in the KV cache before the tree."""
     use: bool = True
@@ -46,14 +48,21 @@ class ExitGate:
 
     def open(self, asked: Verdict) -> None:
         """Announce a tree pass. Mutates."""
-        self._asked, self._last, self.kept, self._judged, self._narrowed = asked, asked, None, None, {}
+        self._asked, self._last, self.kept, self._judged, self._narrowed = (
+            asked,
+            asked,
+            None,
+            None,
+            {},
+        )
 
     def close(self) -> None:
         """End the pass: other passes go through untouched. Mutates."""
         self._asked = None
 
     def learn(self, path: Sequence[int]) -> None:
-        """Compare the last pass's verdict with the rows that the target accepted, from the root on. Mutates: the rates.
+        """Compare the last pass's verdict with the rows that the target accepted, from the root on.
+        Mutates: the rates.
 
         A pass that the exit was not asked about only counts.
         """
@@ -62,14 +71,20 @@ class ExitGate:
             self.rates.skip()
             return
         rows = len(last.tree) if self._judged is None else len(self._judged)
-        self.rates.observe(rows / len(last.tree), None if last.use else lost_share(path, self._judged))
+        self.rates.observe(
+            rows / len(last.tree), None if last.use else lost_share(path, self._judged)
+        )
 
-    def enter(self, layer: int, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def enter(
+        self, layer: int, hidden: torch.Tensor, kwargs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Hidden states [1, N, H] and keyword arguments as the layer shall get them."""
         if self._asked is None or layer < self.predictor.layer:
             return hidden, dict(kwargs)
         if layer == self.predictor.layer:
-            self._judged = kept_rows(self._asked.tree, self._edges(self._asked, hidden[0]), self.settings)
+            self._judged = kept_rows(
+                self._asked.tree, self._edges(self._asked, hidden[0]), self.settings
+            )
             if self._judged is not None and self._asked.use:
                 self.kept = self._judged
                 hidden = hidden[:, self.kept]
@@ -102,5 +117,7 @@ def _narrow(kwargs: Mapping[str, Any], kept: Sequence[int], past: int) -> dict[s
     if kwargs.get("position_ids") is not None:
         changed["position_ids"] = kwargs["position_ids"][:, rows]
     if kwargs.get("position_embeddings") is not None:
-        changed["position_embeddings"] = tuple(part[:, rows] for part in kwargs["position_embeddings"])
+        changed["position_embeddings"] = tuple(
+            part[:, rows] for part in kwargs["position_embeddings"]
+        )
     return changed

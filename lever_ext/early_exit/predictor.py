@@ -1,4 +1,6 @@
-"""The candidate-row predictor: one linear map from a middle layer's hidden state to token scores."""
+"""The candidate-row predictor: one linear map from a middle layer's hidden state to token
+scores.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class ExitPredictor:
         write_file(Path(path), save({"weight": self.weight.contiguous()}, metadata))
 
     @classmethod
-    def load(cls, path: str | Path, fingerprint: str, shape: tuple[int, int], layers: int) -> ExitPredictor:
+    def load(
+        cls, path: str | Path, fingerprint: str, shape: tuple[int, int], layers: int
+    ) -> ExitPredictor:
         """Read a predictor and check that it belongs to a pack.
 
         Args:
@@ -70,14 +74,21 @@ class ExitPredictor:
             with safe_open(path, framework="pt") as file:
                 metadata: Mapping[str, str] = file.metadata() or {}
                 weight = file.get_tensor("weight")
-            found = cls(weight, int(metadata["layer"]), float(metadata["loss"]), metadata["fingerprint"])
+            found = cls(
+                weight, int(metadata["layer"]), float(metadata["loss"]), metadata["fingerprint"]
+            )
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise SpeculationError(f"{path}: cannot read the early-exit predictor ({error}); train it again") from None
+            raise SpeculationError(
+                f"{path}: cannot read the early-exit predictor ({error}); train it again"
+            ) from None
         if metadata.get("format") != FORMAT or found.fingerprint != fingerprint:
-            raise SpeculationError(f"{path}: trained for another model or version; train it for this pack")
+            raise SpeculationError(
+                f"{path}: trained for another model or version; train it for this pack"
+            )
         if tuple(weight.shape) != shape or not 0 < found.layer < layers:
             raise SpeculationError(
-                f"{path}: weight {tuple(weight.shape)} at layer {found.layer} does not fit the target"
+                f"{path}: weight {tuple(weight.shape)} at layer {found.layer} does not fit the "
+                f"target"
             )
         return found
 
@@ -100,4 +111,6 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         if name is not None:
             Path(name).unlink(missing_ok=True)
-        raise SpeculationError(f"{path}: cannot write the early-exit predictor ({error.strerror or error})") from error
+        raise SpeculationError(
+            f"{path}: cannot write the early-exit predictor ({error.strerror or error})"
+        ) from error

@@ -20,7 +20,9 @@ class PruneSettings:
     threshold: float = 0.02
     """Edges with a lower probability are dropped ..."""
     near_root: float = 0.5
-    """... but at the root the threshold counts only this share, growing to all of it at depth `full_depth`."""
+    """... but at the root the threshold counts only this share, growing to all of it at depth
+    `full_depth`.
+    """
     full_depth: int = 3
     least_rows: int = 3
     """A pruning that leaves fewer rows is rejected."""

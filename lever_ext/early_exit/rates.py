@@ -1,4 +1,6 @@
-"""Whether an early exit pays: what it drops and what it loses, measured; what that saves, by the cost model."""
+"""Whether an early exit pays: what it drops and what it loses, measured; what that saves, by the
+cost model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.token_tree import TokenTree
 
 KEPT, LOST = 0.48, 0.05
-"""Rows that stay after an early exit, and tokens that are lost by it, until measured (paper, evaluation)."""
+"""Rows that stay after an early exit, and tokens that are lost by it, until measured (paper,
+evaluation).
+"""
 LEAST = 4
 """Passes in which the exit is only judged before it may be used."""
 EVERY = 16

@@ -1,10 +1,12 @@
 """Training of the early-exit predictor, offline, with the target frozen (paper 2b).
 
-    loss = tau^2 KL(softmax(z / tau) || softmax(W h / tau)) + lambda * the same KL over the draft's candidates
+    loss = tau^2 KL(softmax(z / tau) || softmax(W h / tau)) + lambda * the same KL over the draft's
+    candidates
 
-z are the target's logits, h the hidden states that enter the exit layer. W starts as the target's own output head U
-after its final norm; what is trained is a map A [H, H] before it, W = U (I + A): some thousand positions say enough
-about H x H numbers, not about V x H. The candidates are the target's own likeliest tokens, as a good draft's are.
+z are the target's logits, h the hidden states that enter the exit layer. W starts as the target's
+own output head U after its final norm; what is trained is a map A [H, H] before it, W = U (I + A):
+some thousand positions say enough about H x H numbers, not about V x H. The candidates are the
+target's own likeliest tokens, as a good draft's are.
 """
 
 from __future__ import annotations
@@ -50,9 +52,16 @@ class ExitTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("tau", 0.1, 100), ("weight", 0, 100), ("rate", 1e-7, 1), ("held_out", 0.01, 0.5)):
+        for name, low, high in (
+            ("tau", 0.1, 100),
+            ("weight", 0, 100),
+            ("rate", 1e-7, 1),
+            ("held_out", 0.01, 0.5),
+        ):
             if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}: expected {low} to {high}, found {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name}: expected {low} to {high}, found {getattr(self, name)!r}"
+                )
         for name in ("candidates", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)!r}")
@@ -94,7 +103,9 @@ def train_exit(
     if not 0 < layer < layers:
         raise ConfigError(f"exit layer: expected 1 to {layers - 1}, found {layer}")
     if len(ids) < 64:
-        raise ConfigError(f"the training text has {len(ids)} tokens; at least 64 are needed, thousands are better")
+        raise ConfigError(
+            f"the training text has {len(ids)} tokens; at least 64 are needed, thousands are better"
+        )
     found = collect(target, ids, layer, progress)
     head = target.model.get_output_embeddings().weight.detach().float()
     partial = Path(f"{output}.partial")
@@ -102,13 +113,17 @@ def train_exit(
     scale = _norm_scale(target.model) / found.hidden.float().pow(2).mean(-1).sqrt().mean()
     change, loss = _fit(found, head, scale, settings, _Checkpoint(partial, key), progress)
     weight = (head + head @ change.T) * scale
-    predictor = ExitPredictor(weight.to(target.model.dtype), layer, loss, target.pack.index.fingerprint)
+    predictor = ExitPredictor(
+        weight.to(target.model.dtype), layer, loss, target.pack.index.fingerprint
+    )
     predictor.save(output)
     partial.unlink(missing_ok=True)
     return predictor
 
 
-def collect(target: FlashTarget, ids: Sequence[int], layer: int, progress: Progress | None = None) -> Positions:
+def collect(
+    target: FlashTarget, ids: Sequence[int], layer: int, progress: Progress | None = None
+) -> Positions:
     """Run the target over a text in windows; hidden states at the exit layer and before the head.
 
     Raises:
@@ -117,12 +132,16 @@ def collect(target: FlashTarget, ids: Sequence[int], layer: int, progress: Progr
     operator = target.model.base_model.layers[layer]
     assert isinstance(operator, FlashDecoderLayer)
     hidden, final = list[torch.Tensor](), list[torch.Tensor]()
-    hook = operator.register_forward_pre_hook(lambda _module, args: hidden.append(args[0][0].clone()))
+    hook = operator.register_forward_pre_hook(
+        lambda _module, args: hidden.append(args[0][0].clone())
+    )
     try:
         for start in range(0, len(ids), WINDOW):
             window = torch.tensor([ids[start : start + WINDOW]])
             with torch.no_grad():
-                final.append(target.model.base_model(window, use_cache=False).last_hidden_state[0].clone())
+                final.append(
+                    target.model.base_model(window, use_cache=False).last_hidden_state[0].clone()
+                )
             if progress is not None:
                 progress("reading the text", min(start + WINDOW, len(ids)), len(ids))
     finally:
@@ -131,7 +150,9 @@ def collect(target: FlashTarget, ids: Sequence[int], layer: int, progress: Progr
 
 
 def _norm_scale(model: Any) -> torch.Tensor:
-    """[H], of the final norm; the states' own length becomes one number for all of them: the predictor is linear."""
+    """[H], of the final norm; the states' own length becomes one number for all of them: the
+    predictor is linear.
+    """
     scale: torch.Tensor = model.base_model.norm.weight.detach().float()
     return scale
 
@@ -154,7 +175,9 @@ def _fit(
     change.requires_grad_(True)
     optimizer = torch.optim.Adam([change], lr=settings.rate)
     for epoch in range(done, settings.epochs):
-        shuffled = trained[torch.randperm(len(trained), generator=torch.Generator().manual_seed(epoch))]
+        shuffled = trained[
+            torch.randperm(len(trained), generator=torch.Generator().manual_seed(epoch))
+        ]
         for start in range(0, len(shuffled), settings.batch):
             rows = shuffled[start : start + settings.batch]
             loss = _loss(states[rows], final[rows], change, head, settings)
@@ -167,13 +190,18 @@ def _fit(
         checkpoint.save(epoch + 1, change.detach())
     with torch.no_grad():
         parts = [
-            _loss(states[rows], final[rows], change, head, settings) * len(rows) for rows in held.split(settings.batch)
+            _loss(states[rows], final[rows], change, head, settings) * len(rows)
+            for rows in held.split(settings.batch)
         ]
     return change.detach(), float(sum(parts)) / len(held)
 
 
 def _loss(
-    states: torch.Tensor, final: torch.Tensor, change: torch.Tensor, head: torch.Tensor, settings: ExitTraining
+    states: torch.Tensor,
+    final: torch.Tensor,
+    change: torch.Tensor,
+    head: torch.Tensor,
+    settings: ExitTraining,
 ) -> torch.Tensor:
     """Mean loss of some positions."""
     with torch.no_grad():
@@ -187,7 +215,9 @@ def _loss(
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """Mean KL(softmax(teacher) || softmax(student)) of rows of logits."""
-    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+    )
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,3 @@
-"""The flash store: packs, their writer and reader, and the streams that hand weights to operators."""
+"""The flash store: packs, their writer and reader, and the streams that hand weights to
+operators.
+"""

@@ -40,7 +40,8 @@ def make_accelerator(name: str, budget: int | str | None = None) -> Accelerator 
 
     Args:
         name: cpu, cuda, cuda:N, or emulated: the CPU behind the accelerator's interface, for tests.
-        budget: bytes or text such as 6GiB of its memory that weights may take; by default what is free, less a tenth.
+        budget: bytes or text such as 6GiB of its memory that weights may take; by default what is
+            free, less a tenth.
 
     Raises:
         ConfigError: another name, or an unreadable budget.
@@ -51,7 +52,10 @@ def make_accelerator(name: str, budget: int | str | None = None) -> Accelerator 
         return None
     if name == "emulated":
         if limit is None:
-            raise ConfigError("device emulated: has no memory of its own, so vram_budget must say how much it may take")
+            raise ConfigError(
+                "device emulated: has no memory of its own, so vram_budget must say how much it "
+                "may take"
+            )
         return Accelerator(torch.device("cpu"), HostStreams(), limit)
     kind, _, number = name.partition(":")
     if kind != "cuda" or (number and not number.isdigit()) or name.endswith(":"):
@@ -61,6 +65,13 @@ def make_accelerator(name: str, budget: int | str | None = None) -> Accelerator 
         raise BackendError(f"device {name}: {refusal}; use --device cpu")
     device = torch.device(kind, int(number or 0))
     if device.index >= torch.cuda.device_count():
-        raise BackendError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise BackendError(
+            f"device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     free = int(torch.cuda.mem_get_info(device)[0] * (1 - RESERVE))
-    return Accelerator(device, CudaStreams(device), free if limit is None else min(free, limit), PinnedBuffers(device))
+    return Accelerator(
+        device,
+        CudaStreams(device),
+        free if limit is None else min(free, limit),
+        PinnedBuffers(device),
+    )

@@ -23,7 +23,8 @@ class Residency:
     """How a DRAM budget is spent on weights."""
 
     layers: int
-    """The first layers, which stay; those on an accelerator, which cost no DRAM, are counted too."""
+    """The first layers, which stay; those on an accelerator, which cost no DRAM, are counted too.
+    """
     ring: int
     """Buffers that the other layers pass through."""
     expert_slots: int
@@ -35,7 +36,9 @@ class Residency:
     """All of it, with the parts that are always resident."""
 
 
-def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING, elsewhere: int = 0) -> Residency:
+def plan_residency(
+    pack: FlashPack, budget: int | None, ring: int = RING, elsewhere: int = 0
+) -> Residency:
     """Spend a budget: always-resident parts and buffers first, then first layers, then experts.
 
     Args:
@@ -57,9 +60,12 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING, elsewh
     whole = fixed + sum(sizes) + len(experts) * expert_bytes
     limit = whole + (staging + AHEAD) * expert_bytes if budget is None else budget
     if limit < needed:
-        parts = "embedding, head and two layers" + (" and the buffers of two experts" if experts else "")
+        parts = "embedding, head and two layers" + (
+            " and the buffers of two experts" if experts else ""
+        )
         raise BudgetError(
-            f"dram_budget of {limit >> 10} KiB is too small for {pack.path.name}: {parts} need {-(-needed >> 10)} KiB"
+            f"dram_budget of {limit >> 10} KiB is too small for {pack.path.name}: {parts} need "
+            f"{-(-needed >> 10)} KiB"
         )
     if limit - needed < (staging - min(2, staging)) * expert_bytes:
         staging = min(2, staging)
@@ -68,7 +74,9 @@ def plan_residency(pack: FlashPack, budget: int | None, ring: int = RING, elsewh
     left -= sum(sizes[:resident]) + ring * max(sizes[resident:], default=0)
     ahead = min(AHEAD, left // expert_bytes, len(experts) // moe_layers) if moe_layers else 0
     left -= ahead * expert_bytes
-    slots = min(left // (expert_bytes * moe_layers), len(experts) // moe_layers) if moe_layers else 0
+    slots = (
+        min(left // (expert_bytes * moe_layers), len(experts) // moe_layers) if moe_layers else 0
+    )
     left -= slots * expert_bytes * moe_layers
     if moe_layers and slots < len(experts) // moe_layers:
         early = min(EARLY, left // expert_bytes)

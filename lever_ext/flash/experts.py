@@ -51,7 +51,8 @@ class _Read:
 
 
 class FlashExpertCache:
-    """The expert tier between flash and DRAM: the engine's slot pool and cache policy on another link.
+    """The expert tier between flash and DRAM: the engine's slot pool and cache policy on another
+    link.
 
     Args:
         pack: the target.
@@ -61,7 +62,9 @@ class FlashExpertCache:
         policy: ranks experts; MoE layers are counted from 0.
     """
 
-    def __init__(self, pack: FlashPack, slots: int, staging: int, ahead: int, policy: CachePolicy) -> None:
+    def __init__(
+        self, pack: FlashPack, slots: int, staging: int, ahead: int, policy: CachePolicy
+    ) -> None:
         self.pack = pack
         self.policy = policy
         blocks = pack.blocks("expert")
@@ -87,7 +90,9 @@ class FlashExpertCache:
 
     def resident(self) -> list[tuple[int, int]]:
         """(MoE layer position, expert) of everything cached."""
-        return [(layer, expert) for layer, cached in enumerate(self.pool.cached) for expert in cached]
+        return [
+            (layer, expert) for layer, cached in enumerate(self.pool.cached) for expert in cached
+        ]
 
     def run(
         self,
@@ -98,7 +103,8 @@ class FlashExpertCache:
         compute: Compute,
         predict: Predict | None = None,
     ) -> None:
-        """Call `compute` for every expert in ids [T, K]: cached ones first, the others as they arrive.
+        """Call `compute` for every expert in ids [T, K]: cached ones first, the others as they
+        arrive.
 
         Args:
             layer: position among the MoE layers.
@@ -146,7 +152,8 @@ class FlashExpertCache:
             self._settle(layer, reads, waiting)
 
     def read_early(self, ids: NDArray[np.int64]) -> None:
-        """Queue the experts [L, K] of a token that the next pass is sure to hold, as far as buffers are free. Mutates.
+        """Queue the experts [L, K] of a token that the next pass is sure to hold, as far as buffers
+        are free. Mutates.
 
         The first layers' come first; what is not used is dropped when its layer has run.
         """
@@ -155,7 +162,8 @@ class FlashExpertCache:
                 self._queue(layer, expert)
 
     def recover(self) -> None:
-        """Begin anew after a call that did not end, wherever it was: keep what is here for certain, forget the rest.
+        """Begin anew after a call that did not end, wherever it was: keep what is here for certain,
+        forget the rest.
 
         Nothing may be on its way any more. Mutates.
         """
@@ -167,11 +175,15 @@ class FlashExpertCache:
         """Give cache slots to the misses that the policy admits and that were not read ahead."""
         unread = [expert for expert in misses if (layer, expert) not in self._ahead]
         return [
-            _Read(expert, slot, staged=False) for expert in unread if (slot := self._slot_for(layer, expert, keep)) >= 0
+            _Read(expert, slot, staged=False)
+            for expert in unread
+            if (slot := self._slot_for(layer, expert, keep)) >= 0
         ]
 
     def _slot_for(self, layer: int, expert: int, keep: Sequence[int]) -> int:
-        """A cache slot for an expert, in flight from now on; -1 where the policy does not admit it."""
+        """A cache slot for an expert, in flight from now on; -1 where the policy does not
+        admit it.
+        """
         if not self.pool.has_room(layer):
             candidates = self.pool.evictable(layer, keep)
             victim = self.policy.victim(layer, candidates) if candidates else -1
@@ -196,7 +208,9 @@ class FlashExpertCache:
             self.counters.prefetches += 1
 
     def _keep_early(self, layer: int, early: Sequence[_Read], keep: Sequence[int]) -> None:
-        """Cache what was read ahead and used, where the policy admits it: buffers change places, no byte is copied."""
+        """Cache what was read ahead and used, where the policy admits it: buffers change places, no
+        byte is copied.
+        """
         self.counters.prefetches_used += len(early)
         for read in early:
             slot = self._slot_for(layer, read.expert, keep)
@@ -204,7 +218,9 @@ class FlashExpertCache:
                 self._held.pop(slot, None)
                 buffers = list(self._buffers)
                 buffers[slot], buffers[read.slot] = buffers[read.slot], buffers[slot]
-                self._buffers = buffers  # at once: an interrupt must not leave one of them in both places
+                self._buffers = (
+                    buffers  # at once: an interrupt must not leave one of them in both places
+                )
                 self._arrive(layer, read.expert, slot)
 
     def _stage(self, layer: int, expert: int, slot: int | None = None) -> _Read:
@@ -244,12 +260,15 @@ class FlashExpertCache:
         for read in reads:
             if self.pool.in_flight(layer, read.expert):
                 if read.arrival is not None:
-                    read.arrival.exception()  # its slot must not be given away while bytes still arrive
+                    # its slot must not be given away while bytes still arrive
+                    read.arrival.exception()
                 self.pool.arrive(layer, read.expert)
                 self.pool.evict(layer, read.expert)
 
     def _tensors(self, layer: int, expert: int, slot: int) -> Tensors:
-        """Views of an expert in a slot; made once for each layer and buffer, whichever expert lies there."""
+        """Views of an expert in a slot; made once for each layer and buffer, whichever expert lies
+        there.
+        """
         key = (layer, id(self._buffers[slot]))
         if key not in self._views:
             self._views[key] = tensors_in(self._blocks[layer, expert], self._buffers[slot])

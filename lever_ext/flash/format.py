@@ -2,16 +2,17 @@
 
 One file, little-endian:
 
-    0        header, 4096 bytes: magic "LEVERPAK", u32 version, u64 index offset, u64 index bytes, u32 CRC-32 of the
+    0        header, 4096 bytes: magic "LEVERPAK", u32 version, u64 index offset, u64 index bytes,
+    u32 CRC-32 of the
              index, u32 CRC-32 of all header fields before it; the rest is zero
     4096     blocks in the order of execution, each starting and ending at a multiple of 4096
     ...      index: UTF-8 JSON, at a multiple of 4096, the last thing in the file
 
-A block is what one read fetches: a decoder layer without its routed experts, one routed expert, or a part that is
-always resident (embedding, final norm, output head). Its tensors lie in it one after another, each at a multiple of 64
-bytes, row-major, in the model's own names and shapes; a routed expert's tensors are rows of the stacked tensors that
-`transformers` names. The index holds the model's config, a fingerprint, and for every block its place, CRC-32 and
-tensors.
+A block is what one read fetches: a decoder layer without its routed experts, one routed expert, or
+a part that is always resident (embedding, final norm, output head). Its tensors lie in it one after
+another, each at a multiple of 64 bytes, row-major, in the model's own names and shapes; a routed
+expert's tensors are rows of the stacked tensors that `transformers` names. The index holds the
+model's config, a fingerprint, and for every block its place, CRC-32 and tensors.
 The header is written last: a file without a valid header is not a pack.
 """
 
@@ -35,7 +36,9 @@ HEADER = struct.Struct("<8sIQQI")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = ("resident", "layer", "expert")
 MAX_INDEX_BYTES = 1 << 24
-"""A model of 61 layers with 256 experts each takes 7 MiB; what JSON is read into takes up to 20 times its length."""
+"""A model of 61 layers with 256 experts each takes 7 MiB; what JSON is read into takes up to 20
+times its length.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,13 @@ class Block:
 
     @property
     def label(self) -> str:
-        place = "" if self.layer < 0 else f" {self.layer}" if self.expert < 0 else f" {self.layer}.{self.expert}"
+        place = (
+            ""
+            if self.layer < 0
+            else f" {self.layer}"
+            if self.expert < 0
+            else f" {self.layer}.{self.expert}"
+        )
         return f"{self.kind}{place}"
 
 
@@ -89,7 +98,9 @@ class Index:
     @property
     def fingerprint(self) -> str:
         """Identity of the model: its config and its weights' checksums, as hex digits."""
-        text = json.dumps([dict(self.config), [asdict(block) for block in self.blocks]], sort_keys=True)
+        text = json.dumps(
+            [dict(self.config), [asdict(block) for block in self.blocks]], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
@@ -118,14 +129,23 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[int, int, int]:
         FlashError: not a pack, not finished, of another version, damaged or truncated.
     """
     if len(data) < ALIGNMENT or data[:8] != MAGIC:
-        raise FlashError(f"{where}: not a flash pack, or one that was never finished; make it with hybrimoe flash-pack")
+        raise FlashError(
+            f"{where}: not a flash pack, or one that was never finished; make it with hybrimoe "
+            f"flash-pack"
+        )
     magic, version, offset, nbytes, crc = HEADER.unpack_from(data)
     if version != VERSION:
-        raise FlashError(f"{where}: flash pack version {version}, this program reads {VERSION}; pack the model again")
+        raise FlashError(
+            f"{where}: flash pack version {version}, this program reads {VERSION}; pack the model "
+            f"again"
+        )
     if struct.unpack_from("<I", data, HEADER.size)[0] != zlib.crc32(data[: HEADER.size]):
         raise FlashError(f"{where}: the pack's header is damaged; pack the model again")
     if offset % ALIGNMENT or nbytes > MAX_INDEX_BYTES or offset + nbytes > size:
-        raise FlashError(f"{where}: the pack is truncated: {size} bytes of {offset + nbytes}; pack the model again")
+        raise FlashError(
+            f"{where}: the pack is truncated: {size} bytes of {offset + nbytes}; pack the model "
+            f"again"
+        )
     return offset, nbytes, crc
 
 
@@ -141,17 +161,30 @@ def parse_index(data: bytes, crc: int, data_end: int, where: str) -> Index:
         body = json.loads(data)
         index = Index(dict(body["config"]), tuple(_block(entry) for entry in body["blocks"]))
         known = body["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise FlashError(f"{where}: the pack's index makes no sense ({error}); pack the model again") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise FlashError(
+            f"{where}: the pack's index makes no sense ({error}); pack the model again"
+        ) from None
     _check_places(index.blocks, data_end, where)
     if known != index.fingerprint:
-        raise FlashError(f"{where}: the pack's fingerprint does not fit its index; pack the model again")
+        raise FlashError(
+            f"{where}: the pack's fingerprint does not fit its index; pack the model again"
+        )
     return index
 
 
 def _block(entry: Mapping[str, Any]) -> Block:
     tensors = tuple(
-        PackedTensor(str(t["name"]), str(t["dtype"]), tuple(int(n) for n in t["shape"]), int(t["offset"]))
+        PackedTensor(
+            str(t["name"]), str(t["dtype"]), tuple(int(n) for n in t["shape"]), int(t["offset"])
+        )
         for t in entry["tensors"]
     )
     numbers = {key: int(entry[key]) for key in ("layer", "expert", "offset", "nbytes", "crc")}
@@ -167,8 +200,16 @@ def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
         sound = sound and block.nbytes > 0 and block.nbytes % ALIGNMENT == 0
         end = block.offset + block.nbytes
         for tensor in block.tensors:
-            sound = sound and tensor.dtype in DTYPES and tensor.offset % TENSOR_ALIGNMENT == 0 and tensor.offset >= 0
+            sound = (
+                sound
+                and tensor.dtype in DTYPES
+                and tensor.offset % TENSOR_ALIGNMENT == 0
+                and tensor.offset >= 0
+            )
             sound = sound and len(tensor.shape) <= 8 and all(size > 0 for size in tensor.shape)
             sound = sound and tensor.offset + tensor.nbytes <= block.nbytes
         if not sound or end > data_end:
-            raise FlashError(f"{where}: block {block.label} is empty or lies outside its place; pack the model again")
+            raise FlashError(
+                f"{where}: block {block.label} is empty or lies outside its place; pack the model "
+                f"again"
+            )

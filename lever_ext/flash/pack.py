@@ -76,7 +76,8 @@ class FlashPack:
     def arrive(self, block: Block, buffer: Buffer, arrival: Future[None]) -> None:
         """Wait for a block that was submitted; its bytes are still to be checked.
 
-        A read ahead may have failed long ago, for an answer that is over: what counts is whether it can be read now.
+        A read ahead may have failed long ago, for an answer that is over: what counts is whether it
+        can be read now.
 
         Raises:
             FlashError: it cannot be read.
@@ -87,7 +88,8 @@ class FlashPack:
             self.submit(block, buffer).result()
 
     def check(self, block: Block, buffer: Buffer) -> None:
-        """Compare a block's bytes with its checksum: the first time that it was read, and again after any change.
+        """Compare a block's bytes with its checksum: the first time that it was read, and again
+        after any change.
 
         Raises:
             FlashError: the block is damaged, or the file was written to since it was opened.

@@ -1,4 +1,6 @@
-"""Buffers of the flash store that copies to a CUDA device read at the link's speed: their pages are registered."""
+"""Buffers of the flash store that copies to a CUDA device read at the link's speed: their pages are
+registered.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class PinnedBuffers:
         self._kept: dict[int, Buffer] = {}
 
     def add(self, buffers: Iterable[Buffer]) -> None:
-        """Register buffers, with a notice where the driver refuses: copies from those stop the host. Mutates."""
+        """Register buffers, with a notice where the driver refuses: copies from those stop the
+        host. Mutates.
+        """
         refused = 0
         for buffer in buffers:
             start, nbytes = buffer.bytes.data_ptr(), buffer.bytes.numel()
@@ -40,7 +44,8 @@ class PinnedBuffers:
                 refused += nbytes
         if refused:
             logger.warning(
-                "%.1f MiB of flash buffers cannot be registered with %s: copies from them stop the host",
+                "%.1f MiB of flash buffers cannot be registered with %s: copies from them stop "
+                "the host",
                 refused / 2**20, self._device,
             )  # fmt: skip
 

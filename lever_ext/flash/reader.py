@@ -47,7 +47,9 @@ class Throttle:
         except ValueError:
             gbps = 0.0
         if not 0 < gbps < 1000:
-            raise ConfigError(f"throttle: expected one of {', '.join(THROTTLES)} or GB/s, found {text!r}")
+            raise ConfigError(
+                f"throttle: expected one of {', '.join(THROTTLES)} or GB/s, found {text!r}"
+            )
         return cls(gbps, f"throttled to {gbps:g} GB/s")
 
 
@@ -103,7 +105,8 @@ class FlashReader:
     ) -> None:
         if threads < 1 or chunk_bytes < ALIGNMENT or chunk_bytes % ALIGNMENT:
             raise ConfigError(
-                f"flash reads: at least 1 thread and chunks in multiples of {ALIGNMENT}, found {chunk_bytes}"
+                f"flash reads: at least 1 thread and chunks in multiples of {ALIGNMENT}, found "
+                f"{chunk_bytes}"
             )
         self.path = Path(path)
         self.chunk_bytes = chunk_bytes
@@ -146,8 +149,9 @@ class FlashReader:
     def check_unchanged(self) -> bool:
         """Whether the file is for certain what it was at the last call, or when it was opened.
 
-        False where something has happened that also happens to files whose bytes stay the same: a change of their
-        name, mode or times. Programs can set the time of the last write back, but not the one of the last change.
+        False where something has happened that also happens to files whose bytes stay the same: a
+        change of their name, mode or times. Programs can set the time of the last write back, but
+        not the one of the last change.
 
         Raises:
             FlashError: the file was written to since it was opened.
@@ -160,7 +164,8 @@ class FlashReader:
         return same
 
     def settle(self) -> None:
-        """Wait until nothing is read any more, not even for a request that an interrupt cut off in its middle. Mutates.
+        """Wait until nothing is read any more, not even for a request that an interrupt cut off in
+        its middle. Mutates.
 
         Such a request has no future that one could wait for, and no count that could be trusted.
         """
@@ -186,9 +191,15 @@ class FlashReader:
             while 0 < got < len(view):
                 more = os.preadv(self.fd, [view[got:]], offset + got)
                 got = got + more if more else -1
-            error = None if got == len(view) else FlashError(f"{self.path}: the pack ends early: it was truncated")
+            error = (
+                None
+                if got == len(view)
+                else FlashError(f"{self.path}: the pack ends early: it was truncated")
+            )
         except Exception as fault:  # whatever it is: whoever waits for these bytes must learn of it
-            error = FlashError(f"{self.path}: cannot read the pack ({getattr(fault, 'strerror', None) or fault})")
+            error = FlashError(
+                f"{self.path}: cannot read the pack ({getattr(fault, 'strerror', None) or fault})"
+            )
         finish(error)
 
     def _make_pool(self) -> ThreadPoolExecutor:
@@ -249,7 +260,9 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
             except OSError as error:
                 if isinstance(error, FileNotFoundError | PermissionError):
                     raise
-                logger.warning("%s: no direct reads on this file system, reading through the page cache", path)
+                logger.warning(
+                    "%s: no direct reads on this file system, reading through the page cache", path
+                )
         return os.open(path, os.O_RDONLY), False
     except OSError as error:
         raise FlashError(f"{path}: cannot open the pack ({error.strerror or error})") from None
@@ -269,9 +282,14 @@ def _identity(fd: int) -> _Identity:
 
 
 def plain_gbps(
-    path: str | Path, nbytes: int = 256 << 20, repeats: int = 1, block: int = 8 << 20, memory: int = 0
+    path: str | Path,
+    nbytes: int = 256 << 20,
+    repeats: int = 1,
+    block: int = 8 << 20,
+    memory: int = 0,
 ) -> float:
-    """GB/s of plain direct reads of large blocks of a file, one after another: what any reader is measured against.
+    """GB/s of plain direct reads of large blocks of a file, one after another: what any reader is
+    measured against.
 
     Args:
         nbytes: read at most so much, from the file's start, each time.

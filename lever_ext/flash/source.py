@@ -1,4 +1,6 @@
-"""Where a pack's weights come from: any mapping of parameter names to tensors, read one tensor at a time."""
+"""Where a pack's weights come from: any mapping of parameter names to tensors, read one tensor at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class TensorSource(Protocol):
     """Weights under the names that `transformers` gives to a model's parameters."""
 
     identity: str
-    """Differs where the weights differ; an interrupted pack is resumed only from the same source."""
+    """Differs where the weights differ; an interrupted pack is resumed only from the same source.
+    """
 
     def get(self, name: str) -> torch.Tensor:
         """The parameter. Raises: WeightsError: missing or unreadable."""
@@ -66,7 +69,8 @@ class StateDictSource:
 
 
 class SafetensorsSource:
-    """A directory of safetensors files, as the Hugging Face hub stores models, stacked experts or one tensor each.
+    """A directory of safetensors files, as the Hugging Face hub stores models, stacked experts or
+    one tensor each.
 
     Raises:
         WeightsError: no weights there, or a file that is not sound.
@@ -96,7 +100,9 @@ class SafetensorsSource:
                     found.update(dict.fromkeys(handle.keys(), file))
             return found
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise WeightsError(f"{self.directory}: cannot read the safetensors files ({error})") from None
+            raise WeightsError(
+                f"{self.directory}: cannot read the safetensors files ({error})"
+            ) from None
 
     def check_all_used(self, model: Any) -> None:
         """Compare the files' tensors with the model's parameters, which are all that a pack holds.
@@ -104,8 +110,15 @@ class SafetensorsSource:
         Raises:
             WeightsError: naming tensors that no parameter of the model is made from.
         """
-        used = {name for parameter, value in model.state_dict().items() for name in _names(parameter, len(value))}
-        ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        used = {
+            name
+            for parameter, value in model.state_dict().items()
+            for name in _names(parameter, len(value))
+        }
+        ignored = [
+            re.compile(pattern)
+            for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
         unused = [
             name
             for name in self.files
@@ -117,7 +130,8 @@ class SafetensorsSource:
         if unused:
             raise WeightsError(
                 f"{self.directory}: a {model.config.model_type} model has no place for "
-                f"{', '.join(map(repr, sorted(unused)[:8]))} ({len(unused)} in all), without which its answers "
+                f"{', '.join(map(repr, sorted(unused)[:8]))} ({len(unused)} in all), without "
+                f"which its answers "
                 "would be wrong"
             )
 
@@ -128,13 +142,18 @@ class SafetensorsSource:
             raise WeightsError(f"{self.directory}: tensor {name!r} is missing")
         try:
             with safe_open(self.directory / self.files[name], framework="pt") as handle:
-                tensor: torch.Tensor = handle.get_tensor(name) if expert is None else handle.get_slice(name)[expert]
+                tensor: torch.Tensor = (
+                    handle.get_tensor(name) if expert is None else handle.get_slice(name)[expert]
+                )
                 return tensor
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{self.directory}: cannot read tensor {name!r} ({error})") from None
 
     def get(self, name: str) -> torch.Tensor:
-        if name not in self.files and name.replace(".mlp.gate.", ".block_sparse_moe.gate.") in self.files:
+        if (
+            name not in self.files
+            and name.replace(".mlp.gate.", ".block_sparse_moe.gate.") in self.files
+        ):
             name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
         return self._read(name)
 
@@ -148,9 +167,13 @@ class SafetensorsSource:
             gate, up, down = (part.format(prefix=prefix, moe=moe, e=expert) for part in pattern)
             if gate in self.files:
                 return (
-                    self._read(down) if match["part"] == "down_proj" else torch.cat([self._read(gate), self._read(up)])
+                    self._read(down)
+                    if match["part"] == "down_proj"
+                    else torch.cat([self._read(gate), self._read(up)])
                 )
-        raise WeightsError(f"{self.directory}: neither {name!r} nor its experts one by one are there")
+        raise WeightsError(
+            f"{self.directory}: neither {name!r} nor its experts one by one are there"
+        )
 
 
 class Span(NamedTuple):
@@ -163,8 +186,9 @@ class Span(NamedTuple):
 def file_identity(path: Path, tensors: Sequence[Span]) -> str:
     """What tells a weights file from others: its name, size and time, and a digest of its content.
 
-    Models of one shape have files of one name and size, and copying keeps the time. The digest is over all that comes
-    before the tensors and a sample of each: it reads megabytes where the file has gigabytes.
+    Models of one shape have files of one name and size, and copying keeps the time. The digest is
+    over all that comes before the tensors and a sample of each: it reads megabytes where the file
+    has gigabytes.
 
     Raises:
         WeightsError: the file cannot be read.
@@ -173,7 +197,9 @@ def file_identity(path: Path, tensors: Sequence[Span]) -> str:
     try:
         with open_regular(path) as file:
             found = os.fstat(file.fileno())
-            digest.update(file.read(min((tensor.offset for tensor in tensors), default=found.st_size)))
+            digest.update(
+                file.read(min((tensor.offset for tensor in tensors), default=found.st_size))
+            )
             for offset, nbytes in tensors:
                 file.seek(offset + max(0, nbytes - SAMPLE_BYTES) // 2)
                 digest.update(file.read(min(nbytes, SAMPLE_BYTES)))
@@ -203,7 +229,10 @@ def _names(parameter: str, count: int) -> list[str]:
     prefix = match["prefix"]
     moe = prefix[: -len("mlp")] + "block_sparse_moe"
     apart = [part for parts in _APART for part in parts]
-    return [parameter, *(part.format(prefix=prefix, moe=moe, e=e) for e in range(count) for part in apart)]
+    return [
+        parameter,
+        *(part.format(prefix=prefix, moe=moe, e=e) for e in range(count) for part in apart),
+    ]
 
 
 def _beyond(name: str, layers: int) -> bool:

@@ -1,7 +1,9 @@
-"""Which layers an accelerator computes, by measured costs (paper 2c: execution mapping). Pure: no torch, no devices.
+"""Which layers an accelerator computes, by measured costs (paper 2c: execution mapping). Pure: no
+torch, no devices.
 
-A pass is three queues: reads from flash in the order of layers, copies over the link, and computing, where each layer
-needs the one before. A layer's buffer is read into again when the layer was computed on the CPU or copied away.
+A pass is three queues: reads from flash in the order of layers, copies over the link, and
+computing, where each layer needs the one before. A layer's buffer is read into again when the layer
+was computed on the CPU or copied away.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 MARGIN = 0.02
-"""The accelerator must be predicted to save at least this share of a pass, or everything stays on the CPU."""
+"""The accelerator must be predicted to save at least this share of a pass, or everything stays on
+the CPU.
+"""
 PASSES = 3
 """Simulated passes; the last one's length counts, when buffers are as full as they stay."""
 
@@ -75,9 +79,12 @@ class Split:
     def line(self, device: str) -> str:
         """For people; times are predicted by the measured model."""
         copied = sum(place is Place.COPIED for place in self.places)
-        further = (", output head there" if self.head else "") + (", experts sent there" if self.experts else "")
+        further = (", output head there" if self.head else "") + (
+            ", experts sent there" if self.experts else ""
+        )
         return (
-            f"{device}: of {len(self.places)} layers {self.stays} live there, {copied} are copied there for each pass, "
+            f"{device}: of {len(self.places)} layers {self.stays} live there, {copied} are copied "
+            f"there for each pass, "
             f"{len(self.places) - self.stays - copied} compute on the CPU{further}; predicted "
             f"{self.pass_us / 1e3:.1f} ms a pass, {self.cpu_us / 1e3:.1f} ms on the CPU alone"
         )
@@ -114,8 +121,8 @@ def pass_us(layers: Sequence[LayerCosts], places: Sequence[Place], rings: Rings)
 def choose_places(layers: Sequence[LayerCosts], stays: int, rings: Rings) -> Split:
     """The best places found for the layers after the first `stays`, which live on the accelerator.
 
-    From everything on the CPU, and from everything on the accelerator, single layers and whole tails change sides
-    while that makes the pass shorter.
+    From everything on the CPU, and from everything on the accelerator, single layers and whole
+    tails change sides while that makes the pass shorter.
     """
     count = len(layers)
     found = []
@@ -139,6 +146,12 @@ def choose_places(layers: Sequence[LayerCosts], stays: int, rings: Rings) -> Spl
 
 
 def best_of(candidates: Sequence[Split], cpu_us: float) -> Split | None:
-    """The quickest candidate; None where all on the CPU, which takes `cpu_us`, is within `MARGIN` of it."""
+    """The quickest candidate; None where all on the CPU, which takes `cpu_us`, is within `MARGIN`
+    of it.
+    """
     best = min(candidates, key=lambda split: split.pass_us, default=None)
-    return None if best is None or best.pass_us > cpu_us * (1 - MARGIN) else replace(best, cpu_us=cpu_us)
+    return (
+        None
+        if best is None or best.pass_us > cpu_us * (1 - MARGIN)
+        else replace(best, cpu_us=cpu_us)
+    )

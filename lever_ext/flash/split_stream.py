@@ -1,7 +1,8 @@
-"""Layers of a target that an accelerator computes in part: the same calls as `LayerStream`, weights where they belong.
+"""Layers of a target that an accelerator computes in part: the same calls as `LayerStream`, weights
+where they belong.
 
-A layer that is copied goes from its pinned buffer to the accelerator on the link's own queue as soon as it has
-arrived and a buffer is free there, while the layers before it compute.
+A layer that is copied goes from its pinned buffer to the accelerator on the link's own queue as
+soon as it has arrived and a buffer is free there, while the layers before it compute.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class SplitStream:
         FlashError: a layer that stays cannot be read.
     """
 
-    def __init__(self, inner: LayerStream, accelerator: Accelerator, places: Sequence[Place], ring: int) -> None:
+    def __init__(
+        self, inner: LayerStream, accelerator: Accelerator, places: Sequence[Place], ring: int
+    ) -> None:
         self.inner = inner
         self.places = tuple(places)
         self.device = accelerator.device
@@ -58,12 +61,23 @@ class SplitStream:
         if accelerator.pins is not None:
             accelerator.pins.add(inner.buffers)
         self._staying = [
-            to_device(inner.pack, layer, self.device) for layer, place in enumerate(places) if place is Place.STAYS
+            to_device(inner.pack, layer, self.device)
+            for layer, place in enumerate(places)
+            if place is Place.STAYS
         ]
-        copied = [block for block, place in zip(inner.layers, places, strict=True) if place is Place.COPIED]
+        copied = [
+            block
+            for block, place in zip(inner.layers, places, strict=True)
+            if place is Place.COPIED
+        ]
         count = min(max(2, ring), len(copied))
-        self._buffers = [torch.empty(block_memory(copied), dtype=torch.uint8, device=self.device) for _ in range(count)]
-        self._free: deque[tuple[int, Event]] = deque((slot, self._streams.record(COMPUTE)) for slot in range(count))
+        self._buffers = [
+            torch.empty(block_memory(copied), dtype=torch.uint8, device=self.device)
+            for _ in range(count)
+        ]
+        self._free: deque[tuple[int, Event]] = deque(
+            (slot, self._streams.record(COMPUTE)) for slot in range(count)
+        )
         self._views: dict[tuple[int, int], Tensors] = {}
         self._ahead: deque[_Copied] = deque()
         self._lent: deque[_Lent] = deque()
@@ -78,7 +92,9 @@ class SplitStream:
 
     @property
     def resident(self) -> list[Tensors]:
-        """On the CPU: all of the layers in DRAM, the routers of those that live on the accelerator."""
+        """On the CPU: all of the layers in DRAM, the routers of those that live on the
+        accelerator.
+        """
         routers = [
             {name: tensor.cpu() for name, tensor in tensors.items() if name.endswith(ROUTER)}
             for tensors in self._staying
@@ -98,7 +114,8 @@ class SplitStream:
         """Wait for a layer's weights; computing on the accelerator waits there, not the host.
 
         Returns:
-            (a number for this memory; parameter name -> view on the layer's side). Valid until `release`.
+            (a number for this memory; parameter name -> view on the layer's side). Valid until
+            `release`.
 
         Raises:
             FlashError: the layer cannot be read; the next pass may try again.
@@ -134,7 +151,9 @@ class SplitStream:
     def reset(self, layer: int) -> None:
         """Forget what was read and copied ahead and go on with `layer`. Mutates."""
         self._streams.synchronize()
-        self._free = deque((slot, self._streams.record(COMPUTE)) for slot in range(len(self._buffers)))
+        self._free = deque(
+            (slot, self._streams.record(COMPUTE)) for slot in range(len(self._buffers))
+        )
         self._ahead.clear()
         self._lent.clear()
         self._held = -1
@@ -148,7 +167,9 @@ class SplitStream:
             self._take_back(needed=self.inner.starved)
         slot, tensors = self._acquire(layer)
         if layer >= self.inner.first:
-            self._held = self.inner.lend()  # so that what comes after it can be copied while it computes
+            self._held = (
+                self.inner.lend()
+            )  # so that what comes after it can be copied while it computes
             self._next = layer + 1
             self._copy_ahead()
         return slot, tensors
@@ -196,7 +217,9 @@ class SplitStream:
             raise
 
     def _take_back(self, needed: bool) -> None:
-        """Read into host buffers again that were copied away; the host waits for one if it is needed."""
+        """Read into host buffers again that were copied away; the host waits for one if it is
+        needed.
+        """
         while self._lent and (needed or self._streams.reached(self._lent[0].copied)):
             lent = self._lent.popleft()
             if needed:

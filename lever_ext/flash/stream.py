@@ -1,7 +1,8 @@
-"""Decoder layers in the order of execution: the first ones resident, the others read ahead into a ring of buffers.
+"""Decoder layers in the order of execution: the first ones resident, the others read ahead into a
+ring of buffers.
 
-After the last layer the ring goes on with the first streamed layer of the next pass, so the device reads while the
-draft works.
+After the last layer the ring goes on with the first streamed layer of the next pass, so the device
+reads while the draft works.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class LayerStream:
         """Wait for a layer's weights.
 
         Returns:
-            (buffer number, or -1 for a resident layer; parameter name -> view). Valid until `release`.
+            (buffer number, or -1 for a resident layer; parameter name -> view). Valid until
+            `release`.
 
         Raises:
             FlashError: the layer cannot be read; the next pass may try again.
@@ -125,7 +127,9 @@ class LayerStream:
             self.start()
 
     def lend(self) -> int:
-        """Take the acquired layer's buffer out of the ring until `give_back`; others can be acquired then. Mutates."""
+        """Take the acquired layer's buffer out of the ring until `give_back`; others can be
+        acquired then. Mutates.
+        """
         assert self._held is not None
         lent, self._held = self._held.slot, None
         return lent

@@ -59,7 +59,9 @@ def plan_blocks(model: nn.Module, dtype: str) -> list[Block]:
         layer = layer_of(name)
         if layer < 0:
             # Embeddings first, norm and head last: -1 and a large number sort them so.
-            groups.setdefault((-1 if "embed" in name else 1 << 30, "resident", -1), []).append((name, shape))
+            groups.setdefault((-1 if "embed" in name else 1 << 30, "resident", -1), []).append(
+                (name, shape)
+            )
         elif ".experts." in name:
             for expert in range(shape[0]):
                 groups.setdefault((layer, "zexpert", expert), []).append((name, shape[1:]))
@@ -84,7 +86,8 @@ def _refuse_buffers(model: nn.Module) -> None:
     ]
     if lost:
         raise WeightsError(
-            f"a pack holds a model's parameters, and would lose {', '.join(lost[:4])} ({len(lost)} in all): "
+            f"a pack holds a model's parameters, and would lose {', '.join(lost[:4])} "
+            f"({len(lost)} in all): "
             "such a model cannot be packed"
         )
 
@@ -92,11 +95,18 @@ def _refuse_buffers(model: nn.Module) -> None:
 def layer_of(name: str) -> int:
     """The decoder layer that a parameter's name belongs to, or -1."""
     parts = name.split(".")
-    return next((int(after) for part, after in zip(parts, parts[1:], strict=False) if part == "layers"), -1)
+    return next(
+        (int(after) for part, after in zip(parts, parts[1:], strict=False) if part == "layers"), -1
+    )
 
 
 def _block(
-    kind: str, layer: int, expert: int, offset: int, members: Sequence[tuple[str, tuple[int, ...]]], dtype: str
+    kind: str,
+    layer: int,
+    expert: int,
+    offset: int,
+    members: Sequence[tuple[str, tuple[int, ...]]],
+    dtype: str,
 ) -> Block:
     tensors, inside = [], 0
     for name, shape in members:
@@ -128,8 +138,8 @@ def write_pack(
 
     Raises:
         FlashError: no space, or the disk failed; what was written is kept for a resumed run.
-        WeightsError: a tensor is missing or has another shape than the model, or the model has weights that are no
-            parameters.
+        WeightsError: a tensor is missing or has another shape than the model, or the model has
+            weights that are no parameters.
     """
     directory = Path(directory)
     _refuse_buffers(model)
@@ -139,7 +149,9 @@ def write_pack(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FlashError(f"{directory}: the folder cannot be made ({error.strerror or error})") from error
+        raise FlashError(
+            f"{directory}: the folder cannot be made ({error.strerror or error})"
+        ) from error
     try:
         journal = _Journal(directory / (PACK_NAME + ".journal"), _plan_key(source, config, blocks))
         done = journal.open(partial, blocks)
@@ -158,7 +170,8 @@ def write_pack(
         journal.remove()
     except OSError as error:
         raise FlashError(
-            f"{directory}: cannot write the pack ({error.strerror or error}); what is written is kept, "
+            f"{directory}: cannot write the pack ({error.strerror or error}); what is written is "
+            f"kept, "
             "the same command goes on from there"
         ) from error
     return target
@@ -174,7 +187,9 @@ def _write_blocks(
 ) -> list[Block]:
     """Write what `done` (checksums of the first blocks) lacks; the blocks with their checksums."""
     total = sum(block.nbytes for block in blocks)
-    finished = [dataclasses.replace(block, crc=crc) for block, crc in zip(blocks, done, strict=False)]
+    finished = [
+        dataclasses.replace(block, crc=crc) for block, crc in zip(blocks, done, strict=False)
+    ]
     unsynced, noted = 0, len(finished)
     for block in blocks[len(finished) :]:
         data = _block_bytes(source, block)
@@ -197,10 +212,15 @@ def _block_bytes(source: TensorSource, block: Block) -> bytearray:
     data = bytearray(block.nbytes)
     whole = torch.frombuffer(data, dtype=torch.uint8)
     for tensor in block.tensors:
-        value = source.get(tensor.name) if block.expert < 0 else source.expert(tensor.name, block.expert)
+        value = (
+            source.get(tensor.name)
+            if block.expert < 0
+            else source.expert(tensor.name, block.expert)
+        )
         if tuple(value.shape) != tensor.shape:
             raise WeightsError(
-                f"tensor {tensor.name!r} has shape {tuple(value.shape)}, the config asks for {tensor.shape}"
+                f"tensor {tensor.name!r} has shape {tuple(value.shape)}, the config asks for "
+                f"{tensor.shape}"
             )
         part = whole[tensor.offset : tensor.offset + tensor.nbytes]
         part.view(getattr(torch, tensor.dtype)).view(tensor.shape).copy_(value)
@@ -211,9 +231,10 @@ def _block_bytes(source: TensorSource, block: Block) -> bytearray:
 class _Journal:
     """Which blocks of an unfinished pack are safely on the disk.
 
-    A line with the plan's key, then a line for each block: its number, its CRC-32 and a CRC-32 of the line itself. A
-    crash may leave anything at the end of such a file, half a line for example, so it counts up to its last whole
-    record, and no further than the blocks are what their checksums say.
+    A line with the plan's key, then a line for each block: its number, its CRC-32 and a CRC-32 of
+    the line itself. A crash may leave anything at the end of such a file, half a line for example,
+    so it counts up to its last whole record, and no further than the blocks are what their
+    checksums say.
     """
 
     path: Path
@@ -222,12 +243,17 @@ class _Journal:
     """Blocks whose records are in it."""
 
     def open(self, partial: Path, blocks: Sequence[Block]) -> list[int]:
-        """Checksums of the blocks that need not be written again. Mutates: the journal, which ends with them."""
+        """Checksums of the blocks that need not be written again. Mutates: the journal, which ends
+        with them.
+        """
         known = self._read(blocks)
         done = _sound(partial, blocks, known) if known and partial.exists() else []
         if len(done) < len(known):
             log.warning(
-                "%s: %d of %d noted blocks are not as noted: written again", partial, len(known) - len(done), len(known)
+                "%s: %d of %d noted blocks are not as noted: written again",
+                partial,
+                len(known) - len(done),
+                len(known),
             )
         if not done:
             partial.unlink(missing_ok=True)
@@ -246,7 +272,9 @@ class _Journal:
             data = self.path.read_bytes()
         except FileNotFoundError:
             return []
-        start, *lines = data.split(b"\n")[:-1] or [b""]  # what follows the last line end was cut off
+        start, *lines = data.split(b"\n")[:-1] or [
+            b""
+        ]  # what follows the last line end was cut off
         if start.decode(errors="replace") != self.key:
             return []
         found: list[int] = []
@@ -302,7 +330,8 @@ def _sound(partial: Path, blocks: Sequence[Block], checksums: Sequence[int]) -> 
 
 def _plan_key(source: TensorSource, config: dict[str, Any], blocks: Sequence[Block]) -> str:
     text = json.dumps(
-        [VERSION, source.identity, config, [dataclasses.asdict(block) for block in blocks]], sort_keys=True
+        [VERSION, source.identity, config, [dataclasses.asdict(block) for block in blocks]],
+        sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -312,7 +341,8 @@ def _check_space(directory: Path, partial: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free + held < needed:
         raise FlashError(
-            f"{directory}: the pack needs {needed / 2**20:.0f} MiB, {(free + held) / 2**20:.0f} MiB are free; "
+            f"{directory}: the pack needs {needed / 2**20:.0f} MiB, {(free + held) / 2**20:.0f} "
+            f"MiB are free; "
             "nothing was written: free some space or choose another directory"
         )
 

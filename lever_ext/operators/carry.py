@@ -13,9 +13,11 @@ CPU = torch.device("cpu")
 
 
 class Carrier:
-    """Takes a layer's inputs to the side that computes it, and the last layer's result back to the CPU.
+    """Takes a layer's inputs to the side that computes it, and the last layer's result back to the
+    CPU.
 
-    Masks, positions and rotary factors are the same tensors for all layers of a pass: each goes over the link once.
+    Masks, positions and rotary factors are the same tensors for all layers of a pass: each goes
+    over the link once.
 
     Args:
         device: the accelerator.
@@ -27,20 +29,31 @@ class Carrier:
         self._there = there
         self._known: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, index: int, layer: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the layer returns, on its side; on the CPU after the last layer. Mutates: the layer's KV changes sides
-        with it."""
+    def run(
+        self,
+        index: int,
+        layer: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """What the layer returns, on its side; on the CPU after the last layer. Mutates: the
+        layer's KV changes sides with it.
+        """
         side = self._device if self._there[index] else CPU
         if index == 0:
             self._known.clear()
         hidden, *rest = args
         named = {name: self._brought(value, side) for name, value in kwargs.items()}
         move_kv(kwargs, index, side)
-        output = layer(_sent(hidden, side), *(self._brought(value, side) for value in rest), **named)
+        output = layer(
+            _sent(hidden, side), *(self._brought(value, side) for value in rest), **named
+        )
         if index + 1 < len(self._there):
             return output
         self._known.clear()
-        return output.to(CPU) if isinstance(output, torch.Tensor) else (output[0].to(CPU), *output[1:])
+        return (
+            output.to(CPU) if isinstance(output, torch.Tensor) else (output[0].to(CPU), *output[1:])
+        )
 
     def _brought(self, value: Any, side: torch.device) -> Any:
         if type(value) in (tuple, list):
@@ -62,6 +75,10 @@ def _sent(value: torch.Tensor, side: torch.device) -> torch.Tensor:
 def move_kv(kwargs: Mapping[str, Any], index: int, side: torch.device) -> None:
     """Take a layer's keys and values to the side that computes it. Mutates: the cache."""
     layers = getattr(cache_in(kwargs), "layers", ())
-    if index < len(layers) and getattr(layers[index], "is_initialized", False) and layers[index].keys.device != side:
+    if (
+        index < len(layers)
+        and getattr(layers[index], "is_initialized", False)
+        and layers[index].keys.device != side
+    ):
         layer = layers[index]
         layer.keys, layer.values, layer.device = layer.keys.to(side), layer.values.to(side), side

@@ -20,7 +20,8 @@ DEVICES = ("cpu", "auto")
 
 
 class FlashDecoderLayer(nn.Module):
-    """A decoder layer whose parameters are views into the stream's buffers while it computes (operator contract).
+    """A decoder layer whose parameters are views into the stream's buffers while it computes
+    (operator contract).
 
     Args:
         key: qualified module name, e.g. `model.layers.3`.
@@ -45,10 +46,13 @@ class FlashDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_flash_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **kwargs})
+        check_flash_kwargs(
+            {"prefill_device": prefill_device, "generate_device": generate_device, **kwargs}
+        )
         if not isinstance(gguf_loader, FlashPack):
             raise FlashError(
-                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use lever_ext.target.load_target"
+                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use "
+                f"lever_ext.target.load_target"
             )
         self.key = key
         self.pack = gguf_loader
@@ -72,19 +76,33 @@ class FlashDecoderLayer(nn.Module):
         Raises:
             FlashError: the layer or a tensor is missing or has another shape.
         """
-        block = next((block for block in self.pack.blocks("layer") if block.layer == self.index), None)
+        block = next(
+            (block for block in self.pack.blocks("layer") if block.layer == self.index), None
+        )
         if block is None:
-            raise FlashError(f"{self.pack.path}: the pack has no {self.key}; it was made from another model")
-        expected = {f"{self.key}.{name}": tuple(p.shape) for name, p in self.layer.named_parameters()}
+            raise FlashError(
+                f"{self.pack.path}: the pack has no {self.key}; it was made from another model"
+            )
+        expected = {
+            f"{self.key}.{name}": tuple(p.shape) for name, p in self.layer.named_parameters()
+        }
         found = {tensor.name: tensor.shape for tensor in block.tensors}
         if expected != found:
             wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
-            raise FlashError(f"{self.pack.path}: {wrong[0]} does not fit the model; the pack was made from another one")
+            raise FlashError(
+                f"{self.pack.path}: {wrong[0]} does not fit the model; the pack was made from "
+                f"another one"
+            )
         for name in found:
             path, _, leaf = name[len(self.key) + 1 :].rpartition(".")
             self.sites[name] = (self.layer.get_submodule(path), leaf)
 
-    def bind(self, stream: LayerStream | SplitStream, gate: ExitGate | None, carrier: Carrier | None = None) -> None:
+    def bind(
+        self,
+        stream: LayerStream | SplitStream,
+        gate: ExitGate | None,
+        carrier: Carrier | None = None,
+    ) -> None:
         """Connect to the target's stream and, where pruning is on, its early exit.
 
         Args:
@@ -101,9 +119,13 @@ class FlashDecoderLayer(nn.Module):
         """
         if torch.is_grad_enabled():
             # The buffers are read into again before a backward pass would come to them.
-            return outside_autograd(self.key, lambda: self.forward(hidden_states, *args, **kwargs), hidden_states)
+            return outside_autograd(
+                self.key, lambda: self.forward(hidden_states, *args, **kwargs), hidden_states
+            )
         if self._stream is None:
-            raise BackendError(f"{self.key}: not bound to a flash stream; use lever_ext.target.load_target")
+            raise BackendError(
+                f"{self.key}: not bound to a flash stream; use lever_ext.target.load_target"
+            )
         slot, tensors = self._stream.acquire(self.index)
         try:
             self.install(slot, tensors)
@@ -146,6 +168,8 @@ def check_flash_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises: ConfigError: a device other than the CPU, or an unknown argument."""
     for name, value in kwargs.items():
         if name not in ("prefill_device", "generate_device"):
-            raise ConfigError(f"unknown argument {name}; flash operators take prefill_device and generate_device")
+            raise ConfigError(
+                f"unknown argument {name}; flash operators take prefill_device and generate_device"
+            )
         if value not in DEVICES:
             raise ConfigError(f"{name}: expected {' or '.join(DEVICES)}, found {value!r}")

@@ -1,4 +1,6 @@
-"""The operator that rules name in place of a target's routed experts: they live on flash, some in DRAM."""
+"""The operator that rules name in place of a target's routed experts: they live on flash, some in
+DRAM.
+"""
 
 from __future__ import annotations
 
@@ -47,19 +49,26 @@ class FlashExperts(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_flash_kwargs({"prefill_device": prefill_device, "generate_device": generate_device, **kwargs})
+        check_flash_kwargs(
+            {"prefill_device": prefill_device, "generate_device": generate_device, **kwargs}
+        )
         if not isinstance(gguf_loader, FlashPack):
             raise FlashError(
-                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use lever_ext.target.load_target"
+                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use "
+                f"lever_ext.target.load_target"
             )
         names = {name for name, _ in orig_module.named_parameters()}
         if names != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "act_fn"):
-            raise BackendError(f"{key}: experts with parameters {sorted(names)} are not supported on flash")
+            raise BackendError(
+                f"{key}: experts with parameters {sorted(names)} are not supported on flash"
+            )
         self.key = key
         self.pack = gguf_loader
         self.config = config
         self.activation = cast(Callable[[torch.Tensor], torch.Tensor], orig_module.act_fn)
-        self.shapes = {f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()}
+        self.shapes = {
+            f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()
+        }
         self.layer_index = layer_of(key)
         self._cache: FlashExpertCache | None = None
         self._router: GateRouter | None = None
@@ -79,8 +88,13 @@ class FlashExperts(nn.Module):
             FlashError: an expert is missing or has another shape.
         """
         blocks = [block for block in self.pack.blocks("expert") if block.layer == self.layer_index]
-        if not blocks or any({t.name: t.shape for t in block.tensors} != self.shapes for block in blocks):
-            raise FlashError(f"{self.pack.path}: {self.key} does not fit the model; the pack was made from another one")
+        if not blocks or any(
+            {t.name: t.shape for t in block.tensors} != self.shapes for block in blocks
+        ):
+            raise FlashError(
+                f"{self.pack.path}: {self.key} does not fit the model; the pack was made from "
+                f"another one"
+            )
 
     def bind(
         self,
@@ -94,8 +108,10 @@ class FlashExperts(nn.Module):
         Args:
             cache: shared by all layers.
             router: of this layer; its scores rank experts.
-            next_router: of the next MoE layer where its weights are resident; it says what to read ahead.
-            accelerator: computes experts, sent there one by one; None for the CPU, whatever computes the layer.
+            next_router: of the next MoE layer where its weights are resident; it says what to read
+                ahead.
+            accelerator: computes experts, sent there one by one; None for the CPU, whatever
+                computes the layer.
         """
         self._cache, self._router, self._next_router = cache, router, next_router
         self._side, self._copied = accelerator or CPU, accelerator is not None
@@ -106,7 +122,9 @@ class FlashExperts(nn.Module):
         self._cache = cache
 
     def recover(self) -> None:
-        """Clear what a pass has left that did not come to its end, once no read is in flight. Mutates."""
+        """Clear what a pass has left that did not come to its end, once no read is in flight.
+        Mutates.
+        """
         for router in (self._router, self._next_router):
             if router is not None:
                 router.recover()
@@ -116,7 +134,8 @@ class FlashExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own router.
+        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own
+        router.
 
         Raises:
             BackendError: not bound to a cache. Going backward through the result raises it too.
@@ -126,9 +145,13 @@ class FlashExperts(nn.Module):
             call = functools.partial(self.forward, hidden_states, top_k_index, top_k_weights)
             return outside_autograd(self.key, call, hidden_states, top_k_weights)
         if self._cache is None:
-            raise BackendError(f"{self.key}: not bound to an expert cache; use lever_ext.target.load_target")
+            raise BackendError(
+                f"{self.key}: not bound to an expert cache; use lever_ext.target.load_target"
+            )
         home = hidden_states.device
-        hidden, ids, weights = (value.to(self._side) for value in (hidden_states, top_k_index, top_k_weights))
+        hidden, ids, weights = (
+            value.to(self._side) for value in (hidden_states, top_k_index, top_k_weights)
+        )
         result = torch.zeros_like(hidden)
 
         def compute(expert: int, tensors: Tensors) -> None:
@@ -138,7 +161,11 @@ class FlashExperts(nn.Module):
 
         scores = None if self._router is None else self._router.scores()
         following = self._next_router
-        predict = None if following is None else lambda: following.predict(on_side_of(following.gate, hidden_states))
+        predict = (
+            None
+            if following is None
+            else lambda: following.predict(on_side_of(following.gate, hidden_states))
+        )
         self._cache.run(self._position, ids, weights, scores, compute, predict)
         return result.to(home)
 
@@ -148,8 +175,14 @@ class FlashExperts(nn.Module):
         return linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
 
     def _brought(self, tensors: Tensors) -> Tensors:
-        """An expert's weights where it is computed, all there when this returns: their slot may be read into then."""
-        return {name: tensor.to(self._side, copy=True) for name, tensor in tensors.items()} if self._copied else tensors
+        """An expert's weights where it is computed, all there when this returns: their slot may be
+        read into then.
+        """
+        return (
+            {name: tensor.to(self._side, copy=True) for name, tensor in tensors.items()}
+            if self._copied
+            else tensors
+        )
 
 
 def on_side_of(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

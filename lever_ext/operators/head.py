@@ -10,7 +10,8 @@ from torch.nn import functional as F
 class DeviceHead(nn.Module):
     """Projects hidden states with a copy of the head's weight on the accelerator.
 
-    The CPU's weight stays where it was: the embedding may be tied to it, and drafts are made from it.
+    The CPU's weight stays where it was: the embedding may be tied to it, and drafts are made from
+    it.
 
     Args:
         head: the target's own, on the CPU and without bias.

@@ -1,4 +1,6 @@
-"""Linear maps of few rows whose weights were read a moment ago: each is used once, in the layout of the file."""
+"""Linear maps of few rows whose weights were read a moment ago: each is used once, in the layout of
+the file.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,23 @@ FEW_ROWS = 16
 """Where `F.linear` is as fast as the other product on a processor without matrix tiles (AMX)."""
 
 
-def linear(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., out] from value [..., in] and weight [out, in]; rows of the result need not be contiguous.
+def linear(
+    value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[..., out] from value [..., in] and weight [out, in]; rows of the result need not be
+    contiguous.
 
-    In bfloat16 on a CPU with AMX `F.linear` (the plain twin, used for all else) packs the weights at every call. As the
-    product's left side they are taken as they lie: 1.6 times as fast for 1 to 24 rows, 1.2 times for 112. Without AMX
-    that is so for many rows only; for few, `F.linear` is up to twice as fast.
+    In bfloat16 on a CPU with AMX `F.linear` (the plain twin, used for all else) packs the weights
+    at every call. As the product's left side they are taken as they lie: 1.6 times as fast for 1 to
+    24 rows, 1.2 times for 112. Without AMX that is so for many rows only; for few, `F.linear` is up
+    to twice as fast.
     """
     rows = value.numel() // value.shape[-1]
-    if value.dtype != torch.bfloat16 or weight.device.type != "cpu" or (rows < FEW_ROWS and not _has_tiles()):
+    if (
+        value.dtype != torch.bfloat16
+        or weight.device.type != "cpu"
+        or (rows < FEW_ROWS and not _has_tiles())
+    ):
         return F.linear(value, weight, bias)
     # A transposed value (an earlier result) is slower to read in every tile than to copy once.
     flat = value.reshape(-1, value.shape[-1]).contiguous()

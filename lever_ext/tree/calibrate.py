@@ -1,11 +1,14 @@
-"""From a draft's probabilities to the probability that the target takes a token (paper 2a; its form is our choice).
+"""From a draft's probabilities to the probability that the target takes a token (paper 2a; its form
+is our choice).
 
-    calibrate(a) = p(a)^gamma / (sum over candidates of p^gamma + rest * (1 - sum over candidates of p))
+    calibrate(a) = p(a)^gamma / (sum over candidates of p^gamma + rest * (1 - sum over candidates of
+    p))
 
-`gamma` sharpens or flattens the draft's own distribution; `rest` says how much of what the draft gives to tokens beyond
-its candidates the target really takes from there. Both are fitted online to what the target chose and keep the draft's
-order. The candidates' sum, the paper's reliability factor r, is then near 1 where the draft is sure and less where it
-is not: one r for all nodes made sure chains look 4 % a step too unlikely.
+`gamma` sharpens or flattens the draft's own distribution; `rest` says how much of what the draft
+gives to tokens beyond its candidates the target really takes from there. Both are fitted online to
+what the target chose and keep the draft's order. The candidates' sum, the paper's reliability
+factor r, is then near 1 where the draft is sure and less where it is not: one r for all nodes made
+sure chains look 4 % a step too unlikely.
 """
 
 from __future__ import annotations
@@ -49,10 +52,14 @@ class Calibration:
     agreed: int = 0
     """Of them, positions where the draft's likeliest token was the target's."""
     ranks: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    """Moving average of the calibrated probabilities by rank: what an unseen node's children will be like."""
+    """Moving average of the calibrated probabilities by rank: what an unseen node's children will
+    be like.
+    """
 
     def __call__(self, candidates: Candidates) -> list[float]:
-        """Probability of each candidate given that verification reaches their parent; they add up to less than 1."""
+        """Probability of each candidate given that verification reaches their parent; they add up
+        to less than 1.
+        """
         if not candidates.tokens:
             return []
         values = self._values(candidates)
@@ -80,7 +87,8 @@ class Calibration:
         logs = [math.log(max(p, 1e-9)) for p in candidates.probabilities]
         expected = sum(w * log for w, log in zip(values, logs, strict=True)) / total
         spread = sum(w * (log - expected) ** 2 for w, log in zip(values, logs, strict=True)) / total
-        # A damped Newton step on log(p^gamma / sum p^gamma): steady for sharp and for flat drafts alike.
+        # A damped Newton step on log(p^gamma / sum p^gamma): steady for sharp and for flat drafts
+        # alike.
         step = (logs[candidates.tokens.index(token)] - expected) / (spread + 0.5)
         self.gamma = min(max(self.gamma + self.rate * step, 0.1), 3.0)
 

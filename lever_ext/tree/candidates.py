@@ -1,7 +1,7 @@
 """The candidate tree: everything the draft has proposed after the current root, verified or not.
 
-Keys are never reused, so a draft can keep its own state by key, and what was drafted beyond the verified tree survives
-the step to the next root if the target went there.
+Keys are never reused, so a draft can keep its own state by key, and what was drafted beyond the
+verified tree survives the step to the next root if the target went there.
 """
 
 from __future__ import annotations
@@ -59,8 +59,14 @@ class CandidateTree:
             node.children.append(self._new(token, key, step, node.reach * step, node.depth + 1))
 
     def unexpanded(self, depth_limit: int, count: int) -> list[int]:
-        """Up to `count` keys to expand for children no deeper than the limit, the likeliest reached first."""
-        found = (key for key, node in self.nodes.items() if node.candidates is None and node.depth < depth_limit)
+        """Up to `count` keys to expand for children no deeper than the limit, the likeliest reached
+        first.
+        """
+        found = (
+            key
+            for key, node in self.nodes.items()
+            if node.candidates is None and node.depth < depth_limit
+        )
         return heapq.nsmallest(count, found, key=lambda key: (-self.nodes[key].reach, key))
 
     def path(self, key: int) -> list[int]:
@@ -71,7 +77,8 @@ class CandidateTree:
         return keys[::-1]
 
     def advance(self, accepted: Sequence[int], bonus: int) -> None:
-        """Make the bonus token after the last accepted node the root; keep what was drafted after it.
+        """Make the bonus token after the last accepted node the root; keep what was drafted after
+        it.
 
         Args:
             accepted: keys from the root to the last accepted node.
@@ -80,7 +87,9 @@ class CandidateTree:
         Mutates: reach and depth of what is kept; everything else is forgotten.
         """
         last = accepted[-1]
-        found = next((key for key in self.nodes[last].children if self.nodes[key].token == bonus), None)
+        found = next(
+            (key for key in self.nodes[last].children if self.nodes[key].token == bonus), None
+        )
         if found is None:
             self.nodes.clear()
             self.root = self._new(bonus, ROOT_PARENT, 1.0, 1.0, 0)
@@ -108,7 +117,8 @@ class CandidateTree:
         return TokenTree(
             tuple(node.token for node in nodes),
             tuple(
-                ROOT_PARENT if key == self.root else place[node.parent] for key, node in zip(order, nodes, strict=True)
+                ROOT_PARENT if key == self.root else place[node.parent]
+                for key, node in zip(order, nodes, strict=True)
             ),
             tuple(node.reach for node in nodes),
             tuple(order),

@@ -1,4 +1,6 @@
-"""What a cycle costs: drafting, the verification pass, and the experts that a tree adds to the union to be read."""
+"""What a cycle costs: drafting, the verification pass, and the experts that a tree adds to the
+union to be read.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Drafted(NamedTuple):
 
 
 class Union(Protocol):
-    """Expected bytes, as time, that a set of nodes makes the target read; it grows by one node at a time."""
+    """Expected bytes, as time, that a set of nodes makes the target read; it grows by one node at a
+    time.
+    """
 
     def start(self) -> Union:
         """A union of its own to add to, holding nothing."""
@@ -43,7 +47,9 @@ class Union(Protocol):
         ...
 
     def prefixes(self, drafted: Sequence[Drafted]) -> NDArray[np.float64]:
-        """Expected microseconds of the first node alone, of the first two, and so on: float64 [N]."""
+        """Expected microseconds of the first node alone, of the first two, and so on:
+        float64 [N].
+        """
         ...
 
 
@@ -67,10 +73,11 @@ class ExpertUnion:
     """Expected time to read the experts that a tree's tokens select and that are not resident.
 
     For each layer and expert, the chance that no node selects it is the product over the nodes of
-    1 - p(expert | node); p is what was forecast for the node, or else what was seen of its token, filled up with how
-    the last passes were routed: a text keeps to its experts for a while. Nodes of one tree share a context, so they
-    agree more often than chances that are multiplied say. What is left of that after the context is taken into account
-    is learned: with M experts missing and the product's expectation U,
+    1 - p(expert | node); p is what was forecast for the node, or else what was seen of its token,
+    filled up with how the last passes were routed: a text keeps to its experts for a while. Nodes
+    of one tree share a context, so they agree more often than chances that are multiplied say. What
+    is left of that after the context is taken into account is learned: with M experts missing and
+    the product's expectation U,
 
         reads = M (1 - exp(-a x^b)),  x = -log(1 - U / M)
 
@@ -84,7 +91,13 @@ class ExpertUnion:
     """
 
     def __init__(
-        self, layers: int, experts: int, top_k: int, read_us: float = 0.0, prior: float = 0.4, step: float = 0.3
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        read_us: float = 0.0,
+        prior: float = 0.4,
+        step: float = 0.3,
     ) -> None:
         self.shape = (layers, experts)
         self.top_k = top_k
@@ -131,10 +144,14 @@ class ExpertUnion:
         return found
 
     def forecast(self, node: int, ids: NDArray[np.int64], share: float) -> None:
-        """Say which experts a node will select, ids [L, K], and the share of such forecasts that is right. Mutates."""
+        """Say which experts a node will select, ids [L, K], and the share of such forecasts that is
+        right. Mutates.
+        """
         rest = self.context.copy()
         np.put_along_axis(rest, ids, 0.0, axis=1)
-        found = rest * ((1 - share) * self.top_k / np.maximum(rest.sum(axis=1, keepdims=True), 1e-9))
+        found = rest * (
+            (1 - share) * self.top_k / np.maximum(rest.sum(axis=1, keepdims=True), 1e-9)
+        )
         np.put_along_axis(found, ids, share, axis=1)
         self._forecasts[node] = 1 - np.minimum(found, 1.0).ravel()
 
@@ -144,18 +161,27 @@ class ExpertUnion:
             del self._forecasts[node]
 
     def observe(self, drafted: Sequence[Drafted], chosen: NDArray[np.int64], reads: int) -> None:
-        """Learn from a pass over N nodes: experts int64 [L, N, K], and how many had to be read. Mutates."""
+        """Learn from a pass over N nodes: experts int64 [L, N, K], and how many had to be read.
+        Mutates.
+        """
         missing = self.missing.sum()
         if missing > 0:
             x = -math.log(max(1e-9, self._survivals(drafted)[-1] @ self.missing / missing))
-            self._bends.append((math.log(max(x, 1e-3)), math.log(-math.log(max(1e-3, 1 - max(reads, 0.5) / missing)))))
+            self._bends.append(
+                (
+                    math.log(max(x, 1e-3)),
+                    math.log(-math.log(max(1e-3, 1 - max(reads, 0.5) / missing))),
+                )
+            )
             self._fit_bend()
         hot = np.zeros((self.shape[0], len(drafted), self.shape[1]))
         np.put_along_axis(hot, chosen, 1.0, axis=2)
         for row, (token, _) in enumerate(drafted):
             count, sums = self._seen.get(token, (0, np.zeros(self.shape)))
             # Halved when it grows old: routing depends on the context too.
-            self._seen[token] = (count + 1, sums + hot[:, row]) if count < 16 else (8, (sums + hot[:, row]) / 2)
+            self._seen[token] = (
+                (count + 1, sums + hot[:, row]) if count < 16 else (8, (sums + hot[:, row]) / 2)
+            )
         self.context += self.step * (hot.mean(axis=1) - self.context)
         self._misses.clear()
 
@@ -179,7 +205,9 @@ class ExpertUnion:
 
     def _survivals(self, drafted: Sequence[Drafted]) -> NDArray[np.float64]:
         """Chance that none of the first n nodes selects each expert, [N, L * E]."""
-        return np.cumprod(np.stack([self._missed_by(node) for node in drafted]), axis=0, dtype=np.float64)
+        return np.cumprod(
+            np.stack([self._missed_by(node) for node in drafted]), axis=0, dtype=np.float64
+        )
 
     def _reads(self, survival: NDArray[np.float64]) -> NDArray[np.float64]:
         """Experts to read: [...] from survival [..., L * E]."""
@@ -190,7 +218,9 @@ class ExpertUnion:
         return found
 
     def _fit_bend(self) -> None:
-        """Least squares through recent passes, held near the start where all of them had trees of one size."""
+        """Least squares through recent passes, held near the start where all of them had trees of
+        one size.
+        """
         x, y = np.asarray(self._bends).T
         weights = 0.95 ** np.arange(len(x) - 1, -1, -1)
         held = np.array([-1.5, 1.2])
@@ -225,9 +255,10 @@ class CycleCost:
     def worth(self, gain: Any, us: Any) -> Any:
         """What a cycle of `gain` expected tokens that takes `us` is worth: numbers or arrays.
 
-        Tokens per microsecond of that cycle, as in the paper, until cycles have been seen. From then on its tokens less
-        those that an average cycle makes in the same time: the sum over all cycles is what counts, and a cycle of poor
-        prospects had better be short than the best of its kind (renewal reward; in no paper on speculation).
+        Tokens per microsecond of that cycle, as in the paper, until cycles have been seen. From
+        then on its tokens less those that an average cycle makes in the same time: the sum over all
+        cycles is what counts, and a cycle of poor prospects had better be short than the best of
+        its kind (renewal reward; in no paper on speculation).
         """
         return gain - self.rate * us if self.rate else gain / us
 
@@ -237,15 +268,21 @@ class CycleCost:
         self.rate = self._tokens / self._us
 
     def verify_prefixes(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Predicted microseconds of passes with 1, 2, ... rows and so many leaves each: float64 [N]."""
+        """Predicted microseconds of passes with 1, 2, ... rows and so many leaves each: float64
+        [N].
+        """
         at_once = getattr(self.verify, "prefixes", None)
         if at_once is not None:
             found: NDArray[np.float64] = at_once(leaves)
             return found
-        return np.array([self.verify(rows, count) for rows, count in enumerate(leaves.tolist(), start=1)])
+        return np.array(
+            [self.verify(rows, count) for rows, count in enumerate(leaves.tolist(), start=1)]
+        )
 
     def largest_tree(self, max_rows: int) -> int:
-        """Rows that a tree may have: twice as many as any measured, lest times of large trees alone are ever known."""
+        """Rows that a tree may have: twice as many as any measured, lest times of large trees alone
+        are ever known.
+        """
         measured = getattr(self.verify, "most_rows", None)
         return max_rows if measured is None else min(max_rows, max(FIRST_TREE, 2 * measured))
 
@@ -261,5 +298,6 @@ class CycleCost:
         if nodes in self.draft_times:
             return self.draft_times[nodes]
         near = min(self.draft_times, key=lambda known: (abs(known - nodes), -known))
-        # A larger call is assumed to cost in proportion to no more than a quarter of its extra nodes.
+        # A larger call is assumed to cost in proportion to no more than a quarter of its extra
+        # nodes.
         return self.draft_times[near] * (1 + 0.25 * max(0, nodes - near) / near)

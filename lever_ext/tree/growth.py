@@ -1,4 +1,6 @@
-"""One cycle's drafting: the candidate tree, the draft that expands it, and the clock on what that costs."""
+"""One cycle's drafting: the candidate tree, the draft that expands it, and the clock on what that
+costs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Growth:
         tree: candidates after the current root; what an earlier cycle drafted is in it already.
         expand: the draft.
         cost: predictions; its draft times learn from what is measured here.
-        depth_limit: deeper nodes could never be accepted, for the length limit or the context's end.
+        depth_limit: deeper nodes could never be accepted, for the length limit or the context's
+            end.
         max_rows: rows that a target pass may have.
     """
 
@@ -48,9 +51,15 @@ class Growth:
         self._clock = clock
 
     def expand(self, keys: Sequence[int]) -> None:
-        """Draft the children of some nodes in one call; nodes expanded before or too deep are left out. Mutates."""
+        """Draft the children of some nodes in one call; nodes expanded before or too deep are left
+        out. Mutates.
+        """
         nodes = self.tree.nodes
-        keys = [key for key in keys if nodes[key].candidates is None and nodes[key].depth < self.depth_limit]
+        keys = [
+            key
+            for key in keys
+            if nodes[key].candidates is None and nodes[key].depth < self.depth_limit
+        ]
         if not keys:
             return
         start = self._clock()
@@ -66,17 +75,23 @@ class Growth:
     def known(self) -> tuple[Known, list[int]]:
         """The likeliest candidates as rows, and the key of each row.
 
-        Three times as many as a pass may have rows: what is drafted ahead leaves thousands that no tree would take.
+        Three times as many as a pass may have rows: what is drafted ahead leaves thousands that no
+        tree would take.
         """
         nodes = self.tree.nodes
         within = (key for key, node in nodes.items() if node.depth <= self.depth_limit)
-        # A parent is reached at least as often as its children, and has the smaller key: none is left out.
+        # A parent is reached at least as often as its children, and has the smaller key: none is
+        # left out.
         keys = heapq.nsmallest(3 * self.max_rows, within, key=lambda key: (-nodes[key].reach, key))
         keys.sort(key=lambda key: (nodes[key].depth, key))
         place = {key: row for row, key in enumerate(keys)}
-        parents = [place[nodes[key].parent] if key != self.tree.root else ROOT_PARENT for key in keys]
+        parents = [
+            place[nodes[key].parent] if key != self.tree.root else ROOT_PARENT for key in keys
+        ]
         reach = np.array([nodes[key].reach for key in keys])
-        return Known(np.array(parents), reach, [Drafted(nodes[key].token, key) for key in keys]), keys
+        return Known(
+            np.array(parents), reach, [Drafted(nodes[key].token, key) for key in keys]
+        ), keys
 
     def chosen(self, selection: Selection, keys: Sequence[int]) -> TokenTree:
         return self.tree.select(keys[row] for row in selection.rows)

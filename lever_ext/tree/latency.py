@@ -1,4 +1,6 @@
-"""An online table of measured verification times over (rows, leaves), with conservative interpolation (paper 2a)."""
+"""An online table of measured verification times over (rows, leaves), with conservative
+interpolation (paper 2a).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,20 @@ from numpy.typing import NDArray
 class LatencyTable:
     """Moving averages of measured times; unseen shapes take their neighbours' plus a penalty.
 
-    Rows are interpolated between the nearest measured row counts; leaves use the nearest measured count of the same
-    rows. Beyond the last measured row count the line through everything measured goes on.
+    Rows are interpolated between the nearest measured row counts; leaves use the nearest measured
+    count of the same rows. Beyond the last measured row count the line through everything measured
+    goes on.
 
-    Passes are noisy, and one slow pass must not keep trees away from its shape for good: what was measured seldom is
-    drawn towards a line through everything measured; what was measured often (a bucket's edge) stands for itself.
+    Passes are noisy, and one slow pass must not keep trees away from its shape for good: what was
+    measured seldom is drawn towards a line through everything measured; what was measured often (a
+    bucket's edge) stands for itself.
 
     Args:
         step: weight of a new measurement.
         penalty: share added for shapes far from all that were measured.
         trust: measurements of a shape that weigh as much as the line.
-        held: squared rows, summed over measurements, that tell as much about a row's cost as the prior does.
+        held: squared rows, summed over measurements, that tell as much about a row's cost as the
+            prior does.
         start_us: of any pass, until one is measured.
     """
 
@@ -57,7 +62,9 @@ class LatencyTable:
             self.observe(rows, leaves, us)
 
     def __call__(self, rows: int, leaves: int) -> float:
-        """Predicted microseconds; `start_us` where no tree was ever measured, so that gain alone decides."""
+        """Predicted microseconds; `start_us` where no tree was ever measured, so that gain alone
+        decides.
+        """
         return float(self._up_to(max(rows, leaves))[rows, leaves])
 
     def prefixes(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -89,33 +96,44 @@ class LatencyTable:
         span = np.maximum(known[high] - known[low], 1)
         share = np.where(within, (rows - known[low]) / span, 0.0)[:, None]
         floor = np.where(within | (rows > known[-1]), low, high)
-        base = np.maximum(measured[floor], measured[floor] + share * (measured[high] - measured[floor]))
+        base = np.maximum(
+            measured[floor], measured[floor] + share * (measured[high] - measured[floor])
+        )
         beyond = np.maximum(rows - known[-1], 0)
         gap = np.where(within, np.minimum(rows - known[low], known[high] - rows), beyond)
-        # Next to a measured row count nothing, growing to the penalty at a quarter of the rows away.
+        # Next to a measured row count nothing, growing to the penalty at a quarter of the rows
+        # away.
         caution = 1 + self.penalty * np.minimum(1.0, 4 * gap / np.maximum(rows, 1))
         grid: NDArray[np.float64] = (base + (beyond * self._line[1])[:, None]) * caution[:, None]
         return grid
 
     def _row(self, rows: int, size: int) -> NDArray[np.float64]:
-        """Of a measured row count with 0..size leaves: the nearest measured, the larger of two as near."""
+        """Of a measured row count with 0..size leaves: the nearest measured, the larger of two as
+        near.
+        """
         known = np.array(sorted(self._by_rows[rows]))
         times = np.array([self._drawn(rows, int(leaves)) for leaves in known])
-        near: NDArray[np.float64] = times[np.searchsorted((known[1:] + known[:-1]) / 2, np.arange(size + 1), "right")]
+        near: NDArray[np.float64] = times[
+            np.searchsorted((known[1:] + known[:-1]) / 2, np.arange(size + 1), "right")
+        ]
         return near
 
     def _fit(self) -> tuple[float, float]:
-        """Least squares through all cells by row count; its slope is held near a five-hundredth of a pass.
+        """Least squares through all cells by row count; its slope is held near a five-hundredth of
+        a pass.
 
-        Small trees of nearly one size say nothing about what a row costs. A slope that their noise made steep would
-        keep larger trees away for good.
+        Small trees of nearly one size say nothing about what a row costs. A slope that their noise
+        made steep would keep larger trees away for good.
         """
         weights = {shape: min(count, 8) for shape, count in self._counts.items()}
         total = sum(weights.values())
         rows = sum(weight * shape[0] for shape, weight in weights.items()) / total
         us = sum(weight * self.cells[shape] for shape, weight in weights.items()) / total
         spread = sum(weight * (shape[0] - rows) ** 2 for shape, weight in weights.items())
-        joint = sum(weight * (shape[0] - rows) * (self.cells[shape] - us) for shape, weight in weights.items())
+        joint = sum(
+            weight * (shape[0] - rows) * (self.cells[shape] - us)
+            for shape, weight in weights.items()
+        )
         slope = max(0.0, (joint + self.held * us / 500) / (spread + self.held))
         return us - slope * rows, slope
 

@@ -1,4 +1,6 @@
-"""Tree policies: how far to draft and what to verify. `lever` is ours; the others are its plain twins."""
+"""Tree policies: how far to draft and what to verify. `lever` is ours; the others are its plain
+twins.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Chain:
 
 @dataclass(frozen=True)
 class SpecInferTree:
-    """A fixed shape: how many children each node has, by depth (SpecInfer's published expansion)."""
+    """A fixed shape: how many children each node has, by depth (SpecInfer's published
+    expansion).
+    """
 
     widths: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)
     name: str = "specinfer"
@@ -82,15 +86,21 @@ class FixedBudget:
             chosen.append(key)
             if len(chosen) <= size:
                 growth.expand([key])
-                frontier += [child for child in nodes[key].children if nodes[child].depth <= growth.depth_limit]
+                frontier += [
+                    child
+                    for child in nodes[key].children
+                    if nodes[child].depth <= growth.depth_limit
+                ]
         return growth.tree.select(chosen)
 
 
 @dataclass(frozen=True)
 class OptTree:
-    """Layer by layer, the `budget` likeliest nodes of each; stop when the best tree of that size gains little.
+    """Layer by layer, the `budget` likeliest nodes of each; stop when the best tree of that size
+    gains little.
 
-    After OPT-Tree: the tree with the largest expected acceptance length for a node budget, cost unseen.
+    After OPT-Tree: the tree with the largest expected acceptance length for a node budget, cost
+    unseen.
     """
 
     budget: int = 16
@@ -105,7 +115,9 @@ class OptTree:
             growth.expand(layer)
             below = [child for key in layer for child in nodes[key].children]
             layer = sorted(below, key=lambda key: (-nodes[key].reach, key))[:size]
-            reached = sum(sorted((node.reach for node in nodes.values()), reverse=True)[1 : size + 1])
+            reached = sum(
+                sorted((node.reach for node in nodes.values()), reverse=True)[1 : size + 1]
+            )
             if reached - gain < self.least_gain:
                 break
             gain = reached
@@ -117,7 +129,9 @@ class OptTree:
 
 @dataclass(frozen=True)
 class GainCostGreedy:
-    """The paper's rule as it stands: take the best b / dC, drafting each node taken, until it falls below G / C."""
+    """The paper's rule as it stands: take the best b / dC, drafting each node taken, until it falls
+    below G / C.
+    """
 
     name: str = "greedy"
 
@@ -135,9 +149,9 @@ class GainCostGreedy:
             for key in frontier:
                 node = nodes[key]
                 drafting = cost.draft_us(1) if node.candidates is None else 0.0
-                after = cost.verify(len(chosen) + 1, leaves + (node.parent in parents)) + union.peek(
-                    Drafted(node.token, key)
-                )
+                after = cost.verify(
+                    len(chosen) + 1, leaves + (node.parent in parents)
+                ) + union.peek(Drafted(node.token, key))
                 extra = cost.fixed_us + growth.spent_us + drafting + after - now
                 ranked.append((node.reach / max(extra, 1e-9), -key))
             ratio, key = max(ranked)
@@ -151,17 +165,21 @@ class GainCostGreedy:
             gain += nodes[key].reach
             union_us = union.add(Drafted(nodes[key].token, key))
             growth.expand([key])
-            frontier += [child for child in nodes[key].children if nodes[child].depth <= growth.depth_limit]
+            frontier += [
+                child for child in nodes[key].children if nodes[child].depth <= growth.depth_limit
+            ]
         return growth.tree.select(chosen)
 
 
 @dataclass(frozen=True)
 class Lever:
-    """Gain over cost without a stall at shape buckets: draft in batches while that is predicted to pay, then scan.
+    """Gain over cost without a stall at shape buckets: draft in batches while that is predicted to
+    pay, then scan.
 
     Args:
         widths: batch sizes that a draft call may have.
-        horizons: draft calls to imagine ahead, the nearest first: a bucket's edge is crossed only by several.
+        horizons: draft calls to imagine ahead, the nearest first: a bucket's edge is crossed only
+            by several.
     """
 
     widths: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -180,8 +198,12 @@ class Lever:
             growth.expand(batch)
         return growth.chosen(best_subtree(known, growth.cost, growth.spent_us, max_rows), keys)
 
-    def _batch(self, growth: Growth, known: Known, keys: Sequence[int], best: Selection, max_rows: int) -> list[int]:
-        """The nodes whose drafting promises the most beyond the best tree so far; none if nothing does."""
+    def _batch(
+        self, growth: Growth, known: Known, keys: Sequence[int], best: Selection, max_rows: int
+    ) -> list[int]:
+        """The nodes whose drafting promises the most beyond the best tree so far; none if nothing
+        does.
+        """
         value = best.value
         # No call makes a tree so much larger.
         max_rows = min(max_rows, 2 * len(best.rows) + 32)
@@ -208,9 +230,13 @@ class Lever:
 
 
 def _imagine(known: Known, rows: Sequence[int], ranks: NDArray[np.float64], levels: int) -> Known:
-    """The candidates with typical children, not drafted yet, under some of them; the likeliest child prolongs each."""
+    """The candidates with typical children, not drafted yet, under some of them; the likeliest
+    child prolongs each.
+    """
     starts, width = np.asarray(rows), len(ranks)
-    first = len(known.parents) + width * np.arange(len(starts) * levels).reshape(len(starts), levels)
+    first = len(known.parents) + width * np.arange(len(starts) * levels).reshape(
+        len(starts), levels
+    )
     # Each level hangs from the first child of the level above.
     above = np.concatenate([starts[:, None], first[:, :-1]], axis=1)
     shares = np.power(ranks[0], np.arange(levels))[:, None] * ranks

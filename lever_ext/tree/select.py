@@ -1,8 +1,9 @@
 """Choose the subtree of known candidates with the most expected tokens per microsecond (paper 2a).
 
-Best-first order by reach makes every prefix the best tree of its size, so a scan over all prefixes is exact where cost
-depends on the node count only, and does not stop at the edge of a shape bucket as the paper's greedy does. Costs that
-depend on leaves or on the experts read get further orders, which put chains first, and a local search.
+Best-first order by reach makes every prefix the best tree of its size, so a scan over all prefixes
+is exact where cost depends on the node count only, and does not stop at the edge of a shape bucket
+as the paper's greedy does. Costs that depend on leaves or on the experts read get further orders,
+which put chains first, and a local search.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ MOVES = 12
 
 
 LARGE = 48
-"""Rows of a tree that no single move betters by as much as looking for it costs (15 ms at 120 rows)."""
+"""Rows of a tree that no single move betters by as much as looking for it costs (15 ms at 120
+rows).
+"""
 
 
 class Known(NamedTuple):
@@ -37,7 +40,9 @@ class Known(NamedTuple):
 
     def listed(self) -> Known:
         """The same in plain numbers, which are faster one at a time."""
-        return Known(np.asarray(self.parents).tolist(), np.asarray(self.reach).tolist(), self.drafted)
+        return Known(
+            np.asarray(self.parents).tolist(), np.asarray(self.reach).tolist(), self.drafted
+        )
 
 
 class Selection(NamedTuple):
@@ -61,7 +66,12 @@ def tree_value(known: Known, rows: Sequence[int], cost: CycleCost, spent_us: flo
 
 
 def best_prefix(
-    known: Known, cost: CycleCost, spent_us: float, max_rows: int, leaf_weight: float = 1.0, by_union: bool = False
+    known: Known,
+    cost: CycleCost,
+    spent_us: float,
+    max_rows: int,
+    leaf_weight: float = 1.0,
+    by_union: bool = False,
 ) -> Selection:
     """The best prefix of one order of the nodes.
 
@@ -71,14 +81,19 @@ def best_prefix(
         spent_us: drafting time already spent.
         max_rows: rows that a pass may have.
         leaf_weight: see `LEAF_WEIGHTS`; 1 is best-first by reach.
-        by_union: order by reach over what a node adds to the time of the pass, expert reads included.
+        by_union: order by reach over what a node adds to the time of the pass, expert reads
+            included.
     """
     if leaf_weight == 1 and not by_union:
         return _best_by_reach(known, cost, spent_us, max_rows)
     children = _children(known)
     union = cost.union.start()
     union_us = union.add(known.drafted[0])
-    row_us = max(1e-9, (cost.verify(max_rows, max_rows) - cost.verify(1, 1)) / max_rows) if by_union else 1.0
+    row_us = (
+        max(1e-9, (cost.verify(max_rows, max_rows) - cost.verify(1, 1)) / max_rows)
+        if by_union
+        else 1.0
+    )
     grown = [0]
     has_child: set[int] = set()
     leaves, gain = 1, 1.0
@@ -97,7 +112,8 @@ def best_prefix(
         push(child)
     while heap and len(grown) < max_rows:
         _, age, row = heapq.heappop(heap)
-        # Ranks fall when a sibling is taken and rise when experts are shared: look again before taking.
+        # Ranks fall when a sibling is taken and rise when experts are shared: look again before
+        # taking.
         if (leaf_weight < 1 or by_union) and age < len(grown) and heap and -rank(row) > heap[0][0]:
             push(row)
             continue
@@ -116,7 +132,9 @@ def best_prefix(
 
 
 def _best_by_reach(known: Known, cost: CycleCost, spent_us: float, max_rows: int) -> Selection:
-    """The best prefix by reach alone, all sizes at once; a parent is reached no less often than its children."""
+    """The best prefix by reach alone, all sizes at once; a parent is reached no less often than its
+    children.
+    """
     reach = np.asarray(known.reach)
     order = np.concatenate([[0], 1 + np.argsort(-reach[1:], kind="stable")])[:max_rows]
     parents = np.asarray(known.parents)[order]
@@ -150,7 +168,9 @@ def best_subtree(known: Known, cost: CycleCost, spent_us: float, max_rows: int) 
     return max(improved, key=lambda found: found.value)
 
 
-def improve(known: Known, start: Selection, cost: CycleCost, spent_us: float, max_rows: int) -> Selection:
+def improve(
+    known: Known, start: Selection, cost: CycleCost, spent_us: float, max_rows: int
+) -> Selection:
     """Hill climbing by adding a node or a chain, removing a leaf or a chain, or both at once."""
     children = _children(known)
     best = start
@@ -161,7 +181,9 @@ def improve(known: Known, start: Selection, cost: CycleCost, spent_us: float, ma
             if row not in chosen and known.parents[row] in chosen:
                 additions += _chains(known, children, row)
         additions.sort(key=lambda rows: -sum(known.reach[row] for row in rows) / max(1, len(rows)))
-        removals = sorted(_removable(known, best.rows), key=lambda rows: known.reach[rows[-1]] / len(rows))
+        removals = sorted(
+            _removable(known, best.rows), key=lambda rows: known.reach[rows[-1]] / len(rows)
+        )
         better = best
         for removed in [(), *removals[:MOVES]]:
             for added in additions[: 2 * MOVES]:
@@ -191,7 +213,9 @@ def _children(known: Known) -> list[list[int]]:
 
 def _leaves_matter(cost: CycleCost, max_rows: int) -> bool:
     sizes = {size for size in (2, max_rows // 2, max_rows) if 2 <= size <= max_rows}
-    return any(abs(cost.verify(n, 1) - cost.verify(n, n - 1)) > 1e-6 * cost.verify(n, 1) for n in sizes)
+    return any(
+        abs(cost.verify(n, 1) - cost.verify(n, n - 1)) > 1e-6 * cost.verify(n, 1) for n in sizes
+    )
 
 
 def _chains(known: Known, children: list[list[int]], row: int) -> list[tuple[int, ...]]:

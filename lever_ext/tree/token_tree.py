@@ -1,4 +1,6 @@
-"""The token tree that one target pass verifies: frozen, parents before children, the root in row 0."""
+"""The token tree that one target pass verifies: frozen, parents before children, the root
+in row 0.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ ROOT_PARENT = -1
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Drafted continuations of a sequence; row 0 is the sequence's last token, whose KV entry is still missing.
+    """Drafted continuations of a sequence; row 0 is the sequence's last token, whose KV entry is
+    still missing.
 
     Args:
         tokens: token id of each of the N rows.
@@ -25,8 +28,8 @@ class TokenTree:
         keys: the drafter's name for each node, so that what was accepted can be told to it.
 
     Raises:
-        ValueError: no rows, unequal lengths, a parent that does not come before its child, or two children of one
-            parent with the same token.
+        ValueError: no rows, unequal lengths, a parent that does not come before its child, or two
+            children of one parent with the same token.
     """
 
     tokens: tuple[int, ...]
@@ -37,9 +40,15 @@ class TokenTree:
     def __post_init__(self) -> None:
         size = len(self.tokens)
         if not size or {len(self.parents), len(self.reach), len(self.keys)} != {size}:
-            raise ValueError("a token tree needs at least its root, and one parent, reach and key for each token")
-        if self.parents[0] != ROOT_PARENT or any(not 0 <= p < i for i, p in enumerate(self.parents) if i):
-            raise ValueError(f"parents must come before their children, the root first: {self.parents}")
+            raise ValueError(
+                "a token tree needs at least its root, and one parent, reach and key for each token"
+            )
+        if self.parents[0] != ROOT_PARENT or any(
+            not 0 <= p < i for i, p in enumerate(self.parents) if i
+        ):
+            raise ValueError(
+                f"parents must come before their children, the root first: {self.parents}"
+            )
         edges = set(zip(self.parents, self.tokens, strict=True))
         if len(edges) != size:
             raise ValueError("two children of one node have the same token")
@@ -67,7 +76,9 @@ class TokenTree:
 
     @cached_property
     def depths(self) -> NDArray[np.int64]:
-        """Distance from the root, int64 [N]; added to the root's position it is each row's position."""
+        """Distance from the root, int64 [N]; added to the root's position it is each row's
+        position.
+        """
         depths = np.zeros(len(self), dtype=np.int64)
         for row, parent in enumerate(self.parents[1:], start=1):
             depths[row] = depths[parent] + 1
@@ -102,7 +113,8 @@ class TokenTree:
         """The tree of some rows only, in their order.
 
         Raises:
-            ValueError: the rows leave out an ancestor of one of them, or are not in ascending order.
+            ValueError: the rows leave out an ancestor of one of them, or are not in ascending
+                order.
         """
         place = {row: index for index, row in enumerate(rows)}
         if 0 not in place or any(self.parents[row] not in place for row in rows if row):

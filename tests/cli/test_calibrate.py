@@ -41,7 +41,9 @@ def test_numbers_and_path_are_shown(
     assert (asked[0][:2], asked[0][2].cpu_threads) == ((None, "g"), 2)
     lines = capsys.readouterr().out.splitlines()
     assert "64 x 32 in Q8_0/Q6_K" in lines[0]
-    assert ["CPU", "by", "kt,", "2", "thread(s)", "100", "250", "+5"] in [line.split() for line in lines]
+    assert ["CPU", "by", "kt,", "2", "thread(s)", "100", "250", "+5"] in [
+        line.split() for line in lines
+    ]
     assert lines[-3:] == [
         "link: 3.0 GB/s, latency 15 us, 16 us per expert",
         "accelerator and link are assumed",
@@ -54,7 +56,9 @@ def test_without_a_model_the_demo_is_measured(monkeypatch: pytest.MonkeyPatch) -
     asked: list[Any] = []
     monkeypatch.setattr(models, "demo_gguf", lambda form: Path(f"{form}.gguf"))
     monkeypatch.setattr(
-        calibrate, "_measure", lambda *arguments: (asked.append(arguments), ("ggml", PROFILE, Path("p")))[1]
+        calibrate,
+        "_measure",
+        lambda *arguments: (asked.append(arguments), ("ggml", PROFILE, Path("p")))[1],
     )
     assert main(["calibrate"]) == 0
     assert asked[0][1] == "mixtral.gguf"

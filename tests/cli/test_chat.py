@@ -1,4 +1,6 @@
-"""The conversation: history, exact counts, Ctrl-C, what is printed. A scripted model stands in for a real one."""
+"""The conversation: history, exact counts, Ctrl-C, what is printed. A scripted model stands in for
+a real one.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ END = 0
 class Tokenizer:
     """One token per character."""
 
-    chat_template: str | None = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
+    chat_template: str | None = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
+    )
 
     def __call__(self, text: str, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=torch.tensor([[ord(char) for char in text]], dtype=torch.int64).reshape(1, -1))
+        return SimpleNamespace(
+            input_ids=torch.tensor([[ord(char) for char in text]], dtype=torch.int64).reshape(1, -1)
+        )
 
     def decode(self, ids: Any, **_: Any) -> str:
         return "".join(chr(int(i)) for i in ([ids] if isinstance(ids, int) else ids) if i != END)
@@ -38,14 +44,22 @@ class Model:
     def __init__(self, *answers: str, context: int = 1000) -> None:
         self.answers = list(answers)
         self.config = SimpleNamespace(max_position_embeddings=context)
-        self.generation_config = SimpleNamespace(eos_token_id=[END], pad_token_id=None, max_length=20)
+        self.generation_config = SimpleNamespace(
+            eos_token_id=[END], pad_token_id=None, max_length=20
+        )
         self.device = torch.device("cpu")
         self.prompts: list[str] = []
         self.configs: list[Any] = []
         self.interrupt_after: int | None = None
 
     def generate(
-        self, ids: torch.Tensor, *, streamer: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+        self,
+        ids: torch.Tensor,
+        *,
+        streamer: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **_: Any,
     ) -> None:
         self.prompts.append("".join(chr(i) for i in ids[0].tolist()))
         self.configs.append(generation_config)
@@ -77,7 +91,11 @@ def test_answer_and_exact_counts_are_printed(capsys: pytest.CaptureFixture[str])
     assert lines[0] == "Paris."
     assert lines[2] == "prompt eval count:    14 token(s)"
     assert lines[5] == "eval count:           7 token(s)"
-    names = [f"{kind} {value}" for kind in ("prompt eval", "eval") for value in ("count", "duration", "rate")]
+    names = [
+        f"{kind} {value}"
+        for kind in ("prompt eval", "eval")
+        for value in ("count", "duration", "rate")
+    ]
     assert [line.split(":")[0] for line in lines[2:8]] == names
 
 
@@ -89,7 +107,12 @@ def test_times_are_taken_at_the_tokens() -> None:
     for token in range(3):
         streamer.put(torch.tensor([token]))
     timing = streamer.timing
-    assert (timing.prompt_seconds, timing.eval_seconds, timing.tokens, timing.ids) == (2.0, 3.0, 3, [0, 1, 2])
+    assert (timing.prompt_seconds, timing.eval_seconds, timing.tokens, timing.ids) == (
+        2.0,
+        3.0,
+        3,
+        [0, 1, 2],
+    )
     assert timing.lines()[2].endswith(" 2.00 tokens/s")
     assert timing.lines()[5].endswith(" 0.67 tokens/s")
 
@@ -124,7 +147,9 @@ def test_second_interrupt_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_interrupt_of_the_prompt_does_not_wait_for_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_of_the_prompt_does_not_wait_for_the_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """A long prompt's pass has no token to wait for."""
     model = Model("next")
     finish, passes = model.generate, []
@@ -142,12 +167,17 @@ def test_interrupt_of_the_prompt_does_not_wait_for_the_answer(capsys: pytest.Cap
     assert passes == ["begun"] and talk.messages == []
     model.generate = finish  # type: ignore[method-assign]
     talk.answer("on")
-    # The text streamer takes the next prompt for a prompt, not for more of the answer that was broken off.
+    # The text streamer takes the next prompt for a prompt, not for more of the answer that was
+    # broken off.
     assert capsys.readouterr().out.splitlines()[:2] == ["", "next"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("probability tensor contains inf"), MemoryError(), ValueError("x")])
-def test_a_chat_goes_on_after_errors_of_libraries(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError("probability tensor contains inf"), MemoryError(), ValueError("x")]
+)
+def test_a_chat_goes_on_after_errors_of_libraries(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = Model("fine")
     generate = model.generate
 
@@ -160,13 +190,22 @@ def test_a_chat_goes_on_after_errors_of_libraries(error: Exception, capsys: pyte
     talk = chat(model)
     talk.loop(lambda _prompt: next(lines))
     out, err = capsys.readouterr()
-    assert "fine" in out and f"error: the answer could not be computed: {type(error).__name__}" in err
+    assert (
+        "fine" in out and f"error: the answer could not be computed: {type(error).__name__}" in err
+    )
     assert [message["content"] for message in talk.messages] == ["second", "fine"]
 
 
-def test_what_is_no_text_is_refused_and_the_chat_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes that are not UTF-8 come as lone surrogates; those that are UTF-8 after all come so in the C locale."""
-    latin, utf8 = b"gr\xfc\xdf".decode("utf-8", "surrogateescape"), "grüß".encode().decode("ascii", "surrogateescape")
+def test_what_is_no_text_is_refused_and_the_chat_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bytes that are not UTF-8 come as lone surrogates; those that are UTF-8 after all come so in
+    the C locale.
+    """
+    latin, utf8 = (
+        b"gr\xfc\xdf".decode("utf-8", "surrogateescape"),
+        "grüß".encode().decode("ascii", "surrogateescape"),
+    )
     model = Model("a", "b")
     lines = iter([latin, "\ud800", utf8, "\ufeffhello", "/exit"])
     chat(model).loop(lambda _prompt: next(lines))
@@ -178,7 +217,9 @@ def test_tokens_beyond_the_embedding_are_refused_before_the_model_sees_them() ->
     model = Model("a")
     model.get_input_embeddings = lambda: torch.nn.Embedding(200, 4)  # type: ignore[attr-defined]
     talk = chat(model)
-    with pytest.raises(ConfigError, match="token 252 .'ü'., and the model's embedding has 200 rows"):
+    with pytest.raises(
+        ConfigError, match="token 252 .'ü'., and the model's embedding has 200 rows"
+    ):
         talk.answer("ü")
     assert model.prompts == []
     talk.answer("u")
@@ -210,7 +251,12 @@ def test_sampling_overrides_the_models_config_for_the_call_only() -> None:
     model = Model("a")
     chat(model, sampling={"do_sample": True, "temperature": 0.5}, max_new_tokens=9).answer("x")
     used = model.configs[0]
-    assert (used.do_sample, used.temperature, used.max_new_tokens, used.max_length) == (True, 0.5, 9, None)
+    assert (used.do_sample, used.temperature, used.max_new_tokens, used.max_length) == (
+        True,
+        0.5,
+        9,
+        None,
+    )
     assert used.pad_token_id == END
     assert not hasattr(model.generation_config, "temperature")
 
@@ -235,7 +281,9 @@ def test_thinking_is_not_forced_twice(opening: str) -> None:
     """Templates of models that always think begin the answer so themselves."""
     model = Model("so.", "so.")
     talk = chat(model, force_think=True)
-    talk.tokenizer.chat_template = "{{ messages[-1].content }}<a>" + opening.replace("\n", "{{ '\n' }}")
+    talk.tokenizer.chat_template = "{{ messages[-1].content }}<a>" + opening.replace(
+        "\n", "{{ '\n' }}"
+    )
     talk.answer("why?")
     assert model.prompts[0] == "why?<a>" + opening
     talk.tokenizer.chat_template = "<a><think></think>"
@@ -279,7 +327,12 @@ def test_engine_line_counts_one_answer(capsys: pytest.CaptureFixture[str]) -> No
     model.hybrimoe = SimpleNamespace(stats=counters.snapshot, emulated=True)
     talk = chat(model, EngineReport(model))
     talk.answer("x")
-    counters.activations, counters.cache_hits, counters.experts_cpu, counters.experts_accelerator = 8, 6, 3, 5
+    (
+        counters.activations,
+        counters.cache_hits,
+        counters.experts_cpu,
+        counters.experts_accelerator,
+    ) = 8, 6, 3, 5
     counters.demand_loads, counters.prefetches, counters.prefetches_used = 1, 2, 1
     # Counted between two answers: loading and warm start belong to none.
     talk.answer("y")
@@ -296,10 +349,23 @@ def test_engine_line_counts_one_answer(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_engine_line_of_a_run() -> None:
     counters = Counters()
-    report = EngineReport(SimpleNamespace(hybrimoe=SimpleNamespace(stats=counters.snapshot, emulated=False)))
+    report = EngineReport(
+        SimpleNamespace(hybrimoe=SimpleNamespace(stats=counters.snapshot, emulated=False))
+    )
     report()
-    counters.activations, counters.cache_hits, counters.experts_cpu, counters.experts_accelerator = 8, 6, 3, 5
-    counters.demand_loads, counters.fills, counters.prefetches, counters.prefetches_used = 1, 1, 2, 1
+    (
+        counters.activations,
+        counters.cache_hits,
+        counters.experts_cpu,
+        counters.experts_accelerator,
+    ) = 8, 6, 3, 5
+    counters.demand_loads, counters.fills, counters.prefetches, counters.prefetches_used = (
+        1,
+        1,
+        2,
+        1,
+    )
     assert report() == (
-        "engine: cache hits 6/8 (75.0%), experts on CPU 3 / accelerator 5 / transferred 4, prefetches used 1/2"
+        "engine: cache hits 6/8 (75.0%), experts on CPU 3 / accelerator 5 / transferred 4, "
+        "prefetches used 1/2"
     )

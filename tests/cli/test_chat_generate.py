@@ -1,4 +1,6 @@
-"""The conversation with transformers' own `generate`: our streamer and stopping criterion fit its protocol."""
+"""The conversation with transformers' own `generate`: our streamer and stopping criterion fit its
+protocol.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,22 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": len(WORDS)}
-    made = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, eos_token_id=0, bos_token_id=None)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": len(WORDS),
+    }
+    made = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, eos_token_id=0, bos_token_id=None)
+    ).eval()
     made.generation_config.eos_token_id = None
     return made
 
 
-def test_greedy_answer_is_that_of_generate(model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_greedy_answer_is_that_of_generate(
+    model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ChatOptions(max_new_tokens=6, sampling={"do_sample": False})
     talk = Chat(model, tokenizer, options)
     assert talk.answer("w1 w2 w3")
@@ -49,7 +60,9 @@ def test_greedy_answer_is_that_of_generate(model: Any, tokenizer: Any, capsys: p
 def test_prompt_in_pieces_gives_the_same_answer(model: Any, tokenizer: Any) -> None:
     answers = []
     for chunk in (None, 2):
-        options = ChatOptions(max_new_tokens=6, sampling={"do_sample": False}, chunk_prefill_size=chunk)
+        options = ChatOptions(
+            max_new_tokens=6, sampling={"do_sample": False}, chunk_prefill_size=chunk
+        )
         talk = Chat(model, tokenizer, options)
         talk.answer("w1 w2 w3 w4")
         answers.append(talk.messages[-1]["content"])
@@ -66,5 +79,6 @@ def test_stop_ends_the_answer_at_the_next_token(model: Any, tokenizer: Any) -> N
 
     talk._streamer.put = put_then_stop  # type: ignore[method-assign]
     assert talk.answer("w1") is False
-    # `generate` asks the criterion before it hands a token over: the one after the request is the last.
+    # `generate` asks the criterion before it hands a token over: the one after the request is the
+    # last.
     assert talk._streamer.timing.tokens == 3

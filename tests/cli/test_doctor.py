@@ -23,7 +23,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_json_has_all_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["installed", "backends", "classic ktransformers host", "memory", "kept on disk"]
+    assert list(found) == [
+        "installed",
+        "backends",
+        "classic ktransformers host",
+        "memory",
+        "kept on disk",
+    ]
     torch = next(check for check in found["installed"] if check["name"] == "torch")
     assert torch["ok"] is True
 
@@ -54,10 +60,14 @@ def test_broken_check_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("driver\nmissing")
 
     monkeypatch.setattr(doctor, "_cuda", _cuda)
-    assert doctor.Check("cuda", False, "RuntimeError: driver missing") in doctor.examine()["backends"]
+    assert (
+        doctor.Check("cuda", False, "RuntimeError: driver missing") in doctor.examine()["backends"]
+    )
 
 
-def test_backend_that_ends_its_process_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_backend_that_ends_its_process_is_an_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nkill -ILL $$\n")
     script.chmod(0o755)
@@ -77,6 +87,8 @@ def test_model_that_cannot_be_read_is_an_answer(tmp_path: Path) -> None:
 def test_damaged_profiles_are_counted(cache: Path) -> None:
     (cache / "profiles").mkdir()
     (cache / "profiles" / "a.json").write_text("{")
-    check = next(check for check in doctor.examine()["kept on disk"] if check.name == "machine profiles")
+    check = next(
+        check for check in doctor.examine()["kept on disk"] if check.name == "machine profiles"
+    )
     assert check.ok is False
     assert "1 damaged" in check.detail

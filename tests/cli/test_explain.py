@@ -60,7 +60,9 @@ def test_table_shows_modules_operators_devices_and_rules(
     assert ["lm_head", "x1", "Linear", "default", "cpu", "2", "(line", "8)"] in rows
 
 
-def test_all_shows_every_layer(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_shows_every_layer(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert explain(tmp_path, model, RULES, "--all") == 0
     out = capsys.readouterr().out
     assert all(f"model.layers.{layer}.mlp.experts" in out for layer in range(3))
@@ -80,7 +82,11 @@ def test_all_shows_every_layer(tmp_path: Path, model: Path, capsys: pytest.Captu
             "HybridExperts",
             "rules.yaml:5: module hybrimoe_plugin.operators.experts has no class",
         ),
-        ("replace:", "replac:", "rules.yaml:4: rule 1 has the unknown key 'replac'; did you mean 'replace'?"),
+        (
+            "replace:",
+            "replac:",
+            "rules.yaml:4: rule 1 has the unknown key 'replac'; did you mean 'replace'?",
+        ),
     ],
 )
 def test_faulty_rules_exit_2_naming_the_line(
@@ -97,11 +103,15 @@ def test_model_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model_path" in capsys.readouterr().err
 
 
-def test_directory_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_without_a_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert explain(tmp_path, tmp_path, RULES) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_packaged_rules_of_the_family_are_the_default(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packaged_rules_of_the_family_are_the_default(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["explain", "--model_path", str(model)]) == 0
     assert "model.layers.{0-2}.mlp.experts" in capsys.readouterr().out

@@ -18,12 +18,16 @@ def switch(*argv: str) -> object:
     return parser.parse_args(argv).use_it
 
 
-@pytest.mark.parametrize("argv", [["--use_it"], ["--use_it", "True"], ["--use_it=true"], ["--use_it=1"]])
+@pytest.mark.parametrize(
+    "argv", [["--use_it"], ["--use_it", "True"], ["--use_it=true"], ["--use_it=1"]]
+)
 def test_switch_on(argv: list[str]) -> None:
     assert switch(*argv) is True
 
 
-@pytest.mark.parametrize("argv", [["--nouse_it"], ["--no_use_it"], ["--use_it", "False"], ["--use_it=off"]])
+@pytest.mark.parametrize(
+    "argv", [["--nouse_it"], ["--no_use_it"], ["--use_it", "False"], ["--use_it=off"]]
+)
 def test_switch_off(argv: list[str]) -> None:
     assert switch(*argv) is False
 
@@ -57,7 +61,9 @@ def test_every_setting_has_a_flag_with_help() -> None:
 
 def test_only_given_settings_are_returned() -> None:
     assert settings() == {}
-    found = settings("--cache_ratio", "0.25", "--scheduler=static", "--cpu_threads", "3", "--mrs_p", "None")
+    found = settings(
+        "--cache_ratio", "0.25", "--scheduler=static", "--cpu_threads", "3", "--mrs_p", "None"
+    )
     assert found == {"cache_ratio": 0.25, "scheduler": "static", "cpu_threads": 3, "mrs_p": None}
 
 
@@ -70,7 +76,9 @@ def test_range_is_checked() -> None:
         settings("--cache_ratio", "1.5")
 
 
-@pytest.mark.parametrize("argv", [["--cache_ratio", "x"], ["--cache_bytes", "x"], ["--cache", "x"], ["--mrs_p", "1.5"]])
+@pytest.mark.parametrize(
+    "argv", [["--cache_ratio", "x"], ["--cache_bytes", "x"], ["--cache", "x"], ["--mrs_p", "1.5"]]
+)
 def test_misspelt_values_are_refused(argv: list[str]) -> None:
     with pytest.raises(SystemExit):
         settings(*argv)

@@ -1,4 +1,6 @@
-"""`hybrimoe flash-pack`, `lever-train` and chats with a target on flash, on a tiny model, end to end."""
+"""`hybrimoe flash-pack`, `lever-train` and chats with a target on flash, on a tiny model, end to
+end.
+"""
 
 from __future__ import annotations
 
@@ -24,26 +26,52 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     LlamaForCausalLM(config).save_pretrained(directory)
-    _tokenizer(Tokenizer, models, pre_tokenizers, PreTrainedTokenizerFast, WORDS).save_pretrained(str(directory))
+    _tokenizer(Tokenizer, models, pre_tokenizers, PreTrainedTokenizerFast, WORDS).save_pretrained(
+        str(directory)
+    )
     return directory
 
 
 def _tokenizer(kind: Any, models: Any, splitters: Any, fast: Any, words: list[str]) -> Any:
-    made = kind(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made = kind(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     made.pre_tokenizer = splitters.Whitespace()
     return fast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
-    )  # fmt: skip
+        tokenizer_object=made,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    )
 
 
 @pytest.fixture(scope="module")
 def pack(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pack")
-    assert main(["flash-pack", "--model_path", str(model_path), "--output", str(directory), "--dtype", "float32"]) == 0
+    assert (
+        main(
+            [
+                "flash-pack",
+                "--model_path",
+                str(model_path),
+                "--output",
+                str(directory),
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     return directory
 
 
@@ -56,12 +84,29 @@ def answer(text: str) -> str:
     return text.split("prompt eval count")[0].strip()
 
 
-def test_pack_says_where_it_is(pack: Path, capsys: pytest.CaptureFixture[str], model_path: Path) -> None:
-    assert main(["flash_pack", "--model-path", str(model_path), "--output", str(pack), "--dtype", "float32"]) == 0
+def test_pack_says_where_it_is(
+    pack: Path, capsys: pytest.CaptureFixture[str], model_path: Path
+) -> None:
+    assert (
+        main(
+            [
+                "flash_pack",
+                "--model-path",
+                str(model_path),
+                "--output",
+                str(pack),
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip() == str(pack / "target.lever")
 
 
-def test_chat_prints_the_answer_and_what_speculation_did(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_prints_the_answer_and_what_speculation_did(
+    pack: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = []
     for flags in (
         ("--tree", "none"),
@@ -72,7 +117,10 @@ def test_chat_prints_the_answer_and_what_speculation_did(pack: Path, capsys: pyt
         assert chat(pack, *flags) == 0
         said.append(capsys.readouterr().out)
     assert len({answer(text) for text in said}) == 1 and "word" in said[0]
-    for part in ("tokens/s", "acceptance length", "by position", "target passes", "flash reads", "of the device's",
+    for part in ("tokens/s", "acceptance "
+                             "length", "by "
+                                       "position", "target "
+                                                   "passes", "flash reads", "of the device's",
                  "draft ", "waiting for reads", "verify compute", "predicted"):  # fmt: skip
         assert part in said[1], part
     assert "throttled to nvme" in said[3] and "measured" in said[1]
@@ -83,7 +131,9 @@ def test_an_accelerator_changes_where_but_not_what(
 ) -> None:
     assert chat(pack, "--tree", "none") == 0
     want = answer(capsys.readouterr().out)
-    assert chat(pack, "--device", "emulated", "--vram_budget", "64MiB", "--dram_budget", "400KiB") == 0
+    assert (
+        chat(pack, "--device", "emulated", "--vram_budget", "64MiB", "--dram_budget", "400KiB") == 0
+    )
     made = capsys.readouterr()
     assert answer(made.out) == want
     assert ("live there" in made.err) != ("emulated is not used" in caplog.text)
@@ -94,13 +144,26 @@ def test_an_accelerator_changes_where_but_not_what(
 def test_sampling_with_a_seed_is_repeatable(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for draft in ("low-bit", "ngram"):
-        flags = ["--draft", draft, "--prompt", "word5", "--max_new_tokens", "9", "--temperature", "0.8", "--seed", "3"]
+        flags = [
+            "--draft",
+            draft,
+            "--prompt",
+            "word5",
+            "--max_new_tokens",
+            "9",
+            "--temperature",
+            "0.8",
+            "--seed",
+            "3",
+        ]
         assert main(["local_chat", "--flash_pack", str(pack), *flags]) == 0
         said.append(answer(capsys.readouterr().out))
     assert said[0] == said[1]
 
 
-def test_trained_exit_is_used(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trained_exit_is_used(
+    pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, output = tmp_path / "text", tmp_path / "exit.safetensors"
     text.write_text(" ".join(WORDS[3 + (7 * index) % 61] for index in range(200)))
     flags = ["--text", str(text), "--output", str(output), "--layer", "1", "--epochs", "1"]
@@ -125,7 +188,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (["local_chat", "--flash_pack", str(pack), "--dram_budget", "much"], "expected a size"),
         (["local_chat", "--flash_pack", str(pack), "--draft", "nothing.gguf"], "no such file"),
         (["local_chat", "--flash_pack", str(pack), "--throttle", "warp"], "throttle"),
-        (["local_chat", "--flash_pack", str(pack), "--early_exit", str(damaged)], "early-exit predictor"),
+        (
+            ["local_chat", "--flash_pack", str(pack), "--early_exit", str(damaged)],
+            "early-exit predictor",
+        ),
         (["local_chat", "--flash_pack", str(pack), "--scheduler", "static"], "no engine"),
         (["local_chat", "--draft", "ngram", "--model_path", str(model_path)], "flash-pack"),
         (["flash-pack", "--output", str(tmp_path / "p")], "name a model"),

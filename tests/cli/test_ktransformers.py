@@ -15,7 +15,9 @@ from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.hosts.ktransformers import install, launch, release
 
-without_host = pytest.mark.skipif(find_spec("ktransformers") is not None, reason="ktransformers is installed here")
+without_host = pytest.mark.skipif(
+    find_spec("ktransformers") is not None, reason="ktransformers is installed here"
+)
 
 
 @pytest.fixture
@@ -33,20 +35,29 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
 
 
 def chat(model: Path, *flags: str) -> int:
-    return main(["ktransformers_chat", "--model_path", str(model), "--gguf_path", str(model), *flags])
+    return main(
+        ["ktransformers_chat", "--model_path", str(model), "--gguf_path", str(model), *flags]
+    )
 
 
 def test_our_rules_and_no_cuda_graphs_by_default(model: Path, started: list[launch.Launch]) -> None:
     assert chat(model, "--prompt", "Hello", "--max-new-tokens", "7", "--greedy") == 0
     flags = started[0].flags
     assert Path(flags["optimize_rule_path"]).name == "DeepSeek-V2-cpu.yaml"
-    assert flags["use_cuda_graph"] is False and flags["max_new_tokens"] == 7 and flags["cpu_infer"] is None
+    assert (
+        flags["use_cuda_graph"] is False
+        and flags["max_new_tokens"] == 7
+        and flags["cpu_infer"] is None
+    )
     assert started[0].prompt == "Hello" and started[0].greedy
 
 
 def test_stock_rules_may_have_cuda_graphs(model: Path, started: list[launch.Launch]) -> None:
     assert chat(model, "--rules", "stock", "--use_cuda_graph") == 0
-    assert started[0].flags["optimize_rule_path"] is None and started[0].flags["use_cuda_graph"] is True
+    assert (
+        started[0].flags["optimize_rule_path"] is None
+        and started[0].flags["use_cuda_graph"] is True
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,13 +69,19 @@ def test_stock_rules_may_have_cuda_graphs(model: Path, started: list[launch.Laun
     ],
 )
 def test_refusals(
-    flags: list[str], said: str, model: Path, started: list[launch.Launch], capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    said: str,
+    model: Path,
+    started: list[launch.Launch],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert chat(model, *flags) == 2
     assert said in capsys.readouterr().err and not started
 
 
-def test_models_that_it_cannot_start_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_it_cannot_start_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["ktransformers_chat"]) == 2
     assert "give --model_path" in capsys.readouterr().err
     assert chat(tmp_path / "nowhere") == 2
@@ -78,7 +95,9 @@ def test_models_that_it_cannot_start_with(tmp_path: Path, capsys: pytest.Capture
 
 @without_host
 @pytest.mark.parametrize("command", [["patches"], ["patches", "--json"]])
-def test_without_the_host_commands_say_how_to_get_it(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_host_commands_say_how_to_get_it(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command) == 2
     assert "hybrimoe install_ktransformers" in capsys.readouterr().err
 
@@ -101,7 +120,9 @@ def test_rules_that_name_cuda(tmp_path: Path) -> None:
 def test_install_refuses_the_default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "installed", lambda: None)
     monkeypatch.setattr(install.metadata, "version", lambda name: "5.17.0")
-    with pytest.raises(ConfigError, match=r"needs transformers==4.43.2, this environment has 5.17.0"):
+    with pytest.raises(
+        ConfigError, match=r"needs transformers==4.43.2, this environment has 5.17.0"
+    ):
         install.install()
     monkeypatch.setattr(install, "installed", lambda: "0.3.0")
     with pytest.raises(ConfigError, match=r"ktransformers 0.3.0 is installed here"):
@@ -110,20 +131,26 @@ def test_install_refuses_the_default_environment(monkeypatch: pytest.MonkeyPatch
     assert install.install() == 0.0
 
 
-def test_install_pins_the_file_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_install_pins_the_file_and_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls: list[tuple[list[str], dict[str, str]]] = []
 
     def run(command: list[str], env: dict[str, str], **_options: Any) -> Any:
         calls.append((command, env))
         pinned = Path(command[command.index("--requirement") + 1]).read_text()
         assert pinned == f"ktransformers=={release.VERSION} --hash=sha256:{release.SDIST_SHA256}\n"
-        return type("Done", (), {"returncode": 1, "stderr": "WARNING: x\nERROR: hashes do not match\n"})
+        return type(
+            "Done", (), {"returncode": 1, "stderr": "WARNING: x\nERROR: hashes do not match\n"}
+        )
 
     monkeypatch.setattr(install.subprocess, "run", run)
     with pytest.raises(BackendError, match="hashes do not match"):
         install._build(tmp_path)
     command, environment = calls[0]
-    assert {"--require-hashes", "--no-cache-dir", "--no-deps", "--no-build-isolation"} <= set(command)
+    assert {"--require-hashes", "--no-cache-dir", "--no-deps", "--no-build-isolation"} <= set(
+        command
+    )
     assert (Path(environment["PYTHONPATH"]) / "sitecustomize.py").is_file()
     assert (Path(environment["HYBRIMOE_NO_CUDA_HOME"]) / "bin" / "nvcc").stat().st_mode & 0o100
 
@@ -133,7 +160,11 @@ def test_install_pins_the_file_and_compiles_nothing(monkeypatch: pytest.MonkeyPa
     [
         (
             "config.json",
-            {"model_type": "own", "architectures": ["MixtralForCausalLM"], "auto_map": {"AutoConfig": "o.C"}},
+            {
+                "model_type": "own",
+                "architectures": ["MixtralForCausalLM"],
+                "auto_map": {"AutoConfig": "o.C"},
+            },
         ),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["o.T", None]}}),
     ],
@@ -157,7 +188,9 @@ class Words:
         return [2, 3]
 
     def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(self.words[index] for index in ([ids] if isinstance(ids, int) else list(ids)))
+        return "".join(
+            self.words[index] for index in ([ids] if isinstance(ids, int) else list(ids))
+        )
 
     def get_added_vocab(self) -> dict[str, int]:
         return {"<|im_end|>": 1}
@@ -167,7 +200,9 @@ def test_every_end_of_the_model_ends_its_answers() -> None:
     from hybrimoe_plugin.hosts.ktransformers.ending import EndingTokenizer
 
     loader = SimpleNamespace(gguf_file_meta={"tokenizer.ggml.eot_token_id": 6})
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, 4]), gguf_loader=loader)
+    model = SimpleNamespace(
+        generation_config=SimpleNamespace(eos_token_id=[0, 4]), gguf_loader=loader
+    )
     tokenizer = EndingTokenizer.of(model, Words())
     ends = [index for index in range(7) if tokenizer.decode(torch.tensor([index])) == "<|im_end|>"]
     assert ends == [0, 1, 4, 6]
@@ -177,5 +212,11 @@ def test_every_end_of_the_model_ends_its_answers() -> None:
 def test_thinking_is_not_forced_twice() -> None:
     from hybrimoe_plugin.hosts.ktransformers.ending import without_second_think
 
-    for prompt, left in (([4, 2, 3], 3), ([4, 2, 5, 2, 3], 3), ([4, 2, 2, 3], 2), ([4, 2, 5], 3), ([2, 3], 2)):
+    for prompt, left in (
+        ([4, 2, 3], 3),
+        ([4, 2, 5, 2, 3], 3),
+        ([4, 2, 2, 3], 2),
+        ([4, 2, 5], 3),
+        ([2, 3], 2),
+    ):
         assert without_second_think(Words(), torch.tensor([prompt])).shape == (1, left), prompt

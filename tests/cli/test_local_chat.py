@@ -1,4 +1,6 @@
-"""`hybrimoe local_chat`: which flags reach host and answers; bad ones are refused before anything is loaded."""
+"""`hybrimoe local_chat`: which flags reach host and answers; bad ones are refused before anything
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from hybrimoe_plugin.cli.main import main
 
 
 class Recorder:
-    """Stands in for the host, the demo builder and the conversation; remembers what they were asked."""
+    """Stands in for the host, the demo builder and the conversation; remembers what they were
+    asked.
+    """
 
     def __init__(self) -> None:
         self.load: dict[str, Any] = {}
@@ -34,7 +38,9 @@ class Recorder:
         self.drawn.append(Path(path))
         return SimpleNamespace(close=lambda: Path(path).write_text("[]"))
 
-    def load_model(self, model_path: Any, gguf_path: Any, rules: Any, **settings: Any) -> tuple[Any, str | None]:
+    def load_model(
+        self, model_path: Any, gguf_path: Any, rules: Any, **settings: Any
+    ) -> tuple[Any, str | None]:
         self.load = {"model_path": model_path, "gguf_path": gguf_path, "rules": rules, **settings}
         return self.model, self.tokenizer
 
@@ -72,7 +78,13 @@ def chat(flags: str) -> int:
 
 
 def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
-    assert chat("--model_path m --gguf_path=g --optimize_config_path r.yaml --cpu_infer 3 --max_new_tokens 7") == 0
+    assert (
+        chat(
+            "--model_path m --gguf_path=g --optimize_config_path r.yaml --cpu_infer 3 "
+            "--max_new_tokens 7"
+        )
+        == 0
+    )
     assert seen.load == {
         "model_path": "m",
         "gguf_path": "g",
@@ -90,7 +102,9 @@ def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
 def test_pieces_of_prompts_are_short_where_the_cpu_computes(
     accelerator: str | None, piece: int, seen: Recorder
 ) -> None:
-    """A piece that has begun does not hear Ctrl-C; on an accelerator every piece sends the experts again."""
+    """A piece that has begun does not hear Ctrl-C; on an accelerator every piece sends the experts
+    again.
+    """
     seen.model.hybrimoe.engines = (SimpleNamespace(accelerator=accelerator),)
     assert chat("--gguf_path g") == 0
     assert seen.options.chunk_prefill_size == piece
@@ -99,7 +113,10 @@ def test_pieces_of_prompts_are_short_where_the_cpu_computes(
 
 
 def test_rules_have_two_spellings(seen: Recorder) -> None:
-    assert main(["local_chat", "--gguf_path", "g", "--optimize_rule_path", "r.yaml", "--prompt", "hi"]) == 0
+    assert (
+        main(["local_chat", "--gguf_path", "g", "--optimize_rule_path", "r.yaml", "--prompt", "hi"])
+        == 0
+    )
     assert seen.load["rules"] == "r.yaml"
 
 
@@ -110,7 +127,9 @@ def test_given_settings_only_are_passed_on(seen: Recorder) -> None:
     assert "cache" not in seen.load
 
 
-def test_without_paths_it_is_the_demo_model(seen: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_paths_it_is_the_demo_model(
+    seen: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["local_chat", "--prompt", "hi"]) == 0
     assert (seen.demo, seen.load["gguf_path"]) == (["mixtral"], "demo.gguf")
     assert "demo model" in capsys.readouterr().err
@@ -140,9 +159,18 @@ def test_interrupted_one_shot_exits_130(seen: Recorder) -> None:
         ("--temperature 0.6 --top_p 0.95", {"temperature": 0.6, "top_p": 0.95, "do_sample": True}),
         ("--do_sample", {"do_sample": True}),
         ("--greedy", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
-        ("--temperature 1e-30", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
-        ("--temperature 0", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
-        ("--do_sample False", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        (
+            "--temperature 1e-30",
+            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+        ),
+        (
+            "--temperature 0",
+            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+        ),
+        (
+            "--do_sample False",
+            {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+        ),
     ],
 )
 def test_sampling(seen: Recorder, flags: str, sampling: dict[str, Any]) -> None:
@@ -150,7 +178,9 @@ def test_sampling(seen: Recorder, flags: str, sampling: dict[str, Any]) -> None:
     assert seen.options.sampling == sampling
 
 
-def test_model_without_tokenizer_is_refused(seen: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_tokenizer_is_refused(
+    seen: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen.tokenizer = None
     assert chat("--gguf_path g") == 2
     assert "--model_path" in capsys.readouterr().err
@@ -163,7 +193,9 @@ def test_seed_is_set(seen: Recorder) -> None:
     assert torch.equal(drawn, torch.rand(1))
 
 
-def test_flags_without_effect_are_noticed(seen: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_are_noticed(
+    seen: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert chat("--demo --use_cuda_graph True --mode long_context") == 0
     err = capsys.readouterr().err
     assert "--use_cuda_graph has no effect" in err

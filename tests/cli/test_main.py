@@ -1,4 +1,6 @@
-"""The `hybrimoe` command itself: exit codes, one-line errors, and that starting it imports no torch."""
+"""The `hybrimoe` command itself: exit codes, one-line errors, and that starting it imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,16 @@ def _raise(error: BaseException) -> Callable[[argparse.Namespace], int]:
     return body
 
 
-def test_own_errors_are_one_line_and_exit_2(run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_errors_are_one_line_and_exit_2(
+    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_with(_raise(WeightsError("a.gguf:\n not GGUF"))) == 2
     assert capsys.readouterr().err == "hybrimoe: error: a.gguf: not GGUF\n"
 
 
-def test_system_errors_name_the_file(run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_system_errors_name_the_file(
+    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_with(_raise(FileNotFoundError(2, "No such file or directory", "t.json"))) == 2
     assert capsys.readouterr().err == "hybrimoe: error: t.json: No such file or directory\n"
 
@@ -74,7 +80,9 @@ def test_flags_are_spelt_with_either_dash(run_with: Callable[..., int], flag: st
     assert seen == ["a-b-c"]
 
 
-@pytest.mark.parametrize("argv", [["nonsense"], ["explain", "--nonsense"], ["local_chat", "--max_new_tokens", "0"]])
+@pytest.mark.parametrize(
+    "argv", [["nonsense"], ["explain", "--nonsense"], ["local_chat", "--max_new_tokens", "0"]]
+)
 def test_wrong_arguments_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert "error" in capsys.readouterr().err
@@ -130,7 +138,9 @@ sys.exit(main(["chatty"], [Command("chatty", "talks", "chatty")]))
 def test_closed_pipe_is_quiet(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     script = '"$0" -c "$1" | true; echo "${PIPESTATUS[0]}"'
-    done = subprocess.run(["bash", "-c", script, sys.executable, CHATTY], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, CHATTY], capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
@@ -159,7 +169,14 @@ def test_terminals_that_know_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [["--no_such"], ["--cache_bytes", "4X"], ["--max_new_tokens", "0"], ["--cache_ratio"], ["--seed", "x"]]
+    "flags",
+    [
+        ["--no_such"],
+        ["--cache_bytes", "4X"],
+        ["--max_new_tokens", "0"],
+        ["--cache_ratio"],
+        ["--seed", "x"],
+    ],
 )
 def test_wrong_flags_are_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["local_chat", *flags]) == 2
@@ -194,7 +211,10 @@ def test_closed_streams_are_no_traceback() -> None:
     command = ["bash", "-c", script, "bash", sys.executable, "-m", "hybrimoe_plugin"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "2\n"
-    closed = "hybrimoe: error: standard input is closed, so there is nothing to talk with: give --prompt\n"
+    closed = (
+        "hybrimoe: error: standard input is closed, so there is nothing to talk with: give "
+        "--prompt\n"
+    )
     assert done.stderr.removeprefix(closed) in ("", f"hybrimoe {hybrimoe_plugin.__version__}\n")
 
 

@@ -78,7 +78,9 @@ def test_prompt_files_of_other_systems(tmp_path: Path) -> None:
 def test_prompt_files_without_an_end_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(ConfigError, match="cannot read the prompt file: (.*not a regular file|Is a directory)"):
+        with pytest.raises(
+            ConfigError, match="cannot read the prompt file: (.*not a regular file|Is a directory)"
+        ):
             read_prompt_file(path)
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(10 * 2**30)

@@ -50,7 +50,11 @@ def test_trace_holds_the_calls_and_recording_stops(tmp_path: Path) -> None:
         handle.recorder(CALL)
     assert handle.recorder is None
     trace = read_trace(path)
-    assert (trace.header.model, trace.header.layers, trace.header.expert_bytes) == ("mixtral", 2, 30)
+    assert (trace.header.model, trace.header.layers, trace.header.expert_bytes) == (
+        "mixtral",
+        2,
+        30,
+    )
     assert trace.calls[0].ids.tolist() == [[3, 5]]
 
 
@@ -81,6 +85,8 @@ def test_nothing_asked_needs_no_engine() -> None:
 
 
 @pytest.mark.parametrize(("handle", "found"), [(None, "no engine"), (Handle(2), "make 2")])
-def test_what_cannot_be_recorded_is_refused(tmp_path: Path, handle: Handle | None, found: str) -> None:
+def test_what_cannot_be_recorded_is_refused(
+    tmp_path: Path, handle: Handle | None, found: str
+) -> None:
     with Records(None, str(tmp_path / "t")) as records, pytest.raises(ConfigError, match=found):
         records.attach(model(handle))

@@ -40,7 +40,9 @@ def plain() -> tuple[Any, Any]:
 
 def encode(tokenizer: Any, prompt: str) -> Any:
     chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
 
 def ask(model: Any, tokenizer: Any, prompt: str) -> list[int]:
@@ -49,21 +51,31 @@ def ask(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     return list(answer[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-def test_greedy_answers_equal_the_plain_model(plain: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token for token with the torch backend; kt-kernel's 8-bit activations may flip a near tie now and then."""
+def test_greedy_answers_equal_the_plain_model(
+    plain: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token for token with the torch backend; kt-kernel's 8-bit activations may flip a near tie now
+    and then.
+    """
     wanted = [ask(*plain, prompt) for prompt in PROMPTS]
     path = build_demo_model(progress=False)
     with monkeypatch.context() as patch:
         # Remembering the dequantised experts takes 2.5 GB and a tenth of the time.
         patch.setattr(bind, "make_cpu", lambda *_: TorchExperts(keep=True))
-        exact, tokenizer = load_model(None, path, dtype="float32", cpu_backend="torch", cpu_threads=1, progress=False)
+        exact, tokenizer = load_model(
+            None, path, dtype="float32", cpu_backend="torch", cpu_threads=1, progress=False
+        )
     assert [ask(exact, tokenizer, prompt) for prompt in PROMPTS] == wanted
     assert "Paris" in tokenizer.decode(wanted[0])
     exact.hybrimoe.close()
     needs.kt_kernel()
-    # Dense matrices as stored would add their own 8-bit activations; `eval.fidelity` measures both together.
-    native, _ = load_model(None, path, dtype="float32", cpu_backend="kt", dense="plain", progress=False)
-    # Judged token by token after the plain model's own words: one near tie must not count against all that follows.
+    # Dense matrices as stored would add their own 8-bit activations; `eval.fidelity` measures both
+    # together.
+    native, _ = load_model(
+        None, path, dtype="float32", cpu_backend="kt", dense="plain", progress=False
+    )
+    # Judged token by token after the plain model's own words: one near tie must not count against
+    # all that follows.
     same = total = 0
     for prompt, answer in zip(PROMPTS, wanted, strict=True):
         ids = torch.cat([encode(tokenizer, prompt)["input_ids"], torch.tensor([answer])], dim=1)
@@ -78,10 +90,13 @@ def test_greedy_answers_equal_the_plain_model(plain: tuple[Any, Any], monkeypatc
 
 def test_routing_depends_on_the_input(plain: tuple[Any, Any]) -> None:
     model, tokenizer = plain
-    ids = tokenizer("The cat sat on the mat, and then def f(x): return x + 1 was typed.", return_tensors="pt").input_ids
+    ids = tokenizer(
+        "The cat sat on the mat, and then def f(x): return x + 1 was typed.", return_tensors="pt"
+    ).input_ids
     chosen: list[torch.Tensor] = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[2])) for layer in model.model.layers
+        layer.mlp.gate.register_forward_hook(lambda _m, _a, out: chosen.append(out[2]))
+        for layer in model.model.layers
     ]
     with torch.no_grad():
         model(ids)
@@ -123,7 +138,9 @@ def test_a_damaged_cache_is_rebuilt(
     assert path.read_bytes() == b"a model"
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write(form: str, path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt

@@ -1,4 +1,6 @@
-"""One torch thread: the operations here are tiny, and threads that wait for one another take ten times as long."""
+"""One torch thread: the operations here are tiny, and threads that wait for one another take ten
+times as long.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The time between layers is the model's own, learned as it runs; simulated time has the profile's."""
+"""The time between layers is the model's own, learned as it runs; simulated time has the
+profile's.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,20 @@ def test_only_neighbours_of_one_kind_are_compared() -> None:
     between.end(0, 1, 130.0)
     assert between.begin(1, 1, 180.0) == 50.0
     between.end(1, 1, 200.0)
-    assert between.begin(0, 1, 900.0) == 50.0, "from the last layer to the first there is more than attention"
+    assert between.begin(0, 1, 900.0) == 50.0, (
+        "from the last layer to the first there is more than attention"
+    )
     between.end(0, 1, 950.0)
     assert between.begin(1, 64, 990.0) is None, "a prompt's is another"
     between.end(1, 64, 2000.0)
     assert between.begin(2, 64, 2600.0) == 600.0
     between.end(2, 64, 3000.0)
-    assert between.begin(3, 64, 2900.0) == pytest.approx(600.0 * 0.95), "done before the plan's end: nothing between"
-    assert between.begin(4, 64, 9000.0) == pytest.approx(600.0 * 0.95), "a call that was interrupted has no end"
+    assert between.begin(3, 64, 2900.0) == pytest.approx(600.0 * 0.95), (
+        "done before the plan's end: nothing between"
+    )
+    assert between.begin(4, 64, 9000.0) == pytest.approx(600.0 * 0.95), (
+        "a call that was interrupted has no end"
+    )
 
 
 class Scripted(WallClock):

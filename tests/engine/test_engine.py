@@ -16,11 +16,16 @@ from hybrimoe_plugin.timeline import Timeline
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("scheduler", ["hybrimoe", "static", "accelerator_only", "cpu_only", "greedy"])
+@pytest.mark.parametrize(
+    "scheduler", ["hybrimoe", "static", "accelerator_only", "cpu_only", "greedy"]
+)
 def test_every_combination_equals_the_plain_experts(scheduler: str, ratio: float) -> None:
-    # Every cache and every prefetcher, each with some of the other kind: all pairs would take a minute.
+    # Every cache and every prefetcher, each with some of the other kind: all pairs would take a
+    # minute.
     for cache, prefetch in zip(CACHES, itertools.cycle(PREFETCHERS), strict=False):
-        engine, routers = build(scheduler=scheduler, cache=cache, prefetch=prefetch, cache_ratio=ratio)
+        engine, routers = build(
+            scheduler=scheduler, cache=cache, prefetch=prefetch, cache_ratio=ratio
+        )
         for seed, tokens in enumerate((1, 12, 1, 3)):
             run(engine, routers, tokens, seed)
         counts = engine.controller.counters
@@ -42,10 +47,15 @@ def test_no_weight_reaches_another_expert() -> None:
     hidden = torch.randn(1, HIDDEN)
     for first, second in itertools.permutations(range(EXPERTS), 2):
         ids, routing = torch.tensor([[first, second]]), torch.tensor([[0.9, 0.1]])
-        right, swapped = plain(WEIGHTS[0], hidden, ids, routing), plain(WEIGHTS[0], hidden, ids.flip(1), routing)
+        right, swapped = (
+            plain(WEIGHTS[0], hidden, ids, routing),
+            plain(WEIGHTS[0], hidden, ids.flip(1), routing),
+        )
         output = engine.run(0, hidden, ids, routing)
         torch.testing.assert_close(output, right)
-        assert (output - swapped).norm() > 0.05 * right.norm(), "the test could not see a swapped weight"
+        assert (output - swapped).norm() > 0.05 * right.norm(), (
+            "the test could not see a swapped weight"
+        )
 
 
 def test_prefetched_experts_are_used() -> None:
@@ -91,7 +101,9 @@ def test_timeline_is_a_trace_with_one_slice_per_expert(tmp_path: Path) -> None:
         for seed in range(5):
             run(engine, routers, 2, seed)
     counts = engine.controller.counters
-    events = [event for event in json.loads((tmp_path / "run.json").read_text()) if event["ph"] == "X"]
+    events = [
+        event for event in json.loads((tmp_path / "run.json").read_text()) if event["ph"] == "X"
+    ]
     computed = [event for event in events if event["cat"] in ("cpu", "accelerator")]
     assert len(computed) == counts.activations
     assert len(events) - len(computed) == counts.transferred

@@ -14,21 +14,40 @@ from hybrimoe_plugin.experts.kernels.base import SlotCall
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.experts.streams import Coming, HostStreams
 
-STOPS = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique"}
+STOPS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "unique",
+}
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that counts what would stop the host if it lay on a GPU; whatever is made from one is one too."""
+    """A tensor that counts what would stop the host if it lay on a GPU; whatever is made from one
+    is one too.
+    """
 
     stops: list[str]
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(function, "__name__", "")
         given = [*args[1:], *(kwargs or {}).values()]
-        if name in STOPS or (name == "to" and "cpu" in map(str, given) and not any(map(is_dtype, given))):
+        if name in STOPS or (
+            name == "to" and "cpu" in map(str, given) and not any(map(is_dtype, given))
+        ):
             cls.stops.append(name)
         return super().__torch_function__(function, types, args, kwargs or {})
 
@@ -44,7 +63,9 @@ def stops() -> list[str]:
 
 
 class CountedStreams(HostStreams):
-    """Copies arrive at once, or never for those that nobody waits for; stops of the host are counted."""
+    """Copies arrive at once, or never for those that nobody waits for; stops of the host are
+    counted.
+    """
 
     def __init__(self, prompt: bool) -> None:
         self.prompt = prompt
@@ -61,7 +82,9 @@ class CountedStreams(HostStreams):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_one_wait_for_each_layer_call(prompt: bool, stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wait_for_each_layer_call(
+    prompt: bool, stops: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Predictions that are late are not waited for: they are left out."""
     engine, routers = build(cache_ratio=0.25, scheduler="hybrimoe")
     streams = CountedStreams(prompt)
@@ -108,7 +131,9 @@ def test_sorting_tokens_by_slot_stops_nothing(stops: list[str]) -> None:
     tiles = accelerator.kernels._tiles(call)  # type: ignore[attr-defined]
     assert not stops
     seen = []
-    for slot, first, end in zip(*(part.as_subclass(torch.Tensor).tolist() for part in tiles[1:4]), strict=True):
+    for slot, first, end in zip(
+        *(part.as_subclass(torch.Tensor).tolist() for part in tiles[1:4]), strict=True
+    ):
         if slot >= 0:
             pairs = tiles.order.as_subclass(torch.Tensor)[first:end]
             assert 0 < len(pairs) <= tiles.tokens

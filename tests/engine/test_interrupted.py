@@ -1,4 +1,6 @@
-"""Whatever ends a layer call, and wherever: the next ones are right, and the slots hold what the books say."""
+"""Whatever ends a layer call, and wherever: the next ones are right, and the slots hold what the
+books say.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ pytestmark = pytest.mark.slow
 
 LAYERS = [tiny_experts.layer(types=("Q8_0", "Q8_0", "Q8_0"), index=index) for index in range(3)]
 TOLERANCE = 0.04
-"""Relative error of a token: ggml quantises activations, kt-kernel rounds them to bfloat16. With another expert's
-weights it would be around 1."""
+"""Relative error of a token: ggml quantises activations, kt-kernel rounds them to bfloat16. With
+another expert's weights it would be around 1.
+"""
 
 CPUS: dict[str, Callable[[], CPUBackend]] = {
     "torch": lambda: TorchExperts(keep=True),
@@ -43,7 +46,9 @@ WHERE = ("onload", "compute", "bring", "place", "submit", "sync", "predict", "re
 
 
 def late(seed: int | None, staged: bool) -> SlotAccelerator:
-    """A device whose queues run as late as they may; transfers are issued by a thread where they are staged."""
+    """A device whose queues run as late as they may; transfers are issued by a thread where they
+    are staged.
+    """
     streams = SharedStreams(seed)
     host = StagedBytes(streams, ring=3, pinned=False, slow=True) if staged else PlainBytes()
     return SlotAccelerator(torch.device("cpu"), "late", TorchKernels(), streams, host)
@@ -77,7 +82,10 @@ def whole(engine: Engine, tokens: int, seed: int) -> None:
     for layer, weights in enumerate(LAYERS):
         router: Any = engine.routers[layer]
         ids, routing = router.route(hidden)
-        output, wanted = engine.run(layer, hidden, ids, routing), plain(weights, hidden, ids, routing)
+        output, wanted = (
+            engine.run(layer, hidden, ids, routing),
+            plain(weights, hidden, ids, routing),
+        )
         assert ((output - wanted).norm(dim=1) <= TOLERANCE * wanted.norm(dim=1)).all()
         hidden = hidden + output
 
@@ -90,7 +98,9 @@ def one(engine: Engine, tokens: int, seed: int) -> None:
 
 
 def fail(engine: Engine, where: str, nth: int, error: BaseException) -> Callable[[], None]:
-    """Let the nth call of a part of the engine raise, whichever thread makes it; gives what undoes it."""
+    """Let the nth call of a part of the engine raise, whichever thread makes it; gives what undoes
+    it.
+    """
     device = engine.accelerator
     assert isinstance(device, SlotAccelerator)
     owner: Any = {
@@ -142,7 +152,9 @@ class InterruptedMachine(RuleBasedStateMachine):
         nth=st.integers(1, 4),
         error=st.sampled_from([RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError]),
     )
-    def failed(self, tokens: int, seed: int, where: str, nth: int, error: type[BaseException]) -> None:
+    def failed(
+        self, tokens: int, seed: int, where: str, nth: int, error: type[BaseException]
+    ) -> None:
         undo = fail(self.engine, where, nth, error("injected"))
         try:
             one(self.engine, tokens, seed)
@@ -173,7 +185,9 @@ TestInterrupted = InterruptedMachine.TestCase
 
 @pytest.mark.parametrize("device", sorted(DEVICES))
 def test_a_transfer_that_was_never_sent_is_no_hit(device: str) -> None:
-    """Each transfer of a call in turn does not come about: no later answer may use what should have been sent."""
+    """Each transfer of a call in turn does not come about: no later answer may use what should have
+    been sent.
+    """
     for nth in range(1, 7):
         engine = make(device, "torch", cache_ratio=0.5, scheduler="accelerator_only")
         undo = fail(engine, "onload", nth, KeyboardInterrupt())

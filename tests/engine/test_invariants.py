@@ -1,4 +1,6 @@
-"""Controller and slots under a Hypothesis state machine: what the books say is what the moves put there."""
+"""Controller and slots under a Hypothesis state machine: what the books say is what the moves put
+there.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 
 LAYERS, EXPERTS, TOP_K = 3, 6, 2
-ids_of = st.lists(st.permutations(range(EXPERTS)).map(lambda order: order[:TOP_K]), min_size=1, max_size=4)
+ids_of = st.lists(
+    st.permutations(range(EXPERTS)).map(lambda order: order[:TOP_K]), min_size=1, max_size=4
+)
 
 
 class TrafficMachine(RuleBasedStateMachine):
@@ -33,7 +37,9 @@ class TrafficMachine(RuleBasedStateMachine):
         made = make_scheduler(scheduler, costs, True)
         policy = make_cache(cache, LAYERS, EXPERTS, TOP_K, chosen)
         pool = SlotPool([2, 0, 3], staging=4, shared=shared)
-        self.controller = Controller(pool, costs, made, made, policy, make_prefetcher(prefetch, made, costs), 100)
+        self.controller = Controller(
+            pool, costs, made, made, policy, make_prefetcher(prefetch, made, costs), 100
+        )
         self.held: dict[int, tuple[int, int]] = {}
         self.now_us = 0.0
         self.play(self.controller.warm_start())
@@ -42,8 +48,16 @@ class TrafficMachine(RuleBasedStateMachine):
         for move in moves:
             self.held[move.slot] = move.layer, move.expert
 
-    @rule(layer=st.integers(0, LAYERS - 1), ids=ids_of, predicted=ids_of, late=st.booleans(), cancel=st.booleans())
-    def call(self, layer: int, ids: list[list[int]], predicted: list[list[int]], late: bool, cancel: bool) -> None:
+    @rule(
+        layer=st.integers(0, LAYERS - 1),
+        ids=ids_of,
+        predicted=ids_of,
+        late=st.booleans(),
+        cancel=st.booleans(),
+    )
+    def call(
+        self, layer: int, ids: list[list[int]], predicted: list[list[int]], late: bool, cancel: bool
+    ) -> None:
         topk = np.array(ids)
         self.controller.learn(layer, topk, np.full(topk.shape, 0.5, np.float32), None)
         before = self.controller.counters.snapshot()
@@ -62,7 +76,9 @@ class TrafficMachine(RuleBasedStateMachine):
         ahead = [(later, loads(np.array(predicted))) for later in range(layer + 1, LAYERS)]
         moves = self.controller.look_ahead(step, ahead, self.now_us)
         leased = {self.controller.pool.slot_of(layer, expert) for expert in step.plan.accelerator}
-        assert not leased & {move.slot for move in moves}, "a prefetch was given a slot that computes"
+        assert not leased & {move.slot for move in moves}, (
+            "a prefetch was given a slot that computes"
+        )
         self.play(moves)
         self.controller.finish(step)
         self.now_us += 0.0 if late else step.plan.makespan_us + 500.0

@@ -1,4 +1,6 @@
-"""Prompts in a row on late queues: experts kept in staging slots, slots lent and returned hold the right weights."""
+"""Prompts in a row on late queues: experts kept in staging slots, slots lent and returned hold the
+right weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def test_every_slot_holds_what_the_pool_says(monkeypatch: pytest.MonkeyPatch) ->
     streams, kept = LazyStreams(7), []
     monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
     adopt = SlotPool.adopt
-    monkeypatch.setattr(SlotPool, "adopt", lambda pool, *given: (kept.append(given), adopt(pool, *given)))
+    monkeypatch.setattr(
+        SlotPool, "adopt", lambda pool, *given: (kept.append(given), adopt(pool, *given))
+    )
     host = StagedBytes(streams, ring=4, pinned=False)
     device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host)
     engine, routers = build(device, WEIGHTS, cache_ratio=0.5)

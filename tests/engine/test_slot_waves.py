@@ -1,4 +1,6 @@
-"""Long prompts stream layers through the staging slots; the same engine on Triton kernels gives the same."""
+"""Long prompts stream layers through the staging slots; the same engine on Triton kernels gives the
+same.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,16 @@ from hybrimoe_plugin.policy.schedule import make_scheduler
 
 @pytest.mark.parametrize("transfer_us", [20.0, 300.0, 3000.0])
 def test_a_long_prompts_plan_is_no_slower_than_either_side_alone(transfer_us: float) -> None:
-    """A quarter resident, 200 tokens an expert: streamed over a fast link, left to the CPU over a slow one."""
+    """A quarter resident, 200 tokens an expert: streamed over a fast link, left to the CPU over a
+    slow one.
+    """
     costs = tiny_experts.costs(transfer_us=transfer_us)
-    routed = [Routed(expert, 200 + expert, 0.0 if expert % 4 == 0 else OFFLOADED) for expert in range(64)]
-    plans = {name: make_scheduler(name, costs, True).plan(routed) for name in ("hybrimoe", "cpu_only")}
+    routed = [
+        Routed(expert, 200 + expert, 0.0 if expert % 4 == 0 else OFFLOADED) for expert in range(64)
+    ]
+    plans = {
+        name: make_scheduler(name, costs, True).plan(routed) for name in ("hybrimoe", "cpu_only")
+    }
     plans["stream"] = make_scheduler("accelerator_only", costs, True).plan(routed)
     ours = plans["hybrimoe"]
     assert ours.makespan_us <= min(plans["cpu_only"].makespan_us, plans["stream"].makespan_us)
@@ -29,7 +37,9 @@ def test_a_long_prompts_plan_is_no_slower_than_either_side_alone(transfer_us: fl
         assert len(ours.onload) > 40, "a fast link streams nearly all that is missing"
 
 
-def test_a_wave_is_sent_before_the_one_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wave_is_sent_before_the_one_before_it_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine, routers = build(cache_ratio=0.0, scheduler="accelerator_only", prefetch="off")
     events: list[tuple[str, tuple[int, ...]]] = []
     real_onload, real_compute = engine.accelerator.onload, engine.accelerator.compute
@@ -47,7 +57,9 @@ def test_a_wave_is_sent_before_the_one_before_it_is_computed(monkeypatch: pytest
     hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(0))
     ids, routing = routers[0].route(hidden)
     assert len(ids.unique()) == EXPERTS
-    torch.testing.assert_close(engine.run(0, hidden, ids, routing), plain(WEIGHTS[0], hidden, ids, routing))
+    torch.testing.assert_close(
+        engine.run(0, hidden, ids, routing), plain(WEIGHTS[0], hidden, ids, routing)
+    )
     kinds = [kind for kind, _ in events]
     assert kinds == ["send"] * 4 + ["compute", "send", "send"] * 2 + ["compute"] * 2
     sent: list[int] = []
@@ -63,7 +75,9 @@ def test_the_engine_on_triton_kernels() -> None:
     pytest.importorskip("triton")
     weights = [random_layer(kinds, 64, 64, 4, index=index) for index, kinds in enumerate(
         [("Q8_0", "Q8_0", "Q4_0"), ("Q4_0", "Q8_0", "F16")])]  # fmt: skip
-    device = make_accelerator("cuda" if torch.cuda.is_available() else "emulated", torch.device("cuda:0"), "triton")
+    device = make_accelerator(
+        "cuda" if torch.cuda.is_available() else "emulated", torch.device("cuda:0"), "triton"
+    )
     engine, routers = build(device, weights, cache_ratio=0.5, scheduler="hybrimoe")
     assert engine.accelerator.kernels.name == "triton"
     for seed, tokens in enumerate((1, 1, 10)):

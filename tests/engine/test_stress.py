@@ -1,4 +1,6 @@
-"""2,000 greedy decode steps on late queues, with evictions and dropped prefetches, give the plain twin's tokens."""
+"""2,000 greedy decode steps on late queues, with evictions and dropped prefetches, give the plain
+twin's tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ from hybrimoe_plugin.experts.host_bytes import StagedBytes
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
 
 EXPERTS, HIDDEN, STEPS, VOCABULARY = 6, 32, 2000, 50
-WEIGHTS = [random_layer(("Q8_0", "Q4_0", "F16"), HIDDEN, 32, EXPERTS, index=index) for index in range(2)]
+WEIGHTS = [
+    random_layer(("Q8_0", "Q4_0", "F16"), HIDDEN, 32, EXPERTS, index=index) for index in range(2)
+]
 
 
 class Toy:
-    """Embedding, MoE layers, head: just enough to have tokens. float64, so that no order of sums changes one."""
+    """Embedding, MoE layers, head: just enough to have tokens. float64, so that no order of sums
+    changes one.
+    """
 
     def __init__(self, engine: Engine, routers: list[FixedRouter]) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -33,7 +39,8 @@ class Toy:
             router.gate = router.gate.double()
 
     def next(self, token: int, memory: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """The next token; `memory` [HIDDEN] stands in for attention, so that the sequence does not loop.
+        """The next token; `memory` [HIDDEN] stands in for attention, so that the sequence does not
+        loop.
 
         It comes from tokens alone: fed back, sums' last bits would grow until they changed a token.
         """
@@ -75,12 +82,16 @@ def test_stress_gives_the_plain_twins_tokens(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
     host = StagedBytes(streams, ring=4, pinned=False)
     # At depth 1 most prefetches wait, so many are dropped.
-    device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host, ahead_depth=1)
+    device = SlotAccelerator(
+        torch.device("cpu"), "fake", WatchedKernels(streams), streams, host, ahead_depth=1
+    )
     engine, routers = build(device, WEIGHTS, **settings)
     rng = random.Random(3)
     # Predictions with a mind of their own: much is sent for nothing, and withdrawn.
     for router in routers:
-        monkeypatch.setattr(router, "predict", lambda hidden: torch.tensor([rng.sample(range(EXPERTS), 2)]))
+        monkeypatch.setattr(
+            router, "predict", lambda hidden: torch.tensor([rng.sample(range(EXPERTS), 2)])
+        )
     found = tokens(Toy(engine, routers), rng)
     assert found == wanted
     counts = engine.controller.counters

@@ -42,7 +42,9 @@ def test_dry_run_says_that_it_is_one(
     result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, fresh=False, model="demo"))
     torch.set_num_threads(before)
     out = capsys.readouterr().out
-    assert out.index("cells to measure (4 of layers and 6 of whole models)") < out.index("bandwidths (emulated)")
+    assert out.index("cells to measure (4 of layers and 6 of whole models)") < out.index(
+        "bandwidths (emulated)"
+    )
     assert "does not judge" in out
     last = json.loads(out.splitlines()[-1])
     assert last == result
@@ -51,7 +53,9 @@ def test_dry_run_says_that_it_is_one(
     assert last["judged"] is False, "a quick run does not judge"
     assert {last[name] for name in cuda.VERDICTS} == set(last["whole_model"].values()) == {None}
     assert last["roofline_share"] > 0
-    assert last["link_share"] is None and last["kernel_bandwidth_share"] is None, "nothing to measure them on"
+    assert last["link_share"] is None and last["kernel_bandwidth_share"] is None, (
+        "nothing to measure them on"
+    )
     whole = list(csv.DictReader((tmp_path / "cuda_model.csv").open()))
     assert {row["cache"] for row in whole} == {"0.5"}
     rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
@@ -67,7 +71,9 @@ def test_dry_run_says_that_it_is_one(
 def test_measuring_runs_on_stand_ins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path of a real GPU, with the emulated device in its place: every call of it is made, no number means much."""
+    """The path of a real GPU, with the emulated device in its place: every call of it is made, no
+    number means much.
+    """
     emulated = cuda_bench.make_accelerator("emulated", torch.device("cpu"))
     small = cuda.MODELS[2]._replace(hidden=256, intermediate=256)
     monkeypatch.setattr(cuda, "MODELS", (small,))
@@ -83,7 +89,11 @@ def test_measuring_runs_on_stand_ins(
     monkeypatch.setattr(cuda_bandwidth, "REPEATS", 2)
     monkeypatch.setattr(cuda_bandwidth, "L2_BYTES", 1 << 18)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(cuda_bandwidth, "_device_us", lambda work, device, ahead=False: cuda_bandwidth._host_us(work))
+    monkeypatch.setattr(
+        cuda_bandwidth,
+        "_device_us",
+        lambda work, device, ahead=False: cuda_bandwidth._host_us(work),
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     result = cuda.run(argparse.Namespace(out=tmp_path, quick=True, fresh=False, model="demo"))
@@ -91,7 +101,9 @@ def test_measuring_runs_on_stand_ins(
     assert result["emulated"] is False
     assert set(result) == KEYS
     assert result["whole_model"] is None, "a failure is said, and the layers' times stand"
-    assert all(result[name] > 0 for name in ("roofline_share", "link_share", "kernel_bandwidth_share"))
+    assert all(
+        result[name] > 0 for name in ("roofline_share", "link_share", "kernel_bandwidth_share")
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     rows = list(csv.DictReader((tmp_path / "cuda.csv").open()))
     assert {int(row["repetitions"]) for row in rows} == {3, 6}
@@ -118,7 +130,9 @@ def test_steps_that_count_come_after_others_of_their_own(monkeypatch: pytest.Mon
         prompts, decode = seen[:-steps], seen[-steps:]
         assert decode == passes("step", steps), "each step once: none is seen before it counts"
         assert len(found["decode"].us) == steps - warm_up
-        assert prompts[0] == "prompt 3" and len(found["prefill"].us) == len(prompts) - 1 == (3 if quick else 20)
+        assert prompts[0] == "prompt 3" and len(found["prefill"].us) == len(prompts) - 1 == (
+            3 if quick else 20
+        )
 
 
 def test_roofline_is_the_slower_of_misses_and_everything() -> None:
@@ -134,7 +148,14 @@ def test_roofline_is_the_slower_of_misses_and_everything() -> None:
 def test_summary_takes_the_worst_cell_over_every_baseline() -> None:
     times = {system.name: 2.0 for system in cuda.SYSTEMS} | {cuda.OURS.name: 1.0}
     rows = [
-        {"model": "m", "cache": cache, "phase": phase, "method": name, "p50_ms": ms, "roofline_ms": 0.5}
+        {
+            "model": "m",
+            "cache": cache,
+            "phase": phase,
+            "method": name,
+            "p50_ms": ms,
+            "roofline_ms": 0.5,
+        }
         for cache in (0.25, 0.5)
         for phase in cuda.PHASES
         for name, ms in times.items()
@@ -149,23 +170,35 @@ def test_summary_takes_the_worst_cell_over_every_baseline() -> None:
 def test_shapes_have_the_bytes_of_the_models() -> None:
     qwen = shapes.MODELS[0]
     found = shapes.routing(qwen, 40, 3, look_ahead=2, recall=0.8)
-    assert [[len(call.ids) for call in prompt] for prompt in found.prompts] == [[40] * 47] * shapes.PROMPTS
+    assert [[len(call.ids) for call in prompt] for prompt in found.prompts] == [
+        [40] * 47
+    ] * shapes.PROMPTS
     first, last = found.prompts[0][0].ids, found.prompts[-1][0].ids
     assert not np.array_equal(first, last)
     assert [len(group) for group in found.decode] == [47] * 3
     assert [len(call.predicted) for call in found.decode[0][-3:]] == [2, 1, 0]
     for recorded, experts, top_k in ((shapes.MODELS[1], 64, 6), (shapes.MODELS[2], 8, 2)):
         own = shapes.routing(recorded, 40, 3, look_ahead=2, recall=0.8)
-        assert (own.header.experts, own.header.top_k, own.header.predictions) == (experts, top_k, "recorded")
-        assert own.header.expert_bytes > 3e6, "of the shape, not of the small model that was recorded"
-        assert own.header.expert_bytes / shapes.published_costs(recorded).transfer_us < 32e3, "no link is faster"
+        assert (own.header.experts, own.header.top_k, own.header.predictions) == (
+            experts,
+            top_k,
+            "recorded",
+        )
+        assert own.header.expert_bytes > 3e6, (
+            "of the shape, not of the small model that was recorded"
+        )
+        assert own.header.expert_bytes / shapes.published_costs(recorded).transfer_us < 32e3, (
+            "no link is faster"
+        )
         assert [len(group[0].ids) for group in own.prompts] == [40] * shapes.PROMPTS
         assert [[ids.shape for ids in call.predicted] for call in own.prompts[1][-3:]] == [
             [(40, top_k)] * 2,
             [(40, top_k)],
             [],
         ]
-    assert shapes.layer_bytes(qwen, 128) == pytest.approx(128 * 3 * 2048 * 768 * (5 * 144 + 210) / 6 / 256)
+    assert shapes.layer_bytes(qwen, 128) == pytest.approx(
+        128 * 3 * 2048 * 768 * (5 * 144 + 210) / 6 / 256
+    )
     small = qwen._replace(hidden=256, intermediate=256)
     one, two = shapes.layers_of(small, found.header, 2, tiny=False)
     assert (one.spec.down_type, two.spec.down_type) == ("Q4_K", "Q6_K")
@@ -182,7 +215,10 @@ def test_shapes_have_the_bytes_of_the_models() -> None:
 
 def test_models_are_chosen_by_shape() -> None:
     assert cuda.named("demo") == list(shapes.MODELS)
-    assert [model.trace for model in cuda.named("mixtral-8x7b")] == ["smollm2-mixtral", "mixtral-8x7b"]
+    assert [model.trace for model in cuda.named("mixtral-8x7b")] == [
+        "smollm2-mixtral",
+        "mixtral-8x7b",
+    ]
     with pytest.raises(ConfigError, match="qwen2-57b-a14b"):
         cuda.named("qwen2-57b-a14b")
     for model in shapes.MODELS:

@@ -49,10 +49,14 @@ class Layers:
         self.said: list[list[int]] = []
         self.device = device
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         self.device.log.append("run")
         assert ids.dtype == torch.int64 and weights.tolist() == [[0.5] * TOP_K] * TOKENS
-        self.said.append([int(router.predict(hidden)[0, 0]) for router in self.routers[layer + 1 :]])
+        self.said.append(
+            [int(router.predict(hidden)[0, 0]) for router in self.routers[layer + 1 :]]
+        )
         return hidden
 
 
@@ -76,7 +80,9 @@ def test_a_layers_shares_can_be_rehearsed_without_a_card(monkeypatch: pytest.Mon
     accelerator = make_accelerator("emulated", torch.device("cpu"))
     assert accelerator is not None
     weights = tiny_experts.layer(types=("Q8_0",) * 3)
-    found = cuda_bandwidth.layer_shares(accelerator, weights, cuda_bandwidth.Bandwidths(1.0, 1.0, 1.0))
+    found = cuda_bandwidth.layer_shares(
+        accelerator, weights, cuda_bandwidth.Bandwidths(1.0, 1.0, 1.0)
+    )
     assert all(share > 0 for share in found)
 
 

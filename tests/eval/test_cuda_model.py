@@ -27,20 +27,32 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_model, "MODELS", MODELS[2:3])
     result = cuda_model.main(["--quick", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert out.startswith("6 cells to measure (6 of whole models), 0 taken from an earlier run; about ")
+    assert out.startswith(
+        "6 cells to measure (6 of whole models), 0 taken from an earlier run; about "
+    )
     assert "does not judge" in out
     assert json.loads(out.splitlines()[-1]) == result
     assert result["emulated"] is True
     assert result["judged"] is False, "a quick run does not judge"
     assert result["decode_graphs_speedup"] is result["decode_speedup_geomean"] is None
     rows = list(csv.DictReader((tmp_path / "cuda_model.csv").open()))
-    assert {row["method"] for row in rows} >= {OURS.name, cuda_model.NO_GRAPHS.name, cuda_model.KTRANSFORMERS.name}
+    assert {row["method"] for row in rows} >= {
+        OURS.name,
+        cuda_model.NO_GRAPHS.name,
+        cuda_model.KTRANSFORMERS.name,
+    }
     assert {row["layers_captured"] for row in rows} == {"0"}
-    static = [row for row in rows if row["method"] == cuda_model.KTRANSFORMERS.name and row["phase"] == "decode"]
+    static = [
+        row
+        for row in rows
+        if row["method"] == cuda_model.KTRANSFORMERS.name and row["phase"] == "decode"
+    ]
     assert all(0 < float(row["p20_ms"]) <= float(row["p80_ms"]) for row in static)
 
 

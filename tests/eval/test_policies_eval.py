@@ -1,4 +1,6 @@
-"""The measures of the policy questions: fair budgets, hit rates by definition, cells compared with their own kind."""
+"""The measures of the policy questions: fair budgets, hit rates by definition, cells compared with
+their own kind.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ import pytest
 
 from eval import cache, prefetch, replay, schedule, traces
 from eval.hits import POLICIES, hit_rate
-from eval.systems import ABLATION, BASELINES, ORACLE, OURS, SINGLE, build, prepare, prompt_of, quotas
+from eval.systems import (
+    ABLATION,
+    BASELINES,
+    ORACLE,
+    OURS,
+    SINGLE,
+    build,
+    prepare,
+    prompt_of,
+    quotas,
+)
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.replay.simulator import Outcome
 from hybrimoe_plugin.replay.simulator import replay as run
@@ -16,7 +28,9 @@ from hybrimoe_plugin.replay.trace import Trace
 
 
 def tiny(decode: int = 40) -> Trace:
-    return synthetic(3, 8, 2, model="made", expert_bytes=1000, prompt_tokens=0, decode_tokens=decode, drift=0.5)
+    return synthetic(
+        3, 8, 2, model="made", expert_bytes=1000, prompt_tokens=0, decode_tokens=decode, drift=0.5
+    )
 
 
 def plain_lru(trace: Trace, each: int) -> float:
@@ -39,7 +53,9 @@ def plain_lru(trace: Trace, each: int) -> float:
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_lru_is_lru(ratio: float) -> None:
     trace = tiny()
-    assert hit_rate(trace, "lru", ratio, shared=False) == pytest.approx(plain_lru(trace, round(8 * ratio)), abs=0.01)
+    assert hit_rate(trace, "lru", ratio, shared=False) == pytest.approx(
+        plain_lru(trace, round(8 * ratio)), abs=0.01
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -47,7 +63,9 @@ def test_belady_bounds_every_policy_and_all_cached_misses_only_once(shared: bool
     trace = tiny()
     rates = {name: hit_rate(trace, name, 0.5, shared) for name in POLICIES}
     assert max(rates.values()) == rates["belady"]
-    first_uses = len({(call.layer, expert) for call in trace.calls for expert in call.ids[0].tolist()})
+    first_uses = len(
+        {(call.layer, expert) for call in trace.calls for expert in call.ids[0].tolist()}
+    )
     needed = sum(call.ids.size for call in trace.calls)
     assert hit_rate(trace, "adaptive", 1.0, shared) == pytest.approx(1 - first_uses / needed)
 
@@ -59,7 +77,9 @@ def test_every_system_has_the_same_number_of_slots() -> None:
         assert sorted(set(split), reverse=True)[0] == 64
 
 
-@pytest.mark.parametrize("system", [*BASELINES, *ABLATION, *SINGLE, OURS, ORACLE], ids=lambda system: system.name)
+@pytest.mark.parametrize(
+    "system", [*BASELINES, *ABLATION, *SINGLE, OURS, ORACLE], ids=lambda system: system.name
+)
 def test_every_system_runs(system: object) -> None:
     trace = tiny(6)
     costs = traces.costs_for("a6000-deepseek-v2-lite", trace, "made")
@@ -75,7 +95,11 @@ def test_shipped_routing_is_what_its_readme_says() -> None:
         (30, 128, 6),
         (36, 128, 2),
     ]
-    assert [sum(1 for g in t.passes() if len(g[0].ids) == 1) for t in facts.values()] == [128, 128, 64]
+    assert [sum(1 for g in t.passes() if len(g[0].ids) == 1) for t in facts.values()] == [
+        128,
+        128,
+        64,
+    ]
     np.testing.assert_allclose(traces.mixtral_popularity().sum(axis=1), 1.0)
 
 
@@ -84,24 +108,43 @@ def test_first_experts_are_not_placed_by_what_is_judged() -> None:
     trace = traces.real("gptoss")
     decode = [group for group in trace.passes() if len(group[0].ids) == 1]
     judged = {id(call) for group in decode[len(decode) // 2 :] for call in group}
-    shuffled = [call._replace(ids=(call.ids + 1) % 128) if id(call) in judged else call for call in trace.calls]
+    shuffled = [
+        call._replace(ids=(call.ids + 1) % 128) if id(call) in judged else call
+        for call in trace.calls
+    ]
     np.testing.assert_array_equal(
-        traces.other_text(trace, "gptoss"), traces.other_text(Trace(trace.header, shuffled), "gptoss")
+        traces.other_text(trace, "gptoss"),
+        traces.other_text(Trace(trace.header, shuffled), "gptoss"),
     )
 
 
 def test_a_baseline_that_is_faster_shows() -> None:
     rows = [
-        {"trace": "qwen", "profile": "a6000", "cache": 0.25, "system": name, "decode ms": decode, "prefill ms": prefill}
-        for name, decode, prefill in [(BASELINES[0].name, 9.0, 30.0), (OURS.name, 10.0, 20.0), (ORACLE.name, 5.0, 10.0)]
+        {
+            "trace": "qwen",
+            "profile": "a6000",
+            "cache": 0.25,
+            "system": name,
+            "decode ms": decode,
+            "prefill ms": prefill,
+        }
+        for name, decode, prefill in [
+            (BASELINES[0].name, 9.0, 30.0),
+            (OURS.name, 10.0, 20.0),
+            (ORACLE.name, 5.0, 10.0),
+        ]
     ]
     replay.compare(rows)
     assert replay.worst(rows[:1], "decode") == pytest.approx(0.9)
     assert replay.worst(rows[:1], "prefill") == pytest.approx(1.5)
 
 
-def test_comparisons_near_level_are_repeated_from_the_same_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [("qwen", "a6000", 0.25, system, 4, False) for system in (BASELINES[0], BASELINES[1], OURS)]
+def test_comparisons_near_level_are_repeated_from_the_same_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs = [
+        ("qwen", "a6000", 0.25, system, 4, False) for system in (BASELINES[0], BASELINES[1], OURS)
+    ]
     rows = [
         {
             "trace": "qwen",
@@ -122,7 +165,9 @@ def test_comparisons_near_level_are_repeated_from_the_same_starts(monkeypatch: p
 
     monkeypatch.setattr(replay, "mapped", mapped)
     replay.repeat(rows, jobs, 3)
-    assert sorted(seen) == sorted((name, start) for name in (BASELINES[0].name, OURS.name) for start in range(3))
+    assert sorted(seen) == sorted(
+        (name, start) for name in (BASELINES[0].name, OURS.name) for start in range(3)
+    )
     assert rows[0]["ours decode speedup"] == pytest.approx(1.1)
     assert rows[0]["decode standard error"] == pytest.approx(0.1 / 3**0.5)
     assert (rows[1]["ours decode speedup"], rows[1]["decode starts"]) == (2.0, 1)
@@ -143,7 +188,10 @@ def outcome(prefill: float, decode: float, issued: int = 0, used: int = 0) -> Ou
 
 
 def test_speed_is_the_mean_over_starts_and_counts_are_of_the_first() -> None:
-    without, found = [outcome(10.0, 100.0), outcome(10.0, 100.0)], [outcome(8.0, 80.0, 4, 3), outcome(10.0, 125.0)]
+    without, found = (
+        [outcome(10.0, 100.0), outcome(10.0, 100.0)],
+        [outcome(8.0, 80.0, 4, 3), outcome(10.0, 125.0)],
+    )
     pairs = list(zip(without, found, strict=True))
     row = prefetch.row_of(tiny(1), ("made", "a6000", 0.25), 0.5, pairs, pairs)
     assert row["speedup over off"] == pytest.approx((1.25 + 0.8) / 2)
@@ -151,7 +199,12 @@ def test_speed_is_the_mean_over_starts_and_counts_are_of_the_first() -> None:
     assert row["prefill speedup over off"] == pytest.approx((1.25 + 1.0) / 2)
     assert (row["prefill starts"], row["prefill standard error"]) == (2, pytest.approx(0.125))
     assert row["run speedup over off"] == pytest.approx((110 / 88 + 110 / 135) / 2)
-    assert (row["starts"], row["issued"], row["used share"], row["used share at 1"]) == (2, 4, 0.75, 0.75)
+    assert (row["starts"], row["issued"], row["used share"], row["used share at 1"]) == (
+        2,
+        4,
+        0.75,
+        0.75,
+    )
 
 
 def test_cells_near_level_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +225,9 @@ def test_cells_near_level_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_starts_differ_and_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "routing", lambda name: tiny(2))
     first = []
-    monkeypatch.setattr(prefetch, "replay", lambda trace, made: first.append(made.warm_start()) or outcome(1.0, 1.0))
+    monkeypatch.setattr(
+        prefetch, "replay", lambda trace, made: first.append(made.warm_start()) or outcome(1.0, 1.0)
+    )
     for system, start in ((prefetch.OFF, 0), (OURS, 0), (OURS, 1)):
         prefetch.run(system, ("made", "a6000-deepseek-v2-lite", 0.25, (0.5,)), 0.5, start)
     assert first[0] == first[1] != first[2]

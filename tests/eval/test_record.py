@@ -12,10 +12,17 @@ from hybrimoe_plugin.replay.trace import read_trace
 
 @pytest.mark.slow
 def test_a_recorded_run_is_a_whole_trace(tmp_path: Path) -> None:
-    result = record.main(["--experts", "4", "--top_k", "2", "--tokens", "3", "--out", str(tmp_path)])
+    result = record.main(
+        ["--experts", "4", "--top_k", "2", "--tokens", "3", "--out", str(tmp_path)]
+    )
     trace = read_trace(tmp_path / "smollm2-4x2.trace")
     header = trace.header
-    assert (header.layers, header.experts, header.top_k, header.predictions) == (30, 4, 2, "recorded")
+    assert (header.layers, header.experts, header.top_k, header.predictions) == (
+        30,
+        4,
+        2,
+        "recorded",
+    )
     tokens = [len(call.ids) for call in trace.calls if call.layer == 0]
     # The last token of the answer is never computed.
     assert tokens == [result["prompt_tokens"], *[1] * (result["answer_tokens"] - 1)]

@@ -33,7 +33,9 @@ def test_commit_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_commit_where_git_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git = tmp_path / "git"
-    git.write_text("#!/bin/sh\necho abc123\necho 'fatal: detected dubious ownership' >&2\nexit 128\n")
+    git.write_text(
+        "#!/bin/sh\necho abc123\necho 'fatal: detected dubious ownership' >&2\nexit 128\n"
+    )
     git.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("git") == str(git)

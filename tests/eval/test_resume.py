@@ -1,4 +1,6 @@
-"""A run that was killed goes on where it stopped, and says what an uninterrupted one would have said."""
+"""A run that was killed goes on where it stopped, and says what an uninterrupted one would have
+said.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from eval import cuda, cuda_model, finished, report
 from eval.finished import Finished
 from eval.progress import Planned, Progress
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the emulated accelerator's times are the same each time")
+no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the emulated accelerator's times are the same each time"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +78,8 @@ def test_the_same_as_without_an_interruption(
     with pytest.raises(_Killed):
         _run(tmp_path / "cut")
     journal = tmp_path / "cut" / cuda.JOURNAL
-    # Killed once more while a row was written: one phase of the next cell is whole, the other one is torn.
+    # Killed once more while a row was written: one phase of the next cell is whole, the other one
+    # is torn.
     lines = (tmp_path / "whole" / cuda.JOURNAL).read_bytes().splitlines(keepends=True)
     done = len(journal.read_bytes().splitlines())
     journal.write_bytes(journal.read_bytes() + lines[done] + lines[done + 1][:-40])
@@ -86,7 +91,9 @@ def test_the_same_as_without_an_interruption(
     out = capsys.readouterr().out
     assert f"{2 if place == 'layers' else 6} taken from an earlier run" in out.splitlines()[0]
     assert json.loads(out.splitlines()[-1]) == whole
-    assert len(measured) == 2, "of four cells two were there already, and the torn one was measured again"
+    assert len(measured) == 2, (
+        "of four cells two were there already, and the torn one was measured again"
+    )
     assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
     assert journal.read_bytes().startswith(kept), "nothing that was there is touched"
     monkeypatch.setattr(module, "measure", lambda *args: pytest.fail("everything is measured"))
@@ -97,13 +104,26 @@ def test_the_same_as_without_an_interruption(
 @no_gpu
 def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
     """SIGKILL as soon as a few rows are there."""
-    command = [sys.executable, "-m", "eval.cuda", "--quick", "--model", "mixtral-8x7b", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "eval.cuda",
+        "--quick",
+        "--model",
+        "mixtral-8x7b",
+        "--out",
+        str(tmp_path),
+    ]
     journal = tmp_path / cuda.JOURNAL
-    process = subprocess.Popen(command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     try:
         first = process.stdout.readline()
-        assert first.startswith("36 cells to measure (24 of layers and 12 of whole models), 0 taken")
+        assert first.startswith(
+            "36 cells to measure (24 of layers and 12 of whole models), 0 taken"
+        )
         ends = time.monotonic() + 120
         while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
             assert process.poll() is None and time.monotonic() < ends
@@ -114,7 +134,9 @@ def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
         process.stdout.close()
     lines = [line for line in journal.read_bytes().split(b"\n")[:-1] if line]
     rows = [json.loads(line) for line in lines]
-    assert len(rows) >= 4 and all({"gpu", "driver", "torch", "commit", "quick", "question"} <= set(row) for row in rows)
+    assert len(rows) >= 4 and all(
+        {"gpu", "driver", "torch", "commit", "quick", "question"} <= set(row) for row in rows
+    )
     found = Finished(journal, quick=True, fresh=False)
     if found._conditions["code"] == rows[0]["code"]:  # nobody edits the code just now
         assert found.find() == rows
@@ -131,7 +153,9 @@ def test_rows_of_other_conditions_are_left(
     for phase in ("prefill", "decode"):
         Finished(path, quick=True, fresh=False).add({**cell, "phase": phase})
     facts["date"] = "2026-01-02"
-    assert Finished(path, True, False).phases("prefill", "decode", **cell) is not None, "after midnight"
+    assert Finished(path, True, False).phases("prefill", "decode", **cell) is not None, (
+        "after midnight"
+    )
     assert Finished(path, True, False).phases("prefill", "decode", model="m", cache=0.25) is None
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
@@ -151,7 +175,10 @@ def test_rows_of_other_conditions_are_left(
 
 def test_the_newest_row_of_a_phase_counts(tmp_path: Path) -> None:
     found = Finished(tmp_path / "rows.jsonl", quick=True, fresh=False)
-    added = [found.add({"model": "m", "phase": phase, "ms": ms}) for phase, ms in (("a", 1), ("a", 2), ("b", 3))]
+    added = [
+        found.add({"model": "m", "phase": phase, "ms": ms})
+        for phase, ms in (("a", 1), ("a", 2), ("b", 3))
+    ]
     assert found.phases("b", "a", model="m") == [added[2], added[1]]
     assert found.phases("a", "c", model="m") is None
     assert found.bare(added[0]) == {"model": "m", "phase": "a", "ms": 1}
@@ -170,15 +197,20 @@ def test_the_code_s_digest_changes_with_it(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_estimate_comes_first_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    with Progress({"layers": Planned(3, 10.0), "models": Planned(2, 60.0)}, 4, lambda: now[0]) as progress:
+    with Progress(
+        {"layers": Planned(3, 10.0), "models": Planned(2, 60.0)}, 4, lambda: now[0]
+    ) as progress:
         out = capsys.readouterr().out
         assert out.startswith(
-            "5 cells to measure (3 of layers and 2 of models), 4 taken from an earlier run; about 2 min"
+            "5 cells to measure (3 of layers and 2 of models), 4 taken from an earlier run; about "
+            "2 min"
         )
         assert progress.left_s() == 150
         now[0] = 20.0
         progress.done("layers")
-        assert progress.left_s() == 2 * 20 + 2 * 60, "as the measured cell; the guess for the others"
+        assert progress.left_s() == 2 * 20 + 2 * 60, (
+            "as the measured cell; the guess for the others"
+        )
         now[0] = 60.0
         progress.done("layers")
         assert progress.left_s() == 30 + 120

@@ -80,7 +80,16 @@ def test_a_token_reads_its_share_of_the_experts(tmp_path: Path) -> None:
 
 def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.write(tmp_path, "mixtral", types="Q8_0")
-    arguments = ["--gguf_path", str(path), "--out", str(tmp_path), "--prompt_tokens", "5", "--steps", "2"]
+    arguments = [
+        "--gguf_path",
+        str(path),
+        "--out",
+        str(tmp_path),
+        "--prompt_tokens",
+        "5",
+        "--steps",
+        "2",
+    ]
     result = throughput.main([*arguments, "--turns", "1", "--twins", "--peer_python", "/bin/false"])
     assert result["decode_vs_llama_cpp"] is None and result["decode_vs_plain_operators"] > 0
     out = capsys.readouterr()
@@ -91,7 +100,9 @@ def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("prompt", "room"), [(128, 2048), (4000, 4024)])
-def test_llama_cpp_has_room_for_the_prompt(prompt: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_has_room_for_the_prompt(
+    prompt: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(Exception):
         pass
 
@@ -105,7 +116,9 @@ def test_llama_cpp_has_room_for_the_prompt(prompt: int, room: int, monkeypatch: 
     monkeypatch.setattr(roofline, "token_bytes", lambda gguf, config: 1)
     monkeypatch.setattr(throughput, "_config", lambda args, gguf: None)
     with pytest.raises(Stop):
-        throughput.measure(throughput._parser().parse_args(["--prompt_tokens", str(prompt)]), Path("none"))
+        throughput.measure(
+            throughput._parser().parse_args(["--prompt_tokens", str(prompt)]), Path("none")
+        )
 
 
 def test_ratios_are_ours_over_theirs() -> None:
@@ -127,16 +140,26 @@ def test_a_peer_that_dies_is_an_error(tmp_path: Path) -> None:
 
 
 def test_routing_from_a_trace(tmp_path: Path) -> None:
-    model, _ = load_model(None, tiny.write(tmp_path, "mixtral"), progress=False, cpu_backend="torch", dtype="float32")
+    model, _ = load_model(
+        None, tiny.write(tmp_path, "mixtral"), progress=False, cpu_backend="torch", dtype="float32"
+    )
     calls = [
-        Call(layer, np.array([[1, 6], [2, 5], [0, 7]]) + 0 * layer, np.full((3, 2), 0.5, np.float32), None, ())
+        Call(
+            layer,
+            np.array([[1, 6], [2, 5], [0, 7]]) + 0 * layer,
+            np.full((3, 2), 0.5, np.float32),
+            None,
+            (),
+        )
         for layer in (0, 1)
     ]
     path = tmp_path / "routing.trace"
     write_trace(path, TraceHeader("tiny", 2, 8, 2, 1, "a test"), calls)
     forced.route_by(model, path)
     seen: list[list[list[int]]] = []
-    model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _m, args: seen.append(args[1].tolist()))
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda _m, args: seen.append(args[1].tolist())
+    )
     with torch.no_grad():
         model(tiny.tokens(2))
         model(tiny.tokens(2))
@@ -151,11 +174,16 @@ def test_fidelity_counts_what_it_says() -> None:
     chunk = torch.tensor([[0, 1, 2, 3]])
     plain = torch.eye(4)[[1, 2, 3, 0]] * 4
     same = fidelity.compare([chunk], [plain], [plain])
-    assert same["token_agreement"] == 1 and same["perplexity_difference"] == same["logits_relative_rms"] == 0
+    assert (
+        same["token_agreement"] == 1
+        and same["perplexity_difference"] == same["logits_relative_rms"] == 0
+    )
     other = plain.clone()
     other[1] = other[1].flip(0)
     changed = fidelity.compare([chunk], [plain], [other])
-    assert changed["token_agreement"] == pytest.approx(2 / 3) and changed["perplexity_difference"] > 0
+    assert (
+        changed["token_agreement"] == pytest.approx(2 / 3) and changed["perplexity_difference"] > 0
+    )
 
 
 def test_the_report_survives_a_question_that_fails(
@@ -181,7 +209,9 @@ def test_the_report_survives_a_question_that_fails(
 
 
 @pytest.mark.slow
-def test_a_question_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = every.ask("schedule", tmp_path, True)
     assert good.result is not None and good.result["gap_max"] < 0.06
     assert {path.suffix for path in good.files} >= {".csv"}
@@ -196,7 +226,10 @@ def test_figures_come_from_csvs_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from eval import figures
 
-    rows = [throughput._row(name, [(0.5, [0.02])], prompt=100, bound_ms=10.0) for name in ("HybriMoE", "llama.cpp")]
+    rows = [
+        throughput._row(name, [(0.5, [0.02])], prompt=100, bound_ms=10.0)
+        for name in ("HybriMoE", "llama.cpp")
+    ]
     every.report.save_csv(tmp_path / "throughput_demo.csv", rows)
     result = figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")])
     assert result == {"figures": ["throughput_demo.png"]}

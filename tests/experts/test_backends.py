@@ -1,4 +1,6 @@
-"""CPU backends and slot accelerator against a float32 reference; odd shapes, masks, refused types."""
+"""CPU backends and slot accelerator against a float32 reference; odd shapes, masks,
+refused types.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,35 @@ from hybrimoe_plugin.experts.weights import LayerWeights
 
 needs.kt_kernel()
 
-# Relative RMS error of kt-kernel against float32 on the same dequantised weights, from 8-bit activations (bf16 for
-# float types): measured at 0.011 to 0.015, with half as much again for small shapes.
-TOLERANCE = {"Q8_0": 0.02, "Q4_0": 0.02, "Q5_0": 0.02, "F16": 0.01, "BF16": 0.01, "F32": 0.01, "Q4_1": 0.025}
+# Relative RMS error of kt-kernel against float32 on the same dequantised weights, from 8-bit
+# activations (bf16 for float types): measured at 0.011 to 0.015, with half as much again for small
+# shapes.
+TOLERANCE = {
+    "Q8_0": 0.02,
+    "Q4_0": 0.02,
+    "Q5_0": 0.02,
+    "F16": 0.01,
+    "BF16": 0.01,
+    "F32": 0.01,
+    "Q4_1": 0.025,
+}
 
 
-def call(tokens: int, experts: int = 8, hidden: int = 64, top_k: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def call(
+    tokens: int, experts: int = 8, hidden: int = 64, top_k: int = 2, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
-    return torch.randn(tokens, hidden, generator=generator), ids, torch.rand(tokens, top_k, generator=generator)
+    return (
+        torch.randn(tokens, hidden, generator=generator),
+        ids,
+        torch.rand(tokens, top_k, generator=generator),
+    )
 
 
-def compute(backend: CPUBackend, arguments: tuple[torch.Tensor, ...], mine: list[int], layer: int = 0) -> torch.Tensor:
+def compute(
+    backend: CPUBackend, arguments: tuple[torch.Tensor, ...], mine: list[int], layer: int = 0
+) -> torch.Tensor:
     backend.submit(layer, *arguments, mine)  # type: ignore[arg-type]
     return backend.sync()
 
@@ -51,7 +70,9 @@ def both(weights: LayerWeights) -> tuple[KTExperts, TorchExperts]:
     return native, plain
 
 
-@pytest.mark.parametrize("types", [("Q8_0",) * 3, ("Q4_0", "Q4_0", "Q8_0"), ("Q5_0",) * 3, ("F16",) * 3, ("BF16",) * 3])
+@pytest.mark.parametrize(
+    "types", [("Q8_0",) * 3, ("Q4_0", "Q4_0", "Q8_0"), ("Q5_0",) * 3, ("F16",) * 3, ("BF16",) * 3]
+)
 @pytest.mark.parametrize("hidden", [64, 256, 320])
 def test_kt_kernel_equals_the_reference(types: tuple[str, str, str], hidden: int) -> None:
     native, plain = both(tiny_experts.layer(hidden=hidden, types=types))
@@ -59,23 +80,32 @@ def test_kt_kernel_equals_the_reference(types: tuple[str, str, str], hidden: int
         arguments = call(tokens, hidden=hidden, seed=tokens)
         for mine in (list(range(8)), [0, 3, 5, 6]):
             wanted = compute(plain, arguments, mine)
-            assert error(compute(native, arguments, mine), wanted) < max(TOLERANCE[name] for name in types)
+            assert error(compute(native, arguments, mine), wanted) < max(
+                TOLERANCE[name] for name in types
+            )
     native.close()
 
 
 @pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0", "F16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_kt_kernel_loses_no_nan(type_name: str, bad: float) -> None:
-    """Its products round activations to integers, a NaN to any number; it must spread as in float32, no further."""
+    """Its products round activations to integers, a NaN to any number; it must spread as in
+    float32, no further.
+    """
     native, plain = both(tiny_experts.layer(types=(type_name,) * 3))
     for tokens in (1, 3, 20):
         hidden, *chosen = call(tokens)
         hidden[tokens // 2, 5] = bad
-        found, wanted = (compute(backend, (hidden, *chosen), list(range(8))).isnan() for backend in (native, plain))
+        found, wanted = (
+            compute(backend, (hidden, *chosen), list(range(8))).isnan()
+            for backend in (native, plain)
+        )
         assert torch.equal(found, wanted) and found.any()
 
 
-def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Such a build ends the process at the first token."""
     weights = tiny_experts.layer(types=("BF16", "Q8_0", "F32"))
     assert "BF16" in cpu_kt.kernel_types("amx") and "BF16" in cpu_kt.kernel_types("avx512_bf16")
@@ -84,7 +114,9 @@ def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(caplog
         assert [matrix.type_name for matrix in found.matrices()] == ["F16", "Q8_0", "F16"]
         assert found.gate.experts[0].size == found.spec.gate_bytes
         for one, other in zip(found.dequantized(3), weights.dequantized(3), strict=True):
-            torch.testing.assert_close(one, other, rtol=2**-11, atol=2**-24)  # a bfloat16 fits into 11 bits
+            torch.testing.assert_close(
+                one, other, rtol=2**-11, atol=2**-24
+            )  # a bfloat16 fits into 11 bits
     assert "requantised to F16" in caplog.text
     weights.gate.experts[0].view(np.uint16)[0] = 0x7F00  # 1.7e38
     with pytest.raises(BackendError, match="beyond the range"):
@@ -94,7 +126,10 @@ def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(caplog
 def test_kt_kernel_in_pieces_of_its_largest_call() -> None:
     native, plain = both(tiny_experts.layer(types=("Q8_0",) * 3))
     arguments = call(2100)
-    assert error(compute(native, arguments, list(range(8))), compute(plain, arguments, list(range(8)))) < 0.02
+    assert (
+        error(compute(native, arguments, list(range(8))), compute(plain, arguments, list(range(8))))
+        < 0.02
+    )
     native.close()
 
 
@@ -148,15 +183,20 @@ def test_kernel_greetings_stay_out_of_standard_output() -> None:
     program = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import tiny_experts\nfrom hybrimoe_plugin.experts.cpu_kt import KTExperts\n"
-        "print('before'); k = KTExperts(1); k.add_layer(tiny_experts.layer(types=('Q8_0',) * 3)); k.close()\n"
+        "print('before'); k = KTExperts(1); k.add_layer(tiny_experts.layer(types=('Q8_0',) * 3)); "
+        "k.close()\n"
         "print('after')"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert run.stdout.split() == ["before", "after"]
 
 
 def test_loading_the_kernels_leaves_arithmetic_alone() -> None:
-    """Their library is built with -ffast-math, whose start-up code makes subnormal numbers 0 in the loading thread."""
+    """Their library is built with -ffast-math, whose start-up code makes subnormal numbers 0 in the
+    loading thread.
+    """
     program = (
         "from hybrimoe_plugin.experts.cpu_kt import import_kernel\n"
         "import_kernel()\n"
@@ -170,7 +210,9 @@ def test_loading_the_kernels_leaves_arithmetic_alone() -> None:
 def test_device_dequantisation_is_exact(type_name: str) -> None:
     kind = GGMLQuantizationType[type_name]
     block, size = GGML_QUANT_SIZES[kind]
-    raw = np.random.default_rng(0).integers(0, 256, (32, size * max(1, 256 // block)), dtype=np.uint8)
+    raw = np.random.default_rng(0).integers(
+        0, 256, (32, size * max(1, 256 // block)), dtype=np.uint8
+    )
     with np.errstate(all="ignore"):  # random scales are sometimes not finite
         wanted = reference_dequantize(raw, kind)
     found = dequantize(torch.from_numpy(raw.ravel()), type_name, wanted.shape).numpy()
@@ -218,5 +260,7 @@ def test_cuda_slots_equal_the_reference() -> None:
         accelerator.onload(expert % 2, weights, expert)
         slot_ids = torch.where(ids == expert, expert % 2, -1).cuda()
         found = accelerator.compute((expert % 2,), hidden.cuda(), slot_ids, routing.cuda())
-        torch.testing.assert_close(found.cpu(), compute(plain, (hidden, ids, routing), [expert]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.cpu(), compute(plain, (hidden, ids, routing), [expert]), rtol=1e-4, atol=1e-4
+        )
     accelerator.close()

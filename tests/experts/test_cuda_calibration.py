@@ -1,4 +1,6 @@
-"""The GPU's measurement runs the engine's own calls; here on the emulated device, where it is only a code path."""
+"""The GPU's measurement runs the engine's own calls; here on the emulated device, where it is only
+a code path.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from hybrimoe_plugin.experts import calibrate
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 
 
-def test_measurement_rotates_over_slots_and_gives_a_sound_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurement_rotates_over_slots_and_gives_a_sound_profile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     accelerator = make_accelerator("emulated", torch.device("cpu"))
     assert accelerator is not None
     seen: list[tuple[int, ...]] = []
@@ -30,5 +34,7 @@ def test_measurement_rotates_over_slots_and_gives_a_sound_profile(monkeypatch: p
     assert side.first_us >= 0
     assert link.gbps > 0
     assert {len(slots) for slots in seen} == {1, 4}
-    assert {slot for slots in seen for slot in slots} == set(range(8)), "every slot is used: none stays in a cache"
+    assert {slot for slots in seen for slot in slots} == set(range(8)), (
+        "every slot is used: none stays in a cache"
+    )
     assert all(len(set(slots)) == len(slots) for slots in seen)

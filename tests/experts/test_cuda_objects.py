@@ -1,4 +1,6 @@
-"""What is said to CUDA: streams, events, one synchronisation, page registration; with torch.cuda played by fakes."""
+"""What is said to CUDA: streams, events, one synchronisation, page registration; with torch.cuda
+played by fakes.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_the_host_stops_once_for_all_tensors_and_only_in_wait(
 
     def empty(shape: Any, dtype: torch.dtype, pin_memory: bool) -> Any:
         assert pin_memory
-        return SimpleNamespace(copy_=lambda source, non_blocking: copies.append(non_blocking) or torch.zeros(shape))
+        return SimpleNamespace(
+            copy_=lambda source, non_blocking: copies.append(non_blocking) or torch.zeros(shape)
+        )
 
     monkeypatch.setattr(torch, "empty", empty)
     there = [SimpleNamespace(device=DEVICE, shape=(2, 3), dtype=torch.int64) for _ in range(5)]
@@ -151,7 +155,9 @@ def graphs(current: FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)  # a real one takes no pool that is a word
+    monkeypatch.delattr(
+        torch._C, "_cuda_endAllocateToPool", raising=False
+    )  # a real one takes no pool that is a word
 
 
 @pytest.mark.usefixtures("graphs")
@@ -221,7 +227,10 @@ class FakeRuntime:
     """cudaHostRegister that refuses ranges which overlap `taken`, or everything, or flags."""
 
     def __init__(
-        self, taken: tuple[int, int] | None = None, refuse: bool = False, refused_flags: tuple[int, ...] = ()
+        self,
+        taken: tuple[int, int] | None = None,
+        refuse: bool = False,
+        refused_flags: tuple[int, ...] = (),
     ) -> None:
         self.taken, self.refuse, self.refused_flags = taken, refuse, refused_flags
         self.ranges: dict[int, int] = {}
@@ -287,7 +296,9 @@ def test_what_cannot_be_registered_is_staged_with_a_notice(
         host.sent(None)
 
 
-def test_a_page_that_another_device_has_costs_only_its_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_another_device_has_costs_only_its_own_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two devices share a file: the page at their border is registered by the first."""
     weights = tiny_experts.layer(experts=16, intermediate=512, types=("Q8_0",) * 3)
     first = min(matrix.experts[0].ctypes.data for matrix in weights.matrices()) // 4096 * 4096
@@ -308,9 +319,13 @@ def test_memory_of_the_process_is_proposed_where_only_mappings_are_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = tiny_experts.layer(experts=16, intermediate=512, types=("Q8_0",) * 3)
-    starts = [matrix.stacked.ctypes.data for matrix in weights.matrices() if matrix.stacked is not None]
+    starts = [
+        matrix.stacked.ctypes.data for matrix in weights.matrices() if matrix.stacked is not None
+    ]
     ends = [
-        matrix.stacked.ctypes.data + matrix.stacked.size for matrix in weights.matrices() if matrix.stacked is not None
+        matrix.stacked.ctypes.data + matrix.stacked.size
+        for matrix in weights.matrices()
+        if matrix.stacked is not None
     ]
     runtime = FakeRuntime(taken=(min(starts) - 4096, max(ends) + 4096))
     host = registered(monkeypatch, runtime)
@@ -320,7 +335,9 @@ def test_memory_of_the_process_is_proposed_where_only_mappings_are_refused(
     assert not runtime.ranges, "what was tried is given back"
 
 
-def test_devices_that_do_not_know_read_only_pages_register_the_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_do_not_know_read_only_pages_register_the_process_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     runtime = FakeRuntime(refused_flags=(9,))
     host = registered(monkeypatch, runtime)
     host.prepare([tiny_experts.layer(types=("Q8_0",) * 3)])

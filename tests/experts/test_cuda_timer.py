@@ -1,4 +1,6 @@
-"""Device time is the device's alone: a fake device and host, each with a clock of its own, say what is counted."""
+"""Device time is the device's alone: a fake device and host, each with a clock of its own, say what
+is counted.
+"""
 
 from __future__ import annotations
 
@@ -81,12 +83,16 @@ def test_launches_are_not_counted(machine: Machine) -> None:
     assert device_us(machine.launches(3), CUDA) == pytest.approx(3 * WORK_US)
     warm = 3 * cuda_timer.WARM_UPS
     assert machine.log[warm:] == ["sleep", "event", *["work"] * 3, "event"] * cuda_timer.REPEATS
-    assert device_us(machine.launches(3), CUDA, ahead=False) > 2 * LAUNCH_US, "what the sleep is for"
+    assert device_us(machine.launches(3), CUDA, ahead=False) > 2 * LAUNCH_US, (
+        "what the sleep is for"
+    )
     assert cuda_timer.cuda_timer(CUDA)(machine.launches(2)) == pytest.approx(2 * WORK_US)
 
 
 def test_the_device_sleeps_longer_where_the_host_needs_longer(machine: Machine) -> None:
-    assert device_us(machine.launches(100), CUDA, repeats=5) == pytest.approx(100 * WORK_US), "4 ms of launches"
+    assert device_us(machine.launches(100), CUDA, repeats=5) == pytest.approx(100 * WORK_US), (
+        "4 ms of launches"
+    )
     assert sorted(set(machine.sleeps)) == [2_000_000, 4_000_000, 8_000_000, 16_000_000]
     assert len(machine.sleeps) == 3 + 5, "a run that began too early is timed again"
 

@@ -1,4 +1,6 @@
-"""Dense weights are dequantised a part at a time, where they will be, to the same bits as in one go by `gguf`."""
+"""Dense weights are dequantised a part at a time, where they will be, to the same bits as in one go
+by `gguf`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_parts_have_the_bits_of_the_whole(
     monkeypatch.setattr(gguf_store, "_AT_A_TIME", at_a_time)
     store, threads = _write(tmp_path / "m.gguf", kind), torch.get_num_threads()
     info = store.info("t")
-    assert (kind in dequant.supported()) == (kind != "TQ1_0"), "one that only gguf dequantises is among them"
+    assert (kind in dequant.supported()) == (kind != "TQ1_0"), (
+        "one that only gguf dequantises is among them"
+    )
     rows = store.raw("t").reshape(SHAPE[0] * SHAPE[1], -1)
     wanted = torch.from_numpy(np.array(dequantize(rows, GGMLQuantizationType[kind]), np.float32))
     found = store.dequantized("t", dtype)
@@ -73,11 +77,17 @@ def test_stored_bytes_go_to_the_device(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen == ["meta"]
 
 
-def test_dense_weights_are_read_onto_the_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the operators compute on one CUDA device, and what does not fit there is a typed error."""
+def test_dense_weights_are_read_onto_the_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the operators compute on one CUDA device, and what does not fit there is a
+    typed error.
+    """
     path, asked = tiny.write(tmp_path, "mixtral"), []
 
-    def out_of_memory(self: Any, name: str, shape: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
+    def out_of_memory(
+        self: Any, name: str, shape: Any, dtype: torch.dtype, device: str
+    ) -> torch.Tensor:
         asked.append(device)
         raise torch.cuda.OutOfMemoryError("no room")
 
@@ -107,5 +117,7 @@ def test_where_dense_weights_go(
             self.generate_device = device
 
     monkeypatch.setattr(load, "cuda_refusal", lambda: refusal)
-    monkeypatch.setattr(load, "experts_operators", lambda model: [Operator(place) for place in places])
+    monkeypatch.setattr(
+        load, "experts_operators", lambda model: [Operator(place) for place in places]
+    )
     assert load._dense_device(torch.nn.Module()) == wanted

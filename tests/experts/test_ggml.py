@@ -1,4 +1,6 @@
-"""ggml graphs: every type against the dequantised reference, experts, refusals, and the team of threads."""
+"""ggml graphs: every type against the dequantised reference, experts, refusals, and the team of
+threads.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +78,18 @@ def test_products_of_every_type(ggml: Ggml, type_name: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "spoiled"),
-    [(1.0, False), (1e30, False), (-3e38, False), (float("nan"), True), (float("inf"), True), (float("-inf"), True)],
+    [
+        (1.0, False),
+        (1e30, False),
+        (-3e38, False),
+        (float("nan"), True),
+        (float("inf"), True),
+        (float("-inf"), True),
+    ],
 )
-def test_a_graph_knows_when_it_rounded_what_is_no_number(ggml: Ggml, value: float, spoiled: bool) -> None:
+def test_a_graph_knows_when_it_rounded_what_is_no_number(
+    ggml: Ggml, value: float, spoiled: bool
+) -> None:
     """Large numbers are numbers, also where the sum of their squares is not."""
     graph = Graph(ggml, 1)
     x = graph.input(1, 512)
@@ -100,14 +111,19 @@ def test_rows_are_dequantised(ggml: Ggml) -> None:
     graph.finish(rows)
     ids.value.copy_(torch.tensor([31, 0, 7]))
     graph.run()
-    torch.testing.assert_close(rows.value, dequantize_bytes(stored.data, "Q6_K", stored.shape)[[31, 0, 7]])
+    torch.testing.assert_close(
+        rows.value, dequantize_bytes(stored.data, "Q6_K", stored.shape)[[31, 0, 7]]
+    )
 
 
 @pytest.mark.parametrize("indexed", [frozenset(), frozenset({"Q4_1"}), TYPES])
 @pytest.mark.parametrize("types", [("Q8_0",) * 3, ("Q4_0", "Q4_1", "Q5_0"), ("F32",) * 3])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 def test_experts_equal_the_reference(
-    types: tuple[str, str, str], top_k: int, indexed: frozenset[str], monkeypatch: pytest.MonkeyPatch
+    types: tuple[str, str, str],
+    top_k: int,
+    indexed: frozenset[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Ggml, "pace", lambda _, type_name, threads: Pace(type_name in indexed, 1.0))
     weights = tiny_experts.layer(types=types, top_k=top_k)
@@ -117,13 +133,18 @@ def test_experts_equal_the_reference(
     for tokens in (1, 2, 33, 600):
         generator = torch.Generator().manual_seed(tokens)
         ids = torch.rand(tokens, 8, generator=generator).topk(top_k).indices
-        hidden, routing = torch.randn(tokens, 64, generator=generator), torch.rand(tokens, top_k, generator=generator)
+        hidden, routing = (
+            torch.randn(tokens, 64, generator=generator),
+            torch.rand(tokens, top_k, generator=generator),
+        )
         for mine in (list(range(8)), [1, 2, 6]):
             wanted = _compute(plain, hidden, ids, routing, mine)
             scale = max(1e-3, float(wanted.norm()))
             for backend in (native, beside):
                 found = _compute(backend, hidden, ids, routing, mine)
-                assert float((found - wanted).norm()) / scale < (1e-5 if types[0] == "F32" else 0.03)
+                assert float((found - wanted).norm()) / scale < (
+                    1e-5 if types[0] == "F32" else 0.03
+                )
     whole = native.compute(0, hidden, ids, routing)
     torch.testing.assert_close(whole, _compute(native, hidden, ids, routing, list(range(8))))
     beside.close()
@@ -154,7 +175,9 @@ def test_experts_beside_the_caller_do_not_stop_it(monkeypatch: pytest.MonkeyPatc
     experts.close()
 
 
-def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     experts = GgmlExperts(1, beside=True)
     experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
     hidden, ids, routing = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.75, 0.25]])
@@ -180,14 +203,25 @@ def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(monkeyp
 
 
 @pytest.mark.parametrize("types", [("Q8_0",) * 3, ("Q4_0", "Q4_1", "Q5_0")])
-def test_both_ways_through_many_tokens_are_the_same_function(ggml: Ggml, types: tuple[str, str, str]) -> None:
+def test_both_ways_through_many_tokens_are_the_same_function(
+    ggml: Ggml, types: tuple[str, str, str]
+) -> None:
     weights = tiny_experts.layer(types=types, top_k=2)
     stored = cpu_ggml._Layer(ggml, 2, weights, repack=False)._stored
     generator = torch.Generator().manual_seed(0)
-    for tokens, experts in ((1, 8), (5, 8), (64, 8), (64, 3), (7, 2)):  # also such as leave experts without rows
+    for tokens, experts in (
+        (1, 8),
+        (5, 8),
+        (64, 8),
+        (64, 3),
+        (7, 2),
+    ):  # also such as leave experts without rows
         ids = torch.rand(tokens, experts, generator=generator).topk(2).indices + (8 - experts)
         hidden, routing = (torch.randn(tokens, size, generator=generator) for size in (64, 2))
-        one, other = (way(ggml, 2, stored, hidden, ids, routing) for way in (cpu_ggml._by_index, cpu_ggml._by_expert))
+        one, other = (
+            way(ggml, 2, stored, hidden, ids, routing)
+            for way in (cpu_ggml._by_index, cpu_ggml._by_expert)
+        )
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
 
 
@@ -216,7 +250,12 @@ def test_what_the_kernels_must_not_see_is_refused(ggml: Ggml) -> None:
     experts.add_layer(tiny_experts.layer())
     hidden, routing = torch.zeros(2, 64), torch.ones(2, 2)
     twice = torch.tensor([[0, 1], [3, 3]])
-    for ids in (torch.full((2, 2), 8), torch.full((2, 2), -1), torch.zeros(3, 2, dtype=torch.int64), twice):
+    for ids in (
+        torch.full((2, 2), 8),
+        torch.full((2, 2), -1),
+        torch.zeros(3, 2, dtype=torch.int64),
+        twice,
+    ):
         with pytest.raises(BackendError):
             experts.compute(0, hidden, ids, routing)
     with pytest.raises(BackendError):
@@ -234,14 +273,18 @@ def test_parts_of_a_buffer_are_read_and_written_in_place(ggml: Ggml) -> None:
     stored = Stored(weight.numpy().view(np.uint8).reshape(-1), "F32", (6, 32))
     rows = graph.matmul(graph.weight(stored), tails)
     plus = graph.add(rows, graph.constant(torch.arange(6)))
-    normed = graph.rms_norm(graph.view(x, x.value[:, 48:80]), graph.constant(scale), 1e-6, out[:, 8:])
+    normed = graph.rms_norm(
+        graph.view(x, x.value[:, 48:80]), graph.constant(scale), 1e-6, out[:, 8:]
+    )
     graph.finish(plus, normed)
     given = torch.randn(1, 4 * 48, generator=generator)
     x.fill(given)
     graph.run()
     wanted = given.view(4, 48)[:, None, 16:] @ weight.T + torch.arange(6)
     torch.testing.assert_close(plus.value, wanted)
-    torch.testing.assert_close(out[:, 8:], torch.nn.functional.rms_norm(given[:, 48:80], (32,), scale, 1e-6))
+    torch.testing.assert_close(
+        out[:, 8:], torch.nn.functional.rms_norm(given[:, 48:80], (32,), scale, 1e-6)
+    )
     assert not out[:, :8].any() and torch.equal(x.value, given)
 
 
@@ -284,12 +327,16 @@ def test_repacking_changes_no_value(type_name: str) -> None:
     stored = random_matrix(type_name, 24, 96)
     packed = as_q8_0(stored)
     assert packed.nbytes == repacked_bytes(stored)
-    found, wanted = (dequantize_bytes(item.data, item.type_name, item.shape) for item in (packed, stored))
+    found, wanted = (
+        dequantize_bytes(item.data, item.type_name, item.shape) for item in (packed, stored)
+    )
     assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("quicker", [True, False])
-def test_slow_types_are_repacked_only_where_that_is_quicker(quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_types_are_repacked_only_where_that_is_quicker(
+    quicker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu_ggml, "quicker_as_q8_0", lambda ggml, threads, type_name: quicker)
     for beside in (False, True):
         experts = GgmlExperts(threads=1, beside=beside)
@@ -333,7 +380,9 @@ def test_the_pace_is_that_of_the_quicker_product_and_measured_once(
 
 
 def test_a_host_s_default_dtype_does_not_reach_the_buffers() -> None:
-    """Classic kTransformers makes bfloat16 the default while it loads and runs; graphs read float32 at a pointer."""
+    """Classic kTransformers makes bfloat16 the default while it loads and runs; graphs read float32
+    at a pointer.
+    """
     weights = tiny_experts.layer(types=("Q8_0",) * 3)
     hidden, ids, routing = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.75, 0.25]])
     outputs = []

@@ -34,13 +34,21 @@ def write(path: Path, stacked: bool = True, shards: int = 0) -> Path:
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "déf"])
     writer.add_array("some.numbers", [1, 2, 3])
     rng = np.random.default_rng(0)
-    for part, shape in (("gate", (INNER, HIDDEN)), ("up", (INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
+    for part, shape in (
+        ("gate", (INNER, HIDDEN)),
+        ("up", (INNER, HIDDEN)),
+        ("down", (HIDDEN, INNER)),
+    ):
         values = rng.standard_normal((EXPERTS, *shape)).astype(np.float32)
         kind = GGMLQuantizationType.Q8_0 if part != "down" else GGMLQuantizationType.F32
         if stacked:
-            writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(
+                f"blk.0.ffn_{part}_exps.weight", quantize(values, kind), raw_dtype=kind
+            )
         for expert in range(0 if stacked else EXPERTS):
-            writer.add_tensor(f"blk.0.ffn_{part}.{expert}.weight", quantize(values[expert], kind), raw_dtype=kind)
+            writer.add_tensor(
+                f"blk.0.ffn_{part}.{expert}.weight", quantize(values[expert], kind), raw_dtype=kind
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -64,7 +72,9 @@ def test_agrees_with_the_library_reader(tmp_path: Path) -> None:
         info = store.info(tensor.name)
         assert info.shape == tuple(int(size) for size in tensor.shape[::-1])
         assert info.type_name == tensor.tensor_type.name
-        assert np.array_equal(store.raw(tensor.name), np.asarray(tensor.data).view(np.uint8).ravel())
+        assert np.array_equal(
+            store.raw(tensor.name), np.asarray(tensor.data).view(np.uint8).ravel()
+        )
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -114,8 +124,12 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
         GGUFStore.open(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "match"), [({"experts": 5}, "shape"), ({"hidden": 64}, "shape")])
-def test_shapes_that_do_not_fit_the_config(tmp_path: Path, change: dict[str, int], match: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "match"), [({"experts": 5}, "shape"), ({"hidden": 64}, "shape")]
+)
+def test_shapes_that_do_not_fit_the_config(
+    tmp_path: Path, change: dict[str, int], match: str
+) -> None:
     store = GGUFStore.open(write(tmp_path / "m.gguf"))
     with pytest.raises(WeightsError, match=match):
         layer_weights(store, 0, **{**SIZES, **change})
@@ -139,7 +153,9 @@ def test_every_truncation_is_noticed(tmp_path: Path, sound: bytes) -> None:
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 420), value=st.binary(min_size=1, max_size=9))
-def test_any_damage_is_harmless_or_a_typed_error(tmp_path: Path, sound: bytes, at: int, value: bytes) -> None:
+def test_any_damage_is_harmless_or_a_typed_error(
+    tmp_path: Path, sound: bytes, at: int, value: bytes
+) -> None:
     (tmp_path / "m.gguf").write_bytes(sound[:at] + value + sound[at + len(value) :])
     with contextlib.suppress(WeightsError):
         read_all(tmp_path / "m.gguf")
@@ -174,15 +190,21 @@ def test_overlapping_and_misaligned_tensors_are_refused(sound: bytes, tmp_path: 
     path = tmp_path / "m.gguf"
     assert serialise(parse(sound)) == sound
     path.write_bytes(moved(sound, b"blk.0.ffn_up_exps.weight", -32))
-    with pytest.raises(WeightsError, match="'blk.0.ffn_gate_exps.weight' and 'blk.0.ffn_up_exps.weight' overlap"):
+    with pytest.raises(
+        WeightsError, match="'blk.0.ffn_gate_exps.weight' and 'blk.0.ffn_up_exps.weight' overlap"
+    ):
         GGUFStore.open(path)
     path.write_bytes(moved(sound, b"blk.0.ffn_gate_exps.weight", 2))
-    with pytest.raises(WeightsError, match=r"'blk\.0\.ffn_gate_exps\.weight' begins at byte 2 .* no multiple of 32"):
+    with pytest.raises(
+        WeightsError, match=r"'blk\.0\.ffn_gate_exps\.weight' begins at byte 2 .* no multiple of 32"
+    ):
         GGUFStore.open(path)
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 24, True])
-def test_alignments_that_the_format_does_not_have_are_refused(sound: bytes, tmp_path: Path, alignment: int) -> None:
+def test_alignments_that_the_format_does_not_have_are_refused(
+    sound: bytes, tmp_path: Path, alignment: int
+) -> None:
     file = parse(sound)
     kind = 7 if alignment is True else 4
     file.fields.append(Field(b"general.alignment", kind, alignment))
@@ -193,7 +215,9 @@ def test_alignments_that_the_format_does_not_have_are_refused(sound: bytes, tmp_
 
 @pytest.mark.parametrize("kind, count", [(0, 3 << 20), (8, 3 << 20), (9, 1 << 17)])
 def test_a_large_and_empty_header_is_refused(tmp_path: Path, kind: int, count: int) -> None:
-    """Zeros without end: a file takes no place on the disk, its values would take gigabytes or minutes."""
+    """Zeros without end: a file takes no place on the disk, its values would take gigabytes or
+    minutes.
+    """
     path = tmp_path / "m.gguf"
     field = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, kind, count)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
@@ -214,7 +238,10 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     changes: dict[str, Callable[[], object]] = {
         "written to": lambda: path.write_bytes(before),
         "had": lambda: os.truncate(path, len(before) - 1),
-        "replaced": lambda: (path.with_name("new").write_bytes(before), os.replace(path.with_name("new"), path)),
+        "replaced": lambda: (
+            path.with_name("new").write_bytes(before),
+            os.replace(path.with_name("new"), path),
+        ),
         "No such file": path.unlink,
     }
     for what, change in changes.items():
@@ -231,7 +258,9 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
 def test_what_is_cut_off_cannot_be_read(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
     store = GGUFStore.open(path)
-    os.truncate(path, path.stat().st_size - 8)  # inside the last page: the mapping shows zeros there
+    os.truncate(
+        path, path.stat().st_size - 8
+    )  # inside the last page: the mapping shows zeros there
     last = max(store.tensors.values(), key=lambda tensor: tensor.offset).name
     with pytest.raises(WeightsError, match="shorter"):
         store.dequantized(last)

@@ -1,4 +1,6 @@
-"""Transfers that another thread gives to the device: the plain twin's bytes, in order, and no error lost."""
+"""Transfers that another thread gives to the device: the plain twin's bytes, in order, and no error
+lost.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         streams = SharedStreams(seed)
         monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
         host = Gate(streams, slow)
-        device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host)
+        device = SlotAccelerator(
+            torch.device("cpu"), "fake", WatchedKernels(streams), streams, host
+        )
         device.allocate(SLOTS, [WEIGHTS])
         made.append((device, host))
         if not shut:
@@ -73,7 +77,9 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     for device, host in made:
         host.open.set()
         device.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-staging")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-staging")
+    ]
 
 
 def compute(device: SlotAccelerator, held: dict[int, int], seed: int) -> torch.Tensor:
@@ -88,9 +94,11 @@ def compute(device: SlotAccelerator, held: dict[int, int], seed: int) -> torch.T
 
 
 def traffic(device: SlotAccelerator, seed: int) -> list[torch.Tensor]:
-    """Onloads, prefetches, cancellations and computes at random: what they compute, and the slots last of all.
+    """Onloads, prefetches, cancellations and computes at random: what they compute, and the slots
+    last of all.
 
-    What is cancelled, and so computed, depends on how far the link has come: nothing cancelled is used here.
+    What is cancelled, and so computed, depends on how far the link has come: nothing cancelled is
+    used here.
     """
     rng = random.Random(seed)
     held: dict[int, int] = {}
@@ -141,7 +149,9 @@ def test_the_caller_goes_on_and_waits_where_the_bytes_are_needed(make: Make) -> 
     assert any(line.startswith("compute waits for") for line in streams.log[:begin])
     assert any(line.startswith("compute waits for") for line in streams.log[begin:])
     compute(device, {1: 2}, 1)
-    wanted = [matrix.experts[expert].ctypes.data for expert in (5, 2) for matrix in WEIGHTS.matrices()]
+    wanted = [
+        matrix.experts[expert].ctypes.data for expert in (5, 2) for matrix in WEIGHTS.matrices()
+    ]
     assert host.sources == wanted
 
 
@@ -162,7 +172,9 @@ def test_synchronising_includes_what_the_thread_has_not_issued(make: Make) -> No
     device.synchronize()
     gate = device._lane.held[3].layout.up
     stored = WEIGHTS.up.experts[4]
-    np.testing.assert_array_equal(device._buffer[3, gate.offset : gate.offset + gate.size].numpy(), stored)
+    np.testing.assert_array_equal(
+        device._buffer[3, gate.offset : gate.offset + gate.size].numpy(), stored
+    )
 
 
 @pytest.mark.parametrize("superseded", [False, True])
@@ -232,11 +244,15 @@ def test_closing_finishes_what_was_sent_and_can_be_begun_anew(make: Make) -> Non
 def test_one_that_is_forgotten_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = HostStreams()
     host = StagedBytes(streams, pinned=False, slow=True)
-    device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(LazyStreams()), streams, host)
+    device = SlotAccelerator(
+        torch.device("cpu"), "fake", WatchedKernels(LazyStreams()), streams, host
+    )
     device.allocate(SLOTS, [WEIGHTS])
     device.onload(0, WEIGHTS, 1)
     device.synchronize()
-    (worker,) = (thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-staging"))
+    (worker,) = (
+        thread for thread in threading.enumerate() if thread.name.startswith("hybrimoe-staging")
+    )
     gone = weakref.ref(device)
     del device
     gc.collect()
@@ -266,7 +282,9 @@ for number in range(5):
     issuer.submit(lambda number=number: (time.sleep(0.02), print(number, flush=True)))
 print("end", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.split()[-4:] == ["1", "2", "3", "4"] and not done.stderr
 
 
@@ -281,7 +299,9 @@ def test_at_once_is_the_same_without_a_thread() -> None:
 
 
 @pytest.mark.parametrize("queue", [LINK, AHEAD])
-def test_a_missing_edge_from_the_last_use_is_seen(make: Make, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_edge_from_the_last_use_is_seen(
+    make: Make, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test's own test: the thread's waits are what the fake streams check."""
     device, _, streams = make(1)
     wait = streams.wait

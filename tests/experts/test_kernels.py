@@ -1,4 +1,6 @@
-"""Device kernels against float64: small shapes in the interpreter, the models' own on a GPU; and compiled for one."""
+"""Device kernels against float64: small shapes in the interpreter, the models' own on a GPU; and
+compiled for one.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def test_a_gpu_runs_the_tiles_dtypes_and_shapes_of_the_product() -> None:
     assert sizes == {16, 32, 64}, "every size of prefill tile"
     assert {kind for case in found for kind in case.shape.kinds} >= set(TYPES)
     assert {case.kind for case in linear_cases()} == set(TYPES) == set(SUPPORTED)
-    assert {case.limit for case in found if case.dtype == torch.float32 and case.tokens == 1} == {1e-6}
+    assert {case.limit for case in found if case.dtype == torch.float32 and case.tokens == 1} == {
+        1e-6
+    }
 
 
 def test_candidates_are_what_tuning_tries() -> None:
@@ -121,7 +125,9 @@ def test_candidates_are_what_tuning_tries() -> None:
     assert {case.blocks for case in candidate_cases([shape])} == set(tried)
 
 
-@pytest.mark.parametrize("kernels", [TritonKernels(CPU, LARGE), TorchKernels()], ids=["triton", "torch"])
+@pytest.mark.parametrize(
+    "kernels", [TritonKernels(CPU, LARGE), TorchKernels()], ids=["triton", "torch"]
+)
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_a_kernel_that_leaves_outputs_out_is_found(
@@ -151,7 +157,9 @@ def test_memory_that_nobody_wrote_reads_as_nan() -> None:
 
 
 def test_the_reference_is_ggufs_own() -> None:
-    """The reference that runs on a device, against gguf's dequantisation and one token and expert after another."""
+    """The reference that runs on a device, against gguf's dequantisation and one token and expert
+    after another.
+    """
     for shape in ODD_SHAPES:
         matrices = random_matrices(shape, 0, CPU)
         hidden = torch.randn(3, shape.hidden, generator=torch.Generator().manual_seed(1))
@@ -165,17 +173,23 @@ def test_the_reference_is_ggufs_own() -> None:
                     continue
                 gate, up, down = (
                     dequantize_bytes(matrix[expert].numpy(), kind, size).double()
-                    for matrix, kind, size in zip(matrices, shape.kinds, (inner, inner, outer), strict=True)
+                    for matrix, kind, size in zip(
+                        matrices, shape.kinds, (inner, inner, outer), strict=True
+                    )
                 )
                 state = hidden[token].double()
-                wanted[token] += weight * (down @ (torch.nn.functional.silu(gate @ state) * (up @ state)))
+                wanted[token] += weight * (
+                    down @ (torch.nn.functional.silu(gate @ state) * (up @ state))
+                )
         torch.testing.assert_close(reference(shape, matrices, hidden, ids, routing), wanted)
 
 
 @pytest.mark.parametrize("kind", PLANES)
 def test_planes_hold_every_byte_once(kind: str) -> None:
     size = BLOCK_BYTES[kind]
-    assert sorted(b for at, count in PLANES[kind] for b in range(at, at + count)) == list(range(size))
+    assert sorted(b for at, count in PLANES[kind] for b in range(at, at + count)) == list(
+        range(size)
+    )
 
 
 def test_what_the_kernels_refuse() -> None:
@@ -196,9 +210,13 @@ def test_slots_start_aligned_whatever_the_types() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
-    """Triton compiles without a device: every type in every kernel must give sm_90 code, in wide loads."""
+    """Triton compiles without a device: every type in every kernel must give sm_90 code, in wide
+    loads.
+    """
     program = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, env=environment, check=False
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("ok") == 6 * len(SUPPORTED) + 3

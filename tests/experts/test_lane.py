@@ -1,4 +1,6 @@
-"""The slots' traffic on queues that run as late as they may: right data, no race, edges where they belong."""
+"""The slots' traffic on queues that run as late as they may: right data, no race, edges where they
+belong.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,12 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
         monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
         kernels = WatchedKernels(streams)
         device = SlotAccelerator(
-            torch.device("cpu"), "fake", kernels, streams, host or PlainBytes(), ahead_depth=ahead_depth
+            torch.device("cpu"),
+            "fake",
+            kernels,
+            streams,
+            host or PlainBytes(),
+            ahead_depth=ahead_depth,
         )
         device.allocate(SLOTS, [WEIGHTS])
         return device, streams
@@ -59,7 +66,9 @@ def compute(device: SlotAccelerator, held: dict[int, int], seed: int) -> None:
 
 
 def traffic(device: SlotAccelerator, seed: int, steps: int) -> None:
-    """Random onloads, prefetches, cancellations and computes; slots are reused while work is queued."""
+    """Random onloads, prefetches, cancellations and computes; slots are reused while work is
+    queued.
+    """
     rng = random.Random(seed)
     held: dict[int, int] = {}
     for step in range(steps):
@@ -89,7 +98,9 @@ def test_staging_buffers_are_reused_only_when_read(build: Build) -> None:
     device.close()
 
 
-@pytest.mark.parametrize("edge", [(COMPUTE, REPACK), (COMPUTE, LINK), (COMPUTE, AHEAD), (REPACK, LINK)])
+@pytest.mark.parametrize(
+    "edge", [(COMPUTE, REPACK), (COMPUTE, LINK), (COMPUTE, AHEAD), (REPACK, LINK)]
+)
 def test_a_missing_edge_to_new_data_is_seen(build: Build, edge: tuple[str, str]) -> None:
     """The test's own test: without any one of the edges the traffic above fails."""
 
@@ -120,7 +131,9 @@ def test_compute_starts_before_down_has_arrived(build: Build) -> None:
     device.onload(0, WEIGHTS, 5)
     streams.log.clear()
     compute(device, {0: 5}, 0)
-    assert streams.log.index("stage 1") < streams.log.index("compute waits for repack", streams.log.index("stage 1"))
+    assert streams.log.index("stage 1") < streams.log.index(
+        "compute waits for repack", streams.log.index("stage 1")
+    )
     assert streams.log[-1] == "stage 2"
     assert streams.host_waits == 0
 
@@ -172,7 +185,9 @@ def test_after_an_interrupted_compute_slots_keep_what_has_arrived(
     compute(device, {0: 2}, 1)
 
 
-def test_memory_that_is_not_there_is_a_budget_error(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_a_budget_error(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, _ = build()
 
     def refuse(*_: object, **__: object) -> torch.Tensor:
@@ -180,7 +195,9 @@ def test_memory_that_is_not_there_is_a_budget_error(build: Build, monkeypatch: p
 
     real = torch.empty
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *args, **kw: refuse() if args[0] == 9 else real(*args, **kw))
+        patch.setattr(
+            torch, "empty", lambda *args, **kw: refuse() if args[0] == 9 else real(*args, **kw)
+        )
         with pytest.raises(BudgetError, match="9 slots"):
             device.allocate(9, [WEIGHTS])
     device.allocate(2, [WEIGHTS])

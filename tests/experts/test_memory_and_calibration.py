@@ -20,7 +20,14 @@ from hybrimoe_plugin.errors import BudgetError, ConfigError
 from hybrimoe_plugin.experts import noise
 from hybrimoe_plugin.experts.calibrate import ensure_profile, profile_path, thread_candidates
 from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.memory import STAGING_SLOTS, cache_quotas, check_host, free_host_bytes, huge_pages, human
+from hybrimoe_plugin.experts.memory import (
+    STAGING_SLOTS,
+    cache_quotas,
+    check_host,
+    free_host_bytes,
+    huge_pages,
+    human,
+)
 from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.policy.profile import MachineProfile
 
@@ -50,7 +57,11 @@ def test_quotas_follow_ratio_bytes_or_what_is_free() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "free"),
-    [(Settings(cache_ratio=1.0), 20_000), (Settings(cache_bytes=3_000), None), (Settings(cache_bytes=30_000), 20_000)],
+    [
+        (Settings(cache_ratio=1.0), 20_000),
+        (Settings(cache_bytes=3_000), None),
+        (Settings(cache_bytes=30_000), 20_000),
+    ],
 )
 def test_budgets_that_do_not_fit_are_refused(settings: Settings, free: int | None) -> None:
     with pytest.raises(BudgetError, match=f"{STAGING_SLOTS} staging slots"):
@@ -100,7 +111,8 @@ def test_a_mapped_file_does_not_fill_a_container(
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("1GiB", 2**30), ("500 MB", 5 * 10**8), ("2k", 2000), ("1.5KiB", 1536), (7, 7)]
+    ("text", "size"),
+    [("1GiB", 2**30), ("500 MB", 5 * 10**8), ("2k", 2000), ("1.5KiB", 1536), (7, 7)],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
@@ -162,7 +174,9 @@ def test_profile_is_measured_once_and_again_when_damaged(
 HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "other experts": lambda profile: profile["spec"].update(hidden=profile["spec"]["hidden"] * 2),
     "more threads than cores": lambda profile: profile["cpu"].update(threads=3000),
-    "times beyond all bounds": lambda profile: profile["cpu"].update(us=[1e308] * len(profile["cpu"]["us"])),
+    "times beyond all bounds": lambda profile: profile["cpu"].update(
+        us=[1e308] * len(profile["cpu"]["us"])
+    ),
     "no time at all": lambda profile: profile["cpu"].update(us=[]),
     "an accelerator that is not there": lambda profile: profile.update(
         accelerator=profile["cpu"], link={"gbps": 1.0, "latency_us": 1.0}
@@ -178,7 +192,9 @@ def test_a_stored_profile_that_was_not_measured_here_is_measured_again(
     weights = tiny_experts.layer()
 
     def ensure() -> MachineProfile:
-        return ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False)
+        return ensure_profile(
+            weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False
+        )
 
     ensure()
     path = profile_path(weights.spec, "torch", "none", None)
@@ -198,14 +214,21 @@ def test_times_of_a_busy_machine_are_for_one_run(
     monkeypatch.setenv("HYBRIMOE_PROFILES", str(tmp_path))
     monkeypatch.delenv("HYBRIMOE_BUSY", raising=False)
     weights = tiny_experts.layer()
-    waited = iter(range(0, 10_000, 1_000))  # seconds that threads waited: far more than the measurement takes
+    waited = iter(
+        range(0, 10_000, 1_000)
+    )  # seconds that threads waited: far more than the measurement takes
     monkeypatch.setattr(noise, "_waited_seconds", lambda: float(next(waited)))
 
     def ensure() -> MachineProfile:
-        return ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False)
+        return ensure_profile(
+            weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False
+        )
 
     assert ensure().cpu.us[0] > 0
-    assert "other programs used the processor" in caplog.text and "measured again at the next start" in caplog.text
+    assert (
+        "other programs used the processor" in caplog.text
+        and "measured again at the next start" in caplog.text
+    )
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("HYBRIMOE_BUSY", "keep")
     kept = ensure()
@@ -220,7 +243,11 @@ def test_times_of_a_busy_machine_are_for_one_run(
 
 def test_repetitions_that_differ_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "_waited_seconds", lambda: None)
-    steady, outlier, erratic = [100.0, 103.0, 99.0, 101.0, 100.0], [100.0] * 4 + [9000.0], [100.0, 900.0] * 5
+    steady, outlier, erratic = (
+        [100.0, 103.0, 99.0, 101.0, 100.0],
+        [100.0] * 4 + [9000.0],
+        [100.0, 900.0] * 5,
+    )
     quiet = noise.Noise()
     assert [quiet.median(times) for times in (steady, outlier)] == [100.0, 100.0]
     assert quiet.verdict() == ""
@@ -250,6 +277,8 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
     (tmp_path / "file").touch()
     monkeypatch.setenv("HYBRIMOE_PROFILES", str(tmp_path / "file" / "below"))
     weights = tiny_experts.layer()
-    profile = ensure_profile(weights, "torch", lambda threads: TorchExperts(keep=True), None, threads=1, progress=False)
+    profile = ensure_profile(
+        weights, "torch", lambda threads: TorchExperts(keep=True), None, threads=1, progress=False
+    )
     assert profile.cpu.us[0] > 0
     assert "cannot be written" in caplog.text

@@ -1,4 +1,6 @@
-"""Accelerator memory: attention's cache, staging for long prompts, one pool a device, and running out of it."""
+"""Accelerator memory: attention's cache, staging for long prompts, one pool a device, and running
+out of it.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,21 @@ from hybrimoe_plugin.policy.profile import MachineProfile, Side, load_profile
 
 def test_attention_cache_of_known_models() -> None:
     mixtral = SimpleNamespace(
-        num_attention_heads=32, num_key_value_heads=8, hidden_size=4096, head_dim=None, num_hidden_layers=32
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        hidden_size=4096,
+        head_dim=None,
+        num_hidden_layers=32,
     )
     assert kv_cache_bytes(mixtral, 4096) == 2 * 2 * 8 * 128 * 32 * 4096  # 512 MiB
     deepseek = SimpleNamespace(
-        num_attention_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        num_attention_heads=16,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
         num_hidden_layers=27,
-    )  # fmt: skip
+    )
     expanded = 2 * 16 * (128 + 64 + 128) * 1000
     assert kv_cache_bytes(deepseek, 1000) == 27 * expanded
     assert kv_cache_bytes(deepseek, 1000, latent=True) == 27 * 2 * (512 + 64) * 1000 + expanded
@@ -49,7 +59,12 @@ def test_attention_cache_of_known_models() -> None:
 
 
 def test_staging_grows_with_the_cache_and_counts() -> None:
-    assert [staging_slots(slots) for slots in (0, 64, 80, 10_000)] == [STAGING_SLOTS, 4, 5, MOST_STAGING_SLOTS]
+    assert [staging_slots(slots) for slots in (0, 64, 80, 10_000)] == [
+        STAGING_SLOTS,
+        4,
+        5,
+        MOST_STAGING_SLOTS,
+    ]
     free = 400 * 1000
     quotas = cache_quotas(Settings(), 128, [1000] * 4, free)
     assert sum(quotas) + staging_slots(sum(quotas)) <= 0.9 * free / 1000
@@ -76,7 +91,9 @@ def test_out_of_memory_shrinks_the_cache_and_goes_on(caplog: pytest.LogCaptureFi
     assert engine.accelerator._buffer.shape[0] == left + engine.controller.pool.staging
 
 
-def test_a_smaller_pool_that_does_not_fit_either_is_made_smaller_still(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_smaller_pool_that_does_not_fit_either_is_made_smaller_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine, routers = build(cache_ratio=0.5)
     real, asked = engine.accelerator.allocate, []
 
@@ -128,11 +145,28 @@ def model(kwargs: list[dict[str, object]]) -> nn.Module:
 def test_each_device_has_its_own_pool_and_budget() -> None:
     """Rules with two devices and uneven budgets; both emulated here."""
     size = WEIGHTS[0].spec.expert_bytes
-    common = {"accelerator": "emulated", "cpu_backend": "torch", "budget": "layer", "scheduler": "static"}
-    first = {**common, "prefill_device": "cuda:0", "generate_device": "cuda:0", "cache_bytes": size * (4 + 8)}
-    second = {**common, "prefill_device": "cuda:1", "generate_device": "cuda:1", "cache_bytes": size * (4 + 2)}
+    common = {
+        "accelerator": "emulated",
+        "cpu_backend": "torch",
+        "budget": "layer",
+        "scheduler": "static",
+    }
+    first = {
+        **common,
+        "prefill_device": "cuda:0",
+        "generate_device": "cuda:0",
+        "cache_bytes": size * (4 + 8),
+    }
+    second = {
+        **common,
+        "prefill_device": "cuda:1",
+        "generate_device": "cuda:1",
+        "cache_bytes": size * (4 + 2),
+    }
     whole = model([first, first, second])
-    router = SimpleNamespace(scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64))
+    router = SimpleNamespace(
+        scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64)
+    )
     handle = bind(whole, routers=lambda *_: router, progress=False)
     try:
         assert [len(engine.layers) for engine in handle.engines] == [2, 1]
@@ -140,14 +174,20 @@ def test_each_device_has_its_own_pool_and_budget() -> None:
         assert handle.engines[0].accelerator is not handle.engines[1].accelerator
         pools = [getattr(engine.cpu, "backend", engine.cpu) for engine in handle.engines]
         assert pools[0] is pools[1], "two pools of CPU workers would fight for the cores"
-        for index, layer in enumerate(whole.layers):  # layers 0 and 2 have the same number in their engines
+        for index, layer in enumerate(
+            whole.layers
+        ):  # layers 0 and 2 have the same number in their engines
             hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(index))
             ids, routing = torch.tensor([[0, 7], [3, 4], [6, 5]]), torch.full((3, 2), 0.5)
             found = layer.experts(hidden, ids, routing)
-            torch.testing.assert_close(found, plain(WEIGHTS[index], hidden, ids, routing), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found, plain(WEIGHTS[index], hidden, ids, routing), rtol=1e-4, atol=1e-5
+            )
         assert all(engine.controller.counters.experts_cpu for engine in handle.engines)
         operators = [module for module in whole.modules() if isinstance(module, HybriMoEExperts)]
-        assert [operator._engine for operator in operators] == [handle.engines[0]] * 2 + [handle.engines[1]]
+        assert [operator._engine for operator in operators] == [handle.engines[0]] * 2 + [
+            handle.engines[1]
+        ]
     finally:
         handle.close()
 
@@ -163,7 +203,9 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bind_module, "cache_quotas", quotas)
     monkeypatch.setattr(bind_module, "make_accelerator", lambda *_: SimpleNamespace(name="cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 20_000_000))
-    config = SimpleNamespace(num_attention_heads=2, num_key_value_heads=2, hidden_size=HIDDEN, num_hidden_layers=4)
+    config = SimpleNamespace(
+        num_attention_heads=2, num_key_value_heads=2, hidden_size=HIDDEN, num_hidden_layers=4
+    )
     whole = model([{"accelerator": "cuda", "generate_device": "cuda:1", "context": 1000}] * 2)
     whole.config = config
     with pytest.raises(BackendError, match="seen"):
@@ -171,7 +213,9 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [10_000_000 - 2 * 2 * HIDDEN * 4 * 1000]
     # What keeps latents needs room for latents.
     sizes = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 16}
-    whole.config = SimpleNamespace(num_attention_heads=8, kv_lora_rank=64, num_hidden_layers=4, **sizes)
+    whole.config = SimpleNamespace(
+        num_attention_heads=8, kv_lora_rank=64, num_hidden_layers=4, **sizes
+    )
     for kept in (8 * 64 * 4, 80 * 4 + 8 * 64):
         with pytest.raises(BackendError, match="seen"):
             bind(whole, routers=lambda *_: SimpleNamespace(), progress=False)
@@ -181,7 +225,9 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
-def test_attention_beside_a_gpu_is_kept_from_cudnn(on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_beside_a_gpu_is_kept_from_cudnn(
+    on_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It plans for every new number of keys, and decode has one at each token."""
     asked: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
@@ -189,7 +235,9 @@ def test_attention_beside_a_gpu_is_kept_from_cudnn(on_cuda: bool, monkeypatch: p
     def build(*_: object) -> tuple[object, object]:
         device = SimpleNamespace(type="cuda" if on_cuda else "cpu")
         engine = SimpleNamespace(
-            accelerator=SimpleNamespace(device=device), cpu=SimpleNamespace(workers=0), close=lambda: None
+            accelerator=SimpleNamespace(device=device),
+            cpu=SimpleNamespace(workers=0),
+            close=lambda: None,
         )
         return engine, None
 
@@ -231,7 +279,9 @@ def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
     fits, refused = tiny_experts.layer(), tiny_experts.layer(intermediate=96)
     assert choose_cpu(Settings(), [fits], accelerator) == (wanted, profiles[wanted])
     assert sorted(asked) == ["ggml", "kt"]
-    assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", "kt-kernel takes multiples of 256 alone"
+    assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", (
+        "kt-kernel takes multiples of 256 alone"
+    )
     assert choose_cpu(Settings(), [fits], None)[0] == "ggml"
     assert choose_cpu(Settings(cpu_backend="kt"), [fits], accelerator)[0] == "kt"
     assert choose_cpu(Settings(profile="rtx4090-desktop"), [refused], accelerator) == (
@@ -243,22 +293,35 @@ def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
 def test_experts_that_kt_kernel_refuses_are_computed_by_ggml_beside_an_accelerator() -> None:
     """DeepSeek-V2-Lite's are 1408 wide: beside a GPU they were left to the torch reference."""
     needs.kt_kernel()
-    weights = [tiny_experts.layer(hidden=HIDDEN, intermediate=96, types=("Q8_0",) * 3, index=index) for index in (0, 1)]
+    weights = [
+        tiny_experts.layer(hidden=HIDDEN, intermediate=96, types=("Q8_0",) * 3, index=index)
+        for index in (0, 1)
+    ]
     whole = model([{"accelerator": "emulated", "cache_ratio": 0.25, "scheduler": "static"}] * 2)
     for layer, stored in zip(whole.layers, weights, strict=True):
         layer.experts.weights = stored
-    router = SimpleNamespace(scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64))
+    router = SimpleNamespace(
+        scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64)
+    )
     handle = bind(whole, routers=lambda *_: router, progress=False)
     try:
         (engine,) = handle.engines
         assert isinstance(engine.cpu, GgmlExperts) and engine.cpu.workers > 0
         for seed, tokens in enumerate((1, 1, 5, 64)):
             generator = torch.Generator().manual_seed(seed)
-            hidden, routing = (torch.randn(tokens, size, generator=generator) for size in (HIDDEN, 2))
+            hidden, routing = (
+                torch.randn(tokens, size, generator=generator) for size in (HIDDEN, 2)
+            )
             ids = torch.rand(tokens, 8, generator=generator).topk(2).indices
             for layer, stored in zip(whole.layers, weights, strict=True):
-                found, wanted = layer.experts(hidden, ids, routing), plain(stored, hidden, ids, routing)
+                found, wanted = (
+                    layer.experts(hidden, ids, routing),
+                    plain(stored, hidden, ids, routing),
+                )
                 assert float((found - wanted).norm() / wanted.norm()) < 0.03
-        assert engine.controller.counters.experts_cpu and engine.controller.counters.experts_accelerator
+        assert (
+            engine.controller.counters.experts_cpu
+            and engine.controller.counters.experts_accelerator
+        )
     finally:
         handle.close()

@@ -1,4 +1,6 @@
-"""Run a call in a forked process with limits, and say how it ended. The parent must have no other threads at work."""
+"""Run a call in a forked process with limits, and say how it ended. The parent must have no other
+threads at work.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,17 @@ from typing import NamedTuple
 from hybrimoe_plugin.errors import HybriMoEError
 
 ADDRESS_SPACE = 20 << 30
-"""Bytes; far above what is allowed to be used, so that an overrun is measured rather than a MemoryError."""
+"""Bytes; far above what is allowed to be used, so that an overrun is measured rather than a
+MemoryError.
+"""
 UNEXPECTED = "hybrimoe: error: unexpected "
 """How the command line reports an exception that nobody foresaw."""
 
 
 class Outcome(NamedTuple):
-    """How a call ended: `done`, `refused`, or one of the faults `signal`, `hang`, `traceback`, `memory`."""
+    """How a call ended: `done`, `refused`, or one of the faults `signal`, `hang`, `traceback`,
+    `memory`.
+    """
 
     kind: str
     detail: str
@@ -39,8 +45,10 @@ class Limits:
     """Runs calls under limits.
 
     Args:
-        seconds: of processor time; a longer run is a hang. On a busy machine the clock says nothing.
-        waiting: seconds by the clock; a call that waits for something longer than this is a hang too.
+        seconds: of processor time; a longer run is a hang. On a busy machine the clock says
+            nothing.
+        waiting: seconds by the clock; a call that waits for something longer than this is a hang
+            too.
         nbytes: more memory than this is a fault.
     """
 

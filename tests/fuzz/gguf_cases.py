@@ -24,11 +24,21 @@ FLAGS = (
 )
 _VALUES = (
     *((4, value) for value in (0, 1, 2, 3, 5, 7, 33, 97, 10**6, 2**31 - 1, 2**32 - 1)),
-    *((kind, value) for kind in (6, 12) for value in (0.0, -0.0, -1.0, 1e-45, 1e38, math.nan, math.inf, -math.inf)),
+    *(
+        (kind, value)
+        for kind in (6, 12)
+        for value in (0.0, -0.0, -1.0, 1e-45, 1e38, math.nan, math.inf, -math.inf)
+    ),
     *((10, value) for value in (2**40, 2**63, 2**64 - 1)),
-    *((9, value) for value in ((4, []), (4, [1, 2]), (9, [(4, [1])]), (8, [b"a"]), (6, [0.0, math.nan]))),
+    *(
+        (9, value)
+        for value in ((4, []), (4, [1, 2]), (9, [(4, [1])]), (8, [b"a"]), (6, [0.0, math.nan]))
+    ),
     *((9, (kind, [], count)) for kind in (0, 4, 8, 9) for count in (2**20, 2**40, 2**63)),
-    *((8, value) for value in (b"", b"x", b"\xff\xfe\0", b"llama", b"deepseek2", b"{{ 1 }}", b"a" * 100_000)),
+    *(
+        (8, value)
+        for value in (b"", b"x", b"\xff\xfe\0", b"llama", b"deepseek2", b"{{ 1 }}", b"a" * 100_000)
+    ),
     (5, -1),
     (7, True),
     (12, 1e308),
@@ -49,10 +59,26 @@ class Source(NamedTuple):
         return len(self.raw) - len(self.file.data)
 
 
-def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator[tuple[str, Callable[[], int | None]]]:
+def cases(
+    rng: random.Random, folder: Path, models: dict[str, Path]
+) -> Iterator[tuple[str, Callable[[], int | None]]]:
     """(what was done, a call that tries it), without end."""
-    sources = {family: Source(raw := models[family].read_bytes(), parse(raw)) for family in FAMILIES}
-    changes = (_truncated, _counted, _field, _field, _field, _nested, _tensor, _tensor, _data, _flipped, _flipped)
+    sources = {
+        family: Source(raw := models[family].read_bytes(), parse(raw)) for family in FAMILIES
+    }
+    changes = (
+        _truncated,
+        _counted,
+        _field,
+        _field,
+        _field,
+        _nested,
+        _tensor,
+        _tensor,
+        _data,
+        _flipped,
+        _flipped,
+    )
     path = folder / "model.gguf"
     while True:
         family, change, flags = rng.choice(FAMILIES), rng.choice(changes), rng.choice(FLAGS)
@@ -113,7 +139,9 @@ def _changed_array(rng: random.Random, value: tuple[int, list[object]]) -> tuple
     elif action == 2:
         values[rng.randrange(len(values))] = rng.choice(values)
     elif kind == 8:
-        values[rng.randrange(len(values))] = rng.choice((b"", b"\xff", b"\xed\xa0\x80", b"x" * 10_000, b"a b c"))
+        values[rng.randrange(len(values))] = rng.choice(
+            (b"", b"\xff", b"\xed\xa0\x80", b"x" * 10_000, b"a b c")
+        )
     return kind, values
 
 
@@ -136,7 +164,9 @@ def _nested(rng: random.Random, source: Source) -> tuple[str, bytes]:
     file = source.file.fresh()
     if rng.random() < 0.5:
         alignment = rng.choice((0, 1, 2, 3, 7, 8, 16, 64, 4096, 2**20, 2**31))
-        file.fields.append(replace(file.fields[0], key=b"general.alignment", kind=4, value=alignment))
+        file.fields.append(
+            replace(file.fields[0], key=b"general.alignment", kind=4, value=alignment)
+        )
         return f"alignment {alignment}", serialise(file)
     depth = rng.choice((1, 3, 4, 5, 50, 5000))
     raw = struct.pack("<IQ", 9, 1) * depth + struct.pack("<IQI", 4, 1, 1)
@@ -153,7 +183,9 @@ def _tensor(rng: random.Random, source: Source) -> tuple[str, bytes]:
         del file.tensors[place]
         return f"{name} missing", serialise(file)
     if action == 1:
-        other = rng.choice((tensor.name, b"", b"\xff", rng.choice(file.tensors).name, b"rope_freqs.weight"))
+        other = rng.choice(
+            (tensor.name, b"", b"\xff", rng.choice(file.tensors).name, b"rope_freqs.weight")
+        )
         file.tensors.append(replace(tensor, name=other))
         return f"{name} again as {other!r}", serialise(file)
     made = _changed_tensor(rng, tensor, len(file.data), action)
@@ -173,20 +205,35 @@ def _changed_tensor(rng: random.Random, tensor: Tensor, size: int, action: int) 
         return replace(tensor, kind=rng.choice((*range(45), 2**31, 2**32 - 1)))
     if action == 3:
         near = tensor.offset + rng.choice((-32, -1, 1, 2, 16, 32))
-        return replace(tensor, offset=rng.choice((*_OFFSETS, max(0, near), max(0, near), size, size - 1)))
+        return replace(
+            tensor, offset=rng.choice((*_OFFSETS, max(0, near), max(0, near), size, size - 1))
+        )
     if action == 4:
         axis, by = rng.randrange(len(shape)), rng.choice((-1, 1, 32))
         longer = [*shape[:axis], max(0, shape[axis] + by), *shape[axis + 1 :]]
-        choices = ([], [*shape, 1], [1, *shape], shape[::-1], [0, *shape[1:]], [2**63, *shape[1:]], [2**32, 2**32])
+        choices = (
+            [],
+            [*shape, 1],
+            [1, *shape],
+            shape[::-1],
+            [0, *shape[1:]],
+            [2**63, *shape[1:]],
+            [2**32, 2**32],
+        )
         flat = [math.prod(shape)]
-        return replace(tensor, shape=tuple(rng.choice((*choices, longer, longer, flat, [*shape, 1, 1, 1]))))
+        return replace(
+            tensor, shape=tuple(rng.choice((*choices, longer, longer, flat, [*shape, 1, 1, 1])))
+        )
     return replace(tensor, dimensions=rng.choice((None, 0, 5, 2**32 - 1)))
 
 
 def _data(rng: random.Random, source: Source) -> tuple[str, bytes]:
     file = source.file.fresh()
     tensor = rng.choice(file.tensors)
-    end = min((other.offset for other in file.tensors if other.offset > tensor.offset), default=len(file.data))
+    end = min(
+        (other.offset for other in file.tensors if other.offset > tensor.offset),
+        default=len(file.data),
+    )
     size, fill = end - tensor.offset, rng.choice((*_FILLS, b""))
     filled = (fill * (size // len(fill) + 1))[:size] if fill else rng.randbytes(size)
     file.data = file.data[: tensor.offset] + filled + file.data[end:]

@@ -1,4 +1,6 @@
-"""A GGUF file taken apart, so that its parts can be changed and put together again, soundly or not."""
+"""A GGUF file taken apart, so that its parts can be changed and put together again,
+soundly or not.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,19 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 STRING, ARRAY = 8, 9
 
 
@@ -18,7 +32,8 @@ class Field:
     key: bytes
     kind: int
     value: Any
-    """Bytes for a string; for an array (kind of its values, values, or with a third item the count that is stated).
+    """Bytes for a string; for an array (kind of its values, values, or with a third item the count
+    that is stated).
 
     Bytes of any other kind are written as they are.
     """
@@ -98,7 +113,9 @@ def serialise(file: File) -> bytes:
         out += _text(entry.key) + struct.pack("<I", entry.kind) + _value(entry.kind, entry.value)
     for tensor in file.tensors:
         dimensions = len(tensor.shape) if tensor.dimensions is None else tensor.dimensions
-        out += _text(tensor.name) + struct.pack(f"<I{len(tensor.shape)}Q", dimensions, *tensor.shape)
+        out += _text(tensor.name) + struct.pack(
+            f"<I{len(tensor.shape)}Q", dimensions, *tensor.shape
+        )
         out += struct.pack("<IQ", tensor.kind, tensor.offset)
     return bytes(out + b"\0" * (-len(out) % 32) + file.data)
 

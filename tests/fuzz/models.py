@@ -12,7 +12,9 @@ from hybrimoe_plugin.cli.main import main
 
 _EXACT = ("gate_inp", "attn_q", "kv_b", "k_b", "v_b", "kv_a")
 """Matrices of tiny models whose rows are no whole blocks."""
-_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 _VOCABULARY = 320
 
 
@@ -28,7 +30,17 @@ def write(folder: Path, family: str) -> Path:
 
 
 def _tokenizer() -> dict[str, Any]:
-    tokens = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", *sorted(ByteLevel.alphabet()), "Ġt", "he", "in", "an"]
+    tokens = [
+        "<pad>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<unk>",
+        *sorted(ByteLevel.alphabet()),
+        "Ġt",
+        "he",
+        "in",
+        "an",
+    ]
     tokens += [f"<extra{number}>" for number in range(len(tokens), _VOCABULARY)]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -51,4 +63,6 @@ class Chat:
         self.arguments = arguments
 
     def __call__(self) -> int:
-        return main(["local_chat", "--prompt", "hi", "--max_new_tokens", "2", "--greedy", *self.arguments])
+        return main(
+            ["local_chat", "--prompt", "hi", "--max_new_tokens", "2", "--greedy", *self.arguments]
+        )

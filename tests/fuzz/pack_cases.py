@@ -15,7 +15,9 @@ from tests.fuzz.json_values import changed, hurt
 from tests.fuzz.models import Chat
 
 
-def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator[tuple[str, Callable[[], int | None]]]:
+def cases(
+    rng: random.Random, folder: Path, models: dict[str, Path]
+) -> Iterator[tuple[str, Callable[[], int | None]]]:
     """(what was done, a call that tries it), without end."""
     source = pack_model(folder / "sound", gguf_path=models["mixtral"], dtype="float32")
     raw = source.read_bytes()
@@ -30,13 +32,17 @@ def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator
         yield what, Chat("--flash_pack", str(directory))
 
 
-def _bytes(rng: random.Random, raw: bytes, offset: int, index: dict[str, object]) -> tuple[str, bytes]:
+def _bytes(
+    rng: random.Random, raw: bytes, offset: int, index: dict[str, object]
+) -> tuple[str, bytes]:
     del index
     place = rng.choice((0, offset, rng.randrange(len(raw))))
     return f"bytes from {place}", raw[:place] + hurt(rng, raw[place:])
 
 
-def _header(rng: random.Random, raw: bytes, offset: int, index: dict[str, object]) -> tuple[str, bytes]:
+def _header(
+    rng: random.Random, raw: bytes, offset: int, index: dict[str, object]
+) -> tuple[str, bytes]:
     """Fields of the header changed, its checksum right again."""
     del index
     fields = list(HEADER.unpack_from(raw))
@@ -47,13 +53,20 @@ def _header(rng: random.Random, raw: bytes, offset: int, index: dict[str, object
     return f"header {fields}", head + raw[ALIGNMENT:]
 
 
-def _index(rng: random.Random, raw: bytes, offset: int, index: dict[str, object]) -> tuple[str, bytes]:
-    """Values of the index changed, all checksums right again, the fingerprint in half of the cases."""
+def _index(
+    rng: random.Random, raw: bytes, offset: int, index: dict[str, object]
+) -> tuple[str, bytes]:
+    """Values of the index changed, all checksums right again, the fingerprint in half of
+    the cases.
+    """
     value = changed(rng, index)
     text = json.dumps(value).encode()
     if rng.random() < 0.5:
         text = _fingerprinted(text)
-    what = next((key for key in index if not isinstance(value, dict) or value.get(key) != index[key]), "nothing")
+    what = next(
+        (key for key in index if not isinstance(value, dict) or value.get(key) != index[key]),
+        "nothing",
+    )
     return f"index: {what}", header_bytes(offset, text) + raw[ALIGNMENT:offset] + text
 
 

@@ -12,7 +12,9 @@ from tests.fuzz.json_values import changed, hurt
 from tests.fuzz.models import Chat
 
 
-def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator[tuple[str, Callable[[], int | None]]]:
+def cases(
+    rng: random.Random, folder: Path, models: dict[str, Path]
+) -> Iterator[tuple[str, Callable[[], int | None]]]:
     """(what was done, a call that tries it), without end."""
     profiles = [json.loads(found.read_text("utf-8")) for found in shipped().values()]
     path = folder / "profile.json"
@@ -24,4 +26,7 @@ def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator
         raw = hurt(rng, raw) if rng.random() < 0.2 else raw
         path.write_bytes(raw)
         flags = ("--accelerator", "emulated", "--cache_ratio", "0.5", "--profile", str(path))
-        yield raw[:2000].decode("utf-8", "replace"), Chat("--gguf_path", str(models["mixtral"]), *flags)
+        yield (
+            raw[:2000].decode("utf-8", "replace"),
+            Chat("--gguf_path", str(models["mixtral"]), *flags),
+        )

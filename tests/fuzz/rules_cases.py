@@ -97,11 +97,66 @@ _KWARGS = (
     "__class__",
 )
 _VALUES = (
-    *("0", "1", "-1", "2", "0.5", ".nan", ".inf", "1e-320", "1e999", "true", "~", "''", "[]", "{}", "'a'", "auto"),
-    *("cpu", "meta", "'cuda:99'", "emulated", "none", "mapped", "memory", "torch", "kt", "ggml", "plain", "static"),
-    *("'1XB'", "99999999999999999999999", "'/etc/passwd'", "/dev/zero", "2001-01-01", "0o17", "190:20:30", "1_000"),
-    *("!!int x", "!!float abc", "!!binary aGk=", "!!python/name:os.system", "!x 1", "'\\ud800'", '"\\ud800"', '"\\0"'),
-    *("1" + ":1" * 50_000, "9" * 50_000, "0x" + "f" * 50_000, "&a [*a]", "*undefined", "[" * 3000 + "]" * 3000),
+    *(
+        "0",
+        "1",
+        "-1",
+        "2",
+        "0.5",
+        ".nan",
+        ".inf",
+        "1e-320",
+        "1e999",
+        "true",
+        "~",
+        "''",
+        "[]",
+        "{}",
+        "'a'",
+        "auto",
+    ),
+    *(
+        "cpu",
+        "meta",
+        "'cuda:99'",
+        "emulated",
+        "none",
+        "mapped",
+        "memory",
+        "torch",
+        "kt",
+        "ggml",
+        "plain",
+        "static",
+    ),
+    *(
+        "'1XB'",
+        "99999999999999999999999",
+        "'/etc/passwd'",
+        "/dev/zero",
+        "2001-01-01",
+        "0o17",
+        "190:20:30",
+        "1_000",
+    ),
+    *(
+        "!!int x",
+        "!!float abc",
+        "!!binary aGk=",
+        "!!python/name:os.system",
+        "!x 1",
+        "'\\ud800'",
+        '"\\ud800"',
+        '"\\0"',
+    ),
+    *(
+        "1" + ":1" * 50_000,
+        "9" * 50_000,
+        "0x" + "f" * 50_000,
+        "&a [*a]",
+        "*undefined",
+        "[" * 3000 + "]" * 3000,
+    ),
 )
 _FITTING = (
     (r"^model\.layers\.\d+\.mlp\.experts$", _OPERATORS[0]),
@@ -123,7 +178,9 @@ _SETTINGS = (
     *(("generate_device", value) for value in ("cpu", "'cuda:0'", "auto")),
     ("profile", "/dev/zero"),
 )
-_BOMB = "&a0 [x,x,x,x,x,x,x,x,x], " + ", ".join(f"&a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 8))
+_BOMB = "&a0 [x,x,x,x,x,x,x,x,x], " + ", ".join(
+    f"&a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 8)
+)
 _WHOLE = (
     "",
     "~",
@@ -146,11 +203,22 @@ _WHOLE = (
 )
 
 
-def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator[tuple[str, Callable[[], int | None]]]:
+def cases(
+    rng: random.Random, folder: Path, models: dict[str, Path]
+) -> Iterator[tuple[str, Callable[[], int | None]]]:
     """(what was done, a call that tries it), without end."""
-    packaged = importlib.resources.files("optimize_rules").joinpath("Mixtral.yaml").read_text("utf-8")
+    packaged = (
+        importlib.resources.files("optimize_rules").joinpath("Mixtral.yaml").read_text("utf-8")
+    )
     path, weights = folder / "rules.yaml", str(models["mixtral"])
-    makers = (_made, _made, _made, _whole, lambda rng: _hurt(rng, packaged), lambda rng: _mixed(rng, packaged))
+    makers = (
+        _made,
+        _made,
+        _made,
+        _whole,
+        lambda rng: _hurt(rng, packaged),
+        lambda rng: _mixed(rng, packaged),
+    )
     while True:
         text = rng.choice(makers)(rng)
         raw = text.encode("utf-16" if rng.random() < 0.01 else "utf-8", "surrogatepass")
@@ -179,9 +247,14 @@ def _rule(rng: random.Random) -> str:
         lines.append("    name: '" + rng.choice(_PATTERNS).replace("'", "''") + "'")
     if rng.random() < 0.3:
         lines.append(f"    class: {rng.choice(_CLASSES)}")
-    lines += ["  replace:", f"    class: {rng.choice(_CLASSES if rng.random() < 0.5 else _OPERATORS)}"]
+    lines += [
+        "  replace:",
+        f"    class: {rng.choice(_CLASSES if rng.random() < 0.5 else _OPERATORS)}",
+    ]
     if rng.random() < 0.6:
-        given = ", ".join(f"{rng.choice(_KWARGS)}: {rng.choice(_VALUES)}" for _ in range(rng.randrange(3)))
+        given = ", ".join(
+            f"{rng.choice(_KWARGS)}: {rng.choice(_VALUES)}" for _ in range(rng.randrange(3))
+        )
         lines.append(f"    kwargs: {{{given}}}")
     if rng.random() < 0.2:
         lines.append(f"  recursive: {rng.choice(('True', 'False', 'no', '0', '[]'))}")
@@ -215,5 +288,9 @@ def _hurt(rng: random.Random, packaged: str) -> str:
             lines[place] = " " * rng.randrange(4) + lines[place]
         elif lines[place]:
             at = rng.randrange(len(lines[place]))
-            lines[place] = lines[place][:at] + rng.choice("'\"{}[]:,&*!|>%@`\\\t#-?x\0é") + lines[place][at + 1 :]
+            lines[place] = (
+                lines[place][:at]
+                + rng.choice("'\"{}[]:,&*!|>%@`\\\t#-?x\0é")
+                + lines[place][at + 1 :]
+            )
     return "\n".join(lines)

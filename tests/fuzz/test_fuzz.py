@@ -19,4 +19,6 @@ def test_nothing_from_outside_ends_the_process() -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.endswith("0 bad\n"), done.stdout + done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.endswith("0 bad\n"), (
+        done.stdout + done.stderr[-2000:]
+    )

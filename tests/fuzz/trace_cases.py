@@ -22,11 +22,31 @@ from hybrimoe_plugin.replay.trace import write_trace
 from tests.fuzz.json_values import changed, hurt
 
 _TRACES = Path(__file__).resolve().parents[2] / "eval" / "data"
-_CSV = "# route_trace v1 model=m.gguf n_expert=8 n_expert_used=2 expert_bytes=64\nphase,step,layer,slot,expert,weight\n"
-_CELLS = ("0", "1", "2", "-1", "7", "8", "0.5", "1e300", "nan", "inf", "", "x", '"', "99999999999999999999")
+_CSV = (
+    "# route_trace v1 model=m.gguf n_expert=8 n_expert_used=2 "
+    "expert_bytes=64\nphase,step,layer,slot,expert,weight\n"
+)
+_CELLS = (
+    "0",
+    "1",
+    "2",
+    "-1",
+    "7",
+    "8",
+    "0.5",
+    "1e300",
+    "nan",
+    "inf",
+    "",
+    "x",
+    '"',
+    "99999999999999999999",
+)
 
 
-def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator[tuple[str, Callable[[], int | None]]]:
+def cases(
+    rng: random.Random, folder: Path, models: dict[str, Path]
+) -> Iterator[tuple[str, Callable[[], int | None]]]:
     """(what was done, a call that tries it), without end."""
     archives = [_members((_TRACES / "gptoss.trace").read_bytes()), *[_members(_small(folder))] * 3]
     while True:
@@ -41,7 +61,9 @@ def cases(rng: random.Random, folder: Path, models: dict[str, Path]) -> Iterator
 def _small(folder: Path) -> bytes:
     """A trace that has everything a trace may have: prompts, scores and predictions."""
     path = folder / "sound.trace"
-    drawn = synthetic(4, 8, 2, model="small", expert_bytes=1 << 20, prompt_tokens=6, decode_tokens=8)
+    drawn = synthetic(
+        4, 8, 2, model="small", expert_bytes=1 << 20, prompt_tokens=6, decode_tokens=8
+    )
     made = with_predictions(drawn, 0.8)
     write_trace(path, made.header, made.calls, score_top=8)
     return path.read_bytes()
@@ -65,7 +87,9 @@ def _members(raw: bytes) -> dict[str, bytes]:
 def _archive(rng: random.Random, sound: dict[str, bytes]) -> tuple[str, bytes]:
     members = dict(sound)
     name = rng.choice(list(members))
-    action = rng.choice(("missing", "other", "hurt", "json", "swapped", "values", "values", "values", "values"))
+    action = rng.choice(
+        ("missing", "other", "hurt", "json", "swapped", "values", "values", "values", "values")
+    )
     arrays = [other for other in members if not other.endswith(".json")]
     if action == "missing":
         del members[name]
@@ -105,7 +129,9 @@ def _other_values(rng: random.Random, raw: bytes) -> bytes:
 def _array(rng: random.Random) -> bytes:
     """An array of another type or shape, or one whose header promises what does not follow."""
     shape = tuple(rng.choice((0, 1, 2, 8, 100, 1000)) for _ in range(rng.choice((0, 1, 2, 3))))
-    kind: Any = rng.choice((np.int16, np.int32, np.float16, np.int64, np.float64, np.bool_, "S4", "c8", "M8[s]"))
+    kind: Any = rng.choice(
+        (np.int16, np.int32, np.float16, np.int64, np.float64, np.bool_, "S4", "c8", "M8[s]")
+    )
     out = io.BytesIO()
     if rng.random() < 0.2:  # unpacks a thousandfold
         np.lib.format.write_array(out, np.zeros((rng.choice((1 << 20, 1 << 24)), 2), np.int16))
@@ -118,7 +144,9 @@ def _array(rng: random.Random) -> bytes:
 
 
 def _csv(rng: random.Random) -> tuple[str, bytes]:
-    """A prompt of three tokens and five single ones through three layers; then up to two cells are changed."""
+    """A prompt of three tokens and five single ones through three layers; then up to two cells are
+    changed.
+    """
     rows = []
     for phase, step in [(0, 0), (0, 1), (0, 2), *((1, step) for step in range(5))]:
         for layer in range(3):
@@ -131,10 +159,14 @@ def _csv(rng: random.Random) -> tuple[str, bytes]:
         del cells[rng.randrange(len(cells))]
     text = _CSV + "\n".join(",".join(row) for row in cells)
     if rng.random() < 0.3:
-        text = text.replace(rng.choice(("=8", "=2", "=64", "m.gguf", "phase", "# route")), rng.choice(_CELLS), 1)
+        text = text.replace(
+            rng.choice(("=8", "=2", "=64", "m.gguf", "phase", "# route")), rng.choice(_CELLS), 1
+        )
     return text[:60], text.encode()
 
 
 @functools.cache
 def _costs() -> CostModel:
-    return CostModel(CostCurve((1, 2, 64), (800, 900, 9000)), 200, CostCurve((1, 64), (60, 90)), 20, 250)
+    return CostModel(
+        CostCurve((1, 2, 64), (800, 900, 9000)), 200, CostCurve((1, 64), (60, 90)), 20, 250
+    )

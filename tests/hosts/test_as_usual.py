@@ -1,4 +1,6 @@
-"""What people do with any transformers model: an injected one gives what the plain one gives, or refuses."""
+"""What people do with any transformers model: an injected one gives what the plain one gives, or
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"dense": "plain"},
     "deepseek_v2_lite": {"accelerator": "emulated", "cache_ratio": 0.25, "look_ahead": 1},
 }
-"""Family -> how it is loaded, beside float32 and experts in plain torch: results are the plain model's then."""
+"""Family -> how it is loaded, beside float32 and experts in plain torch: results are the plain
+model's then.
+"""
 
 Models = dict[str, tuple[Any, Any]]
 
@@ -67,7 +71,9 @@ def _load(path: Path, **settings: Any) -> Any:
 def _outputs(found: Any) -> list[Any]:
     """All that a forward pass gave; tuples with their length, so that one too many shows."""
     values = [found.logits]
-    values += [value for name in ("loss", "aux_loss") if (value := getattr(found, name, None)) is not None]
+    values += [
+        value for name in ("loss", "aux_loss") if (value := getattr(found, name, None)) is not None
+    ]
     for name in ("hidden_states", "router_logits"):
         if getattr(found, name, None) is not None:
             values.append(list(getattr(found, name)))
@@ -126,7 +132,11 @@ def _embedded(model: Any) -> Any:
 
 
 def _with_gradients_enabled(model: Any) -> Any:
-    return [model(IDS).logits.detach(), model(IDS[:, :1]).logits.detach(), model(IDS, labels=IDS).loss.detach()]
+    return [
+        model(IDS).logits.detach(),
+        model(IDS[:, :1]).logits.detach(),
+        model(IDS, labels=IDS).loss.detach(),
+    ]
 
 
 def _training(model: Any) -> Any:
@@ -149,7 +159,9 @@ def _forked(model: Any) -> Any:
         cache = prefill(model, IDS)
         fork = copy.copy(cache)
         fork.layers = [copy.copy(layer) for layer in cache.layers]
-        ways = [(each, ids) for ids in (IDS[:, :1], IDS[:, 1:2], IDS[:, 2:3]) for each in (cache, fork)]
+        ways = [
+            (each, ids) for ids in (IDS[:, :1], IDS[:, 1:2], IDS[:, 2:3]) for each in (cache, fork)
+        ]
         return [step(model, ids if each is cache else ids + 9, each).logits for each, ids in ways]
 
 
@@ -204,13 +216,17 @@ USES: dict[str, Callable[[Any], Any]] = {
 def test_uses_give_what_the_plain_model_gives(family: str, models: Models) -> None:
     injected, plain = models[family]
     for name, use in USES.items():
-        torch.testing.assert_close(use(injected), use(plain), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            use(injected), use(plain), msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_an_assistant_speeds_it_up_and_changes_nothing(family: str, models: Models) -> None:
     injected, plain = models[family]
-    assisted = injected.generate(IDS, assistant_model=tiny.model(family), **{**GREEDY, "max_new_tokens": 8})
+    assisted = injected.generate(
+        IDS, assistant_model=tiny.model(family), **{**GREEDY, "max_new_tokens": 8}
+    )
     assert torch.equal(assisted, plain.generate(IDS, **{**GREEDY, "max_new_tokens": 8}))
 
 
@@ -238,10 +254,17 @@ def _compiled_by_generate(model: Any) -> Any:
     return model.generate(IDS, cache_implementation="static", compile_config=compiled, **GREEDY)
 
 
-@pytest.mark.parametrize("use", [_compiled, _compiled_base, _compiled_layers, _compiled_by_generate])
-def test_torch_compile_leaves_the_operators_alone(use: Callable[[Any], Any], models: Models) -> None:
+@pytest.mark.parametrize(
+    "use", [_compiled, _compiled_base, _compiled_layers, _compiled_by_generate]
+)
+def test_torch_compile_leaves_the_operators_alone(
+    use: Callable[[Any], Any], models: Models
+) -> None:
     injected, plain = models["mixtral"]
-    uncompiled = {_compiled_base: lambda m: m.model(IDS).last_hidden_state, _compiled_by_generate: _generate()}
+    uncompiled = {
+        _compiled_base: lambda m: m.model(IDS).last_hidden_state,
+        _compiled_by_generate: _generate(),
+    }
     torch._dynamo.reset()
     with torch.no_grad():
         wanted = uncompiled.get(use, lambda m: m(IDS).logits)(plain)
@@ -254,14 +277,26 @@ def _grown(model: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "save_pretrained": (lambda m: m.save_pretrained("nowhere"), "save_pretrained.*lack every weight"),
-    "save_pretrained of the base": (lambda m: m.model.save_pretrained("nowhere"), "save_pretrained.*lack every weight"),
+    "save_pretrained": (
+        lambda m: m.save_pretrained("nowhere"),
+        "save_pretrained.*lack every weight",
+    ),
+    "save_pretrained of the base": (
+        lambda m: m.model.save_pretrained("nowhere"),
+        "save_pretrained.*lack every weight",
+    ),
     "push_to_hub": (lambda m: m.push_to_hub("nobody/nothing"), "push_to_hub.*lack every weight"),
     "state_dict": (lambda m: m.state_dict(), "state_dict.*lack every weight"),
     "deepcopy": (copy.deepcopy, "copy.deepcopy: .*cannot be copied"),
     "pickle": (pickle.dumps, "pickle and torch.save: .*cannot be copied"),
-    "torch.save": (lambda m: torch.save(m, io.BytesIO()), "pickle and torch.save: .*cannot be copied"),
-    "half": (lambda m: m.half(), r"to\(\): weights that are float32 on cpu cannot become float16 on cpu"),
+    "torch.save": (
+        lambda m: torch.save(m, io.BytesIO()),
+        "pickle and torch.save: .*cannot be copied",
+    ),
+    "half": (
+        lambda m: m.half(),
+        r"to\(\): weights that are float32 on cpu cannot become float16 on cpu",
+    ),
     "to a dtype": (lambda m: m.to(torch.bfloat16), "cannot become bfloat16 on cpu"),
     "to a device": (lambda m: m.to("meta"), "cannot become float32 on meta"),
     "to a device that is not there": (lambda m: m.to("xpu:7"), r"to\(\)"),
@@ -273,7 +308,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "output_attentions": (lambda m: m(IDS, output_attentions=True), "output_attentions"),
     "output_attentions in decode": (_steps(output_attentions=True), "output_attentions"),
     "eager attention": (lambda m: m.set_attn_implementation("eager"), "set_attn_implementation"),
-    "flex attention": (lambda m: m.model.set_attn_implementation("flex_attention"), "set_attn_implementation"),
+    "flex attention": (
+        lambda m: m.model.set_attn_implementation("flex_attention"),
+        "set_attn_implementation",
+    ),
 }
 
 
@@ -293,7 +331,9 @@ def test_no_tokens_are_no_input(given: Any, models: Models) -> None:
         models["qwen2_moe"][0](given)
 
 
-def test_attention_dropout_is_refused_in_training(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_dropout_is_refused_in_training(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     injected, _ = models["qwen2_moe"]
     monkeypatch.setattr(injected.config, "attention_dropout", 0.1)
     _call(IDS)(injected)
@@ -339,7 +379,9 @@ def test_gradients_are_right_or_refused(way: str, stored: Path) -> None:
 def test_a_bias_inside_a_graph_has_no_gradient_either(tmp_path: Path) -> None:
     needs.kt_kernel()
     model = _load(
-        tiny.write(tmp_path, "qwen2_moe", types=_quantised), linears="quantised", cpu_backend="torch"
+        tiny.write(tmp_path, "qwen2_moe", types=_quantised),
+        linears="quantised",
+        cpu_backend="torch",
     ).requires_grad_(False)
     attention = model.model.layers[1].self_attn
     attention.k_proj.bias.requires_grad_(True)
@@ -350,7 +392,9 @@ def test_a_bias_inside_a_graph_has_no_gradient_either(tmp_path: Path) -> None:
 
 
 def test_a_linear_that_is_replaced_later_counts(models: Models) -> None:
-    """What PEFT does to attention: the module around the old one must be called, and not the old one."""
+    """What PEFT does to attention: the module around the old one must be called, and not the old
+    one.
+    """
     injected, _ = models["qwen2_moe"]
     attention = injected.model.layers[0].self_attn
     before = attention.v_proj
@@ -372,7 +416,9 @@ def test_a_linear_that_is_replaced_later_counts(models: Models) -> None:
     torch.testing.assert_close(_call(IDS)(injected), [once])
 
 
-@pytest.mark.parametrize("settings", [{"cpu_backend": "torch"}, {"cpu_backend": "torch", "dense": "plain"}])
+@pytest.mark.parametrize(
+    "settings", [{"cpu_backend": "torch"}, {"cpu_backend": "torch", "dense": "plain"}]
+)
 def test_a_restored_model_says_what_it_lacks_until_it_is_filled(
     settings: dict[str, Any], stored: Path, tmp_path: Path
 ) -> None:
@@ -394,7 +440,9 @@ def test_a_restored_model_says_what_it_lacks_until_it_is_filled(
             call()
     model.load_state_dict(plain.state_dict(), assign=True)
     torch.testing.assert_close(_call(IDS)(copy.deepcopy(model)), _call(IDS)(plain))
-    torch.testing.assert_close(_call(IDS)(model.half().float()), _call(IDS)(plain), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        _call(IDS)(model.half().float()), _call(IDS)(plain), atol=1e-2, rtol=1e-2
+    )
     model.save_pretrained(tmp_path)
 
 
@@ -402,6 +450,10 @@ def test_a_closed_model_says_so(stored: Path) -> None:
     model = _load(stored, cpu_backend="torch")
     model.hybrimoe.close()
     model.hybrimoe.close()
-    for call in (lambda: model(IDS), lambda: model.model(IDS), lambda: model.generate(IDS, **GREEDY)):
+    for call in (
+        lambda: model(IDS),
+        lambda: model.model(IDS),
+        lambda: model.generate(IDS, **GREEDY),
+    ):
         with pytest.raises(BackendError, match="closed"):
             call()

@@ -11,7 +11,14 @@ import pytest
 import tiny
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.errors import BackendError, BudgetError, ConfigError, HybriMoEError, RulesError, WeightsError
+from hybrimoe_plugin.errors import (
+    BackendError,
+    BudgetError,
+    ConfigError,
+    HybriMoEError,
+    RulesError,
+    WeightsError,
+)
 from hybrimoe_plugin.hosts.transformers.load import plan_for
 from tests.fuzz.gguf_file import parse, serialise
 
@@ -22,7 +29,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path, model_path: Path | None = None, rules: Any = None, **settings: Any) -> Any:
-    return load_model(model_path, path, rules, dtype="float32", cpu_backend="torch", progress=False, **settings)[0]
+    return load_model(
+        model_path, path, rules, dtype="float32", cpu_backend="torch", progress=False, **settings
+    )[0]
 
 
 def rewritten(path: Path, target: Path, old: bytes, new: bytes) -> Path:
@@ -34,10 +43,14 @@ def rewritten(path: Path, target: Path, old: bytes, new: bytes) -> Path:
 
 
 def test_a_missing_tensor_is_named(mixtral: Path, tmp_path: Path) -> None:
-    path = rewritten(mixtral, tmp_path / "m.gguf", b"blk.1.attn_norm.weight", b"blk.1.attn_nirm.weight")
+    path = rewritten(
+        mixtral, tmp_path / "m.gguf", b"blk.1.attn_norm.weight", b"blk.1.attn_nirm.weight"
+    )
     with pytest.raises(WeightsError, match=r"blk\.1\.attn_norm\.weight.*missing"):
         load(path)
-    path = rewritten(mixtral, tmp_path / "m.gguf", b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_op_exps.weight")
+    path = rewritten(
+        mixtral, tmp_path / "m.gguf", b"blk.1.ffn_up_exps.weight", b"blk.1.ffn_op_exps.weight"
+    )
     with pytest.raises(WeightsError, match=r"ffn_up_exps"):
         load(path)
 
@@ -55,7 +68,8 @@ def test_a_flat_projection_is_named(part: str, tmp_path: Path) -> None:
     file = parse(path.read_bytes())
     name = f"blk.1.{part}.weight"
     file.tensors = [
-        replace(one, shape=(math.prod(one.shape),)) if one.name.decode() == name else one for one in file.tensors
+        replace(one, shape=(math.prod(one.shape),)) if one.name.decode() == name else one
+        for one in file.tensors
     ]
     path.write_bytes(serialise(file))
     with pytest.raises(WeightsError, match=name.replace(".", r"\.")):
@@ -116,7 +130,10 @@ def test_packaged_rules_fit_their_family_without_weights(family: str, tmp_path: 
     sparse = config.num_hidden_layers - (getattr(config, "first_k_dense_replace", 0) or 0)
     operators = [match.operator.rpartition(".")[2] for match in plan]
     assert operators.count("HybriMoEExperts") == sparse
-    assert operators.count("LeanMLA" if family.startswith("deepseek") else "LeanAttention") == config.num_hidden_layers
+    assert (
+        operators.count("LeanMLA" if family.startswith("deepseek") else "LeanAttention")
+        == config.num_hidden_layers
+    )
 
 
 @pytest.mark.parametrize("name", ["^lm_head$", "^model$", r"^model\\.norm$"])

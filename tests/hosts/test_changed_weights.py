@@ -49,6 +49,8 @@ def test_a_file_that_anybody_may_write_to_and_that_is_too_large_is_refused(
     path = write(tmp_path)
     path.chmod(0o666)
     monkeypatch.setattr("hybrimoe_plugin.hosts.transformers.stored._MOST_OF_FREE", 0.0)
-    with pytest.raises(WeightsError, match=r"model.gguf: any user may write .*chmod o-w.*weights='mapped'"):
+    with pytest.raises(
+        WeightsError, match=r"model.gguf: any user may write .*chmod o-w.*weights='mapped'"
+    ):
         load_model(None, path, progress=False, accelerator="none")
     load_model(None, path, progress=False, accelerator="none", weights="mapped")[0].hybrimoe.close()

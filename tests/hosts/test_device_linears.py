@@ -1,4 +1,6 @@
-"""A whole model with its dense matrices kept quantised for a device gives the logits of the dequantised one."""
+"""A whole model with its dense matrices kept quantised for a device gives the logits of the
+dequantised one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from hybrimoe_plugin.operators.device_linear import DeviceLinear
 
 def test_quantised_dense_matrices_on_a_device(tmp_path: Path) -> None:
     path = tiny.write(
-        tmp_path, "qwen3_moe", types=lambda name: "Q8_0" if "attn_" in name and "norm" not in name else "F32"
+        tmp_path,
+        "qwen3_moe",
+        types=lambda name: "Q8_0" if "attn_" in name and "norm" not in name else "F32",
     )
     plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
     model, _ = load_model(
@@ -40,20 +44,34 @@ def test_quantised_dense_matrices_on_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2_lite", "deepseek_v3"])
-def test_every_family_with_graphs(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_with_graphs(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lean operators take their matrices as stored where a device computes, captured or not."""
 
     def kind(name: str) -> str:
-        stored = any(part in name for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate.", "output"))
+        stored = any(
+            part in name
+            for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate.", "output")
+        )
         return "Q8_0" if stored and "_b" not in name else "F32"
 
     path = tiny.write(tmp_path, family, types=kind)
     plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
-    monkeypatch.setattr(dense, "cuda_refusal", lambda: None)  # `auto` takes the torch twins of what a GPU would run
-    monkeypatch.setattr(DeviceLinear, "_has_kernel", lambda self: False)  # Triton's interpreter cannot be recorded
+    monkeypatch.setattr(
+        dense, "cuda_refusal", lambda: None
+    )  # `auto` takes the torch twins of what a GPU would run
+    monkeypatch.setattr(
+        DeviceLinear, "_has_kernel", lambda self: False
+    )  # Triton's interpreter cannot be recorded
     capture = Replayed()
     monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
-    choices = {"linears": "quantised", "cpu_backend": "torch", "accelerator": "emulated", "progress": False}
+    choices = {
+        "linears": "quantised",
+        "cpu_backend": "torch",
+        "accelerator": "emulated",
+        "progress": False,
+    }
     model, _ = load_model(None, path, dtype="float32", **choices)
     linears = [module for module in model.modules() if isinstance(module, DeviceLinear)]
     assert len(linears) >= 2 * 3 + 1 and "Q8_0" in {module.type_name for module in linears}

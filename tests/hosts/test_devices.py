@@ -1,4 +1,6 @@
-"""Layers on several devices: who goes where, that states follow, and that nothing is left behind."""
+"""Layers on several devices: who goes where, that states follow, and that nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,15 @@ RULES = Path(__file__).parents[2] / "optimize_rules" / "multi-gpu"
 def model(layers: int = 3) -> MixtralForCausalLM:
     torch.manual_seed(0)
     config = MixtralConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=40, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=40,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
     return MixtralForCausalLM(config).eval()
 
 
@@ -54,7 +62,9 @@ def test_layers_lie_with_their_experts_and_states_follow(named: dict[str, list[s
     hooks = lambda: sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in whole.modules())  # noqa: E731
     before = hooks()
     # Layer 0 has no experts operator: it goes with the next one that has.
-    undo = spread(whole, {"model.layers.1.mlp.experts": "cuda:0", "model.layers.2.mlp.experts": "cuda:1"})
+    undo = spread(
+        whole, {"model.layers.1.mlp.experts": "cuda:0", "model.layers.2.mlp.experts": "cuda:1"}
+    )
     layers = [entry for entry in named["weights"] if entry.startswith("MixtralDecoderLayer")]
     assert layers == ["MixtralDecoderLayer: cuda:0"] * 2 + ["MixtralDecoderLayer: cuda:1"]
     assert "Embedding: cuda:0" in named["weights"]
@@ -73,17 +83,25 @@ def test_tensors_in_tuples_lists_and_dicts_are_moved() -> None:
 
 def test_layer_of_an_operator() -> None:
     assert layer_devices({"model.layers.12.mlp.experts": "cuda:1"}) == {"model.layers.12": "cuda:1"}
-    assert layer_devices({"model.language_model.layers.0.mlp.experts": "x"}) == {"model.language_model.layers.0": "x"}
+    assert layer_devices({"model.language_model.layers.0.mlp.experts": "x"}) == {
+        "model.language_model.layers.0": "x"
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "family", "layers", "split"),
     [("Mixtral-2-gpus", "mixtral", 32, 16), ("Qwen3-MoE-2-gpus", "qwen3_moe", 48, 32)],
 )
-def test_rules_for_two_devices_cover_every_layer_once(name: str, family: str, layers: int, split: int) -> None:
+def test_rules_for_two_devices_cover_every_layer_once(
+    name: str, family: str, layers: int, split: int
+) -> None:
     whole = meta_model(tiny.config(family, num_hidden_layers=layers))
     plan = plan_injection(whole, load_rules(RULES / f"{name}.yaml"))
-    found = {match.name: match.kwargs["generate_device"] for match in plan if match.name.endswith("experts")}
+    found = {
+        match.name: match.kwargs["generate_device"]
+        for match in plan
+        if match.name.endswith("experts")
+    }
     assert len(found) == layers
     assert layer_devices(found) == {
         f"model.layers.{index}": "cuda:0" if index < split else "cuda:1" for index in range(layers)

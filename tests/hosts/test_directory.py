@@ -1,4 +1,6 @@
-"""Model directories are data: nothing in them is run, fetched or asked about, whatever standard input says."""
+"""Model directories are data: nothing in them is run, fetched or asked about, whatever standard
+input says.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from hybrimoe_plugin.hosts.transformers.load import plan_for
 from lever_ext.target import meta_model
 
 TOKENS = [*sorted(ByteLevel.alphabet()), "he", "<|end|>"]
-CODE = "open({mark!r}, 'w').close()\nfrom transformers import *\nclass Own({base}): model_type = 'own'\n"
+CODE = (
+    "open({mark!r}, 'w').close()\nfrom transformers import *\nclass Own({base}): model_type = "
+    "'own'\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer.ggml.merges": ["h e"],
         "tokenizer.ggml.eos_token_id": len(TOKENS) - 1,
     }
-    return tiny.write(tmp_path_factory.mktemp("gguf"), "mixtral", changes={"vocab_size": len(TOKENS)}, extra=extra)
+    return tiny.write(
+        tmp_path_factory.mktemp("gguf"), "mixtral", changes={"vocab_size": len(TOKENS)}, extra=extra
+    )
 
 
 @pytest.fixture
@@ -46,7 +53,9 @@ def yes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """A sound directory of the tiny model, with some entries of its JSON files changed and Python files beside."""
+    """A sound directory of the tiny model, with some entries of its JSON files changed and Python
+    files beside.
+    """
 
     def make(config: dict[str, Any] | None = None, tokenizer: dict[str, Any] | None = None) -> Path:
         made = tiny.config("mixtral", vocab_size=len(TOKENS))
@@ -56,8 +65,14 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         if tokenizer is not None:
             (tmp_path / "tokenizer.json").write_text("{}")
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-        for name, base in (("config", "MixtralConfig"), ("model", "MixtralForCausalLM"), ("tok", "TokenizersBackend")):
-            (tmp_path / f"{name}_code.py").write_text(CODE.format(mark=str(tmp_path / "ran"), base=base))
+        for name, base in (
+            ("config", "MixtralConfig"),
+            ("model", "MixtralForCausalLM"),
+            ("tok", "TokenizersBackend"),
+        ):
+            (tmp_path / f"{name}_code.py").write_text(
+                CODE.format(mark=str(tmp_path / "ran"), base=base)
+            )
         return tmp_path
 
     return make
@@ -114,8 +129,12 @@ def test_files_beside_a_gguf_are_not_read(folder: Callable[..., Path], gguf: Pat
 
 
 @pytest.mark.usefixtures("yes")
-@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoModelForCausalLM", "AutoProcessor", "MixtralForCausalLM", 7])
-def test_a_tokenizer_class_is_a_tokenizer(name: Any, folder: Callable[..., Path], gguf: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["AutoTokenizer", "AutoModelForCausalLM", "AutoProcessor", "MixtralForCausalLM", 7]
+)
+def test_a_tokenizer_class_is_a_tokenizer(
+    name: Any, folder: Callable[..., Path], gguf: Path
+) -> None:
     path = folder({"auto_map": OWN_CONFIG}, {"tokenizer_class": name})
     with pytest.raises(ConfigError, match="none of transformers' tokenizers"):
         load(path, gguf)
@@ -139,7 +158,9 @@ def test_a_tokenizer_class_is_a_tokenizer(name: Any, folder: Callable[..., Path]
         {"__class__": "taken"},
     ],
 )
-def test_a_config_names_nothing_to_fetch(values: dict[str, Any], folder: Callable[..., Path], gguf: Path) -> None:
+def test_a_config_names_nothing_to_fetch(
+    values: dict[str, Any], folder: Callable[..., Path], gguf: Path
+) -> None:
     with pytest.raises(ConfigError, match="attn_implementation|" + "|".join(values)):
         plan_for(folder(values), gguf)
     with pytest.raises(ConfigError, match="the pack's config"):
@@ -161,10 +182,16 @@ def test_what_every_answer_would_fail_by_is_refused(
         load(folder(values), gguf)
 
 
-def test_choices_of_transformers_own_are_the_host_s(folder: Callable[..., Path], gguf: Path) -> None:
-    """Directories say `flash_attention_2`; transformers would fetch a kernel where it is not installed."""
+def test_choices_of_transformers_own_are_the_host_s(
+    folder: Callable[..., Path], gguf: Path
+) -> None:
+    """Directories say `flash_attention_2`; transformers would fetch a kernel where it is not
+    installed.
+    """
     plain, _, _ = plan_for(folder(), gguf)
-    found, _, _ = plan_for(folder({"_attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}), gguf)
+    found, _, _ = plan_for(
+        folder({"_attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}), gguf
+    )
     assert found.config._attn_implementation == plain.config._attn_implementation
     assert found.config.to_dict() == plain.config.to_dict()
 
@@ -185,8 +212,12 @@ def test_configs_that_say_nothing_sound(text: str, said: str, tmp_path: Path) ->
         plan_for(tmp_path, None)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_pipes_and_devices_are_not_opened(name: str, folder: Callable[..., Path], gguf: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_pipes_and_devices_are_not_opened(
+    name: str, folder: Callable[..., Path], gguf: Path
+) -> None:
     path = folder(tokenizer=None if "generation" in name else {})
     (path / name).unlink(missing_ok=True)
     os.mkfifo(path / name)

@@ -1,4 +1,6 @@
-"""Where answers end and how they are drawn: as the model's files say, for every way to load a model."""
+"""Where answers end and how they are drawn: as the model's files say, for every way to load a
+model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TOKENS = [*sorted(ByteLevel.alphabet()), "he", *SPECIAL]
 END, TURN, PART, OTHER = (TOKENS.index(token) for token in SPECIAL)
 
 
-def write(folder: Path, family: str = "qwen3_moe", kinds: tuple[int, ...] = (3, 3, 3, 1), **more: Any) -> Path:
+def write(
+    folder: Path, family: str = "qwen3_moe", kinds: tuple[int, ...] = (3, 3, 3, 1), **more: Any
+) -> Path:
     extra = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "deepseek-v3" if "deepseek" in family else "qwen2",
@@ -55,7 +59,9 @@ def generation(directory: Path, **values: Any) -> None:
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
 def test_every_end_of_a_file_ends(family: str, tmp_path: Path) -> None:
     plain = TOKENS.index("a")
-    model, tokenizer = load_plain_model(None, write(tmp_path, family, eot_token_id=plain, eom_token_id=PART))
+    model, tokenizer = load_plain_model(
+        None, write(tmp_path, family, eot_token_id=plain, eom_token_id=PART)
+    )
     assert set(ends(model)) == {END, plain, PART, TURN}
     assert model.generation_config.pad_token_id == END
     assert tokenizer.decode([plain, TURN], skip_special_tokens=True) == "a"
@@ -80,7 +86,14 @@ def test_ids_beyond_the_embedding_mean_nothing(tmp_path: Path) -> None:
 
 
 def test_generation_config_is_taken(directory: Path, tmp_path: Path) -> None:
-    said = {"do_sample": True, "temperature": 1, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "min_p": 0}
+    said = {
+        "do_sample": True,
+        "temperature": 1,
+        "top_p": 0.95,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+        "min_p": 0,
+    }
     generation(directory, eos_token_id=[TURN, END], max_length=5, transformers_version="4", **said)
     model, tokenizer = load_model(directory, write(tmp_path), cpu_backend="torch", progress=False)
     assert ends(model) == [TURN, END, PART]
@@ -91,16 +104,22 @@ def test_generation_config_is_taken(directory: Path, tmp_path: Path) -> None:
     model.hybrimoe.close()
 
 
-def test_an_answer_ends_at_the_turn_s_end(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_ends_at_the_turn_s_end(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every token but the first is one of the ends, so that the second ends the answer."""
     generation(directory, eos_token_id=list(range(len(TOKENS))))
     model, tokenizer = load_plain_model(directory, write(tmp_path), dtype="float32", progress=False)
-    Chat(model, tokenizer, ChatOptions(max_new_tokens=9, sampling={"do_sample": False})).answer("he")
+    Chat(model, tokenizer, ChatOptions(max_new_tokens=9, sampling={"do_sample": False})).answer(
+        "he"
+    )
     assert "eval count:           1 token(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cold", [0, 0.0, 1e-30])
-def test_no_temperature_is_the_likeliest_token(cold: float, directory: Path, tmp_path: Path) -> None:
+def test_no_temperature_is_the_likeliest_token(
+    cold: float, directory: Path, tmp_path: Path
+) -> None:
     generation(directory, do_sample=True, temperature=cold)
     model, _ = load_plain_model(directory, write(tmp_path), progress=False)
     assert model.generation_config.do_sample is False
@@ -125,17 +144,24 @@ def test_no_temperature_is_the_likeliest_token(cold: float, directory: Path, tmp
         ("pad_token_id", 1.5),
     ],
 )
-def test_values_out_of_range_are_named(name: str, value: Any, directory: Path, tmp_path: Path) -> None:
+def test_values_out_of_range_are_named(
+    name: str, value: Any, directory: Path, tmp_path: Path
+) -> None:
     generation(directory, **{name: value})
     with pytest.raises(ConfigError, match=rf"generation_config\.json: {name} is .*expected"):
         load_model(directory, write(tmp_path), cpu_backend="torch", progress=False)
 
 
-def test_what_is_not_used_is_said(directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_used_is_said(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     generation(directory, custom_generate="someone/recipe", guidance_scale=2.0, top_k=-1)
     model, _ = load_plain_model(directory, write(tmp_path), progress=False)
     assert "not used: custom_generate, guidance_scale" in caplog.text
-    assert not hasattr(model.generation_config, "custom_generate") and model.generation_config.top_k == 0
+    assert (
+        not hasattr(model.generation_config, "custom_generate")
+        and model.generation_config.top_k == 0
+    )
 
 
 def test_a_pack_keeps_how_its_model_answers(tmp_path: Path) -> None:

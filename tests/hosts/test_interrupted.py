@@ -1,4 +1,6 @@
-"""Answers that were interrupted or failed, at any point and with every backend: the next ones are those given alone."""
+"""Answers that were interrupted or failed, at any point and with every backend: the next ones are
+those given alone.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
     "ggml, module by module": ("qwen2_moe", {"cpu_backend": "ggml", "cpu_graphs": "off"}),
     "kt": ("qwen3_moe", {"cpu_backend": "kt"}),
-    "emulated, ggml": ("mixtral", {"accelerator": "emulated", "cpu_backend": "ggml", "cache_ratio": 0.4}),
-    "emulated, kt": ("qwen3_moe", {"accelerator": "emulated", "cpu_backend": "kt", "cache_ratio": 0.4}),
-    "emulated, torch": ("qwen3_moe", {"accelerator": "emulated", "cpu_backend": "torch", "cache": "lru"}),
+    "emulated, ggml": (
+        "mixtral",
+        {"accelerator": "emulated", "cpu_backend": "ggml", "cache_ratio": 0.4},
+    ),
+    "emulated, kt": (
+        "qwen3_moe",
+        {"accelerator": "emulated", "cpu_backend": "kt", "cache_ratio": 0.4},
+    ),
+    "emulated, torch": (
+        "qwen3_moe",
+        {"accelerator": "emulated", "cpu_backend": "torch", "cache": "lru"},
+    ),
 }
 PROMPTS = [tiny.tokens(count, seed) for seed, count in enumerate((3, 12, 1))]
 
@@ -46,7 +57,9 @@ def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("models")
     family, choices = KINDS[request.param]
     tiny.write_quantised(folder / "model.gguf", family)

@@ -1,4 +1,6 @@
-"""flashinfer's filters against transformers' own distribution, and `generate` with them; a module is in its place."""
+"""flashinfer's filters against transformers' own distribution, and `generate` with them; a module
+is in its place.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import torch
 from transformers import GenerationConfig
 
 from hybrimoe_plugin.hosts.transformers import sampling
-from hybrimoe_plugin.hosts.transformers.sampling import Filters, FlashFilter, FlashSampling, choose, distance
+from hybrimoe_plugin.hosts.transformers.sampling import (
+    Filters,
+    FlashFilter,
+    FlashSampling,
+    choose,
+    distance,
+)
 
 CPU = torch.device("cpu")
 KINDS = [
@@ -46,9 +54,14 @@ def times(*values: float) -> Any:
 
 @pytest.mark.parametrize("filters", KINDS)
 @pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])
-def test_the_distribution_is_that_of_transformers(filters: Filters, spread: float, flashinfer: Any) -> None:
+def test_the_distribution_is_that_of_transformers(
+    filters: Filters, spread: float, flashinfer: Any
+) -> None:
     scores = spread * torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
-    found, right = FlashFilter(flashinfer.sampling, filters)(None, scores), filters.plain()(None, scores)
+    found, right = (
+        FlashFilter(flashinfer.sampling, filters)(None, scores),
+        filters.plain()(None, scores),
+    )
     assert torch.equal(found.isinf(), right.isinf())
     torch.testing.assert_close(found.softmax(-1), right.softmax(-1))
 
@@ -94,20 +107,31 @@ def test_filters_are_read_as_generate_reads_them() -> None:
         config(temperature=-1.0),
     ):
         assert Filters.of(other, none) is None
-    assert FlashSampling(SimpleNamespace(device=CPU, generation_config=none)).arguments(config()).keys() == {
-        "generation_config"
-    }, "nothing is asked of flashinfer on a CPU"
+    assert FlashSampling(SimpleNamespace(device=CPU, generation_config=none)).arguments(
+        config()
+    ).keys() == {"generation_config"}, "nothing is asked of flashinfer on a CPU"
 
 
 @pytest.mark.parametrize("own", [{}, {"top_k": 4, "top_p": 0.5, "temperature": 0.3, "min_p": 0.2}])
 def test_generate_draws_the_same_tokens(own: dict[str, Any], flashinfer: Any) -> None:
     model = tiny.model("mixtral")
     model.generation_config.update(**own)
-    asked = config(temperature=0.8, top_k=12, top_p=0.9, max_new_tokens=12, repetition_penalty=1.2, pad_token_id=0)
+    asked = config(
+        temperature=0.8,
+        top_k=12,
+        top_p=0.9,
+        max_new_tokens=12,
+        repetition_penalty=1.2,
+        pad_token_id=0,
+    )
     asked.eos_token_id = None
     chosen = FlashSampling(model, times(2.0, 1.0))
     drawn = []
-    for arguments in ({"generation_config": asked}, chosen.arguments(asked), chosen.arguments(asked)):
+    for arguments in (
+        {"generation_config": asked},
+        chosen.arguments(asked),
+        chosen.arguments(asked),
+    ):
         torch.manual_seed(3)
         drawn.append(model.generate(tiny.tokens(5), **arguments).tolist())
     assert drawn[0] == drawn[1] == drawn[2]

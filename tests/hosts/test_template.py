@@ -1,4 +1,6 @@
-"""Chat templates come with a model: rendered as transformers does, refused in their own words, within bounds."""
+"""Chat templates come with a model: rendered as transformers does, refused in their own words,
+within bounds.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +20,44 @@ MESSAGES = [{"role": "user", "content": " hi "}, {"role": "assistant", "content"
 
 
 def template(text: Any, **limits: Any) -> ChatTemplate:
-    tokenizer = SimpleNamespace(chat_template=text, special_tokens_map={"bos_token": "<s>", "extra": ["a"]})
+    tokenizer = SimpleNamespace(
+        chat_template=text, special_tokens_map={"bos_token": "<s>", "extra": ["a"]}
+    )
     return ChatTemplate(tokenizer, **limits)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}",
-        "{% for m in messages %}\n    {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
-        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor "
+        "%}",
+        "{% for m in messages %}\n    {% generation %}{{ m.content }}{% endgeneration %}\n{% "
+        "endfor %}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% "
+        "endfor %}",
         "{{ messages | tojson(indent=2, sort_keys=True) }}",
-        "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ "
+        "n.x }}",
         "{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
-        "{% if tools is none and documents is none and add_generation_prompt %}yes{% endif %}{{ undefined }}",
-        "{% macro f(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
+        "{% if tools is none and documents is none and add_generation_prompt %}yes{% endif %}{{ "
+        "undefined }}",
+        "{% macro f(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor "
+        "%}",
     ],
 )
 def test_the_text_is_that_of_transformers(text: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (right,), _ = render_jinja_template([MESSAGES], chat_template=text, add_generation_prompt=True, bos_token="<s>")
+    (right,), _ = render_jinja_template(
+        [MESSAGES], chat_template=text, add_generation_prompt=True, bos_token="<s>"
+    )
     assert template(text).render(MESSAGES) == right
 
 
 def test_several_in_a_row_and_named_ones() -> None:
-    one = template({"default": "{{ messages | length }}", "tool_use": "{{ raise_exception('no') }}"})
+    one = template(
+        {"default": "{{ messages | length }}", "tool_use": "{{ raise_exception('no') }}"}
+    )
     assert [one.render(MESSAGES[:count]) for count in (1, 2)] == ["1", "2"]
     one.close()
     assert one.render(MESSAGES) == "2"
@@ -55,7 +69,10 @@ def test_several_in_a_row_and_named_ones() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{{ raise_exception('wants a\nsystem message') }}", "refuses the conversation: wants a system message"),
+        (
+            "{{ raise_exception('wants a\nsystem message') }}",
+            "refuses the conversation: wants a system message",
+        ),
         ("{% for m in messages %}", "damaged: line 1: Unexpected end of template"),
         ("\n{{ messages", "damaged: line 2"),
         ("{{ messages.first.content }}", "failed: UndefinedError"),
@@ -77,7 +94,8 @@ def test_a_template_that_cannot_be_used_says_why(text: str, said: str) -> None:
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'x' * 10**10 }}",
         "{{ (range(90000) | list) * 1000000 }}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% "
+        "endfor %}",
         "{{ 7 ** (7 ** 11) }}",
         "{{ '{:>9000000000}'.format(1) }}",
     ],
@@ -92,17 +110,29 @@ def test_endless_and_growing_templates_end(text: str) -> None:
 
 
 def test_a_chat_goes_on_after_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = SimpleNamespace(chat_template="{{ raise_exception('never') }}", special_tokens_map={})
+    tokenizer = SimpleNamespace(
+        chat_template="{{ raise_exception('never') }}", special_tokens_map={}
+    )
     talk = Chat(SimpleNamespace(config=SimpleNamespace()), tokenizer, ChatOptions())
     lines = iter(["hello", "again", "/exit"])
     talk.loop(lambda _prompt: next(lines))
-    assert capsys.readouterr().err.count("error: the model's chat template refuses the conversation: never") == 2
+    assert (
+        capsys.readouterr().err.count(
+            "error: the model's chat template refuses the conversation: never"
+        )
+        == 2
+    )
     assert talk.messages == []
 
 
 def test_threads_get_their_own_conversations() -> None:
     shared = template("{{ messages[0].content }}")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: shared.render([{"role": "user", "content": text}]), map(str, range(200))))
+        found = list(
+            pool.map(
+                lambda text: shared.render([{"role": "user", "content": text}]),
+                map(str, range(200)),
+            )
+        )
     shared.close()
     assert found == list(map(str, range(200)))

@@ -27,15 +27,19 @@ THREADS = 8
 ANSWERS = int(os.environ.get("HYBRIMOE_LONG", 1))
 """Of each thread."""
 GAP = 0.03
-"""Least distance between the likeliest token and the next: where an expert computes changes the rounding, and with it
-which of two that are all but tied is chosen."""
+"""Least distance between the likeliest token and the next: where an expert computes changes the
+rounding, and with it which of two that are all but tied is chosen.
+"""
 
 EMULATED = {"accelerator": "emulated", "cache_ratio": 0.4}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("mixtral", {"cpu_backend": "torch"}),
     "ggml": ("qwen3_moe", {"cpu_backend": "ggml"}),
     "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
-    "ggml, module by module": ("qwen2_moe", {"cpu_backend": "ggml", "cpu_graphs": "off", "dtype": "bfloat16"}),
+    "ggml, module by module": (
+        "qwen2_moe",
+        {"cpu_backend": "ggml", "cpu_graphs": "off", "dtype": "bfloat16"},
+    ),
     "kt": ("qwen3_moe", {"cpu_backend": "kt"}),
     "emulated, ggml": ("mixtral", {**EMULATED, "cpu_backend": "ggml"}),
     "emulated, kt": ("qwen3_moe", {**EMULATED, "cpu_backend": "kt"}),
@@ -78,7 +82,12 @@ class Question(NamedTuple):
     def ask(self, model: Any) -> list[int]:
         streamer = Streamed() if self.streamed else None
         found = model.generate(
-            self.prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, streamer=streamer, **self.options
+            self.prompt,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            streamer=streamer,
+            **self.options,
         )
         tokens: list[int] = found.flatten().tolist()
         assert streamer is None or streamer.tokens == tokens
@@ -115,7 +124,12 @@ def questions(model: Any, decided: bool) -> list[Question]:
 def clear(model: Any, prompt: torch.Tensor) -> bool:
     """Whether no choice on the way is a near tie."""
     found = model.generate(
-        prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_scores=True, return_dict_in_generate=True
+        prompt,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
     best = torch.stack(found.scores).topk(2).values
     return bool((best[..., 0] - best[..., 1]).min() > GAP)
@@ -135,7 +149,9 @@ def load(kind: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as patch:
         model = load(request.param, tmp_path_factory.mktemp("model"), patch)
         asked = questions(model, "accelerator" not in KINDS[request.param][1])
@@ -158,7 +174,9 @@ def test_each_thread_gets_what_it_gets_alone(case: Case) -> None:
     assert not wrong, f"{len(wrong)} of {THREADS * ANSWERS} answers are wrong"
     case.model.hybrimoe.check_integrity()
     if len(case.model.hybrimoe.engines) > 1:
-        first, second = (getattr(engine.cpu, "backend", engine.cpu) for engine in case.model.hybrimoe.engines)
+        first, second = (
+            getattr(engine.cpu, "backend", engine.cpu) for engine in case.model.hybrimoe.engines
+        )
         assert first is second
 
 
@@ -178,7 +196,9 @@ def test_answers_interleave_step_by_step(model: Any) -> None:
     hook.remove()
     first = {ident: order.index(ident) for ident in order}
     last = {ident: len(order) - 1 - order[::-1].index(ident) for ident in order}
-    assert max(first.values()) < min(last.values()), "the second thread begins before the first one ends"
+    assert max(first.values()) < min(last.values()), (
+        "the second thread begins before the first one ends"
+    )
 
 
 def test_parts_that_are_called_from_outside_wait_for_their_turn(model: Any) -> None:
@@ -243,7 +263,9 @@ class Stopped:
         self._thread.join(LONG_S)
 
 
-def test_two_models_compute_at_the_same_time(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_models_compute_at_the_same_time(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = load("torch", tmp_path, monkeypatch)
     stopped = Stopped(other)
     assert len(in_threads([lambda: Question(tiny.tokens(4)).ask(model)])[0]) == 10
@@ -251,7 +273,9 @@ def test_two_models_compute_at_the_same_time(model: Any, tmp_path: Path, monkeyp
     other.hybrimoe.close()
 
 
-def test_closing_waits_for_the_running_pass_and_then_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_waits_for_the_running_pass_and_then_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load("ggml", tmp_path, monkeypatch)
     stopped = Stopped(model)
     closing = threading.Thread(target=model.hybrimoe.close, daemon=True)
@@ -275,7 +299,9 @@ def test_closing_a_timeline_while_others_compute(model: Any, tmp_path: Path) -> 
             model.hybrimoe.reset_stats()
 
     in_threads([draw, lambda: [question.ask(model) for _ in range(4)]])
-    assert all(engine.timeline is None for engine in model.hybrimoe.engines), "nothing is planned for a closed one"
+    assert all(engine.timeline is None for engine in model.hybrimoe.engines), (
+        "nothing is planned for a closed one"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked on this system")

@@ -1,4 +1,6 @@
-"""Tokenizers come out of GGUF files, also for architectures that transformers does not load from there."""
+"""Tokenizers come out of GGUF files, also for architectures that transformers does not load from
+there.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,19 @@ def vocabulary(pre: str) -> dict[str, Any]:
 
 def tokenizer_of(folder: Path, family: str, pre: str) -> Any:
     changes = {"vocab_size": len(TOKENS)}
-    return load_tokenizer(None, GGUFStore.open(tiny.write(folder, family, changes=changes, extra=vocabulary(pre))))
+    return load_tokenizer(
+        None, GGUFStore.open(tiny.write(folder, family, changes=changes, extra=vocabulary(pre)))
+    )
 
 
 @pytest.mark.parametrize(
     ("family", "pre"),
-    [("mixtral", "llama-bpe"), ("qwen3_moe", "qwen2"), ("deepseek_v2", "deepseek-llm"), ("deepseek_v3", "deepseek-v3")],
+    [
+        ("mixtral", "llama-bpe"),
+        ("qwen3_moe", "qwen2"),
+        ("deepseek_v2", "deepseek-llm"),
+        ("deepseek_v3", "deepseek-v3"),
+    ],
 )
 def test_every_family_has_its_tokenizer_and_template(family: str, pre: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path, family, pre)
@@ -79,11 +88,18 @@ def test_special_tokens_are_the_file_s(family: str, pre: str, begins: bool, tmp_
 
 
 def test_deepseek_s_own_tokens_keep_their_places(tmp_path: Path) -> None:
-    """Their names are not in the alphabet of bytes; looked up as bytes they would get ids past the vocabulary."""
+    """Their names are not in the alphabet of bytes; looked up as bytes they would get ids past the
+    vocabulary.
+    """
     named = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", *TOKENS[3:]]
     own = {"tokens": named, "token_type": [3, 3, 4] + [1] * (len(named) - 3), "add_bos_token": True}
-    extra = {**vocabulary("deepseek-v3"), **{f"tokenizer.ggml.{key}": value for key, value in own.items()}}
-    store = GGUFStore.open(tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(named)}, extra=extra))
+    extra = {
+        **vocabulary("deepseek-v3"),
+        **{f"tokenizer.ggml.{key}": value for key, value in own.items()},
+    }
+    store = GGUFStore.open(
+        tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(named)}, extra=extra)
+    )
     tokenizer = load_tokenizer(None, store)
     assert len(tokenizer) == len(named)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
@@ -107,7 +123,9 @@ def test_deepseek_s_own_tokens_keep_their_places(tmp_path: Path) -> None:
         ("deepseek_v3", "glm4", ["123"]),
     ],
 )
-def test_text_is_split_as_the_file_says(family: str, pre: str, pieces: list[str], tmp_path: Path) -> None:
+def test_text_is_split_as_the_file_says(
+    family: str, pre: str, pieces: list[str], tmp_path: Path
+) -> None:
     tokenizer = tokenizer_of(tmp_path, family, pre)
     assert tokenizer.tokenize("123") == pieces
     text = "Don't I'LL  x\n\n  y 你好 12 été ```\r\n"
@@ -120,7 +138,9 @@ def test_an_unknown_way_of_splitting_is_refused(family: str, tmp_path: Path) -> 
         tokenizer_of(tmp_path, family, "made-up")
 
 
-def test_a_file_that_says_nothing_is_split_as_usual(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_says_nothing_is_split_as_usual(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     extra = {key: value for key, value in vocabulary("").items() if not key.endswith(".pre")}
     path = tiny.write(tmp_path, "qwen3_moe", changes={"vocab_size": len(TOKENS)}, extra=extra)
     assert load_tokenizer(None, GGUFStore.open(path)).tokenize("123") == ["1", "2", "3"]
@@ -147,6 +167,8 @@ def test_a_sentencepiece_vocabulary_is_read_from_the_file_alone(tmp_path: Path) 
 
 def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     broken = {**vocabulary("deepseek-v3"), "tokenizer.ggml.model": "no-such-kind"}
-    store = GGUFStore.open(tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(TOKENS)}, extra=broken))
+    store = GGUFStore.open(
+        tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(TOKENS)}, extra=broken)
+    )
     with pytest.raises(WeightsError, match="give model_path"):
         load_tokenizer(None, store)

@@ -29,7 +29,13 @@ class Doubled(nn.Module):
         **rest: Any,
     ) -> None:
         super().__init__()
-        self.arguments = {"key": key, "loader": gguf_loader, "config": config, "device": generate_device, **rest}
+        self.arguments = {
+            "key": key,
+            "loader": gguf_loader,
+            "config": config,
+            "device": generate_device,
+            **rest,
+        }
         self.orig_module = orig_module
         self.scale = nn.Parameter(torch.ones(1))
         if rest.get("fail_at") == key:
@@ -56,7 +62,10 @@ def model() -> nn.Module:
 
 
 def plan(model: nn.Module, name: str, kwargs: str = "{}") -> list[Match]:
-    text = f"- match: {{name: '{name}'}}\n  replace: {{class: ktransformers.made_up.Doubled, kwargs: {kwargs}}}"
+    text = (
+        f"- match: {{name: '{name}'}}\n  replace: {{class: ktransformers.made_up.Doubled, "
+        f"kwargs: {kwargs}}}"
+    )
     return plan_injection(model, parse_rules(text, "r.yaml"))
 
 
@@ -65,7 +74,8 @@ def state(model: nn.Module) -> list[Any]:
     found: list[Any] = []
     for name, module in model.named_modules(remove_duplicate=False):
         values = {
-            key: value if not isinstance(value, dict) else list(value.items()) for key, value in vars(module).items()
+            key: value if not isinstance(value, dict) else list(value.items())
+            for key, value in vars(module).items()
         }
         found.append(
             (
@@ -83,7 +93,9 @@ def state(model: nn.Module) -> list[Any]:
 
 def test_operator_gets_the_contract(model: nn.Module) -> None:
     loader, config = object(), object()
-    done = inject(model, plan(model, "^0$", "{generate_device: 'cuda:1', rank: [3]}"), loader, config).replaced[0]
+    done = inject(
+        model, plan(model, "^0$", "{generate_device: 'cuda:1', rank: [3]}"), loader, config
+    ).replaced[0]
     assert done.operator.arguments == {
         "key": "0", "loader": loader, "config": config, "device": "cuda:1", "rank": [3],
     }  # fmt: skip
@@ -125,7 +137,11 @@ def test_module_inside_a_replaced_one_is_replaced_in_the_original(model: nn.Modu
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(ValueError("odd"), RulesError), (BackendError("none"), BackendError), (KeyboardInterrupt(), None)],
+    [
+        (ValueError("odd"), RulesError),
+        (BackendError("none"), BackendError),
+        (KeyboardInterrupt(), None),
+    ],
 )
 def test_failure_half_way_leaves_the_model_as_it_was(
     model: nn.Module, error: BaseException, raised: type[Exception] | None
@@ -137,7 +153,9 @@ def test_failure_half_way_leaves_the_model_as_it_was(
     with pytest.raises(raised or KeyboardInterrupt) as caught:
         inject(model, matches, None, None)
     assert state(model) == before
-    assert raised is None or str(caught.value).startswith("r.yaml:2: 2: ktransformers.made_up.Doubled")
+    assert raised is None or str(caught.value).startswith(
+        "r.yaml:2: 2: ktransformers.made_up.Doubled"
+    )
 
 
 def test_plan_of_another_model_is_refused(model: nn.Module) -> None:
@@ -161,7 +179,9 @@ def test_injections_are_undone_in_reverse_order_only(model: nn.Module) -> None:
 
 def test_default_rules_name_devices_and_replace_nothing(model: nn.Module) -> None:
     before = state(model)
-    rules = parse_rules("- match: {name: '^2$'}\n  replace: {class: default, kwargs: {generate_device: 'cuda:1'}}")
+    rules = parse_rules(
+        "- match: {name: '^2$'}\n  replace: {class: default, kwargs: {generate_device: 'cuda:1'}}"
+    )
     injection = inject(model, plan_injection(model, rules), None, None)
     assert injection.devices == {"2": "cuda:1"}
     assert injection.replaced == ()

@@ -47,12 +47,16 @@ class Operator(nn.Module):
 
 
 class Needy(nn.Module):
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, rank: int) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, rank: int
+    ) -> None:
         super().__init__()
 
 
 class Tuned(nn.Module):
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, **settings: Any) -> None:
+    def __init__(
+        self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, **settings: Any
+    ) -> None:
         super().__init__()
 
     @staticmethod
@@ -79,10 +83,18 @@ def model() -> Model:
 
 
 def rule(
-    name: str | None = None, replace: str = "default", kwargs: str = "", tail: str = "", cls: str | None = None
+    name: str | None = None,
+    replace: str = "default",
+    kwargs: str = "",
+    tail: str = "",
+    cls: str | None = None,
 ) -> str:
-    match = ", ".join(f"{key}: '{value}'" for key, value in (("name", name), ("class", cls)) if value is not None)
-    path = f"ktransformers.made_up.{replace}" if replace in ("Operator", "Needy", "Tuned") else replace
+    match = ", ".join(
+        f"{key}: '{value}'" for key, value in (("name", name), ("class", cls)) if value is not None
+    )
+    path = (
+        f"ktransformers.made_up.{replace}" if replace in ("Operator", "Needy", "Tuned") else replace
+    )
     return f"- match: {{{match}}}\n  replace:\n    class: {path}\n    kwargs: {{{kwargs}}}\n{tail}"
 
 
@@ -119,7 +131,11 @@ def test_first_match_wins(model: Model) -> None:
 
 
 def test_children_of_a_matched_module_are_matched_too(model: Model) -> None:
-    assert names(plan(model, rule("^layers.0.mlp"))) == ["layers.0.mlp", "layers.0.mlp.0", "layers.0.mlp.1"]
+    assert names(plan(model, rule("^layers.0.mlp"))) == [
+        "layers.0.mlp",
+        "layers.0.mlp.0",
+        "layers.0.mlp.1",
+    ]
 
 
 def test_recursive_false_leaves_the_children_alone(model: Model) -> None:
@@ -154,9 +170,15 @@ BAD = {
         "only inside modules taken",
     ),
     "whole model": ([rule("", "Operator").replace("''", "'.*'")], "would replace the whole model"),
-    "not trusted": ([rule("attn", "os.path.join")], "r.yaml:3: 'os.path.join' is outside the packages"),
+    "not trusted": (
+        [rule("attn", "os.path.join")],
+        "r.yaml:3: 'os.path.join' is outside the packages",
+    ),
     "match class not trusted": ([rule(cls="collections.OrderedDict")], "outside the packages"),
-    "no such module": ([rule("attn", "ktransformers.nowhere.X")], "cannot import ktransformers.nowhere"),
+    "no such module": (
+        [rule("attn", "ktransformers.nowhere.X")],
+        "cannot import ktransformers.nowhere",
+    ),
     "no such class": ([rule("attn", "ktransformers.made_up.Operater")], "did you mean 'Operator'"),
     "not a module": ([rule("attn", "ktransformers.made_up.NotAModule")], "not a torch.nn.Module"),
     "not a class": ([rule("attn", "ktransformers.made_up.value")], "not a torch.nn.Module"),
@@ -181,7 +203,10 @@ def test_any_package_can_be_trusted(model: Model, monkeypatch: pytest.MonkeyPatc
     module = ModuleType("somewhere")
     vars(module).update(Operator=Operator)
     monkeypatch.setitem(sys.modules, "somewhere", module)
-    assert plan(model, rule("attn", "somewhere.Operator"), trust_rules=True)[0].operator_class is Operator
+    assert (
+        plan(model, rule("attn", "somewhere.Operator"), trust_rules=True)[0].operator_class
+        is Operator
+    )
 
 
 def test_settings_override_the_rules_and_reach_tuned_operators_only(model: Model) -> None:
@@ -192,11 +217,17 @@ def test_settings_override_the_rules_and_reach_tuned_operators_only(model: Model
         rule("embed"),
     )
     merged = {match.name: dict(match.kwargs) for match in with_settings(found, {"look_ahead": 3})}
-    assert merged == {"layers.0.attn": {"look_ahead": 3, "cache_ratio": 0.5}, "layers.1.attn": {}, "embed": {}}
+    assert merged == {
+        "layers.0.attn": {"look_ahead": 3, "cache_ratio": 0.5},
+        "layers.1.attn": {},
+        "embed": {},
+    }
 
 
 def test_setting_replaces_the_one_it_excludes(model: Model) -> None:
-    found = with_settings(plan(model, rule("attn", "Tuned", "cache_ratio: 0.5")), {"cache_bytes": 7})
+    found = with_settings(
+        plan(model, rule("attn", "Tuned", "cache_ratio: 0.5")), {"cache_bytes": 7}
+    )
     assert dict(found[0].kwargs) == {"cache_bytes": 7}
 
 
@@ -206,7 +237,9 @@ def test_override_that_an_operator_refuses_is_an_error(model: Model) -> None:
 
 
 def test_repeated_layers_share_a_row(model: Model) -> None:
-    found = plan(model, rule("attn$", "Operator"), rule("^layers.[02].mlp$", kwargs="generate_device: cpu"))
+    found = plan(
+        model, rule("attn$", "Operator"), rule("^layers.[02].mlp$", kwargs="generate_device: cpu")
+    )
     rows = {(row.module, row.count, row.device, row.rule) for row in explain_rows(found)}
     assert rows == {
         ("layers.{0-2}.attn", 3, "operator's choice", "1 (line 1)"),
@@ -216,11 +249,18 @@ def test_repeated_layers_share_a_row(model: Model) -> None:
 
 
 def test_untouched_modules_are_counted(model: Model) -> None:
-    assert untouched(model, plan(model, rule("^layers.0$", "Operator", tail="  recursive: False"))) == 5
+    assert (
+        untouched(model, plan(model, rule("^layers.0$", "Operator", tail="  recursive: False")))
+        == 5
+    )
 
 
-_pattern = st.sampled_from(["attn", "mlp", "layers", "^layers\\.", "0", "embed", "x", "[", "", "$", "\\d"])
-_target = st.sampled_from(["default", "Operator", "Needy", "Tuned", "torch.nn.Linear", "ktransformers.made_up.value"])
+_pattern = st.sampled_from(
+    ["attn", "mlp", "layers", "^layers\\.", "0", "embed", "x", "[", "", "$", "\\d"]
+)
+_target = st.sampled_from(
+    ["default", "Operator", "Needy", "Tuned", "torch.nn.Linear", "ktransformers.made_up.value"]
+)
 _rule = st.builds(
     rule,
     _pattern | st.text("lay.(|)*+?01$^", max_size=8),

@@ -11,7 +11,9 @@ from hybrimoe_plugin.injection.patterns import PatternError, search_all
 
 
 def test_patterns_mean_what_re_says() -> None:
-    """Among them what other libraries read differently: sets in sets, fuzzy counts, case folding, empty matches."""
+    """Among them what other libraries read differently: sets in sets, fuzzy counts, case folding,
+    empty matches.
+    """
     simple = ("b", "^b$", "a.b", r"^layers\.\d+$", "(b|a)b+", "[0-9]", "a|b", r"\w", "b?", "-")
     patterns = (
         *simple,
@@ -33,11 +35,17 @@ def test_patterns_mean_what_re_says() -> None:
     found = search_all(patterns, names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert found == [frozenset(name for name in names if re.search(pattern, name)) for pattern in patterns]
+        assert found == [
+            frozenset(name for name in names if re.search(pattern, name)) for pattern in patterns
+        ]
 
 
 def test_the_pattern_at_fault_is_named_by_its_place() -> None:
-    for patterns, place in ((["a", "("], 1), (["a{99999999999}", "b"], 0), (["a", "b", "(a+)+$"], 2)):
+    for patterns, place in (
+        (["a", "("], 1),
+        (["a{99999999999}", "b"], 0),
+        (["a", "b", "(a+)+$"], 2),
+    ):
         with pytest.raises(PatternError) as caught:
             search_all(patterns, ["a" * 60 + "!"])
         assert caught.value.index == place

@@ -38,7 +38,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 32,
         "norm_topk_prob": True,
     },
-    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+    },
 }
 
 
@@ -67,7 +72,9 @@ def pack_model(model: Any, family: str, directory: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and threads that wait for a busy core cost milliseconds a call."""
+    """Tiny tensors gain nothing from threads, and threads that wait for a busy core cost
+    milliseconds a call.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,7 +87,10 @@ def plain_models() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def packs(plain_models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def packs(
+    plain_models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     return {
-        family: pack_model(model, family, tmp_path_factory.mktemp(family)) for family, model in plain_models.items()
+        family: pack_model(model, family, tmp_path_factory.mktemp(family))
+        for family, model in plain_models.items()
     }

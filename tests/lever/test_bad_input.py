@@ -1,4 +1,6 @@
-"""Packs that do not fit, change or vanish under a running target, and a packer that is killed: seen from outside."""
+"""Packs that do not fit, change or vanish under a running target, and a packer that is killed: seen
+from outside.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,21 @@ def test_a_pack_of_another_model_is_refused(
     source = StateDictSource(dict(plain_models[weights].state_dict()), "tiny")
     said = {**tiny_config(config), **changed}
     write_pack(source, meta_model(tiny_config(weights), torch.float32), said, tmp_path, "float32")
-    with pytest.raises(HybriMoEError, match="another (model|one)|needs|no .* in this model|matches no") as caught:
+    with pytest.raises(
+        HybriMoEError, match="another (model|one)|needs|no .* in this model|matches no"
+    ) as caught:
         load_target(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_do_not_fit_their_config_are_not_packed(plain_models: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_their_config_are_not_packed(
+    plain_models: dict[str, Any], tmp_path: Path
+) -> None:
     source = StateDictSource(dict(plain_models["mixtral"].state_dict()), "tiny")
     fewer = {**tiny_config("mixtral"), "num_local_experts": 4}
-    with pytest.raises(WeightsError, match=r"gate\.weight' has shape \(8, 32\), the config asks for \(4, 32\)"):
+    with pytest.raises(
+        WeightsError, match=r"gate\.weight' has shape \(8, 32\), the config asks for \(4, 32\)"
+    ):
         write_pack(source, meta_model(fewer, torch.float32), fewer, tmp_path, "float32")
     with pytest.raises(FlashError, match="cannot open"):
         load_target(tmp_path)
@@ -114,7 +122,7 @@ def progress(count, total):
 
 writer.write_pack(StateDictSource(dict(model.state_dict()), "killed"), model, {}, sys.argv[1], "float32", progress)
 print(len(done))
-"""
+"""  # noqa: E501
 
 
 def test_a_packer_killed_for_good_leaves_the_former_pack_and_is_resumed(tmp_path: Path) -> None:
@@ -162,7 +170,9 @@ def test_packing_is_resumed_from_the_same_model_alone(
             if len(written) == stop:
                 raise KeyboardInterrupt
 
-        return pack_model(tmp_path / to, dtype="float32", progress=progress, **source).read_bytes(), len(written)
+        return pack_model(
+            tmp_path / to, dtype="float32", progress=progress, **source
+        ).read_bytes(), len(written)
 
     sources = [write(seed) for seed in range(2)]
     wanted = [pack(source, f"whole {seed}") for seed, source in enumerate(sources)]
@@ -178,14 +188,23 @@ def test_packing_is_resumed_from_the_same_model_alone(
 def test_what_would_go_wrong_with_weights_on_flash_is_refused(
     family: str, plain_models: dict[str, Any], packs: dict[str, Path]
 ) -> None:
-    """Buffers are read into again while a backward pass would need them; a copy or checkpoint would lack layers."""
+    """Buffers are read into again while a backward pass would need them; a copy or checkpoint would
+    lack layers.
+    """
     target = load_target(packs[family])
     plain, model = plain_models[family], target.model
-    loss = model(inputs_embeds=plain.get_input_embeddings()(PROMPT).detach().requires_grad_(), labels=PROMPT).loss
+    loss = model(
+        inputs_embeds=plain.get_input_embeddings()(PROMPT).detach().requires_grad_(), labels=PROMPT
+    ).loss
     torch.testing.assert_close(loss.detach(), plain(PROMPT, labels=PROMPT).loss.detach())
     with pytest.raises(BackendError, match=r"model\.layers\.3 is computed without gradients"):
         loss.backward()
-    for call in (lambda: model.save_pretrained("nowhere"), model.state_dict, lambda: copy.deepcopy(model), model.half):
+    for call in (
+        lambda: model.save_pretrained("nowhere"),
+        model.state_dict,
+        lambda: copy.deepcopy(model),
+        model.half,
+    ):
         with pytest.raises(BackendError, match="the model that the pack was made from|load"):
             call()
     with torch.no_grad():

@@ -63,7 +63,9 @@ def a_gate(model: Any, layer: int = 2, threshold: float = 0.15) -> ExitGate:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_flash_target_equals_the_plain_model(family: str, plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+def test_flash_target_equals_the_plain_model(
+    family: str, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
     ids = prompt(0, 17)
     with torch.no_grad():
         want = plain_models[family](ids).logits
@@ -90,7 +92,9 @@ def wanted(plain_models: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize(
     ("family", "prompts"), [pytest.param("llama", PROMPTS, marks=pytest.mark.slow), ("mixtral", 4)]
 )
-@pytest.mark.parametrize("draft", ["low-bit", "n-gram", pytest.param("wrong", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "draft", ["low-bit", "n-gram", pytest.param("wrong", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("pruning", [False, True])
 def test_greedy_output_is_token_identical(
     family: str,
@@ -123,19 +127,30 @@ def test_greedy_output_is_token_identical(
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_drafting_ahead_changes_nothing_that_is_said(
-    family: str, plain_models: dict[str, Any], packs: dict[str, Path], wanted: dict[str, list[torch.Tensor]]
+    family: str,
+    plain_models: dict[str, Any],
+    packs: dict[str, Path],
+    wanted: dict[str, list[torch.Tensor]],
 ) -> None:
-    target = load_target(packs[family], dram_budget=least_budget(packs[family]), throttle=Throttle.parse("0.01"))
-    decoder = LeverDecoding(make_draft("low-bit", plain_models[family]), make_policy("lever"), target)
+    target = load_target(
+        packs[family], dram_budget=least_budget(packs[family]), throttle=Throttle.parse("0.01")
+    )
+    decoder = LeverDecoding(
+        make_draft("low-bit", plain_models[family]), make_policy("lever"), target
+    )
     decoder.ahead = Overlap(decoder.draft, least_wait=0.0, least_us=0.0)
-    found = [target.model.generate(prompt(seed), custom_generate=decoder, **SHORT) for seed in range(4)]
+    found = [
+        target.model.generate(prompt(seed), custom_generate=decoder, **SHORT) for seed in range(4)
+    ]
     assert all(torch.equal(*pair) for pair in zip(found, wanted[family], strict=False))
     assert decoder.ahead.nodes > 20
     with pytest.raises(RuntimeError, match="no draft today"):
         decoder.draft.expand, before = fail_after(2, decoder.draft.expand), decoder.draft.expand
         target.model.generate(prompt(9), custom_generate=decoder, **SHORT)
     decoder.draft.expand = before
-    assert torch.equal(target.model.generate(prompt(5), custom_generate=decoder, **SHORT), wanted[family][5])
+    assert torch.equal(
+        target.model.generate(prompt(5), custom_generate=decoder, **SHORT), wanted[family][5]
+    )
     decoder.close()
     target.close()
 
@@ -187,15 +202,25 @@ def make_draft(name: str, plain: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_twenty_prompts_in_one_conversation(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
-    """The decoder keeps what it learned from prompt to prompt, and follow-ups reuse the draft's KV."""
+def test_twenty_prompts_in_one_conversation(
+    plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    """The decoder keeps what it learned from prompt to prompt, and follow-ups reuse the
+    draft's KV.
+    """
     plain = plain_models["llama"]
     target = load_target(packs["llama"], dram_budget=least_budget(packs["llama"]))
-    decoder = LeverDecoding(LanguageModelDraft(low_bit_copy(plain, 3, 32)), make_policy("lever"), target)
+    decoder = LeverDecoding(
+        LanguageModelDraft(low_bit_copy(plain, 3, 32)), make_policy("lever"), target
+    )
     decoder.latency.warm_start([(1, 1, 1e6), (16, 4, 1.2e6)])
     ids = prompt(3)
     for seed in range(20):
-        ids = prompt(seed, 5 + seed) if seed % 4 else torch.cat([ids, prompt(seed, 3)], dim=1)[:, :120]
+        ids = (
+            prompt(seed, 5 + seed)
+            if seed % 4
+            else torch.cat([ids, prompt(seed, 3)], dim=1)[:, :120]
+        )
         mask = torch.ones_like(ids)
         want = plain.generate(ids, attention_mask=mask, **GREEDY)
         ids = target.model.generate(ids, attention_mask=mask, custom_generate=decoder, **GREEDY)
@@ -211,37 +236,59 @@ def test_twenty_prompts_in_one_conversation(plain_models: dict[str, Any], packs:
         {"top_k": 5},
         {"top_p": 0.8},
         {"repetition_penalty": 1.4},
-        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3},
+        {
+            "temperature": 1.3,
+            "top_k": 20,
+            "top_p": 0.9,
+            "repetition_penalty": 1.1,
+            "no_repeat_ngram_size": 3,
+        },
     ],
 )
 def test_sampling_with_a_seed_draws_what_generate_draws(
     options: dict[str, Any], plain_models: dict[str, Any], packs: dict[str, Path]
 ) -> None:
-    plain, settings = plain_models["llama"], {"do_sample": True, "max_new_tokens": 20, "top_k": 0, **options}
+    plain, settings = (
+        plain_models["llama"],
+        {"do_sample": True, "max_new_tokens": 20, "top_k": 0, **options},
+    )
     target = load_target(packs["llama"])
     target.set_gate(a_gate(plain))
     for seed in range(4):
         torch.manual_seed(seed)
         want = plain.generate(prompt(seed), **settings)
-        decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12), target, prune="always")
+        decoder = LeverDecoding(
+            make_draft("low-bit", plain), FixedBudget(12), target, prune="always"
+        )
         torch.manual_seed(seed)
-        assert torch.equal(target.model.generate(prompt(seed), custom_generate=decoder, **settings), want)
+        assert torch.equal(
+            target.model.generate(prompt(seed), custom_generate=decoder, **settings), want
+        )
     target.close()
 
 
 @pytest.mark.slow
-def test_sampled_pairs_follow_the_targets_distribution(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
-    """Chi-square of the third token given the first two, with pruning: conditional on nothing but the prompt's path."""
+def test_sampled_pairs_follow_the_targets_distribution(
+    plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
+    """Chi-square of the third token given the first two, with pruning: conditional on nothing but
+    the prompt's path.
+    """
     plain = plain_models["llama"]
     target = load_target(packs["llama"])
     target.set_gate(a_gate(plain, threshold=0.3))
     decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(10), target, prune="always")
-    ids, settings = prompt(11), {"do_sample": True, "top_k": 3, "max_new_tokens": 2, "min_new_tokens": 2}
+    ids, settings = (
+        prompt(11),
+        {"do_sample": True, "top_k": 3, "max_new_tokens": 2, "min_new_tokens": 2},
+    )
     torch.manual_seed(0)
     counts: dict[tuple[int, int], int] = {}
     draws = 500
     for _ in range(draws):
-        pair = tuple(target.model.generate(ids, custom_generate=decoder, **settings)[0, -2:].tolist())
+        pair = tuple(
+            target.model.generate(ids, custom_generate=decoder, **settings)[0, -2:].tolist()
+        )
         counts[pair] = counts.get(pair, 0) + 1
     expected = exact_pairs(plain, ids)
     assert set(counts) <= set(expected)
@@ -253,7 +300,9 @@ def test_sampled_pairs_follow_the_targets_distribution(plain_models: dict[str, A
 
 def chi_square_p(counts: Sequence[float], expected: Sequence[float]) -> float:
     """Chance of a chi-square statistic at least as large as that of the counts."""
-    statistic = sum((count - want) ** 2 / want for count, want in zip(counts, expected, strict=True))
+    statistic = sum(
+        (count - want) ** 2 / want for count, want in zip(counts, expected, strict=True)
+    )
     freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
@@ -280,13 +329,17 @@ def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[st
     model, ids = plain_models[family], prompt(4)
     verifier, cache = Verifier(model), DynamicCache(config=model.config)
     verifier.prefill(ids[:, :-1], cache)
-    tree = TokenTree((int(ids[0, -1]), 5, 6, 7, 8, 9), (-1, 0, 0, 2, 2, 4), (1.0,) * 6, tuple(range(6)))
+    tree = TokenTree(
+        (int(ids[0, -1]), 5, 6, 7, 8, 9), (-1, 0, 0, 2, 2, 4), (1.0,) * 6, tuple(range(6))
+    )
     verified = verifier.verify(tree, cache)
     path = [0, 2, 4, 5]
     plain = torch.cat([ids, torch.tensor([[6, 8, 9]])], 1)
     again = DynamicCache(config=model.config)
     with torch.no_grad():
-        want = model.base_model(plain, use_cache=True, **{verifier.cache_name: again}).last_hidden_state
+        want = model.base_model(
+            plain, use_cache=True, **{verifier.cache_name: again}
+        ).last_hidden_state
     torch.testing.assert_close(verified.hidden[0, path], want[0, -4:])
     keep_path(verifier, cache, verified, path)
     for ours, theirs in zip(cache.layers, again.layers, strict=True):
@@ -294,7 +347,9 @@ def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[st
         torch.testing.assert_close(ours.values, theirs.values)
 
 
-def keep_path(verifier: Verifier, cache: DynamicCache, verified: Verified, path: Sequence[int]) -> None:
+def keep_path(
+    verifier: Verifier, cache: DynamicCache, verified: Verified, path: Sequence[int]
+) -> None:
     kept = KeptRows(cache)
     for depth, row in enumerate(path):
         verifier.place(cache, verified, row, depth)
@@ -302,13 +357,21 @@ def keep_path(verifier: Verifier, cache: DynamicCache, verified: Verified, path:
     kept.drop_rest()
 
 
-def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+def test_pruned_rows_leave_no_trace_in_the_cache(
+    plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
     target = load_target(packs["llama"])
     gate = a_gate(plain_models["llama"], threshold=0.9)
     target.set_gate(gate)
-    verifier, cache, ids = Verifier(target.model, gate), DynamicCache(config=target.model.config), prompt(4)
+    verifier, cache, ids = (
+        Verifier(target.model, gate),
+        DynamicCache(config=target.model.config),
+        prompt(4),
+    )
     verifier.prefill(ids[:, :-1], cache)
-    tree = TokenTree((int(ids[0, -1]), 5, 6, 7, 8, 9), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, tuple(range(6)))
+    tree = TokenTree(
+        (int(ids[0, -1]), 5, 6, 7, 8, 9), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, tuple(range(6))
+    )
     verified = verifier.verify(tree, cache, [[5, 6, 30], [7], [8], [], [9], []])
     assert 0 < len(verified.row_of) < 6
     path = tree.path(max(verified.row_of))
@@ -321,13 +384,16 @@ def test_pruned_rows_leave_no_trace_in_the_cache(plain_models: dict[str, Any], p
     target.close()
 
 
-@pytest.mark.parametrize("stop", [{"max_new_tokens": 1}, {"max_new_tokens": 7}, {"eos_token_id": [9, 40, 24]}])
+@pytest.mark.parametrize(
+    "stop", [{"max_new_tokens": 1}, {"max_new_tokens": 7}, {"eos_token_id": [9, 40, 24]}]
+)
 def test_stopping_is_generates_own(stop: dict[str, Any], plain_models: dict[str, Any]) -> None:
     plain = plain_models["llama"]
     settings = {"do_sample": False, "max_new_tokens": 30, **stop}
     decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12))
     assert torch.equal(
-        plain.generate(prompt(1), custom_generate=decoder, **settings), plain.generate(prompt(1), **settings)
+        plain.generate(prompt(1), custom_generate=decoder, **settings),
+        plain.generate(prompt(1), **settings),
     )
 
 
@@ -345,7 +411,10 @@ def test_dict_output_and_streamer(plain_models: dict[str, Any]) -> None:
     decoder = LeverDecoding(make_draft("low-bit", plain), FixedBudget(12), streamer=Streamer())
     ours = plain.generate(prompt(1), custom_generate=decoder, **GREEDY, **extra)
     theirs = plain.generate(prompt(1), **GREEDY, **extra)
-    assert torch.equal(ours.sequences, theirs.sequences) and len(ours.scores) == len(theirs.scores) == 24
+    assert (
+        torch.equal(ours.sequences, theirs.sequences)
+        and len(ours.scores) == len(theirs.scores) == 24
+    )
     torch.testing.assert_close(ours.scores[-1], theirs.scores[-1])
     assert seen == [*theirs.sequences[0, 9:].tolist(), -1]
 
@@ -368,7 +437,8 @@ def test_a_draft_at_the_end_of_its_context_falls_silent(plain_models: dict[str, 
     draft.context = 16
     decoder = LeverDecoding(draft, FixedBudget(6))
     assert torch.equal(
-        plain.generate(prompt(1), custom_generate=decoder, **GREEDY), plain.generate(prompt(1), **GREEDY)
+        plain.generate(prompt(1), custom_generate=decoder, **GREEDY),
+        plain.generate(prompt(1), **GREEDY),
     )
     assert decoder.stats.cycles[0].rows > 1 == decoder.stats.cycles[-1].rows
 
@@ -377,7 +447,9 @@ def test_a_draft_at_the_end_of_its_context_falls_silent(plain_models: dict[str, 
 def test_a_draft_with_more_or_fewer_rows_of_padding(
     vocabulary: int, first: int, plain_models: dict[str, Any], packs: dict[str, Path]
 ) -> None:
-    """It likes its last token best, and the text holds tokens that the smallest draft lacks from some place on."""
+    """It likes its last token best, and the text holds tokens that the smallest draft lacks from
+    some place on.
+    """
     target, draft = load_target(packs["llama"]), a_draft_of(vocabulary)
     decoder = LeverDecoding(draft, FixedBudget(6), target)
     ids = torch.cat([prompt(1)[:, 1:] % 30 + 3, torch.tensor([[first]])], 1)
@@ -394,7 +466,9 @@ def test_a_draft_with_another_vocabulary_is_refused(
 ) -> None:
     target, draft = load_target(packs["llama"]), a_draft_of(vocabulary)
     decoder = LeverDecoding(draft, make_policy("lever"), target)
-    with pytest.raises(SpeculationError, match=rf"vocabulary of {vocabulary} tokens and the target one of 64"):
+    with pytest.raises(
+        SpeculationError, match=rf"vocabulary of {vocabulary} tokens and the target one of 64"
+    ):
         target.model.generate(prompt(0), custom_generate=decoder, **GREEDY)
     target.close()
 
@@ -406,7 +480,9 @@ def a_draft_of(vocabulary: int) -> LanguageModelDraft:
     config = AutoConfig.for_model(**{**tiny_config("llama"), "vocab_size": vocabulary})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     head = model.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.arange(vocabulary, dtype=torch.float32), requires_grad=False)
+    head.bias = torch.nn.Parameter(
+        torch.arange(vocabulary, dtype=torch.float32), requires_grad=False
+    )
     return LanguageModelDraft(model)
 
 
@@ -442,7 +518,10 @@ def test_draft_equals_recomputation_after_it_was_advanced(plain_models: dict[str
     expand(second[1:2])
     check(second[1], ids)
     # And then somewhere that was not drafted.
-    path, tokens = [tree.root, second[2]], [tree.nodes[tree.root].token, tree.nodes[second[2]].token]
+    path, tokens = (
+        [tree.root, second[2]],
+        [tree.nodes[tree.root].token, tree.nodes[second[2]].token],
+    )
     tree.advance(path, 33)
     draft.advance(path, tokens, tree)
     expand([tree.root])
@@ -486,7 +565,9 @@ def test_foreign_and_missing_rules(packs: dict[str, Path], tmp_path: Path) -> No
         load_target(packs["llama"], rules=rules)
 
 
-def test_target_survives_a_pass_that_was_cut_off(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+def test_target_survives_a_pass_that_was_cut_off(
+    plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
     target: FlashTarget = load_target(packs["llama"], dram_budget=least_budget(packs["llama"]))
 
     class Interrupt(Exception):
@@ -500,5 +581,8 @@ def test_target_survives_a_pass_that_was_cut_off(plain_models: dict[str, Any], p
     with pytest.raises(Interrupt):
         target.model.generate(prompt(0), **GREEDY)
     hook.remove()
-    assert torch.equal(target.model.generate(prompt(0), **GREEDY), plain_models["llama"].generate(prompt(0), **GREEDY))
+    assert torch.equal(
+        target.model.generate(prompt(0), **GREEDY),
+        plain_models["llama"].generate(prompt(0), **GREEDY),
+    )
     target.close()

@@ -1,4 +1,6 @@
-"""Whether an early exit pays: measured by judging it without using it, decided by the cost model."""
+"""Whether an early exit pays: measured by judging it without using it, decided by the cost
+model.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,12 @@ def test_rates_are_measured_before_and_again_while_the_exit_is_used() -> None:
     assert not rates.due
 
 
-@pytest.mark.parametrize(("per_row", "lost", "want"), [(0.0, 0.01, False), (1e3, 0.01, True), (1e3, 0.5, False)])
-def test_fewer_rows_must_save_more_than_lost_tokens_cost(per_row: float, lost: float, want: bool) -> None:
+@pytest.mark.parametrize(
+    ("per_row", "lost", "want"), [(0.0, 0.01, False), (1e3, 0.01, True), (1e3, 0.5, False)]
+)
+def test_fewer_rows_must_save_more_than_lost_tokens_cost(
+    per_row: float, lost: float, want: bool
+) -> None:
     tree = TokenTree(tuple(range(10)), (-1, *([0] * 9)), (1.0,) * 10, tuple(range(10)))
     cost = CycleCost(lambda rows, leaves: 1e4 + per_row * rows)
     assert pays(tree, cost, ExitRates(0.5, lost), 0.5) == want
@@ -80,9 +86,13 @@ def test_a_judged_exit_drops_nothing_and_a_used_one_must_have_been_judged(
     for per_row in (0.0, 1e6):
         gate = ExitGate(predictor, PruneSettings(threshold=0.15, least_rows=1))
         target.set_gate(gate)
-        decoder = LeverDecoding(LanguageModelDraft(low_bit_copy(plain, 3, 32)), FixedBudget(12), target)
+        decoder = LeverDecoding(
+            LanguageModelDraft(low_bit_copy(plain, 3, 32)), FixedBudget(12), target
+        )
         decoder.cost.verify = lambda rows, leaves, per_row=per_row: 1e6 + per_row * rows
-        assert torch.equal(target.model.generate(prompt(2), custom_generate=decoder, **GREEDY), want)
+        assert torch.equal(
+            target.model.generate(prompt(2), custom_generate=decoder, **GREEDY), want
+        )
         seen[per_row] = [cycle.kept < cycle.rows for cycle in decoder.stats.cycles]
         assert gate.rates.judged >= LEAST and gate.rates.kept != KEPT
         decoder.close()

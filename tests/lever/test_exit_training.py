@@ -28,10 +28,18 @@ def text(length: int = 600) -> list[int]:
     return torch.randint(3, 64, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def test_training_lowers_the_loss_and_saves_layer_and_loss(target: FlashTarget, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_saves_layer_and_loss(
+    target: FlashTarget, tmp_path: Path
+) -> None:
     losses = []
     for epochs in (1, 8):
-        made = train_exit(target, text(), tmp_path / "exit", None, ExitTraining(epochs=epochs, rate=3e-3, batch=64))
+        made = train_exit(
+            target,
+            text(),
+            tmp_path / "exit",
+            None,
+            ExitTraining(epochs=epochs, rate=3e-3, batch=64),
+        )
         losses.append(made.loss)
     assert losses[1] < 0.95 * losses[0]
     shape = (64, 32)
@@ -48,11 +56,15 @@ def test_predictor_equals_what_was_trained(target: FlashTarget, tmp_path: Path) 
     found = train.collect(target, text(), 2)
     scores = torch.stack([made.scores(state, range(64)) for state in found.hidden[:40]])
     agree = (scores.argmax(-1) == target.model.lm_head(found.final[:40]).argmax(-1)).float().mean()
-    untrained = target.model.lm_head(found.hidden[:40]).argmax(-1) == target.model.lm_head(found.final[:40]).argmax(-1)
+    untrained = target.model.lm_head(found.hidden[:40]).argmax(-1) == target.model.lm_head(
+        found.final[:40]
+    ).argmax(-1)
     assert agree > untrained.float().mean()
 
 
-def test_an_interrupted_training_goes_on(target: FlashTarget, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_interrupted_training_goes_on(
+    target: FlashTarget, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     output = tmp_path / "exit"
     output.write_bytes(b"the predictor from before")
 
@@ -65,7 +77,12 @@ def test_an_interrupted_training_goes_on(target: FlashTarget, tmp_path: Path, ca
     assert output.read_bytes() == b"the predictor from before"
     seen: list[int] = []
     train_exit(
-        target, text(), output, 2, QUICK, lambda stage, done, total: seen.append(done) if stage == "training" else None
+        target,
+        text(),
+        output,
+        2,
+        QUICK,
+        lambda stage, done, total: seen.append(done) if stage == "training" else None,
     )
     assert "going on after 2 epochs" in caplog.text and len(seen) == 2 * 9
     assert not (tmp_path / "exit.partial").exists()
@@ -73,10 +90,20 @@ def test_an_interrupted_training_goes_on(target: FlashTarget, tmp_path: Path, ca
 
 @pytest.mark.parametrize(
     ("layer", "length", "settings", "match"),
-    [(0, 600, {}, "exit layer"), (4, 600, {}, "exit layer"), (2, 10, {}, "at least 64"), (2, 600, {"tau": 0}, "tau")],
+    [
+        (0, 600, {}, "exit layer"),
+        (4, 600, {}, "exit layer"),
+        (2, 10, {}, "at least 64"),
+        (2, 600, {"tau": 0}, "tau"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(
-    target: FlashTarget, tmp_path: Path, layer: int, length: int, settings: dict[str, Any], match: str
+    target: FlashTarget,
+    tmp_path: Path,
+    layer: int,
+    length: int,
+    settings: dict[str, Any],
+    match: str,
 ) -> None:
     with pytest.raises(ConfigError, match=match):
         train_exit(target, text(length), tmp_path / "exit", layer, ExitTraining(**settings))

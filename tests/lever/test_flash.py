@@ -42,11 +42,15 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(64)
 
 
-def make(directory: Path, seed: int = 0, dtype: str = "float32") -> tuple[Path, dict[str, torch.Tensor]]:
+def make(
+    directory: Path, seed: int = 0, dtype: str = "float32"
+) -> tuple[Path, dict[str, torch.Tensor]]:
     torch.manual_seed(seed)
     model = Toy()
     state = dict(model.state_dict())
-    return write_pack(StateDictSource(state, f"toy {seed}"), model, {"seed": seed}, directory, dtype), state
+    return write_pack(
+        StateDictSource(state, f"toy {seed}"), model, {"seed": seed}, directory, dtype
+    ), state
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -56,8 +60,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
-    assert [block.kind for block in pack.index.blocks] == ["resident", *["layer"] * LAYERS, "resident"]
-    assert all(block.offset % ALIGNMENT == 0 == block.nbytes % ALIGNMENT for block in pack.index.blocks)
+    assert [block.kind for block in pack.index.blocks] == [
+        "resident",
+        *["layer"] * LAYERS,
+        "resident",
+    ]
+    assert all(
+        block.offset % ALIGNMENT == 0 == block.nbytes % ALIGNMENT for block in pack.index.blocks
+    )
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.journal"))
     pack.close()
 
@@ -75,7 +85,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_pack_is_no_pack_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_pack_is_no_pack_and_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "SYNC_BYTES", 1)
     torch.manual_seed(0)
     model, calls = Toy(), []
@@ -113,7 +125,9 @@ def _swapped(data: bytes) -> bytes:
 
 TORN_JOURNALS: dict[str, Callable[[bytes], bytes]] = {
     "half a line": _cut,
-    "half a line that another follows": lambda data: _cut(data) + data.splitlines(keepends=True)[-1],
+    "half a line that another follows": lambda data: (
+        _cut(data) + data.splitlines(keepends=True)[-1]
+    ),
     "half a line that ends": lambda data: _cut(data) + b"\n",
     "the last line twice": lambda data: data + data.splitlines(keepends=True)[-1],
     "lines in another order": _swapped,
@@ -127,7 +141,9 @@ TORN_JOURNALS: dict[str, Callable[[bytes], bytes]] = {
     "its key alone, cut off": lambda data: data[:20],
 }
 TORN_DATA: dict[str, Callable[[bytes], bytes]] = {
-    "the first block zero": lambda data: data[:ALIGNMENT] + bytes(ALIGNMENT) + data[2 * ALIGNMENT :],
+    "the first block zero": lambda data: (
+        data[:ALIGNMENT] + bytes(ALIGNMENT) + data[2 * ALIGNMENT :]
+    ),
     "cut off inside a block": lambda data: data[: 2 * ALIGNMENT],
     "empty": lambda data: b"",
 }
@@ -166,7 +182,8 @@ class Interrupted:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("journal", case) for case in TORN_JOURNALS] + [("partial", case) for case in TORN_DATA]
+    ("name", "how"),
+    [("journal", case) for case in TORN_JOURNALS] + [("partial", case) for case in TORN_DATA],
 )
 def test_whatever_a_crash_leaves_the_finished_pack_is_right(
     name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +201,9 @@ def test_whatever_a_crash_leaves_the_finished_pack_is_right(
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_damage_to_what_a_crash_leaves(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_damage_to_what_a_crash_leaves(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SYNC_BYTES", 1)
         toy = Interrupted(tmp_path_factory.mktemp("pack"))
@@ -195,7 +214,9 @@ def test_any_damage_to_what_a_crash_leaves(data: st.DataObject, tmp_path_factory
             at, junk = data.draw(st.floats(0, 1)), data.draw(st.binary(max_size=8))
             cut = data.draw(st.booleans())
 
-            def damaged(content: bytes, at: float = at, junk: bytes = junk, cut: bool = cut) -> bytes:
+            def damaged(
+                content: bytes, at: float = at, junk: bytes = junk, cut: bool = cut
+            ) -> bytes:
                 place = int(at * len(content))
                 return content[:place] + junk + (b"" if cut else content[place + len(junk) :])
 
@@ -204,7 +225,9 @@ def test_any_damage_to_what_a_crash_leaves(data: st.DataObject, tmp_path_factory
         toy.check()
 
 
-def test_what_is_on_the_disk_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_on_the_disk_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One torn line costs one block, not the whole pack."""
     monkeypatch.setattr(writer, "SYNC_BYTES", 1)
     toy = Interrupted(tmp_path)
@@ -215,7 +238,9 @@ def test_what_is_on_the_disk_is_not_written_again(tmp_path: Path, monkeypatch: p
     assert toy.written == LAYERS + 2 - 4
 
 
-def test_a_failed_pack_leaves_the_former_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pack_leaves_the_former_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, _ = make(tmp_path)
     before = path.read_bytes()
     state = dict(Toy().state_dict())
@@ -227,7 +252,11 @@ def test_a_failed_pack_leaves_the_former_one_whole(tmp_path: Path, monkeypatch: 
     with pytest.raises(FlashError, match="MiB are free"):
         make(tmp_path, seed=3)
     monkeypatch.undo()
-    monkeypatch.setattr(writer.os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        writer.os,
+        "pwrite",
+        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(FlashError, match="No space left"):
         make(tmp_path, seed=3)
     assert path.read_bytes() == before
@@ -235,14 +264,18 @@ def test_a_failed_pack_leaves_the_former_one_whole(tmp_path: Path, monkeypatch: 
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_any_damage_gives_a_typed_error(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_damage_gives_a_typed_error(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path, state = make(tmp_path_factory.mktemp("pack"))
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     else:
         # Padding carries no meaning: only bytes that do are damaged.
-        at = data.draw(st.one_of(st.integers(0, 35), st.integers(len(content) - 3000, len(content) - 1)))
+        at = data.draw(
+            st.one_of(st.integers(0, 35), st.integers(len(content) - 3000, len(content) - 1))
+        )
         content[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     with pytest.raises(FlashError):
@@ -280,7 +313,9 @@ def test_what_holds_nothing_is_refused(empty: str, tmp_path: Path) -> None:
         FlashPack.open(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF" + b"\0" * 5000, MAGIC + (9).to_bytes(4, "little") + b"\0" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF" + b"\0" * 5000, MAGIC + (9).to_bytes(4, "little") + b"\0" * 5000]
+)
 def test_foreign_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.lever"
     path.write_bytes(content)
@@ -314,7 +349,9 @@ def test_a_block_that_changes_under_its_old_time_is_found(tmp_path: Path) -> Non
     os.chmod(path, 0o600)  # not a change that matters
     for layer in range(LAYERS):
         _, tensors = stream.acquire(layer)
-        assert torch.equal(tensors[f"layers.{layer}.linear.weight"], state[f"layers.{layer}.linear.weight"])
+        assert torch.equal(
+            tensors[f"layers.{layer}.linear.weight"], state[f"layers.{layer}.linear.weight"]
+        )
         stream.release(layer)
     stream.reset(0)
     with path.open("r+b") as file:
@@ -342,7 +379,9 @@ def test_a_removed_pack_is_read_to_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("resident", "ring"), [(0, 2), (2, 3), (5, 2), (LAYERS, 0)])
-def test_stream_hands_out_every_layer_in_every_pass(tmp_path: Path, resident: int, ring: int) -> None:
+def test_stream_hands_out_every_layer_in_every_pass(
+    tmp_path: Path, resident: int, ring: int
+) -> None:
     path, state = make(tmp_path)
     pack = FlashPack.open(path)
     stream = LayerStream(pack, resident, ring)
@@ -359,7 +398,9 @@ def test_stream_hands_out_every_layer_in_every_pass(tmp_path: Path, resident: in
             stream.release(layer)
     for layer in range(LAYERS):
         _, tensors = stream.acquire(layer)
-        torch.testing.assert_close(tensors[f"layers.{layer}.linear.weight"], state[f"layers.{layer}.linear.weight"])
+        torch.testing.assert_close(
+            tensors[f"layers.{layer}.linear.weight"], state[f"layers.{layer}.linear.weight"]
+        )
         stream.release(layer)
     pack.close()
 

@@ -24,7 +24,9 @@ def prompt(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_in_float32_no_token_flips(family: str, plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+def test_in_float32_no_token_flips(
+    family: str, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
     assert family in FAMILIES
     target = load_target(packs[family])
     draft = LanguageModelDraft(low_bit_copy(plain_models[family], 3, 32))

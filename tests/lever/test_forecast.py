@@ -1,4 +1,6 @@
-"""Forecast routing and early reads: right for true copies of a target, harmless for other drafts."""
+"""Forecast routing and early reads: right for true copies of a target, harmless for other
+drafts.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 
 def upcycled(dense: Any, moe: Any) -> None:
     """Give an MoE model the dense one's weights: every expert is its FFN. Mutates."""
-    moe.load_state_dict({k: v for k, v in dense.state_dict().items() if ".mlp." not in k}, strict=False)
+    moe.load_state_dict(
+        {k: v for k, v in dense.state_dict().items() if ".mlp." not in k}, strict=False
+    )
     with torch.no_grad():
         for ours, theirs in zip(moe.model.layers, dense.model.layers, strict=True):
             inner = torch.cat([theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight])
@@ -71,14 +75,20 @@ def test_forecast_of_a_true_copy_is_right_and_changes_no_token(
     ids = torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(0))
     want = moe.generate(ids, **GREEDY)
     for name in POLICIES:
-        decoder = LeverDecoding(None if name == "none" else LanguageModelDraft(dense), make_policy(name), target)
+        decoder = LeverDecoding(
+            None if name == "none" else LanguageModelDraft(dense), make_policy(name), target
+        )
         assert (decoder.forecast is None) == (name == "none")
         for _ in range(2):
-            assert torch.equal(target.model.generate(ids, custom_generate=decoder, **GREEDY), want), name
+            assert torch.equal(
+                target.model.generate(ids, custom_generate=decoder, **GREEDY), want
+            ), name
         decoder.close()
         assert decoder.reads is not None
         if name != "none":
-            assert decoder.reads.forecast_share > 0.85, "a copy that is exact has the target's routing"
+            assert decoder.reads.forecast_share > 0.85, (
+                "a copy that is exact has the target's routing"
+            )
     assert target.experts is not None
     counters = target.experts.counters
     assert counters.prefetches_used > counters.prefetches / 2 > 20
@@ -91,9 +101,15 @@ def test_drafts_that_know_nothing_of_the_target_get_no_say(
     assert RoutingForecast.of(target, NGramDraft()) is None
     assert RoutingForecast.of(target, LanguageModelDraft(dense, runner=HostRunner(dense))) is None
     ids = torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(1))
-    stranger = LeverDecoding(LanguageModelDraft(plain_models["llama"]), make_policy("lever"), target)
-    assert torch.equal(target.model.generate(ids, custom_generate=stranger, **GREEDY), moe.generate(ids, **GREEDY))
-    assert stranger.reads is not None and stranger.reads.forecast_share < 0.75, "wrong forecasts are found out"
+    stranger = LeverDecoding(
+        LanguageModelDraft(plain_models["llama"]), make_policy("lever"), target
+    )
+    assert torch.equal(
+        target.model.generate(ids, custom_generate=stranger, **GREEDY), moe.generate(ids, **GREEDY)
+    )
+    assert stranger.reads is not None and stranger.reads.forecast_share < 0.75, (
+        "wrong forecasts are found out"
+    )
     stranger.close()
 
 
@@ -120,7 +136,9 @@ def test_early_reads_serve_the_pass_and_free_their_buffers(target: FlashTarget) 
             assert free == target.residency.ahead
             cache.read_early(ids)
             cache.read_early(ids)
-            assert cache.counters.reads - before == free - len(cache._ahead_free), "nothing is read twice"
+            assert cache.counters.reads - before == free - len(cache._ahead_free), (
+                "nothing is read twice"
+            )
             want = target.model(token).logits
             assert len(cache._ahead_free) == target.residency.ahead and not cache._ahead
             torch.testing.assert_close(target.model(token).logits, want)
@@ -129,7 +147,11 @@ def test_early_reads_serve_the_pass_and_free_their_buffers(target: FlashTarget) 
 def test_memory_left_over_becomes_buffers_for_early_reads(pair: tuple[Any, Any, Path]) -> None:
     pack = FlashPack.open(pair[2])
     step = max(block.nbytes for block in pack.blocks("expert"))
-    found = [plan_residency(pack, b) for b in range(0, plan_residency(pack, None).nbytes, step) if _fits(pack, b)]
+    found = [
+        plan_residency(pack, b)
+        for b in range(0, plan_residency(pack, None).nbytes, step)
+        if _fits(pack, b)
+    ]
     pack.close()
     assert {residency.expert_slots for residency in found} >= set(range(1, 7))
     for residency in found:
@@ -147,13 +169,17 @@ def test_forecasts_price_a_node_before_its_token_was_seen() -> None:
     start = union.start()
     assert start.add(Drafted(9, 6)) == pytest.approx(40.0)
     assert start.peek(Drafted(11, 6)) == pytest.approx(40.0), "the same experts cost nothing more"
-    np.testing.assert_allclose(start.prefixes([Drafted(9, 5), Drafted(9, 6)]), [0.0, 40.0], atol=1e-6)
+    np.testing.assert_allclose(
+        start.prefixes([Drafted(9, 5), Drafted(9, 6)]), [0.0, 40.0], atol=1e-6
+    )
     union.forget_forecasts({5})
     assert 0 < union.start().peek(Drafted(9, 6)) < 40.0
 
 
 def test_expected_reads_bend_to_what_passes_really_read() -> None:
-    """Rows that choose alike: multiplied chances expect more experts than are read, the more the larger the tree."""
+    """Rows that choose alike: multiplied chances expect more experts than are read, the more the
+    larger the tree.
+    """
     union = ExpertUnion(layers=4, experts=16, top_k=2, read_us=1.0, step=0.0)
     rng = np.random.default_rng(0)
 

@@ -1,4 +1,6 @@
-"""Answers of targets on flash that were interrupted or failed, at any point: the next ones are those given alone."""
+"""Answers of targets on flash that were interrupted or failed, at any point: the next ones are
+those given alone.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ TIMES = int(os.environ.get("HYBRIMOE_LONG", 6))
 """Interrupts for each kind of target and way of decoding."""
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5}
 PLACES = (Place.STAYS, Place.COPIED, Place.CPU, Place.COPIED)
-KINDS = ("llama, split", "qwen3_moe", *(("llama", "mixtral, split") if "HYBRIMOE_LONG" in os.environ else ()))
+KINDS = (
+    "llama, split",
+    "qwen3_moe",
+    *(("llama", "mixtral, split") if "HYBRIMOE_LONG" in os.environ else ()),
+)
 WAYS = ("plain", "by speculation")
 
 
@@ -52,10 +58,14 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def case(request: pytest.FixtureRequest, plain_models: dict[str, Any], packs: dict[str, Path]) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> Iterator[Case]:
     family, _, split = request.param.partition(", ")
     plain = plain_models[family]
-    there: dict[str, Any] = {"device": "emulated", "vram_budget": "1GiB", "places": PLACES} if split else {}
+    there: dict[str, Any] = (
+        {"device": "emulated", "vram_budget": "1GiB", "places": PLACES} if split else {}
+    )
     target = load_target(packs[family], dram_budget=least_budget(packs[family]), **there)
     target.set_gate(a_gate(plain))
     draft = LanguageModelDraft(low_bit_copy(plain, 3, 32) if family == "llama" else plain)
@@ -81,7 +91,9 @@ def test_the_next_answers_after_an_interrupt(case: Case, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_next_answers_after_a_read_that_failed(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_answers_after_a_read_that_failed(
+    case: Case, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, rng = os.preadv, random.Random(1)
     for _ in range(TIMES):
         calls, wrong, failed = itertools.count(1), rng.randint(1, 20), list[int]()
@@ -102,7 +114,9 @@ def test_the_next_answers_after_a_read_that_failed(case: Case, way: str, monkeyp
         assert case.sound(), f"wrong after read {wrong} failed"
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("no memory for the copy")])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), MemoryError("no memory for the copy")]
+)
 def test_reads_that_go_on_failing_are_an_error_and_no_hang(
     error: Exception, packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,6 @@
-"""The caller's KV cache after an answer that was interrupted: what plain decoding leaves, and fit to go on with."""
+"""The caller's KV cache after an answer that was interrupted: what plain decoding leaves, and fit
+to go on with.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,21 @@ class Case(NamedTuple):
 
     def ask(self, ids: torch.Tensor, cache: Any, **more: Any) -> torch.Tensor:
         found: torch.Tensor = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.alone.shape[1] - ids.shape[1],
-            **{cache_name(self.model): cache}, **GREEDY, **more,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.alone.shape[1] - ids.shape[1],
+            **{cache_name(self.model): cache},
+            **GREEDY,
+            **more,
+        )
         return found
 
-    def interrupted(self, cache: Any, watch: Callable[[list[int]], None] = lambda seen: None) -> list[int]:
-        """The tokens that the streamer of a speculative answer got; `watch` is called with them after each."""
+    def interrupted(
+        self, cache: Any, watch: Callable[[list[int]], None] = lambda seen: None
+    ) -> list[int]:
+        """The tokens that the streamer of a speculative answer got; `watch` is called with them
+        after each.
+        """
         seen: list[int] = []
 
         class Streamer:
@@ -84,7 +94,10 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module", params=KINDS)
 def case(
-    request: pytest.FixtureRequest, plain_models: dict[str, Any], packs: dict[str, Path], tmp_path_factory: Any
+    request: pytest.FixtureRequest,
+    plain_models: dict[str, Any],
+    packs: dict[str, Path],
+    tmp_path_factory: Any,
 ) -> Iterator[Case]:
     kind, _, how = request.param.partition(", ")
     target, policy = None, make_policy("fixed", 6)
@@ -145,7 +158,9 @@ def test_an_interrupt_at_any_point(case: Case) -> None:
     for _ in range(TIMES):
         cache, seen, place = case.cache(), list[int](), rng.randint(1, count)
         reached += ended(lambda: seen.extend(case.interrupted(cache)), place, KeyboardInterrupt())  # noqa: B023
-        if cache.get_seq_length() != 9 + len(seen):  # as the streamer was being called: its caller has a row too many
+        if cache.get_seq_length() != 9 + len(
+            seen
+        ):  # as the streamer was being called: its caller has a row too many
             case.check_goes_on(cache, seen)
     assert reached >= TIMES // 2
 

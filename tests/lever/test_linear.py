@@ -21,7 +21,9 @@ def test_equals_the_plain_twin(shape: tuple[int, ...], biased: bool) -> None:
     torch.manual_seed(0)
     value, weight = torch.randn(shape), torch.randn(40, 48)
     bias = torch.randn(40) if biased else None
-    assert torch.equal(linear(value, weight, bias), F.linear(value, weight, bias))  # float32: the twin itself
+    assert torch.equal(
+        linear(value, weight, bias), F.linear(value, weight, bias)
+    )  # float32: the twin itself
     low = [None if part is None else part.bfloat16() for part in (value, weight, bias)]
     got = linear(low[0], low[1], low[2])  # type: ignore[arg-type]
     assert got.shape == (*shape[:-1], 40) and got.dtype == torch.bfloat16
@@ -32,7 +34,9 @@ def test_takes_transposed_values() -> None:
     torch.manual_seed(0)
     value = torch.randn(48, 5).bfloat16().t()
     weight = torch.randn(40, 48).bfloat16()
-    torch.testing.assert_close(linear(value, weight), linear(value.contiguous(), weight), rtol=0, atol=0)
+    torch.testing.assert_close(
+        linear(value, weight), linear(value.contiguous(), weight), rtol=0, atol=0
+    )
 
 
 def test_a_model_keeps_its_parameters() -> None:

@@ -44,16 +44,24 @@ with torch.no_grad():
         target.model(torch.arange(40)[None])
 print(json.dumps({"pack": pack.stat().st_size, "budget": budget, "grown": peak() - before,
                   "planned": target.residency.nbytes, "layers": target.residency.layers}))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 def test_peak_memory_stays_within_the_budget(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["pack"] > 4 * found["budget"] and found["planned"] <= found["budget"] and found["layers"] > 0
+    assert (
+        found["pack"] > 4 * found["budget"]
+        and found["planned"] <= found["budget"]
+        and found["layers"] > 0
+    )
     # Activations and the allocator's own slack come on top of the weights' budget.
     assert found["grown"] <= found["budget"] + (8 << 20), found

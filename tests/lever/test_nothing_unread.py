@@ -1,4 +1,6 @@
-"""A pack carries all that its model's file states, or is not made; one that lacks anything is not loaded."""
+"""A pack carries all that its model's file states, or is not made; one that lacks anything is not
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,21 @@ from lever_ext.packing import pack_model, plain_config
 from lever_ext.target import load_target, meta_model
 
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", **ROPE, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-YARN = {"rope_type": "yarn", **ROPE, "factor": 4.0, "beta_fast": 8.0, "beta_slow": 3.0, "attention_factor": 1.4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    **ROPE,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+YARN = {
+    "rope_type": "yarn",
+    **ROPE,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "beta_slow": 3.0,
+    "attention_factor": 1.4,
+}
 YARN_KEYS = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
@@ -38,7 +53,11 @@ YARN_KEYS = {
         ("qwen3", {"rope_parameters": YARN, "attention_bias": True}, YARN_KEYS),
         ("mixtral", {"rope_parameters": LLAMA3}, {}),
         ("mixtral", {"sliding_window": 8}, {"attention.sliding_window": 8}),
-        ("qwen3_moe", {"rope_parameters": YARN, "attention_bias": True, "norm_topk_prob": False}, YARN_KEYS),
+        (
+            "qwen3_moe",
+            {"rope_parameters": YARN, "attention_bias": True, "norm_topk_prob": False},
+            YARN_KEYS,
+        ),
         ("qwen2_moe", {"qkv_bias": False}, {}),
     ],
 )
@@ -56,10 +75,17 @@ def test_a_pack_answers_as_the_model(family: str, changes: Any, keys: Any, tmp_p
 def test_what_a_pack_would_lose_is_not_packed(tmp_path: Path) -> None:
     unknown = {"blk.0.attn_q.bias": torch.ones(64)}
     with pytest.raises(WeightsError, match=r"no place for 'blk\.0\.attn_q\.bias'"):
-        pack_model(tmp_path, None, export(tiny.model("mixtral"), tmp_path / "m.gguf", None, unknown), "float32")
+        pack_model(
+            tmp_path,
+            None,
+            export(tiny.model("mixtral"), tmp_path / "m.gguf", None, unknown),
+            "float32",
+        )
     routed = tiny.model("deepseek_v3")  # its routers correct their scores by a buffer
     source = StateDictSource(dict(routed.state_dict()), "tiny")
-    with pytest.raises(WeightsError, match=r"would lose model\.layers\.1\.mlp\.gate\.e_score_correction_bias"):
+    with pytest.raises(
+        WeightsError, match=r"would lose model\.layers\.1\.mlp\.gate\.e_score_correction_bias"
+    ):
         write_pack(source, routed, plain_config(routed.config), tmp_path, "float32")
 
 
@@ -80,9 +106,15 @@ def test_unread_tensors_of_a_model_directory_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("biased", ["weights", "config"])
 def test_a_pack_whose_config_has_other_tensors_is_refused(biased: str, tmp_path: Path) -> None:
-    with_bias, without = (plain_config(tiny.config("llama", attention_bias=bias)) for bias in (True, False))
+    with_bias, without = (
+        plain_config(tiny.config("llama", attention_bias=bias)) for bias in (True, False)
+    )
     weights, said = (with_bias, without) if biased == "weights" else (without, with_bias)
-    source = StateDictSource(dict(tiny.model("llama", attention_bias=biased == "weights").state_dict()), "tiny")
+    source = StateDictSource(
+        dict(tiny.model("llama", attention_bias=biased == "weights").state_dict()), "tiny"
+    )
     write_pack(source, meta_model(weights, torch.float32), said, tmp_path, "float32")
-    with pytest.raises(FlashError, match=r"(lacks|holds) 'model\.layers\.0\.self_attn\.q_proj\.bias'"):
+    with pytest.raises(
+        FlashError, match=r"(lacks|holds) 'model\.layers\.0\.self_attn\.q_proj\.bias'"
+    ):
         load_target(tmp_path)

@@ -1,4 +1,6 @@
-"""CPU / accelerator split: what is chosen, that nothing is overtaken on the way, and that the text is the same."""
+"""CPU / accelerator split: what is chosen, that nothing is overtaken on the way, and that the text
+is the same.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def budget_for(path: Path, places: tuple[Place, ...], share: float) -> int:
 
 @pytest.fixture
 def lazy(monkeypatch: pytest.MonkeyPatch) -> LazyStreams:
-    """Copies run as late as their events allow, and every two uses of a buffer must be in an order."""
+    """Copies run as late as their events allow, and every two uses of a buffer must be in
+    an order.
+    """
     streams = LazyStreams(7)
     monkeypatch.setattr(accelerators, "HostStreams", lambda: streams)
     acquire, send = SplitStream.acquire, split_stream._send
@@ -92,9 +96,15 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> LazyStreams:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "share", "places"),
-    [*(("llama", 0.0, places) for places in PLACES), ("llama", 0.6, PLACES[2]), ("llama", 0.6, PLACES[3]),
-     ("mixtral", 0.1, PLACES[1]), ("mixtral", 0.1, PLACES[2]), ("qwen2_moe", 0.0, PLACES[4])],
-)  # fmt: skip
+    [
+        *(("llama", 0.0, places) for places in PLACES),
+        ("llama", 0.6, PLACES[2]),
+        ("llama", 0.6, PLACES[3]),
+        ("mixtral", 0.1, PLACES[1]),
+        ("mixtral", 0.1, PLACES[2]),
+        ("qwen2_moe", 0.0, PLACES[4]),
+    ],
+)
 def test_the_text_is_the_same_wherever_layers_compute(
     family: str,
     share: float,
@@ -107,7 +117,9 @@ def test_the_text_is_the_same_wherever_layers_compute(
     plain = plain_models[family]
     draft = LanguageModelDraft(low_bit_copy(plain, 3, 32))
     budget = budget_for(packs[family], places, share)
-    target = load_target(packs[family], dram_budget=budget, device="emulated", vram_budget="1GiB", places=places)
+    target = load_target(
+        packs[family], dram_budget=budget, device="emulated", vram_budget="1GiB", places=places
+    )
     gate = ExitGate(ExitPredictor(plain.get_output_embeddings().weight.detach(), 2, 0.0, ""),
                     PruneSettings(threshold=0.15, least_rows=1))  # fmt: skip
     for seed, pruned in ((0, False), (1, True)):
@@ -121,7 +133,9 @@ def test_the_text_is_the_same_wherever_layers_compute(
 
 
 @pytest.mark.usefixtures("lazy")
-def test_a_pass_that_was_cut_off_leaves_nothing_behind(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
+def test_a_pass_that_was_cut_off_leaves_nothing_behind(
+    plain_models: dict[str, Any], packs: dict[str, Path]
+) -> None:
     class Interrupt(Exception):
         pass
 
@@ -148,9 +162,12 @@ def test_a_truncated_pack_is_a_typed_error_and_later_passes_may_work(
 ) -> None:
     places = (CPU, COPIED, COPIED, COPIED)
     target = load_target(
-        packs["llama"], dram_budget=budget_for(packs["llama"], places, 0.0), device="emulated", vram_budget="1GiB",
+        packs["llama"],
+        dram_budget=budget_for(packs["llama"], places, 0.0),
+        device="emulated",
+        vram_budget="1GiB",
         places=places,
-    )  # fmt: skip
+    )
     with monkeypatch.context() as patch:
         patch.setattr(target.pack, "check", lambda *_: (_ for _ in ()).throw(FlashError("damaged")))
         with pytest.raises(FlashError, match="damaged"):
@@ -161,10 +178,14 @@ def test_a_truncated_pack_is_a_typed_error_and_later_passes_may_work(
 
 
 def test_measured_end_to_end(plain_models: dict[str, Any], packs: dict[str, Path]) -> None:
-    """Whatever is decided on this machine, with real costs of an accelerator that is the CPU itself."""
+    """Whatever is decided on this machine, with real costs of an accelerator that is the CPU
+    itself.
+    """
     for family in ("llama", "mixtral"):
         budget = budget_for(packs[family], (CPU,), 0.0)
-        target = load_target(packs[family], dram_budget=budget, device="emulated", vram_budget="64MiB")
+        target = load_target(
+            packs[family], dram_budget=budget, device="emulated", vram_budget="64MiB"
+        )
         assert target.split is None or target.split.pass_us < target.split.cpu_us
         want = plain_models[family].generate(prompt(0), **GREEDY)
         assert torch.equal(target.model.generate(prompt(0), **GREEDY), want)
@@ -180,14 +201,18 @@ def test_an_accelerator_that_holds_no_layer_is_left_alone(
 
 
 def test_hidden_states_masks_and_kv_change_sides_with_the_layers() -> None:
-    """Torch's own fake tensors refuse operations on tensors of two devices, without having the second one."""
+    """Torch's own fake tensors refuse operations on tensors of two devices, without having the
+    second one.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     there = [False, True, True, False]
     carrier = Carrier(torch.device("cuda:0"), there)
 
     def toy(index: int, weight: torch.Tensor) -> Any:
-        def layer(hidden: torch.Tensor, position_embeddings: Any, cache: DynamicCache, **named: Any) -> torch.Tensor:
+        def layer(
+            hidden: torch.Tensor, position_embeddings: Any, cache: DynamicCache, **named: Any
+        ) -> torch.Tensor:
             cos, sin = position_embeddings
             state = torch.matmul(hidden, weight) * cos + sin
             keys, values = cache.update(state.unsqueeze(1), state.unsqueeze(1), index)
@@ -197,13 +222,20 @@ def test_hidden_states_masks_and_kv_change_sides_with_the_layers() -> None:
         return layer
 
     with FakeTensorMode():
-        layers = [toy(i, torch.empty(8, 8, device="cuda:0" if away else "cpu")) for i, away in enumerate(there)]
+        layers = [
+            toy(i, torch.empty(8, 8, device="cuda:0" if away else "cpu"))
+            for i, away in enumerate(there)
+        ]
         with pytest.raises(RuntimeError, match="two (different )?devices"):
             torch.empty(2, device="cuda:0") + torch.empty(2)
         cache = DynamicCache()
         for step in range(3):
             hidden, rotary = torch.empty(1, 5, 8), (torch.empty(1, 5, 8), torch.empty(1, 5, 8))
-            named = {"attention_mask": torch.empty(1, 5, 5 + 5 * step), "position_embeddings": rotary, "cache": cache}
+            named = {
+                "attention_mask": torch.empty(1, 5, 5 + 5 * step),
+                "position_embeddings": rotary,
+                "cache": cache,
+            }
             for index, layer in enumerate(layers):
                 hidden = carrier.run(index, layer, (hidden,), named)
                 assert (hidden.device.type == "cuda") == (there[index] and index < 3)
@@ -223,7 +255,11 @@ COSTS = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(layers=st.lists(COSTS, min_size=1, max_size=6), hop=st.sampled_from([0.0, 30.0]), stays=st.integers(0, 2))
+@given(
+    layers=st.lists(COSTS, min_size=1, max_size=6),
+    hop=st.sampled_from([0.0, 30.0]),
+    stays=st.integers(0, 2),
+)
 def test_what_is_chosen_is_near_the_best_and_never_behind_the_cpu(
     layers: list[LayerCosts], hop: float, stays: int
 ) -> None:
@@ -231,10 +267,16 @@ def test_what_is_chosen_is_near_the_best_and_never_behind_the_cpu(
     kept = [STAYS] * stays
     found = choose_places(layers, stays, rings)
     rest = len(layers) - stays
-    best = min(pass_us(layers, [*kept, *places], rings) for places in itertools.product((CPU, COPIED), repeat=rest))
+    best = min(
+        pass_us(layers, [*kept, *places], rings)
+        for places in itertools.product((CPU, COPIED), repeat=rest)
+    )
     alone = pass_us(layers, [CPU] * len(layers), rings)
     assert found.pass_us <= pass_us(layers, [*kept, *[CPU] * rest], rings) + 1e-6
-    assert found.pass_us == pytest.approx(pass_us(layers, found.places, rings)) and found.pass_us <= 1.25 * best
+    assert (
+        found.pass_us == pytest.approx(pass_us(layers, found.places, rings))
+        and found.pass_us <= 1.25 * best
+    )
     chosen = best_of([found], alone)
     assert chosen is None or chosen.pass_us < alone
 
@@ -248,7 +290,9 @@ def test_a_pass_is_its_slowest_queue() -> None:
     assert us(LayerCosts(100, 10, 20, 5), CPU) == pytest.approx(1000)  # reads hide computing
     assert us(LayerCosts(100, 10, 20, 5), COPIED) == pytest.approx(1000)
     assert us(LayerCosts(10, 10, 100, 5), CPU) == pytest.approx(1000)
-    assert us(LayerCosts(10, 100, 100, 5), COPIED) == pytest.approx(1000, rel=0.03)  # the link is busy all the time
+    assert us(LayerCosts(10, 100, 100, 5), COPIED) == pytest.approx(
+        1000, rel=0.03
+    )  # the link is busy all the time
     assert us(LayerCosts(10, 100, 100, 5), STAYS) == pytest.approx(10 * 5 + 2 * 7)
     mixed = pass_us([LayerCosts(0, 9, 50, 5)] * 4, [CPU, STAYS, STAYS, CPU], rings)
     assert mixed == pytest.approx(2 * 50 + 2 * 5 + 2 * 7)
@@ -258,7 +302,9 @@ def test_the_accelerator_is_filled_with_layers_and_never_overfilled(packs: dict[
     pack = FlashPack.open(packs["llama"])
     layers, budget = pack.blocks("layer"), budget_for(packs["llama"], (CPU,), 0.0)
     quick = Measured((LayerCosts(1000, 100, 300, 30),) * 4, 1.0, head_cpu_us=500, head_device_us=20)
-    slow = Measured((LayerCosts(1000, 100, 300, 3000),) * 4, 1.0, head_cpu_us=20, head_device_us=500)
+    slow = Measured(
+        (LayerCosts(1000, 100, 300, 3000),) * 4, 1.0, head_cpu_us=20, head_device_us=500
+    )
     last = 0
     for free in range(0, 3 * sum(block.nbytes for block in layers), 4096):
         found = choose(pack, budget, quick, free, 8192, None)
@@ -306,16 +352,26 @@ def test_buffers_are_pinned_while_a_cuda_device_computes(
     runtime = FakeRuntime(refuse)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(host_bytes, "_clear_error", lambda device: None)
-    made = Accelerator(torch.device("cpu"), HostStreams(), 1 << 30, PinnedBuffers(torch.device("cpu")))
+    made = Accelerator(
+        torch.device("cpu"), HostStreams(), 1 << 30, PinnedBuffers(torch.device("cpu"))
+    )
     monkeypatch.setattr(targets, "make_accelerator", lambda *_: made)
     places = (STAYS, CPU, COPIED, COPIED)
     with caplog.at_level(logging.WARNING):
         target: FlashTarget = load_target(
-            packs[family], dram_budget=budget_for(packs[family], places, 0.3), device="cuda", places=places
+            packs[family],
+            dram_budget=budget_for(packs[family], places, 0.3),
+            device="cuda",
+            places=places,
         )
-    buffers = [*target.stream.inner.buffers, *(target.experts.buffers if target.experts is not None else ())]
+    buffers = [
+        *target.stream.inner.buffers,
+        *(target.experts.buffers if target.experts is not None else ()),
+    ]
     assert buffers and ("cannot be registered" in caplog.text) == refuse
-    assert runtime.ranges == ({} if refuse else {b.bytes.data_ptr(): b.bytes.numel() for b in buffers})
+    assert runtime.ranges == (
+        {} if refuse else {b.bytes.data_ptr(): b.bytes.numel() for b in buffers}
+    )
     want = plain_models[family].generate(prompt(0), **GREEDY)
     assert torch.equal(target.model.generate(prompt(0), **GREEDY), want)
     target.close()
@@ -337,8 +393,17 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     made = make_accelerator("cuda:1")
-    assert made is not None and made.free_bytes == 900 and made.pins is not None and made.label == "cuda:1"
+    assert (
+        made is not None
+        and made.free_bytes == 900
+        and made.pins is not None
+        and made.label == "cuda:1"
+    )
     limited = make_accelerator("cuda", "500B")
-    assert limited is not None and limited.free_bytes == 500 and limited.device == torch.device("cuda:0")
+    assert (
+        limited is not None
+        and limited.free_bytes == 500
+        and limited.device == torch.device("cuda:0")
+    )
     with pytest.raises(BackendError, match="there are 2"):
         make_accelerator("cuda:2")

@@ -1,4 +1,6 @@
-"""Threads that share a target on flash, plain and by speculation: each gets the text that it gets alone."""
+"""Threads that share a target on flash, plain and by speculation: each gets the text that it gets
+alone.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,13 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(params=KINDS)
-def case(request: pytest.FixtureRequest, plain_models: dict[str, Any], packs: dict[str, Path]) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, plain_models: dict[str, Any], packs: dict[str, Path]
+) -> Iterator[Case]:
     family, _, split = request.param.partition(", ")
-    there: dict[str, Any] = {"device": "emulated", "vram_budget": "1GiB", "places": PLACES} if split else {}
+    there: dict[str, Any] = (
+        {"device": "emulated", "vram_budget": "1GiB", "places": PLACES} if split else {}
+    )
     budget = least_budget(packs[family])
     target = load_target(packs[family], dram_budget=budget, **there)
     yield Case(target, plain_models[family])

@@ -49,14 +49,22 @@ def bucketed(seed: int) -> Callable[[int, int], float]:
     rng = random.Random(seed)
     bucket, jump, per_leaf = rng.choice([1, 2, 4]), rng.uniform(0, 60), rng.uniform(0, 12)
     per_row = rng.uniform(0, 5)
-    return lambda rows, leaves: 100 + per_row * rows + jump * (-(-rows // bucket)) + per_leaf * leaves
+    return lambda rows, leaves: (
+        100 + per_row * rows + jump * (-(-rows // bucket)) + per_leaf * leaves
+    )
 
 
 def test_tree_shape() -> None:
     tree = TokenTree((5, 6, 7, 8, 9), (-1, 0, 0, 1, 3), (1, 0.5, 0.3, 0.2, 0.1), (0, 1, 2, 3, 4))
     assert tree.path(4) == [0, 1, 3, 4]
     assert tree.depths.tolist() == [0, 1, 1, 2, 3]
-    assert [np.flatnonzero(row).tolist() for row in tree.mask] == [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 3, 4]]
+    assert [np.flatnonzero(row).tolist() for row in tree.mask] == [
+        [0],
+        [0, 1],
+        [0, 2],
+        [0, 1, 3],
+        [0, 1, 3, 4],
+    ]
     assert tree.leaves == 2 and tree.gain == pytest.approx(2.1)
     kept = tree.subset([0, 1, 3])
     assert kept.parents == (-1, 0, 1) and kept.tokens == (5, 6, 8)
@@ -110,7 +118,9 @@ def test_exact_against_the_rate_of_all_cycles(seed: int, size: int, rate: float)
 def test_a_poor_cycle_is_kept_short_for_the_sake_of_all() -> None:
     known = Known([-1, 0, 0, 0], [1.0, 0.1, 0.1, 0.1], [Drafted(token) for token in range(4)])
     cost = CycleCost(lambda rows, leaves: 100.0 + 8.0 * rows)
-    assert len(best_subtree(known, cost, 0.0, 4).rows) == 4  # each adds a tenth of the gain for less of the time
+    assert (
+        len(best_subtree(known, cost, 0.0, 4).rows) == 4
+    )  # each adds a tenth of the gain for less of the time
     for _ in range(50):
         cost.observe_cycle(4, 200.0)
     assert cost.rate == pytest.approx(0.02)
@@ -121,7 +131,9 @@ def test_a_poor_cycle_is_kept_short_for_the_sake_of_all() -> None:
 @given(st.integers(0, 10**6), st.integers(1, 40))
 def test_never_below_the_best_prefix(seed: int, size: int) -> None:
     known, cost = random_known(seed, size), CycleCost(bucketed(seed))
-    assert best_subtree(known, cost, 0, size).value >= best_prefix(known, cost, 0, size).value - 1e-12
+    assert (
+        best_subtree(known, cost, 0, size).value >= best_prefix(known, cost, 0, size).value - 1e-12
+    )
 
 
 def test_calibration_keeps_order_and_learns() -> None:
@@ -157,7 +169,9 @@ def test_latency_is_conservative_between_measurements() -> None:
 
 
 def test_latency_noise_does_not_look_like_the_cost_of_rows() -> None:
-    """Flat in truth: one slow pass at a shape must not make it look much dearer than its neighbours."""
+    """Flat in truth: one slow pass at a shape must not make it look much dearer than its
+    neighbours.
+    """
     rng, table = np.random.default_rng(0), LatencyTable()
     for rows in rng.integers(1, 64, size=60):
         table.observe(int(rows), int(rows) // 3 + 1, float(rng.normal(100, 10)))
@@ -178,7 +192,9 @@ def test_noise_of_small_trees_does_not_keep_larger_ones_away() -> None:
     assert table(32, 1) < 1.12 * table(16, 1)
     for rows in range(20, 61, 4):
         table.observe(rows, 1, 580.0 + 5 * (rows - 16))
-    assert table(120, 1) - table(60, 1) == pytest.approx(5 * 60, rel=0.35), "large trees say what rows cost"
+    assert table(120, 1) - table(60, 1) == pytest.approx(5 * 60, rel=0.35), (
+        "large trees say what rows cost"
+    )
 
 
 def test_expert_union_grows_less_for_shared_experts() -> None:
@@ -199,7 +215,12 @@ def growth_of(probabilities: Sequence[float], cost: CycleCost, depth_limit: int 
     candidates = Candidates(tuple(range(1, len(probabilities) + 1)), tuple(probabilities))
     clock = iter(range(10**9))
     return Growth(
-        tree, lambda tree, keys: [candidates] * len(keys), cost, depth_limit, 64, clock=lambda: next(clock) * 1e-6
+        tree,
+        lambda tree, keys: [candidates] * len(keys),
+        cost,
+        depth_limit,
+        64,
+        clock=lambda: next(clock) * 1e-6,
     )
 
 
@@ -218,7 +239,11 @@ def test_lever_is_no_worse_than_its_twins_where_its_costs_are_true() -> None:
         tree = make_policy(name).build(growth)
         return tree.gain / (growth.spent_us + verify(len(tree), tree.leaves))
 
-    for verify in (lambda n, m: 40.0, lambda n, m: 40.0 + 2 * n, lambda n, m: 40.0 + 30 * (-(-n // 8))):
+    for verify in (
+        lambda n, m: 40.0,
+        lambda n, m: 40.0 + 2 * n,
+        lambda n, m: 40.0 + 30 * (-(-n // 8)),
+    ):
         ours = measured("lever", verify)
         assert all(ours >= measured(name, verify) * 0.98 for name in POLICIES)
 
@@ -238,6 +263,8 @@ def test_advance_keeps_what_was_drafted_after_the_new_root() -> None:
     below = tree.nodes[first].children[0]
     tree.advance([tree.root], 1)
     assert tree.root == first and set(tree.nodes) == {first, below}
-    assert tree.nodes[below].depth == 1 and tree.nodes[below].reach == pytest.approx(tree.nodes[below].step)
+    assert tree.nodes[below].depth == 1 and tree.nodes[below].reach == pytest.approx(
+        tree.nodes[below].step
+    )
     tree.advance([first], 77)
     assert len(tree.nodes) == 1 and tree.nodes[tree.root].token == 77

@@ -1,4 +1,6 @@
-"""Operators for dense modules: stored matrices against dequantised ones, the growing cache, switches."""
+"""Operators for dense modules: stored matrices against dequantised ones, the growing cache,
+switches.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_norms_equal_torch_s_own(mixtral: Path, shape: tuple[int, ...]) -> None:
 
 
 def test_calls_of_every_mode_may_follow_each_other(mixtral: Path) -> None:
-    """What inference mode makes cannot be written to in others, and no gradients must pile up in graphs' buffers."""
+    """What inference mode makes cannot be written to in others, and no gradients must pile up in
+    graphs' buffers.
+    """
     model = load(mixtral, accelerator="none")
     ids, found = tiny.tokens(4), []
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
@@ -91,8 +95,18 @@ def test_calls_of_every_mode_may_follow_each_other(mixtral: Path) -> None:
             found.append(step(model, ids[:, :1], cache).logits.detach())
     for logits in found[1:]:
         assert torch.equal(logits, found[0])
-    graphs = [value for module in model.modules() for value in vars(module).values() if isinstance(value, RowGraphs)]
-    nodes = [part for each in graphs for _, given, gives in each._one.values() for part in (given, *gives)]
+    graphs = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, RowGraphs)
+    ]
+    nodes = [
+        part
+        for each in graphs
+        for _, given, gives in each._one.values()
+        for part in (given, *gives)
+    ]
     assert nodes and not any(node.value.requires_grad for node in nodes)
     model.hybrimoe.close()
 
@@ -106,7 +120,10 @@ def test_an_operator_is_within_its_activation_error(mixtral: Path) -> None:
     with torch.no_grad():
         position = plain.model.rotary_emb(x, torch.arange(9)[None])
         pairs = [
-            (model.model.layers[0].self_attn(x, position)[0], plain.model.layers[0].self_attn(x, position, None)[0]),
+            (
+                model.model.layers[0].self_attn(x, position)[0],
+                plain.model.layers[0].self_attn(x, position, None)[0],
+            ),
             (model.lm_head(x), plain.lm_head(x)),
             (model.model.embed_tokens(ids), plain.model.embed_tokens(ids)),
             (model.model.norm(x), plain.model.norm(x)),
@@ -180,7 +197,9 @@ def test_the_growing_layer_is_the_dynamic_one() -> None:
     ours.reset()
     fresh = GrowingLayer()
     assert ours.get_seq_length() == 0
-    new = torch.randn(2, 3, 4, 8, generator=generator)  # another batch, too: nothing is left of what was held
+    new = torch.randn(
+        2, 3, 4, 8, generator=generator
+    )  # another batch, too: nothing is left of what was held
     for found, wanted in zip(ours.update(new, -new), fresh.update(new, -new), strict=True):
         assert torch.equal(found, wanted)
 

@@ -18,11 +18,15 @@ from hybrimoe_plugin.operators.device_linear import DeviceLinear
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
 
 
-def made(kind: str, rows: int, columns: int, bias: bool = False) -> tuple[DeviceLinear, torch.Tensor]:
+def made(
+    kind: str, rows: int, columns: int, bias: bool = False
+) -> tuple[DeviceLinear, torch.Tensor]:
     """(operator, float64 matrix)."""
     matrix = random_matrix(np.random.default_rng(0), 1, rows, columns, kind)
     plain = nn.Linear(columns, rows, bias=bias)
-    operator = DeviceLinear("lm_head", None, SimpleNamespace(hidden_act="silu"), plain, linears="plain")
+    operator = DeviceLinear(
+        "lm_head", None, SimpleNamespace(hidden_act="silu"), plain, linears="plain"
+    )
     operator.take(Stored(matrix.experts[0], kind, (rows, columns)))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return operator.to(device), dequantize_bytes(matrix.experts[0], kind, (rows, columns)).double()
@@ -30,7 +34,9 @@ def made(kind: str, rows: int, columns: int, bias: bool = False) -> tuple[Device
 
 @pytest.mark.parametrize("tokens", [1, 19])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernel_and_twin_equal_the_reference(kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_and_twin_equal_the_reference(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     columns = 256 if kind.endswith("_K") else 96
     operator, matrix = made(kind, 80, columns, bias=True)
@@ -46,7 +52,9 @@ def test_other_types_take_the_twin() -> None:
     operator, matrix = made("F32", 8, 32)
     assert not operator._has_kernel()
     x = torch.randn(3, 32).to(operator.planes.device)
-    torch.testing.assert_close(operator(x).cpu().double(), x.cpu().double() @ matrix.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        operator(x).cpu().double(), x.cpu().double() @ matrix.T, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_is_refused() -> None:
@@ -55,7 +63,9 @@ def test_what_is_refused() -> None:
         operator.take(Stored(np.zeros(34, np.uint8), "Q8_0", (1, 32)))
     with pytest.raises(BackendError, match="IQ4_XS"):
         operator.take(Stored(np.zeros(34, np.uint8), "IQ4_XS", (8, 32)))
-    fresh = DeviceLinear("lm_head", None, SimpleNamespace(hidden_act="silu"), nn.Linear(32, 8), linears="plain")
+    fresh = DeviceLinear(
+        "lm_head", None, SimpleNamespace(hidden_act="silu"), nn.Linear(32, 8), linears="plain"
+    )
     with pytest.raises(BackendError, match="not given its matrix"):
         fresh(torch.ones(1, 32))
     assert list(fresh.state_dict()) == ["bias"], "the loader must not look for a weight"

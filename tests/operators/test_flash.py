@@ -1,4 +1,6 @@
-"""flashinfer's attention in graphs, with a module in its place that checks what it is told and computes plainly."""
+"""flashinfer's attention in graphs, with a module in its place that checks what it is told and
+computes plainly.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,16 @@ class Timed(Replayed):
 
 
 @SHAPES
-def test_the_faster_one_is_chosen(shape: Any, flashinfer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_one_is_chosen(
+    shape: Any, flashinfer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = FlashDecode | FlashLatent
     assert isinstance(flash_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)), kinds)
     assert flash_choice.choose(shape, CPU, Timed(SECOND, 2 * SECOND)) is None
     if shape is SHAPE:
-        assert [made.tensor_cores for made in flashinfer.decode.made] == [True, True], "four heads share a key head"
+        assert [made.tensor_cores for made in flashinfer.decode.made] == [True, True], (
+            "four heads share a key head"
+        )
     for other in (shape._replace(dtype=torch.float32), shape._replace(room=PAGE * 3 + 1)):
         assert flash_choice.choose(other, CPU, Timed()) is None, "not tried"
     assert len(wrapper(flashinfer, shape).made) == 2
@@ -127,7 +133,9 @@ def test_latents_are_paged_likewise(held: int, flashinfer: Any) -> None:
     kernel = FlashLatent(flashinfer, LATENT, CPU)
     query, rows = LATENT.example(CPU)
     kernel.plan(held)
-    wanted = attend_latents(query.float(), rows[:, :, : held + 1].float(), None, LATENT.scaling, LATENT.latent)
+    wanted = attend_latents(
+        query.float(), rows[:, :, : held + 1].float(), None, LATENT.scaling, LATENT.latent
+    )
     torch.testing.assert_close(kernel(query, rows).float(), wanted, rtol=0.02, atol=0.02)
 
 
@@ -153,12 +161,19 @@ def test_a_model_decodes_with_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In graphs, through growth; one that goes wrong after it was chosen is left and the layers are captured anew."""
+    """In graphs, through growth; one that goes wrong after it was chosen is left and the layers are
+    captured anew.
+    """
     monkeypatch.setattr(graphs, "ROOM", 16)
     kind = flashinfer.decode if family == "qwen3_moe" else flashinfer.latent
     changes = None if family == "qwen3_moe" else {"kv_lora_rank": 128, "qk_rope_head_dim": 64}
     path = tiny.write(tmp_path, family, changes=changes)
-    choices = {"accelerator": "emulated", "linears": "plain", "cpu_backend": "torch", "dtype": "bfloat16"}
+    choices = {
+        "accelerator": "emulated",
+        "linears": "plain",
+        "cpu_backend": "torch",
+        "dtype": "bfloat16",
+    }
     answers, captures = [], []
     for attention in ("auto", "torch"):
         captures.append(Timed(*[2 * SECOND, SECOND] * 3))
@@ -174,7 +189,9 @@ def test_a_model_decodes_with_it(
 
             monkeypatch.setattr(flash_choice, "compare", spoiled)
         answers.append(torch.tensor(decode(model)))
-        assert all(module.captured for module in model.modules() if isinstance(module, graphs.GraphedLayer))
+        assert all(
+            module.captured for module in model.modules() if isinstance(module, graphs.GraphedLayer)
+        )
         model.hybrimoe.close()
     assert (answers[0] - answers[1]).norm() / answers[1].norm() < 0.05
     if breaks:

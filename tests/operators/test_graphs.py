@@ -1,4 +1,6 @@
-"""Decode as replayed pieces: the plain model's tokens, through growth and other sequences; refusals; the twin."""
+"""Decode as replayed pieces: the plain model's tokens, through growth and other sequences;
+refusals; the twin.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,16 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
     def build(family: str, capture: Replayed | None, **settings: Any) -> Any:
         monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
-        choices = {"accelerator": "emulated", "linears": "plain", "cpu_backend": "torch", "cache_ratio": 0.5}
+        choices = {
+            "accelerator": "emulated",
+            "linears": "plain",
+            "cpu_backend": "torch",
+            "cache_ratio": 0.5,
+        }
         path = tiny.write(tmp_path, family)
-        models.append(load_model(None, path, dtype="float32", progress=False, **{**choices, **settings})[0])
+        models.append(
+            load_model(None, path, dtype="float32", progress=False, **{**choices, **settings})[0]
+        )
         return models[-1]
 
     yield build
@@ -54,7 +63,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
 def greedy(model: Any, prompt: torch.Tensor, steps: int = STEPS, **options: Any) -> list[int]:
     answer = model.generate(
-        prompt, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0, **options
+        prompt,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
     )
     return [int(token) for token in answer[:, prompt.shape[1] :].flatten()]
 
@@ -70,13 +84,19 @@ def test_tokens_are_the_plain_models(family: str, load: Load) -> None:
     prompt = tiny.tokens(7)
     assert greedy(model, prompt) == greedy(tiny.model(family), prompt)
     layers = layers_of(model)
-    # 7 to 50 tokens: rooms of 16, 32 and 64, each captured anew; a dense layer is one piece, the last looks at nothing.
-    pieces = sum(3 if layer._experts and layer is not layers[-1] else 2 if layer._experts else 1 for layer in layers)
+    # 7 to 50 tokens: rooms of 16, 32 and 64, each captured anew; a dense layer is one piece, the
+    # last looks at nothing.
+    pieces = sum(
+        3 if layer._experts and layer is not layers[-1] else 2 if layer._experts else 1
+        for layer in layers
+    )
     assert capture.captured == 3 * pieces
     assert capture.replayed > (STEPS - 5) * len(layers)
     assert not capture.abandoned
     moe = sum(1 for layer in layers if layer._experts)
-    assert model.hybrimoe.stats().calls == STEPS * moe, "once for each layer call, in proving steps too"
+    assert model.hybrimoe.stats().calls == STEPS * moe, (
+        "once for each layer call, in proving steps too"
+    )
 
 
 def test_the_engine_sees_what_it_sees_without_graphs(load: Load) -> None:
@@ -113,7 +133,9 @@ def test_sequences_take_turns(load: Load) -> None:
     prompts = tiny.tokens(5), tiny.tokens(9, seed=1)
     steps = tiny.tokens(12, seed=2)[0]
     with torch.no_grad():
-        outs = [(model(prompt, use_cache=True), plain(prompt, use_cache=True)) for prompt in prompts]
+        outs = [
+            (model(prompt, use_cache=True), plain(prompt, use_cache=True)) for prompt in prompts
+        ]
         for turn, token in enumerate(steps):
             # In pairs, so that each also goes on without losing its place.
             which = turn // 2 % 2
@@ -170,9 +192,17 @@ def test_other_calls_run_eagerly(load: Load) -> None:
 
 def test_who_watches_gets_what_was_there(load: Load) -> None:
     model, plain = load("mixtral", Replayed()), tiny.model("mixtral")
-    options = {"output_hidden_states": True, "return_dict_in_generate": True, "do_sample": False, "max_new_tokens": 9}
+    options = {
+        "output_hidden_states": True,
+        "return_dict_in_generate": True,
+        "do_sample": False,
+        "max_new_tokens": 9,
+    }
     prompt = tiny.tokens(5)
-    found, wanted = (built.generate(prompt, pad_token_id=0, eos_token_id=None, **options) for built in (model, plain))
+    found, wanted = (
+        built.generate(prompt, pad_token_id=0, eos_token_id=None, **options)
+        for built in (model, plain)
+    )
     assert torch.equal(found.sequences, wanted.sequences)
     for ours, theirs in zip(found.hidden_states, wanted.hidden_states, strict=True):
         assert len(ours) == len(theirs) == 3
@@ -189,26 +219,36 @@ def test_switches_and_restoring(load: Load) -> None:
     capture = Replayed()
     for settings in ({"cuda_graphs": "off"}, {"dense": "plain"}):
         model = load("qwen3_moe", capture, **settings)
-        assert greedy(model, tiny.tokens(5), 9) == greedy(tiny.model("qwen3_moe"), tiny.tokens(5), 9)
+        assert greedy(model, tiny.tokens(5), 9) == greedy(
+            tiny.model("qwen3_moe"), tiny.tokens(5), 9
+        )
     assert capture.captured == 0
     model, plain = load("qwen3_moe", capture), tiny.model("qwen3_moe")
     graphed = model.model.layers[0]
     assert type(graphed) is GraphedLayer and isinstance(graphed, type(plain.model.layers[0]))
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters() if "experts" not in n]
+    assert [n for n, _ in model.named_parameters()] == [
+        n for n, _ in plain.named_parameters() if "experts" not in n
+    ]
     model.hybrimoe.restore()
     assert type(model.model.layers[0]) is type(plain.model.layers[0])
     assert type(model.model.layers[0].mlp.experts) is type(plain.model.layers[0].mlp.experts)
 
 
-def frozen_place(cache: FixedCache, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
-    """Writes where the capturing step's token belongs, by a number: the next step's goes there too."""
+def frozen_place(
+    cache: FixedCache, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> Any:
+    """Writes where the capturing step's token belongs, by a number: the next step's goes
+    there too.
+    """
     place = int(cache.buffers[0].shape[2]) - 10
     cache.buffers[0].narrow(2, place, 1).copy_(key)
     cache.buffers[1].narrow(2, place, 1).copy_(value)
     return cache.buffers
 
 
-def read_place(cache: FixedCache, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+def read_place(
+    cache: FixedCache, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> Any:
     cache.buffers[0].narrow(2, int(cache.place), 1).copy_(key)
     return cache.buffers
 
@@ -249,21 +289,29 @@ def test_a_wrong_replay_is_found_and_not_used(
     prompt = tiny.tokens(6)  # the place that `frozen_place` has for its first step
     with caplog.at_level(logging.WARNING):
         assert greedy(model, prompt, 20) == greedy(tiny.model("mixtral"), prompt, 20)
-    notices = [record.message for record in caplog.records if "CUDA graphs are not used" in record.message]
+    notices = [
+        record.message for record in caplog.records if "CUDA graphs are not used" in record.message
+    ]
     assert len(notices) == 1 and reason in notices[0], "said once"
     assert capture.captured == captured
     assert capture.replayed <= 3 * PROOFS, "nothing is replayed after that"
 
 
 @pytest.mark.parametrize("times", [3, 1000])
-def test_a_near_tie_proves_nothing(times: int, load: Load, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_near_tie_proves_nothing(
+    times: int, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
     """Another choice of experts may be rounding for some steps, but not for ever."""
     left = [times]
 
     def choose_another(number: int, done: Any, replay: Callable[[], None]) -> Callable[[], None]:
         if number != 1:
             return replay
-        landed = next(args[0] for func, args, *_ in done if "copy_" in str(func) and args[0].dtype == torch.int64)
+        landed = next(
+            args[0]
+            for func, args, *_ in done
+            if "copy_" in str(func) and args[0].dtype == torch.int64
+        )
 
         def spoiled() -> None:
             replay()
@@ -302,8 +350,12 @@ def test_the_stand_in_freezes_what_a_graph_freezes() -> None:
     assert out.tolist() == [2, 4, 6, 8]
 
 
-def test_an_interrupted_change_of_seats_leaves_the_others_alone(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence lies in a layer's buffers; the step of another one is cut off while it takes its place."""
+def test_an_interrupted_change_of_seats_leaves_the_others_alone(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence lies in a layer's buffers; the step of another one is cut off while it takes its
+    place.
+    """
     model, steps = load("mixtral", Replayed()), PROOFS + 5
     wanted = [greedy(model, tiny.tokens(7, seed), steps) for seed in range(3)]
     for name, after in (("leave", False), ("_grow", True), ("_show", False), ("move", True)):

@@ -1,4 +1,6 @@
-"""A prompt's last layer: the plain model's logits from a part of its MLP, and when all of it is computed."""
+"""A prompt's last layer: the plain model's logits from a part of its MLP, and when all of it is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("keep", "batch"), [(1, 1), (3, 2)])
 @torch.no_grad()
-def test_logits_are_the_plain_models(family: str, keep: int, batch: int, tmp_path: Path, rows: list[int]) -> None:
+def test_logits_are_the_plain_models(
+    family: str, keep: int, batch: int, tmp_path: Path, rows: list[int]
+) -> None:
     model = load(tmp_path, family)
     plain = load_plain_model(None, tmp_path / "model.gguf", dtype="float32", progress=False)[0]
     prompt, after = tiny.tokens(PROMPT, batch=batch), tiny.tokens(1, seed=1, batch=batch)
@@ -55,7 +59,9 @@ def test_logits_are_the_plain_models(family: str, keep: int, batch: int, tmp_pat
     assert rows == [keep]
     assert model.hybrimoe.stats().tokens < PROMPT * batch * len(model.hybrimoe.engines[0].layers)
     # The cache holds the whole prompt, in the last layer too.
-    found, wanted = (step(one, after, cache_in(out)) for one, out in ((model, found), (plain, wanted)))
+    found, wanted = (
+        step(one, after, cache_in(out)) for one, out in ((model, found), (plain, wanted))
+    )
     torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     model.hybrimoe.close()
 
@@ -99,7 +105,9 @@ def test_everything_is_computed_for_whoever_looks(tmp_path: Path, rows: list[int
         engine.timeline = None
     for asked in ({}, {"logits_to_keep": torch.tensor([PROMPT - 1])}, {"logits_to_keep": PROMPT}):
         model(prompt, **asked)
-    assert model.model(prompt).last_hidden_state.shape[1] == PROMPT, "not through the language model's head"
+    assert model.model(prompt).last_hidden_state.shape[1] == PROMPT, (
+        "not through the language model's head"
+    )
     assert not rows
     model(prompt, logits_to_keep=1)
     assert rows == [1]
@@ -120,9 +128,13 @@ def test_router_logits_are_all_there(tmp_path: Path, rows: list[int]) -> None:
     model.hybrimoe.close()
 
 
-@pytest.mark.parametrize("settings", [{"accelerator": "emulated", "cache_ratio": 0.5}, {"cpu_graphs": "off"}])
+@pytest.mark.parametrize(
+    "settings", [{"accelerator": "emulated", "cache_ratio": 0.5}, {"cpu_graphs": "off"}]
+)
 @torch.no_grad()
-def test_a_cache_learns_from_the_whole_prompt(settings: dict[str, Any], tmp_path: Path, rows: list[int]) -> None:
+def test_a_cache_learns_from_the_whole_prompt(
+    settings: dict[str, Any], tmp_path: Path, rows: list[int]
+) -> None:
     model = load(tmp_path, "mixtral", **settings)
     model(tiny.tokens(PROMPT), logits_to_keep=1)
     assert not rows
@@ -136,4 +148,6 @@ def test_restoring_leaves_nothing_around_the_calls(tmp_path: Path) -> None:
     inside = list(model.model.layers.modules())
     model.hybrimoe.restore()
     assert not model._forward_pre_hooks and not model._forward_hooks
-    assert not [module for module in [*inside, *model.model.layers.modules()] if "forward" in vars(module)]
+    assert not [
+        module for module in [*inside, *model.model.layers.modules()] if "forward" in vars(module)
+    ]

@@ -1,4 +1,6 @@
-"""Router scores belong to the experts' call that they were made for, whatever hooks call in between."""
+"""Router scores belong to the experts' call that they were made for, whatever hooks call in
+between.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ BETWEEN: dict[str, Callable[[Any, Any], Any]] = {
     "shorter pass": lambda model, mlp: model(tiny.tokens(5, 1), use_cache=False),
     "pass of as many tokens": lambda model, mlp: model(tiny.tokens(PROMPT, 1), use_cache=False),
     "gate alone": lambda model, mlp: mlp.gate(torch.ones(2, 64)),
-    "experts alone": lambda model, mlp: mlp.experts(torch.ones(12, 64), torch.zeros(12, 2).long(), torch.ones(12, 2)),
+    "experts alone": lambda model, mlp: mlp.experts(
+        torch.ones(12, 64), torch.zeros(12, 2).long(), torch.ones(12, 2)
+    ),
 }
 """What a hook between gate and experts calls, by model and MoE block."""
 
 
 @pytest.fixture(scope="module", params=ACCELERATORS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     path = tiny.write(tmp_path_factory.mktemp("model"), "mixtral", types=lambda name: "F32")
     choices = {"dtype": "float32", "cpu_backend": "torch", **ACCELERATORS[request.param]}
     made = load_model(None, path, progress=False, **choices)[0]

@@ -1,4 +1,6 @@
-"""One token in two graphs a layer: the plain model's logits in every family, and when the layer itself is called."""
+"""One token in two graphs a layer: the plain model's logits in every family, and when the layer
+itself is called.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ Load = Callable[..., Any]
 def load(tmp_path: Path) -> Iterator[Load]:
     models = []
 
-    def build(family: str, types: Callable[[str], str] = lambda name: "F32", **settings: Any) -> Any:
+    def build(
+        family: str, types: Callable[[str], str] = lambda name: "F32", **settings: Any
+    ) -> Any:
         path = tiny.write(tmp_path, family, types=types)
         models.append(load_model(None, path, progress=False, accelerator="none", **settings)[0])
         return models[-1]
@@ -69,7 +73,9 @@ def decode(model: Any, prompt: torch.Tensor, tokens: torch.Tensor, **options: An
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_the_plain_models(family: str, load: Load, stepped: list[RowStep], tmp_path: Path) -> None:
+def test_logits_are_the_plain_models(
+    family: str, load: Load, stepped: list[RowStep], tmp_path: Path
+) -> None:
     model = load(family)
     prompt, tokens = tiny.tokens(5), tiny.tokens(STEPS, seed=1)
     found = decode(model, prompt, tokens)
@@ -106,9 +112,15 @@ def test_what_was_given_stays_as_it_was(load: Load) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(_module: Any, given: tuple[torch.Tensor, ...], answer: Any) -> None:
-        seen.extend((part, part.clone()) for part in (*given, *(answer if isinstance(answer, tuple) else (answer,))))
+        seen.extend(
+            (part, part.clone())
+            for part in (*given, *(answer if isinstance(answer, tuple) else (answer,)))
+        )
 
-    for module in (*layers(model), *(layer.mlp.gate for layer in layers(model) if hasattr(layer.mlp, "gate"))):
+    for module in (
+        *layers(model),
+        *(layer.mlp.gate for layer in layers(model) if hasattr(layer.mlp, "gate")),
+    ):
         module.register_forward_hook(keep)
     decode(model, tiny.tokens(4), tiny.tokens(STEPS, seed=1))
     assert len(seen) > 4 * STEPS
@@ -134,7 +146,9 @@ def test_no_cache_at_all(load: Load, stepped: list[RowStep]) -> None:
     with torch.no_grad():
         found = model(tiny.tokens(1), use_cache=False).logits
         assert len(stepped) == len(layers(model))
-        torch.testing.assert_close(found, model(tiny.tokens(2), use_cache=False).logits[:, :1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found, model(tiny.tokens(2), use_cache=False).logits[:, :1], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> None:
@@ -148,13 +162,19 @@ def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> 
         mask = torch.cat((padded, torch.ones(1, 1, dtype=torch.int64)), dim=1)
         masked = step(model, tokens[:, :1], cache, attention_mask=mask).logits
     assert not stepped
-    torch.testing.assert_close(masked, decode(model, prompt[:, 1:], tokens[:, :1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        masked, decode(model, prompt[:, 1:], tokens[:, :1]), rtol=1e-4, atol=1e-4
+    )
     calls: list[torch.Tensor] = []
     watched = layers(model)[1]
-    hook = watched.input_layernorm.register_forward_hook(lambda module, given, answer: calls.append(answer))
+    hook = watched.input_layernorm.register_forward_hook(
+        lambda module, given, answer: calls.append(answer)
+    )
     del stepped[:]
     decode(model, prompt, tokens)
-    assert len(calls) == 3 and watched.row_step not in stepped and layers(model)[0].row_step in stepped
+    assert (
+        len(calls) == 3 and watched.row_step not in stepped and layers(model)[0].row_step in stepped
+    )
     hook.remove()
     decode(model, prompt, tokens)
     assert len(calls) == 3 and watched.row_step in stepped
@@ -164,7 +184,11 @@ def test_a_layer_of_another_kind_is_left_alone() -> None:
     assert row_step(torch.nn.Module(), {}) is None
 
 
-@pytest.mark.parametrize("settings", [{"linears": "plain"}, {"dense": "plain"}, {"dtype": "bfloat16"}])
-def test_only_stored_matrices_and_float32(settings: dict[str, Any], load: Load, stepped: list[RowStep]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"linears": "plain"}, {"dense": "plain"}, {"dtype": "bfloat16"}]
+)
+def test_only_stored_matrices_and_float32(
+    settings: dict[str, Any], load: Load, stepped: list[RowStep]
+) -> None:
     decode(load("mixtral", **settings), tiny.tokens(4), tiny.tokens(1))
     assert not stepped

@@ -1,4 +1,6 @@
-"""Give a model what no kernel may see, in a process of its own: prints a line of JSON for each case that ends."""
+"""Give a model what no kernel may see, in a process of its own: prints a line of JSON for each case
+that ends.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TOKEN = torch.tensor([[3]])
 
 
 def step(model: Any, prompt: torch.Tensor = PROMPT, **given: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(**{cache_name(model): cache_in(model(prompt, use_cache=True))}, **given).logits
+    logits: torch.Tensor = model(
+        **{cache_name(model): cache_in(model(prompt, use_cache=True))}, **given
+    ).logits
     return logits
 
 
@@ -57,7 +61,10 @@ def refused(width: int) -> dict[str, Callable[[Any], Any]]:
         "as many positions as angles": {"input_ids": TOKEN, "position_ids": torch.arange(16)[None]},
         "no position": {"input_ids": TOKEN, "position_ids": torch.zeros(1, 0, dtype=torch.long)},
         "positions without a batch": {"input_ids": TOKEN, "position_ids": torch.tensor([4])},
-        "positions of another batch": {"input_ids": TOKEN, "position_ids": torch.tensor([[4], [5]])},
+        "positions of another batch": {
+            "input_ids": TOKEN,
+            "position_ids": torch.tensor([[4], [5]]),
+        },
         "cache of another batch": {"input_ids": TOKEN, "prompt": torch.cat((PROMPT, PROMPT))},
         "batch of another cache": {"input_ids": torch.cat((TOKEN, TOKEN))},
     }
@@ -77,9 +84,16 @@ def refused(width: int) -> dict[str, Callable[[Any], Any]]:
     calls: dict[str, Callable[[Any], Any]] = {
         name: (lambda model, given=given: step(model, **given)) for name, given in steps.items()
     }
-    calls.update({name: (lambda model, given=given: experts(model, **given)) for name, given in to_experts.items()})
+    calls.update(
+        {
+            name: (lambda model, given=given: experts(model, **given))
+            for name, given in to_experts.items()
+        }
+    )
     calls["head on a row of another width"] = lambda model: model.lm_head(torch.ones(2, width // 2))
-    calls["norm of a row of another width"] = lambda model: model.model.norm(torch.ones(2, width // 2))
+    calls["norm of a row of another width"] = lambda model: model.model.norm(
+        torch.ones(2, width // 2)
+    )
     return calls
 
 
@@ -92,7 +106,9 @@ def odd_epsilon(eps: float) -> None:
 
 
 def same_nan(model: Any, plain: Any, width: int, bad: float) -> None:
-    """A NaN or an infinity spreads as it does in the plain model, also to tokens that come after it."""
+    """A NaN or an infinity spreads as it does in the plain model, also to tokens that come after
+    it.
+    """
     given = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0))
     given[0, 1, 5] = bad
     found = []
@@ -101,7 +117,9 @@ def same_nan(model: Any, plain: Any, width: int, bad: float) -> None:
         later = each(TOKEN, **{cache_name(each): cache_in(out)})
         one = step(each, inputs_embeds=given[:, 1:2])
         found.append(torch.cat((out.logits, later.logits, one), dim=1).isnan())
-    assert torch.equal(*found), f"NaN where the plain model has {found[1].sum()} of them: {found[0].sum()}"
+    assert torch.equal(*found), (
+        f"NaN where the plain model has {found[1].sum()} of them: {found[0].sum()}"
+    )
 
 
 def main(path: str) -> None:

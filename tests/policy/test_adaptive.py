@@ -1,4 +1,6 @@
-"""The learned cache: ranks are probabilities, features follow their definitions, the weights find what matters."""
+"""The learned cache: ranks are probabilities, features follow their definitions, the weights find
+what matters.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_a_long_call_ends_where_single_tokens_end() -> None:
 
 
 def test_weights_stand_in_for_scores() -> None:
-    """Where the host shows no scores, the chosen experts' weights are their scores, whatever they sum to."""
+    """Where the host shows no scores, the chosen experts' weights are their scores, whatever they
+    sum to.
+    """
     ids, weights = np.array([[3, 1]]), np.array([[0.6, 0.2]], np.float32)
     scores = np.zeros((1, 5), np.float32)
     np.put_along_axis(scores, ids, weights, axis=1)
@@ -84,11 +88,15 @@ def test_ranks_are_calibrated_probabilities() -> None:
             happened.append(cache.ranks[call.layer, call.ids[0]].sum())
         cache.observe(call.layer, call.ids, call.weights, call.scores)
     assert np.mean(expected) == pytest.approx(2.0, rel=0.15), "two experts are chosen"
-    assert np.mean(happened) > 1.3 * 2 * np.mean(expected) / 16, "the chosen ones ranked above chance"
+    assert np.mean(happened) > 1.3 * 2 * np.mean(expected) / 16, (
+        "the chosen ones ranked above chance"
+    )
 
 
 def test_the_weights_find_what_matters() -> None:
-    """With drifting scores the router's own scores predict best; with fixed preferences slow frequency does."""
+    """With drifting scores the router's own scores predict best; with fixed preferences slow
+    frequency does.
+    """
     drifting, fixed = AdaptiveCache(2, 16, 2), AdaptiveCache(2, 16, 2)
     feed(drifting, routing(locality=0.9))
     feed(fixed, routing(skew=1.0))

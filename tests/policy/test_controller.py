@@ -1,4 +1,6 @@
-"""The decision loop: shared slots stay within the budget, the link's bookkeeping holds, trust is earned."""
+"""The decision loop: shared slots stay within the budget, the link's bookkeeping holds, trust is
+earned.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from hybrimoe_plugin.policy.slots import SlotPool
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
-def controller(quota: int = 2, transfer_us: float = 300.0, accelerator_us: float = 50.0, **choices: str) -> Controller:
+def controller(
+    quota: int = 2, transfer_us: float = 300.0, accelerator_us: float = 50.0, **choices: str
+) -> Controller:
     settings = Settings.of(choices)
     costs = tiny_experts.costs(transfer_us=transfer_us, accelerator_us=accelerator_us)
     scheduler = make_scheduler(settings.scheduler, costs, True)
@@ -66,7 +70,10 @@ def test_invariants_hold_whatever_is_configured(
             made.learn(layer, ids, np.take_along_axis(scores, ids, axis=1), scores)
             step = made.begin(layer, loads(ids), tokens, now_us)
             free_us = made.link_free_us
-            ahead = [(later, loads(rng.integers(0, EXPERTS, ids.shape))) for later in range(layer + 1, LAYERS)]
+            ahead = [
+                (later, loads(rng.integers(0, EXPERTS, ids.shape)))
+                for later in range(layer + 1, LAYERS)
+            ]
             moves = made.look_ahead(step, ahead, now_us)
             for move in moves:
                 assert move.start_us >= free_us - 1e-6, "transfers do not overlap on the link"
@@ -120,9 +127,15 @@ def test_nothing_is_prefetched_on_predictions_that_never_come_true() -> None:
 
 
 def spare_moves(
-    worth: float, transfer_us: float = 300.0, issued: float = 0.0, accelerator_us: float = 600.0, hits: int = 50
+    worth: float,
+    transfer_us: float = 300.0,
+    issued: float = 0.0,
+    accelerator_us: float = 600.0,
+    hits: int = 50,
 ) -> list[tuple[int, int]]:
-    """What is prefetched for layer 1 when it is predicted to need expert 7 alone, which the CPU computes as fast."""
+    """What is prefetched for layer 1 when it is predicted to need expert 7 alone, which the CPU
+    computes as fast.
+    """
     made = controller(2, transfer_us, accelerator_us, prefetch="expected")
     made._issued = issued
     made.warm_start()
@@ -161,7 +174,9 @@ def test_sure_ones_need_not_wait_but_must_be_the_surer_the_fewer_were_used() -> 
 
 
 def late_gain_us(behind: dict[int, int]) -> float:
-    """Gain of a sure prefetch for layer 1 that ends after layer 1 has run, when layer 2 is to need `behind`."""
+    """Gain of a sure prefetch for layer 1 that ends after layer 1 has run, when layer 2 is to need
+    `behind`.
+    """
     made = controller(2, 2000.0, prefetch="expected")
     step = made.begin(0, {}, 4, 0.0)
     made._layer_us = 1000.0
@@ -169,7 +184,10 @@ def late_gain_us(behind: dict[int, int]) -> float:
     ahead = [(1, {7: 1}), (2, behind)]
     sure = [
         Prediction(
-            layer, layer, tuple(Routed(e, load, OFFLOADED) for e, load in need.items()), dict.fromkeys(need, 1.0)
+            layer,
+            layer,
+            tuple(Routed(e, load, OFFLOADED) for e, load in need.items()),
+            dict.fromkeys(need, 1.0),
         )
         for layer, need in ahead
     ]
@@ -182,7 +200,9 @@ def test_a_late_prefetch_pays_for_the_layer_behind_its_own() -> None:
 
 
 def test_the_second_prefetch_is_weighed_beside_the_first() -> None:
-    """Two equal misses: with the first under way their layer is done sooner, so the layer behind wants the link."""
+    """Two equal misses: with the first under way their layer is done sooner, so the layer behind
+    wants the link.
+    """
     made = controller(2, 2000.0, prefetch="expected")
     step = made.begin(0, {}, 4, 0.0)
     made._layer_us, made._demand, made.link_free_us = 1000.0, [0.0, 0.0], 2000.0
@@ -192,11 +212,15 @@ def test_the_second_prefetch_is_weighed_beside_the_first() -> None:
     coming = made._coming(ahead, Move(1, 6, 0, 0.0, 2000.0), idle)
     assert [item.ready_us for item in coming.routed] == [500.0, OFFLOADED]
     request = PrefetchRequest(ExpertRef(1, 7), 1, 100.0, 1.0)
-    assert made._gain_us(step, [coming, behind], idle, request) < made._gain_us(step, [ahead, behind], idle, request)
+    assert made._gain_us(step, [coming, behind], idle, request) < made._gain_us(
+        step, [ahead, behind], idle, request
+    )
 
 
 def test_nothing_is_queued_that_would_start_after_the_next_call() -> None:
-    """Else a link that no later call wants is free to everybody, and the queue grows without end."""
+    """Else a link that no later call wants is free to everybody, and the queue grows
+    without end.
+    """
     for busy_us, sent in ((0.0, True), (1e5, False)):
         made = controller(2, prefetch="expected")
         made.warm_start()
@@ -272,7 +296,9 @@ def test_only_layers_above_their_quota_give_back_and_only_to_those_below() -> No
 
 
 @pytest.mark.parametrize("passes", [[1, 1], [8, 1], []])
-def test_a_prompt_behind_an_answer_leaves_the_shares_as_the_answer_made_them(passes: list[int]) -> None:
+def test_a_prompt_behind_an_answer_leaves_the_shares_as_the_answer_made_them(
+    passes: list[int],
+) -> None:
     made = lopsided(passes)
     a_pass(made, (0, 1, 2, 3, 4, 5), 8)
     assert [len(cached) for cached in made.pool.cached] == [1, 2, 3]
@@ -285,11 +311,15 @@ def test_a_row_needs_two_prompts_and_ends_with_the_answer() -> None:
             row.follow(layer, {0: tokens}, tokens)
         going.append(row.going)
     assert going == [False, True, True, False, False, True]
-    assert row.loads[0].tolist() == row.loads[1].tolist() and row.loads[0, 0] > 0.0 == row.loads[0, 1]
+    assert (
+        row.loads[0].tolist() == row.loads[1].tolist() and row.loads[0, 0] > 0.0 == row.loads[0, 1]
+    )
 
 
 def borrowed(lent_load: int, gain_us: float, tokens: Sequence[int] = (8, 8)) -> bool:
-    """Whether a prefetch for layer 1 takes a slot of layer 0, which is done and has an expert of that load to lend."""
+    """Whether a prefetch for layer 1 takes a slot of layer 0, which is done and has an expert of
+    that load to lend.
+    """
     made = controller(2, 4000.0, accelerator_us=10.0, prefetch="expected")
     made.warm_start()
     for count in tokens:
@@ -300,7 +330,9 @@ def borrowed(lent_load: int, gain_us: float, tokens: Sequence[int] = (8, 8)) -> 
 
 def test_a_prefetch_of_prompts_in_a_row_must_gain_more_than_the_lender_loses() -> None:
     costs = tiny_experts.costs(transfer_us=4000.0, accelerator_us=10.0)
-    loss_us = costs.cpu(1)  # of one token at the lender's next prompt, where the CPU has nothing else to do
+    loss_us = costs.cpu(
+        1
+    )  # of one token at the lender's next prompt, where the CPU has nothing else to do
     assert borrowed(4, 100.0 * loss_us)
     assert not borrowed(4, 0.01 * loss_us)
     assert borrowed(0, 0.01 * loss_us), "what no prompt needs is lent for nothing"

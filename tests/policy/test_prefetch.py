@@ -5,7 +5,12 @@ from __future__ import annotations
 import tiny_experts
 
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
-from hybrimoe_plugin.policy.prefetch import ImpactPrefetcher, Prediction, ScorePrefetcher, make_prefetcher
+from hybrimoe_plugin.policy.prefetch import (
+    ImpactPrefetcher,
+    Prediction,
+    ScorePrefetcher,
+    make_prefetcher,
+)
 from hybrimoe_plugin.policy.schedule import HybriMoEScheduler
 
 COSTS = tiny_experts.costs(cpu_us=1000, transfer_us=300)
@@ -30,7 +35,9 @@ def test_the_first_choice_has_the_highest_impact_of_all() -> None:
             if routed.ready_us == OFFLOADED:
                 there = list(item.routed)
                 there[index] = routed._replace(ready_us=0.0)
-                impacts[ExpertRef(item.layer, routed.expert)] = before - SCHEDULER.plan(there).makespan_us
+                impacts[ExpertRef(item.layer, routed.expert)] = (
+                    before - SCHEDULER.plan(there).makespan_us
+                )
     first = ImpactPrefetcher(SCHEDULER).choose(predictions, 9)[0]
     assert first.impact_us == max(impacts.values())
     assert impacts[first.ref] == first.impact_us
@@ -54,8 +61,14 @@ def test_nothing_that_does_not_help() -> None:
 
 
 def test_score_takes_the_nearest_layer_and_heaviest_load_first() -> None:
-    chosen = ScorePrefetcher().choose([prediction(1, (1, OFFLOADED), (5, OFFLOADED)), prediction(2, (9, OFFLOADED))], 3)
-    assert [request.ref for request in chosen] == [ExpertRef(1, 1), ExpertRef(1, 0), ExpertRef(2, 0)]
+    chosen = ScorePrefetcher().choose(
+        [prediction(1, (1, OFFLOADED), (5, OFFLOADED)), prediction(2, (9, OFFLOADED))], 3
+    )
+    assert [request.ref for request in chosen] == [
+        ExpertRef(1, 1),
+        ExpertRef(1, 0),
+        ExpertRef(2, 0),
+    ]
 
 
 def test_off_is_none() -> None:

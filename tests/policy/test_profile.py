@@ -71,7 +71,10 @@ def test_damage_is_named(field: str, value: Any) -> None:
         MachineProfile.from_json(json.dumps(data), "p.json")
 
 
-@given(st.binary(max_size=200) | st.builds(lambda at, by: _mutated(at, by), st.integers(0, 500), st.binary(max_size=4)))
+@given(
+    st.binary(max_size=200)
+    | st.builds(lambda at, by: _mutated(at, by), st.integers(0, 500), st.binary(max_size=4))
+)
 def test_any_bytes_give_a_profile_or_a_typed_error(raw: bytes) -> None:
     with contextlib.suppress(ProfileError):
         MachineProfile.from_json(raw.decode("utf-8", "replace"))

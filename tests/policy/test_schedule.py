@@ -48,7 +48,13 @@ def calls(draw: st.DrawFn) -> tuple[list[Routed], float]:
     return routed, max(in_flight, default=0.0)
 
 
-KINDS = [HybriMoEScheduler, GreedyScheduler, StaticScheduler, AcceleratorOnlyScheduler, CPUOnlyScheduler]
+KINDS = [
+    HybriMoEScheduler,
+    GreedyScheduler,
+    StaticScheduler,
+    AcceleratorOnlyScheduler,
+    CPUOnlyScheduler,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +73,9 @@ def test_each_expert_once_and_times_as_simulated(
 
 
 @given(call=calls(), costs=cost_models())
-def test_never_worse_than_one_sided_plans(call: tuple[list[Routed], float], costs: CostModel) -> None:
+def test_never_worse_than_one_sided_plans(
+    call: tuple[list[Routed], float], costs: CostModel
+) -> None:
     routed, link_free = call
     ours = HybriMoEScheduler(costs).plan(routed, link_free).makespan_us
     for other in (CPUOnlyScheduler, AcceleratorOnlyScheduler, StaticScheduler):
@@ -83,10 +91,19 @@ def random_case(rng: np.random.Generator, even: bool) -> tuple[list[Routed], Cos
         rng.uniform(0, 50),
         rng.uniform(100, 2000),
     )
-    loads = [1 if even else int(rng.choice([1, 1, 2, 3, 5, 8, 20])) for _ in range(rng.integers(1, 10))]
+    loads = [
+        1 if even else int(rng.choice([1, 1, 2, 3, 5, 8, 20])) for _ in range(rng.integers(1, 10))
+    ]
     states = [rng.choice([0, 0, OFFLOADED, OFFLOADED, rng.uniform(1, 1500)]) for _ in loads]
-    routed = [Routed(index, load, float(state)) for index, (load, state) in enumerate(zip(loads, states, strict=True))]
-    return routed, costs, max([item.ready_us for item in routed if item.ready_us != OFFLOADED], default=0.0)
+    routed = [
+        Routed(index, load, float(state))
+        for index, (load, state) in enumerate(zip(loads, states, strict=True))
+    ]
+    return (
+        routed,
+        costs,
+        max([item.ready_us for item in routed if item.ready_us != OFFLOADED], default=0.0),
+    )
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -106,7 +123,10 @@ def test_many_experts_keep_within_the_lower_bound() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         loads = rng.integers(1, 60, 256).tolist()
-        routed = [Routed(expert, load, 0.0 if expert % 4 == 0 else OFFLOADED) for expert, load in enumerate(loads)]
+        routed = [
+            Routed(expert, load, 0.0 if expert % 4 == 0 else OFFLOADED)
+            for expert, load in enumerate(loads)
+        ]
         plan = HybriMoEScheduler(costs).plan(routed)
         assert sorted(plan.cpu + plan.accelerator) == list(range(256))
         assert plan.makespan_us <= GreedyScheduler(costs).plan(routed).makespan_us * 1.001

@@ -48,7 +48,9 @@ class SlotMachine(RuleBasedStateMachine):
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.sets(st.integers(0, EXPERTS - 1)))
     def lease(self, layer: int, experts: set[int]) -> None:
         self.pool.lease(layer, experts)
-        self.leased |= {(layer, expert) for expert in experts if self.pool.slot_of(layer, expert) is not None}
+        self.leased |= {
+            (layer, expert) for expert in experts if self.pool.slot_of(layer, expert) is not None
+        }
 
     @precondition(lambda self: self.leased)
     @rule()
@@ -59,16 +61,26 @@ class SlotMachine(RuleBasedStateMachine):
     @rule()
     def stage(self) -> None:
         slot = self.pool.stage()
-        assert slot < self.pool.slots and not any(slot in held.values() for held in self.pool.cached)
+        assert slot < self.pool.slots and not any(
+            slot in held.values() for held in self.pool.cached
+        )
 
-    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1), victim=st.integers(0, EXPERTS - 1))
+    @rule(
+        layer=st.integers(0, LAYERS - 1),
+        expert=st.integers(0, EXPERTS - 1),
+        victim=st.integers(0, EXPERTS - 1),
+    )
     def adopt(self, layer: int, expert: int, victim: int) -> None:
         slot, gone = self.pool.stage(), self.pool.slot_of(layer, victim)
         if self.pool.slot_of(layer, expert) is None and victim in self.pool.evictable(layer):
             self.pool.adopt(layer, expert, slot, victim)
-            assert self.pool.slot_of(layer, expert) == slot and not self.pool.in_flight(layer, expert)
+            assert self.pool.slot_of(layer, expert) == slot and not self.pool.in_flight(
+                layer, expert
+            )
             assert victim == expert or self.pool.slot_of(layer, victim) is None
-            assert [self.pool.stage() for _ in range(self.pool.staging)][-1] == gone, "in the same place of the turn"
+            assert [self.pool.stage() for _ in range(self.pool.staging)][-1] == gone, (
+                "in the same place of the turn"
+            )
         elif gone is not None:
             with pytest.raises(ValueError, match="cached already|in flight or leased"):
                 self.pool.adopt(layer, expert, slot, victim)

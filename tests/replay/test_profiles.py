@@ -30,8 +30,15 @@ def test_every_profile_says_where_its_numbers_come_from(name: str) -> None:
 
 
 def test_published_constants_are_the_published_ones() -> None:
-    costs = load_profile("constants-deepseek-v2-lite").costs(load_profile("constants-deepseek-v2-lite").spec)
-    assert (costs.cpu_first_us, costs.cpu(1), costs.cpu(3), costs.accelerator(9)) == (790, 1000, 3000, 500)
+    costs = load_profile("constants-deepseek-v2-lite").costs(
+        load_profile("constants-deepseek-v2-lite").spec
+    )
+    assert (costs.cpu_first_us, costs.cpu(1), costs.cpu(3), costs.accelerator(9)) == (
+        790,
+        1000,
+        3000,
+        500,
+    )
     assert costs.transfer_us == pytest.approx(417.9, rel=1e-3)
 
 

@@ -46,7 +46,9 @@ class GateRouter:
         return (hidden @ self.gate.T).topk(TOP_K).indices
 
 
-def controller(settings: Settings, layers: int = LAYERS, experts: int = EXPERTS, quota: int = 2) -> Controller:
+def controller(
+    settings: Settings, layers: int = LAYERS, experts: int = EXPERTS, quota: int = 2
+) -> Controller:
     scheduler = make_scheduler(settings.scheduler, COSTS, True)
     return Controller(
         SlotPool([quota] * layers, 4, settings.budget == "shared"),
@@ -69,12 +71,22 @@ def recorded_run(settings: Settings, path: Path) -> tuple[float, Engine]:
         cpu.add_layer(layer)
     device.allocate(made.pool.slots, weights)
     routers = [GateRouter(index) for index in range(LAYERS)]
-    engine = Engine(weights, routers, made, cpu, device, SimulatedClock(), 0 if settings.prefetch == "off" else 2)
+    engine = Engine(
+        weights,
+        routers,
+        made,
+        cpu,
+        device,
+        SimulatedClock(),
+        0 if settings.prefetch == "off" else 2,
+    )
     header = TraceHeader("tiny", LAYERS, EXPERTS, TOP_K, 1000, "a test", "recorded")
     with TraceWriter(path, header, score_top=EXPERTS) as writer:
 
         def record(call: CallRecord) -> None:
-            writer.write(Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted))
+            writer.write(
+                Call(call.layer, call.topk_ids, call.topk_weights, call.scores, call.predicted)
+            )
 
         engine.recorder = record
         for seed, tokens in enumerate([9] + [1] * 25):
@@ -94,18 +106,30 @@ def recorded_run(settings: Settings, path: Path) -> tuple[float, Engine]:
     ],
 )
 def test_replay_predicts_the_emulated_engine(tmp_path: Path, choices: dict[str, str]) -> None:
-    """Stated error: 1 %. The trace keeps scores in 16 bits, which can turn a close decision; nothing else differs."""
+    """Stated error: 1 %. The trace keeps scores in 16 bits, which can turn a close decision;
+    nothing else differs.
+    """
     settings = Settings.of(choices)
     spent_us, engine = recorded_run(settings, tmp_path / "t.trace")
     found = replay(read_trace(tmp_path / "t.trace"), controller(settings))
     assert sum(found.prefill_us) + sum(found.decode_us) == pytest.approx(spent_us, rel=0.01)
     assert found.counters.activations == engine.controller.counters.activations
-    assert found.counters.cache_hits == pytest.approx(engine.controller.counters.cache_hits, rel=0.02)
+    assert found.counters.cache_hits == pytest.approx(
+        engine.controller.counters.cache_hits, rel=0.02
+    )
 
 
 def trace(decode: int = 60, locality: float = 0.5) -> Trace:
     made = synthetic(
-        4, 16, 2, model="made", expert_bytes=1000, prompt_tokens=6, decode_tokens=decode, drift=0.5, locality=locality
+        4,
+        16,
+        2,
+        model="made",
+        expert_bytes=1000,
+        prompt_tokens=6,
+        decode_tokens=decode,
+        drift=0.5,
+        locality=locality,
     )
     return with_predictions(made, 0.79)
 
@@ -121,14 +145,18 @@ def test_belady_knows_the_next_use() -> None:
     made = trace(6)
     cache = BeladyCache(made)
     seen = [0] * 4
-    rows = {layer: np.concatenate([c.ids for c in made.calls if c.layer == layer]) for layer in range(4)}
+    rows = {
+        layer: np.concatenate([c.ids for c in made.calls if c.layer == layer]) for layer in range(4)
+    }
     for call in made.calls:
         cache.observe(call.layer, call.ids, call.weights, call.scores)
         seen[call.layer] += len(call.ids)
         later = rows[call.layer][seen[call.layer] :]
         for expert in range(16):
             uses = np.flatnonzero((later == expert).any(axis=1))
-            assert cache.ranks[call.layer, expert] == pytest.approx(1 / (uses[0] + 1) if len(uses) else 0.0)
+            assert cache.ranks[call.layer, expert] == pytest.approx(
+                1 / (uses[0] + 1) if len(uses) else 0.0
+            )
 
 
 def test_the_oracle_is_faster_than_every_policy() -> None:
@@ -142,7 +170,9 @@ def test_the_oracle_is_faster_than_every_policy() -> None:
 
 @pytest.mark.parametrize("recall", [0.0, 0.5, 1.0])
 def test_prefetch_is_not_slower_whatever_its_predictions(recall: float) -> None:
-    """The larger claim, over traces and machines, is `eval.prefetch`'s; here it guards against regressions."""
+    """The larger claim, over traces and machines, is `eval.prefetch`'s; here it guards against
+    regressions.
+    """
     made = with_predictions(trace(120), recall)
     with_it = sum(replay(made, controller(Settings(), 4, 16, 4)).decode_us)
     without = sum(replay(made, controller(Settings(prefetch="off"), 4, 16, 4)).decode_us)

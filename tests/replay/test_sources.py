@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from hybrimoe_plugin.errors import TraceError
-from hybrimoe_plugin.replay.sources import counts, read_popularity, read_route_csv, synthetic, with_predictions
+from hybrimoe_plugin.replay.sources import (
+    counts,
+    read_popularity,
+    read_route_csv,
+    synthetic,
+    with_predictions,
+)
 from hybrimoe_plugin.replay.trace import Trace
 
 CSV = """# route_trace v1
@@ -37,14 +43,22 @@ def generated(**statistics: float) -> Trace:
 def repeats(trace: Trace) -> float:
     """Share of chosen experts that the token before had chosen in the same layer."""
     calls = [call for call in trace.calls if call.layer == 1]
-    found = [len({*a.ids[0].tolist()} & {*b.ids[0].tolist()}) / 2 for a, b in zip(calls, calls[1:], strict=False)]
+    found = [
+        len({*a.ids[0].tolist()} & {*b.ids[0].tolist()}) / 2
+        for a, b in zip(calls, calls[1:], strict=False)
+    ]
     return float(np.mean(found))
 
 
 def test_csv_is_read_token_by_token(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(CSV)
     trace = read_route_csv(tmp_path / "t.csv")
-    assert (trace.header.model, trace.header.layers, trace.header.experts, trace.header.top_k) == ("tiny", 2, 4, 2)
+    assert (trace.header.model, trace.header.layers, trace.header.experts, trace.header.top_k) == (
+        "tiny",
+        2,
+        4,
+        2,
+    )
     assert [(call.layer, call.ids.tolist()) for call in trace.calls] == [
         (0, [[3, 1], [2, 3]]),
         (1, [[0, 1]]),
@@ -55,7 +69,8 @@ def test_csv_is_read_token_by_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("0,0,0,0,0,3,", "0,0,0,0,0,9,"), ("route_trace v1", "v2"), (",1,1,0.25", ",1,x,y")]
+    ("old", "new"),
+    [("0,0,0,0,0,3,", "0,0,0,0,0,9,"), ("route_trace v1", "v2"), (",1,1,0.25", ",1,x,y")],
 )
 def test_unsound_csv_is_a_typed_error(tmp_path: Path, old: str, new: str) -> None:
     (tmp_path / "t.csv").write_text(CSV.replace(old, new))
@@ -84,7 +99,9 @@ def test_locality_and_drift_repeat_experts() -> None:
 
 def test_texts_differ_and_seeds_repeat() -> None:
     same, other = generated(text=1), generated(text=2)
-    assert all((a.ids == b.ids).all() for a, b in zip(same.calls, generated(text=1).calls, strict=True))
+    assert all(
+        (a.ids == b.ids).all() for a, b in zip(same.calls, generated(text=1).calls, strict=True)
+    )
     assert any((a.ids != b.ids).any() for a, b in zip(same.calls, other.calls, strict=True))
 
 
@@ -98,7 +115,9 @@ def test_modelled_predictions_have_the_stated_recall(recall: float) -> None:
             for call in group[: len(group) - distance]:
                 predicted = call.predicted[distance - 1]
                 assert len(set(predicted[0].tolist())) == 2, "no expert twice"
-                hits += len(set(predicted[0].tolist()) & set(group[call.layer + distance].ids[0].tolist()))
+                hits += len(
+                    set(predicted[0].tolist()) & set(group[call.layer + distance].ids[0].tolist())
+                )
                 total += 2
         assert hits / total == pytest.approx(recall**distance, abs=0.07)
 

@@ -17,14 +17,23 @@ from hypothesis import strategies as st
 
 from hybrimoe_plugin.errors import TraceError
 from hybrimoe_plugin.replay.sources import load_trace, read_popularity, synthetic, with_predictions
-from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader, TraceWriter, read_trace, write_trace
+from hybrimoe_plugin.replay.trace import (
+    Call,
+    Trace,
+    TraceHeader,
+    TraceWriter,
+    read_trace,
+    write_trace,
+)
 
 HEADER = TraceHeader("tiny", 3, 8, 2, 1000, "made here", "recorded")
 SOUND = {"format": "hybrimoe-trace", "version": 1, **asdict(HEADER)}
 
 
 def tiny(decode_tokens: int = 5) -> Trace:
-    trace = synthetic(3, 8, 2, model="tiny", expert_bytes=1000, prompt_tokens=4, decode_tokens=decode_tokens)
+    trace = synthetic(
+        3, 8, 2, model="tiny", expert_bytes=1000, prompt_tokens=4, decode_tokens=decode_tokens
+    )
     return with_predictions(trace, 0.8)
 
 
@@ -83,7 +92,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(cut=st.integers(0, 5000))
-def test_a_cut_file_is_a_typed_error(whole: bytes, tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_a_cut_file_is_a_typed_error(
+    whole: bytes, tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.trace"
     path.write_bytes(whole[: min(cut, len(whole) - 1)])
     with pytest.raises(TraceError):
@@ -119,7 +130,11 @@ def array(values: np.ndarray) -> bytes:
     ("member", "content", "found"),
     [
         ("header.json", json.dumps({"format": "other"}).encode(), "not a hybrimoe-trace"),
-        ("header.json", json.dumps({"format": "hybrimoe-trace", "version": 9}).encode(), "version 9"),
+        (
+            "header.json",
+            json.dumps({"format": "hybrimoe-trace", "version": 9}).encode(),
+            "version 9",
+        ),
         ("header.json", b"[]", "no trace"),
         ("header.json", json.dumps({**SOUND, "expert_bytes": [0]}).encode(), "expert_bytes is"),
         ("header.json", json.dumps({**SOUND, "expert_bytes": -1}).encode(), "expert_bytes is"),
@@ -131,18 +146,26 @@ def array(values: np.ndarray) -> bytes:
         ("0/tokens", array(np.full(18, -1, np.int32)), "do not fit"),
         ("0/layer", array(np.full(18, 7, np.int16)), "out of range"),
         ("0/layer", array(np.zeros((18, 2), np.int16)), "do not fit"),
-        ("0/predicted", array(np.zeros((27, 3, 2), np.int16)), "layers that the model does not have"),
+        (
+            "0/predicted",
+            array(np.zeros((27, 3, 2), np.int16)),
+            "layers that the model does not have",
+        ),
         ("0/scores", b"no array", "no trace"),
         ("0/scores", array(np.zeros((27, 8), np.float16)).replace(b", }", b"{  "), "no trace"),
     ],
 )
-def test_what_is_wrong_inside_is_named(whole: bytes, tmp_path: Path, member: str, content: bytes, found: str) -> None:
+def test_what_is_wrong_inside_is_named(
+    whole: bytes, tmp_path: Path, member: str, content: bytes, found: str
+) -> None:
     with pytest.raises(TraceError, match=found):
         read_trace(rewritten(whole, tmp_path / "t.trace", member, content))
 
 
 @given(content=st.binary(max_size=300))
-def test_foreign_files_are_typed_errors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_foreign_files_are_typed_errors(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     for suffix in ("trace", "csv", "json"):
         path = tmp_path_factory.getbasetemp() / f"foreign.{suffix}"
         path.write_bytes(content)

@@ -1,4 +1,6 @@
-"""The bundle for a GPU machine without a network: what travels, what it imports, which compiled kernels are found."""
+"""The bundle for a GPU machine without a network: what travels, what it imports, which compiled
+kernels are found.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def bundle() -> ModuleType:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        spec = importlib.util.spec_from_file_location("gpu_bundle", ROOT / "scripts" / "gpu_bundle.py")
+        spec = importlib.util.spec_from_file_location(
+            "gpu_bundle", ROOT / "scripts" / "gpu_bundle.py"
+        )
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules["gpu_bundle"] = module
@@ -39,7 +43,8 @@ def wheel(folder: Path, name: str, files: dict[str, str], requires: tuple[str, .
         for at, content in files.items():
             archive.writestr(at, content)
         archive.writestr(
-            f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\n{metadata}\nRequires-Dist: body"
+            f"{name}-1.0.dist-info/METADATA",
+            f"Name: {name}\nVersion: 1.0\n{metadata}\nRequires-Dist: body",
         )
         archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
         archive.writestr(f"{name}-1.0.dist-info/WHEEL", "")
@@ -52,7 +57,8 @@ def files(folder: Path) -> set[str]:
 
 def test_only_what_is_used_of_kt_kernel_travels(bundle: ModuleType, tmp_path: Path) -> None:
     kernels = [
-        f"kt_kernel/_kt_kernel_ext_{name}.cpython-312-x86_64-linux-gnu.so" for name in ("amx", "avx2", "avx512_bf16")
+        f"kt_kernel/_kt_kernel_ext_{name}.cpython-312-x86_64-linux-gnu.so"
+        for name in ("amx", "avx2", "avx512_bf16")
     ]
     dropped = [
         "kt_kernel/cli/main.py",
@@ -72,14 +78,24 @@ def test_only_what_is_used_of_kt_kernel_travels(bundle: ModuleType, tmp_path: Pa
 
 def test_of_transformers_only_some_models_code_travels(bundle: ModuleType) -> None:
     models = "transformers/models"
-    kept = ["transformers/modeling_utils.py", "tokenizers/a.so", f"{models}/__init__.py", f"{models}/bert/__init__.py"]
+    kept = [
+        "transformers/modeling_utils.py",
+        "tokenizers/a.so",
+        f"{models}/__init__.py",
+        f"{models}/bert/__init__.py",
+    ]
     kept += [f"{models}/bert/configuration_bert.py", f"{models}/mixtral/modeling_mixtral.py"]
     dropped = [f"{models}/bert/modeling_bert.py", f"{models}/llama/modeling_flax_llama.py"]
     assert [path for path in (*kept, *dropped) if bundle.kept_of_transformers(path)] == kept
 
 
 def test_what_a_wheel_needs(bundle: ModuleType, tmp_path: Path) -> None:
-    requires = ("Numpy (>=1.17)", "pyyaml>=5", 'PySide6 ; (python_version >= "3.9") and (extra == "gui")', "a-b[c]>2")
+    requires = (
+        "Numpy (>=1.17)",
+        "pyyaml>=5",
+        'PySide6 ; (python_version >= "3.9") and (extra == "gui")',
+        "a-b[c]>2",
+    )
     assert bundle.needs(wheel(tmp_path, "w", {}, requires)) == {"numpy", "pyyaml", "a-b"}
 
 
@@ -109,7 +125,9 @@ def test_packages_are_imported_from_the_bundle_alone(bundle: ModuleType, tmp_pat
     assert found == "made_up_one imports, made_up_two imports (amx)"
 
 
-def test_a_package_that_needs_what_is_not_there_is_refused(bundle: ModuleType, tmp_path: Path) -> None:
+def test_a_package_that_needs_what_is_not_there_is_refused(
+    bundle: ModuleType, tmp_path: Path
+) -> None:
     package(tmp_path, "made_up", "import yaml")
     with pytest.raises(bundle.BundleError, match="needs yaml"):
         bundle.check_import(sys.executable, tmp_path, ("made_up",))
@@ -152,7 +170,10 @@ MADE: dict[str, Any] = {
 
 def test_kernels_that_would_be_compiled_again_are_an_error(bundle: ModuleType) -> None:
     again = {**MADE, "compiled": {}, "launchers_built": 0, "hits": 3}
-    assert bundle.cache_report(MADE, again) == "3 kernels and 2 launchers; all 3 found in fresh processes"
+    assert (
+        bundle.cache_report(MADE, again)
+        == "3 kernels and 2 launchers; all 3 found in fresh processes"
+    )
     with pytest.raises(bundle.BundleError, match="1 down_decode"):
         bundle.cache_report(MADE, {**again, "compiled": {"down_decode": 1}})
     with pytest.raises(bundle.BundleError, match="4 launchers"):
@@ -162,7 +183,13 @@ def test_kernels_that_would_be_compiled_again_are_an_error(bundle: ModuleType) -
 
 
 def test_another_triton_is_named(bundle: ModuleType) -> None:
-    made = {"arch": 90, "triton": "3.6.0", "triton_files": "a", "kernels": "b", "python_suffix": ".cpython-312.so"}
+    made = {
+        "arch": 90,
+        "triton": "3.6.0",
+        "triton_files": "a",
+        "kernels": "b",
+        "python_suffix": ".cpython-312.so",
+    }
     assert "fit" in bundle.fits(made, dict(made))
     assert "triton (3.6.0 there, 3.7.0 here)" in bundle.fits(made, {**made, "triton": "3.7.0"})
     assert "launchers" in bundle.fits(made, {**made, "python_suffix": ".cpython-311.so"})
@@ -177,10 +204,14 @@ def test_use_prints_what_the_shell_has_to_know(bundle: ModuleType, tmp_path: Pat
     shutil.copytree(tmp_path / "b u", tmp_path / "carried here")
     script = f"""python() {{ "{sys.executable}" "$@"; }}
         source "{tmp_path}/carried here/activate"
-        python -c 'import os, made_up_carried as m; print(m.__file__, os.environ["TRITON_CACHE_DIR"], sep="|")'"""
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+        python -c 'import os, made_up_carried as m; print(m.__file__, os.environ["TRITON_CACHE_DIR"], sep="|")'"""  # noqa: E501
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     here = tmp_path / "carried here"
-    assert done.stdout.strip() == f"{here}/site/made_up_carried/__init__.py|{here}/triton", done.stderr
+    assert done.stdout.strip() == f"{here}/site/made_up_carried/__init__.py|{here}/triton", (
+        done.stderr
+    )
     assert str(here) in (here / "triton" / "KEY" / "__grp__k.json").read_text()
     assert str(cache) not in (here / "triton" / "KEY" / "__grp__k.json").read_text()
     with pytest.raises(bundle.BundleError, match="no bundle"):
@@ -188,14 +219,19 @@ def test_use_prints_what_the_shell_has_to_know(bundle: ModuleType, tmp_path: Pat
 
 
 def test_help_reads_without_anything_installed() -> None:
-    command = [sys.executable, "-S", "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); "
+    command = [sys.executable, "-S", "-I", "-c", f"import sys; sys.path.insert(0, "
+                                                 f"{str(ROOT / 'scripts')!r}); "
                "import gpu_bundle; gpu_bundle.main(['--help'])"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--classic" in done.stdout
 
 
-def test_what_is_prebuilt_is_found_by_a_fresh_process_elsewhere(bundle: ModuleType, tmp_path: Path) -> None:
-    """The product's launch code under a driver without a card, twice: the second time nothing may be compiled."""
+def test_what_is_prebuilt_is_found_by_a_fresh_process_elsewhere(
+    bundle: ModuleType, tmp_path: Path
+) -> None:
+    """The product's launch code under a driver without a card, twice: the second time nothing may
+    be compiled.
+    """
     pytest.importorskip("triton")
     flags = ["--only", "repacking", "--workers", "1"]
     cache = tmp_path / "built" / "triton"
@@ -224,4 +260,6 @@ def test_every_case_of_the_check_is_prebuilt() -> None:
 @pytest.mark.skipif("not config.getoption('-m')", reason="needs the network: pytest -m slow")
 def test_the_real_packages_travel(bundle: ModuleType, tmp_path: Path) -> None:
     assert bundle.main(["--out", str(tmp_path / "bundle"), "--no-kernels"]) == 0
-    assert {"gguf", "kt_kernel", "kt_kernel.libs"} <= {path.name for path in (tmp_path / "bundle" / "site").iterdir()}
+    assert {"gguf", "kt_kernel", "kt_kernel.libs"} <= {
+        path.name for path in (tmp_path / "bundle" / "site").iterdir()
+    }

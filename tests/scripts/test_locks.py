@@ -1,4 +1,6 @@
-"""What set-up installs: exact versions, files with known hashes, and all that pyproject.toml asks for."""
+"""What set-up installs: exact versions, files with known hashes, and all that pyproject.toml asks
+for.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,29 @@ def _entries(path: Path) -> list[tuple[Requirement, int]]:
     """(requirement, number of hashes) of a lock's entries."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [(Requirement(line.partition("--hash")[0].strip()), line.count("--hash=sha256:")) for line in lines]
+    return [
+        (Requirement(line.partition("--hash")[0].strip()), line.count("--hash=sha256:"))
+        for line in lines
+    ]
 
 
 def _chosen(entries: list[tuple[Requirement, int]], python: str) -> dict[str, str]:
     """Name -> version on Linux with this Python; each name once."""
     here = {
-        "python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux",
-        "platform_machine": "x86_64", "platform_system": "Linux", "platform_python_implementation": "CPython",
-    }  # fmt: skip
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": "linux",
+        "platform_machine": "x86_64",
+        "platform_system": "Linux",
+        "platform_python_implementation": "CPython",
+    }
     fitting = [entry for entry, _ in entries if entry.marker is None or entry.marker.evaluate(here)]
     names = [canonicalize_name(entry.name) for entry in fitting]
     assert len(names) == len(set(names))
-    return {name: str(entry.specifier).removeprefix("==") for name, entry in zip(names, fitting, strict=True)}
+    return {
+        name: str(entry.specifier).removeprefix("==")
+        for name, entry in zip(names, fitting, strict=True)
+    }
 
 
 def test_every_entry_is_one_version_with_hashes(scripts: Any) -> None:
@@ -47,7 +59,9 @@ def test_every_entry_is_one_version_with_hashes(scripts: Any) -> None:
     assert {path.stem for path in paths} == set(scripts.wanted())
     for path in paths:
         for requirement, hashes in _entries(path):
-            assert str(requirement.specifier).startswith("==") and "*" not in str(requirement.specifier), requirement
+            assert str(requirement.specifier).startswith("==") and "*" not in str(
+                requirement.specifier
+            ), requirement
             assert hashes > 0, requirement
             assert requirement.name != "torch", "its build is found at set-up"
 
@@ -59,13 +73,17 @@ def test_a_lock_holds_all_that_is_asked_for(python: str, scripts: Any) -> None:
         for requirement in map(Requirement, wanted):
             version = chosen.get(canonicalize_name(requirement.name))
             assert version is not None, f"{name}: {requirement} is missing: python scripts/lock.py"
-            assert requirement.specifier.contains(version, prereleases=True), f"{name}: {requirement}, locked {version}"
+            assert requirement.specifier.contains(version, prereleases=True), (
+                f"{name}: {requirement}, locked {version}"
+            )
 
 
 def test_running_and_developing_share_their_versions(scripts: Any) -> None:
     for small, large in (("run", "dev"), ("ktransformers", "ktransformers-dev")):
         for python in VERSIONS:
-            fewer, more = (_chosen(_entries(scripts.LOCKS / f"{name}.txt"), python) for name in (small, large))
+            fewer, more = (
+                _chosen(_entries(scripts.LOCKS / f"{name}.txt"), python) for name in (small, large)
+            )
             assert fewer.items() <= more.items()
 
 
@@ -80,14 +98,22 @@ def test_set_up_refuses_a_file_with_another_hash(
     wheel = tmp_path / "harmless-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("harmless.py", "")
-        archive.writestr("harmless-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: harmless\nVersion: 1.0\n")
         archive.writestr(
-            "harmless-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            "harmless-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: harmless\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            "harmless-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr("harmless-1.0.dist-info/RECORD", "")
     (tmp_path / "bad.txt").write_text(f"harmless==1.0 --hash=sha256:{'0' * 64}\n")
     monkeypatch.setattr(setup_env, "LOCKS", tmp_path)
-    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(tmp_path)), ("TARGET", str(tmp_path / "site"))):
+    for name, value in (
+        ("NO_INDEX", "1"),
+        ("FIND_LINKS", str(tmp_path)),
+        ("TARGET", str(tmp_path / "site")),
+    ):
         monkeypatch.setenv(f"PIP_{name}", value)
     with pytest.raises(SystemExit, match="set-up stopped"):
         setup_env.install_locked(sys.executable, "bad")

@@ -1,4 +1,6 @@
-"""`make chat PROMPT=...` hands a prompt over as it was typed: make and the shell take nothing in it for their own."""
+"""`make chat PROMPT=...` hands a prompt over as it was typed: make and the shell take nothing in it
+for their own.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,13 @@ def project(tmp_path: Path) -> Path:
 
 def make(project: Path, target: str, *variables: str, **environment: str) -> str:
     command = ["make", "-s", "-f", str(MAKEFILE), "PYTHON=true", target, *variables]
-    env = {**{key: value for key, value in os.environ.items() if not key.startswith("MAKE")}, **environment}
-    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=True).stdout
+    env = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("MAKE")},
+        **environment,
+    }
+    return subprocess.run(
+        command, cwd=project, env=env, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.mark.parametrize(

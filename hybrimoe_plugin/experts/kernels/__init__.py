@@ -1,1 +1,3 @@
-"""What computes experts in slots: fused Triton kernels, and their plain twin in torch operations."""
+"""What computes experts in slots: fused Triton kernels, and their plain twin in torch
+operations.
+"""

@@ -39,7 +39,9 @@ class Kernels(Protocol):
     def layout(self, spec: ExpertSpec) -> SlotLayout: ...
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        """Bring stored bytes [part.size] into slot form. Mutates `target`. Only for parts that are split."""
+        """Bring stored bytes [part.size] into slot form. Mutates `target`. Only for parts that are
+        split.
+        """
         ...
 
     def gate_up(self, call: SlotCall) -> Any:

@@ -1,4 +1,6 @@
-"""Tile sizes of the Triton kernels for one layer shape; none of them changes results beyond rounding."""
+"""Tile sizes of the Triton kernels for one layer shape; none of them changes results beyond
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ class Blocks(NamedTuple):
     def of(cls, layout: SlotLayout, top_k: int) -> Blocks:
         """About 16 bytes of codes for each thread and matrix in gate and up, 32 in down.
 
-        That keeps some 20 KB of reads on their way in each multiprocessor at the registers the kernels need (compiled
-        for sm_90: 56 to 126), which is what its share of the memory bandwidth times the latency asks for. `tuning`
-        tries the neighbours on the device.
+        That keeps some 20 KB of reads on their way in each multiprocessor at the registers the
+        kernels need (compiled for sm_90: 56 to 126), which is what its share of the memory
+        bandwidth times the latency asks for. `tuning` tries the neighbours on the device.
         """
         units = min(32, _power_of_two(-(-layout.gate.columns // 64)))
         places = _power_of_two(top_k)
@@ -37,7 +39,9 @@ class Blocks(NamedTuple):
         return cls(max(1, 64 // units), units, max(1, 128 // (places * down_units)), down_units)
 
     def tile_tokens(self, pairs: int, experts: int) -> int:
-        """Tokens of a prefill tile: the power of two that holds an expert's average load, 16 (tensor cores) or more."""
+        """Tokens of a prefill tile: the power of two that holds an expert's average load, 16
+        (tensor cores) or more.
+        """
         return max(16, min(self.tokens, _power_of_two(-(-pairs // experts))))
 
 

@@ -1,7 +1,8 @@
-"""Few tokens: each program multiplies a block of rows of one expert's matrix with one token (GEMV-like).
+"""Few tokens: each program multiplies a block of rows of one expert's matrix with one token
+(GEMV-like).
 
-Bytes decide here: a row's codes are read once, in order, and scales are applied to sums over 32 columns instead of to
-every weight. Sums are float32.
+Bytes decide here: a row's codes are read once, in order, and scales are applied to sums over 32
+columns instead of to every weight. Sums are float32.
 """
 
 # Triton's idiom: constants in capitals, arguments without Python types.
@@ -12,20 +13,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrimoe_plugin.experts.kernels.formats import codes, half_scales, high_step, k_scales, low_columns, pair_scales
+from hybrimoe_plugin.experts.kernels.formats import (
+    codes,
+    half_scales,
+    high_step,
+    k_scales,
+    low_columns,
+    pair_scales,
+)
 
 
 @triton.jit
 def values(vector, column, mask, like, COLUMNS: tl.constexpr):
     """vector[column] float32 in the shape of `like`; 0 beyond the vector."""
     place, _ = tl.broadcast(vector + column, like)
-    x = tl.load(place, mask, 0.0) if COLUMNS % 64 == 0 else tl.load(place, mask & (column < COLUMNS), 0.0)
+    x = (
+        tl.load(place, mask, 0.0)
+        if COLUMNS % 64 == 0
+        else tl.load(place, mask & (column < COLUMNS), 0.0)
+    )
     return x.to(tl.float32)
 
 
 @triton.jit
-def unit_dots(KIND: tl.constexpr, matrices, vectors, rows, units, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[N, U] dot products of rows [N] and units [U], where `live` [U]; each unit has its own matrix and vector.
+def unit_dots(
+    KIND: tl.constexpr,
+    matrices,
+    vectors,
+    rows,
+    units,
+    live,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """[N, U] dot products of rows [N] and units [U], where `live` [U]; each unit has its own matrix
+    and vector.
 
     `matrices` and `vectors` [U] point at the starts of what `units` count in.
     """
@@ -33,8 +55,8 @@ def unit_dots(KIND: tl.constexpr, matrices, vectors, rows, units, live, ROWS: tl
     mask = (row < ROWS) & live[None, :, None]
     column = low_columns(KIND, unit, lane)
     low, high = codes(KIND, matrices[None, :, None], row, unit, lane, mask, ROWS, COLUMNS)
-    # Each thread loads the values that its own codes need (neighbours share them in L1): a tile of [1, U, 32] would be
-    # exchanged through shared memory, with a barrier in every turn of the loop.
+    # Each thread loads the values that its own codes need (neighbours share them in L1): a tile of
+    # [1, U, 32] would be exchanged through shared memory, with a barrier in every turn of the loop.
     vector = vectors[None, :, None]
     x_low = values(vector, column, mask, low, COLUMNS)
     x_high = values(vector, column + high_step(KIND), mask, low, COLUMNS)
@@ -56,10 +78,20 @@ def unit_dots(KIND: tl.constexpr, matrices, vectors, rows, units, live, ROWS: tl
         half = tl.arange(0, 2)[None, None, :]
         mask = (rows[:, None, None] < ROWS) & live[None, :, None] & (half >= 0)
         s_low, s_high = half_scales(
-            KIND, matrices[None, :, None], rows[:, None, None], units[None, :, None], half, mask, ROWS, COLUMNS
+            KIND,
+            matrices[None, :, None],
+            rows[:, None, None],
+            units[None, :, None],
+            half,
+            mask,
+            ROWS,
+            COLUMNS,
         )
         shape: tl.constexpr = (rows.shape[0], units.shape[0], 2, 16)
-        low_sums, high_sums = tl.sum(tl.reshape(low, shape), axis=3), tl.sum(tl.reshape(high, shape), axis=3)
+        low_sums, high_sums = (
+            tl.sum(tl.reshape(low, shape), axis=3),
+            tl.sum(tl.reshape(high, shape), axis=3),
+        )
         dots = tl.sum(s_low * low_sums + s_high * high_sums, axis=2)
     return dots
 
@@ -80,7 +112,9 @@ def gate_up_decode(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """activations[pair, INNER] float32 for each routed pair that has a slot; grid (row blocks, T * K)."""
+    """activations[pair, INNER] float32 for each routed pair that has a slot; grid (row blocks, T *
+    K).
+    """
     pair = tl.program_id(1)
     slot = tl.load(slot_ids + pair)
     if slot >= 0:
@@ -119,8 +153,9 @@ def down_decode(
 ):
     """output[T, HIDDEN]; grid (row blocks, T).
 
-    A program's tile holds BLOCK_UNITS units of each of the token's experts (PLACES is TOP_K or the power of two above),
-    so that all experts' bytes are on their way at once, and sums come in one order whatever the timing.
+    A program's tile holds BLOCK_UNITS units of each of the token's experts (PLACES is TOP_K or the
+    power of two above), so that all experts' bytes are on their way at once, and sums come in one
+    order whatever the timing.
     """
     token = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -135,5 +170,7 @@ def down_decode(
     for first in range(0, (INNER + 63) // 64, BLOCK_UNITS):
         unit = first + units
         live = (slot >= 0) & (unit * 64 < INNER)
-        total += weight[None, :] * unit_dots(DOWN, matrices, vectors, rows, unit, live, HIDDEN, INNER)
+        total += weight[None, :] * unit_dots(
+            DOWN, matrices, vectors, rows, unit, live, HIDDEN, INNER
+        )
     tl.store(output + token * HIDDEN + rows, tl.sum(total, axis=1), rows < HIDDEN)

@@ -1,9 +1,10 @@
 """GGML blocks inside Triton kernels: codes and scales of units of 64 columns.
 
-Every type is read as `w = scale * code - minimum`. A unit holds 32 lanes, and each lane a *low* and a *high* column
-(the low and high nibble of one byte in 4-bit types, else a column and the one 32 further), so that all types share one
-loop. Row, unit and lane arrive as tensors that broadcast against each other: [N, 1, 1], [1, U, 1], [1, 1, 32] in the
-decode kernels, [N, 1], a number, [1, 32] in the prefill kernels.
+Every type is read as `w = scale * code - minimum`. A unit holds 32 lanes, and each lane a *low* and
+a *high* column (the low and high nibble of one byte in 4-bit types, else a column and the one 32
+further), so that all types share one loop. Row, unit and lane arrive as tensors that broadcast
+against each other: [N, 1, 1], [1, U, 1], [1, 1, 32] in the decode kernels, [N, 1], a number, [1,
+32] in the prefill kernels.
 
 Formats: https://github.com/ggml-org/ggml, src/ggml-common.h; planes: `layout.PLANES`.
 """
@@ -39,10 +40,14 @@ def high_step(KIND: tl.constexpr):
 
 
 @triton.jit
-def codes(KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def codes(
+    KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """(low, high) float32 codes of each lane; `mask` hides rows and units beyond the matrix."""
     if KIND == "Q4_K":
-        packed = tl.load(base + (row * (COLUMNS // 256) + unit // 4) * 144 + 16 + (unit % 4) * 32 + lane, mask, 0)
+        packed = tl.load(
+            base + (row * (COLUMNS // 256) + unit // 4) * 144 + 16 + (unit % 4) * 32 + lane, mask, 0
+        )
         low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
     elif KIND == "Q5_K":
         block = base + (row * (COLUMNS // 256) + unit // 4) * 176
@@ -56,12 +61,16 @@ def codes(KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, C
         block = row * (COLUMNS // 256) + unit // 4
         half, side = (unit % 4) // 2, unit % 2
         packed = tl.load(base + block * 128 + (unit % 4) * 32 + lane, mask, 0).to(tl.int32)
-        bits = tl.load(base + blocks * 128 + block * 64 + half * 32 + lane, mask, 0).to(tl.int32) >> (2 * side)
+        bits = tl.load(base + blocks * 128 + block * 64 + half * 32 + lane, mask, 0).to(
+            tl.int32
+        ) >> (2 * side)
         low = (((packed & 15) | ((bits & 3) << 4)) - 32).to(tl.float32)
         high = (((packed >> 4) | (bits & 48)) - 32).to(tl.float32)
     elif KIND == "Q4_0":
         inside = mask & (unit * 2 + lane // 16 < COLUMNS // 32)
-        packed = tl.load(base + (row * (COLUMNS // 32) + unit * 2) * 16 + lane, inside, 0).to(tl.int32)
+        packed = tl.load(base + (row * (COLUMNS // 32) + unit * 2) * 16 + lane, inside, 0).to(
+            tl.int32
+        )
         low, high = ((packed & 15) - 8).to(tl.float32), ((packed >> 4) - 8).to(tl.float32)
     elif KIND == "Q8_0":
         start = base.to(tl.pointer_type(tl.int8), bitcast=True) + row * COLUMNS + unit * 64 + lane
@@ -70,13 +79,20 @@ def codes(KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, C
     else:
         if KIND == "BF16":
             # A bfloat16 is the upper half of a float32.
-            words = base.to(tl.pointer_type(tl.uint16), bitcast=True) + row * COLUMNS + unit * 64 + lane
+            words = (
+                base.to(tl.pointer_type(tl.uint16), bitcast=True) + row * COLUMNS + unit * 64 + lane
+            )
             first = tl.load(words, mask, 0)
             second = tl.load(words + 32, mask & (unit * 64 + 32 < COLUMNS), 0)
             low = (first.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
             high = (second.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         else:
-            halves = base.to(tl.pointer_type(tl.float16), bitcast=True) + row * COLUMNS + unit * 64 + lane
+            halves = (
+                base.to(tl.pointer_type(tl.float16), bitcast=True)
+                + row * COLUMNS
+                + unit * 64
+                + lane
+            )
             low = tl.load(halves, mask, 0.0).to(tl.float32)
             high = tl.load(halves + 32, mask & (unit * 64 + 32 < COLUMNS), 0.0).to(tl.float32)
     return low, high
@@ -84,15 +100,18 @@ def codes(KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, C
 
 @triton.jit
 def k_scales(KIND: tl.constexpr, base, row, unit, mask, COLUMNS: tl.constexpr):
-    """(low scale, high scale, low minimum, high minimum) of Q4_K and Q5_K units; one value for each row and unit.
+    """(low scale, high scale, low minimum, high minimum) of Q4_K and Q5_K units; one value for each
+    row and unit.
 
-    The eight 6-bit scales and minima lie in 12 bytes; sub-blocks 2c and 2c + 1 of chunk c are neighbours, so a 16-bit
-    word holds both.
+    The eight 6-bit scales and minima lie in 12 bytes; sub-blocks 2c and 2c + 1 of chunk c are
+    neighbours, so a 16-bit word holds both.
     """
     size: tl.constexpr = 144 if KIND == "Q4_K" else 176
     block = base + (row * (COLUMNS // 256) + unit // 4) * size
     scale = tl.load(block.to(tl.pointer_type(tl.float16), bitcast=True), mask, 0.0).to(tl.float32)
-    least = tl.load(block.to(tl.pointer_type(tl.float16), bitcast=True) + 1, mask, 0.0).to(tl.float32)
+    least = tl.load(block.to(tl.pointer_type(tl.float16), bitcast=True) + 1, mask, 0.0).to(
+        tl.float32
+    )
     words = block.to(tl.pointer_type(tl.uint16), bitcast=True) + 2 + unit % 2
     first = tl.load(words, mask, 0).to(tl.int32)
     second = tl.load(words + 2, mask, 0).to(tl.int32)
@@ -119,7 +138,9 @@ def pair_scales(base, row, unit, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def half_scales(KIND: tl.constexpr, base, row, unit, half, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def half_scales(
+    KIND: tl.constexpr, base, row, unit, half, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """(low scale, high scale) of Q4_0 and Q6_K; one value for each 16 lanes (`half` is 0 or 1)."""
     if KIND == "Q4_0":
         halves = (base + ROWS * COLUMNS // 2).to(tl.pointer_type(tl.float16), bitcast=True)

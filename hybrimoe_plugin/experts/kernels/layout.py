@@ -1,8 +1,9 @@
 """Where the parts of a quantised expert lie in its slot.
 
-GGML keeps each block's codes and scales together. Blocks of 144 or 176 bytes (Q4_K, Q5_K) keep their codes 16-byte
-aligned, so they stay as they are. Blocks of 18, 34 or 210 bytes (Q4_0, Q8_0, Q6_K) would make every load unaligned:
-they are split into planes, one for each field over all blocks of the matrix, which takes not a byte more.
+GGML keeps each block's codes and scales together. Blocks of 144 or 176 bytes (Q4_K, Q5_K) keep
+their codes 16-byte aligned, so they stay as they are. Blocks of 18, 34 or 210 bytes (Q4_0, Q8_0,
+Q6_K) would make every load unaligned: they are split into planes, one for each field over all
+blocks of the matrix, which takes not a byte more.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ PLANES: dict[str, tuple[tuple[int, int], ...]] = {
     "Q8_0": ((2, 32), (0, 2)),
     "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
 }
-"""Type -> (offset in the block, bytes) of each plane, in slot order; every number is even and a power of two or its
-double, so that the repacking kernel moves 16-bit words."""
+"""Type -> (offset in the block, bytes) of each plane, in slot order; every number is even and a
+power of two or its double, so that the repacking kernel moves 16-bit words.
+"""
 
 BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34, "Q6_K": 210}
 

@@ -1,4 +1,6 @@
-"""Dense linears on quantised matrices in device memory: the experts' kernels for one matrix and no routing."""
+"""Dense linears on quantised matrices in device memory: the experts' kernels for one matrix and no
+routing.
+"""
 
 # Triton's idiom: constants in capitals, arguments without Python types.
 # ruff: noqa: N803
@@ -36,7 +38,14 @@ def linear_decode(
         unit = first + units
         live = unit * 64 < COLUMNS
         total += unit_dots(
-            KIND, matrix + units * 0, states + token * COLUMNS + units * 0, rows, unit, live, ROWS, COLUMNS
+            KIND,
+            matrix + units * 0,
+            states + token * COLUMNS + units * 0,
+            rows,
+            unit,
+            live,
+            ROWS,
+            COLUMNS,
         )
     tl.store(output + token * ROWS + rows, tl.sum(total, axis=1), rows < ROWS)
 
@@ -59,13 +68,26 @@ def linear_prefill(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
     for unit in range((COLUMNS + 63) // 64):
-        total = add_unit(total, KIND, matrix, rows, unit, states + token * COLUMNS, token < tokens, ROWS, COLUMNS, DOT)
+        total = add_unit(
+            total,
+            KIND,
+            matrix,
+            rows,
+            unit,
+            states + token * COLUMNS,
+            token < tokens,
+            ROWS,
+            COLUMNS,
+            DOT,
+        )
     inside = (token < tokens) & (rows[None, :] < ROWS)
     tl.store(output + token * ROWS + rows[None, :], total.to(output.dtype.element_ty), inside)
 
 
 def linear(states: torch.Tensor, matrix: torch.Tensor, type_name: str, rows: int) -> torch.Tensor:
-    """[T, rows] of states' dtype from states [T, columns] and a matrix in slot form [bytes] uint8, on one device."""
+    """[T, rows] of states' dtype from states [T, columns] and a matrix in slot form [bytes] uint8,
+    on one device.
+    """
     tokens, columns = states.shape
     output = torch.empty(tokens, rows, dtype=states.dtype, device=states.device)
     if tokens <= DECODE_TOKENS:

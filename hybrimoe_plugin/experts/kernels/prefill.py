@@ -1,4 +1,5 @@
-"""Many tokens: pairs sorted by slot, one tile of tokens times one tile of rows per program (GEMM-like).
+"""Many tokens: pairs sorted by slot, one tile of tokens times one tile of rows per program
+(GEMM-like).
 
 Weights are brought to the tiles' type (bf16 on a GPU) right before `tl.dot`; sums are float32.
 """
@@ -11,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrimoe_plugin.experts.kernels.formats import codes, half_scales, high_step, k_scales, low_columns, pair_scales
+from hybrimoe_plugin.experts.kernels.formats import (
+    codes,
+    half_scales,
+    high_step,
+    k_scales,
+    low_columns,
+    pair_scales,
+)
 
 
 @triton.jit
@@ -19,7 +27,8 @@ def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUM
     """([N, 32], [N, 32]) float32 weights of rows [N] in one unit's low and high columns."""
     row, lane = rows[:, None], tl.arange(0, 32)[None, :]
     low, high = codes(KIND, base, row, unit, lane, row < ROWS, ROWS, COLUMNS)
-    # Scales are loaded once for a row and widened then: as [N, 1] each thread would load its own one sixteen times.
+    # Scales are loaded once for a row and widened then: as [N, 1] each thread would load its own
+    # one sixteen times.
     if KIND == "Q4_K" or KIND == "Q5_K":
         s_low, s_high, m_low, m_high = k_scales(KIND, base, rows, unit, rows < ROWS, COLUMNS)
         low = s_low[:, None] * low - m_low[:, None]
@@ -30,7 +39,9 @@ def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUM
         high *= s_high[:, None]
     elif KIND != "BF16" and KIND != "F16":
         half = tl.arange(0, 2)[None, :]
-        s_low, s_high = half_scales(KIND, base, row, unit, half, (row < ROWS) & (half >= 0), ROWS, COLUMNS)
+        s_low, s_high = half_scales(
+            KIND, base, row, unit, half, (row < ROWS) & (half >= 0), ROWS, COLUMNS
+        )
         low = tl.reshape(tl.reshape(low, (rows.shape[0], 2, 16)) * s_low[:, :, None], low.shape)
         high = tl.reshape(tl.reshape(high, (rows.shape[0], 2, 16)) * s_high[:, :, None], high.shape)
     return low, high
@@ -49,7 +60,9 @@ def add_unit(
     COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """total [M, N] + states [M, unit] times the unit's weights; `states` points at each token's first column [M, 1]."""
+    """total [M, N] + states [M, unit] times the unit's weights; `states` points at each token's
+    first column [M, 1].
+    """
     low, high = unit_weights(KIND, base, rows, unit, ROWS, COLUMNS)
     column = low_columns(KIND, unit, tl.arange(0, 32)[None, :])
     if COLUMNS % 64 == 0:
@@ -57,7 +70,11 @@ def add_unit(
         x_high = tl.load(states + column + high_step(KIND), states_mask, 0.0)
     else:
         x_low = tl.load(states + column, states_mask & (column < COLUMNS), 0.0)
-        x_high = tl.load(states + column + high_step(KIND), states_mask & (column + high_step(KIND) < COLUMNS), 0.0)
+        x_high = tl.load(
+            states + column + high_step(KIND),
+            states_mask & (column + high_step(KIND) < COLUMNS),
+            0.0,
+        )
     total = tl.dot(x_low.to(DOT), tl.trans(low.to(DOT)), total, input_precision="ieee")
     return tl.dot(x_high.to(DOT), tl.trans(high.to(DOT)), total, input_precision="ieee")
 
@@ -96,10 +113,14 @@ def gate_up_prefill(
         up = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         for unit in range((HIDDEN + 63) // 64):
             gate = add_unit(gate, GATE, base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
-            up = add_unit(up, UP, base + up_offset, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
+            up = add_unit(
+                up, UP, base + up_offset, rows, unit, states, states_mask, INNER, HIDDEN, DOT
+            )
         value = gate / (1.0 + tl.exp(-gate)) * up
         target = activations + places[:, None] * INNER + rows[None, :]
-        tl.store(target, value.to(activations.dtype.element_ty), states_mask & (rows[None, :] < INNER))
+        tl.store(
+            target, value.to(activations.dtype.element_ty), states_mask & (rows[None, :] < INNER)
+        )
 
 
 @triton.jit

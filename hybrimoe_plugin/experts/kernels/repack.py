@@ -19,7 +19,9 @@ def split_planes(
     WORDS: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
 ):
-    """Move each field of `blocks` blocks into its plane; everything counts 16-bit words; grid (programs)."""
+    """Move each field of `blocks` blocks into its plane; everything counts 16-bit words; grid
+    (programs).
+    """
     block = (tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM))[:, None]
     start = 0
     for field in tl.static_range(len(WORDS)):

@@ -1,4 +1,6 @@
-"""The plain twin: one expert after another in torch operations, on any device, for every type `dequantize` knows."""
+"""The plain twin: one expert after another in torch operations, on any device, for every type
+`dequantize` knows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from hybrimoe_plugin.experts.kernels.base import SlotCall
 from hybrimoe_plugin.experts.kernels.layout import Part, SlotLayout, slot_layout
 
 _DENSE_TOKENS = 16
-"""Up to here every token goes through an expert and the others' weight is 0: choosing rows would stop the device."""
+"""Up to here every token goes through an expert and the others' weight is 0: choosing rows would
+stop the device.
+"""
 
 Chosen = tuple[int, "torch.Tensor | None", torch.Tensor, torch.Tensor]
 """(slot, token rows or None for all, their routing weights [N, 1], activations [N, I])."""
@@ -25,7 +29,10 @@ class TorchKernels:
     def refusal(self, spec: ExpertSpec) -> str | None:
         unknown = sorted({spec.gate_type, spec.up_type, spec.down_type} - set(supported()))
         if unknown:
-            return f"no device dequantisation for GGML type {', '.join(unknown)}; there is for {', '.join(supported())}"
+            return (
+                f"no device dequantisation for GGML type {', '.join(unknown)}; there is for "
+                f"{', '.join(supported())}"
+            )
         return None
 
     def layout(self, spec: ExpertSpec) -> SlotLayout:

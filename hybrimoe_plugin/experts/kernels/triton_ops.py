@@ -17,7 +17,13 @@ from hybrimoe_plugin.experts.kernels.base import SlotCall
 from hybrimoe_plugin.experts.kernels.blocks import Blocks
 from hybrimoe_plugin.experts.kernels.decode import down_decode, gate_up_decode
 from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
-from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, PLANES, Part, SlotLayout, slot_layout
+from hybrimoe_plugin.experts.kernels.layout import (
+    BLOCK_BYTES,
+    PLANES,
+    Part,
+    SlotLayout,
+    slot_layout,
+)
 from hybrimoe_plugin.experts.kernels.prefill import down_prefill, gate_up_prefill
 from hybrimoe_plugin.experts.kernels.repack import split_planes
 from hybrimoe_plugin.experts.kernels.tuning import Tuned, slot_groups, tune
@@ -52,7 +58,11 @@ class TritonKernels:
     name = "triton"
 
     def __init__(
-        self, device: torch.device, blocks: Blocks | None = None, decode_tokens: int = 8, tuned: Path | None = None
+        self,
+        device: torch.device,
+        blocks: Blocks | None = None,
+        decode_tokens: int = 8,
+        tuned: Path | None = None,
     ) -> None:
         self._device = device
         self._blocks = blocks
@@ -61,7 +71,11 @@ class TritonKernels:
         self._interpreted = device.type == "cpu"
 
     def refusal(self, spec: ExpertSpec) -> str | None:
-        shapes = ((spec.gate_type, spec.hidden), (spec.up_type, spec.hidden), (spec.down_type, spec.intermediate))
+        shapes = (
+            (spec.gate_type, spec.hidden),
+            (spec.up_type, spec.hidden),
+            (spec.down_type, spec.intermediate),
+        )
         for kind, columns in shapes:
             if kind not in SUPPORTED:
                 return f"no Triton kernel for GGML type {kind}; there is for {', '.join(SUPPORTED)}"
@@ -87,14 +101,27 @@ class TritonKernels:
         )
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
-        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned before."""
-        if self._blocks is not None or self._tuned.get(layout, top_k) is not None or len(buffer) < top_k:
+        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned
+        before.
+        """
+        if (
+            self._blocks is not None
+            or self._tuned.get(layout, top_k) is not None
+            or len(buffer) < top_k
+        ):
             return
         hidden = torch.zeros(1, layout.gate.columns, dtype=torch.bfloat16, device=self._device)
         weights = torch.ones(1, top_k, device=self._device)
         calls = cycle(
             [
-                SlotCall(buffer, layout, slots, hidden, torch.tensor([slots], device=self._device), weights)
+                SlotCall(
+                    buffer,
+                    layout,
+                    slots,
+                    hidden,
+                    torch.tensor([slots], device=self._device),
+                    weights,
+                )
                 for slots in slot_groups(len(buffer), top_k, layout)
             ]
         )
@@ -140,7 +167,9 @@ class TritonKernels:
         )
         return activations
 
-    def _down_decode(self, call: SlotCall, activations: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    def _down_decode(
+        self, call: SlotCall, activations: torch.Tensor, blocks: Blocks
+    ) -> torch.Tensor:
         layout = call.layout
         tokens, width = call.hidden.shape
         output = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
@@ -167,7 +196,9 @@ class TritonKernels:
         hidden, layout, blocks = call.hidden.contiguous(), call.layout, self._sizes(call)
         tiles = self._tiles(call)
         inner = layout.gate.rows
-        activations = torch.empty(call.slot_ids.numel(), inner, dtype=hidden.dtype, device=hidden.device)
+        activations = torch.empty(
+            call.slot_ids.numel(), inner, dtype=hidden.dtype, device=hidden.device
+        )
         gate_up_prefill[(triton.cdiv(inner, blocks.rows), len(tiles.slots))](
             hidden,
             call.buffer,
@@ -187,11 +218,15 @@ class TritonKernels:
         )
         return activations, tiles
 
-    def _down_prefill(self, call: SlotCall, activations: torch.Tensor, tiles: _Tiles) -> torch.Tensor:
+    def _down_prefill(
+        self, call: SlotCall, activations: torch.Tensor, tiles: _Tiles
+    ) -> torch.Tensor:
         layout, blocks = call.layout, self._sizes(call)
         tokens, width = call.hidden.shape
         # Pairs without a slot keep their zeros.
-        parts = torch.zeros(call.slot_ids.numel(), width, dtype=call.hidden.dtype, device=call.hidden.device)
+        parts = torch.zeros(
+            call.slot_ids.numel(), width, dtype=call.hidden.dtype, device=call.hidden.device
+        )
         down_prefill[(triton.cdiv(width, blocks.rows), len(tiles.slots))](
             activations,
             call.buffer,
@@ -221,7 +256,9 @@ class TritonKernels:
         bounds = torch.searchsorted(sorted_keys, torch.arange(count + 1, device=device))
         begin, end = bounds[:-1], bounds[1:]
         last_tiles = ((end - begin + size - 1) // size).cumsum(0)
-        number = triton.cdiv(pairs, size) + count  # never fewer than needed: one part-filled tile for each slot
+        number = (
+            triton.cdiv(pairs, size) + count
+        )  # never fewer than needed: one part-filled tile for each slot
         tile = torch.arange(number, device=device)
         owner = torch.searchsorted(last_tiles, tile, right=True).clamp_(max=count - 1)
         within = tile - torch.where(owner > 0, last_tiles[owner - 1], 0)
@@ -231,7 +268,9 @@ class TritonKernels:
         return _Tiles(order, torch.where(used, slots[owner], -1), firsts, ends, size)
 
     def _slot_places(self, call: SlotCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slot -> place in `call.slots`, with `len(call.slots)` for all others and for -1; the slots)."""
+        """(slot -> place in `call.slots`, with `len(call.slots)` for all others and for -1; the
+        slots).
+        """
         device = call.hidden.device
         slots = torch.tensor(call.slots)
         places = torch.full((len(call.buffer) + 1,), len(call.slots))
@@ -245,7 +284,9 @@ class TritonKernels:
         return self._blocks or self._tuned.get(call.layout, top_k) or Blocks.of(call.layout, top_k)
 
     def _dot(self, dtype: torch.dtype) -> Any:
-        """The type of `tl.dot`'s operands: hidden's own; float32 in the interpreter, which has no bfloat16 product."""
+        """The type of `tl.dot`'s operands: hidden's own; float32 in the interpreter, which has no
+        bfloat16 product.
+        """
         if self._interpreted:
             return tl.float32
         return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)

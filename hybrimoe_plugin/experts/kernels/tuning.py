@@ -1,4 +1,5 @@
-"""Choose decode tile sizes by trying them on the device, once for each shape; results are kept in a file.
+"""Choose decode tile sizes by trying them on the device, once for each shape; results are kept in a
+file.
 
 Only speed depends on it: without a file, or with a damaged one, `Blocks.of` decides.
 """
@@ -23,7 +24,8 @@ from hybrimoe_plugin.files import read_regular
 log = logging.getLogger(__name__)
 
 Run = Callable[[Blocks], tuple[Callable[[], object], Callable[[], object]]]
-"""(gate and up, down) of one decode call with these tile sizes; each run may compute other slots."""
+"""(gate and up, down) of one decode call with these tile sizes; each run may compute other slots.
+"""
 
 CACHE_BYTES = 64 << 20
 """More than any device's second-level cache holds: 50 MB on an H100 or H200."""
@@ -38,7 +40,9 @@ class Tunable(Protocol):
     """Kernels whose speed depends on tile sizes."""
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
-        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned before."""
+        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned
+        before.
+        """
         ...
 
 
@@ -61,18 +65,22 @@ def candidates(first: Blocks) -> list[Blocks]:
 def slot_groups(slots: int, top_k: int, layout: SlotLayout) -> list[tuple[int, ...]]:
     """Slots for one decode call after another, each with `top_k` of its own.
 
-    In a model an expert's bytes come from the device's memory. Calls that take the groups in turn read so many other
-    bytes in between that the second-level cache has forgotten a group when it comes again, if the buffer has as many
-    slots; else it is as many groups as there are.
+    In a model an expert's bytes come from the device's memory. Calls that take the groups in turn
+    read so many other bytes in between that the second-level cache has forgotten a group when it
+    comes again, if the buffer has as many slots; else it is as many groups as there are.
     """
-    stage_bytes = min(layout.down.size, layout.gate.size + layout.up.size)  # each stage is timed alone
+    stage_bytes = min(
+        layout.down.size, layout.gate.size + layout.up.size
+    )  # each stage is timed alone
     wanted = -(-2 * CACHE_BYTES // (stage_bytes * top_k))
     count = min(wanted, slots // top_k)
     return [tuple(range(group * top_k, (group + 1) * top_k)) for group in range(count)]
 
 
 def tune(first: Blocks, run: Run, timer: Timer) -> Blocks:
-    """The fastest sizes for gate and up, and for down; a candidate that does not compile is left out."""
+    """The fastest sizes for gate and up, and for down; a candidate that does not compile is left
+    out.
+    """
     best = first
     times: dict[str, float] = {}
     for blocks in candidates(first):
@@ -101,7 +109,9 @@ class Tuned:
                 data = json.loads(read_regular(path, 1 << 20))
                 self._known = {str(key): _blocks(sizes) for key, sizes in data.items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            log.warning("%s: cannot read the tuned tile sizes (%s); they are measured again", path, error)
+            log.warning(
+                "%s: cannot read the tuned tile sizes (%s); they are measured again", path, error
+            )
 
     def get(self, layout: SlotLayout, top_k: int) -> Blocks | None:
         return self._known.get(_key(layout, top_k))

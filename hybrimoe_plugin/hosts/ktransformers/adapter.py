@@ -1,4 +1,6 @@
-"""Between kTransformers' objects and the engine: its loader's files, its routers, and the moment to build."""
+"""Between kTransformers' objects and the engine: its loader's files, its routers, and the moment to
+build.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,14 @@ from hybrimoe_plugin.operators.turns import take_turns
 
 T = TypeVar("T")
 
-NO_GRAPHS = "HybriMoE plans every layer call anew, which a CUDA graph cannot hold: start with --use_cuda_graph False"
+NO_GRAPHS = (
+    "HybriMoE plans every layer call anew, which a CUDA graph cannot hold: start with "
+    "--use_cuda_graph False"
+)
 _ON_LOADER = "hybrimoe"
-"""The attribute of kTransformers' loader that holds a model's `Shared`: the one object that all operators are given."""
+"""The attribute of kTransformers' loader that holds a model's `Shared`: the one object that all
+operators are given.
+"""
 
 
 class Shared:
@@ -45,14 +52,18 @@ class Shared:
         """The one of this loader, made on first use.
 
         Raises:
-            WeightsError: the loader's files are not one sound model, or hold what kTransformers would not read.
+            WeightsError: the loader's files are not one sound model, or hold what kTransformers
+                would not read.
         """
         found = getattr(loader, _ON_LOADER, None)
         if not isinstance(found, cls):
             files = getattr(loader, "file_data_map", None)
             if not files:
-                raise WeightsError(f"{type(loader).__name__} has no GGUF files; HybriMoE reads experts from GGUF")
-            # Its loader takes every GGUF file below a directory; so must ours, to mean the same model.
+                raise WeightsError(
+                    f"{type(loader).__name__} has no GGUF files; HybriMoE reads experts from GGUF"
+                )
+            # Its loader takes every GGUF file below a directory; so must ours, to mean the same
+            # model.
             found = cls(GGUFStore.open(sorted(files)))
             check_complete(found.store)
             setattr(loader, _ON_LOADER, found)
@@ -74,12 +85,15 @@ class Shared:
         """
         with self._binding:  # the first prompts may come on several threads
             if self._handle is None and self._operators:
-                self._members = nn.ModuleList(self._operators)  # the engine lives as long as this does
+                self._members = nn.ModuleList(
+                    self._operators
+                )  # the engine lives as long as this does
                 self._handle = bind(self._members, routers=self._router, progress=False)
         return self._handle
 
     def in_turn(self, call: Callable[..., T], *args: Any) -> T:
-        """Call while no other thread computes with this model's operators; builds the engine if nobody has.
+        """Call while no other thread computes with this model's operators; builds the engine if
+        nobody has.
 
         Raises as `bind`, and BackendError once the model was closed.
         """
@@ -90,17 +104,21 @@ class Shared:
     def _router(self, _model: nn.Module, operator: HybriMoEExperts) -> GateRouter:
         if operator.key not in self._routers:
             raise BackendError(
-                f"{operator.key}: its MoE block does not show its router; let the rules replace the block by one of "
-                "hybrimoe_plugin.hosts.ktransformers.blocks, as those in optimize_rules/ktransformers do"
+                f"{operator.key}: its MoE block does not show its router; let the rules replace "
+                f"the block by one of "
+                "hybrimoe_plugin.hosts.ktransformers.blocks, as those in "
+                "optimize_rules/ktransformers do"
             )
         return self._routers[operator.key]
 
 
 def attach(model: Any) -> HybriMoE | None:
-    """Build the engine of a model that `optimize_and_load_gguf` has loaded, and give it as `model.hybrimoe` too.
+    """Build the engine of a model that `optimize_and_load_gguf` has loaded, and give it as
+    `model.hybrimoe` too.
 
-    From then on threads that share the model take turns, one pass each. Without this call the engine is built at the
-    first prompt, where the whole model is not at hand: then they take turns by MoE block. Raises as `Shared.bind`.
+    From then on threads that share the model take turns, one pass each. Without this call the
+    engine is built at the first prompt, where the whole model is not at hand: then they take turns
+    by MoE block. Raises as `Shared.bind`.
     """
     shared = getattr(model.gguf_loader, _ON_LOADER, None)
     handle = shared.bind() if isinstance(shared, Shared) else None
@@ -111,10 +129,12 @@ def attach(model: Any) -> HybriMoE | None:
 
 
 class ClassicRouter(GateRouter):
-    """The router of a kTransformers MoE block: a linear layer, or a `MoEGate` that returns ids and weights.
+    """The router of a kTransformers MoE block: a linear layer, or a `MoEGate` that returns ids and
+    weights.
 
     Args:
-        gate: `gate(hidden) -> logits [T, E]`, or `gate(hidden [1, T, H]) -> (ids [T, K], weights [T, K], ...)`.
+        gate: `gate(hidden) -> logits [T, E]`, or `gate(hidden [1, T, H]) -> (ids [T, K], weights
+            [T, K], ...)`.
         top_k: K, which a linear layer does not know.
     """
 
@@ -132,7 +152,9 @@ class ClassicRouter(GateRouter):
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3); hooks do not see it."""
+        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3); hooks do
+        not see it.
+        """
         found = self.gate.forward(hidden[None])
         if isinstance(found, torch.Tensor):
             return found.reshape(len(hidden), -1).topk(self._top_k, dim=-1).indices

@@ -1,4 +1,5 @@
-"""kTransformers' MoE blocks, which besides computing show their router to the experts: for prefetch and cache scores.
+"""kTransformers' MoE blocks, which besides computing show their router to the experts: for prefetch
+and cache scores.
 
 The computation is theirs, unchanged.
 """
@@ -26,7 +27,8 @@ class _ShowsRouter(BaseInjectedModule):
             self.experts.show_router(self.gate, self.config.num_experts_per_tok)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As the block: [B, T, H] from [B, T, H]; what the router says waits for the experts, so both in one turn.
+        """As the block: [B, T, H] from [B, T, H]; what the router says waits for the experts, so
+        both in one turn.
 
         Raises as the experts' `forward`.
         """

@@ -15,8 +15,9 @@ _ABSENT = object()
 class Changes:
     """Records what is set in objects and in `sys.modules`, and puts it back in reverse order.
 
-    Modules of ktransformers that were first imported after this object was made hold references to what is put in
-    place of missing modules: `undo` forgets them, and what they added to `sys.path`, so that an import starts anew.
+    Modules of ktransformers that were first imported after this object was made hold references to
+    what is put in place of missing modules: `undo` forgets them, and what they added to `sys.path`,
+    so that an import starts anew.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,9 @@ class Changes:
                 sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
-        for name in [name for name in sys.modules if _is_theirs(name) and name not in self._imported_before]:
+        for name in [
+            name for name in sys.modules if _is_theirs(name) and name not in self._imported_before
+        ]:
             _forget(name)
         sys.path[:] = self._path_before
 

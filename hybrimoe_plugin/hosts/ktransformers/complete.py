@@ -1,4 +1,6 @@
-"""What a GGUF file states and kTransformers does not read: it takes all but the weights from config.json."""
+"""What a GGUF file states and kTransformers does not read: it takes all but the weights from
+config.json.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,14 @@ def check_complete(store: GGUFStore) -> None:
     facts = Facts(store)
     for key in _IN_CONFIG:
         facts.get(key)
-    architecture = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None)
+    architecture = next(
+        (arch for arch, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None
+    )
     if architecture is None:
         raise WeightsError(f"{store.paths[0]}: unknown GGUF architecture {store.architecture!r}")
-    known = {TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in MODEL_TENSORS[architecture]} - {"rope_freqs"}
+    known = {
+        TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in MODEL_TENSORS[architecture]
+    } - {"rope_freqs"}
     blocks, ahead = facts.integer("block_count", 0), facts.integer("nextn_predict_layers", 0)
     layers = blocks - ahead if ahead else None
     for name in store.tensors:
@@ -77,7 +83,9 @@ def check_complete(store: GGUFStore) -> None:
 
 
 def _has_place(name: str, store: GGUFStore, known: set[str], layers: int | None) -> bool:
-    """Whether a model has a place for a tensor. Those of layers from `layers` on predict further tokens: not used."""
+    """Whether a model has a place for a tensor. Those of layers from `layers` on predict further
+    tokens: not used.
+    """
     if name == _FACTORS:
         return bool((store.dequantized(name) == 1).all())
     found = _NAME.match(name)

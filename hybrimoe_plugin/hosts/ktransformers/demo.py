@@ -1,4 +1,6 @@
-"""The demo model as a directory that classic kTransformers reads: weights, config and tokenizer in the old formats."""
+"""The demo model as a directory that classic kTransformers reads: weights, config and tokenizer in
+the old formats.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _CONTROL = 3
 def classic_folder(form: str) -> Path:
     """The directory, made on first use; it holds a link to the demo model's GGUF.
 
-    Run this where classic kTransformers is installed: a tokenizer file is of the version that wrote it.
+    Run this where classic kTransformers is installed: a tokenizer file is of the version that wrote
+    it.
 
     Raises:
         WeightsError: the demo model is not built yet.
@@ -53,10 +56,15 @@ def classic_folder(form: str) -> Path:
 
 def _weights(form: str) -> Path:
     """The newest demo model of this form; it is the default environment that builds it."""
-    built = [path for folder in folders() for path in (folder / "demo").glob(f"SmolLM2-135M-{form}-v*-Q8_0.gguf")]
+    built = [
+        path
+        for folder in folders()
+        for path in (folder / "demo").glob(f"SmolLM2-135M-{form}-v*-Q8_0.gguf")
+    ]
     if not built:
         raise WeightsError(
-            f"the demo model is not there: run `hybrimoe demo-model --form {form}` in the default environment, whose "
+            f"the demo model is not there: run `hybrimoe demo-model --form {form}` in the default "
+            f"environment, whose "
             "transformers can build it"
         )
     return max(built, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
@@ -65,7 +73,10 @@ def _weights(form: str) -> Path:
 def _files(store: GGUFStore, form: str) -> dict[str, dict[str, Any]]:
     """File name -> content: config, tokenizer's and generation's settings."""
     tokens = store.metadata["tokenizer.ggml.tokens"]
-    ids = {name: store.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
+    ids = {
+        name: store.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        for name in ("bos", "eos", "padding")
+    }
     special = {name: tokens[index] for name, index in ids.items() if index is not None}
     ends = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
     return {
@@ -84,7 +95,11 @@ def _files(store: GGUFStore, form: str) -> dict[str, dict[str, Any]]:
 
 def _config(store: GGUFStore, form: str) -> dict[str, Any]:
     arch = store.architecture
-    facts = {key.removeprefix(f"{arch}."): value for key, value in store.metadata.items() if key.startswith(f"{arch}.")}
+    facts = {
+        key.removeprefix(f"{arch}."): value
+        for key, value in store.metadata.items()
+        if key.startswith(f"{arch}.")
+    }
     values = {
         "hidden_size": facts["embedding_length"],
         "num_hidden_layers": facts["block_count"],
@@ -115,17 +130,26 @@ def _config(store: GGUFStore, form: str) -> dict[str, Any]:
 
 
 def tokenizer(store: GGUFStore) -> Any:
-    """A `tokenizers.Tokenizer` of the demo model: byte-level BPE that splits numbers into digits."""
+    """A `tokenizers.Tokenizer` of the demo model: byte-level BPE that splits numbers into
+    digits.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = store.metadata["tokenizer.ggml.tokens"]
     kinds = store.metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in store.metadata["tokenizer.ggml.merges"]]
-    built = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    built = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+    )
     built.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     built.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    built.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in control]
+    )
     return built

@@ -34,23 +34,36 @@ def refuse_own_code(model_path: str | None) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         path = Path(model_path) / name
         values = read_json(path) if path.exists() else {}
-        if not values.get("auto_map") or (name == "config.json" and values.get("model_type") in _KNOWN):
+        if not values.get("auto_map") or (
+            name == "config.json" and values.get("model_type") in _KNOWN
+        ):
             continue
         raise ConfigError(
-            f"{path}: auto_map names Python files of the directory, and code from model directories is never run: "
+            f"{path}: auto_map names Python files of the directory, and code from model "
+            f"directories is never run: "
             "take a directory whose files need none"
         )
 
 
 def run_no_code(changes: Changes) -> None:
-    """Let transformers load without code from the directory, nor ask for it, nor look for it elsewhere."""
+    """Let transformers load without code from the directory, nor ask for it, nor look for it
+    elsewhere.
+    """
     transformers: Any = importlib.import_module("transformers")
     for module, name in _OWN_CONFIGS:
         config = getattr(importlib.import_module(module), name)
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
     local = {"trust_remote_code": False, "local_files_only": True}
-    changes.set(transformers.AutoConfig, "from_pretrained", _with(transformers.AutoConfig.from_pretrained, local))
-    changes.set(transformers.AutoTokenizer, "from_pretrained", _with(transformers.AutoTokenizer.from_pretrained, local))
+    changes.set(
+        transformers.AutoConfig,
+        "from_pretrained",
+        _with(transformers.AutoConfig.from_pretrained, local),
+    )
+    changes.set(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        _with(transformers.AutoTokenizer.from_pretrained, local),
+    )
     causal = transformers.AutoModelForCausalLM
     changes.set(causal, "from_config", _with(causal.from_config, {"trust_remote_code": False}))
 

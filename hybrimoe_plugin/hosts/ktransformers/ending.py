@@ -31,20 +31,26 @@ class EndingTokenizer:
         """With the ends that generation config, tokenizer and GGUF of a loaded model name."""
         named = getattr(model.generation_config, "eos_token_id", None)
         metadata = getattr(model.gguf_loader, "gguf_file_meta", {})
-        return cls(tokenizer, ends_of(tokenizer, metadata, named if isinstance(named, list) else [named]))
+        return cls(
+            tokenizer, ends_of(tokenizer, metadata, named if isinstance(named, list) else [named])
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def decode(self, ids: Any, *arguments: Any, **options: Any) -> str:
-        """The text of ids; of a single one, which only their loop hands over as a tensor, whether it is an end."""
+        """The text of ids; of a single one, which only their loop hands over as a tensor, whether
+        it is an end.
+        """
         if isinstance(ids, torch.Tensor) and ids.numel() == 1 and int(ids) in self._ends:
             return _THEIR_END
         return str(self._tokenizer.decode(ids, *arguments, **options))
 
 
 def without_second_think(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Prompt ids [1, T] without what --force_think added, where the chat template begins the answer so itself."""
+    """Prompt ids [1, T] without what --force_think added, where the chat template begins the answer
+    so itself.
+    """
     added = tokenizer.encode(_THEIR_THINK, add_special_tokens=False)
     found = ids[0].tolist()
     if not added or found[-len(added) :] != added:

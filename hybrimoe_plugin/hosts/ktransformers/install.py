@@ -1,8 +1,10 @@
-"""Install the pinned ktransformers without a compiler: its Python files and metadata, as published, nothing else.
+"""Install the pinned ktransformers without a compiler: its Python files and metadata, as published,
+nothing else.
 
-The release is a source distribution whose set-up script compiles CUDA code. pip fetches it, compares the hash and runs
-that script in a process where `setuptools.setup` drops the extensions; a start-up module on that process's path sees to
-it. The result is a pure-Python wheel of unmodified files. What was not compiled is provided at run time by `patches`.
+The release is a source distribution whose set-up script compiles CUDA code. pip fetches it,
+compares the hash and runs that script in a process where `setuptools.setup` drops the extensions; a
+start-up module on that process's path sees to it. The result is a pure-Python wheel of unmodified
+files. What was not compiled is provided at run time by `patches`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,16 @@ from pathlib import Path
 
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.hosts.ktransformers import startup
-from hybrimoe_plugin.hosts.ktransformers.release import SDIST_SHA256, TRANSFORMERS, VERSION, installed
+from hybrimoe_plugin.hosts.ktransformers.release import (
+    SDIST_SHA256,
+    TRANSFORMERS,
+    VERSION,
+    installed,
+)
 
 _COMPILER = "#!/bin/sh\necho 'no compiler, release 12.4, nothing is built'\n"
-"""The set-up script asks this for a release number, which goes into a name that is then not used."""
+"""The set-up script asks this for a release number, which goes into a name that is then not used.
+"""
 
 
 def install(*, force: bool = False) -> float:
@@ -35,14 +43,17 @@ def install(*, force: bool = False) -> float:
         seconds it took; 0 if it was there.
 
     Raises:
-        ConfigError: this environment has another ktransformers, or a transformers that does not go with it.
+        ConfigError: this environment has another ktransformers, or a transformers that does not go
+            with it.
         BackendError: pip could not fetch or build it; the file's hash is not the published one.
     """
     found = installed()
     if found == VERSION and not force:
         return 0.0
     if found is not None and not force:
-        raise ConfigError(f"ktransformers {found} is installed here: uninstall it, or give --force to replace it")
+        raise ConfigError(
+            f"ktransformers {found} is installed here: uninstall it, or give --force to replace it"
+        )
     _check_transformers()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hybrimoe-ktransformers-") as name:
@@ -59,7 +70,8 @@ def _check_transformers() -> None:
         return
     if not found.startswith("4.43."):
         raise ConfigError(
-            f"ktransformers {VERSION} needs transformers=={TRANSFORMERS}, this environment has {found}: "
+            f"ktransformers {VERSION} needs transformers=={TRANSFORMERS}, this environment has "
+            f"{found}: "
             "use one of its own (scripts/setup_ktransformers.py makes it)"
         )
 
@@ -76,10 +88,18 @@ def _build(folder: Path) -> Path:
     environment = {
         "PYTHONPATH": str(Path(startup.__file__).parent),
         "HYBRIMOE_NO_CUDA_HOME": str(home),
-        "CPU_INSTRUCT": "AVX2",  # answers a question about this processor that concerns compiled code only
+        # answers a question about this processor that concerns compiled code only
+        "CPU_INSTRUCT": "AVX2",
     }
     # No cache: pip would later hand this wheel to somebody who wants the compiled one.
-    flags = ["--no-deps", "--no-build-isolation", "--no-binary", "ktransformers", "--no-cache-dir", "--require-hashes"]
+    flags = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-binary",
+        "ktransformers",
+        "--no-cache-dir",
+        "--require-hashes",
+    ]
     _pip(environment, "wheel", *flags, "--wheel-dir", str(folder), "--requirement", str(pinned))
     wheels = list(folder.glob("ktransformers-*.whl"))
     if len(wheels) != 1:
@@ -89,8 +109,16 @@ def _build(folder: Path) -> Path:
 
 def _pip(environment: Mapping[str, str], *arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         # pip's own error lines say what; a build's traceback stands before them.
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise BackendError(f"pip {arguments[0]} of ktransformers {VERSION} failed: {' | '.join(lines[-6:])}")
+        lines = [
+            line
+            for line in done.stderr.splitlines()
+            if line.strip() and not line.startswith("WARNING")
+        ]
+        raise BackendError(
+            f"pip {arguments[0]} of ktransformers {VERSION} failed: {' | '.join(lines[-6:])}"
+        )

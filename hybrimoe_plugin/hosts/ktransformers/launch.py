@@ -1,4 +1,6 @@
-"""Start the real `ktransformers.local_chat` in this process, with the patches that the host needs."""
+"""Start the real `ktransformers.local_chat` in this process, with the patches that the
+host needs.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +80,18 @@ def run_local_chat(
         log.info("ktransformers patches in force: %s", ", ".join(applied.names) or "none")
         run_no_code(applied.changes)
         _adjust(applied.changes, launch, loaded, answered)
-        argv = [LOCAL_CHAT, *(f"--{name}={value}" for name, value in launch.flags.items() if value is not None)]
-        with _process(argv, launch.prompt), warnings.catch_warnings(), contextlib.suppress(EOFError):
-            if launch.quiet:  # its loader sees mapped files through arrays that must not be written, and does not
+        argv = [
+            LOCAL_CHAT,
+            *(f"--{name}={value}" for name, value in launch.flags.items() if value is not None),
+        ]
+        with (
+            _process(argv, launch.prompt),
+            warnings.catch_warnings(),
+            contextlib.suppress(EOFError),
+        ):
+            if (
+                launch.quiet
+            ):  # its loader sees mapped files through arrays that must not be written, and does not
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             if launch.seed is not None:
                 torch.manual_seed(launch.seed)
@@ -99,7 +110,9 @@ def packaged_rules(model_path: str, device: str) -> Path:
     name = FAMILY_RULES.get(architecture(model_path))
     if name is None:
         known = ", ".join(FAMILY_RULES)
-        raise RulesError(f"no packaged rules for {architecture(model_path)} (there are for {known})")
+        raise RulesError(
+            f"no packaged rules for {architecture(model_path)} (there are for {known})"
+        )
     return Path(str(files("optimize_rules"))) / "ktransformers" / f"{name}-{device}.yaml"
 
 
@@ -109,14 +122,18 @@ def architecture(model_path: str) -> str:
     try:
         return str(read_json(path)["architectures"][0])
     except (WeightsError, LookupError, TypeError) as error:
-        raise WeightsError(f"{path}: no architecture can be read there ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{path}: no architecture can be read there ({type(error).__name__}: {error})"
+        ) from error
 
 
 def names_cuda(rules: Path) -> bool:
     """Whether any rule places something on CUDA. Raises: RulesError: the file is no rules file."""
     from hybrimoe_plugin.injection.rules import load_rules
 
-    return any("cuda" in str(value) for rule in load_rules(rules).rules for value in rule.kwargs.values())
+    return any(
+        "cuda" in str(value) for rule in load_rules(rules).rules for value in rule.kwargs.values()
+    )
 
 
 def as_lines(prompt: str) -> str:
@@ -135,7 +152,10 @@ def as_lines(prompt: str) -> str:
 
 
 def _adjust(
-    changes: Changes, launch: Launch, loaded: Callable[[Any], None], answered: Callable[[list[int]], None]
+    changes: Changes,
+    launch: Launch,
+    loaded: Callable[[Any], None],
+    answered: Callable[[list[int]], None],
 ) -> None:
     """What this start asks for beyond the patches."""
     optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
@@ -145,7 +165,9 @@ def _adjust(
 
     @functools.wraps(load)
     def load_quietly(module: Any, *arguments: Any, **options: Any) -> None:
-        with contextlib.redirect_stdout(io.StringIO()) if launch.quiet else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stdout(io.StringIO()) if launch.quiet else contextlib.nullcontext()
+        ):
             load(module, *arguments, **options)
         loaded(module)
 
@@ -161,7 +183,9 @@ def _adjust(
 
 
 def _ending(model: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`prefill_and_generate`'s tokenizer and prompt as this model needs them; the rest is left alone."""
+    """`prefill_and_generate`'s tokenizer and prompt as this model needs them; the rest is left
+    alone.
+    """
     if len(arguments) < 2:
         return arguments
     tokenizer, ids, *rest = arguments
@@ -173,7 +197,9 @@ def _greedily(model: Any) -> Iterator[None]:
     """Whatever sampling is asked for, the model's generation config says none."""
     prepare = model._prepare_generation_config
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    model._prepare_generation_config = lambda *given, **kwargs: prepare(*given, **{**kwargs, **greedy})
+    model._prepare_generation_config = lambda *given, **kwargs: prepare(
+        *given, **{**kwargs, **greedy}
+    )
     try:
         yield
     finally:
@@ -182,13 +208,17 @@ def _greedily(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process(argv: list[str], prompt: str | None) -> Iterator[None]:
-    """The arguments and the input that `local_chat` finds; what it sets for the whole process is set back."""
+    """The arguments and the input that `local_chat` finds; what it sets for the whole process is
+    set back.
+    """
     before = sys.argv, sys.stdin, os.environ.get("TERM")
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     sys.argv = argv
     if prompt is not None:
         sys.stdin = io.StringIO(as_lines(prompt))
-        os.environ["TERM"] = "dumb"  # it clears the screen, which must not take the answer's surroundings away
+        os.environ["TERM"] = (
+            "dumb"  # it clears the screen, which must not take the answer's surroundings away
+        )
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""The experts operator as kTransformers' rules name it: the same class, recognisable to its MoE blocks.
+"""The experts operator as kTransformers' rules name it: the same class, recognisable to its MoE
+blocks.
 
 Importing this imports `ktransformers`; where that was not compiled, `patches` come first.
 """
@@ -19,10 +20,11 @@ from hybrimoe_plugin.operators import experts
 
 
 class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase):
-    """`hybrimoe_plugin.operators.experts.HybriMoEExperts` under kTransformers' injection; arguments are the same.
+    """`hybrimoe_plugin.operators.experts.HybriMoEExperts` under kTransformers' injection; arguments
+    are the same.
 
-    kTransformers loads only what is a `BaseInjectedModule`, and its blocks call only what is a `KExpertsBase` with
-    `generate_experts`. Nothing of these base classes is used but the types.
+    kTransformers loads only what is a `BaseInjectedModule`, and its blocks call only what is a
+    `KExpertsBase` with `generate_experts`. Nothing of these base classes is used but the types.
     """
 
     # Theirs hand every unknown attribute on to the replaced module.
@@ -31,7 +33,14 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
 
     _shared: Shared
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        **kwargs: Any,
+    ):
         shared = Shared.of(gguf_loader)
         here = "cuda" if torch.cuda.is_available() else "cpu"
         devices = {"prefill_device": here, "generate_device": here}
@@ -41,32 +50,40 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
 
     @property
     def generate_experts(self) -> HybriMoEExperts:
-        """What their blocks look at in order to choose a path; without `submit_for_one_decode` it is the plain one."""
+        """What their blocks look at in order to choose a path; without `submit_for_one_decode` it
+        is the plain one.
+        """
         return self
 
     @property
     def device(self) -> str:
-        """Where their blocks send the inputs: where the model's dense part computes. The engine moves on from there."""
+        """Where their blocks send the inputs: where the model's dense part computes. The engine
+        moves on from there.
+        """
         if not torch.cuda.is_available():  # an emulated accelerator is no place to send anything
             return "cpu"
         return self.generate_device if self.generate_device != "cpu" else self.prefill_device
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-        """As the base class, without `auto`: kTransformers reads the same words and synchronises with that device.
+        """As the base class, without `auto`: kTransformers reads the same words and synchronises
+        with that device.
 
         Raises:
             ConfigError: naming field, value and allowed range.
         """
         for name in ("prefill_device", "generate_device"):
             if kwargs.get(name) == "auto":
-                raise ConfigError(f"{name}: kTransformers knows no device auto: name cpu, cuda or cuda:N")
+                raise ConfigError(
+                    f"{name}: kTransformers knows no device auto: name cpu, cuda or cuda:N"
+                )
         experts.HybriMoEExperts.check_kwargs(kwargs)
 
     def forward(  # type: ignore[override]  # their names, and nobody there predicts for us
         self, input_tensor: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K]; builds the engine if nobody has.
+        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K]; builds the engine if
+        nobody has.
 
         Raises:
             BackendError: in the capture of a CUDA graph.
@@ -76,7 +93,8 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
         return self.in_turn(super().forward, input_tensor, expert_ids, weights)
 
     def in_turn(self, call: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
-        """The result of a call, made while no other thread computes with the model; builds the engine if nobody has.
+        """The result of a call, made while no other thread computes with the model; builds the
+        engine if nobody has.
 
         Raises as `Shared.in_turn`.
         """

@@ -9,7 +9,8 @@ VERSION = "0.2.1.post1"
 """The last release on the package index with the injection framework and `local_chat`."""
 SDIST_SHA256 = "079ee36fbefe1280455f6cb2d9afaf840a9fed350acecdcf94f03b113aa94199"
 TRANSFORMERS = "4.43.2"
-"""What that release pins; the default host needs a much later one, hence an environment of its own."""
+"""What that release pins; the default host needs a much later one, hence an environment of its own.
+"""
 
 
 def installed() -> str | None:
@@ -27,5 +28,7 @@ def release_numbers(version: str) -> tuple[int, ...]:
 
 
 def in_range(version: str, low: str, below: str) -> bool:
-    """Whether `low <= version < below`, by the leading numbers; post-releases count as their release."""
+    """Whether `low <= version < below`, by the leading numbers; post-releases count as their
+    release.
+    """
     return release_numbers(low) <= release_numbers(version) < release_numbers(below)

@@ -1,4 +1,5 @@
-"""What people do with any transformers model: where it cannot be right with operators in it, it says so.
+"""What people do with any transformers model: where it cannot be right with operators in it, it
+says so.
 
 Everything that is not named here gives what the plain model gives.
 """
@@ -20,9 +21,13 @@ from hybrimoe_plugin.operators.mla import LeanMLA
 from hybrimoe_plugin.operators.own import give_own
 
 _SAVING = (
-    "the checkpoint would lack every weight that is read from the file as it is stored: keep that file, or save {}"
+    "the checkpoint would lack every weight that is read from the file as it is stored: "
+    "keep that file, or save {}"
 )
-_COPYING = "operators hold memory maps, threads and device memory that cannot be copied: load the file once more"
+_COPYING = (
+    "operators hold memory maps, threads and device memory that cannot be copied: load "
+    "the file once more"
+)
 _VOCABULARY = "embedding and output head are read from the file as they are: resize {}"
 
 REFUSED = {
@@ -41,12 +46,14 @@ class Guard:
     """Lets an injected model refuse what would go wrong without a word.
 
     Args:
-        model: a transformers model with operators in it, ready to compute. Mutates: it and the models inside it, by
-            attributes of the instances.
+        model: a transformers model with operators in it, ready to compute. Mutates: it and the
+            models inside it, by attributes of the instances.
         plain: what the user can take in place of it.
     """
 
-    def __init__(self, model: Any, plain: str = "the model of hybrimoe_plugin.load_plain_model") -> None:
+    def __init__(
+        self, model: Any, plain: str = "the model of hybrimoe_plugin.load_plain_model"
+    ) -> None:
         self._model = model
         self._plain = plain
         self._guards = [_Guard(module, plain) for module in _models(model)]
@@ -57,7 +64,9 @@ class Guard:
             each.remove()
 
     def restored(self) -> None:
-        """The original modules are back: refuse to compute or save until they have weights, if some have none."""
+        """The original modules are back: refuse to compute or save until they have weights, if some
+        have none.
+        """
         _refuse_until_loaded(self._model, self._plain)
 
 
@@ -69,9 +78,13 @@ class _Guard:
         self._plain = plain
         operators = [module for module in model.modules() if isinstance(module, DenseOperator)]
         self._attention = any(isinstance(module, LeanAttention | LeanMLA) for module in operators)
-        self._real = {name: getattr(model, name) for name in ("_apply", "set_attn_implementation", "state_dict")}
+        self._real = {
+            name: getattr(model, name)
+            for name in ("_apply", "set_attn_implementation", "state_dict")
+        }
         own: dict[str, Callable[..., Any]] = {
-            name: _refusal(_KNOWN_AS.get(name, f"{name}()"), why.format(plain)) for name, why in REFUSED.items()
+            name: _refusal(_KNOWN_AS.get(name, f"{name}()"), why.format(plain))
+            for name, why in REFUSED.items()
         }
         own["state_dict"] = self._states
         own["_apply"] = self._moved
@@ -81,7 +94,9 @@ class _Guard:
         if self._attention:
             own["set_attn_implementation"] = self._other_attention
             if model.config._attn_implementation != "sdpa":
-                self._real["set_attn_implementation"]("sdpa")  # which these operators compute, whatever the config says
+                self._real["set_attn_implementation"](
+                    "sdpa"
+                )  # which these operators compute, whatever the config says
         own["forward"] = self._checked(model.forward)
         self.remove = give_own(model, own)
         """Puts everything back."""
@@ -95,41 +110,55 @@ class _Guard:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
                 raise BackendError(
-                    "output_attentions: attention weights are never computed by these operators; load with "
-                    f"dense='plain' and then set_attn_implementation('eager'), or take {self._plain}"
+                    "output_attentions: attention weights are never computed by these operators; "
+                    "load with "
+                    f"dense='plain' and then set_attn_implementation('eager'), or take "
+                    f"{self._plain}"
                 )
             given = kwargs.get("input_ids", args[0] if args else None)
             if isinstance(given, torch.Tensor) and not given.numel():
                 raise InputError(f"input_ids of shape {list(given.shape)} hold no token")
             if model.training and getattr(config, "attention_dropout", 0.0):
                 raise BackendError(
-                    f"train(): attention_dropout is {config.attention_dropout}, and these operators have none; load "
+                    f"train(): attention_dropout is {config.attention_dropout}, and these "
+                    f"operators have none; load "
                     "with dense='plain'"
                 )
             return call(*args, **kwargs)
 
         return forward
 
-    def _moved(self, change: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """What `to`, `half`, `float`, `cuda` and the like come down to: fine where they change nothing."""
+    def _moved(
+        self, change: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `to`, `half`, `float`, `cuda` and the like come down to: fine where they change
+        nothing.
+        """
         tensors = [*self._model.parameters(), *self._model.buffers()]
         for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
             try:
                 probe = change(torch.empty(0, dtype=kind[0], device=kind[1]))
-            except Exception as error:  # torch has an error of its own for each device that is not there
+            except (
+                Exception
+            ) as error:  # torch has an error of its own for each device that is not there
                 raise BackendError(f"to(): the model stays where it is: {error}") from error
             if (probe.dtype, probe.device) != kind:
                 raise BackendError(
-                    f"to(): weights that are {_name(*kind)} cannot become {_name(probe.dtype, probe.device)} once the "
-                    "model is loaded: load it with dtype=..., and choose devices by rules and settings"
+                    f"to(): weights that are {_name(*kind)} cannot become "
+                    f"{_name(probe.dtype, probe.device)} once the "
+                    "model is loaded: load it with dtype=..., and choose devices by rules and "
+                    "settings"
                 )
         return self._real["_apply"](change, *args, **kwargs)
 
     def _states(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """A module around this one, PEFT's for example, may collect what it finds and keep its own part of it."""
+        """A module around this one, PEFT's for example, may collect what it finds and keep its own
+        part of it.
+        """
         if destination is None and not args:
             raise BackendError(
-                "state_dict(): it would lack every weight that is read from the file as it is stored: take "
+                "state_dict(): it would lack every weight that is read from the file as it is "
+                "stored: take "
                 f"{self._plain}, or named_parameters() for what this model holds itself"
             )
         return self._real["state_dict"](*args, destination=destination, **kwargs)
@@ -142,14 +171,16 @@ class _Guard:
 
     def _adapted(self, *_args: Any, **_kwargs: Any) -> None:
         raise BackendError(
-            "adapters change linear modules, which these operators replace: load with dense='plain' and "
+            "adapters change linear modules, which these operators replace: load with "
+            "dense='plain' and "
             f"cpu_backend='torch', or take {self._plain}"
         )
 
     def _other_attention(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if attn_implementation != "sdpa":
             raise BackendError(
-                f"set_attn_implementation({attn_implementation!r}): these operators compute attention themselves, as "
+                f"set_attn_implementation({attn_implementation!r}): these operators compute "
+                f"attention themselves, as "
                 f"'sdpa' does; load with dense='plain', or take {self._plain}"
             )
         return self._real["set_attn_implementation"](attn_implementation, *args, **kwargs)
@@ -163,10 +194,15 @@ def _refusal(name: str, why: str) -> Callable[..., Any]:
 
 
 def _refuse_until_loaded(model: nn.Module, plain: str) -> None:
-    """Original modules have no weights where the operators' matrices stayed in the file. Mutates: `model`."""
+    """Original modules have no weights where the operators' matrices stayed in the file. Mutates:
+    `model`.
+    """
     for module in _models(model):
         if _missing(module):
-            calls = {name: getattr(module, name) for name in ("forward", "save_pretrained", "push_to_hub")}
+            calls = {
+                name: getattr(module, name)
+                for name in ("forward", "save_pretrained", "push_to_hub")
+            }
             calls["__deepcopy__"] = functools.partial(copy.deepcopy, module)
             for name, call in calls.items():
                 module.__dict__[name] = _loaded_first(module, name, call, tuple(calls), plain)
@@ -181,7 +217,8 @@ def _loaded_first(
         if missing:
             raise BackendError(
                 f"{known_as}: this model was restored, and {missing[0]} ({len(missing)} tensors "
-                f"in all) never had weights of its own: load the file again with load_model, take {plain}, or fill it "
+                f"in all) never had weights of its own: load the file again with load_model, take "
+                f"{plain}, or fill it "
                 "with load_state_dict(..., assign=True)"
             )
         for each in names:

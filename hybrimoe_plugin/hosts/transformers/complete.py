@@ -1,4 +1,6 @@
-"""Every tensor of a file belongs to a parameter of the model, or is known to be needless; else the file is refused."""
+"""Every tensor of a file belongs to a parameter of the model, or is known to be needless; else the
+file is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,25 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
         model: as transformers builds it, usually on the meta device.
 
     Raises:
-        WeightsError: naming the tensors that are missing, and those that no parameter of the model is made from.
+        WeightsError: naming the tensors that are missing, and those that no parameter of the model
+            is made from.
     """
     source = ParameterSource(store, config)
     used = {part: None for name in model.state_dict() for part in source.parts(name)}
     ahead = Facts(store).integer("nextn_predict_layers", 0) > 0
     missing = [part for part in used if part not in store.tensors]
-    unused = [name for name in store.tensors if name not in used and not _needless(name, store, config, ahead)]
+    unused = [
+        name
+        for name in store.tensors
+        if name not in used and not _needless(name, store, config, ahead)
+    ]
     wrong = []
     if missing:
         wrong.append(f"tensor {_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     if unused:
         wrong.append(
-            f"a {config.model_type} model has no place for {_listed(unused)}, without which its answers would be wrong"
+            f"a {config.model_type} model has no place for {_listed(unused)}, without which its "
+            f"answers would be wrong"
         )
     if wrong:
         raise WeightsError(f"{store.paths[0]}: {'; '.join(wrong)}")
@@ -58,4 +66,6 @@ def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
     if ahead and layer >= config.num_hidden_layers:
         return True  # layers that predict further tokens; plain decoding does not use them
     split = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
-    return part == "attn_kv_b.weight" and all(one in store.tensors for one in split)  # the same matrix twice
+    return part == "attn_kv_b.weight" and all(
+        one in store.tensors for one in split
+    )  # the same matrix twice

@@ -1,4 +1,6 @@
-"""A transformers config from a model directory, or from GGUF metadata, and a check that the two agree."""
+"""A transformers config from a model directory, or from GGUF metadata, and a check that the two
+agree.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ log = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 PADDING_ROWS = 512
-"""Tokens by which vocabularies of one tokenizer may differ: some converters drop rows of padding, others add them."""
+"""Tokens by which vocabularies of one tokenizer may differ: some converters drop rows of padding,
+others add them.
+"""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -41,8 +45,8 @@ def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
     """The model's config from `model_path/config.json`, else from GGUF metadata.
 
     Raises:
-        WeightsError: neither is there, the architecture is unknown, the metadata is out of range or asks for what is
-            not supported, or the two do not describe the same model.
+        WeightsError: neither is there, the architecture is unknown, the metadata is out of range or
+            asks for what is not supported, or the two do not describe the same model.
         ConfigError: config.json names code or kernels that would have to be run or fetched.
     """
     if model_path is not None and not Path(model_path).exists():
@@ -65,13 +69,15 @@ def describe(store: GGUFStore) -> Description:
     """Read all of the GGUF metadata that concerns the model.
 
     Raises:
-        WeightsError: an architecture without support, metadata missing or out of range, or a key that asks for what
-            is not supported.
+        WeightsError: an architecture without support, metadata missing or out of range, or a key
+            that asks for what is not supported.
     """
     facts = Facts(store)
     kind = store.metadata.get("general.type", "model")
     if kind != "model":
-        raise WeightsError(f"{facts.where}: general.type is {kind!r}, not 'model': it holds no whole model")
+        raise WeightsError(
+            f"{facts.where}: general.type is {kind!r}, not 'model': it holds no whole model"
+        )
     builder = _BUILDERS.get(facts.architecture)
     if builder is None:
         raise WeightsError(
@@ -92,7 +98,9 @@ def check_same_model(config: Any, described: Description, directory: str) -> Non
         WeightsError: naming both values.
     """
     pairs = [("model_type", config.model_type, described.model_type)]
-    pairs += [(name, getattr(config, name, None), value) for name, value in described.stated.items()]
+    pairs += [
+        (name, getattr(config, name, None), value) for name, value in described.stated.items()
+    ]
     wrong = []
     for name, ours, theirs in pairs:
         if ours is None and name != "sliding_window":
@@ -117,7 +125,9 @@ def _agree(name: str, ours: Any, theirs: Any) -> bool:
 
 
 def _follow_file(config: Any, described: Description) -> None:
-    """The weights are those of the file: rows of padding, and a head of its own. Mutates: `config`."""
+    """The weights are those of the file: rows of padding, and a head of its own. Mutates:
+    `config`.
+    """
     config.vocab_size = described.stated["vocab_size"]
     if not described.assumed["tie_word_embeddings"]:
         config.tie_word_embeddings = False
@@ -132,7 +142,8 @@ def _config_of(described: Description) -> Any:
         return AutoConfig.for_model(described.model_type, **values)
     except Exception as error:  # strict dataclass validation raises kinds of its own
         raise WeightsError(
-            f"{described.where}: its metadata does not make a {described.model_type} config ({error})"
+            f"{described.where}: its metadata does not make a {described.model_type} config "
+            f"({error})"
         ) from error
 
 
@@ -154,22 +165,35 @@ class _Draft:
 
 
 def _common(facts: Facts, draft: _Draft) -> None:
-    hidden, heads = facts.integer("embedding_length", least=1), facts.integer("attention.head_count", least=1)
+    hidden, heads = (
+        facts.integer("embedding_length", least=1),
+        facts.integer("attention.head_count", least=1),
+    )
     groups = facts.integer("attention.head_count_kv", heads, least=1)
     if heads % groups:
-        raise facts.wrong("attention.head_count_kv", f"it must divide attention.head_count, which is {heads}", groups)
+        raise facts.wrong(
+            "attention.head_count_kv",
+            f"it must divide attention.head_count, which is {heads}",
+            groups,
+        )
     draft.take("hidden_size", hidden)
     draft.take("num_hidden_layers", _layers(facts))
     draft.take("num_attention_heads", heads)
     draft.take("num_key_value_heads", groups, "attention.head_count_kv")
     draft.take("rms_norm_eps", facts.number("attention.layer_norm_rms_epsilon"))
     vocab = facts.store.tensors.get("token_embd.weight")
-    draft.take("vocab_size", vocab.shape[0] if vocab is not None else facts.integer("vocab_size", least=1))
+    draft.take(
+        "vocab_size", vocab.shape[0] if vocab is not None else facts.integer("vocab_size", least=1)
+    )
     draft.assumed.update(
         max_position_embeddings=facts.integer("context_length", 4096, least=1),
         tie_word_embeddings="output.weight" not in facts.store.tensors,
     )
-    for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+    for name, key in (
+        ("bos_token_id", "bos"),
+        ("eos_token_id", "eos"),
+        ("pad_token_id", "padding"),
+    ):
         token = facts.store.metadata.get(f"tokenizer.ggml.{key}_token_id")
         draft.assumed[name] = token if isinstance(token, int) else None
 
@@ -178,7 +202,9 @@ def _layers(facts: Facts) -> int:
     """Decoder layers, without those that predict further tokens."""
     total, ahead = facts.integer("block_count", least=1), facts.integer("nextn_predict_layers", 0)
     if ahead >= total:
-        raise facts.wrong("nextn_predict_layers", f"it must be less than block_count, which is {total}", ahead)
+        raise facts.wrong(
+            "nextn_predict_layers", f"it must be less than block_count, which is {total}", ahead
+        )
     held = {int(found[1]) for name in facts.store.tensors if (found := _BLOCK.match(name))}
     if total - ahead > len(held):
         raise facts.wrong("block_count", f"the file has tensors of {len(held)} blocks", total)
@@ -189,17 +215,25 @@ def _heads(facts: Facts, draft: _Draft) -> None:
     """Heads of one size for queries, keys and values, which are turned whole."""
     hidden, heads = draft.stated["hidden_size"], draft.stated["num_attention_heads"]
     if not facts.has("attention.key_length") and hidden % heads:
-        raise facts.wrong("attention.head_count", f"it must divide embedding_length, which is {hidden}", heads)
+        raise facts.wrong(
+            "attention.head_count", f"it must divide embedding_length, which is {hidden}", heads
+        )
     size = facts.integer("attention.key_length", hidden // heads, least=1)
     draft.take("head_dim", size, "attention.key_length")
-    facts.only("attention.value_length", size, f"keys have {size} dimensions, and values must have as many")
-    facts.only("rope.dimension_count", size, f"heads have {size} dimensions, all of which must be turned")
+    facts.only(
+        "attention.value_length", size, f"keys have {size} dimensions, and values must have as many"
+    )
+    facts.only(
+        "rope.dimension_count", size, f"heads have {size} dimensions, all of which must be turned"
+    )
     facts.only("attention.scale", size**-0.5, f"only {size**-0.5:.6g} is supported", unset=0)
     draft.rotary = size
 
 
 def _biases(facts: Facts, *parts: str) -> bool:
-    """Whether the first layer has all these biases; biases that stay unread are refused with the other tensors."""
+    """Whether the first layer has all these biases; biases that stay unread are refused with the
+    other tensors.
+    """
     return all(f"blk.0.{part}.bias" in facts.store.tensors for part in parts)
 
 
@@ -212,7 +246,9 @@ def _chosen(facts: Facts, draft: _Draft, name: str) -> int:
     experts = facts.integer("expert_count", least=1)
     used = facts.integer("expert_used_count", least=1)
     if used > experts:
-        raise facts.wrong("expert_used_count", f"there are expert_count = {experts} to choose from", used)
+        raise facts.wrong(
+            "expert_used_count", f"there are expert_count = {experts} to choose from", used
+        )
     draft.take(name, experts)
     draft.take("num_experts_per_tok", used)
     return used
@@ -224,10 +260,17 @@ def _llama(facts: Facts, draft: _Draft) -> str:
     size = facts.integer("feed_forward_length", least=1)
     draft.take("intermediate_size", size)
     if facts.integer("expert_count", 0) == 0:
-        draft.assumed.update(attention_bias=_biases(facts, *_ATTENTION), mlp_bias=_biases(facts, *_MLP))
+        draft.assumed.update(
+            attention_bias=_biases(facts, *_ATTENTION), mlp_bias=_biases(facts, *_MLP)
+        )
         return "llama"
     _chosen(facts, draft, "num_local_experts")
-    facts.only("expert_feed_forward_length", size, f"feed_forward_length is {size}, and it must be the same", unset=0)
+    facts.only(
+        "expert_feed_forward_length",
+        size,
+        f"feed_forward_length is {size}, and it must be the same",
+        unset=0,
+    )
     window = facts.integer("attention.sliding_window", 0)
     draft.take("sliding_window", window or None, "attention.sliding_window")
     return "mixtral"
@@ -251,7 +294,9 @@ def _qwen_moe(model_type: str) -> Callable[[Facts, _Draft], str]:
         _heads(facts, draft)
         _chosen(facts, draft, "num_experts")
         # Only the expert size is stored by some converters; it is then the dense size too.
-        expert = facts.integer("expert_feed_forward_length", facts.integer("feed_forward_length", 1), least=1)
+        expert = facts.integer(
+            "expert_feed_forward_length", facts.integer("feed_forward_length", 1), least=1
+        )
         draft.take("moe_intermediate_size", expert, "expert_feed_forward_length")
         norm = facts.flag("expert_weights_norm", model_type == "qwen3_moe")
         draft.take("norm_topk_prob", norm, "expert_weights_norm")
@@ -267,8 +312,14 @@ def _qwen_moe(model_type: str) -> Callable[[Facts, _Draft], str]:
             draft.take("sliding_window", window or None, "attention.sliding_window")
             return model_type
         draft.assumed["qkv_bias"] = _biases(facts, *_ATTENTION[:3])
-        shared = [info for name, info in facts.store.tensors.items() if name.endswith(".ffn_gate_shexp.weight")]
-        size = facts.integer("expert_shared_feed_forward_length", shared[0].shape[0] if shared else expert, least=1)
+        shared = [
+            info
+            for name, info in facts.store.tensors.items()
+            if name.endswith(".ffn_gate_shexp.weight")
+        ]
+        size = facts.integer(
+            "expert_shared_feed_forward_length", shared[0].shape[0] if shared else expert, least=1
+        )
         draft.take("shared_expert_intermediate_size", size, "expert_shared_feed_forward_length")
         return model_type
 
@@ -277,7 +328,8 @@ def _qwen_moe(model_type: str) -> Callable[[Facts, _Draft], str]:
 
 def _deepseek(facts: Facts, draft: _Draft) -> str:
     _common(facts, draft)
-    # Files with split kv_b describe multi-query attention; the model itself has one key head per query head.
+    # Files with split kv_b describe multi-query attention; the model itself has one key head per
+    # query head.
     draft.stated.pop("num_key_value_heads", None)
     draft.assumed["num_key_value_heads"] = draft.stated["num_attention_heads"]
     _latent_heads(facts, draft)
@@ -286,9 +338,17 @@ def _deepseek(facts: Facts, draft: _Draft) -> str:
     draft.take("moe_intermediate_size", facts.integer("expert_feed_forward_length", least=1))
     draft.take("n_shared_experts", facts.integer("expert_shared_count"))
     shared = draft.stated["n_shared_experts"] * draft.stated["moe_intermediate_size"]
-    facts.only("expert_shared_feed_forward_length", shared, f"{shared} is what its experts give", unset=0)
-    draft.take("first_k_dense_replace", facts.integer("leading_dense_block_count", 0), "leading_dense_block_count")
-    draft.take("routed_scaling_factor", facts.number("expert_weights_scale", 1.0), "expert_weights_scale")
+    facts.only(
+        "expert_shared_feed_forward_length", shared, f"{shared} is what its experts give", unset=0
+    )
+    draft.take(
+        "first_k_dense_replace",
+        facts.integer("leading_dense_block_count", 0),
+        "leading_dense_block_count",
+    )
+    draft.take(
+        "routed_scaling_factor", facts.number("expert_weights_scale", 1.0), "expert_weights_scale"
+    )
     gating = facts.integer("expert_gating_func", 0)
     groups, group = _groups(facts, draft, used, gating)
     draft.take("n_group", groups, "expert_group_count")
@@ -299,7 +359,9 @@ def _deepseek(facts: Facts, draft: _Draft) -> str:
         return "deepseek_v3"
     if gating not in (0, 1):  # files without the key are older and softmax
         facts.refuse(f"{facts.architecture}.expert_gating_func is {gating}")
-    facts.only("expert_weights_norm", False, "transformers' DeepSeek-V2 does not normalise expert weights")
+    facts.only(
+        "expert_weights_norm", False, "transformers' DeepSeek-V2 does not normalise expert weights"
+    )
     draft.take("norm_topk_prob", False, "expert_weights_norm")
     draft.assumed["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
     return "deepseek_v2"
@@ -308,11 +370,21 @@ def _deepseek(facts: Facts, draft: _Draft) -> str:
 def _latent_heads(facts: Facts, draft: _Draft) -> None:
     rope = facts.integer("rope.dimension_count", least=1)
     # Where there are lengths for latent attention, the others are those of the absorbed form.
-    key = facts.integer("attention.key_length_mla", facts.integer("attention.key_length", 0), least=1)
-    value = facts.integer("attention.value_length_mla", facts.integer("attention.value_length", 0), least=1)
+    key = facts.integer(
+        "attention.key_length_mla", facts.integer("attention.key_length", 0), least=1
+    )
+    value = facts.integer(
+        "attention.value_length_mla", facts.integer("attention.value_length", 0), least=1
+    )
     if key <= rope:
-        raise facts.wrong("rope.dimension_count", f"it must be less than the keys' length, which is {key}", rope)
-    rank = facts.integer("attention.q_lora_rank", least=1) if facts.has("attention.q_lora_rank") else None
+        raise facts.wrong(
+            "rope.dimension_count", f"it must be less than the keys' length, which is {key}", rope
+        )
+    rank = (
+        facts.integer("attention.q_lora_rank", least=1)
+        if facts.has("attention.q_lora_rank")
+        else None
+    )
     draft.take("q_lora_rank", rank, "attention.q_lora_rank")
     draft.take("kv_lora_rank", facts.integer("attention.kv_lora_rank", least=1))
     draft.take("qk_rope_head_dim", rope)
@@ -341,16 +413,21 @@ def _groups(facts: Facts, draft: _Draft, used: int, gating: int) -> tuple[int, i
         groups, chosen = released
         draft.notices.append(
             "it does not state how its experts are grouped: a token chooses from "
-            f"{chosen} of {groups} groups, as in DeepSeek's released model of this size; give its config.json with "
+            f"{chosen} of {groups} groups, as in DeepSeek's released model of this size; give its "
+            f"config.json with "
             "--model_path if this is another model"
         )
         return released
     groups = facts.integer("expert_group_count", 1) or 1
     chosen = facts.integer("expert_group_used_count", 1) or 1
     if experts % groups:
-        raise facts.wrong("expert_group_count", f"it must divide expert_count, which is {experts}", groups)
+        raise facts.wrong(
+            "expert_group_count", f"it must divide expert_count, which is {experts}", groups
+        )
     if chosen > groups:
-        raise facts.wrong("expert_group_used_count", f"there are expert_group_count = {groups}", chosen)
+        raise facts.wrong(
+            "expert_group_used_count", f"there are expert_group_count = {groups}", chosen
+        )
     if used > chosen * (experts // groups):
         room = f"{chosen} of {groups} groups hold {chosen * (experts // groups)} experts"
         raise facts.wrong("expert_used_count", room, used)

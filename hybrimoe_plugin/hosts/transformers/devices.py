@@ -1,4 +1,6 @@
-"""Several accelerators: every decoder layer lies with its experts, and hidden states go from one to the next."""
+"""Several accelerators: every decoder layer lies with its experts, and hidden states go from one to
+the next.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ def layer_devices(experts: Mapping[str, str]) -> dict[str, str]:
 
 
 def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
-    """Move a model over several devices; gives what removes the hooks again (weights stay where they are).
+    """Move a model over several devices; gives what removes the hooks again (weights stay where
+    they are).
 
-    A layer without experts goes with the next layer that has some, what comes before the layers with the first and what
-    comes after with the last one. Inputs follow by a hook before each of these modules; the head's result goes back to
-    where the model's inputs are, since the host samples there.
+    A layer without experts goes with the next layer that has some, what comes before the layers
+    with the first and what comes after with the last one. Inputs follow by a hook before each of
+    these modules; the head's result goes back to where the model's inputs are, since the host
+    samples there.
 
     Args:
         experts: qualified name of every experts operator -> its device.
@@ -58,7 +62,9 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
         handles.append(module.register_forward_pre_hook(_bring(device), with_kwargs=True))
     head = _head(model)
     if head is not None:
-        handles.append(head.register_forward_hook(lambda _module, _inputs, output: moved(output, devices[0])))
+        handles.append(
+            head.register_forward_hook(lambda _module, _inputs, output: moved(output, devices[0]))
+        )
 
     def remove() -> None:
         for handle in handles:
@@ -68,7 +74,9 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
 
 
 def moved(value: Any, device: str | torch.device) -> Any:
-    """The same value with its tensors on the device: tensors, tuples, lists and dicts; others are left alone."""
+    """The same value with its tensors on the device: tensors, tuples, lists and dicts; others are
+    left alone.
+    """
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if type(value) in (tuple, list):
@@ -92,7 +100,9 @@ def _number(name: str) -> int:
 def _outside(model: nn.Module, layers: nn.Module) -> list[nn.Module]:
     """The modules without children that lie outside the layers."""
     inside = set(layers.modules())
-    return [module for module in model.modules() if module not in inside and not list(module.children())]
+    return [
+        module for module in model.modules() if module not in inside and not list(module.children())
+    ]
 
 
 def _after(model: nn.Module, stack: str) -> list[nn.Module]:
@@ -105,5 +115,7 @@ def _after(model: nn.Module, stack: str) -> list[nn.Module]:
 
 def _head(model: Any) -> nn.Module | None:
     """The output projection of a transformers model."""
-    head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: nn.Module | None = (
+        model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    )
     return head

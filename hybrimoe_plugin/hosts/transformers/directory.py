@@ -1,8 +1,10 @@
-"""What a model directory may say: its configuration, read so that nothing in it is run, fetched or asked about.
+"""What a model directory may say: its configuration, read so that nothing in it is run, fetched or
+asked about.
 
-transformers takes much from these files: classes in Python files beside them (`auto_map`), kernels from a model hub
-(`attn_implementation: org/name`), classes by name. Here the values are read as JSON, keys that name code are refused or
-left out, and transformers gets the values that remain, never the directory's name.
+transformers takes much from these files: classes in Python files beside them (`auto_map`), kernels
+from a model hub (`attn_implementation: org/name`), classes by name. Here the values are read as
+JSON, keys that name code are refused or left out, and transformers gets the values that remain,
+never the directory's name.
 """
 
 from __future__ import annotations
@@ -25,13 +27,45 @@ MAX_LAYERS = 1024
 
 _OWN_CODE = ("auto_map", "custom_pipelines")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-_PLAIN = (None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "batched_mm", "grouped_mm")
-"""Implementations by name that are transformers' own. They are left out: the host chooses for itself."""
-_FETCHING = ("use_kernels", "use_kernel_forward_from_hub", "kernel_config", "trust_remote_code", "custom_generate")
-_LEFT_OUT = (*_OWN_CODE, "_name_or_path", "name_or_path", "_commit_hash", "dtype", "torch_dtype", "quantization_config")
-"""Keys of sound directories that mean nothing here: where the files came from, how other weights were stored."""
+_PLAIN = (
+    None,
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "batched_mm",
+    "grouped_mm",
+)
+"""Implementations by name that are transformers' own. They are left out: the host chooses for
+itself.
+"""
+_FETCHING = (
+    "use_kernels",
+    "use_kernel_forward_from_hub",
+    "kernel_config",
+    "trust_remote_code",
+    "custom_generate",
+)
+_LEFT_OUT = (
+    *_OWN_CODE,
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+)
+"""Keys of sound directories that mean nothing here: where the files came from, how other weights
+were stored.
+"""
 
-_TOKENIZER_BASES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "SentencePieceBackend")
+_TOKENIZER_BASES = (
+    "PreTrainedTokenizer",
+    "TokenizersBackend",
+    "PythonBackend",
+    "SentencePieceBackend",
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -57,7 +91,8 @@ def directory_config(directory: str | Path) -> Any:
 
 
 def config_of(values: Mapping[str, Any], where: str) -> Any:
-    """The transformers config that the contents of a config.json describe; `where` is named in errors.
+    """The transformers config that the contents of a config.json describe; `where` is named in
+    errors.
 
     Raises:
         WeightsError: it describes no causal language model that transformers knows.
@@ -74,9 +109,16 @@ def config_of(values: Mapping[str, Any], where: str) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # strict dataclass validation raises kinds of its own
-        raise WeightsError(f"{where}: transformers cannot make a {kind} config of it ({error})") from error
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
-        raise WeightsError(f"{where}: layer_types names sliding attention, and there is no sliding_window")
+        raise WeightsError(
+            f"{where}: transformers cannot make a {kind} config of it ({error})"
+        ) from error
+    if (
+        "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        and not config.sliding_window
+    ):
+        raise WeightsError(
+            f"{where}: layer_types names sliding attention, and there is no sliding_window"
+        )
     return config
 
 
@@ -99,8 +141,10 @@ def check_tokenizer_files(directory: str | Path) -> None:
     values = read_json(path)
     if values.get("auto_map"):
         raise ConfigError(
-            f"{path}: auto_map names a tokenizer in Python files of the directory, and code from model directories is "
-            "never run: leave model_path out to take the GGUF's tokenizer, or remove auto_map where tokenizer.json is "
+            f"{path}: auto_map names a tokenizer in Python files of the directory, and code from "
+            f"model directories is "
+            "never run: leave model_path out to take the GGUF's tokenizer, or remove auto_map "
+            "where tokenizer.json is "
             "the whole tokenizer"
         )
     check_tokenizer_class(values.get("tokenizer_class"), str(path))
@@ -116,40 +160,66 @@ def check_tokenizer_class(name: Any, where: str) -> None:
 
     if name is None:
         return
-    known = {str(one).removesuffix("Fast") for one in TOKENIZER_MAPPING_NAMES.values() if one is not None}
+    known = {
+        str(one).removesuffix("Fast") for one in TOKENIZER_MAPPING_NAMES.values() if one is not None
+    }
     if not isinstance(name, str) or name.removesuffix("Fast") not in known.union(_TOKENIZER_BASES):
-        raise ConfigError(f"{where}: tokenizer_class {name!r} is none of transformers' tokenizers; nothing else is run")
+        raise ConfigError(
+            f"{where}: tokenizer_class {name!r} is none of transformers' tokenizers; nothing else "
+            f"is run"
+        )
 
 
 def _model_type(values: Mapping[str, Any], where: str) -> str:
-    """The type of a causal language model without parts of other kinds, whose configs would be looked up by name."""
+    """The type of a causal language model without parts of other kinds, whose configs would be
+    looked up by name.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401 (fills the mappings)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = values.get("model_type")
-    if isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in CONFIG_MAPPING:
+    if (
+        isinstance(kind, str)
+        and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind in CONFIG_MAPPING
+    ):
         # Releases of transformers name the parts differently.
-        if any(getattr(CONFIG_MAPPING[kind], name, None) for name in ("sub_configs", "sub_configs_defaults")):
-            raise WeightsError(f"{where}: model type {kind!r} has parts of other kinds; only language models are read")
+        if any(
+            getattr(CONFIG_MAPPING[kind], name, None)
+            for name in ("sub_configs", "sub_configs_defaults")
+        ):
+            raise WeightsError(
+                f"{where}: model type {kind!r} has parts of other kinds; only language models are "
+                f"read"
+            )
         return kind
     if values.get("auto_map"):
         raise ConfigError(
-            f"{where}: auto_map names Python files of the directory for model type {kind!r}, which transformers does "
+            f"{where}: auto_map names Python files of the directory for model type {kind!r}, "
+            f"which transformers does "
             "not have itself, and code from model directories is never run"
         )
-    raise WeightsError(f"{where}: transformers cannot read it: it has no causal language model of type {kind!r}")
+    raise WeightsError(
+        f"{where}: transformers cannot read it: it has no causal language model of type {kind!r}"
+    )
 
 
 def _refuse_fetching(values: Any, where: str) -> None:
-    """Raise ConfigError for a key, at any depth, by which transformers would fetch or run something."""
+    """Raise ConfigError for a key, at any depth, by which transformers would fetch or run
+    something.
+    """
     for key, value in _entries(values):
         name = key.removeprefix("_").removesuffix("_internal").removesuffix("_autoset")
         plain = name in _IMPLEMENTATIONS and (isinstance(value, bool) or value in _PLAIN)
         if name in _IMPLEMENTATIONS and not plain:
-            raise ConfigError(f"{where}: {key} {value!r} names kernels to fetch; only transformers' own are used")
+            raise ConfigError(
+                f"{where}: {key} {value!r} names kernels to fetch; only transformers' own are used"
+            )
         if key in _FETCHING and value:
-            raise ConfigError(f"{where}: {key} asks for code or kernels to be fetched, which is never done")
+            raise ConfigError(
+                f"{where}: {key} asks for code or kernels to be fetched, which is never done"
+            )
 
 
 def _entries(values: Any) -> Iterator[tuple[str, Any]]:
@@ -167,14 +237,22 @@ def _entries(values: Any) -> Iterator[tuple[str, Any]]:
 def _check_layers(values: Mapping[str, Any], where: str) -> None:
     layers = values.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise WeightsError(f"{where}: num_hidden_layers is {layers}; more than {MAX_LAYERS} is refused")
+        raise WeightsError(
+            f"{where}: num_hidden_layers is {layers}; more than {MAX_LAYERS} is refused"
+        )
 
 
 def _check_answers(values: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for what every answer would fail by."""
-    for key, needed in (("output_attentions", False), ("return_dict", True), ("use_return_dict", True)):
+    for key, needed in (
+        ("output_attentions", False),
+        ("return_dict", True),
+        ("use_return_dict", True),
+    ):
         if values.get(key, needed) is not needed:
-            raise ConfigError(f"{where}: {key} must be {str(needed).lower()} or left out; found {values[key]!r}")
+            raise ConfigError(
+                f"{where}: {key} must be {str(needed).lower()} or left out; found {values[key]!r}"
+            )
 
 
 def _kept(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
@@ -182,7 +260,11 @@ def _kept(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if values.get("auto_map"):
-        log.warning("%s: the model's own code (auto_map) is not run; transformers' %s takes its place", where, kind)
+        log.warning(
+            "%s: the model's own code (auto_map) is not run; transformers' %s takes its place",
+            where,
+            kind,
+        )
     check_tokenizer_class(values.get("tokenizer_class"), where)
     kept = {}
     for key, value in values.items():
@@ -190,7 +272,11 @@ def _kept(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
         if key == "model_type" or key in _LEFT_OUT or key in _FETCHING or name in _IMPLEMENTATIONS:
             continue
         # Unknown keys become attributes of the config; none may take the place of a method.
-        if key.startswith("__") or key == "attribute_map" or callable(getattr(CONFIG_MAPPING[kind], key, None)):
+        if (
+            key.startswith("__")
+            or key == "attribute_map"
+            or callable(getattr(CONFIG_MAPPING[kind], key, None))
+        ):
             raise ConfigError(f"{where}: {key!r} is no setting of a model")
         kept[key] = value
     return kept

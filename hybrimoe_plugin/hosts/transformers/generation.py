@@ -1,4 +1,6 @@
-"""How answers are drawn and where they end, as the model's own files say: generation_config.json, tokenizer, GGUF."""
+"""How answers are drawn and where they end, as the model's own files say: generation_config.json,
+tokenizer, GGUF.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ class _Range(NamedTuple):
         return f"{kind} {start}" + ("" if math.isinf(self.high) else f" to {self.high:g}")
 
     def holds(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             return False
         if self.whole and value != int(value):
             return False
@@ -73,7 +79,8 @@ _SILENT = (
     "return_dict_in_generate",
     "trust_remote_code",
 )
-"""Keys that mean nothing here: lengths are the caller's, and one sequence is decoded without beams."""
+"""Keys that mean nothing here: lengths are the caller's, and one sequence is decoded without beams.
+"""
 
 
 def set_generation(
@@ -83,7 +90,8 @@ def set_generation(
     directory: str | Path | None = None,
     size: int | None = None,
 ) -> None:
-    """Let `generate` draw, end and pad as the model's files say. Mutates the model's generation config.
+    """Let `generate` draw, end and pad as the model's files say. Mutates the model's generation
+    config.
 
     Args:
         tokenizer: of the model, or None.
@@ -114,7 +122,9 @@ def set_generation(
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if config.pad_token_id is None and config.eos_token_id is not None:
         # As the tokenizer ends, not as it changes turns.
-        config.pad_token_id = getattr(tokenizer, "eos_token_id", None) or as_list(config.eos_token_id)[0]
+        config.pad_token_id = (
+            getattr(tokenizer, "eos_token_id", None) or as_list(config.eos_token_id)[0]
+        )
 
 
 def _is_token(token: Any, size: int | None) -> bool:
@@ -127,7 +137,8 @@ def as_list(token: Any) -> list[int]:
 
 
 def read_generation(directory: str | Path) -> dict[str, Any]:
-    """What a directory's generation_config.json says about drawing and special tokens; nothing where there is none.
+    """What a directory's generation_config.json says about drawing and special tokens; nothing
+    where there is none.
 
     Raises:
         ConfigError: a value is out of range, with what is expected.
@@ -164,7 +175,9 @@ def write_generation(config: Any, directory: str | Path) -> None:
     """Store what `read_generation` reads back. Raises: OSError."""
     names = (*_NUMBERS, *_TOKENS, "do_sample")
     values = {name: getattr(config, name, None) for name in names}
-    text = json.dumps({name: value for name, value in values.items() if value is not None}, indent=1)
+    text = json.dumps(
+        {name: value for name, value in values.items() if value is not None}, indent=1
+    )
     (Path(directory) / FILE).write_text(text, encoding="utf-8")
 
 

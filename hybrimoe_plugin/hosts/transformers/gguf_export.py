@@ -1,4 +1,6 @@
-"""Write a transformers model as GGUF: for demo and test models; the inverse of `names` and `config`."""
+"""Write a transformers model as GGUF: for demo and test models; the inverse of `names` and
+`config`.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def export_gguf(
     """Write config metadata and all weights of a model.
 
     Args:
-        types: GGML type of each matrix, by GGUF name or one for all; vectors stay F32. Only what `gguf` can quantise.
+        types: GGML type of each matrix, by GGUF name or one for all; vectors stay F32. Only what
+            `gguf` can quantise.
         stacked: experts as `ffn_*_exps`; False gives each a tensor of its own, as old files do.
         split_kv_b: store DeepSeek's kv_b as `attn_k_b` and `attn_v_b`.
         extra: further metadata: strings, numbers, booleans and lists of them.
@@ -92,7 +95,9 @@ def metadata(config: Any, arch: str) -> dict[str, Any]:
     if arch == "deepseek2":
         values.update(_deepseek_metadata(config))
     else:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         values.update({f"attention.{part}_length": head_dim for part in ("key", "value")})
         values["rope.dimension_count"] = head_dim
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -113,9 +118,16 @@ def _rope_metadata(config: Any, arch: str) -> dict[str, Any]:
     rope = config.rope_parameters
     values: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     if rope["rope_type"] in ("linear", "yarn"):
-        values.update({"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])})
+        values.update(
+            {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+        )
     if rope["rope_type"] == "longrope" and frequencies(rope, _width(config)) is None:
-        values.update({"rope.scaling.type": "longrope", "rope.scaling.attn_factor": _long_scaling(config, rope)})
+        values.update(
+            {
+                "rope.scaling.type": "longrope",
+                "rope.scaling.attn_factor": _long_scaling(config, rope),
+            }
+        )
         values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     if rope["rope_type"] != "yarn":
         return values
@@ -135,7 +147,9 @@ def _rope_metadata(config: Any, arch: str) -> dict[str, Any]:
 
 def _width(config: Any) -> int:
     """Dimensions of a head that are turned."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def _rotary(config: Any, rope: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
@@ -146,7 +160,9 @@ def _rotary(config: Any, rope: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
 
 
 def _long_scaling(config: Any, rope: Mapping[str, Any]) -> float:
-    """What transformers multiplies cosines and sines by where `longrope` is given no attention factor."""
+    """What transformers multiplies cosines and sines by where `longrope` is given no attention
+    factor.
+    """
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or config.max_position_embeddings / original
     usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -160,7 +176,10 @@ def _rope_tensors(config: Any) -> dict[str, torch.Tensor]:
         return {}
     found = frequencies(rope, _width(config))
     if found is None:
-        return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"]) for part in ("long", "short")}
+        return {
+            f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"])
+            for part in ("long", "short")
+        }
     plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return {FACTORS: _rotary(config, plain)[0] / found[0]}
 
@@ -198,7 +217,9 @@ def _deepseek_metadata(config: Any) -> dict[str, Any]:
     return values
 
 
-def tensors(model: Any, arch: str, stacked: bool = True, split_kv_b: bool = False) -> dict[str, torch.Tensor]:
+def tensors(
+    model: Any, arch: str, stacked: bool = True, split_kv_b: bool = False
+) -> dict[str, torch.Tensor]:
     """GGUF name -> value in GGUF's layout."""
     from gguf import get_tensor_name_map
     from gguf.constants import MODEL_ARCH_NAMES
@@ -213,7 +234,10 @@ def tensors(model: Any, arch: str, stacked: bool = True, split_kv_b: bool = Fals
         layer = f"blk.{name.split('.')[2]}" if name.startswith("model.layers.") else ""
         if name.endswith("experts.gate_up_proj"):
             gate, up = value.chunk(2, dim=1)
-            out.update(_experts(f"{layer}.ffn_gate", gate, stacked) | _experts(f"{layer}.ffn_up", up, stacked))
+            out.update(
+                _experts(f"{layer}.ffn_gate", gate, stacked)
+                | _experts(f"{layer}.ffn_up", up, stacked)
+            )
         elif name.endswith("experts.down_proj"):
             out.update(_experts(f"{layer}.ffn_down", value, stacked))
         elif name.endswith("e_score_correction_bias"):

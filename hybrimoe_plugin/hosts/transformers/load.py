@@ -22,7 +22,12 @@ from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
 from hybrimoe_plugin.hosts.transformers.names import ParameterSource
-from hybrimoe_plugin.hosts.transformers.stored import give_stored, keeps_stored, read_if_worth_it, without_plain
+from hybrimoe_plugin.hosts.transformers.stored import (
+    give_stored,
+    keeps_stored,
+    read_if_worth_it,
+    without_plain,
+)
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
@@ -58,18 +63,22 @@ def load_model(
     """Load a causal language model with injected operators, ready for `generate`.
 
     Args:
-        model_path: directory with config and tokenizer; both come from the GGUF where it is not given.
-        gguf_path: GGUF file, any part of a split set, or a directory with one model; default `model_path`.
-        rules: rules file, or the name of a packaged one; default the packaged rules of the model's family.
-        dtype: of the dense weights and activations; default float32 where dense matrices stay as stored, else
-            bfloat16.
+        model_path: directory with config and tokenizer; both come from the GGUF where it is not
+            given.
+        gguf_path: GGUF file, any part of a split set, or a directory with one model; default
+            `model_path`.
+        rules: rules file, or the name of a packaged one; default the packaged rules of the model's
+            family.
+        dtype: of the dense weights and activations; default float32 where dense matrices stay as
+            stored, else bfloat16.
         trust_rules: let rules import operators from any package.
         progress: show bars on stderr while loading and calibrating.
         settings: fields of `hybrimoe_plugin.config.Settings`; they override the rules' kwargs.
 
     Returns:
-        (model, tokenizer). The model is an ordinary transformers model; `model.hybrimoe` reads counters, draws
-        timelines and restores it. The tokenizer is None where neither source holds one.
+        (model, tokenizer). The model is an ordinary transformers model; `model.hybrimoe` reads
+        counters, draws timelines and restores it. The tokenizer is None where neither source holds
+        one.
 
     Raises:
         HybriMoEError: one of its kinds, before anything is half done.
@@ -81,9 +90,12 @@ def load_model(
     check_complete(model, store, config)
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
     parsed = load_rules(rules_path(rules, config))
-    plan = without_plain(with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings))
+    plan = without_plain(
+        with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
+    )
     if dtype is None and any(keeps_stored(match, store) for match in plan):
-        # No large tensor is left in the model's own type, and small CPU operations are quickest in float32.
+        # No large tensor is left in the model's own type, and small CPU operations are quickest in
+        # float32.
         model.to(torch.float32)
     read_if_worth_it(plan, store)
     injection = inject(model, plan, store, config)
@@ -119,7 +131,9 @@ def load_plain_model(
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
 ) -> tuple[Any, Any]:
-    """The same model without injection, every weight dequantised: the oracle. Raises as `load_model`."""
+    """The same model without injection, every weight dequantised: the oracle. Raises as
+    `load_model`.
+    """
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)
@@ -140,9 +154,13 @@ def meta_model(config: Any, dtype: torch.dtype = DEFAULT_DTYPE) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            ).eval()
     except Exception as error:  # transformers raises many kinds
-        raise WeightsError(f"transformers cannot build a {type(config).__name__} model: {error}") from error
+        raise WeightsError(
+            f"transformers cannot build a {type(config).__name__} model: {error}"
+        ) from error
 
 
 def rules_path(rules: str | Path | None, config: Any) -> Path:
@@ -156,7 +174,9 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
         name = FAMILY_RULES.get(config.model_type)
         if name is None:
             known = ", ".join(sorted(FAMILY_RULES))
-            raise RulesError(f"no packaged rules for model type {config.model_type!r} (there are for {known})")
+            raise RulesError(
+                f"no packaged rules for model type {config.model_type!r} (there are for {known})"
+            )
         return packaged / name
     path = Path(rules)
     if path.exists():
@@ -164,7 +184,9 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
     for candidate in (packaged / path, packaged / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
-    raise RulesError(f"{rules}: no such rules file, and no packaged rules of that name in {packaged}")
+    raise RulesError(
+        f"{rules}: no such rules file, and no packaged rules of that name in {packaged}"
+    )
 
 
 def plan_for(
@@ -175,7 +197,9 @@ def plan_for(
     trust_rules: bool = False,
     **settings: Any,
 ) -> tuple[Any, Rules, list[Match]]:
-    """Dry run: (model on the meta device, rules, plan); no weight is read. Raises as `load_model`."""
+    """Dry run: (model on the meta device, rules, plan); no weight is read. Raises as
+    `load_model`.
+    """
     has_config = model_path is not None and (Path(model_path) / "config.json").exists()
     store = _open(model_path, gguf_path) if gguf_path is not None or not has_config else None
     config = model_config(model_path, store)
@@ -206,8 +230,14 @@ def load_dense(
     # A table that stays as stored is nothing to tie to; a plain head then reads its own copy.
     has_table = isinstance(getattr(model.get_input_embeddings(), "weight", None), torch.Tensor)
     tied = {"lm_head.weight"} if config.tie_word_embeddings and has_table else set()
-    wanted = {name: value for name, value in model.state_dict().items() if name not in tied and value.is_meta}
-    check_host(sum(value.numel() * value.element_size() for value in wanted.values()), "the dense weights")
+    wanted = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in tied and value.is_meta
+    }
+    check_host(
+        sum(value.numel() * value.element_size() for value in wanted.values()), "the dense weights"
+    )
     # Checked as a whole before the first is read, so that a wrong file fails at once.
     for name in wanted:
         for part in source.parts(name):
@@ -226,9 +256,13 @@ def load_dense(
     if tied:
         model.tie_weights()
     _place(model, injection)
-    left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    left = [
+        name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta
+    ]
     if left:
-        raise WeightsError(f"{store.paths[0]}: nothing in the file for {', '.join(left[:5])} ({len(left)} in all)")
+        raise WeightsError(
+            f"{store.paths[0]}: nothing in the file for {', '.join(left[:5])} ({len(left)} in all)"
+        )
 
 
 def _open(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFStore:
@@ -249,9 +283,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def _rebuild_buffers(model: nn.Module, config: Any) -> None:
-    """Buffers that a state dict does not hold (rotary frequencies) are computed anew, off the meta device."""
+    """Buffers that a state dict does not hold (rotary frequencies) are computed anew, off the meta
+    device.
+    """
     for module in model.modules():
-        missing = [name for name in module._non_persistent_buffers_set if _is_meta(module._buffers.get(name))]
+        missing = [
+            name
+            for name in module._non_persistent_buffers_set
+            if _is_meta(module._buffers.get(name))
+        ]
         if missing:
             fresh = type(module)(config)
             for name in missing:
@@ -263,13 +303,17 @@ def _is_meta(value: torch.Tensor | None) -> bool:
 
 
 def _dense_device(model: nn.Module) -> str:
-    """Where dense weights are dequantised: on the one accelerator that the operators compute on, else on the CPU."""
+    """Where dense weights are dequantised: on the one accelerator that the operators compute on,
+    else on the CPU.
+    """
     devices = {_real(operator.generate_device) for operator in experts_operators(model)} - {"cpu"}
     return devices.pop() if len(devices) == 1 and cuda_refusal() is None else "cpu"
 
 
 def _place(model: nn.Module, injection: Injection | None) -> None:
-    """Dense parts go to the accelerator where the operators compute there; `default` rules may say otherwise."""
+    """Dense parts go to the accelerator where the operators compute there; `default` rules may say
+    otherwise.
+    """
     device = _dense_device(model)
     try:
         if device != "cpu":
@@ -283,7 +327,9 @@ def _place(model: nn.Module, injection: Injection | None) -> None:
 
 def _spread(model: nn.Module) -> Callable[[], None]:
     """Where experts lie on several devices, the layers around them follow; gives what undoes it."""
-    places = {operator.key: _real(operator.generate_device) for operator in experts_operators(model)}
+    places = {
+        operator.key: _real(operator.generate_device) for operator in experts_operators(model)
+    }
     places = {key: device for key, device in places.items() if device != "cpu"}
     if len(set(places.values())) < 2 or cuda_refusal() is not None:
         return lambda: None

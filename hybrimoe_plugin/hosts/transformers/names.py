@@ -1,4 +1,6 @@
-"""Which GGUF tensor is which parameter. The `gguf` package's name map does the work; the exceptions are here."""
+"""Which GGUF tensor is which parameter. The `gguf` package's name map does the work; the exceptions
+are here.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,13 @@ class ParameterSource:
     def __init__(self, store: GGUFStore, config: Any) -> None:
         self.store = store
         self.config = config
-        arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None)
+        arch = next(
+            (key for key, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None
+        )
         if arch is None:
-            raise WeightsError(f"{store.paths[0]}: the gguf package knows no architecture {store.architecture!r}")
+            raise WeightsError(
+                f"{store.paths[0]}: the gguf package knows no architecture {store.architecture!r}"
+            )
         self._map = get_tensor_name_map(arch, config.num_hidden_layers)
 
     def gguf_names(self, name: str) -> tuple[str, ...]:
@@ -55,11 +61,17 @@ class ParameterSource:
             return split
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise WeightsError(f"parameter {name!r} has no counterpart in a {self.store.architecture!r} GGUF")
+            raise WeightsError(
+                f"parameter {name!r} has no counterpart in a {self.store.architecture!r} GGUF"
+            )
         return (found,)
 
     def load(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> torch.Tensor:
         """One parameter, dequantised on `device`, in the layout of the transformers model.
 
@@ -72,12 +84,14 @@ class ParameterSource:
         except (RuntimeError, IndexError) as error:  # torch's for shapes that do not go together
             found = " and ".join(str(tuple(part.shape)) for part in parts)
             raise WeightsError(
-                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} of shape {found} cannot be made "
+                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} of shape {found} "
+                f"cannot be made "
                 f"{tuple(shape)}, which the model's config asks for ({name})"
             ) from error
         if tuple(value.shape) != tuple(shape):
             raise WeightsError(
-                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} give shape {tuple(value.shape)}, "
+                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} give shape "
+                f"{tuple(value.shape)}, "
                 f"the model's config asks for {tuple(shape)} ({name})"
             )
         return value
@@ -94,7 +108,8 @@ class ParameterSource:
         heads = self._rotated_heads(name)
         if heads and (len(info.shape) != 2 or info.shape[0] % (2 * heads)):
             raise WeightsError(
-                f"{self.store.paths[0]}: {found!r} of shape {info.shape} cannot be {heads} heads ({name})"
+                f"{self.store.paths[0]}: {found!r} of shape {info.shape} cannot be {heads} heads "
+                f"({name})"
             )
         if heads:  # rows are whole blocks, so they can be moved as they are
             rows = torch.from_numpy(self.store.read(found)).view(info.shape[0], -1)
@@ -102,10 +117,12 @@ class ParameterSource:
         return Stored(data, info.type_name, info.shape)
 
     def stored_kv_b(self, name: str) -> tuple[Stored, Stored]:
-        """The parts of DeepSeek's kv_b for absorbed attention: keys [heads, R, nope] and values [heads, V, R].
+        """The parts of DeepSeek's kv_b for absorbed attention: keys [heads, R, nope] and values
+        [heads, V, R].
 
-        A file that holds kv_b whole gives the values' rows as they are; the keys must be transposed, which takes
-        another quantisation, to Q8_0 (float32 where 32 does not divide their width).
+        A file that holds kv_b whole gives the values' rows as they are; the keys must be
+        transposed, which takes another quantisation, to Q8_0 (float32 where 32 does not divide
+        their width).
 
         Raises:
             WeightsError: missing or of another shape.
@@ -115,17 +132,27 @@ class ParameterSource:
         nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
         if len(names) == 2:
             infos = [self.store.info(part) for part in names]
-            keys, values = (Stored(self.store.raw(info.name), info.type_name, info.shape) for info in infos)
+            keys, values = (
+                Stored(self.store.raw(info.name), info.type_name, info.shape) for info in infos
+            )
             return keys, values
         info = self.store.info(names[0])
         if info.shape != (heads * (nope + config.v_head_dim), rank):
             raise WeightsError(
-                f"{self.store.paths[0]}: {names[0]!r} has shape {info.shape}, {heads} heads of {nope} and "
-                f"{config.v_head_dim} values from {rank} ask for {(heads * (nope + config.v_head_dim), rank)}"
+                f"{self.store.paths[0]}: {names[0]!r} has shape {info.shape}, {heads} heads of "
+                f"{nope} and "
+                f"{config.v_head_dim} values from {rank} ask for "
+                f"{(heads * (nope + config.v_head_dim), rank)}"
             )
         rows = self.store.read(names[0]).reshape(heads, nope + config.v_head_dim, -1)
         value_rows = np.ascontiguousarray(rows[:, nope:]).reshape(-1)
-        plain = self.store.dequantized(names[0]).view(heads, -1, rank)[:, :nope].transpose(1, 2).contiguous().numpy()
+        plain = (
+            self.store.dequantized(names[0])
+            .view(heads, -1, rank)[:, :nope]
+            .transpose(1, 2)
+            .contiguous()
+            .numpy()
+        )
         kind = "Q8_0" if nope % 32 == 0 and info.type_name != "F32" else "F32"
         packed = quantize(plain, GGMLQuantizationType[kind]).view(np.uint8).reshape(-1)
         return (
@@ -153,7 +180,9 @@ class ParameterSource:
             old = found.replace("_exps.weight", ".0.weight")
             if found not in self.store.tensors and old in self.store.tensors:
                 count = min(expert_counts(self.config)[0], len(self.store.tensors))
-                names += [found.replace("_exps.weight", f".{expert}.weight") for expert in range(count)]
+                names += [
+                    found.replace("_exps.weight", f".{expert}.weight") for expert in range(count)
+                ]
             else:
                 names.append(found)
         return names
@@ -162,7 +191,9 @@ class ParameterSource:
         if name.endswith(_EXPERTS):
             if parts[0].ndim == 2:  # one tensor per expert: all gates, then all ups
                 half = len(parts) // (2 if name.endswith(_EXPERTS[0]) else 1)
-                parts = [torch.stack(parts[start : start + half]) for start in range(0, len(parts), half)]
+                parts = [
+                    torch.stack(parts[start : start + half]) for start in range(0, len(parts), half)
+                ]
             return torch.cat(parts, dim=1)
         if len(parts) == 2:  # kv_b split for absorbed attention: k_b is stored transposed
             keys, values = parts[0].transpose(1, 2), parts[1]
@@ -177,7 +208,9 @@ class ParameterSource:
 
 
 def rotate(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of Q or K from transformers' order (halves) to that of llama-architecture GGUF files (pairs)."""
+    """Rows of Q or K from transformers' order (halves) to that of llama-architecture GGUF files
+    (pairs).
+    """
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 

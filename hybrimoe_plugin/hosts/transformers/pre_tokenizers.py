@@ -1,7 +1,7 @@
 """How byte-level vocabularies split text before merging, by the kind that a GGUF file names.
 
-The patterns are those of the models' own tokenizer.json files. A kind that is not here is refused: taking another's
-patterns gives other tokens than the model was trained on, and nobody would see it.
+The patterns are those of the models' own tokenizer.json files. A kind that is not here is refused:
+taking another's patterns gives other tokens than the model was trained on, and nobody would see it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _NO_HAN = r"&&[^\p{Han}]]"
 _LLAMA3 = (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_REST}",)
 _QWEN2 = (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SIGNS}|{_REST}",)
 _QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}",
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| "
+    rf"?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}",
 )
 _TEKKEN = (rf"{_HEAD}{_UPPER}*{_LOWER}+|{_HEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SIGNS_SLASH}|{_REST}",)
 _GPT4O = (
@@ -76,7 +77,8 @@ _DIGITS = Splits((r"\p{N}",), gpt2=True)
 
 _KINDS: dict[str, Splits] = {
     **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3_LIKE
+        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        _LLAMA3_LIKE,
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), Splits(_LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez"), _QWEN2_LIKE),
@@ -89,8 +91,13 @@ _KINDS: dict[str, Splits] = {
     "deepseek-llm": Splits(_DEEPSEEK_LLM),
     "deepseek-coder": Splits(_DEEPSEEK_CODER),
     "deepseek-v3": Splits(_DEEPSEEK_V3),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "a.x-4.0", "gigachat", "exaone4"), _GPT2_LIKE),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS
+    ),
+    **dict.fromkeys(
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "a.x-4.0", "gigachat", "exaone4"),
+        _GPT2_LIKE,
+    ),
 }
 """`tokenizer.ggml.pre` -> how text is split."""
 
@@ -119,7 +126,8 @@ def splits_of(kind: Any, architecture: str, where: str) -> Splits:
     if kind in (None, "", "default") and architecture in _USUAL:
         usual = _USUAL[architecture]
         log.warning(
-            "%s does not say how its tokenizer splits text (tokenizer.ggml.pre); %r is taken, as is usual for %s: "
+            "%s does not say how its tokenizer splits text (tokenizer.ggml.pre); %r is taken, as "
+            "is usual for %s: "
             "where answers are poor, give model_path with the model's own tokenizer",
             where,
             usual,
@@ -128,7 +136,8 @@ def splits_of(kind: Any, architecture: str, where: str) -> Splits:
         kind = usual
     if not isinstance(kind, str) or kind not in _KINDS:
         raise WeightsError(
-            f"{where}: its tokenizer splits text in a way that is not known here (tokenizer.ggml.pre is {kind!r}); "
+            f"{where}: its tokenizer splits text in a way that is not known here "
+            f"(tokenizer.ggml.pre is {kind!r}); "
             "give model_path, a directory with the model's own tokenizer"
         )
     return _KINDS[kind]
@@ -138,5 +147,9 @@ def pre_tokenizer(splits: Splits) -> Any:
     """A `tokenizers` pre-tokenizer that gives pieces of byte-level characters."""
     from tokenizers import Regex, pre_tokenizers
 
-    parts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits.patterns]
-    return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits.gpt2)])
+    parts = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits.patterns
+    ]
+    return pre_tokenizers.Sequence(
+        [*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits.gpt2)]
+    )

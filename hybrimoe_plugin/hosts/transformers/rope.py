@@ -1,4 +1,6 @@
-"""Rotary embeddings: from what a GGUF file states to transformers' parameters, and whether two of them agree."""
+"""Rotary embeddings: from what a GGUF file states to transformers' parameters, and whether two of
+them agree.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,14 @@ FACTORS = "rope_freqs.weight"
 _OLD_FREQUENCIES = "attn_rot_embd.weight"
 _WIDEST = 1 << 16
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What all released Llama 3 models have besides their factor, and what llama.cpp's converter takes for granted."""
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What all released Llama 3 models have besides their factor, and what llama.cpp's converter takes
+for granted.
+"""
 
 
 class Rope(NamedTuple):
@@ -33,14 +41,20 @@ class Rope(NamedTuple):
 
 
 def read_rope(facts: Facts, width: int) -> Rope:
-    """The rotary embedding that the file describes; what transformers has no parameters for is noted as refused.
+    """The rotary embedding that the file describes; what transformers has no parameters for is
+    noted as refused.
 
     Raises:
         WeightsError: a value out of range.
     """
     if width % 2 or not 2 <= width <= _WIDEST:
-        raise facts.wrong("rope.dimension_count", f"expected an even number from 2 to {_WIDEST}", width)
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.number("rope.freq_base", 10000.0)}
+        raise facts.wrong(
+            "rope.dimension_count", f"expected an even number from 2 to {_WIDEST}", width
+        )
+    parameters: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": facts.number("rope.freq_base", 10000.0),
+    }
     _check_old_frequencies(facts, parameters, width)
     scaling = _scaling(facts)
     factors = _factors(facts, width)
@@ -61,9 +75,14 @@ def difference(config: Any, rope: Rope) -> str | None:
     ours, theirs = config.rope_parameters, rope.parameters
     if not isinstance(ours, Mapping) or "rope_theta" not in ours:
         return f"rope_parameters is {ours} there and {theirs} in the GGUF"
-    if rope.has_base and abs(ours["rope_theta"] - theirs["rope_theta"]) > 1e-5 * theirs["rope_theta"]:
+    if (
+        rope.has_base
+        and abs(ours["rope_theta"] - theirs["rope_theta"]) > 1e-5 * theirs["rope_theta"]
+    ):
         return f"rope_theta is {ours['rope_theta']} there and {theirs['rope_theta']} in the GGUF"
-    if rope.has_scaling and not _alike(ours, {**theirs, "rope_theta": ours["rope_theta"]}, rope.width):
+    if rope.has_scaling and not _alike(
+        ours, {**theirs, "rope_theta": ours["rope_theta"]}, rope.width
+    ):
         return f"rope_parameters is {_brief(ours)} there and {_brief(theirs)} in the GGUF"
     return None
 
@@ -104,7 +123,9 @@ def _alike(ours: Mapping[str, Any], theirs: Mapping[str, Any], width: int) -> bo
         return math.isclose(mine[1], stated[1], rel_tol=1e-4)
     # Of `mscale` files state nothing: how it relates to `mscale_all_dim` is for the config to say.
     scale = theirs.get("mscale_all_dim")
-    if scale is not None and not math.isclose(ours.get("mscale_all_dim") or 0.0, scale, rel_tol=1e-4):
+    if scale is not None and not math.isclose(
+        ours.get("mscale_all_dim") or 0.0, scale, rel_tol=1e-4
+    ):
         return False
     return "attention_factor" not in theirs or math.isclose(mine[1], stated[1], rel_tol=1e-4)
 
@@ -116,7 +137,9 @@ def _angles(parameters: Mapping[str, Any], width: int) -> torch.Tensor:
 
 
 def _scaling(facts: Facts) -> dict[str, Any]:
-    """The parameters beyond those of an unscaled embedding, by llama.cpp's rules: without a kind it is linear."""
+    """The parameters beyond those of an unscaled embedding, by llama.cpp's rules: without a kind it
+    is linear.
+    """
     kind = facts.get("rope.scaling.type", "linear")
     facts.get("rope.scaling.original_context_length")  # which only yarn takes into account
     key = "rope.scaling.factor" if facts.has("rope.scaling.factor") else "rope.scale_linear"
@@ -139,17 +162,22 @@ def _yarn(facts: Facts) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": facts.number("rope.scaling.factor"),
         "original_max_position_embeddings": facts.integer(
-            "rope.scaling.original_context_length", facts.integer("context_length", 4096, least=1), least=1
+            "rope.scaling.original_context_length",
+            facts.integer("context_length", 4096, least=1),
+            least=1,
         ),
         "beta_fast": facts.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": facts.number("rope.scaling.yarn_beta_slow", 1.0),
     }
     if facts.has("rope.scaling.yarn_attn_factor"):
         parameters["attention_factor"] = facts.number("rope.scaling.yarn_attn_factor")
-    if facts.number("rope.scaling.yarn_ext_factor", 1.0, positive=False) >= 0:  # below 0 it is "not set"
+    if (
+        facts.number("rope.scaling.yarn_ext_factor", 1.0, positive=False) >= 0
+    ):  # below 0 it is "not set"
         facts.only("rope.scaling.yarn_ext_factor", 1.0, "only 1 is what transformers computes")
     if facts.architecture == "deepseek2":
-        # llama.cpp stores 0.1 * mscale_all_dim, and nothing of mscale: released models have the same for both.
+        # llama.cpp stores 0.1 * mscale_all_dim, and nothing of mscale: released models have the
+        # same for both.
         scale = facts.number("rope.scaling.yarn_log_multiplier", 0.0, positive=False) / 0.1
         if scale:
             parameters.update(mscale=scale, mscale_all_dim=scale)
@@ -157,17 +185,24 @@ def _yarn(facts: Facts) -> dict[str, Any]:
 
 
 def _factors(facts: Facts, width: int) -> torch.Tensor | None:
-    """What frequencies are divided by, [width / 2]; None where the file has nothing of the kind, or only ones."""
+    """What frequencies are divided by, [width / 2]; None where the file has nothing of the kind, or
+    only ones.
+    """
     if FACTORS not in facts.store.tensors:
         return None
     values = _vector(facts, FACTORS, width // 2)
     if values is None or not bool((torch.isfinite(values) & (values > 0)).all()):
-        facts.refuse(f"tensor {FACTORS} does not hold {width // 2} factors above 0, as heads have {width} dimensions")
+        facts.refuse(
+            f"tensor {FACTORS} does not hold {width // 2} factors above 0, as heads have {width} "
+            f"dimensions"
+        )
         return None
     return None if bool((values == 1).all()) else values
 
 
-def _by_factors(parameters: Mapping[str, Any], factors: torch.Tensor, context: int) -> dict[str, Any]:
+def _by_factors(
+    parameters: Mapping[str, Any], factors: torch.Tensor, context: int
+) -> dict[str, Any]:
     """Llama 3's parameters where they give these factors, else the factors themselves."""
     llama3 = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
     width = 2 * len(factors)
@@ -190,8 +225,13 @@ def _check_old_frequencies(facts: Facts, parameters: Mapping[str, Any], width: i
     """Old converters store the unscaled frequencies of every layer, which are computed here."""
     for name in (name for name in facts.store.tensors if name.endswith(f".{_OLD_FREQUENCIES}")):
         values = _vector(facts, name, width // 2)
-        if values is None or not torch.allclose(values, _angles(parameters, width), rtol=1e-2, atol=0):
-            facts.refuse(f"tensor {name} is not the frequencies of rope.freq_base {parameters['rope_theta']:g}")
+        if values is None or not torch.allclose(
+            values, _angles(parameters, width), rtol=1e-2, atol=0
+        ):
+            facts.refuse(
+                f"tensor {name} is not the frequencies of rope.freq_base "
+                f"{parameters['rope_theta']:g}"
+            )
 
 
 def _vector(facts: Facts, name: str, count: int) -> torch.Tensor | None:
@@ -203,4 +243,7 @@ def _vector(facts: Facts, name: str, count: int) -> torch.Tensor | None:
 
 def _brief(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """With long lists left out."""
-    return {key: f"{len(value)} factors" if isinstance(value, list) else value for key, value in parameters.items()}
+    return {
+        key: f"{len(value)} factors" if isinstance(value, list) else value
+        for key, value in parameters.items()
+    }

@@ -1,8 +1,9 @@
-"""Top-k, top-p and min-p by flashinfer, where it is installed, right and faster; transformers' processors otherwise.
+"""Top-k, top-p and min-p by flashinfer, where it is installed, right and faster; transformers'
+processors otherwise.
 
-transformers sorts the whole vocabulary for top-p; flashinfer finds the same set of tokens without sorting. Drawing
-stays transformers': the filter is a logits processor like those it stands for. Written against flashinfer 0.7's
-`sampling`.
+transformers sorts the whole vocabulary for top-p; flashinfer finds the same set of tokens without
+sorting. Drawing stays transformers': the filter is a logits processor like those it stands for.
+Written against flashinfer 0.7's `sampling`.
 """
 
 from __future__ import annotations
@@ -42,21 +43,34 @@ class Filters(NamedTuple):
 
     @classmethod
     def of(cls, config: Any, defaults: Any) -> Filters | None:
-        """None where no token is drawn, no filter is worth it, or there are some that flashinfer has no kernel for.
+        """None where no token is drawn, no filter is worth it, or there are some that flashinfer
+        has no kernel for.
 
         Args:
-            defaults: the model's own generation config, which fills what is left open, as in `generate`.
+            defaults: the model's own generation config, which fills what is left open, as in
+                `generate`.
         """
         values = []
-        for name, otherwise in (("temperature", 1.0), ("top_k", 50), ("top_p", 1.0), ("min_p", 0.0)):
+        for name, otherwise in (
+            ("temperature", 1.0),
+            ("top_k", 50),
+            ("top_p", 1.0),
+            ("min_p", 0.0),
+        ):
             found = getattr(config, name, None)
             found = getattr(defaults, name, None) if found is None else found
             values.append(otherwise if found is None else found)
         temperature, top_k, top_p, min_p = values
         beams = getattr(config, "num_beams", None) or 1
-        if not getattr(config, "do_sample", None) or beams > 1 or getattr(config, "top_h", None) is not None:
+        if (
+            not getattr(config, "do_sample", None)
+            or beams > 1
+            or getattr(config, "top_h", None) is not None
+        ):
             return None
-        if (top_k == 0 and top_p == 1.0) or not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
+        if (top_k == 0 and top_p == 1.0) or not (
+            temperature > 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1
+        ):
             return None  # nothing to gain, or an error that transformers explains
         return cls(float(temperature), int(top_k), float(top_p), float(min_p))
 
@@ -77,7 +91,9 @@ class Filters(NamedTuple):
         return process
 
     def taken_from(self, config: Any, defaults: Any) -> Any:
-        """The config without these filters. What is merely unset would be filled with defaults again."""
+        """The config without these filters. What is merely unset would be filled with defaults
+        again.
+        """
         rest = copy.deepcopy(config)
         rest.temperature, rest.top_k, rest.top_p = 1.0, 0, 1.0
         rest.min_p = None if getattr(defaults, "min_p", None) is None else 0.0
@@ -97,13 +113,17 @@ class FlashFilter:
         self._plain = filters.plain()
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] float32 from scores of that shape; their softmax is the filtered distribution."""
+        """Scores [B, V] float32 from scores of that shape; their softmax is the filtered
+        distribution.
+        """
         if self._library is None:
             return self._plain(input_ids, scores)
         try:
             return self.filtered(scores)
         except Exception as problem:  # it compiles on first use, and may raise anything
-            log.warning("flashinfer no longer filters tokens: %s", " ".join(str(problem).split())[:200])
+            log.warning(
+                "flashinfer no longer filters tokens: %s", " ".join(str(problem).split())[:200]
+            )
             self._library = None
             return self._plain(input_ids, scores)
 
@@ -112,7 +132,9 @@ class FlashFilter:
         filters = self.filters
         probabilities = torch.softmax(scores / filters.temperature, dim=-1)
         if filters.top_k:
-            probabilities = self._library.top_k_renorm_probs(probabilities, min(filters.top_k, scores.shape[-1]))
+            probabilities = self._library.top_k_renorm_probs(
+                probabilities, min(filters.top_k, scores.shape[-1])
+            )
         if filters.top_p < 1.0:
             probabilities = self._library.top_p_renorm_probs(probabilities, filters.top_p)
         if filters.min_p:
@@ -129,14 +151,18 @@ class FlashSampling:
     """
 
     def __init__(
-        self, model: Any, wall_us: Callable[[Callable[[], object], torch.device], float] | None = None
+        self,
+        model: Any,
+        wall_us: Callable[[Callable[[], object], torch.device], float] | None = None,
     ) -> None:
         self._model = model
         self._wall_us = wall_us or median_wall_us
         self._known: dict[Filters, FlashFilter | None] = {}
 
     def arguments(self, config: Any) -> dict[str, Any]:
-        """`generate`'s `generation_config` and `logits_processor` for this config; the config alone where it stays."""
+        """`generate`'s `generation_config` and `logits_processor` for this config; the config alone
+        where it stays.
+        """
         device, defaults = getattr(self._model, "device", None), self._model.generation_config
         filters = Filters.of(config, defaults)
         if device is None or filters is None or not usable(device):
@@ -166,16 +192,27 @@ def choose(
     # Spread like a model's: some tokens hold most of the probability, the rest is a long tail.
     scores = (4.0 * torch.randn(2, vocabulary, generator=generator)).to(device)
     try:
-        found, plain = FlashFilter(importlib.import_module("flashinfer").sampling, filters), filters.plain()
+        found, plain = (
+            FlashFilter(importlib.import_module("flashinfer").sampling, filters),
+            filters.plain(),
+        )
         error = distance(found.filtered(scores), plain(None, scores))
         if not error <= TOLERANCE:
-            raise BackendError(f"it gives {error:.2g} of the probability to other tokens for {filters}")
+            raise BackendError(
+                f"it gives {error:.2g} of the probability to other tokens for {filters}"
+            )
         ours = wall_us(lambda: plain(None, scores[:1]), device)
         theirs = wall_us(lambda: found.filtered(scores[:1]), device)
     except Exception as problem:  # it compiles on first use, and may raise anything
         log.warning("flashinfer does not filter tokens: %s", " ".join(str(problem).split())[:200])
         return None
-    log.info("%s of %d tokens: transformers %.1f us, flashinfer %.1f us", filters, vocabulary, ours, theirs)
+    log.info(
+        "%s of %d tokens: transformers %.1f us, flashinfer %.1f us",
+        filters,
+        vocabulary,
+        ours,
+        theirs,
+    )
     return found if theirs < ours else None
 
 

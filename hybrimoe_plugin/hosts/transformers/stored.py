@@ -25,12 +25,16 @@ from hybrimoe_plugin.operators.mla import LeanMLA
 log = logging.getLogger(__name__)
 
 _MOST_OF_FREE = 0.5
-"""Share of the free memory that the weights may take unasked; beyond, a mapped file is the safer choice."""
+"""Share of the free memory that the weights may take unasked; beyond, a mapped file is the safer
+choice.
+"""
 
 
 def without_plain(plan: Sequence[Match]) -> list[Match]:
     """The plan without dense operators where `dense: plain` asks for the model's own modules."""
-    return [match for match in plan if not (_is_dense(match) and match.kwargs.get("dense") == "plain")]
+    return [
+        match for match in plan if not (_is_dense(match) and match.kwargs.get("dense") == "plain")
+    ]
 
 
 def keeps_stored(match: Match, store: GGUFStore) -> bool:
@@ -43,7 +47,8 @@ def keeps_stored(match: Match, store: GGUFStore) -> bool:
 
 
 def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
-    """Read the file into memory where the settings say so; `auto` does where the CPU computes alone and there is room.
+    """Read the file into memory where the settings say so; `auto` does where the CPU computes alone
+    and there is room.
 
     With `auto` so is a file that any user may write to.
 
@@ -62,8 +67,10 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
     if asked == {"auto"} and store.others_may_write:
         if not fits:
             raise WeightsError(
-                f"{store.paths[0]}: any user may write to the file, and cutting it would end the process that reads "
-                "it where it lies; take the right away (chmod o-w), or accept it with weights='mapped'"
+                f"{store.paths[0]}: any user may write to the file, and cutting it would end the "
+                f"process that reads "
+                "it where it lies; take the right away (chmod o-w), or accept it with "
+                "weights='mapped'"
             )
         store.read_into_memory()
         return
@@ -74,12 +81,14 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
-    """Hand every operator its matrices; they are mapped, and copied only where rows must change places.
+    """Hand every operator its matrices; they are mapped, and copied only where rows must change
+    places.
 
     Matrices on the CPU in a type without a kernel are requantised to Q8_0, with a notice.
 
     Raises:
-        WeightsError, BackendError: a tensor is missing, has another shape, or is of a type without a kernel.
+        WeightsError, BackendError: a tensor is missing, has another shape, or is of a type without
+            a kernel.
 
     Mutates: `model`.
     """
@@ -95,7 +104,9 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
                 module.take(_for_kernels(source.stored(parameter), parameter))
             elif isinstance(module, LeanMLA) and module.ggml is not None:
                 parameter = f"{name}.kv_b_proj.weight"
-                key, value = (_for_kernels(part, parameter) for part in source.stored_kv_b(parameter))
+                key, value = (
+                    _for_kernels(part, parameter) for part in source.stored_kv_b(parameter)
+                )
                 module.take_split(key, value)
         except BackendError as error:
             tensors = " and ".join(source.gguf_names(parameter))
@@ -107,7 +118,10 @@ def _for_kernels(stored: Stored, name: str) -> Stored:
         return stored
     made = requantised(stored)
     log.warning(
-        "%s: no kernel for %s; requantised to %s, which takes a copy in memory", name, stored.type_name, made.type_name
+        "%s: no kernel for %s; requantised to %s, which takes a copy in memory",
+        name,
+        stored.type_name,
+        made.type_name,
     )
     return made
 

@@ -1,4 +1,6 @@
-"""Chat templates, which are programs that come with a model: rendered under limits, every failure a typed error."""
+"""Chat templates, which are programs that come with a model: rendered under limits, every failure a
+typed error.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ MAX_BYTES = 512 * 2**20
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    It is rendered in a process of its own, started when it is first needed and kept for the next message: a template
-    may loop for ever or build gigabytes in a single operation, and nothing inside Python ends that.
+    It is rendered in a process of its own, started when it is first needed and kept for the next
+    message: a template may loop for ever or build gigabytes in a single operation, and nothing
+    inside Python ends that.
 
     Args:
         tokenizer: with `chat_template`; its special tokens are the template's variables.
@@ -71,7 +74,9 @@ class ChatTemplate:
         if isinstance(template, Mapping):
             template = template.get("default")
         if not isinstance(template, str):
-            raise ConfigError("the tokenizer has several chat templates and none of them is called default")
+            raise ConfigError(
+                "the tokenizer has several chat templates and none of them is called default"
+            )
         return template
 
     def _ask(self, request: dict[str, Any]) -> dict[str, str]:
@@ -114,10 +119,12 @@ class ChatTemplate:
             "refused": f"the model's chat template refuses the conversation: {error}",
             "syntax": f"the model's chat template is damaged: {error}",
             "failed": f"the model's chat template failed: {error}",
-            "long": f"the model's chat template makes {error} characters of the conversation, which is refused",
+            "long": f"the model's chat template makes {error} characters of the conversation, "
+            f"which is refused",
         }.get(
             found["kind"],
-            f"the model's chat template takes more than {self._seconds} seconds or {self._nbytes >> 20} MiB, "
+            f"the model's chat template takes more than {self._seconds} seconds or "
+            f"{self._nbytes >> 20} MiB, "
             "which is refused",
         )
 

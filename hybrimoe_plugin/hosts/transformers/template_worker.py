@@ -1,7 +1,8 @@
-"""Renders chat templates in a process of its own, which the system ends when it takes too long or too much memory.
+"""Renders chat templates in a process of its own, which the system ends when it takes too long or
+too much memory.
 
-Started by `template`, as a script: it imports nothing but jinja2. Templates see what transformers shows them. One
-request and one answer a line, both JSON in ASCII.
+Started by `template`, as a script: it imports nothing but jinja2. Templates see what transformers
+shows them. One request and one answer a line, both JSON in ASCII.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ MAX_CHARACTERS = 16 * 2**20
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what the model said, for training; here its contents are simply text."""
+    """`{% generation %}` marks what the model said, for training; here its contents are simply
+    text.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -31,7 +34,9 @@ class Generation(Extension):
 
 
 class Dict:
-    """The name `dict` of a template: a call makes one, other attributes of the class are out of reach."""
+    """The name `dict` of a template: a call makes one, other attributes of the class are out of
+    reach.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -42,7 +47,9 @@ class Dict:
 
 def environment() -> ImmutableSandboxedEnvironment:
     """The sandbox with what chat templates expect."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -51,10 +58,16 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     # jinja2's own escapes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class Refused(Exception):
@@ -69,7 +82,11 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     """`text`, or `kind` and `error`."""
     try:
         text = environment().from_string(request["template"]).render(**request["variables"])
-        return {"text": text} if len(text) <= MAX_CHARACTERS else {"kind": "long", "error": str(len(text))}
+        return (
+            {"text": text}
+            if len(text) <= MAX_CHARACTERS
+            else {"kind": "long", "error": str(len(text))}
+        )
     except Refused as error:
         return {"kind": "refused", "error": str(error)}
     except jinja2.TemplateSyntaxError as error:
@@ -81,7 +98,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 
 def limit(seconds: int, nbytes: int) -> None:
-    """Let the system end this process, whatever it is busy with. The time is set anew for every request."""
+    """Let the system end this process, whatever it is busy with. The time is set anew for every
+    request.
+    """
     import resource
     import signal
 

@@ -20,7 +20,9 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _WHOLE = (_CONTROL, _USER_DEFINED)
-"""Kinds in `tokenizer.ggml.token_type` whose tokens are not split: those that control the model, user-defined ones."""
+"""Kinds in `tokenizer.ggml.token_type` whose tokens are not split: those that control the model,
+user-defined ones.
+"""
 
 
 def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any = None) -> Any:
@@ -33,7 +35,9 @@ def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any 
         WeightsError: a tokenizer is there and cannot be read.
         ConfigError: the directory's tokenizer is code of its own.
     """
-    if model_path is not None and any((Path(model_path) / name).exists() for name in TOKENIZER_FILES):
+    if model_path is not None and any(
+        (Path(model_path) / name).exists() for name in TOKENIZER_FILES
+    ):
         return directory_tokenizer(model_path, config)
     if "tokenizer.ggml.tokens" not in store.metadata:
         return None
@@ -70,11 +74,15 @@ def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
             str(directory), config=config, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # transformers and tokenizers raise many kinds
-        raise WeightsError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _read_by_transformers(path: Path) -> Any:
-    """transformers reads other files beside the one that it is given: it gets a folder with nothing else."""
+    """transformers reads other files beside the one that it is given: it gets a folder with nothing
+    else.
+    """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
@@ -85,12 +93,15 @@ def _read_by_transformers(path: Path) -> Any:
 
 
 def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
-    """What the file says about special tokens, which not every release of transformers reads, or reads rightly.
+    """What the file says about special tokens, which not every release of transformers reads, or
+    reads rightly.
 
     Mutates: `tokenizer`.
     """
     known = tokenizer.get_vocab()
-    tokenizer.add_tokens([token for index, token in _whole_tokens(store) if known.get(token.content) == index])
+    tokenizer.add_tokens(
+        [token for index, token in _whole_tokens(store) if known.get(token.content) == index]
+    )
     texts = {name: text for name, text in _special_texts(store).items() if text is not None}
     tokenizer.add_special_tokens({name: _added(text, True) for name, text in texts.items()})
     for name, flag in _flags(store).items():
@@ -101,20 +112,26 @@ def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
 def _byte_level(store: GGUFStore) -> Any:
     """Byte-level BPE out of the file's metadata.
 
-    Not through transformers: releases differ in the architectures that they read, in which kinds of splitting they
-    know, and lose the places of special tokens.
+    Not through transformers: releases differ in the architectures that they read, in which kinds of
+    splitting they know, and lose the places of special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     kind, pre, tokens, merges = (
-        store.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "merges")
+        store.metadata.get(f"tokenizer.ggml.{name}")
+        for name in ("model", "pre", "tokens", "merges")
     )
     if kind != "gpt2" or tokens is None or merges is None:
-        raise ValueError(f"SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is {kind!r}")
+        raise ValueError(
+            f"SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is "
+            f"{kind!r}"
+        )
     splits = splits_of(pre, store.architecture, str(store.paths[0]))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, [_pair(merge) for merge in merges], ignore_merges=splits.whole_words))
+    backend = Tokenizer(
+        models.BPE(vocabulary, [_pair(merge) for merge in merges], ignore_merges=splits.whole_words)
+    )
     if splits.composed:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer(splits)
@@ -148,13 +165,17 @@ def _flags(store: GGUFStore) -> dict[str, bool]:
     names = ("add_bos_token", "add_eos_token")
     found = {name: store.metadata.get(f"tokenizer.ggml.{name}") for name in names}
     if store.metadata.get("tokenizer.ggml.model") == "llama" and found["add_bos_token"] is None:
-        found["add_bos_token"] = True  # older files have no flag, and SentencePiece models were trained with bos
+        found["add_bos_token"] = (
+            True  # older files have no flag, and SentencePiece models were trained with bos
+        )
     return {name: flag for name, flag in found.items() if flag is not None}
 
 
 def _whole_tokens(store: GGUFStore) -> list[tuple[int, Any]]:
     """Index and token of what is found in text as a whole, before anything is split."""
-    tokens, kinds = (store.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    tokens, kinds = (
+        store.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type")
+    )
     found = []
     for index, (token, kind) in enumerate(zip(tokens or (), kinds or (), strict=False)):
         # Some converters mark the end of a turn as an ordinary token, or as one of the user's.

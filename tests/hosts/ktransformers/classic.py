@@ -1,4 +1,6 @@
-"""Tiny random models of every family as classic kTransformers' own modules, and as the GGUF files that it reads."""
+"""Tiny random models of every family as classic kTransformers' own modules, and as the GGUF files
+that it reads.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("Mixtral", {"num_local_experts": 8, "sliding_window": None}),
     "Qwen2-57B-A14B": (
         "Qwen2Moe",
-        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 256, "decoder_sparse_step": 1}
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 256,
+            "decoder_sparse_step": 1,
+        }
         | {"shared_expert_intermediate_size": 128, "norm_topk_prob": False, "mlp_only_layers": []},
     ),
     "DeepSeek-V2": (
@@ -63,20 +70,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DeepSeek-V2-Lite": (
         "DeepseekV2",
-        {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax", "n_shared_experts": 2}
+        {
+            **_MLA,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "scoring_func": "softmax",
+            "n_shared_experts": 2,
+        }
         | {"routed_scaling_factor": 1.0, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
     ),
     "DeepSeek-V3": (
         "DeepseekV3",
-        {**_MLA, **_GROUPS, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True}
+        {
+            **_MLA,
+            **_GROUPS,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "norm_topk_prob": True,
+        }
         | {"routed_scaling_factor": 2.5},
     ),
 }
 YARN = {
-    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
-    "mscale": 0.707, "mscale_all_dim": 0.707,
-}  # fmt: skip
-ARCHITECTURES = {"Mixtral": "llama", "Qwen2Moe": "qwen2moe", "DeepseekV2": "deepseek2", "DeepseekV3": "deepseek2"}
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+ARCHITECTURES = {
+    "Mixtral": "llama",
+    "Qwen2Moe": "qwen2moe",
+    "DeepseekV2": "deepseek2",
+    "DeepseekV3": "deepseek2",
+}
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -121,12 +150,17 @@ def model(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def write(built: Any, folder: Path, *, tied: bool = False) -> Path:
-    """Write a model's weights as `model.gguf` under the names that kTransformers looks for; float32."""
+    """Write a model's weights as `model.gguf` under the names that kTransformers looks for;
+    float32.
+    """
     from ktransformers.util.custom_gguf import translate_name_to_gguf
 
     folder.mkdir(parents=True, exist_ok=True)
     kind = built.config.architectures[0].removesuffix("ForCausalLM")
-    arch, heads = ARCHITECTURES[kind], (built.config.num_attention_heads, built.config.num_key_value_heads)
+    arch, heads = (
+        ARCHITECTURES[kind],
+        (built.config.num_attention_heads, built.config.num_key_value_heads),
+    )
     writer = GGUFWriter(str(folder / "model.gguf"), arch)
     writer.add_head_count(heads[0])
     writer.add_head_count_kv(heads[1])
@@ -135,8 +169,12 @@ def write(built: Any, folder: Path, *, tied: bool = False) -> Path:
         array = value.detach().float().numpy()
         expert = re.search(r"^model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$", name)
         if expert:
-            part = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[3], expert[3].removesuffix("_proj"))
-            experts.setdefault(f"blk.{expert[1]}.ffn_{part}_exps.weight", {})[int(expert[2])] = array
+            part = {"w1": "gate", "w2": "down", "w3": "up"}.get(
+                expert[3], expert[3].removesuffix("_proj")
+            )
+            experts.setdefault(f"blk.{expert[1]}.ffn_{part}_exps.weight", {})[int(expert[2])] = (
+                array
+            )
             continue
         if name == "lm_head.weight" and tied:
             continue
@@ -166,21 +204,29 @@ def pairs(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def rules(family: str, folder: Path, variant: str = "cpu", **settings: Any) -> Path:
-    """The packaged rules with settings added to the experts' kwargs; by default plain torch experts on the CPU."""
+    """The packaged rules with settings added to the experts' kwargs; by default plain torch experts
+    on the CPU.
+    """
     parsed = yaml.safe_load((RULES / f"{family}-{variant}.yaml").read_text(encoding="utf-8"))
     for rule in parsed:
         if rule["replace"]["class"].endswith(".HybriMoEExperts"):
-            rule["replace"]["kwargs"].update({"cpu_backend": "torch", "profile": profile(folder), **settings})
+            rule["replace"]["kwargs"].update(
+                {"cpu_backend": "torch", "profile": profile(folder), **settings}
+            )
     path = folder / f"{family}-{variant}.yaml"
     path.write_text(yaml.safe_dump(parsed, sort_keys=False), encoding="utf-8")
     return path
 
 
 def profile(folder: Path) -> str:
-    """A machine on paper: measuring this one for every tiny shape would take most of the tests' time."""
+    """A machine on paper: measuring this one for every tiny shape would take most of the tests'
+    time.
+    """
     spec = ExpertSpec(64, 256, 8, 2, "F32", "F32", "F32", 65536, 65536, 65536)
     cpu, accelerator = Side(20.0, (1, 64), (100.0, 2000.0), 1), Side(10.0, (1, 64), (20.0, 40.0))
-    made = MachineProfile("tests", "assumed", "2026-11-24", spec, cpu, accelerator, Link(10.0, 5.0), 50.0)
+    made = MachineProfile(
+        "tests", "assumed", "2026-11-24", spec, cpu, accelerator, Link(10.0, 5.0), 50.0
+    )
     path = folder / "profile.json"
     path.write_text(made.to_json(), encoding="utf-8")
     return str(path)
@@ -198,7 +244,8 @@ def load(made: Any, rule_file: Path, folder: Path) -> Any:
 
 @torch.no_grad()
 def host_logits(built: Any, prompt: torch.Tensor, steps: int) -> torch.Tensor:
-    """[1 + steps, V]: the last of a prefill of all but `steps` tokens, then of decoding those, one call each.
+    """[1 + steps, V]: the last of a prefill of all but `steps` tokens, then of decoding those, one
+    call each.
 
     The calls are those of `prefill_and_generate`.
     """
@@ -228,7 +275,8 @@ def plain_logits(built: Any, prompt: torch.Tensor, steps: int) -> torch.Tensor:
     """The same of the oracle: each in one pass over everything before it, without a cache."""
     found = []
     for count in range(prompt.shape[1] - steps, prompt.shape[1] + 1):
-        # Its DeepSeek-V2 cannot be called with ids, nor without a mask, and gives the last token's logits only.
+        # Its DeepSeek-V2 cannot be called with ids, nor without a mask, and gives the last token's
+        # logits only.
         embedded, mask = built.model.embed_tokens(prompt[:, :count]), torch.ones(1, count)
         out = built(inputs_embeds=embedded, attention_mask=mask, use_cache=False, return_dict=True)
         found.append(out.logits[0, -1])

@@ -1,4 +1,6 @@
-"""The same GGUF files in both hosts: classic kTransformers under our rules gives current transformers' plain logits."""
+"""The same GGUF files in both hosts: classic kTransformers under our rules gives current
+transformers' plain logits.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,16 @@ with apply_patches():
         built = classic.load(made, classic.rules(name, folder / name), folder / name)
         np.save(folder / name / "logits.npy", classic.host_logits(built, classic.tokens(11), steps).numpy())
         built.hybrimoe.close()
-"""
+"""  # noqa: E501
 
 
-@pytest.mark.skipif(find_spec("ktransformers") is not None, reason="for the default environment, which makes the files")
-@pytest.mark.skipif(not HOST.exists(), reason="no environment with ktransformers: make setup-ktransformers")
+@pytest.mark.skipif(
+    find_spec("ktransformers") is not None,
+    reason="for the default environment, which makes the files",
+)
+@pytest.mark.skipif(
+    not HOST.exists(), reason="no environment with ktransformers: make setup-ktransformers"
+)
 def test_both_hosts_agree(tmp_path: Path) -> None:
     import classic
     import tiny  # needs a current transformers
@@ -50,10 +57,22 @@ def test_both_hosts_agree(tmp_path: Path) -> None:
         tiny.write(tmp_path / name, family)
         with torch.no_grad():
             wanted[name] = tiny.model(family)(prompt).logits[0, -STEPS - 1 :]
-    command = [str(HOST), "-c", PROGRAM, str(tmp_path), str(Path(__file__).parent), str(STEPS), *PAIRS]
+    command = [
+        str(HOST),
+        "-c",
+        PROGRAM,
+        str(tmp_path),
+        str(Path(__file__).parent),
+        str(STEPS),
+        *PAIRS,
+    ]
     environment = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for name in PAIRS:
         found = torch.from_numpy(np.load(tmp_path / name / "logits.npy"))
-        torch.testing.assert_close(found, wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found, wanted[name], msg=lambda text, name=name: f"{name}: {text}"
+        )

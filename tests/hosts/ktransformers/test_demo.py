@@ -1,4 +1,6 @@
-"""The real `ktransformers.local_chat` with the demo model says the same under our rules and under its own."""
+"""The real `ktransformers.local_chat` with the demo model says the same under our rules and under
+its own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ QUESTION = "What is the capital of France?"
 @pytest.fixture(autouse=True)
 def _profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own, where this machine was measured already."""
-    monkeypatch.setenv("HYBRIMOE_PROFILES", str(Path(os.environ["XDG_CACHE_HOME"]) / "hybrimoe" / "profiles"))
+    monkeypatch.setenv(
+        "HYBRIMOE_PROFILES", str(Path(os.environ["XDG_CACHE_HOME"]) / "hybrimoe" / "profiles")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +70,21 @@ def ask(folder: str, rules: str | None, capfd: pytest.CaptureFixture[str]) -> tu
     return answers[0], capfd.readouterr().out
 
 
-def test_our_rules_and_its_own_give_the_same_greedy_tokens(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_our_rules_and_its_own_give_the_same_greedy_tokens(
+    folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     ours, said = ask(folder, str(classic.RULES / "Mixtral-cpu.yaml"), capfd)
-    assert "Paris" in said and "eval rate:" in said  # how it says so depends on the processor's kernels
+    assert (
+        "Paris" in said and "eval rate:" in said
+    )  # how it says so depends on the processor's kernels
     stock, said = ask(folder, None, capfd)
     assert "using default_optimize_rule for MixtralForCausalLM" in said
     assert ours == stock
-    assert not [name for name in sys.modules if name.startswith(("ktransformers.", "cpuinfer_ext", "flash_attn"))]
+    assert not [
+        name
+        for name in sys.modules
+        if name.startswith(("ktransformers.", "cpuinfer_ext", "flash_attn"))
+    ]
 
 
 def test_the_command_answers_and_reports(folder: str) -> None:
@@ -87,7 +99,10 @@ def test_the_command_answers_and_reports(folder: str) -> None:
         "--prompt",
         QUESTION,
     ]
-    environment = {**os.environ, "HYBRIMOE_CACHE": str(Path(os.environ["XDG_CACHE_HOME"]) / "hybrimoe")}
+    environment = {
+        **os.environ,
+        "HYBRIMOE_CACHE": str(Path(os.environ["XDG_CACHE_HOME"]) / "hybrimoe"),
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout

@@ -1,4 +1,6 @@
-"""Our operators under kTransformers' own injection give the logits of its own modules with plain torch experts."""
+"""Our operators under kTransformers' own injection give the logits of its own modules with plain
+torch experts.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_every_schedule_on_an_accelerator_gives_the_same(
     rules = classic.rules(family, tmp_path, **EMULATED, scheduler=scheduler, cache_ratio=0.25)
     built = classic.load(classic.config(family), rules, folder)
     prompt = classic.tokens(12, seed=1)
-    torch.testing.assert_close(classic.host_logits(built, prompt, 4), classic.plain_logits(oracle, prompt, 4))
+    torch.testing.assert_close(
+        classic.host_logits(built, prompt, 4), classic.plain_logits(oracle, prompt, 4)
+    )
     stats = built.hybrimoe.stats()
     assert stats.activations == stats.experts_cpu + stats.experts_accelerator > 0
     if scheduler in ("accelerator_only", "cpu_only"):
@@ -56,9 +60,13 @@ def test_every_schedule_on_an_accelerator_gives_the_same(
 
 
 @pytest.mark.parametrize("family", classic.FAMILIES)
-def test_routers_show_and_predict_what_they_choose(family: str, oracles: dict[str, Any], tmp_path: Path) -> None:
+def test_routers_show_and_predict_what_they_choose(
+    family: str, oracles: dict[str, Any], tmp_path: Path
+) -> None:
     _, folder = oracles[family]
-    built = classic.load(classic.config(family), classic.rules(family, tmp_path, **EMULATED, cache_ratio=0.5), folder)
+    built = classic.load(
+        classic.config(family), classic.rules(family, tmp_path, **EMULATED, cache_ratio=0.5), folder
+    )
     engine = built.hybrimoe.engines[0]
     calls: list[Any] = []
     built.hybrimoe.record(calls.append)
@@ -91,5 +99,7 @@ def test_yarn_models_are_served_too(host: object, tmp_path: Path) -> None:
         made = classic.config(family, rope_scaling=classic.YARN)
         built = classic.load(made, classic.rules(family, tmp_path), folder)
         prompt = classic.tokens(20)
-        torch.testing.assert_close(classic.host_logits(built, prompt, 3), classic.plain_logits(oracle, prompt, 3))
+        torch.testing.assert_close(
+            classic.host_logits(built, prompt, 3), classic.plain_logits(oracle, prompt, 3)
+        )
         built.hybrimoe.close()

@@ -52,9 +52,17 @@ def test_undo_leaves_no_trace() -> None:
         after = values(owner)
         changed = [key for key, value in before[name].items() if after.get(key) is not value]
         assert not changed, (name, changed)
-    for name in ("cpuinfer_ext", "cpuinfer_ext.moe", "KTransformersOps", "flash_attn", "flash_attn.bert_padding"):
+    for name in (
+        "cpuinfer_ext",
+        "cpuinfer_ext.moe",
+        "KTransformersOps",
+        "flash_attn",
+        "flash_attn.bert_padding",
+    ):
         assert name not in sys.modules
-    assert not [name for name in sys.modules if name.startswith("ktransformers") and name not in modules]
+    assert not [
+        name for name in sys.modules if name.startswith("ktransformers") and name not in modules
+    ]
     for name, module in modules.items():
         assert sys.modules.get(name) is module, name
     with pytest.raises(ModuleNotFoundError):
@@ -78,7 +86,9 @@ def test_versions_decide() -> None:
     from hybrimoe_plugin.hosts.ktransformers.patches import decide
     from hybrimoe_plugin.hosts.ktransformers.release import in_range
 
-    assert in_range("0.2.1.post1", "0.2.1", "0.2.2") and not in_range("0.2.4post1", "0.2.1", "0.2.2")
+    assert in_range("0.2.1.post1", "0.2.1", "0.2.2") and not in_range(
+        "0.2.4post1", "0.2.1", "0.2.2"
+    )
     assert not any(decision.used for decision in decide("0.7.2"))
     assert all("not for version" in decision.why for decision in decide("0.1"))
     with pytest.raises(ConfigError, match="unknown patch nonsense; known: cpuinfer"):
@@ -101,7 +111,9 @@ def test_without_it_the_import_fails(name: str, said: str) -> None:
     before = set(sys.modules)
     with pytest.raises((BackendError, ImportError), match=said), apply_patches(skip=[name]):
         importlib.import_module("ktransformers.local_chat")
-        importlib.import_module("ktransformers.operators.attention")  # which the rules of DeepSeek name
+        importlib.import_module(
+            "ktransformers.operators.attention"
+        )  # which the rules of DeepSeek name
         raise AssertionError("the import worked without it")
     # All or none: the patches before the one that failed are gone too.
     assert not {"cpuinfer_ext", "KTransformersOps", "flash_attn"} & (set(sys.modules) - before)
@@ -137,13 +149,18 @@ def answer(model: Any, **options: Any) -> Any:
             return " "
 
     options = {"use_cuda_graph": False, **options}
-    return utils.prefill_and_generate(model, Tokenizer(), classic.tokens(5), max_new_tokens=3, **options)
+    return utils.prefill_and_generate(
+        model, Tokenizer(), classic.tokens(5), max_new_tokens=3, **options
+    )
 
 
 def test_cuda_calls_is_needed(model_in: Callable[..., Any]) -> None:
     from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 
-    with apply_patches(skip=["cuda-calls"]), pytest.raises(ValueError, match="Expected a cuda device"):
+    with (
+        apply_patches(skip=["cuda-calls"]),
+        pytest.raises(ValueError, match="Expected a cuda device"),
+    ):
         answer(model_in())
     with apply_patches():
         assert len(answer(model_in())) == 3
@@ -152,17 +169,27 @@ def test_cuda_calls_is_needed(model_in: Callable[..., Any]) -> None:
 def test_cuda_devices_is_needed(model_in: Callable[..., Any]) -> None:
     from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 
-    with apply_patches(skip=["cuda-devices"]), pytest.raises((RuntimeError, AssertionError), match="CUDA|cuda"):
+    with (
+        apply_patches(skip=["cuda-devices"]),
+        pytest.raises((RuntimeError, AssertionError), match="CUDA|cuda"),
+    ):
         model_in(stock_rules())
     with apply_patches():
         loaded = model_in(stock_rules())
-        assert type(loaded.model.layers[0].self_attn.q_proj.generate_linear).__name__ == "KLinearTorch"
+        assert (
+            type(loaded.model.layers[0].self_attn.q_proj.generate_linear).__name__ == "KLinearTorch"
+        )
         assert not [device for device in devices(loaded) if device != "cpu"]
 
 
 def devices(model: Any) -> list[str]:
     found = model.gguf_loader.tensor_device_map.values()
-    return [kwargs[key] for kwargs in found for key in ("generate_device", "prefill_device") if key in kwargs]
+    return [
+        kwargs[key]
+        for kwargs in found
+        for key in ("generate_device", "prefill_device")
+        if key in kwargs
+    ]
 
 
 def test_decode_sees_itself_is_needed(model_in: Callable[..., Any]) -> None:
@@ -194,7 +221,10 @@ def test_safe_yaml_is_needed(model_in: Callable[..., Any], tmp_path: Path) -> No
 def test_tied_output_is_needed(model_in: Callable[..., Any]) -> None:
     from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 
-    with apply_patches(skip=["tied-output"]), pytest.raises(Exception, match=r"can't find output\.weight"):
+    with (
+        apply_patches(skip=["tied-output"]),
+        pytest.raises(Exception, match=r"can't find output\.weight"),
+    ):
         model_in(tied=True)
     with apply_patches():
         loaded = model_in(tied=True)
@@ -223,7 +253,10 @@ def test_more_types_is_needed(tmp_path: Path) -> None:
         found: torch.Tensor = GGUFLoader(str(tmp_path)).load_gguf_tensor("blk.0.attn_v.weight")
         return found
 
-    with apply_patches(skip=["more-types"]), pytest.raises(NotImplementedError, match="ggml_type 3"):
+    with (
+        apply_patches(skip=["more-types"]),
+        pytest.raises(NotImplementedError, match="ggml_type 3"),
+    ):
         read()
     with apply_patches():
         assert (read() - torch.from_numpy(values)).abs().max() < 0.3
@@ -240,7 +273,9 @@ def test_cuda_graphs_is_needed(model_in: Callable[..., Any]) -> None:
         answer(model_in(), use_cuda_graph=True)
     assert "--use_cuda_graph" not in str(late.value)
     with apply_patches():
-        with pytest.raises(BackendError, match="plans every layer call anew.*--use_cuda_graph False"):
+        with pytest.raises(
+            BackendError, match="plans every layer call anew.*--use_cuda_graph False"
+        ):
             answer(model_in(), use_cuda_graph=True)
         with pytest.raises(BackendError, match="need a CUDA device.*--use_cuda_graph False"):
             answer(model_in(stock_rules()), use_cuda_graph=True)

@@ -1,4 +1,6 @@
-"""Every packaged rules file is sound for our reader and for theirs, and every class that it names exists."""
+"""Every packaged rules file is sound for our reader and for theirs, and every class that it names
+exists.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,18 @@ EXPERTS = "hybrimoe_plugin.hosts.ktransformers.operators.HybriMoEExperts"
 
 
 def family_of(file: Path) -> str:
-    return next(family for family in sorted(classic.FAMILIES, key=len, reverse=True) if file.stem.startswith(family))
+    return next(
+        family
+        for family in sorted(classic.FAMILIES, key=len, reverse=True)
+        if file.stem.startswith(family)
+    )
 
 
 def test_every_family_has_both_variants() -> None:
     names = {file.stem for file in FILES}
-    assert names == {f"{family}-{kind}" for family in classic.FAMILIES for kind in ("cpu", "gpu")} | {
-        "DeepSeek-V2-Lite-16-experts"
-    }
+    assert names == {
+        f"{family}-{kind}" for family in classic.FAMILIES for kind in ("cpu", "gpu")
+    } | {"DeepSeek-V2-Lite-16-experts"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -35,7 +41,9 @@ def test_our_reader_takes_it(file: Path) -> None:
     rules = load_rules(file).rules
     experts = [rule for rule in rules if rule.replace_class == EXPERTS]
     assert len(experts) == 1 and not experts[0].recursive
-    devices = {value for rule in rules for key, value in rule.kwargs.items() if key.endswith("_device")}
+    devices = {
+        value for rule in rules for key, value in rule.kwargs.items() if key.endswith("_device")
+    }
     assert devices == ({"cpu"} if file.stem.endswith("-cpu") else {"cuda", "cpu"})
     from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
@@ -48,7 +56,9 @@ def test_the_authors_example_caches_16_experts_in_each_layer() -> None:
 
     rules = load_rules(classic.RULES / "DeepSeek-V2-Lite-16-experts.yaml").rules
     kwargs = next(rule.kwargs for rule in rules if rule.replace_class == EXPERTS)
-    settings = Settings.of({key: value for key, value in kwargs.items() if not key.endswith("_device")})
+    settings = Settings.of(
+        {key: value for key, value in kwargs.items() if not key.endswith("_device")}
+    )
     assert cache_quotas(settings, 64, [1] * 26, None) == [16] * 26
 
 
@@ -74,7 +84,9 @@ class TestTheirs:
             patch.setattr(optimize, "gen_optimize_config", decide)
             decide(built, found, rules)
         experts = [name for name, entry in found.items() if entry["class"] == EXPERTS]
-        blocks = [name for name, entry in found.items() if ".ktransformers.blocks." in entry["class"]]
+        blocks = [
+            name for name, entry in found.items() if ".ktransformers.blocks." in entry["class"]
+        ]
         moe_layers = made.num_hidden_layers - getattr(made, "first_k_dense_replace", 0)
         assert len(experts) == len(blocks) == moe_layers
         for entry in found.values():
@@ -83,16 +95,26 @@ class TestTheirs:
                 assert isinstance(getattr(importlib.import_module(module), name), type)
         rope = [entry["class"] for name, entry in found.items() if name.endswith("rotary_emb")]
         assert len(rope) == made.num_hidden_layers and all(".RoPE." in kind for kind in rope)
-        where = {found[name]["kwargs"]["generate_device"] for name in found if name.startswith("model.layers.1.")}
+        where = {
+            found[name]["kwargs"]["generate_device"]
+            for name in found
+            if name.startswith("model.layers.1.")
+        }
         assert where == {"cpu" if file.stem.endswith("-cpu") else "cuda"}
 
     @pytest.mark.parametrize("family", classic.FAMILIES)
     def test_gpu_rules_run_without_one(self, family: str, tmp_path: Path) -> None:
-        """Their devices are read as cpu then, their linears and attention are those of the GPU variant."""
+        """Their devices are read as cpu then, their linears and attention are those of the GPU
+        variant.
+        """
         built = classic.model(family)
         folder = classic.write(built, tmp_path / "model")
         with redirect_stdout(io.StringIO()):
-            loaded = classic.load(classic.config(family), classic.rules(family, tmp_path, "gpu"), folder)
+            loaded = classic.load(
+                classic.config(family), classic.rules(family, tmp_path, "gpu"), folder
+            )
         prompt = classic.tokens(8)
-        torch.testing.assert_close(classic.host_logits(loaded, prompt, 2), classic.plain_logits(built, prompt, 2))
+        torch.testing.assert_close(
+            classic.host_logits(loaded, prompt, 2), classic.plain_logits(built, prompt, 2)
+        )
         loaded.hybrimoe.close()

@@ -11,7 +11,12 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.hosts.ktransformers.standins import cpuinfer_ext, flash_attn, ktransformers_ops, triton_attention
+from hybrimoe_plugin.hosts.ktransformers.standins import (
+    cpuinfer_ext,
+    flash_attn,
+    ktransformers_ops,
+    triton_attention,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -20,7 +25,9 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> torch.Tensor:
     """[B, Tq, heads, D] written out."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -43,7 +50,9 @@ def test_flash_attention(queries: int, keys: int, heads: int) -> None:
 def test_flash_attention_over_a_cache_sees_only_what_is_filled() -> None:
     q, k, v = rand(2, 1, 4, 8), rand(2, 9, 2, 8), rand(2, 9, 2, 8)
     for lengths in ([4, 7], [9, 1]):
-        found = flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=torch.tensor(lengths), causal=True)
+        found = flash_attn.flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=torch.tensor(lengths), causal=True
+        )
         for row, length in enumerate(lengths):
             part = slice(row, row + 1)
             wanted = attention(q[part], k[part, :length], v[part, :length], False, 8**-0.5)
@@ -69,7 +78,16 @@ def test_latent_attention_over_pages(length: int) -> None:
     pages = torch.tensor([[3, 0, 4]], dtype=torch.int32)
     q, out = rand(1, 2, rank + rotary), torch.zeros(1, 1, 2, rank)
     triton_attention.decode_attention_fwd_grouped(
-        q, cache, cache[..., :rank], out, pages, torch.tensor([length]), torch.empty(0), 4, 0.4, page
+        q,
+        cache,
+        cache[..., :rank],
+        out,
+        pages,
+        torch.tensor([length]),
+        torch.empty(0),
+        4,
+        0.4,
+        page,
     )
     keys = cache[pages[0].long()].reshape(-1, rank + rotary)[:length]
     wanted = ((q[0] @ keys.T) * 0.4).softmax(-1) @ keys[:, :rank]
@@ -85,7 +103,9 @@ def test_dequantisation_on_the_device(name: str) -> None:
         from gguf.constants import GGML_QUANT_SIZES
 
         size = 4 * GGML_QUANT_SIZES[kind][1]
-        stored = np.random.default_rng(0).integers(0, 60, (1, size), dtype=np.uint8)  # small halves, no infinities
+        stored = np.random.default_rng(0).integers(
+            0, 60, (1, size), dtype=np.uint8
+        )  # small halves, no infinities
     function = getattr(ktransformers_ops, f"dequantize_{name.lower()}")
     found = function(torch.from_numpy(stored.reshape(-1)), 0, torch.device("cpu"))
     np.testing.assert_array_equal(found.numpy().reshape(-1), dequantize(stored, kind).reshape(-1))
@@ -102,10 +122,23 @@ def test_cpu_experts_on_pointers() -> None:
 
     experts, top_k, hidden, inner, count = 4, 2, 64, 256, 3
     kind = GGMLQuantizationType.Q8_0
-    gate, up, down = (rand(experts, *shape) * 0.1 for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+    gate, up, down = (
+        rand(experts, *shape) * 0.1 for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+    )
     stored = [np.ascontiguousarray(quantize(part.numpy(), kind)) for part in (gate, up, down)]
     config = cpuinfer_ext.MOEConfig(
-        experts, top_k, hidden, inner, 64, 10, 1024, *(part.ctypes.data for part in stored), kind, kind, kind, 30
+        experts,
+        top_k,
+        hidden,
+        inner,
+        64,
+        10,
+        1024,
+        *(part.ctypes.data for part in stored),
+        kind,
+        kind,
+        kind,
+        30,
     )
     moe, infer = cpuinfer_ext.MOE(config), cpuinfer_ext.CPUInfer(1)
     infer.submit(moe.warm_up())
@@ -132,7 +165,9 @@ def test_cpu_experts_refuse_what_would_be_garbage() -> None:
 
     buffer = (ctypes.c_uint8 * (64 * 256 * 34 // 32))()
     kind, address = int(GGMLQuantizationType.Q8_0), ctypes.addressof(buffer)
-    config = cpuinfer_ext.MOEConfig(1, 1, 64, 256, 64, 10, 1024, address, address, address, kind, kind, kind, 1)
+    config = cpuinfer_ext.MOEConfig(
+        1, 1, 64, 256, 64, 10, 1024, address, address, address, kind, kind, kind, 1
+    )
     with pytest.raises(BackendError, match="only bfloat16"):
         config.weights()
     with pytest.raises(BackendError, match="KLinearTorch"):
@@ -142,8 +177,12 @@ def test_cpu_experts_refuse_what_would_be_garbage() -> None:
 
 
 @pytest.mark.parametrize("stream", [0, 4711])
-def test_the_stream_that_writes_the_inputs_is_awaited(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default stream's pointer is null, from which torch's `ExternalStream` makes a stream of its own."""
+def test_the_stream_that_writes_the_inputs_is_awaited(
+    stream: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default stream's pointer is null, from which torch's `ExternalStream` makes a stream of
+    its own.
+    """
     awaited = []
 
     class Stream:

@@ -12,22 +12,36 @@ import torch
 from at_once import in_threads
 
 pytestmark = classic.needs_host
-EMULATED = {"accelerator": "emulated", "prefill_device": "cuda", "generate_device": "cuda", "cache_ratio": 0.4}
+EMULATED = {
+    "accelerator": "emulated",
+    "prefill_device": "cuda",
+    "generate_device": "cuda",
+    "cache_ratio": 0.4,
+}
 ANSWERS = 4
 """Of each thread."""
 
 
 @pytest.mark.parametrize("skip", [(), ("engine",)], ids=["loaded", "built at the first prompt"])
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V2-Lite"])
-def test_each_thread_gets_what_it_gets_alone(family: str, skip: tuple[str, ...], tmp_path: Path) -> None:
+def test_each_thread_gets_what_it_gets_alone(
+    family: str, skip: tuple[str, ...], tmp_path: Path
+) -> None:
     from hybrimoe_plugin.hosts.ktransformers.adapter import attach
     from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 
     with apply_patches(skip=skip):
         oracle = classic.model(family)
-        rules, folder = classic.rules(family, tmp_path, **EMULATED), classic.write(oracle, tmp_path / "model")
+        rules, folder = (
+            classic.rules(family, tmp_path, **EMULATED),
+            classic.write(oracle, tmp_path / "model"),
+        )
         built = classic.load(classic.config(family), rules, folder)
-        questions = [(classic.tokens(13, 1), 4), (classic.tokens(30, 2), 6), (classic.tokens(5, 3), 3)]
+        questions = [
+            (classic.tokens(13, 1), 4),
+            (classic.tokens(30, 2), 6),
+            (classic.tokens(5, 3), 3),
+        ]
         wanted = [classic.plain_logits(oracle, *question) for question in questions]
 
         def answers(question: Any) -> list[torch.Tensor]:
@@ -49,7 +63,9 @@ def test_a_turn_is_a_whole_pass(tmp_path: Path) -> None:
     built = classic.load(classic.config("Mixtral"), classic.rules("Mixtral", tmp_path), folder)
     order: list[tuple[int, int]] = []
     for place, layer in enumerate(built.model.layers):
-        layer.register_forward_pre_hook(lambda *_, place=place: order.append((threading.get_ident(), place)))
+        layer.register_forward_pre_hook(
+            lambda *_, place=place: order.append((threading.get_ident(), place))
+        )
     in_threads([lambda: classic.host_logits(built, classic.tokens(12), 6)] * 3)
     assert len({thread for thread, _ in order}) == 3
     for first in range(0, len(order), 3):

@@ -1,7 +1,9 @@
-"""The patch set: small, named, reversible changes that let ktransformers run where it was not compiled.
+"""The patch set: small, named, reversible changes that let ktransformers run where it was not
+compiled.
 
-Each patch says why it exists and for which versions, and finds out itself whether the host lacks the real thing; a
-complete host is left alone. They must be applied before anything imports `ktransformers`.
+Each patch says why it exists and for which versions, and finds out itself whether the host lacks
+the real thing; a complete host is left alone. They must be applied before anything imports
+`ktransformers`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Applied:
 
 
 def all_patches() -> tuple[Patch, ...]:
-    """Every patch, in the order in which they are applied: missing modules first, then what imports them."""
+    """Every patch, in the order in which they are applied: missing modules first, then what imports
+    them.
+    """
     from hybrimoe_plugin.hosts.ktransformers.patches import behaviour, devices, modules
 
     return (*modules.PATCHES, *devices.PATCHES, *behaviour.PATCHES)
@@ -68,7 +72,9 @@ def decide(version: str | None = None, skip: Collection[str] = ()) -> list[Decis
     """
     found = version or installed()
     if found is None:
-        raise BackendError(f"ktransformers is not installed here: hybrimoe install_ktransformers puts {VERSION} in")
+        raise BackendError(
+            f"ktransformers is not installed here: hybrimoe install_ktransformers puts {VERSION} in"
+        )
     known = [patch.name for patch in all_patches()]
     unknown = sorted(set(skip) - set(known))
     if unknown:
@@ -89,7 +95,8 @@ def apply_patches(skip: Collection[str] = ()) -> Applied:
     """Apply what this host needs, all or none.
 
     Raises:
-        BackendError, ConfigError: as `decide`; or a patch could not be applied, after which nothing is changed.
+        BackendError, ConfigError: as `decide`; or a patch could not be applied, after which nothing
+            is changed.
     """
     decisions = decide(skip=skip)
     changes = Changes()
@@ -103,5 +110,7 @@ def apply_patches(skip: Collection[str] = ()) -> Applied:
         changes.undo()
         if not isinstance(error, Exception):
             raise
-        raise BackendError(f"ktransformers patch {name}: {type(error).__name__}: {error}") from error
+        raise BackendError(
+            f"ktransformers patch {name}: {type(error).__name__}: {error}"
+        ) from error
     return Applied(decisions, changes)

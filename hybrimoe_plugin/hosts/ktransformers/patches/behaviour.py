@@ -25,7 +25,9 @@ _ATTENTION = (
 
 
 def _sees_itself(changes: Changes) -> None:
-    """Count the token itself into the cache's filled length, which these classes give as the token's position."""
+    """Count the token itself into the cache's filled length, which these classes give as the
+    token's position.
+    """
     for module, name in _ATTENTION:
         owner = getattr(importlib.import_module(module), name)
         changes.set(owner, "_flash_attention_forward", _one_more(owner._flash_attention_forward))
@@ -63,7 +65,18 @@ def _safe_yaml(changes: Changes) -> None:
     changes.set(importlib.import_module("ktransformers.optimize.optimize"), "yaml", _SafeYAML())
 
 
-_TYPES = ("Q4_1", "Q5_1", "IQ4_NL", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_TYPES = (
+    "Q4_1",
+    "Q5_1",
+    "IQ4_NL",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+)
 """GGML types that `gguf` dequantises and their loader does not know."""
 
 
@@ -130,16 +143,22 @@ def refuse_graphs(model: Any) -> None:
     if any(isinstance(module, HybriMoEExperts) for module in model.modules()):
         raise BackendError(NO_GRAPHS)
     if not torch.cuda.is_available():
-        raise BackendError("CUDA graphs need a CUDA device, and there is none: start with --use_cuda_graph False")
+        raise BackendError(
+            "CUDA graphs need a CUDA device, and there is none: start with --use_cuda_graph False"
+        )
 
 
 def _engine(changes: Changes) -> None:
-    """Build the engine once the weights are loaded, so that what cannot be met is told before the first prompt."""
+    """Build the engine once the weights are loaded, so that what cannot be met is told before the
+    first prompt.
+    """
     optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
     load: Callable[..., None] = optimize.optimize_and_load_gguf
 
     @functools.wraps(load)
-    def optimize_and_load_gguf(module: Any, rule_file: str, *arguments: Any, **options: Any) -> None:
+    def optimize_and_load_gguf(
+        module: Any, rule_file: str, *arguments: Any, **options: Any
+    ) -> None:
         from hybrimoe_plugin.hosts.ktransformers.adapter import attach
         from hybrimoe_plugin.injection.rules import load_rules
 
@@ -154,12 +173,14 @@ def _always(why: str) -> Callable[[], str | None]:
     return lambda: why
 
 
-# Later releases keep their loader elsewhere and have compiled parts of other shapes; up to 0.5 only the patches apply
-# whose functions are the same in their sources (read there, run with the pinned release only).
+# Later releases keep their loader elsewhere and have compiled parts of other shapes; up to 0.5 only
+# the patches apply whose functions are the same in their sources (read there, run with the pinned
+# release only).
 PATCHES = (
     Patch(
         "decode-sees-itself",
-        "its Mixtral and Qwen2-MoE attention gives a token's position as the filled length of the cache, so that a "
+        "its Mixtral and Qwen2-MoE attention gives a token's position as the filled length of the "
+        "cache, so that a "
         "decoded token does not see itself; the length is counted one more",
         "0.2.1",
         "0.2.2",
@@ -168,7 +189,8 @@ PATCHES = (
     ),
     Patch(
         "safe-yaml",
-        "it reads rules with a YAML loader that builds Python objects; rules need plain values only",
+        "it reads rules with a YAML loader that builds Python objects; rules need plain values "
+        "only",
         "0.2.1",
         "0.5",
         _always("its optimize.py calls yaml.load"),
@@ -184,7 +206,8 @@ PATCHES = (
     ),
     Patch(
         "tied-output",
-        "it refuses a GGUF without an output matrix, as models with tied embeddings have; the embedding is used",
+        "it refuses a GGUF without an output matrix, as models with tied embeddings have; the "
+        "embedding is used",
         "0.2.1",
         "0.2.2",
         _always("its GGUFLoader knows no tied embeddings"),
@@ -192,7 +215,8 @@ PATCHES = (
     ),
     Patch(
         "cuda-graphs",
-        "CUDA graphs are on by default and fail late, while decoding; a message that names the flag refuses them",
+        "CUDA graphs are on by default and fail late, while decoding; a message that names the "
+        "flag refuses them",
         "0.2.1",
         "0.5",
         _always("its local_chat turns CUDA graphs on"),
@@ -200,7 +224,8 @@ PATCHES = (
     ),
     Patch(
         "engine",
-        "without it the engine is built at the first prompt; it is built when the weights are loaded, and rules files "
+        "without it the engine is built at the first prompt; it is built when the weights are "
+        "loaded, and rules files "
         "are checked first",
         "0.2.1",
         "0.5",

@@ -14,13 +14,21 @@ from hybrimoe_plugin.hosts.ktransformers.changes import Changes
 from hybrimoe_plugin.hosts.ktransformers.patches.base import Patch, no_cuda
 
 _MARLIN = {"KLinearMarlin": "KLinearTorch", "KExpertsMarlin": "KExpertsCPU"}
-_MARLIN_UTILS = "ktransformers.ktransformers_ext.operators.custom_marlin.quantize.utils.marlin_utils"
-_CALLERS = ("ktransformers.util.utils", "ktransformers.operators.experts", "ktransformers.operators.linear")
+_MARLIN_UTILS = (
+    "ktransformers.ktransformers_ext.operators.custom_marlin.quantize.utils.marlin_utils"
+)
+_CALLERS = (
+    "ktransformers.util.utils",
+    "ktransformers.operators.experts",
+    "ktransformers.operators.linear",
+)
 """Modules that call `torch.cuda` or pin memory without asking."""
 
 
 def _import_without_cuda(changes: Changes) -> None:
-    """Import the one module that asks for the GPU's capability while it is imported; nothing stays changed."""
+    """Import the one module that asks for the GPU's capability while it is imported; nothing stays
+    changed.
+    """
     del changes
     asked = torch.cuda.get_device_capability
     torch.cuda.get_device_capability = lambda device=None: (0, 0)
@@ -48,7 +56,9 @@ class _QuietCuda:
 
 
 class _TorchWithoutCuda:
-    """`torch` as a module without CUDA should see it: its `cuda` does nothing and no memory is pinned."""
+    """`torch` as a module without CUDA should see it: its `cuda` does nothing and no memory is
+    pinned.
+    """
 
     cuda = _QuietCuda()
 
@@ -67,7 +77,9 @@ def _cuda_calls(changes: Changes) -> None:
 
 
 def _cuda_devices(changes: Changes) -> None:
-    """Read `cuda` as `cpu` in rules and defaults; Marlin linears, which are CUDA kernels, become torch's."""
+    """Read `cuda` as `cpu` in rules and defaults; Marlin linears, which are CUDA kernels, become
+    torch's.
+    """
     optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
     utils: Any = importlib.import_module("ktransformers.util.utils")
     decide: Callable[..., None] = optimize.gen_optimize_config
@@ -83,11 +95,16 @@ def _cuda_devices(changes: Changes) -> None:
 
     found: Callable[..., str] = utils.get_device
     changes.set(optimize, "gen_optimize_config", gen_optimize_config)
-    changes.set(utils, "get_device", functools.wraps(found)(lambda key, device_map: on_cpu(found(key, device_map))))
+    changes.set(
+        utils,
+        "get_device",
+        functools.wraps(found)(lambda key, device_map: on_cpu(found(key, device_map))),
+    )
 
 
 def on_cpu(value: Any) -> Any:
-    """Rules, or a part of them, with every CUDA device and kernel replaced; the argument stays as it is.
+    """Rules, or a part of them, with every CUDA device and kernel replaced; the argument stays as
+    it is.
 
     Left alone are experts on the emulated accelerator, whose device is one on paper.
     """
@@ -105,7 +122,8 @@ def on_cpu(value: Any) -> Any:
 PATCHES = (
     Patch(
         "cuda-at-import",
-        "its Marlin utilities ask for the GPU's capability while they are imported; without a GPU that is an error",
+        "its Marlin utilities ask for the GPU's capability while they are imported; without a GPU "
+        "that is an error",
         "0.2.1",
         "0.2.2",
         no_cuda,
@@ -113,7 +131,8 @@ PATCHES = (
     ),
     Patch(
         "cuda-calls",
-        "local_chat, prefill_and_generate and the experts call torch.cuda and pin memory whatever the device is; "
+        "local_chat, prefill_and_generate and the experts call torch.cuda and pin memory whatever "
+        "the device is; "
         "without a GPU these calls do nothing",
         "0.2.1",
         "0.2.2",
@@ -122,7 +141,8 @@ PATCHES = (
     ),
     Patch(
         "cuda-devices",
-        "its rules name cuda, and so do its defaults for modules that no rule lists; without a GPU they mean cpu, and "
+        "its rules name cuda, and so do its defaults for modules that no rule lists; without a "
+        "GPU they mean cpu, and "
         "KLinearMarlin means KLinearTorch",
         "0.2.1",
         "0.2.2",

@@ -26,7 +26,9 @@ def _no_flash() -> str | None:
 
 
 def _flash(changes: Changes) -> None:
-    """Provide the module, and let transformers believe in it: it looks for the package and for a GPU."""
+    """Provide the module, and let transformers believe in it: it looks for the package and for a
+    GPU.
+    """
     import transformers.modeling_utils
     import transformers.utils
 
@@ -37,12 +39,18 @@ def _flash(changes: Changes) -> None:
     for name in ("is_flash_attn_2_available", "is_flash_attn_greater_or_equal_2_10"):
         changes.set(transformers.utils, name, lambda: True)
 
-    def accept(cls: Any, config: Any, *_arguments: Any, hard_check_only: bool = False, **_options: Any) -> Any:
+    def accept(
+        cls: Any, config: Any, *_arguments: Any, hard_check_only: bool = False, **_options: Any
+    ) -> Any:
         if not hard_check_only:
             config._attn_implementation = "flash_attention_2"
         return config
 
-    changes.set(transformers.modeling_utils.PreTrainedModel, "_check_and_enable_flash_attn_2", classmethod(accept))
+    changes.set(
+        transformers.modeling_utils.PreTrainedModel,
+        "_check_and_enable_flash_attn_2",
+        classmethod(accept),
+    )
 
 
 def _no_triton() -> str | None:
@@ -58,7 +66,8 @@ def _triton(changes: Changes) -> None:
 PATCHES = (
     Patch(
         "cpuinfer",
-        "its CPU kernels (cpuinfer_ext) are compiled at install; kt-kernel's prebuilt ones take their place, also for "
+        "its CPU kernels (cpuinfer_ext) are compiled at install; kt-kernel's prebuilt ones take "
+        "their place, also for "
         "its own KExpertsCPU, and threads start at the first task instead of at import",
         "0.2.1",
         "0.2.2",
@@ -67,7 +76,8 @@ PATCHES = (
     ),
     Patch(
         "ops",
-        "its CUDA kernels (KTransformersOps) are compiled at install; torch dequantises GGML blocks on the device, "
+        "its CUDA kernels (KTransformersOps) are compiled at install; torch dequantises GGML "
+        "blocks on the device, "
         "Marlin linears end in an error that names KLinearTorch",
         "0.2.1",
         "0.2.2",
@@ -76,7 +86,8 @@ PATCHES = (
     ),
     Patch(
         "flash-attn",
-        "it imports flash_attn and asks for it by name; torch's scaled dot product attention answers",
+        "it imports flash_attn and asks for it by name; torch's scaled dot product attention "
+        "answers",
         "0.2.1",
         "0.2.2",
         _no_flash,

@@ -1,7 +1,8 @@
 """`cpuinfer_ext` on kt-kernel, as far as kTransformers' `KExpertsCPU` uses it.
 
-No thread starts before the first task: kTransformers makes its pools while it is imported, with ten threads each,
-before it has read `--cpu_infer`. Weights are the pointers that it passes, seen as arrays and not copied.
+No thread starts before the first task: kTransformers makes its pools while it is imported, with ten
+threads each, before it has read `--cpu_infer`. Weights are the pointers that it passes, seen as
+arrays and not copied.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 
 @dataclass(frozen=True)
 class MOEConfig:
-    """Shapes, pointers and GGML type numbers of one layer's experts, in the order of the compiled module."""
+    """Shapes, pointers and GGML type numbers of one layer's experts, in the order of the compiled
+    module.
+    """
 
     expert_num: int
     routed_expert_num: int
@@ -49,7 +52,9 @@ class MOEConfig:
             BackendError: a hidden type other than bfloat16.
         """
         if self.hidden_type != GGMLQuantizationType.BF16:
-            raise BackendError(f"hidden states of GGML type {self.hidden_type} are not supported, only bfloat16")
+            raise BackendError(
+                f"hidden states of GGML type {self.hidden_type} are not supported, only bfloat16"
+            )
         inner = self.intermediate_size, self.hidden_size
         outer = self.hidden_size, self.intermediate_size
         gate = _matrix(self.gate_proj, self.gate_type, self.expert_num, inner)
@@ -71,7 +76,9 @@ class MOEConfig:
 
 
 class Task(NamedTuple):
-    """One call of a layer: pointers to ids [T, K] int64, weights [T, K] float32, states and output [T, H] bfloat16."""
+    """One call of a layer: pointers to ids [T, K] int64, weights [T, K] float32, states and output
+    [T, H] bfloat16.
+    """
 
     moe: MOE
     tokens: int
@@ -88,7 +95,9 @@ class MOE:
     def __init__(self, config: MOEConfig) -> None:
         self.config = config
 
-    def forward(self, tokens: int, top_k: int, ids: int, weights: int, states: int, output: int) -> Task:
+    def forward(
+        self, tokens: int, top_k: int, ids: int, weights: int, states: int, output: int
+    ) -> Task:
         return Task(self, tokens, top_k, ids, weights, states, output)
 
     def warm_up(self) -> Task:
@@ -100,7 +109,8 @@ class CPUInfer:
     """Worker threads, started by the first task.
 
     Args:
-        threads: how many, unless kTransformers' settings say otherwise by then; never all cores, the workers spin.
+        threads: how many, unless kTransformers' settings say otherwise by then; never all cores,
+            the workers spin.
     """
 
     def __init__(self, threads: int) -> None:
@@ -119,7 +129,11 @@ class CPUInfer:
         output = _tensor(task.output, (task.tokens, task.moe.config.hidden_size), torch.bfloat16)
         ids = _tensor(task.ids, shape, torch.int64)
         workers.submit(
-            place, states, ids, _tensor(task.weights, shape, torch.float32), range(task.moe.config.expert_num)
+            place,
+            states,
+            ids,
+            _tensor(task.weights, shape, torch.float32),
+            range(task.moe.config.expert_num),
         )
         self._pending = workers, output
 
@@ -156,10 +170,14 @@ def _start(threads: int) -> KTExperts:
     """Start the workers; torch keeps the cores that they leave, as in the engine."""
     try:
         config = importlib.import_module("ktransformers.server.config.config").Config()
-        threads = int(config.cpu_infer)  # `--cpu_infer` arrives here after the import has passed the default
+        threads = int(
+            config.cpu_infer
+        )  # `--cpu_infer` arrives here after the import has passed the default
     except Exception:  # the stand-in may be used alone
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = max(1, min(threads, cores - 1))
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - threads)))
     return KTExperts(threads)
@@ -169,7 +187,10 @@ def _wait_for(stream: int) -> None:
     if not torch.cuda.is_available():
         return
     if torch.cuda.is_current_stream_capturing():
-        raise BackendError("experts on kt-kernel cannot be captured in a CUDA graph: start with --use_cuda_graph False")
+        raise BackendError(
+            "experts on kt-kernel cannot be captured in a CUDA graph: start with --use_cuda_graph "
+            "False"
+        )
     # torch takes a null pointer for "make me a new stream", which would be awaited in vain.
     found = torch.cuda.ExternalStream(stream) if stream else torch.cuda.default_stream()
     found.synchronize()
@@ -184,7 +205,9 @@ def _matrix(address: int, kind: int, experts: int, shape: tuple[int, int]) -> Ma
 
 
 def _tensor(address: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.frombuffer(_memory(address, shape[0] * shape[1] * dtype.itemsize), dtype=dtype).reshape(shape)
+    return torch.frombuffer(
+        _memory(address, shape[0] * shape[1] * dtype.itemsize), dtype=dtype
+    ).reshape(shape)
 
 
 def _memory(address: int, size: int) -> Any:

@@ -1,4 +1,5 @@
-"""`flash_attn` by torch's scaled dot product attention: the same functions, layouts and masks, without padding support.
+"""`flash_attn` by torch's scaled dot product attention: the same functions, layouts and masks,
+without padding support.
 
 Layout [B, T, heads, D] throughout, as in flash-attn 2. Masks are causal to the bottom
 right: the last query sees every key.
@@ -26,7 +27,8 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     **_options: Any,
 ) -> torch.Tensor:
-    """[B, Tq, heads, D] from queries [B, Tq, heads, D] and keys and values [B, Tk, heads or fewer, D].
+    """[B, Tq, heads, D] from queries [B, Tq, heads, D] and keys and values [B, Tk, heads or fewer,
+    D].
 
     Raises:
         BackendError: a sliding window.
@@ -51,7 +53,8 @@ def flash_attn_with_kvcache(
     window_size: tuple[int, int] = (-1, -1),
     **_options: Any,
 ) -> torch.Tensor:
-    """As `flash_attn_func`, over the first `cache_seqlens` entries of a cache [B, Tmax, heads or fewer, D].
+    """As `flash_attn_func`, over the first `cache_seqlens` entries of a cache [B, Tmax, heads or
+    fewer, D].
 
     Raises:
         BackendError: new keys to be written, a sliding window, or several queries at once.
@@ -71,7 +74,9 @@ def flash_attn_with_kvcache(
 
 def flash_attn_varlen_func(*_arguments: Any, **_options: Any) -> torch.Tensor:
     """Raises: BackendError: always; local_chat has no padded batches."""
-    raise BackendError("flash_attn stand-in: padded batches are not supported; install flash-attn for them")
+    raise BackendError(
+        "flash_attn stand-in: padded batches are not supported; install flash-attn for them"
+    )
 
 
 def index_first_axis(*_arguments: Any, **_options: Any) -> torch.Tensor:
@@ -98,4 +103,6 @@ def _attend(
 
 def _refuse_window(window: tuple[int, int]) -> None:
     if tuple(window) != (-1, -1):
-        raise BackendError("flash_attn stand-in: sliding windows are not supported; install flash-attn for them")
+        raise BackendError(
+            "flash_attn stand-in: sliding windows are not supported; install flash-attn for them"
+        )

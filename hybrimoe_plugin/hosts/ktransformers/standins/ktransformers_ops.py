@@ -1,4 +1,6 @@
-"""`KTransformersOps` in torch: GGML blocks to values on the device; Marlin has no stand-in and says so."""
+"""`KTransformersOps` in torch: GGML blocks to values on the device; Marlin has no stand-in and says
+so.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from hybrimoe_plugin.experts.dequant import dequantize, supported
 from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
 
 MARLIN = (
-    "KLinearMarlin needs KTransformersOps, which was not compiled here: put KLinearTorch into the rules' generate_op, "
+    "KLinearMarlin needs KTransformersOps, which was not compiled here: put KLinearTorch into the "
+    "rules' generate_op, "
     "or use the rules in optimize_rules/ktransformers"
 )
 

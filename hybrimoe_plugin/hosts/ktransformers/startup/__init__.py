@@ -1,1 +1,3 @@
-"""The folder that `install` puts on the path of pip's build process, for the `sitecustomize` in it."""
+"""The folder that `install` puts on the path of pip's build process, for the
+`sitecustomize` in it.
+"""

@@ -1,4 +1,6 @@
-"""Start-up module of one build process: nothing is compiled, whatever the set-up script asks for."""
+"""Start-up module of one build process: nothing is compiled, whatever the set-up script
+asks for.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +50,7 @@ def build_python_only() -> None:
     stand_in("wheel.bdist_wheel", bdist_wheel=wheels.bdist_wheel)
 
 
-# pip's own process has this module on its path too and must stay as it is; its build hooks run `_in_process.py`.
+# pip's own process has this module on its path too and must stay as it is; its build hooks run
+# `_in_process.py`.
 if any("_in_process" in word for word in sys.orig_argv) and "HYBRIMOE_NO_CUDA_HOME" in os.environ:
     build_python_only()
