@@ -43,7 +43,7 @@ from hybrimoe_plugin.replay.trace import Call
 
 log = logging.getLogger(__name__)
 
-NO_GRAPHS = System("ours, no graphs", {"cuda_graphs": "off"})
+NO_GRAPHS = System("ours, no graphs", {"graphs": "off"})
 PLAIN = System("ours, plain dense operators", {"dense": "plain"})
 WHOLE = "whole models"
 """The question that a row of the journal belongs to."""
@@ -142,7 +142,7 @@ class Subject:
             "cpu_threads": min(CPU_THREADS, len(os.sched_getaffinity(0))) - 1,
         }
         if dry:
-            here = {"accelerator": "emulated", "linears": "plain", "cpu_backend": "torch"}
+            here = {"accelerator": "emulated", "dense": "dequantised", "cpu_backend": "torch"}
             here |= {"dtype": "float32", "profile": "a6000-deepseek-v2-lite"}
         self.dry = dry
         self.model, _ = load_model(

@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     variants: dict[str, dict[str, Any]] = {
         "injected": {"accelerator": "none"},
-        "injected, plain linears": {"accelerator": "none", "linears": "plain", "dtype": "float32"},
+        "injected, plain linears": {
+            "accelerator": "none",
+            "dense": "dequantised",
+            "dtype": "float32",
+        },
         "injected, kt-kernel workers": {
             "accelerator": "none",
             "cpu_backend": "kt",

@@ -39,8 +39,8 @@ SLICES: dict[str, tuple[int, int | None]] = {
 }
 TWINS: dict[str, dict[str, Any]] = {
     "HybriMoE": {},
-    "module by module": {"cpu_graphs": "off"},
-    "plain linears": {"linears": "plain", "dtype": "bfloat16"},
+    "module by module": {"graphs": "off"},
+    "plain linears": {"dense": "dequantised", "dtype": "bfloat16"},
     "plain operators": {"dense": "plain", "dtype": "bfloat16"},
     "kt-kernel workers, plain operators": {
         "dense": "plain",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 SCHEDULERS = ("hybrimoe", "greedy", "ratio", "static", "accelerator_only", "cpu_only")
 CACHES = ("adaptive", "mrs", "lru", "lfu", "ema", "static")
 PREFETCHERS = ("expected", "impact", "score", "off")
 BUDGETS = ("shared", "layer")
 CPU_BACKENDS = ("auto", "kt", "ggml", "torch")
-DENSE = ("lean", "plain")
-LINEARS = ("auto", "quantised", "plain")
+DENSE = ("auto", "quantised", "dequantised", "plain")
 WEIGHTS = ("auto", "mapped", "memory")
 VERIFY = ("off", "slots")
 ATTENTION = ("auto", "torch")
@@ -23,10 +26,13 @@ GRAPHS = ("auto", "off")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
 
+# What is chosen beside the engine's settings: for a chat and for the demo model.
+SAMPLERS = ("auto", "transformers")
+DTYPES = ("float32", "bfloat16", "float16")
+DEMO_FORMS = ("mixtral", "qwen2moe")
+
 COLDEST_TEMPERATURE = 1e-4
-"""Below it the likeliest token is taken: scores divided by so little are no finite numbers any
-more.
-"""
+"""Temperatures below this mean greedy decoding: scores divided by less may not be finite."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*$", re.IGNORECASE)
@@ -47,93 +53,138 @@ def parse_bytes(value: int | str, field: str = "size") -> int:
     match = _SIZE.match(value)
     if match is None:
         raise ConfigError(f"{field}: expected a size such as 1GiB or 500MB, found {value!r}")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    unit = _UNITS[(match[2] or "").lower()]
+    return int(float(match[1]) * unit)
 
 
-def _help(text: str, **extra: Any) -> dict[str, Any]:
-    return {"help": text, **extra}
+def setting(default: Any, help: str, **allowed: Any) -> Any:
+    """A field of `Settings`: its default, its meaning in one sentence and its allowed values.
 
-
-def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with a help text; `choices`, `low`, `high` in `extra` give the allowed
-    range.
+    Args:
+        default: value of the setting where nobody chooses one.
+        help: the sentence that `--help` and docs/settings.md show.
+        allowed: `choices`, or `low` and `high`, both included. `expert=True` marks settings
+            that belong into rules and Python; they have no documented flag.
     """
-    from dataclasses import field
-
-    return field(default=default, metadata=_help(help, **extra))
+    return field(default=default, metadata={"help": help, **allowed})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a user can choose about the engine. Field metadata holds help text and allowed
-    range.
+    """Everything a user can choose about the engine.
+
+    The metadata of a field holds its `help` and its allowed values: see `setting`.
+
+    Args:
+        linears, cuda_graphs, cpu_graphs: accepted for one release; see `OLD_SETTINGS`.
 
     Raises:
-        ConfigError: naming field, value and allowed range.
+        ConfigError: a value is not allowed, or two settings contradict each other; names the
+            setting, the value and the allowed values.
     """
 
-    scheduler: str = setting("hybrimoe", "who computes what in a layer", choices=SCHEDULERS)
-    cache: str = setting("adaptive", "which experts stay on the accelerator", choices=CACHES)
-    budget: str = setting(
-        "shared", "whether layers share the cache or each has an equal part", choices=BUDGETS
+    scheduler: str = setting(
+        "hybrimoe", "Policy that chooses the device for each expert", choices=SCHEDULERS
     )
-    prefetch: str = setting("expected", "what the idle link loads ahead", choices=PREFETCHERS)
+    cache: str = setting(
+        "adaptive", "Policy that chooses the experts kept on the accelerator", choices=CACHES
+    )
+    budget: str = setting(
+        "shared",
+        "Whether all layers share the cache or each layer has an equal part of it",
+        choices=BUDGETS,
+        expert=True,
+    )
+    prefetch: str = setting(
+        "expected", "Policy that chooses the experts loaded ahead of use", choices=PREFETCHERS
+    )
     cache_ratio: float | None = setting(
-        None, "share of all experts kept on the accelerator", low=0.0, high=1.0
+        None, "Share of all experts kept on the accelerator", low=0.0, high=1.0
     )
     cache_bytes: int | None = setting(
-        None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
+        None, "Accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
     )
-    look_ahead: int = setting(3, "layers that prefetch looks ahead", low=1, high=16)
-    mrs_alpha: float = setting(0.5, "weight of the newest scores in MRS", low=0.0, high=1.0)
-    mrs_p: int | None = setting(None, "scores per token that MRS keeps; default 2 * top_k", low=1)
-    cpu_backend: str = setting("auto", "kernels for experts on the CPU", choices=CPU_BACKENDS)
+    look_ahead: int = setting(
+        3, "Number of layers that prefetching looks ahead", low=1, high=16, expert=True
+    )
+    mrs_alpha: float = setting(
+        0.5, "Weight of the newest scores in the cache policy mrs", low=0.0, high=1.0, expert=True
+    )
+    mrs_p: int | None = setting(
+        None,
+        "Scores per token that the cache policy mrs keeps; default: 2 * top_k",
+        low=1,
+        expert=True,
+    )
+    cpu_backend: str = setting(
+        "auto", "Kernels that compute experts on the CPU", choices=CPU_BACKENDS
+    )
     cpu_threads: int | None = setting(
-        None, "threads for CPU experts; default: measured", low=1, high=1024
+        None, "Threads that compute experts; default: measured", low=1, high=1024
     )
-    accelerator: str = setting("auto", "device for experts in slots", choices=ACCELERATORS)
+    accelerator: str = setting("auto", "Device that computes cached experts", choices=ACCELERATORS)
     kernels: str = setting(
-        "auto", "kernels for experts in slots: fused Triton ones or torch", choices=KERNELS
+        "auto",
+        "Kernels that compute cached experts: fused Triton kernels or torch operations",
+        choices=KERNELS,
+        expert=True,
     )
     context: int = setting(
-        4096, "tokens whose attention cache is left free on the accelerator", low=0
+        4096, "Tokens for whose attention cache accelerator memory is left free", low=0
     )
     dense: str = setting(
-        "lean", "attention, norms and dense MLPs: lean operators or the model's own", choices=DENSE
-    )
-    linears: str = setting(
         "auto",
-        "dense matrices: as the file stores them (auto: on the CPU), or plain",
-        choices=LINEARS,
+        "Everything but the experts: fused operators on quantised or dequantised matrices "
+        "(auto: quantised on the CPU only), or the model's own modules (plain)",
+        choices=DENSE,
     )
-    cuda_graphs: str = setting(
-        "auto", "CUDA graphs of the layers for decode on a GPU", choices=GRAPHS
-    )
-    cpu_graphs: str = setting(
-        "auto", "decode on the CPU: two graphs a layer, or module by module", choices=GRAPHS
+    graphs: str = setting(
+        "auto",
+        "Decode with graphs of a layer's operations (CUDA graphs on a GPU), or one by one (off)",
+        choices=GRAPHS,
     )
     attention: str = setting(
         "auto",
-        "attention in CUDA graphs: flashinfer where it is faster, or torch",
+        "Attention in CUDA graphs: flashinfer where it is faster (auto), or torch",
         choices=ATTENTION,
     )
     weights: str = setting(
-        "auto", "the file is mapped, or read into memory on huge pages", choices=WEIGHTS
+        "auto",
+        "Map the weights file into memory, or read it into memory on huge pages",
+        choices=WEIGHTS,
     )
     verify: str = setting(
-        "off", "look for faults: compare cached experts with the file at every call", choices=VERIFY
+        "off",
+        "Compare cached experts with the file in every call, to find faults (slots)",
+        choices=VERIFY,
     )
     profile: str | None = setting(
-        None, "machine profile to use instead of the measured one: name or JSON file"
+        None, "Machine profile to use instead of the measured one: a name or a JSON file"
     )
+    linears: InitVar[str | None] = None
+    cuda_graphs: InitVar[str | None] = None
+    cpu_graphs: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, linears: str | None, cuda_graphs: str | None, cpu_graphs: str | None
+    ) -> None:
+        self._take_old(linears=linears, cuda_graphs=cuda_graphs, cpu_graphs=cpu_graphs)
         if isinstance(self.cache_bytes, str):
             object.__setattr__(self, "cache_bytes", parse_bytes(self.cache_bytes, "cache_bytes"))
         for item in fields(self):
             _check(item.name, getattr(self, item.name), str(item.type), item.metadata)
         if self.cache_ratio is not None and self.cache_bytes is not None:
             raise ConfigError("cache_ratio and cache_bytes are both set: give one of them")
+
+    def _take_old(self, **old: str | None) -> None:
+        """Set what the old names ask for."""
+        given: dict[str, Any] = {name: value for name, value in old.items() if value is not None}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                given[item.name] = value
+        for name, value in current_settings(given).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -142,15 +193,78 @@ class Settings:
         Raises:
             ConfigError: for an unknown key too, with the known ones.
         """
+        chosen = current_settings(values)
         known = [item.name for item in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(chosen) - set(known))
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**dict(values))
+        return cls(**chosen)
+
+
+@dataclass(frozen=True)
+class OldSetting:
+    """A setting of an earlier release, accepted for one release more."""
+
+    name: str
+    now: str
+    """The setting that took its place."""
+    values: Mapping[str, str]
+    """Each of its values -> the value of the new setting that means the same."""
+
+
+OLD_SETTINGS = (
+    OldSetting(
+        "linears",
+        "dense",
+        {"auto": "auto", "quantised": "quantised", "plain": "dequantised"},
+    ),
+    OldSetting("cuda_graphs", "graphs", {"auto": "auto", "off": "off"}),
+    OldSetting("cpu_graphs", "graphs", {"auto": "auto", "off": "off"}),
+)
+
+
+def current_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under their current names; says once how to write each old one today.
+
+    Raises:
+        ConfigError: an old setting has a value that it never had, or contradicts a current one.
+    """
+    chosen = dict(values)
+    asked: dict[str, tuple[str, str]] = {}
+    for old in OLD_SETTINGS:
+        if old.name not in values:
+            continue
+        value = chosen.pop(old.name)
+        written = f"{old.name}={value}"
+        _check(old.name, value, "str", {"choices": tuple(old.values)})
+        now = old.values[value]
+        _notice_once(f"{written} is now {old.now}={now}: the next release will refuse the old name")
+        # auto asks for nothing, so of two old names for one setting the other one counts.
+        if old.now not in asked or now != "auto":
+            asked[old.now] = now, written
+    if chosen.get("dense") == "lean":
+        _notice_once("dense=lean is now dense=auto: the next release will refuse the old value")
+        chosen["dense"] = asked.pop("dense", ("auto", ""))[0]
+    for name, (now, written) in asked.items():
+        given = chosen.setdefault(name, now)
+        # The model's own modules have no matrices of ours: dense=plain always outdid linears,
+        # unless that asked for quantised ones.
+        outdone = given == "plain" and now != "quantised"
+        if given != now and not outdone:
+            raise ConfigError(
+                f"{written} and {name}={given} contradict each other: give only {name}"
+            )
+    return chosen
+
+
+@functools.cache
+def _notice_once(text: str) -> None:
+    """A warning, once in a process."""
+    log.warning("%s", text)
 
 
 def _check(name: str, value: Any, kind: str, allowed: Mapping[str, Any]) -> None:
-    """Check one field against its annotation and its metadata's range."""
+    """Check one value against the annotation of its setting and the allowed values."""
     if value is None and "None" in kind:
         return
     if isinstance(value, bool) and not kind.startswith("bool"):
@@ -161,12 +275,14 @@ def _check(name: str, value: Any, kind: str, allowed: Mapping[str, Any]) -> None
         raise ConfigError(f"{name}: expected a whole number, found {value!r}")
     if kind.startswith("str") and not isinstance(value, str):
         raise ConfigError(f"{name}: expected text, found {value!r}")
-    if "choices" in allowed and value not in allowed["choices"]:
-        raise ConfigError(
-            f"{name}: expected one of {', '.join(allowed['choices'])}, found {value!r}"
-        )
-    low, high = allowed.get("low"), allowed.get("high")
+    choices = allowed.get("choices")
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+    low = allowed.get("low")
+    high = allowed.get("high")
     # `not (a <= b)` rather than `a > b`: NaN must fail too.
-    if (low is not None and not low <= value) or (high is not None and not value <= high):
-        span = f"{low} to {high}" if high is not None else f"at least {low}"
+    too_low = low is not None and not low <= value
+    too_high = high is not None and not value <= high
+    if too_low or too_high:
+        span = f"at least {low}" if high is None else f"{low} to {high}"
         raise ConfigError(f"{name}: expected {span}, found {value!r}")

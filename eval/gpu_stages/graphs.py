@@ -73,7 +73,7 @@ def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
     found = []
     captured = 0
     for graphs in ("auto", "off"):
-        model = _load(place, family, path, dtype, cuda_graphs=graphs)
+        model = _load(place, family, path, dtype, graphs=graphs)
         try:
             ids = tiny.tokens(PROMPT).to(model.device)
             answer = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)
@@ -117,7 +117,7 @@ def _load(place: Place, family: str, path: Path, dtype: str, **settings: Any) ->
     if place.dry or family != FUSED:
         known |= {
             "kernels": "torch",
-            "linears": "plain",
+            "dense": "dequantised",
         }  # on the CPU stored linears round activations too
     model, _ = load_model(
         None, path, dtype=dtype, progress=False, accelerator=place.accelerator, **known, **settings

@@ -134,7 +134,7 @@ def measure_ours(place: Place, subject: Subject, work: Work) -> tuple[Rates, dic
 
     settings: dict[str, Any] = {"accelerator": "cuda", "cpu_threads": max(1, _threads() - 1)}
     if place.dry:
-        settings = {"accelerator": "emulated", "linears": "plain", "cpu_backend": "torch"}
+        settings = {"accelerator": "emulated", "dense": "dequantised", "cpu_backend": "torch"}
         settings |= {"dtype": "float32", "profile": "a6000-deepseek-v2-lite"}
     model, _ = load_model(
         None, subject.path, progress=False, cache_bytes=subject.cached_bytes, **settings

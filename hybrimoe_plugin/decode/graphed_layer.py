@@ -75,15 +75,17 @@ class GraphedLayer(DenseOperator):
     def __init__(
         self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
     ) -> None:
-        super().__init__(key, gguf_loader, config, orig_module, **{**kwargs, "linears": "plain"})
+        super().__init__(
+            key, gguf_loader, config, orig_module, **{**kwargs, "dense": "dequantised"}
+        )
         if not {"self_attn", "mlp"} <= orig_module._modules.keys():
             raise ConfigError(
                 f"{key}: {type(orig_module).__name__} is no decoder layer of attention and MLP"
             )
         rest = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
         settings = Settings.of(rest)
-        self.wanted = settings.cuda_graphs != "off"
-        self._rows_wanted = settings.cpu_graphs != "off"
+        self.wanted = settings.graphs != "off"
+        self._rows_wanted = settings.graphs != "off"
         self._context = settings.context
         self._flash = settings.attention != "torch"
         self.graphs: DecodeGraphs | None = None

@@ -1,4 +1,4 @@
-"""Rules: parse, validate, dry-run, inject, restore. Knows nothing of experts.
+"""Rules: parse, validate, dry run, inject and restore. Nothing here is specific to experts.
 
 `rules` reads files without torch; `match`, `inject` and `explain` work on a model.
 """

@@ -1,12 +1,11 @@
-"""Import the classes that rules name, and check a rule's kwargs against its operator before
-anything is built.
-"""
+"""Import the classes that rules name, and check kwargs before any operator is built."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any
 
 from torch import nn
@@ -16,24 +15,27 @@ from hybrimoe_plugin.injection.moved import current_path
 from hybrimoe_plugin.injection.rules import RESERVED, TRUSTED, Rule, is_trusted
 from hybrimoe_plugin.injection.yaml_nodes import shorten, suggest
 
+_BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+"""Kinds of parameters that can be given by name."""
+
 
 def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) -> type[nn.Module]:
     """Import the `nn.Module` class that a part of a rule names.
 
     Args:
-        rule: the rule, for the error's place.
+        rule: the rule, so that errors name its file and line.
         path: dotted path of the class.
         part: `class` or `replace`, the part of the rule that holds the path.
-        trust_rules: import from any package.
+        trust_rules: whether to import from any package.
 
     Raises:
         RulesError: the package is not among `TRUSTED`, it cannot be imported, or the path is not a
             module class.
     """
     if not trust_rules and not is_trusted(path):
+        packages = ", ".join(TRUSTED)
         raise rule.error(
-            f"{shorten(path)} is outside the packages that rules may import "
-            f"({', '.join(TRUSTED)}); "
+            f"{shorten(path)} is outside the packages that rules may import ({packages}); "
             "give --trust_rules (trust_rules=True) if you trust this file",
             part,
         )
@@ -43,25 +45,22 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         found = getattr(module, name)
     except AttributeError as error:
         names = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        near = suggest(name, names) if names else ""
-        raise rule.error(
-            f"module {module_name} has no class {name!r}{near if 'mean' in near else ''}", part
-        ) from error
+        hint = suggest(name, names)
+        if "mean" not in hint:
+            hint = ""  # not a list of everything the module has
+        raise rule.error(f"module {module_name} has no class {name!r}{hint}", part) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
-        raise rule.error(
-            f"cannot import {module_name}: {type(error).__name__}: {_one_line(error)}", part
-        ) from error
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise rule.error(f"cannot import {module_name}: {reason}", part) from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
-        raise rule.error(
-            f"{path} is not a torch.nn.Module class, found {type(found).__name__}", part
-        )
+        kind = type(found).__name__
+        raise rule.error(f"{path} is not a torch.nn.Module class, found {kind}", part)
     return found
 
 
 def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any]) -> None:
-    """Check kwargs against an operator's own `check_kwargs`, or else against its constructor's
-    signature.
+    """Check kwargs by an operator's `check_kwargs`, or else by its constructor's signature.
 
     Raises:
         RulesError: an unknown or missing argument, or a value that the operator refuses.
@@ -74,12 +73,13 @@ def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any
         own(kwargs)
     except HybriMoEError as error:
         text = str(error)
-        named = next((key for key in kwargs if key in text), "")
-        raise rule.error(f"kwargs of rule {rule.index}: {text}", f"kwargs.{named}") from error
+        named = [key for key in kwargs if key in text]
+        part = f"kwargs.{named[0]}" if named else "kwargs"
+        raise rule.error(f"kwargs of rule {rule.index}: {text}", part) from error
 
 
 def takes_settings(operator: type[nn.Module]) -> bool:
-    """Whether engine settings may be merged into an operator's kwargs: it checks them itself."""
+    """Whether engine settings may be merged into an operator's kwargs: it must check them."""
     return hasattr(operator, "check_kwargs")
 
 
@@ -88,32 +88,35 @@ def _check_signature(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str,
         parameters = inspect.signature(operator).parameters
     except (TypeError, ValueError):
         return
-    kinds = inspect.Parameter
-    named = [
-        p
-        for p in parameters.values()
-        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    ]
-    open_ended = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())
-    missing_contract = [name for name in RESERVED if name not in parameters]
-    if missing_contract and not open_ended:
+    open_ended = False
+    optional = []
+    needed = []
+    for parameter in parameters.values():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            open_ended = True
+        if parameter.kind not in _BY_NAME or parameter.name in RESERVED:
+            continue
+        if parameter.default is Parameter.empty:
+            needed.append(parameter.name)
+        else:
+            optional.append(parameter.name)
+
+    name = rule.replace_class
+    reserved = [each for each in RESERVED if each not in parameters]
+    if reserved and not open_ended:
+        missing = ", ".join(reserved)
         raise rule.error(
-            f"{rule.replace_class} is no operator: its constructor does not take "
-            f"{', '.join(missing_contract)}",
-            "replace",
+            f"{name} is no operator: its constructor does not take {missing}", "replace"
         )
-    own = [p.name for p in named if p.name not in RESERVED]
-    for name in kwargs:
-        if not open_ended and name not in own:
-            hint = suggest(name, own) if own else "; it takes none"
-            raise rule.error(
-                f"{rule.replace_class} takes no argument {shorten(name)}{hint}", f"kwargs.{name}"
-            )
-    missing = [
-        p.name for p in named if p.default is kinds.empty and p.name not in (*RESERVED, *kwargs)
-    ]
-    if missing:
-        raise rule.error(f"{rule.replace_class} needs kwargs {', '.join(missing)}", "replace")
+    known = needed + optional
+    unknown = [each for each in kwargs if each not in known]
+    if unknown and not open_ended:
+        first = unknown[0]
+        hint = suggest(first, known) if known else "; it takes none"
+        raise rule.error(f"{name} takes no argument {shorten(first)}{hint}", f"kwargs.{first}")
+    absent = [each for each in needed if each not in kwargs]
+    if absent:
+        raise rule.error(f"{name} needs kwargs {', '.join(absent)}", "replace")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Put operators in place of modules, all or none, and take them out again."""
+"""Replace modules by operators, all or none of them, and put the modules back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Replacement:
-    """One module that was replaced, and where."""
+    """A module that was replaced, and its place in the model."""
 
     name: str
     parent: nn.Module
@@ -31,8 +31,7 @@ class Replacement:
 class Injection:
     """What an injection changed in a model; `restore` undoes it.
 
-    Only the parents' entries for the replaced modules are ever changed: no hook, no attribute, no
-    class.
+    Only the parents' entries for the replaced modules change: no hook, attribute or class does.
     """
 
     def __init__(self, plan: Sequence[Match]) -> None:
@@ -41,25 +40,23 @@ class Injection:
 
     @property
     def replaced(self) -> tuple[Replacement, ...]:
-        """The replacements in force, in the order in which they were made."""
+        """The replacements in force, in the order they were made."""
         return tuple(self._replaced)
 
     @property
     def devices(self) -> dict[str, str]:
-        """Qualified module name -> device, for the modules that a `default` rule keeps and
-        places.
-        """
-        return {
-            match.name: match.device
-            for match in self.plan
-            if not match.replaces and match.device is not None
-        }
+        """Qualified module name -> device, for modules that `default` rules keep and place."""
+        placed = {}
+        for match in self.plan:
+            if not match.replaces and match.device is not None:
+                placed[match.name] = match.device
+        return placed
 
     def restore(self) -> None:
         """Put every original module back; a second call does nothing.
 
         Raises:
-            RulesError: something else has replaced an operator since; nothing is changed then.
+            RulesError: something else has replaced an operator since; nothing is changed.
 
         Mutates: the model.
         """
@@ -83,8 +80,9 @@ class Injection:
 
 
 def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: Any) -> Injection:
-    """Build the plan's operators on the meta device and set them in the model; `load()` is the
-    host's next step.
+    """Build the plan's operators on the meta device and put them into the model.
+
+    The host then calls `load()` of each operator.
 
     Args:
         model: the model that the plan was made for.
@@ -96,21 +94,22 @@ def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: An
         the injection, which can be restored.
 
     Raises:
-        RulesError: an operator could not be built, or the plan is another model's. Errors of this
-            project's own kinds keep their type. The model is as before in every case, an interrupt
-            included.
+        RulesError: an operator could not be built, or the plan is another model's. An operator's
+            own HybriMoEError keeps its type. The model is unchanged in every case, even after an
+            interrupt.
 
     Mutates: `model`.
     """
     injection = Injection(plan)
-    # Found before anything changes: a module inside a replaced one is reached through the original.
+    # Looked up before anything changes: the path to a module inside a replaced one leads through
+    # the original.
     places = [(match, *_place(model, match)) for match in plan if match.replaces]
     try:
         for match, parent, original in places:
             operator = _build(match, original, gguf_loader, config)
-            injection._replace(
-                Replacement(match.name, parent, match.name.rpartition(".")[2], original, operator)
-            )
+            attribute = match.name.rpartition(".")[2]
+            done = Replacement(match.name, parent, attribute, original, operator)
+            injection._replace(done)
     except BaseException:
         injection._undo()
         raise
@@ -119,7 +118,7 @@ def inject(model: nn.Module, plan: Sequence[Match], gguf_loader: Any, config: An
 
 
 def _place(model: nn.Module, match: Match) -> tuple[nn.Module, nn.Module]:
-    """The parent of a match's module, and the module."""
+    """(parent of a match's module, the module)."""
     parent_name, _, attribute = match.name.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)
@@ -145,6 +144,7 @@ def _build(match: Match, original: nn.Module, gguf_loader: Any, config: Any) -> 
     except HybriMoEError as error:
         raise type(error)(str(match.rule.error(f"{where}: {error}", "replace"))) from error
     except Exception as error:
-        # An operator may be anybody's class and raise anything.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        # Operators of other packages may raise anything.
+        words = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {words[:300]}"
         raise match.rule.error(f"{where} could not be built: {reason}", "replace") from error

@@ -9,17 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from hybrimoe_plugin.config import current_settings
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.injection.classes import check_kwargs, import_class, takes_settings
 from hybrimoe_plugin.injection.rules import DEFAULT, Rule, Rules, find_names
 
 _EXCLUSIVE = (("cache_ratio", "cache_bytes"),)
-"""Settings of which only one may be given: naming one overrides a rule's other."""
+"""Pairs of settings of which only one may be given: either overrides the other in a rule."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """One module that a rule takes."""
+    """A module that a rule takes."""
 
     name: str
     """Qualified module name; the operator's key."""
@@ -29,17 +30,20 @@ class Match:
     """Dotted path of the operator's class, or `default`: the module stays."""
     rule: Rule
     kwargs: Mapping[str, Any]
-    """The rule's kwargs, settings from elsewhere merged in."""
+    """The rule's kwargs under current names, merged with settings from elsewhere."""
     operator_class: type[nn.Module] | None = field(default=None, repr=False)
     """None for `default`."""
     shadowed: tuple[int, ...] = ()
-    """Indices of later rules that match the module too and do not get it."""
+    """Indices of later rules that match the module too, but come too late."""
 
     @property
     def device(self) -> str | None:
-        """Where the module computes while generating; None leaves it to the operator or host."""
-        device = self.kwargs.get("generate_device", self.kwargs.get("prefill_device"))
-        return None if device is None else str(device)
+        """Where the module computes while generating; None: the operator or the host decides."""
+        for name in ("generate_device", "prefill_device"):
+            if name in self.kwargs:
+                device = self.kwargs[name]
+                return None if device is None else str(device)
+        return None
 
     @property
     def replaces(self) -> bool:
@@ -47,10 +51,10 @@ class Match:
 
 
 def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False) -> list[Match]:
-    """Apply rules to a model on paper: the first rule that matches a module takes it.
+    """Decide which rule takes which module: the first that matches it. Changes nothing.
 
-    The walk follows kTransformers: parents before children, children of a module taken by a rule
-    with `recursive: False` are left alone. Nothing is built and the model is not changed.
+    The walk follows kTransformers: parents come before children, and the children of a module
+    taken by a rule with `recursive: False` are skipped.
 
     Args:
         model: any model; on the meta device it costs nothing.
@@ -65,10 +69,11 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
             matches nothing or only what earlier rules take, or a rule would replace the whole
             model.
     """
-    names = find_names(rules.rules, list(_names(model, "")))
-    matchers = [
-        _Matcher(rule, found, trust_rules) for rule, found in zip(rules.rules, names, strict=True)
-    ]
+    names = list(_names(model, ""))
+    found_names = find_names(rules.rules, names)
+    matchers = []
+    for rule, found in zip(rules.rules, found_names, strict=True):
+        matchers.append(_Matcher(rule, found, trust_rules))
     plan = list(_walk(model, "", matchers))
     for matcher in matchers:
         if matcher.taken == 0:
@@ -77,39 +82,47 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
 
 
 def with_settings(plan: Sequence[Match], settings: Mapping[str, Any]) -> list[Match]:
-    """The same plan with settings from the command line or API laid over the rules' kwargs.
+    """The same plan; settings from the command line or the API override the rules' kwargs.
 
     They reach the operators that validate settings (`check_kwargs`); other operators and `default`
     are unchanged.
 
     Raises:
         RulesError: an operator refuses a value.
+        ConfigError: a setting of an earlier release has a value that it never had, or contradicts
+            a current one.
     """
-    dropped = {
-        b if given == a else a
-        for a, b in _EXCLUSIVE
-        for given in (a, b)
-        if settings.get(given) is not None
-    }
-    merged = []
-    for match in plan:
-        if match.operator_class is not None and settings and takes_settings(match.operator_class):
-            kept = {key: value for key, value in match.kwargs.items() if key not in dropped}
-            match = replace(match, kwargs={**kept, **settings})
-            check_kwargs(match.rule, match.operator_class, match.kwargs)  # type: ignore[arg-type]
-        merged.append(match)
-    return merged
+    given = current_settings(settings)
+    if not given:
+        return list(plan)
+    return [_with_given(match, given) for match in plan]
+
+
+def _with_given(match: Match, given: Mapping[str, Any]) -> Match:
+    operator = match.operator_class
+    if operator is None or not takes_settings(operator):
+        return match
+    kwargs = dict(match.kwargs)
+    for pair in _EXCLUSIVE:
+        if any(given.get(name) is not None for name in pair):
+            for name in pair:
+                kwargs.pop(name, None)
+    kwargs.update(given)
+    check_kwargs(match.rule, operator, kwargs)
+    return replace(match, kwargs=kwargs)
 
 
 class _Matcher:
-    """A rule with its classes imported, and how often it matched."""
+    """A rule, its imported classes, and how many modules it has matched."""
 
     def __init__(self, rule: Rule, names: frozenset[str], trust_rules: bool) -> None:
         self.rule = rule
+        self.kwargs = rule.kwargs
         self._names = names
         self.matched = 0
         self.taken = 0
         self.taken_by: Rule | None = None
+        """The earlier rule that took the first module this one matched."""
         self.match_class: type[nn.Module] | None = None
         self.operator: type[nn.Module] | None = None
         if rule.match_class is not None:
@@ -117,6 +130,8 @@ class _Matcher:
         if rule.replace_class != DEFAULT:
             self.operator = import_class(rule, rule.replace_class, "replace", trust_rules)
             check_kwargs(rule, self.operator, rule.kwargs)
+            if takes_settings(self.operator):
+                self.kwargs = current_settings(rule.kwargs)
 
     def fits(self, module: nn.Module, name: str) -> bool:
         if self.match_class is not None and not isinstance(module, self.match_class):
@@ -127,45 +142,45 @@ class _Matcher:
         if self.operator is not None and not name:
             raise self.rule.error(
                 f"rule {self.rule.index} would replace the whole model; narrow match.name to the "
-                f"modules you mean"
+                "modules you mean"
             )
         self.taken += 1
-        kwargs = copy.deepcopy(dict(self.rule.kwargs))
-        path = self.rule.replace_class
-        return Match(name, type(module).__name__, path, self.rule, kwargs, self.operator, shadowed)
+        return Match(
+            name=name,
+            original=type(module).__name__,
+            operator=self.rule.replace_class,
+            rule=self.rule,
+            kwargs=copy.deepcopy(dict(self.kwargs)),
+            operator_class=self.operator,
+            shadowed=shadowed,
+        )
 
     def idle_error(self, model: nn.Module) -> RulesError:
         """Why the rule took no module of the model."""
-        rule, what = self.rule, type(model).__name__
-        part = "name" if rule.match_name is not None else "class"
+        part = "name" if self.rule.match_name is not None else "class"
+        return self.rule.error(f"rule {self.rule.index} {self._idle_reason(model)}", part)
+
+    def _idle_reason(self, model: nn.Module) -> str:
         if self.taken_by is not None:
-            earlier = f"rule {self.taken_by.index} in line {self.taken_by.line}"
-            return rule.error(
-                f"rule {rule.index} gets no module: earlier rules take all {self.matched} that it "
-                f"matches, "
-                f"the first by {earlier}; put it before that rule or remove it",
-                part,
+            return (
+                f"gets no module: earlier rules take all {self.matched} that it matches, the first "
+                f"by rule {self.taken_by.index} in line {self.taken_by.line}; put it before that "
+                "rule or remove it"
             )
-        unreached = next(
-            (name for name, module in model.named_modules() if self.fits(module, name)), None
-        )
-        if unreached is not None:
-            return rule.error(
-                f"rule {rule.index} matches only inside modules taken with recursive: False, such "
-                f"as "
-                f"{unreached!r}; remove it or that recursive: False",
-                part,
-            )
-        wanted = " and ".join(
-            f"{label} {value!r}"
-            for label, value in (("name", rule.match_name), ("class", rule.match_class))
-            if value is not None
-        )
-        return rule.error(
-            f"rule {rule.index} matches no module of {what} ({wanted}); correct match or remove "
-            f"the rule "
-            f"(hybrimoe explain shows the model's modules)",
-            part,
+        for name, module in model.named_modules():
+            if self.fits(module, name):
+                return (
+                    "matches only inside modules taken with recursive: False, such as "
+                    f"{name!r}; remove it or that recursive: False"
+                )
+        wanted = []
+        if self.rule.match_name is not None:
+            wanted.append(f"name {self.rule.match_name!r}")
+        if self.rule.match_class is not None:
+            wanted.append(f"class {self.rule.match_class!r}")
+        return (
+            f"matches no module of {type(model).__name__} ({' and '.join(wanted)}); correct match "
+            "or remove the rule (hybrimoe explain shows the model's modules)"
         )
 
 
@@ -177,7 +192,8 @@ def _walk(module: nn.Module, name: str, matchers: Sequence[_Matcher]) -> Iterato
         winner, *others = fitting
         for other in others:
             other.taken_by = other.taken_by or winner.rule
-        yield winner.take(module, name, tuple(other.rule.index for other in others))
+        shadowed = tuple(other.rule.index for other in others)
+        yield winner.take(module, name, shadowed)
         if not winner.rule.recursive:
             return
     for child_name, child in _children(module, name):
@@ -185,14 +201,15 @@ def _walk(module: nn.Module, name: str, matchers: Sequence[_Matcher]) -> Iterato
 
 
 def _names(module: nn.Module, name: str) -> Iterator[str]:
-    """All names that `_walk` may come to."""
+    """All names that `_walk` can reach."""
     yield name
     for child_name, child in _children(module, name):
         yield from _names(child, child_name)
 
 
 def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    # Not named_children(): it shows a module that two parents share only once.
+    # Not named_children(): it yields a module that two parents share only once.
     for child_name, child in module._modules.items():
         if child is not None:
-            yield f"{name}.{child_name}" if name else child_name, child
+            full_name = f"{name}.{child_name}" if name else child_name
+            yield full_name, child

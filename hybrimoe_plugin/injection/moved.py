@@ -1,7 +1,7 @@
-"""Where classes are now whose paths rules files and code may still name.
+"""Current paths of classes that moved or were renamed.
 
-Rules name classes by path, and so do programs. A class that moves or gets a better name keeps its
-old path here. The table is looked up when somebody names the old path; nothing imports it upward.
+Rules files and programs name classes by path, so an old path keeps working. The classes are
+imported only when an old path is used: this module imports nothing from the layers above it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ MOVED: Mapping[str, str] = MappingProxyType(
         f"{_OPERATORS}.norm.LeanRMSNorm": f"{_OPERATORS}.norm.FusedRMSNorm",
     }
 )
-"""Old dotted path of a class -> its present one."""
+"""Old dotted path of a class -> its current path."""
 
 
 def current_path(path: str) -> str:
-    """The present path of a class that was public under `path`; any other path as it is."""
+    """The current path of a class once public as `path`; any other path is returned as is."""
     return MOVED.get(path, path)
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """A `__getattr__` for a module whose classes have moved or were renamed.
+    """A `__getattr__` for a module whose classes moved or were renamed.
 
     Args:
-        module: dotted name of the module under which the classes were public.
+        module: dotted name of the module in which the classes were public.
     """
 
     def find(name: str) -> Any:

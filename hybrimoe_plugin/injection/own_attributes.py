@@ -1,6 +1,4 @@
-"""Attributes that single modules are given in place of their class's, such as a `forward` that does
-more.
-"""
+"""Give a single module attributes that replace those of its class, such as `forward`."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ _ABSENT = object()
 
 
 def give_own(module: nn.Module, values: Mapping[str, Any]) -> Callable[[], None]:
-    """Set attributes of this module alone.
+    """Set attributes on this module only, not on its class.
 
     Returns:
-        Puts back what the module had of its own under these names.
+        A function that restores the module's own attributes of these names.
 
     Mutates: `module`.
     """

@@ -1,9 +1,9 @@
-"""Regular expressions from rules files, compiled and searched under limits of time and memory.
+"""Search with regular expressions from rules files, within limits of time and memory.
 
-Some patterns take longer than any patience, on names of ordinary length, and Python's `re` cannot
-be told to stop. So it runs in a process of its own, which the operating system ends at its limits.
-That takes a few dozen milliseconds, which patterns of the usual kind are spared: those so simple
-that they cannot take long. Every pattern means what `re.search` says.
+Some patterns take practically forever on names of ordinary length, and Python's `re` cannot be
+interrupted. So they run in a separate process, which the operating system ends at its limits.
+Starting it takes a few dozen milliseconds; patterns so simple that they cannot take long, as most
+are, run without it. Either way a pattern means what it means to `re.search`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from collections.abc import Sequence
 from hybrimoe_plugin.errors import RulesError
 
 CPU_SECONDS = 2
-"""Processor time for all patterns of a rules file; ordinary ones take some milliseconds on a model
-of any size.
-"""
+"""Processor time for all patterns of a rules file; ordinary ones take milliseconds."""
 WALL_SECONDS = 30
-"""For a machine so busy that the process does not get its processor time."""
+"""Wall-clock limit, for a machine too busy to give the process its processor time."""
 MEMORY_BYTES = 512 << 20
 MAX_LENGTH = 4096
-"""Characters of a pattern; those of kTransformers' own rules have up to 200."""
+"""Limit of characters in a pattern; those of kTransformers' own rules have up to 200."""
 
 _SIMPLE = re.compile(r"(?:\\[.dw]|\[[\w-]+\]|[\w.^$|()-]|(?<![()|^+*?])[+*?])+")
-"""Letters, sets of letters and repetitions of these; none of a group, none of a repetition."""
-_MOST_REPETITIONS, _MOST_GROUPS = 2, 1
-"""In a simple pattern: time grows with a power of their number."""
+"""Characters, sets and repetitions of these; no repeated group and no repeated repetition."""
+_MOST_REPETITIONS = 2
+_MOST_GROUPS = 1
+"""Limits for a simple pattern: search time grows with a power of either number."""
 
 _WORKER = f"""
 import json, re, sys, warnings
@@ -53,11 +52,11 @@ for pattern in patterns:
 
 
 Result = list[int] | str
-"""The places of the names in which a pattern is found, or what is wrong with it."""
+"""Indices of the names that a pattern matches, or what is wrong with the pattern."""
 
 
 class PatternError(RulesError):
-    """A pattern that cannot be used; `index` is its place among those that were given."""
+    """A pattern that cannot be used; `index` is its position among the given ones."""
 
     def __init__(self, index: int, problem: str) -> None:
         super().__init__(problem)
@@ -65,8 +64,7 @@ class PatternError(RulesError):
 
 
 def search_all(patterns: Sequence[str], names: Sequence[str]) -> list[frozenset[str]]:
-    """For each pattern, the names in which `re.search` finds it; without names the patterns are
-    only compiled.
+    """The names that each pattern matches by `re.search`; without names, only compile patterns.
 
     Raises:
         PatternError: a pattern is no regular expression, is too long, or takes too much time or
@@ -75,14 +73,17 @@ def search_all(patterns: Sequence[str], names: Sequence[str]) -> list[frozenset[
     for index, pattern in enumerate(patterns):
         if len(pattern) > MAX_LENGTH:
             raise PatternError(index, f"is longer than {MAX_LENGTH} characters")
-    found = {
-        index: _search(pattern, names)
-        for index, pattern in enumerate(patterns)
-        if _is_simple(pattern)
-    }
-    others = [index for index in range(len(patterns)) if index not in found]
-    results = _run(json.dumps([[patterns[index] for index in others], names])) if others else []
-    found.update(zip(others, results, strict=False))
+    found: dict[int, Result] = {}
+    others = []
+    for index, pattern in enumerate(patterns):
+        if _is_simple(pattern):
+            found[index] = _search(pattern, names)
+        else:
+            others.append(index)
+    if others:
+        results = _run([patterns[index] for index in others], names)
+        # Results are missing from the pattern on that used up the limits.
+        found.update(zip(others, results, strict=False))
     matches = []
     for index in range(len(patterns)):
         if index not in found:
@@ -110,19 +111,19 @@ def _search(pattern: str, names: Sequence[str]) -> Result:
     return [index for index, name in enumerate(names) if search(name) is not None]
 
 
-def _run(given: str) -> list[Result]:
-    """The worker's results, fewer than there are patterns where it was ended."""
+def _run(patterns: Sequence[str], names: Sequence[str]) -> list[Result]:
+    """Results from a separate process; fewer than patterns if the process was ended."""
     command = [sys.executable, "-I", "-S", "-c", _WORKER]
+    given = json.dumps([patterns, names]).encode()
     try:
         done = subprocess.run(
-            command, input=given.encode(), capture_output=True, timeout=WALL_SECONDS, check=False
+            command, input=given, capture_output=True, timeout=WALL_SECONDS, check=False
         )
         written = done.stdout
     except subprocess.TimeoutExpired as ended:
         written = ended.stdout or b""
     except OSError as error:
-        raise RulesError(
-            f"cannot start Python to search for patterns: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise RulesError(f"cannot start Python to search for patterns: {reason}") from error
     whole, _, _ = written.rpartition(b"\n")
     return [json.loads(line) for line in whole.decode().splitlines()]

@@ -1,4 +1,4 @@
-"""Rules files: kTransformers' schema, read strictly and without importing what they name."""
+"""Rules files in kTransformers' schema, read strictly; no class that they name is imported."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from hybrimoe_plugin.injection.yaml_nodes import (
 )
 
 DEFAULT = "default"
-"""`replace.class` of a rule that keeps the module and only says where it lives."""
+"""`replace.class` of a rule that keeps the module and only places it on a device."""
 
 TRUSTED = ("hybrimoe_plugin", "lever_ext", "ktransformers", "torch.nn", "transformers")
 """Packages from which a rule may import; importing runs code."""
 
 DEVICE_KEYS = ("prefill_device", "generate_device")
 RESERVED = ("key", "gguf_loader", "config", "orig_module")
-"""What the injection itself hands to an operator."""
+"""Arguments of an operator that the injection itself supplies."""
 
 _DEVICE = re.compile(r"[a-z]+(:\d{1,3})?")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a file: which modules it matches and what takes their place."""
+    """A rule of a file: which modules it matches and what replaces them."""
 
     source: str
-    """The file, as errors name it."""
+    """Name of the file in errors."""
     index: int
-    """Position in the file, from 1."""
+    """Position in the file, counted from 1."""
     line: int
     match_name: str | None
     """Regular expression, searched in the qualified module name."""
@@ -54,12 +54,12 @@ class Rule:
     """Dotted path of the operator, or `default`."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     recursive: bool = True
-    """Whether rules are applied to the children of a matched module too."""
+    """Whether rules apply to the children of a matched module too."""
     lines: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     """Line of each part: `name`, `class`, `replace`, `kwargs.<key>`."""
 
     def line_of(self, part: str) -> int:
-        """The line of a part of this rule, or of the rule."""
+        """The line of a part of this rule; of the rule itself where the part is unknown."""
         return self.lines.get(part, self.line)
 
     def error(self, problem: str, part: str = "") -> RulesError:
@@ -86,15 +86,16 @@ def load_rules(path: str | os.PathLike[str]) -> Rules:
     try:
         raw = read_regular(file, MAX_BYTES)
     except OSError as error:
-        raise RulesError(
-            f"{file}: cannot read the rules file: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise RulesError(f"{file}: cannot read the rules file: {reason}") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        before = raw[: error.start]
+        line = before.count(b"\n") + 1
+        byte = raw[error.start]
         raise RulesError(
-            f"{file}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); is it a YAML file?"
+            f"{file}:{line}: not UTF-8 text (byte 0x{byte:02x}); is it a YAML file?"
         ) from error
     return parse_rules(text, str(file))
 
@@ -104,7 +105,7 @@ def parse_rules(text: str, source: str = "<rules>") -> Rules:
 
     Args:
         text: YAML, a list of rules.
-        source: how errors name it.
+        source: its name in errors.
 
     Raises:
         RulesError: as `load_rules`.
@@ -114,73 +115,84 @@ def parse_rules(text: str, source: str = "<rules>") -> Rules:
     if root is None:
         document.fail(1, "empty; a rules file is a list of rules, each with match and replace")
     if not isinstance(root, yaml.SequenceNode) or kind_of(root) != "a list":
-        document.fail(
-            line_of(root),
-            f"a rules file is a list of rules ('- match: ...'), found {kind_of(root)}",
-        )
+        found = kind_of(root)
+        document.fail_at(root, f"a rules file is a list of rules ('- match: ...'), found {found}")
     if not root.value:
-        document.fail(line_of(root), "the list of rules is empty")
-    rules = tuple(_rule(document, index, node) for index, node in enumerate(root.value, start=1))
+        document.fail_at(root, "the list of rules is empty")
+    rules = []
+    for index, node in enumerate(root.value, start=1):
+        rules.append(_rule(document, index, node))
     find_names(rules, ())
-    return Rules(source, rules)
+    return Rules(source, tuple(rules))
 
 
 def find_names(rules: Sequence[Rule], names: Sequence[str]) -> list[frozenset[str]]:
-    """For each rule, the qualified module names in which its pattern is found; all of them where it
-    has none.
+    """The module names that each rule's pattern matches; all names for a rule without a pattern.
+
+    Args:
+        rules: the rules.
+        names: qualified module names.
 
     Raises:
         RulesError: a pattern is no regular expression, or takes too much time or memory.
     """
-    patterns = [rule.match_name for rule in rules if rule.match_name is not None]
+    named = [rule for rule in rules if rule.match_name is not None]
+    patterns = [str(rule.match_name) for rule in named]
     try:
-        found = iter(search_all(patterns, names))
+        matches = search_all(patterns, names)
     except PatternError as error:
-        rule = [rule for rule in rules if rule.match_name is not None][error.index]
-        text = shorten(str(rule.match_name))
+        rule = named[error.index]
+        text = shorten(patterns[error.index])
         raise rule.error(f"match.name of rule {rule.index}, {text}, {error}", "name") from error
-    return [frozenset(names) if rule.match_name is None else next(found) for rule in rules]
+    found = []
+    every = frozenset(names)
+    remaining = iter(matches)
+    for rule in rules:
+        matched = every if rule.match_name is None else next(remaining)
+        found.append(matched)
+    return found
 
 
 def _rule(document: Document, index: int, node: yaml.Node) -> Rule:
     what = f"rule {index}"
     top = document.mapping(node, what, ("match", "replace", "recursive"))
-    line = line_of(node)
     for key in ("match", "replace"):
         if key not in top:
-            document.fail(line, f"{what} has no {key!r}; a rule has match and replace")
+            document.fail_at(node, f"{what} has no {key!r}; a rule has match and replace")
     match = document.mapping(top["match"].node, f"match of {what}", ("name", "class"))
     if not match:
         document.fail(top["match"].line, f"match of {what} needs 'name', 'class' or both")
+    match_name = None
+    if "name" in match:
+        match_name = _text(document, match["name"], f"match.name of {what}")
+    match_class = None
+    if "class" in match:
+        match_class = _match_class(document, match["class"], what)
+    lines = {name: entry.line for name, entry in match.items()}
+
     replace = document.mapping(top["replace"].node, f"replace of {what}", ("class", "kwargs"))
-    kwargs, kwarg_lines = _kwargs(document, what, replace.get("kwargs"))
-    lines = {key: entry.line for key, entry in match.items()}
-    lines["replace"] = replace["class"].line if "class" in replace else top["replace"].line
-    operator = (
-        _class_path(document, replace["class"], f"replace.class of {what}")
-        if "class" in replace
-        else DEFAULT
-    )
+    operator = DEFAULT
+    lines["replace"] = top["replace"].line
+    if "class" in replace:
+        operator = _class_path(document, replace["class"], f"replace.class of {what}")
+        lines["replace"] = replace["class"].line
+    fields = _kwarg_fields(document, what, replace.get("kwargs"))
     if operator == DEFAULT:
-        for key in kwargs:
-            if key not in DEVICE_KEYS:
-                known = " and ".join(DEVICE_KEYS)
-                document.fail(
-                    kwarg_lines[f"kwargs.{key}"],
-                    f"class: default takes {known} only, found {shorten(key)}",
-                )
+        _check_default(document, fields)
+    kwargs = {}
+    for name, entry in fields.items():
+        kwargs[name] = _kwarg(document, what, name, entry)
+        lines[f"kwargs.{name}"] = entry.line
     return Rule(
         source=document.source,
         index=index,
-        line=line,
-        match_name=_text(document, match["name"], f"match.name of {what}")
-        if "name" in match
-        else None,
-        match_class=_match_class(document, match["class"], what) if "class" in match else None,
+        line=line_of(node),
+        match_name=match_name,
+        match_class=match_class,
         replace_class=operator,
         kwargs=MappingProxyType(kwargs),
         recursive=_recursive(document, top.get("recursive"), what),
-        lines=MappingProxyType({**lines, **kwarg_lines}),
+        lines=MappingProxyType(lines),
     )
 
 
@@ -193,23 +205,23 @@ def _text(document: Document, entry: Field, what: str) -> str:
 
 def _class_path(document: Document, entry: Field, what: str) -> str:
     path = _text(document, entry, what)
-    if path != DEFAULT and (
-        path.count(".") < 1 or not all(part.isidentifier() for part in path.split("."))
-    ):
+    if path == DEFAULT:
+        return path
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        found = shorten(path)
         document.fail(
             entry.line,
-            f"{what} must be a dotted class path such as package.module.Class, found "
-            f"{shorten(path)}",
+            f"{what} must be a dotted class path such as package.module.Class, found {found}",
         )
     return path
 
 
 def _match_class(document: Document, entry: Field, what: str) -> str:
-    path = _class_path(document, entry, f"match.class of {what}")
+    what = f"match.class of {what}"
+    path = _class_path(document, entry, what)
     if path == DEFAULT:
-        document.fail(
-            entry.line, f"match.class of {what} must be a dotted class path, found 'default'"
-        )
+        document.fail(entry.line, f"{what} must be a dotted class path, found 'default'")
     return path
 
 
@@ -222,32 +234,41 @@ def _recursive(document: Document, entry: Field | None, what: str) -> bool:
     return value
 
 
-def _kwargs(
-    document: Document, what: str, entry: Field | None
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The values and lines of a rule's kwargs."""
+def _kwarg_fields(document: Document, what: str, entry: Field | None) -> dict[str, Field]:
+    """A rule's kwargs by name."""
     if entry is None:
-        return {}, {}
+        return {}
     fields = document.mapping(entry.node, f"kwargs of {what}")
-    values: dict[str, Any] = {}
     for name, found in fields.items():
-        if not name.isidentifier() or name in RESERVED:
-            reason = (
-                "the injection fills it in itself" if name in RESERVED else "it is no argument name"
-            )
-            document.fail(found.line, f"kwargs of {what} cannot have {shorten(name)}: {reason}")
-        values[name] = document.value(found.node)
-        if name in DEVICE_KEYS and not (
-            isinstance(values[name], str) and _DEVICE.fullmatch(values[name])
-        ):
-            document.fail(
-                found.line,
-                f"{name} of {what}: expected cpu, cuda, cuda:N or auto, found "
-                f"{kind_of(found.node)}",
-            )
-    return values, {f"kwargs.{name}": found.line for name, found in fields.items()}
+        start = f"kwargs of {what} cannot have {shorten(name)}"
+        if name in RESERVED:
+            document.fail(found.line, f"{start}: the injection fills it in itself")
+        if not name.isidentifier():
+            document.fail(found.line, f"{start}: it is no argument name")
+    return fields
+
+
+def _check_default(document: Document, kwargs: Mapping[str, Field]) -> None:
+    """`class: default` only places a module."""
+    for name, entry in kwargs.items():
+        if name not in DEVICE_KEYS:
+            known = " and ".join(DEVICE_KEYS)
+            document.fail(entry.line, f"class: default takes {known} only, found {shorten(name)}")
+
+
+def _kwarg(document: Document, what: str, name: str, entry: Field) -> Any:
+    """The value of one of a rule's kwargs."""
+    value = document.value(entry.node)
+    if name not in DEVICE_KEYS:
+        return value
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        found = kind_of(entry.node)
+        document.fail(
+            entry.line, f"{name} of {what}: expected cpu, cuda, cuda:N or auto, found {found}"
+        )
+    return value
 
 
 def is_trusted(path: str) -> bool:
-    """Whether a dotted class path lies in a package that rules may import without being trusted."""
+    """Whether every rules file may import from the package of a dotted class path."""
     return any(path.startswith(package + ".") for package in TRUSTED)

@@ -1,7 +1,7 @@
-"""Read YAML from outside as plain values that remember their lines; every fault is a `RulesError`.
+"""Read untrusted YAML as plain values with line numbers; every fault is a `RulesError`.
 
-PyYAML's safe loader is kept, but stopped early: it is recursive, expands aliases and lets a later
-key replace an earlier one without a word.
+PyYAML's safe loader does the parsing, within limits: it is recursive, expands aliases, and lets a
+later key replace an earlier one silently.
 """
 
 from __future__ import annotations
@@ -12,24 +12,35 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from hybrimoe_plugin.errors import RulesError
 
 MAX_BYTES = 256 * 1024
-"""Ten times the largest rules file that kTransformers ships."""
+"""Size limit of a file: ten times the largest rules file that kTransformers ships."""
 MAX_DEPTH = 20
 MAX_VALUES = 20_000
-"""Values in one file, aliases counted each time they are used."""
-
+"""Limit of values in one file; an alias counts each time it is used."""
 MAX_NUMBER = 100
-"""Characters of a number: with very many its conversion takes long, and Python does not print it.
-"""
+"""Limit of characters in a number: longer ones convert slowly, and Python refuses to print them."""
 
+Scalar = str | int | float | bool | None
+
+_TAG = "tag:yaml.org,2002:"
+_TEXT = _TAG + "str"
+_NULL = _TAG + "null"
+_MERGE = _TAG + "merge"
+_MAPPING = _TAG + "map"
+_SEQUENCE = _TAG + "seq"
 _SCALARS = frozenset(
-    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")
+    {
+        _TEXT,
+        _NULL,
+        _TAG + "int",
+        _TAG + "float",
+        _TAG + "bool",
+    }
 )
-_MAPPING = "tag:yaml.org,2002:map"
-_SEQUENCE = "tag:yaml.org,2002:seq"
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,204 +48,256 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._depth = self._nodes = 0
+        self._depth = 0
+        self._nodes = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self._depth += 1
         self._nodes += 1
-        if self._depth > MAX_DEPTH or self._nodes > MAX_VALUES:
-            what = (
-                f"nested deeper than {MAX_DEPTH}"
-                if self._depth > MAX_DEPTH
-                else f"more than {MAX_VALUES} values"
-            )
-            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
+        if self._depth > MAX_DEPTH:
+            self._refuse(f"nested deeper than {MAX_DEPTH}")
+        if self._nodes > MAX_VALUES:
+            self._refuse(f"more than {MAX_VALUES} values")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
+    def _refuse(self, problem: str) -> NoReturn:
+        mark = self.peek_event().start_mark
+        raise yaml.composer.ComposerError(None, None, problem, mark)
+
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a mapping: where it stands and the node of its value."""
+    """A key of a mapping: its line and the node of its value."""
 
     line: int
-    node: yaml.Node
+    node: Node
 
 
 class Document:
-    """One YAML document of a named source.
+    """A YAML document.
 
     Args:
         text: the document.
-        source: how errors name it, usually the path.
+        source: its name in errors, usually the path.
 
     Raises:
-        RulesError: not one well-formed document, or larger or deeper than any rules file needs to
-            be.
+        RulesError: the text is not one well-formed document, or exceeds a limit of size or depth.
     """
 
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self._values = 0
         if len(text) > MAX_BYTES:
-            self.fail(1, f"larger than {MAX_BYTES // 1024} KiB; this is not a rules file")
-        self._loader: yaml.SafeLoader | None = None
+            limit = MAX_BYTES >> 10
+            self.fail(1, f"larger than {limit} KiB; this is not a rules file")
         try:
             self._loader = _Loader(text)
             self.root = self._loader.get_single_node()
         except yaml.YAMLError as error:
-            self.fail(_error_line(error), f"not valid YAML: {_describe(error)}")
+            problem = _describe(error)
+            self.fail(_error_line(error), f"not valid YAML: {problem}")
 
     def fail(self, line: int, problem: str) -> NoReturn:
-        """Raise the `RulesError` of a line, counted from 1."""
+        """Raise the `RulesError` about a line, counted from 1."""
         raise RulesError(f"{self.source}:{line}: {problem}")
 
+    def fail_at(self, node: Node, problem: str) -> NoReturn:
+        """Raise the `RulesError` about a node."""
+        self.fail(line_of(node), problem)
+
     def mapping(
-        self, node: yaml.Node, what: str, allowed: Sequence[str] | None = None
+        self, node: Node, what: str, allowed: Sequence[str] | None = None
     ) -> dict[str, Field]:
-        """The fields of a mapping whose keys are text, merge keys (`<<`) resolved.
+        """The fields of a mapping with text keys; merge keys (`<<`) are resolved.
+
+        Args:
+            node: the mapping.
+            what: its name in errors.
+            allowed: the keys that it may have; None: any.
 
         Raises:
             RulesError: not a mapping, a duplicate key, or a key outside `allowed`.
         """
-        if not isinstance(node, yaml.MappingNode) or node.tag != _MAPPING:
-            self.fail(line_of(node), f"{what} must be a mapping, found {kind_of(node)}")
-        found: dict[str, Field] = {}
+        if not _is_mapping(node):
+            self.fail_at(node, f"{what} must be a mapping, found {kind_of(node)}")
+        own: dict[str, Field] = {}
         merged: dict[str, Field] = {}
         for key, value in node.value:
-            self._spend(key)
-            if key.tag == "tag:yaml.org,2002:merge":
-                for field_name, field in self._merged(value, what, 0):
-                    merged.setdefault(field_name, field)
+            self._count(key)
+            if key.tag == _MERGE:
+                for name, field in self._merged(value, what, 0):
+                    merged.setdefault(name, field)
                 continue
-            name = self.scalar(key)
-            if not isinstance(name, str):
-                self.fail(line_of(key), f"keys of {what} must be text, found {name!r}")
-            if name in found:
-                self.fail(
-                    line_of(key),
-                    f"{what} has the key {name!r} twice, first in line {found[name].line}",
-                )
-            found[name] = Field(line_of(key), value)
-        fields = {**merged, **found}
-        for name, field in fields.items():
-            if allowed is not None and name not in allowed:
-                self.fail(
-                    field.line,
-                    f"{what} has the unknown key {shorten(name)}{suggest(name, allowed)}",
-                )
+            name = self._key(key, what)
+            if name in own:
+                first = own[name].line
+                self.fail_at(key, f"{what} has the key {name!r} twice, first in line {first}")
+            own[name] = Field(line_of(key), value)
+        # A mapping's own keys override those that it merges.
+        fields = {**merged, **own}
+        if allowed is not None:
+            self._check_names(fields, what, allowed)
         return fields
 
-    def _merged(self, node: yaml.Node, what: str, depth: int) -> Iterator[tuple[str, Field]]:
-        self._spend(node)
+    def _key(self, node: Node, what: str) -> str:
+        name = self.scalar(node)
+        if not isinstance(name, str):
+            self.fail_at(node, f"keys of {what} must be text, found {name!r}")
+        return name
+
+    def _check_names(self, fields: dict[str, Field], what: str, allowed: Sequence[str]) -> None:
+        for name, field in fields.items():
+            if name in allowed:
+                continue
+            found = shorten(name)
+            hint = suggest(name, allowed)
+            self.fail(field.line, f"{what} has the unknown key {found}{hint}")
+
+    def _merged(self, node: Node, what: str, depth: int) -> Iterator[tuple[str, Field]]:
+        """The fields of the mappings that a merge key names, the first mapping first."""
+        self._count(node)
         if depth > MAX_DEPTH:
-            self.fail(line_of(node), f"{what} merges mappings too deeply")
-        if isinstance(node, yaml.SequenceNode):
+            self.fail_at(node, f"{what} merges mappings too deeply")
+        if isinstance(node, SequenceNode):
             for item in node.value:
                 yield from self._merged(item, what, depth + 1)
-        elif isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                self._spend(key)
-                if key.tag == "tag:yaml.org,2002:merge":
-                    yield from self._merged(value, what, depth + 1)
-                elif isinstance(key, yaml.ScalarNode):
-                    yield str(key.value), Field(line_of(key), value)
-        else:
-            self.fail(line_of(node), f"{what}: << must name a mapping, found {kind_of(node)}")
+            return
+        if not isinstance(node, MappingNode):
+            found = kind_of(node)
+            self.fail_at(node, f"{what}: << must name a mapping, found {found}")
+        for key, value in node.value:
+            self._count(key)
+            if key.tag == _MERGE:
+                yield from self._merged(value, what, depth + 1)
+            elif isinstance(key, ScalarNode):
+                field = Field(line_of(key), value)
+                yield str(key.value), field
 
-    def scalar(self, node: yaml.Node) -> str | int | float | bool | None:
+    def scalar(self, node: Node) -> Scalar:
         """The value of a scalar.
 
         Raises:
-            RulesError: not a scalar, or of a type that rules do not have (dates, binaries, Python
+            RulesError: not a scalar, or a type that rules do not have (dates, binary data, Python
                 objects).
         """
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
-            self.fail(
-                line_of(node), f"expected text, a number, true or false, found {kind_of(node)}"
-            )
-        assert self._loader is not None
-        if len(node.value) > MAX_NUMBER and node.tag != "tag:yaml.org,2002:str":
-            self.fail(line_of(node), f"{shorten(str(node.value))} has too many digits")
+        if not _is_scalar(node):
+            found = kind_of(node)
+            self.fail_at(node, f"expected text, a number, true or false, found {found}")
+        text = str(node.value)
+        if node.tag != _TEXT and len(text) > MAX_NUMBER:
+            self.fail_at(node, f"{shorten(text)} has too many digits")
         try:
-            value: str | int | float | bool | None = self._loader.construct_object(node)
+            value: Scalar = self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError):
-            # An explicit tag that its text does not fit (`!!int x`) leaves PyYAML by many doors.
-            self.fail(
-                line_of(node), f"{shorten(str(node.value))} is not a {node.tag.rpartition(':')[2]}"
-            )
+            # PyYAML raises any of these for an explicit tag that its text does not fit: `!!int x`.
+            wanted = node.tag.removeprefix(_TAG)
+            self.fail_at(node, f"{shorten(text)} is not a {wanted}")
         return value
 
-    def value(self, node: yaml.Node, depth: int = 0) -> Any:
-        """The plain Python value of any node; lists and dicts are fresh, aliases expanded.
+    def value(self, node: Node, depth: int = 0) -> Any:
+        """The plain Python value of any node; lists and dicts are new, aliases are expanded.
 
         Raises:
-            RulesError: the node holds itself, expands to too much, or has values that rules do not
-                have.
+            RulesError: the node contains itself, expands to too many values, or contains a type
+                that rules do not have.
         """
-        self._spend(node)
+        self._count(node)
         if depth > MAX_DEPTH:
-            self.fail(line_of(node), f"nested deeper than {MAX_DEPTH}")
-        if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE:
+            self.fail_at(node, f"nested deeper than {MAX_DEPTH}")
+        if isinstance(node, SequenceNode) and node.tag == _SEQUENCE:
             return [self.value(item, depth + 1) for item in node.value]
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, MappingNode):
             return self._plain_mapping(node, depth)
         return self.scalar(node)
 
-    def _plain_mapping(self, node: yaml.MappingNode, depth: int) -> dict[Any, Any]:
+    def _plain_mapping(self, node: MappingNode, depth: int) -> dict[Any, Any]:
         if node.tag != _MAPPING:
-            self.fail(line_of(node), f"found {kind_of(node)} where a mapping fits")
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            found = kind_of(node)
+            self.fail_at(node, f"found {found} where a mapping fits")
+        values: dict[Any, Any] = {}
+        tags = [key.tag for key, _ in node.value]
+        if _MERGE in tags:
             fields = self.mapping(node, "this mapping")
-            return {name: self.value(field.node, depth + 1) for name, field in fields.items()}
-        found: dict[Any, Any] = {}
+            for name, field in fields.items():
+                values[name] = self.value(field.node, depth + 1)
+            return values
         for key_node, value_node in node.value:
-            # kTransformers' transfer_map has whole numbers as keys.
+            # Any scalar: keys of kTransformers' transfer_map are whole numbers.
             key = self.scalar(key_node)
-            if key in found:
-                self.fail(line_of(key_node), f"the key {key!r} stands here twice")
-            found[key] = self.value(value_node, depth + 1)
-        return found
+            if key in values:
+                self.fail_at(key_node, f"this mapping has the key {key!r} twice")
+            values[key] = self.value(value_node, depth + 1)
+        return values
 
-    def _spend(self, node: yaml.Node) -> None:
+    def _count(self, node: Node) -> None:
         self._values += 1
         if self._values > MAX_VALUES:
-            self.fail(line_of(node), f"aliases expand to more than {MAX_VALUES} values")
+            self.fail_at(node, f"aliases expand to more than {MAX_VALUES} values")
 
 
-def line_of(node: yaml.Node) -> int:
+def line_of(node: Node) -> int:
     """The line, counted from 1, on which a node begins."""
-    return int(node.start_mark.line) + 1
+    line: int = node.start_mark.line
+    return line + 1
 
 
-def kind_of(node: yaml.Node) -> str:
+def kind_of(node: Node) -> str:
     """What a node is, in words for an error message."""
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag == "tag:yaml.org,2002:null":
-            return "nothing"
-        return shorten(str(node.value)) if node.tag in _SCALARS else f"the tag {shorten(node.tag)}"
-    if node.tag not in (_MAPPING, _SEQUENCE):
+    if _is_mapping(node):
+        return "a mapping"
+    if isinstance(node, SequenceNode) and node.tag == _SEQUENCE:
+        return "a list"
+    if not _is_scalar(node):
         return f"the tag {shorten(node.tag)}"
-    return "a mapping" if isinstance(node, yaml.MappingNode) else "a list"
+    if node.tag == _NULL:
+        return "nothing"
+    return shorten(str(node.value))
+
+
+def _is_mapping(node: Node) -> bool:
+    return isinstance(node, MappingNode) and node.tag == _MAPPING
+
+
+def _is_scalar(node: Node) -> bool:
+    return isinstance(node, ScalarNode) and node.tag in _SCALARS
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """Quote outside text for a one-line message."""
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+    """Quote untrusted text for a one-line message."""
+    if len(text) > limit:
+        kept = limit - 3
+        text = text[:kept] + "..."
+    return repr(text)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """End of a message about an unknown name: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(name[:60], known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    """End of a message about an unknown name: the nearest known name, or all of them."""
+    short = name[:60]
+    near = difflib.get_close_matches(short, known, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    names = ", ".join(known)
+    return f"; known: {names}"
 
 
 def _error_line(error: yaml.YAMLError) -> int:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return int(mark.line) + 1 if mark is not None else 1
+    for name in ("problem_mark", "context_mark"):
+        mark = getattr(error, name, None)
+        if mark is not None:
+            return int(mark.line) + 1
+    return 1
 
 
 def _describe(error: yaml.YAMLError) -> str:
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return " ".join(str(problem).split())
+    for name in ("problem", "reason"):
+        problem = getattr(error, name, None)
+        if problem:
+            return _one_line(str(problem))
+    return _one_line(str(error))
+
+
+def _one_line(text: str) -> str:
+    words = text.split()
+    return " ".join(words)

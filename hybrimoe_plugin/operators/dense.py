@@ -27,7 +27,7 @@ class DenseOperator(nn.Module):
         orig_module: the module that this one replaces.
         prefill_device: cpu, cuda, cuda:N or auto.
         generate_device: the same for calls of one token.
-        settings: fields of `Settings`; `linears` counts here.
+        settings: fields of `Settings`; `dense` counts here.
 
     Attributes:
         ggml: kernels for matrices as stored, on the CPU; None where the dense part lies elsewhere,
@@ -60,7 +60,7 @@ class DenseOperator(nn.Module):
         self.generate_device = generate_device
         chosen = Settings.of(settings)
         self.ggml = stored_kernels(gguf_loader, chosen, prefill_device, generate_device)
-        self.on_device = self.ggml is None and chosen.linears == "quantised"
+        self.on_device = self.ggml is None and chosen.dense == "quantised"
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -85,8 +85,8 @@ def stored_kernels(
     Raises:
         BackendError: asked for, and kt-kernel's ggml cannot be used.
     """
-    asked = settings.linears == "quantised"
-    if settings.linears == "plain" or (settings.cpu_backend == "torch" and not asked):
+    asked = settings.dense == "quantised"
+    if settings.dense == "dequantised" or (settings.cpu_backend == "torch" and not asked):
         return None
     if any(
         device not in ("cpu", "auto") or (device == "auto" and cuda_refusal() is None)

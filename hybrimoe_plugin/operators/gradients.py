@@ -28,7 +28,7 @@ class _Refusing(torch.autograd.Function):
             f"{ctx.what} is computed without gradients, so backward() would leave a part out: "
             f"train the plain "
             "transformers model (a GGUF has gradients, too, with cpu_backend='torch', "
-            "linears='plain' and no "
+            "dense='dequantised' and no "
             "accelerator); for inference call the model under torch.no_grad()"
         )
 

@@ -167,7 +167,7 @@ def as_stored(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Modul
     if operator.ggml is not None:
         return GgmlLinear(operator.ggml, linear)
     if operator.on_device:
-        return DeviceLinear(f"{operator.key}.{name}", None, None, linear, linears="plain")
+        return DeviceLinear(f"{operator.key}.{name}", None, None, linear, dense="dequantised")
     return linear
 
 

@@ -18,7 +18,7 @@ FLAGS = (
     (),
     (),
     ("--weights", "mapped"),
-    ("--linears", "plain"),
+    ("--dense", "dequantised"),
     ("--accelerator", "emulated", "--cache_ratio", "0.5"),
     ("--cpu_backend", "torch"),
 )

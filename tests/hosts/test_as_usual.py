@@ -346,9 +346,9 @@ GRADIENTS: dict[str, tuple[dict[str, Any], bool]] = {
     "torch, dense plain": ({"cpu_backend": "torch", "dense": "plain"}, True),
     "emulated": ({"cpu_backend": "torch", "accelerator": "emulated", "cache_ratio": 0.5}, False),
     "ggml, dense plain": ({"cpu_backend": "ggml", "dense": "plain"}, False),
-    "ggml, linears plain": ({"cpu_backend": "ggml", "linears": "plain"}, False),
+    "ggml, linears plain": ({"cpu_backend": "ggml", "dense": "dequantised"}, False),
     "kt-kernel": ({"cpu_backend": "kt", "dense": "plain"}, False),
-    "matrices as stored": ({"cpu_backend": "torch", "linears": "quantised"}, False),
+    "matrices as stored": ({"cpu_backend": "torch", "dense": "quantised"}, False),
 }
 
 
@@ -380,7 +380,7 @@ def test_a_bias_inside_a_graph_has_no_gradient_either(tmp_path: Path) -> None:
     needs.kt_kernel()
     model = _load(
         tiny.write(tmp_path, "qwen2_moe", types=_quantised),
-        linears="quantised",
+        dense="quantised",
         cpu_backend="torch",
     ).requires_grad_(False)
     attention = model.model.layers[1].self_attn

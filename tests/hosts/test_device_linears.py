@@ -68,7 +68,7 @@ def test_every_family_with_graphs(
     capture = Replayed()
     monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
     choices = {
-        "linears": "quantised",
+        "dense": "quantised",
         "cpu_backend": "torch",
         "accelerator": "emulated",
         "progress": False,

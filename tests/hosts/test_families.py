@@ -182,7 +182,7 @@ def test_tied_embeddings_with_and_without_a_stored_table(family: str, tmp_path: 
     wanted = forward(tiny.model(family, tie_word_embeddings=True), prompt, steps)
     for settings in (
         {"cpu_backend": "torch"},
-        {"cpu_backend": "torch", "linears": "plain"},
+        {"cpu_backend": "torch", "dense": "dequantised"},
         {"dense": "plain"},
     ):
         model, _ = load_model(
@@ -203,7 +203,7 @@ def test_matrices_as_stored_are_within_their_activation_error(family: str, tmp_p
     path = tiny.write(tmp_path, family, types=lambda name: "F32" if "attn_q_b" in name else "Q8_0")
     plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
     model, _ = load_model(
-        None, path, dtype="float32", cpu_backend="torch", linears="quantised", progress=False
+        None, path, dtype="float32", cpu_backend="torch", dense="quantised", progress=False
     )
     seen: dict[str, list[torch.Tensor]] = {"plain": [], "stored": []}
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

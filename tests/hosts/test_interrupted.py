@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("mixtral", {"cpu_backend": "torch"}),
     "ggml": ("qwen3_moe", {"cpu_backend": "ggml"}),
     "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
-    "ggml, module by module": ("qwen2_moe", {"cpu_backend": "ggml", "cpu_graphs": "off"}),
+    "ggml, module by module": ("qwen2_moe", {"cpu_backend": "ggml", "graphs": "off"}),
     "kt": ("qwen3_moe", {"cpu_backend": "kt"}),
     "emulated, ggml": (
         "mixtral",

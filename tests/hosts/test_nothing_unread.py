@@ -103,7 +103,7 @@ def test_rotary_embeddings_reach_the_lean_operators(family: str, tmp_path: Path)
     parameters, keys = ROPES["other factors" if family == "mixtral" else "yarn, mscale"]
     right = with_rope(family, parameters)
     path = export(tiny.model(family), tmp_path / "m.gguf", keys, factors(right))
-    check_equal(path, right, tiny.model(family), linears="quantised")
+    check_equal(path, right, tiny.model(family), dense="quantised")
 
 
 FEATURES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -142,7 +142,7 @@ def test_features_reach_the_lean_operators(family: str, changes: Any, tmp_path: 
     right = tiny.model(family, **changes)
     keys = {"attention.sliding_window": 8} if "sliding_window" in changes else {}
     check_equal(
-        export(right, tmp_path / "m.gguf", keys), right, tiny.model(family), linears="quantised"
+        export(right, tmp_path / "m.gguf", keys), right, tiny.model(family), dense="quantised"
     )
 
 

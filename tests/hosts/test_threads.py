@@ -38,13 +38,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
     "ggml, module by module": (
         "qwen2_moe",
-        {"cpu_backend": "ggml", "cpu_graphs": "off", "dtype": "bfloat16"},
+        {"cpu_backend": "ggml", "graphs": "off", "dtype": "bfloat16"},
     ),
     "kt": ("qwen3_moe", {"cpu_backend": "kt"}),
     "emulated, ggml": ("mixtral", {**EMULATED, "cpu_backend": "ggml"}),
     "emulated, kt": ("qwen3_moe", {**EMULATED, "cpu_backend": "kt"}),
     "emulated, torch": ("qwen3_moe", {**EMULATED, "cpu_backend": "torch", "cache": "lru"}),
-    "captured": ("mixtral", {**EMULATED, "cpu_backend": "torch", "linears": "plain"}),
+    "captured": ("mixtral", {**EMULATED, "cpu_backend": "torch", "dense": "dequantised"}),
     "two engines, one pool": ("mixtral", {**EMULATED, "cpu_backend": "kt", "rules": "two engines"}),
 }
 TWO_ENGINES = """

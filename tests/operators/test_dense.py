@@ -141,15 +141,15 @@ def test_switches_choose_the_twins(mixtral: Path) -> None:
     ids = tiny.tokens(8)
     plain = load(mixtral, dense="plain", dtype="float32", cpu_backend="torch")
     assert not any(isinstance(module, DenseOperator) for module in plain.modules())
-    lean = load(mixtral, linears="plain", dtype="float32", cpu_backend="torch")
+    lean = load(mixtral, dense="dequantised", dtype="float32", cpu_backend="torch")
     assert any(isinstance(module, FusedAttention) for module in lean.modules())
     assert not any(isinstance(module, GgmlLinear) for module in lean.modules())
     with torch.no_grad():
         torch.testing.assert_close(lean(ids).logits, plain(ids).logits)
     for model in (plain, lean):
         model.hybrimoe.close()
-    with pytest.raises(RulesError, match="linears"):
-        load(mixtral, linears="sometimes")
+    with pytest.raises(RulesError, match="dense: expected one of"):
+        load(mixtral, dense="sometimes")
 
 
 @pytest.mark.parametrize("context", [7, 4096])

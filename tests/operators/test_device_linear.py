@@ -25,7 +25,7 @@ def made(
     matrix = random_matrix(np.random.default_rng(0), 1, rows, columns, kind)
     plain = nn.Linear(columns, rows, bias=bias)
     operator = DeviceLinear(
-        "lm_head", None, SimpleNamespace(hidden_act="silu"), plain, linears="plain"
+        "lm_head", None, SimpleNamespace(hidden_act="silu"), plain, dense="dequantised"
     )
     operator.take(QuantizedMatrix(matrix.experts[0], kind, (rows, columns)))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -64,7 +64,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(BackendError, match="IQ4_XS"):
         operator.take(QuantizedMatrix(np.zeros(34, np.uint8), "IQ4_XS", (8, 32)))
     fresh = DeviceLinear(
-        "lm_head", None, SimpleNamespace(hidden_act="silu"), nn.Linear(32, 8), linears="plain"
+        "lm_head", None, SimpleNamespace(hidden_act="silu"), nn.Linear(32, 8), dense="dequantised"
     )
     with pytest.raises(BackendError, match="not given its matrix"):
         fresh(torch.ones(1, 32))

@@ -171,7 +171,7 @@ def test_a_model_decodes_with_it(
     path = tiny.write(tmp_path, family, changes=changes)
     choices = {
         "accelerator": "emulated",
-        "linears": "plain",
+        "dense": "dequantised",
         "cpu_backend": "torch",
         "dtype": "bfloat16",
     }

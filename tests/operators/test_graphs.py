@@ -46,7 +46,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
         choices = {
             "accelerator": "emulated",
-            "linears": "plain",
+            "dense": "dequantised",
             "cpu_backend": "torch",
             "cache_ratio": 0.5,
         }
@@ -217,7 +217,7 @@ def test_who_watches_gets_what_was_there(load: Load) -> None:
 
 def test_switches_and_restoring(load: Load) -> None:
     capture = Replayed()
-    for settings in ({"cuda_graphs": "off"}, {"dense": "plain"}):
+    for settings in ({"graphs": "off"}, {"dense": "plain"}):
         model = load("qwen3_moe", capture, **settings)
         assert greedy(model, tiny.tokens(5), 9) == greedy(
             tiny.model("qwen3_moe"), tiny.tokens(5), 9

@@ -129,7 +129,7 @@ def test_router_logits_are_all_there(tmp_path: Path, rows: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"accelerator": "emulated", "cache_ratio": 0.5}, {"cpu_graphs": "off"}]
+    "settings", [{"accelerator": "emulated", "cache_ratio": 0.5}, {"graphs": "off"}]
 )
 @torch.no_grad()
 def test_a_cache_learns_from_the_whole_prompt(

@@ -82,7 +82,7 @@ def test_logits_are_the_plain_models(
     assert len(stepped) == STEPS * len(layers(model)), "every layer, dense ones too"
     plain = load_plain_model(None, tmp_path / "model.gguf", dtype="float32", progress=False)[0]
     torch.testing.assert_close(found, decode(plain, prompt, tokens), rtol=1e-4, atol=1e-4)
-    apart = load(family, cpu_graphs="off")
+    apart = load(family, graphs="off")
     del stepped[:]
     torch.testing.assert_close(found, decode(apart, prompt, tokens), rtol=1e-5, atol=1e-5)
     assert not stepped and all(layer.row_step is None for layer in layers(apart))
@@ -185,7 +185,7 @@ def test_a_layer_of_another_kind_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"linears": "plain"}, {"dense": "plain"}, {"dtype": "bfloat16"}]
+    "settings", [{"dense": "dequantised"}, {"dense": "plain"}, {"dtype": "bfloat16"}]
 )
 def test_only_stored_matrices_and_float32(
     settings: dict[str, Any], load: Load, stepped: list[RowStep]
