@@ -54,12 +54,12 @@ def place_for(name: str, nbytes: int) -> Path:
         ConfigError: neither can be used.
     """
     first = cache_dir() / name
-    reason = _unusable(first.parent, nbytes)
+    reason = unusable(first.parent, nbytes)
     if reason is None:
         return first
     try:
         second = spare_dir() / name
-        spare_reason = _unusable(second.parent, nbytes)
+        spare_reason = unusable(second.parent, nbytes)
     except OSError as error:
         spare_reason = str(error)
     if spare_reason is not None:
@@ -117,7 +117,7 @@ def usable_triton_cache() -> None:
     """
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
-    reason = _unusable(folder, 0)
+    reason = unusable(folder)
     if reason is None:
         return
     try:
@@ -147,7 +147,7 @@ def _owned(path: Path) -> Path:
     return path
 
 
-def _unusable(folder: Path, nbytes: int) -> str | None:
+def unusable(folder: Path, nbytes: int = 0) -> str | None:
     """Why a folder cannot take so many bytes; None if it can. Mutates: makes the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -84,82 +84,80 @@ class Settings:
     """
 
     scheduler: str = setting(
-        "hybrimoe", "Policy that chooses the device for each expert", choices=SCHEDULERS
+        "hybrimoe", "policy that assigns experts to devices", choices=SCHEDULERS
     )
     cache: str = setting(
-        "adaptive", "Policy that chooses the experts kept on the accelerator", choices=CACHES
+        "adaptive", "policy that chooses which experts stay cached", choices=CACHES
     )
     budget: str = setting(
         "shared",
-        "Whether all layers share the cache or each layer has an equal part of it",
+        "whether all layers share the cache or each layer has an equal part of it",
         choices=BUDGETS,
         expert=True,
     )
     prefetch: str = setting(
-        "expected", "Policy that chooses the experts loaded ahead of use", choices=PREFETCHERS
+        "expected", "policy that chooses which experts are loaded ahead", choices=PREFETCHERS
     )
     cache_ratio: float | None = setting(
-        None, "Share of all experts kept on the accelerator", low=0.0, high=1.0
+        None, "share of all experts kept on the accelerator", low=0.0, high=1.0
     )
     cache_bytes: int | None = setting(
-        None, "Accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
+        None, "accelerator memory for experts, e.g. 4GiB; instead of cache_ratio", low=0
     )
     look_ahead: int = setting(
-        3, "Number of layers that prefetching looks ahead", low=1, high=16, expert=True
+        3, "number of layers that prefetching looks ahead", low=1, high=16, expert=True
     )
     mrs_alpha: float = setting(
-        0.5, "Weight of the newest scores in the cache policy mrs", low=0.0, high=1.0, expert=True
+        0.5, "weight of the newest scores in the cache policy mrs", low=0.0, high=1.0, expert=True
     )
     mrs_p: int | None = setting(
         None,
-        "Scores per token that the cache policy mrs keeps; default: 2 * top_k",
+        "scores per token that the cache policy mrs keeps; default: 2 * top_k",
         low=1,
         expert=True,
     )
     cpu_backend: str = setting(
-        "auto", "Kernels that compute experts on the CPU", choices=CPU_BACKENDS
+        "auto", "kernels that compute experts on the CPU", choices=CPU_BACKENDS
     )
     cpu_threads: int | None = setting(
-        None, "Threads that compute experts; default: measured", low=1, high=1024
+        None, "threads that compute experts; default: measured", low=1, high=1024
     )
-    accelerator: str = setting("auto", "Device that computes cached experts", choices=ACCELERATORS)
+    accelerator: str = setting("auto", "device that computes cached experts", choices=ACCELERATORS)
     kernels: str = setting(
         "auto",
-        "Kernels that compute cached experts: fused Triton kernels or torch operations",
+        "kernels that compute cached experts: fused Triton kernels or torch operations",
         choices=KERNELS,
         expert=True,
     )
-    context: int = setting(
-        4096, "Tokens for whose attention cache accelerator memory is left free", low=0
-    )
+    context: int = setting(4096, "tokens whose KV cache must fit beside the experts", low=0)
     dense: str = setting(
         "auto",
-        "Everything but the experts: fused operators on quantised or dequantised matrices "
-        "(auto: quantised on the CPU only), or the model's own modules (plain)",
+        "everything but the experts: fused operators on quantised or dequantised matrices "
+        "(auto: quantised on the CPU only); plain: the model's own modules",
         choices=DENSE,
     )
     graphs: str = setting(
         "auto",
-        "Decode with graphs of a layer's operations (CUDA graphs on a GPU), or one by one (off)",
+        "decode with graphs of a layer's operations (CUDA graphs on a GPU); off: one by one",
         choices=GRAPHS,
     )
     attention: str = setting(
         "auto",
-        "Attention in CUDA graphs: flashinfer where it is faster (auto), or torch",
+        "attention in CUDA graphs: flashinfer where it is faster (auto), or torch",
         choices=ATTENTION,
     )
     weights: str = setting(
         "auto",
-        "Map the weights file into memory, or read it into memory on huge pages",
+        "map the weights file, or read it into memory with huge pages",
         choices=WEIGHTS,
     )
     verify: str = setting(
         "off",
-        "Compare cached experts with the file in every call, to find faults (slots)",
+        "slots: compare cached experts with the file in every call, to find faults",
         choices=VERIFY,
     )
     profile: str | None = setting(
-        None, "Machine profile to use instead of the measured one: a name or a JSON file"
+        None, "machine profile to use instead of the measured one: a name or a JSON file"
     )
     linears: InitVar[str | None] = None
     cuda_graphs: InitVar[str | None] = None

@@ -1,4 +1,4 @@
-"""What the command says to people: answers and tables on stdout, notices on stderr."""
+"""Output for people: answers and tables on stdout, notices on stderr."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PIPE_WIDTH = 200
-"""Columns when stdout is no terminal, so that tables are not cut for `grep`."""
+"""Columns where stdout is no terminal, so that tables are not cut off for `grep`."""
 
 
 def notice(text: str) -> None:
-    """Tell the user something on stderr that is neither the answer nor an error."""
-    print(f"hybrimoe: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    """Print one line on stderr: neither an answer nor an error."""
+    line = " ".join(text.split())
+    print(f"hybrimoe: {line}", file=sys.stderr, flush=True)
 
 
 def tables() -> Console:
@@ -26,7 +27,7 @@ def tables() -> Console:
         def on_broken_pipe(self) -> None:  # rich would end the process with code 1
             raise BrokenPipeError
 
-    out = io.StringIO() if sys.stdout is None else sys.stdout  # closed by `>&-`
-    return Tables(
-        file=out, width=None if out.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False
-    )
+    # stdout is None where the shell closed it (`>&-`).
+    out = io.StringIO() if sys.stdout is None else sys.stdout
+    width = None if out.isatty() else _PIPE_WIDTH
+    return Tables(file=out, width=width, highlight=False, soft_wrap=False)

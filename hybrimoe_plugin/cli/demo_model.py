@@ -1,4 +1,4 @@
-"""`hybrimoe demo-model`: build the demo model, or say where it is."""
+"""`hybrimoe demo-model`: build the demo model and print its path."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import argparse
 
 from hybrimoe_plugin.cli.flags import add_flag, add_switch
 from hybrimoe_plugin.cli.imports import import_libraries
-
-FORMS = ("mixtral", "qwen2moe")
+from hybrimoe_plugin.config import DEMO_FORMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(
-        parser, "form", choices=FORMS, default=FORMS[0],
-        help="mixtral: 8 experts, top-2; qwen2moe: many small experts and a shared one (default "
-             "mixtral)",
-    )  # fmt: skip
-    add_switch(parser, "rebuild", "build it again even if it is there")
+        parser,
+        "form",
+        choices=DEMO_FORMS,
+        default=DEMO_FORMS[0],
+        help="mixtral: 8 experts, top-2; qwen2moe: many small experts and a shared one",
+    )
+    add_switch(parser, "rebuild", "build it even if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build where needed and print the path of the GGUF on stdout."""
+    """Build the model if needed and print the path of its GGUF file."""
     import_libraries()
     from hybrimoe_plugin.cli.models import demo_gguf
 

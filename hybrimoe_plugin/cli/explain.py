@@ -1,9 +1,9 @@
-"""`hybrimoe explain`: a dry run of a rules file, without loading weights."""
+"""`hybrimoe explain`: a dry run of a rules file; no weights are loaded."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from hybrimoe_plugin.cli.console import tables
 from hybrimoe_plugin.cli.flags import add_model, add_switch
@@ -12,17 +12,19 @@ from hybrimoe_plugin.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    about = (
-        "rules file, or the name of a packaged one; default: the packaged one of the model's family"
+    parser.add_argument(
+        "rules",
+        nargs="?",
+        metavar="RULES",
+        help="rules file, or name of packaged rules; default: by model family",
     )
-    parser.add_argument("rules", nargs="?", metavar="RULES", help=about)
     add_model(parser)
-    add_switch(parser, "all", "one row per module instead of one per group of repeated layers")
+    add_switch(parser, "all", "show each module in a row of its own, not groups of layers")
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print module -> operator -> device -> rule."""
+    """Print a table: module, operator, device, rule."""
     if args.model_path is None and args.gguf_path is None:
         raise ConfigError(
             "explain needs a model: give --model_path (its config.json is enough) or --gguf_path"
@@ -34,11 +36,13 @@ def run(args: argparse.Namespace) -> int:
     model, rules, plan = plan_for(
         args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules
     )
-    _print(explain_rows(plan, show_all=args.all), f"{type(model).__name__} by {rules.source}")
+    rows = explain_rows(plan, show_all=args.all)
+    _print(rows, f"{type(model).__name__} by {rules.source}")
     replaced = sum(match.replaces for match in plan)
+    placed = len(plan) - replaced
+    left = untouched(model, plan)
     tables().print(
-        f"{replaced} modules replaced, {len(plan) - replaced} placed, "
-        f"{untouched(model, plan)} with weights left as they are."
+        f"{replaced} modules replaced, {placed} placed, {left} with weights left as they are."
     )
     return 0
 
@@ -48,12 +52,13 @@ def _print(rows: list[Any], title: str) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("module", "", "class", "operator", "device", "rule"):
-        table.add_column(heading, overflow="fold", justify="right" if not heading else "left")
+        justify: Literal["left", "right"] = "left" if heading else "right"
+        table.add_column(heading, overflow="fold", justify=justify)
     for row in rows:
         name = row.module or "(whole model)"
-        table.add_row(
-            *map(_plain, (name, f"x{row.count}", row.original, row.operator, row.device, row.rule))
-        )
+        count = f"x{row.count}"
+        cells = (name, count, row.original, row.operator, row.device, row.rule)
+        table.add_row(*map(_plain, cells))
     print(title)
     tables().print(table)
 
@@ -61,5 +66,5 @@ def _print(rows: list[Any], title: str) -> None:
 def _plain(text: str) -> Any:
     from rich.text import Text
 
-    # Names from a rules file are no markup.
+    # Names from a rules file are not markup.
     return Text(text)

@@ -1,67 +1,124 @@
-"""Flags as typed for kTransformers: `--flag value`, `--flag=value`, `--flag True`, `--noflag`,
-`--a-flag`.
+"""Flags as kTransformers users type them, and the parser that reads them.
+
+Accepted are `--flag value`, `--flag=value`, `--flag True`, `--noflag` and `--a-flag`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
-from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.errors import ConfigError
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
+_MOST_COLUMNS = 100
+_NAME_COLUMNS = 28
+"""Longer names have a line of their own."""
+
+SEEDS = 2**64 - 1
+"""The largest seed of torch's generators."""
 
 Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
+class Help(argparse.HelpFormatter):
+    """Help of at most 100 columns.
+
+    Args:
+        prog: name of the command.
+        common: names of the flags to show; None shows all of them.
+    """
+
+    def __init__(self, prog: str, common: Collection[str] | None = None) -> None:
+        columns = min(_MOST_COLUMNS, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=_NAME_COLUMNS, width=columns - 2)
+        self._common = common
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if self._common is None or is_named(action, self._common):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # The value once, after the last spelling; argparse does so from Python 3.13 on.
+        if len(action.option_strings) < 2 or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, action.dest.upper())
+        return f"{', '.join(action.option_strings)} {value}"
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are this project's, to be told in one line like any other."""
+    """A parser that formats help as above and raises ConfigError for wrong arguments."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.setdefault("formatter_class", Help)
+        super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} ({self.prog} --help)")
 
+    def shorten_help(self, common: Collection[str]) -> None:
+        """Let `--help` show these flags only, and `--help_all` every flag."""
+        shown = {*common, "help", "help_all", "verbose"}
+        self.formatter_class = partial(Help, common=shown)
+        self.epilog = f"{self.prog} --help_all shows all flags."
+        self.add_argument("--help_all", action=_HelpAll, help="show every flag and exit")
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help that `Parser.shorten_help` has shortened, in full."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        parser.formatter_class = Help
+        parser.epilog = None
+        parser.print_help()
+        parser.exit()
+
+
+def is_named(action: argparse.Action, names: Collection[str]) -> bool:
+    """Whether one of the names is a spelling of the flag, without its dashes."""
+    return any(spelling.lstrip("-") in names for spelling in action.option_strings)
+
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """The same arguments with every `--some-flag` written `--some_flag`; values are left as they
-    are.
-    """
+    """The arguments with every `--some-flag` written `--some_flag`; values stay unchanged."""
     found: list[str] = []
     for position, word in enumerate(argv):
         if word == "--":
             return found + list(argv[position:])
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
-            word = "--" + flag[2:].replace("-", "_") + equals + value
+            name = flag.removeprefix("--").replace("-", "_")
+            word = f"--{name}{equals}{value}"
         found.append(word)
     return found
 
 
-def truth(text: str) -> bool:
-    """True or False as Python, YAML and shells write them."""
-    if text.lower() in _TRUE or text.lower() in _FALSE:
-        return text.lower() in _TRUE
-    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-
-
 def add_flag(arguments: Arguments, name: str, *aliases: str, **options: Any) -> None:
-    """Add `--name` and its aliases; `underscored` lets users write them with `-` too."""
-    # argparse would name the value after the flag in capitals; a plain letter reads better.
+    """Add `--name` and its aliases; its help names the default unless it does so already."""
+    default = options.get("default")
+    help = options["help"]
+    if default not in (None, False, argparse.SUPPRESS) and "default" not in help:
+        options["help"] = f"{help} (default {default})"
+    # argparse would name the value after the flag, in capitals.
     if "choices" not in options and "action" not in options:
         options.setdefault("metavar", "X")
-    arguments.add_argument(*(f"--{word}" for word in (name, *aliases)), dest=name, **options)
+    options.setdefault("dest", name)
+    spellings = [f"--{word}" for word in (name, *aliases)]
+    arguments.add_argument(*spellings, **options)
 
 
 def add_switch(arguments: Arguments, name: str, help: str, default: bool | None = False) -> None:
-    """Add a flag that is true when given bare, and takes True or False; `--noname` and `--no_name`
-    turn it off.
-    """
-    add_flag(
-        arguments,
-        name,
+    """Add a flag that is true when given bare and takes True or False; `--noname` turns it off."""
+    arguments.add_argument(
+        f"--{name}",
+        dest=name,
         type=truth,
         nargs="?",
         const=True,
@@ -69,14 +126,41 @@ def add_switch(arguments: Arguments, name: str, help: str, default: bool | None 
         metavar="True|False",
         help=help,
     )
-    off = f"--no{name}", f"--no_{name}"
     arguments.add_argument(
-        *off, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        f"--no{name}",
+        f"--no_{name}",
+        dest=name,
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
     )
 
 
-SEEDS = 2**64 - 1
-"""The largest seed of torch's generators."""
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that name a model."""
+    group = parser.add_argument_group("model")
+    add_flag(
+        group,
+        "gguf_path",
+        metavar="PATH",
+        help="GGUF file, or directory with the GGUF files of one model",
+    )
+    add_flag(
+        group,
+        "model_path",
+        metavar="DIR",
+        help="directory with config.json and tokenizer; default: the GGUF's own",
+    )
+    return group
+
+
+def truth(text: str) -> bool:
+    """True or False as Python, YAML and shells write them."""
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -110,80 +194,3 @@ def number(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return read
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field of `Settings`; those that are given override what the rules say."""
-    group = parser.add_argument_group(
-        "engine",
-        "override what the rules say; see the rules file for the values in force otherwise",
-    )
-    for item in fields(Settings):
-        choices = item.metadata.get("choices")
-        about = item.metadata["help"] + ("" if choices else _range(item.metadata))
-        if item.default is not None:
-            about += f" (default {item.default})"
-        options: dict[str, Any] = {"help": about.replace("%", "%%"), "default": argparse.SUPPRESS}
-        options |= {"choices": choices} if choices else {"type": _reader(item.name, str(item.type))}
-        add_flag(group, item.name, **options)
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags, validated; unset ones are left out.
-
-    Raises:
-        ConfigError: a value outside its range, or two that exclude each other.
-    """
-    given = {
-        item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)
-    }
-    Settings.of(given)
-    return given
-
-
-def _range(metadata: Any) -> str:
-    low, high = metadata.get("low"), metadata.get("high")
-    if low is None:
-        return ""
-    return f", {low:g} to {high:g}" if high is not None else f", at least {low:g}"
-
-
-def _reader(name: str, kind: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        if "None" in kind and text == "None":
-            return None
-        try:
-            if name.endswith("_bytes"):
-                return parse_bytes(text, name)
-            return (
-                int(text)
-                if kind.startswith("int")
-                else float(text)
-                if kind.startswith("float")
-                else text
-            )
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
-        except ValueError as error:
-            wanted = "a whole number" if kind.startswith("int") else "a number"
-            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}") from error
-
-    return read
-
-
-def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the flags that name a model."""
-    group = parser.add_argument_group("model")
-    add_flag(
-        group,
-        "model_path",
-        metavar="DIR",
-        help="directory with config.json and tokenizer; default: from the GGUF",
-    )
-    add_flag(
-        group,
-        "gguf_path",
-        metavar="PATH",
-        help="GGUF file, or directory with one model's GGUF file or split set",
-    )
-    return group

@@ -1,4 +1,4 @@
-"""Large libraries are imported under a Ctrl-C of their own."""
+"""Import large libraries, during which Ctrl-C ends the process."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hybrimoe_plugin.cli.main import INTERRUPTED
 
 
 def import_libraries() -> None:
-    """Import what every command that opens a model needs; some seconds on a cold disk."""
+    """Import what every command that opens a model needs: seconds, on a cold disk."""
     with _ending_at_once():
         import hybrimoe_plugin.hosts.transformers.load  # noqa: F401 (and with it torch and transformers)
         from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
         from hybrimoe_plugin.errors import BackendError
 
-        with contextlib.suppress(BackendError):  # who needs it will say so
+        with contextlib.suppress(BackendError):  # reported where the kernel is needed
             import_kernel()
 
 
 @contextlib.contextmanager
 def _ending_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process.
+    """End the process on Ctrl-C.
 
-    Nothing is lost yet; and libraries in C++ that run Python while they are set up cannot hand an
-    exception on: with a KeyboardInterrupt they abort.
+    C++ libraries that run Python while they initialise cannot pass on an exception: they abort on
+    a KeyboardInterrupt. Ending at once loses nothing, as no work has begun.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,4 @@
-"""Entry point of the `hybrimoe` command: finds the sub-command, turns errors into one line and an
-exit code.
-"""
+"""Entry point of the `hybrimoe` command: finds the sub-command, reports errors in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.flags import Parser, underscored
@@ -22,12 +21,16 @@ log = logging.getLogger(__name__)
 BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-"""128 + the number of SIGPIPE, as a shell would report it."""
+"""128 + the number of SIGPIPE, as shells report it."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command. Its module has `add_arguments(parser)` and `run(args) -> exit code`."""
+    """A sub-command.
+
+    Its module has `add_arguments(parser)` and `run(args) -> exit code`. It may have `COMMON`, the
+    names of the flags that `--help` shows where there are more than most people need.
+    """
 
     name: str
     help: str
@@ -49,33 +52,35 @@ COMMANDS = (
         "calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"
     ),
     Command(
-        "demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"
+        "demo-model", "build the demo model and print its path", "hybrimoe_plugin.cli.demo_model"
     ),
     Command(
-        "flash-pack", "lay a model out on flash, for direct reads", "hybrimoe_plugin.cli.flash_pack"
+        "flash-pack", "pack a model for direct reads from flash", "hybrimoe_plugin.cli.flash_pack"
     ),
     Command(
-        "lever-train", "train the early exit of a packed target", "hybrimoe_plugin.cli.lever_train"
+        "lever-train",
+        "train the early-exit predictor of a packed model",
+        "hybrimoe_plugin.cli.lever_train",
     ),
     Command(
         "doctor",
-        "what is installed, which backends work and why not, what fits",
+        "show what is installed, which backends work and what fits into memory",
         "hybrimoe_plugin.cli.doctor",
     ),
     Command(
         "ktransformers_chat",
-        "ktransformers.local_chat itself, patched",
-        "hybrimoe_plugin.cli.ktransformers_chat",
+        "chat with the original ktransformers.local_chat, patched",
+        "hybrimoe_plugin.cli.ktransformers.chat",
     ),
     Command(
         "install_ktransformers",
-        "ktransformers, no compiler",
-        "hybrimoe_plugin.cli.install_ktransformers",
+        "install ktransformers without a compiler",
+        "hybrimoe_plugin.cli.ktransformers.install",
     ),
     Command(
         "patches",
-        "what ktransformers lacks here and what replaces it",
-        "hybrimoe_plugin.cli.patches",
+        "list the patches that ktransformers needs here",
+        "hybrimoe_plugin.cli.ktransformers.patches",
     ),
 )
 
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         commands: the table of sub-commands.
 
     Returns:
-        the exit code: 0 done, 2 bad input, 130 interrupted, 141 nobody reads the output any more.
+        the exit code: 0 done, 2 bad input, 130 interrupted, 141 the reader closed the output.
     """
     _tolerant_streams()
     _keep_off_hubs()
@@ -96,10 +101,10 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
         except SystemExit as stop:
-            # argparse ends by itself after --help and --version.
+            # argparse exits after --help and --version.
             return stop.code if isinstance(stop.code, int) else 0
         finally:
-            # Here rather than at exit, where a closed pipe could no longer be handled.
+            # Not at exit, where a closed pipe could no longer be handled.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except HybriMoEError as error:
@@ -114,56 +119,63 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         print("\nhybrimoe: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        # A fault of ours, or of a library that nobody foresaw.
+        # A bug here, or an error of a library that nobody foresaw.
         log.info("in detail", exc_info=error)
-        return _complain(
-            f"unexpected {type(error).__name__}: {error} ({_place(error)}; -v shows more)"
-        )
+        kind = type(error).__name__
+        place = _place(error)
+        return _complain(f"unexpected {kind}: {error} ({place}; -v shows more)")
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
+    logging.basicConfig(format="hybrimoe: %(message)s", stream=sys.stderr, level=logging.WARNING)
     parser = Parser(prog="hybrimoe", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hybrimoe {__version__}")
     table = parser.add_subparsers(dest="command", metavar="command", title="commands")
-    wanted = next((word for word in argv if not word.startswith("-")), None)
+    place = next((at for at, word in enumerate(argv) if not word.startswith("-")), None)
+    wanted = None if place is None else argv[place].replace("-", "_")
     chosen = None
     for command in commands:
-        aliases = [command.name.replace("_", "-"), command.name.replace("-", "_")]
-        names = [alias for alias in dict.fromkeys(aliases) if alias != command.name]
+        about = f"{_capitalised(command.help)}."
         sub = table.add_parser(
-            command.name,
-            aliases=names,
-            help=command.help,
-            description=command.help,
-            allow_abbrev=False,
+            command.name, help=command.help, description=about, allow_abbrev=False
         )
-        if wanted in (command.name, *names):
-            # Only the chosen module is imported: some of them pull in rich, later torch.
+        if place is not None and wanted == command.name.replace("-", "_"):
+            argv[place] = command.name  # written with either dash
+            # Only the chosen module is imported: some import rich, and torch when they run.
             chosen = importlib.import_module(command.module)
-            sub.add_argument(
-                "-v", "--verbose", action="store_true", help="say more about what happens"
-            )
-            chosen.add_arguments(sub)
+            _add_arguments(sub, chosen)
     args = parser.parse_args(underscored(argv))
     if chosen is None:
         parser.print_help()
         return BAD_INPUT if argv else 0
-    logging.basicConfig(format="hybrimoe: %(message)s", stream=sys.stderr, level=logging.WARNING)
     if args.verbose:
         logging.getLogger("hybrimoe_plugin").setLevel(logging.INFO)
     code: int = chosen.run(args)
     return code
 
 
+def _add_arguments(parser: Parser, module: Any) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", help="print more details")
+    common = getattr(module, "COMMON", None)
+    if common is not None:
+        parser.shorten_help(common)
+    module.add_arguments(parser)
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 _DESCRIPTION = (
-    "MoE models whose experts are scheduled over CPU and accelerator, injected by "
-    "kTransformers-style rules."
+    "Run mixture-of-experts models whose experts are shared between CPU and accelerator; "
+    "operators are injected by kTransformers-style rules."
 )
 
 
 def _tolerant_streams() -> None:
-    """What the terminal cannot show is replaced; what it sends that is no text is kept, for
-    `well_formed` to judge.
+    """Replace characters that the terminal cannot show; keep bytes that are not text.
+
+    Those are judged by `reading.well_formed`.
     """
     streams = (
         (sys.stdin, "surrogateescape"),
@@ -176,13 +188,13 @@ def _tolerant_streams() -> None:
 
 
 def _keep_off_hubs() -> None:
-    """Models are files here. Set before the libraries that read it are imported."""
+    """Models are local files. Set before the libraries that read these variables are imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("USE_HUB_KERNELS", "0")
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised: file and line."""
+    """File and line that raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -199,6 +211,6 @@ def _complain(text: str) -> int:
 
 
 def _silence_stdout() -> None:
-    """Point stdout at nothing, or the interpreter would complain while it flushes at exit."""
+    """Point stdout at nothing, or the interpreter would complain when it flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

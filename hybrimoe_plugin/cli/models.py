@@ -1,4 +1,4 @@
-"""Models that commands look at without loading them."""
+"""Models that commands inspect without loading them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(?:gate|up|down)(?:_exps|\.\d+)\.weight$")
-"""Names of GGUF tensors with routed experts: stacked, or one each in older files."""
+"""Names of GGUF tensors of routed experts: stacked, or one per expert in older files."""
 
 
 def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
     """The mapped weights and the model's config.
 
     Raises:
-        WeightsError: as the store and the config reader say.
+        WeightsError: raised by the store and the config reader.
     """
     from hybrimoe_plugin.hosts.transformers.config import model_config
     from hybrimoe_plugin.weights.gguf_store import GGUFStore
@@ -30,14 +30,15 @@ def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
 
 
 def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
-    """The experts of the model's first MoE layer, as the engine would measure them.
+    """The experts of the model's first MoE layer, which the engine would measure.
 
     Raises:
         WeightsError: the file holds no experts, or not those of the config.
     """
     from hybrimoe_plugin.weights.layer_weights import expert_counts, layer_weights
 
-    layers = [int(found[1]) for name in store.tensors if (found := EXPERT_TENSOR.match(name))]
+    names = map(EXPERT_TENSOR.match, store.tensors)
+    layers = [int(found[1]) for found in names if found is not None]
     if not layers:
         raise WeightsError(
             f"{store.paths[0]}: no routed experts in this file; HybriMoE is for MoE models"
@@ -54,7 +55,7 @@ def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
 
 
 def demo_gguf(form: str, rebuild: bool = False) -> Path:
-    """The demo model's file, built where it is not there yet."""
+    """The demo model's file, built if needed."""
     from hybrimoe_plugin.demo import build_demo_model
 
     return Path(build_demo_model(form, rebuild=rebuild))

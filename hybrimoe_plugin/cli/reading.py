@@ -1,4 +1,4 @@
-'''What the user types: one line, several between """, the name of a file, or a command.'''
+'''Read what the user types: a line, several lines between """, a file name, or a command.'''
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ MAX_FILE_BYTES = 16 * 2**20
 
 
 def read_message(read: Callable[[str], str], prompt: str = "Chat: ") -> str:
-    """Read one message; `read` is `input` or behaves like it.
+    """Read one message.
+
+    Args:
+        read: `input`, or a function like it.
+        prompt: printed before the first line.
 
     Raises:
         EOFError: the input has ended and nothing was typed.
@@ -39,13 +43,13 @@ def read_message(read: Callable[[str], str], prompt: str = "Chat: ") -> str:
 
 
 def well_formed(text: str) -> str:
-    """The text that was typed, where the terminal's encoding does not say what its bytes mean.
+    """The typed text, its undecodable bytes decoded as UTF-8.
 
-    Python keeps bytes that it cannot decode as lone surrogates. Where they are UTF-8 after all (in
-    the C locale), that is what is meant.
+    Python keeps bytes that it cannot decode as lone surrogates. In the C locale these may be UTF-8
+    nevertheless.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: the bytes are not UTF-8.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8").removeprefix("\ufeff")
@@ -59,25 +63,29 @@ def read_prompt_file(path: str | Path) -> str:
     """The text of a prompt file.
 
     Raises:
-        ConfigError: it cannot be read, is not UTF-8 text, is empty or far too large.
+        ConfigError: it cannot be read, is not UTF-8 text, is empty, or is larger than
+            `MAX_FILE_BYTES`.
     """
     try:
-        # Editors on Windows begin files with a byte order mark, and end lines in two characters.
-        text = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
+        raw = read_regular(path, MAX_FILE_BYTES)
+        text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the prompt file: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise ConfigError(f"{path}: cannot read the prompt file: {reason}") from error
     except UnicodeError as error:
         raise ConfigError(f"{path}: cannot read the prompt file: not UTF-8 text") from error
     if not text.strip():
         raise ConfigError(f"{path}: the prompt file is empty")
-    return text
+    # Windows editors end lines with two characters (and begin files with a byte order mark).
+    return text.replace("\r\n", "\n")
 
 
 def is_file(text: str) -> bool:
-    """Whether a typed line names a file, as `ktransformers.local_chat` takes it."""
+    """Whether a typed line is the name of a file, whose text it then stands for."""
+    name = text.strip()
+    if not name or "\n" in text:
+        return False
     try:
-        return bool(text.strip()) and "\n" not in text and Path(text.strip()).is_file()
+        return Path(name).is_file()
     except (OSError, ValueError):
         return False

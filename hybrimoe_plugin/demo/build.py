@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hybrimoe_plugin.cache_folder import found, place_for, write_atomic
+from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.demo.text import CALIBRATION
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
@@ -37,7 +38,7 @@ from hybrimoe_plugin.weights.parameter_source import unrotate
 log = logging.getLogger(__name__)
 
 VERSION = 2
-FORMS = ("mixtral", "qwen2moe")
+FORMS = DEMO_FORMS
 EXPERTS = {"mixtral": 8, "qwen2moe": 32}
 TOP_K = {"mixtral": 2, "qwen2moe": 4}
 SHARED_NEURONS = 1024

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybrimoe_plugin.cli.chat import Chat, ChatOptions
+from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
 
 WORDS = ("end", "user", "assistant", *(f"w{index}" for index in range(61)))
 

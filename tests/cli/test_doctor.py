@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_plugin.cli import doctor
+from hybrimoe_plugin.cli.checks import backends, kept
+from hybrimoe_plugin.cli.checks.check import Check
 from hybrimoe_plugin.cli.main import main
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(doctor, "_kt_kernel", lambda: doctor.Check("kt", True, "faked"))
+    monkeypatch.setattr(backends, "kt_kernel", lambda: Check("kt", True, "faked"))
     return tmp_path
 
 
@@ -41,9 +43,9 @@ def test_tables_show_every_check(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_cache_folder_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(cache) in doctor._cache().detail and doctor._cache().ok is None
+    assert str(cache) in kept.cache_folder().detail and kept.cache_folder().ok is None
     monkeypatch.setenv("HYBRIMOE_CACHE", "/proc/none")
-    found = doctor._cache()
+    found = kept.cache_folder()
     assert found.ok is False and found.detail.startswith("/proc/none cannot be written")
 
 
@@ -56,13 +58,11 @@ def test_nobody_reads_it(ending: str, code: str) -> None:
 
 
 def test_broken_check_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def _cuda() -> doctor.Check:
+    def cuda() -> Check:
         raise RuntimeError("driver\nmissing")
 
-    monkeypatch.setattr(doctor, "_cuda", _cuda)
-    assert (
-        doctor.Check("cuda", False, "RuntimeError: driver missing") in doctor.examine()["backends"]
-    )
+    monkeypatch.setattr(backends, "cuda", cuda)
+    assert Check("cuda", False, "RuntimeError: driver missing") in doctor.examine()["backends"]
 
 
 def test_backend_that_ends_its_process_is_an_answer(
@@ -72,8 +72,8 @@ def test_backend_that_ends_its_process_is_an_answer(
     script.write_text("#!/bin/sh\nkill -ILL $$\n")
     script.chmod(0o755)
     monkeypatch.undo()
-    monkeypatch.setattr(doctor.sys, "executable", str(script))
-    check = doctor._kt_kernel()
+    monkeypatch.setattr(backends.sys, "executable", str(script))
+    check = backends.kt_kernel()
     assert check.ok is False
     assert "ended with -4" in check.detail
 

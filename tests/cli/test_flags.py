@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
 
-from hybrimoe_plugin.cli.flags import add_settings, add_switch, given_settings, underscored
+from hybrimoe_plugin import config
+from hybrimoe_plugin.cli.flags import add_switch, underscored
+from hybrimoe_plugin.cli.setting_flags import EXPERT, OLD, add_settings, given_settings
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import ConfigError
 
@@ -50,13 +53,59 @@ def settings(*argv: str) -> dict[str, object]:
     return given_settings(parser.parse_args(argv))
 
 
-def test_every_setting_has_a_flag_with_help() -> None:
+def test_settings_have_flags_with_help_and_those_of_experts_are_hidden() -> None:
     parser = argparse.ArgumentParser()
     add_settings(parser)
     text = parser.format_help()
     for item in fields(Settings):
-        assert f"--{item.name} " in text
-        assert item.metadata["help"].split()[0] in text
+        shown = f"--{item.name} " in text
+        assert shown == (item.name not in EXPERT)
+        assert not shown or item.metadata["help"].split()[0] in text
+    assert not any(f"--{name} " in text for name in OLD)
+    assert {"mrs_alpha", "mrs_p", "kernels"} <= set(EXPERT)
+
+
+@pytest.fixture
+def unnoticed() -> Iterator[None]:
+    config._notice_once.cache_clear()
+    yield
+    config._notice_once.cache_clear()
+
+
+def test_flags_of_expert_settings_are_accepted_with_a_notice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert settings("--mrs_alpha", "0.3", "--kernels", "torch") == {
+        "mrs_alpha": 0.3,
+        "kernels": "torch",
+    }
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith("into the rules, or give it to load_model") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["--linears", "plain"], {"dense": "dequantised"}),
+        (["--dense", "lean"], {"dense": "auto"}),
+        (["--cuda_graphs", "off", "--cpu_graphs=auto"], {"graphs": "off"}),
+    ],
+)
+def test_old_flags_are_accepted_with_a_notice(
+    argv: list[str],
+    found: dict[str, str],
+    unnoticed: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert settings(*argv) == found
+    ((name, value),) = found.items()
+    assert f"{name}={value}" in caplog.text
+
+
+def test_old_and_new_flags_that_contradict_are_refused() -> None:
+    with pytest.raises(ConfigError, match="cpu_graphs=off and graphs=auto contradict each other"):
+        settings("--graphs", "auto", "--cpu_graphs", "off")
 
 
 def test_only_given_settings_are_returned() -> None:

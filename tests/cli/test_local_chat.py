@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybrimoe_plugin.cli import chat as chat_module
 from hybrimoe_plugin.cli import models
+from hybrimoe_plugin.cli.chat import conversation
 from hybrimoe_plugin.cli.main import main
 
 
@@ -68,7 +68,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
             recorder.looped.append(prompt_file)
 
     monkeypatch.setattr(models, "demo_gguf", demo_gguf)
-    monkeypatch.setattr(chat_module, "Chat", Chat)
+    monkeypatch.setattr(conversation, "Chat", Chat)
     return recorder
 
 

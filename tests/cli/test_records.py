@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrimoe_plugin.cli.records import Records
+from hybrimoe_plugin.cli.chat.records import Records
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.engine.timeline import Timeline

@@ -13,7 +13,7 @@ import tiny
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.cli.chat import Chat, ChatOptions
+from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.hosts.transformers.generation import read_generation

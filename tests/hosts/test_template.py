@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hybrimoe_plugin.cli.chat import Chat, ChatOptions
+from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
 

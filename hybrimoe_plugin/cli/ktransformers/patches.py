@@ -1,4 +1,4 @@
-"""`hybrimoe patches`: what ktransformers lacks in this environment, and what takes its place."""
+"""`hybrimoe patches`: list the patches that ktransformers needs in this environment."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List every patch: whether `ktransformers_chat` applies it here, for which versions, and why
-    it exists.
-    """
+    """List every patch: whether it is applied here, for which versions, and why it exists."""
     from hybrimoe_plugin.hosts.ktransformers.patches import decide
     from hybrimoe_plugin.hosts.ktransformers.release import installed
 

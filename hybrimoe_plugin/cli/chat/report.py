@@ -1,4 +1,4 @@
-"""The engine's own line after an answer."""
+"""The line about the engine that follows an answer."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from hybrimoe_plugin.policy.counters import Counters
 
 
 def engine_line(counts: Counters, emulated: bool) -> str:
-    """One line from the counters of one answer.
+    """One line with the counters of one answer.
 
     Args:
         counts: since the answer began.
-        emulated: whether the accelerator is one on paper; the line then says so.
+        emulated: whether the accelerator is emulated, which the line then says.
     """
     share = f" ({counts.hit_rate:.1%})" if counts.activations else ""
     line = (
         f"engine: cache hits {counts.cache_hits}/{counts.activations}{share}, "
         f"experts on CPU {counts.experts_cpu} / accelerator {counts.experts_accelerator} / "
-        f"transferred {counts.transferred}, prefetches used "
-        f"{counts.prefetches_used}/{counts.prefetches}"
+        f"transferred {counts.transferred}, "
+        f"prefetches used {counts.prefetches_used}/{counts.prefetches}"
     )
     return f"{line} [accelerator emulated]" if emulated else line
 
 
 class EngineReport:
-    """Gives the line of what happened since it was last asked; nothing for a model without an
-    engine.
-    """
+    """Gives the line for what happened since its last call; None for a model without an engine."""
 
     def __init__(self, model: Any) -> None:
         self._handle = getattr(model, "hybrimoe", None)

@@ -1,4 +1,4 @@
-"""One answer: streamed, counted, timed, and stopped by Ctrl-C at a token's end."""
+"""One answer: streamed, counted, timed, and stopped by Ctrl-C between two tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class TokenStreamer(Protocol):
-    """What `generate` calls: transformers' streamers."""
+    """The interface of transformers' streamers, which `generate` calls."""
 
     def put(self, value: torch.Tensor) -> None: ...
 
@@ -23,11 +23,11 @@ class TokenStreamer(Protocol):
 
 @dataclass
 class Timing:
-    """Token counts and times of one answer; times by the wall clock, in seconds."""
+    """Token counts of one answer, and wall-clock times in seconds."""
 
     prompt_tokens: int = 0
     tokens: int = 0
-    """Generated ones, the end-of-text token included."""
+    """Generated tokens, including the end-of-text token."""
     start_s: float = 0.0
     first_s: float | None = None
     """When the first generated token arrived."""
@@ -36,28 +36,33 @@ class Timing:
 
     @property
     def prompt_seconds(self) -> float:
-        return (self.last_s if self.first_s is None else self.first_s) - self.start_s
+        end_s = self.last_s if self.first_s is None else self.first_s
+        return end_s - self.start_s
 
     @property
     def eval_seconds(self) -> float:
-        return 0.0 if self.first_s is None else self.last_s - self.first_s
+        if self.first_s is None:
+            return 0.0
+        return self.last_s - self.first_s
 
     def lines(self) -> list[str]:
         """The lines that `ktransformers.local_chat` prints after an answer."""
-        # The first token comes out of the prompt's pass: the eval duration holds one token fewer
-        # than the count.
+        prompt_rate = _rate(self.prompt_tokens, self.prompt_seconds)
+        # The prompt's pass yields the first token: the eval duration covers one token fewer than
+        # the count.
+        rate = _rate(self.tokens - 1, self.eval_seconds)
         return [
             f"prompt eval count:    {self.prompt_tokens} token(s)",
             f"prompt eval duration: {self.prompt_seconds:.3f}s",
-            f"prompt eval rate:     {_rate(self.prompt_tokens, self.prompt_seconds):.2f} tokens/s",
+            f"prompt eval rate:     {prompt_rate:.2f} tokens/s",
             f"eval count:           {self.tokens} token(s)",
             f"eval duration:        {self.eval_seconds:.3f}s",
-            f"eval rate:            {_rate(self.tokens - 1, self.eval_seconds):.2f} tokens/s",
+            f"eval rate:            {rate:.2f} tokens/s",
         ]
 
 
 class TimedStreamer:
-    """Hands tokens on to a text streamer, counts them and notes when they came.
+    """Passes tokens on to a text streamer, counts them and records when they came.
 
     Args:
         inner: prints the text; `None` prints nothing.
@@ -74,7 +79,7 @@ class TimedStreamer:
         self.timing = Timing()
 
     def start(self, prompt_tokens: int) -> None:
-        """Begin an answer; the prompt's pass is timed from here."""
+        """Begin an answer: the prompt's pass is timed from this call on."""
         now = self._clock()
         self._prompt_seen = False
         self.timing = Timing(prompt_tokens=prompt_tokens, start_s=now, last_s=now)
@@ -87,7 +92,8 @@ class TimedStreamer:
                 self.timing.first_s = self.timing.last_s
             self.timing.tokens += value.numel()
             self.timing.ids += value.flatten().tolist()
-        self._prompt_seen = self._open = True
+        self._prompt_seen = True
+        self._open = True
         if self._inner is not None:
             self._inner.put(value)
 
@@ -97,19 +103,16 @@ class TimedStreamer:
             self._inner.end()
 
     def close(self) -> None:
-        """End an answer that was broken off, or the text streamer would take the next prompt for a
-        part of it.
-        """
+        """End an interrupted answer; the text streamer would take the next prompt for its text."""
         if self._open:
             self.end()
 
 
 class Stop:
-    """A stopping criterion that Ctrl-C sets, so that an answer ends between two tokens and nothing
-    is torn.
+    """A stopping criterion that Ctrl-C sets: an answer ends between two tokens.
 
     While the prompt is computed there is no next token to wait for, only a pass that may take
-    minutes: then the first Ctrl-C raises `KeyboardInterrupt` at once, as a second one always does.
+    minutes. Then Ctrl-C raises `KeyboardInterrupt` at once, as a second Ctrl-C always does.
 
     Args:
         begun: whether the answer has begun.
@@ -121,13 +124,12 @@ class Stop:
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
         """[B] bool on the device of `input_ids` [B, T]."""
-        return torch.full(
-            (input_ids.shape[0],), self.requested, device=input_ids.device, dtype=torch.bool
-        )
+        batch = input_ids.shape[0]
+        return torch.full((batch,), self.requested, device=input_ids.device, dtype=torch.bool)
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Take Ctrl-C while the block runs; the handler from before is put back."""
+        """Handle Ctrl-C while the block runs; then restore the previous handler."""
         self.requested = False
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -145,4 +147,6 @@ class Stop:
 
 
 def _rate(count: int, seconds: float) -> float:
-    return count / seconds if count > 0 and seconds > 0 else 0.0
+    if count <= 0 or seconds <= 0:
+        return 0.0
+    return count / seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.cli.answer import Stop, TimedStreamer, Timing
+from hybrimoe_plugin.cli.chat.answer import Stop, TimedStreamer, Timing
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file, well_formed
 from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
@@ -31,12 +31,11 @@ class ChatOptions:
     """How answers are made.
 
     Attributes:
-        max_new_tokens: longest answer.
-        sampling: overrides of the model's generation config, such as `do_sample` and `temperature`.
+        max_new_tokens: limit of tokens in an answer.
+        sampling: changes of the model's generation config, such as `do_sample` and `temperature`.
         force_think: begin every answer with `<think>`.
-        chunk_prefill_size: prompts longer than this are computed in pieces.
-        sampler: `auto` lets flashinfer filter tokens where it is faster, `transformers` leaves that
-            to transformers.
+        chunk_prefill_size: prompts of more tokens are computed in pieces of this size.
+        sampler: `auto` lets flashinfer filter tokens where it is faster; `transformers` never does.
     """
 
     max_new_tokens: int = 300
@@ -47,13 +46,13 @@ class ChatOptions:
 
 
 class Chat:
-    """Keeps the history and asks the model; templates, sampling and streaming are transformers'.
+    """Keeps the history and asks the model; transformers renders templates, samples and streams.
 
     Args:
         model: an injected (or any) transformers model with `generate`.
         tokenizer: with a chat template; without one, messages are joined as plain text.
-        report: gives the engine's line for the answer that was just made, and resets itself.
-        decoder: a custom decoding method of `generate` with an attribute `streamer`, or None.
+        report: gives the engine's line for the answer just made, and resets itself.
+        decoder: a custom decoding method for `generate` with an attribute `streamer`, or None.
     """
 
     def __init__(
@@ -86,17 +85,16 @@ class Chat:
             False if Ctrl-C cut the answer short.
 
         Raises:
-            ConfigError: message and answer are longer than the model's context, the message is no
+            ConfigError: message and answer are longer than the model's context, the message is not
                 text, or the model's chat template or tokenizer refuses it.
-            BackendError: a library failed while it computed the answer.
+            BackendError: a library failed while computing the answer.
         """
         self.messages.append({"role": "user", "content": well_formed(content)})
         try:
             prompt = self._fitting_prompt()
             text = self._generate(prompt)
         except BaseException:
-            # Ctrl-C before an answer, or an error: the history must not hold a question without
-            # one.
+            # After Ctrl-C or an error the history must not hold a question without an answer.
             self.messages.pop()
             raise
         self.messages.append({"role": "assistant", "content": text})
@@ -128,19 +126,17 @@ class Chat:
             self.messages.clear()
         elif command == "/help":
             notice(HELP)
-        elif not command:
-            # kTransformers sends the prompt file when the line is empty.
-            if prompt_file is None:
-                notice(f"type a message; {HELP}")
-            else:
-                self.answer(read_prompt_file(prompt_file))
+        elif command:
+            text = read_prompt_file(command) if is_file(content) else content
+            self.answer(text)
+        elif prompt_file is not None:
+            # An empty line sends the prompt file, as in kTransformers.
+            self.answer(read_prompt_file(prompt_file))
         else:
-            self.answer(read_prompt_file(command) if is_file(content) else content)
+            notice(f"type a message; {HELP}")
 
     def _fitting_prompt(self) -> torch.Tensor:
-        """[1, T] ids of the conversation, without its oldest turns where it is longer than the
-        model's context.
-        """
+        """[1, T] ids of the conversation, without its oldest turns if the context is too short."""
         context = getattr(self.model.config, "max_position_embeddings", None)
         dropped = 0
         while True:
@@ -150,34 +146,34 @@ class Chat:
                 break
             if len(self.messages) <= 2:
                 raise ConfigError(
-                    f"it has {prompt.shape[1]} tokens, the answer may have "
-                    f"{self.options.max_new_tokens}, "
-                    f"the model's context has {context}: shorten it or give a smaller "
-                    f"--max_new_tokens"
+                    f"the message has {prompt.shape[1]} tokens, the answer may have "
+                    f"{self.options.max_new_tokens}, the model's context has {context}: shorten "
+                    "the message or give a smaller --max_new_tokens"
                 )
             del self.messages[:2]
             dropped += 1
         if dropped:
             notice(
-                f"the conversation is longer than the model's context: its first {dropped} "
-                f"turn(s) were left out"
+                "the conversation is longer than the model's context: its first "
+                f"{dropped} turn(s) were left out"
             )
         return prompt
 
     def _encode(self) -> torch.Tensor:
-        if self._template.exists:
-            text, special = self._template.render(self.messages), False
+        has_template = self._template.exists
+        if has_template:
+            text = self._template.render(self.messages)
         else:
-            text, special = "\n".join(message["content"] for message in self.messages), True
-        # Templates of models that always think open the answer so themselves.
+            text = "\n".join(message["content"] for message in self.messages)
+        # Templates of models that always think begin the answer themselves.
         if self.options.force_think and not text.rstrip().endswith(THINK.strip()):
             text += THINK
         try:
-            ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+            encoded = self.tokenizer(text, add_special_tokens=not has_template, return_tensors="pt")
+            ids = encoded.input_ids
         except Exception as error:  # tokenizers raise many kinds
-            raise ConfigError(
-                f"the tokenizer cannot read the prompt ({type(error).__name__}: {error})"
-            ) from error
+            kind = type(error).__name__
+            raise ConfigError(f"the tokenizer cannot read the prompt ({kind}: {error})") from error
         assert isinstance(ids, torch.Tensor)
         if ids.shape[1] == 0:
             raise ConfigError("the message has no tokens")
@@ -185,33 +181,30 @@ class Chat:
         return ids
 
     def _check_known(self, ids: torch.Tensor) -> None:
-        """Raise ConfigError for ids beyond the model's embedding, which native code would read past
-        its end.
-        """
+        """Raise ConfigError for ids beyond the embedding; native code would read past its end."""
         table = getattr(self.model, "get_input_embeddings", lambda: None)()
         rows = getattr(table, "num_embeddings", None)
         largest = int(ids.max())
         if rows is not None and largest >= rows:
+            text = self.tokenizer.decode([largest])
             raise ConfigError(
-                f"the tokenizer gives token {largest} ({self.tokenizer.decode([largest])!r}), and "
-                f"the model's "
-                f"embedding has {rows} rows: the tokenizer is another model's"
+                f"the tokenizer gives token {largest} ({text!r}), and the model's embedding has "
+                f"{rows} rows: the tokenizer is another model's"
             )
 
     def _generate(self, prompt: torch.Tensor) -> str:
-        """The answer, streamed.
+        """Stream the answer and return it.
 
         Raises:
-            BackendError: what a library raised.
+            BackendError: a library raised an error.
         """
         try:
             return self._stream(prompt)
-        except (HybriMoEError, OSError):  # an OSError is the terminal's
+        except (HybriMoEError, OSError):  # an OSError comes from the terminal
             raise
         except Exception as error:  # transformers, torch and kernels raise many kinds
-            raise BackendError(
-                f"the answer could not be computed: {type(error).__name__}: {error}"
-            ) from error
+            kind = type(error).__name__
+            raise BackendError(f"the answer could not be computed: {kind}: {error}") from error
 
     @torch.no_grad()
     def _stream(self, prompt: torch.Tensor) -> str:
@@ -236,14 +229,15 @@ class Chat:
         return str(text)
 
     def _filtering(self, config: Any) -> dict[str, Any]:
-        """How `generate` shall draw; custom decoding methods draw by themselves."""
+        """Arguments of `generate` for sampling; custom decoding methods sample by themselves."""
         if self._decoder is not None or self.options.sampler != "auto":
             return {"generation_config": config}
         return self._sampling.arguments(config)
 
     def _decoding(self, prompt: torch.Tensor) -> dict[str, Any]:
-        """How `generate` shall stream; it shows custom decoding methods neither the streamer nor it
-        the prompt.
+        """Arguments of `generate` for streaming.
+
+        A custom decoding method gets no streamer from `generate`, and the streamer no prompt.
         """
         if self._decoder is None:
             return {"streamer": self._streamer}
@@ -253,7 +247,8 @@ class Chat:
 
     def _generation_config(self, prompt_tokens: int) -> Any:
         config = copy.deepcopy(self.model.generation_config)
-        for name, value in (self.options.sampling or {}).items():
+        changes = self.options.sampling or {}
+        for name, value in changes.items():
             setattr(config, name, value)
         config.max_new_tokens = self.options.max_new_tokens
         config.max_length = None

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 
 
 class Records:
-    """Opened before the model is loaded, attached to it, complete when the block ends, however it
-    ends.
+    """A context that opens the files before the model is loaded and completes them at its end.
 
     Args:
         timeline: path of the trace for Perfetto, None for none.
         trace: path of the routing trace for the replay simulator, None for none.
 
     Raises:
-        OSError: a file cannot be written; on entering, not after the model was loaded.
+        OSError: a file cannot be written; raised on entering, before the model is loaded.
     """
 
     def __init__(self, timeline: str | None, trace: str | None) -> None:
@@ -39,11 +38,10 @@ class Records:
         return self
 
     def attach(self, model: Any) -> None:
-        """Let the model's engine write.
+        """Let the model's engine write the files.
 
         Raises:
-            ConfigError: the model has no engine, or several where one trace cannot hold their
-                layers.
+            ConfigError: the model has no engine, or several for one routing trace.
         """
         if self._timeline is None and self._trace is None:
             return
@@ -56,7 +54,7 @@ class Records:
             writer = _trace_writer(self._trace, handle, str(model.config.model_type))
             self._open.callback(writer.close)
             handle.record(_recorder(writer))
-            # Undone in reverse: recording stops before the file is closed.
+            # Callbacks run in reverse order: recording stops before the file is closed.
             self._open.callback(handle.record, None)
 
     def __exit__(
@@ -72,9 +70,8 @@ def _trace_writer(path: str, handle: HybriMoE, model: str) -> TraceWriter:
     from hybrimoe_plugin.replay.trace import TraceHeader, TraceWriter
 
     if len(handle.engines) != 1:
-        raise ConfigError(
-            f"--record_trace needs one engine, these rules make {len(handle.engines)}"
-        )
+        count = len(handle.engines)
+        raise ConfigError(f"--record_trace needs one engine, these rules make {count}")
     engine = handle.engines[0]
     spec = engine.layers[0].spec
     header = TraceHeader(
@@ -86,7 +83,7 @@ def _trace_writer(path: str, handle: HybriMoE, model: str) -> TraceWriter:
         source="recorded by hybrimoe local_chat",
         predictions="recorded" if engine.look_ahead else "none",
     )
-    # MRS looks at the 2k highest scores of a token; more would only make the file larger.
+    # MRS reads the 2k highest scores of a token; more would only make the file larger.
     return TraceWriter(path, header, score_top=2 * spec.top_k)
 
 

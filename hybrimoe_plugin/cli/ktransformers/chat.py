@@ -1,5 +1,6 @@
-"""`hybrimoe ktransformers_chat`: the real `ktransformers.local_chat`, with our rules and the
-patches it needs here.
+"""`hybrimoe ktransformers_chat`: the original `ktransformers.local_chat`, with our rules.
+
+The patches that it needs in this environment are applied: see `hybrimoe patches`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.demo_model import FORMS
 from hybrimoe_plugin.cli.flags import SEEDS, add_flag, add_switch, whole
+from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.errors import ConfigError
 
 STOCK = "stock"
@@ -19,67 +20,85 @@ STOCK = "stock"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    theirs = parser.add_argument_group("flags of ktransformers.local_chat")
-    add_flag(theirs, "model_path", metavar="DIR", help="directory with config.json and tokenizer")
-    add_flag(theirs, "gguf_path", metavar="DIR", help="directory with the GGUF files of one model")
+    parser.usage = "%(prog)s [--model_path DIR --gguf_path DIR | --demo] [flags]"
+    _add_theirs(parser.add_argument_group("flags of ktransformers.local_chat"))
+    ours = parser.add_argument_group("flags of HybriMoE")
+    add_flag(ours, "prompt", metavar="TEXT", help="answer this prompt and exit")
     add_flag(
-        theirs, "optimize_rule_path", "optimize_config_path", "rules", metavar="YAML",
+        ours,
+        "demo",
+        nargs="?",
+        const=DEMO_FORMS[0],
+        choices=DEMO_FORMS,
+        help="chat with the demo model, built on first use",
+    )
+    add_switch(
+        ours, "greedy", "take the likeliest token; kTransformers samples with temperature 0.1"
+    )
+    add_flag(ours, "seed", type=whole(0, SEEDS), metavar="N", help="seed of the random numbers")
+
+
+def _add_theirs(group: argparse._ArgumentGroup) -> None:
+    add_flag(group, "model_path", metavar="DIR", help="directory with config.json and tokenizer")
+    add_flag(group, "gguf_path", metavar="DIR", help="directory with the GGUF files of one model")
+    add_flag(
+        group,
+        "optimize_rule_path",
+        "optimize_config_path",
+        "rules",
+        metavar="YAML",
         help=f"rules file; {STOCK}: kTransformers' own for the model; default: ours for the model",
-    )  # fmt: skip
+    )
     add_flag(
-        theirs,
+        group,
         "max_new_tokens",
         type=whole(1),
         default=300,
         metavar="N",
-        help="longest answer (default 300)",
+        help="longest answer, in tokens",
     )
     add_flag(
-        theirs,
+        group,
         "cpu_infer",
         type=whole(1),
         metavar="N",
-        help="threads for kTransformers' own CPU experts",
+        help="threads for kTransformers' CPU experts",
     )
     add_switch(
-        theirs, "use_cuda_graph", "goes with kTransformers' own operators only; default: off", None
+        group,
+        "use_cuda_graph",
+        "use CUDA graphs; for kTransformers' own operators only (default off)",
+        None,
     )
-    add_flag(theirs, "prompt_file", metavar="FILE", help="prompt that an empty line sends")
+    add_flag(group, "prompt_file", metavar="FILE", help="file whose text an empty line sends")
     add_flag(
-        theirs,
+        group,
         "mode",
         metavar="MODE",
         help="normal, or long_context where kTransformers was compiled",
     )
-    add_switch(theirs, "force_think", "begin every answer with <think>")
-    ours = parser.add_argument_group("ours")
-    add_flag(ours, "prompt", metavar="TEXT", help="answer this once and exit, instead of talking")
-    add_flag(ours, "demo", nargs="?", const=FORMS[0], choices=FORMS, help="the demo model")
-    add_switch(ours, "greedy", "take the likeliest token; kTransformers draws with temperature 0.1")
-    add_flag(ours, "seed", type=whole(0, SEEDS), metavar="N", help="of the random draw")
+    add_switch(group, "force_think", "begin every answer with <think>")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Start it; its end is the end of the input."""
+    """Chat until the input ends, then print the engine's counters."""
     from hybrimoe_plugin.hosts.ktransformers.launch import Launch, run_local_chat
 
     flags = _flags(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    launch = Launch(flags, args.prompt, greedy=args.greedy, seed=args.seed, quiet=not args.verbose)
     model: list[Any] = []
-    run_local_chat(
-        Launch(flags, args.prompt, greedy=args.greedy, seed=args.seed, quiet=not args.verbose),
-        model.append,
-    )
+    run_local_chat(launch, model.append)
     if model:
         _report(model[0])
     return 0
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """What `local_chat` is started with.
+    """The flags for `ktransformers.local_chat`.
 
     Raises:
-        ConfigError: the model is not named, or CUDA graphs are asked for with our rules.
+        ConfigError: no model is named, or CUDA graphs are asked for with our rules.
     """
     model_path, gguf_path = _model(args)
     rules = _rules(args.optimize_rule_path, model_path)
@@ -87,7 +106,7 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "--use_cuda_graph True does not go with HybriMoE, which plans every layer call anew: "
             f"give --use_cuda_graph False, or --optimize_rule_path {STOCK} for kTransformers' own "
-            f"operators"
+            "operators"
         )
     return {
         "model_path": model_path,
@@ -95,7 +114,7 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
         "optimize_rule_path": rules,
         "max_new_tokens": args.max_new_tokens,
         "cpu_infer": args.cpu_infer,
-        # Said in any case: kTransformers' own default is True.
+        # Always given: kTransformers' own default is True.
         "use_cuda_graph": bool(args.use_cuda_graph),
         "prompt_file": args.prompt_file,
         "mode": args.mode,
@@ -119,16 +138,16 @@ def _model(args: argparse.Namespace) -> tuple[str, str]:
             "give --model_path (config and tokenizer) and --gguf_path (weights), or --demo"
         )
     if not Path(args.model_path).is_dir():
-        # kTransformers would look for it on a model hub.
+        # kTransformers would look it up on a model hub.
         raise ConfigError(f"{args.model_path}: no such directory")
     return args.model_path, args.gguf_path
 
 
 def _rules(given: str | None, model_path: str) -> str | None:
-    """The rules file, None for kTransformers' own.
+    """The rules file; None for kTransformers' own.
 
     Raises:
-        ConfigError: rules without CUDA cannot be used any more in this process.
+        ConfigError: there is no such rules file.
     """
     if given == STOCK:
         return None
@@ -137,17 +156,15 @@ def _rules(given: str | None, model_path: str) -> str | None:
     from hybrimoe_plugin.hosts.ktransformers.launch import names_cuda, packaged_rules
 
     if given is None:
-        return str(packaged_rules(model_path, "gpu" if torch.cuda.is_available() else "cpu"))
+        device = "gpu" if torch.cuda.is_available() else "cpu"
+        return str(packaged_rules(model_path, device))
     path = _found(given)
-    if (
-        not names_cuda(path)
-        and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-        and not torch.cuda.is_initialized()
-    ):
-        # local_chat asks CUDA to switch to whatever device the rules name, cpu too.
+    if names_cuda(path):
+        if not torch.cuda.is_available():
+            notice("no CUDA device: what the rules place on cuda runs on the CPU")
+    elif not torch.cuda.is_initialized():
+        # local_chat would ask CUDA to switch to the device that the rules name, even to cpu.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif names_cuda(path) and not torch.cuda.is_available():
-        notice("no CUDA device: what the rules place on cuda runs on the CPU")
     return str(path)
 
 
@@ -164,7 +181,7 @@ def _found(given: str) -> Path:
 
 
 def _report(model: Any) -> None:
-    from hybrimoe_plugin.cli.report import EngineReport
+    from hybrimoe_plugin.cli.chat.report import EngineReport
 
     line = EngineReport(model)()
     if line:

