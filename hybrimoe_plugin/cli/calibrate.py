@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to measure")
     for name in ("cpu_backend", "cpu_threads", "accelerator"):
         add_setting(group, name)
-    add_flag(parser, "out", metavar="FILE", help="write the profile to this file too")
+    add_flag(
+        parser, "out", metavar="FILE", help="write the profile to this file too, for --profile"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

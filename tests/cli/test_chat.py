@@ -22,9 +22,7 @@ def test_history_goes_into_the_next_prompt() -> None:
 def test_what_is_no_text_is_refused_and_the_chat_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Bytes that are not UTF-8 come as lone surrogates; those that are UTF-8 after all come so in
-    the C locale.
-    """
+    """Undecodable bytes are lone surrogates; in the C locale they may be UTF-8 nevertheless."""
     latin, utf8 = (
         b"gr\xfc\xdf".decode("utf-8", "surrogateescape"),
         "grüß".encode().decode("ascii", "surrogateescape"),

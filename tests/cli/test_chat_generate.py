@@ -1,6 +1,4 @@
-"""The conversation with transformers' own `generate`: our streamer and stopping criterion fit its
-protocol.
-"""
+"""Streamer and stopping criterion of the conversation work with transformers' `generate`."""
 
 from __future__ import annotations
 

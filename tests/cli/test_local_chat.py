@@ -1,6 +1,4 @@
-"""`hybrimoe local_chat`: which flags reach host and answers; bad ones are refused before anything
-is loaded.
-"""
+"""`hybrimoe local_chat`: which flags reach the host; bad ones are refused before loading."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ from hybrimoe_plugin.cli.main import main
 
 
 class Recorder:
-    """Stands in for the host, the demo builder and the conversation; remembers what they were
-    asked.
-    """
+    """Stands in for the host, the demo builder and the conversation, and records their calls."""
 
     def __init__(self) -> None:
         self.load: dict[str, Any] = {}
@@ -102,9 +98,7 @@ def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
 def test_pieces_of_prompts_are_short_where_the_cpu_computes(
     accelerator: str | None, piece: int, seen: Recorder
 ) -> None:
-    """A piece that has begun does not hear Ctrl-C; on an accelerator every piece sends the experts
-    again.
-    """
+    """Ctrl-C waits for a piece to end; an accelerator is sent the experts for every piece."""
     seen.model.hybrimoe.engines = (SimpleNamespace(accelerator=accelerator),)
     assert chat("--gguf_path g") == 0
     assert seen.options.chunk_prefill_size == piece

@@ -1,6 +1,4 @@
-"""The `hybrimoe` command itself: exit codes, one-line errors, and that starting it imports no
-torch.
-"""
+"""The `hybrimoe` command: exit codes, one-line errors, and a start without importing torch."""
 
 from __future__ import annotations
 

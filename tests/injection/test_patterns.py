@@ -11,9 +11,7 @@ from hybrimoe_plugin.injection.patterns import PatternError, search_all
 
 
 def test_patterns_mean_what_re_says() -> None:
-    """Among them what other libraries read differently: sets in sets, fuzzy counts, case folding,
-    empty matches.
-    """
+    """Other libraries read sets in sets, fuzzy counts, case folding and empty matches otherwise."""
     simple = ("b", "^b$", "a.b", r"^layers\.\d+$", "(b|a)b+", "[0-9]", "a|b", r"\w", "b?", "-")
     patterns = (
         *simple,
