@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Scores
 from hybrimoe_plugin.replay.trace import Trace
 
 

@@ -68,6 +68,7 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
             outcome.ready += ready
     outcome.counters = controller.counters.snapshot()
     outcome.by_distance = {
-        distance: (issued, used) for distance, (issued, used) in controller.by_distance.items()
+        distance: (issued, used)
+        for distance, (issued, used) in controller.prefetch_record.by_distance.items()
     }
     return outcome

@@ -14,14 +14,16 @@ from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 from hybrimoe_plugin.policy.schedule import (
-    AcceleratorOnlyScheduler,
-    CPUOnlyScheduler,
-    GreedyScheduler,
     HybriMoEScheduler,
-    StaticScheduler,
     exact_plan,
     make_scheduler,
     simulate,
+)
+from hybrimoe_plugin.policy.schedule.baselines import (
+    AcceleratorOnlyScheduler,
+    CPUOnlyScheduler,
+    GreedyScheduler,
+    StaticScheduler,
 )
 
 times = st.floats(1.0, 2000.0)

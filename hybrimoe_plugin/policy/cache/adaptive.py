@@ -1,5 +1,4 @@
-"""The default cache policy: the chance that an expert is needed by its layer's next token, learned
-as the run goes.
+"""The default cache policy: learns the probability that the layer's next token needs an expert.
 
 A few features of an expert's past (decayed frequencies, age of its last use, router scores) are
 weighed by a ridge regression that all layers share and that forgets slowly. No fixed rule is best
@@ -13,19 +12,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
 
 DECAYS = np.array([0.07, 0.15, 0.3])
 """Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where
 the text moves on.
 """
 AGES = (2.0, 20.0)
-"""Features `1 / (offset + tokens since the last use)`."""
+"""Features `1 / (offset + tokens since the last use)`: one for very recent use, one for longer
+ago. Chosen together with `DECAYS` and `FORGET`, leave-one-out over seven traces.
+"""
 SCORE_STEP = 0.3
 """Step of the decayed router score; where the host shows no scores, the chosen experts' weights
 stand in for them.
 """
 FEATURES = len(DECAYS) + len(AGES) + 2
+"""The last two are the newest router score and the decayed one."""
 START = np.array([1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0])
 """Weights before anything is learned: slow frequency and a bonus for recent use, the best fixed
 rule on real traces.
@@ -35,9 +37,9 @@ PRIOR = 20.0
 FORGET = 0.98
 """Share of the evidence that is kept from one token to the next."""
 STEPWISE = 32
-"""Tokens of a call that are learned one by one; those before them only move the features."""
+"""Tokens of a call that are learned one by one; those before them only update the features."""
 NEVER = 1e9
-"""Age of an expert that was not used yet."""
+"""Age of an expert that has not been used yet."""
 
 
 class AdaptiveCache(RankedCache):
@@ -52,85 +54,97 @@ class AdaptiveCache(RankedCache):
     probabilities = True
 
     def __init__(
-        self, layers: int, experts: int, top_k: int, popularity: NDArray[np.float64] | None = None
+        self, layers: int, experts: int, top_k: int, popularity: Ranks | None = None
     ) -> None:
         super().__init__(layers, experts, popularity)
         self.weights = START.copy()
+        """[F] weights of the features."""
+        self.features = np.zeros((layers, FEATURES, experts))
+        """[L, F, E] each expert's past: decayed frequencies, ages, scores."""
         self._top_k = top_k
-        self._features = np.zeros((layers, FEATURES, experts))
         self._seen = np.zeros(layers, dtype=np.int64)
         self._last = np.full((layers, experts), -NEVER)
         self._moments = np.zeros((FEATURES, FEATURES))
         self._targets = np.zeros(FEATURES)
         if popularity is not None:
-            self._features[:, : len(DECAYS)] = popularity[:, None] * top_k
-            self.ranks = np.tensordot(self.weights, self._features, (0, 1))
+            frequencies = popularity[:, None] * top_k
+            self.features[:, : len(DECAYS)] = frequencies
+            self.ranks = np.tensordot(self.weights, self.features, (0, 1))
 
     def observe(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
     ) -> None:
         """Learn from what was predicted for these tokens, then predict the next one. Mutates."""
-        early = max(0, len(topk_ids) - STEPWISE)
+        tokens = len(topk_ids)
+        early = max(0, tokens - STEPWISE)
         if early:
             self._skip(layer, topk_ids[:early])
-        for token in range(early, len(topk_ids)):
+        features = self.features[layer]
+        for token in range(early, tokens):
             ids = topk_ids[token]
-            features = self._features[layer]
             if self._seen[layer]:
                 self._moments += features @ features.T
                 self._targets += features[:, ids].sum(axis=1)
             self._advance(layer, ids)
             if scores is None:
-                self._scored(features, topk_weights[token], ids)
+                self._update_scores(features, topk_weights[token], ids)
             else:
-                self._scored(features, scores[token])
+                self._update_scores(features, scores[token])
         if layer == len(self.ranks) - 1:
-            self._solve(len(topk_ids))
-        self.ranks[layer] = self.weights @ self._features[layer]
+            self._solve(tokens)
+        self.ranks[layer] = self.weights @ features
 
     def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
-        """Move one layer's frequencies and ages on by one token."""
-        features, fast = self._features[layer], len(DECAYS)
-        features[:fast] *= (1 - DECAYS)[:, None]
-        features[:fast, ids] += DECAYS[:, None]
+        """Update one layer's frequencies and ages for one token."""
+        features = self.features[layer]
+        decayed = len(DECAYS)
+        features[:decayed] *= (1 - DECAYS)[:, None]
+        features[:decayed, ids] += DECAYS[:, None]
         self._seen[layer] += 1
         last = self._last[layer]
         last[ids] = self._seen[layer]
         age = self._seen[layer] - last
-        for row, offset in enumerate(AGES, fast):
-            np.divide(1.0, age + offset, out=features[row])
+        for index, offset in enumerate(AGES, decayed):
+            np.divide(1.0, age + offset, out=features[index])
 
-    def _scored(
-        self, features: NDArray[np.float64], scores: Scores, ids: NDArray[np.int64] | None = None
+    def _update_scores(
+        self, features: Ranks, scores: Scores, ids: NDArray[np.int64] | None = None
     ) -> None:
-        """Move one layer's score features on: scores of all experts, or of `ids` alone, scaled to a
-        sum of top-k.
+        """Update one layer's two score features, scaled to a sum of top-k.
+
+        Args:
+            scores: of all experts, or of `ids` alone.
         """
         total = float(scores.sum())
         scale = self._top_k / total if total > 0.0 else 0.0
+        newest, decayed = features[-2], features[-1]
         if ids is None:
-            np.multiply(scores, scale, out=features[-2])
+            np.multiply(scores, scale, out=newest)
         else:
-            features[-2] = 0.0
-            features[-2, ids] = scores * scale
-        features[-1] += SCORE_STEP * (features[-2] - features[-1])
+            newest[:] = 0.0
+            newest[ids] = scores * scale
+        decayed += SCORE_STEP * (newest - decayed)
 
     def _skip(self, layer: int, ids: Ids) -> None:
-        """Move frequencies and ages over many tokens at once; `ids` [T, K]."""
+        """Update frequencies and ages for many tokens at once; `ids` [T, K]."""
         tokens, width = ids.shape
-        features, experts = self._features[layer], self.ranks.shape[1]
-        for row, step in enumerate(DECAYS):
-            fade = step * (1 - step) ** np.arange(tokens - 1, -1, -1, dtype=np.float64)
-            added = np.bincount(ids.ravel(), weights=np.repeat(fade, width), minlength=experts)
-            features[row] = features[row] * (1 - step) ** tokens + added
+        features = self.features[layer]
+        experts = features.shape[1]
+        chosen = ids.ravel()
+        for index, step in enumerate(DECAYS):
+            shares = np.repeat(step * fading(step, tokens), width)
+            added = np.bincount(chosen, weights=shares, minlength=experts)
+            features[index] = features[index] * (1 - step) ** tokens + added
         # Of an expert chosen by several tokens the last one counts: later assignments win.
-        self._last[layer][ids.ravel()] = np.repeat(self._seen[layer] + 1 + np.arange(tokens), width)
+        numbers = self._seen[layer] + 1 + np.arange(tokens)
+        self._last[layer][chosen] = np.repeat(numbers, width)
         self._seen[layer] += tokens
 
     def _solve(self, tokens: int) -> None:
         """Once a pass, after its last layer: new weights from all evidence so far."""
-        prior = PRIOR * np.eye(FEATURES)
-        self.weights = np.linalg.solve(self._moments + prior, self._targets + PRIOR * START)
+        moments = self._moments + PRIOR * np.eye(FEATURES)
+        targets = self._targets + PRIOR * START
+        self.weights = np.linalg.solve(moments, targets)
         keep = FORGET ** min(tokens, STEPWISE)
         self._moments *= keep
         self._targets *= keep

@@ -1,0 +1,102 @@
+"""Local search: improve a plan of a small call by exchanging experts between the two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
+from hybrimoe_plugin.policy.costs import CostModel
+from hybrimoe_plugin.policy.schedule.machine_model import assemble, soonest_first
+
+PAIR_LIMIT = 6
+"""Experts of one side up to which pairs are tried: their number grows with the square."""
+ROUNDS = 3
+"""Exchanges in a row: bounds the time of planning."""
+LEAST_GAIN = 1e-9
+"""Share of the makespan that an exchange must gain: less is rounding."""
+
+Group = tuple[Routed, ...]
+"""Up to two experts that change sides together."""
+
+
+def exchange(
+    plan: LayerPlan, routed: Sequence[Routed], costs: CostModel, link_free_us: float
+) -> LayerPlan:
+    """Improve a plan by moving up to two experts each way, while that helps.
+
+    Experts of equal load and arrival are interchangeable, so one of each kind is tried.
+    """
+    by_id = {item.expert: item for item in routed}
+    for _ in range(ROUNDS):
+        on_accelerator = [by_id[expert] for expert in plan.accelerator]
+        on_cpu = [by_id[expert] for expert in plan.cpu]
+        better = _better_split(plan, on_accelerator, on_cpu, costs, link_free_us)
+        if better is None:
+            return plan
+        chosen = {item.expert for item in better}
+        plan = assemble(routed, chosen, costs, link_free_us)
+    return plan
+
+
+def _better_split(
+    plan: LayerPlan,
+    on_accelerator: Sequence[Routed],
+    on_cpu: Sequence[Routed],
+    costs: CostModel,
+    link_free_us: float,
+) -> list[Routed] | None:
+    """What the accelerator should take instead; None where no exchange helps.
+
+    Candidates whose CPU time or accelerator work alone reaches the best makespan are skipped.
+    """
+    best = plan.makespan_us * (1 - LEAST_GAIN)
+    found: list[Routed] | None = None
+    first_before = costs.cpu_first_us if not on_cpu else 0.0
+    joins = _groups(on_cpu)
+    for leaves in _groups(on_accelerator):
+        cpu_with = plan.cpu_us + sum([costs.cpu(item.load) for item in leaves])
+        work_without = plan.accelerator_us - sum([costs.accelerator(item.load) for item in leaves])
+        for join in joins:
+            if not leaves and not join:
+                continue
+            left = len(on_cpu) + len(leaves) - len(join)
+            first_after = costs.cpu_first_us if not left else 0.0
+            cpu_us = cpu_with - sum([costs.cpu(item.load) for item in join])
+            cpu_us += first_before - first_after
+            work_us = work_without + sum([costs.accelerator(item.load) for item in join])
+            if cpu_us >= best or work_us >= best:
+                continue
+            split = [item for item in on_accelerator if item not in leaves]
+            split += join
+            makespan = max(cpu_us, _accelerator_finish(split, costs, link_free_us))
+            if makespan < best:
+                best, found = makespan, split
+    return found
+
+
+def _groups(items: Sequence[Routed]) -> list[Group]:
+    """No expert, one of each kind, and pairs of kinds where there are few experts."""
+    kinds = {(item.load, item.ready_us): item for item in items}
+    groups: list[Group] = [()]
+    groups += [(item,) for item in kinds.values()]
+    if len(items) > PAIR_LIMIT:
+        return groups
+    pairs = {(a.load, a.ready_us, b.load, b.ready_us): (a, b) for a, b in combinations(items, 2)}
+    return groups + list(pairs.values())
+
+
+def _accelerator_finish(split: Sequence[Routed], costs: CostModel, link_free_us: float) -> float:
+    """When the accelerator has computed these experts in the best order."""
+    if not split:
+        return 0.0
+    finish = costs.accelerator_first_us
+    present = [item for item in split if item.ready_us != OFFLOADED]
+    for item in sorted(present, key=soonest_first):
+        finish = max(finish, item.ready_us) + costs.accelerator(item.load)
+    arrival = link_free_us
+    loads = [item.load for item in split if item.ready_us == OFFLOADED]
+    for load in sorted(loads, reverse=True):
+        arrival += costs.transfer_us
+        finish = max(finish, arrival) + costs.accelerator(load)
+    return finish
