@@ -16,8 +16,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "core": 0, "config": 0, "errors": 0,
-    "policy": 1, "experts": 2, "timeline": 2, "replay": 2,
-    "engine": 3, "operators": 4, "injection": 4, "hosts": 5, "demo": 6, "cli": 7,
+    "policy": 1, "timeline": 2, "replay": 2, "experts": 3,
+    "engine": 4, "operators": 5, "injection": 5, "hosts": 6, "demo": 7, "cli": 8,
 }  # fmt: skip
 """A package imports only from its own level's file or package, or from below."""
 ALLOWED_ASIDE = {("hosts", "hosts")}

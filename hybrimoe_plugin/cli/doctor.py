@@ -334,7 +334,7 @@ def _profiles() -> Check:
 
 def _machine_of(profile: Path) -> dict[str, str] | None:
     """The hardware of a stored profile, None for a damaged one."""
-    from hybrimoe_plugin.policy.profile import load_profile
+    from hybrimoe_plugin.replay.profile_files import load_profile
 
     try:
         return dict(load_profile(profile).hardware)

@@ -34,7 +34,8 @@ from hybrimoe_plugin.experts.base import CPUBackend
 from hybrimoe_plugin.experts.noise import Median, Noise
 from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.experts.weights import LayerWeights
-from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side
+from hybrimoe_plugin.replay.profile_files import load_profile
 
 log = logging.getLogger(__name__)
 

@@ -31,9 +31,10 @@ from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.policy.prefetch import make_prefetcher
-from hybrimoe_plugin.policy.profile import MachineProfile, load_profile
+from hybrimoe_plugin.policy.profile import MachineProfile
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.timeline import Timeline
 
 log = logging.getLogger(__name__)
