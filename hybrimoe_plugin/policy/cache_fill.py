@@ -39,7 +39,8 @@ class CacheFill:
         elif self.postponed and self._residency.cache.probabilities:
             # The next layers' first: they are there before the token that needs them.
             layers = len(self._residency.worth)
-            for later in sorted(self.postponed, key=lambda other: (other - layer - 1) % layers):
+            order = sorted(self.postponed, key=lambda other: (other - layer - 1) % layers)
+            for later in order:
                 moves += self.make_up(step, later, idle)
         self._counters.fills += len(moves)
         return moves
@@ -60,7 +61,8 @@ class CacheFill:
             if residency.pool.slot_of(layer, expert) is not None:
                 continue
             victim = residency.replaced(layer, lenders)
-            if victim is not None and residency.worth[victim] >= SAFE * ranks[expert]:
+            most = SAFE * ranks[expert]
+            if victim is not None and residency.worth[victim] >= most:
                 return moves
             slot = residency.admit(layer, expert, lenders)
             if slot is None:
@@ -75,6 +77,7 @@ class CacheFill:
         self.postponed.clear()
 
     def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of a layer's experts that have no slot."""
         slot_of = self._residency.pool.slot_of
         return [expert for expert in experts if slot_of(layer, expert) is None]
 
@@ -85,11 +88,13 @@ class CacheFill:
         predictions: Sequence[Prediction],
         idle: IdleTime,
     ) -> list[Move]:
+        """Fills of this call's misses, best ranked first, while they pay."""
         moves: list[Move] = []
         layer = step.layer
         lenders = self._residency.lenders(layer, step.many)
         ranks = self._residency.cache.ranks[layer]
-        for expert in sorted(missed, key=lambda expert: -ranks[expert]):
+        best_first = sorted(missed, key=lambda expert: -ranks[expert])
+        for expert in best_first:
             if self._link.free_us >= idle.until_us:
                 break
             if not self._pays(step, expert, lenders, predictions, idle):
@@ -119,6 +124,7 @@ class CacheFill:
         return gain_us > self._gain.delay_us(step, predictions, late_us)
 
     def _send(self, layer: int, expert: int, slot: int, idle: IdleTime) -> Move:
+        """Queue the transfer of an expert that has a cache slot."""
         move = self._link.send(layer, expert, slot, idle.now_us)
         self._residency.expect(move)
         return move

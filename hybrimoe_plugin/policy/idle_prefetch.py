@@ -154,7 +154,8 @@ class IdlePrefetch:
             if residency.pool.slot_of(layer, expert) is not None:
                 continue
             victim = residency.replaced(layer, lenders)
-            if victim is not None and residency.worth[victim] >= SAFE * sure:
+            most = SAFE * sure
+            if victim is not None and residency.worth[victim] >= most:
                 break
             slot = residency.admit(layer, expert, lenders, KEPT)
             if slot is None:
@@ -187,4 +188,6 @@ class IdlePrefetch:
             return True
         if request.distance > 1 and link.transfer_us < EASY * link.layer_us:
             return False
-        return link.end_us(idle) <= idle.until_us or link.demand_share[False] < RARE
+        if link.end_us(idle) <= idle.until_us:
+            return True
+        return link.demand_share[False] < RARE

@@ -19,6 +19,7 @@ FORMAT = "hybrimoe-profile"
 VERSION = 1
 BYTES_PER_US = 1e3
 """At 1 GB/s, that is 1e9 bytes a second."""
+MAX_THREADS = 4096
 MAX_POINTS = 4096
 """Points of a cost curve."""
 MAX_NUMBER = 1e12
@@ -118,7 +119,7 @@ class MachineProfile:
             between_layers_us=_time(data.get("between_layers_us", 0.0)),
             hardware=_texts(data.get("hardware", {})),
             versions=_texts(data.get("versions", {})),
-            notes=tuple(str(note) for note in data.get("notes", ())),
+            notes=tuple(map(str, data.get("notes", ()))),
         )
 
     def costs(self, spec: ExpertSpec) -> CostModel:
@@ -133,7 +134,8 @@ class MachineProfile:
         transfer_us = latency_us = 0.0
         if self.link is not None:
             latency_us = self.link.latency_us
-            transfer_us = latency_us + spec.expert_bytes / (self.link.gbps * BYTES_PER_US)
+            bytes_per_us = self.link.gbps * BYTES_PER_US
+            transfer_us = latency_us + spec.expert_bytes / bytes_per_us
         return CostModel(
             cpu=CostCurve(self.cpu.tokens, self.cpu.us).scaled(factor),
             cpu_first_us=self.cpu.first_us,
@@ -149,7 +151,7 @@ def _spec(data: dict[str, Any]) -> ExpertSpec:
     spec = ExpertSpec(**data)
     sizes = (spec.hidden, spec.intermediate, spec.experts, spec.top_k, spec.expert_bytes)
     for size in sizes:
-        if type(size) is not int or not 1 <= size <= MAX_NUMBER:
+        if not _is_whole(size, MAX_NUMBER):
             raise ValueError(
                 f"spec sizes must be whole numbers of 1 to {MAX_NUMBER:.0e}, found {sizes}"
             )
@@ -166,15 +168,23 @@ def _texts(data: Any) -> dict[str, str]:
 
 def _side(data: dict[str, Any]) -> Side:
     threads = data.get("threads")
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_POINTS):
-        raise ValueError(f"threads must be a whole number of 1 to {MAX_POINTS}, found {threads!r}")
+    if threads is not None and not _is_whole(threads, MAX_THREADS):
+        raise ValueError(f"threads must be a whole number of 1 to {MAX_THREADS}, found {threads!r}")
     tokens = tuple(data["tokens"])
     if len(tokens) > MAX_POINTS:
         raise ValueError(f"a curve has at most {MAX_POINTS} points, found {len(tokens)}")
-    if any(type(load) is not int or load > MAX_NUMBER for load in tokens):
-        raise ValueError(f"tokens must be whole numbers of at most {MAX_NUMBER:.0e}")
-    curve = CostCurve(tokens, [_time(value) for value in data["us"]])
-    return Side(_time(data["first_us"]), curve.tokens, curve.us, threads)
+    for load in tokens:
+        if type(load) is not int or load > MAX_NUMBER:
+            raise ValueError(f"tokens must be whole numbers of at most {MAX_NUMBER:.0e}")
+    us = [_time(value) for value in data["us"]]
+    first_us = _time(data["first_us"])
+    curve = CostCurve(tokens, us)
+    return Side(first_us, curve.tokens, curve.us, threads)
+
+
+def _is_whole(value: Any, most: float) -> bool:
+    """Whether a value is an integer from 1 to `most`."""
+    return type(value) is int and 1 <= value <= most
 
 
 def _time(value: Any) -> float:

@@ -58,7 +58,8 @@ class Residency:
         """
         moves = []
         for layer, quota in enumerate(self.pool.quotas):
-            moves += self._hold(layer, self.cache.initial(layer, quota))
+            experts = self.cache.initial(layer, quota)
+            moves += self._hold(layer, experts)
         return moves
 
     def restart(self, cache: CachePolicy) -> None:
@@ -80,8 +81,9 @@ class Residency:
         moves = []
         for layer, quota in enumerate(quotas):
             ranks = self.cache.ranks[layer]
-            best_first = sorted(old.cached[layer], key=lambda expert: -ranks[expert])
-            moves += self._hold(layer, best_first[:quota])
+            held = list(old.cached[layer])
+            held.sort(key=lambda expert: -ranks[expert])
+            moves += self._hold(layer, held[:quota])
         return moves
 
     def recover(self, held: Mapping[int, ExpertRef]) -> None:
@@ -119,13 +121,15 @@ class Residency:
 
     def expect(self, move: Move) -> None:
         """A transfer into a cache slot is under way."""
-        self._arrivals[ExpertRef(move.layer, move.expert)] = move.end_us
+        ref = ExpertRef(move.layer, move.expert)
+        self._arrivals[ref] = move.end_us
 
     def settle(self, moves: Iterable[Move]) -> None:
         """A call has been computed: its demand loads have arrived, its leases end."""
         for move in moves:
-            if self._arrivals.pop(ExpertRef(move.layer, move.expert), None) is not None:
-                self.pool.arrive(move.layer, move.expert)
+            ref = ExpertRef(move.layer, move.expert)
+            if self._arrivals.pop(ref, None) is not None:
+                self.pool.arrive(*ref)
         self.pool.release()
 
     def withdraw(self, ref: ExpertRef) -> None:
@@ -175,13 +179,17 @@ class Residency:
         if self.pool.has_room(layer):
             return self.pool.place(layer, expert)
         victim = self._victim(layer, lenders)
-        if victim is None or not self._admits(layer, expert, victim, gain_us):
+        if victim is None:
+            return None
+        if not self._admits(layer, expert, victim, gain_us):
             return None
         return self.replace(victim, layer, expert)
 
     def replaced(self, layer: int, lenders: range) -> ExpertRef | None:
         """Whom a newcomer would replace; None where there is room, or nobody can go."""
-        return None if self.pool.has_room(layer) else self._victim(layer, lenders)
+        if self.pool.has_room(layer):
+            return None
+        return self._victim(layer, lenders)
 
     def replace(self, victim: ExpertRef, layer: int, expert: int) -> int:
         """Evict one expert for another; gives the slot."""
@@ -189,6 +197,7 @@ class Residency:
         return self.pool.place(layer, expert)
 
     def evict(self, victim: ExpertRef) -> None:
+        """Take an expert's slot; it must be neither leased nor in flight."""
         self.pool.evict(*victim)
         self._forget(victim)
 
@@ -208,11 +217,13 @@ class Residency:
         return moves
 
     def _ready_us(self, layer: int, expert: int, at_us: float) -> float:
+        """How long after `at_us` the accelerator can use an expert; see `Routed.ready_us`."""
         if expert not in self.pool.cached[layer]:
             return OFFLOADED
         if not self._arrivals:
             return 0.0
-        return max(0.0, self._arrivals.get(ExpertRef(layer, expert), at_us) - at_us)
+        arrival = self._arrivals.get(ExpertRef(layer, expert), at_us)
+        return max(0.0, arrival - at_us)
 
     def _admits(self, layer: int, expert: int, victim: ExpertRef, gain_us: float | None) -> bool:
         """Whether a newcomer is worth more than its victim."""

@@ -48,8 +48,10 @@ class SlotLoans:
     @property
     def active(self) -> bool:
         """Whether a streak is going on and layers share slots."""
+        if not self.streak.active:
+            return False
         residency = self._residency
-        return self.streak.active and residency.pool.shared and residency.cache.probabilities
+        return residency.pool.shared and residency.cache.probabilities
 
     def borrow(self, layer: int, expert: int, lenders: range, gain_us: float) -> int | None:
         """A slot for a prompt's prefetch; None where it gains too little.
@@ -64,7 +66,9 @@ class SlotLoans:
         cheapest: Loan | None = None
         for lender in lenders:
             loan = self.offer(lender)
-            if loan is not None and (cheapest is None or loan.loss_us < cheapest.loss_us):
+            if loan is None:
+                continue
+            if cheapest is None or loan.loss_us < cheapest.loss_us:
                 cheapest = loan
         if cheapest is None or gain_us <= cheapest.loss_us:
             return None
@@ -76,21 +80,28 @@ class SlotLoans:
         # An offer takes two plans: too many for each layer at each prefetch.
         if known is not None and self._residency.worth[known.victim] != KEPT:
             return known
-        worth, loads = self._residency.worth[layer], self.streak.loads[layer]
-        victim = int(np.where(worth == KEPT, KEPT, loads).argmin())
+        worth = self._residency.worth[layer]
+        loads = self.streak.loads[layer]
+        evictable_loads = np.where(worth == KEPT, KEPT, loads)
+        victim = int(evictable_loads.argmin())
         if worth[victim] == KEPT:
             return None
-        offer = Loan(ExpertRef(layer, victim), self._loss_us(layer, victim))
+        loss_us = self._loss_us(layer, victim)
+        offer = Loan(ExpertRef(layer, victim), loss_us)
         self._offers[layer] = offer
         return offer
 
     def reclaim(self, layer: int, expert: int) -> int | None:
         """A slot for a layer below its quota, from those above theirs; None without any."""
-        pool, worth = self._residency.pool, self._residency.worth
-        held = [len(cached) for cached in pool.cached]
-        if pool.has_room(layer) or held[layer] >= pool.quotas[layer]:
+        worth = self._residency.worth
+        pool = self._residency.pool
+        quotas = pool.quotas
+        if pool.has_room(layer) or len(pool.cached[layer]) >= quotas[layer]:
             return None
-        debtors = [row for row, count in enumerate(held) if count > pool.quotas[row]]
+        debtors = []
+        for other, cached in enumerate(pool.cached):
+            if len(cached) > quotas[other]:
+                debtors.append(other)
         if not debtors:
             return None
         place = int(worth[debtors].argmin())
@@ -106,7 +117,8 @@ class SlotLoans:
         In a prompt all that is cached is in use when they come, so the cache could not admit them:
         without this it would hold for ever what it held when the streak began.
         """
-        layer, loads = step.layer, self.streak.loads[step.layer]
+        layer = step.layer
+        loads = self.streak.loads[layer]
         pool = self._residency.pool
         # Of the loads that went through one staging slot the last one lies there.
         staged = {move.slot: move.expert for move in step.moves}
@@ -130,12 +142,14 @@ class SlotLoans:
         """How much longer the layer's next prompt takes without one of its cached experts."""
         loads = self.streak.loads[layer]
         cached = self._residency.pool.cached[layer]
-        needed = [
-            Routed(expert, round(loads[expert]), 0.0 if expert in cached else OFFLOADED)
-            for expert in np.flatnonzero(loads > NEEDED).tolist()
-        ]
-        without = [
-            item._replace(ready_us=OFFLOADED) if item.expert == victim else item for item in needed
-        ]
+        needed = []
+        without = []
+        for expert in np.flatnonzero(loads > NEEDED).tolist():
+            ready_us = 0.0 if expert in cached else OFFLOADED
+            item = Routed(expert, round(loads[expert]), ready_us)
+            needed.append(item)
+            if expert == victim:
+                item = item._replace(ready_us=OFFLOADED)
+            without.append(item)
         plan = self._schedulers.prefill.plan
         return plan(without).makespan_us - plan(needed).makespan_us

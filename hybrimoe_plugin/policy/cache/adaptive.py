@@ -63,9 +63,13 @@ class AdaptiveCache(RankedCache):
         """[L, F, E] each expert's past: decayed frequencies, ages, scores."""
         self._top_k = top_k
         self._seen = np.zeros(layers, dtype=np.int64)
+        """[L] tokens so far."""
         self._last = np.full((layers, experts), -NEVER)
+        """[L, E] number of the last token that chose the expert."""
         self._moments = np.zeros((FEATURES, FEATURES))
+        """[F, F] evidence: products of features, summed over tokens and experts."""
         self._targets = np.zeros(FEATURES)
+        """[F] evidence: features of the experts that were chosen."""
         if popularity is not None:
             frequencies = popularity[:, None] * top_k
             self.features[:, : len(DECAYS)] = frequencies
@@ -101,9 +105,10 @@ class AdaptiveCache(RankedCache):
         features[:decayed] *= (1 - DECAYS)[:, None]
         features[:decayed, ids] += DECAYS[:, None]
         self._seen[layer] += 1
+        now = self._seen[layer]
         last = self._last[layer]
-        last[ids] = self._seen[layer]
-        age = self._seen[layer] - last
+        last[ids] = now
+        age = now - last
         for index, offset in enumerate(AGES, decayed):
             np.divide(1.0, age + offset, out=features[index])
 
@@ -132,12 +137,15 @@ class AdaptiveCache(RankedCache):
         experts = features.shape[1]
         chosen = ids.ravel()
         for index, step in enumerate(DECAYS):
-            shares = np.repeat(step * fading(step, tokens), width)
+            shares = step * fading(step, tokens)
+            shares = np.repeat(shares, width)
             added = np.bincount(chosen, weights=shares, minlength=experts)
-            features[index] = features[index] * (1 - step) ** tokens + added
+            kept = features[index] * (1 - step) ** tokens
+            features[index] = kept + added
         # Of an expert chosen by several tokens the last one counts: later assignments win.
         numbers = self._seen[layer] + 1 + np.arange(tokens)
-        self._last[layer][chosen] = np.repeat(numbers, width)
+        last = self._last[layer]
+        last[chosen] = np.repeat(numbers, width)
         self._seen[layer] += tokens
 
     def _solve(self, tokens: int) -> None:

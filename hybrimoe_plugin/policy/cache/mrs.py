@@ -41,11 +41,14 @@ class MRSCache(RankedCache):
     def _observe_token(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
     ) -> None:
+        """One token, as in decode."""
         ids: NDArray[np.integer] = topk_ids[0]
         values = topk_weights[0]
         if scores is not None:
-            ids = np.argpartition(scores[0], -self.p)[-self.p :]
-            values = scores[0][ids]
+            shown = scores[0]
+            order = np.argpartition(shown, -self.p)
+            ids = order[-self.p :]
+            values = shown[ids]
         ranks = self.ranks[layer]
         ranks *= 1 - self.alpha
         ranks[ids] += self.alpha * values
@@ -53,17 +56,21 @@ class MRSCache(RankedCache):
     def _observe_many(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
     ) -> None:
+        """Many tokens at once: each counts as if they came one by one."""
         tokens = len(topk_ids)
-        recent = slice(max(0, tokens - self._horizon), tokens)
-        ids, values = topk_ids[recent], topk_weights[recent]
+        first = max(0, tokens - self._horizon)
+        ids: NDArray[np.integer] = topk_ids[first:]
+        values = topk_weights[first:]
         if scores is not None:
-            shown = scores[recent]
-            ids = np.argpartition(shown, -self.p, axis=1)[:, -self.p :]
+            shown = scores[first:]
+            order = np.argpartition(shown, -self.p, axis=1)
+            ids = order[:, -self.p :]
             values = np.take_along_axis(shown, ids, axis=1)
         fade = fading(self.alpha, len(ids))
+        added = self.alpha * fade[:, None] * values
         ranks = self.ranks[layer]
         ranks *= (1 - self.alpha) ** tokens
-        np.add.at(ranks, ids, self.alpha * fade[:, None] * values)
+        np.add.at(ranks, ids, added)
 
 
 def _horizon(alpha: float) -> int:
@@ -72,4 +79,5 @@ def _horizon(alpha: float) -> int:
         return 1
     if alpha <= 0:
         return UNLIMITED
-    return int(np.ceil(np.log(NOISE) / np.log1p(-alpha)))
+    tokens = np.log(NOISE) / np.log1p(-alpha)
+    return int(np.ceil(tokens))

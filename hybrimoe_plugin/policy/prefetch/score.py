@@ -18,9 +18,13 @@ class ScorePrefetcher:
     ) -> list[PrefetchRequest]:
         candidates: list[tuple[int, int, ExpertRef]] = []
         for prediction in predictions:
+            distance, layer = prediction.distance, prediction.layer
             for item in prediction.routed:
                 if item.ready_us == OFFLOADED:
-                    ref = ExpertRef(prediction.layer, item.expert)
-                    candidates.append((prediction.distance, -item.load, ref))
+                    ref = ExpertRef(layer, item.expert)
+                    candidates.append((distance, -item.load, ref))
         candidates.sort()
-        return [PrefetchRequest(ref, distance, 0.0, 1.0) for distance, _, ref in candidates[:room]]
+        chosen = []
+        for distance, _, ref in candidates[:room]:
+            chosen.append(PrefetchRequest(ref, distance, impact_us=0.0, confidence=1.0))
+        return chosen

@@ -11,6 +11,8 @@ from hybrimoe_plugin.policy.schedule.machine_model import (
     build_plan,
     heaviest_first,
     lightest_first,
+    missing_of,
+    present_of,
     simulate,
 )
 
@@ -49,7 +51,7 @@ class StaticScheduler:
         self._costs = costs
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
-        hits = {item.expert for item in routed if item.ready_us != OFFLOADED}
+        hits = {item.expert for item in present_of(routed)}
         return assemble(routed, hits, self._costs, link_free_us)
 
 
@@ -69,11 +71,11 @@ class RatioScheduler:
         self.share = cpu / both if both > 0 else 0.0
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
-        missing = [item for item in routed if item.ready_us == OFFLOADED]
-        missing.sort(key=heaviest_first)
-        crossing = missing[: round(self.share * len(missing))]
-        on_accelerator = {item.expert for item in routed if item.ready_us != OFFLOADED}
-        on_accelerator.update(item.expert for item in crossing)
+        missing = sorted(missing_of(routed), key=heaviest_first)
+        crossing = round(self.share * len(missing))
+        on_accelerator = {item.expert for item in present_of(routed)}
+        for item in missing[:crossing]:
+            on_accelerator.add(item.expert)
         return assemble(routed, on_accelerator, self._costs, link_free_us)
 
 
@@ -109,24 +111,25 @@ class GreedyScheduler:
     ) -> tuple[list[int], list[int], list[int]]:
         """Experts of the CPU, of the accelerator and of the link, each in order."""
         costs = self._costs
-        missing = [item for item in routed if item.ready_us == OFFLOADED]
-        missing.sort(key=lightest_first)
-        ready = [item for item in routed if item.ready_us != OFFLOADED]
-        ready.sort(key=heaviest_first)
+        missing = sorted(missing_of(routed), key=lightest_first)
+        ready = sorted(present_of(routed), key=heaviest_first)
         cpu: list[int] = []
         done: list[int] = []
         onload: list[int] = []
+        # When each queue has finished what it was given so far.
         cpu_at = costs.cpu_first_us
         accelerator_at = costs.accelerator_first_us
         link_at = link_free_us
         while missing or ready:
+            # When each queue would finish its next expert.
             cpu_next = missing[0] if missing else ready[-1]
             cpu_end = cpu_at + costs.cpu(cpu_next.load)
             link_end = link_at + costs.transfer_us if missing else OFFLOADED
             accelerator_end = OFFLOADED
             if ready:
-                start = max(accelerator_at, ready[0].ready_us)
-                accelerator_end = start + costs.accelerator(ready[0].load)
+                heaviest = ready[0]
+                start = max(accelerator_at, heaviest.ready_us)
+                accelerator_end = start + costs.accelerator(heaviest.load)
             if accelerator_end <= min(cpu_end, link_end):
                 done.append(ready.pop(0).expert)
                 accelerator_at = accelerator_end

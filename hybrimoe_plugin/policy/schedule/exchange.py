@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
+from hybrimoe_plugin.core import LayerPlan, Routed
 from hybrimoe_plugin.policy.costs import CostModel
-from hybrimoe_plugin.policy.schedule.machine_model import assemble, soonest_first
+from hybrimoe_plugin.policy.schedule.machine_model import (
+    assemble,
+    missing_of,
+    present_of,
+    soonest_first,
+)
 
 PAIR_LIMIT = 6
 """Experts of one side up to which pairs are tried: their number grows with the square."""
@@ -55,16 +60,16 @@ def _better_split(
     first_before = costs.cpu_first_us if not on_cpu else 0.0
     joins = _groups(on_cpu)
     for leaves in _groups(on_accelerator):
-        cpu_with = plan.cpu_us + sum([costs.cpu(item.load) for item in leaves])
-        work_without = plan.accelerator_us - sum([costs.accelerator(item.load) for item in leaves])
+        cpu_with = plan.cpu_us + _cpu_work(leaves, costs)
+        work_without = plan.accelerator_us - _accelerator_work(leaves, costs)
         for join in joins:
             if not leaves and not join:
                 continue
             left = len(on_cpu) + len(leaves) - len(join)
             first_after = costs.cpu_first_us if not left else 0.0
-            cpu_us = cpu_with - sum([costs.cpu(item.load) for item in join])
+            cpu_us = cpu_with - _cpu_work(join, costs)
             cpu_us += first_before - first_after
-            work_us = work_without + sum([costs.accelerator(item.load) for item in join])
+            work_us = work_without + _accelerator_work(join, costs)
             if cpu_us >= best or work_us >= best:
                 continue
             split = [item for item in on_accelerator if item not in leaves]
@@ -82,7 +87,10 @@ def _groups(items: Sequence[Routed]) -> list[Group]:
     groups += [(item,) for item in kinds.values()]
     if len(items) > PAIR_LIMIT:
         return groups
-    pairs = {(a.load, a.ready_us, b.load, b.ready_us): (a, b) for a, b in combinations(items, 2)}
+    pairs: dict[tuple[float, ...], Group] = {}
+    for one, other in combinations(items, 2):
+        kind = (one.load, one.ready_us, other.load, other.ready_us)
+        pairs[kind] = (one, other)
     return groups + list(pairs.values())
 
 
@@ -91,12 +99,24 @@ def _accelerator_finish(split: Sequence[Routed], costs: CostModel, link_free_us:
     if not split:
         return 0.0
     finish = costs.accelerator_first_us
-    present = [item for item in split if item.ready_us != OFFLOADED]
-    for item in sorted(present, key=soonest_first):
-        finish = max(finish, item.ready_us) + costs.accelerator(item.load)
+    for item in sorted(present_of(split), key=soonest_first):
+        start = max(finish, item.ready_us)
+        finish = start + costs.accelerator(item.load)
     arrival = link_free_us
-    loads = [item.load for item in split if item.ready_us == OFFLOADED]
-    for load in sorted(loads, reverse=True):
+    loads = [item.load for item in missing_of(split)]
+    loads.sort(reverse=True)
+    for load in loads:
         arrival += costs.transfer_us
-        finish = max(finish, arrival) + costs.accelerator(load)
+        start = max(finish, arrival)
+        finish = start + costs.accelerator(load)
     return finish
+
+
+def _cpu_work(group: Group, costs: CostModel) -> float:
+    """Time of these experts on the CPU, without the extra time of the first."""
+    return sum([costs.cpu(item.load) for item in group])
+
+
+def _accelerator_work(group: Group, costs: CostModel) -> float:
+    """Time of these experts on the accelerator, without its launch."""
+    return sum([costs.accelerator(item.load) for item in group])

@@ -28,7 +28,12 @@ from operator import attrgetter
 from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.schedule.exchange import exchange
-from hybrimoe_plugin.policy.schedule.machine_model import build_plan, soonest_first
+from hybrimoe_plugin.policy.schedule.machine_model import (
+    build_plan,
+    missing_of,
+    present_of,
+    soonest_first,
+)
 
 EXCHANGE_LIMIT = 12
 """Experts of a call up to which exchanges are tried: their number grows with the square."""
@@ -51,8 +56,7 @@ class HybriMoEScheduler:
         self._costs = costs
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
-        missing = [item for item in routed if item.ready_us == OFFLOADED]
-        present = [item for item in routed if item.ready_us != OFFLOADED]
+        missing, present = missing_of(routed), present_of(routed)
         if _is_even(routed):
             return self._plan_even(missing, present, link_free_us)
         by_load = sorted(present, key=_load, reverse=True)
@@ -148,7 +152,8 @@ class HybriMoEScheduler:
         """
         missing = sorted(missing, key=_load, reverse=True)
         crossing, kept = self._thresholds(missing, present, link_free_us)
-        cpu = sorted([*missing[crossing:], *present[kept:]], key=_load)
+        cpu = [*missing[crossing:], *present[kept:]]
+        cpu.sort(key=_load)
         in_slots = sorted(present[:kept], key=_ready)
         return build_plan(cpu, in_slots, missing[:crossing], self._costs, link_free_us)
 

@@ -150,6 +150,16 @@ def build_plan(
     )
 
 
+def missing_of(routed: Sequence[Routed]) -> list[Routed]:
+    """The experts that are neither resident nor in flight."""
+    return [item for item in routed if item.ready_us == OFFLOADED]
+
+
+def present_of(routed: Sequence[Routed]) -> list[Routed]:
+    """The experts that are resident or in flight."""
+    return [item for item in routed if item.ready_us != OFFLOADED]
+
+
 def heaviest_first(item: Routed) -> tuple[int, int]:
     """Sort key: descending load, then the expert's number."""
     return -item.load, item.expert

@@ -48,6 +48,10 @@ def counts(calls: Iterable[Call], header: TraceHeader) -> Popularity:
 
 
 def _check(chosen: NDArray[np.float64]) -> None:
+    """Raises: ValueError for anything but a table of numbers with a choice in each row."""
     sound = chosen.ndim == 2 and bool(np.isfinite(chosen).all())
-    if not sound or chosen.min() < 0 or (chosen.sum(axis=1) <= 0).any():
+    if sound:
+        totals = chosen.sum(axis=1)
+        sound = chosen.min() >= 0 and bool((totals > 0).all())
+    if not sound:
         raise ValueError("counts must be a table of non-negative numbers")

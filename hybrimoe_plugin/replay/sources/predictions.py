@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hybrimoe_plugin.policy.cache.ranked import Ids
 from hybrimoe_plugin.replay.sources.popularity import Popularity, counts
 from hybrimoe_plugin.replay.trace import Call, Trace
 
@@ -26,25 +26,35 @@ def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0)
             predicted = []
             for distance in range(1, depth + 1):
                 target = by_layer.get(call.layer + distance)
+                # The last layer of a prompt can have fewer tokens: those cannot be predicted.
                 if target is None or len(target.ids) != len(call.ids):
                     break
                 liking = popularity[target.layer]
-                predicted.append(_blur(target.ids, liking, recall**distance, rng))
+                guess = _blur(target.ids, liking, recall**distance, rng)
+                predicted.append(guess)
             calls.append(call._replace(predicted=tuple(predicted)))
-    header = replace(trace.header, predictions=f"modelled at recall {recall}")
-    return Trace(header, calls)
+    label = f"modelled at recall {recall}"
+    return Trace(replace(trace.header, predictions=label), calls)
 
 
-def _blur(
-    ids: NDArray[np.int64], liking: Popularity, recall: float, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def _blur(ids: Ids, liking: Popularity, recall: float, rng: np.random.Generator) -> Ids:
     """Keep each id with probability `recall`, replace the others, by popular experts more often.
 
     Drawing without repeats is taking the highest of log popularity plus Gumbel noise.
+
+    Args:
+        ids: [T, K] what the layer will choose.
+        liking: [E] log popularity.
+
+    Returns:
+        [T, K] what is predicted.
     """
-    keys = liking + rng.gumbel(size=(len(ids), len(liking)))
+    tokens, top_k = ids.shape
+    noise = rng.gumbel(size=(tokens, len(liking)))
+    keys = liking + noise
     np.put_along_axis(keys, ids, -np.inf, axis=1)
-    others = np.argsort(-keys, axis=1)[:, : ids.shape[1]]
+    order = np.argsort(-keys, axis=1)
+    others = order[:, :top_k]
     lost = rng.random(ids.shape) >= recall
     # Where nearly all experts are chosen there may be too few others: then the true ones stay.
     lost &= np.take_along_axis(keys, others, axis=1) > -np.inf

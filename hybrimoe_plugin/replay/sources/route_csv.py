@@ -66,17 +66,21 @@ def _facts(lines: Sequence[str]) -> dict[str, str]:
     for line in lines:
         if not line.startswith("#"):
             continue
-        for key, value in re.findall(r"(\w+)=(\S+)", line[:MAX_FACTS]):
+        found = re.findall(r"(\w+)=(\S+)", line[:MAX_FACTS])
+        for key, value in found:
             facts.setdefault(key, value)
-    facts["model"] = Path(facts["model"]).name.removesuffix(".gguf")
+    file = Path(facts["model"]).name
+    facts["model"] = file.removesuffix(".gguf")
     return facts
 
 
 def _rows(lines: Sequence[str]) -> Rows:
+    """The table, without its other columns."""
     values = array("d")  # lists of so many texts would take ten times the file
-    table = csv.DictReader(line for line in lines if line and not line.startswith("#"))
-    for row in table:
-        values.extend(float(row[name]) for name in COLUMNS)
+    table = [line for line in lines if line and not line.startswith("#")]
+    for row in csv.DictReader(table):
+        for name in COLUMNS:
+            values.append(float(row[name]))
     rows = np.array(values).reshape(-1, len(COLUMNS))
     if not np.isfinite(rows).all():
         raise ValueError("a value is no finite number")
@@ -84,9 +88,10 @@ def _rows(lines: Sequence[str]) -> Rows:
 
 
 def _trace(rows: Rows, facts: dict[str, str], name: str) -> Trace:
-    experts, top_k = int(facts["n_expert"]), int(facts["n_expert_used"])
+    experts = int(facts["n_expert"])
+    top_k = int(facts["n_expert_used"])
     chosen = rows[:, EXPERT]
-    layers = np.unique(rows[:, LAYER]).astype(int)
+    layers = np.unique(rows[:, LAYER])
     if chosen.min() < 0 or chosen.max() >= experts:
         raise ValueError("an expert number is out of range")
     header = TraceHeader(
@@ -98,12 +103,14 @@ def _trace(rows: Rows, facts: dict[str, str], name: str) -> Trace:
         source=f"{name}: Helldez/BigMoeOnEdge 2d4f2b11, Apache-2.0",
     )
     check_header(header)
-    position = {layer: index for index, layer in enumerate(layers.tolist())}
     calls: list[Call] = []
     for part in _calls(rows):
-        ids = part[:, EXPERT].astype(np.int64).reshape(-1, top_k)
-        weights = part[:, WEIGHT].astype(np.float32).reshape(-1, top_k)
-        layer = position[int(part[0, LAYER])]
+        # Layers without experts have no rows: positions are among the others.
+        layer = int(np.searchsorted(layers, part[0, LAYER]))
+        ids = part[:, EXPERT].astype(np.int64)
+        weights = part[:, WEIGHT].astype(np.float32)
+        ids = ids.reshape(-1, top_k)
+        weights = weights.reshape(-1, top_k)
         calls.append(Call(layer, ids, weights, None, ()))
     return Trace(header, calls)
 
@@ -114,9 +121,15 @@ def _calls(rows: Rows) -> Iterator[Rows]:
         part = rows[rows[:, PHASE] == phase]
         if not len(part):
             continue
-        steps, layers = part[:, STEP], part[:, LAYER]
-        passes = np.zeros_like(steps) if phase == PROMPT else steps
-        order = np.lexsort((part[:, SLOT], steps, layers, passes))
-        part, passes = part[order], passes[order]
-        begins = (np.diff(passes) != 0) | (np.diff(part[:, LAYER]) != 0)
-        yield from np.split(part, np.flatnonzero(begins) + 1)
+        steps = part[:, STEP]
+        layers = part[:, LAYER]
+        slots = part[:, SLOT]
+        passes = steps
+        if phase == PROMPT:
+            passes = np.zeros_like(steps)
+        # The last key sorts first.
+        order = np.lexsort((slots, steps, layers, passes))
+        new_pass = np.diff(passes[order]) != 0
+        new_layer = np.diff(layers[order]) != 0
+        ends = np.flatnonzero(new_pass | new_layer)
+        yield from np.split(part[order], ends + 1)

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.replay.sources.popularity import Popularity
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader
 
+Floats = NDArray[np.float64]
+
 TOPIC_MEMORY = 0.98
 """Share of the topic that is kept from token to token: a memory of 50 tokens."""
 SMALL = 1e-9
@@ -77,7 +79,7 @@ class _Preferences:
 
     def __init__(
         self,
-        base: NDArray[np.float64],
+        base: Floats,
         shuffles: NDArray[np.int64],
         locality: float,
         drift: float,
@@ -90,32 +92,37 @@ class _Preferences:
         self._drift = drift
         self._correlation = correlation
         self._rng = rng
-        self._state, self._topic = rng.standard_normal((2, *base.shape))
+        start = rng.standard_normal((2, *base.shape))
+        self._state, self._topic = start
 
-    def next_token(self) -> NDArray[np.float64]:
+    def next_token(self) -> Floats:
         """Logits of the next token."""
         noise = self._noise()
         fresh = self._rng.standard_normal(self._base.shape)
         self._state = _mixed(self._locality, self._state, noise)
         self._topic = _mixed(TOPIC_MEMORY, self._topic, fresh)
-        quick = (1 - self._drift**2) ** 0.5 * self._state
-        return self._base + quick + self._drift * self._topic
+        rest = (1 - self._drift**2) ** 0.5
+        quick = rest * self._state
+        slow = self._drift * self._topic
+        return self._base + quick + slow
 
-    def _noise(self) -> NDArray[np.float64]:
+    def _noise(self) -> Floats:
         """Normal noise in which each layer resembles the one before it."""
         noise = self._rng.standard_normal(self._base.shape)
         for layer in range(1, len(noise)):
-            linked = noise[layer - 1][self._shuffles[layer]]
+            before = noise[layer - 1]
+            linked = before[self._shuffles[layer]]
             noise[layer] = _mixed(self._correlation, linked, noise[layer])
         return noise
 
 
-def _mixed(share: float, old: NDArray[np.float64], new: NDArray[np.float64]) -> NDArray[np.float64]:
+def _mixed(share: float, old: Floats, new: Floats) -> Floats:
     """A share of the old and the rest new, of the same variance."""
-    return share * old + (1 - share**2) ** 0.5 * new
+    rest = (1 - share**2) ** 0.5
+    return share * old + rest * new
 
 
-def _routed(layer: int, logits: NDArray[np.float64], top_k: int) -> Call:
+def _routed(layer: int, logits: Floats, top_k: int) -> Call:
     """Softmax, top-k, renormalised weights for logits [T, E]."""
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)

@@ -48,11 +48,15 @@ HOSTILE = (MemoryError, OverflowError, RuntimeError)
 END_MARK, END_BYTES = b"PK\5\6", 22
 LARGE_MARK, LARGE_BYTES = b"PK\6\7", 20
 
+Path = str | os.PathLike[str]
+Object = dict[str, Any]
+"""A JSON object."""
 Columns = dict[str, NDArray[Any]]
 """The arrays of one chunk, by name."""
+Ids = NDArray[np.int64]
 
 
-def read_trace(path: str | os.PathLike[str]) -> Trace:
+def read_trace(path: Path) -> Trace:
     """Read a trace file whole.
 
     Raises:
@@ -73,7 +77,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         raise TraceError(f"{path}: damaged trace ({type(error).__name__}: {error})") from None
 
 
-def _read(archive: zipfile.ZipFile, path: str | os.PathLike[str]) -> Trace:
+def _read(archive: zipfile.ZipFile, path: Path) -> Trace:
+    """The calls of all chunks, chunk by chunk, so that too many are noticed in time."""
     header = _header(_json(archive, HEADER), path)
     footer = _json(archive, FOOTER)
     calls: list[Call] = []
@@ -84,9 +89,11 @@ def _read(archive: zipfile.ZipFile, path: str | os.PathLike[str]) -> Trace:
         if left < 0:
             mib = MAX_MEMORY_BYTES >> 20
             raise TraceError(f"{path}: takes more than {mib} MiB of memory: record less")
-        calls.extend(_Chunk(columns, number, header, path).calls())
-    if len(calls) != footer["calls"]:
-        raise TraceError(f"{path}: holds {len(calls)} calls, its footer says {footer['calls']}")
+        chunk = _Chunk(columns, number, header, path)
+        calls.extend(chunk.calls())
+    stated = footer["calls"]
+    if len(calls) != stated:
+        raise TraceError(f"{path}: holds {len(calls)} calls, its footer says {stated}")
     return Trace(header, calls)
 
 
@@ -97,30 +104,40 @@ def _check_listing(data: bytes) -> None:
         ValueError: it is not, or there is none.
     """
     end = data.rfind(END_MARK)
-    if end < 0 or len(data) < end + END_BYTES:
+    if end < 0:
         raise ValueError("no archive")
-    nbytes = int.from_bytes(data[end + 12 : end + 16], "little")
-    large = end - LARGE_BYTES
-    is_elsewhere = data[large : large + len(LARGE_MARK)] == LARGE_MARK
-    if nbytes > MAX_LISTING_BYTES or is_elsewhere:
+    record = data[end : end + END_BYTES]
+    if len(record) < END_BYTES:
+        raise ValueError("no archive")
+    # Bytes 12 to 15 are the size of the table of contents; a larger one is listed elsewhere.
+    nbytes = int.from_bytes(record[12:16], "little")
+    before = data[end - LARGE_BYTES : end]
+    if nbytes > MAX_LISTING_BYTES or before.startswith(LARGE_MARK):
         raise ValueError(f"its table of contents has more than {MAX_LISTING_BYTES >> 20} MiB")
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """One member, unpacked.
+
+    Raises:
+        ValueError: it has more than `most` bytes.
+    """
     info = archive.getinfo(name)
     if info.file_size > most:
         raise ValueError(f"{name} unpacks to {info.file_size} bytes, of which {most} may be read")
     return archive.read(info)
 
 
-def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
-    value = json.loads(_member(archive, name, MAX_JSON_BYTES))
+def _json(archive: zipfile.ZipFile, name: str) -> Object:
+    text = _member(archive, name, MAX_JSON_BYTES)
+    value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not an object")
     return value
 
 
-def _header(data: dict[str, Any], path: str | os.PathLike[str]) -> TraceHeader:
+def _header(data: Object, path: Path) -> TraceHeader:
+    """The header, checked. Mutates `data`."""
     if data.pop("format", None) != FORMAT:
         raise TraceError(f"{path}: not a {FORMAT} file")
     version = data.pop("version", None)
@@ -137,7 +154,8 @@ def _columns(archive: zipfile.ZipFile, number: int, most: int) -> Columns:
     for name, kind in COLUMNS.items():
         member = f"{number}/{name}"
         stored = io.BytesIO(_member(archive, member, most))
-        most -= len(stored.getbuffer())
+        nbytes = len(stored.getbuffer())
+        most -= nbytes
         if np.lib.format.read_magic(stored) != (1, 0):
             raise ValueError(f"{member} is no array of the kind that is written here")
         shape, by_column, dtype = np.lib.format.read_array_header_1_0(stored)
@@ -149,21 +167,20 @@ def _columns(archive: zipfile.ZipFile, number: int, most: int) -> Columns:
 
 
 def _memory_bytes(columns: Columns, header: TraceHeader) -> int:
-    """What the calls of a chunk take: ids are widened, and scores have a place for every expert."""
+    """Memory of a chunk's calls: ids are widened, and scores have a place for every expert."""
     ids = columns["ids"].size + columns["predicted"].size
-    scores = 0
-    if columns["scores"].size:
-        scores = header.experts * len(columns["scores"])
-    floats = columns["weights"].size + scores
-    return 8 * ids + 4 * floats + CALL_BYTES * len(columns["tokens"])
+    floats = columns["weights"].size
+    scores = columns["scores"]
+    if scores.size:
+        floats += header.experts * len(scores)
+    calls = len(columns["tokens"])
+    return 8 * ids + 4 * floats + CALL_BYTES * calls
 
 
 class _Chunk:
     """The calls of one chunk, checked against the header and one another."""
 
-    def __init__(
-        self, columns: Columns, number: int, header: TraceHeader, path: str | os.PathLike[str]
-    ) -> None:
+    def __init__(self, columns: Columns, number: int, header: TraceHeader, path: Path) -> None:
         self._columns = columns
         self._number = number
         self._header = header
@@ -175,16 +192,20 @@ class _Chunk:
         """Raises: TraceError."""
         self._check()
         columns = self._columns
-        layers, counts = columns["layer"].tolist(), columns["tokens"].tolist()
+        layers = columns["layer"].tolist()
+        counts = columns["tokens"].tolist()
         start = 0
         for layer, count in zip(layers, counts, strict=True):
             rows = slice(start, start + count)
             start += count
+            ids = self._ids[rows]
             weights = columns["weights"][rows].astype(np.float32)
             predicted = self._predictions(layer, rows)
-            yield Call(layer, self._ids[rows], weights, self._scores(rows), predicted)
+            scores = self._scores(rows)
+            yield Call(layer, ids, weights, scores, predicted)
 
     def _check(self) -> None:
+        """Raises: TraceError for arrays that do not fit, or numbers out of range."""
         columns, number = self._columns, self._number
         if not self._shapes_fit():
             self._fail(f"the arrays of chunk {number} do not fit together")
@@ -198,27 +219,39 @@ class _Chunk:
             (self._predicted, -1, experts),
             (columns["score_ids"], 0, experts),
         ):
-            if values.size and not low <= values.min() <= values.max() < high:
+            if not values.size:
+                continue
+            if values.min() < low or values.max() >= high:
                 self._fail(f"an expert or layer number of chunk {number} is out of range")
 
     def _shapes_fit(self) -> bool:
-        columns, top_k = self._columns, self._header.top_k
-        layers, tokens, scores = columns["layer"], columns["tokens"], columns["scores"]
+        """Whether all arrays have as many rows as the calls have tokens."""
+        columns = self._columns
+        layers, tokens = columns["layer"], columns["tokens"]
+        if layers.ndim != 1 or layers.shape != tokens.shape:
+            return False
+        if tokens.min(initial=1) < 1:
+            return False
         rows = int(tokens.sum(dtype=np.int64))
-        if layers.ndim != 1 or layers.shape != tokens.shape or tokens.min(initial=1) < 1:
+        chosen = (rows, self._header.top_k)
+        if self._ids.shape != chosen:
             return False
-        if self._ids.shape != (rows, top_k) or columns["weights"].shape != (rows, top_k):
+        if columns["weights"].shape != chosen:
             return False
-        if self._predicted.ndim != 3 or self._predicted.shape[::2] != (rows, top_k):
+        if self._predicted.ndim != 3:
             return False
+        if self._predicted.shape[::2] != chosen:
+            return False
+        scores = columns["scores"]
         if scores.ndim != 2 or len(scores) != rows:
             return False
         return columns["score_ids"].shape == scores.shape
 
-    def _predictions(self, layer: int, rows: slice) -> tuple[NDArray[np.int64], ...]:
+    def _predictions(self, layer: int, rows: slice) -> tuple[Ids, ...]:
         """[T, K] for each of the next layers that was predicted."""
         found = []
-        for distance in range(self._predicted.shape[1]):
+        depth = self._predicted.shape[1]
+        for distance in range(depth):
             ids = self._predicted[rows, distance]
             if (ids >= 0).all():
                 found.append(ids)
@@ -231,10 +264,11 @@ class _Chunk:
     def _scores(self, rows: slice) -> NDArray[np.float32] | None:
         """[T, E], 0 for experts whose score was not kept."""
         kept = self._columns["scores"][rows]
-        if not kept.shape[1]:
-            return None
-        scores = np.zeros((len(kept), self._header.experts), np.float32)
         ids = self._columns["score_ids"][rows].astype(np.int64)
+        tokens, top = kept.shape
+        if not top:
+            return None
+        scores = np.zeros((tokens, self._header.experts), np.float32)
         np.put_along_axis(scores, ids, kept, axis=1)
         return scores
 

@@ -22,6 +22,9 @@ CHUNK_CALLS = 256
 """Calls that wait in memory."""
 
 
+Path = str | os.PathLike[str]
+
+
 class TraceWriter:
     """Streams calls to a file; complete after `close`.
 
@@ -32,9 +35,7 @@ class TraceWriter:
         TraceError: the file cannot be written.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], header: TraceHeader, score_top: int = 0
-    ) -> None:
+    def __init__(self, path: Path, header: TraceHeader, score_top: int = 0) -> None:
         self.header = header
         self.calls = 0
         self._score_top = min(score_top, header.experts)
@@ -44,17 +45,21 @@ class TraceWriter:
             self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
         except OSError as error:
             raise TraceError(f"{path}: cannot write the trace ({error.strerror})") from error
-        self._put_json(HEADER, {"format": FORMAT, "version": VERSION, **asdict(header)})
+        facts = {"format": FORMAT, "version": VERSION, **asdict(header)}
+        self._put_json(HEADER, facts)
 
     def write(self, call: Call) -> None:
+        """Add one call; it is in the file once its chunk is full, or after `close`."""
         self._pending.append(call)
         self.calls += 1
         if len(self._pending) >= CHUNK_CALLS:
             self._flush()
 
     def close(self) -> None:
+        """Write what is left and the footer."""
         self._flush()
-        self._put_json(FOOTER, {"calls": self.calls, "chunks": self._chunk})
+        footer = {"calls": self.calls, "chunks": self._chunk}
+        self._put_json(FOOTER, footer)
         self._zip.close()
 
     def __enter__(self) -> TraceWriter:
@@ -69,9 +74,11 @@ class TraceWriter:
         self.close()
 
     def _flush(self) -> None:
-        if not self._pending:
+        """Write the calls that wait as one chunk."""
+        calls = self._pending
+        if not calls:
             return
-        calls, self._pending = self._pending, []
+        self._pending = []
         score_ids, scores = self._scores(calls)
         columns: dict[str, NDArray[Any]] = {
             "layer": np.array([call.layer for call in calls]),
@@ -83,10 +90,12 @@ class TraceWriter:
             "scores": scores,
         }
         for name, values in columns.items():
-            stored = np.ascontiguousarray(values.astype(COLUMNS[name]))
+            narrow = values.astype(COLUMNS[name])
+            stored = np.ascontiguousarray(narrow)
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, stored, allow_pickle=False)
-            self._zip.writestr(f"{self._chunk}/{name}", buffer.getvalue())
+            member = f"{self._chunk}/{name}"
+            self._zip.writestr(member, buffer.getvalue())
         self._chunk += 1
 
     def _predicted(self, calls: Sequence[Call]) -> NDArray[np.int16]:
@@ -94,7 +103,8 @@ class TraceWriter:
         depth = max(len(call.predicted) for call in calls)
         parts = []
         for call in calls:
-            rows = np.full((len(call.ids), depth, self.header.top_k), -1, dtype=np.int16)
+            shape = (len(call.ids), depth, self.header.top_k)
+            rows = np.full(shape, -1, dtype=np.int16)
             for distance, ids in enumerate(call.predicted):
                 rows[:, distance] = ids
             parts.append(rows)
@@ -105,19 +115,21 @@ class TraceWriter:
         shown = [call.scores for call in calls if call.scores is not None]
         if not self._score_top or len(shown) < len(calls):
             rows = sum(len(call.ids) for call in calls)
-            return np.zeros((rows, 0)), np.zeros((rows, 0))
+            nothing = np.zeros((rows, 0))
+            return nothing, nothing
         scores = np.concatenate(shown)
         top = self._score_top
-        ids = np.argpartition(scores, -top, axis=1)[:, -top:]
-        return ids, np.take_along_axis(scores, ids, axis=1)
+        order = np.argpartition(scores, -top, axis=1)
+        ids = order[:, -top:]
+        values = np.take_along_axis(scores, ids, axis=1)
+        return ids, values
 
     def _put_json(self, name: str, value: object) -> None:
-        self._zip.writestr(name, json.dumps(value))
+        text = json.dumps(value)
+        self._zip.writestr(name, text)
 
 
-def write_trace(
-    path: str | os.PathLike[str], header: TraceHeader, calls: Iterable[Call], score_top: int = 0
-) -> None:
+def write_trace(path: Path, header: TraceHeader, calls: Iterable[Call], score_top: int = 0) -> None:
     """Write a whole trace; see `TraceWriter`."""
     with TraceWriter(path, header, score_top) as writer:
         for call in calls:
