@@ -17,7 +17,14 @@ from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
 
 class CacheFill:
-    """Sends fills for the running layer, and in decode those that a prompt had no time for."""
+    """Sends fills for the running layer, and in decode those that a prompt had no time for.
+
+    Args:
+        residency: gives fills their slots.
+        link: carries them.
+        gain: weighs those that end late.
+        counters: where fills are counted.
+    """
 
     def __init__(
         self, residency: Residency, link: LinkTime, gain: TransferGain, counters: Counters
@@ -30,7 +37,11 @@ class CacheFill:
         self._counters = counters
 
     def send(self, step: Step, predictions: Sequence[Prediction], idle: IdleTime) -> list[Move]:
-        """Fill the cache with misses of this call, the most likely ones first."""
+        """Fill the cache with misses of this call, the most likely ones first.
+
+        Args:
+            predictions: of the next layers, which a late fill would delay.
+        """
         layer = step.layer
         missed = self._missing(layer, step.plan.cpu)
         moves = self._send_missed(step, missed, predictions, idle)
@@ -49,6 +60,10 @@ class CacheFill:
         """Fills of one layer that a prompt had no time for, each once.
 
         Where a prompt prefetched more, it filled less.
+
+        Args:
+            step: the running call.
+            layer: whose fills to send.
         """
         moves: list[Move] = []
         residency = self._residency

@@ -148,6 +148,7 @@ class MachineProfile:
 
 
 def _spec(data: dict[str, Any]) -> ExpertSpec:
+    """The experts' shape; all its sizes are sound."""
     spec = ExpertSpec(**data)
     sizes = (spec.hidden, spec.intermediate, spec.experts, spec.top_k, spec.expert_bytes)
     for size in sizes:
@@ -167,6 +168,7 @@ def _texts(data: Any) -> dict[str, str]:
 
 
 def _side(data: dict[str, Any]) -> Side:
+    """One processor's times; `CostCurve` checks the curve."""
     threads = data.get("threads")
     if threads is not None and not _is_whole(threads, MAX_THREADS):
         raise ValueError(f"threads must be a whole number of 1 to {MAX_THREADS}, found {threads!r}")
@@ -188,6 +190,7 @@ def _is_whole(value: Any, most: float) -> bool:
 
 
 def _time(value: Any) -> float:
+    """Raises: ValueError for anything but a time."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= MAX_NUMBER:
         raise ValueError(f"a time must be a number of 0 to {MAX_NUMBER:.0e}, found {value!r}")
@@ -195,6 +198,9 @@ def _time(value: Any) -> float:
 
 
 def _positive(value: Any) -> float:
-    if _time(value) < 1 / MAX_NUMBER:
-        raise ValueError(f"a bandwidth must be at least {1 / MAX_NUMBER:.0e}, found {value!r}")
-    return float(value)
+    """Raises: ValueError for anything but a bandwidth."""
+    least = 1 / MAX_NUMBER
+    found = _time(value)
+    if found < least:
+        raise ValueError(f"a bandwidth must be at least {least:.0e}, found {value!r}")
+    return found

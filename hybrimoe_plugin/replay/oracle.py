@@ -24,6 +24,7 @@ class BeladyCache(RankedCache):
         self._next: list[list[Ranks]] = [[] for _ in range(layers)]
         """For each layer, the ranks after each of its tokens."""
         self._token = [0] * layers
+        """Tokens of each layer so far."""
         # The trace is read backwards: `left` counts each layer's tokens from the end, and `later`
         # holds that count at each expert's next use.
         left = np.zeros(layers)
@@ -35,8 +36,8 @@ class BeladyCache(RankedCache):
                 self._next[layer].append(ranks)
                 left[layer] += 1
                 later[layer, chosen] = left[layer]
-        for layer, steps in enumerate(self._next):
-            steps.reverse()
+        for layer in range(layers):
+            self._next[layer].reverse()
             self.ranks[layer] = _nearness(left[layer], later[layer])
 
     def observe(

@@ -78,7 +78,13 @@ class AdaptiveCache(RankedCache):
     def observe(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
     ) -> None:
-        """Learn from what was predicted for these tokens, then predict the next one. Mutates."""
+        """Learn from what was predicted for these tokens, then predict the next one. Mutates.
+
+        Args:
+            topk_ids: [T, K].
+            topk_weights: [T, K].
+            scores: [T, E] where the host shows them.
+        """
         tokens = len(topk_ids)
         early = max(0, tokens - STEPWISE)
         if early:
@@ -99,11 +105,16 @@ class AdaptiveCache(RankedCache):
         self.ranks[layer] = self.weights @ features
 
     def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
-        """Update one layer's frequencies and ages for one token."""
+        """Update one layer's frequencies and ages for one token.
+
+        Args:
+            ids: [K] its experts.
+        """
         features = self.features[layer]
         decayed = len(DECAYS)
-        features[:decayed] *= (1 - DECAYS)[:, None]
-        features[:decayed, ids] += DECAYS[:, None]
+        steps = DECAYS[:, None]
+        features[:decayed] *= 1 - steps
+        features[:decayed, ids] += steps
         self._seen[layer] += 1
         now = self._seen[layer]
         last = self._last[layer]
@@ -150,7 +161,8 @@ class AdaptiveCache(RankedCache):
 
     def _solve(self, tokens: int) -> None:
         """Once a pass, after its last layer: new weights from all evidence so far."""
-        moments = self._moments + PRIOR * np.eye(FEATURES)
+        prior = PRIOR * np.eye(FEATURES)
+        moments = self._moments + prior
         targets = self._targets + PRIOR * START
         self.weights = np.linalg.solve(moments, targets)
         keep = FORGET ** min(tokens, STEPWISE)

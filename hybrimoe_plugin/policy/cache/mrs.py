@@ -18,6 +18,11 @@ class MRSCache(RankedCache):
 
     TopP keeps the `p` highest scores of a token and counts the others as 0. Without full scores the
     routing weights of the chosen experts stand in for them. Source: paper section 4.4.
+
+    Args:
+        alpha: weight of the newest token, 0 to 1.
+        p: scores of a token that are kept.
+        popularity: [L, E] ranks to start with.
     """
 
     name = "mrs"
@@ -49,9 +54,10 @@ class MRSCache(RankedCache):
             order = np.argpartition(shown, -self.p)
             ids = order[-self.p :]
             values = shown[ids]
+        added = self.alpha * values
         ranks = self.ranks[layer]
         ranks *= 1 - self.alpha
-        ranks[ids] += self.alpha * values
+        ranks[ids] += added
 
     def _observe_many(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None

@@ -9,7 +9,10 @@ from hybrimoe_plugin.policy.prefetch.prediction import Prediction, PrefetchReque
 
 
 class ScorePrefetcher:
-    """Nearest layer first, heaviest predicted load first; the plain twin of `ImpactPrefetcher`."""
+    """Nearest layer first, heaviest predicted load first; the plain twin of `ImpactPrefetcher`.
+
+    Nothing is simulated, so requests carry no impact.
+    """
 
     calibrated = False
 

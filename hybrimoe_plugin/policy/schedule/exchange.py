@@ -31,6 +31,10 @@ def exchange(
     """Improve a plan by moving up to two experts each way, while that helps.
 
     Experts of equal load and arrival are interchangeable, so one of each kind is tried.
+
+    Args:
+        plan: covers all of `routed`.
+        link_free_us: the link is busy with earlier transfers until then.
     """
     by_id = {item.expert: item for item in routed}
     for _ in range(ROUNDS):
@@ -55,6 +59,7 @@ def _better_split(
 
     Candidates whose CPU time or accelerator work alone reaches the best makespan are skipped.
     """
+    # Only what is clearly better counts: sums in another order differ by rounding.
     best = plan.makespan_us * (1 - LEAST_GAIN)
     found: list[Routed] | None = None
     first_before = costs.cpu_first_us if not on_cpu else 0.0
@@ -65,6 +70,7 @@ def _better_split(
         for join in joins:
             if not leaves and not join:
                 continue
+            # The extra time of a first expert comes or goes where the CPU gets its only one.
             left = len(on_cpu) + len(leaves) - len(join)
             first_after = costs.cpu_first_us if not left else 0.0
             cpu_us = cpu_with - _cpu_work(join, costs)
@@ -74,7 +80,8 @@ def _better_split(
                 continue
             split = [item for item in on_accelerator if item not in leaves]
             split += join
-            makespan = max(cpu_us, _accelerator_finish(split, costs, link_free_us))
+            finish_us = _accelerator_finish(split, costs, link_free_us)
+            makespan = max(cpu_us, finish_us)
             if makespan < best:
                 best, found = makespan, split
     return found
@@ -84,7 +91,8 @@ def _groups(items: Sequence[Routed]) -> list[Group]:
     """No expert, one of each kind, and pairs of kinds where there are few experts."""
     kinds = {(item.load, item.ready_us): item for item in items}
     groups: list[Group] = [()]
-    groups += [(item,) for item in kinds.values()]
+    for item in kinds.values():
+        groups.append((item,))
     if len(items) > PAIR_LIMIT:
         return groups
     pairs: dict[tuple[float, ...], Group] = {}

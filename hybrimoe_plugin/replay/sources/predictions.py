@@ -16,6 +16,11 @@ def with_predictions(trace: Trace, recall: float, depth: int = 3, seed: int = 0)
 
     Each true expert stays with that probability; the others are drawn from the layer's popularity,
     without repeats. The header says that they are modelled.
+
+    Args:
+        recall: share of the chosen experts that is predicted, 0 to 1.
+        depth: later layers that are predicted.
+        seed: which of the errors are drawn.
     """
     rng = np.random.default_rng(seed)
     popularity = np.log(counts(trace.calls, trace.header))

@@ -80,9 +80,11 @@ class TraceWriter:
             return
         self._pending = []
         score_ids, scores = self._scores(calls)
+        layers = [call.layer for call in calls]
+        tokens = [len(call.ids) for call in calls]
         columns: dict[str, NDArray[Any]] = {
-            "layer": np.array([call.layer for call in calls]),
-            "tokens": np.array([len(call.ids) for call in calls]),
+            "layer": np.array(layers),
+            "tokens": np.array(tokens),
             "ids": np.concatenate([call.ids for call in calls]),
             "weights": np.concatenate([call.weights for call in calls]),
             "predicted": self._predicted(calls),
@@ -130,7 +132,11 @@ class TraceWriter:
 
 
 def write_trace(path: Path, header: TraceHeader, calls: Iterable[Call], score_top: int = 0) -> None:
-    """Write a whole trace; see `TraceWriter`."""
+    """Write a whole trace; see `TraceWriter`.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
     with TraceWriter(path, header, score_top) as writer:
         for call in calls:
             writer.write(call)
