@@ -28,8 +28,8 @@ from eval.finished import Finished, Row, add_fresh
 from eval.progress import Planned, Progress
 from eval.shapes import MODELS, Model
 from eval.systems import KTRANSFORMERS, OURS, PUBLISHED, System
+from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.policy.counters import Counters
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.experts.cuda_timer import device_us
-from hybrimoe_plugin.experts.kernels.tuning import CACHE_BYTES
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
-from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.kernels.tuning import CACHE_BYTES
+from hybrimoe_plugin.device.cuda_timer import device_us
 from hybrimoe_plugin.policy.costs import CostModel
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 BUFFER_BYTES = 1 << 29
 REPEATS = 20

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from eval.shapes import Model, fits, layers_of, published_costs, routing
 from eval.systems import System, quotas
+from hybrimoe_plugin.compute.backends import CPUBackend
+from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.engine import Engine, SimulatedClock, WallClock
-from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.memory import free_host_bytes, staging_slots
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
-from hybrimoe_plugin.experts.weights import LayerWeights
-from hybrimoe_plugin.operators.bind import choose_cpu, make_cpu
+from hybrimoe_plugin.engine.cpu_choice import choose_cpu, make_cpu
+from hybrimoe_plugin.engine.sizing import staging_slots
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.costs import CostModel
@@ -30,6 +30,7 @@ from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.replay.trace import Call
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 DEVICE = "cuda:0"
 CPU_THREADS = 10

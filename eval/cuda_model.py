@@ -31,11 +31,11 @@ from eval.finished import Finished, Row, add_fresh
 from eval.progress import Planned, Progress
 from eval.shapes import MODELS, Model, Routing, layer_bytes, routing
 from eval.systems import KTRANSFORMERS, OURS, System
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.experts.memory import free_host_bytes
-from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
-from hybrimoe_plugin.operators.graphs import GraphedLayer, connect_layers
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer, connect_layers
+from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.replay.trace import Call

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from eval import report
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 
 CHUNK_TOKENS = 256
 DECODED = 32

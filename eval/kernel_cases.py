@@ -23,19 +23,19 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.experts.dequant import dequantize
-from hybrimoe_plugin.experts.kernels.base import Kernels, SlotCall
-from hybrimoe_plugin.experts.kernels.blocks import Blocks
-from hybrimoe_plugin.experts.kernels.layout import (
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
+from hybrimoe_plugin.compute.gpu.kernels.layout import (
     BLOCK_BYTES,
     PLANES,
     Part,
     slot_layout,
     split_planes,
 )
-from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
-from hybrimoe_plugin.experts.kernels.tuning import candidates
+from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.kernels.tuning import candidates
+from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.weights.dequant import dequantize
 
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
 """All that have a Triton kernel; `kernels.formats.SUPPORTED` without importing Triton."""
@@ -269,7 +269,7 @@ def product_kernels(case: Case, device: torch.device) -> Kernels:
     """What the product computes these types with on a GPU: Triton's kernels, or torch's where those
     refuse.
     """
-    from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
     kernels = TritonKernels(device, case.blocks)
     return TorchKernels() if kernels.refusal(case.shape.spec) else kernels
@@ -299,7 +299,7 @@ def run_case(case: Case, kernels: Kernels, device: torch.device) -> float:
 
 def run_linear(case: LinearCase, device: torch.device) -> float:
     """Relative RMS error of one dense linear; NaN if an output was not written."""
-    from hybrimoe_plugin.experts.kernels.linear import linear
+    from hybrimoe_plugin.compute.gpu.kernels.linear import linear
 
     generator = torch.Generator(device).manual_seed(case.tokens)
     stored = random_stored(case.kind, 1, case.rows, case.columns, generator)[0]
@@ -317,7 +317,7 @@ def run_linear(case: LinearCase, device: torch.device) -> float:
 
 def run_repack(case: RepackCase, device: torch.device) -> int:
     """Bytes that differ from numpy's own splitting, those beside the target included: 0."""
-    from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
     size, beside = case.blocks * BLOCK_BYTES[case.kind], 256
     raw = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)

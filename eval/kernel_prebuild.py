@@ -52,9 +52,9 @@ from eval.kernel_cases import (
     repack_cases,
     stored_bytes,
 )
-from hybrimoe_plugin.experts.kernels.base import SlotCall
-from hybrimoe_plugin.experts.kernels.layout import BLOCK_BYTES, Part
-from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, Part
+from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def launch(case: AnyCase) -> None:
         if isinstance(case, Case):
             _launch_experts(case)
         elif isinstance(case, LinearCase):
-            from hybrimoe_plugin.experts.kernels.linear import linear
+            from hybrimoe_plugin.compute.gpu.kernels.linear import linear
 
             states = torch.empty(case.tokens, case.columns, dtype=case.dtype)
             linear(
@@ -204,7 +204,7 @@ def _launch_experts(case: Case) -> None:
 
 
 def _launch_repack(kind: str, size: int) -> None:
-    from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
     TritonKernels(CARD).repack(Part(kind, 1, 1, 0, size, split=True), _bytes(size), _bytes(size))
 
@@ -364,7 +364,9 @@ def facts(arch: int) -> dict[str, Any]:
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
 
-    kernels = Path(__file__).resolve().parent.parent / "hybrimoe_plugin" / "experts" / "kernels"
+    kernels = (
+        Path(__file__).resolve().parent.parent / "hybrimoe_plugin" / "compute" / "gpu" / "kernels"
+    )
     source = b"".join(
         (kernels / f"{name}.py").read_bytes()
         for name in ("decode", "formats", "linear", "prefill", "repack")

@@ -45,7 +45,7 @@ def facts() -> dict[str, str]:
     """Hardware, driver, versions, commit and date, which every CSV row carries; `none` or `unknown`
     where missing.
     """
-    from hybrimoe_plugin.experts.calibrate import hardware, versions
+    from hybrimoe_plugin.device.machine import hardware, versions
 
     machine = hardware()
     machine["os"] = machine.pop("system")  # tables have a column `system` of their own

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
 def token_bytes(gguf: Path, config: Any) -> int:
     """Stored bytes that one token's forward pass reads: all dense matrices, K of the E routed
     experts, the head.
     """
-    from hybrimoe_plugin.operators.experts import expert_counts
+    from hybrimoe_plugin.weights.layer_weights import expert_counts
 
     store = GGUFStore.open(gguf)
     experts, _ = expert_counts(config)

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from eval import traces
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.replay.sources import Popularity, counts, with_predictions
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader
+from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
 Kinds = tuple[str, str, str]
 

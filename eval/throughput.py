@@ -22,8 +22,8 @@ import torch
 
 from eval import peer, report, roofline, synthetic
 from eval.finished import add_fresh
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
 PROMPT_TOKENS = 128
 CONTEXT = 2048
@@ -270,8 +270,8 @@ def _gguf(args: Namespace) -> Path:
 
 
 def _config(args: Namespace, gguf: Path) -> Any:
-    from hybrimoe_plugin.experts.gguf_store import GGUFStore
     from hybrimoe_plugin.hosts.transformers.config import model_config
+    from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
     return model_config(args.model_path, GGUFStore.open(gguf))
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.flash.source import TensorSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrimoe_plugin.operators.kv_cache import GrowingLayer
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
 
 
 class KeptRows:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.experts.streams import LINK
+from hybrimoe_plugin.device.streams import LINK
 from lever_ext.flash.accelerator import Accelerator
 from lever_ext.flash.format import Block
 from lever_ext.flash.pack import FlashPack, Tensors, tensors_in, views

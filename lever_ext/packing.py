@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError, WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_generation
-from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.hosts.transformers.tokenizer import (
     TOKENIZER_FILES,
     directory_tokenizer,
     load_tokenizer,
 )
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.parameter_source import ParameterSource
 from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
 from lever_ext.flash.writer import Progress, write_pack
 from lever_ext.target import meta_model

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybrimoe_plugin.experts.memory import human, kv_cache_bytes
+from hybrimoe_plugin.device.memory import human
+from hybrimoe_plugin.engine.sizing import kv_cache_bytes
 from lever_ext.flash.accelerator import Accelerator
 from lever_ext.flash.budget import Residency, plan_residency
 from lever_ext.flash.pack import FlashPack, block_memory

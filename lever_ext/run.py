@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.errors import SpeculationError
-from hybrimoe_plugin.operators.kv_cache import cache_in
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.early_exit.rates import pays
 from lever_ext.kept_rows import KeptRows

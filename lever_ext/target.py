@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings, parse_bytes
+from hybrimoe_plugin.engine.turns import Turns, take_turns
 from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
 from hybrimoe_plugin.hosts.transformers.directory import config_of
@@ -23,7 +24,6 @@ from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
 from hybrimoe_plugin.operators.routers import GateRouter
-from hybrimoe_plugin.operators.turns import Turns, take_turns
 from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 from hybrimoe_plugin.errors import SpeculationError
-from hybrimoe_plugin.operators.kv_cache import cache_name
 from lever_ext.early_exit.gate import ExitGate, Verdict
 from lever_ext.tree.token_tree import TokenTree
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` in every test folder
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # `import tiny` in every test folder
 
 # Triton decides when it is first imported whether kernels are interpreted, and libraries import it
 # early.

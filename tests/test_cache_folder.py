@@ -16,12 +16,12 @@ import tiny_experts
 
 from hybrimoe_plugin import cache_folder
 from hybrimoe_plugin.cache_folder import cache_dir, place_for, spare_dir, usable_triton_cache
+from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
+from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned
 from hybrimoe_plugin.demo import build as builder
 from hybrimoe_plugin.demo import build_demo_model
 from hybrimoe_plugin.errors import ConfigError, WeightsError
-from hybrimoe_plugin.experts.kernels.blocks import Blocks
-from hybrimoe_plugin.experts.kernels.layout import slot_layout
-from hybrimoe_plugin.experts.kernels.tuning import Tuned
 
 VARIABLES = (
     "HYBRIMOE_CACHE",

@@ -22,11 +22,11 @@ from hybrimoe_plugin.errors import (
     TraceError,
     WeightsError,
 )
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.injection.rules import load_rules
 from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.replay.sources import load_trace, read_popularity
 from hybrimoe_plugin.replay.trace import FORMAT, VERSION, read_trace
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from lever_ext.flash.pack import FlashPack
 
 READERS: dict[str, tuple[Callable[[Path], Any], type[HybriMoEError]]] = {

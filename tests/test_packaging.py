@@ -12,67 +12,118 @@ from pathlib import Path
 
 import pytest
 import yaml
+from imports import circles, file_graph, modules, package_graph
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = {
-    "core": 0, "config": 0, "errors": 0,
-    "policy": 1, "timeline": 2, "replay": 2, "experts": 3,
-    "engine": 4, "operators": 5, "injection": 5, "hosts": 6, "demo": 7, "cli": 8,
-}  # fmt: skip
-"""A package imports only from its own level's file or package, or from below."""
-ALLOWED_ASIDE = {("hosts", "hosts")}
+PACKAGES = ("hybrimoe_plugin", "lever_ext", "eval")
+
+ROOMS = (
+    ("core", "config", "errors", "files", "cache_folder"),
+    ("device", "policy", "injection"),
+    ("weights", "replay"),
+    ("families",),
+    ("compute",),
+    ("engine",),
+    ("operators",),
+    ("decode",),
+    ("hosts",),
+    ("demo",),
+    ("cli",),
+)
+"""Rooms of hybrimoe_plugin from the ground up. A room imports only from those below it."""
+
+FRONT = ("hybrimoe_plugin", "hybrimoe_plugin.__main__")
+"""The package's own names and `python -m`: they import what users call, from any room."""
+
+ABOVE = {
+    "hybrimoe_plugin": ("lever_ext", "eval"),
+    "lever_ext": ("eval", "hybrimoe_plugin.demo"),
+}
+"""Package -> what it never imports. lever_ext.cli may use the command line's own helpers."""
+
 TORCH_FREE = ("core", "config", "errors", "policy", "replay")
 
-
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports when it is itself imported: not inside functions, not for type
-    checks.
-    """
-    found = set()
-    waiting = list(ast.parse(path.read_text(encoding="utf-8")).body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-        elif (
-            isinstance(node, ast.If | ast.Try | ast.With)
-            and "TYPE_CHECKING" not in ast.dump(node)[:120]
-        ):
-            waiting += ast.iter_child_nodes(node)  # type: ignore[arg-type]
-    return found
+KNOWN = modules(ROOT, PACKAGES)
+FILES = file_graph(KNOWN)
 
 
-def sources() -> list[Path]:
-    return sorted((ROOT / "hybrimoe_plugin").rglob("*.py"))
+def level(module: str) -> int | None:
+    """Storey of a hybrimoe_plugin module; None where it is of another package or at the front."""
+    parts = module.split(".")
+    if parts[0] != "hybrimoe_plugin" or module in FRONT:
+        return None
+    return next(number for number, rooms in enumerate(ROOMS) if parts[1] in rooms)
 
 
-def test_imports_point_down() -> None:
+def test_rooms_import_only_what_lies_below_them() -> None:
     wrong = []
-    for path in sources():
-        parts = path.relative_to(ROOT / "hybrimoe_plugin").with_suffix("").parts
-        if parts[0] not in LAYERS:
-            continue
-        for module in imports(path):
-            names = module.split(".")
-            if names[0] == "lever_ext":
-                wrong.append(f"{path.name} imports {module}")
-            if names[0] == "hybrimoe_plugin" and len(names) > 1 and names[1] in LAYERS:
-                own, other = LAYERS[parts[0]], LAYERS[names[1]]
-                if other > own or (
-                    other == own and names[1] != parts[0] and own > 0 and names[1] != "timeline"
-                ):
-                    wrong.append(f"{'/'.join(parts)} imports {module}")
+    for module, others in FILES.items():
+        for other in others:
+            own, theirs = level(module), level(other)
+            if own is None or theirs is None:
+                continue
+            same_room = module.split(".")[1] == other.split(".")[1]
+            if theirs > own or (theirs == own and own > 0 and not same_room):
+                wrong.append(f"{module} imports {other}")
     assert not wrong, wrong
 
 
+def test_packages_import_only_what_lies_below_them() -> None:
+    wrong = []
+    for module, others in FILES.items():
+        above = ABOVE.get(module.split(".")[0], ())
+        wrong += [f"{module} imports {other}" for other in others if other.startswith(above)]
+        if module.startswith("lever_ext.") and not module.startswith("lever_ext.cli"):
+            commands = [other for other in others if other.startswith("hybrimoe_plugin.cli")]
+            wrong += [f"{module} imports {other}" for other in commands]
+    assert {line.split(" ")[0].rpartition(".")[2] for line in wrong} == {
+        "flash_chat",
+        "flash_pack",
+        "lever_train",
+    }
+
+
+def test_no_circle_of_files() -> None:
+    assert circles(FILES) == [
+        ["lever_ext.decoding", "lever_ext.run"],
+        ["eval.cuda", "eval.cuda_model"],
+    ]
+
+
+def test_no_circle_of_packages() -> None:
+    assert circles(package_graph(FILES, KNOWN)) == [["lever_ext.early_exit", "lever_ext.operators"]]
+
+
+def test_circles_and_imports_inside_functions_are_seen(tmp_path: Path) -> None:
+    one, two = tmp_path / "made" / "one", tmp_path / "made" / "two"
+    for folder in (tmp_path / "made", one, two):
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+    (one / "a.py").write_text("def late():\n    from made.two.b import x\n")
+    (two / "b.py").write_text("from typing import TYPE_CHECKING\nfrom made.two import c\n")
+    (two / "c.py").write_text("if True:\n    import made.one.a\n")
+    known = modules(tmp_path, ["made"])
+    files = file_graph(known)
+    assert files["made.two.b"] == {"made.two.c"}
+    assert circles(files) == [["made.one.a", "made.two.b", "made.two.c"]]
+    assert circles(package_graph(files, known)) == [["made.one", "made.two"]]
+
+
 def test_policies_know_nothing_of_torch() -> None:
-    for path in sources():
-        if path.relative_to(ROOT / "hybrimoe_plugin").with_suffix("").parts[0] in TORCH_FREE:
-            assert not {
-                name for name in imports(path) if name.split(".")[0] in ("torch", "transformers")
-            }, path
+    for module, path in KNOWN.items():
+        if module.split(".")[1:2] and module.split(".")[1] in TORCH_FREE:
+            names = {
+                name.split(".")[0]
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                for name in (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
+            }
+            assert not names & {"torch", "transformers"}, path
 
 
 def test_importing_starts_nothing() -> None:
@@ -107,7 +158,7 @@ def test_documents_are_there(name: str) -> None:
 def test_what_both_hosts_load_does_without_the_newer_one() -> None:
     code = (
         "import sys, hybrimoe_plugin.operators.bind as _; "
-        "print('hybrimoe_plugin.operators.kv_cache' in sys.modules)"
+        "print('hybrimoe_plugin.compute.attention.kv_cache' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (

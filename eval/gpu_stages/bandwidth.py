@@ -15,12 +15,12 @@ from eval.cuda_bandwidth import Bandwidths, layer_shares
 from eval.gpu_stages.place import Place, Row
 from eval.kernel_cases import TYPES, Shape, random_matrices
 from eval.shapes import MODELS, Model, layers_of, published_costs
-from hybrimoe_plugin.experts.kernels.blocks import Blocks
-from hybrimoe_plugin.experts.kernels.layout import slot_layout
-from hybrimoe_plugin.experts.lane import AHEAD_DEPTH
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
-from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
+from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.lane import AHEAD_DEPTH
 from hybrimoe_plugin.replay.trace import TraceHeader
+from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
 PAGEABLE_BYTES = 1 << 28
 DEPTHS = (1, 2, 4)
@@ -79,7 +79,7 @@ def _shares(
     """
     made = _accelerator(place)
     if not tuned:
-        from hybrimoe_plugin.experts.kernels.triton_ops import TritonKernels
+        from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
         layout = slot_layout(weights.spec, split=True)
         made.kernels = TritonKernels(place.device, Blocks.of(layout, weights.spec.top_k))

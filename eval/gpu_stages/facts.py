@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from eval.gpu_stages.place import Place, Row
-from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.cpu_kt import import_kernel
-from hybrimoe_plugin.experts.host_bytes import (
+from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.gpu.host_bytes import (
     PORTABLE,
     READ_ONLY_PORTABLE,
     as_tensor,
     register_pages,
 )
-from hybrimoe_plugin.experts.memory import free_host_bytes, huge_pages
-from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
+from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.memory import free_host_bytes, huge_pages
+from hybrimoe_plugin.errors import BackendError
 
 REGISTERED_BYTES = 1 << 30
 _FLAGS = {"read-only": READ_ONLY_PORTABLE, "read and write": PORTABLE}

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 
 from eval.gpu_stages.place import Place, Row
+from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel, FlashinferShape
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import Shape
+from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
+from hybrimoe_plugin.device.cuda_graphs import Capture, capture_for
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.cuda_graphs import Capture, capture_for
 from hybrimoe_plugin.hosts.transformers import sampling
-from hybrimoe_plugin.hosts.transformers.sampling import Filters, FlashFilter
-from hybrimoe_plugin.operators import flash_choice
-from hybrimoe_plugin.operators.flash_choice import FlashKernel, FlashShape
-from hybrimoe_plugin.operators.flash_decode import Shape
-from hybrimoe_plugin.operators.flash_latent import LatentShape
+from hybrimoe_plugin.hosts.transformers.sampling import Filters, FlashinferFilter
 
 HOW_TO_GET = (
     "flashinfer is not installed: pip install 'flashinfer-python>=0.7', and a CUDA toolkit whose "
@@ -110,7 +110,7 @@ def _attention(case: Case, room: int, device: torch.device, capture: Capture) ->
     }
 
 
-def _error(kernel: FlashKernel, shape: FlashShape, device: torch.device) -> float:
+def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.device) -> float:
     """The larger relative RMS difference from torch's attention in float32, with the cache half
     full and full.
     """
@@ -133,7 +133,7 @@ def _filters(filters: Filters, vocabulary: int, device: torch.device) -> Row:
     )
     try:
         flash, plain = (
-            FlashFilter(importlib.import_module("flashinfer").sampling, filters),
+            FlashinferFilter(importlib.import_module("flashinfer").sampling, filters),
             filters.plain(),
         )
         error = sampling.distance(flash.filtered(scores), plain(None, scores))

@@ -16,9 +16,9 @@ from eval import tiny
 from eval.cuda_bandwidth import attention_us
 from eval.gpu_stages.place import Place, Row
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.decode.graphed_layer import ROOM, GraphedLayer
 from hybrimoe_plugin.hosts.transformers.load import load_plain_model
-from hybrimoe_plugin.operators.graphs import ROOM, GraphedLayer
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
 PROMPT = 12
 LOGITS_LIMIT = 1e-5

@@ -12,7 +12,7 @@ from eval import cuda_model, shapes, synthetic
 from eval.cuda_bench import RECALL
 from eval.gpu_stages.place import Place
 from eval.shapes import MODELS, Routing, layer_bytes, routing
-from hybrimoe_plugin.experts.memory import free_host_bytes
+from hybrimoe_plugin.device.memory import free_host_bytes
 
 MODEL = MODELS[0]
 LAYERS = 12

@@ -26,8 +26,8 @@ from eval.gpu_stages import freetoken_child
 from eval.gpu_stages.llama_bench import LlamaBench, LlamaBenchError, last_line
 from eval.gpu_stages.model_file import model_file
 from eval.gpu_stages.place import Place, Row
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 OURS, LLAMA, FREETOKEN = "ours", "llama.cpp", "FreeToken"
 LLAMA_BENCH = "llama-bench"

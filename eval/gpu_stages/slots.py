@@ -15,9 +15,9 @@ import torch
 
 from eval.gpu_stages.place import Place, Row
 from eval.shapes import MODELS, Model, layers_of
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
-from hybrimoe_plugin.experts.weights import LayerWeights
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.replay.trace import TraceHeader
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 SLOTS = 12
 STEPS = 500

@@ -71,18 +71,19 @@ def _measure(
 ) -> tuple[str, MachineProfile, Path]:
     """(CPU backend, profile, where it is kept)."""
     from hybrimoe_plugin.cli.models import first_experts, open_model
-    from hybrimoe_plugin.experts.calibrate import profile_path
-    from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
-    from hybrimoe_plugin.operators import bind
+    from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
+    from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
+    from hybrimoe_plugin.engine.calibrate import profile_path
+    from hybrimoe_plugin.engine.cpu_choice import choose_cpu, cpu_threads
 
     store, config = open_model(model_path, gguf_path)
     weights = first_experts(store, config)
-    kind, where = bind.accelerator_kind(settings, "auto", "auto")
+    kind, where = accelerator_kind(settings, Devices("auto", "auto"))
     accelerator = make_accelerator(kind, where)
-    backend, profile = bind.choose_cpu(
+    backend, profile = choose_cpu(
         settings, [weights], accelerator, progress=sys.stderr.isatty(), refresh=True
     )
-    threads = bind.cpu_threads(settings, backend, accelerator is None)
+    threads = cpu_threads(settings, backend, accelerator is None)
     return backend, profile, profile_path(weights.spec, backend, kind, threads)
 
 

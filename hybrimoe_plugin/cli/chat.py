@@ -14,7 +14,7 @@ from hybrimoe_plugin.cli.answer import Stop, TimedStreamer, Timing
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file, well_formed
 from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
-from hybrimoe_plugin.hosts.transformers.sampling import FlashSampling
+from hybrimoe_plugin.hosts.transformers.sampling import FlashinferSampling
 from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._report = report
         self._decoder = decoder
-        self._sampling = FlashSampling(model)
+        self._sampling = FlashinferSampling(model)
         self._template = ChatTemplate(tokenizer)
         self._streamer = TimedStreamer(
             TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

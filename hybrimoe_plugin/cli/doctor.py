@@ -124,7 +124,7 @@ def _version(name: str) -> Check:
 def _kt_kernel() -> Check:
     # In a process of its own: on a processor it was not built for, native code ends the process.
     code = (
-        "from hybrimoe_plugin.experts.cpu_kt import import_kernel as f; m = f(); "
+        "from hybrimoe_plugin.compute.cpu.kt_experts import import_kernel as f; m = f(); "
         "print(getattr(m, '__file__', m))"
     )
     try:
@@ -152,7 +152,7 @@ def _torch_cpu() -> Check:
 
 
 def _cuda() -> Check:
-    from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
+    from hybrimoe_plugin.device.machine import cuda_refusal
 
     refusal = cuda_refusal()
     if refusal is not None:
@@ -219,7 +219,7 @@ def _ktransformers_patches() -> Check:
 def _host_memory() -> Check:
     import psutil
 
-    from hybrimoe_plugin.experts.memory import free_host_bytes, human
+    from hybrimoe_plugin.device.memory import free_host_bytes, human
 
     total = psutil.virtual_memory().total
     return Check("host", None, f"{human(free_host_bytes())} free of {human(total)}")
@@ -228,7 +228,7 @@ def _host_memory() -> Check:
 def _accelerator_memory() -> Check:
     import torch
 
-    from hybrimoe_plugin.experts.memory import RESERVE, human
+    from hybrimoe_plugin.device.memory import RESERVE, human
 
     if not torch.cuda.is_available():
         return Check("accelerator", None, "none")
@@ -242,7 +242,7 @@ def _accelerator_memory() -> Check:
 
 
 def _model_on_host(gguf_path: str) -> Check:
-    from hybrimoe_plugin.experts.memory import free_host_bytes, human
+    from hybrimoe_plugin.device.memory import free_host_bytes, human
 
     experts, _count, dense = _sizes(gguf_path)
     free = free_host_bytes()
@@ -258,7 +258,8 @@ def _model_on_host(gguf_path: str) -> Check:
 def _model_on_accelerator(gguf_path: str) -> Check:
     import torch
 
-    from hybrimoe_plugin.experts.memory import RESERVE, STAGING_SLOTS, human
+    from hybrimoe_plugin.device.memory import RESERVE, human
+    from hybrimoe_plugin.engine.sizing import STAGING_SLOTS
 
     experts, count, dense = _sizes(gguf_path)
     if not torch.cuda.is_available():
@@ -281,7 +282,7 @@ def _sizes(gguf_path: str) -> tuple[int, int, int]:
     from math import prod
 
     from hybrimoe_plugin.cli.models import EXPERT_TENSOR
-    from hybrimoe_plugin.experts.gguf_store import GGUFStore
+    from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
     store = GGUFStore.open(gguf_path)
     routed = [info for info in store.tensors.values() if EXPERT_TENSOR.match(info.name)]
@@ -317,7 +318,7 @@ def _cache() -> Check:
 
 def _profiles() -> Check:
     from hybrimoe_plugin.cache_folder import cache_dir
-    from hybrimoe_plugin.experts.calibrate import hardware
+    from hybrimoe_plugin.device.machine import hardware
 
     folder = cache_dir() / "profiles"
     found = [_machine_of(path) for path in sorted(folder.glob("*.json"))]
@@ -344,7 +345,7 @@ def _machine_of(profile: Path) -> dict[str, str] | None:
 
 def _demo() -> Check:
     from hybrimoe_plugin.cache_folder import cache_dir
-    from hybrimoe_plugin.experts.memory import human
+    from hybrimoe_plugin.device.memory import human
 
     files: list[Any] = sorted(path for path in cache_dir().rglob("*.gguf") if not path.is_symlink())
     if not files:

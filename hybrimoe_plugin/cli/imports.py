@@ -15,8 +15,8 @@ def import_libraries() -> None:
     """Import what every command that opens a model needs; some seconds on a cold disk."""
     with _ending_at_once():
         import hybrimoe_plugin.hosts.transformers.load  # noqa: F401 (and with it torch and transformers)
+        from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
         from hybrimoe_plugin.errors import BackendError
-        from hybrimoe_plugin.experts.cpu_kt import import_kernel
 
         with contextlib.suppress(BackendError):  # who needs it will say so
             import_kernel()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe_plugin.errors import WeightsError
 
 if TYPE_CHECKING:
-    from hybrimoe_plugin.experts.gguf_store import GGUFStore
-    from hybrimoe_plugin.experts.weights import LayerWeights
+    from hybrimoe_plugin.weights.gguf_store import GGUFStore
+    from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(?:gate|up|down)(?:_exps|\.\d+)\.weight$")
 """Names of GGUF tensors with routed experts: stacked, or one each in older files."""
@@ -22,8 +22,8 @@ def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
     Raises:
         WeightsError: as the store and the config reader say.
     """
-    from hybrimoe_plugin.experts.gguf_store import GGUFStore
     from hybrimoe_plugin.hosts.transformers.config import model_config
+    from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
     store = GGUFStore.open(gguf_path)
     return store, model_config(model_path, store)
@@ -35,8 +35,7 @@ def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
     Raises:
         WeightsError: the file holds no experts, or not those of the config.
     """
-    from hybrimoe_plugin.experts.weights import layer_weights
-    from hybrimoe_plugin.operators.experts import expert_counts
+    from hybrimoe_plugin.weights.layer_weights import expert_counts, layer_weights
 
     layers = [int(found[1]) for name in store.tensors if (found := EXPERT_TENSOR.match(name))]
     if not layers:

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from hybrimoe_plugin.cache_folder import found, place_for, write_atomic
 from hybrimoe_plugin.demo.text import CALIBRATION
 from hybrimoe_plugin.errors import ConfigError, WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.hosts.transformers.names import unrotate
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.parameter_source import unrotate
 
 log = logging.getLogger(__name__)
 

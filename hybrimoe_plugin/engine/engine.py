@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from hybrimoe_plugin.compute.backends import Accelerator, CPUBackend, WholeCalls
 from hybrimoe_plugin.engine.clock import Between, SimulatedClock, WallClock
+from hybrimoe_plugin.engine.timeline import Timeline
 from hybrimoe_plugin.engine.view import (
     CallRecord,
     HostView,
@@ -26,11 +28,9 @@ from hybrimoe_plugin.engine.view import (
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.experts.base import Accelerator, CPUBackend, WholeCalls
-from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.schedule import simulate
-from hybrimoe_plugin.timeline import Timeline
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.experts.base import Accelerator
-from hybrimoe_plugin.experts.streams import Coming
+from hybrimoe_plugin.compute.backends import Accelerator
+from hybrimoe_plugin.device.streams import Coming
 
 
 class Router(Protocol):

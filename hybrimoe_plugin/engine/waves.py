@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.base import Accelerator
-from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.policy.controller import Controller, Move, Step
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 Wave = dict[int, int]
 """Expert -> slot of what is computed in one launch."""

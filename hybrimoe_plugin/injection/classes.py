@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.injection.moved import current_path
 from hybrimoe_plugin.injection.rules import RESERVED, TRUSTED, Rule, is_trusted
 from hybrimoe_plugin.injection.yaml_nodes import shorten, suggest
 
@@ -36,7 +37,7 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
             "give --trust_rules (trust_rules=True) if you trust this file",
             part,
         )
-    module_name, _, name = path.rpartition(".")
+    module_name, _, name = current_path(path).rpartition(".")
     try:
         module = importlib.import_module(module_name)
         found = getattr(module, name)

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.attention.attend import attend
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import Shape
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, growing
+from hybrimoe_plugin.compute.cpu.ggml import Graph, Node
 from hybrimoe_plugin.errors import InputError
-from hybrimoe_plugin.experts.ggml import Graph, Node
-from hybrimoe_plugin.operators.attend import attend
+from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.flash_decode import Shape
-from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, as_stored
-from hybrimoe_plugin.operators.norm import LeanRMSNorm
+from hybrimoe_plugin.operators.norm import FusedRMSNorm
+
+__getattr__ = old_names(__name__)
 
 Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Rotary embedding of x [..., D] by cos and sin [..., D / 2]."""
 
 
-class LeanAttention(DenseOperator):
+class FusedAttention(DenseOperator):
     """The model's attention with one graph for Q, K and V, a cache that grows in place, and torch's
     fused attention.
 
@@ -49,7 +52,7 @@ class LeanAttention(DenseOperator):
             setattr(
                 self,
                 name,
-                LeanRMSNorm(
+                FusedRMSNorm(
                     f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs
                 ),
             )

@@ -11,31 +11,19 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.engine import CallRecord, Engine, Router, SimulatedClock, WallClock
+from hybrimoe_plugin.engine import CallRecord, Engine, Router
+from hybrimoe_plugin.engine.assemble import Devices, build_engine
+from hybrimoe_plugin.engine.cpu_choice import share_cores
+from hybrimoe_plugin.engine.sizing import kv_cache_bytes
+from hybrimoe_plugin.engine.timeline import Timeline
+from hybrimoe_plugin.engine.turns import Turns
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.calibrate import ensure_profile, hardware, shared_threads
-from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
-from hybrimoe_plugin.experts.cpu_kt import KTExperts, import_kernel, refusal
-from hybrimoe_plugin.experts.cpu_shared import SharedCPU
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.ggml import TYPES, Ggml
-from hybrimoe_plugin.experts.memory import cache_quotas, kv_cache_bytes, staging_slots
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, cuda_refusal, make_accelerator
-from hybrimoe_plugin.experts.weights import LayerWeights
 from hybrimoe_plugin.operators.dense import DenseOperator, shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
-from hybrimoe_plugin.operators.turns import Turns
-from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.counters import Counters
-from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.profile import MachineProfile
-from hybrimoe_plugin.policy.schedule import make_scheduler
-from hybrimoe_plugin.policy.slots import SlotPool
-from hybrimoe_plugin.replay.profile_files import load_profile
-from hybrimoe_plugin.timeline import Timeline
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
 
@@ -179,12 +167,23 @@ def bind(
         kept_bytes = int(
             share * kv_cache_bytes(getattr(model, "config", None), settings.context, latent)
         )
-        engine, profile = _build(
-            members, found, settings, prefill, generate, progress, free_bytes, kept_bytes, engines
+        store = members[0].store
+        engine, profile = build_engine(
+            [_loaded(operator) for operator in members],
+            found,
+            settings,
+            Devices(prefill, generate),
+            others=engines,
+            kernels=lambda store=store: shared_kernels(store),  # type: ignore[misc]
+            free_bytes=free_bytes,
+            kept_bytes=kept_bytes,
+            progress=progress,
         )
+        for position, operator in enumerate(members):
+            operator.bind(engine, position)
         engines.append(engine)
         profiles.append(profile)
-    _share_cores(engines)
+    share_cores(engines)
     handle = HybriMoE(engines, profiles)
     handle.turns.recover += [operator.recover for operator in operators]
     # Threads and pinned memory must go with the model, also when nobody calls close.
@@ -211,36 +210,6 @@ def _any_cuda(engines: Sequence[Engine]) -> bool:
     )
 
 
-def _share_cores(engines: Sequence[Engine]) -> None:
-    """Leave torch the cores that workers do not take: both spin, and fight to a standstill
-    otherwise.
-    """
-    pools = {id(pool): pool for pool in map(_pool, engines)}
-    workers = sum(pool.workers for pool in pools.values())
-    threads = max(1, int(hardware()["cores"]) - workers)
-    if workers and threads < torch.get_num_threads():
-        log.info("torch now uses %d threads beside %d CPU expert workers", threads, workers)
-        torch.set_num_threads(threads)
-
-
-def _pool(engine: Engine) -> CPUBackend:
-    return engine.cpu.backend if isinstance(engine.cpu, SharedCPU) else engine.cpu
-
-
-def _cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) -> CPUBackend:
-    """A backend of the engine's own, or its part of the one that the model's other engines have
-    made.
-    """
-    for engine in others:
-        pool = _pool(engine)
-        fits = pool.name == backend and getattr(pool, "threads", threads) == threads
-        if fits and (backend != "ggml" or (pool.workers == 0) == alone):
-            return SharedCPU(
-                pool, sum(len(other.layers) for other in others if _pool(other) is pool)
-            )
-    return make_cpu(backend, threads, alone)
-
-
 def _close_all(engines: Sequence[Engine], turns: Turns) -> None:
     with turns.lock:  # at the interpreter's exit a daemon thread may still be computing
         turns.end(CLOSED)
@@ -248,163 +217,10 @@ def _close_all(engines: Sequence[Engine], turns: Turns) -> None:
             engine.close()
 
 
-def _build(
-    operators: Sequence[HybriMoEExperts],
-    routers: Sequence[Router],
-    settings: Settings,
-    prefill: str,
-    generate: str,
-    progress: bool,
-    free_bytes: int | None,
-    kept_bytes: int,
-    others: Sequence[Engine],
-) -> tuple[Engine, MachineProfile]:
-    layers = [_loaded(operator) for operator in operators]
-    spec = layers[0].spec
-    kind, device = accelerator_kind(settings, prefill, generate)
-    accelerator = make_accelerator(kind, device, settings.kernels)
-    quotas = [0] * len(layers)
-    if accelerator is not None:
-        if kind == "cuda" and free_bytes is None:
-            # The dense weights are there already; attention's cache is not, and grows until the
-            # context is full.
-            free_bytes = max(0, torch.cuda.mem_get_info(device)[0] - kept_bytes)
-        quotas = cache_quotas(
-            settings, spec.experts, [w.spec.expert_bytes for w in layers], free_bytes
-        )
-    alone = accelerator is None
-    backend, profile = choose_cpu(settings, layers, accelerator, progress=progress)
-    costs = profile.costs(spec)
-    decode = make_scheduler(settings.scheduler, costs, kind != "none" and generate != "cpu")
-    prefiller = make_scheduler(settings.scheduler, costs, kind != "none" and prefill != "cpu")
-    controller = Controller(
-        SlotPool(quotas, staging_slots(sum(quotas)), shared=settings.budget == "shared"),
-        costs,
-        prefiller,
-        decode,
-        make_cache(settings.cache, len(layers), spec.experts, spec.top_k, settings),
-        None if accelerator is None else make_prefetcher(settings.prefetch, decode, costs),
-        spec.expert_bytes,
-    )
-    cpu = _cpu_for(backend, settings.cpu_threads or profile.cpu.threads or 1, others, alone)
-    if isinstance(cpu, GgmlExperts):
-        cpu.share(shared_kernels(operators[0].store))
-        cpu.repack &= settings.weights != "mapped"
-    for weights in layers:
-        cpu.add_layer(weights)
-    if accelerator is not None:
-        accelerator.allocate(controller.pool.slots, layers)
-    clock = SimulatedClock() if kind == "emulated" else WallClock()
-    look_ahead = 0 if settings.prefetch == "off" else settings.look_ahead
-    verify = settings.verify == "slots"
-    engine = Engine(layers, routers, controller, cpu, accelerator, clock, look_ahead, verify)
-    for position, operator in enumerate(operators):
-        operator.bind(engine, position)
-    return engine, profile
-
-
 def _loaded(operator: HybriMoEExperts) -> LayerWeights:
     if operator.weights is None:
         raise BackendError(f"{operator.key}: load() has not been called")
     return operator.weights
-
-
-def accelerator_kind(settings: Settings, prefill: str, generate: str) -> tuple[str, torch.device]:
-    """Which accelerator the devices and the setting ask for together.
-
-    `auto` takes CUDA where a device asks for it, or leaves the choice and there is one.
-    """
-    asked = generate if generate != "cpu" else prefill
-    if settings.accelerator in ("none", "emulated"):
-        return settings.accelerator, torch.device("cpu")
-    if settings.accelerator == "auto" and (
-        asked == "cpu" or (asked == "auto" and cuda_refusal() is not None)
-    ):
-        return "none", torch.device("cpu")
-    return "cuda", torch.device("cuda:0" if asked in ("auto", "cpu", "cuda") else asked)
-
-
-def cpu_backends(
-    settings: Settings, layers: Sequence[LayerWeights], alone: bool
-) -> tuple[str, ...]:
-    """What can run these layers: the one asked for; by `auto` all there are, the torch reference if
-    all else fails.
-
-    Args:
-        alone: there is no accelerator, so nothing is gained by workers beside the caller:
-            kt-kernel's ggml graphs.
-    """
-    if settings.cpu_backend != "auto":
-        return (settings.cpu_backend,)
-    ggml = _works(Ggml) and all(
-        matrix.type_name in TYPES for weights in layers for matrix in weights.matrices()
-    )
-    if alone and ggml:
-        return ("ggml",)
-    workers = not any(refusal(weights.spec) for weights in layers) and _works(import_kernel)
-    return (*(["kt"] if workers else []), *(["ggml"] if ggml else [])) or ("torch",)
-
-
-def _works(load: Callable[[], object]) -> bool:
-    try:
-        load()
-    except BackendError as error:
-        log.info("%s", error)
-        return False
-    return True
-
-
-def make_cpu(backend: str, threads: int, alone: bool = True) -> CPUBackend:
-    """Args: alone: nothing else computes meanwhile."""
-    if backend == "ggml":
-        return GgmlExperts(threads, beside=not alone)
-    return KTExperts(threads) if backend == "kt" else TorchExperts(keep=False)
-
-
-def choose_cpu(
-    settings: Settings,
-    layers: Sequence[LayerWeights],
-    accelerator: SlotAccelerator | None,
-    *,
-    progress: bool = True,
-    refresh: bool = False,
-) -> tuple[str, MachineProfile]:
-    """(CPU backend, machine profile with it): of several backends the one that is measured to be
-    quickest in decode.
-
-    Args:
-        refresh: measure again what has been measured before.
-    """
-    alone = accelerator is None
-    backends = cpu_backends(settings, layers, alone)
-    if settings.profile is not None:
-        return backends[0], load_profile(settings.profile)
-    profiles = {
-        backend: ensure_profile(
-            layers[0],
-            backend,
-            lambda threads, backend=backend: make_cpu(backend, threads, alone),  # type: ignore[misc]
-            accelerator,
-            threads=cpu_threads(settings, backend, alone),
-            progress=progress,
-            refresh=refresh,
-        )
-        for backend in backends
-    }
-    best = min(
-        backends,
-        key=lambda backend: (
-            profiles[backend].cpu.first_us + layers[0].spec.top_k * profiles[backend].cpu.us[0]
-        ),
-    )
-    if len(backends) > 1:
-        log.info("CPU experts by %s, the quickest of %s", best, ", ".join(backends))
-    return best, profiles[best]
-
-
-def cpu_threads(settings: Settings, backend: str, alone: bool) -> int | None:
-    """Threads that are settled before anything is measured."""
-    return settings.cpu_threads or (shared_threads() if backend == "ggml" and alone else None)
 
 
 def _gate_beside(model: nn.Module, operator: HybriMoEExperts) -> Router:

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.experts.ggml import Ggml
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
 class DenseOperator(nn.Module):

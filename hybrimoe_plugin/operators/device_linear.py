@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.gpu.kernels.layout import join_planes, split_planes
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.dequant import dequantize, supported
-from hybrimoe_plugin.experts.ggml import Stored
-from hybrimoe_plugin.experts.kernels.layout import join_planes, split_planes
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.gradients import outside_autograd
+from hybrimoe_plugin.weights.dequant import dequantize, supported
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 
 class DeviceLinear(DenseOperator):
@@ -39,7 +39,7 @@ class DeviceLinear(DenseOperator):
         with torch.device("cpu"):  # operators are built on the meta device
             self.register_buffer("planes", torch.empty(0, dtype=torch.uint8), persistent=False)
 
-    def take(self, stored: Stored) -> None:
+    def take(self, stored: QuantizedMatrix) -> None:
         """Raises: BackendError: a type that cannot be computed on a device, or another shape."""
         shape = self.out_features, self.in_features
         if stored.shape != shape:
@@ -64,14 +64,14 @@ class DeviceLinear(DenseOperator):
     def _has_kernel(self) -> bool:
         if not _runs_triton(self.planes.device) or not _triton_installed():
             return False
-        from hybrimoe_plugin.experts.kernels.formats import SUPPORTED
+        from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
 
         return self.type_name in SUPPORTED
 
     def _fused(self, flat: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return outside_autograd(self.key, lambda: self._fused(flat), flat)
-        from hybrimoe_plugin.experts.kernels.linear import linear
+        from hybrimoe_plugin.compute.gpu.kernels.linear import linear
 
         # Triton launches on the current device, which is another where a model lies on several.
         with torch.cuda.device(flat.device) if flat.device.type == "cuda" else nullcontext():

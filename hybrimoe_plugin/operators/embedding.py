@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.cpu.ggml import check_stored
 from hybrimoe_plugin.errors import BackendError, InputError
-from hybrimoe_plugin.experts.ggml import Stored, check_stored
+from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.linear import RowGraphs
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+__getattr__ = old_names(__name__)
 
 
-class LeanEmbedding(DenseOperator):
+class QuantizedEmbedding(DenseOperator):
     """Rows of the stored table, dequantised as they are asked for; `nn.Embedding` where that cannot
     be.
     """
@@ -34,7 +38,7 @@ class LeanEmbedding(DenseOperator):
         if self.ggml is None:
             self.weight = orig_module.weight
 
-    def take(self, stored: Stored) -> None:
+    def take(self, stored: QuantizedMatrix) -> None:
         """Raises: BackendError: a type without a kernel, or another shape."""
         if stored.shape != (self.num_embeddings, self.embedding_dim):
             raise BackendError(

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hybrimoe_plugin.compute.backends import Accelerator
+from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.experts.base import Accelerator
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.experts.weights import LayerWeights, layer_weights
 from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.layer_weights import LayerWeights, expert_counts, layer_weights
 
 DEVICES = "cpu, cuda, cuda:N or auto"
 
@@ -206,21 +206,6 @@ def layer_of(key: str) -> int:
     raise ConfigError(
         f"{key!r} is no module of a decoder layer: an experts operator replaces routed experts only"
     )
-
-
-def expert_counts(config: Any) -> tuple[int, int]:
-    """(number of routed experts, their intermediate size) under the names that model families use.
-
-    Raises:
-        ConfigError: the config describes no routed experts.
-    """
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        count = getattr(config, name, None)
-        if isinstance(count, int) and count > 0:
-            return count, int(
-                getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-            )
-    raise ConfigError(f"{type(config).__name__}: no number of routed experts in the model's config")
 
 
 def _differentiable(engine: Engine) -> bool:

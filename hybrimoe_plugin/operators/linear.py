@@ -11,11 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, check_stored
 from hybrimoe_plugin.errors import BackendError, InputError
-from hybrimoe_plugin.experts.ggml import Ggml, Graph, Node, Stored, check_stored
+from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.operators.gradients import outside_autograd
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+__getattr__ = old_names(__name__)
 
 Build = Callable[[Graph, Node], Sequence[Node]]
 
@@ -99,7 +103,7 @@ class RowGraphs:
         return graph, node, outputs
 
 
-class StoredLinear(nn.Module):
+class GgmlLinear(nn.Module):
     """`nn.Linear` whose matrix is given as stored bytes, by `take`, instead of as a parameter."""
 
     def __init__(self, ggml: Ggml, linear: nn.Linear) -> None:
@@ -107,10 +111,10 @@ class StoredLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.ggml = ggml
-        self.stored: Stored | None = None
+        self.stored: QuantizedMatrix | None = None
         self._graphs: RowGraphs | None = None
 
-    def take(self, stored: Stored) -> None:
+    def take(self, stored: QuantizedMatrix) -> None:
         """Raises: BackendError: a type without a kernel, or another shape."""
         if stored.shape != (self.out_features, self.in_features):
             raise BackendError(
@@ -161,7 +165,7 @@ def as_stored(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Modul
     if not isinstance(linear, nn.Linear):
         return linear
     if operator.ggml is not None:
-        return StoredLinear(operator.ggml, linear)
+        return GgmlLinear(operator.ggml, linear)
     if operator.on_device:
         return DeviceLinear(f"{operator.key}.{name}", None, None, linear, linears="plain")
     return linear
@@ -173,7 +177,7 @@ class LinearGroup:
     Args:
         owner: the module that holds them. They are looked up at every call: adapters put others in
             their place.
-        names: of the linears in it, `nn.Linear` or `StoredLinear`, of one input width.
+        names: of the linears in it, `nn.Linear` or `GgmlLinear`, of one input width.
     """
 
     def __init__(self, ggml: Ggml | None, owner: nn.Module, names: Sequence[str]) -> None:
@@ -199,7 +203,7 @@ class LinearGroup:
         return [linear.bias for linear in self._linears()]
 
 
-class LeanLinear(DenseOperator):
+class QuantizedLinear(DenseOperator):
     """A dense linear, the language model's head above all, on the matrix as stored; plain where
     that is not asked.
     """
@@ -215,7 +219,7 @@ class LeanLinear(DenseOperator):
             self.weight = orig_module.weight
         self.bias = orig_module.bias
 
-    def take(self, stored: Stored) -> None:
+    def take(self, stored: QuantizedMatrix) -> None:
         """Raises: BackendError: a type without a kernel, or another shape."""
         assert self.stored is not None
         self.stored.take(stored)

@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.attention.attend import attend, attend_latents
+from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, growing
+from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer, check_stored
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.ggml import Graph, Node, Stored, buffer, check_stored
-from hybrimoe_plugin.operators.attend import attend, attend_latents
+from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.attention import Turn, angles, rotate, rotate_pairs
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.flash_latent import LatentShape
-from hybrimoe_plugin.operators.kv_cache import FixedCache, growing
 from hybrimoe_plugin.operators.linear import LinearGroup, RowGraphs, as_stored
-from hybrimoe_plugin.operators.norm import LeanRMSNorm
+from hybrimoe_plugin.operators.norm import FusedRMSNorm
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+__getattr__ = old_names(__name__)
 
 
-class LeanMLA(DenseOperator):
+class FusedMLA(DenseOperator):
     """Multi-head latent attention in its absorbed form where the matrices are as stored or there is
     one token.
 
@@ -55,17 +59,17 @@ class LeanMLA(DenseOperator):
             "kv_a_layernorm",
             *(["q_a_layernorm"] if orig_module.q_lora_rank is not None else []),
         ):
-            norm = LeanRMSNorm(
+            norm = FusedRMSNorm(
                 f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs
             )
             setattr(self, name, norm)
         self._inputs = LinearGroup(self.ggml, self, (names[0], "kv_a_proj_with_mqa"))
-        self._split: tuple[Stored, Stored] | None = None
+        self._split: tuple[QuantizedMatrix, QuantizedMatrix] | None = None
         self._graphs: tuple[RowGraphs, RowGraphs] | None = None
         if self.ggml is None:
             self.kv_b_proj = orig_module.kv_b_proj
 
-    def take_split(self, key: Stored, value: Stored) -> None:
+    def take_split(self, key: QuantizedMatrix, value: QuantizedMatrix) -> None:
         """The two parts of kv_b: [heads, latent, nope], which is W_uk transposed, and [heads,
         values, latent].
 

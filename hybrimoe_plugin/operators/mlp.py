@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.cpu.ggml import Graph, Node
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.ggml import Graph, Node
+from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.linear import RowGraphs, as_stored
 
+__getattr__ = old_names(__name__)
 
-class LeanMLP(DenseOperator):
+
+class FusedMLP(DenseOperator):
     """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored; as plain linears where
     that cannot be.
 

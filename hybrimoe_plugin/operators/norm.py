@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, norm_epsilon_fits
 from hybrimoe_plugin.errors import InputError
-from hybrimoe_plugin.experts.ggml import Graph, Node, norm_epsilon_fits
+from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.linear import RowGraphs
 
+__getattr__ = old_names(__name__)
 
-class LeanRMSNorm(DenseOperator):
+
+class FusedRMSNorm(DenseOperator):
     """`x / rms(x) * weight` in float32 by ggml for one row on the CPU, else in the precision of
     torch's own kernel.
 

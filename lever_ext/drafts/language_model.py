@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import SpeculationError
 from hybrimoe_plugin.hosts.transformers.config import PADDING_ROWS
-from lever_ext.drafts.runner import LeanRunner, Runner, make_runner
+from lever_ext.drafts.runner import DirectRunner, Runner, make_runner
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree
 
@@ -76,13 +76,13 @@ class LanguageModelDraft:
     @property
     def can_watch(self) -> bool:
         """Whether hidden states can be shown to a watcher."""
-        return isinstance(self._runner, LeanRunner)
+        return isinstance(self._runner, DirectRunner)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Show a target's routers the hidden states of every node expanded from now on. Mutates."""
         self._watcher = watcher
         self.routing = {}
-        if isinstance(self._runner, LeanRunner):
+        if isinstance(self._runner, DirectRunner):
             self._runner.tapped = frozenset() if watcher is None else frozenset(watcher.layers)
 
     def serve(self, vocabulary: int) -> None:
@@ -117,7 +117,7 @@ class LanguageModelDraft:
             return [Candidates((), ())]
         with self._changing():
             hidden = self._run_root(tree) if root else self._run_nodes(tree, keys)
-        if self._watcher is not None and isinstance(self._runner, LeanRunner):
+        if self._watcher is not None and isinstance(self._runner, DirectRunner):
             routed = self._watcher([tap[-len(keys) :] for tap in self._runner.taps])
             self.routing.update(zip(keys, routed, strict=True))
         with torch.inference_mode():

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.operators.kv_cache import cache_name
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 
 LEAN = ("llama", "qwen2", "qwen3")
 """Model types that the lean loop computes: pre-norm, rotary, grouped queries, gated FFN."""
@@ -47,7 +47,7 @@ def make_runner(model: Any) -> Runner:
     """The lean loop where it knows the model, else the model itself."""
     config = model.config
     plain = config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
-    return LeanRunner(model) if config.model_type in LEAN and plain else HostRunner(model)
+    return DirectRunner(model) if config.model_type in LEAN and plain else HostRunner(model)
 
 
 class HostRunner:
@@ -89,7 +89,7 @@ class HostRunner:
             layer.values = layer.values.index_select(2, index)
 
 
-class LeanRunner:
+class DirectRunner:
     """A loop over the layers' own linears and norms without the host's overhead per layer.
 
     Measured on SmolLM2 in 3 bits, 2 threads, 1 row: 19 ms through `transformers`, half of it

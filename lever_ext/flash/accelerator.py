@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from hybrimoe_plugin.config import parse_bytes
+from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.memory import RESERVE
+from hybrimoe_plugin.device.streams import CudaStreams, HostStreams, Streams
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.experts.memory import RESERVE
-from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
-from hybrimoe_plugin.experts.streams import CudaStreams, HostStreams, Streams
 from lever_ext.flash.pinned import PinnedBuffers
 
 

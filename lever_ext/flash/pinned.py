@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from hybrimoe_plugin.experts.host_bytes import register_pages
+from hybrimoe_plugin.compute.gpu.host_bytes import register_pages
 from lever_ext.flash.reader import Buffer
 
 logger = logging.getLogger(__name__)

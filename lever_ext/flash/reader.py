@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from hybrimoe_plugin.device.memory import huge_pages
 from hybrimoe_plugin.errors import ConfigError, FlashError
-from hybrimoe_plugin.experts.memory import huge_pages
 from hybrimoe_plugin.files import open_regular
 from lever_ext.flash.format import ALIGNMENT, align
 

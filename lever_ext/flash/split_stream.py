@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from hybrimoe_plugin.device.streams import COMPUTE, LINK, Event
 from hybrimoe_plugin.errors import FlashError
-from hybrimoe_plugin.experts.streams import COMPUTE, LINK, Event
 from lever_ext.flash.accelerator import Accelerator
 from lever_ext.flash.pack import FlashPack, Tensors, block_memory, views
 from lever_ext.flash.split import Place

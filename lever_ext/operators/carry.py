@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.operators.kv_cache import cache_in
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 
 CPU = torch.device("cpu")
 

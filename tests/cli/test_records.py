@@ -12,9 +12,9 @@ import pytest
 from hybrimoe_plugin.cli.records import Records
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.engine import CallRecord
+from hybrimoe_plugin.engine.timeline import Timeline
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.replay.trace import read_trace
-from hybrimoe_plugin.timeline import Timeline
 
 SPEC = ExpertSpec(64, 32, 8, 2, "Q8_0", "Q8_0", "Q8_0", 10, 10, 10)
 CALL = CallRecord(

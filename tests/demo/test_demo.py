@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.demo import build as builder
 from hybrimoe_plugin.demo import build_demo_model, source_path
+from hybrimoe_plugin.engine.calibrate import cache_dir
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
-from hybrimoe_plugin.experts.calibrate import cache_dir
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators import bind
 
@@ -107,7 +107,7 @@ def test_routing_depends_on_the_input(plain: tuple[Any, Any]) -> None:
 
 
 def test_it_is_a_complete_gguf_of_each_form() -> None:
-    from hybrimoe_plugin.experts.gguf_store import GGUFStore
+    from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
     store = GGUFStore.open(build_demo_model(progress=False))
     assert store.architecture == "llama"

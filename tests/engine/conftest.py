@@ -1,18 +1,5 @@
-"""One torch thread: the operations here are tiny, and threads that wait for one another take ten
-times as long.
-"""
+"""Every test here runs torch on one thread."""
 
-from __future__ import annotations
+from one_thread import one_torch_thread
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_torch_thread"]

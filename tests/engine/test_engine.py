@@ -12,7 +12,7 @@ from engines import EXPERTS, HIDDEN, WEIGHTS, build, plain, run
 
 from hybrimoe_plugin.config import CACHES, PREFETCHERS
 from hybrimoe_plugin.engine import CallRecord
-from hybrimoe_plugin.timeline import Timeline
+from hybrimoe_plugin.engine.timeline import Timeline
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])

@@ -10,9 +10,9 @@ import torch
 from engines import EXPERTS, HIDDEN, build
 from kernel_cases import random_layer
 
-from hybrimoe_plugin.experts.kernels.base import SlotCall
-from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
-from hybrimoe_plugin.experts.streams import Coming, HostStreams
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
+from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
+from hybrimoe_plugin.device.streams import Coming, HostStreams
 
 STOPS = {
     "item",

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from interrupts import ended, operations
 
+from hybrimoe_plugin.compute.backends import CPUBackend
+from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
+from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
+from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.engine import Engine
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.base import CPUBackend
-from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
-from hybrimoe_plugin.experts.cpu_kt import KTExperts
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.host_bytes import PlainBytes, StagedBytes
-from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator, make_accelerator
 
 pytestmark = pytest.mark.slow
 

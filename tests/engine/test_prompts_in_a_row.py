@@ -11,9 +11,9 @@ from fake_streams import LazyStreams
 from kernel_cases import random_layer
 from watched import WatchedKernels, watched_copy
 
-from hybrimoe_plugin.experts import lane as lane_module
-from hybrimoe_plugin.experts.host_bytes import StagedBytes
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
 from hybrimoe_plugin.policy.slots import SlotPool
 
 WEIGHTS = [random_layer(("Q8_0", "Q4_0", "F16"), 32, 32, 8, index=index) for index in range(3)]

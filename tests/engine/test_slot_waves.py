@@ -13,8 +13,8 @@ import torch
 from engines import EXPERTS, HIDDEN, WEIGHTS, build, plain, run
 from kernel_cases import random_layer
 
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.core import OFFLOADED, Routed
-from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.policy.schedule import make_scheduler
 
 

@@ -13,11 +13,11 @@ from fake_streams import LazyStreams
 from kernel_cases import random_layer
 from watched import WatchedKernels, watched_copy
 
+from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.engine import Engine
-from hybrimoe_plugin.experts import lane as lane_module
-from hybrimoe_plugin.experts.host_bytes import StagedBytes
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
 
 EXPERTS, HIDDEN, STEPS, VOCABULARY = 6, 32, 2000, 50
 WEIGHTS = [

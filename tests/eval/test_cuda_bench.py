@@ -12,7 +12,7 @@ import torch
 
 from eval import cuda_bandwidth
 from eval.cuda_bench import Bench, _TraceRouter
-from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.replay.trace import Call
 
 LAYERS, TOKENS, WIDTH, TOP_K = 3, 2, 8, 2

@@ -15,7 +15,7 @@ from replayed import Replayed
 from eval import cuda_model
 from eval.cuda import OURS
 from eval.shapes import MODELS, routing
-from hybrimoe_plugin.operators import graphs
+from hybrimoe_plugin.decode import graphed_layer as graphs
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,9 @@ from eval.gpu_stages.plan import STAGES, Stage
 from eval.gpu_stages.where import _union_us
 from eval.journal import Journal
 from eval.systems import KTRANSFORMERS, OURS
-from hybrimoe_plugin.experts.kernels.torch_ops import TorchKernels
-from hybrimoe_plugin.experts.slot_accelerator import SlotAccelerator
-from hybrimoe_plugin.experts.streams import HostStreams
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.device.streams import HostStreams
 
 ROOT = Path(__file__).resolve().parents[2]
 

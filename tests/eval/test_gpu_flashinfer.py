@@ -14,8 +14,8 @@ from replayed import Replayed
 
 from eval.gpu_stages import flashinfer as stage
 from eval.gpu_stages.place import Place
+from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
 from hybrimoe_plugin.hosts.transformers import sampling
-from hybrimoe_plugin.operators import flash_choice
 
 SECOND = 1e6
 

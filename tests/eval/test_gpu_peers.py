@@ -17,7 +17,7 @@ from eval.gpu_stages import llama_bench, peers
 from eval.gpu_stages.llama_bench import LlamaBench, LlamaBenchError
 from eval.gpu_stages.place import Place
 from eval.shapes import MODELS, routing
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 USAGE = """usage: llama-bench [options]
   -h, --help

@@ -18,8 +18,8 @@ from eval import all as every
 from eval import fidelity, forced, peer, roofline, synthetic, throughput
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.replay.trace import Call, TraceHeader, write_trace
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0"])

@@ -23,7 +23,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 import torch
 
-from hybrimoe_plugin.experts import ggml
+from hybrimoe_plugin.compute.cpu import ggml
 from tests.fuzz import (
     forked,
     gguf_cases,

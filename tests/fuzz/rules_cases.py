@@ -42,13 +42,13 @@ _OPERATORS = tuple(
     f"hybrimoe_plugin.operators.{name}"
     for name in (
         "experts.HybriMoEExperts",
-        "linear.LeanLinear",
-        "linear.StoredLinear",
-        "embedding.LeanEmbedding",
-        "norm.LeanRMSNorm",
-        "attention.LeanAttention",
-        "mla.LeanMLA",
-        "mlp.LeanMLP",
+        "linear.QuantizedLinear",
+        "linear.GgmlLinear",
+        "embedding.QuantizedEmbedding",
+        "norm.FusedRMSNorm",
+        "attention.FusedAttention",
+        "mla.FusedMLA",
+        "mlp.FusedMLP",
         "graphs.GraphedLayer",
         "device_linear.DeviceLinear",
     )
@@ -161,11 +161,11 @@ _VALUES = (
 _FITTING = (
     (r"^model\.layers\.\d+\.mlp\.experts$", _OPERATORS[0]),
     (r"^model\.layers\.0\.mlp\.experts$", _OPERATORS[0]),
-    ("^lm_head$", "hybrimoe_plugin.operators.linear.LeanLinear"),
-    (r"embed_tokens$", "hybrimoe_plugin.operators.embedding.LeanEmbedding"),
-    (r"norm$", "hybrimoe_plugin.operators.norm.LeanRMSNorm"),
-    (r"self_attn$", "hybrimoe_plugin.operators.attention.LeanAttention"),
-    (r"layers\.\d+$", "hybrimoe_plugin.operators.graphs.GraphedLayer"),
+    ("^lm_head$", "hybrimoe_plugin.operators.linear.QuantizedLinear"),
+    (r"embed_tokens$", "hybrimoe_plugin.operators.embedding.QuantizedEmbedding"),
+    (r"norm$", "hybrimoe_plugin.operators.norm.FusedRMSNorm"),
+    (r"self_attn$", "hybrimoe_plugin.operators.attention.FusedAttention"),
+    (r"layers\.\d+$", "hybrimoe_plugin.decode.graphed_layer.GraphedLayer"),
     (".", "default"),
 )
 _SETTINGS = (

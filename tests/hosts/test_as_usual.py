@@ -20,9 +20,9 @@ from torch import nn
 from transformers.generation.configuration_utils import CompileConfig
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
 
 IDS = tiny.tokens(9)
 PAIR = tiny.tokens(9, batch=2)

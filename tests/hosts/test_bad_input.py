@@ -131,7 +131,7 @@ def test_packaged_rules_fit_their_family_without_weights(family: str, tmp_path: 
     operators = [match.operator.rpartition(".")[2] for match in plan]
     assert operators.count("HybriMoEExperts") == sparse
     assert (
-        operators.count("LeanMLA" if family.startswith("deepseek") else "LeanAttention")
+        operators.count("FusedMLA" if family.startswith("deepseek") else "FusedAttention")
         == config.num_hidden_layers
     )
 

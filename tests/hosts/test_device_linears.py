@@ -12,8 +12,9 @@ import torch
 from replayed import Replayed
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.decode import graphed_layer as graphs
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators import dense, graphs
+from hybrimoe_plugin.operators import dense
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 
 

@@ -106,5 +106,5 @@ def test_rules_for_two_devices_cover_every_layer_once(
     assert layer_devices(found) == {
         f"model.layers.{index}": "cuda:0" if index < split else "cuda:1" for index in range(layers)
     }
-    for operator in ("GraphedLayer", "LeanAttention"):
+    for operator in ("GraphedLayer", "FusedAttention"):
         assert sum(match.operator.endswith(operator) for match in plan) == layers

@@ -15,8 +15,8 @@ import torch
 from steps import step
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators.kv_cache import cache_in
 
 SCHEDULERS = ("hybrimoe", "greedy", "static", "accelerator_only", "cpu_only")
 POLICIES = list(itertools.product(("mrs", "lru", "lfu", "static"), ("impact", "score", "off")))

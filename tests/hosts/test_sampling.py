@@ -17,8 +17,8 @@ from transformers import GenerationConfig
 from hybrimoe_plugin.hosts.transformers import sampling
 from hybrimoe_plugin.hosts.transformers.sampling import (
     Filters,
-    FlashFilter,
-    FlashSampling,
+    FlashinferFilter,
+    FlashinferSampling,
     choose,
     distance,
 )
@@ -59,7 +59,7 @@ def test_the_distribution_is_that_of_transformers(
 ) -> None:
     scores = spread * torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
     found, right = (
-        FlashFilter(flashinfer.sampling, filters)(None, scores),
+        FlashinferFilter(flashinfer.sampling, filters)(None, scores),
         filters.plain()(None, scores),
     )
     assert torch.equal(found.isinf(), right.isinf())
@@ -69,14 +69,14 @@ def test_the_distribution_is_that_of_transformers(
 def test_scores_that_are_left_out_stay_so(flashinfer: Any) -> None:
     scores = torch.randn(1, 50)
     scores[:, 10:] = float("-inf")
-    found = FlashFilter(flashinfer.sampling, Filters(1.0, 20, 0.99, 0.0))(None, scores)
+    found = FlashinferFilter(flashinfer.sampling, Filters(1.0, 20, 0.99, 0.0))(None, scores)
     assert found[:, 10:].isinf().all() and found[:, :10].isfinite().any()
 
 
 def test_the_faster_one_is_chosen_if_it_is_right(
     flashinfer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(choose(KINDS[0], 300, CPU, times(2.0, 1.0)), FlashFilter)
+    assert isinstance(choose(KINDS[0], 300, CPU, times(2.0, 1.0)), FlashinferFilter)
     assert choose(KINDS[0], 300, CPU, times(1.0, 2.0)) is None
     assert not caplog.records
     flashinfer.sampling.wrong = True
@@ -107,7 +107,7 @@ def test_filters_are_read_as_generate_reads_them() -> None:
         config(temperature=-1.0),
     ):
         assert Filters.of(other, none) is None
-    assert FlashSampling(SimpleNamespace(device=CPU, generation_config=none)).arguments(
+    assert FlashinferSampling(SimpleNamespace(device=CPU, generation_config=none)).arguments(
         config()
     ).keys() == {"generation_config"}, "nothing is asked of flashinfer on a CPU"
 
@@ -125,7 +125,7 @@ def test_generate_draws_the_same_tokens(own: dict[str, Any], flashinfer: Any) ->
         pad_token_id=0,
     )
     asked.eos_token_id = None
-    chosen = FlashSampling(model, times(2.0, 1.0))
+    chosen = FlashinferSampling(model, times(2.0, 1.0))
     drawn = []
     for arguments in (
         {"generation_config": asked},

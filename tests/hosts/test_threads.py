@@ -17,9 +17,9 @@ from replayed import Replayed
 from transformers.generation.streamers import BaseStreamer
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
+from hybrimoe_plugin.decode import graphed_layer as graphs
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.cpu_kt import KTExperts
-from hybrimoe_plugin.operators import graphs
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ import tiny
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 ALPHABET = sorted(ByteLevel.alphabet())
 TOKENS = ["<s>", "</s>", *ALPHABET, "Ġt", "he", "Ġthe", "12", "123"]

@@ -17,7 +17,7 @@ from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import LowBitLinear, low_bit_copy
 from lever_ext.drafts.ngram import NGramDraft
-from lever_ext.drafts.runner import HostRunner, LeanRunner
+from lever_ext.drafts.runner import DirectRunner, HostRunner
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
@@ -169,7 +169,7 @@ def fail_after(calls: int, expand: Any) -> Any:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_lean_runner_equals_the_hosts_forward(family: str, plain_models: dict[str, Any]) -> None:
     model, draws = plain_models[family], []
-    for runner in (LeanRunner(model), HostRunner(model)):
+    for runner in (DirectRunner(model), HostRunner(model)):
         draft = LanguageModelDraft(model, runner=runner)
         draft.start(prompt(1)[0, :-1].tolist())
         tree = CandidateTree(int(prompt(1)[0, -1]), Calibration())

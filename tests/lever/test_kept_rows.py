@@ -20,8 +20,8 @@ from interrupts import ended, operations
 from transformers import DynamicCache
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_name
 from hybrimoe_plugin.hosts.transformers.load import load_plain_model
-from hybrimoe_plugin.operators.kv_cache import GrowingLayer, cache_name
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import low_bit_copy

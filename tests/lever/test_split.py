@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from fake_streams import LazyStreams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from hybrimoe_plugin.compute.gpu import host_bytes
+from hybrimoe_plugin.device.streams import COMPUTE, LINK, HostStreams
 from hybrimoe_plugin.errors import BackendError, ConfigError, FlashError
-from hybrimoe_plugin.experts import host_bytes
-from hybrimoe_plugin.experts.streams import COMPUTE, LINK, HostStreams
 from lever_ext import target as targets
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
@@ -38,7 +39,6 @@ from lever_ext.operators.carry import Carrier
 from lever_ext.placing import DEVICE_RING, choose
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
-from tests.fake_streams import LazyStreams
 
 CPU, COPIED, STAYS = Place.CPU, Place.COPIED, Place.STAYS
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 10}

@@ -15,14 +15,14 @@ from steps import prefill, step
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.attend import attend
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_in, growing
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators.attend import attend
-from hybrimoe_plugin.operators.attention import LeanAttention
+from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.kv_cache import GrowingLayer, cache_in, growing
-from hybrimoe_plugin.operators.linear import RowGraphs, StoredLinear
-from hybrimoe_plugin.operators.norm import LeanRMSNorm
+from hybrimoe_plugin.operators.linear import GgmlLinear, RowGraphs
+from hybrimoe_plugin.operators.norm import FusedRMSNorm
 
 needs.kt_kernel()
 
@@ -43,7 +43,7 @@ def load(path: Path, **settings: Any) -> Any:
 def test_matrices_stay_as_stored_and_in_place(mixtral: Path) -> None:
     model = load(mixtral, accelerator="none")
     attention = model.model.layers[0].self_attn
-    assert isinstance(attention, LeanAttention) and isinstance(attention.v_proj, StoredLinear)
+    assert isinstance(attention, FusedAttention) and isinstance(attention.v_proj, GgmlLinear)
     # V is not rotated, so its bytes are the mapping's own; what is not large is float32.
     assert attention.v_proj.stored is not None and not attention.v_proj.stored.data.flags.owndata
     assert {value.dtype for value in model.parameters()} == {torch.float32}
@@ -71,7 +71,7 @@ def test_one_token_and_many_give_the_same_function(mixtral: Path) -> None:
 def test_norms_equal_torch_s_own(mixtral: Path, shape: tuple[int, ...]) -> None:
     model = load(mixtral, accelerator="none")
     norm = model.model.layers[1].input_layernorm
-    assert isinstance(norm, LeanRMSNorm) and norm.ggml is not None
+    assert isinstance(norm, FusedRMSNorm) and norm.ggml is not None
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(64, generator=generator))
@@ -142,8 +142,8 @@ def test_switches_choose_the_twins(mixtral: Path) -> None:
     plain = load(mixtral, dense="plain", dtype="float32", cpu_backend="torch")
     assert not any(isinstance(module, DenseOperator) for module in plain.modules())
     lean = load(mixtral, linears="plain", dtype="float32", cpu_backend="torch")
-    assert any(isinstance(module, LeanAttention) for module in lean.modules())
-    assert not any(isinstance(module, StoredLinear) for module in lean.modules())
+    assert any(isinstance(module, FusedAttention) for module in lean.modules())
+    assert not any(isinstance(module, GgmlLinear) for module in lean.modules())
     with torch.no_grad():
         torch.testing.assert_close(lean(ids).logits, plain(ids).logits)
     for model in (plain, lean):

@@ -11,9 +11,9 @@ from kernel_cases import random_matrix
 from torch import nn
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.ggml import Stored
-from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
+from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
 
@@ -27,7 +27,7 @@ def made(
     operator = DeviceLinear(
         "lm_head", None, SimpleNamespace(hidden_act="silu"), plain, linears="plain"
     )
-    operator.take(Stored(matrix.experts[0], kind, (rows, columns)))
+    operator.take(QuantizedMatrix(matrix.experts[0], kind, (rows, columns)))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return operator.to(device), dequantize_bytes(matrix.experts[0], kind, (rows, columns)).double()
 
@@ -60,9 +60,9 @@ def test_other_types_take_the_twin() -> None:
 def test_what_is_refused() -> None:
     operator, _ = made("Q8_0", 8, 32)
     with pytest.raises(BackendError, match=r"\(8, 32\)"):
-        operator.take(Stored(np.zeros(34, np.uint8), "Q8_0", (1, 32)))
+        operator.take(QuantizedMatrix(np.zeros(34, np.uint8), "Q8_0", (1, 32)))
     with pytest.raises(BackendError, match="IQ4_XS"):
-        operator.take(Stored(np.zeros(34, np.uint8), "IQ4_XS", (8, 32)))
+        operator.take(QuantizedMatrix(np.zeros(34, np.uint8), "IQ4_XS", (8, 32)))
     fresh = DeviceLinear(
         "lm_head", None, SimpleNamespace(hidden_act="silu"), nn.Linear(32, 8), linears="plain"
     )

@@ -18,12 +18,13 @@ from replayed import Replayed
 from steps import step
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.operators import flash_choice, graphs
-from hybrimoe_plugin.operators.attend import attend_latents
-from hybrimoe_plugin.operators.flash_choice import PAGE
-from hybrimoe_plugin.operators.flash_decode import FlashDecode, Shape
-from hybrimoe_plugin.operators.flash_latent import FlashLatent, LatentShape
-from hybrimoe_plugin.operators.kv_cache import cache_in
+from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention.attend import attend_latents
+from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import FlashinferGQA, Shape
+from hybrimoe_plugin.compute.attention.flashinfer_mla import FlashinferMLA, LatentShape
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
+from hybrimoe_plugin.decode import graphed_layer as graphs
 
 SHAPE = Shape(heads=8, groups=2, width=16, room=64, dtype=torch.bfloat16, scaling=0.25)
 LATENT = LatentShape(heads=4, latent=128, rope=64, room=64, dtype=torch.bfloat16, scaling=0.1)
@@ -61,7 +62,7 @@ class Timed(Replayed):
 def test_the_faster_one_is_chosen(
     shape: Any, flashinfer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = FlashDecode | FlashLatent
+    kinds = FlashinferGQA | FlashinferMLA
     assert isinstance(flash_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)), kinds)
     assert flash_choice.choose(shape, CPU, Timed(SECOND, 2 * SECOND)) is None
     if shape is SHAPE:
@@ -118,7 +119,7 @@ def test_a_kernel_that_cannot_be_planned_again_is_not_used(
 
 @pytest.mark.parametrize("held", [0, 1, PAGE - 1, PAGE, 63])
 def test_pages_are_the_cache_by_its_strides(held: int, flashinfer: Any) -> None:
-    kernel = FlashDecode(flashinfer, SHAPE, CPU)
+    kernel = FlashinferGQA(flashinfer, SHAPE, CPU)
     query, keys, values = SHAPE.example(CPU)
     assert flash_choice.pages(keys).data_ptr() == keys.data_ptr()
     kernel.plan(held)
@@ -130,7 +131,7 @@ def test_pages_are_the_cache_by_its_strides(held: int, flashinfer: Any) -> None:
 
 @pytest.mark.parametrize("held", [0, 1, PAGE - 1, PAGE, 63])
 def test_latents_are_paged_likewise(held: int, flashinfer: Any) -> None:
-    kernel = FlashLatent(flashinfer, LATENT, CPU)
+    kernel = FlashinferMLA(flashinfer, LATENT, CPU)
     query, rows = LATENT.example(CPU)
     kernel.plan(held)
     wanted = attend_latents(

@@ -16,10 +16,10 @@ from replayed import Replayed
 from steps import step
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, GrowingLayer, cache_in
+from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode.graphed_layer import PROOFS, UNDECIDED, GraphedLayer
 from hybrimoe_plugin.engine import CallRecord
-from hybrimoe_plugin.operators import graphs
-from hybrimoe_plugin.operators.graphs import PROOFS, UNDECIDED, GraphedLayer
-from hybrimoe_plugin.operators.kv_cache import FixedCache, GrowingLayer, cache_in
 
 STEPS = 44
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3")

@@ -14,9 +14,9 @@ import torch
 from steps import step
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
+from hybrimoe_plugin.decode.last_rows import LastRows
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators.kv_cache import cache_in
-from hybrimoe_plugin.operators.last_rows import LastRows
 
 needs.kt_kernel()
 

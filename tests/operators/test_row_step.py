@@ -15,9 +15,9 @@ import torch
 from steps import prefill, step
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.decode.cpu_step import RowStep, row_step
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators.graphs import GraphedLayer
-from hybrimoe_plugin.operators.row_step import RowStep, row_step
 
 needs.kt_kernel()
 

@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.experts.cpu_ggml import GgmlExperts
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators.kv_cache import cache_in, cache_name
-from hybrimoe_plugin.operators.norm import LeanRMSNorm
+from hybrimoe_plugin.operators.norm import FusedRMSNorm
 
 PROMPT = torch.arange(5, 9)[None]
 TOKEN = torch.tensor([[3]])
@@ -100,7 +100,7 @@ def refused(width: int) -> dict[str, Callable[[Any], Any]]:
 def odd_epsilon(eps: float) -> None:
     """A norm with such a constant gives what torch's own gives."""
     original = SimpleNamespace(weight=torch.randn(64), variance_epsilon=eps)
-    norm = LeanRMSNorm("norm", None, None, original, prefill_device="cpu", generate_device="cpu")  # type: ignore[arg-type]
+    norm = FusedRMSNorm("norm", None, None, original, prefill_device="cpu", generate_device="cpu")  # type: ignore[arg-type]
     x = torch.randn(1, 64)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (64,), original.weight, eps), equal_nan=True)
 

@@ -9,10 +9,10 @@ import pytest
 import tiny_experts
 import torch
 
+from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import CallRecord, Engine, SimulatedClock
-from hybrimoe_plugin.experts.cpu_torch import TorchExperts
-from hybrimoe_plugin.experts.slot_accelerator import make_accelerator
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.prefetch import make_prefetcher

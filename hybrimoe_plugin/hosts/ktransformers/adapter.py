@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrimoe_plugin.engine.turns import take_turns
 from hybrimoe_plugin.errors import BackendError, WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.ktransformers.complete import check_complete
 from hybrimoe_plugin.operators.bind import HybriMoE, bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
-from hybrimoe_plugin.operators.turns import take_turns
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import re
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.hosts.facts import Facts
+from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 _IN_CONFIG = (
     "block_count",

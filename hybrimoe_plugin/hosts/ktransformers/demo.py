@@ -14,7 +14,7 @@ from typing import Any
 
 from hybrimoe_plugin.cache_folder import folders, found, place_for
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 _NBYTES = 16 << 20
 """Room for the files of the directory, the link aside."""

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.errors import BackendError, InputError
-from hybrimoe_plugin.operators.attention import LeanAttention
+from hybrimoe_plugin.injection.own_attributes import give_own
+from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.mla import LeanMLA
-from hybrimoe_plugin.operators.own import give_own
+from hybrimoe_plugin.operators.mla import FusedMLA
 
 _SAVING = (
     "the checkpoint would lack every weight that is read from the file as it is stored: "
@@ -77,7 +77,7 @@ class _Guard:
         self._model = model
         self._plain = plain
         operators = [module for module in model.modules() if isinstance(module, DenseOperator)]
-        self._attention = any(isinstance(module, LeanAttention | LeanMLA) for module in operators)
+        self._attention = any(isinstance(module, FusedAttention | FusedMLA) for module in operators)
         self._real = {
             name: getattr(model, name)
             for name in ("_apply", "set_attn_implementation", "state_dict")

@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.hosts.facts import Facts
-from hybrimoe_plugin.hosts.transformers.names import ParameterSource
-from hybrimoe_plugin.hosts.transformers.rope import FACTORS
+from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.rope import FACTORS
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
 _SHOWN = 8
 _LAYER = re.compile(r"^blk\.(\d+)\.(.*)$")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.hosts.facts import Facts
+from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.rope import Rope, difference, read_rope
 from hybrimoe_plugin.hosts.transformers.directory import directory_config
-from hybrimoe_plugin.hosts.transformers.rope import Rope, difference, read_rope
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 log = logging.getLogger(__name__)
 

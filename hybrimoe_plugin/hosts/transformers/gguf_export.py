@@ -16,8 +16,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.hosts.transformers.names import rotate
-from hybrimoe_plugin.hosts.transformers.rope import FACTORS, frequencies
+from hybrimoe_plugin.families.rope import FACTORS, frequencies
+from hybrimoe_plugin.weights.parameter_source import rotate
 
 ARCHITECTURES = {
     "llama": "llama",

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from hybrimoe_plugin.decode.graphed_layer import connect_layers
+from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.memory import check_host, free_host_bytes
+from hybrimoe_plugin.engine.turns import Turns, take_turns
 from hybrimoe_plugin.errors import BudgetError, ConfigError, RulesError, WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
-from hybrimoe_plugin.experts.slot_accelerator import cuda_refusal
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
-from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.hosts.transformers.stored import (
     give_stored,
     keeps_stored,
@@ -34,8 +34,8 @@ from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
 from hybrimoe_plugin.injection.rules import Rules, load_rules
 from hybrimoe_plugin.operators.bind import bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.graphs import connect_layers
-from hybrimoe_plugin.operators.turns import Turns, take_turns
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hybrimoe_plugin.compute.attention.flashinfer_choice import installed
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.operators.flash_choice import installed
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Filters(NamedTuple):
         return rest
 
 
-class FlashFilter:
+class FlashinferFilter:
     """One processor for all filters; where flashinfer fails, transformers' take over.
 
     Args:
@@ -143,7 +143,7 @@ class FlashFilter:
         return probabilities.log()
 
 
-class FlashSampling:
+class FlashinferSampling:
     """Chooses a model's filter, once for each kind.
 
     Args:
@@ -157,7 +157,7 @@ class FlashSampling:
     ) -> None:
         self._model = model
         self._wall_us = wall_us or median_wall_us
-        self._known: dict[Filters, FlashFilter | None] = {}
+        self._known: dict[Filters, FlashinferFilter | None] = {}
 
     def arguments(self, config: Any) -> dict[str, Any]:
         """`generate`'s `generation_config` and `logits_processor` for this config; the config alone
@@ -186,14 +186,14 @@ def choose(
     vocabulary: int,
     device: torch.device,
     wall_us: Callable[[Callable[[], object], torch.device], float],
-) -> FlashFilter | None:
+) -> FlashinferFilter | None:
     """flashinfer's filter, if it gives transformers' distribution in less time; else None."""
     generator = torch.Generator().manual_seed(0)
     # Spread like a model's: some tokens hold most of the probability, the rest is a long tail.
     scores = (4.0 * torch.randn(2, vocabulary, generator=generator)).to(device)
     try:
         found, plain = (
-            FlashFilter(importlib.import_module("flashinfer").sampling, filters),
+            FlashinferFilter(importlib.import_module("flashinfer").sampling, filters),
             filters.plain(),
         )
         error = distance(found.filtered(scores), plain(None, scores))

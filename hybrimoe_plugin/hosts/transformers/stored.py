@@ -8,19 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from hybrimoe_plugin.compute.cpu.ggml import TYPES
+from hybrimoe_plugin.compute.cpu.repack import requantised
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.device.memory import check_host, free_host_bytes
 from hybrimoe_plugin.errors import BackendError, WeightsError
-from hybrimoe_plugin.experts.ggml import TYPES, Stored
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
-from hybrimoe_plugin.experts.memory import check_host, free_host_bytes
-from hybrimoe_plugin.experts.repack import requantised
-from hybrimoe_plugin.hosts.transformers.names import ParameterSource
 from hybrimoe_plugin.injection.match import Match
 from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
-from hybrimoe_plugin.operators.embedding import LeanEmbedding
-from hybrimoe_plugin.operators.linear import StoredLinear
-from hybrimoe_plugin.operators.mla import LeanMLA
+from hybrimoe_plugin.operators.embedding import QuantizedEmbedding
+from hybrimoe_plugin.operators.linear import GgmlLinear
+from hybrimoe_plugin.operators.mla import FusedMLA
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.parameter_source import ParameterSource
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +97,13 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
     for name, module in model.named_modules():
         parameter = f"{name.removesuffix('.stored')}.weight"
         try:
-            if isinstance(module, StoredLinear):
+            if isinstance(module, GgmlLinear):
                 module.take(_for_kernels(source.stored(parameter), parameter))
             elif isinstance(module, DeviceLinear):
                 module.take(source.stored(parameter))
-            elif isinstance(module, LeanEmbedding) and module.ggml is not None:
+            elif isinstance(module, QuantizedEmbedding) and module.ggml is not None:
                 module.take(_for_kernels(source.stored(parameter), parameter))
-            elif isinstance(module, LeanMLA) and module.ggml is not None:
+            elif isinstance(module, FusedMLA) and module.ggml is not None:
                 parameter = f"{name}.kv_b_proj.weight"
                 key, value = (
                     _for_kernels(part, parameter) for part in source.stored_kv_b(parameter)
@@ -113,7 +114,7 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
             raise BackendError(f"{store.paths[0]}: {tensors}: {error}") from error
 
 
-def _for_kernels(stored: Stored, name: str) -> Stored:
+def _for_kernels(stored: QuantizedMatrix, name: str) -> QuantizedMatrix:
     if stored.type_name in TYPES:
         return stored
     made = requantised(stored)

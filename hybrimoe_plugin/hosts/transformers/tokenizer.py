@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import HybriMoEError, WeightsError
-from hybrimoe_plugin.experts.gguf_store import GGUFStore
 from hybrimoe_plugin.hosts.ends import looks_like_an_end
 from hybrimoe_plugin.hosts.transformers.directory import check_tokenizer_files
 from hybrimoe_plugin.hosts.transformers.pre_tokenizers import pre_tokenizer, splits_of
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 """A directory with one of these has a tokenizer."""

@@ -52,7 +52,7 @@ def test_our_reader_takes_it(file: Path) -> None:
 
 def test_the_authors_example_caches_16_experts_in_each_layer() -> None:
     from hybrimoe_plugin.config import Settings
-    from hybrimoe_plugin.experts.memory import cache_quotas
+    from hybrimoe_plugin.engine.sizing import cache_quotas
 
     rules = load_rules(classic.RULES / "DeepSeek-V2-Lite-16-experts.yaml").rules
     kwargs = next(rule.kwargs for rule in rules if rule.replace_class == EXPERTS)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.cpu_kt import KTExperts
-from hybrimoe_plugin.experts.weights import LayerWeights, Matrix
+from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
 
 @dataclass(frozen=True)

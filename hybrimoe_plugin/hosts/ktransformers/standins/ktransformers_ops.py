@@ -12,8 +12,8 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.experts.dequant import dequantize, supported
-from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
+from hybrimoe_plugin.weights.dequant import dequantize, supported
+from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 
 MARLIN = (
     "KLinearMarlin needs KTransformersOps, which was not compiled here: put KLinearTorch into the "

@@ -1,0 +1,94 @@
+"""flashinfer's decode attention with grouped queries.
+
+Written against flashinfer 0.7's Python API (`BatchDecodeWithPagedKVCacheWrapper`). A cache of fixed
+place is taken as pages of 16 tokens by its strides; what changes from step to step lies in the
+wrapper's own device buffers and is set by `plan`, outside the graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention.attend import attend
+from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE, pages, table
+
+TENSOR_CORES_FROM = 4
+"""Query heads for each key head from which its tensor-core kernel pays, by its documentation's
+advice.
+"""
+
+
+class Shape(NamedTuple):
+    """Queries of several heads over keys and values [1, groups, room, width]."""
+
+    heads: int
+    groups: int
+    """Key heads."""
+    width: int
+    room: int
+    dtype: torch.dtype
+    scaling: float
+
+    def kernel(self, library: Any, device: torch.device) -> FlashinferGQA:
+        return FlashinferGQA(library, self, device)
+
+    def example(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        query = torch.randn(1, self.heads, 1, self.width, dtype=self.dtype, device=device)
+        keys, values = torch.randn(
+            2, 1, self.groups, self.room, self.width, dtype=self.dtype, device=device
+        )
+        return query, keys, values
+
+    def plain(self, seen: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
+        keys, values = cache
+        return attend(query, keys, values, seen, self.scaling, self.heads != self.groups)
+
+
+class FlashinferGQA:
+    """Attention of one token over keys and values [1, groups, room, width].
+
+    Args:
+        library: the flashinfer module.
+    """
+
+    def __init__(self, library: Any, shape: Shape, device: torch.device) -> None:
+        self.shape = shape
+
+        def buffer(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+        with torch.inference_mode(False):
+            self._wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+                torch.zeros(flash_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+                "HND",
+                use_cuda_graph=True,
+                use_tensor_cores=shape.heads >= TENSOR_CORES_FROM * shape.groups,
+                paged_kv_indptr_buffer=buffer(2),
+                paged_kv_indices_buffer=buffer(shape.room // PAGE),
+                paged_kv_last_page_len_buffer=buffer(1),
+            )
+
+    def plan(self, held: int) -> None:
+        """Set the step: this token's row is `held`, and it sees all up to it. Not while
+        capturing.
+        """
+        self._wrapper.plan(
+            *table(held),
+            torch.tensor([held % PAGE + 1], dtype=torch.int32),
+            self.shape.heads,
+            self.shape.groups,
+            self.shape.width,
+            PAGE,
+            q_data_type=self.shape.dtype,
+            kv_data_type=self.shape.dtype,
+            sm_scale=self.shape.scaling,
+        )
+
+    def __call__(self, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
+        """[1, heads, 1, width] from queries of that shape, keys and values."""
+        keys, values = cache
+        out: torch.Tensor = self._wrapper.run(query[:, :, 0], (pages(keys), pages(values)))
+        return out[:, :, None]

@@ -1,0 +1,70 @@
+"""Load kt-kernel's extension module, and say which weight types its build computes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from hybrimoe_plugin.errors import BackendError
+
+
+def import_kernel() -> ModuleType:
+    """kt-kernel's extension module.
+
+    Raises:
+        BackendError: not installed, or it does not load on this processor.
+    """
+    # A failed assertion would start a debugger, which takes up to a minute. Newer releases of ggml
+    # ask this first; that of kt-kernel 0.7.2 has no switch.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    try:
+        with _float_environment():
+            from kt_kernel import kt_kernel_ext
+    except Exception as error:  # a wrong processor shows as RuntimeError, OSError or ImportError
+        raise BackendError(f"kt-kernel does not load: {error}") from error
+    module: ModuleType = kt_kernel_ext
+    return module
+
+
+@contextmanager
+def _float_environment() -> Iterator[None]:
+    """Undo what loading a library built with -ffast-math does to the thread: subnormal numbers
+    would become 0.
+    """
+    libm = ctypes.CDLL(None)
+    kept = ctypes.create_string_buffer(64)  # fenv_t is 32 bytes on x86-64, smaller elsewhere
+    if not hasattr(libm, "fegetenv") or libm.fegetenv(kept):
+        yield
+        return
+    try:
+        yield
+    finally:
+        libm.fesetenv(kept)
+
+
+def kernel_types(variant: str) -> frozenset[str]:
+    """GGML types that a build of kt-kernel computes, by its name: `avx2`, `avx512_bf16`, `amx` and
+    so on.
+    """
+    return KERNEL_TYPES if variant in BF16_VARIANTS else KERNEL_TYPES - {"BF16"}
+
+
+def variant_name() -> str:
+    """The build that kt-kernel has chosen for this processor; empty for one that does not say."""
+    return str(getattr(sys.modules.get("kt_kernel"), "__cpu_variant__", ""))
+
+
+KERNEL_TYPES = frozenset(
+    {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
+)
+"""GGML types that were tried against a float32 reference; any other ends the process."""
+
+
+BF16_VARIANTS = frozenset({"avx512_bf16", "amx"})
+"""kt-kernel's builds that multiply bfloat16. The others take BF16 weights and then end the process
+at the first token ("llamafile not supported").
+"""

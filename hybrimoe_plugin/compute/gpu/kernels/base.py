@@ -1,0 +1,53 @@
+"""What the slot accelerator asks of its kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.core import ExpertSpec
+
+
+class SlotCall(NamedTuple):
+    """One wave of one layer call, all on one device."""
+
+    buffer: torch.Tensor
+    """[slots, slot bytes] uint8."""
+    layout: SlotLayout
+    """Of this layer's experts."""
+    slots: tuple[int, ...]
+    """The slots that occur in `slot_ids`, known to the host."""
+    hidden: torch.Tensor
+    """[T, H] floating point."""
+    slot_ids: torch.Tensor
+    """[T, K] int64; -1 where an expert is not computed here."""
+    topk_weights: torch.Tensor
+    """[T, K] floating point routing weights."""
+
+
+class Kernels(Protocol):
+    """Computes experts in two stages, so that gate and up can start before down has arrived."""
+
+    name: str
+
+    def refusal(self, spec: ExpertSpec) -> str | None:
+        """Why these kernels cannot run experts of this shape and types, None if they can."""
+        ...
+
+    def layout(self, spec: ExpertSpec) -> SlotLayout: ...
+
+    def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
+        """Bring stored bytes [part.size] into slot form. Mutates `target`. Only for parts that are
+        split.
+        """
+        ...
+
+    def gate_up(self, call: SlotCall) -> Any:
+        """silu(gate x) * (up x) of every routed pair that has a slot; handed to `down` as it is."""
+        ...
+
+    def down(self, call: SlotCall, activations: Any) -> torch.Tensor:
+        """[T, H] of hidden's dtype: the weighted sum over each token's slots."""
+        ...

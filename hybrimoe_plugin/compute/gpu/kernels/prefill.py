@@ -1,0 +1,160 @@
+"""Many tokens: pairs sorted by slot, one tile of tokens times one tile of rows per program
+(GEMM-like).
+
+Weights are brought to the tiles' type (bf16 on a GPU) right before `tl.dot`; sums are float32.
+"""
+
+# Triton's idiom: constants in capitals, arguments without Python types.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hybrimoe_plugin.compute.gpu.kernels.formats import (
+    codes,
+    half_scales,
+    high_step,
+    k_scales,
+    low_columns,
+    pair_scales,
+)
+
+
+@triton.jit
+def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """([N, 32], [N, 32]) float32 weights of rows [N] in one unit's low and high columns."""
+    row, lane = rows[:, None], tl.arange(0, 32)[None, :]
+    low, high = codes(KIND, base, row, unit, lane, row < ROWS, ROWS, COLUMNS)
+    # Scales are loaded once for a row and widened then: as [N, 1] each thread would load its own
+    # one sixteen times.
+    if KIND == "Q4_K" or KIND == "Q5_K":
+        s_low, s_high, m_low, m_high = k_scales(KIND, base, rows, unit, rows < ROWS, COLUMNS)
+        low = s_low[:, None] * low - m_low[:, None]
+        high = s_high[:, None] * high - m_high[:, None]
+    elif KIND == "Q8_0":
+        s_low, s_high = pair_scales(base, rows, unit, rows < ROWS, ROWS, COLUMNS)
+        low *= s_low[:, None]
+        high *= s_high[:, None]
+    elif KIND != "BF16" and KIND != "F16":
+        half = tl.arange(0, 2)[None, :]
+        s_low, s_high = half_scales(
+            KIND, base, row, unit, half, (row < ROWS) & (half >= 0), ROWS, COLUMNS
+        )
+        low = tl.reshape(tl.reshape(low, (rows.shape[0], 2, 16)) * s_low[:, :, None], low.shape)
+        high = tl.reshape(tl.reshape(high, (rows.shape[0], 2, 16)) * s_high[:, :, None], high.shape)
+    return low, high
+
+
+@triton.jit
+def add_unit(
+    total,
+    KIND: tl.constexpr,
+    base,
+    rows,
+    unit,
+    states,
+    states_mask,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """total [M, N] + states [M, unit] times the unit's weights; `states` points at each token's
+    first column [M, 1].
+    """
+    low, high = unit_weights(KIND, base, rows, unit, ROWS, COLUMNS)
+    column = low_columns(KIND, unit, tl.arange(0, 32)[None, :])
+    if COLUMNS % 64 == 0:
+        x_low = tl.load(states + column, states_mask, 0.0)
+        x_high = tl.load(states + column + high_step(KIND), states_mask, 0.0)
+    else:
+        x_low = tl.load(states + column, states_mask & (column < COLUMNS), 0.0)
+        x_high = tl.load(
+            states + column + high_step(KIND),
+            states_mask & (column + high_step(KIND) < COLUMNS),
+            0.0,
+        )
+    total = tl.dot(x_low.to(DOT), tl.trans(low.to(DOT)), total, input_precision="ieee")
+    return tl.dot(x_high.to(DOT), tl.trans(high.to(DOT)), total, input_precision="ieee")
+
+
+@triton.jit
+def gate_up_prefill(
+    hidden,
+    slots,
+    order,
+    tile_slots,
+    tile_firsts,
+    tile_ends,
+    activations,
+    slot_bytes,
+    up_offset,
+    TOP_K: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """activations[place, INNER] in sorted order; grid (row blocks, tiles)."""
+    tile = tl.program_id(1)
+    slot = tl.load(tile_slots + tile)
+    if slot >= 0:
+        base = slots + slot.to(tl.int64) * slot_bytes
+        places = tl.load(tile_firsts + tile) + tl.arange(0, BLOCK_TOKENS)
+        places_mask = places < tl.load(tile_ends + tile)
+        token = tl.load(order + places, places_mask, 0) // TOP_K
+        states, states_mask = (hidden + token * HIDDEN)[:, None], places_mask[:, None]
+        rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        gate = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
+        up = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
+        for unit in range((HIDDEN + 63) // 64):
+            gate = add_unit(gate, GATE, base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
+            up = add_unit(
+                up, UP, base + up_offset, rows, unit, states, states_mask, INNER, HIDDEN, DOT
+            )
+        value = gate / (1.0 + tl.exp(-gate)) * up
+        target = activations + places[:, None] * INNER + rows[None, :]
+        tl.store(
+            target, value.to(activations.dtype.element_ty), states_mask & (rows[None, :] < INNER)
+        )
+
+
+@triton.jit
+def down_prefill(
+    activations,
+    slots,
+    order,
+    tile_slots,
+    tile_firsts,
+    tile_ends,
+    weights,
+    parts,
+    slot_bytes,
+    down_offset,
+    DOWN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """parts[pair, HIDDEN], each with its routing weight applied; grid (row blocks, tiles)."""
+    tile = tl.program_id(1)
+    slot = tl.load(tile_slots + tile)
+    if slot >= 0:
+        base = slots + slot.to(tl.int64) * slot_bytes + down_offset
+        places = tl.load(tile_firsts + tile) + tl.arange(0, BLOCK_TOKENS)
+        places_mask = places < tl.load(tile_ends + tile)
+        states, states_mask = (activations + places * INNER)[:, None], places_mask[:, None]
+        rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
+        for unit in range((INNER + 63) // 64):
+            total = add_unit(total, DOWN, base, rows, unit, states, states_mask, HIDDEN, INNER, DOT)
+        pair = tl.load(order + places, places_mask, 0)
+        total *= tl.load(weights + pair, places_mask, 0.0).to(tl.float32)[:, None]
+        target = parts + pair[:, None] * HIDDEN + rows[None, :]
+        tl.store(target, total.to(parts.dtype.element_ty), states_mask & (rows[None, :] < HIDDEN))

@@ -1,0 +1,115 @@
+"""Memory of this machine: what is free, huge pages, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from hybrimoe_plugin.errors import BudgetError
+
+RESERVE = 0.1
+"""Share of free accelerator memory that is left alone for activations and fragmentation."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def human(size: float) -> str:
+    """`1.5 GiB` for 1610612736."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+class _Group(NamedTuple):
+    """Where one version of control groups says what a container may take and has taken."""
+
+    limit: str
+    used: str
+    stat: str
+    cached: tuple[str, ...]
+    """Lines of `stat`, in bytes: pages of files, which the kernel takes back when memory is asked
+    for.
+    """
+    dirty: str
+    """The part of them that must be written first."""
+
+
+_GROUPS = (
+    _Group(
+        "memory.max",
+        "memory.current",
+        "memory.stat",
+        ("inactive_file", "active_file"),
+        "file_dirty",
+    ),
+    _Group(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+        "total_dirty",
+    ),
+)
+
+
+def free_host_bytes(root: Path = _CGROUPS) -> int:
+    """Memory that can still be taken on the host; a container's limit counts.
+
+    Args:
+        root: where control groups are mounted, of version 2 or 1.
+    """
+    free = int(psutil.virtual_memory().available)
+    for group in _GROUPS:
+        with contextlib.suppress(OSError, ValueError):  # not this version, or no limit ("max")
+            free = min(free, _free_in(root, group))
+    return max(0, free)
+
+
+def _free_in(root: Path, group: _Group) -> int:
+    """What a container may still take, its cached pages of files counted as free: a mapped model
+    would seem to fill it.
+
+    Raises:
+        OSError, ValueError: there is no such group, or it has no limit.
+    """
+    limit, used = (int((root / name).read_text()) for name in (group.limit, group.used))
+    return limit - used + _reclaimable(root, group)
+
+
+def _reclaimable(root: Path, group: _Group) -> int:
+    try:
+        words = (root / group.stat).read_text().split()
+        stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    except (OSError, ValueError):  # a sandbox may show the limit alone
+        return 0
+    return max(0, sum(stat.get(name, 0) for name in group.cached) - stat.get(group.dirty, 0))
+
+
+def huge_pages(nbytes: int) -> mmap.mmap:
+    """Host memory of its own, zeroed, from huge pages where the kernel has them.
+
+    Private, as shared anonymous memory gets huge pages only where `shmem_enabled` says so, which is
+    rare.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def check_host(needed_bytes: int, what: str, free_bytes: int | None = None) -> None:
+    """Refuse before loading what the host cannot hold.
+
+    Raises:
+        BudgetError: with the numbers.
+    """
+    free = free_host_bytes() if free_bytes is None else free_bytes
+    if needed_bytes > free:
+        raise BudgetError(f"{what} need {human(needed_bytes)} of memory, {human(free)} are free")

@@ -1,1 +1,0 @@
-"""Where expert weights live and how they are computed. Knows nothing of models and rules."""

@@ -1,3 +1,0 @@
-"""What computes experts in slots: fused Triton kernels, and their plain twin in torch
-operations.
-"""

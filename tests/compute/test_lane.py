@@ -1,0 +1,205 @@
+"""The slots' traffic on queues that run as late as they may: right data, no race, edges where they
+belong.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fake_streams import LazyStreams, Point
+from kernel_cases import random_call, random_layer, reference
+from watched import WatchedKernels, watched_copy
+
+from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.lane import AHEAD_DEPTH
+from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, REPACK
+from hybrimoe_plugin.errors import BackendError, BudgetError
+
+Build = Callable[..., tuple[SlotAccelerator, LazyStreams]]
+
+EXPERTS, SLOTS = 6, 4
+WEIGHTS = random_layer(("Q4_0", "F16", "Q8_0"), 64, 32, experts=EXPERTS)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Makes a device on lazy streams; its copies tell them what they write."""
+
+    def make(
+        seed: int | None = None,
+        host: HostBytes | None = None,
+        streams: LazyStreams | None = None,
+        ahead_depth: int = AHEAD_DEPTH,
+    ) -> tuple[SlotAccelerator, LazyStreams]:
+        streams = streams or LazyStreams(seed)
+        monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
+        kernels = WatchedKernels(streams)
+        device = SlotAccelerator(
+            torch.device("cpu"),
+            "fake",
+            kernels,
+            streams,
+            host or PlainBytes(),
+            ahead_depth=ahead_depth,
+        )
+        device.allocate(SLOTS, [WEIGHTS])
+        return device, streams
+
+    return make
+
+
+def compute(device: SlotAccelerator, held: dict[int, int], seed: int) -> None:
+    """Compute slot -> expert and compare with the reference."""
+    hidden, ids, routing = random_call(3, EXPERTS, 64, 2, seed)
+    table = torch.full((EXPERTS,), -1)
+    for slot, expert in held.items():
+        table[expert] = slot
+    found = device.compute(tuple(held), hidden, table[ids], routing)
+    wanted = reference(WEIGHTS, hidden, ids, routing, set(held.values()))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def traffic(device: SlotAccelerator, seed: int, steps: int) -> None:
+    """Random onloads, prefetches, cancellations and computes; slots are reused while work is
+    queued.
+    """
+    rng = random.Random(seed)
+    held: dict[int, int] = {}
+    for step in range(steps):
+        slot, expert = rng.randrange(SLOTS), rng.randrange(EXPERTS)
+        held = {other: kept for other, kept in held.items() if kept != expert and other != slot}
+        device.onload(slot, WEIGHTS, expert, ahead=rng.random() < 0.5)
+        held[slot] = expert
+        if rng.random() < 0.2 and device.cancel(slot):
+            del held[slot]
+        if rng.random() < 0.5 and held:
+            chosen = rng.sample(sorted(held), rng.randint(1, len(held)))
+            compute(device, {slot: held[slot] for slot in chosen}, step)
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_random_traffic_is_right_and_without_races(build: Build, seed: int | None) -> None:
+    device, _ = build(seed)
+    traffic(device, seed or 0, 120)
+    device.close()
+
+
+def test_staging_buffers_are_reused_only_when_read(build: Build) -> None:
+    streams = LazyStreams(4)
+    device, _ = build(streams=streams, host=StagedBytes(streams, ring=3, pinned=False))
+    traffic(device, 4, 80)
+    assert streams.host_waits > 0, "three buffers cannot hold what waits here"
+    device.close()
+
+
+@pytest.mark.parametrize(
+    "edge", [(COMPUTE, REPACK), (COMPUTE, LINK), (COMPUTE, AHEAD), (REPACK, LINK)]
+)
+def test_a_missing_edge_to_new_data_is_seen(build: Build, edge: tuple[str, str]) -> None:
+    """The test's own test: without any one of the edges the traffic above fails."""
+
+    class Leaky(LazyStreams):
+        def wait(self, queue: str, event: Any) -> None:
+            if (queue, event.queue) != edge:
+                super().wait(queue, event)
+
+    device, _ = build(streams=Leaky())
+    with pytest.raises((AssertionError, IndexError)):
+        traffic(device, 0, 120)
+
+
+@pytest.mark.parametrize("queue", [LINK, AHEAD, REPACK])
+def test_a_missing_edge_from_the_last_use_is_seen(build: Build, queue: str) -> None:
+    class Leaky(LazyStreams):
+        def wait(self, waiting: str, event: Any) -> None:
+            if (waiting, event.queue) != (queue, COMPUTE):
+                super().wait(waiting, event)
+
+    device, _ = build(streams=Leaky(1))
+    with pytest.raises(AssertionError, match="race"):
+        traffic(device, 1, 200)
+
+
+def test_compute_starts_before_down_has_arrived(build: Build) -> None:
+    device, streams = build()
+    device.onload(0, WEIGHTS, 5)
+    streams.log.clear()
+    compute(device, {0: 5}, 0)
+    assert streams.log.index("stage 1") < streams.log.index(
+        "compute waits for repack", streams.log.index("stage 1")
+    )
+    assert streams.log[-1] == "stage 2"
+    assert streams.host_waits == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_prefetches_wait_for_room_and_can_be_dropped(build: Build, depth: int) -> None:
+    device, _ = build(ahead_depth=depth)
+    device.allocate(depth + 3, [WEIGHTS])
+    for slot in range(depth + 3):
+        device.onload(slot, WEIGHTS, slot % EXPERTS, ahead=True)
+    first, second, third = range(depth, depth + 3)
+    assert not device.cancel(0), "the link has it already"
+    assert device.cancel(first)
+    assert not device.cancel(first)
+    device.onload(second, WEIGHTS, 1)  # supersedes a waiting prefetch
+    assert device.cancelled == 2
+    compute(device, {second: 1}, 1)
+    compute(device, {third: third % EXPERTS}, 2)  # needed while it waits: sent at once
+    with pytest.raises(BackendError, match="never onloaded"):
+        compute(device, {first: first % EXPERTS}, 3)
+
+
+def test_a_demand_load_has_few_prefetches_before_it(build: Build) -> None:
+    """The link serves copies in the order in which the device was given them."""
+    device, streams = build()
+    device.allocate(8, [WEIGHTS])
+    for slot in range(7):
+        device.onload(slot, WEIGHTS, slot % EXPERTS, ahead=True)
+    events = sum(isinstance(item, Point) for item in streams._queues[AHEAD])
+    device.onload(7, WEIGHTS, 0)
+    assert device._lane._pending.keys() == set(range(2, 7))
+    assert events and events == sum(isinstance(item, Point) for item in streams._queues[AHEAD])
+    with pytest.raises(ValueError, match="ahead_depth"):
+        build(ahead_depth=0)
+    assert make_accelerator("emulated", torch.device("cpu"), ahead_depth=4)._ahead_depth == 4
+
+
+def test_after_an_interrupted_compute_slots_keep_what_has_arrived(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, _ = build()
+    device.onload(0, WEIGHTS, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(WatchedKernels, "down", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            compute(device, {0: 1}, 0)
+    assert device.settle() == {0: (WEIGHTS, 1)}
+    device.onload(0, WEIGHTS, 2)
+    compute(device, {0: 2}, 1)
+
+
+def test_memory_that_is_not_there_is_a_budget_error(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, _ = build()
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    real = torch.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "empty", lambda *args, **kw: refuse() if args[0] == 9 else real(*args, **kw)
+        )
+        with pytest.raises(BudgetError, match="9 slots"):
+            device.allocate(9, [WEIGHTS])
+    device.allocate(2, [WEIGHTS])
+    device.onload(1, WEIGHTS, 0)
+    compute(device, {1: 0}, 0)

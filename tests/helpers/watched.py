@@ -1,0 +1,72 @@
+"""The plain twin of the kernels on split planes, telling the fake streams what it touches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fake_streams import LazyStreams
+
+from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.layout import (
+    Part,
+    SlotLayout,
+    join_planes,
+    slot_layout,
+    split_planes,
+)
+from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+
+
+class WatchedKernels(TorchKernels):
+    """The plain twin on split planes, telling the streams what it touches."""
+
+    def __init__(self, streams: LazyStreams) -> None:
+        self._streams = streams
+
+    def layout(self, spec: Any) -> SlotLayout:
+        return slot_layout(spec, split=True)
+
+    def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
+        self._streams.touch(raw, write=False)
+        self._streams.touch(target, write=True)
+        target.copy_(torch.from_numpy(split_planes(raw.numpy(), part.type_name)))
+
+    def gate_up(self, call: SlotCall) -> Any:
+        self._streams.log.append("stage 1")
+        for slot in call.slots:
+            for part in (call.layout.gate, call.layout.up):
+                self._touch(call, slot, part)
+        return super().gate_up(self._joined(call))
+
+    def down(self, call: SlotCall, activations: Any) -> torch.Tensor:
+        self._streams.log.append("stage 2")
+        for slot in call.slots:
+            self._touch(call, slot, call.layout.down)
+        return super().down(self._joined(call), activations)
+
+    def _touch(self, call: SlotCall, slot: int, part: Part) -> None:
+        self._streams.touch(
+            call.buffer[slot, part.offset : part.offset + part.size], write=False, compute=True
+        )
+
+    @staticmethod
+    def _joined(call: SlotCall) -> SlotCall:
+        """The same call with blocks as GGML has them."""
+        buffer = call.buffer.clone()
+        for slot in call.slots:
+            for part in call.layout:
+                if part.split:
+                    span = slice(part.offset, part.offset + part.size)
+                    buffer[slot, span] = join_planes(call.buffer[slot, span], part.type_name)
+        return call._replace(buffer=buffer)
+
+
+def watched_copy(streams: LazyStreams) -> Any:
+    """A replacement for the lane's copy that tells the streams what it writes."""
+
+    def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+        streams.touch(target, write=True)
+        target.copy_(source)
+
+    return copy
