@@ -38,7 +38,6 @@ from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.replay.trace import Call
 
 log = logging.getLogger(__name__)
@@ -167,11 +166,8 @@ class Subject:
         """
         controller, layers = self.engine.controller, len(self.gates)
         experts, top_k = self.engine.layers[0].spec.experts, given.header.top_k
-        controller.cache = make_cache(
-            settings.cache, layers, experts, top_k, settings, given.popularity[:layers]
-        )
-        pool = controller.pool
-        controller.pool = SlotPool(pool.quotas, pool.staging, pool.shared)
+        popularity = given.popularity[:layers]
+        controller.restart(make_cache(settings.cache, layers, experts, top_k, settings, popularity))
         for move in controller.warm_start():
             self.engine.accelerator.onload(move.slot, self.engine.layers[move.layer], move.expert)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.ranked import CachePolicy
+from hybrimoe_plugin.policy.cache.ranked import CachePolicy
 from hybrimoe_plugin.replay.oracle import BeladyCache
 from hybrimoe_plugin.replay.trace import Trace
 

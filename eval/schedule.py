@@ -84,7 +84,7 @@ def recorded_rows(cases: int, tokens: int = 24) -> list[dict[str, Any]]:
         for machine in ("a6000", "rtx4090-desktop", "laptop-8gb"):
             costs = traces.costs_for(machine, trace, name)
             made = build(OURS_SYSTEM, trace, costs, 0.25, None)
-            seen = made.decode = Listener(made.decode)
+            seen = made.schedulers.decode = Listener(made.schedulers.decode)
             first = Trace(trace.header, trace.calls[: (tokens + 1) * trace.header.layers])
             replay(prepare(OURS_SYSTEM, first, 0.79), made)
             picked = np.random.default_rng(0).permutation(len(seen.calls))[:cases]

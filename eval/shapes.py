@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from eval import traces
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.policy.costs import CostModel
-from hybrimoe_plugin.policy.profile import load_profile
+from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.replay.sources import Popularity, counts, with_predictions
 from hybrimoe_plugin.replay.trace import Call, Trace, TraceHeader
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix

@@ -14,7 +14,7 @@ import numpy as np
 
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.policy.costs import CostModel
-from hybrimoe_plugin.policy.profile import load_profile
+from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.replay.sources import Popularity, counts, synthetic
 from hybrimoe_plugin.replay.trace import Trace, read_trace
 

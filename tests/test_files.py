@@ -23,7 +23,7 @@ from hybrimoe_plugin.errors import (
     WeightsError,
 )
 from hybrimoe_plugin.injection.rules import load_rules
-from hybrimoe_plugin.policy.profile import load_profile
+from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.replay.sources import load_trace, read_popularity
 from hybrimoe_plugin.replay.trace import FORMAT, VERSION, read_trace
 from hybrimoe_plugin.weights.gguf_store import GGUFStore

@@ -32,7 +32,8 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.machine import hardware, versions
 from hybrimoe_plugin.device.noise import Median, Noise
 from hybrimoe_plugin.errors import ProfileError
-from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side
+from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from hybrimoe_plugin.device.machine import hardware
 from hybrimoe_plugin.engine import Engine
 from hybrimoe_plugin.engine.calibrate import ensure_profile, shared_threads
 from hybrimoe_plugin.errors import BackendError
-from hybrimoe_plugin.policy.profile import MachineProfile, load_profile
+from hybrimoe_plugin.policy.profile import MachineProfile
+from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)

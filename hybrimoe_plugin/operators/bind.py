@@ -72,7 +72,7 @@ class HybriMoE:
     def reset_stats(self) -> None:
         with self.turns.lock:
             for engine in self.engines:
-                engine.controller.counters = Counters()
+                engine.controller.counters.reset()
 
     def timeline(self, path: str | Path) -> Timeline:
         """Write every layer call from now on to a trace file, until the returned object is

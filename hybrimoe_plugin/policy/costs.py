@@ -110,3 +110,8 @@ class CostModel:
         self.transfer_us = transfer_us
         self.link_latency_us = link_latency_us
         self.between_layers_us = between_layers_us
+
+    @property
+    def miss_us(self) -> float:
+        """What one token's miss costs, roughly: the cheaper of the two ways to deal with it."""
+        return min(self.cpu(1), self.transfer_us)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 
 @dataclass
@@ -54,6 +54,11 @@ class Counters:
 
     def snapshot(self) -> Counters:
         return replace(self)
+
+    def reset(self) -> None:
+        """Begin to count anew. Mutates: whoever shares these counters goes on with them."""
+        for item in fields(self):
+            setattr(self, item.name, item.default)
 
     def plus(self, other: Counters) -> Counters:
         """The sum, count by count."""

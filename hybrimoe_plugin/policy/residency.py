@@ -1,290 +1,256 @@
-"""What is where: slots, transfers under way, and who gives way to whom."""
+"""Which experts are where: slots, transfers under way, and what each cached expert is worth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
+from hybrimoe_plugin.policy.cache.ranked import CachePolicy
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.counters import Counters
-from hybrimoe_plugin.policy.prompt_row import PromptRow
-from hybrimoe_plugin.policy.ranked import CachePolicy
+from hybrimoe_plugin.policy.prefetch.record import PrefetchRecord
 from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.policy.step import Move
 
 KEPT = math.inf
 """Worth of an expert that cannot or must not be evicted."""
-
-
-class Move(NamedTuple):
-    """One expert's weights to be sent into one slot."""
-
-    layer: int
-    expert: int
-    slot: int
-    start_us: float
-    """When the link takes it up, as predicted."""
-    end_us: float
-
-
-class Step(NamedTuple):
-    """What one layer call is to do. `moves` are the demand loads, in link order."""
-
-    layer: int
-    tokens: int
-    routed: tuple[Routed, ...]
-    plan: LayerPlan
-    moves: tuple[Move, ...]
-
-
-class Ahead(NamedTuple):
-    """How a prefetch came about."""
-
-    distance: int
-    """Layers over which it was predicted."""
-    alone: bool
-    """Whether a call of one token sent it."""
+SAFE = 0.5
+"""Share of a newcomer's probability of use below which the worth of its victim must lie, where the
+newcomer gains little by itself: estimates err, and each exchange costs a transfer.
+"""
 
 
 class Residency:
-    """Slots and link bookkeeping of one model; times are microseconds on the caller's clock.
+    """What the slots of one model hold, and which expert a newcomer replaces.
 
     Args:
         pool: slots, empty at first.
-        expert_bytes: bytes of one expert, for the counters.
+        cache: ranks the experts; a rank is what an expert is worth in its slot.
+        prefetched: prefetches that were not used yet keep their slots until their layer has run.
+        counters: where evictions are counted.
     """
 
     def __init__(
-        self, pool: SlotPool, costs: CostModel, cache: CachePolicy, expert_bytes: int
+        self,
+        pool: SlotPool,
+        costs: CostModel,
+        cache: CachePolicy,
+        prefetched: PrefetchRecord,
+        counters: Counters,
     ) -> None:
         self.pool = pool
-        self.costs = costs
         self.cache = cache
-        self.expert_bytes = expert_bytes
-        self.counters = Counters()
-        self.row = PromptRow(cache.ranks.shape)
-        self.link_free_us = 0.0
-        """When the link has delivered everything it was given."""
-        self.by_distance: dict[int, list[int]] = {}
-        """Distance -> prefetches issued, and those that were then needed."""
-        self._arrivals: dict[ExpertRef, float] = {}
-        self._unused: dict[ExpertRef, Ahead] = {}
-        """Prefetched and not needed yet."""
-        self._postponed: dict[int, list[int]] = {}
-        """Layer -> experts that the CPU computed in a prompt and that the link had no time to
-        bring.
-        """
-        self._issued = self._used = 0.0
-        """Recent prefetches that calls of one token sent, and how many of them were needed."""
-        self._worth = np.full(cache.ranks.shape, KEPT)
+        self.worth = np.full(cache.ranks.shape, KEPT)
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
+        self._costs = costs
+        self._prefetched = prefetched
+        self._counters = counters
+        self._arrivals: dict[ExpertRef, float] = {}
+        """When the cached experts that are in flight will have arrived."""
 
     def warm_start(self) -> list[Move]:
-        """Fill every layer's quota with the cache's first choice; the caller loads them before the
-        first call.
+        """Fill every layer's quota with the cache's first choice.
+
+        The caller loads these experts before the first call.
         """
         moves = []
         for layer, quota in enumerate(self.pool.quotas):
-            for expert in self.cache.initial(layer, quota):
-                moves.append(Move(layer, expert, self.pool.place(layer, expert), 0.0, 0.0))
-                self.pool.arrive(layer, expert)
-            self._value(layer)
+            experts = self.cache.initial(layer, quota)
+            moves += self._hold(layer, experts)
         return moves
 
-    def shrink(self, share: float) -> list[Move]:
-        """Keep that share of each layer's quota, best ranked experts first; the caller loads them
-        anew.
+    def restart(self, cache: CachePolicy) -> None:
+        """Begin with empty slots and another cache policy for the same model."""
+        pool = self.pool
+        self.pool = SlotPool(pool.quotas, pool.staging, pool.shared)
+        self.cache = cache
+        self._forget_transfers()
 
-        Only between calls: nothing may be leased.
+    def shrink(self, share: float) -> list[Move]:
+        """Keep that share of each layer's quota, best ranked experts first.
+
+        The caller loads the kept experts anew. Only between calls: nothing may be leased.
         """
         old = self.pool
-        self.pool = SlotPool([int(quota * share) for quota in old.quotas], old.staging, old.shared)
-        self._arrivals.clear()
-        self._unused.clear()
+        quotas = [int(quota * share) for quota in old.quotas]
+        self.pool = SlotPool(quotas, old.staging, old.shared)
+        self._forget_transfers()
         moves = []
-        for layer, quota in enumerate(self.pool.quotas):
+        for layer, quota in enumerate(quotas):
             ranks = self.cache.ranks[layer]
-            for expert in sorted(old.cached[layer], key=lambda expert: -ranks[expert])[:quota]:
-                moves.append(Move(layer, expert, self.pool.place(layer, expert), 0.0, 0.0))
-                self.pool.arrive(layer, expert)
-            self._value(layer)
+            held = list(old.cached[layer])
+            held.sort(key=lambda expert: -ranks[expert])
+            moves += self._hold(layer, held[:quota])
         return moves
 
     def recover(self, held: Mapping[int, ExpertRef]) -> None:
-        """Begin anew after a call that did not end, wherever it was: believe the slots, not the
-        books.
-
-        What was being sent is withdrawn; counters keep what the call had planned.
+        """Keep only what is certain, after a call that did not end.
 
         Args:
             held: slot -> expert whose bytes are all there.
         """
         self.pool = self.pool.keeping(held)
-        self.link_free_us = 0.0
-        self._arrivals.clear()
-        self._unused.clear()
-        self._postponed.clear()
-        for layer in range(len(self._worth)):
-            self._value(layer)
+        self._forget_transfers()
+        for layer in range(len(self.worth)):
+            self.revalue(layer)
 
-    def stale(self, step: Step) -> list[tuple[int, int]]:
-        """(expert, slot) of prefetches for the running layer that it does not need and that are
-        still in flight.
+    def routed(self, layer: int, loads: Mapping[int, int], at_us: float) -> tuple[Routed, ...]:
+        """The experts of a call that begins at `at_us`, with when each can be used.
+
+        Args:
+            loads: expert -> tokens of the call that choose it.
         """
-        routed = {item.expert for item in step.routed}
-        cached = self.pool.cached[step.layer]
-        waiting = (
-            expert for layer, expert in self._unused if layer == step.layer and expert not in routed
+        ready_us = self._ready_us
+        return tuple(
+            [Routed(expert, load, ready_us(layer, expert, at_us)) for expert, load in loads.items()]
         )
-        return [
-            (expert, cached[expert])
-            for expert in waiting
-            if self.pool.in_flight(step.layer, expert)
-        ]
 
-    def withdraw(self, layer: int, expert: int) -> None:
-        """Forget a prefetch that the link never carried: its slot is free again."""
-        self.pool.withdraw(layer, expert)
-        ahead = self._unused.pop(ExpertRef(layer, expert))
-        self.by_distance[ahead.distance][0] -= 1
-        self._issued -= ahead.alone
-        del self._arrivals[ExpertRef(layer, expert)]
-        self._worth[layer, expert] = KEPT
-        self.link_free_us -= self.costs.transfer_us
-        self.counters.prefetches -= 1
-        self.counters.link_bytes -= self.expert_bytes
-
-    def _ready_us(self, layer: int, expert: int, now_us: float) -> float:
-        if expert not in self.pool.cached[layer]:
-            return OFFLOADED
-        if not self._arrivals:
-            return 0.0
-        return max(0.0, self._arrivals.get(ExpertRef(layer, expert), now_us) - now_us)
-
-    def _value(self, layer: int) -> None:
-        """Take the layer's present ranks as what its evictable experts are worth."""
-        row = self._worth[layer]
-        row.fill(KEPT)
-        evictable = self.pool.evictable(layer)
-        row[evictable] = self.cache.ranks[layer, evictable]
-
-    def _land(self, now_us: float) -> None:
+    def land(self, now_us: float) -> None:
         """Mark as resident what the link has delivered by now."""
-        for ref in [ref for ref, arrival in self._arrivals.items() if arrival <= now_us]:
+        landed = [ref for ref, arrival in self._arrivals.items() if arrival <= now_us]
+        for ref in landed:
             del self._arrivals[ref]
             self.pool.arrive(*ref)
-            # What was sent ahead is kept until its layer has run, then `_value` judges it like all
+            # What was prefetched is kept until its layer has run, then `revalue` judges it like all
             # others.
-            if ref not in self._unused:
-                self._worth[ref] = self.cache.ranks[ref]
+            if ref not in self._prefetched:
+                self.worth[ref] = self.cache.ranks[ref]
 
-    def _lenders(self, layer: int, tokens: int) -> range:
-        """Layers that may lose a slot to what is sent while `layer` runs, where layers share slots.
+    def expect(self, move: Move) -> None:
+        """A transfer into a cache slot is under way."""
+        ref = ExpertRef(move.layer, move.expert)
+        self._arrivals[ref] = move.end_us
 
-        In a call of many tokens those ahead are about to need all they have.
+    def settle(self, moves: Iterable[Move]) -> None:
+        """A call has been computed: its demand loads have arrived, its leases end."""
+        for move in moves:
+            ref = ExpertRef(move.layer, move.expert)
+            if self._arrivals.pop(ref, None) is not None:
+                self.pool.arrive(*ref)
+        self.pool.release()
+
+    def withdraw(self, ref: ExpertRef) -> None:
+        """Free the slot of a cached expert that the link never carried."""
+        self.pool.withdraw(*ref)
+        del self._arrivals[ref]
+        self.worth[ref] = KEPT
+
+    def revalue(self, layer: int) -> None:
+        """Take the layer's present ranks as what its evictable experts are worth."""
+        worth = self.worth[layer]
+        worth.fill(KEPT)
+        evictable = self.pool.evictable(layer)
+        worth[evictable] = self.cache.ranks[layer, evictable]
+
+    def protect(self, layer: int, confidence: Mapping[int, float]) -> None:
+        """Raise the worth of predicted experts that are there, until their layer has run.
+
+        Args:
+            confidence: expert -> probability of being needed.
         """
-        return range(layer + 1 if tokens > 1 else len(self._worth))
+        worth = self.worth[layer]
+        for expert, probability in confidence.items():
+            if worth[expert] == KEPT:
+                continue
+            if self.cache.probabilities:
+                worth[expert] = max(worth[expert], probability)
+            else:
+                worth[expert] = KEPT
 
-    def _admit(
+    def lenders(self, layer: int, many: bool) -> range:
+        """Layers that may lose a slot to what is sent while `layer` runs, if layers share slots.
+
+        In a call of many tokens the layers ahead are about to need all they have.
+        """
+        return range(layer + 1 if many else len(self.worth))
+
+    def admit(
         self, layer: int, expert: int, lenders: range, gain_us: float | None = None
     ) -> int | None:
         """A cache slot for a newcomer, or None where nothing may go for it.
 
         Args:
             lenders: where layers share slots, those that may lose one.
-            gain_us: expected gain of a prefetch; None for one that comes for its own rank.
+            gain_us: expected gain of a prefetch; None for an expert that comes for its own rank.
         """
         if self.pool.has_room(layer):
             return self.pool.place(layer, expert)
         victim = self._victim(layer, lenders)
         if victim is None:
             return None
-        newcomer, worth = float(self.cache.ranks[layer, expert]), float(self._worth[victim])
-        if gain_us is None or self.cache.name == "static":
-            admitted = self.cache.prefers(newcomer, worth)
-        else:
-            admitted = not self.cache.probabilities or gain_us > (worth - newcomer) * self._miss_us
-        if not admitted:
+        if not self._admits(layer, expert, victim, gain_us):
             return None
-        self._evict(victim)
+        return self.replace(victim, layer, expert)
+
+    def replaced(self, layer: int, lenders: range) -> ExpertRef | None:
+        """Whom a newcomer would replace; None where there is room, or nobody can go."""
+        if self.pool.has_room(layer):
+            return None
+        return self._victim(layer, lenders)
+
+    def replace(self, victim: ExpertRef, layer: int, expert: int) -> int:
+        """Evict one expert for another; gives the slot."""
+        self.evict(victim)
         return self.pool.place(layer, expert)
 
-    @property
-    def _in_a_row(self) -> bool:
-        """Whether prompts follow one another where layers share slots: all layers then need most
-        experts each time.
-        """
-        return self.row.going and self.pool.shared and self.cache.probabilities
-
-    def _paid_back(self, layer: int, expert: int) -> int | None:
-        """A slot for a layer that holds less than its quota, from those that hold more; None where
-        there are none.
-        """
-        held, quotas = [len(cached) for cached in self.pool.cached], self.pool.quotas
-        if self.pool.has_room(layer) or held[layer] >= quotas[layer]:
-            return None
-        debtors = [row for row, count in enumerate(held) if count > quotas[row]]
-        if not debtors:
-            return None
-        place, lent = divmod(int(self._worth[debtors].argmin()), len(self._worth[layer]))
-        victim = ExpertRef(debtors[place], lent)
-        if self._worth[victim] == KEPT:
-            return None
-        self._evict(victim)
-        return self.pool.place(layer, expert)
-
-    def _keep_heavier(self, step: Step) -> None:
-        """Keep demand loads in their staging slots, each in exchange for a cached expert of less
-        load.
-
-        In a prompt all that is cached is in use when they come, so the cache could not admit them:
-        without this it would hold for ever what it held when the row began.
-        """
-        layer, loads = step.layer, self.row.loads[step.layer]
-        for slot, expert in {move.slot: move.expert for move in step.moves}.items():
-            evictable = self.pool.evictable(layer)
-            if expert in self.pool.cached[layer] or not evictable:
-                continue
-            victim = min(evictable, key=lambda other: loads[other])
-            if loads[expert] > loads[victim]:
-                self._forget(ExpertRef(layer, victim))
-                self.pool.adopt(layer, expert, slot, victim)
-
-    @property
-    def _miss_us(self) -> float:
-        """What a miss costs, roughly: the cheaper of the two ways to live with it."""
-        return min(self.costs.cpu(1), self.costs.transfer_us)
-
-    def _victim(self, layer: int, lenders: range) -> ExpertRef | None:
-        """The least worthy evictable expert of the layer, or of all lenders where layers share
-        slots.
-        """
-        first, last = (lenders.start, lenders.stop) if self.pool.shared else (layer, layer + 1)
-        place = int(self._worth[first:last].argmin())
-        row, expert = divmod(place, len(self._worth[layer]))
-        victim = ExpertRef(first + row, expert)
-        return None if self._worth[victim] == KEPT else victim
-
-    def _evict(self, victim: ExpertRef) -> None:
+    def evict(self, victim: ExpertRef) -> None:
+        """Take an expert's slot; it must be neither leased nor in flight."""
         self.pool.evict(*victim)
         self._forget(victim)
 
-    def _forget(self, victim: ExpertRef) -> None:
-        """Count what goes, and that nobody used it if so."""
-        self._worth[victim] = KEPT
-        self.counters.evictions += 1
-        if victim in self._unused:
-            self._unused.pop(victim)
-            self.counters.prefetches_wasted += 1
+    def adopt(self, layer: int, expert: int, slot: int, victim: int) -> None:
+        """Keep an expert in the staging slot where it lies, in exchange for a cached one's slot."""
+        self._forget(ExpertRef(layer, victim))
+        self.pool.adopt(layer, expert, slot, victim)
 
-    def _send(self, layer: int, expert: int, slot: int, now_us: float, cached: bool) -> Move:
-        """Queue one transfer on the link."""
-        start = max(self.link_free_us, now_us)
-        self.link_free_us = start + self.costs.transfer_us
-        if cached:
-            self._arrivals[ExpertRef(layer, expert)] = self.link_free_us
-        self.counters.link_bytes += self.expert_bytes
-        return Move(layer, expert, slot, start, self.link_free_us)
+    def _hold(self, layer: int, experts: Sequence[int]) -> list[Move]:
+        """Give experts slots at once, as if they had arrived."""
+        moves = []
+        for expert in experts:
+            slot = self.pool.place(layer, expert)
+            self.pool.arrive(layer, expert)
+            moves.append(Move(layer, expert, slot, 0.0, 0.0))
+        self.revalue(layer)
+        return moves
+
+    def _ready_us(self, layer: int, expert: int, at_us: float) -> float:
+        """How long after `at_us` the accelerator can use an expert; see `Routed.ready_us`."""
+        if expert not in self.pool.cached[layer]:
+            return OFFLOADED
+        if not self._arrivals:
+            return 0.0
+        arrival = self._arrivals.get(ExpertRef(layer, expert), at_us)
+        return max(0.0, arrival - at_us)
+
+    def _admits(self, layer: int, expert: int, victim: ExpertRef, gain_us: float | None) -> bool:
+        """Whether a newcomer is worth more than its victim."""
+        newcomer = float(self.cache.ranks[layer, expert])
+        worth = float(self.worth[victim])
+        if gain_us is None or self.cache.name == "static":
+            return self.cache.prefers(newcomer, worth)
+        if not self.cache.probabilities:
+            return True
+        return gain_us > (worth - newcomer) * self._costs.miss_us
+
+    def _victim(self, layer: int, lenders: range) -> ExpertRef | None:
+        """The least worthy evictable expert of the layer, or of all lenders if slots are shared."""
+        first, last = layer, layer + 1
+        if self.pool.shared:
+            first, last = lenders.start, lenders.stop
+        place = int(self.worth[first:last].argmin())
+        offset, expert = divmod(place, len(self.worth[layer]))
+        victim = ExpertRef(first + offset, expert)
+        return None if self.worth[victim] == KEPT else victim
+
+    def _forget(self, victim: ExpertRef) -> None:
+        """Count what loses its slot."""
+        self.worth[victim] = KEPT
+        self._counters.evictions += 1
+        self._prefetched.evict(victim)
+
+    def _forget_transfers(self) -> None:
+        self._arrivals.clear()
+        self._prefetched.clear()

@@ -25,7 +25,7 @@ class SlotPool:
     """
 
     def __init__(self, quotas: Sequence[int], staging: int = 2, shared: bool = False) -> None:
-        if staging < 2 or any(quota < 0 for quota in quotas):
+        if staging < 2 or min(quotas, default=0) < 0:
             raise ValueError(
                 f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and "
                 f"{list(quotas)}"
@@ -35,11 +35,13 @@ class SlotPool:
         self.shared = shared
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
-        self._free = list(range(sum(quotas) - 1, -1, -1))
-        self._staging = list(range(sum(quotas), sum(quotas) + staging))
+        cache_slots = sum(quotas)
+        self._free = list(reversed(range(cache_slots)))
+        """Cache slots without an expert, the next one last."""
+        self._staging = list(range(cache_slots, cache_slots + staging))
+        self._next_stage = 0
         self._in_flight: set[int] = set()
         self._leased: set[int] = set()
-        self._next_stage = 0
 
     @property
     def slots(self) -> int:
@@ -47,14 +49,20 @@ class SlotPool:
         return sum(self.quotas) + self.staging
 
     def slot_of(self, layer: int, expert: int) -> int | None:
+        """The cached expert's slot, None for one that is not cached."""
         return self.cached[layer].get(expert)
 
     def has_room(self, layer: int) -> bool:
-        return bool(self._free) and (self.shared or len(self.cached[layer]) < self.quotas[layer])
+        """Whether the layer may have one more slot without an eviction."""
+        if not self._free:
+            return False
+        return self.shared or len(self.cached[layer]) < self.quotas[layer]
 
     def evictable(self, layer: int, keep: Collection[int] = ()) -> list[int]:
         """Experts of a layer whose slots may be taken now, `keep` excepted."""
-        busy = self._in_flight | self._leased if self._leased else self._in_flight
+        busy = self._in_flight
+        if self._leased:
+            busy = busy | self._leased
         return [
             expert
             for expert, slot in self.cached[layer].items()
@@ -62,7 +70,11 @@ class SlotPool:
         ]
 
     def place(self, layer: int, expert: int) -> int:
-        """Give an expert a cache slot; its weights are in flight until `arrive`."""
+        """Give an expert a cache slot; its weights are in flight until `arrive`.
+
+        Raises:
+            ValueError: no room, or the expert is there already.
+        """
         if expert in self.cached[layer] or not self.has_room(layer):
             raise ValueError(f"layer {layer}: no room for expert {expert}, or it is there already")
         slot = self._free.pop()
@@ -71,15 +83,25 @@ class SlotPool:
         return slot
 
     def evict(self, layer: int, expert: int) -> ExpertRef:
+        """Free the slot of an expert.
+
+        Raises:
+            ValueError: it is in flight or leased.
+        """
         slot = self.cached[layer][expert]
-        if slot in self._in_flight or slot in self._leased:
+        busy = slot in self._in_flight or slot in self._leased
+        if busy:
             raise ValueError(f"layer {layer}: expert {expert} is in flight or leased")
         del self.cached[layer][expert]
         self._free.append(slot)
         return ExpertRef(layer, expert)
 
     def withdraw(self, layer: int, expert: int) -> None:
-        """Free the slot of an expert that is in flight and will not arrive."""
+        """Free the slot of an expert that is in flight and will not arrive.
+
+        Raises:
+            ValueError: it is not in flight, or leased.
+        """
         slot = self.cached[layer][expert]
         if slot not in self._in_flight or slot in self._leased:
             raise ValueError(f"layer {layer}: expert {expert} is not in flight, or leased")
@@ -88,15 +110,20 @@ class SlotPool:
         self._free.append(slot)
 
     def arrive(self, layer: int, expert: int) -> None:
-        self._in_flight.discard(self.cached[layer][expert])
+        """The expert's weights are in its slot."""
+        slot = self.cached[layer][expert]
+        self._in_flight.discard(slot)
 
     def in_flight(self, layer: int, expert: int) -> bool:
-        return self.cached[layer].get(expert) in self._in_flight
+        slot = self.cached[layer].get(expert)
+        return slot in self._in_flight
 
     def lease(self, layer: int, experts: Collection[int]) -> None:
         """Hold the cached ones among `experts` until `release`."""
         cached = self.cached[layer]
-        self._leased.update(cached[expert] for expert in experts if expert in cached)
+        for expert in experts:
+            if expert in cached:
+                self._leased.add(cached[expert])
 
     def release(self) -> None:
         """End all leases: a pool serves one layer call at a time."""
@@ -109,11 +136,17 @@ class SlotPool:
         return slot
 
     def adopt(self, layer: int, expert: int, slot: int, victim: int) -> None:
-        """Keep an expert in the staging slot where it lies; in exchange the slot of one of its
-        layer is for staging.
+        """Keep an expert in its staging slot; its victim's slot is for staging from now on.
 
         Nothing is moved. The expert must have arrived there, and the slot must not have been given
         out again since.
+
+        Args:
+            slot: where the expert lies.
+            victim: an expert of the same layer, which is evicted.
+
+        Raises:
+            ValueError: the expert is cached already, or the victim is in flight or leased.
         """
         if expert in self.cached[layer]:
             raise ValueError(f"layer {layer}: expert {expert} is cached already")
@@ -123,34 +156,34 @@ class SlotPool:
         self.cached[layer][expert] = slot
 
     def keeping(self, held: Mapping[int, ExpertRef]) -> SlotPool:
-        """A pool of the same size with those of this one's experts that lie in their slots for
-        certain.
+        """A pool of the same size that keeps only experts which lie in their slots for certain.
 
         Args:
             held: slot -> expert whose bytes are all there.
         """
         pool = SlotPool(self.quotas, self.staging, self.shared)
+        taken = set()
         for layer, cached in enumerate(self.cached):
-            pool.cached[layer] = {
-                e: slot for e, slot in cached.items() if held.get(slot) == (layer, e)
-            }
-        taken = {slot for layer in pool.cached for slot in layer.values()}
+            for expert, slot in cached.items():
+                if held.get(slot) == (layer, expert):
+                    pool.cached[layer][expert] = slot
+                    taken.add(slot)
         left = [slot for slot in range(self.slots) if slot not in taken]
-        pool._staging, pool._free = left[: self.staging], left[self.staging :]
+        pool._staging = left[: self.staging]
+        pool._free = left[self.staging :]
         return pool
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless each slot is free or holds exactly one expert, within every
-        quota.
+        """Check that each slot is free or holds exactly one expert, within every quota.
+
+        Raises:
+            AssertionError: naming what is wrong.
         """
-        held = [slot for layer in self.cached for slot in layer.values()]
-        assert sorted(held + self._free + self._staging) == list(range(self.slots)), (
-            "a slot is lost or held twice"
-        )
-        within = (
-            len(layer) <= quota for layer, quota in zip(self.cached, self.quotas, strict=True)
-        )
-        assert self.shared or all(within), "over quota"
-        assert self._in_flight <= set(held) and self._leased <= set(held), (
-            "a free slot is in flight or leased"
-        )
+        held = [slot for cached in self.cached for slot in cached.values()]
+        every = sorted(held + self._free + self._staging)
+        assert every == list(range(self.slots)), "a slot is lost or held twice"
+        if not self.shared:
+            for cached, quota in zip(self.cached, self.quotas, strict=True):
+                assert len(cached) <= quota, "over quota"
+        busy = self._in_flight | self._leased
+        assert busy <= set(held), "a free slot is in flight or leased"

@@ -1,10 +1,10 @@
-"""What nobody can know in a run: the cache that sees the rest of the trace."""
+"""The cache that no run can have: it knows the rest of the trace."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from hybrimoe_plugin.policy.ranked import Ids, RankedCache, Scores
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores
 from hybrimoe_plugin.replay.trace import Trace
 
 
@@ -19,20 +19,25 @@ class BeladyCache(RankedCache):
     probabilities = True
 
     def __init__(self, trace: Trace) -> None:
-        header = trace.header
-        super().__init__(header.layers, header.experts)
-        self._next: list[list[np.ndarray]] = [[] for _ in range(header.layers)]
-        self._token = [0] * header.layers
-        later = np.full((header.layers, header.experts), np.inf)
-        left = np.zeros(header.layers)
-        # Backwards: `later` holds the count of tokens that were left at each expert's next use.
+        layers, experts = trace.header.layers, trace.header.experts
+        super().__init__(layers, experts)
+        self._next: list[list[Ranks]] = [[] for _ in range(layers)]
+        """For each layer, the ranks after each of its tokens."""
+        self._token = [0] * layers
+        """Tokens of each layer so far."""
+        # The trace is read backwards: `left` counts each layer's tokens from the end, and `later`
+        # holds that count at each expert's next use.
+        left = np.zeros(layers)
+        later = np.full((layers, experts), np.inf)
         for call in reversed(trace.calls):
-            for row in call.ids[::-1]:
-                self._next[call.layer].append(_nearness(left[call.layer], later[call.layer]))
-                left[call.layer] += 1
-                later[call.layer, row] = left[call.layer]
-        for layer, steps in enumerate(self._next):
-            steps.reverse()
+            layer = call.layer
+            for chosen in call.ids[::-1]:
+                ranks = _nearness(left[layer], later[layer])
+                self._next[layer].append(ranks)
+                left[layer] += 1
+                later[layer, chosen] = left[layer]
+        for layer in range(layers):
+            self._next[layer].reverse()
             self.ranks[layer] = _nearness(left[layer], later[layer])
 
     def observe(
@@ -40,10 +45,18 @@ class BeladyCache(RankedCache):
     ) -> None:
         """Go on to what comes after this call."""
         self._token[layer] += len(topk_ids)
-        self.ranks[layer] = self._next[layer][self._token[layer] - 1]
+        last = self._token[layer] - 1
+        self.ranks[layer] = self._next[layer][last]
 
 
-def _nearness(left: float, later: np.ndarray) -> np.ndarray:
-    """1 / tokens until the next use, 0 for never."""
+def _nearness(left: float, later: Ranks) -> Ranks:
+    """1 / tokens until the next use, 0 for never.
+
+    Args:
+        left: tokens from now to the end of the trace.
+        later: [E] the same count at each expert's next use; infinite for never.
+    """
     known = later < np.inf
-    return np.where(known, 1.0 / (left - np.where(known, later, 0.0) + 1.0), 0.0)
+    count = np.where(known, later, 0.0)
+    tokens = left - count + 1.0
+    return np.where(known, 1.0 / tokens, 0.0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hybrimoe_plugin.policy.controller import Controller, loads
+from hybrimoe_plugin.policy.controller import Controller, Step, loads
 from hybrimoe_plugin.policy.counters import Counters
-from hybrimoe_plugin.replay.trace import Trace
+from hybrimoe_plugin.replay.trace import Call, Trace
 
 
 @dataclass
@@ -44,30 +44,43 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
     """
     outcome = Outcome()
     controller.warm_start()
-    now_us, between_us = 0.0, controller.costs.between_layers_us
+    now_us = 0.0
+    between_us = controller.costs.between_layers_us
     for group in trace.passes():
-        before, started, ready = controller.counters.snapshot(), now_us, 0
+        before = controller.counters.snapshot()
+        started = now_us
+        ready = 0
         for call in group:
-            controller.learn(call.layer, call.ids, call.weights, call.scores)
-            step = controller.begin(call.layer, loads(call.ids), len(call.ids), now_us)
-            predicted = [(call.layer + d, loads(ids)) for d, ids in enumerate(call.predicted, 1)]
-            controller.look_ahead(step, predicted, now_us)
-            controller.finish(step)
-            controller.counters.moe_us += step.plan.makespan_us
+            step = _run(call, controller, now_us)
             now_us += step.plan.makespan_us + between_us
-            ready += sum(1 for item in step.routed if item.ready_us == 0.0)
+            for item in step.routed:
+                ready += item.ready_us == 0.0
         if len(group[0].ids) > 1:
             outcome.prefill_us.append(now_us - started)
         elif skip > 0:
             skip -= 1
         else:
             outcome.decode_us.append(now_us - started)
-            outcome.decode_counters = outcome.decode_counters.plus(
-                controller.counters.since(before)
-            )
+            counted = controller.counters.since(before)
+            outcome.decode_counters = outcome.decode_counters.plus(counted)
             outcome.ready += ready
     outcome.counters = controller.counters.snapshot()
     outcome.by_distance = {
-        distance: (issued, used) for distance, (issued, used) in controller.by_distance.items()
+        distance: (issued, used)
+        for distance, (issued, used) in controller.prefetch_record.by_distance.items()
     }
     return outcome
+
+
+def _run(call: Call, controller: Controller, now_us: float) -> Step:
+    """One layer call, as `Engine.run` has it."""
+    layer, tokens = call.layer, len(call.ids)
+    controller.learn(layer, call.ids, call.weights, call.scores)
+    step = controller.begin(layer, loads(call.ids), tokens, now_us)
+    predicted = []
+    for distance, ids in enumerate(call.predicted, 1):
+        predicted.append((layer + distance, loads(ids)))
+    controller.look_ahead(step, predicted, now_us)
+    controller.finish(step)
+    controller.counters.moe_us += step.plan.makespan_us
+    return step

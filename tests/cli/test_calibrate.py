@@ -10,7 +10,8 @@ import pytest
 from hybrimoe_plugin.cli import calibrate, models
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side
+from hybrimoe_plugin.replay.profile_files import load_profile
 
 PROFILE = MachineProfile(
     name="this machine",

@@ -34,7 +34,8 @@ from hybrimoe_plugin.operators import bind as bind_module
 from hybrimoe_plugin.operators.bind import bind
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.mla import FusedMLA
-from hybrimoe_plugin.policy.profile import MachineProfile, Side, load_profile
+from hybrimoe_plugin.policy.profile import MachineProfile, Side
+from hybrimoe_plugin.replay.profile_files import load_profile
 
 
 def test_attention_cache_of_known_models() -> None:

@@ -57,7 +57,7 @@ def disturb(engine: Engine, rng: random.Random) -> None:
     pool, layer = engine.controller.pool, rng.randrange(len(engine.layers))
     candidates = pool.evictable(layer)
     if candidates:
-        engine.controller._evict(ExpertRef(layer, rng.choice(candidates)))
+        engine.controller.residency.evict(ExpertRef(layer, rng.choice(candidates)))
 
 
 def tokens(toy: Toy, rng: random.Random | None) -> list[int]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hybrimoe_plugin.policy.profile import shipped
+from hybrimoe_plugin.replay.profile_files import shipped
 from tests.fuzz.json_values import changed, hurt
 from tests.fuzz.models import Chat
 

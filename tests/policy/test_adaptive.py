@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.policy.adaptive import AGES, DECAYS, SCORE_STEP, STEPWISE, AdaptiveCache
 from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.cache.adaptive import AGES, DECAYS, SCORE_STEP, STEPWISE, AdaptiveCache
 from hybrimoe_plugin.replay.sources import synthetic
 from hybrimoe_plugin.replay.trace import Trace
 
@@ -37,7 +37,7 @@ def test_features_follow_their_definitions() -> None:
     cache = AdaptiveCache(1, 5, 2)
     for row in rows:
         cache.observe(0, row[None], np.ones((1, 2), np.float32), None)
-    features = cache._features[0]
+    features = cache.features[0]
     for index, step in enumerate(DECAYS):
         for expert in range(5):
             used = (rows == expert).any(axis=1)
@@ -57,9 +57,9 @@ def test_a_long_call_ends_where_single_tokens_end() -> None:
     for row in ids:
         single.observe(0, row[None], np.ones((1, 2), np.float32), None)
     whole.observe(0, ids, np.ones(ids.shape, np.float32), None)
-    np.testing.assert_allclose(whole._features[:, :-1], single._features[:, :-1], atol=1e-9)
+    np.testing.assert_allclose(whole.features[:, :-1], single.features[:, :-1], atol=1e-9)
     forgotten = (1 - SCORE_STEP) ** STEPWISE
-    np.testing.assert_allclose(whole._features[:, -1], single._features[:, -1], atol=2 * forgotten)
+    np.testing.assert_allclose(whole.features[:, -1], single.features[:, -1], atol=2 * forgotten)
 
 
 def test_weights_stand_in_for_scores() -> None:
@@ -72,9 +72,9 @@ def test_weights_stand_in_for_scores() -> None:
     shown, hidden = AdaptiveCache(1, 5, 2), AdaptiveCache(1, 5, 2)
     shown.observe(0, ids, weights, scores)
     hidden.observe(0, ids, weights, None)
-    np.testing.assert_allclose(hidden._features, shown._features, rtol=1e-6)
-    np.testing.assert_allclose(hidden._features[0, -2], [0.0, 0.5, 0.0, 1.5, 0.0], rtol=1e-6)
-    assert hidden._features[0, -1, 3] == pytest.approx(1.5 * SCORE_STEP)
+    np.testing.assert_allclose(hidden.features, shown.features, rtol=1e-6)
+    np.testing.assert_allclose(hidden.features[0, -2], [0.0, 0.5, 0.0, 1.5, 0.0], rtol=1e-6)
+    assert hidden.features[0, -1, 3] == pytest.approx(1.5 * SCORE_STEP)
     hidden.observe(0, ids, np.zeros((1, 2), np.float32), None)
     assert np.isfinite(hidden.ranks).all(), "weights of zero"
 

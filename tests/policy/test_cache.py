@@ -7,7 +7,8 @@ import pytest
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.policy.cache import MRSCache, make_cache
+from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.cache.mrs import MRSCache
 
 
 def plain_mrs(scores: np.ndarray, alpha: float, p: int) -> np.ndarray:

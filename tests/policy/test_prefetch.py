@@ -5,6 +5,7 @@ from __future__ import annotations
 import tiny_experts
 
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
+from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 from hybrimoe_plugin.policy.prefetch import (
     ImpactPrefetcher,
     Prediction,
@@ -85,3 +86,16 @@ def test_calibrated_impact_weighs_by_confidence_and_the_published_one_does_not()
     assert [request.ref.layer for request in calibrated] == [2, 1]
     assert [request.confidence for request in calibrated] == [0.9, 0.2]
     assert len(ImpactPrefetcher(SCHEDULER, calibrated=True).choose([near, far], 2, floor=0.5)) == 1
+
+
+def test_the_worked_example() -> None:
+    """As in the docstring of `prefetch/impact.py`: experts A, B, C, and D of the layer behind."""
+    cpu, accelerator = CostCurve((1, 2), (20.0, 40.0)), CostCurve((1,), (10.0,))
+    scheduler = HybriMoEScheduler(CostModel(cpu, 0.0, accelerator, 0.0, 40.0))
+    near = prediction(1, (4, 0.0), (3, OFFLOADED), (1, OFFLOADED))
+    far = prediction(2, (1, OFFLOADED))
+    chosen = ImpactPrefetcher(scheduler).choose([near, far], 9)
+    assert [(request.ref, request.impact_us) for request in chosen] == [
+        (ExpertRef(1, 1), 30.0),
+        (ExpertRef(2, 0), 10.0),
+    ]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import ProfileError
 from hybrimoe_plugin.policy.costs import CostCurve
-from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side, load_profile
+from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side
+from hybrimoe_plugin.replay.profile_files import load_profile
 
 SPEC = ExpertSpec(64, 256, 8, 2, "Q8_0", "Q8_0", "Q8_0", 17408, 17408, 17408)
 PROFILE = MachineProfile(

@@ -14,14 +14,16 @@ from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 from hybrimoe_plugin.policy.schedule import (
-    AcceleratorOnlyScheduler,
-    CPUOnlyScheduler,
-    GreedyScheduler,
     HybriMoEScheduler,
-    StaticScheduler,
     exact_plan,
     make_scheduler,
     simulate,
+)
+from hybrimoe_plugin.policy.schedule.baselines import (
+    AcceleratorOnlyScheduler,
+    CPUOnlyScheduler,
+    GreedyScheduler,
+    StaticScheduler,
 )
 
 times = st.floats(1.0, 2000.0)
@@ -144,3 +146,31 @@ def test_unknown_scheduler_is_refused_and_no_accelerator_means_cpu() -> None:
     with pytest.raises(ConfigError, match="expected one of"):
         make_scheduler("fastest", tiny_experts.costs(), True)
     assert make_scheduler("hybrimoe", tiny_experts.costs(), False).name == "cpu_only"
+
+
+EXAMPLE = CostModel(CostCurve((1, 2), (20.0, 40.0)), 0.0, CostCurve((1,), (10.0,)), 0.0, 40.0)
+"""The machine of the worked examples: 20 us a token, 10 us an expert, 40 us a transfer."""
+
+
+def test_the_worked_example() -> None:
+    """As in the docstring of `schedule/hybrimoe.py`: experts A, B, C, D."""
+    routed = [
+        Routed(0, 4, 0.0),
+        Routed(1, 1, 0.0),
+        Routed(2, 3, OFFLOADED),
+        Routed(3, 1, OFFLOADED),
+    ]
+    plan = HybriMoEScheduler(EXAMPLE).plan(routed)
+    run = simulate(plan, routed, EXAMPLE)
+    assert list(run.slices) == [
+        ("link", 2, 0.0, 40.0),
+        ("accelerator", 0, 0.0, 10.0),
+        ("accelerator", 1, 10.0, 20.0),
+        ("accelerator", 2, 40.0, 50.0),
+        ("cpu", 3, 0.0, 20.0),
+    ]
+    spans = {}
+    for kind in (CPUOnlyScheduler, AcceleratorOnlyScheduler, StaticScheduler):
+        spans[kind.name] = kind(EXAMPLE).plan(routed).makespan_us
+    assert plan.makespan_us == 50.0
+    assert spans == {"cpu_only": 180.0, "accelerator_only": 90.0, "static": 80.0}

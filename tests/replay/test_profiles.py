@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_plugin.errors import ProfileError
-from hybrimoe_plugin.policy.profile import load_profile, shipped
+from hybrimoe_plugin.replay.profile_files import load_profile, shipped
 
 
 def test_the_promised_machines_are_there() -> None:

@@ -162,7 +162,7 @@ def test_belady_knows_the_next_use() -> None:
 def test_the_oracle_is_faster_than_every_policy() -> None:
     made = trace()
     oracle = controller(Settings(), 4, 16, 4)
-    oracle.cache = BeladyCache(made)
+    oracle.restart(BeladyCache(made))
     best = sum(replay(with_predictions(made, 1.0), oracle).decode_us)
     for cache in ("adaptive", "lru", "mrs", "static"):
         assert best <= sum(replay(made, controller(Settings(cache=cache), 4, 16, 4)).decode_us)

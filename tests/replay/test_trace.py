@@ -151,6 +151,7 @@ def array(values: np.ndarray) -> bytes:
             array(np.zeros((27, 3, 2), np.int16)),
             "layers that the model does not have",
         ),
+        ("0/scores", array(np.zeros(27, np.float16)), "do not fit"),
         ("0/scores", b"no array", "no trace"),
         ("0/scores", array(np.zeros((27, 8), np.float16)).replace(b", }", b"{  "), "no trace"),
     ],

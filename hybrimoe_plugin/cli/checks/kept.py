@@ -36,7 +36,7 @@ def profiles() -> Check:
 
 def _machine_of(profile: Path) -> dict[str, str] | None:
     """The hardware that a stored profile names; None for a damaged profile."""
-    from hybrimoe_plugin.policy.profile import load_profile
+    from hybrimoe_plugin.replay.profile_files import load_profile
 
     try:
         return dict(load_profile(profile).hardware)

@@ -1,4 +1,4 @@
-"""Prompts in a row: does one follow another, and what did they need?
+"""Whether prompts follow one another, and what they needed.
 
 Behind a single prompt comes an answer, whose tokens put right what the prompt did to the layers'
 shares of the slots. Where the next pass is a prompt again (another request, the next part of a long
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-STEP = 0.3
-"""Weight of the newest prompt in the loads."""
+NEWEST = 0.3
+"""Weight of the newest prompt in the loads: a memory of about three prompts."""
 
 
-class PromptRow:
-    """Follows layer calls.
+class PromptStreak:
+    """Follows layer calls; a streak is two or more passes of many tokens in a row.
 
     Args:
         shape: (L, E).
@@ -25,19 +25,23 @@ class PromptRow:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.loads = np.zeros(shape)
         """[L, E] tokens per prompt that chose each expert, a moving average."""
-        self.going = False
+        self.active = False
         """Whether this pass and the one before it have many tokens."""
         self._layer = shape[0]
         self._tokens = 1
 
     def follow(self, layer: int, loads: Mapping[int, int], tokens: int) -> None:
-        """A layer call begins: `loads` is expert -> tokens that chose it, `tokens` their T.
-        Mutates.
+        """A layer call begins. Mutates.
+
+        Args:
+            loads: expert -> tokens of the call that chose it.
+            tokens: T of the call.
         """
-        if layer <= self._layer:
-            self.going = min(tokens, self._tokens) > 1
+        if layer <= self._layer:  # a new pass
+            self.active = min(tokens, self._tokens) > 1
         self._layer, self._tokens = layer, tokens
         if tokens > 1:
-            row = self.loads[layer]
-            row *= 1.0 - STEP
-            row[list(loads)] += STEP * np.fromiter(loads.values(), float, len(loads))
+            average = self.loads[layer]
+            average *= 1.0 - NEWEST
+            newest = np.fromiter(loads.values(), float, len(loads))
+            average[list(loads)] += NEWEST * newest

@@ -1,4 +1,4 @@
-"""What every cache policy is: a rank for each expert of each layer."""
+"""The interface of every cache policy, and the base class of ours: a rank for each expert."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
+Ranks = NDArray[np.float64]
 
 
 class CachePolicy(Protocol):
@@ -17,16 +18,20 @@ class CachePolicy(Protocol):
 
     name: str
     probabilities: bool
-    """Whether ranks estimate the chance of use at the layer's next token."""
-    ranks: NDArray[np.float64]
+    """Whether ranks estimate the probability of use at the layer's next token."""
+    ranks: Ranks
     """[L, E]; the lowest goes first. Rows of layers that share slots are compared with one another.
     """
 
     def observe(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
     ) -> None:
-        """Learn from one layer call: ids and weights [T, K], scores [T, E] where the host shows
-        them. Mutates.
+        """Learn from one layer call. Mutates.
+
+        Args:
+            topk_ids: [T, K].
+            topk_weights: [T, K].
+            scores: [T, E] where the host shows them.
         """
         ...
 
@@ -39,9 +44,7 @@ class CachePolicy(Protocol):
         ...
 
     def prefers(self, newcomer: float, victim: float) -> bool:
-        """Whether an expert of one rank may take the slot of one of another, whatever
-        their layers.
-        """
+        """Whether a newcomer's rank is enough to replace a victim's rank, whatever their layers."""
         ...
 
     def initial(self, layer: int, count: int) -> list[int]:
@@ -50,26 +53,26 @@ class CachePolicy(Protocol):
 
 
 class RankedCache:
-    """A cache that keeps one number per expert and evicts the lowest; the base of all that follow.
+    """Base of all cache policies: keeps one number per expert and evicts the lowest.
 
     A newcomer is admitted if it ranks at least as high as the victim.
 
     Args:
         popularity: [L, E] shares of earlier text, the ranks to start with; without it all experts
             start equal.
+
+    Raises:
+        ValueError: popularity of another shape.
     """
 
     name = ""
     probabilities = False
 
-    def __init__(
-        self, layers: int, experts: int, popularity: NDArray[np.float64] | None = None
-    ) -> None:
-        self.ranks = (
-            np.zeros((layers, experts))
-            if popularity is None
-            else np.array(popularity, dtype=np.float64)
-        )
+    def __init__(self, layers: int, experts: int, popularity: Ranks | None = None) -> None:
+        if popularity is None:
+            self.ranks = np.zeros((layers, experts))
+        else:
+            self.ranks = np.array(popularity, dtype=np.float64)
         if self.ranks.shape != (layers, experts):
             raise ValueError(
                 f"popularity must be [{layers}, {experts}], found {list(self.ranks.shape)}"
@@ -86,7 +89,8 @@ class RankedCache:
         return min(candidates, key=lambda expert: (ranks[expert], expert))
 
     def admits(self, layer: int, expert: int, victim: int) -> bool:
-        return self.prefers(float(self.ranks[layer, expert]), float(self.ranks[layer, victim]))
+        ranks = self.ranks[layer]
+        return self.prefers(float(ranks[expert]), float(ranks[victim]))
 
     def prefers(self, newcomer: float, victim: float) -> bool:
         return newcomer >= victim
@@ -94,3 +98,13 @@ class RankedCache:
     def initial(self, layer: int, count: int) -> list[int]:
         order = np.argsort(-self.ranks[layer], kind="stable")
         return [int(expert) for expert in order[:count]]
+
+
+def fading(step: float, tokens: int) -> Ranks:
+    """[T] weights of a call's tokens in a moving average, the newest last.
+
+    Args:
+        step: share of the newest token, which is not multiplied in.
+    """
+    ages = np.arange(tokens - 1, -1, -1, dtype=np.float64)
+    return np.asarray((1 - step) ** ages)

@@ -1,4 +1,4 @@
-"""How far predictions of later layers can be trusted: measured while they are made."""
+"""How far predictions of later layers can be trusted: measured while the model runs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ KEEP = 0.999
 predictions.
 """
 DOUBT = 6.0
-"""Imagined failures with which each distance starts (successes and failures by halves in calls of
-many tokens, which need most experts whatever is predicted): trust has to be earned.
+"""Imagined failures with which each distance starts: trust has to be earned."""
+PROMPT_HITS = 0.5 * DOUBT
+"""Those of them that count as successes in calls of many tokens, which need most experts whatever
+is predicted.
 """
 BORROWED = 4.0
 """Weight, in predictions, of all kinds of a distance in the estimate for one kind."""
-
-Kind = tuple[int, int, bool, bool, bool]
-"""Distance, votes, many tokens, offloaded, leading."""
 ANY = -1
 """In place of the votes: all kinds of a distance together."""
+
+
+Kind = tuple[int, int, bool, bool, bool]
+"""Predictions that are equally likely to come true.
+
+- distance
+- votes: how often the expert was predicted for the same call from further away, or `ANY`
+- many: whether the call has many tokens
+- offloaded: whether the expert was
+- leading: whether it is in the half that the router put first; calls of one token only
+"""
 
 
 class Confidence:
     """Share of predicted experts that their layer then needed, by kind of prediction.
 
-    A kind is the distance; the votes, how often the expert was predicted for the same call from
-    further away, since agreement tells true predictions from chance ones; whether the call has many
-    tokens; whether the expert was offloaded: what is there is there because it is needed often, so
-    predicting it is easier; and, for one token, whether it leads, as one of the half that the
-    router put first. Predictions for calls of one token are not trusted before such ones were
-    checked, so bad ones cost nothing but their making.
+    Each part of a `Kind` is there for a reason. Agreement (votes) tells true predictions from
+    chance ones. What is resident is there because it is needed often, so predicting it is easier.
+    The router's first choices come true more often than its last. Predictions for calls of one
+    token are not trusted before such ones were checked, so bad ones cost nothing but their making.
     """
 
     def __init__(self) -> None:
@@ -43,32 +51,36 @@ class Confidence:
 
     def of(self, kind: Kind) -> float:
         """Probability that an expert predicted in this way will be needed."""
-        return self._share(*self._pair(kind), many=kind[2])
+        own, wide = self._pair(kind)
+        return _share(own, wide, many=kind[2])
 
     def predicted(
         self, layer: int, distance: int, routed: Sequence[Routed], many: bool
     ) -> dict[int, float]:
-        """Remember a prediction until its layer runs; gives each expert's probability of being
-        needed.
+        """Remember a prediction until its layer runs.
 
         Args:
             routed: of one token, the router's first choice first.
+
+        Returns:
+            Expert -> probability of being needed.
         """
         known = self._open.setdefault(layer, {})
         found = {}
         for place, item in enumerate(routed):
-            kinds = known.setdefault(item.expert, [])
+            pairs = known.setdefault(item.expert, [])
             leading = not many and 2 * place < len(routed)
-            pair = self._pair((distance, len(kinds), many, item.ready_us == OFFLOADED, leading))
-            kinds.append(pair)
-            found[item.expert] = self._share(*pair, many)
+            offloaded = item.ready_us == OFFLOADED
+            own, wide = pair = self._pair((distance, len(pairs), many, offloaded, leading))
+            pairs.append(pair)
+            found[item.expert] = _share(own, wide, many)
         return found
 
     def check(self, layer: int, needed: Collection[int]) -> None:
         """The layer runs: compare what was predicted for it with what it needs."""
-        for expert, kinds in self._open.pop(layer, {}).items():
+        for expert, pairs in self._open.pop(layer, {}).items():
             hit = 1.0 if expert in needed else 0.0
-            for pair in kinds:
+            for pair in pairs:
                 for evidence in pair:
                     evidence.hits = evidence.hits * KEEP + hit
                     evidence.checked = evidence.checked * KEEP + 1.0
@@ -78,19 +90,17 @@ class Confidence:
         self._open.clear()
 
     def _pair(self, kind: Kind) -> tuple[_Evidence, _Evidence]:
-        own = self._evidence.get(kind)
+        """Evidence of this kind, and of all kinds of its distance."""
+        evidence = self._evidence
+        own = evidence.get(kind)
         if own is None:
-            own = self._evidence[kind] = _Evidence()
-        wide_kind = kind[0], ANY, kind[2], kind[3], False
-        wide = self._evidence.get(wide_kind)
+            own = evidence[kind] = _Evidence()
+        distance, _, many, offloaded, _ = kind
+        every = distance, ANY, many, offloaded, False
+        wide = evidence.get(every)
         if wide is None:
-            wide = self._evidence[wide_kind] = _Evidence()
+            wide = evidence[every] = _Evidence()
         return own, wide
-
-    @staticmethod
-    def _share(own: _Evidence, wide: _Evidence, many: bool) -> float:
-        share = (wide.hits + (0.5 * DOUBT if many else 0.0)) / (wide.checked + DOUBT)
-        return (own.hits + BORROWED * share) / (own.checked + BORROWED)
 
 
 class _Evidence:
@@ -100,3 +110,9 @@ class _Evidence:
 
     def __init__(self) -> None:
         self.hits = self.checked = 0.0
+
+
+def _share(own: _Evidence, wide: _Evidence, many: bool) -> float:
+    hits = PROMPT_HITS if many else 0.0
+    share = (wide.hits + hits) / (wide.checked + DOUBT)
+    return (own.hits + BORROWED * share) / (own.checked + BORROWED)

@@ -1,0 +1,170 @@
+"""The default cache policy: learns the probability that the layer's next token needs an expert.
+
+A few features of an expert's past (decayed frequencies, age of its last use, router scores) are
+weighed by a ridge regression that all layers share and that forgets slowly. No fixed rule is best
+everywhere: recency wins where routing follows the topic closely, frequency where it is flat, scores
+where they drift slowly. The regression finds out which. Ranks are probabilities, so they compare
+across layers, with a prefetch's confidence, and with costs in microseconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
+
+DECAYS = np.array([0.07, 0.15, 0.3])
+"""Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where
+the text moves on.
+"""
+AGES = (2.0, 20.0)
+"""Features `1 / (offset + tokens since the last use)`: one for very recent use, one for longer
+ago. Chosen together with `DECAYS` and `FORGET`, leave-one-out over seven traces.
+"""
+SCORE_STEP = 0.3
+"""Step of the decayed router score; where the host shows no scores, the chosen experts' weights
+stand in for them.
+"""
+FEATURES = len(DECAYS) + len(AGES) + 2
+"""The last two are the newest router score and the decayed one."""
+START = np.array([1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0])
+"""Weights before anything is learned: slow frequency and a bonus for recent use, the best fixed
+rule on real traces.
+"""
+PRIOR = 20.0
+"""How much `START` counts, in sums of squared features; a token or two of evidence outweighs it."""
+FORGET = 0.98
+"""Share of the evidence that is kept from one token to the next."""
+STEPWISE = 32
+"""Tokens of a call that are learned one by one; those before them only update the features."""
+NEVER = 1e9
+"""Age of an expert that has not been used yet."""
+
+
+class AdaptiveCache(RankedCache):
+    """Ranks are estimated probabilities of use at the layer's next token.
+
+    Args:
+        top_k: scales router scores, so that their sum is the number of experts chosen.
+        popularity: [L, E] shares of earlier text to start from, each row summing to 1.
+    """
+
+    name = "adaptive"
+    probabilities = True
+
+    def __init__(
+        self, layers: int, experts: int, top_k: int, popularity: Ranks | None = None
+    ) -> None:
+        super().__init__(layers, experts, popularity)
+        self.weights = START.copy()
+        """[F] weights of the features."""
+        self.features = np.zeros((layers, FEATURES, experts))
+        """[L, F, E] each expert's past: decayed frequencies, ages, scores."""
+        self._top_k = top_k
+        self._seen = np.zeros(layers, dtype=np.int64)
+        """[L] tokens so far."""
+        self._last = np.full((layers, experts), -NEVER)
+        """[L, E] number of the last token that chose the expert."""
+        self._moments = np.zeros((FEATURES, FEATURES))
+        """[F, F] evidence: products of features, summed over tokens and experts."""
+        self._targets = np.zeros(FEATURES)
+        """[F] evidence: features of the experts that were chosen."""
+        if popularity is not None:
+            frequencies = popularity[:, None] * top_k
+            self.features[:, : len(DECAYS)] = frequencies
+            self.ranks = np.tensordot(self.weights, self.features, (0, 1))
+
+    def observe(
+        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+    ) -> None:
+        """Learn from what was predicted for these tokens, then predict the next one. Mutates.
+
+        Args:
+            topk_ids: [T, K].
+            topk_weights: [T, K].
+            scores: [T, E] where the host shows them.
+        """
+        tokens = len(topk_ids)
+        early = max(0, tokens - STEPWISE)
+        if early:
+            self._skip(layer, topk_ids[:early])
+        features = self.features[layer]
+        for token in range(early, tokens):
+            ids = topk_ids[token]
+            if self._seen[layer]:
+                self._moments += features @ features.T
+                self._targets += features[:, ids].sum(axis=1)
+            self._advance(layer, ids)
+            if scores is None:
+                self._update_scores(features, topk_weights[token], ids)
+            else:
+                self._update_scores(features, scores[token])
+        if layer == len(self.ranks) - 1:
+            self._solve(tokens)
+        self.ranks[layer] = self.weights @ features
+
+    def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
+        """Update one layer's frequencies and ages for one token.
+
+        Args:
+            ids: [K] its experts.
+        """
+        features = self.features[layer]
+        decayed = len(DECAYS)
+        steps = DECAYS[:, None]
+        features[:decayed] *= 1 - steps
+        features[:decayed, ids] += steps
+        self._seen[layer] += 1
+        now = self._seen[layer]
+        last = self._last[layer]
+        last[ids] = now
+        age = now - last
+        for index, offset in enumerate(AGES, decayed):
+            np.divide(1.0, age + offset, out=features[index])
+
+    def _update_scores(
+        self, features: Ranks, scores: Scores, ids: NDArray[np.int64] | None = None
+    ) -> None:
+        """Update one layer's two score features, scaled to a sum of top-k.
+
+        Args:
+            scores: of all experts, or of `ids` alone.
+        """
+        total = float(scores.sum())
+        scale = self._top_k / total if total > 0.0 else 0.0
+        newest, decayed = features[-2], features[-1]
+        if ids is None:
+            np.multiply(scores, scale, out=newest)
+        else:
+            newest[:] = 0.0
+            newest[ids] = scores * scale
+        decayed += SCORE_STEP * (newest - decayed)
+
+    def _skip(self, layer: int, ids: Ids) -> None:
+        """Update frequencies and ages for many tokens at once; `ids` [T, K]."""
+        tokens, width = ids.shape
+        features = self.features[layer]
+        experts = features.shape[1]
+        chosen = ids.ravel()
+        for index, step in enumerate(DECAYS):
+            shares = step * fading(step, tokens)
+            shares = np.repeat(shares, width)
+            added = np.bincount(chosen, weights=shares, minlength=experts)
+            kept = features[index] * (1 - step) ** tokens
+            features[index] = kept + added
+        # Of an expert chosen by several tokens the last one counts: later assignments win.
+        numbers = self._seen[layer] + 1 + np.arange(tokens)
+        last = self._last[layer]
+        last[chosen] = np.repeat(numbers, width)
+        self._seen[layer] += tokens
+
+    def _solve(self, tokens: int) -> None:
+        """Once a pass, after its last layer: new weights from all evidence so far."""
+        prior = PRIOR * np.eye(FEATURES)
+        moments = self._moments + prior
+        targets = self._targets + PRIOR * START
+        self.weights = np.linalg.solve(moments, targets)
+        keep = FORGET ** min(tokens, STEPWISE)
+        self._moments *= keep
+        self._targets *= keep

@@ -1,0 +1,193 @@
+"""Which predicted experts to send while the link would be idle.
+
+A prefetch is sent where its expected gain, impact times measured confidence, exceeds what its slot
+loses and what its transfer delays. Doubtful predictions, less likely than not, are tried only while
+enough prefetches have been used, and only where they delay nothing. Source: paper section 4.3
+(impact); the rest is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from hybrimoe_plugin.core import ExpertRef
+from hybrimoe_plugin.policy.link_time import LinkTime
+from hybrimoe_plugin.policy.prefetch.confidence import Confidence
+from hybrimoe_plugin.policy.prefetch.prediction import Prediction, Prefetcher, PrefetchRequest
+from hybrimoe_plugin.policy.prefetch.record import CREDIT, DOUBTFUL, SLACK, PrefetchRecord
+from hybrimoe_plugin.policy.residency import KEPT, SAFE, Residency
+from hybrimoe_plugin.policy.slot_loans import SlotLoans
+from hybrimoe_plugin.policy.step import IdleTime, Move, Step
+from hybrimoe_plugin.policy.transfer_gain import TransferGain, with_arrival
+
+RARE = 0.1
+"""Share of calls with demand loads up to which the link counts as free."""
+EASY = 0.8
+"""Share of a layer's time below which a transfer easily fits into it."""
+
+
+class IdlePrefetch:
+    """Chooses prefetches for the time from one layer call to the next.
+
+    Args:
+        prefetcher: None for no prefetching.
+    """
+
+    def __init__(
+        self,
+        prefetcher: Prefetcher | None,
+        record: PrefetchRecord,
+        residency: Residency,
+        link: LinkTime,
+        gain: TransferGain,
+        loans: SlotLoans,
+    ) -> None:
+        self.confidence = Confidence()
+        self._prefetcher = prefetcher
+        self._record = record
+        self._residency = residency
+        self._link = link
+        self._gain = gain
+        self._loans = loans
+
+    def predict(
+        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], idle: IdleTime
+    ) -> list[Prediction]:
+        """The later layers as they will stand at their own start if nothing more is sent.
+
+        Predicted experts that are there are kept until their layer has run.
+
+        Args:
+            predicted: (layer, expert -> predicted load) of the next layers, nearest first.
+        """
+        if self._prefetcher is None:
+            return []
+        found = []
+        for distance, (layer, loads) in enumerate(predicted, 1):
+            start_us = self._link.layer_start_us(distance, idle)
+            routed = self._residency.routed(layer, loads, start_us)
+            confidence = self.confidence.predicted(layer, distance, routed, step.many)
+            found.append(Prediction(layer, distance, routed, confidence))
+            self._residency.protect(layer, confidence)
+        return found
+
+    def send(self, step: Step, predictions: list[Prediction], idle: IdleTime) -> list[Move]:
+        """Send what the prefetcher chooses and what then is still worth it.
+
+        Mutates `predictions`: experts that are sent have their arrival there.
+        """
+        if self._prefetcher is None or not predictions:
+            return []
+        moves: list[Move] = []
+        floor = SLACK if step.many else self._record.least_confidence()
+        for request in self._prefetcher.choose(predictions, self._link.room(idle), floor):
+            if self._link.free_us >= idle.until_us:
+                break  # It would not start before the next call, which knows better what it wants.
+            move = self._send_request(step, predictions, idle, request)
+            if move is None:
+                continue
+            moves.append(move)
+            # The next request is weighed knowing that this one is under way.
+            place = request.distance - 1
+            predictions[place] = self._with_move(predictions[place], move, idle)
+        if self._prefetcher.calibrated and not step.many:
+            moves += self._send_spare(step, predictions[0], idle)
+        return moves
+
+    def stale(self, step: Step) -> list[tuple[int, int]]:
+        """(expert, slot) of prefetches for the running layer that it does not need after all.
+
+        Only those that are still in flight.
+        """
+        pool = self._residency.pool
+        cached = pool.cached[step.layer]
+        needed = {item.expert for item in step.routed}
+        found = []
+        for expert in self._record.unused(step.layer):
+            if expert not in needed and pool.in_flight(step.layer, expert):
+                found.append((expert, cached[expert]))
+        return found
+
+    def withdraw(self, ref: ExpertRef) -> None:
+        """Forget a prefetch that the link never carried: its slot is free again."""
+        self._residency.withdraw(ref)
+        self._record.withdraw(ref)
+        self._link.withdraw()
+
+    def _send_request(
+        self,
+        step: Step,
+        predictions: Sequence[Prediction],
+        idle: IdleTime,
+        request: PrefetchRequest,
+    ) -> Move | None:
+        """Send one request if it is worth its slot and its time; None if not."""
+        if not step.many and not self._may_try(request, idle):
+            return None
+        gain_us = self._gain.prefetch_us(step, predictions, idle, request)
+        if gain_us <= 0.0:
+            return None
+        lenders = self._residency.lenders(step.layer, step.many)
+        take_slot = self._loans.borrow if self._loans.active else self._residency.admit
+        slot = take_slot(*request.ref, lenders, gain_us)
+        if slot is None:
+            return None
+        return self._send(request.ref, slot, request.distance, step, idle)
+
+    def _send_spare(self, step: Step, prediction: Prediction, idle: IdleTime) -> list[Move]:
+        """Use leftover link time for prefetches of the next layer without impact or confidence.
+
+        Alone the CPU would hide such a miss, but predictions err, and then two meet. Each must be
+        clearly likelier to be used than what it replaces. Predictions from further away wait for
+        the next layer's, which is better.
+        """
+        moves: list[Move] = []
+        residency = self._residency
+        lenders = residency.lenders(step.layer, step.many)
+        layer, confidence = prediction.layer, prediction.confidence
+        for expert in sorted(confidence, key=lambda expert: -confidence[expert]):
+            sure = confidence[expert]
+            if self._link.end_us(idle) > idle.until_us:
+                break
+            if sure < self._record.least_confidence(CREDIT):
+                break
+            if residency.pool.slot_of(layer, expert) is not None:
+                continue
+            victim = residency.replaced(layer, lenders)
+            most = SAFE * sure
+            if victim is not None and residency.worth[victim] >= most:
+                break
+            slot = residency.admit(layer, expert, lenders, KEPT)
+            if slot is None:
+                break
+            ref = ExpertRef(layer, expert)
+            moves.append(self._send(ref, slot, prediction.distance, step, idle))
+        return moves
+
+    def _send(self, ref: ExpertRef, slot: int, distance: int, step: Step, idle: IdleTime) -> Move:
+        self._record.send(ref, distance, decode=not step.many)
+        move = self._link.send(ref.layer, ref.expert, slot, idle.now_us)
+        self._residency.expect(move)
+        return move
+
+    def _with_move(self, prediction: Prediction, move: Move, idle: IdleTime) -> Prediction:
+        """The prediction, with one of its experts under way."""
+        start_us = self._link.layer_start_us(prediction.distance, idle)
+        ready_us = max(0.0, move.end_us - start_us)
+        routed = with_arrival(prediction.routed, move.expert, ready_us)
+        return prediction._replace(routed=tuple(routed))
+
+    def _may_try(self, request: PrefetchRequest, idle: IdleTime) -> bool:
+        """Whether a prefetch for one token may be sent now.
+
+        A doubtful one waits for a better prediction where a transfer easily fits into one layer's
+        time, and must delay nothing: it is sent late only where hardly any call wants the link.
+        """
+        link = self._link
+        if request.confidence >= DOUBTFUL:
+            return True
+        if request.distance > 1 and link.transfer_us < EASY * link.layer_us:
+            return False
+        if link.end_us(idle) <= idle.until_us:
+            return True
+        return link.demand_share[False] < RARE

@@ -1,0 +1,37 @@
+"""The interface of every scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hybrimoe_plugin.core import LayerPlan, Routed
+
+
+class Scheduler(Protocol):
+    """Decides which side computes each routed expert of one layer call."""
+
+    name: str
+
+    def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
+        """Assign every routed expert exactly once.
+
+        Args:
+            routed: the experts that this call needs.
+            link_free_us: the link is busy with earlier transfers until then.
+        """
+        ...
+
+
+@dataclass
+class Schedulers:
+    """The two schedulers of a model; they differ where only one kind of call has an accelerator."""
+
+    prefill: Scheduler
+    """For calls with more than one token."""
+    decode: Scheduler
+    """For calls with one token."""
+
+    def for_call(self, tokens: int) -> Scheduler:
+        return self.decode if tokens == 1 else self.prefill

@@ -1,0 +1,155 @@
+"""Loans: slots that layers lend one another during a streak of prompts.
+
+Where layers share slots, a layer may hold more or less than its quota. In an answer the ranks
+decide who holds how much. In a streak of prompts they cannot: every layer needs most of its experts
+in each pass, so all that is cached is in use when a demand load comes. Three rules replace them:
+
+- A prefetch may *borrow* the slot of a layer that has run, if it gains more than that layer loses
+  in the next prompt.
+- A layer below its quota *reclaims* a slot from one above its quota.
+- A layer keeps a demand load instead of a cached expert with fewer tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
+from hybrimoe_plugin.policy.prompt_streak import PromptStreak
+from hybrimoe_plugin.policy.residency import KEPT, Residency
+from hybrimoe_plugin.policy.schedule.scheduler import Schedulers
+from hybrimoe_plugin.policy.step import Step
+
+NEEDED = 0.5
+"""Average tokens above which an expert is needed by the next prompt: less rounds to none."""
+
+
+class Loan(NamedTuple):
+    """A slot that a layer could lend."""
+
+    victim: ExpertRef
+    """The expert that lies there."""
+    loss_us: float
+    """How much longer the layer's next prompt takes without it."""
+
+
+class SlotLoans:
+    """Moves slots between layers while prompts follow one another; see the module's docstring."""
+
+    def __init__(self, residency: Residency, schedulers: Schedulers) -> None:
+        self.streak = PromptStreak(residency.worth.shape)
+        self._residency = residency
+        self._schedulers = schedulers
+        self._offers: dict[int, Loan] = {}
+        """Layer -> what it could lend, as long as nothing has changed there."""
+
+    @property
+    def active(self) -> bool:
+        """Whether a streak is going on and layers share slots."""
+        if not self.streak.active:
+            return False
+        residency = self._residency
+        return residency.pool.shared and residency.cache.probabilities
+
+    def borrow(self, layer: int, expert: int, lenders: range, gain_us: float) -> int | None:
+        """A slot for a prompt's prefetch; None where it gains too little.
+
+        Args:
+            lenders: layers that may lend one.
+            gain_us: what the prefetch gains; it must exceed what the lender loses.
+        """
+        residency = self._residency
+        if residency.pool.has_room(layer):
+            return residency.pool.place(layer, expert)
+        cheapest: Loan | None = None
+        for lender in lenders:
+            loan = self.offer(lender)
+            if loan is None:
+                continue
+            if cheapest is None or loan.loss_us < cheapest.loss_us:
+                cheapest = loan
+        if cheapest is None or gain_us <= cheapest.loss_us:
+            return None
+        return residency.replace(cheapest.victim, layer, expert)
+
+    def offer(self, layer: int) -> Loan | None:
+        """The layer's evictable expert with the least load in recent prompts; None without any."""
+        known = self._offers.get(layer)
+        # An offer takes two plans: too many for each layer at each prefetch.
+        if known is not None and self._residency.worth[known.victim] != KEPT:
+            return known
+        worth = self._residency.worth[layer]
+        loads = self.streak.loads[layer]
+        evictable_loads = np.where(worth == KEPT, KEPT, loads)
+        victim = int(evictable_loads.argmin())
+        if worth[victim] == KEPT:
+            return None
+        loss_us = self._loss_us(layer, victim)
+        offer = Loan(ExpertRef(layer, victim), loss_us)
+        self._offers[layer] = offer
+        return offer
+
+    def reclaim(self, layer: int, expert: int) -> int | None:
+        """A slot for a layer below its quota, from those above theirs; None without any."""
+        worth = self._residency.worth
+        pool = self._residency.pool
+        quotas = pool.quotas
+        if pool.has_room(layer) or len(pool.cached[layer]) >= quotas[layer]:
+            return None
+        debtors = []
+        for other, cached in enumerate(pool.cached):
+            if len(cached) > quotas[other]:
+                debtors.append(other)
+        if not debtors:
+            return None
+        place = int(worth[debtors].argmin())
+        debtor, lent = divmod(place, len(worth[layer]))
+        victim = ExpertRef(debtors[debtor], lent)
+        if worth[victim] == KEPT:
+            return None
+        return self._residency.replace(victim, layer, expert)
+
+    def keep_heavier(self, step: Step) -> None:
+        """Keep demand loads where they lie, each in exchange for a cached expert of less load.
+
+        In a prompt all that is cached is in use when they come, so the cache could not admit them:
+        without this it would hold for ever what it held when the streak began.
+        """
+        layer = step.layer
+        loads = self.streak.loads[layer]
+        pool = self._residency.pool
+        # Of the loads that went through one staging slot the last one lies there.
+        staged = {move.slot: move.expert for move in step.moves}
+        for slot, expert in staged.items():
+            evictable = pool.evictable(layer)
+            if expert in pool.cached[layer] or not evictable:
+                continue
+            victim = min(evictable, key=lambda other: loads[other])
+            if loads[expert] > loads[victim]:
+                self._residency.adopt(layer, expert, slot, victim)
+
+    def forget(self, layer: int) -> None:
+        """The layer has run: what it could lend is to be judged anew."""
+        self._offers.pop(layer, None)
+
+    def clear(self) -> None:
+        """Judge all layers anew."""
+        self._offers.clear()
+
+    def _loss_us(self, layer: int, victim: int) -> float:
+        """How much longer the layer's next prompt takes without one of its cached experts."""
+        loads = self.streak.loads[layer]
+        cached = self._residency.pool.cached[layer]
+        needed = []
+        without = []
+        for expert in np.flatnonzero(loads > NEEDED).tolist():
+            ready_us = 0.0 if expert in cached else OFFLOADED
+            item = Routed(expert, round(loads[expert]), ready_us)
+            needed.append(item)
+            if expert == victim:
+                item = item._replace(ready_us=OFFLOADED)
+            without.append(item)
+        plan = self._schedulers.prefill.plan
+        return plan(without).makespan_us - plan(needed).makespan_us

@@ -1,0 +1,41 @@
+"""The plain values of the decision loop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hybrimoe_plugin.core import LayerPlan, Routed
+
+
+class Move(NamedTuple):
+    """One expert's weights to be sent into one slot."""
+
+    layer: int
+    expert: int
+    slot: int
+    start_us: float
+    """When the link takes it up, as predicted."""
+    end_us: float
+
+
+class Step(NamedTuple):
+    """What one layer call is to do."""
+
+    layer: int
+    tokens: int
+    routed: tuple[Routed, ...]
+    plan: LayerPlan
+    moves: tuple[Move, ...]
+    """The demand loads, in link order."""
+
+    @property
+    def many(self) -> bool:
+        """Whether the call has more than one token (prefill)."""
+        return self.tokens > 1
+
+
+class IdleTime(NamedTuple):
+    """The time from the start of the running call to the predicted start of the next layer's."""
+
+    now_us: float
+    until_us: float
