@@ -12,9 +12,13 @@ import pytest
 import torch
 from replayed import Replayed
 
-from eval import cuda_model
-from eval.cuda import OURS
-from eval.shapes import MODELS, routing
+from eval.cuda_model import question
+from eval.cuda_model.model_file import write
+from eval.cuda_model.subject import Subject, measure
+from eval.gpu_bench.baselines import NO_GRAPHS
+from eval.models.routing import routing
+from eval.models.shapes import MODELS, Model
+from eval.policies.systems import KTRANSFORMERS, OURS
 from hybrimoe_plugin.operators import graphs
 
 
@@ -30,8 +34,8 @@ def _one_thread() -> Iterator[None]:
 def test_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_model, "MODELS", MODELS[2:3])
-    result = cuda_model.main(["--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(question, "MODELS", MODELS[2:3])
+    result = question.main(["--quick", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.startswith(
         "6 cells to measure (6 of whole models), 0 taken from an earlier run; about "
@@ -44,31 +48,29 @@ def test_dry_run(
     rows = list(csv.DictReader((tmp_path / "cuda_model.csv").open()))
     assert {row["method"] for row in rows} >= {
         OURS.name,
-        cuda_model.NO_GRAPHS.name,
-        cuda_model.KTRANSFORMERS.name,
+        NO_GRAPHS.name,
+        KTRANSFORMERS.name,
     }
     assert {row["layers_captured"] for row in rows} == {"0"}
     static = [
-        row
-        for row in rows
-        if row["method"] == cuda_model.KTRANSFORMERS.name and row["phase"] == "decode"
+        row for row in rows if row["method"] == KTRANSFORMERS.name and row["phase"] == "decode"
     ]
     assert all(0 < float(row["p20_ms"]) <= float(row["p80_ms"]) for row in static)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_graphs_replay_the_routing_that_is_given(
-    model: cuda_model.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capture = Replayed()
     monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
     given = routing(model, 8, 12, look_ahead=3, recall=0.8)
     path = tmp_path / "model.gguf"
-    cuda_model.write(model, given, 2, path, dry=True)
-    subject = cuda_model.Subject(path, OURS, 0.5, given, dry=True)
+    write(model, given, 2, path, dry=True)
+    subject = Subject(path, OURS, 0.5, given, dry=True)
     seen = []
     subject.model.hybrimoe.record(seen.append)
-    timing = cuda_model.measure(subject, given)
+    timing = measure(subject, given)
     assert timing.captured == subject.model.config.num_hidden_layers
     assert capture.replayed > 2 * 12
     decode = [call for call in seen if len(call.topk_ids) == 1]

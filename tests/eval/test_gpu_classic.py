@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from eval import ktransformers
-from eval.gpu_stages import classic
-from eval.gpu_stages.place import Place
+from eval.gpu_check.place import Place
+from eval.gpu_check.stages import classic
 from eval.ktransformers import LONG, SITE, Host, find_host
 from hybrimoe_plugin.errors import BackendError, WeightsError
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from replayed import Replayed
 
-from eval.gpu_stages import flashinfer as stage
-from eval.gpu_stages.place import Place
+from eval.gpu_check.place import Place
+from eval.gpu_check.stages import flashinfer as stage
 from hybrimoe_plugin.hosts.transformers import sampling
 from hybrimoe_plugin.operators import flash_choice
 

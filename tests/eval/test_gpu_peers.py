@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from eval import cuda_model
-from eval.gpu_stages import llama_bench, peers
-from eval.gpu_stages.llama_bench import LlamaBench, LlamaBenchError
-from eval.gpu_stages.place import Place
-from eval.shapes import MODELS, routing
+from eval.cuda_model.model_file import write
+from eval.gpu_check.place import Place
+from eval.gpu_check.stages import peers
+from eval.models.routing import routing
+from eval.models.shapes import MODELS
+from eval.peers import llama_bench
+from eval.peers.llama_bench import LlamaBench, LlamaBenchError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
 
 USAGE = """usage: llama-bench [options]
@@ -80,9 +82,8 @@ def install(folder: Path, usage: str, fails: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.gguf"
-    cuda_model.write(
-        MODELS[0], routing(MODELS[0], 8, 10, look_ahead=3, recall=0.8), 2, path, dry=True
-    )
+    given = routing(MODELS[0], 8, 10, look_ahead=3, recall=0.8)
+    write(MODELS[0], given, 2, path, dry=True)
     return path
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from eval import report
-from eval.journal import Journal
+from eval.reporting import report
+from eval.reporting.journal import Journal
 
 
 def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_part_of_a_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_processes_do_not_mix_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from pathlib import Path; from eval.journal import Journal\n"
+        "import sys; from pathlib import Path; from eval.reporting.journal import Journal\n"
         "for n in range(40): Journal(Path(sys.argv[1])).append({'who': sys.argv[2], 'n': n, "
         "'pad': 'x' * 9000})"
     )

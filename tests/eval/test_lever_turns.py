@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eval.lever_turns import Turns
+from eval.lever.turns import Turns
 
 
 def test_one_thread_runs_all_in_rotation() -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval import cache, prefetch, replay, schedule, traces
-from eval.hits import POLICIES, hit_rate
-from eval.systems import (
+from eval import cache, prefetch, replay, schedule
+from eval.policies import traces
+from eval.policies.hits import POLICIES, hit_rate
+from eval.policies.systems import (
     ABLATION,
     BASELINES,
     ORACLE,
@@ -142,15 +143,15 @@ def test_a_baseline_that_is_faster_shows() -> None:
 def test_comparisons_near_level_are_repeated_from_the_same_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    jobs = [
-        ("qwen", "a6000", 0.25, system, 4, False) for system in (BASELINES[0], BASELINES[1], OURS)
-    ]
+    place = replay.Place("qwen", "a6000", 0.25)
+    systems = (BASELINES[0], BASELINES[1], OURS)
+    jobs = [replay.Job(place, system, 4, False) for system in systems]
     rows = [
         {
             "trace": "qwen",
             "profile": "a6000",
             "cache": 0.25,
-            "system": job[3].name,
+            "system": job.system.name,
             "decode ms": ms,
             "prefill ms": 9.0 * ms,
         }
@@ -160,8 +161,8 @@ def test_comparisons_near_level_are_repeated_from_the_same_starts(
     seen: list[tuple[str, int]] = []
 
     def mapped(work: object, starts: list[replay.Start]) -> list[tuple[float, float]]:
-        seen.extend((job[3].name, start) for job, start in starts)
-        return [((1.0 if job[3] is OURS else 1.0 + 0.1 * start), 1.0) for job, start in starts]
+        seen.extend((job.system.name, start) for job, start in starts)
+        return [(1.0 if job.system is OURS else 1.0 + 0.1 * start, 1.0) for job, start in starts]
 
     monkeypatch.setattr(replay, "mapped", mapped)
     replay.repeat(rows, jobs, 3)

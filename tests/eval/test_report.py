@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import report
+from eval.reporting import report
 
 
 @pytest.fixture(autouse=True)

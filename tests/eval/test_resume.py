@@ -19,9 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from eval import cuda, cuda_model, finished, report
-from eval.finished import Finished
-from eval.progress import Planned, Progress
+from eval.cuda import layers, question, summary
+from eval.cuda_model import question as cuda_model
+from eval.gpu_bench.baselines import JOURNAL
+from eval.models.shapes import MODELS
+from eval.policies.systems import KTRANSFORMERS, OURS
+from eval.reporting import finished, report
+from eval.reporting.finished import Finished
+from eval.reporting.progress import Planned, Progress
 
 no_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the emulated accelerator's times are the same each time"
@@ -39,15 +44,15 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One model, two systems, two cache sizes; the code is taken to stay as it is."""
-    monkeypatch.setattr(cuda, "MODELS", cuda.MODELS[2:3])
-    monkeypatch.setattr(cuda, "RATIOS", (0.25, 0.5))
-    monkeypatch.setattr(cuda, "SYSTEMS", (cuda.KTRANSFORMERS, cuda.OURS))
-    monkeypatch.setattr(cuda_model, "SYSTEMS", (cuda.KTRANSFORMERS, cuda.OURS))
+    monkeypatch.setattr(question, "MODELS", MODELS[2:3])
+    monkeypatch.setattr(layers, "RATIOS", (0.25, 0.5))
+    for module in (layers, summary, cuda_model):
+        monkeypatch.setattr(module, "SYSTEMS", (KTRANSFORMERS, OURS))
     monkeypatch.setattr(finished, "code_digest", lambda: "as it is")
 
 
 def _run(out: Path, fresh: bool = False) -> dict[str, Any]:
-    return cuda.run(argparse.Namespace(out=out, quick=True, fresh=fresh, model="demo"))
+    return question.run(argparse.Namespace(out=out, quick=True, fresh=fresh, model="demo"))
 
 
 def _files(out: Path) -> dict[str, str]:
@@ -65,7 +70,7 @@ def test_the_same_as_without_an_interruption(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = _run(tmp_path / "whole")
-    module: Any = cuda if place == "layers" else cuda_model
+    module: Any = layers if place == "layers" else cuda_model
     real, measured = module.measure, []
 
     def measure(*args: Any) -> Any:
@@ -77,10 +82,10 @@ def test_the_same_as_without_an_interruption(
     monkeypatch.setattr(module, "measure", measure)
     with pytest.raises(_Killed):
         _run(tmp_path / "cut")
-    journal = tmp_path / "cut" / cuda.JOURNAL
+    journal = tmp_path / "cut" / JOURNAL
     # Killed once more while a row was written: one phase of the next cell is whole, the other one
     # is torn.
-    lines = (tmp_path / "whole" / cuda.JOURNAL).read_bytes().splitlines(keepends=True)
+    lines = (tmp_path / "whole" / JOURNAL).read_bytes().splitlines(keepends=True)
     done = len(journal.read_bytes().splitlines())
     journal.write_bytes(journal.read_bytes() + lines[done] + lines[done + 1][:-40])
     kept = journal.read_bytes()
@@ -114,7 +119,7 @@ def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
         "--out",
         str(tmp_path),
     ]
-    journal = tmp_path / cuda.JOURNAL
+    journal = tmp_path / JOURNAL
     process = subprocess.Popen(
         command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -15,7 +15,10 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from eval import all as every
-from eval import fidelity, forced, peer, roofline, synthetic, throughput
+from eval import fidelity, throughput
+from eval.models import forced, synthetic
+from eval.peers import peer, roofline
+from eval.peers.interpreters import can_import
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.experts.gguf_store import GGUFStore
@@ -110,7 +113,7 @@ def test_llama_cpp_has_room_for_the_prompt(
         assert context == room
         raise Stop
 
-    monkeypatch.setattr(peer, "missing", lambda python: False)
+    monkeypatch.setattr(throughput, "can_import", lambda python, package: True)
     monkeypatch.setattr(peer, "start", start)
     monkeypatch.setattr(roofline, "read_gbps", lambda threads: 1.0)
     monkeypatch.setattr(roofline, "token_bytes", lambda gguf, config: 1)
@@ -122,9 +125,13 @@ def test_llama_cpp_has_room_for_the_prompt(
 
 
 def test_ratios_are_ours_over_theirs() -> None:
-    turns = [(0.5, [0.01, 0.02, 0.03]), (0.7, [0.02]), (0.5, [0.02])]
+    turns = [
+        throughput.Turn(0.5, [0.01, 0.02, 0.03]),
+        throughput.Turn(0.7, [0.02]),
+        throughput.Turn(0.5, [0.02]),
+    ]
     ours = throughput._row("HybriMoE", turns, prompt=100, bound_ms=10.0)
-    theirs = throughput._row("llama.cpp", [(1.0, [0.01])], prompt=100, bound_ms=10.0)
+    theirs = throughput._row("llama.cpp", [throughput.Turn(1.0, [0.01])], prompt=100, bound_ms=10.0)
     assert ours["tbt_ms_p50"] == pytest.approx(20) and ours["roofline_share"] == pytest.approx(0.5)
     result = throughput.summary("demo", [ours, theirs], 2, "")
     assert result["decode_vs_llama_cpp"] == pytest.approx(0.5)
@@ -132,7 +139,7 @@ def test_ratios_are_ours_over_theirs() -> None:
 
 
 def test_a_peer_that_dies_is_an_error(tmp_path: Path) -> None:
-    assert peer.missing("/bin/false")
+    assert not can_import("/bin/false", peer.PACKAGE)
     with pytest.raises(RuntimeError, match="status"):
         peer.start("/bin/false", tmp_path / "none.gguf", 1, 16)
     with pytest.raises(RuntimeError):
@@ -227,12 +234,12 @@ def test_figures_come_from_csvs_alone(tmp_path: Path) -> None:
     from eval import figures
 
     rows = [
-        throughput._row(name, [(0.5, [0.02])], prompt=100, bound_ms=10.0)
+        throughput._row(name, [throughput.Turn(0.5, [0.02])], prompt=100, bound_ms=10.0)
         for name in ("HybriMoE", "llama.cpp")
     ]
     every.report.save_csv(tmp_path / "throughput_demo.csv", rows)
     result = figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")])
     assert result == {"figures": ["throughput_demo.png"]}
     assert (tmp_path / "figures" / "throughput_demo.png").stat().st_size > 1000
-    read = figures.read_rows(tmp_path / "throughput_demo.csv")
+    read = every.report.read_csv(tmp_path / "throughput_demo.csv")
     assert read[0]["system"] == "HybriMoE" and read[0]["tbt_ms_p50"] == pytest.approx(20)

@@ -14,8 +14,8 @@ from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from eval import tiny
-from eval.synthetic import random_blocks
+from eval.models import tiny
+from eval.models.synthetic import random_blocks
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.experts import dequant, gguf_store
 from hybrimoe_plugin.experts.gguf_store import GGUFStore

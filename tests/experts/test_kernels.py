@@ -14,31 +14,23 @@ import pytest
 import torch
 from kernel_cases import random_layer
 
-from eval.kernel_cases import (
+from eval.kernel_cases.cases import (
     LARGE,
     LIMITS,
-    MODEL_SHAPES,
-    ODD_SHAPES,
-    SMALL_SHAPES,
     TOKENS,
-    TYPES,
     Case,
     LinearCase,
     RepackCase,
-    Shape,
     candidate_cases,
     cases,
     linear_cases,
     odd_cases,
-    poisoned,
-    product_kernels,
-    random_matrices,
-    reference,
     repack_cases,
-    run_case,
-    run_linear,
-    run_repack,
 )
+from eval.kernel_cases.data import random_matrices
+from eval.kernel_cases.reference import poisoned, reference
+from eval.kernel_cases.runs import product_kernels, run_case, run_linear, run_repack
+from eval.kernel_cases.shapes import MODEL_SHAPES, ODD_SHAPES, SMALL_SHAPES, TYPES, Shape
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.experts.gguf_store import dequantize_bytes
 from hybrimoe_plugin.experts.kernels.blocks import Blocks

@@ -249,8 +249,8 @@ def test_what_is_prebuilt_is_found_by_a_fresh_process_elsewhere(
 
 def test_every_case_of_the_check_is_prebuilt() -> None:
     pytest.importorskip("triton")
-    from eval.kernel_cases import cases, linear_cases, repack_cases
-    from eval.kernel_prebuild import wanted
+    from eval.kernel_cases.cases import cases, linear_cases, repack_cases
+    from eval.kernel_prebuild.groups import wanted
 
     built = {case for _, group in wanted() for case in group}
     assert built >= {*cases(interpreted=False), *linear_cases(), *repack_cases()}
