@@ -1,27 +1,19 @@
-"""Compile groups of cases in this process, and what identifies the result."""
+"""Compile groups of cases in this process."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import logging
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.kernel_prebuild.driver import Count, make_driver
 from eval.kernel_prebuild.groups import AnyCase
 from eval.kernel_prebuild.launch import launch
-from hybrimoe_plugin.experts.kernels.base import Kernels
 
 log = logging.getLogger(__name__)
-
-KERNEL_FILES = ("decode", "formats", "linear", "prefill", "repack")
-"""Modules that hold the kernels' source."""
 
 
 def build(
@@ -68,25 +60,3 @@ def _compile(case: AnyCase, count: Count) -> None:
     except Exception as error:
         log.debug("%s: %s", case.name, error, exc_info=True)
         count.failed.append(f"{case.name}: {type(error).__name__}: {error}")
-
-
-def facts(arch: int) -> dict[str, Any]:
-    """What has to be the same on a machine that uses the cache."""
-    from triton import __version__
-    from triton.backends.nvidia.compiler import get_ptxas_version
-    from triton.runtime.cache import triton_key
-
-    folder = Path(inspect.getfile(Kernels)).parent
-    sources = [(folder / f"{name}.py").read_bytes() for name in KERNEL_FILES]
-    return {
-        "arch": arch,
-        "triton": __version__,
-        "triton_files": _digest(triton_key().encode()),
-        "ptxas": _digest(get_ptxas_version(arch).encode()),
-        "kernels": _digest(b"".join(sources)),
-        "python_suffix": str(sysconfig.get_config_var("EXT_SUFFIX")),
-    }
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

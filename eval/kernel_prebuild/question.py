@@ -29,8 +29,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.kernel_prebuild.build import build, facts
+from eval.kernel_prebuild.build import build
 from eval.kernel_prebuild.driver import Count, empty_libcuda
+from eval.kernel_prebuild.facts import facts
 from eval.kernel_prebuild.groups import wanted
 
 
