@@ -59,11 +59,13 @@ def _environment(base: str, folder: Path) -> tuple[str | None, str]:
 
 
 def _is_version(python: str) -> bool:
+    """Whether it is the GPU machine's version of Python."""
     major, minor = PYTHON.split(".")
     return can(python, "sys", f"assert sys.version_info[:2] == ({major}, {minor})")
 
 
 def _will_do(python: str) -> bool:
+    """Whether it has the GPU machine's versions, and what compiling needs."""
     _, _, version = TRITON.partition("==")
     check = f"assert triton.__version__ == {version!r}"
     return _is_version(python) and can(python, "torch, triton, gguf", check)
@@ -72,6 +74,11 @@ def _will_do(python: str) -> bool:
 def prebuild(python: str, cache: Path, manifest: Path, arch: int, seconds: float) -> Part:
     """Compile into `cache`, then ask in a fresh process and another place what a GPU machine would
     have to compile.
+
+    Args:
+        manifest: file for what identifies the cache.
+        arch: compute capability, 90 for an H100.
+        seconds: no group of kernels is begun after this long.
 
     Raises:
         BundleError: a kernel could not be compiled, or would not be found there.
@@ -120,10 +127,12 @@ def cache_report(made: dict[str, Any], again: dict[str, Any]) -> str:
         BundleError: the second run had to compile something.
     """
     if again["compiled"] or again["launchers_built"]:
-        built = ", ".join(f"{count} {name}" for name, count in again["compiled"].items())
+        built = [f"{count} {name}" for name, count in again["compiled"].items()]
+        kernels_built = ", ".join(built) or "no kernel"
+        launchers = again["launchers_built"]
         raise BundleError(
-            f"a GPU machine would not find everything in the cache: {built or 'no kernel'} and "
-            f"{again['launchers_built']} launchers were compiled again"
+            f"a GPU machine would not find everything in the cache: {kernels_built} and "
+            f"{launchers} launchers were compiled again"
         )
     kernels = sum(made["compiled"].values())
     what = f"{kernels} kernels and {made['launchers_built']} launchers"
@@ -134,7 +143,8 @@ def cache_report(made: dict[str, Any], again: dict[str, Any]) -> str:
     if made["failed"]:
         said.append(f"{len(made['failed'])} did not compile")
     if made["left_out"]:
-        said.append(f"left out for want of time: {'; '.join(made['left_out'])}")
+        names = "; ".join(made["left_out"])
+        said.append(f"left out for want of time: {names}")
     return ", ".join(said)
 
 
@@ -145,8 +155,12 @@ def drop_sources(cache: Path) -> None:
 
 
 def relocate(cache: Path) -> int:
-    """Triton notes absolute paths of a kernel's files; let them point to where the files are now.
-    Gives their count.
+    """Let the absolute paths in the cache point to where its files are now.
+
+    Triton notes them for each kernel.
+
+    Returns:
+        the number of kernels.
     """
     groups = list(cache.glob("*/__grp__*.json"))
     for group in groups:

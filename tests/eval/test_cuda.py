@@ -40,7 +40,9 @@ KEYS = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_dry_run_says_that_it_is_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(question, "MODELS", shapes.MODELS[2:3])
     monkeypatch.setattr(layers, "RATIOS", (0.5,))
@@ -76,7 +78,9 @@ def test_dry_run_says_that_it_is_one(
 
 
 def test_measuring_runs_on_stand_ins(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The path of a real GPU, with the emulated device in its place: every call of it is made, no
     number means much.
@@ -122,10 +126,16 @@ def test_steps_that_count_come_after_others_of_their_own(monkeypatch: pytest.Mon
     """A cache that remembers what it saw must not have seen what counts."""
     seen: list[str] = []
 
-    def passes(kind: str, count: int) -> list[str]:
+    def passes(
+        kind: str,
+        count: int,
+    ) -> list[str]:
         return [f"{kind} {number}" for number in range(count)]
 
-    def run(engine: Any, calls: str) -> float:
+    def run(
+        engine: Any,
+        calls: str,
+    ) -> float:
         seen.append(calls)
         return float(len(seen))
 

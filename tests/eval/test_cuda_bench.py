@@ -50,7 +50,11 @@ class Layers:
         self.device = device
 
     def run(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
         self.device.log.append("run")
         assert ids.dtype == torch.int64 and weights.tolist() == [[0.5] * TOP_K] * TOKENS

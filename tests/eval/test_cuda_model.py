@@ -32,7 +32,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_dry_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(question, "MODELS", MODELS[2:3])
     result = question.main(["--quick", "--out", str(tmp_path)])
@@ -60,7 +62,9 @@ def test_dry_run(
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_graphs_replay_the_routing_that_is_given(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     capture = Replayed()
     monkeypatch.setattr(graphs, "capture_for", lambda device: capture)

@@ -34,7 +34,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(stage, "capture_for", lambda device: Alternating())
     walls = [2 * SECOND, SECOND] * 100  # transformers, flashinfer
 
-    def wall_us(work: Callable[[], object], device: torch.device) -> float:
+    def wall_us(
+        work: Callable[[], object],
+        device: torch.device,
+    ) -> float:
         work()
         return walls.pop(0)
 
@@ -55,21 +58,29 @@ class Alternating(Replayed):
         return 2 * SECOND if self.asked % 2 else SECOND
 
 
-def test_what_is_not_installed_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_named(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(flash_choice, "installed", lambda: False)
     (row,) = stage.run(place)
     assert row["ok"] is None and "pip install" in row["missing"]
 
 
 def test_without_a_card_it_says_so(
-    place: Place, library: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    library: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stage, "capture_for", lambda device: None)
     (row,) = stage.run(place)
     assert row["ok"] is None and "CUDA device" in row["missing"]
 
 
-def test_every_shape_and_filter_is_measured(place: Place, library: Any) -> None:
+def test_every_shape_and_filter_is_measured(
+    place: Place,
+    library: Any,
+) -> None:
     version, *rows = stage.run(place)
     assert "ok" not in version, "a fact, not a judgement"
     assert (
@@ -87,7 +98,10 @@ def test_every_shape_and_filter_is_measured(place: Place, library: Any) -> None:
     }
 
 
-def test_attention_that_is_wrong_is_a_fault(place: Place, library: Any) -> None:
+def test_attention_that_is_wrong_is_a_fault(
+    place: Place,
+    library: Any,
+) -> None:
     library.decode.wrong = 0.5
     grouped = [row for row in stage.run(place) if "Qwen3" in row["case"]]
     assert grouped and all(
@@ -96,7 +110,9 @@ def test_attention_that_is_wrong_is_a_fault(place: Place, library: Any) -> None:
 
 
 def test_a_graph_that_does_not_follow_its_plan_is_a_fault(
-    place: Place, library: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    library: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Frozen(Alternating):
         """Replays nothing: what was captured stays as it was."""
@@ -122,7 +138,10 @@ def _drifting(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return drifting
 
 
-def test_what_fails_is_missing(place: Place, library: Any) -> None:
+def test_what_fails_is_missing(
+    place: Place,
+    library: Any,
+) -> None:
     library.latent.once = True  # it cannot be planned again
     library.sampling.wrong = True
     rows = list(stage.run(place))

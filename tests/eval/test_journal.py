@@ -14,6 +14,17 @@ import pytest
 from eval.reporting import report
 from eval.reporting.journal import Journal
 
+WRITES = """
+import sys
+from pathlib import Path
+from eval.reporting.journal import Journal
+
+journal = Journal(Path(sys.argv[1]))
+for number in range(40):
+    journal.append({"who": sys.argv[2], "n": number, "pad": "x" * 9000})
+"""
+"""A process that writes rows of several pages."""
+
 
 def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "new folder" / "rows.jsonl")
@@ -25,9 +36,10 @@ def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
     for row in rows:
         journal.append(row)
     assert journal.rows() == rows
-    assert len(journal.path.read_bytes().splitlines()) == 2
+    lines = journal.path.read_bytes().splitlines()
+    assert len(lines) == 2
     journal.clear()
-    journal.clear()
+    journal.clear()  # a second time it is not there
     assert journal.rows() == []
 
 
@@ -59,10 +71,20 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
     assert journal.rows() == [{"row": 1}]
 
 
-def test_part_of_a_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_of_a_row_is_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     journal = Journal(tmp_path / "rows.jsonl")
     write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:4]))
+
+    def four_bytes(
+        handle: int,
+        data: bytes,
+    ) -> int:
+        return write(handle, data[:4])
+
+    monkeypatch.setattr(os, "write", four_bytes)
     with pytest.raises(OSError, match="only 4 of"):
         journal.append({"row": 1})
     monkeypatch.undo()
@@ -72,18 +94,15 @@ def test_part_of_a_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_processes_do_not_mix_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    code = (
-        "import sys; from pathlib import Path; from eval.reporting.journal import Journal\n"
-        "for n in range(40): Journal(Path(sys.argv[1])).append({'who': sys.argv[2], 'n': n, "
-        "'pad': 'x' * 9000})"
-    )
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), who], cwd=report.ROOT)
-        for who in ("a", "b", "c")
-    ]
-    assert [process.wait() for process in started] == [0, 0, 0]
+    started = []
+    for who in "abc":
+        command = [sys.executable, "-c", WRITES, str(path), who]
+        started.append(subprocess.Popen(command, cwd=report.ROOT))
+    for process in started:
+        assert process.wait() == 0
+    written = [(who, number) for who in "abc" for number in range(40)]
     rows = Journal(path).rows()
-    assert sorted((row["who"], row["n"]) for row in rows) == [
-        (who, n) for who in "abc" for n in range(40)
-    ]
-    assert all(json.loads(line) for line in path.read_bytes().splitlines() if line)
+    found = [(row["who"], row["n"]) for row in rows]
+    assert sorted(found) == written
+    for line in path.read_bytes().splitlines():
+        assert not line or json.loads(line)

@@ -34,7 +34,10 @@ def tiny(decode: int = 40) -> Trace:
     )
 
 
-def plain_lru(trace: Trace, each: int) -> float:
+def plain_lru(
+    trace: Trace,
+    each: int,
+) -> float:
     """Per layer, token by token, with lists."""
     hits = needed = 0
     recent: dict[int, list[int]] = {}
@@ -160,7 +163,10 @@ def test_comparisons_near_level_are_repeated_from_the_same_starts(
     replay.compare(rows)
     seen: list[tuple[str, int]] = []
 
-    def mapped(work: object, starts: list[replay.Start]) -> list[tuple[float, float]]:
+    def mapped(
+        work: object,
+        starts: list[replay.Start],
+    ) -> list[tuple[float, float]]:
         seen.extend((job.system.name, start) for job, start in starts)
         return [(1.0 if job.system is OURS else 1.0 + 0.1 * start, 1.0) for job, start in starts]
 
@@ -183,7 +189,12 @@ def test_starts_place_experts_by_other_tokens_of_the_same_half() -> None:
         np.testing.assert_allclose(other.sum(axis=1), 1.0)
 
 
-def outcome(prefill: float, decode: float, issued: int = 0, used: int = 0) -> Outcome:
+def outcome(
+    prefill: float,
+    decode: float,
+    issued: int = 0,
+    used: int = 0,
+) -> Outcome:
     counts = Counters(prefetches=issued, prefetches_used=used)
     return Outcome([prefill], [decode], decode_counters=counts, by_distance={1: (issued, used)})
 

@@ -51,7 +51,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finished, "code_digest", lambda: "as it is")
 
 
-def _run(out: Path, fresh: bool = False) -> dict[str, Any]:
+def _run(
+    out: Path,
+    fresh: bool = False,
+) -> dict[str, Any]:
     return question.run(argparse.Namespace(out=out, quick=True, fresh=fresh, model="demo"))
 
 
@@ -67,7 +70,10 @@ class _Killed(BaseException):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("place", ["layers", "whole models"])
 def test_the_same_as_without_an_interruption(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = _run(tmp_path / "whole")
     module: Any = layers if place == "layers" else cuda_model
@@ -86,16 +92,19 @@ def test_the_same_as_without_an_interruption(
     # Killed once more while a row was written: one phase of the next cell is whole, the other one
     # is torn.
     lines = (tmp_path / "whole" / JOURNAL).read_bytes().splitlines(keepends=True)
-    done = len(journal.read_bytes().splitlines())
-    journal.write_bytes(journal.read_bytes() + lines[done] + lines[done + 1][:-40])
-    kept = journal.read_bytes()
+    before = journal.read_bytes()
+    done = len(before.splitlines())
+    kept = before + lines[done] + lines[done + 1][:-40]
+    journal.write_bytes(kept)
     measured.clear()
     monkeypatch.setattr(module, "measure", lambda *args: measured.append(args) or real(*args))
     capsys.readouterr()
     assert _run(tmp_path / "cut") == whole
     out = capsys.readouterr().out
-    assert f"{2 if place == 'layers' else 6} taken from an earlier run" in out.splitlines()[0]
-    assert json.loads(out.splitlines()[-1]) == whole
+    first, *_, last = out.splitlines()
+    taken = 2 if place == "layers" else 6
+    assert f"{taken} taken from an earlier run" in first
+    assert json.loads(last) == whole
     assert len(measured) == 2, (
         "of four cells two were there already, and the torn one was measured again"
     )
@@ -109,16 +118,8 @@ def test_the_same_as_without_an_interruption(
 @no_gpu
 def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
     """SIGKILL as soon as a few rows are there."""
-    command = [
-        sys.executable,
-        "-m",
-        "eval.cuda",
-        "--quick",
-        "--model",
-        "mixtral-8x7b",
-        "--out",
-        str(tmp_path),
-    ]
+    flags = ["--quick", "--model", "mixtral-8x7b", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "eval.cuda", *flags]
     journal = tmp_path / JOURNAL
     process = subprocess.Popen(
         command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -126,30 +127,36 @@ def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
     assert process.stdout is not None
     try:
         first = process.stdout.readline()
-        assert first.startswith(
-            "36 cells to measure (24 of layers and 12 of whole models), 0 taken"
-        )
+        expected = "36 cells to measure (24 of layers and 12 of whole models), 0 taken"
+        assert first.startswith(expected)
         ends = time.monotonic() + 120
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
-            assert process.poll() is None and time.monotonic() < ends
+        while _lines(journal) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < ends
             time.sleep(0.02)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    lines = [line for line in journal.read_bytes().split(b"\n")[:-1] if line]
-    rows = [json.loads(line) for line in lines]
-    assert len(rows) >= 4 and all(
-        {"gpu", "driver", "torch", "commit", "quick", "question"} <= set(row) for row in rows
-    )
+    *lines, _ = journal.read_bytes().split(b"\n")
+    rows = [json.loads(line) for line in lines if line]
+    assert len(rows) >= 4
+    for row in rows:
+        assert {"gpu", "driver", "torch", "commit", "quick", "question"} <= set(row)
     found = Finished(journal, quick=True, fresh=False)
     if found._conditions["code"] == rows[0]["code"]:  # nobody edits the code just now
         assert found.find() == rows
 
 
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 @pytest.mark.usefixtures("small")
 def test_rows_of_other_conditions_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = tmp_path / "rows.jsonl"
     facts = {"gpu": "A", "commit": "1", "date": "2026-01-01"}
@@ -158,10 +165,9 @@ def test_rows_of_other_conditions_are_left(
     for phase in ("prefill", "decode"):
         Finished(path, quick=True, fresh=False).add({**cell, "phase": phase})
     facts["date"] = "2026-01-02"
-    assert Finished(path, True, False).phases("prefill", "decode", **cell) is not None, (
-        "after midnight"
-    )
-    assert Finished(path, True, False).phases("prefill", "decode", model="m", cache=0.25) is None
+    found = Finished(path, True, False)
+    assert found.phases("prefill", "decode", **cell) is not None, "after midnight"
+    assert found.phases("prefill", "decode", model="m", cache=0.25) is None
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert Finished(path, quick=False, fresh=False).find() == []
@@ -180,46 +186,58 @@ def test_rows_of_other_conditions_are_left(
 
 def test_the_newest_row_of_a_phase_counts(tmp_path: Path) -> None:
     found = Finished(tmp_path / "rows.jsonl", quick=True, fresh=False)
-    added = [
-        found.add({"model": "m", "phase": phase, "ms": ms})
-        for phase, ms in (("a", 1), ("a", 2), ("b", 3))
-    ]
-    assert found.phases("b", "a", model="m") == [added[2], added[1]]
+    older = found.add({"model": "m", "phase": "a", "ms": 1})
+    newer = found.add({"model": "m", "phase": "a", "ms": 2})
+    other = found.add({"model": "m", "phase": "b", "ms": 3})
+    assert found.phases("b", "a", model="m") == [other, newer]
     assert found.phases("a", "c", model="m") is None
-    assert found.bare(added[0]) == {"model": "m", "phase": "a", "ms": 1}
+    assert found.bare(older) == {"model": "m", "phase": "a", "ms": 1}
 
 
-def test_the_code_s_digest_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_s_digest_changes_with_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    (tmp_path / "eval" / "more").mkdir(parents=True)
-    digests = set()
-    for text in ("a = 1", "a = 2"):
-        (tmp_path / "eval" / "more" / "a.py").write_text(text)
-        digests.add(finished.code_digest())
+    path = tmp_path / "eval" / "more" / "a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("a = 1")
+    before = finished.code_digest()
+    path.write_text("a = 2")
+    after = finished.code_digest()
+    assert after != before
     (tmp_path / "eval" / "out.csv").write_text("1")
-    assert finished.code_digest() in digests and len(digests) == 2
+    assert finished.code_digest() == after
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_the_estimate_comes_first_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [0.0]
-    with Progress(
-        {"layers": Planned(3, 10.0), "models": Planned(2, 60.0)}, 4, lambda: now[0]
-    ) as progress:
+    clock = Clock()
+    planned = {
+        "layers": Planned(3, 10.0),
+        "models": Planned(2, 60.0),
+    }
+    with Progress(planned, 4, clock) as progress:
         out = capsys.readouterr().out
-        assert out.startswith(
-            "5 cells to measure (3 of layers and 2 of models), 4 taken from an earlier run; about "
-            "2 min"
-        )
+        cells = "5 cells to measure (3 of layers and 2 of models)"
+        assert out.startswith(f"{cells}, 4 taken from an earlier run; about 2 min")
         assert progress.left_s() == 150
-        now[0] = 20.0
+        clock.now = 20.0
         progress.done("layers")
-        assert progress.left_s() == 2 * 20 + 2 * 60, (
-            "as the measured cell; the guess for the others"
-        )
-        now[0] = 60.0
+        # As the measured cell took; the guess for the others.
+        assert progress.left_s() == 2 * 20 + 2 * 60
+        clock.now = 60.0
         progress.done("layers")
         assert progress.left_s() == 30 + 120
-        now[0] = 65.0
+        clock.now = 65.0
         progress.done("models")
         assert progress.left_s() == 30 + 5
     assert "3 of 5 cells, about 35 s left" in capsys.readouterr().err

@@ -34,7 +34,10 @@ def test_random_blocks_have_the_spread_of_weights(kind: str) -> None:
 
 
 def test_the_mix_of_types_is_llama_cpp_s() -> None:
-    def choose(name: str, width: int = 2048) -> str:
+    def choose(
+        name: str,
+        width: int = 2048,
+    ) -> str:
         return synthetic.choose_type(name, (8, width), "Q4_K_M", 8)
 
     assert choose("output.weight") == "Q6_K"
@@ -46,7 +49,10 @@ def test_the_mix_of_types_is_llama_cpp_s() -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2_lite"])
-def test_a_synthetic_file_is_a_model(family: str, tmp_path: Path) -> None:
+def test_a_synthetic_file_is_a_model(
+    family: str,
+    tmp_path: Path,
+) -> None:
     made = tiny.config(family, hidden_size=256, tie_word_embeddings=False)
     path = tmp_path / "model.gguf"
     synthetic.write(path, made, lambda _name, shape: "Q8_0" if shape[-1] % 32 == 0 else "F32")
@@ -81,7 +87,10 @@ def test_a_token_reads_its_share_of_the_experts(tmp_path: Path) -> None:
     assert roofline.token_bytes(path, config) == rest - embedding + experts * 2 // 8
 
 
-def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_throughput_on_a_tiny_file(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = tiny.write(tmp_path, "mixtral", types="Q8_0")
     arguments = [
         "--gguf_path",
@@ -104,12 +113,19 @@ def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(("prompt", "room"), [(128, 2048), (4000, 4024)])
 def test_llama_cpp_has_room_for_the_prompt(
-    prompt: int, room: int, monkeypatch: pytest.MonkeyPatch
+    prompt: int,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Stop(Exception):
         pass
 
-    def start(python: str, gguf: Path, threads: int, context: int) -> None:
+    def start(
+        python: str,
+        gguf: Path,
+        threads: int,
+        context: int,
+    ) -> None:
         assert context == room
         raise Stop
 
@@ -194,9 +210,15 @@ def test_fidelity_counts_what_it_says() -> None:
 
 
 def test_the_report_survives_a_question_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def answer(question: str, out: Path, _quick: bool) -> every.Answer:
+    def answer(
+        question: str,
+        out: Path,
+        _quick: bool,
+    ) -> every.Answer:
         out.mkdir(parents=True)
         table = out / "t.csv"
         table.write_text("system,ms,cpu\nours <1>,1.23456,x\n")
@@ -217,7 +239,8 @@ def test_the_report_survives_a_question_that_fails(
 
 @pytest.mark.slow
 def test_a_question_in_a_process_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     good = every.ask("schedule", tmp_path, True)
     assert good.result is not None and good.result["gap_max"] < 0.06

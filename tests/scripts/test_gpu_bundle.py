@@ -35,7 +35,12 @@ def bundle() -> ModuleType:
         sys.path.remove(str(ROOT / "scripts"))
 
 
-def wheel(folder: Path, name: str, files: dict[str, str], requires: tuple[str, ...] = ()) -> Path:
+def wheel(
+    folder: Path,
+    name: str,
+    files: dict[str, str],
+    requires: tuple[str, ...] = (),
+) -> Path:
     """A made-up wheel, version 1.0."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
     metadata = "".join(f"Requires-Dist: {item}\n" for item in requires)
@@ -55,10 +60,14 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_what_is_used_of_kt_kernel_travels(bundle: ModuleType, tmp_path: Path) -> None:
+def test_only_what_is_used_of_kt_kernel_travels(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
     kernels = [
-        f"kt_kernel/_kt_kernel_ext_{name}.cpython-312-x86_64-linux-gnu.so"
-        for name in ("amx", "avx2", "avx512_bf16")
+        "kt_kernel/_kt_kernel_ext_amx.cpython-312-x86_64-linux-gnu.so",
+        "kt_kernel/_kt_kernel_ext_avx2.cpython-312-x86_64-linux-gnu.so",
+        "kt_kernel/_kt_kernel_ext_avx512_bf16.cpython-312-x86_64-linux-gnu.so",
     ]
     dropped = [
         "kt_kernel/cli/main.py",
@@ -88,39 +97,57 @@ def test_of_transformers_only_some_models_code_travels(bundle: ModuleType) -> No
     ]
     kept += [f"{models}/bert/configuration_bert.py", f"{models}/mixtral/modeling_mixtral.py"]
     dropped = [f"{models}/bert/modeling_bert.py", f"{models}/llama/modeling_flax_llama.py"]
-    assert [path for path in (*kept, *dropped) if bundle.classic.kept_of_transformers(path)] == kept
+    found = [path for path in (*kept, *dropped) if bundle.classic.kept_of_transformers(path)]
+    assert found == kept
 
 
-def test_what_a_wheel_needs(bundle: ModuleType, tmp_path: Path) -> None:
+def test_what_a_wheel_needs(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
     requires = (
         "Numpy (>=1.17)",
         "pyyaml>=5",
         'PySide6 ; (python_version >= "3.9") and (extra == "gui")',
         "a-b[c]>2",
     )
-    assert bundle.wheels.needs(wheel(tmp_path, "w", {}, requires)) == {"numpy", "pyyaml", "a-b"}
+    made = wheel(tmp_path, "w", {}, requires)
+    assert bundle.wheels.needs(made) == {"numpy", "pyyaml", "a-b"}
 
 
 def test_too_large_a_bundle_is_refused(bundle: ModuleType) -> None:
-    parts = [bundle.Part("site/kt_kernel", 50), bundle.Part("triton", 11)]
+    parts = [
+        bundle.Part("site/kt_kernel", 50),
+        bundle.Part("triton", 11),
+    ]
     bundle.parts.check_size(parts, limit=61)
     with pytest.raises(bundle.BundleError, match=r"the largest part is site/kt_kernel"):
         bundle.parts.check_size(parts, limit=60)
 
 
-def test_a_foreign_folder_is_not_emptied(bundle: ModuleType, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_emptied(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(bundle.BundleError, match="not empty"):
         bundle.parts.fresh(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def package(site: Path, name: str, content: str = "") -> None:
+def package(
+    site: Path,
+    name: str,
+    content: str = "",
+) -> None:
     (site / name).mkdir(parents=True)
     (site / name / "__init__.py").write_text(content)
 
 
-def test_packages_are_imported_from_the_bundle_alone(bundle: ModuleType, tmp_path: Path) -> None:
+def test_packages_are_imported_from_the_bundle_alone(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
     package(tmp_path, "made_up_one", "import json")
     package(tmp_path, "made_up_two", "import made_up_one\n__cpu_variant__ = 'amx'")
     found = bundle.imports.check_import(sys.executable, tmp_path, ("made_up_one", "made_up_two"))
@@ -128,7 +155,8 @@ def test_packages_are_imported_from_the_bundle_alone(bundle: ModuleType, tmp_pat
 
 
 def test_a_package_that_needs_what_is_not_there_is_refused(
-    bundle: ModuleType, tmp_path: Path
+    bundle: ModuleType,
+    tmp_path: Path,
 ) -> None:
     package(tmp_path, "made_up", "import yaml")
     with pytest.raises(bundle.BundleError, match="needs yaml"):
@@ -145,19 +173,27 @@ def filled_cache(folder: Path) -> Path:
     """A cache of one kernel, as Triton keeps it."""
     kernel = folder / "triton" / "KEY"
     kernel.mkdir(parents=True)
+    paths = {}
     for name in ("k.json", "k.cubin", "k.source"):
         (kernel / name).write_text("x")
-    paths = {name: f"/built/elsewhere/KEY/{name}" for name in ("k.json", "k.cubin", "k.source")}
+        paths[name] = f"/built/elsewhere/KEY/{name}"
     (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": paths}))
     return folder / "triton"
 
 
-def test_a_carried_cache_points_to_its_new_place(bundle: ModuleType, tmp_path: Path) -> None:
+def test_a_carried_cache_points_to_its_new_place(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
     cache = filled_cache(tmp_path)
     bundle.kernels.drop_sources(cache)
     assert bundle.kernels.relocate(cache) == 1
-    paths = json.loads((cache / "KEY" / "__grp__k.json").read_text())["child_paths"]
-    assert paths == {name: str(cache / "KEY" / name) for name in ("k.json", "k.cubin")}
+    kernel = cache / "KEY"
+    noted = json.loads((kernel / "__grp__k.json").read_text())
+    assert noted["child_paths"] == {
+        "k.json": str(kernel / "k.json"),
+        "k.cubin": str(kernel / "k.cubin"),
+    }
 
 
 MADE: dict[str, Any] = {
@@ -176,11 +212,14 @@ def test_kernels_that_would_be_compiled_again_are_an_error(bundle: ModuleType) -
         bundle.kernels.cache_report(MADE, again)
         == "3 kernels and 2 launchers; all 3 found in fresh processes"
     )
+    kernel_again = {**again, "compiled": {"down_decode": 1}}
+    launchers_again = {**again, "launchers_built": 4}
     with pytest.raises(bundle.BundleError, match="1 down_decode"):
-        bundle.kernels.cache_report(MADE, {**again, "compiled": {"down_decode": 1}})
+        bundle.kernels.cache_report(MADE, kernel_again)
     with pytest.raises(bundle.BundleError, match="4 launchers"):
-        bundle.kernels.cache_report(MADE, {**again, "launchers_built": 4})
-    said = bundle.kernels.cache_report({**MADE, "left_out": ["tuning, Mixtral"]}, again)
+        bundle.kernels.cache_report(MADE, launchers_again)
+    cut_off = {**MADE, "left_out": ["tuning, Mixtral"]}
+    said = bundle.kernels.cache_report(cut_off, again)
     assert "left out for want of time: tuning, Mixtral" in said
 
 
@@ -200,38 +239,44 @@ def test_another_triton_is_named(bundle: ModuleType) -> None:
     assert "cannot be asked" in bundle.machine.fits(made, {})
 
 
-def test_use_prints_what_the_shell_has_to_know(bundle: ModuleType, tmp_path: Path) -> None:
-    package(tmp_path / "b u" / "site", "made_up_carried")
-    cache = filled_cache(tmp_path / "b u")
-    (tmp_path / "b u" / "manifest.json").write_text(json.dumps({"arch": 90}))
-    (tmp_path / "b u" / "activate").write_text(bundle.machine.ACTIVATE)
-    shutil.copytree(tmp_path / "b u", tmp_path / "carried here")
+def test_use_prints_what_the_shell_has_to_know(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
+    built = tmp_path / "b u"
+    here = tmp_path / "carried here"
+    package(built / "site", "made_up_carried")
+    cache = filled_cache(built)
+    (built / "manifest.json").write_text(json.dumps({"arch": 90}))
+    (built / "activate").write_text(bundle.machine.ACTIVATE)
+    shutil.copytree(built, here)
     script = f"""python() {{ "{sys.executable}" "$@"; }}
-        source "{tmp_path}/carried here/activate"
+        source "{here}/activate"
         python -c 'import os, made_up_carried as m; print(m.__file__, os.environ["TRITON_CACHE_DIR"], sep="|")'"""  # noqa: E501
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    here = tmp_path / "carried here"
     assert done.stdout.strip() == f"{here}/site/made_up_carried/__init__.py|{here}/triton", (
         done.stderr
     )
-    assert str(here) in (here / "triton" / "KEY" / "__grp__k.json").read_text()
-    assert str(cache) not in (here / "triton" / "KEY" / "__grp__k.json").read_text()
+    noted = (here / "triton" / "KEY" / "__grp__k.json").read_text()
+    assert str(here) in noted
+    assert str(cache) not in noted
     with pytest.raises(bundle.BundleError, match="no bundle"):
         bundle.machine.use(tmp_path)
 
 
 def test_help_reads_without_anything_installed() -> None:
-    command = [sys.executable, "-S", "-I", "-c", f"import sys; sys.path.insert(0, "
-                                                 f"{str(ROOT / 'scripts')!r}); "
-               "import gpu_bundle; gpu_bundle.main(['--help'])"]  # fmt: skip
+    scripts = str(ROOT / "scripts")
+    code = f"import sys; sys.path.insert(0, {scripts!r}); import gpu_bundle; gpu_bundle.main()"
+    command = [sys.executable, "-S", "-I", "-c", code, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--classic" in done.stdout
 
 
 def test_what_is_prebuilt_is_found_by_a_fresh_process_elsewhere(
-    bundle: ModuleType, tmp_path: Path
+    bundle: ModuleType,
+    tmp_path: Path,
 ) -> None:
     """The product's launch code under a driver without a card, twice: the second time nothing may
     be compiled.
@@ -262,7 +307,10 @@ def test_every_case_of_the_check_is_prebuilt() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("not config.getoption('-m')", reason="needs the network: pytest -m slow")
-def test_the_real_packages_travel(bundle: ModuleType, tmp_path: Path) -> None:
+def test_the_real_packages_travel(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
     assert bundle.main(["--out", str(tmp_path / "bundle"), "--no-kernels"]) == 0
     assert {"gguf", "kt_kernel", "kt_kernel.libs"} <= {
         path.name for path in (tmp_path / "bundle" / "site").iterdir()

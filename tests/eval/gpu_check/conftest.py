@@ -12,7 +12,10 @@ from eval.gpu_check.plan import Stage
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stage]:
+def make(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Stage]:
     """Makes a stage of a module's text."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 

@@ -28,7 +28,10 @@ def run(place):
 """
 
 
-def test_random_kills_lose_no_finished_line(tmp_path: Path, make: Any) -> None:
+def test_random_kills_lose_no_finished_line(
+    tmp_path: Path,
+    make: Any,
+) -> None:
     """Stages and the check itself are killed at random; what had been kept is there, and the rest
     follows.
     """
@@ -97,7 +100,10 @@ def _runs(pid: int) -> bool:
     return state != "Z"
 
 
-def _wait_until(there: Any, seconds: float = 20) -> None:
+def _wait_until(
+    there: Any,
+    seconds: float = 20,
+) -> None:
     deadline = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < deadline

@@ -12,9 +12,12 @@ from eval.gpu_check.plan import STAGES
 
 def test_times_add_up_to_what_is_promised() -> None:
     usual = [stage for stage in STAGES if not stage.on_demand and not stage.background]
-    assert {stage.name for stage in usual if stage.judges} == {"kernels", "slots", "graphs"}
-    assert sum(stage.limit_s for stage in usual) <= plan.TOTAL_S
-    assert sum(stage.limit_s for stage in usual if stage.core) <= plan.CORE_S
+    judges = {stage.name for stage in usual if stage.judges}
+    assert judges == {"kernels", "slots", "graphs"}
+    total_s = sum(stage.limit_s for stage in usual)
+    core_s = sum(stage.limit_s for stage in usual if stage.core)
+    assert total_s <= plan.TOTAL_S
+    assert core_s <= plan.CORE_S
     names = [stage.name for stage in STAGES]
     assert names.index("prepare") < names.index("model")
     assert [stage.core for stage in usual] == sorted(
@@ -30,7 +33,10 @@ def test_the_model_s_file_is_written_before_whoever_reads_it() -> None:
 
 
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="there is a card")
-def test_a_card_is_what_the_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_what_the_driver_lists(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert check.card_name() is None
     for text, name in (

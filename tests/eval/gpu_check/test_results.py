@@ -36,16 +36,12 @@ def test_two_runs_that_were_cut_off_make_a_whole_one() -> None:
         ("kernels", "end", None),
         ("slots", "end", None),
     ]
-    assert results.summary(found, [], [])["stages_failed"] == ["kernels", "slots"], (
-        "no time does not undo a failure"
-    )
+    failed = results.summary(found, [], [])["stages_failed"]
+    assert failed == ["kernels", "slots"], "no time does not undo a failure"
     assert results.headline(found, "kernels") == "2 rows, 2 of 2 right, largest error 1.0e-03"
-    whole = results.merged(
-        [*lines, line("kernels", "renamed", "3", ok=True), end("kernels", run="3")]
-    )
-    assert [item["case"] for item in results.rows(whole, "kernels")] == ["renamed"], (
-        "a whole run replaces all"
-    )
+    lines += [line("kernels", "renamed", "3", ok=True), end("kernels", run="3")]
+    (row,) = results.rows(results.merged(lines), "kernels")
+    assert row["case"] == "renamed", "a whole run replaces all"
 
 
 def test_right_is_only_what_every_judging_stage_has_judged() -> None:
@@ -58,17 +54,18 @@ def test_right_is_only_what_every_judging_stage_has_judged() -> None:
     ]
 
     def verdict(*more: dict[str, Any]) -> tuple[bool | None, list[str]]:
-        found = results.summary(results.merged([*lines, *more]), ["kernels", "slots"], judges)
+        found = results.summary(results.merged([*lines, *more]), judges, judges)
         return found["correct"], found["stages_missing"]
 
+    right = line("slots", "c", ok=True)
+    wrong = line("model", "d", ok=False)
+    ended = end("slots")
+    died = end("slots", "died")
     assert verdict() == (None, ["slots"])
-    assert verdict(end("slots")) == (None, []), "it has judged nothing"
-    assert verdict(line("slots", "c", ok=True), end("slots", "died")) == (None, [])
-    assert verdict(line("slots", "c", ok=True), end("slots")) == (True, [])
-    assert verdict(line("slots", "c", ok=True), end("slots"), line("model", "d", ok=False)) == (
-        False,
-        [],
-    )
+    assert verdict(ended) == (None, []), "it has judged nothing"
+    assert verdict(right, died) == (None, [])
+    assert verdict(right, ended) == (True, [])
+    assert verdict(right, ended, wrong) == (False, [])
 
 
 def test_cards_and_commits_do_not_mix(tmp_path: Path) -> None:
@@ -85,16 +82,16 @@ def test_cards_and_commits_do_not_mix(tmp_path: Path) -> None:
     check = Check(journal, tmp_path, "A", "now")
     assert check.done() == {"facts"}
     assert {item["gpu"] for item in check.lines()} == {"A"}
-    assert Check(journal, tmp_path, None, "now").lines() == []
-    assert {item["gpu"] for item in Check(journal, tmp_path, UNKNOWN, "now").lines()} == {"A"}
+    dry = Check(journal, tmp_path, None, "now")
+    assert dry.lines() == []
+    unnamed = Check(journal, tmp_path, UNKNOWN, "now")
+    assert {item["gpu"] for item in unnamed.lines()} == {"A"}
 
 
 def test_the_verdict_is_of_what_was_measured() -> None:
-    assert (OURS.name, KTRANSFORMERS.name, LOAD_EVERY_MISS.name) == (
-        results.OURS,
-        results.STATIC,
-        results.LOAD_EVERY_MISS,
-    )
+    assert OURS.name == results.OURS
+    assert KTRANSFORMERS.name == results.STATIC
+    assert LOAD_EVERY_MISS.name == results.LOAD_EVERY_MISS
     times = {
         OURS.name: (4.0, 20.0),
         KTRANSFORMERS.name: (6.0, 30.0),
@@ -127,7 +124,7 @@ def test_the_verdict_is_of_what_was_measured() -> None:
     }
     nothing = results.summary([], [], ["kernels"])
     assert all(not nothing[name] for name in found)
-    again = [line("model", OURS.name, "2", system=OURS.name, decode_ms_p50=1.0, prefill_ms_p50=1.0)]
-    assert results.summary([*lines, *again], [], [])["decode_vs_static"] is None, (
-        "the baseline is of another run"
-    )
+    times_again = {"decode_ms_p50": 1.0, "prefill_ms_p50": 1.0}
+    again = line("model", OURS.name, "2", system=OURS.name, **times_again)
+    found = results.summary([*lines, again], [], [])
+    assert found["decode_vs_static"] is None, "the baseline is of another run"

@@ -17,7 +17,8 @@ from hybrimoe_plugin.experts.streams import HostStreams
 
 
 def test_slots_go_on_alike_whether_or_not_a_prefetch_could_be_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a card prefetches are under way until the device is waited for, so cancelling is a matter
     of luck.
@@ -32,7 +33,10 @@ def test_slots_go_on_alike_whether_or_not_a_prefetch_could_be_cancelled(
         def synchronize(self) -> None:
             self.waited = True
 
-    def make_lagging(name: str, device: torch.device) -> SlotAccelerator:
+    def make_lagging(
+        name: str,
+        device: torch.device,
+    ) -> SlotAccelerator:
         return SlotAccelerator(device, name, TorchKernels(), Lagging())
 
     monkeypatch.setattr(slots, "make_accelerator", make_lagging)
