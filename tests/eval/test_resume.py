@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -26,7 +25,6 @@ from eval.models.shapes import MODELS
 from eval.policies.systems import KTRANSFORMERS, OURS
 from eval.reporting import finished, report
 from eval.reporting.finished import Finished
-from eval.reporting.progress import Planned, Progress
 
 no_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the emulated accelerator's times are the same each time"
@@ -150,94 +148,3 @@ def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
 
 def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-@pytest.mark.usefixtures("small")
-def test_rows_of_other_conditions_are_left(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    facts = {"gpu": "A", "commit": "1", "date": "2026-01-01"}
-    monkeypatch.setattr(report, "facts", lambda: dict(facts))
-    cell = {"model": "m", "cache": 0.5}
-    for phase in ("prefill", "decode"):
-        Finished(path, quick=True, fresh=False).add({**cell, "phase": phase})
-    facts["date"] = "2026-01-02"
-    found = Finished(path, True, False)
-    assert found.phases("prefill", "decode", **cell) is not None, "after midnight"
-    assert found.phases("prefill", "decode", model="m", cache=0.25) is None
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        assert Finished(path, quick=False, fresh=False).find() == []
-    assert "differ in: quick" in caplog.text
-    facts |= {"gpu": "B", "commit": "2"}
-    assert Finished(path, True, False).find() == []
-    assert "differ in: commit, gpu" in caplog.text
-    monkeypatch.setattr(finished, "code_digest", lambda: "another")
-    facts |= {"gpu": "A", "commit": "1"}
-    assert Finished(path, True, False).find() == []
-    assert "differ in: code" in caplog.text
-    assert path.exists()
-    assert Finished(path, True, fresh=True).find() == []
-    assert not path.exists()
-
-
-def test_the_newest_row_of_a_phase_counts(tmp_path: Path) -> None:
-    found = Finished(tmp_path / "rows.jsonl", quick=True, fresh=False)
-    older = found.add({"model": "m", "phase": "a", "ms": 1})
-    newer = found.add({"model": "m", "phase": "a", "ms": 2})
-    other = found.add({"model": "m", "phase": "b", "ms": 3})
-    assert found.phases("b", "a", model="m") == [other, newer]
-    assert found.phases("a", "c", model="m") is None
-    assert found.bare(older) == {"model": "m", "phase": "a", "ms": 1}
-
-
-def test_the_code_s_digest_changes_with_it(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    path = tmp_path / "eval" / "more" / "a.py"
-    path.parent.mkdir(parents=True)
-    path.write_text("a = 1")
-    before = finished.code_digest()
-    path.write_text("a = 2")
-    after = finished.code_digest()
-    assert after != before
-    (tmp_path / "eval" / "out.csv").write_text("1")
-    assert finished.code_digest() == after
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_the_estimate_comes_first_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock()
-    planned = {
-        "layers": Planned(3, 10.0),
-        "models": Planned(2, 60.0),
-    }
-    with Progress(planned, 4, clock) as progress:
-        out = capsys.readouterr().out
-        cells = "5 cells to measure (3 of layers and 2 of models)"
-        assert out.startswith(f"{cells}, 4 taken from an earlier run; about 2 min")
-        assert progress.left_s() == 150
-        clock.now = 20.0
-        progress.done("layers")
-        # As the measured cell took; the guess for the others.
-        assert progress.left_s() == 2 * 20 + 2 * 60
-        clock.now = 60.0
-        progress.done("layers")
-        assert progress.left_s() == 30 + 120
-        clock.now = 65.0
-        progress.done("models")
-        assert progress.left_s() == 30 + 5
-    assert "3 of 5 cells, about 35 s left" in capsys.readouterr().err
