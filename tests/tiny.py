@@ -1,4 +1,4 @@
-"""The tiny models of `eval.tiny`, under the name that tests use."""
+"""The tiny models of `eval.models.tiny`, under the name that tests use."""
 
 from eval.models.tiny import DENSE, FAMILIES, config, model, tokens, write, write_quantised
 
