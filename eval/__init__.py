@@ -1,1 +1,1 @@
-"""One module per question: `python -m eval.<question>`."""
+"""One module or package for each question: `python -m eval.<question>`; others hold helpers."""

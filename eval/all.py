@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from eval import report
+from eval.reporting import report
 
 QUESTIONS = ("schedule", "cache", "prefetch", "replay", "throughput", "fidelity", "lever", "flips")
 LIMIT_S = {True: 900, False: 7200}
@@ -51,14 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = report.parser(__doc__ or "")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, help="these questions only")
     args = parser.parse_args(arguments)
-    asked = [name for name in args.only or QUESTIONS if _exists(name)]
+    asked = args.only or QUESTIONS
     answers = []
     with tqdm(total=len(asked), unit="question", file=sys.stderr) as bar:
         for name in asked:
             bar.set_description(name)
-            answers.append(ask(name, args.out / name, args.quick))
-            state = "failed" if answers[-1].result is None else "done"
-            tqdm.write(f"{name}: {state} after {answers[-1].seconds:.0f} s", file=sys.stderr)
+            answer = ask(name, args.out / name, args.quick)
+            answers.append(answer)
+            state = "failed" if answer.result is None else "done"
+            tqdm.write(f"{name}: {state} after {answer.seconds:.0f} s", file=sys.stderr)
             bar.update()
     path = args.out / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ask(question: str, out: Path, quick: bool) -> Answer:
     """Run one question in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        f"eval.{question}",
-        "--out",
-        str(out),
-        *(["--quick"] if quick else []),
-    ]
+    command = [sys.executable, "-m", f"eval.{question}", "--out", str(out)]
+    if quick:
+        command.append("--quick")
     started = time.monotonic()
     before = time.time() - 1
+    result = None
     try:
         done = subprocess.run(
             command,
@@ -90,10 +87,13 @@ def ask(question: str, out: Path, quick: bool) -> Answer:
             timeout=LIMIT_S[quick],
             cwd=report.ROOT,
         )
-        output = done.stdout + (f"\n{done.stderr}" if done.returncode else "")
-        result = _last_json(done.stdout) if done.returncode == 0 else None
+        output = done.stdout
+        if done.returncode:
+            output += f"\n{done.stderr}"
+        else:
+            result = _last_json(done.stdout)
     except subprocess.TimeoutExpired as error:
-        output, result = f"stopped after {error.timeout:.0f} s", None
+        output = f"stopped after {error.timeout:.0f} s"
     made = [path for path in sorted(out.glob("*")) if path.stat().st_mtime >= before]
     return Answer(question, time.monotonic() - started, result, output, tuple(made))
 
@@ -123,49 +123,59 @@ def _section(answer: Answer) -> list[str]:
         parts.append(f"<p>{answer.seconds:.0f} s</p>{_table([answer.result])}")
     for path in answer.files:
         if path.suffix == ".png":
-            data = base64.b64encode(path.read_bytes()).decode()
-            parts.append(
-                f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
-            )
+            parts.append(_image(path))
         elif path.suffix == ".csv":
-            rows = _rows(path)
-            more = f", first {_ROWS} of {len(rows)} rows" if len(rows) > _ROWS else ""
-            parts.append(f"<h3>{html.escape(path.stem)}{more}</h3>{_table(rows[:_ROWS])}")
+            parts.append(_csv(path))
     return parts
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _csv(path: Path) -> str:
+    rows = _rows(path)
+    title = html.escape(path.stem)
+    if len(rows) > _ROWS:
+        title += f", first {_ROWS} of {len(rows)} rows"
+    return f"<h3>{title}</h3>{_table(rows[:_ROWS])}"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows without the facts about the machine, which the page's head gives."""
     known = set(report.facts())
     with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {key: value for key, value in row.items() if key not in known}
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in known & set(row):
+            del row[name]
+    return rows
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "<p>no rows</p>"
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(_short(value))}</td>" for value in row.values())
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    lines = [_line("th", [str(name) for name in rows[0]])]
+    for row in rows:
+        lines.append(_line("td", [_short(value) for value in row.values()]))
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _line(tag: str, texts: Sequence[str]) -> str:
+    """One line of a table, with a cell for each text."""
+    cells = [f"<{tag}>{html.escape(text)}</{tag}>" for text in texts]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _short(value: Any) -> str:
+    """Numbers with four significant digits, others as they are."""
+    if isinstance(value, bool):
+        return str(value)
     try:
-        return f"{float(value):.4g}" if not isinstance(value, bool) else str(value)
+        return f"{float(value):.4g}"
     except (TypeError, ValueError):
         return str(value)
-
-
-def _exists(question: str) -> bool:
-    return (report.ROOT / "eval" / f"{question}.py").exists()
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

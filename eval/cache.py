@@ -8,13 +8,18 @@ began. No column is measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
-from eval import report, traces
-from eval.hits import POLICIES, hit_rate
-from eval.systems import OURS, build, prepare
+from eval.policies import traces
+from eval.policies.hits import POLICIES, hit_rate
+from eval.policies.systems import OURS, build, prepare
+from eval.reporting import report
+from eval.reporting.rows import column, distinct, where, within
 from hybrimoe_plugin.replay.simulator import replay
 from hybrimoe_plugin.replay.trace import Trace
+
+Row = dict[str, Any]
 
 RATIOS = (0.05, 0.1, 0.25, 0.5, 0.75)
 JUDGED = (0.1, 0.25, 0.5)
@@ -25,58 +30,60 @@ RECALL = 0.79
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     args = report.parser(__doc__ or "").parse_args(arguments)
     names = (*traces.REAL, *traces.FLAT, *traces.recorded_names())
-    rows = []
-    for name in names[: 4 if args.quick else None]:
-        rows += hit_rows(name, JUDGED if args.quick else RATIOS)
+    others = names[len(traces.REAL) :]
+    ratios = JUDGED if args.quick else RATIOS
+    rows: list[Row] = []
+    for name in names[:4] if args.quick else names:
+        rows += hit_rows(name, ratios)
     ahead = [prefetch_row(name) for name in traces.REAL]
     report.show("Hit rate in decode, cache alone (simulated)", rows)
-    report.show(
-        "Resident when needed at 25 %, with prefetch on the paper's link (simulated)", ahead
-    )
+    title = "Resident when needed at 25 %, with prefetch on the paper's link (simulated)"
+    report.show(title, ahead)
     report.save_csv(args.out / "cache.csv", rows)
     report.save_csv(args.out / "cache_prefetch.csv", ahead)
-    report.save_figure(args.out / "cache.png", lambda axes: _draw(axes, rows))
+    report.save_figure(args.out / "cache.png", lambda axes: draw(axes, rows))
     result = {
         "lru_to_belady_closed": closed(rows, "shared"),
         "lru_to_belady_closed_layer": closed(rows, "layer"),
-        "worst_margin_vs_any_policy": min(margin(rows, budget, traces.REAL) for budget in BUDGETS),
-        "worst_margin_other_traces": min(margin(rows, budget, names[3:]) for budget in BUDGETS),
-        "with_prefetch_closed": sum(row["closed"] for row in ahead) / len(ahead),
+        "worst_margin_vs_any_policy": worst_margin(rows, traces.REAL),
+        "worst_margin_other_traces": worst_margin(rows, others),
+        "with_prefetch_closed": mean(column(ahead, "closed")),
     }
     report.finish(result)
     return result
 
 
 def routing(name: str) -> Trace:
-    return traces.flat(name, 32, 96, text=1) if name in traces.SHAPES else traces.real(name)
+    """The trace of a name."""
+    if name in traces.SHAPES:
+        return traces.flat(name, 32, 96, text=1)
+    return traces.real(name)
 
 
-def hit_rows(name: str, ratios: Sequence[float]) -> list[dict[str, Any]]:
+def hit_rows(name: str, ratios: Sequence[float]) -> list[Row]:
     """One row for each cache ratio and budget, one column for each policy."""
     trace = routing(name)
-    return [
-        {
-            "trace": name,
-            "cache": ratio,
-            "budget": budget,
-            **{policy: hit_rate(trace, policy, ratio, budget == "shared") for policy in POLICIES},
-        }
-        for ratio in ratios
-        for budget in BUDGETS
-    ]
+    rows = []
+    for ratio in ratios:
+        for budget in BUDGETS:
+            row: Row = {"trace": name, "cache": ratio, "budget": budget}
+            for policy in POLICIES:
+                row[policy] = hit_rate(trace, policy, ratio, shared=budget == "shared")
+            rows.append(row)
+    return rows
 
 
-def prefetch_row(name: str, ratio: float = 0.25) -> dict[str, Any]:
+def prefetch_row(name: str, ratio: float = 0.25) -> Row:
     """Cache and prefetch together against LRU and Belady without."""
     trace = routing(name)
     costs = traces.costs_for("a6000", trace, name)
-    seen = replay(
-        prepare(OURS, trace, RECALL), build(OURS, trace, costs, ratio, None)
-    ).resident_rate
-    lru, belady = (hit_rate(trace, policy, ratio, shared=False) for policy in ("lru", "belady"))
+    controller = build(OURS, trace, costs, ratio, None)
+    seen = replay(prepare(OURS, trace, RECALL), controller).resident_rate
+    lru = hit_rate(trace, "lru", ratio, shared=False)
+    belady = hit_rate(trace, "belady", ratio, shared=False)
     return {
         "trace": name,
         "cache": ratio,
@@ -87,51 +94,56 @@ def prefetch_row(name: str, ratio: float = 0.25) -> dict[str, Any]:
     }
 
 
-def closed(rows: Sequence[dict[str, Any]], budget: str) -> float:
+def closed(rows: Sequence[Row], budget: str) -> float:
     """Share of the way from per-layer LRU to Belady of the same budget, over the real traces' mean
     hit rates.
     """
-    chosen = [row for row in rows if row["trace"] in traces.REAL and row["cache"] in JUDGED]
-    lru = sum(row["lru"] for row in chosen if row["budget"] == "layer")
-    ours, best = (
-        sum(row[name] for row in chosen if row["budget"] == budget)
-        for name in ("adaptive", "belady")
-    )
+    judged = within(rows, "cache", JUDGED)
+    real = within(judged, "trace", traces.REAL)
+    chosen = where(real, budget=budget)
+    lru = sum(column(where(real, budget="layer"), "lru"))
+    ours = sum(column(chosen, "adaptive"))
+    best = sum(column(chosen, "belady"))
     return float((ours - lru) / (best - lru))
 
 
-def margin(rows: Sequence[dict[str, Any]], budget: str, names: Sequence[str]) -> float:
-    """Worst of ours minus the best fixed policy of the same budget, in hit rate."""
-    return float(
-        min(
-            (
-                row["adaptive"] - max(row[policy] for policy in FIXED)
-                for row in rows
-                if row["trace"] in names and row["budget"] == budget and row["cache"] in JUDGED
-            ),
-            default=0.0,
-        )
-    )
+def margin(rows: Sequence[Row], budget: str, names: Sequence[str]) -> float:
+    """Lowest difference between ours and the best fixed policy of the same budget, in hit rate."""
+    judged = within(rows, "cache", JUDGED)
+    chosen = within(judged, "trace", names)
+    margins = []
+    for row in where(chosen, budget=budget):
+        best = max(row[policy] for policy in FIXED)
+        margins.append(row["adaptive"] - best)
+    return float(min(margins, default=0.0))
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    chosen = [row for row in rows if row["trace"] in traces.REAL and row["budget"] == "layer"]
-    ratios = sorted({row["cache"] for row in chosen})
-    shared = [row for row in rows if row["trace"] in traces.REAL and row["budget"] == "shared"]
-    lines = [(policy, policy, chosen) for policy in POLICIES] + [
-        ("adaptive, shared slots", "adaptive", shared)
-    ]
-    for label, policy, part in lines:
-        means = [[row[policy] for row in part if row["cache"] == ratio] for ratio in ratios]
-        axes.plot(
-            [100 * r for r in ratios],
-            [100 * sum(m) / len(m) for m in means],
-            marker="o",
-            label=label,
-        )
+def worst_margin(rows: Sequence[Row], names: Sequence[str]) -> float:
+    """Lowest margin of both budgets."""
+    return min(margin(rows, budget, names) for budget in BUDGETS)
+
+
+def draw(axes: Any, rows: Sequence[Row]) -> None:
+    """Hit rate by cache size, one line for each policy."""
+    real = within(rows, "trace", traces.REAL)
+    layer = where(real, budget="layer")
+    shared = where(real, budget="shared")
+    for policy in POLICIES:
+        _draw_line(axes, layer, policy, policy)
+    _draw_line(axes, shared, "adaptive", "adaptive, shared slots")
     axes.set_xlabel("experts in the cache, %")
     axes.set_ylabel("decode hit rate, %, three traces (simulated)")
     axes.legend()
+
+
+def _draw_line(axes: Any, rows: Sequence[Row], policy: str, label: str) -> None:
+    percents = []
+    rates = []
+    for ratio in sorted(distinct(rows, "cache")):
+        found = column(where(rows, cache=ratio), policy)
+        percents.append(100 * ratio)
+        rates.append(100 * mean(found))
+    axes.plot(percents, rates, marker="o", label=label)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,30 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from eval import report
+from eval.reporting import report
+from eval.reporting.rows import column
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 
 CHUNK_TOKENS = 256
 DECODED = 32
+INJECTED, PLAIN_LINEARS, KT_KERNEL = (
+    "injected",
+    "injected, plain linears",
+    "injected, kt-kernel workers",
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    INJECTED: {},
+    PLAIN_LINEARS: {"dense": "dequantised", "dtype": "float32"},
+    KT_KERNEL: {"cpu_backend": "kt", "dtype": "float32"},
+}
+"""Injected models that are compared with the plain one, by settings."""
+IN_RESULT = ("token_agreement", "perplexity_difference", "logits_relative_rms")
+"""Figures of the first variant in the JSON line."""
 TOPICS = ("for", "exceptions", "numbers", "strings", "class", "lambda", "naming", "assignment")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     parser = report.parser(__doc__ or "")
     parser.add_argument("--gguf_path", type=Path, help="a model's file; default the demo model")
     parser.add_argument(
@@ -41,37 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     wanted = [logits(plain, chunk) for chunk in chunks]
     del plain
     rows = []
-    variants: dict[str, dict[str, Any]] = {
-        "injected": {"accelerator": "none"},
-        "injected, plain linears": {
-            "accelerator": "none",
-            "dense": "dequantised",
-            "dtype": "float32",
-        },
-        "injected, kt-kernel workers": {
-            "accelerator": "none",
-            "cpu_backend": "kt",
-            "dtype": "float32",
-        },
-    }
-    for name, settings in list(variants.items())[: 2 if args.quick else None]:
-        model, _ = _load(args.model_path, gguf, settings)
-        rows.append(
-            {"model": name, **compare(chunks, wanted, [logits(model, chunk) for chunk in chunks])}
-        )
+    for name, settings in VARIANTS.items():
+        if args.quick and name == KT_KERNEL:
+            continue
+        model, _ = _load(args.model_path, gguf, {"accelerator": "none", **settings})
+        found = [logits(model, chunk) for chunk in chunks]
+        rows.append({"model": name, **compare(chunks, wanted, found)})
         model.hybrimoe.close()
         del model
-    report.show(
-        f"Against the plain model in float32, {len(chunks)} x {CHUNK_TOKENS} tokens of pydoc's "
-        f"topics",
-        rows,
-    )
+    text = f"{len(chunks)} x {CHUNK_TOKENS} tokens of pydoc's topics"
+    report.show(f"Against the plain model in float32, {text}", rows)
     report.save_csv(args.out / "fidelity.csv", rows)
-    report.save_figure(args.out / "fidelity.png", lambda axes: _draw(axes, rows), height=2.6)
-    result = {
-        key: rows[0][key]
-        for key in ("token_agreement", "perplexity_difference", "logits_relative_rms")
-    }
+    report.save_figure(args.out / "fidelity.png", lambda axes: draw(axes, rows), height=2.6)
+    result = {name: rows[0][name] for name in IN_RESULT}
     report.finish(result)
     return result
 
@@ -86,14 +82,10 @@ def texts(tokenizer: Any, count: int) -> list[torch.Tensor]:
 
     text = "\n\n".join(topics[name] for name in TOPICS if name in topics)
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    if len(ids) < count * CHUNK_TOKENS:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, {count} chunks need {count * CHUNK_TOKENS}"
-        )
-    return [
-        ids[None, start : start + CHUNK_TOKENS]
-        for start in range(0, count * CHUNK_TOKENS, CHUNK_TOKENS)
-    ]
+    needed = count * CHUNK_TOKENS
+    if len(ids) < needed:
+        raise ValueError(f"the text has {len(ids)} tokens, {count} chunks need {needed}")
+    return list(ids[None, :needed].split(CHUNK_TOKENS, dim=1))
 
 
 @torch.inference_mode()
@@ -106,13 +98,16 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     out = model(ids[:, :first], use_cache=True)
     parts = [out.logits[0]]
     for at in range(first, ids.shape[1]):
-        out = model(ids[:, at : at + 1], **{keyword: cache_in(out)}, use_cache=True)
+        kept = {keyword: cache_in(out)}
+        out = model(ids[:, at : at + 1], **kept, use_cache=True)
         parts.append(out.logits[0])
     return torch.cat(parts).float()
 
 
 def compare(
-    chunks: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]
+    chunks: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    found: Sequence[torch.Tensor],
 ) -> dict[str, float]:
     """Agreement of the likeliest tokens, perplexities and relative error of the logits, over all
     chunks.
@@ -123,14 +118,21 @@ def compare(
     targets = torch.cat([chunk[0, 1:] for chunk in chunks])
     plain = torch.cat([part[:-1] for part in wanted])
     ours = torch.cat([part[:-1] for part in found])
-    losses = [float(F.cross_entropy(part, targets)) for part in (plain, ours)]
+    same = plain.argmax(-1) == ours.argmax(-1)
+    error = (ours - plain).norm() / plain.norm()
+    perplexity_plain = _perplexity(plain, targets)
+    perplexity = _perplexity(ours, targets)
     return {
-        "token_agreement": float((plain.argmax(-1) == ours.argmax(-1)).float().mean()),
-        "perplexity_plain": math.exp(losses[0]),
-        "perplexity": math.exp(losses[1]),
-        "perplexity_difference": math.exp(losses[1]) / math.exp(losses[0]) - 1,
-        "logits_relative_rms": float((ours - plain).norm() / plain.norm()),
+        "token_agreement": float(same.float().mean()),
+        "perplexity_plain": perplexity_plain,
+        "perplexity": perplexity,
+        "perplexity_difference": perplexity / perplexity_plain - 1,
+        "logits_relative_rms": float(error),
     }
+
+
+def _perplexity(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return math.exp(float(F.cross_entropy(logits, targets)))
 
 
 def _demo() -> Path:
@@ -149,10 +151,12 @@ def _load(model_path: Path | None, gguf: Path, settings: dict[str, Any] | None) 
     return load_model(model_path, gguf, progress=False, **settings)
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Agreement with the plain model, one bar for each variant."""
     places = range(len(rows))
-    axes.barh(places, [100 * row["token_agreement"] for row in rows], color="tab:green")
-    axes.set_yticks(places, [row["model"] for row in rows])
+    percents = [100 * share for share in column(rows, "token_agreement")]
+    axes.barh(places, percents, color="tab:green")
+    axes.set_yticks(places, column(rows, "model"))
     axes.invert_yaxis()
     axes.set_xlim(90, 100)
     axes.set_xlabel("same likeliest token as the plain model, % (measured)")

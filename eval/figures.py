@@ -6,30 +6,38 @@ out with a notice.
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from eval import cache, fidelity, lever_summary, prefetch, replay, report, schedule, throughput
+from eval import cache, fidelity, prefetch, replay, schedule, throughput
+from eval.lever import figures as lever
+from eval.reporting import report
+
+
+class Draw(Protocol):
+    """Draws rows into matplotlib's axes."""
+
+    def __call__(self, axes: Any, rows: Sequence[dict[str, Any]]) -> None: ...
+
 
 log = logging.getLogger(__name__)
 
 RESULTS = report.ROOT / "eval" / "results"
-Draw = Callable[[Any, Sequence[dict[str, Any]]], None]
 FIGURES: dict[str, tuple[Draw, float, float]] = {
-    # CSV: (who draws it, width, height)
-    "schedule_gap.csv": (schedule._draw, 7.0, 4.0),
-    "cache.csv": (cache._draw, 7.0, 4.0),
-    "prefetch.csv": (prefetch._draw, 7.0, 4.0),
-    "replay.csv": (replay._draw, 9.0, 4.0),
-    "throughput_demo.csv": (throughput._draw, 7.0, 3.2),
-    "throughput_deepseek-v2-lite.csv": (throughput._draw, 7.0, 3.2),
-    "fidelity.csv": (fidelity._draw, 7.0, 2.6),
-    "lever.csv": (lever_summary.draw_speedups, 9.0, 4.0),
-    "lever_amx.csv": (lever_summary.draw_speedups, 9.0, 4.0),
-    "lever_cells.csv": (lever_summary.draw_shares, 7.0, 4.0),
+    # CSV: (what draws it, width, height)
+    "schedule_gap.csv": (schedule.draw, 7.0, 4.0),
+    "cache.csv": (cache.draw, 7.0, 4.0),
+    "prefetch.csv": (prefetch.draw, 7.0, 4.0),
+    "replay.csv": (replay.draw, 9.0, 4.0),
+    "throughput_demo.csv": (throughput.draw, 7.0, 3.2),
+    "throughput_deepseek-v2-lite.csv": (throughput.draw, 7.0, 3.2),
+    "fidelity.csv": (fidelity.draw, 7.0, 2.6),
+    "lever.csv": (lever.draw_speedups, 9.0, 4.0),
+    "lever_amx.csv": (lever.draw_speedups, 9.0, 4.0),
+    "lever_cells.csv": (lever.draw_shares, 7.0, 4.0),
 }
 
 
@@ -45,28 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if not source.exists():
             log.warning("%s is not there: no figure of it", source)
             continue
-        rows = read_rows(source)
         target = args.out / f"{source.stem}.png"
-        report.save_figure(target, lambda axes: draw(axes, rows), width, height)  # noqa: B023
+        rows = report.read_csv(source)
+        report.save_figure(target, partial(draw, rows=rows), width, height)
         drawn.append(target.name)
     result = {"figures": drawn}
     report.finish(result)
     return result
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """A CSV's rows with numbers as numbers."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"True": True, "False": False}.get(text, text)
 
 
 if __name__ == "__main__":

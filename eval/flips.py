@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from eval import report
-from eval.lever_lab import PROMPTS, Lab
+from eval.lever.lab import PROMPTS, Lab
+from eval.reporting import report
 from lever_ext.decoding import LeverDecoding
 from lever_ext.flips import FlipCount, count_flips
 from lever_ext.packing import pack_tokenizer
@@ -31,7 +31,7 @@ FURTHER = (
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     parser = report.parser(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=32, help="generated for each prompt")
     parser.add_argument("--only", default="", choices=("", *TARGETS), help="one target")
@@ -39,20 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     rows = []
     lab = Lab()
-    prompts = _prompts(lab)[:: 4 if args.quick else 1]
-    for name in (args.only,) if args.only else TARGETS:
+    prompts = _prompts(lab)
+    if args.quick:
+        prompts = prompts[::4]
+    targets = (args.only,) if args.only else TARGETS
+    for name in targets:
         target = lab.target(name, "4GiB")
         for tree in TREES:
-            decoder = LeverDecoding(
-                lab.draft("low-bit 65 %"), make_policy(tree), target, overlap=False
-            )
+            draft = lab.draft("low-bit 65 %")
+            decoder = LeverDecoding(draft, make_policy(tree), target, overlap=False)
             found = count_flips(target.model, decoder, prompts, args.tokens)
             decoder.close()
             rows.append({"target": name, "tree": tree, **_row(found, len(prompts))})
-            result |= {
-                f"{name}_{tree}_flips": len(found.flips),
-                f"{name}_{tree}_tokens": found.tokens,
-            }
+            result[f"{name}_{tree}_flips"] = len(found.flips)
+            result[f"{name}_{tree}_tokens"] = found.tokens
     lab.close()
     report.show("Greedy tokens that differ from plain decoding, bfloat16 (measured)", rows)
     report.save_csv(args.out / "flips.csv", rows)
@@ -62,19 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _prompts(lab: Lab) -> list[torch.Tensor]:
     tokenizer = pack_tokenizer(lab.pack("dense"))
-    texts = [text for kind in PROMPTS.values() for text in kind] + list(FURTHER)
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [
-        tokenizer.apply_chat_template(
+    """Ids [1, T] of every prompt."""
+    texts = [text for kind in PROMPTS.values() for text in kind]
+    found = []
+    for text in (*texts, *FURTHER):
+        chat = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).input_ids
-        for chat in chats
-    ]
+        )
+        found.append(encoded.input_ids)
+    return found
 
 
 def _row(found: FlipCount, prompts: int) -> dict[str, Any]:
+    """One row of the table."""
     margins = [flip.margin for flip in found.flips]
     first = found.first()
+    places = [f"{flip.prompt}:{flip.position}:{flip.margin:.3f}" for flip in first]
     return {
         "prompts": prompts,
         "tokens": found.tokens,
@@ -82,9 +86,7 @@ def _row(found: FlipCount, prompts: int) -> dict[str, Any]:
         "prompts_with_a_flip": len(first),
         "largest_margin": round(max(margins, default=0.0), 4),
         "median_margin": round(statistics.median(margins), 4) if margins else 0.0,
-        "first_flips": " ".join(
-            f"{flip.prompt}:{flip.position}:{flip.margin:.3f}" for flip in first
-        ),
+        "first_flips": " ".join(places),
     }
 
 

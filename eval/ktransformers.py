@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from eval import report
+from eval.reporting import report
 from hybrimoe_plugin.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from eval import report, traces
-from eval.cells import mapped
-from eval.systems import OURS, System, build, prepare, prompt_of
+from eval.policies import traces
+from eval.policies.predictions import prediction_rows
+from eval.policies.systems import OURS, System, build, prepare, prompt_of
+from eval.reporting import report
+from eval.reporting.parallel import mapped
+from eval.reporting.rows import column, distinct, where
 from hybrimoe_plugin.replay.simulator import Outcome, replay
 from hybrimoe_plugin.replay.trace import Trace
 
@@ -38,7 +41,10 @@ START_NOISE = 1e-6
 """Just enough to order experts that are equally popular."""
 FEW = 100
 """Prefetches below which a cell's share says little."""
+DISTANCES = (1, 2, 3)
 OFF = System("ours, prefetch off", {"prefetch": "off"})
+
+Row = dict[str, Any]
 Job = tuple[str, str, float, tuple[float, ...]]
 """Trace, profile, cache ratio, recalls."""
 Pair = tuple[Outcome, Outcome]
@@ -46,88 +52,90 @@ Pair = tuple[Outcome, Outcome]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     parser = report.parser(__doc__ or "")
     parser.add_argument(
         "--profiles", nargs="+", default=PROFILES, choices=PROFILES, help="machines to replay"
     )
     args = parser.parse_args(arguments)
     few = 2 if args.quick else None
-    names = (*tuple(traces.REAL)[:few], *tuple(traces.FLAT)[:few], *traces.recorded_names())
-    ratios, profiles = (RATIOS[:1], PROFILES[:1]) if args.quick else (RATIOS, args.profiles)
-    jobs = [
-        (name, profile, ratio, (PUBLISHED_RECALL,) if name in traces.RECORDED else RECALLS)
-        for name in names
-        for profile in profiles
-        for ratio in ratios
-    ]
+    names = (*traces.REAL[:few], *traces.FLAT[:few], *traces.recorded_names())
+    ratios: Sequence[float] = RATIOS
+    profiles: Sequence[str] = args.profiles
+    if args.quick:
+        ratios, profiles = RATIOS[:1], PROFILES[:1]
+    jobs: list[Job] = []
+    for name in names:
+        recalls = (PUBLISHED_RECALL,) if name in traces.RECORDED else RECALLS
+        for profile in profiles:
+            jobs += [(name, profile, ratio, recalls) for ratio in ratios]
     rows = [row for part in mapped(cells, jobs) for row in part]
-    quality = [row for name in names for row in prediction_rows(name)]
-    report.show(
-        f"Prefetches in decode, {profiles[0]} (simulated)",
-        [r for r in rows if r["profile"] == profiles[0]],
-    )
+    quality: list[Row] = []
+    for name in names:
+        quality += prediction_rows(name, routing(name), PUBLISHED_RECALL)
+    first = profiles[0]
+    shown = where(rows, profile=first)
+    report.show(f"Prefetches in decode, {first} (simulated)", shown)
     report.show("Predictions by distance", quality)
     report.save_csv(args.out / "prefetch.csv", rows)
     report.save_csv(args.out / "prefetch_predictions.csv", quality)
-    report.save_figure(args.out / "prefetch.png", lambda axes: _draw(axes, rows))
+    report.save_figure(args.out / "prefetch.png", lambda axes: draw(axes, rows))
     result = summary(rows)
     report.finish(result)
     return result
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summary(rows: Sequence[Row]) -> dict[str, float]:
     """The JSON line."""
-    recorded = [row for row in rows if row["recall"] == "recorded"]
-    judged = [*recorded, *(row for row in rows if row["recall"] == PUBLISHED_RECALL)]
+    recorded = where(rows, recall="recorded")
+    judged = recorded + where(rows, recall=PUBLISHED_RECALL)
+    enough = [row for row in judged if row["issued"] >= FEW]
     lowest = min(rows, key=lambda row: row["speedup over off"])
     prompt = min(rows, key=lambda row: row["prefill speedup over off"])
     return {
         "used_share": total(judged, "used") / total(judged, "issued"),
         "used_share_recorded": total(recorded, "used") / max(1.0, total(recorded, "issued")),
-        "used_share_worst": min(
-            row["used"] / row["issued"] for row in judged if row["issued"] >= FEW
-        ),
+        "used_share_worst": min(column(enough, "used share")),
         "worst_speedup_over_off": lowest["speedup over off"],
         "worst_speedup_standard_error": lowest["standard error"],
         "worst_prefill_speedup_over_off": prompt["prefill speedup over off"],
         "worst_prefill_standard_error": prompt["prefill standard error"],
-        "worst_run_speedup_over_off": min(row["run speedup over off"] for row in rows),
+        "worst_run_speedup_over_off": min(column(rows, "run speedup over off")),
     }
 
 
-def total(rows: Sequence[dict[str, Any]], name: str) -> float:
-    return float(sum(row[name] for row in rows))
+def total(rows: Sequence[Row], name: str) -> float:
+    """Sum of a column."""
+    return float(sum(column(rows, name)))
 
 
-def cells(job: Job) -> list[dict[str, Any]]:
+def cells(job: Job) -> list[Row]:
     """One row for each recall; the runs without prefetch are the same for all."""
     name, profile, ratio, recalls = job
-    trace, without = routing(name), [run(OFF, job, 0.0, 0)]
+    trace = routing(name)
+    without = [run(OFF, job, 0.0, 0)]
     prompts_without: list[Outcome] = []
     rows = []
     for recall in recalls:
         found = [run(OURS, job, recall, 0)]
-        if abs(gain(without[0], found[0], "decode_us") - 1.0) < NEAR:
-            without += [run(OFF, job, 0.0, start) for start in range(len(without), STARTS)]
+        if is_near(without[0], found[0], "decode_us", NEAR):
+            more = range(len(without), STARTS)
+            without += [run(OFF, job, 0.0, start) for start in more]
             found += [run(OURS, job, recall, start) for start in range(1, STARTS)]
-        prompts = list(zip(without, found, strict=False))
-        if abs(gain(without[0], found[0], "prefill_us") - 1.0) < PROMPT_NEAR:
-            prompts_without = prompts_without or [
-                run(OFF, job, 0.0, s, prompt=True) for s in range(PROMPT_STARTS)
-            ]
-            again = [run(OURS, job, recall, start, prompt=True) for start in range(PROMPT_STARTS)]
+        pairs = list(zip(without, found, strict=False))
+        prompts = pairs
+        if is_near(without[0], found[0], "prefill_us", PROMPT_NEAR):
+            if not prompts_without:
+                prompts_without = run_prompts(OFF, job, 0.0)
+            again = run_prompts(OURS, job, recall)
             prompts = list(zip(prompts_without, again, strict=True))
-        rows.append(
-            row_of(
-                trace,
-                (name, profile, ratio),
-                recall,
-                list(zip(without, found, strict=False)),
-                prompts,
-            )
-        )
+        rows.append(row_of(trace, (name, profile, ratio), recall, pairs, prompts))
     return rows
+
+
+def run_prompts(system: System, job: Job, recall: float) -> list[Outcome]:
+    """The prompt alone, from all starts."""
+    return [run(system, job, recall, start, prompt=True) for start in range(PROMPT_STARTS)]
 
 
 def row_of(
@@ -136,49 +144,72 @@ def row_of(
     recall: float,
     pairs: Sequence[Pair],
     prompts: Sequence[Pair],
-) -> dict[str, Any]:
-    """Counts of the first start, speed over all starts of the whole trace and of the prompt."""
-    first = pairs[0][1]
+) -> Row:
+    """Counts of the first start, speed over all starts of the whole trace and of the prompt.
+
+    Args:
+        place: trace, profile, cache ratio.
+        pairs: of the whole trace, one for each start.
+        prompts: the same of the prompt alone.
+    """
+    name, profile, ratio = place
+    _, first = pairs[0]
     counts = first.decode_counters
+    wasted_bytes = counts.prefetches_wasted * trace.header.expert_bytes
     decode = [gain(off, on, "decode_us") for off, on in pairs]
     prefill = [gain(off, on, "prefill_us") for off, on in prompts]
-    row: dict[str, Any] = {
-        **dict(zip(("trace", "profile", "cache"), place, strict=True)),
-        "recall": "recorded" if trace.header.predictions == "recorded" else recall,
+    whole = [gain(off, on, "prefill_us", "decode_us") for off, on in pairs]
+    recorded = trace.header.predictions == "recorded"
+    row: Row = {
+        "trace": name,
+        "profile": profile,
+        "cache": ratio,
+        "recall": "recorded" if recorded else recall,
         "issued": counts.prefetches,
         "used": counts.prefetches_used,
-        "used share": counts.prefetches_used / counts.prefetches if counts.prefetches else 0.0,
-        "wasted MB per token": counts.prefetches_wasted
-        * trace.header.expert_bytes
-        / 1e6
-        / len(first.decode_us),
+        "used share": share(counts.prefetches_used, counts.prefetches),
+        "wasted MB per token": wasted_bytes / 1e6 / len(first.decode_us),
         "speedup over off": mean(decode),
         "starts": len(pairs),
         "standard error": standard_error(decode),
         "prefill speedup over off": mean(prefill),
         "prefill starts": len(prompts),
         "prefill standard error": standard_error(prefill),
-        "run speedup over off": mean(
-            [gain(off, on, "prefill_us", "decode_us") for off, on in pairs]
-        ),
+        "run speedup over off": mean(whole),
     }
-    for distance in (1, 2, 3):
+    for distance in DISTANCES:
         issued, used = first.by_distance.get(distance, (0, 0))
         row[f"issued at {distance}"] = issued
-        row[f"used share at {distance}"] = used / issued if issued else 0.0
+        row[f"used share at {distance}"] = share(used, issued)
     return row
+
+
+def share(used: int, issued: int) -> float:
+    """Share of prefetches that were used; 0 where none were issued."""
+    return used / issued if issued else 0.0
 
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; 0 for one value."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    if len(values) < 2:
+        return 0.0
+    return stdev(values) / len(values) ** 0.5
 
 
 def gain(without: Outcome, found: Outcome, *phases: str) -> float:
-    """Time without prefetch over time with it."""
-    return float(
-        sum(sum(getattr(without, p)) for p in phases) / sum(sum(getattr(found, p)) for p in phases)
-    )
+    """Time without prefetch over time with it.
+
+    Args:
+        phases: `decode_us`, `prefill_us` or both, whose times are added.
+    """
+    before = sum(sum(getattr(without, phase)) for phase in phases)
+    after = sum(sum(getattr(found, phase)) for phase in phases)
+    return float(before / after)
+
+
+def is_near(without: Outcome, found: Outcome, phase: str, limit: float) -> bool:
+    """Whether both are too close to tell from one start which is faster."""
+    return abs(gain(without, found, phase) - 1.0) < limit
 
 
 def run(system: System, job: Job, recall: float, start: int, prompt: bool = False) -> Outcome:
@@ -186,52 +217,31 @@ def run(system: System, job: Job, recall: float, start: int, prompt: bool = Fals
     anew.
     """
     name, profile, ratio, _ = job
-    trace = prompt_of(routing(name)) if prompt else routing(name)
-    header, costs = trace.header, traces.costs_for(profile, trace, name)
+    trace = routing(name)
+    if prompt:
+        trace = prompt_of(trace)
+    header = trace.header
+    costs = traces.costs_for(profile, trace, name)
     noise = np.random.default_rng(start).random((header.layers, header.experts))
     even = (1.0 + START_NOISE * noise) / header.experts
     return replay(prepare(system, trace, recall, start), build(system, trace, costs, ratio, even))
 
 
 def routing(name: str) -> Trace:
-    return traces.flat(name, 32, 64, text=1) if name in traces.SHAPES else traces.real(name)
+    """The trace of a name."""
+    if name in traces.SHAPES:
+        return traces.flat(name, 32, 64, text=1)
+    return traces.real(name)
 
 
-def prediction_rows(name: str) -> list[dict[str, Any]]:
-    """Share of what a decode call needed that was predicted, by distance; K are predicted, so
-    precision is the same.
-    """
-    trace = prepare(OURS, routing(name), PUBLISHED_RECALL)
-    found: dict[int, list[int]] = {}
-    for group in trace.passes():
-        needed = {call.layer: set(call.ids.ravel().tolist()) for call in group}
-        for call in group if len(group[0].ids) == 1 else ():
-            for distance, ids in enumerate(call.predicted, 1):
-                if call.layer + distance in needed:
-                    counts = found.setdefault(distance, [0, 0])
-                    counts[0] += len(needed[call.layer + distance] & set(ids.ravel().tolist()))
-                    counts[1] += ids.size
-    kind = trace.header.predictions
-    return [
-        {"trace": name, "predictions": kind, "distance": distance, "recall": hit / made}
-        for distance, (hit, made) in sorted(found.items())
-    ]
-
-
-def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    chosen = [
-        row
-        for row in rows
-        if row["profile"] == "a6000" and row["cache"] == 0.25 and row["recall"] != "recorded"
-    ]
-    for name in dict.fromkeys(row["trace"] for row in chosen):
-        mine = [row for row in chosen if row["trace"] == name]
-        axes.plot(
-            [100 * row["recall"] for row in mine],
-            [row["speedup over off"] for row in mine],
-            "o-",
-            label=name,
-        )
+def draw(axes: Any, rows: Sequence[Row]) -> None:
+    """Decode speed over no prefetch by recall, one line for each trace."""
+    of_paper = where(rows, profile="a6000", cache=0.25)
+    chosen = [row for row in of_paper if row["recall"] != "recorded"]
+    for name in distinct(chosen, "trace"):
+        mine = where(chosen, trace=name)
+        recalls = [100 * recall for recall in column(mine, "recall")]
+        axes.plot(recalls, column(mine, "speedup over off"), "o-", label=name)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xlabel("recall of the predictions, %")
     axes.set_ylabel("decode speed over no prefetch (simulated)")

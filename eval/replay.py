@@ -9,13 +9,12 @@ same for both systems, and their mean is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from eval import report, traces
-from eval.cells import mapped
-from eval.systems import (
+from eval.policies import traces
+from eval.policies.systems import (
     ABLATION,
     BASELINES,
     KTRANSFORMERS,
@@ -28,6 +27,9 @@ from eval.systems import (
     prepare,
     prompt_of,
 )
+from eval.reporting import report
+from eval.reporting.parallel import mapped
+from eval.reporting.rows import column, where, within
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.replay.simulator import Outcome, replay
 from hybrimoe_plugin.replay.trace import Trace
@@ -53,195 +55,263 @@ MACHINES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(traces.REAL, ("a6000", "rtx4090-desktop", "laptop-8gb")),
 }
 SYSTEMS = (*BASELINES, OURS, ORACLE)
-Job = tuple[str, str, float, System, int, bool]
-"""Trace, profile, cache ratio, system, decode tokens, whether prompts of all lengths are timed."""
+BASELINE_NAMES = frozenset(system.name for system in BASELINES)
+STEPS = (*ABLATION, *SINGLE, PUBLISHED, ORACLE)
+"""The ablation: each step on top of the one before, then single parts on the static baseline, then
+the paper's own system.
+"""
+
 PHASES = ("decode", "prefill")
-Place = tuple[str, str, float]
-"""Trace, profile, cache ratio."""
+
+Row = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where systems are compared."""
+
+    trace: str
+    profile: str
+    """Name of the machine's profile."""
+    ratio: float
+    """Share of the experts that are cached."""
+
+    @classmethod
+    def of(cls, row: Row) -> Place:
+        return cls(row["trace"], row["profile"], row["cache"])
+
+
+class Job(NamedTuple):
+    """One system in one place."""
+
+    place: Place
+    system: System
+    tokens: int
+    """Decode tokens of generated routing."""
+    lengths: bool
+    """Whether prompts of all lengths are timed."""
+
+
+ABLATED = Place("qwen2-57b-a14b", "a6000", 0.25)
 Start = tuple[Job, int]
+"""A job, and from which start it is run."""
+Times = tuple[float, float]
+"""Of decode and of prefill, in us."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     args = report.parser(__doc__ or "").parse_args(arguments)
-    names = (*traces.FLAT, *traces.REAL)
     tokens = 24 if args.quick else 128
-    jobs: list[Job] = [
-        (name, machine, ratio, system, tokens, not args.quick and machine in PAPER)
-        for name in names
-        for machine in MACHINES[name][: 1 if args.quick else None]
-        for ratio in RATIOS
-        for system in SYSTEMS
-    ]
+    jobs = list(all_jobs(tokens, args.quick))
     rows = mapped(cell, jobs)
     compare(rows)
     repeat(rows, jobs, 2 if args.quick else STARTS)
-    steps = mapped(
-        cell, [("qwen2-57b-a14b", "a6000", 0.25, system, tokens, False) for system in steps_shown()]
-    )
+    steps = mapped(cell, [Job(ABLATED, system, tokens, lengths=False) for system in STEPS])
+    base = steps[0]
     for row in steps:
-        row["decode speedup"] = steps[0]["decode ms"] / row["decode ms"]
-        row["prefill speedup"] = steps[0]["prefill ms"] / row["prefill ms"]
-    report.show("Time per pass (simulated)", [row for row in rows if row["profile"] == "a6000"])
+        for phase in PHASES:
+            row[f"{phase} speedup"] = base[f"{phase} ms"] / row[f"{phase} ms"]
+    report.show("Time per pass (simulated)", where(rows, profile="a6000"))
     report.show(
         "Ablation: Qwen2-57B-A14B, flat routing, 25 % cached, the paper's machine (simulated)",
         steps,
     )
     report.save_csv(args.out / "replay.csv", rows)
     report.save_csv(args.out / "replay_ablation.csv", steps)
-    report.save_figure(args.out / "replay.png", lambda axes: _draw(axes, rows), width=9.0)
+    report.save_figure(args.out / "replay.png", lambda axes: draw(axes, rows), width=9.0)
     result = summary(rows)
     report.finish(result)
     return result
 
 
-def steps_shown() -> tuple[System, ...]:
-    """Each step on top of the one before, then single parts on the static baseline, then the
-    paper's own system.
+def all_jobs(tokens: int, quick: bool) -> Iterator[Job]:
+    """Every cell of the question; a quick run takes the first machine alone."""
+    for name in (*traces.FLAT, *traces.REAL):
+        machines = MACHINES[name]
+        for machine in machines[:1] if quick else machines:
+            lengths = not quick and machine in PAPER
+            for ratio in RATIOS:
+                place = Place(name, machine, ratio)
+                for system in SYSTEMS:
+                    yield Job(place, system, tokens, lengths)
+
+
+class Subject:
+    """One job's trace, and its system as it replays routing.
+
+    Args:
+        start: which other text places the first experts.
     """
-    return (*ABLATION, *SINGLE, PUBLISHED, ORACLE)
+
+    def __init__(self, job: Job, start: int = 0) -> None:
+        name = job.place.trace
+        self.job = job
+        self.trace = routing(name, job.tokens)
+        self._popularity = traces.other_text(self.trace, name, start)
+        self._costs = traces.costs_for(job.place.profile, self.trace, name)
+
+    def run(self, trace: Trace, draw: int, skip: int = 0) -> Outcome:
+        """Replay some routing.
+
+        Args:
+            draw: which of the modelled predictions' errors are drawn.
+            skip: decode steps that do not count.
+        """
+        system = self.job.system
+        controller = build(system, trace, self._costs, self.job.place.ratio, self._popularity)
+        return replay(prepare(system, trace, RECALL, draw), controller, skip)
+
+    def answer(self, draw: int) -> Outcome:
+        """The whole trace; the first half of decode warms up."""
+        decode = [group for group in self.trace.passes() if len(group[0].ids) == 1]
+        return self.run(self.trace, draw, skip=len(decode) // 2)
+
+    def longer_us(self, draw: int) -> list[float]:
+        """Times of prompts of further lengths, where the job wants them; real traces have none."""
+        name = self.job.place.trace
+        if not self.job.lengths or name not in traces.SHAPES:
+            return []
+        times: list[float] = []
+        for length in PROMPTS:
+            calls = traces.flat(name, length, 0, text=1).calls
+            times += self.run(Trace(self.trace.header, calls), draw).prefill_us
+        return times
 
 
-def cell(job: Job) -> dict[str, Any]:
+def cell(job: Job) -> Row:
     """One system on one trace and machine."""
-    name, machine, ratio, system, tokens, lengths = job
-    trace = traces.flat(name, 64, tokens, text=1) if name in traces.SHAPES else traces.real(name)
-    decode = sum(1 for group in trace.passes() if len(group[0].ids) == 1)
-    popularity, costs = traces.other_text(trace, name), traces.costs_for(machine, trace, name)
-    found = replay(
-        prepare(system, trace, RECALL), build(system, trace, costs, ratio, popularity), decode // 2
-    )
+    subject = Subject(job)
+    found = subject.answer(draw=0)
     first = list(found.prefill_us)
-    prompt = prompt_of(trace)
-    for draw in range(1, DRAWS) if Settings.of(system.settings).prefetch != "off" else ():
-        first += replay(
-            prepare(system, prompt, RECALL, draw), build(system, prompt, costs, ratio, popularity)
-        ).prefill_us
-    prefill = [mean(first)]
-    for length in PROMPTS if lengths and name in traces.SHAPES else ():
-        prompt = Trace(trace.header, traces.flat(name, length, 0, text=1).calls)
-        prefill += replay(
-            prepare(system, prompt, RECALL), build(system, prompt, costs, ratio, popularity)
-        ).prefill_us
+    if Settings.of(job.system.settings).prefetch != "off":
+        prompt = prompt_of(subject.trace)
+        for draw in range(1, DRAWS):
+            first += subject.run(prompt, draw).prefill_us
+    prefill = [mean(first), *subject.longer_us(draw=0)]
+    steps = len(found.decode_us)
     return {
-        "trace": name,
-        "profile": machine,
-        "cache": ratio,
-        "system": system.name,
-        "decode ms": sum(found.decode_us) / len(found.decode_us) / 1e3,
+        "trace": job.place.trace,
+        "profile": job.place.profile,
+        "cache": job.place.ratio,
+        "system": job.system.name,
+        "decode ms": sum(found.decode_us) / steps / 1e3,
         "prefill ms": mean(prefill) / 1e3,
         "resident": found.resident_rate,
-        "MB per token": found.decode_counters.link_bytes / len(found.decode_us) / 1e6,
+        "MB per token": found.decode_counters.link_bytes / steps / 1e6,
     }
 
 
-def timed(place: Start) -> tuple[float, float]:
+def timed(begun: Start) -> Times:
     """Decode and prefill time of one system from one start, for ratios of systems from the same
     start.
     """
-    (name, machine, ratio, system, tokens, lengths), start = place
-    trace = traces.flat(name, 64, tokens, text=1) if name in traces.SHAPES else traces.real(name)
-    popularity, costs = (
-        traces.other_text(trace, name, start),
-        traces.costs_for(machine, trace, name),
-    )
-
-    def run(routing: Trace, skip: int = 0) -> Outcome:
-        return replay(
-            prepare(system, routing, RECALL, start),
-            build(system, routing, costs, ratio, popularity),
-            skip,
-        )
-
-    found = run(trace, sum(1 for group in trace.passes() if len(group[0].ids) == 1) // 2)
-    prefill = list(found.prefill_us)
-    for length in PROMPTS if lengths and name in traces.SHAPES else ():
-        prefill += run(Trace(trace.header, traces.flat(name, length, 0, text=1).calls)).prefill_us
+    job, start = begun
+    subject = Subject(job, start)
+    found = subject.answer(draw=start)
+    prefill = found.prefill_us + subject.longer_us(draw=start)
     return sum(found.decode_us), mean(prefill)
 
 
-def repeat(rows: Sequence[dict[str, Any]], jobs: Sequence[Job], starts: int) -> None:
+def routing(name: str, tokens: int) -> Trace:
+    """The trace of a name; a real one has its own length."""
+    if name in traces.SHAPES:
+        return traces.flat(name, 64, tokens, text=1)
+    return traces.real(name)
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Add what ours gains over each system in its cell. Mutates the rows."""
+    ours = {Place.of(row): row for row in where(rows, system=OURS.name)}
+    for row in rows:
+        mine = ours[Place.of(row)]
+        for phase in PHASES:
+            row[f"ours {phase} speedup"] = row[f"{phase} ms"] / mine[f"{phase} ms"]
+
+
+def repeat(rows: Sequence[Row], jobs: Sequence[Job], starts: int) -> None:
     """Time comparisons with baselines that are near level again; give mean and standard error.
-    Mutates the rows.
+
+    Mutates: the rows.
     """
-    baselines = {system.name for system in BASELINES}
-    by_row = {(*job[:3], job[3].name): job for job in jobs}
-    near = [
-        row
-        for row in rows
-        if row["system"] in baselines and any(is_near(row, phase) for phase in PHASES)
-    ]
-    names = dict.fromkeys((*key(row), name) for row in near for name in (row["system"], OURS.name))
-    times = iter(
-        mapped(timed, [(by_row[name], start) for name in names for start in range(starts)])
-    )
-    found = {name: [next(times) for _ in range(starts)] for name in names}
-    chosen = {id(row) for row in near}
+    near = [row for row in rows if any(is_near(row, phase) for phase in PHASES)]
+    times = timed_again(near, jobs, starts)
+    repeated = {id(row) for row in near}
     for row in rows:
         for index, phase in enumerate(PHASES):
-            again = id(row) in chosen and is_near(row, phase)
-            row[f"{phase} starts"], row[f"{phase} standard error"] = (starts if again else 1), 0.0
-            if again:
-                pairs = zip(
-                    found[(*key(row), row["system"])], found[(*key(row), OURS.name)], strict=True
-                )
-                ratios = [theirs[index] / mine[index] for theirs, mine in pairs]
-                row[f"ours {phase} speedup"] = fmean(ratios)
-                row[f"{phase} standard error"] = stdev(ratios) / len(ratios) ** 0.5
+            again = id(row) in repeated and is_near(row, phase)
+            row[f"{phase} starts"] = 1
+            row[f"{phase} standard error"] = 0.0
+            if not again:
+                continue
+            place = Place.of(row)
+            theirs = times[place, row["system"]]
+            mine = times[place, OURS.name]
+            ratios = [one[index] / other[index] for one, other in zip(theirs, mine, strict=True)]
+            row[f"ours {phase} speedup"] = fmean(ratios)
+            row[f"{phase} starts"] = starts
+            row[f"{phase} standard error"] = stdev(ratios) / len(ratios) ** 0.5
 
 
-def is_near(row: dict[str, Any], phase: str) -> bool:
+def timed_again(
+    near: Sequence[Row],
+    jobs: Sequence[Job],
+    starts: int,
+) -> dict[tuple[Place, str], list[Times]]:
+    """(place, system) -> times from all starts, of ours and the systems that are near it."""
+    by_name = {(job.place, job.system.name): job for job in jobs}
+    wanted = []
+    for row in near:
+        place = Place.of(row)
+        wanted += [(place, row["system"]), (place, OURS.name)]
+    names = list(dict.fromkeys(wanted))
+    begun = [(by_name[name], start) for name in names for start in range(starts)]
+    found = iter(mapped(timed, begun))
+    return {name: [next(found) for _ in range(starts)] for name in names}
+
+
+def is_near(row: Row, phase: str) -> bool:
+    """Whether one start cannot tell if ours is faster than this baseline."""
+    if row["system"] not in BASELINE_NAMES:
+        return False
     return abs(float(row[f"ours {phase} speedup"]) - 1.0) < NEAR
 
 
-def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Add what ours gains over each system in its cell. Mutates the rows."""
-    ours = {key(row): row for row in rows if row["system"] == OURS.name}
-    for row in rows:
-        mine = ours[key(row)]
-        row["ours decode speedup"] = row["decode ms"] / mine["decode ms"]
-        row["ours prefill speedup"] = row["prefill ms"] / mine["prefill ms"]
-
-
-def key(row: dict[str, Any]) -> Place:
-    return row["trace"], row["profile"], row["cache"]
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summary(rows: Sequence[Row]) -> dict[str, float]:
     """The JSON line."""
-    flat = [
-        row for row in rows if row["trace"] in traces.FLAT and row["system"] == KTRANSFORMERS.name
-    ]
-    paper, constants = (
-        [row for row in flat if row["profile"] == machine] for machine in ("a6000", "constants")
-    )
-    baselines = [row for row in rows if row["system"] in {system.name for system in BASELINES}]
-    oracle = [row for row in rows if row["system"] == ORACLE.name]
+    baselines = within(rows, "system", BASELINE_NAMES)
+    oracle = where(rows, system=ORACLE.name)
+    static = where(rows, system=KTRANSFORMERS.name)
+    flat = within(static, "trace", traces.FLAT)
+    paper = where(flat, profile="a6000")
+    constants = where(flat, profile="constants")
     lowest = min(baselines, key=lambda row: float(row["ours decode speedup"]))
+    worst_decode, worst_prefill = worst(baselines, "decode"), worst(baselines, "prefill")
     result = {
-        "decode_speedup_geomean": mean(row["ours decode speedup"] for row in paper),
-        "prefill_speedup_geomean": mean(row["ours prefill speedup"] for row in paper),
-        "worst_cell_vs_any_baseline": min(worst(baselines, "decode"), worst(baselines, "prefill")),
-        "worst_decode_cell": worst(baselines, "decode"),
+        "decode_speedup_geomean": speedup(paper, "decode"),
+        "prefill_speedup_geomean": speedup(paper, "prefill"),
+        "worst_cell_vs_any_baseline": min(worst_decode, worst_prefill),
+        "worst_decode_cell": worst_decode,
         "worst_decode_standard_error": float(lowest["decode standard error"]),
-        "worst_prefill_cell": worst(baselines, "prefill"),
-        "oracle_share_decode": mean(row["ours decode speedup"] for row in oracle),
-        "oracle_share_prefill": mean(row["ours prefill speedup"] for row in oracle),
+        "worst_prefill_cell": worst_prefill,
+        "oracle_share_decode": speedup(oracle, "decode"),
+        "oracle_share_prefill": speedup(oracle, "prefill"),
     }
     if constants:
-        result["constants_decode_speedup_geomean"] = mean(
-            row["ours decode speedup"] for row in constants
-        )
-        result["constants_prefill_speedup_geomean"] = mean(
-            row["ours prefill speedup"] for row in constants
-        )
-        limit = [row for row in oracle if row["profile"] == "constants"]
-        result["constants_oracle_share_decode"] = mean(row["ours decode speedup"] for row in limit)
+        limit = where(oracle, profile="constants")
+        result["constants_decode_speedup_geomean"] = speedup(constants, "decode")
+        result["constants_prefill_speedup_geomean"] = speedup(constants, "prefill")
+        result["constants_oracle_share_decode"] = speedup(limit, "decode")
     return result
 
 
-def worst(rows: Sequence[dict[str, Any]], phase: str) -> float:
-    return float(min(row[f"ours {phase} speedup"] for row in rows))
+def speedup(rows: Sequence[Row], phase: str) -> float:
+    """Geometric mean of ours over the rows' systems."""
+    return mean(column(rows, f"ours {phase} speedup"))
+
+
+def worst(rows: Sequence[Row], phase: str) -> float:
+    """Lowest speed-up of ours."""
+    return float(min(column(rows, f"ours {phase} speedup")))
 
 
 def mean(values: Iterable[float]) -> float:
@@ -250,27 +320,28 @@ def mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    chosen = [row for row in rows if row["profile"] == "a6000"]
-    names = [system.name for system in SYSTEMS]
-    labels = [
-        f"{name}\n{int(100 * ratio)} %" for name in (*traces.FLAT, *traces.REAL) for ratio in RATIOS
-    ]
-    cells = [(name, "a6000", ratio) for name in (*traces.FLAT, *traces.REAL) for ratio in RATIOS]
-    base = {key(row): row["decode ms"] for row in chosen if row["system"] == KTRANSFORMERS.name}
-    for index, system in enumerate(names):
-        found = {
-            key(row): base[key(row)] / row["decode ms"] for row in chosen if row["system"] == system
-        }
-        axes.bar(
-            [at + index * 0.12 for at in range(len(cells))],
-            [found[c] for c in cells],
-            0.12,
-            label=system,
-        )
-    axes.set_xticks([at + 0.36 for at in range(len(cells))], labels, fontsize=5, rotation=60)
+def draw(axes: Any, rows: Sequence[Row]) -> None:
+    """Decode speed over static on the paper's machine, one bar for each system."""
+    chosen = where(rows, profile="a6000")
+    names = (*traces.FLAT, *traces.REAL)
+    places = [Place(name, "a6000", ratio) for name in names for ratio in RATIOS]
+    labels = [f"{place.trace}\n{int(100 * place.ratio)} %" for place in places]
+    base = _decode_ms(chosen, KTRANSFORMERS)
+    for index, system in enumerate(SYSTEMS):
+        theirs = _decode_ms(chosen, system)
+        heights = [base[place] / theirs[place] for place in places]
+        at = [number + index * 0.12 for number in range(len(places))]
+        axes.bar(at, heights, 0.12, label=system.name)
+    ticks = [number + 0.36 for number in range(len(places))]
+    axes.set_xticks(ticks, labels, fontsize=5, rotation=60)
     axes.set_ylabel("decode speed over static (simulated)")
     axes.legend(fontsize=7)
+
+
+def _decode_ms(rows: Sequence[Row], system: System) -> dict[Place, float]:
+    """Decode time of one system, by place."""
+    mine = where(rows, system=system.name)
+    return {Place.of(row): row["decode ms"] for row in mine}
 
 
 if __name__ == "__main__":

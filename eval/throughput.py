@@ -2,8 +2,8 @@
 thread count?
 
 Measured: TTFT of a prompt, TBT over single tokens, percent of the roofline. The systems take turns
-in one run, so that a change in the machine's mood meets all of them, and each number is a median
-over the turns.
+in one run, so that a change in the machine's speed affects all of them alike, and each number is a
+median over the turns.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from eval import peer, report, roofline, synthetic
-from eval.finished import add_fresh
+from eval.models import synthetic
+from eval.peers import peer, roofline
+from eval.peers.interpreters import can_import
+from eval.reporting import report
+from eval.reporting.finished import add_fresh
+from eval.reporting.quantiles import percentiles
+from eval.reporting.rows import column
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.errors import BackendError
 
@@ -37,11 +42,12 @@ SLICES: dict[str, tuple[int, int | None]] = {
     "qwen3-30b-a3b": (4, None),
     "mixtral-8x7b": (1, None),
 }
+OURS, LLAMA, PLAIN = "HybriMoE", "llama.cpp", "plain operators"
 TWINS: dict[str, dict[str, Any]] = {
-    "HybriMoE": {},
+    OURS: {},
     "module by module": {"graphs": "off"},
     "plain linears": {"dense": "dequantised", "dtype": "bfloat16"},
-    "plain operators": {"dense": "plain", "dtype": "bfloat16"},
+    PLAIN: {"dense": "plain", "dtype": "bfloat16"},
     "kt-kernel workers, plain operators": {
         "dense": "plain",
         "dtype": "bfloat16",
@@ -49,16 +55,25 @@ TWINS: dict[str, dict[str, Any]] = {
     },
 }
 
-Measure = Callable[[Sequence[int], Sequence[int]], tuple[float, list[float]]]
-"""(prompt, ids fed one by one) -> (seconds until the prompt's last logits, seconds of each step).
-"""
+
+class Turn(NamedTuple):
+    """One system's turn."""
+
+    prefill_s: float
+    """Until the prompt's last logits."""
+    step_s: list[float]
+    """Of each single token."""
+
+
+Measure = Callable[[Sequence[int], Sequence[int]], Turn]
+"""Takes the prompt's ids, and ids that are then fed one by one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     args = _parser().parse_args(arguments)
     if args.device == "cuda":
-        from eval import cuda
+        from eval.cuda import question as cuda
 
         answer: dict[str, Any] = cuda.run(args)
         return answer
@@ -69,13 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     file = f"throughput_{name}"
     if args.prompt_tokens != PROMPT_TOKENS:
         file += f"_{args.prompt_tokens}-tokens"
-    report.show(
-        f"{name}: {args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns "
-        f"(measured)",
-        rows,
-    )
+    work = f"{args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns"
+    report.show(f"{name}: {work} (measured)", rows)
     report.save_csv(args.out / f"{file}.csv", rows)
-    report.save_figure(args.out / f"{file}.png", lambda axes: _draw(axes, rows), height=3.2)
+    report.save_figure(args.out / f"{file}.png", lambda axes: draw(axes, rows), height=3.2)
     result = summary(name, rows, args.threads, note)
     report.finish(result)
     return result
@@ -118,56 +130,64 @@ def _parser() -> ArgumentParser:
 
 
 def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], str]:
-    """(one row per system, a note on llama.cpp)."""
+    """(one row per system, a note on llama.cpp). Sets `steps` and `turns` where not given."""
     args.steps = args.steps or (10 if args.quick else 24)
     args.turns = args.turns or (2 if args.quick else 4)
     config = _config(args, gguf)
-    needed, gbps = roofline.token_bytes(gguf, config), roofline.read_gbps(args.threads)
-    bound_ms = needed / gbps / 1e6
-    print(
-        f"roofline: {needed / 1e6:.0f} MB per token at {gbps:.1f} GB/s with {args.threads} "
-        f"threads: {bound_ms:.1f} ms"
-    )
-    print(
-        "(main memory's bandwidth; a model that the last-level cache holds may pass it)", flush=True
-    )
-    beside, note = _beside(args, gguf)
+    bound_ms = _bound_ms(args, gguf, config)
+    llama, note = _llama(args, gguf)
     prompt, steps = _ids(args, config.vocab_size)
-    times: dict[str, list[tuple[float, list[float]]]] = {}
-    twins = TWINS if args.twins else {"HybriMoE": {}}
-    for index, (name, settings) in enumerate(twins.items()):
+    times: dict[str, list[Turn]] = {}
+    twins = TWINS if args.twins else {OURS: TWINS[OURS]}
+    for name, settings in twins.items():
         try:
             run, close = _ours(args, gguf, settings)
         except BackendError as error:
-            if index == 0:
+            if name == OURS:
                 raise
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             continue
         run(prompt, steps[:3])
         for _ in range(args.turns):
             times.setdefault(name, []).append(run(prompt, steps))
-            if beside is not None and index == 0:  # it takes turns with ours; the twins come after
-                answer = beside.ask(prompt=prompt, steps=steps)
-                times.setdefault("llama.cpp", []).append((answer["prefill_s"], answer["step_s"]))
+            if llama is not None and name == OURS:  # it takes turns with ours; the twins come after
+                turn = Turn(**llama.ask(prompt=prompt, steps=steps))
+                times.setdefault(LLAMA, []).append(turn)
         close()
-    if beside is not None:
-        beside.close()
-    return [_row(name, turns, len(prompt), bound_ms) for name, turns in times.items()], note
+    if llama is not None:
+        llama.close()
+    rows = [_row(name, turns, len(prompt), bound_ms) for name, turns in times.items()]
+    return rows, note
 
 
-def _beside(args: Namespace, gguf: Path) -> tuple[peer.Peer | None, str]:
+def _bound_ms(args: Namespace, gguf: Path, config: Any) -> float:
+    """Time that a token's bytes need at this machine's read bandwidth; printed."""
+    needed = roofline.token_bytes(gguf, config)
+    gbps = roofline.read_gbps(args.threads)
+    bound_ms = needed / gbps / 1e6
+    print(
+        f"roofline: {needed / 1e6:.0f} MB per token at {gbps:.1f} GB/s with {args.threads} "
+        f"threads: {bound_ms:.1f} ms\n"
+        "(main memory's bandwidth; a model that the last-level cache holds may pass it)",
+        flush=True,
+    )
+    return bound_ms
+
+
+def _llama(args: Namespace, gguf: Path) -> tuple[peer.Peer | None, str]:
+    """(llama.cpp, or None where it cannot run this; a note on it)."""
     if args.trace is not None:
         return None, "llama.cpp cannot take its routing from a trace"
-    if peer.missing(args.peer_python):
+    if not can_import(args.peer_python, peer.PACKAGE):
         print(peer.HOW_TO_GET, file=sys.stderr, flush=True)
         return None, peer.HOW_TO_GET
     try:
         context = max(CONTEXT, args.prompt_tokens + args.steps)
-        beside, note = peer.start(args.peer_python, gguf, args.threads, context)
+        llama, note = peer.start(args.peer_python, gguf, args.threads, context)
     except RuntimeError as error:
         print(f"llama.cpp cannot run this file: {error}", file=sys.stderr, flush=True)
         return None, str(error)
-    return beside, f"llama-cpp-python {beside.version}, {note}"
+    return llama, f"llama-cpp-python {llama.version}, {note}"
 
 
 def _ours(
@@ -179,23 +199,22 @@ def _ours(
     torch.set_num_threads(args.threads)
     model, _ = load_model(args.model_path, gguf, progress=False, accelerator="none", **settings)
     if args.trace is not None:
-        from eval.forced import route_by
+        from eval.models.forced import route_by
 
         route_by(model, args.trace)
     keyword = cache_name(model)
 
     @torch.inference_mode()
-    def run(prompt: Sequence[int], steps: Sequence[int]) -> tuple[float, list[float]]:
+    def run(prompt: Sequence[int], steps: Sequence[int]) -> Turn:
         started = time.perf_counter()
         out = model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - started
-        spent = []
+        turn = Turn(time.perf_counter() - started, [])
         for token in steps:
             started = time.perf_counter()
             kept = {keyword: cache_in(out)}
             out = model(torch.tensor([[token]]), **kept, use_cache=True, logits_to_keep=1)
-            spent.append(time.perf_counter() - started)
-        return prefill, spent
+            turn.step_s.append(time.perf_counter() - started)
+        return turn
 
     def close() -> None:
         nonlocal model
@@ -206,12 +225,18 @@ def _ours(
     return run, close
 
 
-def _row(
-    name: str, turns: Sequence[tuple[float, list[float]]], prompt: int, bound_ms: float
-) -> dict[str, Any]:
-    steps = [1e3 * step for _, spent in turns for step in spent]
-    low, middle, high = (float(value) for value in np.percentile(steps, (20, 50, 80)))
-    ttft = statistics.median(prefill for prefill, _ in turns)
+def _row(name: str, turns: Sequence[Turn], prompt: int, bound_ms: float) -> dict[str, Any]:
+    """One system's row.
+
+    Args:
+        prompt: its length in tokens.
+        bound_ms: time of a token that the roofline allows.
+    """
+    steps_ms: list[float] = []
+    for turn in turns:
+        steps_ms += [1e3 * step for step in turn.step_s]
+    low, middle, high = percentiles(steps_ms)
+    ttft = statistics.median(turn.prefill_s for turn in turns)
     return {
         "system": name,
         "prompt_tokens": prompt,
@@ -228,23 +253,24 @@ def _row(
 def summary(name: str, rows: Sequence[dict[str, Any]], threads: int, note: str) -> dict[str, Any]:
     """What the JSON line says; ratios against llama.cpp are null where it did not run."""
     by_name = {row["system"]: row for row in rows}
-    ours, theirs = by_name["HybriMoE"], by_name.get("llama.cpp")
-    plain = by_name.get("plain operators")
+    ours = by_name[OURS]
 
-    def ratio(other: dict[str, Any] | None, key: str) -> float | None:
-        return None if other is None else ours[key] / other[key]
+    def ratio(other: str, figure: str) -> float | None:
+        if other not in by_name:
+            return None
+        return float(ours[figure] / by_name[other][figure])
 
     return {
         "model": name,
         "threads": threads,
-        "decode_vs_llama_cpp": ratio(theirs, "decode_tok_s"),
-        "prefill_vs_llama_cpp": ratio(theirs, "prefill_tok_s"),
+        "decode_vs_llama_cpp": ratio(LLAMA, "decode_tok_s"),
+        "prefill_vs_llama_cpp": ratio(LLAMA, "prefill_tok_s"),
         "decode_tok_s": ours["decode_tok_s"],
         "prefill_tok_s": ours["prefill_tok_s"],
         "ttft_ms": ours["ttft_ms"],
         "tbt_ms_p50": ours["tbt_ms_p50"],
         "roofline_share": ours["roofline_share"],
-        "decode_vs_plain_operators": ratio(plain, "decode_tok_s"),
+        "decode_vs_plain_operators": ratio(PLAIN, "decode_tok_s"),
         "llama_cpp": note,
     }
 
@@ -258,15 +284,11 @@ def _gguf(args: Namespace) -> Path:
 
         return build_demo_model("mixtral")
     layers, experts = SLICES[args.model]
-    whole = (
-        args.layers is not None and args.experts is None
-    )  # other layers asked for: with all their experts
-    return synthetic.build(
-        args.model,
-        args.layers or layers,
-        args.quantisation,
-        args.experts or (None if whole else experts),
-    )
+    if args.experts is not None:
+        experts = args.experts
+    elif args.layers is not None:
+        experts = None  # layers that were asked for have all their experts
+    return synthetic.build(args.model, args.layers or layers, args.quantisation, experts)
 
 
 def _config(args: Namespace, gguf: Path) -> Any:
@@ -277,20 +299,20 @@ def _config(args: Namespace, gguf: Path) -> Any:
 
 
 def _ids(args: Namespace, vocabulary: int) -> tuple[list[int], list[int]]:
-    """Random tokens, the same for all systems: what they say does not matter, but the routing
-    should vary.
+    """(prompt, steps): random tokens, the same for all systems.
+
+    What they say does not matter, but the routing should vary.
     """
-    drawn = (
-        np.random.default_rng(0).integers(3, vocabulary, args.prompt_tokens + args.steps).tolist()
-    )
+    count = args.prompt_tokens + args.steps
+    drawn = np.random.default_rng(0).integers(3, vocabulary, count).tolist()
     return drawn[: args.prompt_tokens], drawn[args.prompt_tokens :]
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    names = [row["system"] for row in rows]
+def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Decode speed, one bar for each system."""
     places = range(len(rows))
-    axes.barh(places, [row["decode_tok_s"] for row in rows], color="tab:blue")
-    axes.set_yticks(places, names)
+    axes.barh(places, column(rows, "decode_tok_s"), color="tab:blue")
+    axes.set_yticks(places, column(rows, "system"))
     axes.invert_yaxis()
     axes.set_xlabel("decode, tokens per second (measured)")
 

@@ -57,12 +57,12 @@ def main() -> int:
         venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     if args.oldest:
-        _install_torch(python)
+        install_torch(python)
         _say("this project and its oldest libraries")
         constraint = folder / "constraints.txt"
         # Nothing below may replace torch by a build with CUDA.
         constraint.write_text("\n".join([TORCH, *_oldest()]) + "\n")
-        _pip(
+        pip(
             python,
             "install",
             "--constraint",
@@ -73,9 +73,9 @@ def main() -> int:
     else:
         _say("libraries")
         install_locked(python, "dev" if args.dev else "run")
-        _install_torch(python)
+        install_torch(python)
         _say("this project")
-        _pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     install_locked(python, "demo")
     _install_kernels(python)
     stamp.touch()
@@ -111,7 +111,7 @@ def asked(*names: str) -> list[str]:
 
 def install_locked(python: str, name: str) -> None:
     """Install what a lock names, in its versions and from files with its hashes only."""
-    _pip(
+    pip(
         python,
         "install",
         "--no-deps",
@@ -121,7 +121,7 @@ def install_locked(python: str, name: str) -> None:
     )
 
 
-def _install_torch(python: str) -> None:
+def install_torch(python: str) -> None:
     gpu = shutil.which("nvidia-smi") is not None
     if (
         subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
@@ -130,7 +130,7 @@ def _install_torch(python: str) -> None:
         return
     _say(f"torch, {'with CUDA' if gpu else 'CPU build'}")
     if gpu or _pip_would_take_cpu_build(python):
-        _pip(python, "install", TORCH)
+        pip(python, "install", TORCH)
         return
     install_locked(python, "uv")
     uv = [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend", "cpu", TORCH]
@@ -185,7 +185,7 @@ def _pip_would_take_cpu_build(python: str) -> bool:
         return False
 
 
-def _pip(python: str, *arguments: str) -> None:
+def pip(python: str, *arguments: str) -> None:
     command = [python, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
     if arguments[0] == "install":
         command.append("--no-compile")  # what is imported is compiled then; the rest never is

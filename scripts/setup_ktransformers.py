@@ -51,10 +51,10 @@ def main() -> int:
     python = str(args.venv / "bin" / "python")
     say("libraries")
     setup_env.install_locked(python, "ktransformers-dev" if args.dev else "ktransformers")
-    setup_env._install_torch(python)
+    setup_env.install_torch(python)
     setup_env.install_locked(python, "kernels")  # pins a torch with CUDA that it does not link
     # Without its dependencies: they are the default host's.
-    setup_env._pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    setup_env.pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     say("ktransformers")
     command = [python, "-m", "hybrimoe_plugin", "install_ktransformers"]
     if subprocess.run(command, check=False).returncode:

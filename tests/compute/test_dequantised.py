@@ -14,8 +14,8 @@ from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from eval import tiny
-from eval.synthetic import random_blocks
+from eval.models import tiny
+from eval.models.synthetic import random_blocks
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.hosts.transformers import load
 from hybrimoe_plugin.weights import dequant, gguf_store

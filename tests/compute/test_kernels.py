@@ -14,31 +14,23 @@ import pytest
 import torch
 from kernel_cases import random_layer
 
-from eval.kernel_cases import (
+from eval.kernel_cases.cases import (
     LARGE,
     LIMITS,
-    MODEL_SHAPES,
-    ODD_SHAPES,
-    SMALL_SHAPES,
     TOKENS,
-    TYPES,
     Case,
     LinearCase,
     RepackCase,
-    Shape,
     candidate_cases,
     cases,
     linear_cases,
     odd_cases,
-    poisoned,
-    product_kernels,
-    random_matrices,
-    reference,
     repack_cases,
-    run_case,
-    run_linear,
-    run_repack,
 )
+from eval.kernel_cases.data import random_matrices
+from eval.kernel_cases.reference import poisoned, reference
+from eval.kernel_cases.runs import product_kernels, run_case, run_linear, run_repack
+from eval.kernel_cases.shapes import MODEL_SHAPES, ODD_SHAPES, SMALL_SHAPES, TYPES, Shape
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels

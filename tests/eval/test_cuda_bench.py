@@ -10,8 +10,8 @@ import pytest
 import tiny_experts
 import torch
 
-from eval import cuda_bandwidth
-from eval.cuda_bench import Bench, _TraceRouter
+from eval.gpu_bench import bandwidth
+from eval.gpu_bench.bench import Bench, _TraceRouter
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.replay.trace import Call
 
@@ -50,7 +50,11 @@ class Layers:
         self.device = device
 
     def run(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
         self.device.log.append("run")
         assert ids.dtype == torch.int64 and weights.tolist() == [[0.5] * TOP_K] * TOKENS
@@ -76,18 +80,16 @@ def test_inputs_are_there_before_the_clock_starts(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_layers_shares_can_be_rehearsed_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_bandwidth, "REPEATS", 2)
+    monkeypatch.setattr(bandwidth, "REPEATS", 2)
     accelerator = make_accelerator("emulated", torch.device("cpu"))
     assert accelerator is not None
     weights = tiny_experts.layer(types=("Q8_0",) * 3)
-    found = cuda_bandwidth.layer_shares(
-        accelerator, weights, cuda_bandwidth.Bandwidths(1.0, 1.0, 1.0)
-    )
+    found = bandwidth.layer_shares(accelerator, weights, bandwidth.Bandwidths(1.0, 1.0, 1.0))
     assert all(share > 0 for share in found)
 
 
 def test_attention_is_timed_both_ways_and_torch_left_as_it_was() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for cudnn in (False, True):
-        assert cuda_bandwidth.attention_us(torch.device("cpu"), range(5, 8), cudnn) > 0
+        assert bandwidth.attention_us(torch.device("cpu"), range(5, 8), cudnn) > 0
     assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from replayed import Replayed
 
-from eval.gpu_stages import flashinfer as stage
-from eval.gpu_stages.place import Place
+from eval.gpu_check.place import Place, Row
+from eval.gpu_check.stages import flashinfer as stage
 from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
 from hybrimoe_plugin.hosts.transformers import sampling
 
@@ -34,7 +34,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(stage, "capture_for", lambda device: Alternating())
     walls = [2 * SECOND, SECOND] * 100  # transformers, flashinfer
 
-    def wall_us(work: Callable[[], object], device: torch.device) -> float:
+    def wall_us(
+        work: Callable[[], object],
+        device: torch.device,
+    ) -> float:
         work()
         return walls.pop(0)
 
@@ -55,48 +58,68 @@ class Alternating(Replayed):
         return 2 * SECOND if self.asked % 2 else SECOND
 
 
-def test_what_is_not_installed_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def of_kind(rows: Sequence[Row], words: str) -> list[Row]:
+    """The rows whose case has these words; there must be some."""
+    found = [row for row in rows if words in row["case"]]
+    assert found, words
+    return found
+
+
+def test_what_is_not_installed_is_named(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(flash_choice, "installed", lambda: False)
     (row,) = stage.run(place)
-    assert row["ok"] is None and "pip install" in row["missing"]
+    assert row["ok"] is None
+    assert "pip install" in row["missing"]
 
 
 def test_without_a_card_it_says_so(
-    place: Place, library: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    library: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stage, "capture_for", lambda device: None)
     (row,) = stage.run(place)
-    assert row["ok"] is None and "CUDA device" in row["missing"]
+    assert row["ok"] is None
+    assert "CUDA device" in row["missing"]
 
 
-def test_every_shape_and_filter_is_measured(place: Place, library: Any) -> None:
+def test_every_shape_and_filter_is_measured(
+    place: Place,
+    library: Any,
+) -> None:
     version, *rows = stage.run(place)
     assert "ok" not in version, "a fact, not a judgement"
-    assert (
-        len({row["case"] for row in rows}) == len(rows) == len(stage.CASES) * 2 + len(stage.FILTERS)
-    )
-    assert all(row["ok"] is True for row in rows)
-    attention = [row for row in rows if row["case"].startswith("attention")]
-    assert all(0 < row["relative_rms"] < 0.01 for row in attention), "bfloat16 against float32"
-    assert {(row["torch_us"], row["flashinfer_us"], row["chosen"]) for row in attention} == {
-        (2 * SECOND, SECOND, True)
-    }
-    filters = [row for row in rows if row["case"].startswith("sampling")]
-    assert {(row["transformers_us"], row["flashinfer_us"], row["chosen"]) for row in filters} == {
-        (2 * SECOND, SECOND, True)
-    }
+    cases = {row["case"] for row in rows}
+    assert len(rows) == len(cases)
+    assert len(rows) == len(stage.CASES) * 2 + len(stage.FILTERS)
+    for row in rows:
+        assert row["ok"] is True
+        assert row["chosen"] is True
+        assert row["flashinfer_us"] == SECOND
+    for row in of_kind(rows, "attention"):
+        assert 0 < row["relative_rms"] < 0.01, "bfloat16 against float32"
+        assert row["torch_us"] == 2 * SECOND
+    for row in of_kind(rows, "sampling"):
+        assert row["transformers_us"] == 2 * SECOND
 
 
-def test_attention_that_is_wrong_is_a_fault(place: Place, library: Any) -> None:
+def test_attention_that_is_wrong_is_a_fault(
+    place: Place,
+    library: Any,
+) -> None:
     library.decode.wrong = 0.5
-    grouped = [row for row in stage.run(place) if "Qwen3" in row["case"]]
-    assert grouped and all(
-        row["ok"] is False and row["relative_rms"] > flash_choice.TOLERANCE for row in grouped
-    )
+    for row in of_kind(list(stage.run(place)), "Qwen3"):
+        assert row["ok"] is False
+        assert row["relative_rms"] > flash_choice.TOLERANCE
 
 
 def test_a_graph_that_does_not_follow_its_plan_is_a_fault(
-    place: Place, library: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    library: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Frozen(Alternating):
         """Replays nothing: what was captured stays as it was."""
@@ -107,8 +130,9 @@ def test_a_graph_that_does_not_follow_its_plan_is_a_fault(
 
     monkeypatch.setattr(stage, "capture_for", lambda device: Frozen())
     monkeypatch.setattr(library.latent, "run", _drifting(library.latent.run))
-    latent = [row for row in stage.run(place) if "DeepSeek" in row["case"]]
-    assert latent and all(row["ok"] is False and "differs" in row["detail"] for row in latent)
+    for row in of_kind(list(stage.run(place)), "DeepSeek"):
+        assert row["ok"] is False
+        assert "differs" in row["detail"]
 
 
 def _drifting(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -122,11 +146,16 @@ def _drifting(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return drifting
 
 
-def test_what_fails_is_missing(place: Place, library: Any) -> None:
+def test_what_fails_is_missing(
+    place: Place,
+    library: Any,
+) -> None:
     library.latent.once = True  # it cannot be planned again
     library.sampling.wrong = True
     rows = list(stage.run(place))
-    broken = [row for row in rows if "DeepSeek" in row["case"]]
-    assert broken and all(row["ok"] is None and "cannot replan" in row["missing"] for row in broken)
-    filters = [row for row in rows if row["case"].startswith("sampling")]
-    assert filters and all(row["ok"] is False and row["chosen"] is False for row in filters)
+    for row in of_kind(rows, "DeepSeek"):
+        assert row["ok"] is None
+        assert "cannot replan" in row["missing"]
+    for row in of_kind(rows, "sampling"):
+        assert row["ok"] is False
+        assert row["chosen"] is False

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from eval import cuda_model
-from eval.gpu_stages import llama_bench, peers
-from eval.gpu_stages.llama_bench import LlamaBench, LlamaBenchError
-from eval.gpu_stages.place import Place
-from eval.shapes import MODELS, routing
+from eval.cuda_model.model_file import write
+from eval.gpu_check.place import Place
+from eval.gpu_check.stages import peers
+from eval.models.routing import routing
+from eval.models.shapes import MODELS
+from eval.peers import llama_bench
+from eval.peers.llama_bench import LlamaBench, LlamaBenchError
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 USAGE = """usage: llama-bench [options]
@@ -66,7 +68,11 @@ print(json.dumps([
 """  # noqa: E501
 
 
-def install(folder: Path, usage: str, fails: bool = False) -> Path:
+def install(
+    folder: Path,
+    usage: str,
+    fails: bool = False,
+) -> Path:
     """A `llama-bench` that checks its options against its usage; gives where it logs them."""
     log = folder / "asked.jsonl"
     program = folder / "llama-bench"
@@ -80,14 +86,17 @@ def install(folder: Path, usage: str, fails: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.gguf"
-    cuda_model.write(
-        MODELS[0], routing(MODELS[0], 8, 10, look_ahead=3, recall=0.8), 2, path, dry=True
-    )
+    given = routing(MODELS[0], 8, 10, look_ahead=3, recall=0.8)
+    write(MODELS[0], given, 2, path, dry=True)
     return path
 
 
 @pytest.fixture
-def bare(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def bare(
+    tmp_path: Path,
+    gguf: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Place:
     """With nothing on the path and no FreeToken."""
     monkeypatch.setattr(peers, "model_file", lambda _place: gguf)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -96,7 +105,10 @@ def bare(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 @pytest.fixture
-def place(bare: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(
+    bare: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Place:
     """Likewise, and ours is not measured, for tests of the others."""
     ours = {"decode": [1.0], "prompt of 8": [1.0], "prompt of 24": [1.0]}
     monkeypatch.setattr(peers, "measure_ours", lambda _place, _subject, _work: (ours, {}))
@@ -133,7 +145,9 @@ def test_the_budget_is_half_of_the_experts_bytes(gguf: Path) -> None:
 
 
 def test_llama_bench_gets_the_same_bytes_and_work(
-    place: Place, gguf: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    gguf: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = install(place.out, USAGE.format(more=CACHE))
     monkeypatch.setattr(peers, "DRY_WORK", peers.DRY_WORK._replace(repetitions=3))
@@ -202,7 +216,10 @@ def test_a_fork_s_cache_has_another_name(tmp_path: Path) -> None:
     ],
 )
 def test_one_that_does_not_work_is_missing(
-    place: Place, usage: str, fails: bool, reason: str
+    place: Place,
+    usage: str,
+    fails: bool,
+    reason: str,
 ) -> None:
     install(place.out, usage, fails)
     row = by_case(place)["llama.cpp"]
@@ -259,7 +276,10 @@ class LLM:
 }
 
 
-def freetoken(folder: Path, fewer: int = 0) -> Path:
+def freetoken(
+    folder: Path,
+    fewer: int = 0,
+) -> Path:
     """A package in FreeToken's place with the signatures of 0.2.1; gives where it writes its
     options.
     """
@@ -271,7 +291,9 @@ def freetoken(folder: Path, fewer: int = 0) -> Path:
 
 
 def test_freetoken_is_asked_for_the_same(
-    place: Place, gguf: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    gguf: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = freetoken(place.out)
     monkeypatch.setenv("PYTHONPATH", str(place.out / "site"))
@@ -285,7 +307,10 @@ def test_freetoken_is_asked_for_the_same(
         assert rows[f"{what}, ours / FreeToken"]["ok"] is None
 
 
-def test_freetoken_that_breaks_is_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freetoken_that_breaks_is_missing(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     freetoken(place.out, fewer=1)
     monkeypatch.setenv("PYTHONPATH", str(place.out / "site"))
     row = by_case(place)["FreeToken"]

@@ -7,9 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval import cache, prefetch, replay, schedule, traces
-from eval.hits import POLICIES, hit_rate
-from eval.systems import (
+from eval import cache, prefetch, replay, schedule
+from eval.policies import traces
+from eval.policies.hits import POLICIES, hit_rate
+from eval.policies.systems import (
     ABLATION,
     BASELINES,
     ORACLE,
@@ -33,7 +34,10 @@ def tiny(decode: int = 40) -> Trace:
     )
 
 
-def plain_lru(trace: Trace, each: int) -> float:
+def plain_lru(
+    trace: Trace,
+    each: int,
+) -> float:
     """Per layer, token by token, with lists."""
     hits = needed = 0
     recent: dict[int, list[int]] = {}
@@ -142,15 +146,15 @@ def test_a_baseline_that_is_faster_shows() -> None:
 def test_comparisons_near_level_are_repeated_from_the_same_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    jobs = [
-        ("qwen", "a6000", 0.25, system, 4, False) for system in (BASELINES[0], BASELINES[1], OURS)
-    ]
+    place = replay.Place("qwen", "a6000", 0.25)
+    systems = (BASELINES[0], BASELINES[1], OURS)
+    jobs = [replay.Job(place, system, 4, False) for system in systems]
     rows = [
         {
             "trace": "qwen",
             "profile": "a6000",
             "cache": 0.25,
-            "system": job[3].name,
+            "system": job.system.name,
             "decode ms": ms,
             "prefill ms": 9.0 * ms,
         }
@@ -159,9 +163,12 @@ def test_comparisons_near_level_are_repeated_from_the_same_starts(
     replay.compare(rows)
     seen: list[tuple[str, int]] = []
 
-    def mapped(work: object, starts: list[replay.Start]) -> list[tuple[float, float]]:
-        seen.extend((job[3].name, start) for job, start in starts)
-        return [((1.0 if job[3] is OURS else 1.0 + 0.1 * start), 1.0) for job, start in starts]
+    def mapped(
+        work: object,
+        starts: list[replay.Start],
+    ) -> list[tuple[float, float]]:
+        seen.extend((job.system.name, start) for job, start in starts)
+        return [(1.0 if job.system is OURS else 1.0 + 0.1 * start, 1.0) for job, start in starts]
 
     monkeypatch.setattr(replay, "mapped", mapped)
     replay.repeat(rows, jobs, 3)
@@ -182,7 +189,12 @@ def test_starts_place_experts_by_other_tokens_of_the_same_half() -> None:
         np.testing.assert_allclose(other.sum(axis=1), 1.0)
 
 
-def outcome(prefill: float, decode: float, issued: int = 0, used: int = 0) -> Outcome:
+def outcome(
+    prefill: float,
+    decode: float,
+    issued: int = 0,
+    used: int = 0,
+) -> Outcome:
     counts = Counters(prefetches=issued, prefetches_used=used)
     return Outcome([prefill], [decode], decode_counters=counts, by_distance={1: (issued, used)})
 

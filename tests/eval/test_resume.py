@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -19,9 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from eval import cuda, cuda_model, finished, report
-from eval.finished import Finished
-from eval.progress import Planned, Progress
+from eval.cuda import layers, question, summary
+from eval.cuda_model import question as cuda_model
+from eval.gpu_bench.baselines import JOURNAL
+from eval.models.shapes import MODELS
+from eval.policies.systems import KTRANSFORMERS, OURS
+from eval.reporting import finished, report
+from eval.reporting.finished import Finished
 
 no_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the emulated accelerator's times are the same each time"
@@ -39,15 +42,18 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One model, two systems, two cache sizes; the code is taken to stay as it is."""
-    monkeypatch.setattr(cuda, "MODELS", cuda.MODELS[2:3])
-    monkeypatch.setattr(cuda, "RATIOS", (0.25, 0.5))
-    monkeypatch.setattr(cuda, "SYSTEMS", (cuda.KTRANSFORMERS, cuda.OURS))
-    monkeypatch.setattr(cuda_model, "SYSTEMS", (cuda.KTRANSFORMERS, cuda.OURS))
+    monkeypatch.setattr(question, "MODELS", MODELS[2:3])
+    monkeypatch.setattr(layers, "RATIOS", (0.25, 0.5))
+    for module in (layers, summary, cuda_model):
+        monkeypatch.setattr(module, "SYSTEMS", (KTRANSFORMERS, OURS))
     monkeypatch.setattr(finished, "code_digest", lambda: "as it is")
 
 
-def _run(out: Path, fresh: bool = False) -> dict[str, Any]:
-    return cuda.run(argparse.Namespace(out=out, quick=True, fresh=fresh, model="demo"))
+def _run(
+    out: Path,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    return question.run(argparse.Namespace(out=out, quick=True, fresh=fresh, model="demo"))
 
 
 def _files(out: Path) -> dict[str, str]:
@@ -62,10 +68,13 @@ class _Killed(BaseException):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("place", ["layers", "whole models"])
 def test_the_same_as_without_an_interruption(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = _run(tmp_path / "whole")
-    module: Any = cuda if place == "layers" else cuda_model
+    module: Any = layers if place == "layers" else cuda_model
     real, measured = module.measure, []
 
     def measure(*args: Any) -> Any:
@@ -77,20 +86,23 @@ def test_the_same_as_without_an_interruption(
     monkeypatch.setattr(module, "measure", measure)
     with pytest.raises(_Killed):
         _run(tmp_path / "cut")
-    journal = tmp_path / "cut" / cuda.JOURNAL
+    journal = tmp_path / "cut" / JOURNAL
     # Killed once more while a row was written: one phase of the next cell is whole, the other one
     # is torn.
-    lines = (tmp_path / "whole" / cuda.JOURNAL).read_bytes().splitlines(keepends=True)
-    done = len(journal.read_bytes().splitlines())
-    journal.write_bytes(journal.read_bytes() + lines[done] + lines[done + 1][:-40])
-    kept = journal.read_bytes()
+    lines = (tmp_path / "whole" / JOURNAL).read_bytes().splitlines(keepends=True)
+    before = journal.read_bytes()
+    done = len(before.splitlines())
+    kept = before + lines[done] + lines[done + 1][:-40]
+    journal.write_bytes(kept)
     measured.clear()
     monkeypatch.setattr(module, "measure", lambda *args: measured.append(args) or real(*args))
     capsys.readouterr()
     assert _run(tmp_path / "cut") == whole
     out = capsys.readouterr().out
-    assert f"{2 if place == 'layers' else 6} taken from an earlier run" in out.splitlines()[0]
-    assert json.loads(out.splitlines()[-1]) == whole
+    first, *_, last = out.splitlines()
+    taken = 2 if place == "layers" else 6
+    assert f"{taken} taken from an earlier run" in first
+    assert json.loads(last) == whole
     assert len(measured) == 2, (
         "of four cells two were there already, and the torn one was measured again"
     )
@@ -104,117 +116,35 @@ def test_the_same_as_without_an_interruption(
 @no_gpu
 def test_a_killed_process_loses_no_finished_row(tmp_path: Path) -> None:
     """SIGKILL as soon as a few rows are there."""
-    command = [
-        sys.executable,
-        "-m",
-        "eval.cuda",
-        "--quick",
-        "--model",
-        "mixtral-8x7b",
-        "--out",
-        str(tmp_path),
-    ]
-    journal = tmp_path / cuda.JOURNAL
+    flags = ["--quick", "--model", "mixtral-8x7b", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "eval.cuda", *flags]
+    journal = tmp_path / JOURNAL
     process = subprocess.Popen(
         command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
     try:
         first = process.stdout.readline()
-        assert first.startswith(
-            "36 cells to measure (24 of layers and 12 of whole models), 0 taken"
-        )
+        expected = "36 cells to measure (24 of layers and 12 of whole models), 0 taken"
+        assert first.startswith(expected)
         ends = time.monotonic() + 120
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
-            assert process.poll() is None and time.monotonic() < ends
+        while _lines(journal) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < ends
             time.sleep(0.02)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    lines = [line for line in journal.read_bytes().split(b"\n")[:-1] if line]
-    rows = [json.loads(line) for line in lines]
-    assert len(rows) >= 4 and all(
-        {"gpu", "driver", "torch", "commit", "quick", "question"} <= set(row) for row in rows
-    )
+    *lines, _ = journal.read_bytes().split(b"\n")
+    rows = [json.loads(line) for line in lines if line]
+    assert len(rows) >= 4
+    for row in rows:
+        assert {"gpu", "driver", "torch", "commit", "quick", "question"} <= set(row)
     found = Finished(journal, quick=True, fresh=False)
     if found._conditions["code"] == rows[0]["code"]:  # nobody edits the code just now
         assert found.find() == rows
 
 
-@pytest.mark.usefixtures("small")
-def test_rows_of_other_conditions_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    facts = {"gpu": "A", "commit": "1", "date": "2026-01-01"}
-    monkeypatch.setattr(report, "facts", lambda: dict(facts))
-    cell = {"model": "m", "cache": 0.5}
-    for phase in ("prefill", "decode"):
-        Finished(path, quick=True, fresh=False).add({**cell, "phase": phase})
-    facts["date"] = "2026-01-02"
-    assert Finished(path, True, False).phases("prefill", "decode", **cell) is not None, (
-        "after midnight"
-    )
-    assert Finished(path, True, False).phases("prefill", "decode", model="m", cache=0.25) is None
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        assert Finished(path, quick=False, fresh=False).find() == []
-    assert "differ in: quick" in caplog.text
-    facts |= {"gpu": "B", "commit": "2"}
-    assert Finished(path, True, False).find() == []
-    assert "differ in: commit, gpu" in caplog.text
-    monkeypatch.setattr(finished, "code_digest", lambda: "another")
-    facts |= {"gpu": "A", "commit": "1"}
-    assert Finished(path, True, False).find() == []
-    assert "differ in: code" in caplog.text
-    assert path.exists()
-    assert Finished(path, True, fresh=True).find() == []
-    assert not path.exists()
-
-
-def test_the_newest_row_of_a_phase_counts(tmp_path: Path) -> None:
-    found = Finished(tmp_path / "rows.jsonl", quick=True, fresh=False)
-    added = [
-        found.add({"model": "m", "phase": phase, "ms": ms})
-        for phase, ms in (("a", 1), ("a", 2), ("b", 3))
-    ]
-    assert found.phases("b", "a", model="m") == [added[2], added[1]]
-    assert found.phases("a", "c", model="m") is None
-    assert found.bare(added[0]) == {"model": "m", "phase": "a", "ms": 1}
-
-
-def test_the_code_s_digest_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    (tmp_path / "eval" / "more").mkdir(parents=True)
-    digests = set()
-    for text in ("a = 1", "a = 2"):
-        (tmp_path / "eval" / "more" / "a.py").write_text(text)
-        digests.add(finished.code_digest())
-    (tmp_path / "eval" / "out.csv").write_text("1")
-    assert finished.code_digest() in digests and len(digests) == 2
-
-
-def test_the_estimate_comes_first_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [0.0]
-    with Progress(
-        {"layers": Planned(3, 10.0), "models": Planned(2, 60.0)}, 4, lambda: now[0]
-    ) as progress:
-        out = capsys.readouterr().out
-        assert out.startswith(
-            "5 cells to measure (3 of layers and 2 of models), 4 taken from an earlier run; about "
-            "2 min"
-        )
-        assert progress.left_s() == 150
-        now[0] = 20.0
-        progress.done("layers")
-        assert progress.left_s() == 2 * 20 + 2 * 60, (
-            "as the measured cell; the guess for the others"
-        )
-        now[0] = 60.0
-        progress.done("layers")
-        assert progress.left_s() == 30 + 120
-        now[0] = 65.0
-        progress.done("models")
-        assert progress.left_s() == 30 + 5
-    assert "3 of 5 cells, about 35 s left" in capsys.readouterr().err
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -15,7 +15,10 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from eval import all as every
-from eval import fidelity, forced, peer, roofline, synthetic, throughput
+from eval import fidelity, throughput
+from eval.models import forced, synthetic
+from eval.peers import peer, roofline
+from eval.peers.interpreters import can_import
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.replay.trace import Call, TraceHeader, write_trace
@@ -31,7 +34,10 @@ def test_random_blocks_have_the_spread_of_weights(kind: str) -> None:
 
 
 def test_the_mix_of_types_is_llama_cpp_s() -> None:
-    def choose(name: str, width: int = 2048) -> str:
+    def choose(
+        name: str,
+        width: int = 2048,
+    ) -> str:
         return synthetic.choose_type(name, (8, width), "Q4_K_M", 8)
 
     assert choose("output.weight") == "Q6_K"
@@ -43,7 +49,10 @@ def test_the_mix_of_types_is_llama_cpp_s() -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2_lite"])
-def test_a_synthetic_file_is_a_model(family: str, tmp_path: Path) -> None:
+def test_a_synthetic_file_is_a_model(
+    family: str,
+    tmp_path: Path,
+) -> None:
     made = tiny.config(family, hidden_size=256, tie_word_embeddings=False)
     path = tmp_path / "model.gguf"
     synthetic.write(path, made, lambda _name, shape: "Q8_0" if shape[-1] % 32 == 0 else "F32")
@@ -78,7 +87,10 @@ def test_a_token_reads_its_share_of_the_experts(tmp_path: Path) -> None:
     assert roofline.token_bytes(path, config) == rest - embedding + experts * 2 // 8
 
 
-def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_throughput_on_a_tiny_file(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = tiny.write(tmp_path, "mixtral", types="Q8_0")
     arguments = [
         "--gguf_path",
@@ -101,16 +113,23 @@ def test_throughput_on_a_tiny_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(("prompt", "room"), [(128, 2048), (4000, 4024)])
 def test_llama_cpp_has_room_for_the_prompt(
-    prompt: int, room: int, monkeypatch: pytest.MonkeyPatch
+    prompt: int,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Stop(Exception):
         pass
 
-    def start(python: str, gguf: Path, threads: int, context: int) -> None:
+    def start(
+        python: str,
+        gguf: Path,
+        threads: int,
+        context: int,
+    ) -> None:
         assert context == room
         raise Stop
 
-    monkeypatch.setattr(peer, "missing", lambda python: False)
+    monkeypatch.setattr(throughput, "can_import", lambda python, package: True)
     monkeypatch.setattr(peer, "start", start)
     monkeypatch.setattr(roofline, "read_gbps", lambda threads: 1.0)
     monkeypatch.setattr(roofline, "token_bytes", lambda gguf, config: 1)
@@ -122,9 +141,13 @@ def test_llama_cpp_has_room_for_the_prompt(
 
 
 def test_ratios_are_ours_over_theirs() -> None:
-    turns = [(0.5, [0.01, 0.02, 0.03]), (0.7, [0.02]), (0.5, [0.02])]
+    turns = [
+        throughput.Turn(0.5, [0.01, 0.02, 0.03]),
+        throughput.Turn(0.7, [0.02]),
+        throughput.Turn(0.5, [0.02]),
+    ]
     ours = throughput._row("HybriMoE", turns, prompt=100, bound_ms=10.0)
-    theirs = throughput._row("llama.cpp", [(1.0, [0.01])], prompt=100, bound_ms=10.0)
+    theirs = throughput._row("llama.cpp", [throughput.Turn(1.0, [0.01])], prompt=100, bound_ms=10.0)
     assert ours["tbt_ms_p50"] == pytest.approx(20) and ours["roofline_share"] == pytest.approx(0.5)
     result = throughput.summary("demo", [ours, theirs], 2, "")
     assert result["decode_vs_llama_cpp"] == pytest.approx(0.5)
@@ -132,7 +155,7 @@ def test_ratios_are_ours_over_theirs() -> None:
 
 
 def test_a_peer_that_dies_is_an_error(tmp_path: Path) -> None:
-    assert peer.missing("/bin/false")
+    assert not can_import("/bin/false", peer.PACKAGE)
     with pytest.raises(RuntimeError, match="status"):
         peer.start("/bin/false", tmp_path / "none.gguf", 1, 16)
     with pytest.raises(RuntimeError):
@@ -187,9 +210,15 @@ def test_fidelity_counts_what_it_says() -> None:
 
 
 def test_the_report_survives_a_question_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def answer(question: str, out: Path, _quick: bool) -> every.Answer:
+    def answer(
+        question: str,
+        out: Path,
+        _quick: bool,
+    ) -> every.Answer:
         out.mkdir(parents=True)
         table = out / "t.csv"
         table.write_text("system,ms,cpu\nours <1>,1.23456,x\n")
@@ -210,7 +239,8 @@ def test_the_report_survives_a_question_that_fails(
 
 @pytest.mark.slow
 def test_a_question_in_a_process_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     good = every.ask("schedule", tmp_path, True)
     assert good.result is not None and good.result["gap_max"] < 0.06
@@ -227,12 +257,12 @@ def test_figures_come_from_csvs_alone(tmp_path: Path) -> None:
     from eval import figures
 
     rows = [
-        throughput._row(name, [(0.5, [0.02])], prompt=100, bound_ms=10.0)
+        throughput._row(name, [throughput.Turn(0.5, [0.02])], prompt=100, bound_ms=10.0)
         for name in ("HybriMoE", "llama.cpp")
     ]
     every.report.save_csv(tmp_path / "throughput_demo.csv", rows)
     result = figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")])
     assert result == {"figures": ["throughput_demo.png"]}
     assert (tmp_path / "figures" / "throughput_demo.png").stat().st_size > 1000
-    read = figures.read_rows(tmp_path / "throughput_demo.csv")
+    read = every.report.read_csv(tmp_path / "throughput_demo.csv")
     assert read[0]["system"] == "HybriMoE" and read[0]["tbt_ms_p50"] == pytest.approx(20)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from eval import tiny
+from eval.models import tiny
 from hybrimoe_plugin.cli.main import main
 
 _EXACT = ("gate_inp", "attn_q", "kv_b", "k_b", "v_b", "kv_a")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import systems
+from eval.policies import systems
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 from hybrimoe_plugin.replay.simulator import replay
 from hybrimoe_plugin.replay.sources import load_trace, synthetic, with_predictions

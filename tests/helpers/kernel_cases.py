@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from eval.kernel_cases import random_stored
+from eval.kernel_cases.data import random_stored
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 

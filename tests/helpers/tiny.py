@@ -1,5 +1,5 @@
-"""The tiny models of `eval.tiny`, under the name that tests use."""
+"""The tiny models of `eval.models.tiny`, under the name that tests use."""
 
-from eval.tiny import DENSE, FAMILIES, config, model, tokens, write, write_quantised
+from eval.models.tiny import DENSE, FAMILIES, config, model, tokens, write, write_quantised
 
 __all__ = ["DENSE", "FAMILIES", "config", "model", "tokens", "write", "write_quantised"]

@@ -28,14 +28,19 @@ def scripts() -> Any:
 def _entries(path: Path) -> list[tuple[Requirement, int]]:
     """(requirement, number of hashes) of a lock's entries."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [
-        (Requirement(line.partition("--hash")[0].strip()), line.count("--hash=sha256:"))
-        for line in lines
-    ]
+    entries = []
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            requirement, _, _ = line.partition("--hash")
+            hashes = line.count("--hash=sha256:")
+            entries.append((Requirement(requirement.strip()), hashes))
+    return entries
 
 
-def _chosen(entries: list[tuple[Requirement, int]], python: str) -> dict[str, str]:
+def _chosen(
+    entries: list[tuple[Requirement, int]],
+    python: str,
+) -> dict[str, str]:
     """Name -> version on Linux with this Python; each name once."""
     here = {
         "python_version": python,
@@ -45,13 +50,13 @@ def _chosen(entries: list[tuple[Requirement, int]], python: str) -> dict[str, st
         "platform_system": "Linux",
         "platform_python_implementation": "CPython",
     }
-    fitting = [entry for entry, _ in entries if entry.marker is None or entry.marker.evaluate(here)]
-    names = [canonicalize_name(entry.name) for entry in fitting]
-    assert len(names) == len(set(names))
-    return {
-        name: str(entry.specifier).removeprefix("==")
-        for name, entry in zip(names, fitting, strict=True)
-    }
+    chosen: dict[str, str] = {}
+    for entry, _ in entries:
+        if entry.marker is None or entry.marker.evaluate(here):
+            name = canonicalize_name(entry.name)
+            assert name not in chosen
+            chosen[name] = str(entry.specifier).removeprefix("==")
+    return chosen
 
 
 def test_every_entry_is_one_version_with_hashes(scripts: Any) -> None:
@@ -59,15 +64,18 @@ def test_every_entry_is_one_version_with_hashes(scripts: Any) -> None:
     assert {path.stem for path in paths} == set(scripts.wanted())
     for path in paths:
         for requirement, hashes in _entries(path):
-            assert str(requirement.specifier).startswith("==") and "*" not in str(
-                requirement.specifier
-            ), requirement
+            specifier = str(requirement.specifier)
+            assert specifier.startswith("=="), requirement
+            assert "*" not in specifier, requirement
             assert hashes > 0, requirement
             assert requirement.name != "torch", "its build is found at set-up"
 
 
 @pytest.mark.parametrize("python", VERSIONS)
-def test_a_lock_holds_all_that_is_asked_for(python: str, scripts: Any) -> None:
+def test_a_lock_holds_all_that_is_asked_for(
+    python: str,
+    scripts: Any,
+) -> None:
     for name, wanted in scripts.wanted().items():
         chosen = _chosen(_entries(scripts.LOCKS / f"{name}.txt"), python)
         for requirement in map(Requirement, wanted):
@@ -80,15 +88,17 @@ def test_a_lock_holds_all_that_is_asked_for(python: str, scripts: Any) -> None:
 
 def test_running_and_developing_share_their_versions(scripts: Any) -> None:
     for small, large in (("run", "dev"), ("ktransformers", "ktransformers-dev")):
+        fewer = _entries(scripts.LOCKS / f"{small}.txt")
+        more = _entries(scripts.LOCKS / f"{large}.txt")
         for python in VERSIONS:
-            fewer, more = (
-                _chosen(_entries(scripts.LOCKS / f"{name}.txt"), python) for name in (small, large)
-            )
-            assert fewer.items() <= more.items()
+            assert _chosen(fewer, python).items() <= _chosen(more, python).items()
 
 
 def test_set_up_refuses_a_file_with_another_hash(
-    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    scripts: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Through pip itself, with a wheel on the disk and no index."""
     import zipfile

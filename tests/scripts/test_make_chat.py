@@ -46,7 +46,10 @@ def make(project: Path, target: str, *variables: str, **environment: str) -> str
         "ends with \\",
     ],
 )
-def test_a_prompt_arrives_as_typed(prompt: str, project: Path) -> None:
+def test_a_prompt_arrives_as_typed(
+    prompt: str,
+    project: Path,
+) -> None:
     said = make(project, "chat", f"PROMPT={prompt}")
     assert said == f"<local_chat><--demo><--prompt={prompt}>"
     said = make(project, "chat-ktransformers", f"PROMPT={prompt}")

@@ -1,0 +1,1 @@
+"""`python -m eval.cuda`: the MoE layers of several systems on one NVIDIA GPU."""

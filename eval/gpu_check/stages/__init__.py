@@ -1,0 +1,1 @@
+"""One module per stage; `eval.gpu_check.plan` lists them."""

@@ -1,0 +1,166 @@
+"""flashinfer against what the product uses without it: decode attention in the models' shapes, and
+sampling filters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from eval.gpu_check.place import Place, Row
+from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel, FlashinferShape
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import Shape
+from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
+from hybrimoe_plugin.device.cuda_graphs import Capture, capture_for
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.hosts.transformers import sampling
+from hybrimoe_plugin.hosts.transformers.sampling import Filters, FlashinferFilter
+
+HOW_TO_GET = (
+    "flashinfer is not installed: pip install 'flashinfer-python>=0.7', and a CUDA toolkit whose "
+    "nvcc is on the PATH "
+    "(or the package flashinfer-jit-cache for the same CUDA version), because it compiles its "
+    "kernels at first use"
+)
+ROOMS = (1024, 4096)
+DRY_ROOMS = (64, 128)
+VOCABULARY = 151_936
+"""Qwen3's, the largest among the models."""
+DRY_VOCABULARY = 1000
+FILTERS = (
+    Filters(
+        temperature=0.6, top_k=20, top_p=0.95, min_p=0.0
+    ),  # what Qwen3's generation config asks for
+    Filters(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0),
+    Filters(temperature=0.7, top_k=50, top_p=0.8, min_p=0.05),
+)
+
+
+class Case(NamedTuple):
+    """The decode attention of one model; its room is set where it is used."""
+
+    model: str
+    layers: int
+    shape: Shape | LatentShape
+
+
+CASES = (
+    Case("Qwen3-30B-A3B", 48, Shape(32, 4, 128, 0, torch.bfloat16, 128**-0.5)),
+    Case("Mixtral-8x7B", 32, Shape(32, 8, 128, 0, torch.bfloat16, 128**-0.5)),
+    Case("DeepSeek-V2-Lite", 27, LatentShape(16, 512, 64, 0, torch.bfloat16, 192**-0.5)),
+)
+
+
+def run(place: Place) -> Iterator[Row]:
+    """See `place.Run`."""
+    if not flash_choice.installed():
+        yield {"case": "flashinfer", "ok": None, "missing": HOW_TO_GET}
+        return
+    capture = capture_for(place.device)
+    if capture is None:
+        yield {
+            "case": "flashinfer",
+            "ok": None,
+            "missing": "a CUDA device: flashinfer runs on nothing else",
+        }
+        return
+    yield {"case": "flashinfer", "version": _version()}
+    for case in CASES:
+        for room in DRY_ROOMS if place.dry else ROOMS:
+            yield _attention(case, room, place.device, capture)
+    for filters in FILTERS:
+        yield _filters(filters, DRY_VOCABULARY if place.dry else VOCABULARY, place.device)
+
+
+def _attention(case: Case, room: int, device: torch.device, capture: Capture) -> Row:
+    """One shape: right, how long either takes, and what the product would choose."""
+    shape = case.shape._replace(room=room)
+    name = f"attention, {case.model}, room of {room} tokens"
+    try:
+        kernel = shape.kernel(importlib.import_module("flashinfer"), device)
+        error = _error(kernel, shape, device)
+        if not error <= flash_choice.TOLERANCE:
+            return {"case": name, "ok": False, "relative_rms": error, "chosen": False}
+        torch_us, flash_us = flash_choice.compare(kernel, device, capture)
+        plan_us = flash_choice.plan_us(kernel)
+    except (
+        BackendError
+    ) as problem:  # the graph does not give what the same call gives outside of one
+        return {"case": name, "ok": False, "detail": _line(problem), "chosen": False}
+    except Exception as problem:  # it compiles at first use, and may raise anything
+        return {
+            "case": name,
+            "ok": None,
+            "missing": f"flashinfer does not run here: {_line(problem)}",
+        }
+    return {
+        "case": name,
+        "ok": True,
+        "relative_rms": error,
+        "torch_us": torch_us,
+        "flashinfer_us": flash_us,
+        "plan_us": plan_us,
+        "layers": case.layers,
+        "chosen": flash_choice.choose(shape, device, capture, case.layers) is not None,
+    }
+
+
+def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.device) -> float:
+    """The larger relative RMS difference from torch's attention in float32, with the cache half
+    full and full.
+    """
+    example = shape.example(device)
+    exact = [part.float() for part in example]
+    errors = []
+    for held in (shape.room // 2, shape.room - 1):
+        kernel.plan(held)
+        seen = (torch.arange(shape.room, device=device) <= held)[None, None, None]
+        right, found = shape.plain(seen, *exact), kernel(*example).float()
+        errors.append(float((found - right).norm() / right.norm()))
+    return max(errors)
+
+
+def _filters(filters: Filters, vocabulary: int, device: torch.device) -> Row:
+    """One set of sampling filters, likewise."""
+    name = f"sampling, {filters}, {vocabulary} tokens"
+    scores = (4.0 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(1))).to(
+        device
+    )
+    try:
+        flash, plain = (
+            FlashinferFilter(importlib.import_module("flashinfer").sampling, filters),
+            filters.plain(),
+        )
+        error = sampling.distance(flash.filtered(scores), plain(None, scores))
+        plain_us = sampling.median_wall_us(lambda: plain(None, scores[:1]), device)
+        flash_us = sampling.median_wall_us(lambda: flash.filtered(scores[:1]), device)
+    except Exception as problem:  # as above
+        return {
+            "case": name,
+            "ok": None,
+            "missing": f"flashinfer does not run here: {_line(problem)}",
+        }
+    return {
+        "case": name,
+        "ok": error <= sampling.TOLERANCE,
+        "total_variation": error,
+        "transformers_us": plain_us,
+        "flashinfer_us": flash_us,
+        "chosen": sampling.choose(filters, vocabulary, device, sampling.median_wall_us) is not None,
+    }
+
+
+def _line(problem: Exception) -> str:
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Cases for the device kernels: shapes, random weights and reference results."""

@@ -1,0 +1,1 @@
+"""`python -m eval.lever`: speculative decoding policies for a target on flash."""

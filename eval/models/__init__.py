@@ -1,0 +1,1 @@
+"""Synthetic models: shapes, routing, random weights and model files."""

@@ -1,0 +1,1 @@
+"""Tables, CSV files, figures, journals of finished rows and progress, shared by all questions."""

@@ -1,0 +1,182 @@
+"""What every question shares: a table on stdout, CSV and PNG in `--out`, one JSON line at
+the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""
+
+COMMIT_VARIABLE = "HYBRIMOE_COMMIT"
+
+Row = Mapping[str, Any]
+
+
+def parser(description: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """`--out` and `--quick`, which all questions take.
+
+    Args:
+        prog: the command; needed where a package is run, whose file is called `__main__.py`.
+    """
+    made = argparse.ArgumentParser(prog=prog, description=description)
+    made.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for CSV and PNG (default out)"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="fewer cases, for a look in under a minute"
+    )
+    return made
+
+
+def facts() -> dict[str, str]:
+    """Hardware, driver, versions, commit and date, which every CSV row carries; `none` or `unknown`
+    where missing.
+    """
+    from hybrimoe_plugin.device.machine import hardware, versions
+
+    machine = hardware()
+    machine["os"] = machine.pop("system")  # tables have a column `system` of their own
+    more = {name: _version(name) for name in ("triton", "transformers")}
+    today = datetime.date.today().isoformat()
+    return {
+        **machine,
+        "driver": _driver(machine["gpu"]),
+        **versions(),
+        **more,
+        "commit": commit(),
+        "date": today,
+    }
+
+
+def commit() -> str:
+    """The code's commit: what HYBRIMOE_COMMIT says, else what git says of this tree, else
+    `unknown`.
+
+    The variable is for machines that the tree reaches without its `.git`.
+    """
+    told = os.environ.get(COMMIT_VARIABLE, "").strip()
+    if told:
+        return told
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        )
+    except (
+        OSError,
+        subprocess.SubprocessError,
+    ):  # no git, no repository, or one that git refuses to read
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def nvidia_smi(field: str) -> list[str] | None:
+    """What the NVIDIA driver's own tool says of each GPU, such as its `name`; None where it does
+    not answer.
+    """
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=15)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [line.strip() for line in done.stdout.splitlines()]
+
+
+def _driver(gpu: str) -> str:
+    """The NVIDIA driver's version, `none` without a GPU."""
+    found = None if gpu == "none" else nvidia_smi("driver_version")
+    return found[0] if found else "none"
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Print rows as a table; floats with three significant digits."""
+    table = Table(title=escape(title), title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*[_shown(value) for value in row.values()])
+    Console(width=160).print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(str(value))  # what a compiler says in brackets is no markup
+
+
+def save_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows with the facts of this machine beside each; facts that a row has already are left
+    as they are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = facts()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys([*rows[0], *known])))
+        writer.writeheader()
+        writer.writerows({**known, **row} for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """A CSV's rows, with numbers and truth values in place of their texts."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: _value(text) for name, text in row.items()} for row in rows]
+
+
+def _value(text: str) -> Any:
+    kinds: tuple[Callable[[str], Any], ...] = (int, float)
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"True": True, "False": False}.get(text, text)
+
+
+def save_figure(path: Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:
+    """Draw with matplotlib into a PNG; without matplotlib say so and go on."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        log.warning(
+            "no figure: matplotlib is not installed (pip install 'ktransformers-hybrimoe[figures]')"
+        )
+        return
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def finish(result: Mapping[str, Any]) -> None:
+    """The last line of stdout: one JSON object."""
+    print(json.dumps(dict(result)), flush=True)
