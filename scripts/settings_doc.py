@@ -84,7 +84,8 @@ def _parser(command: Any) -> argparse.ArgumentParser:
 def _settings_section(chat: argparse.ArgumentParser) -> str:
     flags: set[str] = set()
     for action in chat._actions:
-        flags.update(action.option_strings)
+        if action.help != argparse.SUPPRESS:
+            flags.update(action.option_strings)
     rows = []
     for item in fields(Settings):
         has_flag = f"--{item.name}" in flags

@@ -86,7 +86,6 @@ def test_packages_import_only_what_lies_below_them() -> None:
 def test_no_circle_of_files() -> None:
     assert circles(FILES) == [
         ["lever_ext.decoding", "lever_ext.run"],
-        ["eval.cuda", "eval.cuda_model"],
     ]
 
 
