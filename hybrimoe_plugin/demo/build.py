@@ -31,8 +31,8 @@ from hybrimoe_plugin.cache_folder import found, place_for, write_atomic
 from hybrimoe_plugin.demo.text import CALIBRATION
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.weights.gguf_names import from_pairs
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
-from hybrimoe_plugin.weights.parameter_source import unrotate
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ def _add_qwen_attention(writer: GGUFWriter, store: GGUFStore, prefix: str) -> No
         "attn_k": int(store.metadata["llama.attention.head_count_kv"]),
     }
     for part, count in heads.items():
-        value = unrotate(store.dequantized(f"{prefix}.{part}.weight"), count).numpy()
+        value = from_pairs(store.dequantized(f"{prefix}.{part}.weight"), count).numpy()
         _add_q8(writer, f"{prefix}.{part}.weight", value)
     for part in ("attn_q", "attn_k", "attn_v"):
         rows = store.info(f"{prefix}.{part}.weight").shape[0]

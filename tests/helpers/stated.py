@@ -11,7 +11,13 @@ import torch
 from steps import step
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
+from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers import gguf_export
+
+
+def architecture_of(model: Any) -> str:
+    """The GGUF architecture under which a model is written."""
+    return family_of(model.config.model_type).architectures[0]
 
 
 def export(
@@ -21,14 +27,14 @@ def export(
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """A GGUF with these keys of its architecture and these tensors besides the model's own."""
-    arch, plain = gguf_export.ARCHITECTURES[model.config.model_type], gguf_export.tensors
+    architecture, plain = architecture_of(model), gguf_export.tensors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             gguf_export,
             "tensors",
             lambda *args, **kwargs: {**plain(*args, **kwargs), **(tensors or {})},
         )
-        extra = {f"{arch}.{key}": value for key, value in (keys or {}).items()}
+        extra = {f"{architecture}.{key}": value for key, value in (keys or {}).items()}
         gguf_export.export_gguf(model, path, extra=extra)
     return path
 

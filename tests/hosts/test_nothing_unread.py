@@ -11,10 +11,11 @@ import pytest
 import tiny
 import torch
 from needs import kt_kernel
-from stated import export, factors, logits
+from stated import architecture_of, export, factors, logits
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers import gguf_export, load_plain_model
 
 THETA = {"rope_theta": 10000.0}
@@ -394,7 +395,7 @@ def test_a_head_of_its_own_is_used_where_the_directory_ties_it(tmp_path: Path) -
 
 def test_both_forms_of_a_latent_projection_may_be_there(tmp_path: Path) -> None:
     right = tiny.model("deepseek_v3")
-    split = gguf_export.tensors(right, "deepseek2", split_kv_b=True)
+    split = gguf_export.tensors(right, family_of("deepseek_v3"), split_kv_b=True)
     again = {
         name: value for name, value in split.items() if "attn_k_b" in name or "attn_v_b" in name
     }
@@ -417,7 +418,7 @@ def test_a_latent_model_as_current_converters_write_it(tmp_path: Path) -> None:
         "rope.scaling.yarn_beta_fast": 32.0,
         "rope.scaling.yarn_beta_slow": 1.0,
     }
-    arch = gguf_export.ARCHITECTURES["deepseek_v3"]
+    arch = architecture_of(right)
     path = tmp_path / "m.gguf"
     gguf_export.export_gguf(
         right, path, split_kv_b=True, extra={f"{arch}.{key}": value for key, value in keys.items()}

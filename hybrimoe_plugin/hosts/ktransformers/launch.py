@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.errors import ConfigError, RulesError, WeightsError
+from hybrimoe_plugin.errors import ConfigError, WeightsError
+from hybrimoe_plugin.families.packaged_rules import classic_rules
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.ktransformers.changes import Changes
 from hybrimoe_plugin.hosts.ktransformers.directory import refuse_own_code, run_no_code
@@ -30,12 +31,6 @@ from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 log = logging.getLogger(__name__)
 
 LOCAL_CHAT = "ktransformers.local_chat"
-FAMILY_RULES = {
-    "DeepseekV2ForCausalLM": "DeepSeek-V2",
-    "DeepseekV3ForCausalLM": "DeepSeek-V3",
-    "MixtralForCausalLM": "Mixtral",
-    "Qwen2MoeForCausalLM": "Qwen2-57B-A14B",
-}
 
 
 @dataclass(frozen=True)
@@ -105,15 +100,7 @@ def packaged_rules(model_path: str, device: str) -> Path:
         WeightsError: no readable config.json there.
         RulesError: no rules for its architecture.
     """
-    from importlib.resources import files
-
-    name = FAMILY_RULES.get(architecture(model_path))
-    if name is None:
-        known = ", ".join(FAMILY_RULES)
-        raise RulesError(
-            f"no packaged rules for {architecture(model_path)} (there are for {known})"
-        )
-    return Path(str(files("optimize_rules"))) / "ktransformers" / f"{name}-{device}.yaml"
+    return classic_rules(architecture(model_path), device)
 
 
 def architecture(model_path: str) -> str:

@@ -1,6 +1,4 @@
-"""Every tensor of a file belongs to a parameter of the model, or is known to be needless; else the
-file is refused.
-"""
+"""Checks that a file has every tensor of the model, and none that the model has no place for."""
 
 from __future__ import annotations
 
@@ -9,7 +7,8 @@ from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.rope import FACTORS
+from hybrimoe_plugin.families.gguf_rope import FACTORS, OLD_FREQUENCIES
+from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
@@ -27,22 +26,20 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
         WeightsError: naming the tensors that are missing, and those that no parameter of the model
             is made from.
     """
-    source = ParameterSource(store, config)
+    source = ParameterSource(store, config, names_of(config.model_type))
     used = {part: None for name in model.state_dict() for part in source.parts(name)}
     ahead = Facts(store).integer("nextn_predict_layers", 0) > 0
     missing = [part for part in used if part not in store.tensors]
-    unused = [
-        name
-        for name in store.tensors
-        if name not in used and not _needless(name, store, config, ahead)
-    ]
+    others = [name for name in store.tensors if name not in used]
+    unused = [name for name in others if not _needless(name, store, config, ahead)]
     wrong = []
     if missing:
-        wrong.append(f"tensor {_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        verb = "is" if len(missing) == 1 else "are"
+        wrong.append(f"tensor {_listed(missing)} {verb} missing")
     if unused:
         wrong.append(
-            f"a {config.model_type} model has no place for {_listed(unused)}, without which its "
-            f"answers would be wrong"
+            f"a {config.model_type} model has no place for {_listed(unused)}, "
+            "without which its answers would be wrong"
         )
     if wrong:
         raise WeightsError(f"{store.paths[0]}: {'; '.join(wrong)}")
@@ -61,11 +58,11 @@ def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
     if found is None:
         return False
     layer, part = int(found[1]), found[2]
-    if part == "attn_rot_embd.weight":
+    if part == OLD_FREQUENCIES:
         return True  # frequencies, which `read_rope` has compared
     if ahead and layer >= config.num_hidden_layers:
         return True  # layers that predict further tokens; plain decoding does not use them
-    split = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
-    return part == "attn_kv_b.weight" and all(
-        one in store.tensors for one in split
-    )  # the same matrix twice
+    if part != "attn_kv_b.weight":
+        return False
+    halves = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
+    return all(half in store.tensors for half in halves)  # the same matrix twice
