@@ -58,7 +58,7 @@ TREES: dict[str, Callable[[], TreePolicy]] = {
 }
 WARM_UP = 12
 """Tokens of the turn that does not count."""
-BUDGETS = {"dense": "200MiB", "mixtral": "600MiB"}
+DENSE_BUDGET, MOE_BUDGET = "200MiB", "600MiB"
 DENSE_TREES = ("flash "
                "autoregressive", "chain "
                                  "8", "specinfer", "specinfer 4-2-2-1", "fixed 16", "opt_tree 16",
@@ -127,7 +127,7 @@ class TreeCell(Cell):
 
     def _budget(self, lab: Lab) -> str | int:
         if self.share < 0:
-            return BUDGETS[self.target]
+            return DENSE_BUDGET if self.target == "dense" else MOE_BUDGET
         pack = FlashPack.open(lab.pack(self.target))
         layers = pack.blocks("layer")
         fixed = sum(block.nbytes for block in pack.blocks("resident"))

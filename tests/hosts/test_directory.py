@@ -163,7 +163,7 @@ def test_a_config_names_nothing_to_fetch(
 ) -> None:
     with pytest.raises(ConfigError, match="attn_implementation|" + "|".join(values)):
         plan_for(folder(values), gguf)
-    with pytest.raises(ConfigError, match="the pack's config"):
+    with pytest.raises(ConfigError, match="the model's config"):
         meta_model_of({**json.loads((folder(values) / "config.json").read_text())}, torch.float32)
 
 
