@@ -2,6 +2,7 @@
 ships.
 """
 
-from hybrimoe_plugin.demo.build import FORMS, build_demo_model, source_path
+from hybrimoe_plugin.demo.build import build_demo_model
+from hybrimoe_plugin.demo.upcycle import FORMS, source_path
 
 __all__ = ["FORMS", "build_demo_model", "source_path"]

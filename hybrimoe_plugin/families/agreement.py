@@ -26,20 +26,19 @@ def check_same_model(config: Any, described: Description, directory: str) -> Non
     Raises:
         WeightsError: naming both values.
     """
-    wrong = []
     kind = described.family.model_type
+    wrong = []
     if not _same_type(config.model_type, kind):
         wrong.append(_clash("model_type", config.model_type, kind))
     for name, theirs in described.stated.items():
         ours = getattr(config, name, None)
-        if ours is None and name != "sliding_window":
-            continue  # the config leaves it open
-        if not _agree(name, ours, theirs):
+        left_open = ours is None and name != "sliding_window"
+        if not left_open and not _agree(name, ours, theirs):
             shown = "number of experts" if name in _EXPERTS else name
             wrong.append(_clash(shown, ours, theirs))
-    rope = None if wrong else difference(config, described.rope)
-    if rope is not None:
-        wrong.append(rope)
+    if not wrong:
+        rope = difference(config, described.rope)
+        wrong = [] if rope is None else [rope]
     if wrong:
         raise WeightsError(f"{directory} does not match {described.where}: {'; '.join(wrong)}")
 
@@ -59,14 +58,18 @@ def _clash(name: str, ours: Any, theirs: Any) -> str:
 
 
 def _same_type(ours: str, theirs: str) -> bool:
+    """Whether files of one type look like those of the other, or are the same."""
+    if ours == theirs:
+        return True
     family = find_family(ours)
-    stored_as = None if family is None else family.stored_as
-    return theirs in (ours, stored_as)
+    return family is not None and family.stored_as == theirs
 
 
 def _agree(name: str, ours: Any, theirs: Any) -> bool:
     if name == "vocab_size":
         return abs(ours - theirs) < PADDING_ROWS
-    if isinstance(ours, float) or isinstance(theirs, float):
-        return isinstance(ours, int | float) and math.isclose(ours, theirs, rel_tol=_CLOSE)
-    return bool(ours == theirs)
+    if not isinstance(ours, float) and not isinstance(theirs, float):
+        return bool(ours == theirs)
+    if not isinstance(ours, int | float):
+        return False
+    return math.isclose(ours, theirs, rel_tol=_CLOSE)

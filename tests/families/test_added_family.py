@@ -10,15 +10,13 @@ import needs
 import pytest
 import tiny
 import torch
-from stated import logits
+from loading import injected, logits, plain
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.families.registry import families, register
-from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from tests.families.tide import TIDE
@@ -81,11 +79,8 @@ def test_it_computes_what_the_plain_model_computes(
     export_gguf(tide, path)
     prompt, steps = tiny.tokens(9), tiny.tokens(3, seed=1)
     wanted = logits(tide, prompt, steps)
-    plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
-    torch.testing.assert_close(logits(plain, prompt, steps), wanted)
-    model, _ = load_model(
-        None, path, dtype="float32", cpu_backend="torch", progress=False, **settings
-    )
+    torch.testing.assert_close(logits(plain(path), prompt, steps), wanted)
+    model = injected(path, **settings)
     torch.testing.assert_close(logits(model, prompt, steps), wanted)
     model.hybrimoe.close()
 
@@ -94,9 +89,10 @@ def test_its_layers_are_computed_in_graphs(tide: Any, tmp_path: Path) -> None:
     needs.kt_kernel()
     path = tmp_path / "m.gguf"
     export_gguf(tide, path)
+    model = injected(path, linears="quantised")
+    for layer in model.model.layers:
+        assert layer.row_step is not None
     prompt, steps = tiny.tokens(9), tiny.tokens(3, seed=1)
-    model, _ = load_model(None, path, linears="quantised", cpu_backend="torch", progress=False)
-    assert all(layer.row_step is not None for layer in model.model.layers)
     found, wanted = logits(model, prompt, steps), logits(tide, prompt, steps)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     model.hybrimoe.close()
@@ -114,7 +110,7 @@ def test_a_removed_family_is_unknown_again(known_to_transformers: None, tmp_path
     remove()
     assert families() == before
     with pytest.raises(WeightsError, match="architecture 'tide' is not supported; supported are"):
-        load_plain_model(None, tmp_path / "m.gguf", progress=False)
+        plain(tmp_path / "m.gguf")
 
 
 def test_the_document_shows_this_very_file() -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from steps import step
 
-from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers import gguf_export
 
@@ -46,14 +44,3 @@ def factors(model: Any) -> dict[str, torch.Tensor]:
         return {}
     plain = parameters["rope_theta"] ** -(torch.arange(len(angles)) / len(angles))
     return {"rope_freqs.weight": plain / angles}
-
-
-def logits(model: Any, prompt: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
-    """Of a prefill, and of single-token decode steps behind it."""
-    with torch.no_grad():
-        out = model(prompt, use_cache=True)
-        found = [out.logits]
-        for ids in () if steps is None else steps.T:
-            out = step(model, ids[:, None], cache_in(out))
-            found.append(out.logits)
-    return torch.cat(found, dim=1)

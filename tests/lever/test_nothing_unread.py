@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from loading import logits
 from safetensors.torch import load_file, save_file
-from stated import export, factors, logits
+from stated import export, factors
 
 from hybrimoe_plugin.errors import FlashError, WeightsError
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of

@@ -26,16 +26,16 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
         WeightsError: naming the tensors that are missing, and those that no parameter of the model
             is made from.
     """
-    source = ParameterSource(store, config, names_of(config.model_type))
-    used = {part: None for name in model.state_dict() for part in source.parts(name)}
+    tensors = store.tensors
+    used = _parts(model, ParameterSource(store, config, names_of(config.model_type)))
     ahead = Facts(store).integer("nextn_predict_layers", 0) > 0
-    missing = [part for part in used if part not in store.tensors]
-    others = [name for name in store.tensors if name not in used]
-    unused = [name for name in others if not _needless(name, store, config, ahead)]
     wrong = []
+    missing = [name for name in used if name not in tensors]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         wrong.append(f"tensor {_listed(missing)} {verb} missing")
+    others = [name for name in tensors if name not in used]
+    unused = [name for name in others if not _needless(name, store, config, ahead)]
     if unused:
         wrong.append(
             f"a {config.model_type} model has no place for {_listed(unused)}, "
@@ -45,9 +45,19 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
         raise WeightsError(f"{store.paths[0]}: {'; '.join(wrong)}")
 
 
+def _parts(model: Any, source: ParameterSource) -> dict[str, None]:
+    """The tensors that parameters are made from, each once."""
+    found: dict[str, None] = {}
+    for name in model.state_dict():
+        found.update(dict.fromkeys(source.parts(name)))
+    return found
+
+
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    if len(names) <= _SHOWN:
+        return shown
+    return f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
@@ -59,10 +69,14 @@ def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
         return False
     layer, part = int(found[1]), found[2]
     if part == OLD_FREQUENCIES:
-        return True  # frequencies, which `read_rope` has compared
+        return True  # `read_rope` has compared it
     if ahead and layer >= config.num_hidden_layers:
-        return True  # layers that predict further tokens; plain decoding does not use them
+        return True  # a layer that predicts further tokens; plain decoding does not use it
     if part != "attn_kv_b.weight":
         return False
-    halves = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
-    return all(half in store.tensors for half in halves)  # the same matrix twice
+    # Not needed where its halves are there too: the same matrix twice.
+    halves = (
+        f"blk.{layer}.attn_k_b.weight",
+        f"blk.{layer}.attn_v_b.weight",
+    )
+    return all(half in store.tensors for half in halves)
