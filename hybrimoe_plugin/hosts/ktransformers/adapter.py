@@ -105,8 +105,7 @@ class Shared:
         if operator.key not in self._routers:
             raise BackendError(
                 f"{operator.key}: its MoE block does not show its router; let the rules replace "
-                f"the block by one of "
-                "hybrimoe_plugin.hosts.ktransformers.blocks, as those in "
+                "the block by one of hybrimoe_plugin.hosts.ktransformers.blocks, as those in "
                 "optimize_rules/ktransformers do"
             )
         return self._routers[operator.key]

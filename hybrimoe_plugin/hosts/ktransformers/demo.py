@@ -64,8 +64,7 @@ def _weights(form: str) -> Path:
     if not built:
         raise WeightsError(
             f"the demo model is not there: run `hybrimoe demo-model --form {form}` in the default "
-            f"environment, whose "
-            "transformers can build it"
+            "environment, whose transformers can build it"
         )
     return max(built, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
 

@@ -40,8 +40,7 @@ def refuse_own_code(model_path: str | None) -> None:
             continue
         raise ConfigError(
             f"{path}: auto_map names Python files of the directory, and code from model "
-            f"directories is never run: "
-            "take a directory whose files need none"
+            "directories is never run: take a directory whose files need none"
         )
 
 

@@ -71,8 +71,7 @@ def _check_transformers() -> None:
     if not found.startswith("4.43."):
         raise ConfigError(
             f"ktransformers {VERSION} needs transformers=={TRANSFORMERS}, this environment has "
-            f"{found}: "
-            "use one of its own (scripts/setup_ktransformers.py makes it)"
+            f"{found}: use one of its own (scripts/setup_ktransformers.py makes it)"
         )
 
 

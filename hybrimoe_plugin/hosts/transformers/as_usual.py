@@ -111,8 +111,7 @@ class _Guard:
             if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
                 raise BackendError(
                     "output_attentions: attention weights are never computed by these operators; "
-                    "load with "
-                    f"dense='plain' and then set_attn_implementation('eager'), or take "
+                    "load with dense='plain' and then set_attn_implementation('eager'), or take "
                     f"{self._plain}"
                 )
             given = kwargs.get("input_ids", args[0] if args else None)
@@ -121,8 +120,7 @@ class _Guard:
             if model.training and getattr(config, "attention_dropout", 0.0):
                 raise BackendError(
                     f"train(): attention_dropout is {config.attention_dropout}, and these "
-                    f"operators have none; load "
-                    "with dense='plain'"
+                    "operators have none; load with dense='plain'"
                 )
             return call(*args, **kwargs)
 
@@ -145,9 +143,8 @@ class _Guard:
             if (probe.dtype, probe.device) != kind:
                 raise BackendError(
                     f"to(): weights that are {_name(*kind)} cannot become "
-                    f"{_name(probe.dtype, probe.device)} once the "
-                    "model is loaded: load it with dtype=..., and choose devices by rules and "
-                    "settings"
+                    f"{_name(probe.dtype, probe.device)} once the model is loaded: load it with "
+                    "dtype=..., and choose devices by rules and settings"
                 )
         return self._real["_apply"](change, *args, **kwargs)
 
@@ -158,8 +155,8 @@ class _Guard:
         if destination is None and not args:
             raise BackendError(
                 "state_dict(): it would lack every weight that is read from the file as it is "
-                "stored: take "
-                f"{self._plain}, or named_parameters() for what this model holds itself"
+                f"stored: take {self._plain}, or named_parameters() for what this model holds "
+                "itself"
             )
         return self._real["state_dict"](*args, destination=destination, **kwargs)
 
@@ -172,16 +169,15 @@ class _Guard:
     def _adapted(self, *_args: Any, **_kwargs: Any) -> None:
         raise BackendError(
             "adapters change linear modules, which these operators replace: load with "
-            "dense='plain' and "
-            f"cpu_backend='torch', or take {self._plain}"
+            f"dense='plain' and cpu_backend='torch', or take {self._plain}"
         )
 
     def _other_attention(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if attn_implementation != "sdpa":
             raise BackendError(
                 f"set_attn_implementation({attn_implementation!r}): these operators compute "
-                f"attention themselves, as "
-                f"'sdpa' does; load with dense='plain', or take {self._plain}"
+                "attention themselves, as 'sdpa' does; load with dense='plain', or take "
+                f"{self._plain}"
             )
         return self._real["set_attn_implementation"](attn_implementation, *args, **kwargs)
 
@@ -216,10 +212,9 @@ def _loaded_first(
         missing, known_as = _missing(module), _KNOWN_AS.get(name, f"{name}()")
         if missing:
             raise BackendError(
-                f"{known_as}: this model was restored, and {missing[0]} ({len(missing)} tensors "
-                f"in all) never had weights of its own: load the file again with load_model, take "
-                f"{plain}, or fill it "
-                "with load_state_dict(..., assign=True)"
+                f"{known_as}: this model was restored, and {missing[0]} ({len(missing)} tensors in "
+                "all) never had weights of its own: load the file again with load_model, take "
+                f"{plain}, or fill it with load_state_dict(..., assign=True)"
             )
         for each in names:
             module.__dict__.pop(each, None)

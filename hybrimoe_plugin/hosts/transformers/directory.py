@@ -142,10 +142,8 @@ def check_tokenizer_files(directory: str | Path) -> None:
     if values.get("auto_map"):
         raise ConfigError(
             f"{path}: auto_map names a tokenizer in Python files of the directory, and code from "
-            f"model directories is "
-            "never run: leave model_path out to take the GGUF's tokenizer, or remove auto_map "
-            "where tokenizer.json is "
-            "the whole tokenizer"
+            "model directories is never run: leave model_path out to take the GGUF's tokenizer, or "
+            "remove auto_map where tokenizer.json is the whole tokenizer"
         )
     check_tokenizer_class(values.get("tokenizer_class"), str(path))
 
@@ -196,9 +194,8 @@ def _model_type(values: Mapping[str, Any], where: str) -> str:
         return kind
     if values.get("auto_map"):
         raise ConfigError(
-            f"{where}: auto_map names Python files of the directory for model type {kind!r}, "
-            f"which transformers does "
-            "not have itself, and code from model directories is never run"
+            f"{where}: auto_map names Python files of the directory for model type {kind!r}, which "
+            "transformers does not have itself, and code from model directories is never run"
         )
     raise WeightsError(
         f"{where}: transformers cannot read it: it has no causal language model of type {kind!r}"

@@ -124,8 +124,7 @@ class ChatTemplate:
         }.get(
             found["kind"],
             f"the model's chat template takes more than {self._seconds} seconds or "
-            f"{self._nbytes >> 20} MiB, "
-            "which is refused",
+            f"{self._nbytes >> 20} MiB, which is refused",
         )
 
 

@@ -136,8 +136,8 @@ def _byte_level(store: GGUFStore) -> Any:
     merges = store.metadata.get("tokenizer.ggml.merges")
     if kind != BYTE_LEVEL or tokens is None or merges is None:
         raise ValueError(
-            "SentencePiece, or byte-level BPE with merges, is expected; "
-            f"tokenizer.ggml.model is {kind!r}"
+            "SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is "
+            f"{kind!r}"
         )
     where = str(store.paths[0])
     splits = splits_of(store.metadata.get("tokenizer.ggml.pre"), store.architecture, where)

@@ -180,8 +180,7 @@ PATCHES = (
     Patch(
         "decode-sees-itself",
         "its Mixtral and Qwen2-MoE attention gives a token's position as the filled length of the "
-        "cache, so that a "
-        "decoded token does not see itself; the length is counted one more",
+        "cache, so that a decoded token does not see itself; the length is counted one more",
         "0.2.1",
         "0.2.2",
         _no_flash,
@@ -225,8 +224,7 @@ PATCHES = (
     Patch(
         "engine",
         "without it the engine is built at the first prompt; it is built when the weights are "
-        "loaded, and rules files "
-        "are checked first",
+        "loaded, and rules files are checked first",
         "0.2.1",
         "0.5",
         _always("it knows no step after loading"),

@@ -132,8 +132,7 @@ PATCHES = (
     Patch(
         "cuda-calls",
         "local_chat, prefill_and_generate and the experts call torch.cuda and pin memory whatever "
-        "the device is; "
-        "without a GPU these calls do nothing",
+        "the device is; without a GPU these calls do nothing",
         "0.2.1",
         "0.2.2",
         no_cuda,
@@ -141,9 +140,8 @@ PATCHES = (
     ),
     Patch(
         "cuda-devices",
-        "its rules name cuda, and so do its defaults for modules that no rule lists; without a "
-        "GPU they mean cpu, and "
-        "KLinearMarlin means KLinearTorch",
+        "its rules name cuda, and so do its defaults for modules that no rule lists; without a GPU "
+        "they mean cpu, and KLinearMarlin means KLinearTorch",
         "0.2.1",
         "0.2.2",
         no_cuda,

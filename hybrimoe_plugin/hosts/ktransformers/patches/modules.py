@@ -67,8 +67,8 @@ PATCHES = (
     Patch(
         "cpuinfer",
         "its CPU kernels (cpuinfer_ext) are compiled at install; kt-kernel's prebuilt ones take "
-        "their place, also for "
-        "its own KExpertsCPU, and threads start at the first task instead of at import",
+        "their place, also for its own KExpertsCPU, and threads start at the first task instead of "
+        "at import",
         "0.2.1",
         "0.2.2",
         lambda: cannot_import("cpuinfer_ext"),
@@ -77,8 +77,7 @@ PATCHES = (
     Patch(
         "ops",
         "its CUDA kernels (KTransformersOps) are compiled at install; torch dequantises GGML "
-        "blocks on the device, "
-        "Marlin linears end in an error that names KLinearTorch",
+        "blocks on the device, Marlin linears end in an error that names KLinearTorch",
         "0.2.1",
         "0.2.2",
         lambda: cannot_import("KTransformersOps"),

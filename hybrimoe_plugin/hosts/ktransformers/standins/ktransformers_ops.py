@@ -17,8 +17,7 @@ from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 
 MARLIN = (
     "KLinearMarlin needs KTransformersOps, which was not compiled here: put KLinearTorch into the "
-    "rules' generate_op, "
-    "or use the rules in optimize_rules/ktransformers"
+    "rules' generate_op, or use the rules in optimize_rules/ktransformers"
 )
 
 
