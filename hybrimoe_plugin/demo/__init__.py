@@ -1,6 +1,4 @@
-"""A small MoE model that talks sense, built on first use from a 135M dense model that a package
-ships.
-"""
+"""A small MoE model that talks sense, built on first use from a packaged 135M dense model."""
 
 from hybrimoe_plugin.demo.build import build_demo_model
 from hybrimoe_plugin.demo.upcycle import FORMS, source_path

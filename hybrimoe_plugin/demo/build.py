@@ -23,8 +23,9 @@ _CHUNK_BYTES = 1 << 24
 def build_demo_model(
     form: str = "mixtral", *, progress: bool = True, rebuild: bool = False
 ) -> Path:
-    """The demo model's GGUF, from the cache directory or built there first; the same bytes every
-    time.
+    """The demo model's GGUF, from the cache directory or built there first.
+
+    It has the same bytes every time.
 
     Where the cache directory cannot be written, a folder for temporary files takes its place, with
     a notice.

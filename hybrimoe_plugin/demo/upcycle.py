@@ -1,5 +1,4 @@
-"""Sparse upcycling of SmolLM2-135M-Instruct: every FFN becomes an MoE that computes nearly the same
-function.
+"""Sparse upcycling of SmolLM2-135M-Instruct: every FFN becomes an MoE of nearly the same function.
 
 Each expert is a copy of the FFN (or, in the form with a shared expert, of part of its neurons) with
 a small perturbation of its own, so that a wrong expert shows. Routing weights sum to 1, so
@@ -247,9 +246,7 @@ def _add_experts(layer: _Layer, ffn: _Ffn, experts: int, rng: np.random.Generato
 
 
 def _add_qwen_attention(layer: _Layer) -> None:
-    """Qwen's rows of Q and K are halves where llama's files store pairs, and its projections have
-    biases.
-    """
+    """Attention with rows of Q and K in halves, where llama's files have pairs, and with biases."""
     metadata = layer.store.metadata
     heads = {
         "attn_q": int(metadata["llama.attention.head_count"]),
@@ -263,9 +260,7 @@ def _add_qwen_attention(layer: _Layer) -> None:
 
 
 def router(inputs: Matrix, experts: int, rng: np.random.Generator) -> Matrix:
-    """[E, H]: centroid directions of the inputs [T, H] without their mean, scaled to a fixed spread
-    of logits.
-    """
+    """Router weights [E, H]: directions of input clusters, scaled to a fixed spread of logits."""
     usual = inputs[1:]  # the first token's states are outliers (attention sink)
     mean = usual.mean(axis=0)
     centered = usual - mean

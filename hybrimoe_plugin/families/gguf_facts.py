@@ -113,8 +113,9 @@ class Facts:
         return bool(value)
 
     def only(self, key: str, allowed: Any, why: str, unset: Any = None) -> None:
-        """Note a refusal where the file states neither the one value allowed nor what stands for
-        none.
+        """Note a refusal where the file states another value than the one allowed.
+
+        `unset` stands for none, and is accepted too.
         """
         value = self.get(key, allowed)
         if unset is not None and _same(value, unset):

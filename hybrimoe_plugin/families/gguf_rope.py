@@ -62,8 +62,9 @@ def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
 
 
 def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
-    """The parameters beyond those of an unscaled embedding, by llama.cpp's rules: without a kind it
-    is linear.
+    """The parameters beyond an unscaled embedding's.
+
+    By llama.cpp's rules scaling without a type is linear.
     """
     kind = facts.get("rope.scaling.type", "linear")
     facts.get("rope.scaling.original_context_length")  # which only yarn takes into account
@@ -106,9 +107,7 @@ def _yarn(facts: Facts, mscale: bool) -> dict[str, Any]:
 
 
 def _factors(facts: Facts, width: int) -> torch.Tensor | None:
-    """What frequencies are divided by, [width / 2]; None where the file has nothing of the kind, or
-    only ones.
-    """
+    """What frequencies are divided by, [width / 2]; None where the file has none, or only ones."""
     if FACTORS not in facts.store.tensors:
         return None
     values = _vector(facts, FACTORS, width // 2)
@@ -228,9 +227,7 @@ def _width(config: Any) -> int:
 
 
 def _long_scaling(config: Any, rope: Parameters) -> float:
-    """What transformers multiplies cosines and sines by where `longrope` is given no attention
-    factor.
-    """
+    """What transformers multiplies cosines and sines by under `longrope`."""
     if rope.get("attention_factor"):
         return float(rope["attention_factor"])
     original = rope["original_max_position_embeddings"]

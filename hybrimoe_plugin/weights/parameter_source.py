@@ -135,8 +135,9 @@ class ParameterSource:
         return QuantizedMatrix(halves.reshape(-1).numpy(), info.type_name, shape)
 
     def stored_kv_b(self, name: str) -> tuple[QuantizedMatrix, QuantizedMatrix]:
-        """The parts of DeepSeek's kv_b for absorbed attention: keys [heads, R, nope] and values
-        [heads, V, R].
+        """The parts of DeepSeek's kv_b for absorbed attention.
+
+        Keys are [heads, R, nope], values [heads, V, R].
 
         A file that holds kv_b whole gives the values' rows as they are; the keys must be
         transposed, which takes another quantisation, to Q8_0 (float32 where 32 does not divide

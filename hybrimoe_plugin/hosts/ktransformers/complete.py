@@ -1,5 +1,6 @@
-"""What a GGUF file states and kTransformers does not read: it takes all but the weights from
-config.json.
+"""Refuses what a GGUF file states and kTransformers would ignore.
+
+It takes everything but the weights from config.json.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def _known_parts(store: GGUFStore) -> set[str]:
 
 
 def _has_place(name: str, store: GGUFStore, known: set[str], layers: int | None) -> bool:
-    """Whether a model has a place for a tensor. Those of layers from `layers` on predict further
-    tokens: not used.
+    """Whether a model has a place for a tensor.
+
+    Layers from `layers` on predict further tokens, and are not used.
     """
     if name == FACTORS:
         return bool((store.dequantized(name) == 1).all())

@@ -1,5 +1,4 @@
-"""Install the pinned ktransformers without a compiler: its Python files and metadata, as published,
-nothing else.
+"""Installs the pinned ktransformers without a compiler: its published Python files, unchanged.
 
 The release is a source distribution whose set-up script compiles CUDA code. pip fetches it,
 compares the hash and runs that script in a process where `setuptools.setup` drops the extensions; a

@@ -1,6 +1,4 @@
-"""Start the real `ktransformers.local_chat` in this process, with the patches that the
-host needs.
-"""
+"""Starts the real `ktransformers.local_chat` in this process, with the patches that it needs."""
 
 from __future__ import annotations
 
@@ -170,9 +168,7 @@ def _adjust(
 
 
 def _ending(model: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`prefill_and_generate`'s tokenizer and prompt as this model needs them; the rest is left
-    alone.
-    """
+    """`prefill_and_generate`'s arguments, with tokenizer and prompt as this model needs them."""
     if len(arguments) < 2:
         return arguments
     tokenizer, ids, *rest = arguments
@@ -195,9 +191,7 @@ def _greedily(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process(argv: list[str], prompt: str | None) -> Iterator[None]:
-    """The arguments and the input that `local_chat` finds; what it sets for the whole process is
-    set back.
-    """
+    """Set `local_chat`'s arguments and input; restore what it changes in the process."""
     before = sys.argv, sys.stdin, os.environ.get("TERM")
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     sys.argv = argv

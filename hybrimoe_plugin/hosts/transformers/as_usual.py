@@ -1,5 +1,4 @@
-"""What people do with any transformers model: where it cannot be right with operators in it, it
-says so.
+"""Makes an injected model refuse, by name, the uses that operators would get wrong.
 
 Everything that is not named here gives what the plain model gives.
 """
@@ -64,9 +63,7 @@ class Guard:
             each.remove()
 
     def restored(self) -> None:
-        """The original modules are back: refuse to compute or save until they have weights, if some
-        have none.
-        """
+        """The original modules are back: refuse to compute or save while some have no weights."""
         _refuse_until_loaded(self._model, self._plain)
 
 
@@ -129,9 +126,7 @@ class _Guard:
     def _moved(
         self, change: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        """What `to`, `half`, `float`, `cuda` and the like come down to: fine where they change
-        nothing.
-        """
+        """What `to`, `half`, `float` and `cuda` call: allowed where it changes nothing."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
             try:
@@ -149,8 +144,9 @@ class _Guard:
         return self._real["_apply"](change, *args, **kwargs)
 
     def _states(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """A module around this one, PEFT's for example, may collect what it finds and keep its own
-        part of it.
+        """Refuse a state dict of the whole model.
+
+        A module around this one, such as PEFT's, may collect what it finds and keep its own part.
         """
         if destination is None and not args:
             raise BackendError(
@@ -190,8 +186,9 @@ def _refusal(name: str, why: str) -> Callable[..., Any]:
 
 
 def _refuse_until_loaded(model: nn.Module, plain: str) -> None:
-    """Original modules have no weights where the operators' matrices stayed in the file. Mutates:
-    `model`.
+    """Make a restored model refuse to compute while weights are missing. Mutates: `model`.
+
+    Original modules have none where the operators' matrices stayed in the file.
     """
     for module in _models(model):
         if _missing(module):

@@ -29,8 +29,9 @@ def layer_devices(experts: Mapping[str, str]) -> dict[str, str]:
 
 
 def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
-    """Move a model over several devices; gives what removes the hooks again (weights stay where
-    they are).
+    """Move a model over several devices; gives what removes the hooks again.
+
+    Weights stay where they are then.
 
     A layer without experts goes with the next layer that has some, what comes before the layers
     with the first and what comes after with the last one. Inputs follow by a hook before each of
@@ -85,9 +86,7 @@ def _device_of_each(layers: nn.ModuleList, stack: str, known: Mapping[str, str])
 
 
 def moved(value: Any, device: str | torch.device) -> Any:
-    """The same value with its tensors on the device: tensors, tuples, lists and dicts; others are
-    left alone.
-    """
+    """The same value with its tensors on the device, also those in tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     kind = type(value)

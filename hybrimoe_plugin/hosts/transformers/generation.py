@@ -1,6 +1,4 @@
-"""How answers are drawn and where they end, as the model's own files say: generation_config.json,
-tokenizer, GGUF.
-"""
+"""How answers are drawn and where they end, as the model's own files say."""
 
 from __future__ import annotations
 
@@ -90,8 +88,7 @@ def set_generation(
     directory: str | Path | None = None,
     size: int | None = None,
 ) -> None:
-    """Let `generate` draw, end and pad as the model's files say. Mutates the model's generation
-    config.
+    """Let `generate` draw, end and pad as the model's files say. Mutates: the generation config.
 
     Args:
         tokenizer: of the model, or None.
@@ -137,8 +134,7 @@ def as_list(token: Any) -> list[int]:
 
 
 def read_generation(directory: str | Path) -> dict[str, Any]:
-    """What a directory's generation_config.json says about drawing and special tokens; nothing
-    where there is none.
+    """What generation_config.json says about drawing and special tokens; empty without the file.
 
     Raises:
         ConfigError: a value is out of range, with what is expected.

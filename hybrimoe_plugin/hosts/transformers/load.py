@@ -122,8 +122,9 @@ def load_plain_model(
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
 ) -> tuple[Any, Any]:
-    """The same model without injection, every weight dequantised: the oracle. Raises as
-    `load_model`.
+    """The same model without injection, every weight dequantised. Raises as `load_model`.
+
+    The oracle of tests.
     """
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
@@ -143,8 +144,9 @@ def plan_for(
     trust_rules: bool = False,
     **settings: Any,
 ) -> tuple[Any, Rules, list[Match]]:
-    """Dry run: (model on the meta device, rules, plan); no weight is read. Raises as
-    `load_model`.
+    """Dry run: (model on the meta device, rules, plan). Raises as `load_model`.
+
+    No weight is read.
     """
     reads_gguf = gguf_path is not None or not has_config(model_path)
     store = _open(model_path, gguf_path) if reads_gguf else None
@@ -234,16 +236,18 @@ def _open(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFSt
 
 
 def _dense_device(model: nn.Module) -> str:
-    """Where dense weights are dequantised: on the one accelerator that the operators compute on,
-    else on the CPU.
+    """Where dense weights are dequantised.
+
+    On the one accelerator that the operators compute on, else on the CPU.
     """
     devices = {_real(operator.generate_device) for operator in experts_operators(model)} - {"cpu"}
     return devices.pop() if len(devices) == 1 and cuda_refusal() is None else "cpu"
 
 
 def _place(model: nn.Module, injection: Injection | None) -> None:
-    """Dense parts go to the accelerator where the operators compute there; `default` rules may say
-    otherwise.
+    """Move dense parts to the accelerator, if the operators compute on one.
+
+    `default` rules may say otherwise for single modules.
     """
     device = _dense_device(model)
     try:

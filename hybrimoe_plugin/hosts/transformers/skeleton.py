@@ -1,6 +1,4 @@
-"""A model's modules without weights, for every loader: built on the meta device, buffers computed
-anew.
-"""
+"""Models without weights, for every loader: built on the meta device, buffers computed anew."""
 
 from __future__ import annotations
 

@@ -49,8 +49,9 @@ def keeps_stored(match: Match, store: GGUFStore) -> bool:
 
 
 def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
-    """Read the file into memory where the settings say so; `auto` does where the CPU computes alone
-    and there is room.
+    """Read the file into memory where the settings say so.
+
+    `auto` does where the CPU computes alone and there is room.
 
     With `auto` so is a file that any user may write to.
 
@@ -82,8 +83,9 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
-    """Hand every operator its matrices; they are mapped, and copied only where rows must change
-    places.
+    """Hand every operator its matrices.
+
+    They are mapped, and copied only where rows must change places.
 
     Matrices on the CPU in a type without a kernel are requantised to Q8_0, with a notice.
 

@@ -1,6 +1,4 @@
-"""Chat templates, which are programs that come with a model: rendered under limits, every failure a
-typed error.
-"""
+"""Chat templates, which are programs that come with a model, rendered under limits."""
 
 from __future__ import annotations
 

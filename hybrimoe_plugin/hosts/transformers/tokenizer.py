@@ -91,8 +91,9 @@ def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
 
 
 def _read_by_transformers(path: Path) -> Any:
-    """transformers reads other files beside the one that it is given: it gets a folder with nothing
-    else.
+    """The tokenizer as transformers reads it from a GGUF.
+
+    It reads other files beside the given one too, so it gets a folder with nothing else.
     """
     from transformers import AutoTokenizer
 
@@ -104,8 +105,9 @@ def _read_by_transformers(path: Path) -> Any:
 
 
 def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
-    """What the file says about special tokens, which not every release of transformers reads, or
-    reads rightly.
+    """Apply what the file says about special tokens.
+
+    Not every release of transformers reads all of it, or reads it rightly.
 
     Mutates: `tokenizer`.
     """

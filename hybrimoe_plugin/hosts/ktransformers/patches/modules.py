@@ -26,9 +26,7 @@ def _no_flash() -> str | None:
 
 
 def _flash(changes: Changes) -> None:
-    """Provide the module, and let transformers believe in it: it looks for the package and for a
-    GPU.
-    """
+    """Provide the module, and make transformers believe that it and a GPU are there."""
     import transformers.modeling_utils
     import transformers.utils
 

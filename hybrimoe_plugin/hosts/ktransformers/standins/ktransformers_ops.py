@@ -1,6 +1,4 @@
-"""`KTransformersOps` in torch: GGML blocks to values on the device; Marlin has no stand-in and says
-so.
-"""
+"""`KTransformersOps` in torch: dequantises GGML blocks on the device; Marlin is refused."""
 
 from __future__ import annotations
 
