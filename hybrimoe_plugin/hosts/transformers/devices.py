@@ -73,7 +73,13 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
 
 
 def _device_of_each(layers: nn.ModuleList, stack: str, known: Mapping[str, str]) -> list[str]:
-    """The device of every layer, from those of the layers with experts."""
+    """The device of every layer, from those of the layers with experts.
+
+    Args:
+        layers: all decoder layers.
+        stack: their qualified name.
+        known: qualified name of a layer with experts -> device.
+    """
     last = max(known, key=_number)
     current = known[last]
     devices = []
@@ -98,7 +104,10 @@ def moved(value: Any, device: str | torch.device) -> Any:
 
 
 def _follow(device: str) -> Hook:
-    """A hook that brings a module's inputs to its device."""
+    """A hook before a module that brings its inputs to its device.
+
+    transformers calls layers with keyword arguments: masks and position embeddings come with them.
+    """
 
     def hook(_module: Any, inputs: Any, named: Any) -> Any:
         here = moved(inputs, device)
@@ -109,7 +118,10 @@ def _follow(device: str) -> Hook:
 
 
 def _give_back(device: str) -> Hook:
-    """A hook that brings a module's output to a device."""
+    """A hook after a module that brings its output to a device.
+
+    The host samples on the device where the model's inputs are.
+    """
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
         return moved(output, device)
@@ -122,7 +134,10 @@ def _number(name: str) -> int:
 
 
 def _outside(model: nn.Module, layers: nn.Module) -> list[nn.Module]:
-    """The modules without children that lie outside the layers."""
+    """The modules without children that lie outside the layers.
+
+    Out there, modules with children have no weights of their own.
+    """
     inside = set(layers.modules())
     found = []
     for module in model.modules():
@@ -133,7 +148,10 @@ def _outside(model: nn.Module, layers: nn.Module) -> list[nn.Module]:
 
 
 def _after(model: nn.Module, stack: str) -> list[nn.Module]:
-    """What runs after the layers: the final norm beside them, and the head."""
+    """What runs after the layers: the final norm beside them, and the head.
+
+    `stack` is the qualified name of the layers.
+    """
     base, _, _ = stack.rpartition(".")
     beside = model.get_submodule(base)
     norm = getattr(beside, "norm", None)

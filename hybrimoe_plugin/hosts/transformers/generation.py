@@ -29,19 +29,20 @@ class _Range(NamedTuple):
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        start = f"above {self.low:g}" if self.low_excluded else f"from {self.low:g}"
-        return f"{kind} {start}" + ("" if math.isinf(self.high) else f" to {self.high:g}")
+        start = "above" if self.low_excluded else "from"
+        text = f"{kind} {start} {self.low:g}"
+        if math.isinf(self.high):
+            return text
+        return f"{text} to {self.high:g}"
 
     def holds(self, value: Any) -> bool:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        if self.whole and value != int(value):
+        if not math.isfinite(value) or (self.whole and value != int(value)):
             return False
-        return self.low <= value <= self.high and not (self.low_excluded and value == self.low)
+        if self.low_excluded and value == self.low:
+            return False
+        return self.low <= value <= self.high
 
 
 _NUMBERS = {
@@ -169,12 +170,13 @@ def read_generation(directory: str | Path) -> dict[str, Any]:
 
 def write_generation(config: Any, directory: str | Path) -> None:
     """Store what `read_generation` reads back. Raises: OSError."""
-    names = (*_NUMBERS, *_TOKENS, "do_sample")
-    values = {name: getattr(config, name, None) for name in names}
-    text = json.dumps(
-        {name: value for name, value in values.items() if value is not None}, indent=1
-    )
-    (Path(directory) / FILE).write_text(text, encoding="utf-8")
+    values = {}
+    for name in (*_NUMBERS, *_TOKENS, "do_sample"):
+        value = getattr(config, name, None)
+        if value is not None:
+            values[name] = value
+    path = Path(directory) / FILE
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _number(key: str, value: Any, path: Path) -> float | int:
