@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from eval.reporting import report
-from hybrimoe_plugin.demo.build import write_model
+from hybrimoe_plugin.demo.upcycle import write_model
 from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.replay.trace import Call, TraceHeader, TraceWriter
 

@@ -15,6 +15,7 @@ import torch
 
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model, meta_model_of
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from lever_ext.drafts.language_model import LanguageModelDraft
@@ -22,7 +23,6 @@ from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.flash.source import TensorSource
 from lever_ext.flash.writer import PACK_NAME, Progress, write_pack
 from lever_ext.packing import GGUFSource, plain_config
-from lever_ext.target import meta_model
 
 DEMO_DRAFTS = {50: 0, 65: 12}
 """Rough agreement with the target's greedy choice in percent -> how many of 30 layers have 4 bits,
@@ -70,15 +70,14 @@ def widened_pack(
         return directory / PACK_NAME
     store = GGUFStore.open(gguf)
     config = model_config(None, store)
-    narrow = meta_model(plain_config(config), torch.float32)
+    narrow = meta_model(config, torch.float32)
     check_complete(narrow, store, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in narrow.named_parameters()}
     source = WidenedSource(GGUFSource(store, config, shapes), times)
     wide = plain_config(config)
     wide["intermediate_size"] = config.intermediate_size * times
-    path = write_pack(
-        source, meta_model(wide, torch.float32), wide, directory, "bfloat16", progress
-    )
+    model = meta_model_of(wide, torch.float32)
+    path = write_pack(source, model, wide, directory, "bfloat16", progress)
     tokenizer = load_tokenizer(None, store)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))

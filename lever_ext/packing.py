@@ -9,20 +9,21 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError, WeightsError
+from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_generation
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from hybrimoe_plugin.hosts.transformers.tokenizer import (
-    TOKENIZER_FILES,
     directory_tokenizer,
+    has_tokenizer,
     load_tokenizer,
 )
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
 from lever_ext.flash.writer import Progress, write_pack
-from lever_ext.target import meta_model
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class GGUFSource:
     """
 
     def __init__(self, store: GGUFStore, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.parameters = ParameterSource(store, config)
+        self.parameters = ParameterSource(store, config, names_of(config.model_type))
         self.shapes = shapes
         spans: list[list[Span]] = [[] for _ in store.paths]
         for info in store.tensors.values():
@@ -113,7 +114,7 @@ def pack_model(
             gguf_path or model_path,
         )
     plain = plain_config(config)
-    model = meta_model(plain, torch.float32)
+    model = meta_model_of(plain, torch.float32)
     set_generation(
         model, tokenizer, {} if store is None else store.metadata, model_path, config.vocab_size
     )
@@ -191,9 +192,7 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
 def _tokenizer(model_path: str | Path | None, config: Any) -> Any:
     """The directory's tokenizer, None where there is none. Raises: as `load_tokenizer`."""
     assert model_path is not None
-    if not any((Path(model_path) / name).exists() for name in TOKENIZER_FILES):
-        return None
-    return directory_tokenizer(model_path, config)
+    return directory_tokenizer(model_path, config) if has_tokenizer(model_path) else None
 
 
 def _refuse_quantised(directory: str | Path | None) -> None:

@@ -7,19 +7,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.engine.turns import Turns, take_turns
-from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError
+from hybrimoe_plugin.errors import FlashError
+from hybrimoe_plugin.families.packaged_rules import flash_rules
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
-from hybrimoe_plugin.hosts.transformers.directory import config_of
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
+from hybrimoe_plugin.hosts.transformers.skeleton import (
+    dtype_of,
+    meta_model_of,
+    rebuild_buffers,
+)
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
@@ -45,16 +48,6 @@ from lever_ext.placing import Placement, move_head, place_layers, split_stream
 logger = logging.getLogger(__name__)
 
 CLOSED = "this target was closed: load it again with load_target"
-
-RULES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "mixtral": "mixtral",
-    "qwen2_moe": "qwen_moe",
-    "qwen3_moe": "qwen_moe",
-}
-"""Model type -> packaged rules in `optimize_rules/lever`."""
 
 
 @dataclass
@@ -165,7 +158,8 @@ def load_target(
     Raises:
         FlashError: the pack is damaged, foreign or unreadable.
         BudgetError: the budget is below what one pass needs.
-        RulesError: the rules do not fit the model.
+        WeightsError: transformers cannot build a model from the pack's config.
+        RulesError: the rules do not fit the model, or there are none for its family.
         BackendError: the device cannot be used here.
     """
     accelerator = make_accelerator(device, vram_budget)
@@ -173,11 +167,14 @@ def load_target(
     opened = FlashPack.open(pack, threads=threads, throttle=throttle, direct=direct)
     try:
         plan_residency(opened, budget)  # refused before anything is read
-        plain = meta_model(dict(opened.config), _dtype(opened))
+        dtype = dtype_of(opened.index.blocks[0].tensors[0].dtype)
+        plain = meta_model_of(opened.config, dtype, "the pack's config")
         _check_complete(plain, opened)
         model = with_row_linears(plain)
         plan = plan_injection(
-            model, load_rules(rules or packaged_rules(model.config)), trust_rules=trust_rules
+            model,
+            load_rules(rules or flash_rules(model.config.model_type)),
+            trust_rules=trust_rules,
         )
         injection = inject(model, plan, opened, model.config)
         target = _serve(model, opened, injection, _Wanted(budget, cache, accelerator, places))
@@ -323,49 +320,6 @@ def expert_cache(
     )
 
 
-def meta_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """A causal LM on the meta device from the contents of a `config.json`.
-
-    Raises:
-        SpeculationError: `transformers` knows no such model.
-        ConfigError: the config names code or kernels that would have to be run or fetched.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        parsed = config_of(config, "the pack's config")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers raises many kinds
-        raise SpeculationError(
-            f"cannot build a causal LM from the pack's config: {error}"
-        ) from None
-
-
-def packaged_rules(config: Any) -> Path:
-    """The rules file of a model family.
-
-    Raises:
-        SpeculationError: no rules for it.
-    """
-    if config.model_type not in RULES:
-        known = ", ".join(sorted(RULES))
-        raise SpeculationError(
-            f"no flash rules for model type {config.model_type!r}, only for {known}; give a rules "
-            f"file"
-        )
-    return (
-        Path(str(resources.files("optimize_rules"))) / "lever" / f"{RULES[config.model_type]}.yaml"
-    )
-
-
-def _dtype(pack: FlashPack) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, pack.index.blocks[0].tensors[0].dtype)
-    return dtype
-
-
 def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
     """Set parameters by name, whatever device they were on. Mutates.
 
@@ -383,12 +337,3 @@ def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
         if module._parameters.get(leaf) is None or module._parameters[leaf].shape != tensor.shape:  # type: ignore[union-attr]
             raise FlashError(f"{name!r} does not fit the model; the pack was made from another one")
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def rebuild_buffers(model: Any) -> None:
-    """Make the modules anew whose buffers no file holds, such as rotary frequencies. Mutates."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            path, _, leaf = name.rpartition(".")
-            with torch.device("cpu"):
-                model.get_submodule(path).register_module(leaf, type(module)(config=model.config))

@@ -24,7 +24,7 @@ WARM_UP = 12
 """Tokens of the turn that does not count."""
 PLAIN_TOKENS = 10
 """Most tokens of plain decoding, which is slow."""
-BUDGETS = {"dense": "200MiB", "mixtral": "600MiB"}
+DENSE_BUDGET, MOE_BUDGET = "200MiB", "600MiB"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TreeCell:
 
     def _budget(self, lab: Lab) -> str | int:
         if self.share < 0:
-            return BUDGETS[self.target]
+            return DENSE_BUDGET if self.target == "dense" else MOE_BUDGET
         pack = FlashPack.open(lab.pack(self.target))
         layers = pack.blocks("layer")
         fixed = sum(block.nbytes for block in pack.blocks("resident"))

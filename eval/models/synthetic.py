@@ -179,21 +179,21 @@ def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) 
     """Write a model of the config's shape; `choose` gives the GGML type of a tensor by GGUF name
     and shape.
     """
-    from hybrimoe_plugin.hosts.transformers.gguf_export import (
-        ARCHITECTURES,
-        _add,
-        metadata,
-        tensors,
-    )
-    from hybrimoe_plugin.hosts.transformers.load import meta_model
+    from hybrimoe_plugin.families.gguf_metadata import metadata
+    from hybrimoe_plugin.families.registry import family_of
+    from hybrimoe_plugin.hosts.transformers.gguf_export import add_value, finish, tensors
+    from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 
-    arch = ARCHITECTURES[made.model_type]
+    family = family_of(made.model_type)
+    architecture = family.architectures[0]
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(str(path), arch)
-    for key, value in {**metadata(made, arch), **_latent_metadata(made)}.items():
-        _add(writer, key, value)
+    writer = GGUFWriter(str(path), architecture)
+    keys = {**metadata(made, family), **_latent_metadata(made, architecture)}
+    for key, value in keys.items():
+        add_value(writer, key, value)
     writer.add_tokenizer_model("none")
-    for name, value in tensors(meta_model(made), arch, split_kv_b=_is_latent(made)).items():
+    shown = tensors(meta_model(made), family, split_kv_b=_is_latent(made))
+    for name, value in shown.items():
         shape = tuple(value.shape)
         kind = "F32" if len(shape) == 1 or "ffn_gate_inp" in name else choose(name, shape)
         if kind == "F32":
@@ -203,10 +203,7 @@ def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) 
             writer.add_tensor(
                 name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind]
             )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def choose_type(name: str, shape: tuple[int, ...], quantisation: str, layers: int) -> str:
@@ -263,10 +260,10 @@ def _floats(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
 
 
 def _is_latent(made: Any) -> bool:
-    return made.model_type.startswith("deepseek")
+    return hasattr(made, "kv_lora_rank")
 
 
-def _latent_metadata(made: Any) -> dict[str, Any]:
+def _latent_metadata(made: Any, architecture: str) -> dict[str, Any]:
     """How current files describe latent attention: one key head, as wide as a latent and its rotary
     part.
     """
@@ -279,4 +276,4 @@ def _latent_metadata(made: Any) -> dict[str, Any]:
         "attention.key_length_mla": made.qk_nope_head_dim + made.qk_rope_head_dim,
         "attention.value_length_mla": made.v_head_dim,
     }
-    return {f"deepseek2.{key}": value for key, value in keys.items()}
+    return {f"{architecture}.{key}": value for key, value in keys.items()}

@@ -5,7 +5,7 @@ checks on a device.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,12 +35,24 @@ _MLA: dict[str, Any] = {
     "n_shared_experts": 1,
 }
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": (
+
+class Tiny(NamedTuple):
+    """One tiny model."""
+
+    name: str
+    model_type: str
+    values: dict[str, Any]
+    """Of its config, beside `_BASE`."""
+
+
+_MOE = (
+    Tiny(
+        "mixtral",
         "mixtral",
         {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
     ),
-    "qwen2_moe": (
+    Tiny(
+        "qwen2_moe",
         "qwen2_moe",
         {
             "num_experts": 8,
@@ -50,7 +62,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
-    "qwen2_moe_norm": (
+    Tiny(
+        "qwen2_moe_norm",
         "qwen2_moe",
         {
             "num_experts": 8,
@@ -60,7 +73,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
-    "qwen3_moe": (
+    Tiny(
+        "qwen3_moe",
         "qwen3_moe",
         {
             "num_experts": 8,
@@ -70,7 +84,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
         },
     ),
-    "deepseek_v2": (
+    Tiny(
+        "deepseek_v2",
         "deepseek_v2",
         {
             **_MLA,
@@ -82,7 +97,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 2.0,
         },
     ),
-    "deepseek_v2_lite": (
+    Tiny(
+        "deepseek_v2_lite",
         "deepseek_v2",
         {
             **_MLA,
@@ -92,7 +108,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_shared_experts": 2,
         },
     ),
-    "deepseek_v3": (
+    Tiny(
+        "deepseek_v3",
         "deepseek_v3",
         {
             **_MLA,
@@ -104,25 +121,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 2.5,
         },
     ),
-}
-DENSE: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 32}),
-}
+)
+_DENSE = (
+    Tiny("llama", "llama", {}),
+    Tiny("qwen2", "qwen2", {}),
+    Tiny("qwen3", "qwen3", {"head_dim": 32}),
+)
+
+FAMILIES = {tiny.name: tiny for tiny in _MOE}
+DENSE = {tiny.name: tiny for tiny in _DENSE}
 
 
 def config(family: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    model_type, values = {**FAMILIES, **DENSE}[family]
+    tiny = {**FAMILIES, **DENSE}[family]
     values = {
         **_BASE,
-        **values,
+        **tiny.values,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         **changes,
     }
-    return AutoConfig.for_model(model_type, **values)
+    return AutoConfig.for_model(tiny.model_type, **values)
 
 
 def model(family: str, seed: int = 0, **changes: Any) -> Any:

@@ -36,10 +36,12 @@ class Shape(NamedTuple):
     top_k: int
     drift: float
     locality: float
+    popularity: str | None = None
+    """File in `eval/data` with each layer's measured shares of its experts."""
 
 
 SHAPES = {
-    "mixtral-8x7b": Shape(32, 8, 2, 0.40, 0.0),
+    "mixtral-8x7b": Shape(32, 8, 2, 0.40, 0.0, "mixtral_popularity.json"),
     "deepseek-v2-lite": Shape(26, 64, 6, 0.58, 0.0),
     "qwen2-57b-a14b": Shape(28, 64, 8, 0.57, 0.0),
 }
@@ -73,15 +75,15 @@ def flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
         decode_tokens=decode_tokens,
         locality=shape.locality,
         drift=shape.drift,
-        popularity=mixtral_popularity() if name.startswith("mixtral") else None,
+        popularity=None if shape.popularity is None else measured_popularity(shape.popularity),
         text=text,
     )
 
 
 @cache
-def mixtral_popularity() -> Popularity:
-    """[32, 8] shares of Mixtral-8x7B-Instruct over seven subjects."""
-    counted = json.loads((DATA / "mixtral_popularity.json").read_text(encoding="utf-8"))
+def measured_popularity(file: str) -> Popularity:
+    """[L, E] shares of a layer's experts, over several texts, from a file in `eval/data`."""
+    counted = json.loads((DATA / file).read_text(encoding="utf-8"))
     shares = []
     for name, table in counted.items():
         if "instruct" in name:

@@ -11,17 +11,13 @@ from torch import nn
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, buffer
 from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.families.family import LayerForm
 from hybrimoe_plugin.operators.attention import FusedAttention, Turn, angles
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.linear import GgmlLinear, RowGraphs
 from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.operators.mlp import FusedMLP
 from hybrimoe_plugin.operators.norm import FusedRMSNorm
-
-FAMILIES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
-"""Their layers are x + attention(norm(x)), and then x + mlp(norm(x)), with MLPs that `RowStep`
-knows.
-"""
 
 
 class RowAttention(Protocol):
@@ -136,14 +132,15 @@ class RowStep:
         return [total, normed, *([] if self._dense is None else [self._dense.build(graph, normed)])]
 
 
-def row_step(layer: Any, rotations: dict[tuple[Turn, int], Rotation]) -> RowStep | None:
-    """The step of a decoder layer, where it is of a known kind and its matrices are as stored on
+def row_step(
+    layer: Any, form: LayerForm | None, rotations: dict[tuple[Turn, int], Rotation]
+) -> RowStep | None:
+    """The step of a decoder layer, where it is of a known form and its matrices are as stored on
     the CPU.
 
     Mutates: `rotations`, which layers of one model share.
     """
-    family = type(layer).__name__.removesuffix("DecoderLayer")
-    if family not in FAMILIES or not isinstance(layer.self_attn, FusedAttention | FusedMLA):
+    if form is not LayerForm.MOE or not isinstance(layer.self_attn, FusedAttention | FusedMLA):
         return None
     attention, mlp = layer.self_attn, layer.mlp
     dense = mlp

@@ -11,9 +11,11 @@ import torch
 
 from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
 from hybrimoe_plugin.compute.attention.kv_cache import (
+    CACHE_NAMES,
     FixedCache,
     GrowingLayer,
     cache_in,
+    cache_name,
     make_buffer,
 )
 from hybrimoe_plugin.config import Settings
@@ -34,6 +36,7 @@ from hybrimoe_plugin.decode.shared_graphs import DecodeGraphs
 from hybrimoe_plugin.device.cuda_graphs import capture_for
 from hybrimoe_plugin.engine.turns import Turns
 from hybrimoe_plugin.errors import ConfigError, InputError
+from hybrimoe_plugin.families.registry import layer_form
 from hybrimoe_plugin.operators.attention import FusedAttention, Turn
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -86,6 +89,7 @@ class GraphedLayer(DenseOperator):
         settings = Settings.of(rest)
         self.wanted = settings.graphs != "off"
         self._rows_wanted = settings.graphs != "off"
+        self._form = layer_form(config.model_type)
         self._context = settings.context
         self._flash = settings.attention != "torch"
         self.graphs: DecodeGraphs | None = None
@@ -148,7 +152,8 @@ class GraphedLayer(DenseOperator):
 
     def connect_rows(self, rotations: dict[tuple[Turn, int], Rotation]) -> None:
         """Use ggml's graphs from now on, where the layer can be one. Mutates: `rotations`."""
-        self.row_step = row_step(self._twin[0], rotations) if self._rows_wanted else None
+        step = row_step(self._twin[0], self._form, rotations) if self._rows_wanted else None
+        self.row_step = step
         if self.row_step is not None:
             # Router and experts are called as modules, with all their hooks.
             apart = ("mlp.gate.", "mlp.experts.")
@@ -321,11 +326,12 @@ class GraphedLayer(DenseOperator):
         rest = {
             name: value
             for name, value in kwargs.items()
-            if name not in ("past_key_values", "position_ids")
+            if name not in (*CACHE_NAMES, "position_ids")
         }
+        keyword = cache_name(self._twin[0])
 
         def call(hidden: torch.Tensor, cache: FixedCache, angles: Any) -> torch.Tensor:
-            fixed = {"cache": cache, "attention_mask": cache.seen, "position_embeddings": angles}
+            fixed = {keyword: cache, "attention_mask": cache.seen, "position_embeddings": angles}
             return self._eager(hidden, **{**rest, **fixed})
 
         return call

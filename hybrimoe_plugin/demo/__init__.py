@@ -1,7 +1,6 @@
-"""A small MoE model that talks sense, built on first use from a 135M dense model that a package
-ships.
-"""
+"""A small MoE model that talks sense, built on first use from a packaged 135M dense model."""
 
-from hybrimoe_plugin.demo.build import FORMS, build_demo_model, source_path
+from hybrimoe_plugin.demo.build import build_demo_model
+from hybrimoe_plugin.demo.upcycle import FORMS, source_path
 
 __all__ = ["FORMS", "build_demo_model", "source_path"]

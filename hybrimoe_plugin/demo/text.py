@@ -1,6 +1,4 @@
-"""The text on which the demo model's routers are fitted: short passages of several kinds, written
-for this purpose.
-"""
+"""The text to which the demo model's routers are fitted, written for this purpose."""
 
 CALIBRATION = """<|im_start|>user
 What is the capital of Italy?<|im_end|>

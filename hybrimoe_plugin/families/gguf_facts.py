@@ -1,6 +1,4 @@
-"""GGUF metadata, read so that none of it is overlooked: what nobody asked for is refused at the
-end.
-"""
+"""GGUF metadata, read so that none of it is overlooked: a key that nobody asks for is refused."""
 
 from __future__ import annotations
 
@@ -12,14 +10,15 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 MOST = (1 << 31) - 1
+_CLOSE = 1e-6
+"""Relative difference of numbers that are the same, one of them rounded to float32."""
 _LONGEST = 60
 """Characters of a value that an error message shows."""
 
 _IGNORED: Mapping[str, str] = {
     "vocab_size": "the rows of token_embd.weight count",
     "pooling_type": "how embeddings are pooled has no part in predicting tokens",
-    "attention.layer_norm_epsilon": "of norms that subtract the mean, which none of the families "
-    "here has",
+    "attention.layer_norm_epsilon": "of norms that subtract the mean, which no family here has",
     "rope.scaling.finetuned": "tells how the model was trained",
 }
 """Keys that have no effect on logits, with the reason."""
@@ -88,24 +87,25 @@ class Facts:
             WeightsError: anything else.
         """
         value = self.get(key, default)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
+        if isinstance(value, list) and value:
+            first = value[0]
+            value = first if all(item == first for item in value) else value
         if type(value) is not int or not least <= value <= MOST:
             raise self.wrong(key, f"expected a whole number from {least} to {MOST}", value)
         return value
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
-        """A finite number, above 0 where it must be `positive`. Raises: WeightsError: anything
-        else.
+        """A finite number, above 0 where it must be `positive`.
+
+        Raises:
+            WeightsError: anything else.
         """
         value = self.get(key, default)
-        known = (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if not known or (positive and value <= 0):
-            raise self.wrong(
-                key, f"expected a {'number above 0' if positive else 'finite number'}", value
-            )
+        kind = "number above 0" if positive else "finite number"
+        if not _is_number(value) or not math.isfinite(value):
+            raise self.wrong(key, f"expected a {kind}", value)
+        if positive and value <= 0:
+            raise self.wrong(key, f"expected a {kind}", value)
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -116,11 +116,14 @@ class Facts:
         return bool(value)
 
     def only(self, key: str, allowed: Any, why: str, unset: Any = None) -> None:
-        """Note a refusal where the file states another value than the one allowed, or than what
-        stands for none.
+        """Note a refusal where the file states another value than the one allowed.
+
+        `unset` stands for none, and is accepted too.
         """
         value = self.get(key, allowed)
-        if not _same(value, allowed) and (unset is None or not _same(value, unset)):
+        if unset is not None and _same(value, unset):
+            return
+        if not _same(value, allowed):
             self.refuse(f"{self.architecture}.{key} is {_short(value)}, where {why}")
 
     def refuse(self, what: str) -> None:
@@ -129,46 +132,44 @@ class Facts:
 
     def wrong(self, key: str, what: str, value: Any) -> WeightsError:
         """The error for a value out of range."""
-        if value is None:
-            return WeightsError(f"{self.where}: {self.architecture}.{key} is missing: {what}")
-        return WeightsError(f"{self.where}: {self.architecture}.{key} is {_short(value)}: {what}")
+        found = "missing" if value is None else _short(value)
+        return WeightsError(f"{self.where}: {self.architecture}.{key} is {found}: {what}")
 
-    def check_all_read(self) -> None:
+    def check_all_read(self, neutral: Mapping[str, tuple[Any, ...]] | None = None) -> None:
         """Refuse what was noted, and every key of the architecture that nobody has asked for.
+
+        Args:
+            neutral: key -> values that change nothing in this family, beside those of `_NEUTRAL`.
 
         Raises:
             WeightsError: naming all of them.
         """
+        known = {**_NEUTRAL, **(neutral or {})}
         prefix = f"{self.architecture}."
         for full, value in self.store.metadata.items():
             key = full.removeprefix(prefix)
             if not full.startswith(prefix) or key in self._asked or key in _IGNORED:
                 continue
-            if not any(_same(value, neutral) for neutral in _neutral(key, self.architecture)):
+            if not any(_same(value, other) for other in known.get(key, ())):
                 self.refuse(f"{full} is {_short(value)}")
         if self._refused:
             raise WeightsError(
                 f"{self.where}: not supported for architecture {self.architecture!r}, and without "
-                f"it the answers would "
-                f"be wrong: {'; '.join(self._refused)}"
+                f"it the answers would be wrong: {'; '.join(self._refused)}"
             )
-
-
-def _neutral(key: str, architecture: str) -> tuple[Any, ...]:
-    if key == "tensor_data_layout" and architecture == "llama":
-        return (
-            "Meta AI original pth",
-        )  # the order of Q's and K's rows that all files of this architecture have
-    if key == "expert_weights_norm" and architecture == "llama":
-        return (True,)  # which Mixtral always does
-    return _NEUTRAL.get(key, ())
 
 
 def _same(value: Any, other: Any) -> bool:
     """Equal, where floating point numbers were rounded to float32."""
-    if isinstance(value, bool) or isinstance(other, bool) or not isinstance(value, int | float):
-        return bool(value == other)
-    return isinstance(other, int | float) and math.isclose(value, other, rel_tol=1e-6)
+    if _is_number(value) and _is_number(other):
+        return math.isclose(value, other, rel_tol=_CLOSE)
+    return bool(value == other)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float)
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,4 @@
-"""Tokens that end an answer: what files name, and what llama.cpp ends at by name where files name
-too little.
-"""
+"""The tokens that end an answer: those that files name, and llama.cpp's list of names."""
 
 from __future__ import annotations
 

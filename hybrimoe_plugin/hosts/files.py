@@ -1,6 +1,4 @@
-"""Files of a model directory, which anybody may have written: looked at before they are opened,
-bounded.
-"""
+"""Reading files of a model directory, which may come from anybody: checked first, and bounded."""
 
 from __future__ import annotations
 
@@ -35,8 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, most_bytes: int) -> None:
-    """Refuse pipes, devices and files that are far larger than such a file is, before a library
-    opens them.
+    """Refuse pipes, devices and oversized files before a library opens them.
 
     Raises:
         WeightsError: that, or the file cannot be opened.

@@ -9,7 +9,7 @@ import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend
 from hybrimoe_plugin.compute.attention.flashinfer_gqa import Shape
-from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, growing
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, growing
 from hybrimoe_plugin.compute.cpu.ggml import Graph, Node
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.injection.moved import old_names
@@ -71,9 +71,7 @@ class FusedAttention(DenseOperator):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        cache: Any = None,
-        past_key_values: Any = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """([B, T, H], None) from [B, T, H] and the model's cos and sin [B or 1, T, D]. Mutates: the
         cache.
@@ -90,9 +88,7 @@ class FusedAttention(DenseOperator):
         )  # all heads at once
         query, key = turned[:, : self.query_heads], turned[:, self.query_heads :]
         value = value.transpose(1, 2).to(dtype)
-        out = self._attended(
-            query, key, value, attention_mask, cache if cache is not None else past_key_values
-        )
+        out = self._attended(query, key, value, attention_mask, cache_in(kwargs))
         out = self.o_proj(out.transpose(1, 2).reshape(batch, count, -1))
         return out, None
 

@@ -10,7 +10,7 @@ import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend, attend_latents
 from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
-from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, growing
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, growing
 from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer, check_stored
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
@@ -103,9 +103,7 @@ class FusedMLA(DenseOperator):
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
-        cache: Any = None,
-        past_key_values: Any = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex. Mutates:
         the cache.
@@ -129,7 +127,7 @@ class FusedMLA(DenseOperator):
         # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are
         # its values.
         rows = torch.cat((self.kv_a_layernorm(latent), key_rotary), dim=-1)
-        cache = cache if cache is not None else past_key_values
+        cache = cache_in(kwargs)
         rows = self._kept(rows, cache)
         if self._graphs is None and count > 1:
             out = self._expanded(plain, rotary, rows, attention_mask)

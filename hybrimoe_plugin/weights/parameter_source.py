@@ -1,45 +1,48 @@
-"""Which GGUF tensor is which parameter. The `gguf` package's name map does the work; the exceptions
-are here.
-"""
+"""Reads parameters of a transformers model from a GGUF store, by their transformers names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf import get_tensor_name_map
-from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.weights.gguf_names import (
+    DOWN,
+    GATE_UP,
+    GGUFNames,
+    NameMap,
+    from_pairs,
+    layer_number,
+)
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import expert_counts
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
-_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-_CORRECTION = ".gate.e_score_correction_bias"
-
 
 class ParameterSource:
-    """Reads parameters of a transformers model, by their names there, from a GGUF store.
+    """The parameters of one model.
+
+    Args:
+        store: the open weights.
+        config: of the model, as transformers has it.
+        names: how files of the model's family deviate from the usual names and layout.
 
     Raises:
-        WeightsError: the store's architecture is unknown to `gguf`.
+        WeightsError: the `gguf` package has no map for the store's architecture.
     """
 
-    def __init__(self, store: GGUFStore, config: Any) -> None:
+    def __init__(self, store: GGUFStore, config: Any, names: GGUFNames | None = None) -> None:
         self.store = store
         self.config = config
-        arch = next(
-            (key for key, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None
-        )
-        if arch is None:
-            raise WeightsError(
-                f"{store.paths[0]}: the gguf package knows no architecture {store.architecture!r}"
-            )
-        self._map = get_tensor_name_map(arch, config.num_hidden_layers)
+        self._names = names or GGUFNames()
+        self._where = store.paths[0]
+        self._map = NameMap(self._names, store.architecture, config.num_hidden_layers)
 
     def gguf_names(self, name: str) -> tuple[str, ...]:
         """The GGUF tensors that make up one parameter.
@@ -49,22 +52,35 @@ class ParameterSource:
         """
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
-        layer = f"blk.{_layer(name)}"
-        if name.endswith(_EXPERTS[0]):
+        layer = f"blk.{layer_number(name)}"
+        if name.endswith(GATE_UP):
             return f"{layer}.ffn_gate_exps.weight", f"{layer}.ffn_up_exps.weight"
-        if name.endswith(_EXPERTS[1]):
+        if name.endswith(DOWN):
             return (f"{layer}.ffn_down_exps.weight",)
-        if name.endswith(_CORRECTION):
-            return (f"{layer}.exp_probs_b.bias",)
         split = f"{layer}.attn_k_b.weight", f"{layer}.attn_v_b.weight"
         if name.endswith(".self_attn.kv_b_proj.weight") and split[0] in self.store.tensors:
             return split
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = self._map.tensor(name)
         if found is None:
             raise WeightsError(
                 f"parameter {name!r} has no counterpart in a {self.store.architecture!r} GGUF"
             )
         return (found,)
+
+    def parts(self, name: str) -> list[str]:
+        """The tensors to read for a parameter; older files keep each expert in a tensor of its own.
+
+        Raises:
+            WeightsError: no tensor of the file belongs to this parameter.
+        """
+        found: list[str] = []
+        for tensor in self.gguf_names(name):
+            if self._one_per_expert(tensor):
+                experts = min(expert_counts(self.config)[0], len(self.store.tensors))
+                found += [_of_expert(tensor, expert) for expert in range(experts)]
+            else:
+                found.append(tensor)
+        return found
 
     def load(
         self,
@@ -78,20 +94,20 @@ class ParameterSource:
         Raises:
             WeightsError: missing or of another shape.
         """
-        parts = [self.store.dequantized(part, dtype, device) for part in self.parts(name)]
+        names = self.parts(name)
+        parts = [self.store.dequantized(part, dtype, device) for part in names]
+        tensors = " and ".join(self.gguf_names(name))
+        wanted = f"{tuple(shape)}, which the model's config asks for ({name})"
         try:
             value = self._arrange(name, parts)
         except (RuntimeError, IndexError) as error:  # torch's for shapes that do not go together
             found = " and ".join(str(tuple(part.shape)) for part in parts)
             raise WeightsError(
-                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} of shape {found} "
-                f"cannot be made "
-                f"{tuple(shape)}, which the model's config asks for ({name})"
+                f"{self._where}: {tensors} of shape {found} cannot be made {wanted}"
             ) from error
         if tuple(value.shape) != tuple(shape):
             raise WeightsError(
-                f"{self.store.paths[0]}: {' and '.join(self.gguf_names(name))} give shape "
-                f"{tuple(value.shape)}, "
+                f"{self._where}: {tensors} give shape {tuple(value.shape)}, "
                 f"the model's config asks for {tuple(shape)} ({name})"
             )
         return value
@@ -102,23 +118,26 @@ class ParameterSource:
         Raises:
             WeightsError: missing, or made of several tensors.
         """
-        (found,) = self.gguf_names(name)
-        info = self.store.info(found)
-        data = self.store.raw(found)
-        heads = self._rotated_heads(name)
-        if heads and (len(info.shape) != 2 or info.shape[0] % (2 * heads)):
+        (tensor,) = self.gguf_names(name)
+        heads = self._names.heads_in_pairs(name, self.config)
+        if heads == 0:
+            return self._unchanged(tensor)
+        info = self.store.info(tensor)
+        shape = info.shape
+        if len(shape) != 2 or shape[0] % (2 * heads):
             raise WeightsError(
-                f"{self.store.paths[0]}: {found!r} of shape {info.shape} cannot be {heads} heads "
-                f"({name})"
+                f"{self._where}: {tensor!r} of shape {shape} cannot be {heads} heads ({name})"
             )
-        if heads:  # rows are whole blocks, so they can be moved as they are
-            rows = torch.from_numpy(self.store.read(found)).view(info.shape[0], -1)
-            data = unrotate(rows, heads).reshape(-1).numpy()
-        return QuantizedMatrix(data, info.type_name, info.shape)
+        # A row is a whole number of blocks, so rows can change places as they are stored.
+        data = torch.from_numpy(self.store.read(tensor))
+        rows = data.view(shape[0], -1)
+        halves = from_pairs(rows, heads)
+        return QuantizedMatrix(halves.reshape(-1).numpy(), info.type_name, shape)
 
     def stored_kv_b(self, name: str) -> tuple[QuantizedMatrix, QuantizedMatrix]:
-        """The parts of DeepSeek's kv_b for absorbed attention: keys [heads, R, nope] and values
-        [heads, V, R].
+        """The parts of DeepSeek's kv_b for absorbed attention.
+
+        Keys are [heads, R, nope], values [heads, V, R].
 
         A file that holds kv_b whole gives the values' rows as they are; the keys must be
         transposed, which takes another quantisation, to Q8_0 (float32 where 32 does not divide
@@ -128,97 +147,121 @@ class ParameterSource:
             WeightsError: missing or of another shape.
         """
         names = self.gguf_names(name)
-        config, heads = self.config, self.config.num_attention_heads
-        nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
         if len(names) == 2:
-            infos = [self.store.info(part) for part in names]
-            keys, values = (
-                QuantizedMatrix(self.store.raw(info.name), info.type_name, info.shape)
-                for info in infos
-            )
+            keys, values = map(self._unchanged, names)
             return keys, values
-        info = self.store.info(names[0])
-        if info.shape != (heads * (nope + config.v_head_dim), rank):
+        (whole,) = names
+        sizes = _LatentSizes.of(self.config)
+        info = self.store.info(whole)
+        if info.shape != sizes.shape:
             raise WeightsError(
-                f"{self.store.paths[0]}: {names[0]!r} has shape {info.shape}, {heads} heads of "
-                f"{nope} and "
-                f"{config.v_head_dim} values from {rank} ask for "
-                f"{(heads * (nope + config.v_head_dim), rank)}"
+                f"{self._where}: {whole!r} has shape {info.shape}, {sizes.heads} heads of "
+                f"{sizes.nope} and {sizes.value} values from {sizes.rank} ask for {sizes.shape}"
             )
-        rows = self.store.read(names[0]).reshape(heads, nope + config.v_head_dim, -1)
-        value_rows = np.ascontiguousarray(rows[:, nope:]).reshape(-1)
-        plain = (
-            self.store.dequantized(names[0])
-            .view(heads, -1, rank)[:, :nope]
-            .transpose(1, 2)
-            .contiguous()
-            .numpy()
-        )
-        kind = "Q8_0" if nope % 32 == 0 and info.type_name != "F32" else "F32"
-        packed = quantize(plain, GGMLQuantizationType[kind]).view(np.uint8).reshape(-1)
-        return (
-            QuantizedMatrix(packed, kind, (heads, rank, nope)),
-            QuantizedMatrix(value_rows, info.type_name, (heads, config.v_head_dim, rank)),
-        )
+        keys = _keys_of(self.store.dequantized(whole), sizes, info.type_name)
+        values = _values_of(self.store.read(whole), sizes, info.type_name)
+        return keys, values
 
-    def _rotated_heads(self, name: str) -> int:
-        """Heads of a projection whose rows llama-architecture files rotate, else 0."""
-        if self.store.architecture == "llama" and ".self_attn." in name:
-            if ".q_proj." in name:
-                return int(self.config.num_attention_heads)
-            if ".k_proj." in name:
-                return int(self.config.num_key_value_heads)
-        return 0
+    def _unchanged(self, tensor: str) -> QuantizedMatrix:
+        info = self.store.info(tensor)
+        data = self.store.raw(tensor)
+        return QuantizedMatrix(data, info.type_name, info.shape)
 
-    def parts(self, name: str) -> list[str]:
-        """The tensors to read for a parameter; older files keep each expert in a tensor of its own.
-
-        Raises:
-            WeightsError: no tensor of the file belongs to this parameter.
-        """
-        names: list[str] = []
-        for found in self.gguf_names(name):
-            old = found.replace("_exps.weight", ".0.weight")
-            if found not in self.store.tensors and old in self.store.tensors:
-                count = min(expert_counts(self.config)[0], len(self.store.tensors))
-                names += [
-                    found.replace("_exps.weight", f".{expert}.weight") for expert in range(count)
-                ]
-            else:
-                names.append(found)
-        return names
+    def _one_per_expert(self, tensor: str) -> bool:
+        """Whether the file keeps the experts of a stacked tensor in tensors of their own."""
+        tensors = self.store.tensors
+        return tensor not in tensors and _of_expert(tensor, 0) in tensors
 
     def _arrange(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-        if name.endswith(_EXPERTS):
-            if parts[0].ndim == 2:  # one tensor per expert: all gates, then all ups
-                half = len(parts) // (2 if name.endswith(_EXPERTS[0]) else 1)
-                parts = [
-                    torch.stack(parts[start : start + half]) for start in range(0, len(parts), half)
-                ]
-            return torch.cat(parts, dim=1)
-        if len(parts) == 2:  # kv_b split for absorbed attention: k_b is stored transposed
-            keys, values = parts[0].transpose(1, 2), parts[1]
-            return torch.cat((keys, values), dim=1).reshape(-1, keys.shape[2])
-        value = parts[0]
-        heads = self._rotated_heads(name)
+        """The parameter from its dequantised parts."""
+        if name.endswith(GATE_UP):
+            return torch.cat(_stacks(parts, 2), dim=1)
+        if name.endswith(DOWN):
+            return torch.cat(_stacks(parts, 1), dim=1)
+        if len(parts) == 2:
+            return _whole_kv_b(*parts)
+        (value,) = parts
+        heads = self._names.heads_in_pairs(name, self.config)
         if heads:
-            return unrotate(value, heads)
+            return from_pairs(value, heads)
         if name.endswith(".shared_expert_gate.weight") and value.ndim == 1:
             return value[None]
         return value
 
 
-def rotate(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of Q or K from transformers' order (halves) to that of llama-architecture GGUF files
-    (pairs).
+class _LatentSizes(NamedTuple):
+    """Sizes of DeepSeek's latent attention."""
+
+    heads: int
+    rank: int
+    nope: int
+    """Dimensions of a key without rotary embedding."""
+    value: int
+
+    @classmethod
+    def of(cls, config: Any) -> _LatentSizes:
+        return cls(
+            config.num_attention_heads,
+            config.kv_lora_rank,
+            config.qk_nope_head_dim,
+            config.v_head_dim,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the whole kv_b."""
+        return self.heads * (self.nope + self.value), self.rank
+
+
+def _keys_of(kv_b: torch.Tensor, sizes: _LatentSizes, stored: str) -> QuantizedMatrix:
+    """[heads, R, nope] in Q8_0 or F32, from the whole kv_b in floating point."""
+    heads, rank, nope, _ = sizes
+    keys = kv_b.view(heads, -1, rank)[:, :nope]
+    transposed = keys.transpose(1, 2).contiguous()
+    kind = "Q8_0"
+    if nope % 32 or stored == "F32":
+        kind = "F32"
+    packed = quantize(transposed.numpy(), GGMLQuantizationType[kind])
+    data = packed.view(np.uint8).reshape(-1)
+    return QuantizedMatrix(data, kind, (heads, rank, nope))
+
+
+def _values_of(kv_b: NDArray[np.uint8], sizes: _LatentSizes, stored: str) -> QuantizedMatrix:
+    """[heads, V, R] as stored, from the bytes of the whole kv_b."""
+    heads, rank, nope, width = sizes
+    rows = kv_b.reshape(heads, nope + width, -1)
+    values = np.ascontiguousarray(rows[:, nope:])
+    return QuantizedMatrix(values.reshape(-1), stored, (heads, width, rank))
+
+
+def _of_expert(tensor: str, expert: int) -> str:
+    """The tensor of one expert in older files, from the name of the stacked one."""
+    return tensor.replace("_exps.weight", f".{expert}.weight")
+
+
+def _stacks(parts: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """`count` stacks [E, rows, columns], from as many tensors or from one for each expert.
+
+    Of tensors for each expert, all gates come before all ups.
     """
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    if parts[0].ndim != 2:
+        return parts
+    experts = len(parts) // count
+    stacks = []
+    for index in range(count):
+        start = index * experts
+        own = parts[start : start + experts]
+        stacks.append(torch.stack(own))
+    return stacks
 
 
-def unrotate(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse of `rotate`."""
-    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+def _whole_kv_b(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """kv_b [heads * (nope + V), R] from its parts for absorbed attention.
 
-
-def _layer(name: str) -> int:
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+    Args:
+        keys: stored transposed, [heads, R, nope].
+        values: [heads, V, R].
+    """
+    rows = torch.cat((keys.transpose(1, 2), values), dim=1)
+    rank = rows.shape[2]
+    return rows.reshape(-1, rank)

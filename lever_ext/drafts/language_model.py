@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import SpeculationError
-from hybrimoe_plugin.hosts.transformers.config import PADDING_ROWS
+from hybrimoe_plugin.families.agreement import PADDING_ROWS
 from lever_ext.drafts.runner import DirectRunner, Runner, make_runner
 from lever_ext.tree.calibrate import Candidates
 from lever_ext.tree.candidates import CandidateTree

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import SpeculationError
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of, rebuild_buffers
 from lever_ext.drafts.base import Draft
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import LowBitExperts, LowBitLinear, low_bit_linears
@@ -15,7 +16,7 @@ from lever_ext.drafts.ngram import NGramDraft
 from lever_ext.flash.format import Block
 from lever_ext.flash.pack import Tensors
 from lever_ext.packing import check_same_tokenizer
-from lever_ext.target import FlashTarget, assign_tensors, meta_model, rebuild_buffers
+from lever_ext.target import FlashTarget, assign_tensors
 
 DRAFTS = ("low-bit", "ngram", "none")
 BITS, GROUP, HEAD_BITS = 3, 32, 4
@@ -64,7 +65,7 @@ def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any
         FlashError: the pack cannot be read.
     """
     pack, dtype = target.pack, target.model.dtype
-    model = meta_model(dict(pack.config), dtype)
+    model = meta_model_of(pack.config, dtype, "the pack's config")
     shared = {tensor.name for block in pack.blocks("resident") for tensor in block.tensors}
     assign_tensors(
         model, {name: p.data for name, p in target.model.named_parameters() if name in shared}

@@ -13,9 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
-
-LEAN = ("llama", "qwen2", "qwen3")
-"""Model types that the lean loop computes: pre-norm, rotary, grouped queries, gated FFN."""
+from hybrimoe_plugin.families.family import LayerForm
+from hybrimoe_plugin.families.registry import layer_form
 
 
 class Runner(Protocol):
@@ -47,7 +46,9 @@ def make_runner(model: Any) -> Runner:
     """The lean loop where it knows the model, else the model itself."""
     config = model.config
     plain = config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
-    return DirectRunner(model) if config.model_type in LEAN and plain else HostRunner(model)
+    if plain and layer_form(config.model_type) is LayerForm.DENSE:
+        return DirectRunner(model)
+    return HostRunner(model)
 
 
 class HostRunner:
@@ -96,7 +97,7 @@ class DirectRunner:
     overhead.
 
     Args:
-        model: of a type in `LEAN`, on the CPU.
+        model: with layers of the form `LayerForm.DENSE`, on the CPU.
     """
 
     def __init__(self, model: Any) -> None:

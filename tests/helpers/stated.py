@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from steps import step
 
-from hybrimoe_plugin.compute.attention.kv_cache import cache_in
+from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers import gguf_export
+
+
+def architecture_of(model: Any) -> str:
+    """The GGUF architecture under which a model is written."""
+    return family_of(model.config.model_type).architectures[0]
 
 
 def export(
@@ -21,14 +25,14 @@ def export(
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """A GGUF with these keys of its architecture and these tensors besides the model's own."""
-    arch, plain = gguf_export.ARCHITECTURES[model.config.model_type], gguf_export.tensors
+    architecture, plain = architecture_of(model), gguf_export.tensors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             gguf_export,
             "tensors",
             lambda *args, **kwargs: {**plain(*args, **kwargs), **(tensors or {})},
         )
-        extra = {f"{arch}.{key}": value for key, value in (keys or {}).items()}
+        extra = {f"{architecture}.{key}": value for key, value in (keys or {}).items()}
         gguf_export.export_gguf(model, path, extra=extra)
     return path
 
@@ -40,14 +44,3 @@ def factors(model: Any) -> dict[str, torch.Tensor]:
         return {}
     plain = parameters["rope_theta"] ** -(torch.arange(len(angles)) / len(angles))
     return {"rope_freqs.weight": plain / angles}
-
-
-def logits(model: Any, prompt: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
-    """Of a prefill, and of single-token decode steps behind it."""
-    with torch.no_grad():
-        out = model(prompt, use_cache=True)
-        found = [out.logits]
-        for ids in () if steps is None else steps.T:
-            out = step(model, ids[:, None], cache_in(out))
-            found.append(out.logits)
-    return torch.cat(found, dim=1)

@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hybrimoe_plugin.hosts.transformers import devices
 from hybrimoe_plugin.hosts.transformers.devices import layer_devices, moved, spread
-from hybrimoe_plugin.hosts.transformers.load import meta_model
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
 

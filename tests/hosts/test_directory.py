@@ -21,7 +21,7 @@ from hybrimoe_plugin import load_model
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.hosts.transformers.load import plan_for
-from lever_ext.target import meta_model
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 
 TOKENS = [*sorted(ByteLevel.alphabet()), "he", "<|end|>"]
 CODE = (
@@ -163,8 +163,8 @@ def test_a_config_names_nothing_to_fetch(
 ) -> None:
     with pytest.raises(ConfigError, match="attn_implementation|" + "|".join(values)):
         plan_for(folder(values), gguf)
-    with pytest.raises(ConfigError, match="the pack's config"):
-        meta_model({**json.loads((folder(values) / "config.json").read_text())}, torch.float32)
+    with pytest.raises(ConfigError, match="the model's config"):
+        meta_model_of({**json.loads((folder(values) / "config.json").read_text())}, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from lever_ext.flash.source import StateDictSource
 from lever_ext.flash.writer import write_pack
-from lever_ext.target import meta_model
 
 COMMON = {
     "vocab_size": 64,
@@ -67,7 +67,7 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 def pack_model(model: Any, family: str, directory: Path) -> Path:
     config = tiny_config(family)
     source = StateDictSource(dict(model.state_dict()), f"tiny {family}")
-    return write_pack(source, meta_model(config, torch.float32), config, directory, "float32")
+    return write_pack(source, meta_model_of(config, torch.float32), config, directory, "float32")
 
 
 @pytest.fixture(scope="session", autouse=True)

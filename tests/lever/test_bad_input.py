@@ -18,13 +18,14 @@ import tiny
 import torch
 
 from hybrimoe_plugin.errors import BackendError, FlashError, HybriMoEError, WeightsError
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from lever_ext.flash import writer
 from lever_ext.flash.format import ALIGNMENT
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.source import StateDictSource
 from lever_ext.flash.writer import write_pack
 from lever_ext.packing import pack_model
-from lever_ext.target import load_target, meta_model
+from lever_ext.target import load_target
 from tests.lever.conftest import tiny_config
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
@@ -49,7 +50,9 @@ def test_a_pack_of_another_model_is_refused(
     """Sound in itself, but its weights are not those of the config beside them."""
     source = StateDictSource(dict(plain_models[weights].state_dict()), "tiny")
     said = {**tiny_config(config), **changed}
-    write_pack(source, meta_model(tiny_config(weights), torch.float32), said, tmp_path, "float32")
+    write_pack(
+        source, meta_model_of(tiny_config(weights), torch.float32), said, tmp_path, "float32"
+    )
     with pytest.raises(
         HybriMoEError, match="another (model|one)|needs|no .* in this model|matches no"
     ) as caught:
@@ -65,7 +68,7 @@ def test_weights_that_do_not_fit_their_config_are_not_packed(
     with pytest.raises(
         WeightsError, match=r"gate\.weight' has shape \(8, 32\), the config asks for \(4, 32\)"
     ):
-        write_pack(source, meta_model(fewer, torch.float32), fewer, tmp_path, "float32")
+        write_pack(source, meta_model_of(fewer, torch.float32), fewer, tmp_path, "float32")
     with pytest.raises(FlashError, match="cannot open"):
         load_target(tmp_path)
 

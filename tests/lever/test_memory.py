@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
 from lever_ext.flash.writer import write_pack
-from lever_ext.target import load_target, meta_model
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
+from lever_ext.target import load_target
 
 CONFIG = {"model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 2816,
           "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False}
@@ -30,10 +31,10 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 torch.set_num_threads(1)
-Source.model = meta_model(CONFIG, torch.float32)
+Source.model = meta_model_of(CONFIG, torch.float32)
 pack = write_pack(Source(), Source.model, CONFIG, Path(sys.argv[1]), "float32")
 tiny = {**CONFIG, "num_hidden_layers": 1}  # code paths and their libraries, before the count begins
-small = Source(); Source.model = meta_model(tiny, torch.float32)
+small = Source(); Source.model = meta_model_of(tiny, torch.float32)
 warm = load_target(write_pack(small, Source.model, tiny, Path(sys.argv[1]) / "tiny", "float32"), dram_budget="64MiB")
 with torch.no_grad():
     warm.model(torch.arange(40)[None]); warm.close()

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from loading import logits
 from safetensors.torch import load_file, save_file
-from stated import export, factors, logits
+from stated import export, factors
 
 from hybrimoe_plugin.errors import FlashError, WeightsError
+from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from lever_ext.flash.source import StateDictSource
 from lever_ext.flash.writer import write_pack
 from lever_ext.packing import pack_model, plain_config
-from lever_ext.target import load_target, meta_model
+from lever_ext.target import load_target
 
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -113,7 +115,7 @@ def test_a_pack_whose_config_has_other_tensors_is_refused(biased: str, tmp_path:
     source = StateDictSource(
         dict(tiny.model("llama", attention_bias=biased == "weights").state_dict()), "tiny"
     )
-    write_pack(source, meta_model(weights, torch.float32), said, tmp_path, "float32")
+    write_pack(source, meta_model_of(weights, torch.float32), said, tmp_path, "float32")
     with pytest.raises(
         FlashError, match=r"(lacks|holds) 'model\.layers\.0\.self_attn\.q_proj\.bias'"
     ):

@@ -181,7 +181,7 @@ def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> 
 
 
 def test_a_layer_of_another_kind_is_left_alone() -> None:
-    assert row_step(torch.nn.Module(), {}) is None
+    assert row_step(torch.nn.Module(), None, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hybrimoe_plugin.errors import InputError
 
-_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the KV cache: the second name up to 5.17, the first in later releases."""
 
 _SPARE = 256
@@ -201,10 +201,12 @@ class FixedCache:
         return keys, values
 
 
-def cache_name(model: Any) -> str:
-    """The keyword under which this release of transformers hands a KV cache to `model.forward`."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in _NAMES if name in parameters), _NAMES[-1])
+def cache_name(module: Any) -> str:
+    """The keyword under which this release of transformers hands a KV cache to a module's
+    `forward`.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
 
 
 def cache_in(found: Any) -> Any:
@@ -212,7 +214,7 @@ def cache_in(found: Any) -> Any:
     None without one.
     """
     read = found.get if isinstance(found, Mapping) else lambda name: getattr(found, name, None)
-    return next((cache for name in _NAMES if (cache := read(name)) is not None), None)
+    return next((cache for name in CACHE_NAMES if (cache := read(name)) is not None), None)
 
 
 def make_buffer(like: torch.Tensor, room: int) -> torch.Tensor:

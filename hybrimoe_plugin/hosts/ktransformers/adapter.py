@@ -1,6 +1,4 @@
-"""Between kTransformers' objects and the engine: its loader's files, its routers, and the moment to
-build.
-"""
+"""Connects kTransformers' loader, routers and operators to the engine."""
 
 from __future__ import annotations
 
@@ -92,8 +90,7 @@ class Shared:
         return self._handle
 
     def in_turn(self, call: Callable[..., T], *args: Any) -> T:
-        """Call while no other thread computes with this model's operators; builds the engine if
-        nobody has.
+        """Call while no other thread computes with this model; builds the engine if needed.
 
         Raises as `bind`, and BackendError once the model was closed.
         """
@@ -105,16 +102,16 @@ class Shared:
         if operator.key not in self._routers:
             raise BackendError(
                 f"{operator.key}: its MoE block does not show its router; let the rules replace "
-                f"the block by one of "
-                "hybrimoe_plugin.hosts.ktransformers.blocks, as those in "
+                "the block by one of hybrimoe_plugin.hosts.ktransformers.blocks, as those in "
                 "optimize_rules/ktransformers do"
             )
         return self._routers[operator.key]
 
 
 def attach(model: Any) -> HybriMoE | None:
-    """Build the engine of a model that `optimize_and_load_gguf` has loaded, and give it as
-    `model.hybrimoe` too.
+    """Build the engine of a loaded model, and give it as `model.hybrimoe` too.
+
+    For models that `optimize_and_load_gguf` has loaded.
 
     From then on threads that share the model take turns, one pass each. Without this call the
     engine is built at the first prompt, where the whole model is not at hand: then they take turns
@@ -129,8 +126,7 @@ def attach(model: Any) -> HybriMoE | None:
 
 
 class ClassicRouter(GateRouter):
-    """The router of a kTransformers MoE block: a linear layer, or a `MoEGate` that returns ids and
-    weights.
+    """The router of a kTransformers MoE block: a linear layer, or a `MoEGate`.
 
     Args:
         gate: `gate(hidden) -> logits [T, E]`, or `gate(hidden [1, T, H]) -> (ids [T, K], weights
@@ -152,8 +148,9 @@ class ClassicRouter(GateRouter):
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3); hooks do
-        not see it.
+        """Ids [T, K] that this router gives for hidden states [T, H]; hooks do not see it.
+
+        Paper section 4.3.
         """
         found = self.gate.forward(hidden[None])
         if isinstance(found, torch.Tensor):

@@ -1,5 +1,4 @@
-"""kTransformers' MoE blocks, which besides computing show their router to the experts: for prefetch
-and cache scores.
+"""kTransformers' MoE blocks, which also show their router to the experts.
 
 The computation is theirs, unchanged.
 """
@@ -27,8 +26,9 @@ class _ShowsRouter(BaseInjectedModule):
             self.experts.show_router(self.gate, self.config.num_experts_per_tok)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As the block: [B, T, H] from [B, T, H]; what the router says waits for the experts, so
-        both in one turn.
+        """As the block: [B, T, H] from [B, T, H].
+
+        The router's scores are kept for the experts, so both run in one turn.
 
         Raises as the experts' `forward`.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,59 +22,64 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._set: list[tuple[Any, Any, Any]] = []
-        self._modules: list[tuple[str, ModuleType | None]] = []
-        self._imported_before = {name for name in sys.modules if _is_theirs(name)}
+        self._undo: list[Callable[[], None]] = []
+        self._imported_before = _theirs()
         self._path_before = list(sys.path)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of a module or class."""
-        self._set.append((owner, name, vars(owner).get(name, _ABSENT)))
+        before = vars(owner).get(name, _ABSENT)
+
+        def undo() -> None:
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
         setattr(owner, name, value)
 
     def set_item(self, owner: dict[Any, Any], name: Any, value: Any) -> None:
         """Set an entry of a dictionary."""
-        self._set.append((owner, name, owner.get(name, _ABSENT)))
+        before = owner.get(name, _ABSENT)
+
+        def undo() -> None:
+            if before is _ABSENT:
+                owner.pop(name, None)
+            else:
+                owner[name] = before
+
+        self._undo.append(undo)
         owner[name] = value
 
     def provide(self, name: str, module: ModuleType) -> None:
         """Put a module where an import of `name` finds it."""
-        self._modules.append((name, sys.modules.get(name)))
-        sys.modules[name] = module
+        self.set_item(sys.modules, name, module)
 
     def undo(self) -> None:
         """Take everything back; a second call does nothing."""
-        while self._set:
-            owner, name, before = self._set.pop()
-            if isinstance(owner, dict):
-                if before is _ABSENT:
-                    owner.pop(name, None)
-                else:
-                    owner[name] = before
-            elif before is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-        while self._modules:
-            name, module = self._modules.pop()
-            if module is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = module
-        for name in [
-            name for name in sys.modules if _is_theirs(name) and name not in self._imported_before
-        ]:
+        while self._undo:
+            undo = self._undo.pop()
+            undo()
+        for name in _theirs() - self._imported_before:
             _forget(name)
         sys.path[:] = self._path_before
+
+
+def _theirs() -> set[str]:
+    """Names of their modules that are imported."""
+    found = set()
+    for name in sys.modules:
+        if any(f"{name}.".startswith(f"{root}.") for root in _ROOTS):
+            found.add(name)
+    return found
 
 
 def _forget(name: str) -> None:
     module = sys.modules.pop(name)
     parent, _, attribute = name.rpartition(".")
     holder = sys.modules.get(parent)
-    if holder is not None and vars(holder).get(attribute) is module:
+    if holder is None:
+        return
+    if vars(holder).get(attribute) is module:
         delattr(holder, attribute)
-
-
-def _is_theirs(name: str) -> bool:
-    return any(name == root or name.startswith(root + ".") for root in _ROOTS)

@@ -1,15 +1,19 @@
-"""What a GGUF file states and kTransformers does not read: it takes all but the weights from
-config.json.
+"""Refuses what a GGUF file states and kTransformers would ignore.
+
+It takes everything but the weights from config.json.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.gguf_rope import FACTORS
+from hybrimoe_plugin.families.registry import families_stored_as
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 _IN_CONFIG = (
@@ -53,7 +57,6 @@ _IN_CONFIG = (
 """Keys whose values the models of this host have from config.json."""
 _BIASES = {"qwen2moe": ("attn_q", "attn_k", "attn_v"), "deepseek2": ("exp_probs_b",)}
 """Biases that models of these architectures have here."""
-_FACTORS = "rope_freqs.weight"
 _NAME = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+?)(?:\.\d+)?\.(?P<kind>weight|bias)$")
 
 
@@ -66,27 +69,38 @@ def check_complete(store: GGUFStore) -> None:
     facts = Facts(store)
     for key in _IN_CONFIG:
         facts.get(key)
-    architecture = next(
-        (arch for arch, name in MODEL_ARCH_NAMES.items() if name == store.architecture), None
-    )
-    if architecture is None:
-        raise WeightsError(f"{store.paths[0]}: unknown GGUF architecture {store.architecture!r}")
-    known = {
-        TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in MODEL_TENSORS[architecture]
-    } - {"rope_freqs"}
+    known = _known_parts(store)
     blocks, ahead = facts.integer("block_count", 0), facts.integer("nextn_predict_layers", 0)
     layers = blocks - ahead if ahead else None
     for name in store.tensors:
         if not _has_place(name, store, known, layers):
             facts.refuse(f"tensor {name}")
-    facts.check_all_read()
+    neutral: dict[str, tuple[Any, ...]] = {}
+    for family in families_stored_as(store.architecture):
+        neutral |= family.neutral
+    facts.check_all_read(neutral)
+
+
+def _known_parts(store: GGUFStore) -> set[str]:
+    """Names of tensors of the architecture, without layer and kind.
+
+    Raises:
+        WeightsError: the `gguf` package knows no such architecture.
+    """
+    architectures = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+    if store.architecture not in architectures:
+        raise WeightsError(f"{store.paths[0]}: unknown GGUF architecture {store.architecture!r}")
+    kinds = MODEL_TENSORS[architectures[store.architecture]]
+    names = {TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in kinds}
+    return names - {"rope_freqs"}
 
 
 def _has_place(name: str, store: GGUFStore, known: set[str], layers: int | None) -> bool:
-    """Whether a model has a place for a tensor. Those of layers from `layers` on predict further
-    tokens: not used.
+    """Whether a model has a place for a tensor.
+
+    Layers from `layers` on predict further tokens, and are not used.
     """
-    if name == _FACTORS:
+    if name == FACTORS:
         return bool((store.dequantized(name) == 1).all())
     found = _NAME.match(name)
     if found is None:

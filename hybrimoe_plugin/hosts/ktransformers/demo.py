@@ -1,6 +1,4 @@
-"""The demo model as a directory that classic kTransformers reads: weights, config and tokenizer in
-the old formats.
-"""
+"""The demo model as a model directory that classic kTransformers reads, in the old formats."""
 
 from __future__ import annotations
 
@@ -64,8 +62,7 @@ def _weights(form: str) -> Path:
     if not built:
         raise WeightsError(
             f"the demo model is not there: run `hybrimoe demo-model --form {form}` in the default "
-            f"environment, whose "
-            "transformers can build it"
+            "environment, whose transformers can build it"
         )
     return max(built, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
 
@@ -130,9 +127,7 @@ def _config(store: GGUFStore, form: str) -> dict[str, Any]:
 
 
 def tokenizer(store: GGUFStore) -> Any:
-    """A `tokenizers.Tokenizer` of the demo model: byte-level BPE that splits numbers into
-    digits.
-    """
+    """The demo model's `tokenizers.Tokenizer`: byte-level BPE that splits numbers into digits."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = store.metadata["tokenizer.ggml.tokens"]

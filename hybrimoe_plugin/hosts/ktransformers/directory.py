@@ -40,15 +40,12 @@ def refuse_own_code(model_path: str | None) -> None:
             continue
         raise ConfigError(
             f"{path}: auto_map names Python files of the directory, and code from model "
-            f"directories is never run: "
-            "take a directory whose files need none"
+            "directories is never run: take a directory whose files need none"
         )
 
 
 def run_no_code(changes: Changes) -> None:
-    """Let transformers load without code from the directory, nor ask for it, nor look for it
-    elsewhere.
-    """
+    """Let transformers neither run code from the directory, nor ask for it, nor fetch it."""
     transformers: Any = importlib.import_module("transformers")
     for module, name in _OWN_CONFIGS:
         config = getattr(importlib.import_module(module), name)

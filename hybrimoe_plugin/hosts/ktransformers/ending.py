@@ -39,8 +39,9 @@ class EndingTokenizer:
         return getattr(self._tokenizer, name)
 
     def decode(self, ids: Any, *arguments: Any, **options: Any) -> str:
-        """The text of ids; of a single one, which only their loop hands over as a tensor, whether
-        it is an end.
+        """The text of ids; for a single id that ends answers, their loop's end mark.
+
+        Only their loop hands over a single id, as a tensor.
         """
         if isinstance(ids, torch.Tensor) and ids.numel() == 1 and int(ids) in self._ends:
             return _THEIR_END
@@ -48,9 +49,7 @@ class EndingTokenizer:
 
 
 def without_second_think(tokenizer: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Prompt ids [1, T] without what --force_think added, where the chat template begins the answer
-    so itself.
-    """
+    """Prompt ids [1, T] without --force_think's <think> where the template adds one itself."""
     added = tokenizer.encode(_THEIR_THINK, add_special_tokens=False)
     found = ids[0].tolist()
     if not added or found[-len(added) :] != added:

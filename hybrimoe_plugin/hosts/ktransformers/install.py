@@ -1,5 +1,4 @@
-"""Install the pinned ktransformers without a compiler: its Python files and metadata, as published,
-nothing else.
+"""Installs the pinned ktransformers without a compiler: its published Python files, unchanged.
 
 The release is a source distribution whose set-up script compiles CUDA code. pip fetches it,
 compares the hash and runs that script in a process where `setuptools.setup` drops the extensions; a
@@ -71,8 +70,7 @@ def _check_transformers() -> None:
     if not found.startswith("4.43."):
         raise ConfigError(
             f"ktransformers {VERSION} needs transformers=={TRANSFORMERS}, this environment has "
-            f"{found}: "
-            "use one of its own (scripts/setup_ktransformers.py makes it)"
+            f"{found}: use one of its own (scripts/setup_ktransformers.py makes it)"
         )
 
 

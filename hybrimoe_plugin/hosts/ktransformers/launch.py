@@ -1,6 +1,4 @@
-"""Start the real `ktransformers.local_chat` in this process, with the patches that the
-host needs.
-"""
+"""Starts the real `ktransformers.local_chat` in this process, with the patches that it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +18,8 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.errors import ConfigError, RulesError, WeightsError
+from hybrimoe_plugin.errors import ConfigError, WeightsError
+from hybrimoe_plugin.families.packaged_rules import classic_rules
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.ktransformers.changes import Changes
 from hybrimoe_plugin.hosts.ktransformers.directory import refuse_own_code, run_no_code
@@ -30,12 +29,6 @@ from hybrimoe_plugin.hosts.ktransformers.patches import apply_patches
 log = logging.getLogger(__name__)
 
 LOCAL_CHAT = "ktransformers.local_chat"
-FAMILY_RULES = {
-    "DeepseekV2ForCausalLM": "DeepSeek-V2",
-    "DeepseekV3ForCausalLM": "DeepSeek-V3",
-    "MixtralForCausalLM": "Mixtral",
-    "Qwen2MoeForCausalLM": "Qwen2-57B-A14B",
-}
 
 
 @dataclass(frozen=True)
@@ -105,15 +98,7 @@ def packaged_rules(model_path: str, device: str) -> Path:
         WeightsError: no readable config.json there.
         RulesError: no rules for its architecture.
     """
-    from importlib.resources import files
-
-    name = FAMILY_RULES.get(architecture(model_path))
-    if name is None:
-        known = ", ".join(FAMILY_RULES)
-        raise RulesError(
-            f"no packaged rules for {architecture(model_path)} (there are for {known})"
-        )
-    return Path(str(files("optimize_rules"))) / "ktransformers" / f"{name}-{device}.yaml"
+    return classic_rules(architecture(model_path), device)
 
 
 def architecture(model_path: str) -> str:
@@ -183,9 +168,7 @@ def _adjust(
 
 
 def _ending(model: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`prefill_and_generate`'s tokenizer and prompt as this model needs them; the rest is left
-    alone.
-    """
+    """`prefill_and_generate`'s arguments, with tokenizer and prompt as this model needs them."""
     if len(arguments) < 2:
         return arguments
     tokenizer, ids, *rest = arguments
@@ -208,9 +191,7 @@ def _greedily(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process(argv: list[str], prompt: str | None) -> Iterator[None]:
-    """The arguments and the input that `local_chat` finds; what it sets for the whole process is
-    set back.
-    """
+    """Set `local_chat`'s arguments and input; restore what it changes in the process."""
     before = sys.argv, sys.stdin, os.environ.get("TERM")
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     sys.argv = argv

@@ -1,5 +1,4 @@
-"""The experts operator as kTransformers' rules name it: the same class, recognisable to its MoE
-blocks.
+"""The experts operator for kTransformers' rules: our class, of a type that its MoE blocks accept.
 
 Importing this imports `ktransformers`; where that was not compiled, `patches` come first.
 """
@@ -20,8 +19,7 @@ from hybrimoe_plugin.operators import experts
 
 
 class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase):
-    """`hybrimoe_plugin.operators.experts.HybriMoEExperts` under kTransformers' injection; arguments
-    are the same.
+    """Our experts operator under kTransformers' injection; arguments are the same.
 
     kTransformers loads only what is a `BaseInjectedModule`, and its blocks call only what is a
     `KExpertsBase` with `generate_experts`. Nothing of these base classes is used but the types.
@@ -50,15 +48,14 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
 
     @property
     def generate_experts(self) -> HybriMoEExperts:
-        """What their blocks look at in order to choose a path; without `submit_for_one_decode` it
-        is the plain one.
-        """
+        """Their blocks choose a path by this; without `submit_for_one_decode`, the plain one."""
         return self
 
     @property
     def device(self) -> str:
-        """Where their blocks send the inputs: where the model's dense part computes. The engine
-        moves on from there.
+        """Where their blocks send inputs: the device of the model's dense part.
+
+        The engine moves them on from there.
         """
         if not torch.cuda.is_available():  # an emulated accelerator is no place to send anything
             return "cpu"
@@ -66,8 +63,7 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-        """As the base class, without `auto`: kTransformers reads the same words and synchronises
-        with that device.
+        """As the base class, without `auto`, which kTransformers would take for a device's name.
 
         Raises:
             ConfigError: naming field, value and allowed range.
@@ -82,8 +78,7 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
     def forward(  # type: ignore[override]  # their names, and nobody there predicts for us
         self, input_tensor: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K]; builds the engine if
-        nobody has.
+        """[T, H] from states [T, H], ids [T, K] and weights [T, K]; builds the engine if needed.
 
         Raises:
             BackendError: in the capture of a CUDA graph.
@@ -93,8 +88,7 @@ class HybriMoEExperts(experts.HybriMoEExperts, BaseInjectedModule, KExpertsBase)
         return self.in_turn(super().forward, input_tensor, expert_ids, weights)
 
     def in_turn(self, call: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
-        """The result of a call, made while no other thread computes with the model; builds the
-        engine if nobody has.
+        """Call while no other thread computes with the model; builds the engine if needed.
 
         Raises as `Shared.in_turn`.
         """

@@ -28,7 +28,5 @@ def release_numbers(version: str) -> tuple[int, ...]:
 
 
 def in_range(version: str, low: str, below: str) -> bool:
-    """Whether `low <= version < below`, by the leading numbers; post-releases count as their
-    release.
-    """
+    """Whether `low <= version < below` by leading numbers; a post-release counts as its release."""
     return release_numbers(low) <= release_numbers(version) < release_numbers(below)

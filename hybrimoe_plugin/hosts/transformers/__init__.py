@@ -1,6 +1,4 @@
-"""Current transformers models as host: built on the meta device, dense weights from GGUF, experts
-injected.
-"""
+"""Current transformers as host: meta-device models, dense weights from GGUF, injected operators."""
 
 from hybrimoe_plugin.hosts.transformers.load import load_model, load_plain_model
 

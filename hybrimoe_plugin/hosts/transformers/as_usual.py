@@ -1,5 +1,4 @@
-"""What people do with any transformers model: where it cannot be right with operators in it, it
-says so.
+"""Makes an injected model refuse, by name, the uses that operators would get wrong.
 
 Everything that is not named here gives what the plain model gives.
 """
@@ -64,9 +63,7 @@ class Guard:
             each.remove()
 
     def restored(self) -> None:
-        """The original modules are back: refuse to compute or save until they have weights, if some
-        have none.
-        """
+        """The original modules are back: refuse to compute or save while some have no weights."""
         _refuse_until_loaded(self._model, self._plain)
 
 
@@ -111,8 +108,7 @@ class _Guard:
             if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
                 raise BackendError(
                     "output_attentions: attention weights are never computed by these operators; "
-                    "load with "
-                    f"dense='plain' and then set_attn_implementation('eager'), or take "
+                    "load with dense='plain' and then set_attn_implementation('eager'), or take "
                     f"{self._plain}"
                 )
             given = kwargs.get("input_ids", args[0] if args else None)
@@ -121,8 +117,7 @@ class _Guard:
             if model.training and getattr(config, "attention_dropout", 0.0):
                 raise BackendError(
                     f"train(): attention_dropout is {config.attention_dropout}, and these "
-                    f"operators have none; load "
-                    "with dense='plain'"
+                    "operators have none; load with dense='plain'"
                 )
             return call(*args, **kwargs)
 
@@ -131,9 +126,7 @@ class _Guard:
     def _moved(
         self, change: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        """What `to`, `half`, `float`, `cuda` and the like come down to: fine where they change
-        nothing.
-        """
+        """What `to`, `half`, `float` and `cuda` call: allowed where it changes nothing."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         for kind in {(tensor.dtype, tensor.device) for tensor in tensors}:
             try:
@@ -145,21 +138,21 @@ class _Guard:
             if (probe.dtype, probe.device) != kind:
                 raise BackendError(
                     f"to(): weights that are {_name(*kind)} cannot become "
-                    f"{_name(probe.dtype, probe.device)} once the "
-                    "model is loaded: load it with dtype=..., and choose devices by rules and "
-                    "settings"
+                    f"{_name(probe.dtype, probe.device)} once the model is loaded: load it with "
+                    "dtype=..., and choose devices by rules and settings"
                 )
         return self._real["_apply"](change, *args, **kwargs)
 
     def _states(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """A module around this one, PEFT's for example, may collect what it finds and keep its own
-        part of it.
+        """Refuse a state dict of the whole model.
+
+        A module around this one, such as PEFT's, may collect what it finds and keep its own part.
         """
         if destination is None and not args:
             raise BackendError(
                 "state_dict(): it would lack every weight that is read from the file as it is "
-                "stored: take "
-                f"{self._plain}, or named_parameters() for what this model holds itself"
+                f"stored: take {self._plain}, or named_parameters() for what this model holds "
+                "itself"
             )
         return self._real["state_dict"](*args, destination=destination, **kwargs)
 
@@ -172,16 +165,15 @@ class _Guard:
     def _adapted(self, *_args: Any, **_kwargs: Any) -> None:
         raise BackendError(
             "adapters change linear modules, which these operators replace: load with "
-            "dense='plain' and "
-            f"cpu_backend='torch', or take {self._plain}"
+            f"dense='plain' and cpu_backend='torch', or take {self._plain}"
         )
 
     def _other_attention(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if attn_implementation != "sdpa":
             raise BackendError(
                 f"set_attn_implementation({attn_implementation!r}): these operators compute "
-                f"attention themselves, as "
-                f"'sdpa' does; load with dense='plain', or take {self._plain}"
+                "attention themselves, as 'sdpa' does; load with dense='plain', or take "
+                f"{self._plain}"
             )
         return self._real["set_attn_implementation"](attn_implementation, *args, **kwargs)
 
@@ -194,8 +186,9 @@ def _refusal(name: str, why: str) -> Callable[..., Any]:
 
 
 def _refuse_until_loaded(model: nn.Module, plain: str) -> None:
-    """Original modules have no weights where the operators' matrices stayed in the file. Mutates:
-    `model`.
+    """Make a restored model refuse to compute while weights are missing. Mutates: `model`.
+
+    Original modules have none where the operators' matrices stayed in the file.
     """
     for module in _models(model):
         if _missing(module):
@@ -216,10 +209,9 @@ def _loaded_first(
         missing, known_as = _missing(module), _KNOWN_AS.get(name, f"{name}()")
         if missing:
             raise BackendError(
-                f"{known_as}: this model was restored, and {missing[0]} ({len(missing)} tensors "
-                f"in all) never had weights of its own: load the file again with load_model, take "
-                f"{plain}, or fill it "
-                "with load_state_dict(..., assign=True)"
+                f"{known_as}: this model was restored, and {missing[0]} ({len(missing)} tensors in "
+                "all) never had weights of its own: load the file again with load_model, take "
+                f"{plain}, or fill it with load_state_dict(..., assign=True)"
             )
         for each in names:
             module.__dict__.pop(each, None)

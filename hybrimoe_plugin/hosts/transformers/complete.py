@@ -1,6 +1,4 @@
-"""Every tensor of a file belongs to a parameter of the model, or is known to be needless; else the
-file is refused.
-"""
+"""Checks that a file has every tensor of the model, and none that the model has no place for."""
 
 from __future__ import annotations
 
@@ -9,7 +7,8 @@ from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.rope import FACTORS
+from hybrimoe_plugin.families.gguf_rope import FACTORS, OLD_FREQUENCIES
+from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
@@ -27,30 +26,38 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
         WeightsError: naming the tensors that are missing, and those that no parameter of the model
             is made from.
     """
-    source = ParameterSource(store, config)
-    used = {part: None for name in model.state_dict() for part in source.parts(name)}
+    tensors = store.tensors
+    used = _parts(model, ParameterSource(store, config, names_of(config.model_type)))
     ahead = Facts(store).integer("nextn_predict_layers", 0) > 0
-    missing = [part for part in used if part not in store.tensors]
-    unused = [
-        name
-        for name in store.tensors
-        if name not in used and not _needless(name, store, config, ahead)
-    ]
     wrong = []
+    missing = [name for name in used if name not in tensors]
     if missing:
-        wrong.append(f"tensor {_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        verb = "is" if len(missing) == 1 else "are"
+        wrong.append(f"tensor {_listed(missing)} {verb} missing")
+    others = [name for name in tensors if name not in used]
+    unused = [name for name in others if not _needless(name, store, config, ahead)]
     if unused:
         wrong.append(
-            f"a {config.model_type} model has no place for {_listed(unused)}, without which its "
-            f"answers would be wrong"
+            f"a {config.model_type} model has no place for {_listed(unused)}, "
+            "without which its answers would be wrong"
         )
     if wrong:
         raise WeightsError(f"{store.paths[0]}: {'; '.join(wrong)}")
 
 
+def _parts(model: Any, source: ParameterSource) -> dict[str, None]:
+    """The tensors that parameters are made from, each once."""
+    found: dict[str, None] = {}
+    for name in model.state_dict():
+        found.update(dict.fromkeys(source.parts(name)))
+    return found
+
+
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    if len(names) <= _SHOWN:
+        return shown
+    return f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
@@ -61,11 +68,15 @@ def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
     if found is None:
         return False
     layer, part = int(found[1]), found[2]
-    if part == "attn_rot_embd.weight":
-        return True  # frequencies, which `read_rope` has compared
+    if part == OLD_FREQUENCIES:
+        return True  # `read_rope` has compared it
     if ahead and layer >= config.num_hidden_layers:
-        return True  # layers that predict further tokens; plain decoding does not use them
-    split = (f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight")
-    return part == "attn_kv_b.weight" and all(
-        one in store.tensors for one in split
-    )  # the same matrix twice
+        return True  # a layer that predicts further tokens; plain decoding does not use it
+    if part != "attn_kv_b.weight":
+        return False
+    # Not needed where its halves are there too: the same matrix twice.
+    halves = (
+        f"blk.{layer}.attn_k_b.weight",
+        f"blk.{layer}.attn_v_b.weight",
+    )
+    return all(half in store.tensors for half in halves)

@@ -1,6 +1,4 @@
-"""Several accelerators: every decoder layer lies with its experts, and hidden states go from one to
-the next.
-"""
+"""Several accelerators: each decoder layer is on its experts' device, and hidden states follow."""
 
 from __future__ import annotations
 
@@ -10,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+Hook = Callable[..., Any]
 
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?:\.|$)")
 
@@ -29,8 +29,9 @@ def layer_devices(experts: Mapping[str, str]) -> dict[str, str]:
 
 
 def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
-    """Move a model over several devices; gives what removes the hooks again (weights stay where
-    they are).
+    """Move a model over several devices; gives what removes the hooks again.
+
+    Weights stay where they are then.
 
     A layer without experts goes with the next layer that has some, what comes before the layers
     with the first and what comes after with the last one. Inputs follow by a hook before each of
@@ -46,25 +47,23 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
     stack = next(iter(known)).rpartition(".")[0]
     layers = model.get_submodule(stack)
     assert isinstance(layers, nn.ModuleList)
-    devices: list[str] = []
-    current = known[max(known, key=_number)]
-    for index in reversed(range(len(layers))):
-        current = known.get(f"{stack}.{index}", current)
-        devices.insert(0, current)
-    places = [(layer, device) for layer, device in zip(layers, devices, strict=True)]
+    devices = _device_of_each(layers, stack, known)
+    first, last = devices[0], devices[-1]
     after = _after(model, stack)
-    for module in (child for child in _outside(model, layers) if child not in after):
-        module.to(devices[0])
-    places += [(module, devices[-1]) for module in after]
+    for module in _outside(model, layers):
+        if module not in after:
+            module.to(first)
+    places = list(zip(layers, devices, strict=True))
+    places += [(module, last) for module in after]
     handles = []
     for module, device in places:
         module.to(device)
-        handles.append(module.register_forward_pre_hook(_bring(device), with_kwargs=True))
+        handle = module.register_forward_pre_hook(_follow(device), with_kwargs=True)
+        handles.append(handle)
     head = _head(model)
     if head is not None:
-        handles.append(
-            head.register_forward_hook(lambda _module, _inputs, output: moved(output, devices[0]))
-        )
+        handle = head.register_forward_hook(_give_back(first))
+        handles.append(handle)
 
     def remove() -> None:
         for handle in handles:
@@ -73,22 +72,59 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
     return remove
 
 
-def moved(value: Any, device: str | torch.device) -> Any:
-    """The same value with its tensors on the device: tensors, tuples, lists and dicts; others are
-    left alone.
+def _device_of_each(layers: nn.ModuleList, stack: str, known: Mapping[str, str]) -> list[str]:
+    """The device of every layer, from those of the layers with experts.
+
+    Args:
+        layers: all decoder layers.
+        stack: their qualified name.
+        known: qualified name of a layer with experts -> device.
     """
+    last = max(known, key=_number)
+    current = known[last]
+    devices = []
+    for index in reversed(range(len(layers))):
+        name = f"{stack}.{index}"
+        current = known.get(name, current)
+        devices.append(current)
+    devices.reverse()
+    return devices
+
+
+def moved(value: Any, device: str | torch.device) -> Any:
+    """The same value with its tensors on the device, also those in tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if type(value) in (tuple, list):
-        return type(value)(moved(item, device) for item in value)
-    if type(value) is dict:
+    kind = type(value)
+    if kind in (tuple, list):
+        return kind(moved(item, device) for item in value)
+    if kind is dict:
         return {key: moved(item, device) for key, item in value.items()}
     return value
 
 
-def _bring(device: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        return moved(inputs, device), moved(named, device)
+def _follow(device: str) -> Hook:
+    """A hook before a module that brings its inputs to its device.
+
+    transformers calls layers with keyword arguments: masks and position embeddings come with them.
+    """
+
+    def hook(_module: Any, inputs: Any, named: Any) -> Any:
+        here = moved(inputs, device)
+        named_here = moved(named, device)
+        return here, named_here
+
+    return hook
+
+
+def _give_back(device: str) -> Hook:
+    """A hook after a module that brings its output to a device.
+
+    The host samples on the device where the model's inputs are.
+    """
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        return moved(output, device)
 
     return hook
 
@@ -98,24 +134,35 @@ def _number(name: str) -> int:
 
 
 def _outside(model: nn.Module, layers: nn.Module) -> list[nn.Module]:
-    """The modules without children that lie outside the layers."""
+    """The modules without children that lie outside the layers.
+
+    Out there, modules with children have no weights of their own.
+    """
     inside = set(layers.modules())
-    return [
-        module for module in model.modules() if module not in inside and not list(module.children())
-    ]
+    found = []
+    for module in model.modules():
+        has_children = any(True for _ in module.children())
+        if module not in inside and not has_children:
+            found.append(module)
+    return found
 
 
 def _after(model: nn.Module, stack: str) -> list[nn.Module]:
-    """What runs after the layers: the final norm beside them, and the head."""
-    beside = model.get_submodule(stack.rpartition(".")[0])
-    found = [module for name, module in beside.named_children() if name == "norm"]
+    """What runs after the layers: the final norm beside them, and the head.
+
+    `stack` is the qualified name of the layers.
+    """
+    base, _, _ = stack.rpartition(".")
+    beside = model.get_submodule(base)
+    norm = getattr(beside, "norm", None)
     head = _head(model)
-    return found if head is None else [*found, head]
+    found = [norm, head]
+    return [part for part in found if part is not None]
 
 
 def _head(model: Any) -> nn.Module | None:
     """The output projection of a transformers model."""
-    head: nn.Module | None = (
-        model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    )
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head: nn.Module | None = model.get_output_embeddings()
     return head

@@ -1,5 +1,4 @@
-"""What a model directory may say: its configuration, read so that nothing in it is run, fetched or
-asked about.
+"""A model directory's configuration, read so that nothing in it is run, fetched or asked about.
 
 transformers takes much from these files: classes in Python files beside them (`auto_map`), kernels
 from a model hub (`attn_implementation: org/name`), classes by name. Here the values are read as
@@ -91,8 +90,7 @@ def directory_config(directory: str | Path) -> Any:
 
 
 def config_of(values: Mapping[str, Any], where: str) -> Any:
-    """The transformers config that the contents of a config.json describe; `where` is named in
-    errors.
+    """The transformers config of a config.json's contents; `where` is named in errors.
 
     Raises:
         WeightsError: it describes no causal language model that transformers knows.
@@ -142,10 +140,8 @@ def check_tokenizer_files(directory: str | Path) -> None:
     if values.get("auto_map"):
         raise ConfigError(
             f"{path}: auto_map names a tokenizer in Python files of the directory, and code from "
-            f"model directories is "
-            "never run: leave model_path out to take the GGUF's tokenizer, or remove auto_map "
-            "where tokenizer.json is "
-            "the whole tokenizer"
+            "model directories is never run: leave model_path out to take the GGUF's tokenizer, or "
+            "remove auto_map where tokenizer.json is the whole tokenizer"
         )
     check_tokenizer_class(values.get("tokenizer_class"), str(path))
 
@@ -171,8 +167,9 @@ def check_tokenizer_class(name: Any, where: str) -> None:
 
 
 def _model_type(values: Mapping[str, Any], where: str) -> str:
-    """The type of a causal language model without parts of other kinds, whose configs would be
-    looked up by name.
+    """The type of a causal language model.
+
+    Models with parts of other kinds are refused: configs of those would be looked up by name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401 (fills the mappings)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -196,9 +193,8 @@ def _model_type(values: Mapping[str, Any], where: str) -> str:
         return kind
     if values.get("auto_map"):
         raise ConfigError(
-            f"{where}: auto_map names Python files of the directory for model type {kind!r}, "
-            f"which transformers does "
-            "not have itself, and code from model directories is never run"
+            f"{where}: auto_map names Python files of the directory for model type {kind!r}, which "
+            "transformers does not have itself, and code from model directories is never run"
         )
     raise WeightsError(
         f"{where}: transformers cannot read it: it has no causal language model of type {kind!r}"
@@ -206,9 +202,7 @@ def _model_type(values: Mapping[str, Any], where: str) -> str:
 
 
 def _refuse_fetching(values: Any, where: str) -> None:
-    """Raise ConfigError for a key, at any depth, by which transformers would fetch or run
-    something.
-    """
+    """Raise ConfigError for a key, at any depth, that makes transformers fetch or run something."""
     for key, value in _entries(values):
         name = key.removeprefix("_").removesuffix("_internal").removesuffix("_autoset")
         plain = name in _IMPLEMENTATIONS and (isinstance(value, bool) or value in _PLAIN)

@@ -1,6 +1,4 @@
-"""How answers are drawn and where they end, as the model's own files say: generation_config.json,
-tokenizer, GGUF.
-"""
+"""How answers are drawn and where they end, as the model's own files say."""
 
 from __future__ import annotations
 
@@ -31,19 +29,20 @@ class _Range(NamedTuple):
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        start = f"above {self.low:g}" if self.low_excluded else f"from {self.low:g}"
-        return f"{kind} {start}" + ("" if math.isinf(self.high) else f" to {self.high:g}")
+        start = "above" if self.low_excluded else "from"
+        text = f"{kind} {start} {self.low:g}"
+        if math.isinf(self.high):
+            return text
+        return f"{text} to {self.high:g}"
 
     def holds(self, value: Any) -> bool:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        if self.whole and value != int(value):
+        if not math.isfinite(value) or (self.whole and value != int(value)):
             return False
-        return self.low <= value <= self.high and not (self.low_excluded and value == self.low)
+        if self.low_excluded and value == self.low:
+            return False
+        return self.low <= value <= self.high
 
 
 _NUMBERS = {
@@ -90,8 +89,7 @@ def set_generation(
     directory: str | Path | None = None,
     size: int | None = None,
 ) -> None:
-    """Let `generate` draw, end and pad as the model's files say. Mutates the model's generation
-    config.
+    """Let `generate` draw, end and pad as the model's files say. Mutates: the generation config.
 
     Args:
         tokenizer: of the model, or None.
@@ -137,8 +135,7 @@ def as_list(token: Any) -> list[int]:
 
 
 def read_generation(directory: str | Path) -> dict[str, Any]:
-    """What a directory's generation_config.json says about drawing and special tokens; nothing
-    where there is none.
+    """What generation_config.json says about drawing and special tokens; empty without the file.
 
     Raises:
         ConfigError: a value is out of range, with what is expected.
@@ -173,12 +170,13 @@ def read_generation(directory: str | Path) -> dict[str, Any]:
 
 def write_generation(config: Any, directory: str | Path) -> None:
     """Store what `read_generation` reads back. Raises: OSError."""
-    names = (*_NUMBERS, *_TOKENS, "do_sample")
-    values = {name: getattr(config, name, None) for name in names}
-    text = json.dumps(
-        {name: value for name, value in values.items() if value is not None}, indent=1
-    )
-    (Path(directory) / FILE).write_text(text, encoding="utf-8")
+    values = {}
+    for name in (*_NUMBERS, *_TOKENS, "do_sample"):
+        value = getattr(config, name, None)
+        if value is not None:
+            values[name] = value
+    path = Path(directory) / FILE
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _number(key: str, value: Any, path: Path) -> float | int:

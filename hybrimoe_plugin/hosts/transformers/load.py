@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,15 @@ from hybrimoe_plugin.decode.graphed_layer import connect_layers
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes
 from hybrimoe_plugin.engine.turns import Turns, take_turns
-from hybrimoe_plugin.errors import BudgetError, ConfigError, RulesError, WeightsError
+from hybrimoe_plugin.errors import BudgetError, ConfigError, WeightsError
+from hybrimoe_plugin.families.packaged_rules import rules_path
+from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
-from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.config import has_config, model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
+from hybrimoe_plugin.hosts.transformers.skeleton import dtype_of, meta_model, rebuild_buffers
 from hybrimoe_plugin.hosts.transformers.stored import (
     give_stored,
     keeps_stored,
@@ -38,16 +40,6 @@ from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
 log = logging.getLogger(__name__)
-
-FAMILY_RULES = {
-    "mixtral": "Mixtral.yaml",
-    "qwen2_moe": "Qwen2-MoE.yaml",
-    "qwen3_moe": "Qwen3-MoE.yaml",
-    "deepseek_v2": "DeepSeek-V2.yaml",
-    "deepseek_v3": "DeepSeek-V3.yaml",
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_DTYPE = torch.bfloat16
 
 
 def load_model(
@@ -86,13 +78,12 @@ def load_model(
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)
-    model = meta_model(config, _dtype(dtype))
+    model = meta_model(config, dtype_of(dtype))
     check_complete(model, store, config)
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
     parsed = load_rules(rules_path(rules, config))
-    plan = without_plain(
-        with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
-    )
+    plan = plan_injection(model, parsed, trust_rules=trust_rules)
+    plan = without_plain(with_settings(plan, settings))
     if dtype is None and any(keeps_stored(match, store) for match in plan):
         # No large tensor is left in the model's own type, and small CPU operations are quickest in
         # float32.
@@ -131,62 +122,18 @@ def load_plain_model(
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
 ) -> tuple[Any, Any]:
-    """The same model without injection, every weight dequantised: the oracle. Raises as
-    `load_model`.
+    """The same model without injection, every weight dequantised. Raises as `load_model`.
+
+    The oracle of tests.
     """
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)
-    model = meta_model(config, _dtype(dtype))
+    model = meta_model(config, dtype_of(dtype))
     check_complete(model, store, config)
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
     load_dense(model, store, config, None, progress=progress)
     return model, tokenizer
-
-
-def meta_model(config: Any, dtype: torch.dtype = DEFAULT_DTYPE) -> Any:
-    """The model's skeleton on the meta device.
-
-    Raises:
-        WeightsError: transformers cannot build it from this config.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            ).eval()
-    except Exception as error:  # transformers raises many kinds
-        raise WeightsError(
-            f"transformers cannot build a {type(config).__name__} model: {error}"
-        ) from error
-
-
-def rules_path(rules: str | Path | None, config: Any) -> Path:
-    """The rules file: as given, a packaged name, or the packaged one of the model's family.
-
-    Raises:
-        RulesError: no such file, or no packaged rules for this family.
-    """
-    packaged = Path(str(files("optimize_rules")))
-    if rules is None:
-        name = FAMILY_RULES.get(config.model_type)
-        if name is None:
-            known = ", ".join(sorted(FAMILY_RULES))
-            raise RulesError(
-                f"no packaged rules for model type {config.model_type!r} (there are for {known})"
-            )
-        return packaged / name
-    path = Path(rules)
-    if path.exists():
-        return path
-    for candidate in (packaged / path, packaged / f"{path}.yaml"):
-        if candidate.is_file():
-            return candidate
-    raise RulesError(
-        f"{rules}: no such rules file, and no packaged rules of that name in {packaged}"
-    )
 
 
 def plan_for(
@@ -197,11 +144,12 @@ def plan_for(
     trust_rules: bool = False,
     **settings: Any,
 ) -> tuple[Any, Rules, list[Match]]:
-    """Dry run: (model on the meta device, rules, plan); no weight is read. Raises as
-    `load_model`.
+    """Dry run: (model on the meta device, rules, plan). Raises as `load_model`.
+
+    No weight is read.
     """
-    has_config = model_path is not None and (Path(model_path) / "config.json").exists()
-    store = _open(model_path, gguf_path) if gguf_path is not None or not has_config else None
+    reads_gguf = gguf_path is not None or not has_config(model_path)
+    store = _open(model_path, gguf_path) if reads_gguf else None
     config = model_config(model_path, store)
     model = meta_model(config)
     if store is not None:
@@ -226,43 +174,58 @@ def load_dense(
 
     Mutates: `model`.
     """
-    source = ParameterSource(store, config)
-    # A table that stays as stored is nothing to tie to; a plain head then reads its own copy.
-    has_table = isinstance(getattr(model.get_input_embeddings(), "weight", None), torch.Tensor)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings and has_table else set()
+    tied = _tied(model, config)
     wanted = {
         name: value
         for name, value in model.state_dict().items()
-        if name not in tied and value.is_meta
+        if value.is_meta and name not in tied
     }
-    check_host(
-        sum(value.numel() * value.element_size() for value in wanted.values()), "the dense weights"
-    )
+    needed = sum(value.numel() * value.element_size() for value in wanted.values())
+    check_host(needed, "the dense weights")
+    source = ParameterSource(store, config, names_of(config.model_type))
     # Checked as a whole before the first is read, so that a wrong file fails at once.
     for name in wanted:
         for part in source.parts(name):
             store.info(part)
-    device = _dense_device(model)
-    loaded = {}
-    try:
-        for name, value in tqdm(
-            wanted.items(), desc="loading weights", disable=not progress, leave=False, unit="tensor"
-        ):
-            loaded[name] = source.load(name, value.shape, value.dtype, device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise BudgetError(f"the dense weights do not fit on the accelerator: {error}") from error
+    loaded = _read(wanted, source, _dense_device(model), progress)
     model.load_state_dict(loaded, strict=False, assign=True)
-    _rebuild_buffers(model, config)
+    rebuild_buffers(model)
     if tied:
         model.tie_weights()
     _place(model, injection)
-    left = [
-        name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta
-    ]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, value in tensors if value.is_meta]
     if left:
         raise WeightsError(
             f"{store.paths[0]}: nothing in the file for {', '.join(left[:5])} ({len(left)} in all)"
         )
+
+
+def _tied(model: Any, config: Any) -> set[str]:
+    """Parameters that are not read, as they are the embedding's.
+
+    A table that stays as stored is nothing to tie to: a plain head then reads its own copy.
+    """
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    if config.tie_word_embeddings and isinstance(table, torch.Tensor):
+        return {"lm_head.weight"}
+    return set()
+
+
+def _read(
+    wanted: Mapping[str, torch.Tensor], source: ParameterSource, device: str, progress: bool
+) -> dict[str, torch.Tensor]:
+    """The parameters, dequantised on the device. Raises: BudgetError: no room there."""
+    loaded = {}
+    bar = tqdm(
+        wanted.items(), desc="loading weights", disable=not progress, leave=False, unit="tensor"
+    )
+    try:
+        for name, value in bar:
+            loaded[name] = source.load(name, value.shape, value.dtype, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BudgetError(f"the dense weights do not fit on the accelerator: {error}") from error
+    return loaded
 
 
 def _open(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFStore:
@@ -272,47 +235,19 @@ def _open(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFSt
     return GGUFStore.open(path)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    if dtype is None:
-        return DEFAULT_DTYPE
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    return DTYPES[dtype]
-
-
-def _rebuild_buffers(model: nn.Module, config: Any) -> None:
-    """Buffers that a state dict does not hold (rotary frequencies) are computed anew, off the meta
-    device.
-    """
-    for module in model.modules():
-        missing = [
-            name
-            for name in module._non_persistent_buffers_set
-            if _is_meta(module._buffers.get(name))
-        ]
-        if missing:
-            fresh = type(module)(config)
-            for name in missing:
-                module._buffers[name] = fresh._buffers[name]
-
-
-def _is_meta(value: torch.Tensor | None) -> bool:
-    return value is not None and value.is_meta
-
-
 def _dense_device(model: nn.Module) -> str:
-    """Where dense weights are dequantised: on the one accelerator that the operators compute on,
-    else on the CPU.
+    """Where dense weights are dequantised.
+
+    On the one accelerator that the operators compute on, else on the CPU.
     """
     devices = {_real(operator.generate_device) for operator in experts_operators(model)} - {"cpu"}
     return devices.pop() if len(devices) == 1 and cuda_refusal() is None else "cpu"
 
 
 def _place(model: nn.Module, injection: Injection | None) -> None:
-    """Dense parts go to the accelerator where the operators compute there; `default` rules may say
-    otherwise.
+    """Move dense parts to the accelerator, if the operators compute on one.
+
+    `default` rules may say otherwise for single modules.
     """
     device = _dense_device(model)
     try:

@@ -1,5 +1,4 @@
-"""Top-k, top-p and min-p by flashinfer, where it is installed, right and faster; transformers'
-processors otherwise.
+"""Top-k, top-p and min-p by flashinfer where it is installed, else by transformers.
 
 transformers sorts the whole vocabulary for top-p; flashinfer finds the same set of tokens without
 sorting. Drawing stays transformers': the filter is a logits processor like those it stands for.
@@ -43,8 +42,7 @@ class Filters(NamedTuple):
 
     @classmethod
     def of(cls, config: Any, defaults: Any) -> Filters | None:
-        """None where no token is drawn, no filter is worth it, or there are some that flashinfer
-        has no kernel for.
+        """The filters for flashinfer; None where it has nothing to do, or lacks a kernel for one.
 
         Args:
             defaults: the model's own generation config, which fills what is left open, as in
@@ -91,8 +89,9 @@ class Filters(NamedTuple):
         return process
 
     def taken_from(self, config: Any, defaults: Any) -> Any:
-        """The config without these filters. What is merely unset would be filled with defaults
-        again.
+        """The config without these filters.
+
+        They are set to neutral values: what is merely unset would be filled with defaults again.
         """
         rest = copy.deepcopy(config)
         rest.temperature, rest.top_k, rest.top_p = 1.0, 0, 1.0
@@ -113,9 +112,7 @@ class FlashinferFilter:
         self._plain = filters.plain()
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] float32 from scores of that shape; their softmax is the filtered
-        distribution.
-        """
+        """Filter scores [B, V] float32: the softmax of the result is the filtered distribution."""
         if self._library is None:
             return self._plain(input_ids, scores)
         try:
@@ -160,9 +157,7 @@ class FlashinferSampling:
         self._known: dict[Filters, FlashinferFilter | None] = {}
 
     def arguments(self, config: Any) -> dict[str, Any]:
-        """`generate`'s `generation_config` and `logits_processor` for this config; the config alone
-        where it stays.
-        """
+        """`generate`'s arguments for this config: with our processor, or the config alone."""
         device, defaults = getattr(self._model, "device", None), self._model.generation_config
         filters = Filters.of(config, defaults)
         if device is None or filters is None or not usable(device):

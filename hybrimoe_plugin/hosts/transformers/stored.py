@@ -13,6 +13,7 @@ from hybrimoe_plugin.compute.cpu.repack import requantised
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes
 from hybrimoe_plugin.errors import BackendError, WeightsError
+from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.injection.match import Match
 from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
@@ -48,8 +49,9 @@ def keeps_stored(match: Match, store: GGUFStore) -> bool:
 
 
 def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
-    """Read the file into memory where the settings say so; `auto` does where the CPU computes alone
-    and there is room.
+    """Read the file into memory where the settings say so.
+
+    `auto` does where the CPU computes alone and there is room.
 
     With `auto` so is a file that any user may write to.
 
@@ -69,9 +71,8 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
         if not fits:
             raise WeightsError(
                 f"{store.paths[0]}: any user may write to the file, and cutting it would end the "
-                f"process that reads "
-                "it where it lies; take the right away (chmod o-w), or accept it with "
-                "weights='mapped'"
+                "process that reads it where it lies; take the right away (chmod o-w), or accept "
+                "it with weights='mapped'"
             )
         store.read_into_memory()
         return
@@ -82,8 +83,9 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
-    """Hand every operator its matrices; they are mapped, and copied only where rows must change
-    places.
+    """Hand every operator its matrices.
+
+    They are mapped, and copied only where rows must change places.
 
     Matrices on the CPU in a type without a kernel are requantised to Q8_0, with a notice.
 
@@ -93,7 +95,7 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
 
     Mutates: `model`.
     """
-    source = ParameterSource(store, config)
+    source = ParameterSource(store, config, names_of(config.model_type))
     for name, module in model.named_modules():
         parameter = f"{name.removesuffix('.stored')}.weight"
         try:

@@ -1,6 +1,4 @@
-"""Chat templates, which are programs that come with a model: rendered under limits, every failure a
-typed error.
-"""
+"""Chat templates, which are programs that come with a model, rendered under limits."""
 
 from __future__ import annotations
 
@@ -124,8 +122,7 @@ class ChatTemplate:
         }.get(
             found["kind"],
             f"the model's chat template takes more than {self._seconds} seconds or "
-            f"{self._nbytes >> 20} MiB, "
-            "which is refused",
+            f"{self._nbytes >> 20} MiB, which is refused",
         )
 
 

@@ -1,5 +1,4 @@
-"""Renders chat templates in a process of its own, which the system ends when it takes too long or
-too much memory.
+"""Renders chat templates in a process of its own, with limits on time and memory.
 
 Started by `template`, as a script: it imports nothing but jinja2. Templates see what transformers
 shows them. One request and one answer a line, both JSON in ASCII.
@@ -22,9 +21,7 @@ MAX_CHARACTERS = 16 * 2**20
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what the model said, for training; here its contents are simply
-    text.
-    """
+    """`{% generation %}` marks the model's words for training; here its contents are plain text."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -34,9 +31,7 @@ class Generation(Extension):
 
 
 class Dict:
-    """The name `dict` of a template: a call makes one, other attributes of the class are out of
-    reach.
-    """
+    """The `dict` of a template: calls make one; other attributes of the class are out of reach."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -98,8 +93,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 
 def limit(seconds: int, nbytes: int) -> None:
-    """Let the system end this process, whatever it is busy with. The time is set anew for every
-    request.
+    """Let the system end this process when its time or memory is used up.
+
+    The time is set anew for every request.
     """
     import resource
     import signal

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import HybriMoEError, WeightsError
+from hybrimoe_plugin.families.pre_tokenizers import (
+    BYTE_LEVEL,
+    SENTENCE_PIECE,
+    pre_tokenizer,
+    splits_of,
+)
 from hybrimoe_plugin.hosts.ends import looks_like_an_end
 from hybrimoe_plugin.hosts.transformers.directory import check_tokenizer_files
-from hybrimoe_plugin.hosts.transformers.pre_tokenizers import pre_tokenizer, splits_of
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -35,14 +40,13 @@ def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any 
         WeightsError: a tokenizer is there and cannot be read.
         ConfigError: the directory's tokenizer is code of its own.
     """
-    if model_path is not None and any(
-        (Path(model_path) / name).exists() for name in TOKENIZER_FILES
-    ):
+    if has_tokenizer(model_path):
+        assert model_path is not None
         return directory_tokenizer(model_path, config)
     if "tokenizer.ggml.tokens" not in store.metadata:
         return None
     try:
-        if store.metadata.get("tokenizer.ggml.model") == "llama":
+        if store.metadata.get("tokenizer.ggml.model") == SENTENCE_PIECE:
             return _corrected(_read_by_transformers(store.paths[0]), store)
         return _byte_level(store)
     except HybriMoEError:
@@ -52,6 +56,13 @@ def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any 
             f"{store.paths[0]}: its tokenizer cannot be read ({type(error).__name__}: {error}); "
             "give model_path, a directory with the model's own tokenizer"
         ) from error
+
+
+def has_tokenizer(directory: str | Path | None) -> bool:
+    """Whether a directory is named that holds a tokenizer."""
+    if directory is None:
+        return False
+    return any((Path(directory) / name).exists() for name in TOKENIZER_FILES)
 
 
 def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
@@ -80,8 +91,9 @@ def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
 
 
 def _read_by_transformers(path: Path) -> Any:
-    """transformers reads other files beside the one that it is given: it gets a folder with nothing
-    else.
+    """The tokenizer as transformers reads it from a GGUF.
+
+    It reads other files beside the given one too, so it gets a folder with nothing else.
     """
     from transformers import AutoTokenizer
 
@@ -93,17 +105,20 @@ def _read_by_transformers(path: Path) -> Any:
 
 
 def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
-    """What the file says about special tokens, which not every release of transformers reads, or
-    reads rightly.
+    """Apply what the file says about special tokens.
+
+    Not every release of transformers reads all of it, or reads it rightly.
 
     Mutates: `tokenizer`.
     """
     known = tokenizer.get_vocab()
-    tokenizer.add_tokens(
-        [token for index, token in _whole_tokens(store) if known.get(token.content) == index]
-    )
-    texts = {name: text for name, text in _special_texts(store).items() if text is not None}
-    tokenizer.add_special_tokens({name: _added(text, True) for name, text in texts.items()})
+    whole = _whole_tokens(store)
+    tokenizer.add_tokens([token for index, token in whole if known.get(token.content) == index])
+    special = {}
+    for name, text in _special_texts(store).items():
+        if text is not None:
+            special[name] = _added(text, True)
+    tokenizer.add_special_tokens(special)
     for name, flag in _flags(store).items():
         setattr(tokenizer, name, flag)
     return tokenizer
@@ -118,28 +133,29 @@ def _byte_level(store: GGUFStore) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    kind, pre, tokens, merges = (
-        store.metadata.get(f"tokenizer.ggml.{name}")
-        for name in ("model", "pre", "tokens", "merges")
-    )
-    if kind != "gpt2" or tokens is None or merges is None:
+    kind = store.metadata.get("tokenizer.ggml.model")
+    tokens = store.metadata.get("tokenizer.ggml.tokens")
+    merges = store.metadata.get("tokenizer.ggml.merges")
+    if kind != BYTE_LEVEL or tokens is None or merges is None:
         raise ValueError(
-            f"SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is "
+            "SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is "
             f"{kind!r}"
         )
-    splits = splits_of(pre, store.architecture, str(store.paths[0]))
+    where = str(store.paths[0])
+    splits = splits_of(store.metadata.get("tokenizer.ggml.pre"), store.architecture, where)
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(
-        models.BPE(vocabulary, [_pair(merge) for merge in merges], ignore_merges=splits.whole_words)
-    )
+    pairs = [_pair(merge) for merge in merges]
+    backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=splits.whole_words))
     if splits.composed:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer(splits)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens([token for _, token in _whole_tokens(store)])
-    template = store.metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=template, **_special_texts(store), **_flags(store)
+        tokenizer_object=backend,
+        chat_template=store.metadata.get("tokenizer.chat_template"),
+        **_special_texts(store),
+        **_flags(store),
     )
 
 
@@ -164,20 +180,19 @@ def _flags(store: GGUFStore) -> dict[str, bool]:
     """Whether bos and eos are put around every text, where the file says so."""
     names = ("add_bos_token", "add_eos_token")
     found = {name: store.metadata.get(f"tokenizer.ggml.{name}") for name in names}
-    if store.metadata.get("tokenizer.ggml.model") == "llama" and found["add_bos_token"] is None:
-        found["add_bos_token"] = (
-            True  # older files have no flag, and SentencePiece models were trained with bos
-        )
+    kind = store.metadata.get("tokenizer.ggml.model")
+    if kind == SENTENCE_PIECE and found["add_bos_token"] is None:
+        # Older files have no flag, and SentencePiece models were trained with bos.
+        found["add_bos_token"] = True
     return {name: flag for name, flag in found.items() if flag is not None}
 
 
 def _whole_tokens(store: GGUFStore) -> list[tuple[int, Any]]:
     """Index and token of what is found in text as a whole, before anything is split."""
-    tokens, kinds = (
-        store.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type")
-    )
+    tokens = store.metadata.get("tokenizer.ggml.tokens") or ()
+    kinds = store.metadata.get("tokenizer.ggml.token_type") or ()
     found = []
-    for index, (token, kind) in enumerate(zip(tokens or (), kinds or (), strict=False)):
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
         # Some converters mark the end of a turn as an ordinary token, or as one of the user's.
         ends = kind in (_NORMAL, _USER_DEFINED) and looks_like_an_end(token)
         if ends or kind in _WHOLE:

@@ -1,5 +1,4 @@
-"""The patch set: small, named, reversible changes that let ktransformers run where it was not
-compiled.
+"""The patch set: small, reversible changes that let an uncompiled ktransformers run.
 
 Each patch says why it exists and for which versions, and finds out itself whether the host lacks
 the real thing; a complete host is left alone. They must be applied before anything imports
@@ -51,9 +50,7 @@ class Applied:
 
 
 def all_patches() -> tuple[Patch, ...]:
-    """Every patch, in the order in which they are applied: missing modules first, then what imports
-    them.
-    """
+    """Every patch, in order: missing modules first, then what imports them."""
     from hybrimoe_plugin.hosts.ktransformers.patches import behaviour, devices, modules
 
     return (*modules.PATCHES, *devices.PATCHES, *behaviour.PATCHES)

@@ -25,8 +25,9 @@ _ATTENTION = (
 
 
 def _sees_itself(changes: Changes) -> None:
-    """Count the token itself into the cache's filled length, which these classes give as the
-    token's position.
+    """Count the current token into the cache's filled length.
+
+    These classes give the token's position instead, which is one less.
     """
     for module, name in _ATTENTION:
         owner = getattr(importlib.import_module(module), name)
@@ -149,9 +150,7 @@ def refuse_graphs(model: Any) -> None:
 
 
 def _engine(changes: Changes) -> None:
-    """Build the engine once the weights are loaded, so that what cannot be met is told before the
-    first prompt.
-    """
+    """Build the engine once the weights are loaded, so that errors come before the first prompt."""
     optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
     load: Callable[..., None] = optimize.optimize_and_load_gguf
 
@@ -180,8 +179,7 @@ PATCHES = (
     Patch(
         "decode-sees-itself",
         "its Mixtral and Qwen2-MoE attention gives a token's position as the filled length of the "
-        "cache, so that a "
-        "decoded token does not see itself; the length is counted one more",
+        "cache, so that a decoded token does not see itself; the length is counted one more",
         "0.2.1",
         "0.2.2",
         _no_flash,
@@ -225,8 +223,7 @@ PATCHES = (
     Patch(
         "engine",
         "without it the engine is built at the first prompt; it is built when the weights are "
-        "loaded, and rules files "
-        "are checked first",
+        "loaded, and rules files are checked first",
         "0.2.1",
         "0.5",
         _always("it knows no step after loading"),

@@ -26,9 +26,7 @@ _CALLERS = (
 
 
 def _import_without_cuda(changes: Changes) -> None:
-    """Import the one module that asks for the GPU's capability while it is imported; nothing stays
-    changed.
-    """
+    """Import the one module that asks for the GPU's capability on import; nothing stays changed."""
     del changes
     asked = torch.cuda.get_device_capability
     torch.cuda.get_device_capability = lambda device=None: (0, 0)
@@ -56,9 +54,7 @@ class _QuietCuda:
 
 
 class _TorchWithoutCuda:
-    """`torch` as a module without CUDA should see it: its `cuda` does nothing and no memory is
-    pinned.
-    """
+    """`torch` for a module without CUDA: its `cuda` does nothing and no memory is pinned."""
 
     cuda = _QuietCuda()
 
@@ -77,9 +73,7 @@ def _cuda_calls(changes: Changes) -> None:
 
 
 def _cuda_devices(changes: Changes) -> None:
-    """Read `cuda` as `cpu` in rules and defaults; Marlin linears, which are CUDA kernels, become
-    torch's.
-    """
+    """Read `cuda` as `cpu` in rules and defaults, and Marlin linears as torch's."""
     optimize: Any = importlib.import_module("ktransformers.optimize.optimize")
     utils: Any = importlib.import_module("ktransformers.util.utils")
     decide: Callable[..., None] = optimize.gen_optimize_config
@@ -103,8 +97,7 @@ def _cuda_devices(changes: Changes) -> None:
 
 
 def on_cpu(value: Any) -> Any:
-    """Rules, or a part of them, with every CUDA device and kernel replaced; the argument stays as
-    it is.
+    """Rules, or a part of them, with CUDA devices and kernels replaced, as a copy.
 
     Left alone are experts on the emulated accelerator, whose device is one on paper.
     """
@@ -132,8 +125,7 @@ PATCHES = (
     Patch(
         "cuda-calls",
         "local_chat, prefill_and_generate and the experts call torch.cuda and pin memory whatever "
-        "the device is; "
-        "without a GPU these calls do nothing",
+        "the device is; without a GPU these calls do nothing",
         "0.2.1",
         "0.2.2",
         no_cuda,
@@ -141,9 +133,8 @@ PATCHES = (
     ),
     Patch(
         "cuda-devices",
-        "its rules name cuda, and so do its defaults for modules that no rule lists; without a "
-        "GPU they mean cpu, and "
-        "KLinearMarlin means KLinearTorch",
+        "its rules name cuda, and so do its defaults for modules that no rule lists; without a GPU "
+        "they mean cpu, and KLinearMarlin means KLinearTorch",
         "0.2.1",
         "0.2.2",
         no_cuda,

@@ -26,9 +26,7 @@ def _no_flash() -> str | None:
 
 
 def _flash(changes: Changes) -> None:
-    """Provide the module, and let transformers believe in it: it looks for the package and for a
-    GPU.
-    """
+    """Provide the module, and make transformers believe that it and a GPU are there."""
     import transformers.modeling_utils
     import transformers.utils
 
@@ -67,8 +65,8 @@ PATCHES = (
     Patch(
         "cpuinfer",
         "its CPU kernels (cpuinfer_ext) are compiled at install; kt-kernel's prebuilt ones take "
-        "their place, also for "
-        "its own KExpertsCPU, and threads start at the first task instead of at import",
+        "their place, also for its own KExpertsCPU, and threads start at the first task instead of "
+        "at import",
         "0.2.1",
         "0.2.2",
         lambda: cannot_import("cpuinfer_ext"),
@@ -77,8 +75,7 @@ PATCHES = (
     Patch(
         "ops",
         "its CUDA kernels (KTransformersOps) are compiled at install; torch dequantises GGML "
-        "blocks on the device, "
-        "Marlin linears end in an error that names KLinearTorch",
+        "blocks on the device, Marlin linears end in an error that names KLinearTorch",
         "0.2.1",
         "0.2.2",
         lambda: cannot_import("KTransformersOps"),

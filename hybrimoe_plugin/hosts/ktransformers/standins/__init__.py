@@ -1,3 +1,1 @@
-"""What takes the place of modules that were not compiled or installed: the same names, on kt-kernel
-and torch.
-"""
+"""Stand-ins for modules that were not compiled or installed, built on kt-kernel and torch."""

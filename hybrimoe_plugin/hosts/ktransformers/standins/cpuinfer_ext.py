@@ -26,9 +26,7 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
 @dataclass(frozen=True)
 class MOEConfig:
-    """Shapes, pointers and GGML type numbers of one layer's experts, in the order of the compiled
-    module.
-    """
+    """A layer's experts: shapes, pointers and GGML types, in the compiled module's order."""
 
     expert_num: int
     routed_expert_num: int
@@ -76,8 +74,9 @@ class MOEConfig:
 
 
 class Task(NamedTuple):
-    """One call of a layer: pointers to ids [T, K] int64, weights [T, K] float32, states and output
-    [T, H] bfloat16.
+    """One call of a layer, as pointers.
+
+    Ids [T, K] int64, weights [T, K] float32, states and output [T, H] bfloat16.
     """
 
     moe: MOE

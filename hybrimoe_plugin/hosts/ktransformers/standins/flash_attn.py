@@ -1,5 +1,4 @@
-"""`flash_attn` by torch's scaled dot product attention: the same functions, layouts and masks,
-without padding support.
+"""`flash_attn` by torch's scaled dot product attention, without support for padding.
 
 Layout [B, T, heads, D] throughout, as in flash-attn 2. Masks are causal to the bottom
 right: the last query sees every key.
@@ -27,8 +26,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     **_options: Any,
 ) -> torch.Tensor:
-    """[B, Tq, heads, D] from queries [B, Tq, heads, D] and keys and values [B, Tk, heads or fewer,
-    D].
+    """[B, Tq, heads, D] from queries of that shape, keys and values [B, Tk, heads or fewer, D].
 
     Raises:
         BackendError: a sliding window.
@@ -53,8 +51,9 @@ def flash_attn_with_kvcache(
     window_size: tuple[int, int] = (-1, -1),
     **_options: Any,
 ) -> torch.Tensor:
-    """As `flash_attn_func`, over the first `cache_seqlens` entries of a cache [B, Tmax, heads or
-    fewer, D].
+    """As `flash_attn_func`, over the first `cache_seqlens` entries of a cache.
+
+    The cache is [B, Tmax, heads or fewer, D].
 
     Raises:
         BackendError: new keys to be written, a sliding window, or several queries at once.

@@ -1,6 +1,4 @@
-"""`KTransformersOps` in torch: GGML blocks to values on the device; Marlin has no stand-in and says
-so.
-"""
+"""`KTransformersOps` in torch: dequantises GGML blocks on the device; Marlin is refused."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 
 MARLIN = (
     "KLinearMarlin needs KTransformersOps, which was not compiled here: put KLinearTorch into the "
-    "rules' generate_op, "
-    "or use the rules in optimize_rules/ktransformers"
+    "rules' generate_op, or use the rules in optimize_rules/ktransformers"
 )
 
 

@@ -1,5 +1,6 @@
-"""`ktransformers.operators.triton_attention` in torch: one decode step of latent attention over a
-paged cache.
+"""`ktransformers.operators.triton_attention` in torch.
+
+One decode step of latent attention over a paged cache.
 """
 
 from __future__ import annotations

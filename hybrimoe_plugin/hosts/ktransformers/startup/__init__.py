@@ -1,3 +1,1 @@
-"""The folder that `install` puts on the path of pip's build process, for the
-`sitecustomize` in it.
-"""
+"""The folder that `install` puts on the path of pip's build process: see `sitecustomize`."""

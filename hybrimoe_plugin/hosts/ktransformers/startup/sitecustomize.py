@@ -1,6 +1,4 @@
-"""Start-up module of one build process: nothing is compiled, whatever the set-up script
-asks for.
-"""
+"""Start-up module of one build process, in which nothing is compiled."""
 
 from __future__ import annotations
 

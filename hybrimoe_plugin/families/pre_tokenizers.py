@@ -10,8 +10,14 @@ import logging
 from typing import Any, NamedTuple
 
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.families.registry import usual_split
 
 log = logging.getLogger(__name__)
+
+SENTENCE_PIECE, BYTE_LEVEL = "llama", "gpt2"
+"""Values of `tokenizer.ggml.model`: the kinds of tokenizer that are read, under the names of the
+first models that had them.
+"""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,8 +32,8 @@ _NO_HAN = r"&&[^\p{Han}]]"
 _LLAMA3 = (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_REST}",)
 _QWEN2 = (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SIGNS}|{_REST}",)
 _QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| "
-    rf"?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}",
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}",
 )
 _TEKKEN = (rf"{_HEAD}{_UPPER}*{_LOWER}+|{_HEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SIGNS_SLASH}|{_REST}",)
 _GPT4O = (
@@ -101,16 +107,6 @@ _KINDS: dict[str, Splits] = {
 }
 """`tokenizer.ggml.pre` -> how text is split."""
 
-_USUAL = {
-    "llama": "llama-bpe",
-    "deepseek2": "deepseek-llm",
-    "qwen2": "qwen2",
-    "qwen3": "qwen2",
-    "qwen2moe": "qwen2",
-    "qwen3moe": "qwen2",
-}
-"""Architecture -> the kind of files that were written before there was `tokenizer.ggml.pre`."""
-
 
 def splits_of(kind: Any, architecture: str, where: str) -> Splits:
     """How a file's vocabulary splits text.
@@ -123,12 +119,12 @@ def splits_of(kind: Any, architecture: str, where: str) -> Splits:
     Raises:
         WeightsError: a kind that is not known here.
     """
-    if kind in (None, "", "default") and architecture in _USUAL:
-        usual = _USUAL[architecture]
+    usual = usual_split(architecture)
+    if kind in (None, "", "default") and usual is not None:
         log.warning(
             "%s does not say how its tokenizer splits text (tokenizer.ggml.pre); %r is taken, as "
-            "is usual for %s: "
-            "where answers are poor, give model_path with the model's own tokenizer",
+            "is usual for %s: where answers are poor, give model_path with the model's own "
+            "tokenizer",
             where,
             usual,
             architecture,
@@ -137,8 +133,8 @@ def splits_of(kind: Any, architecture: str, where: str) -> Splits:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise WeightsError(
             f"{where}: its tokenizer splits text in a way that is not known here "
-            f"(tokenizer.ggml.pre is {kind!r}); "
-            "give model_path, a directory with the model's own tokenizer"
+            f"(tokenizer.ggml.pre is {kind!r}); give model_path, a directory with the model's own "
+            "tokenizer"
         )
     return _KINDS[kind]
 

@@ -1,0 +1,79 @@
+"""What the rest of the tree has to know about a model family, as one declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.reading import Draft
+from hybrimoe_plugin.weights.gguf_names import GGUFNames
+
+
+class LayerForm(Enum):
+    """Decoder layers that some code computes step by step, without calling the layer's module.
+
+    Both are pre-norm with two residual sums: x + attention(norm(x)), and then x + mlp(norm(x)).
+    """
+
+    DENSE = "grouped-query attention with rotary embedding, and a gated MLP"
+    MOE = "grouped-query or latent attention, and routed experts, a gated MLP, or both"
+
+
+@dataclass(frozen=True)
+class PackagedRules:
+    """The family's files in `optimize_rules`; None where there is none."""
+
+    engine: str | None = None
+    """Routed experts on CPU and accelerator, in current transformers: `Mixtral.yaml`."""
+    flash: str | None = None
+    """The whole model on flash: `lever/mixtral.yaml`."""
+    classic: str | None = None
+    """Classic kTransformers, where `{device}` is cpu or gpu: `ktransformers/Mixtral-{device}.yaml`.
+    """
+
+
+def _always(_facts: Facts) -> bool:
+    return True
+
+
+def _nothing(_config: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: its names, and how its GGUF files become a transformers model."""
+
+    model_type: str
+    """transformers' name of it, as in config.json."""
+    architectures: tuple[str, ...]
+    """GGUF architectures of its files; the first one is written."""
+    describe: Callable[[Facts, Draft], None]
+    """Reads the metadata of a file into values of the transformers config.
+
+    Raises WeightsError where a value is missing or out of range. A key that it does not read must
+    have a neutral value, else the file is refused.
+    """
+    holds: Callable[[Facts], bool] = _always
+    """Whether a file of these architectures is of this family, where several share one."""
+    stored_as: str | None = None
+    """Model type that its files are taken for, as they look the same; a config.json tells it."""
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Metadata key -> values that change nothing in this family, beside those neutral in all."""
+    names: GGUFNames = field(default_factory=GGUFNames)
+    """Where its files deviate from the `gguf` package's map of tensor names."""
+    metadata: Callable[[Any], Mapping[str, Any]] = _nothing
+    """The reverse of `describe` for its own keys: from a config, to write a file."""
+    yarn_mscale: bool = False
+    """Whether files state yarn's `mscale_all_dim`, as a tenth of it in `yarn_log_multiplier`."""
+    rules: PackagedRules = field(default_factory=PackagedRules)
+    """Rules files that come with the package."""
+    model_class: str | None = None
+    """The class that config.json names under `architectures`, by which classic rules are found."""
+    layers: LayerForm | None = None
+    """Form of its decoder layers; None where they are only ever called as modules."""
+    usual_split: str | None = None
+    """How its tokenizers split text where a file does not say (`tokenizer.ggml.pre`)."""

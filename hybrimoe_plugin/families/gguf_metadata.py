@@ -1,0 +1,61 @@
+"""GGUF metadata from a transformers config: the reverse of `description`, to write files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.families.family import Family
+from hybrimoe_plugin.families.gguf_rope import rope_metadata
+
+_ROPES = ("default", "linear", "yarn", "llama3", "longrope")
+
+
+def metadata(config: Any, family: Family) -> dict[str, Any]:
+    """Metadata that describes the config of a family's model, under llama.cpp's keys.
+
+    Raises:
+        WeightsError: the config asks for what these files cannot say.
+    """
+    architecture = family.architectures[0]
+    _refuse_unsayable(config, architecture)
+    values: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "vocab_size": config.vocab_size,
+        **rope_metadata(config, family.yarn_mscale),
+        **family.metadata(config),
+    }
+    window = getattr(config, "sliding_window", None)
+    if window:
+        values["attention.sliding_window"] = window
+    return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def heads_metadata(config: Any) -> dict[str, Any]:
+    """Heads of one size, all of whose dimensions have a rotary embedding."""
+    size = getattr(config, "head_dim", None)
+    width = size or config.hidden_size // config.num_attention_heads
+    return {
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "rope.dimension_count": width,
+    }
+
+
+def _refuse_unsayable(config: Any, architecture: str) -> None:
+    kind = config.rope_parameters["rope_type"]
+    wrong = []
+    if kind not in _ROPES:
+        wrong.append(f"rope_type {kind!r}")
+    if config.hidden_act != "silu":
+        wrong.append(f"hidden_act {config.hidden_act!r}")
+    if wrong:
+        raise WeightsError(
+            f"a GGUF of architecture {architecture!r} cannot say {' and '.join(wrong)}"
+        )

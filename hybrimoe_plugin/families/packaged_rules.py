@@ -1,0 +1,69 @@
+"""The rules files that come with the package, found by the model's family or by their own name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.families.registry import families
+
+
+def packaged() -> Path:
+    """The folder of packaged rules."""
+    return Path(str(files("optimize_rules")))
+
+
+def rules_path(rules: str | Path | None, config: Any) -> Path:
+    """The engine's rules file: as given, a packaged name, or that of the model's family.
+
+    Raises:
+        RulesError: no such file, or no packaged rules for this family.
+    """
+    if rules is None:
+        return engine_rules(config.model_type)
+    path = Path(rules)
+    if path.exists():
+        return path
+    folder = packaged()
+    for candidate in (folder / path, folder / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise RulesError(f"{rules}: no such rules file, and no packaged rules of that name in {folder}")
+
+
+def engine_rules(model_type: str) -> Path:
+    """Routed experts on CPU and accelerator. Raises: RulesError: none for this model type."""
+    offered = {family.model_type: family.rules.engine for family in families()}
+    return _one_of(offered, model_type, f"model type {model_type!r}")
+
+
+def flash_rules(model_type: str) -> Path:
+    """The whole model on flash. Raises: RulesError: none for this model type."""
+    offered = {family.model_type: family.rules.flash for family in families()}
+    return _one_of(offered, model_type, f"model type {model_type!r} on flash")
+
+
+def classic_rules(model_class: str, device: str) -> Path:
+    """Classic kTransformers, by the class that config.json names; `device` is cpu or gpu.
+
+    Raises:
+        RulesError: none for this class.
+    """
+    offered = {
+        family.model_class: family.rules.classic
+        for family in families()
+        if family.model_class is not None
+    }
+    path = _one_of(offered, model_class, model_class)
+    return path.with_name(path.name.format(device=device))
+
+
+def _one_of(offered: Mapping[str, str | None], wanted: str, shown: str) -> Path:
+    name = offered.get(wanted)
+    if name is None:
+        known = sorted(kind for kind, file in offered.items() if file is not None)
+        raise RulesError(f"no packaged rules for {shown} (there are for {', '.join(known)})")
+    return packaged() / name

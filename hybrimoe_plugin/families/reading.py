@@ -1,0 +1,150 @@
+"""Reads a transformers config from GGUF metadata: the parts that several families share."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hybrimoe_plugin.families.gguf_facts import Facts
+
+ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+MLP = ("ffn_gate", "ffn_up", "ffn_down")
+"""Projections whose biases `has_biases` looks for."""
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+class Draft:
+    """Values of a transformers config, as a family's `describe` collects them."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.stated: dict[str, Any] = {}
+        """What the file states."""
+        self.assumed: dict[str, Any] = {}
+        """What it leaves open, as llama.cpp understands it; a config.json may say otherwise."""
+        self.rope_width = 0
+        """Dimensions of a head that have a rotary embedding."""
+        self.notices: list[str] = []
+        """What is taken for granted and the user should know, if the file is all there is."""
+        self._facts = facts
+
+    def take(self, name: str, value: Any, *keys: str) -> None:
+        """Note a value; it is stated where the file has all these keys."""
+        stated = all(map(self._facts.has, keys))
+        values = self.stated if stated else self.assumed
+        values[name] = value
+
+
+def read_common(facts: Facts, draft: Draft) -> None:
+    """What every decoder has: widths, layers, heads, norms, vocabulary and special tokens.
+
+    Raises:
+        WeightsError: a value is missing or out of range.
+
+    Mutates: `draft`.
+    """
+    hidden = facts.integer("embedding_length", least=1)
+    heads = facts.integer("attention.head_count", least=1)
+    groups = facts.integer("attention.head_count_kv", heads, least=1)
+    if heads % groups:
+        raise facts.wrong(
+            "attention.head_count_kv",
+            f"it must divide attention.head_count, which is {heads}",
+            groups,
+        )
+    draft.take("hidden_size", hidden)
+    draft.take("num_hidden_layers", _layers(facts))
+    draft.take("num_attention_heads", heads)
+    draft.take("num_key_value_heads", groups, "attention.head_count_kv")
+    draft.take("rms_norm_eps", facts.number("attention.layer_norm_rms_epsilon"))
+    draft.take("vocab_size", _vocabulary(facts))
+    context = facts.integer("context_length", 4096, least=1)
+    draft.assumed["max_position_embeddings"] = context
+    draft.assumed["tie_word_embeddings"] = "output.weight" not in facts.store.tensors
+    for name, key in _TOKENS.items():
+        token = facts.store.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        draft.assumed[name] = token if isinstance(token, int) else None
+
+
+def read_heads(facts: Facts, draft: Draft) -> None:
+    """Heads of one size for queries, keys and values, with a rotary embedding of all dimensions.
+
+    Needs `read_common` first. Raises: WeightsError: a value is out of range. Mutates: `draft`.
+    """
+    hidden = draft.stated["hidden_size"]
+    heads = draft.stated["num_attention_heads"]
+    if not facts.has("attention.key_length") and hidden % heads:
+        raise facts.wrong(
+            "attention.head_count",
+            f"it must divide embedding_length, which is {hidden}",
+            heads,
+        )
+    size = facts.integer("attention.key_length", hidden // heads, least=1)
+    draft.take("head_dim", size, "attention.key_length")
+    facts.only(
+        "attention.value_length",
+        size,
+        f"keys have {size} dimensions, and values must have as many",
+    )
+    facts.only(
+        "rope.dimension_count",
+        size,
+        f"heads have {size} dimensions, all of which must have a rotary embedding",
+    )
+    scale = size**-0.5
+    facts.only("attention.scale", scale, f"only {scale:.6g} is supported", unset=0)
+    draft.rope_width = size
+
+
+def read_experts(facts: Facts, draft: Draft, name: str) -> int:
+    """Note the number of routed experts as `name`, and how many a token gets; gives the latter.
+
+    Raises:
+        WeightsError: a value is missing or out of range.
+
+    Mutates: `draft`.
+    """
+    experts = facts.integer("expert_count", least=1)
+    used = facts.integer("expert_used_count", least=1)
+    if used > experts:
+        raise facts.wrong(
+            "expert_used_count",
+            f"there are expert_count = {experts} to choose from",
+            used,
+        )
+    draft.take(name, experts)
+    draft.take("num_experts_per_tok", used)
+    return used
+
+
+def has_biases(facts: Facts, *parts: str) -> bool:
+    """Whether the first layer has all these biases.
+
+    Biases that no parameter is made from are refused later, with the other tensors.
+    """
+    return all(f"blk.0.{part}.bias" in facts.store.tensors for part in parts)
+
+
+def _vocabulary(facts: Facts) -> int:
+    embedding = facts.store.tensors.get("token_embd.weight")
+    if embedding is None:
+        return facts.integer("vocab_size", least=1)
+    return embedding.shape[0]
+
+
+def _layers(facts: Facts) -> int:
+    """Decoder layers, without those that predict further tokens."""
+    total = facts.integer("block_count", least=1)
+    ahead = facts.integer("nextn_predict_layers", 0)
+    if ahead >= total:
+        raise facts.wrong(
+            "nextn_predict_layers",
+            f"it must be less than block_count, which is {total}",
+            ahead,
+        )
+    blocks = map(_BLOCK.match, facts.store.tensors)
+    held = {int(found[1]) for found in blocks if found}
+    if total - ahead > len(held):
+        raise facts.wrong("block_count", f"the file has tensors of {len(held)} blocks", total)
+    return total - ahead

@@ -1,0 +1,85 @@
+"""Models without weights, for every loader: built on the meta device, buffers computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.errors import ConfigError, WeightsError
+from hybrimoe_plugin.hosts.transformers.directory import config_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_DTYPE = torch.bfloat16
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A dtype by its name; the default for None.
+
+    Raises:
+        ConfigError: another name than those of `DTYPES`.
+    """
+    if dtype is None:
+        return DEFAULT_DTYPE
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    return DTYPES[dtype]
+
+
+def meta_model(config: Any, dtype: torch.dtype = DEFAULT_DTYPE) -> Any:
+    """The causal language model of a transformers config, on the meta device.
+
+    Raises:
+        WeightsError: transformers cannot build it from this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            return model.eval()
+    except Exception as error:  # transformers raises many kinds
+        raise WeightsError(
+            f"transformers cannot build a {type(config).__name__} model: {error}"
+        ) from error
+
+
+def meta_model_of(
+    values: Mapping[str, Any], dtype: torch.dtype, where: str = "the model's config"
+) -> Any:
+    """The same from the contents of a config.json; `where` is named in errors.
+
+    Raises:
+        WeightsError: transformers knows no such model.
+        ConfigError: the config names code or kernels that would have to be run or fetched.
+    """
+    return meta_model(config_of(values, where), dtype)
+
+
+def rebuild_buffers(model: Any) -> None:
+    """Compute the buffers that no file holds, such as rotary frequencies, on the CPU.
+
+    Mutates: `model`.
+    """
+    for module in model.modules():
+        missing = _missing_buffers(module)
+        if not missing:
+            continue
+        with torch.device("cpu"):
+            fresh = type(module)(model.config)
+        for name in missing:
+            module._buffers[name] = fresh._buffers[name]
+
+
+def _missing_buffers(module: nn.Module) -> list[str]:
+    """Buffers on the meta device that a state dict does not hold."""
+    found = []
+    for name in module._non_persistent_buffers_set:
+        value = module._buffers.get(name)
+        if value is not None and value.is_meta:
+            found.append(name)
+    return found

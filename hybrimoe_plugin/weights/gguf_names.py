@@ -1,0 +1,96 @@
+"""Which GGUF tensor a parameter is stored in: the `gguf` package's name map and its exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gguf import get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES
+
+from hybrimoe_plugin.errors import WeightsError
+
+GATE_UP, DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+"""Ends of the names of a layer's routed experts, which every family's model stacks alike."""
+
+
+@dataclass(frozen=True)
+class GGUFNames:
+    """How the files of a model family deviate from the `gguf` package's map of tensor names.
+
+    The default describes files without exceptions.
+    """
+
+    mapped_as: str | None = None
+    """Architecture whose map is used; None for the file's own."""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """End of a parameter's name -> its GGUF tensor, where `{layer}` is the layer's number."""
+    paired_heads: Mapping[str, str] = field(default_factory=dict)
+    """Part of a parameter's name -> the config's attribute that counts its heads.
+
+    The rows of these projections are stored in pairs: each row of a head's first half is followed
+    by its partner from the second half.
+    """
+
+    def heads_in_pairs(self, parameter: str, config: Any) -> int:
+        """Heads of a projection whose rows are stored in pairs; 0 for every other parameter."""
+        for part, attribute in self.paired_heads.items():
+            if part in parameter:
+                return int(getattr(config, attribute))
+        return 0
+
+
+class NameMap:
+    """Names of one model's tensors.
+
+    Args:
+        names: the family's exceptions.
+        architecture: that the file names.
+        layers: decoder layers of the model.
+
+    Raises:
+        WeightsError: the `gguf` package has no map for the architecture.
+    """
+
+    def __init__(self, names: GGUFNames, architecture: str, layers: int) -> None:
+        wanted = names.mapped_as or architecture
+        known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
+        if wanted not in known:
+            raise WeightsError(
+                f"the gguf package has no tensor names for architecture {wanted!r}: "
+                "name one whose files have the same tensors (GGUFNames.mapped_as)"
+            )
+        self._exceptions = names.tensors
+        self._map = get_tensor_name_map(known[wanted], layers)
+
+    def tensor(self, parameter: str) -> str | None:
+        """The GGUF name of a parameter; None where there is none."""
+        for end, tensor in self._exceptions.items():
+            if parameter.endswith(end):
+                return tensor.format(layer=layer_number(parameter))
+        found: str | None = self._map.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        return found
+
+
+def layer_number(parameter: str) -> int:
+    """The decoder layer that a parameter belongs to; -1 outside the layers.
+
+    >>> layer_number("model.layers.3.mlp.gate.weight")
+    3
+    """
+    numbers = (int(part) for part in parameter.split(".") if part.isdigit())
+    return next(numbers, -1)
+
+
+def to_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of Q or K from transformers' order (halves) to that of llama.cpp's files (pairs)."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `to_pairs`."""
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

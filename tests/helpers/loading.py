@@ -1,0 +1,58 @@
+"""Loading a GGUF in float32, plain and with operators, and comparing what models say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from steps import step
+
+from hybrimoe_plugin import load_model, load_plain_model
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
+
+
+def plain(path: Path, directory: Path | None = None) -> Any:
+    """The plain transformers model of a file, with the config of a directory if one is given."""
+    model, _ = load_plain_model(directory, path, dtype="float32", progress=False)
+    return model
+
+
+def injected(path: Path, directory: Path | None = None, **settings: Any) -> Any:
+    """The same with operators, whose experts compute in torch unless settings say otherwise."""
+    settings = {"cpu_backend": "torch", **settings}
+    model, _ = load_model(directory, path, dtype="float32", progress=False, **settings)
+    return model
+
+
+def logits(model: Any, prompt: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
+    """Of a prefill, and of single-token decode steps behind it."""
+    with torch.no_grad():
+        out = model(prompt, use_cache=True)
+        found = [out.logits]
+        for ids in () if steps is None else steps.T:
+            out = step(model, ids[:, None], cache_in(out))
+            found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+def check_same(model: Any, right: Any, tokens: int = 9) -> None:
+    """The logits of a prompt are the same."""
+    prompt = tiny.tokens(tokens)
+    torch.testing.assert_close(logits(model, prompt), logits(right, prompt))
+
+
+def check_applied(path: Path, right: Any, other: Any, **settings: Any) -> None:
+    """A file's model says what `right` says, and `other`, which lacks the feature, does not.
+
+    The model is plain without settings, and has operators with them.
+    """
+    prompt, steps = tiny.tokens(80), tiny.tokens(2, seed=1)
+    wanted = logits(right, prompt, steps)
+    assert (logits(other, prompt, steps) - wanted).abs().max() > 1e-2
+    model = injected(path, **settings) if settings else plain(path)
+    found = logits(model, prompt, steps)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    if settings:
+        model.hybrimoe.close()
