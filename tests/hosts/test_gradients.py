@@ -20,38 +20,48 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stored_mixtral(tmp_path_factory)
 
 
-GRADIENTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "torch": ({"cpu_backend": "torch"}, True),
-    "torch, dense plain": ({"cpu_backend": "torch", "dense": "plain"}, True),
-    "emulated": ({"cpu_backend": "torch", "accelerator": "emulated", "cache_ratio": 0.5}, False),
-    "ggml, dense plain": ({"cpu_backend": "ggml", "dense": "plain"}, False),
-    "ggml, linears plain": ({"cpu_backend": "ggml", "linears": "plain"}, False),
-    "kt-kernel": ({"cpu_backend": "kt", "dense": "plain"}, False),
-    "matrices as stored": ({"cpu_backend": "torch", "linears": "quantised"}, False),
+RIGHT: dict[str, dict[str, Any]] = {
+    "torch": {"cpu_backend": "torch"},
+    "torch, dense plain": {"cpu_backend": "torch", "dense": "plain"},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "emulated": {"cpu_backend": "torch", "accelerator": "emulated", "cache_ratio": 0.5},
+    "ggml, dense plain": {"cpu_backend": "ggml", "dense": "plain"},
+    "ggml, linears plain": {"cpu_backend": "ggml", "linears": "plain"},
+    "kt-kernel": {"cpu_backend": "kt", "dense": "plain"},
+    "matrices as stored": {"cpu_backend": "torch", "linears": "quantised"},
 }
 
 
-@pytest.mark.parametrize("way", sorted(GRADIENTS))
-def test_gradients_are_right_or_refused(way: str, stored: Path) -> None:
-    settings, right = GRADIENTS[way]
-    if not right and way != "emulated":
+def loss_and_weight(model: Any) -> tuple[torch.Tensor, Any]:
+    """A loss, and the only weight that asks for a gradient: one at the model's beginning."""
+    model.requires_grad_(False)
+    weight = model.model.layers[0].input_layernorm.weight
+    weight.requires_grad_(True)
+    return model(IDS, labels=IDS).loss, weight
+
+
+@pytest.mark.parametrize("way", sorted(RIGHT))
+def test_gradients_are_right(way: str, stored: Path) -> None:
+    model = injected(stored, **RIGHT[way])
+    gradients = []
+    for each in (model, plain(stored)):
+        loss, weight = loss_and_weight(each)
+        loss.backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
+    model.hybrimoe.close()
+
+
+@pytest.mark.parametrize("way", sorted(REFUSED))
+def test_gradients_are_refused(way: str, stored: Path) -> None:
+    if way != "emulated":
         needs.kt_kernel()
-    right = plain(stored)
-    model = injected(stored, **settings)
-    found = []
-    for each in (model, right):
-        each.requires_grad_(False)
-        weight = each.model.layers[0].input_layernorm.weight.requires_grad_(True)
-        loss = each(IDS, labels=IDS).loss
-        if each is model and not right:
-            with pytest.raises(BackendError, match="without gradients"):
-                loss.backward()
-            assert weight.grad is None
-        else:
-            loss.backward()
-            found.append(weight.grad)
-    if right:
-        torch.testing.assert_close(*found)
+    model = injected(stored, **REFUSED[way])
+    loss, weight = loss_and_weight(model)
+    with pytest.raises(BackendError, match="without gradients"):
+        loss.backward()
+    assert weight.grad is None
     model.hybrimoe.close()
 
 
