@@ -13,10 +13,10 @@ from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.demo import build as builder
 from hybrimoe_plugin.demo import build_demo_model, source_path
+from hybrimoe_plugin.engine import cpu_choice
 from hybrimoe_plugin.engine.calibrate import cache_dir
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
-from hybrimoe_plugin.operators import bind
 
 PROMPTS = (
     "What is the capital of France?",
@@ -61,7 +61,7 @@ def test_greedy_answers_equal_the_plain_model(
     path = build_demo_model(progress=False)
     with monkeypatch.context() as patch:
         # Remembering the dequantised experts takes 2.5 GB and a tenth of the time.
-        patch.setattr(bind, "make_cpu", lambda *_: TorchExperts(keep=True))
+        patch.setattr(cpu_choice, "make_cpu", lambda *_: TorchExperts(keep=True))
         exact, tokenizer = load_model(
             None, path, dtype="float32", cpu_backend="torch", cpu_threads=1, progress=False
         )

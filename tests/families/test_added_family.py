@@ -10,7 +10,7 @@ import needs
 import pytest
 import tiny
 import torch
-from loading import injected, logits, plain
+from loading import check_same, injected, logits, plain
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -21,6 +21,8 @@ from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from tests.families.tide import TIDE
 
+PROMPT = tiny.tokens(9)
+STEPS = tiny.tokens(3, seed=1)
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "adding-a-family.md"
 
 
@@ -64,11 +66,12 @@ def test_the_file_has_the_family_s_names_and_layout(tide: Any, tmp_path: Path) -
     assert store.architecture == "tide"
     assert "blk.0.router.weight" in store.tensors
     assert "blk.0.ffn_gate_inp.weight" not in store.tensors
-    plain = tide.model.layers[0].self_attn.q_proj.weight
+    # The second row of a head is the partner of the first.
+    rows = tide.model.layers[0].self_attn.q_proj.weight
     stored = store.dequantized("blk.0.attn_q.weight")
     half = tide.config.head_dim // 2
-    torch.testing.assert_close(stored[0], plain[0])
-    torch.testing.assert_close(stored[1], plain[half])
+    torch.testing.assert_close(stored[0], rows[0])
+    torch.testing.assert_close(stored[1], rows[half])
 
 
 @pytest.mark.parametrize("settings", [{}, {"accelerator": "emulated", "cache_ratio": 0.5}])
@@ -77,11 +80,9 @@ def test_it_computes_what_the_plain_model_computes(
 ) -> None:
     path = tmp_path / "m.gguf"
     export_gguf(tide, path)
-    prompt, steps = tiny.tokens(9), tiny.tokens(3, seed=1)
-    wanted = logits(tide, prompt, steps)
-    torch.testing.assert_close(logits(plain(path), prompt, steps), wanted)
     model = injected(path, **settings)
-    torch.testing.assert_close(logits(model, prompt, steps), wanted)
+    check_same(plain(path), tide, PROMPT, STEPS)
+    check_same(model, tide, PROMPT, STEPS)
     model.hybrimoe.close()
 
 
@@ -92,8 +93,8 @@ def test_its_layers_are_computed_in_graphs(tide: Any, tmp_path: Path) -> None:
     model = injected(path, dense="quantised")
     for layer in model.model.layers:
         assert layer.row_step is not None
-    prompt, steps = tiny.tokens(9), tiny.tokens(3, seed=1)
-    found, wanted = logits(model, prompt, steps), logits(tide, prompt, steps)
+    found = logits(model, PROMPT, STEPS)
+    wanted = logits(tide, PROMPT, STEPS)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     model.hybrimoe.close()
 

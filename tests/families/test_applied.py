@@ -16,6 +16,8 @@ from stated import export
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers import gguf_export
 
+PROMPT = tiny.tokens(9)
+
 FEATURES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {"attention_bias": True}, {}),
     ("llama", {"mlp_bias": True}, {}),
@@ -110,14 +112,14 @@ def test_what_changes_nothing_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
     metadata = gguf_export.metadata
     monkeypatch.setattr(gguf_export, "metadata", lambda *args: {**metadata(*args), **others})
     path = export(right, tmp_path / "m.gguf", keys, tensors)
-    check_same(plain(path), right, tokens=20)
+    check_same(plain(path), right, tiny.tokens(20))
 
 
 def test_a_head_of_its_own_is_used_where_the_directory_ties_it(tmp_path: Path) -> None:
     right = tiny.model("qwen3")
     path = export(right, tmp_path / "m.gguf")
     tiny.config("qwen3", tie_word_embeddings=True).save_pretrained(tmp_path)
-    check_same(plain(path, tmp_path), right)
+    check_same(plain(path, tmp_path), right, PROMPT)
 
 
 def test_both_forms_of_a_latent_projection_may_be_there(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_both_forms_of_a_latent_projection_may_be_there(tmp_path: Path) -> None:
     halves = [name for name in tensors if "attn_k_b" in name or "attn_v_b" in name]
     again = {name: tensors[name] for name in halves}
     path = export(right, tmp_path / "m.gguf", None, again)
-    check_same(plain(path), right)
+    check_same(plain(path), right, PROMPT)
 
 
 OLD_FILES = {
@@ -179,7 +181,7 @@ UNSET = {
 def test_values_that_stand_for_none_or_say_again_what_is_known(family: str, tmp_path: Path) -> None:
     right = tiny.model(family)
     path = export(right, tmp_path / "m.gguf", UNSET[family])
-    check_same(plain(path), right)
+    check_same(plain(path), right, PROMPT)
 
 
 def test_a_key_of_another_family_changes_nothing(tmp_path: Path) -> None:
@@ -189,5 +191,5 @@ def test_a_key_of_another_family_changes_nothing(tmp_path: Path) -> None:
     path = tiny.write(tmp_path, "deepseek_v2")
     tiny.config("deepseek_v2", rope_interleave=False).save_pretrained(tmp_path)
     model = injected(path, tmp_path, accelerator="none")
-    check_same(model, plain(path, tmp_path))
+    check_same(model, plain(path, tmp_path), PROMPT)
     model.hybrimoe.close()

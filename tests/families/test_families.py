@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from loading import injected, logits, plain
+from loading import check_same, injected, logits, plain
 
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 
@@ -18,6 +18,8 @@ CACHES = ("mrs", "lru", "lfu", "static")
 PREFETCHERS = ("impact", "score", "off")
 POLICIES = list(itertools.product(CACHES, PREFETCHERS))
 RATIOS = (0.0, 0.25, 0.5, 1.0)
+PROMPT = tiny.tokens(9)
+STEPS = tiny.tokens(3, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_weights_survive_the_round_trip(family: str, files: dict[str, Path]) -> None:
     loaded, tokenizer = load_plain_model(None, files[family], dtype="float32", progress=False)
     prompt = tiny.tokens(17, batch=2)
-    steps = prompt[:, :2]
-    found = logits(loaded, prompt, steps)
-    torch.testing.assert_close(found, logits(tiny.model(family), prompt, steps))
+    check_same(loaded, tiny.model(family), prompt, prompt[:, :2])
     assert tokenizer is None
     ends = loaded.generation_config.eos_token_id
     assert ends is None or loaded.config.eos_token_id is not None
@@ -46,8 +46,7 @@ def test_weights_survive_the_round_trip(family: str, files: dict[str, Path]) -> 
 def test_logits_equal_the_plain_forward(
     family: str, scheduler: str, files: dict[str, Path]
 ) -> None:
-    prompt, steps = tiny.tokens(9), tiny.tokens(3, seed=1)
-    wanted = logits(tiny.model(family), prompt, steps)
+    wanted = logits(tiny.model(family), PROMPT, STEPS)
     # Each scheduler meets every cache, prefetch and ratio over the families; the engine's tests
     # take the full product.
     shift = list(tiny.FAMILIES).index(family) + SCHEDULERS.index(scheduler)
@@ -61,7 +60,7 @@ def test_logits_equal_the_plain_forward(
             prefetch=prefetch,
             cache_ratio=ratio,
         )
-        torch.testing.assert_close(logits(model, prompt, steps), wanted)
+        torch.testing.assert_close(logits(model, PROMPT, STEPS), wanted)
         stats = model.hybrimoe.stats()
         assert stats.activations == stats.experts_cpu + stats.experts_accelerator > 0
         if scheduler == "accelerator_only":
@@ -82,29 +81,28 @@ def test_other_layouts_of_the_same_model(
     family: str, export: dict[str, Any], tmp_path: Path
 ) -> None:
     tiny.write(tmp_path, family, **export)
-    prompt, steps = tiny.tokens(7), tiny.tokens(2, seed=1)
-    wanted = logits(tiny.model(family), prompt, steps)
+    right = tiny.model(family)
     model = injected(tmp_path)
-    torch.testing.assert_close(logits(model, prompt, steps), wanted)
-    torch.testing.assert_close(logits(plain(tmp_path), prompt, steps), wanted)
+    check_same(model, right, PROMPT, STEPS)
+    check_same(plain(tmp_path), right, PROMPT, STEPS)
     model.hybrimoe.close()
 
 
-@torch.no_grad()
 def test_two_models_live_side_by_side_and_restore(files: dict[str, Path]) -> None:
-    right = [tiny.model("mixtral"), tiny.model("qwen3_moe")]
-    first, second = models = [injected(files["mixtral"]), injected(files["qwen3_moe"])]
-    ids = tiny.tokens(6)
+    mixtral, qwen = tiny.model("mixtral"), tiny.model("qwen3_moe")
+    first = injected(files["mixtral"])
+    second = injected(files["qwen3_moe"])
     for _ in range(2):
-        for model, other in zip(models, right, strict=True):
-            torch.testing.assert_close(model(ids).logits, other(ids).logits)
-    for model in models:
-        assert model.hybrimoe.stats().calls == 4
+        check_same(first, mixtral, PROMPT)
+        check_same(second, qwen, PROMPT)
+    assert first.hybrimoe.stats().calls == 4
+    assert second.hybrimoe.stats().calls == 4
     first.hybrimoe.restore()
-    restored, before = first.model.layers[0].mlp, right[0].model.layers[0].mlp
+    restored = first.model.layers[0].mlp
+    before = mixtral.model.layers[0].mlp
     assert type(restored.experts) is type(before.experts)
     assert not restored.gate._forward_hooks
-    torch.testing.assert_close(second(ids).logits, right[1](ids).logits)
+    check_same(second, qwen, PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +133,7 @@ def test_tied_embeddings_with_and_without_a_stored_table(
 ) -> None:
     tied = {"tie_word_embeddings": True}
     path = tiny.write(tmp_path, family, changes=tied)
-    prompt, steps = tiny.tokens(9), tiny.tokens(2, seed=1)
     model = injected(path, **settings)
-    wanted = logits(tiny.model(family, **tied), prompt, steps)
-    torch.testing.assert_close(logits(model, prompt, steps), wanted)
+    check_same(model, tiny.model(family, **tied), PROMPT, STEPS)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.hybrimoe.close()

@@ -26,21 +26,28 @@ def injected(path: Path, directory: Path | None = None, **settings: Any) -> Any:
     return model
 
 
+@torch.no_grad()
 def logits(model: Any, prompt: torch.Tensor, steps: torch.Tensor | None = None) -> torch.Tensor:
-    """Of a prefill, and of single-token decode steps behind it."""
-    with torch.no_grad():
-        out = model(prompt, use_cache=True)
-        found = [out.logits]
-        for ids in () if steps is None else steps.T:
-            out = step(model, ids[:, None], cache_in(out))
-            found.append(out.logits)
+    """Of a prefill, and of single-token decode steps behind it.
+
+    Args:
+        prompt: ids [B, T].
+        steps: ids [B, steps], or None for the prefill alone.
+    """
+    out = model(prompt, use_cache=True)
+    found = [out.logits]
+    columns = () if steps is None else steps.T
+    for ids in columns:
+        out = step(model, ids[:, None], cache_in(out))
+        found.append(out.logits)
     return torch.cat(found, dim=1)
 
 
-def check_same(model: Any, right: Any, tokens: int = 9) -> None:
-    """The logits of a prompt are the same."""
-    prompt = tiny.tokens(tokens)
-    torch.testing.assert_close(logits(model, prompt), logits(right, prompt))
+def check_same(model: Any, right: Any, prompt: torch.Tensor, steps: Any = None) -> None:
+    """The logits of a prompt and of decode steps are the same."""
+    found = logits(model, prompt, steps)
+    wanted = logits(right, prompt, steps)
+    torch.testing.assert_close(found, wanted)
 
 
 def check_applied(path: Path, right: Any, other: Any, **settings: Any) -> None:
@@ -48,9 +55,11 @@ def check_applied(path: Path, right: Any, other: Any, **settings: Any) -> None:
 
     The model is plain without settings, and has operators with them.
     """
-    prompt, steps = tiny.tokens(80), tiny.tokens(2, seed=1)
+    prompt = tiny.tokens(80)
+    steps = tiny.tokens(2, seed=1)
     wanted = logits(right, prompt, steps)
-    assert (logits(other, prompt, steps) - wanted).abs().max() > 1e-2
+    without = logits(other, prompt, steps)
+    assert (without - wanted).abs().max() > 1e-2
     model = injected(path, **settings) if settings else plain(path)
     found = logits(model, prompt, steps)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,4 @@
-"""Layers on several devices: who goes where, that states follow, and that nothing is left
-behind.
-"""
+"""Layers on several devices: who goes where, that states follow, and that hooks come off again."""
 
 from __future__ import annotations
 
@@ -56,29 +54,49 @@ def named(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     return seen
 
 
+def hooks(whole: nn.Module) -> int:
+    """Hooks on the model and the modules in it."""
+    count = 0
+    for module in whole.modules():
+        count += len(module._forward_pre_hooks)
+        count += len(module._forward_hooks)
+    return count
+
+
 def test_layers_lie_with_their_experts_and_states_follow(named: dict[str, list[str]]) -> None:
-    whole, ids = model(), torch.tensor([[1, 2, 3]])
+    whole = model()
+    ids = torch.tensor([[1, 2, 3]])
     wanted = whole(ids).logits
-    hooks = lambda: sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in whole.modules())  # noqa: E731
-    before = hooks()
+    before = hooks(whole)
     # Layer 0 has no experts operator: it goes with the next one that has.
-    undo = spread(
-        whole, {"model.layers.1.mlp.experts": "cuda:0", "model.layers.2.mlp.experts": "cuda:1"}
-    )
-    layers = [entry for entry in named["weights"] if entry.startswith("MixtralDecoderLayer")]
-    assert layers == ["MixtralDecoderLayer: cuda:0"] * 2 + ["MixtralDecoderLayer: cuda:1"]
-    assert "Embedding: cuda:0" in named["weights"]
-    assert named["weights"][-2:] == ["MixtralRMSNorm: cuda:1", "Linear: cuda:1"]
+    places = {
+        "model.layers.1.mlp.experts": "cuda:0",
+        "model.layers.2.mlp.experts": "cuda:1",
+    }
+    undo = spread(whole, places)
+    weights = named["weights"]
+    layers = [entry for entry in weights if entry.startswith("MixtralDecoderLayer")]
+    assert layers == [
+        "MixtralDecoderLayer: cuda:0",
+        "MixtralDecoderLayer: cuda:0",
+        "MixtralDecoderLayer: cuda:1",
+    ]
+    assert "Embedding: cuda:0" in weights
+    assert weights[-2:] == ["MixtralRMSNorm: cuda:1", "Linear: cuda:1"]
     torch.testing.assert_close(whole(ids).logits, wanted)
     undo()
-    assert hooks() == before
+    assert hooks(whole) == before
 
 
 def test_tensors_in_tuples_lists_and_dicts_are_moved() -> None:
     value = {"a": (torch.ones(2), [torch.ones(1), 3]), "b": None, "c": "text"}
     found = moved(value, "meta")
-    assert found["a"][0].is_meta and found["a"][1][0].is_meta
-    assert found["a"][1][1] == 3 and found["b"] is None and found["c"] == "text"
+    first, (second, number) = found["a"]
+    assert first.is_meta
+    assert second.is_meta
+    assert number == 3
+    assert found["b"] is None
+    assert found["c"] == "text"
 
 
 def test_layer_of_an_operator() -> None:
@@ -103,8 +121,10 @@ def test_rules_for_two_devices_cover_every_layer_once(
         if match.name.endswith("experts")
     }
     assert len(found) == layers
-    assert layer_devices(found) == {
-        f"model.layers.{index}": "cuda:0" if index < split else "cuda:1" for index in range(layers)
-    }
+    wanted = {}
+    for index in range(layers):
+        wanted[f"model.layers.{index}"] = "cuda:0" if index < split else "cuda:1"
+    assert layer_devices(found) == wanted
     for operator in ("GraphedLayer", "FusedAttention"):
-        assert sum(match.operator.endswith(operator) for match in plan) == layers
+        matches = [match for match in plan if match.operator.endswith(operator)]
+        assert len(matches) == layers

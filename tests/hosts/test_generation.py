@@ -1,6 +1,4 @@
-"""Where answers end and how they are drawn: as the model's files say, for every way to load a
-model.
-"""
+"""Answers end and are drawn as the model's files say, for every way to load a model."""
 
 from __future__ import annotations
 
@@ -22,20 +20,25 @@ from lever_ext import load_target, pack_model, pack_tokenizer
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|eom_id|>", "</s>"]
 TOKENS = [*sorted(ByteLevel.alphabet()), "he", *SPECIAL]
 END, TURN, PART, OTHER = (TOKENS.index(token) for token in SPECIAL)
+LETTER = TOKENS.index("a")
+FAR, FARTHEST = 10**6, 2**32 - 1
+"""Ids beyond the vocabulary; the latter is -1 as some converters write it."""
 
 
 def write(
     folder: Path, family: str = "qwen3_moe", kinds: tuple[int, ...] = (3, 3, 3, 1), **more: Any
 ) -> Path:
-    extra = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "deepseek-v3" if "deepseek" in family else "qwen2",
-        "tokenizer.ggml.tokens": TOKENS,
-        "tokenizer.ggml.token_type": [1] * (len(TOKENS) - len(SPECIAL)) + list(kinds),
-        "tokenizer.ggml.merges": ["h e"],
-        "tokenizer.ggml.eos_token_id": END,
-        **{f"tokenizer.ggml.{key}": value for key, value in more.items()},
+    ordinary = [1] * (len(TOKENS) - len(SPECIAL))
+    keys = {
+        "model": "gpt2",
+        "pre": "deepseek-v3" if "deepseek" in family else "qwen2",
+        "tokens": TOKENS,
+        "token_type": [*ordinary, *kinds],
+        "merges": ["h e"],
+        "eos_token_id": END,
+        **more,
     }
+    extra = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     return tiny.write(folder, family, changes={"vocab_size": len(TOKENS)}, extra=extra)
 
 
@@ -58,31 +61,31 @@ def generation(directory: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
 def test_every_end_of_a_file_ends(family: str, tmp_path: Path) -> None:
-    plain = TOKENS.index("a")
-    model, tokenizer = load_plain_model(
-        None, write(tmp_path, family, eot_token_id=plain, eom_token_id=PART)
-    )
-    assert set(ends(model)) == {END, plain, PART, TURN}
+    path = write(tmp_path, family, eot_token_id=LETTER, eom_token_id=PART)
+    model, tokenizer = load_plain_model(None, path)
+    assert set(ends(model)) == {END, LETTER, PART, TURN}
     assert model.generation_config.pad_token_id == END
-    assert tokenizer.decode([plain, TURN], skip_special_tokens=True) == "a"
+    assert tokenizer.decode([LETTER, TURN], skip_special_tokens=True) == "a"
 
 
 @pytest.mark.parametrize("kind", [1, 3, 4])
 def test_ends_of_turns_are_known_by_name(kind: int, tmp_path: Path) -> None:
     """Some converters mark them as ordinary tokens, or as the user's."""
-    model, tokenizer = load_plain_model(None, write(tmp_path, kinds=(3, kind, 1, 1)))
+    path = write(tmp_path, kinds=(3, kind, 1, 1))
+    model, tokenizer = load_plain_model(None, path)
     assert ends(model) == [END, TURN, PART]
-    assert tokenizer("a<|im_end|>").input_ids == [TOKENS.index("a"), TURN]
+    assert tokenizer("a<|im_end|>").input_ids == [LETTER, TURN]
     assert tokenizer.decode([TURN], skip_special_tokens=True) == ""
     assert tokenizer("</s>").input_ids != [OTHER], "that may be text"
 
 
 def test_ids_beyond_the_embedding_mean_nothing(tmp_path: Path) -> None:
-    beyond = {"eot_token_id": 10**6, "bos_token_id": 2**32 - 1, "unknown_token_id": 10**6}
-    model, tokenizer = load_plain_model(None, write(tmp_path, **beyond))
-    assert all(index < len(TOKENS) for index in ends(model))
-    assert tokenizer.bos_token is None and tokenizer.unk_token is None
-    assert model.generation_config.bos_token_id != 2**32 - 1
+    path = write(tmp_path, eot_token_id=FAR, bos_token_id=FARTHEST, unknown_token_id=FAR)
+    model, tokenizer = load_plain_model(None, path)
+    assert max(ends(model)) < len(TOKENS)
+    assert tokenizer.bos_token is None
+    assert tokenizer.unk_token is None
+    assert model.generation_config.bos_token_id != FARTHEST
 
 
 def test_generation_config_is_taken(directory: Path, tmp_path: Path) -> None:
@@ -110,9 +113,8 @@ def test_an_answer_ends_at_the_turn_s_end(
     """Every token but the first is one of the ends, so that the second ends the answer."""
     generation(directory, eos_token_id=list(range(len(TOKENS))))
     model, tokenizer = load_plain_model(directory, write(tmp_path), dtype="float32", progress=False)
-    Chat(model, tokenizer, ChatOptions(max_new_tokens=9, sampling={"do_sample": False})).answer(
-        "he"
-    )
+    options = ChatOptions(max_new_tokens=9, sampling={"do_sample": False})
+    Chat(model, tokenizer, options).answer("he")
     assert "eval count:           1 token(s)" in capsys.readouterr().out
 
 
@@ -158,10 +160,8 @@ def test_what_is_not_used_is_said(
     generation(directory, custom_generate="someone/recipe", guidance_scale=2.0, top_k=-1)
     model, _ = load_plain_model(directory, write(tmp_path), progress=False)
     assert "not used: custom_generate, guidance_scale" in caplog.text
-    assert (
-        not hasattr(model.generation_config, "custom_generate")
-        and model.generation_config.top_k == 0
-    )
+    assert not hasattr(model.generation_config, "custom_generate")
+    assert model.generation_config.top_k == 0
 
 
 def test_a_pack_keeps_how_its_model_answers(tmp_path: Path) -> None:
@@ -169,13 +169,15 @@ def test_a_pack_keeps_how_its_model_answers(tmp_path: Path) -> None:
     tiny.config("llama", vocab_size=len(TOKENS)).save_pretrained(directory)
     generation(directory, eos_token_id=[TURN], do_sample=True, temperature=0.5)
     pack = tmp_path / "pack"
-    pack_model(pack, directory, write(tmp_path, "llama", eot_token_id=TOKENS.index("a")), "float32")
+    path = write(tmp_path, "llama", eot_token_id=LETTER)
+    pack_model(pack, directory, path, "float32")
     target = load_target(pack, direct=False)
     try:
         target.stop_as(pack_tokenizer(pack))
         config = target.model.generation_config
-        assert {TURN, END, PART, TOKENS.index("a")} == set(config.eos_token_id)
-        assert (config.do_sample, config.temperature) == (True, 0.5)
+        assert set(config.eos_token_id) == {TURN, END, PART, LETTER}
+        assert config.do_sample is True
+        assert config.temperature == 0.5
     finally:
         target.close()
 

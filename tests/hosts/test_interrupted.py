@@ -1,6 +1,4 @@
-"""Answers that were interrupted or failed, at any point and with every backend: the next ones are
-those given alone.
-"""
+"""After an answer that was interrupted or failed, at any point, the next ones are right."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,7 +41,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"accelerator": "emulated", "cpu_backend": "torch", "cache": "lru"},
     ),
 }
-PROMPTS = [tiny.tokens(count, seed) for seed, count in enumerate((3, 12, 1))]
+LONG = tiny.tokens(12, 1)
+PROMPTS = [tiny.tokens(3, 0), LONG, tiny.tokens(1, 2)]
 
 
 class Case(NamedTuple):
@@ -60,11 +60,12 @@ def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp("models")
+    path = tmp_path_factory.mktemp("models") / "model.gguf"
     family, choices = KINDS[request.param]
-    tiny.write_quantised(folder / "model.gguf", family)
-    model, _ = load_model(None, folder / "model.gguf", progress=False, dtype="float32", **choices)
-    yield Case(model, [generate(model, prompt) for prompt in PROMPTS])
+    tiny.write_quantised(path, family)
+    model, _ = load_model(None, path, progress=False, dtype="float32", **choices)
+    alone = [generate(model, prompt) for prompt in PROMPTS]
+    yield Case(model, alone)
     model.hybrimoe.close()
 
 
@@ -76,11 +77,12 @@ def sound(case: Case) -> None:
 
 def test_the_next_answer_after_an_interrupt(case: Case) -> None:
     rng = random.Random(0)
-    count = operations(lambda: generate(case.model, PROMPTS[1]))
+    answer = partial(generate, case.model, LONG)
+    count = operations(answer)
     reached = 0
     for _ in range(TIMES):
         place = rng.randint(1, count)
-        reached += ended(lambda: generate(case.model, PROMPTS[1]), place, KeyboardInterrupt())
+        reached += ended(answer, place, KeyboardInterrupt())
         sound(case)
     assert reached > TIMES // 2, "most places lie before the end of the answer"
 
@@ -104,18 +106,21 @@ def test_the_next_answers_after_a_transfer_that_was_not_sent(
         with monkeypatch.context() as patch, pytest.raises(error):
             patch.setattr(accelerator, "onload", stopped)
             while True:  # until an answer needs so many
-                generate(case.model, PROMPTS[1])
+                generate(case.model, LONG)
         sound(case)
 
 
 def test_the_next_answer_after_an_error_inside(case: Case) -> None:
     rng = random.Random(1)
-    count = operations(lambda: generate(case.model, PROMPTS[1]))
-    errors = (RuntimeError, MemoryError, OSError, BackendError)
+    answer = partial(generate, case.model, LONG)
+    count = operations(answer)
+    kinds = (RuntimeError, MemoryError, OSError, BackendError)
     for time in range(TIMES):
-        place, error = rng.randint(1, count), errors[time % len(errors)]("injected")
+        place = rng.randint(1, count)
+        kind = kinds[time % len(kinds)]
         try:
-            ended(lambda: generate(case.model, PROMPTS[1]), place, error)
+            ended(answer, place, kind("injected"))
         except Exception as other:  # what our own code makes of it, or a library
-            assert "injected" in str(other) or "injected" in str(other.__context__), repr(other)
+            said = f"{other} {other.__context__}"
+            assert "injected" in said, repr(other)
         sound(case)

@@ -1,4 +1,4 @@
-"""What an injected model cannot do is refused by its name, and leaves the model as it was."""
+"""What an injected model cannot do is refused by its name, and gradients are right or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
+import tiny
 import torch
 from loading import injected, plain
 from uses import (
@@ -21,6 +23,7 @@ from uses import (
     every_step,
     in_training,
     injected_and_plain,
+    quantised,
     stored_mixtral,
 )
 
@@ -104,6 +107,66 @@ def test_attention_dropout_is_refused_in_training(
     called(IDS)(model)
     with pytest.raises(BackendError, match="attention_dropout is 0.1"):
         in_training(model)
+
+
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "torch": {"cpu_backend": "torch"},
+    "torch, dense plain": {"cpu_backend": "torch", "dense": "plain"},
+}
+NO_GRADIENTS: dict[str, dict[str, Any]] = {
+    "emulated": {"cpu_backend": "torch", "accelerator": "emulated", "cache_ratio": 0.5},
+    "ggml, dense plain": {"cpu_backend": "ggml", "dense": "plain"},
+    "ggml, linears plain": {"cpu_backend": "ggml", "dense": "dequantised"},
+    "kt-kernel": {"cpu_backend": "kt", "dense": "plain"},
+    "matrices as stored": {"cpu_backend": "torch", "dense": "quantised"},
+}
+
+
+def loss_and_weight(model: Any) -> tuple[torch.Tensor, Any]:
+    """A loss, and the only weight that asks for a gradient: one at the model's beginning."""
+    model.requires_grad_(False)
+    weight = model.model.layers[0].input_layernorm.weight
+    weight.requires_grad_(True)
+    return model(IDS, labels=IDS).loss, weight
+
+
+@pytest.mark.parametrize("way", sorted(GRADIENTS))
+def test_gradients_are_right(way: str, stored: Path) -> None:
+    model = injected(stored, **GRADIENTS[way])
+    gradients = []
+    for each in (model, plain(stored)):
+        loss, weight = loss_and_weight(each)
+        loss.backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
+    model.hybrimoe.close()
+
+
+@pytest.mark.parametrize("way", sorted(NO_GRADIENTS))
+def test_gradients_are_refused(way: str, stored: Path) -> None:
+    if way != "emulated":
+        needs.kt_kernel()
+    model = injected(stored, **NO_GRADIENTS[way])
+    loss, weight = loss_and_weight(model)
+    with pytest.raises(BackendError, match="without gradients"):
+        loss.backward()
+    assert weight.grad is None
+    model.hybrimoe.close()
+
+
+def test_a_bias_inside_a_graph_has_no_gradient_either(tmp_path: Path) -> None:
+    needs.kt_kernel()
+    model = injected(
+        tiny.write(tmp_path, "qwen2_moe", types=quantised),
+        dense="quantised",
+        cpu_backend="torch",
+    ).requires_grad_(False)
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.bias.requires_grad_(True)
+    model.model.norm.weight.requires_grad_(True)  # else no loss would ask for gradients
+    with pytest.raises(BackendError, match="a matrix as stored"):
+        model(IDS, labels=IDS).loss.backward()
+    model.hybrimoe.close()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""flashinfer's filters against transformers' own distribution, and `generate` with them; a module
-is in its place.
-"""
+"""flashinfer's filters give transformers' own distribution; a stand-in takes its place here."""
 
 from __future__ import annotations
 
@@ -57,11 +55,10 @@ def times(*values: float) -> Any:
 def test_the_distribution_is_that_of_transformers(
     filters: Filters, spread: float, flashinfer: Any
 ) -> None:
-    scores = spread * torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
-    found, right = (
-        FlashinferFilter(flashinfer.sampling, filters)(None, scores),
-        filters.plain()(None, scores),
-    )
+    generator = torch.Generator().manual_seed(1)
+    scores = spread * torch.randn(3, 700, generator=generator)
+    ours, plain = FlashinferFilter(flashinfer.sampling, filters), filters.plain()
+    found, right = ours(None, scores), plain(None, scores)
     assert torch.equal(found.isinf(), right.isinf())
     torch.testing.assert_close(found.softmax(-1), right.softmax(-1))
 
@@ -69,26 +66,30 @@ def test_the_distribution_is_that_of_transformers(
 def test_scores_that_are_left_out_stay_so(flashinfer: Any) -> None:
     scores = torch.randn(1, 50)
     scores[:, 10:] = float("-inf")
-    found = FlashinferFilter(flashinfer.sampling, Filters(1.0, 20, 0.99, 0.0))(None, scores)
-    assert found[:, 10:].isinf().all() and found[:, :10].isfinite().any()
+    ours = FlashinferFilter(flashinfer.sampling, Filters(1.0, 20, 0.99, 0.0))
+    found = ours(None, scores)
+    assert found[:, 10:].isinf().all()
+    assert found[:, :10].isfinite().any()
 
 
 def test_the_faster_one_is_chosen_if_it_is_right(
     flashinfer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(choose(KINDS[0], 300, CPU, times(2.0, 1.0)), FlashinferFilter)
-    assert choose(KINDS[0], 300, CPU, times(1.0, 2.0)) is None
+    filters = KINDS[0]
+    assert isinstance(choose(filters, 300, CPU, times(2.0, 1.0)), FlashinferFilter)
+    assert choose(filters, 300, CPU, times(1.0, 2.0)) is None
     assert not caplog.records
     flashinfer.sampling.wrong = True
-    assert choose(KINDS[0], 300, CPU, times(2.0, 1.0)) is None
+    assert choose(filters, 300, CPU, times(2.0, 1.0)) is None
     assert "of the probability to other tokens" in caplog.text
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert choose(KINDS[0], 300, CPU, times(2.0, 1.0)) is None
+    assert choose(filters, 300, CPU, times(2.0, 1.0)) is None
 
 
 def test_distance_is_the_share_that_lies_elsewhere() -> None:
-    one, other = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.5, 0.25, 0.25]]).log()
-    assert distance(one, other) == pytest.approx(0.25)
+    one = torch.tensor([[0.5, 0.5, 0.0]])
+    other = torch.tensor([[0.5, 0.25, 0.25]])
+    assert distance(one.log(), other.log()) == pytest.approx(0.25)
 
 
 def config(**values: Any) -> GenerationConfig:
@@ -98,7 +99,8 @@ def config(**values: Any) -> GenerationConfig:
 def test_filters_are_read_as_generate_reads_them() -> None:
     none = GenerationConfig()
     assert Filters.of(config(top_p=0.9), none) == (1.0, 50, 0.9, 0.0), "50 is its default"
-    assert Filters.of(config(), config(temperature=0.6, top_k=20, min_p=0.1)) == (0.6, 20, 1.0, 0.1)
+    own = config(temperature=0.6, top_k=20, min_p=0.1)
+    assert Filters.of(config(), own) == (0.6, 20, 1.0, 0.1)
     for other in (
         GenerationConfig(),
         config(top_k=0),
@@ -107,9 +109,9 @@ def test_filters_are_read_as_generate_reads_them() -> None:
         config(temperature=-1.0),
     ):
         assert Filters.of(other, none) is None
-    assert FlashinferSampling(SimpleNamespace(device=CPU, generation_config=none)).arguments(
-        config()
-    ).keys() == {"generation_config"}, "nothing is asked of flashinfer on a CPU"
+    model = SimpleNamespace(device=CPU, generation_config=none)
+    arguments = FlashinferSampling(model).arguments(config())
+    assert arguments.keys() == {"generation_config"}, "nothing is asked of flashinfer on a CPU"
 
 
 @pytest.mark.parametrize("own", [{}, {"top_k": 4, "top_p": 0.5, "temperature": 0.3, "min_p": 0.2}])
@@ -142,10 +144,13 @@ def test_generate_draws_the_same_tokens(own: dict[str, Any], flashinfer: Any) ->
 def test_transformers_take_over_where_it_fails(
     flashinfer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = choose(KINDS[0], 300, CPU, times(2.0, 1.0))
+    filters = KINDS[0]
+    chosen = choose(filters, 300, CPU, times(2.0, 1.0))
     assert chosen is not None
     scores = torch.randn(1, 300)
+    right = filters.plain()(None, scores)
     monkeypatch.setattr(flashinfer.sampling, "top_p_renorm_probs", lambda *_: 1 / 0)
     for _ in range(2):
-        assert torch.equal(chosen(None, scores), KINDS[0].plain()(None, scores))
-    assert len(caplog.records) == 1 and "no longer" in caplog.text
+        assert torch.equal(chosen(None, scores), right)
+    assert len(caplog.records) == 1
+    assert "no longer" in caplog.text

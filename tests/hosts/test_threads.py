@@ -6,146 +6,20 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from at_once import LONG_S, in_threads
-from replayed import Replayed
-from transformers.generation.streamers import BaseStreamer
+from threaded import ANSWERS, KINDS, THREADS, Case, Question, load, questions
 
-from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
-from hybrimoe_plugin.decode import graphed_layer as graphs
 from hybrimoe_plugin.errors import BackendError
 
 pytestmark = pytest.mark.slow
-
-THREADS = 8
-ANSWERS = int(os.environ.get("HYBRIMOE_LONG", 1))
-"""Of each thread."""
-GAP = 0.03
-"""Least distance between the likeliest token and the next: where an expert computes changes the
-rounding, and with it which of two that are all but tied is chosen.
-"""
-
-EMULATED = {"accelerator": "emulated", "cache_ratio": 0.4}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "torch": ("mixtral", {"cpu_backend": "torch"}),
-    "ggml": ("qwen3_moe", {"cpu_backend": "ggml"}),
-    "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
-    "ggml, module by module": (
-        "qwen2_moe",
-        {"cpu_backend": "ggml", "graphs": "off", "dtype": "bfloat16"},
-    ),
-    "kt": ("qwen3_moe", {"cpu_backend": "kt"}),
-    "emulated, ggml": ("mixtral", {**EMULATED, "cpu_backend": "ggml"}),
-    "emulated, kt": ("qwen3_moe", {**EMULATED, "cpu_backend": "kt"}),
-    "emulated, torch": ("qwen3_moe", {**EMULATED, "cpu_backend": "torch", "cache": "lru"}),
-    "captured": ("mixtral", {**EMULATED, "cpu_backend": "torch", "dense": "dequantised"}),
-    "two engines, one pool": ("mixtral", {**EMULATED, "cpu_backend": "kt", "rules": "two engines"}),
-}
-TWO_ENGINES = """
-- match: {name: "layers\\\\.0\\\\.mlp\\\\.experts$"}
-  replace:
-    class: hybrimoe_plugin.operators.experts.HybriMoEExperts
-    kwargs: {prefill_device: "cuda:0", generate_device: "cuda:0"}
-- match: {name: "layers\\\\.1\\\\.mlp\\\\.experts$"}
-  replace:
-    class: hybrimoe_plugin.operators.experts.HybriMoEExperts
-    kwargs: {prefill_device: "cuda:1", generate_device: "cuda:1"}
-"""
-
-
-class Streamed(BaseStreamer):  # type: ignore[misc]
-    """Collects what is streamed."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        pass
-
-
-class Question(NamedTuple):
-    """A prompt, and how the answer is made."""
-
-    prompt: torch.Tensor
-    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    streamed: bool = False
-
-    def ask(self, model: Any) -> list[int]:
-        streamer = Streamed() if self.streamed else None
-        found = model.generate(
-            self.prompt,
-            max_new_tokens=6,
-            min_new_tokens=6,
-            do_sample=False,
-            streamer=streamer,
-            **self.options,
-        )
-        tokens: list[int] = found.flatten().tolist()
-        assert streamer is None or streamer.tokens == tokens
-        return tokens
-
-
-class Case(NamedTuple):
-    model: Any
-    questions: list[Question]
-    alone: list[list[int]]
-
-
-def questions(model: Any, decided: bool) -> list[Question]:
-    """Of different lengths and ways.
-
-    Args:
-        decided: whether an expert is always computed at the same place: then near ties do no harm.
-    """
-    found, seed = [], 0
-    while len(found) < THREADS:
-        seed += 1
-        question = Question(tiny.tokens(3 + 5 * seed % 17, seed, batch=2 if len(found) == 3 else 1))
-        if len(found) == 1 and decided:
-            question = question._replace(options={"num_beams": 2})
-        elif len(found) == 2:
-            question = question._replace(options={"prompt_lookup_num_tokens": 2})
-        elif len(found) == 4:
-            question = question._replace(streamed=True)
-        if decided or clear(model, question.prompt):
-            found.append(question)
-    return found
-
-
-def clear(model: Any, prompt: torch.Tensor) -> bool:
-    """Whether no choice on the way is a near tie."""
-    found = model.generate(
-        prompt,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.stack(found.scores).topk(2).values
-    return bool((best[..., 0] - best[..., 1]).min() > GAP)
-
-
-def load(kind: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
-    family, choices = KINDS[kind]
-    choices = {"dtype": "float32", **choices}
-    tiny.write_quantised(folder / "model.gguf", family)
-    if "rules" in choices:
-        choices["rules"] = folder / "rules.yaml"
-        choices["rules"].write_text(TWO_ENGINES)
-    if kind == "captured":
-        patch.setattr(graphs, "ROOM", 16)
-        patch.setattr(graphs, "capture_for", lambda _device: Replayed())
-    return load_model(None, folder / "model.gguf", progress=False, **choices)[0]
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
@@ -154,30 +28,33 @@ def case(
 ) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as patch:
         model = load(request.param, tmp_path_factory.mktemp("model"), patch)
-        asked = questions(model, "accelerator" not in KINDS[request.param][1])
-        yield Case(model, asked, [question.ask(model) for question in asked])
+        _, choices = KINDS[request.param]
+        asked = questions(model, decided="accelerator" not in choices)
+        alone = [question.ask(model) for question in asked]
+        yield Case(model, asked, alone)
         model.hybrimoe.close()
 
 
 def test_each_thread_gets_what_it_gets_alone(case: Case) -> None:
-    def answer(mine: int) -> list[int] | str:
+    def answer(question: Question) -> list[int] | str:
         try:
-            return case.questions[mine].ask(case.model)
+            return question.ask(case.model)
         except Exception as error:
             return repr(error)
 
-    def answers(mine: int) -> list[list[int] | str]:
-        return [answer(mine) for _ in range(ANSWERS)]
+    def answers(question: Question) -> list[list[int] | str]:
+        return [answer(question) for _ in range(ANSWERS)]
 
-    found = in_threads([lambda mine=mine: answers(mine) for mine in range(THREADS)])  # type: ignore[misc]
-    wrong = [got for mine, all_ in enumerate(found) for got in all_ if got != case.alone[mine]]
-    assert not wrong, f"{len(wrong)} of {THREADS * ANSWERS} answers are wrong"
-    case.model.hybrimoe.check_integrity()
-    if len(case.model.hybrimoe.engines) > 1:
-        first, second = (
-            getattr(engine.cpu, "backend", engine.cpu) for engine in case.model.hybrimoe.engines
-        )
-        assert first is second
+    found = in_threads([partial(answers, question) for question in case.questions])
+    wrong = 0
+    for given, alone in zip(found, case.alone, strict=True):
+        wrong += sum(answer != alone for answer in given)
+    assert not wrong, f"{wrong} of {THREADS * ANSWERS} answers are wrong"
+    handle = case.model.hybrimoe
+    handle.check_integrity()
+    if len(handle.engines) > 1:
+        first, second = (engine.cpu for engine in handle.engines)
+        assert getattr(first, "backend", first) is getattr(second, "backend", second)
 
 
 @pytest.fixture(scope="module")
@@ -190,42 +67,64 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def test_answers_interleave_step_by_step(model: Any) -> None:
     order: list[int] = []
-    hook = model.model.register_forward_pre_hook(lambda *_: order.append(threading.get_ident()))
-    asked = [Question(tiny.tokens(4, seed)) for seed in range(2)]
-    in_threads([lambda mine=mine: [mine.ask(model) for _ in range(4)] for mine in asked])  # type: ignore[misc]
+
+    def note(*_: object) -> None:
+        order.append(threading.get_ident())
+
+    def ask(seed: int) -> None:
+        question = Question(tiny.tokens(4, seed))
+        for _ in range(4):
+            question.ask(model)
+
+    hook = model.model.register_forward_pre_hook(note)
+    in_threads([partial(ask, 0), partial(ask, 1)])
     hook.remove()
-    first = {ident: order.index(ident) for ident in order}
-    last = {ident: len(order) - 1 - order[::-1].index(ident) for ident in order}
+    first, last = {}, {}
+    for place, thread in enumerate(order):
+        first.setdefault(thread, place)
+        last[thread] = place
     assert max(first.values()) < min(last.values()), (
         "the second thread begins before the first one ends"
     )
 
 
 def test_parts_that_are_called_from_outside_wait_for_their_turn(model: Any) -> None:
-    ids, question = tiny.tokens(1), Question(tiny.tokens(9, 1))
-    embed, head, base = model.get_input_embeddings(), model.get_output_embeddings(), model.model
-    hidden = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
-    calls: list[Callable[[], Any]] = [
-        lambda: base(ids, use_cache=False).last_hidden_state,
-        lambda: head(hidden),
-        lambda: embed(ids),
-        lambda: torch.tensor(question.ask(model)),
+    ids = tiny.tokens(1)
+    question = Question(tiny.tokens(9, 1))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1, 64, generator=generator)
+    head = model.get_output_embeddings()
+    embed = model.get_input_embeddings()
+
+    def whole() -> Any:
+        return model.model(ids, use_cache=False).last_hidden_state
+
+    def answer() -> Any:
+        return torch.tensor(question.ask(model))
+
+    calls: list[tuple[Callable[[], Any], int]] = [
+        (whole, 60),
+        (partial(head, hidden), 60),
+        (partial(embed, ids), 60),
+        (answer, 3),
     ]
     with torch.no_grad():
-        alone = [call() for call in calls]
+        alone = [call() for call, _ in calls]
 
-    def often(call: Callable[[], Any]) -> list[Any]:
-        with torch.no_grad():
-            return [call() for _ in range(3 if call is calls[-1] else 60)]
+    @torch.no_grad()
+    def often(call: Callable[[], Any], times: int) -> list[Any]:
+        return [call() for _ in range(times)]
 
-    for mine, found in enumerate(in_threads([lambda call=call: often(call) for call in calls])):  # type: ignore[misc]
+    given = in_threads([partial(often, call, times) for call, times in calls])
+    for found, wanted in zip(given, alone, strict=True):
         for value in found:
-            torch.testing.assert_close(value, alone[mine], rtol=0, atol=0)
+            torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
 def test_an_interrupt_in_one_thread_leaves_the_model_to_the_others(model: Any) -> None:
-    asked, ids = Question(tiny.tokens(9, 3)), tiny.tokens(5)
-    alone = asked.ask(model)
+    ids = tiny.tokens(5)
+    ask = partial(Question(tiny.tokens(9, 3)).ask, model)
+    alone = ask()
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -234,12 +133,13 @@ def test_an_interrupt_in_one_thread_leaves_the_model_to_the_others(model: Any) -
         whole = model.model(ids).last_hidden_state
         hook = model.model.norm.register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
-            in_threads([lambda: asked.ask(model)])
+            in_threads([ask])
         with pytest.raises(KeyboardInterrupt):
-            asked.ask(model)
+            ask()
         hook.remove()
-        torch.testing.assert_close(model.model(ids).last_hidden_state, whole)
-    assert in_threads([lambda: asked.ask(model)] * 2) == [alone] * 2
+        again = model.model(ids).last_hidden_state
+    torch.testing.assert_close(again, whole)
+    assert in_threads([ask, ask]) == [alone, alone]
 
 
 class Stopped:
@@ -268,7 +168,9 @@ def test_two_models_compute_at_the_same_time(
 ) -> None:
     other = load("torch", tmp_path, monkeypatch)
     stopped = Stopped(other)
-    assert len(in_threads([lambda: Question(tiny.tokens(4)).ask(model)])[0]) == 10
+    question = Question(tiny.tokens(4))
+    (answer,) = in_threads([partial(question.ask, model)])
+    assert len(answer) == 10
     stopped.go()
     other.hybrimoe.close()
 

@@ -1,6 +1,4 @@
-"""Tokenizers come out of GGUF files, also for architectures that transformers does not load from
-there.
-"""
+"""Tokenizers are read from GGUF files, also of architectures that transformers does not load."""
 
 from __future__ import annotations
 
@@ -34,11 +32,21 @@ def vocabulary(pre: str) -> dict[str, Any]:
     }
 
 
+def written(folder: Path, family: str, keys: dict[str, Any]) -> Any:
+    """The tokenizer of a file with these keys."""
+    size = len(keys["tokenizer.ggml.tokens"])
+    path = tiny.write(folder, family, changes={"vocab_size": size}, extra=keys)
+    store = GGUFStore.open(path)
+    return load_tokenizer(None, store)
+
+
 def tokenizer_of(folder: Path, family: str, pre: str) -> Any:
-    changes = {"vocab_size": len(TOKENS)}
-    return load_tokenizer(
-        None, GGUFStore.open(tiny.write(folder, family, changes=changes, extra=vocabulary(pre)))
-    )
+    return written(folder, family, vocabulary(pre))
+
+
+def round_trip(tokenizer: Any, text: str) -> str:
+    ids = tokenizer(text).input_ids
+    return str(tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +61,9 @@ def tokenizer_of(folder: Path, family: str, pre: str) -> Any:
 def test_every_family_has_its_tokenizer_and_template(family: str, pre: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path, family, pre)
     text = "in the end: 5 Üben"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert TOKENS.index("Ġthe") in tokenizer(text).input_ids
+    assert round_trip(tokenizer, text) == text
+    the = TOKENS.index("Ġthe")
+    assert the in tokenizer(text).input_ids
     assert tokenizer.eos_token == "</s>"
     assert tokenizer("</s>").input_ids == [1]
     chat = [{"role": "user", "content": "hello"}]
@@ -62,12 +71,10 @@ def test_every_family_has_its_tokenizer_and_template(family: str, pre: str, tmp_
 
 
 def test_deepseek_splits_numbers_as_its_vocabularies_do(tmp_path: Path) -> None:
-    digits = {}
-    for family, pre in (("deepseek_v2", "deepseek-llm"), ("deepseek_v3", "deepseek-v3")):
-        folder = tmp_path / family
-        folder.mkdir()
-        digits[family] = tokenizer_of(folder, family, pre).tokenize("12345")
-    assert digits == {"deepseek_v2": ["1", "2", "3", "4", "5"], "deepseek_v3": ["123", "4", "5"]}
+    older = tokenizer_of(tmp_path, "deepseek_v2", "deepseek-llm")
+    newer = tokenizer_of(tmp_path, "deepseek_v3", "deepseek-v3")
+    assert older.tokenize("12345") == ["1", "2", "3", "4", "5"]
+    assert newer.tokenize("12345") == ["123", "4", "5"]
 
 
 @pytest.mark.parametrize(
@@ -75,15 +82,16 @@ def test_deepseek_splits_numbers_as_its_vocabularies_do(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("begins", [True, False])
 def test_special_tokens_are_the_file_s(family: str, pre: str, begins: bool, tmp_path: Path) -> None:
-    changes = {"vocab_size": len(TOKENS)}
-    kinds = [3, 3, *[1] * (len(TOKENS) - 3), 4]
-    said = {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.token_type": kinds}
-    path = tiny.write(tmp_path, family, changes=changes, extra={**vocabulary(pre), **said})
-    tokenizer = load_tokenizer(None, GGUFStore.open(path))
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
-    whole = TOKENS.index("123")
+    ordinary = [1] * (len(TOKENS) - 3)
+    keys = vocabulary(pre)
+    keys["tokenizer.ggml.add_bos_token"] = begins
+    keys["tokenizer.ggml.token_type"] = [3, 3, *ordinary, 4]
+    tokenizer = written(tmp_path, family, keys)
+    assert tokenizer.bos_token_id == 0
+    assert tokenizer.eos_token_id == 1
     ids = tokenizer("he</s>123").input_ids
-    assert ids == [*([0] if begins else []), TOKENS.index("he"), 1, whole]
+    first = [0] if begins else []
+    assert ids == [*first, TOKENS.index("he"), 1, TOKENS.index("123")]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "he123"
 
 
@@ -92,17 +100,15 @@ def test_deepseek_s_own_tokens_keep_their_places(tmp_path: Path) -> None:
     vocabulary.
     """
     named = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", *TOKENS[3:]]
-    own = {"tokens": named, "token_type": [3, 3, 4] + [1] * (len(named) - 3), "add_bos_token": True}
-    extra = {
-        **vocabulary("deepseek-v3"),
-        **{f"tokenizer.ggml.{key}": value for key, value in own.items()},
-    }
-    store = GGUFStore.open(
-        tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(named)}, extra=extra)
-    )
-    tokenizer = load_tokenizer(None, store)
+    ordinary = [1] * (len(named) - 3)
+    keys = vocabulary("deepseek-v3")
+    keys["tokenizer.ggml.tokens"] = named
+    keys["tokenizer.ggml.token_type"] = [3, 3, 4, *ordinary]
+    keys["tokenizer.ggml.add_bos_token"] = True
+    tokenizer = written(tmp_path, "deepseek_v3", keys)
     assert len(tokenizer) == len(named)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.bos_token_id == 0
+    assert tokenizer.eos_token_id == 1
     ids = tokenizer("<｜User｜>the<｜end▁of▁sentence｜>").input_ids
     assert ids == [0, 2, named.index("t"), named.index("he"), 1]
     # What users may write themselves is text; what controls the model is not.
@@ -129,7 +135,7 @@ def test_text_is_split_as_the_file_says(
     tokenizer = tokenizer_of(tmp_path, family, pre)
     assert tokenizer.tokenize("123") == pieces
     text = "Don't I'LL  x\n\n  y 你好 12 été ```\r\n"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert round_trip(tokenizer, text) == text
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
@@ -141,9 +147,10 @@ def test_an_unknown_way_of_splitting_is_refused(family: str, tmp_path: Path) -> 
 def test_a_file_that_says_nothing_is_split_as_usual(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extra = {key: value for key, value in vocabulary("").items() if not key.endswith(".pre")}
-    path = tiny.write(tmp_path, "qwen3_moe", changes={"vocab_size": len(TOKENS)}, extra=extra)
-    assert load_tokenizer(None, GGUFStore.open(path)).tokenize("123") == ["1", "2", "3"]
+    keys = vocabulary("")
+    del keys["tokenizer.ggml.pre"]
+    tokenizer = written(tmp_path, "qwen3_moe", keys)
+    assert tokenizer.tokenize("123") == ["1", "2", "3"]
     assert "'qwen2' is taken" in caplog.text
 
 
@@ -167,8 +174,5 @@ def test_a_sentencepiece_vocabulary_is_read_from_the_file_alone(tmp_path: Path) 
 
 def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     broken = {**vocabulary("deepseek-v3"), "tokenizer.ggml.model": "no-such-kind"}
-    store = GGUFStore.open(
-        tiny.write(tmp_path, "deepseek_v3", changes={"vocab_size": len(TOKENS)}, extra=broken)
-    )
     with pytest.raises(WeightsError, match="give model_path"):
-        load_tokenizer(None, store)
+        written(tmp_path, "deepseek_v3", broken)
