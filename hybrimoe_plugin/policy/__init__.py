@@ -1,3 +1,5 @@
-"""Pure policies: what to compute where, what to keep, what to fetch ahead. No torch, no devices, no
-models.
+"""Pure policies: what to compute where, what to keep, what to prefetch.
+
+Integers and floats only: no torch, no devices, no files, no models. `controller` connects them,
+`schedule`, `cache` and `prefetch` hold the policies that can be chosen by name.
 """

@@ -1,13 +1,15 @@
-"""What things cost, in microseconds: the measured numbers that every policy decides by."""
+"""Costs in microseconds: the measured numbers that every policy decides by."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hybrimoe_plugin.errors import ProfileError
 
 _TABLE = 4096
+"""Loads whose times are looked up in a table."""
 
 
 class CostCurve:
@@ -29,7 +31,7 @@ class CostCurve:
             raise ProfileError(
                 f"a cost curve needs as many times as loads, found {len(tokens)} and {len(us)}"
             )
-        if tokens[0] < 1 or any(b <= a for a, b in zip(tokens, tokens[1:], strict=False)):
+        if tokens[0] < 1 or any(b <= a for a, b in pairwise(tokens)):
             raise ProfileError(
                 f"the loads of a cost curve must ascend from 1, found {list(tokens)[:8]}"
             )
@@ -45,7 +47,7 @@ class CostCurve:
         self._slope = 0.0
         if len(rising) > 1:
             self._slope = (rising[-1] - rising[-2]) / (self.tokens[-1] - self.tokens[-2])
-        # The hot path looks up small loads thousands of times a second: a list index instead of a
+        # The hot path needs small loads thousands of times a second: a list index is faster than a
         # search.
         self._table = [0.0] + [self._interpolate(load) for load in range(1, _TABLE)]
 

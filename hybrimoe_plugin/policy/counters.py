@@ -1,4 +1,4 @@
-"""What the engine counts, with defined meanings."""
+"""Counters of the engine and the simulator, with defined meanings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 @dataclass
 class Counters:
-    """Counts since the last reset. An *activation* is one expert needed by one layer call, whatever
-    its load.
+    """Counts since the last reset.
+
+    An *activation* is one expert needed by one layer call, whatever its load.
     """
 
     calls: int = 0
@@ -28,8 +29,8 @@ class Counters:
     prefetches: int = 0
     """Experts sent ahead of their layer."""
     prefetches_used: int = 0
-    """Prefetched experts that their layer then needed while they were resident or in flight;
-    counted once each.
+    """Prefetched experts that their layer then needed while they were resident or in flight, each
+    counted once.
     """
     prefetches_wasted: int = 0
     """Prefetched experts evicted before any use."""

@@ -30,7 +30,12 @@ class IdlePrefetch:
     """Chooses prefetches for the time from one layer call to the next.
 
     Args:
-        prefetcher: None for no prefetching.
+        prefetcher: proposes them; None for no prefetching.
+        record: what became of earlier ones.
+        residency: gives them their slots.
+        link: carries them.
+        gain: weighs them.
+        loans: gives them slots of other layers in a streak of prompts.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class IdlePrefetch:
         floor = SLACK if step.many else self._record.least_confidence()
         for request in self._prefetcher.choose(predictions, self._link.room(idle), floor):
             if self._link.free_us >= idle.until_us:
-                break  # It would not start before the next call, which knows better what it wants.
+                break  # It would not start before the next call, which knows what it needs.
             move = self._send_request(step, predictions, idle, request)
             if move is None:
                 continue
@@ -137,9 +142,9 @@ class IdlePrefetch:
     def _send_spare(self, step: Step, prediction: Prediction, idle: IdleTime) -> list[Move]:
         """Use leftover link time for prefetches of the next layer without impact or confidence.
 
-        Alone the CPU would hide such a miss, but predictions err, and then two meet. Each must be
-        clearly likelier to be used than what it replaces. Predictions from further away wait for
-        the next layer's, which is better.
+        The CPU would hide a single miss of this kind, but predictions err, and two misses in one
+        call are not hidden. Each must be clearly likelier to be used than what it replaces.
+        Predictions over longer distances wait: the next layer's prediction will be better.
         """
         moves: list[Move] = []
         residency = self._residency

@@ -1,8 +1,8 @@
 """Whether prompts follow one another, and what they needed.
 
-Behind a single prompt comes an answer, whose tokens put right what the prompt did to the layers'
-shares of the slots. Where the next pass is a prompt again (another request, the next part of a long
-text), nothing does.
+A single prompt is followed by an answer, whose tokens correct what the prompt did to the layers'
+shares of the slots. If the next pass is a prompt again (another request, or the next part of a long
+text), nothing corrects them.
 """
 
 from __future__ import annotations

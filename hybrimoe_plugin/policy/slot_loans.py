@@ -114,8 +114,8 @@ class SlotLoans:
     def keep_heavier(self, step: Step) -> None:
         """Keep demand loads where they lie, each in exchange for a cached expert of less load.
 
-        In a prompt all that is cached is in use when they come, so the cache could not admit them:
-        without this it would hold for ever what it held when the streak began.
+        In a prompt all cached experts are in use when demand loads come, so the cache cannot admit
+        them. Without this rule it would never change while the streak lasts.
         """
         layer = step.layer
         loads = self.streak.loads[layer]

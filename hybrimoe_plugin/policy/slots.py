@@ -1,4 +1,4 @@
-"""Which expert lies in which slot: bookkeeping only, the bytes belong to a backend.
+"""Bookkeeping of which expert lies in which slot; the bytes belong to a backend.
 
 A slot is free, in flight (its weights are crossing the link) or resident. A leased slot is in use
 by a layer call. A slot that is leased or in flight cannot be evicted: `evictable` never lists it

@@ -1,4 +1,4 @@
-"""What a transfer in the link's idle time gains, and what it costs the calls that then wait for it.
+"""What a transfer in idle link time gains, and what it costs the calls that then wait for it.
 
 Gains are differences of predicted makespans. A transfer that ends before the next layer begins
 costs nothing. One that ends later delays every call that wants the link in the meantime.

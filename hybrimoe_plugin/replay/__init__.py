@@ -1,3 +1,4 @@
-"""Routing traces, machine profiles and the simulator that drives the engine's own policies over
-both. No torch.
+"""Routing traces, machine profile files, and the simulator that drives the policies over both.
+
+The policies are those that the engine runs. No torch.
 """

@@ -1,4 +1,4 @@
-"""Drive the engine's own controller over a trace and a machine profile; every time is simulated."""
+"""Replay: the engine's controller runs over a trace and machine profile, in simulated time."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Outcome:
 
 
 def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
-    """Run a trace through a controller whose pool is empty; mirrors `Engine.run` with a simulated
-    clock.
+    """Run a trace through a controller, as `Engine.run` does, with a simulated clock.
 
     Args:
+        controller: new, with an empty pool.
         skip: decode passes at the beginning that warm the policies up and are not judged.
     """
     outcome = Outcome()

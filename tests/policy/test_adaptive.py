@@ -1,6 +1,4 @@
-"""The learned cache: ranks are probabilities, features follow their definitions, the weights find
-what matters.
-"""
+"""The learned cache: features, ranks that are probabilities, and weights that find what matters."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def test_a_long_call_ends_where_single_tokens_end() -> None:
 
 
 def test_weights_stand_in_for_scores() -> None:
-    """Where the host shows no scores, the chosen experts' weights are their scores, whatever they
-    sum to.
-    """
+    """Without scores, the chosen experts' weights are their scores, whatever they sum to."""
     ids, weights = np.array([[3, 1]]), np.array([[0.6, 0.2]], np.float32)
     scores = np.zeros((1, 5), np.float32)
     np.put_along_axis(scores, ids, weights, axis=1)
@@ -94,9 +90,7 @@ def test_ranks_are_calibrated_probabilities() -> None:
 
 
 def test_the_weights_find_what_matters() -> None:
-    """With drifting scores the router's own scores predict best; with fixed preferences slow
-    frequency does.
-    """
+    """Drifting scores are best predicted by scores, fixed preferences by slow frequency."""
     drifting, fixed = AdaptiveCache(2, 16, 2), AdaptiveCache(2, 16, 2)
     feed(drifting, routing(locality=0.9))
     feed(fixed, routing(skew=1.0))

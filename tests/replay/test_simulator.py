@@ -106,8 +106,9 @@ def recorded_run(settings: Settings, path: Path) -> tuple[float, Engine]:
     ],
 )
 def test_replay_predicts_the_emulated_engine(tmp_path: Path, choices: dict[str, str]) -> None:
-    """Stated error: 1 %. The trace keeps scores in 16 bits, which can turn a close decision;
-    nothing else differs.
+    """Stated error: 1 %.
+
+    The trace keeps scores in 16 bits, which can turn a close decision; nothing else differs.
     """
     settings = Settings.of(choices)
     spent_us, engine = recorded_run(settings, tmp_path / "t.trace")
@@ -170,9 +171,7 @@ def test_the_oracle_is_faster_than_every_policy() -> None:
 
 @pytest.mark.parametrize("recall", [0.0, 0.5, 1.0])
 def test_prefetch_is_not_slower_whatever_its_predictions(recall: float) -> None:
-    """The larger claim, over traces and machines, is `eval.prefetch`'s; here it guards against
-    regressions.
-    """
+    """Guards against regressions; the claim over traces and machines is `eval.prefetch`'s."""
     made = with_predictions(trace(120), recall)
     with_it = sum(replay(made, controller(Settings(), 4, 16, 4)).decode_us)
     without = sum(replay(made, controller(Settings(prefetch="off"), 4, 16, 4)).decode_us)
