@@ -20,8 +20,8 @@ from hybrimoe_plugin.cli.flags import (
     number,
     whole,
 )
-from hybrimoe_plugin.cli.flash_chat import FlashChat, add_flash, load_flash, wanted
 from hybrimoe_plugin.cli.imports import import_libraries
+from hybrimoe_plugin.cli.main import FLASH_CHAT, find_module
 from hybrimoe_plugin.cli.records import Records
 from hybrimoe_plugin.config import COLDEST_TEMPERATURE
 from hybrimoe_plugin.errors import ConfigError
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_generation(parser.add_argument_group("answers"))
     add_settings(parser)
-    add_flash(parser)
+    find_module(FLASH_CHAT).add_arguments(parser)
     output = parser.add_argument_group("records")
     add_flag(
         output,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_libraries()
-    if wanted(args):
+    if find_module(FLASH_CHAT).is_selected(args):
         return _talk_flash(args, settings, sampling, prompt)
     with Records(args.timeline, args.record_trace) as records:
         model, tokenizer = _load(args, settings)
@@ -294,7 +294,7 @@ def _talk_flash(
         )
     if not args.verbose:
         transformers_logging.set_verbosity_error()
-    flash: FlashChat = load_flash(args)
+    flash = find_module(FLASH_CHAT).load(args)
     try:
         if args.seed is not None:
             torch.manual_seed(args.seed)

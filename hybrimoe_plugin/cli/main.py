@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.flags import Parser, underscored
-from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,8 @@ COMMANDS = (
     Command(
         "demo-model", "build the demo model, or say where it is", "hybrimoe_plugin.cli.demo_model"
     ),
-    Command(
-        "flash-pack", "lay a model out on flash, for direct reads", "hybrimoe_plugin.cli.flash_pack"
-    ),
-    Command(
-        "lever-train", "train the early exit of a packed target", "hybrimoe_plugin.cli.lever_train"
-    ),
+    Command("flash-pack", "lay a model out on flash, for direct reads", "lever_ext.cli.flash_pack"),
+    Command("lever-train", "train the early exit of a packed target", "lever_ext.cli.lever_train"),
     Command(
         "doctor",
         "what is installed, which backends work and why not, what fits",
@@ -78,6 +75,29 @@ COMMANDS = (
         "hybrimoe_plugin.cli.patches",
     ),
 )
+
+FLASH_CHAT = "lever_ext.cli.chat"
+"""The part of `local_chat` for targets on flash. Its module has `add_arguments(parser)`,
+`is_selected(args)` and `load(args)`.
+"""
+
+
+def find_module(path: str) -> ModuleType:
+    """Import a module of the command line by its name.
+
+    Raises:
+        ConfigError: the package that holds it is not installed.
+    """
+    package = path.partition(".")[0]
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ConfigError(
+            f"this needs the package {package}, which is not installed: install "
+            f"ktransformers-hybrimoe again, which contains it"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
@@ -139,7 +159,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
         )
         if wanted in (command.name, *names):
             # Only the chosen module is imported: some of them pull in rich, later torch.
-            chosen = importlib.import_module(command.module)
+            chosen = find_module(command.module)
             sub.add_argument(
                 "-v", "--verbose", action="store_true", help="say more about what happens"
             )
