@@ -21,7 +21,7 @@ from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.pack import FlashPack, block_memory
 from lever_ext.flash.reader import Buffer, plain_gbps
-from lever_ext.stats import SpeculationStats
+from lever_ext.speculation.stats import SpeculationStats
 from lever_ext.target import FlashTarget
 from lever_ext.tree.policies import (
     Chain,
@@ -170,7 +170,7 @@ class TreeCell(Cell):
             "tokens_per_s": round(made.tokens_per_s, 4),
             "acceptance_length": round(made.acceptance_length, 3),
             "passes": passes,
-            "rows": round(sum(cycle.rows for cycle in cycles) / passes, 1),
+            "rows": round(sum(cycle.nodes for cycle in cycles) / passes, 1),
             "draft_ms": mean("draft_us"),
             "verify_ms": mean("verify_us"),
             "wait_ms": mean("wait_us"),

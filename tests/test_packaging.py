@@ -84,14 +84,11 @@ def test_packages_import_only_what_lies_below_them() -> None:
 
 
 def test_no_circle_of_files() -> None:
-    assert circles(FILES) == [
-        ["lever_ext.decoding", "lever_ext.run"],
-        ["eval.cuda", "eval.cuda_model"],
-    ]
+    assert circles(FILES) == [["eval.cuda", "eval.cuda_model"]]
 
 
 def test_no_circle_of_packages() -> None:
-    assert circles(package_graph(FILES, KNOWN)) == [["lever_ext.early_exit", "lever_ext.operators"]]
+    assert circles(package_graph(FILES, KNOWN)) == []
 
 
 def test_circles_and_imports_inside_functions_are_seen(tmp_path: Path) -> None:

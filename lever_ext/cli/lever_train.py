@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hybrimoe_plugin.cli.reading import read_prompt_file
-    from lever_ext.early_exit.train import ExitTraining, train_exit
+    from lever_ext.exit_training import ExitTraining, train_exit
     from lever_ext.packing import pack_tokenizer
     from lever_ext.target import load_target
 
