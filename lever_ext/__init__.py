@@ -1,18 +1,35 @@
-"""Speculative decoding with a target that lives on flash: the sibling of HybriMoE on the same
-injection mechanism.
+"""Speculative decoding with a target that lives on flash, by HybriMoE's injection mechanism.
 
     from lever_ext import LeverDecoding, load_target, make_draft, make_policy, pack_tokenizer
 
     # "packed" was made by: hybrimoe flash-pack --gguf_path MODEL.gguf --output packed
     target, tokenizer = load_target("packed", dram_budget="1GiB"), pack_tokenizer("packed")
-    draft = make_draft("low-bit", target, tokenizer)  # or "ngram", or the path of a small model's
-    GGUF decoder = LeverDecoding(draft, make_policy("lever"), target)
+    # or "ngram", or the path of a small model's GGUF:
+    draft = make_draft("low-bit", target, tokenizer)
+    decoder = LeverDecoding(draft, make_policy("lever"), target)
     target.model.generate(**inputs, custom_generate=decoder, max_new_tokens=100)
     print("\\n".join(decoder.stats.lines()))
 
 The text is the target's own, for every draft and tree: greedy decoding gives the same tokens as
 plain `generate`, sampling the same distribution. Importing this package imports neither torch nor
 transformers.
+
+The rooms, from the ground up; each imports only from those above it in this list:
+
+    tree            token trees, what they gain and cost, and the policies that build them: no torch
+    flash           storage: packs, reads, the DRAM plan, streams of layers, the expert cache
+    early_exit      pruning of a tree in the middle of a pass
+    operators       what rules name: decoder layers and experts whose weights live on flash
+    placement       which layers an accelerator computes
+    target          a target: model, pack, operators and placement, put together
+    packing         from a model's files to a pack
+    drafts          what proposes tokens
+    speculation     one answer: draft, verify, accept, learn
+    decoding        `generate`'s custom decoding method
+    exit_training   training of the early exit
+    flips           how often verification in low precision chooses another token
+    demo            the demo targets
+    cli             the commands, and the flags of `hybrimoe local_chat`
 """
 
 from __future__ import annotations
@@ -23,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lever_ext.decoding import LeverDecoding
     from lever_ext.drafts.make import make_draft
-    from lever_ext.early_exit.train import train_exit
+    from lever_ext.exit_training import train_exit
     from lever_ext.packing import pack_model, pack_tokenizer
     from lever_ext.target import FlashTarget, load_target
     from lever_ext.tree.policies import make_policy
@@ -36,8 +53,10 @@ _PLACES = {
     "make_policy": "tree.policies",
     "pack_model": "packing",
     "pack_tokenizer": "packing",
-    "train_exit": "early_exit.train",
+    "train_exit": "exit_training",
 }
+"""Public name -> the module that defines it, imported when somebody asks."""
+
 __all__ = [
     "FlashTarget",
     "LeverDecoding",

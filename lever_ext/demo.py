@@ -1,8 +1,7 @@
-"""Demo targets that are too slow to stream without speculation, made from SmolLM2 without changing
-what it says.
+"""Demo targets that are too slow to stream without speculation, made from SmolLM2.
 
-Every FFN neuron is copied, the copies' output weights divided by their number (Net2Net): eight
-times wider, 0.6 billion weights, 1.3 GB in bfloat16.
+Every FFN neuron is copied, the copies' output weights divided by their number (Net2Net), so the
+model's answers stay the same: eight times wider, 0.6 billion weights, 1.3 GB in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import low_bit_copy
+from lever_ext.flash.format import PACK_NAME
 from lever_ext.flash.source import TensorSource
-from lever_ext.flash.writer import PACK_NAME, Progress, write_pack
+from lever_ext.flash.writer import Progress, write_pack
 from lever_ext.packing import GGUFSource, plain_config
 
 DEMO_DRAFTS = {50: 0, 65: 12}
@@ -50,7 +50,9 @@ class WidenedSource:
         value = self.source.get(name)
         if _INNER.search(name):
             return value.repeat(self.times, 1)
-        return value.repeat(1, self.times) / self.times if _OUTER.search(name) else value
+        if _OUTER.search(name):
+            return value.repeat(1, self.times) / self.times
+        return value
 
     def expert(self, name: str, expert: int) -> torch.Tensor:
         return self.source.expert(name, expert)
@@ -87,11 +89,14 @@ def widened_pack(
 def demo_draft(
     gguf: str | Path, agreement: int = 65, dtype: torch.dtype = torch.bfloat16
 ) -> LanguageModelDraft:
-    """A draft for the demo targets: SmolLM2, which both were made from, in 3 bits, some layers and
-    the head in 4.
+    """A draft for the demo targets: SmolLM2, which they were made from, in 3 and 4 bits.
+
+    The head and some layers, spread over the model, have 4 bits.
 
     Args:
+        gguf: SmolLM2's file.
         agreement: one of `DEMO_DRAFTS`.
+        dtype: of the draft.
 
     Raises:
         WeightsError: the GGUF is missing or damaged.
@@ -99,7 +104,12 @@ def demo_draft(
     from hybrimoe_plugin.hosts.transformers import load_plain_model
 
     model, _ = load_plain_model(None, gguf, dtype=dtype, progress=False)
-    layers, finer = len(model.base_model.layers), DEMO_DRAFTS[agreement]
+    layers = len(model.base_model.layers)
+    finer = DEMO_DRAFTS[agreement]
     spread = {int((place + 0.5) * layers / finer) for place in range(finer)}
-    small: Any = low_bit_copy(model, lambda layer: 4 if layer in spread else 3, 32, head_bits=4)
+
+    def bits(layer: int) -> int:
+        return 4 if layer in spread else 3
+
+    small: Any = low_bit_copy(model, bits, group=32, head_bits=4)
     return LanguageModelDraft(small, f"low-bit {agreement} %")

@@ -1,8 +1,8 @@
-"""Where tree verification and plain one-row decoding choose different tokens in low precision.
+"""Flips: tokens that tree verification and plain decoding choose differently in low precision.
 
-In float32 they never do (tests). In bfloat16 kernels for many rows round otherwise than those for
-one, so a token may flip where the target's two best logits are nearly tied. A flip is either one's
-error as much as the other's.
+In float32 there are none (tests). In bfloat16 kernels for many rows round differently from those
+for one row, so a token may flip where the target's two best logits are nearly tied. Neither of the
+two choices is more right than the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from lever_ext.decoding import LeverDecoding
-from lever_ext.verify import Verifier
+from lever_ext.speculation.verify import Verifier
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,19 @@ class Flip:
     """A token that plain decoding would not have chosen after the same text."""
 
     prompt: int
+    """Number of the prompt, from 0."""
     position: int
     """Among the generated tokens, from 0."""
     chosen: int
+    """The token."""
     plain: int
+    """The token that plain decoding chooses."""
     margin: float
     """Plain decoding's logit of its own choice less that of the token that was chosen; at least 0.
     """
     scale: float
-    """Largest absolute logit there; in bfloat16 logits of this size lie `scale` / 256 to `scale` /
-    128 apart.
+    """Largest absolute logit there. Neighbouring bfloat16 values of this size differ by
+    `scale` / 256 to `scale` / 128.
     """
 
 
@@ -45,7 +48,7 @@ class FlipCount:
     flips: tuple[Flip, ...]
 
     def first(self) -> list[Flip]:
-        """The first of each prompt: where the texts would part."""
+        """The first flip of each prompt: from there on the texts would differ."""
         found: dict[int, Flip] = {}
         for flip in self.flips:
             found.setdefault(flip.prompt, flip)
@@ -55,17 +58,21 @@ class FlipCount:
 def count_flips(
     model: Any, decoder: LeverDecoding, prompts: Sequence[torch.Tensor], new_tokens: int
 ) -> FlipCount:
-    """Decode prompts greedily with trees, then compare each token with plain one-row decoding of
-    the same text.
+    """Decode prompts greedily with trees and compare each token with plain decoding.
+
+    Plain decoding gets the same text token by token, so that a flip is counted once.
 
     Args:
         model: the target's.
+        decoder: by speculation.
         prompts: ids [1, S] each.
+        new_tokens: generated for each prompt.
 
     Raises:
         FlashError: the target's pack cannot be read.
     """
-    flips, tokens = list[Flip](), 0
+    flips: list[Flip] = []
+    tokens = 0
     for index, ids in enumerate(prompts):
         text = model.generate(
             ids,
@@ -83,22 +90,35 @@ def count_flips(
 
 @torch.no_grad()
 def differences(model: Any, text: torch.Tensor, start: int, prompt: int = 0) -> list[Flip]:
-    """The tokens of a text [1, S] from `start` on that plain decoding, one row a pass, would not
-    have chosen.
+    """The tokens of a text that plain decoding, one token a pass, would not have chosen.
+
+    Args:
+        model: the target's.
+        text: ids [1, S].
+        start: position of the first token that is compared.
+        prompt: number of the prompt.
 
     Raises:
         FlashError: the target's pack cannot be read.
     """
-    verifier, cache, found = Verifier(model), DynamicCache(config=model.config), list[Flip]()
+    verifier = Verifier(model)
+    cache = DynamicCache(config=model.config)
+    found: list[Flip] = []
     hidden = verifier.prefill(text[:, :start], cache)
     for place in range(start, text.shape[1]):
         logits = verifier.logits(hidden)[0]
-        chosen, plain = int(text[0, place]), int(logits.argmax())
+        chosen = int(text[0, place])
+        plain = int(logits.argmax())
         if chosen != plain:
-            margin = float(logits[plain] - logits[chosen])
-            found.append(
-                Flip(prompt, place - start, chosen, plain, margin, float(logits.abs().max()))
+            flip = Flip(
+                prompt=prompt,
+                position=place - start,
+                chosen=chosen,
+                plain=plain,
+                margin=float(logits[plain] - logits[chosen]),
+                scale=float(logits.abs().max()),
             )
+            found.append(flip)
         if place + 1 < text.shape[1]:
             hidden = verifier.prefill(text[:, place : place + 1], cache)
     return found

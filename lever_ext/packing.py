@@ -46,27 +46,25 @@ class GGUFSource:
         spans: list[list[Span]] = [[] for _ in store.paths]
         for info in store.tensors.values():
             spans[info.file].append(Span(info.offset, info.nbytes))
-        self.identity = ",".join(
-            file_identity(path, found) for path, found in zip(store.paths, spans, strict=True)
-        )
+        files = zip(store.paths, spans, strict=True)
+        self.identity = ",".join(file_identity(path, found) for path, found in files)
         store.check_unchanged()  # the files were opened by name once more
-        self._layer: dict[str, torch.Tensor] = {}
+        self._stacked: dict[str, torch.Tensor] = {}
+        """Dequantised stacked tensors of one layer's experts."""
 
     def get(self, name: str) -> torch.Tensor:
         return self.parameters.load(name, self.shapes[name], torch.float32)
 
     def expert(self, name: str, expert: int) -> torch.Tensor:
         # A layer's experts are asked for one after another: its stacked tensors are dequantised
-        # once for all of them.
-        layer = name.rpartition(".experts.")[0]
-        if name not in self._layer:
-            self._layer = {
-                kept: value
-                for kept, value in self._layer.items()
-                if kept.startswith(f"{layer}.experts.")
-            }
-            self._layer[name] = self.parameters.load(name, self.shapes[name], torch.float32)
-        return self._layer[name][expert]
+        # once for all of them, and dropped when the next layer is asked for.
+        if name not in self._stacked:
+            layer = name.rpartition(".experts.")[0]
+            others = [kept for kept in self._stacked if not kept.startswith(f"{layer}.experts.")]
+            for other in others:
+                del self._stacked[other]
+            self._stacked[name] = self.get(name)
+        return self._stacked[name][expert]
 
 
 def pack_model(
@@ -76,7 +74,7 @@ def pack_model(
     dtype: str = "bfloat16",
     progress: Progress | None = None,
 ) -> Path:
-    """Pack a model; an interrupted run goes on where it stopped.
+    """Pack a model; an interrupted run is resumed.
 
     Args:
         directory: gets the pack, the tokenizer and its chat template.
@@ -102,11 +100,10 @@ def pack_model(
     if store is None:
         _refuse_quantised(model_path)
     config = model_config(model_path, store)
-    tokenizer = (
-        load_tokenizer(model_path, store, config)
-        if store is not None
-        else _tokenizer(model_path, config)
-    )
+    if store is None:
+        tokenizer = _tokenizer(model_path, config)
+    else:
+        tokenizer = load_tokenizer(model_path, store, config)
     if tokenizer is None:
         logger.warning(
             "%s: no tokenizer there, so the pack will be of no use for chat; name a directory "
@@ -115,16 +112,9 @@ def pack_model(
         )
     plain = plain_config(config)
     model = meta_model_of(plain, torch.float32)
-    set_generation(
-        model, tokenizer, {} if store is None else store.metadata, model_path, config.vocab_size
-    )
-    if store is not None:
-        check_complete(model, store, config)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        source: TensorSource = GGUFSource(store, config, shapes)
-    else:
-        source = SafetensorsSource(str(model_path))
-        source.check_all_used(model)
+    metadata = {} if store is None else store.metadata
+    set_generation(model, tokenizer, metadata, model_path, config.vocab_size)
+    source = _source(store, model_path, model, config)
     path = write_pack(source, model, plain, directory, dtype, progress)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
@@ -132,14 +122,28 @@ def pack_model(
     return path
 
 
+def _source(
+    store: GGUFStore | None,
+    model_path: str | Path | None,
+    model: Any,
+    config: Any,
+) -> TensorSource:
+    """The model's weights, once it is certain that none is missing or left over."""
+    if store is None:
+        files = SafetensorsSource(str(model_path))
+        files.check_all_used(model)
+        return files
+    check_complete(model, store, config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return GGUFSource(store, config, shapes)
+
+
 def plain_config(config: Any) -> dict[str, Any]:
     """A config as JSON values, without what says nothing about the model."""
-    values: dict[str, Any] = config.to_diff_dict()
     dropped = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
-    return {
-        "model_type": config.model_type,
-        **{key: value for key, value in values.items() if key not in dropped},
-    }
+    values: dict[str, Any] = config.to_diff_dict()
+    kept = {key: value for key, value in values.items() if key not in dropped}
+    return {"model_type": config.model_type, **kept}
 
 
 def pack_tokenizer(pack: str | Path) -> Any:
@@ -155,14 +159,14 @@ def pack_tokenizer(pack: str | Path) -> Any:
     except WeightsError as error:
         raise FlashError(
             f"{directory}: no readable tokenizer beside the pack; pack the model again, with "
-            f"--model_path if the GGUF "
-            f"has no tokenizer ({error})"
+            f"--model_path if the GGUF has no tokenizer ({error})"
         ) from error
 
 
 def pack_directory(pack: str | Path) -> Path:
-    """Where a pack's tokenizer and generation config lie."""
-    return Path(pack) if Path(pack).is_dir() else Path(pack).parent
+    """The directory of a pack's tokenizer and generation config."""
+    path = Path(pack)
+    return path if path.is_dir() else path.parent
 
 
 def check_same_tokenizer(target: Any, draft: Any) -> None:
@@ -174,18 +178,16 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
     ours, theirs = target.get_vocab(), draft.get_vocab()
     if ours == theirs:
         return
-    wrong = sorted(
-        (token for token in ours if theirs.get(token) != ours[token]), key=lambda token: ours[token]
-    )
-    example = (
-        f"token {wrong[0]!r} is {ours[wrong[0]]} in the target, {theirs.get(wrong[0])} in the draft"
-        if wrong
-        else ""
-    )
+    wrong = [token for token in ours if theirs.get(token) != ours[token]]
+    example = ""
+    if wrong:
+        first = min(wrong, key=lambda token: ours[token])
+        example = (
+            f"; token {first!r} is {ours[first]} in the target, {theirs.get(first)} in the draft"
+        )
     raise SpeculationError(
         f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens"
-        f"{'; ' + example if wrong else ''}); "
-        "choose a draft of the target's family, or --draft ngram"
+        f"{example}); choose a draft of the target's family, or --draft ngram"
     )
 
 
@@ -196,8 +198,9 @@ def _tokenizer(model_path: str | Path | None, config: Any) -> Any:
 
 
 def _refuse_quantised(directory: str | Path | None) -> None:
-    """Raise WeightsError where safetensors files hold another library's blocks, which would be read
-    as weights.
+    """Raise WeightsError where safetensors files hold another library's quantised blocks.
+
+    They would be read as weights.
     """
     path = Path(str(directory)) / "config.json"
     found = read_json(path).get("quantization_config") if path.exists() else None
@@ -205,5 +208,5 @@ def _refuse_quantised(directory: str | Path | None) -> None:
         kind = found.get("quant_method") if isinstance(found, dict) else found
         raise WeightsError(
             f"{path}: the directory's weights are quantised ({kind!r}), which is not read here: "
-            "give a GGUF by gguf_path"
+            f"give a GGUF by gguf_path"
         )

@@ -1,10 +1,7 @@
-"""A target model whose weights live on flash: a normal `transformers` model with injected
-operators.
-"""
+"""A target whose weights live on flash: a normal `transformers` model with injected operators."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,26 +23,24 @@ from hybrimoe_plugin.hosts.transformers.skeleton import (
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
-from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
-from lever_ext.flash.accelerator import Accelerator, make_accelerator
-from lever_ext.flash.budget import Residency, plan_residency
+from lever_ext.flash.dram_plan import LEAST_STAGING, DramPlan, plan_dram
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
 from lever_ext.flash.reader import Throttle
-from lever_ext.flash.split import Place, Split
-from lever_ext.flash.split_stream import SplitStream
 from lever_ext.flash.stream import LayerStream
-from lever_ext.operators.carry import Carrier
 from lever_ext.operators.decoder import FlashDecoderLayer
 from lever_ext.operators.experts import FlashExperts
 from lever_ext.operators.linear import with_row_linears
-from lever_ext.placing import Placement, move_head, place_layers, split_stream
-
-logger = logging.getLogger(__name__)
+from lever_ext.operators.transfer import LayerTransfer
+from lever_ext.placement.bind import bind_experts
+from lever_ext.placement.choose import move_head, place_layers, split_stream
+from lever_ext.placement.device import TargetDevice, make_device
+from lever_ext.placement.split import Place, Split
+from lever_ext.placement.split_stream import SplitStream
 
 CLOSED = "this target was closed: load it again with load_target"
 
@@ -57,19 +52,21 @@ class FlashTarget:
     model: Any
     """The `transformers` model, ready for `generate`."""
     pack: FlashPack
-    residency: Residency
+    residency: DramPlan
+    """Which weights stay in DRAM."""
     stream: LayerStream | SplitStream
     experts: FlashExpertCache | None
     """None for a dense target."""
     injection: Injection
     gate: ExitGate | None = None
-    accelerator: Accelerator | None = None
+    accelerator: TargetDevice | None = None
     """Computes a part of the layers; None where all compute on the CPU."""
     split: Split | None = None
     """Which part, and what is expected of it."""
-    carrier: Carrier | None = None
+    transfer: LayerTransfer | None = None
+    """Takes inputs to the device that computes a layer; None where all compute on the CPU."""
     turns: Turns = field(default_factory=Turns)
-    """Of the threads that use the model: a forward pass each, or a cycle of speculation."""
+    """One thread uses the model at a time: for a forward pass, or for a cycle of speculation."""
 
     def set_gate(self, gate: ExitGate | None) -> None:
         """Switch early-exit pruning on, or off with None. Mutates."""
@@ -77,11 +74,14 @@ class FlashTarget:
             self.gate = gate
             for done in self.injection.replaced:
                 if isinstance(done.operator, FlashDecoderLayer):
-                    done.operator.bind(self.stream, gate, self.carrier)
+                    done.operator.bind(self.stream, gate, self.transfer)
 
     def load_gate(self, predictor: str | Path, settings: PruneSettings | None = None) -> None:
-        """Switch early-exit pruning on with a predictor that `hybrimoe lever-train` made for this
-        pack. Mutates.
+        """Switch early-exit pruning on. Mutates.
+
+        Args:
+            predictor: file that `hybrimoe lever-train` made for this pack.
+            settings: of the pruning.
 
         Raises:
             SpeculationError: the file is missing, damaged, or of another model.
@@ -94,8 +94,9 @@ class FlashTarget:
         self.set_gate(ExitGate(found, settings or PruneSettings()))
 
     def stop_as(self, tokenizer: Any) -> None:
-        """Let `generate` draw, end and pad as the tokenizer and the pack's generation config say.
-        Mutates.
+        """Let `generate` draw, end and pad as tokenizer and generation config say. Mutates.
+
+        The generation config is the pack's.
 
         Raises:
             ConfigError: a value in the pack's generation_config.json is out of range.
@@ -106,7 +107,7 @@ class FlashTarget:
         )
 
     def close(self) -> None:
-        """Stop reading, once no thread computes; a forward pass after it raises BackendError."""
+        """Stop reading, once no thread computes; later forward passes raise BackendError."""
         with self.turns.lock:
             self.turns.end(CLOSED)
             self.pack.close()
@@ -115,10 +116,9 @@ class FlashTarget:
                 self.accelerator.close()
 
     def recover(self) -> None:
-        """Clear what a turn has left that did not come to its end, wherever it was cut off.
-        Mutates.
-        """
-        self.pack.reader.settle()  # first: what follows gives buffers to the next reads
+        """Clear what a pass that was cut off anywhere has left. Mutates."""
+        # First: what follows gives buffers to the next reads.
+        self.pack.reader.settle()
         self.stream.reset(0)
         for done in self.injection.replaced:
             if isinstance(done.operator, FlashDecoderLayer | FlashExperts):
@@ -149,11 +149,12 @@ def load_target(
         cache: policy that keeps experts in DRAM.
         threads: direct reads in flight.
         throttle: slow reads down to a stated bandwidth.
-        device: cpu, or the accelerator that computes those parts which are measured to be quicker
+        trust_rules: let the rules import classes from any package.
+        device: cpu, or the accelerator that computes those parts which are measured to be faster
             there: cuda, cuda:N, or emulated (for tests).
         vram_budget: of its memory for weights, bytes or text; by default what is free, less a
             tenth.
-        places: of all layers, instead of measuring.
+        places: where each layer computes, instead of measuring.
 
     Raises:
         FlashError: the pack is damaged, foreign or unreadable.
@@ -162,14 +163,14 @@ def load_target(
         RulesError: the rules do not fit the model, or there are none for its family.
         BackendError: the device cannot be used here.
     """
-    accelerator = make_accelerator(device, vram_budget)
+    accelerator = make_device(device, vram_budget)
     budget = None if dram_budget is None else parse_bytes(dram_budget, "dram_budget")
     opened = FlashPack.open(pack, threads=threads, throttle=throttle, direct=direct)
     try:
-        plan_residency(opened, budget)  # refused before anything is read
+        plan_dram(opened, budget)  # refused before anything is read
         dtype = dtype_of(opened.index.blocks[0].tensors[0].dtype)
         plain = meta_model_of(opened.config, dtype, "the pack's config")
-        _check_complete(plain, opened)
+        opened.check_holds(name for name, _ in plain.named_parameters())
         model = with_row_linears(plain)
         plan = plan_injection(
             model,
@@ -177,7 +178,7 @@ def load_target(
             trust_rules=trust_rules,
         )
         injection = inject(model, plan, opened, model.config)
-        target = _serve(model, opened, injection, _Wanted(budget, cache, accelerator, places))
+        target = _serve(model, opened, injection, _Options(budget, cache, accelerator, places))
     except BaseException:
         if accelerator is not None:
             accelerator.close()
@@ -187,37 +188,17 @@ def load_target(
     return target
 
 
-def _check_complete(model: nn.Module, pack: FlashPack) -> None:
-    """Raise FlashError where the pack's tensors are not all parameters of the model, and those
-    alone.
-    """
-    held = {tensor.name: None for block in pack.index.blocks for tensor in block.tensors}
-    wanted = dict.fromkeys(name for name, _ in model.named_parameters())
-    missing = [name for name in wanted if name not in held]
-    unused = [name for name in held if name not in wanted]
-    if missing or unused:
-        what = (
-            f"lacks {missing[0]!r}"
-            if missing
-            else f"holds {unused[0]!r}, which the model has no place for"
-        )
-        raise FlashError(
-            f"{pack.path}: the pack {what} ({len(missing) + len(unused)} such tensors); it was "
-            f"made from another model"
-        )
-
-
 @dataclass(frozen=True)
-class _Wanted:
-    """How a target shall be served."""
+class _Options:
+    """How a target shall be served; see `load_target`."""
 
     budget: int | None
     cache: str
-    accelerator: Accelerator | None
+    accelerator: TargetDevice | None
     places: Sequence[Place] | None
 
 
-def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -> FlashTarget:
+def _serve(model: Any, pack: FlashPack, injection: Injection, options: _Options) -> FlashTarget:
     """Read the resident parts and connect the operators."""
     for done in injection.replaced:
         done.operator.load()  # type: ignore[operator]
@@ -228,20 +209,20 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
     layers = [
         done.operator for done in injection.replaced if isinstance(done.operator, FlashDecoderLayer)
     ]
-    placement = place_layers(model, pack, wanted.budget, layers, wanted.accelerator, wanted.places)
-    accelerator = wanted.accelerator if placement.split is not None else None
-    residency, elsewhere = (
-        placement.residency,
-        placement.split.stays if placement.split is not None else 0,
+    placement = place_layers(
+        model, pack, options.budget, layers, options.accelerator, options.places
     )
-    stream, carrier = split_stream(
-        LayerStream(pack, residency.layers, residency.ring, elsewhere), placement, accelerator
+    accelerator = options.accelerator if placement.split is not None else None
+    plan = placement.dram_plan
+    stream, transfer = split_stream(
+        LayerStream(pack, plan.layers, plan.ring, placement.stays), placement, accelerator
     )
-    for operator in (one for one in layers if placement.keeps_router(one.index)):
-        # From the first pass on: the layer before asks its router what to read ahead.
-        operator.install(*stream.acquire(operator.index))
-    experts = expert_cache(pack, residency, model.config, wanted.cache)
-    _bind_experts(injection, experts, model, placement, accelerator, pack)
+    for operator in layers:
+        if placement.keeps_router(operator.index):
+            # From the first pass on: the layer before asks its router what to prefetch.
+            operator.install(*stream.acquire(operator.index))
+    experts = expert_cache(pack, plan, model.config, options.cache)
+    bind_experts(injection, experts, model, placement, accelerator, pack)
     left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
     if left:
         raise FlashError(
@@ -249,16 +230,15 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
         )
     move_head(model, placement, accelerator)
     target = FlashTarget(
-        model.eval(),
-        pack,
-        residency,
-        stream,
-        experts,
-        injection,
-        None,
-        accelerator,
-        placement.split,
-        carrier,
+        model=model.eval(),
+        pack=pack,
+        residency=plan,
+        stream=stream,
+        experts=experts,
+        injection=injection,
+        accelerator=accelerator,
+        split=placement.split,
+        transfer=transfer,
     )
     target.set_gate(None)
     target.turns.recover.append(target.recover)
@@ -267,57 +247,29 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, wanted: _Wanted) -
     return target
 
 
-def _bind_experts(
-    injection: Injection,
-    experts: FlashExpertCache | None,
-    model: Any,
-    placement: Placement,
-    accelerator: Accelerator | None,
-    pack: FlashPack,
-) -> None:
-    """Give every experts operator the cache, its layer's router and the next one's where that is
-    resident.
-    """
-    operators = [
-        done.operator for done in injection.replaced if isinstance(done.operator, FlashExperts)
-    ]
-    if operators and experts is None:
-        raise FlashError(
-            f"{pack.path}: the pack holds no routed experts; it was made from another model"
-        )
-    gates = [
-        getattr(model.get_submodule(operator.key.rpartition(".")[0]), "gate", None)
-        for operator in operators
-    ]
-    routers = [None if gate is None else GateRouter(gate) for gate in gates]
-    side = placement.experts_on(accelerator)
-    for index, operator in enumerate(operators):
-        following = index + 1 if index + 1 < len(operators) else -1
-        resident = following > 0 and placement.keeps_router(operators[following].layer_index)
-        assert experts is not None
-        operator.bind(experts, routers[index], routers[following] if resident else None, side)
-    if (
-        side is not None
-        and accelerator is not None
-        and accelerator.pins is not None
-        and experts is not None
-    ):
-        accelerator.pins.add(experts.buffers)
-
-
 def expert_cache(
-    pack: FlashPack, residency: Residency, config: Any, cache: str = "mrs"
+    pack: FlashPack, plan: DramPlan, config: Any, cache: str = "mrs"
 ) -> FlashExpertCache | None:
-    """An empty expert cache of the size that a residency gives it; None for a dense target."""
+    """An empty expert cache of the planned size; None for a dense target.
+
+    Args:
+        pack: the target.
+        plan: of its DRAM.
+        config: of the model.
+        cache: name of the policy.
+    """
     blocks = pack.blocks("expert")
     if not blocks:
         return None
-    count = len({block.expert for block in blocks})
-    layers = len({block.layer for block in blocks})
-    policy = make_cache(cache, layers, count, config.num_experts_per_tok, Settings(cache=cache))
-    return FlashExpertCache(
-        pack, residency.expert_slots, max(2, residency.staging), residency.ahead, policy
+    policy = make_cache(
+        cache,
+        len({block.layer for block in blocks}),
+        len({block.expert for block in blocks}),
+        config.num_experts_per_tok,
+        Settings(cache=cache),
     )
+    staging = max(LEAST_STAGING, plan.staging)
+    return FlashExpertCache(pack, plan.expert_slots, staging, plan.prefetch, policy)
 
 
 def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
@@ -334,6 +286,7 @@ def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
             raise FlashError(
                 f"the model has no {name!r}; the pack was made from another one"
             ) from None
-        if module._parameters.get(leaf) is None or module._parameters[leaf].shape != tensor.shape:  # type: ignore[union-attr]
+        former = module._parameters.get(leaf)
+        if former is None or former.shape != tensor.shape:
             raise FlashError(f"{name!r} does not fit the model; the pack was made from another one")
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -13,7 +13,7 @@ from eval.lever.trees import DENSE_TREES, make_decoder
 from eval.lever.turns import Lane, own_state, run_together
 from lever_ext.decoding import LeverDecoding
 from lever_ext.flash.pack import FlashPack, block_memory
-from lever_ext.stats import SpeculationStats
+from lever_ext.speculation.stats import SpeculationStats
 from lever_ext.target import FlashTarget
 from lever_ext.tree.policies import Chain
 

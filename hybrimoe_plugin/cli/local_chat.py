@@ -11,9 +11,8 @@ from typing import Any
 from hybrimoe_plugin.cli.chat import flags
 from hybrimoe_plugin.cli.chat.records import Records
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flash_chat import FlashChat, add_flash, load_flash, wanted
 from hybrimoe_plugin.cli.imports import import_libraries
-from hybrimoe_plugin.cli.main import INTERRUPTED
+from hybrimoe_plugin.cli.main import FLASH_CHAT, INTERRUPTED, find_module
 from hybrimoe_plugin.cli.reading import read_prompt_file, well_formed
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
 from hybrimoe_plugin.config import DEMO_FORMS
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model_choice(parser)
     flags.add_answers(parser.add_argument_group("answers"))
     add_settings(parser)
-    add_flash(parser)
+    find_module(FLASH_CHAT).add_arguments(parser)
     flags.add_records(parser.add_argument_group("records"))
     flags.add_foreign(parser.add_argument_group("flags of ktransformers.local_chat"))
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_libraries()
-    if wanted(args):
+    if find_module(FLASH_CHAT).is_selected(args):
         return _talk_flash(args, settings, sampling, prompt)
     with Records(args.timeline, args.record_trace) as records:
         model, tokenizer = _load(args, settings)
@@ -167,7 +166,7 @@ def _talk_flash(
         )
     if not args.verbose:
         transformers_logging.set_verbosity_error()
-    flash: FlashChat = load_flash(args)
+    flash = find_module(FLASH_CHAT).load(args)
     try:
         if args.seed is not None:
             torch.manual_seed(args.seed)

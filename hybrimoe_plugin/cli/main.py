@@ -10,11 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.flags import Parser, underscored
-from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,11 @@ COMMANDS = (
     Command(
         "demo-model", "build the demo model and print its path", "hybrimoe_plugin.cli.demo_model"
     ),
-    Command(
-        "flash-pack", "pack a model for direct reads from flash", "hybrimoe_plugin.cli.flash_pack"
-    ),
+    Command("flash-pack", "pack a model for direct reads from flash", "lever_ext.cli.flash_pack"),
     Command(
         "lever-train",
         "train the early-exit predictor of a packed model",
-        "hybrimoe_plugin.cli.lever_train",
+        "lever_ext.cli.lever_train",
     ),
     Command(
         "doctor",
@@ -83,6 +82,29 @@ COMMANDS = (
         "hybrimoe_plugin.cli.ktransformers.patches",
     ),
 )
+
+FLASH_CHAT = "lever_ext.cli.chat"
+"""The part of `local_chat` for targets on flash. Its module has `add_arguments(parser)`,
+`is_selected(args)` and `load(args)`.
+"""
+
+
+def find_module(path: str) -> ModuleType:
+    """Import a module of the command line by its name.
+
+    Raises:
+        ConfigError: the package that holds it is not installed.
+    """
+    package = path.partition(".")[0]
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ConfigError(
+            f"this needs the package {package}, which is not installed: install "
+            f"ktransformers-hybrimoe again, which contains it"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
@@ -142,7 +164,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
         if place is not None and wanted == command.name.replace("-", "_"):
             argv[place] = command.name  # written with either dash
             # Only the chosen module is imported: some import rich, and torch when they run.
-            chosen = importlib.import_module(command.module)
+            chosen = find_module(command.module)
             _add_arguments(sub, chosen)
     args = parser.parse_args(underscored(argv))
     if chosen is None:

@@ -1,3 +1,1 @@
-"""Drafts behind one protocol: a language model in DRAM, a low-bit copy of the target, prompt-lookup
-n-grams.
-"""
+"""Drafts behind one protocol: a small model, a low-bit copy of the target, prompt lookup."""

@@ -11,8 +11,9 @@ from lever_ext.tree.candidates import CandidateTree
 
 
 class Draft(Protocol):
-    """Proposes likely next tokens after any node of a candidate tree. Takes nothing from the global
-    random state.
+    """Proposes likely next tokens after any node of a candidate tree.
+
+    Takes nothing from the global random state.
     """
 
     name: str
@@ -21,7 +22,7 @@ class Draft(Protocol):
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Held by the answer that it drafts for: a draft follows one sequence."""
+        """Held during an answer that it drafts for: a draft follows one sequence."""
         ...
 
     def start(self, ids: Sequence[int]) -> None:
@@ -38,6 +39,8 @@ class Draft(Protocol):
         Args:
             accepted: keys from the former root to the last accepted node.
             tokens: their tokens; they now come before the root.
-            tree: already advanced; what it holds no more may be forgotten.
+            tree: already advanced; nodes that it no longer holds may be forgotten.
+
+        Mutates: the draft.
         """
         ...

@@ -34,7 +34,8 @@ def make_draft(
         name: low-bit, ngram, none, or the path of a GGUF file.
         target: what it drafts for.
         tokenizer: of the target; a draft from a file must share it.
-        bits, group: of a low-bit copy.
+        bits: of a low-bit copy.
+        group: input features of a low-bit copy that share a scale.
 
     Raises:
         SpeculationError: unknown name, or another tokenizer.
@@ -57,8 +58,9 @@ def make_draft(
 
 
 def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any:
-    """A low-bit copy of a target, made layer by layer from its pack; embedding, norms are the
-    target's own.
+    """A low-bit copy of a target, made layer by layer from its pack.
+
+    Embedding and norms are the target's own.
 
     Raises:
         ConfigError: bits or group outside what is supported.

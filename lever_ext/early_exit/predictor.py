@@ -1,6 +1,4 @@
-"""The candidate-row predictor: one linear map from a middle layer's hidden state to token
-scores.
-"""
+"""The exit predictor: one linear map from a middle layer's hidden state to token scores."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Whether an early exit pays: what it drops and what it loses, measured; what that saves, by the
-cost model.
+"""Whether an early exit is worthwhile: what it drops and loses, measured; what it saves, predicted.
+
+What a pass with fewer nodes saves is predicted by the cost model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.token_tree import TokenTree
 
 KEPT, LOST = 0.48, 0.05
-"""Rows that stay after an early exit, and tokens that are lost by it, until measured (paper,
+"""Share of nodes that stay after an early exit, and of tokens that it loses, until measured (paper,
 evaluation).
 """
 LEAST = 4
@@ -29,12 +30,14 @@ class ExitRates:
     """
 
     kept: float = KEPT
-    """Share of rows that stay."""
+    """Share of nodes that stay."""
     lost: float = LOST
-    """Share of a cycle's tokens that dropped rows cost it."""
+    """Share of a cycle's tokens that dropped nodes cost it."""
     judged: int = 0
+    """Passes in which the exit was judged and not used."""
     step: float = 0.1
     _since: int = 0
+    """Passes since the last judged one."""
 
     @property
     def due(self) -> bool:
@@ -46,17 +49,21 @@ class ExitRates:
         self._since += 1
 
     def observe(self, kept: float, lost: float | None) -> None:
-        """Add a tree. Mutates.
+        """Add a tree.
 
         Args:
-            lost: None where the exit was used.
+            kept: share of its nodes that stayed, or would have.
+            lost: share of the cycle's tokens; None where the exit was used.
+
+        Mutates: the averages.
         """
         self.kept += self._weight() * (kept - self.kept)
         if lost is None:
             self.skip()
             return
         self.lost += self._weight() * (lost - self.lost)
-        self.judged, self._since = self.judged + 1, 0
+        self.judged += 1
+        self._since = 0
 
     def _weight(self) -> float:
         """The first trees count more than the paper's figures."""
@@ -64,28 +71,37 @@ class ExitRates:
 
 
 def lost_share(path: Sequence[int], kept: Sequence[int] | None) -> float:
-    """Share of a cycle's tokens, the target's own one included, that would be missing.
+    """Share of a cycle's tokens, the bonus token included, that would be missing.
 
     Args:
-        path: accepted rows from the root on.
-        kept: rows that would have stayed; None for all.
+        path: accepted nodes from the root on.
+        kept: nodes that would have stayed; None for all.
     """
     if kept is None:
         return 0.0
     staying = set(kept)
-    reached = next((place for place, row in enumerate(path) if row not in staying), len(path))
+    reached = 0
+    for node in path:
+        if node not in staying:
+            break
+        reached += 1
     return (len(path) - reached) / len(path)
 
 
-def pays(tree: TokenTree, cost: CycleCost, rates: ExitRates, after: float) -> bool:
-    """Whether fewer rows in the layers after the exit save more of a cycle than lost tokens cost.
+def is_worthwhile(tree: TokenTree, cost: CycleCost, rates: ExitRates, after: float) -> bool:
+    """Whether fewer nodes in the layers after the exit save more than the lost tokens cost.
 
     Args:
+        tree: of the pass.
+        cost: of a cycle.
+        rates: of the exit.
         after: share of the layers that come after the exit.
     """
-    rows, leaves = len(tree), tree.leaves
-    fewer = max(1, round(rates.kept * rows))
-    reads = cost.union.prefixes(tree.drafted)
-    whole = cost.verify(rows, leaves) + float(reads[-1])
-    small = cost.verify(fewer, max(1, round(rates.kept * leaves))) + float(reads[fewer - 1])
-    return (whole - small) * after > rates.lost * (whole + cost.draft_us(1))
+    nodes = len(tree)
+    fewer = max(1, round(rates.kept * nodes))
+    fewer_leaves = max(1, round(rates.kept * tree.leaves))
+    read_us = cost.union.prefixes(tree.drafted)
+    whole = cost.verify(nodes, tree.leaves) + float(read_us[-1])
+    small = cost.verify(fewer, fewer_leaves) + float(read_us[fewer - 1])
+    saved = (whole - small) * after
+    return saved > rates.lost * (whole + cost.draft_us(1))

@@ -3,8 +3,7 @@
 One file, little-endian:
 
     0        header, 4096 bytes: magic "LEVERPAK", u32 version, u64 index offset, u64 index bytes,
-    u32 CRC-32 of the
-             index, u32 CRC-32 of all header fields before it; the rest is zero
+             u32 CRC-32 of the index, u32 CRC-32 of all header fields before it; the rest is zero
     4096     blocks in the order of execution, each starting and ending at a multiple of 4096
     ...      index: UTF-8 JSON, at a multiple of 4096, the last thing in the file
 
@@ -28,6 +27,8 @@ from typing import Any
 
 from hybrimoe_plugin.errors import FlashError
 
+PACK_NAME = "target.lever"
+"""The pack's file in its directory."""
 MAGIC = b"LEVERPAK"
 VERSION = 1
 ALIGNMENT = 4096
@@ -35,6 +36,7 @@ TENSOR_ALIGNMENT = 64
 HEADER = struct.Struct("<8sIQQI")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = ("resident", "layer", "expert")
+MOST_DIMENSIONS = 8
 MAX_INDEX_BYTES = 1 << 24
 """A model of 61 layers with 256 experts each takes 7 MiB; what JSON is read into takes up to 20
 times its length.
@@ -77,14 +79,12 @@ class Block:
 
     @property
     def label(self) -> str:
-        place = (
-            ""
-            if self.layer < 0
-            else f" {self.layer}"
-            if self.expert < 0
-            else f" {self.layer}.{self.expert}"
-        )
-        return f"{self.kind}{place}"
+        """For messages: `resident`, `layer 3` or `expert 3.7`."""
+        if self.layer < 0:
+            return self.kind
+        if self.expert < 0:
+            return f"{self.kind} {self.layer}"
+        return f"{self.kind} {self.layer}.{self.expert}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Index:
 
 
 def align(count: int, to: int = ALIGNMENT) -> int:
+    """Round up to a multiple."""
     return -(-count // to) * to
 
 
@@ -192,24 +193,34 @@ def _block(entry: Mapping[str, Any]) -> Block:
 
 
 def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
+    """Raise FlashError unless every block follows the one before and holds its tensors."""
     if not blocks:
         raise FlashError(f"{where}: the pack holds no blocks; pack the model again")
     end = ALIGNMENT
     for block in blocks:
-        sound = block.kind in KINDS and block.offset == end and bool(block.tensors)
-        sound = sound and block.nbytes > 0 and block.nbytes % ALIGNMENT == 0
+        sound = _is_sound(block) and block.offset == end
         end = block.offset + block.nbytes
-        for tensor in block.tensors:
-            sound = (
-                sound
-                and tensor.dtype in DTYPES
-                and tensor.offset % TENSOR_ALIGNMENT == 0
-                and tensor.offset >= 0
-            )
-            sound = sound and len(tensor.shape) <= 8 and all(size > 0 for size in tensor.shape)
-            sound = sound and tensor.offset + tensor.nbytes <= block.nbytes
         if not sound or end > data_end:
             raise FlashError(
                 f"{where}: block {block.label} is empty or lies outside its place; pack the model "
                 f"again"
             )
+
+
+def _is_sound(block: Block) -> bool:
+    """Whether a block is whole pages with tensors inside."""
+    if block.kind not in KINDS or not block.tensors:
+        return False
+    if block.nbytes <= 0 or block.nbytes % ALIGNMENT:
+        return False
+    return all(_lies_inside(tensor, block) for tensor in block.tensors)
+
+
+def _lies_inside(tensor: PackedTensor, block: Block) -> bool:
+    if tensor.dtype not in DTYPES or len(tensor.shape) > MOST_DIMENSIONS:
+        return False
+    if tensor.offset < 0 or tensor.offset % TENSOR_ALIGNMENT:
+        return False
+    if any(size <= 0 for size in tensor.shape):
+        return False
+    return tensor.offset + tensor.nbytes <= block.nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,22 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import FlashError
-from lever_ext.flash.format import ALIGNMENT, Block, Index, align, parse_header, parse_index
+from lever_ext.flash.format import (
+    ALIGNMENT,
+    PACK_NAME,
+    Block,
+    Index,
+    align,
+    parse_header,
+    parse_index,
+)
 from lever_ext.flash.reader import Buffer, FlashReader, Throttle
-from lever_ext.flash.writer import PACK_NAME
 
 Tensors = dict[str, torch.Tensor]
 
 
 class FlashPack:
-    """A target's weights on flash.
+    """A target's weights on flash; opened by `open`.
 
     Attributes:
         index: config and blocks.
@@ -27,11 +34,11 @@ class FlashPack:
     """
 
     def __init__(self, path: Path, index: Index, reader: FlashReader) -> None:
-        """Use `open`."""
         self.path = path
         self.index = index
         self.reader = reader
         self._checked: set[int] = set()
+        """Offsets of blocks whose checksum was right."""
 
     @classmethod
     def open(
@@ -69,6 +76,27 @@ class FlashPack:
         """The blocks of a kind, in the order of execution."""
         return [block for block in self.index.blocks if block.kind == kind]
 
+    def check_holds(self, parameters: Iterable[str]) -> None:
+        """Compare the pack's tensors with a model's parameters.
+
+        Raises:
+            FlashError: one that the other side does not have.
+        """
+        expected = dict.fromkeys(parameters)
+        held = {tensor.name: None for block in self.index.blocks for tensor in block.tensors}
+        missing = [name for name in expected if name not in held]
+        unused = [name for name in held if name not in expected]
+        if not missing and not unused:
+            return
+        if missing:
+            what = f"lacks {missing[0]!r}"
+        else:
+            what = f"holds {unused[0]!r}, which the model has no place for"
+        raise FlashError(
+            f"{self.path}: the pack {what} ({len(missing) + len(unused)} such tensors); it was "
+            f"made from another model"
+        )
+
     def submit(self, block: Block, buffer: Buffer) -> Future[None]:
         """Start reading a block into a buffer that is large enough."""
         return self.reader.submit(block.offset, block.nbytes, buffer)
@@ -76,8 +104,8 @@ class FlashPack:
     def arrive(self, block: Block, buffer: Buffer, arrival: Future[None]) -> None:
         """Wait for a block that was submitted; its bytes are still to be checked.
 
-        A read ahead may have failed long ago, for an answer that is over: what counts is whether it
-        can be read now.
+        A read ahead may have failed long ago, in an answer that is over. It is tried once more:
+        what counts is whether the block can be read now.
 
         Raises:
             FlashError: it cannot be read.
@@ -88,8 +116,9 @@ class FlashPack:
             self.submit(block, buffer).result()
 
     def check(self, block: Block, buffer: Buffer) -> None:
-        """Compare a block's bytes with its checksum: the first time that it was read, and again
-        after any change.
+        """Compare a block's bytes with its checksum.
+
+        Done the first time that it is read, and again after any change of the file.
 
         Raises:
             FlashError: the block is damaged, or the file was written to since it was opened.

@@ -1,4 +1,4 @@
-"""Direct reads of large blocks by a thread pool, into buffers that are made once and used again."""
+"""Direct reads of large blocks by a thread pool, into buffers that are used again and again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Buffer:
 
     @classmethod
     def several(cls, count: int, nbytes: int) -> list[Buffer]:
-        """Buffers side by side in one mapping, so that huge pages reach over their edges."""
+        """Buffers side by side in one mapping, so that huge pages can span them."""
         if not count:
             return []
         size = align(nbytes)
@@ -82,7 +82,7 @@ class ReadCounters:
 
 
 class FlashReader:
-    """Reads byte ranges of one file; several requests at once, split over threads.
+    """Reads byte ranges of one file; several requests at once, in chunks that threads share.
 
     Args:
         path: the file.
@@ -121,7 +121,7 @@ class FlashReader:
         self._paced_until = 0.0
         self._threads = threads
         self._pools = [self._make_pool()]
-        """The first is in use; others are being waited for."""
+        """The first is in use; the others are being shut down."""
 
     def submit(self, offset: int, nbytes: int, buffer: Buffer) -> Future[None]:
         """Read [offset, offset + nbytes) into the buffer's start; both are multiples of 4096.
@@ -147,11 +147,11 @@ class FlashReader:
         self.submit(offset, nbytes, buffer).result()
 
     def check_unchanged(self) -> bool:
-        """Whether the file is for certain what it was at the last call, or when it was opened.
+        """Whether the file is certainly what it was at the last call, or when it was opened.
 
-        False where something has happened that also happens to files whose bytes stay the same: a
-        change of their name, mode or times. Programs can set the time of the last write back, but
-        not the one of the last change.
+        False after something that may also leave the bytes as they are: a change of the name, the
+        mode or the times. Programs can set the time of the last write back, but not the one of the
+        last change.
 
         Raises:
             FlashError: the file was written to since it was opened.
@@ -164,10 +164,9 @@ class FlashReader:
         return same
 
     def settle(self) -> None:
-        """Wait until nothing is read any more, not even for a request that an interrupt cut off in
-        its middle. Mutates.
+        """Wait until nothing is read any more, also after an interrupt inside `submit`. Mutates.
 
-        Such a request has no future that one could wait for, and no count that could be trusted.
+        A request that was cut off there has no future to wait for, and may not be counted right.
         """
         self._pools = [self._make_pool(), *self._pools]
         for pool in self._pools[1:]:
@@ -185,21 +184,20 @@ class FlashReader:
             self.fd = -1
 
     def _read(self, offset: int, view: memoryview, finish: _Countdown) -> None:
+        error: FlashError | None = None
         try:
             self._pace(len(view))
-            got = os.preadv(self.fd, [view], offset)
-            while 0 < got < len(view):
+            got = 0
+            while got < len(view):
                 more = os.preadv(self.fd, [view[got:]], offset + got)
-                got = got + more if more else -1
-            error = (
-                None
-                if got == len(view)
-                else FlashError(f"{self.path}: the pack ends early: it was truncated")
-            )
-        except Exception as fault:  # whatever it is: whoever waits for these bytes must learn of it
-            error = FlashError(
-                f"{self.path}: cannot read the pack ({getattr(fault, 'strerror', None) or fault})"
-            )
+                if not more:
+                    error = FlashError(f"{self.path}: the pack ends early: it was truncated")
+                    break
+                got += more
+        except Exception as fault:
+            # Whatever it is: whoever waits for these bytes must learn of it.
+            reason = getattr(fault, "strerror", None) or fault
+            error = FlashError(f"{self.path}: cannot read the pack ({reason})")
         finish(error)
 
     def _make_pool(self) -> ThreadPoolExecutor:
@@ -250,7 +248,7 @@ class _Countdown:
 def _open(path: Path, direct: bool) -> tuple[int, bool]:
     flag = getattr(os, "O_DIRECT", 0) if direct else 0
     try:
-        open_regular(path).close()  # opening a pipe would wait for ever
+        open_regular(path).close()  # raises for a pipe, whose opening would wait forever
         if flag:
             try:
                 fd = os.open(path, os.O_RDONLY | flag)
@@ -288,12 +286,13 @@ def plain_gbps(
     block: int = 8 << 20,
     memory: int = 0,
 ) -> float:
-    """GB/s of plain direct reads of large blocks of a file, one after another: what any reader is
-    measured against.
+    """GB/s of plain direct reads of large blocks, one after another: the baseline of any reader.
 
     Args:
+        path: the file.
         nbytes: read at most so much, from the file's start, each time.
         repeats: the fastest counts.
+        block: bytes of one read.
         memory: bytes that the blocks go to in turn; at least one block.
 
     Raises:

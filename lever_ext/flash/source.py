@@ -1,6 +1,4 @@
-"""Where a pack's weights come from: any mapping of parameter names to tensors, read one tensor at a
-time.
-"""
+"""Where a pack's weights come from: parameter names to tensors, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,17 +16,23 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.files import open_regular
 
 SAMPLE_BYTES = 4096
-"""Of each tensor, from its middle, that tell a model from another one."""
+"""Of each tensor, from its middle: they tell models of one shape apart."""
 
-_EXPERTS = re.compile(r"^(?P<prefix>.*\.mlp)\.experts\.(?P<part>gate_up_proj|down_proj)$")
-_APART = (
+_STACKED = re.compile(r"^(?P<mlp>.*\.mlp)\.experts\.(?P<part>gate_up_proj|down_proj)$")
+_SINGLE_EXPERTS = (
     (
-        "{prefix}.experts.{e}.gate_proj.weight",
-        "{prefix}.experts.{e}.up_proj.weight",
-        "{prefix}.experts.{e}.down_proj.weight",
+        "{mlp}.experts.{e}.gate_proj.weight",
+        "{mlp}.experts.{e}.up_proj.weight",
+        "{mlp}.experts.{e}.down_proj.weight",
     ),
-    ("{moe}.experts.{e}.w1.weight", "{moe}.experts.{e}.w3.weight", "{moe}.experts.{e}.w2.weight"),
+    (
+        "{moe}.experts.{e}.w1.weight",
+        "{moe}.experts.{e}.w3.weight",
+        "{moe}.experts.{e}.w2.weight",
+    ),
 )
+"""Names of gate, up and down projection where files hold experts one by one, newer and older style.
+"""
 
 
 class TensorSource(Protocol):
@@ -69,8 +73,9 @@ class StateDictSource:
 
 
 class SafetensorsSource:
-    """A directory of safetensors files, as the Hugging Face hub stores models, stacked experts or
-    one tensor each.
+    """A directory of safetensors files, as the Hugging Face hub stores models.
+
+    Experts may be stacked or lie there one by one.
 
     Raises:
         WeightsError: no weights there, or a file that is not sound.
@@ -79,9 +84,12 @@ class SafetensorsSource:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.files = self._find()
-        paths = [self.directory / file for file in sorted(set(self.files.values()))]
-        parts = [file_identity(path, _spans(path)) for path in paths]
-        self.identity = ",".join([self.directory.name, *parts])
+        """Tensor name -> file name."""
+        parts = [self.directory.name]
+        for file in sorted(set(self.files.values())):
+            path = self.directory / file
+            parts.append(file_identity(path, _spans(path)))
+        self.identity = ",".join(parts)
 
     def _find(self) -> dict[str, str]:
         from safetensors import SafetensorError, safe_open
@@ -110,29 +118,26 @@ class SafetensorsSource:
         Raises:
             WeightsError: naming tensors that no parameter of the model is made from.
         """
-        used = {
-            name
-            for parameter, value in model.state_dict().items()
-            for name in _names(parameter, len(value))
-        }
-        ignored = [
-            re.compile(pattern)
-            for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        ]
-        unused = [
-            name
-            for name in self.files
-            if name not in used
-            and not name.endswith(".rotary_emb.inv_freq")  # computed from the config
-            and not any(pattern.search(name) for pattern in ignored)
-            and not _beyond(name, model.config.num_hidden_layers)
-        ]
+        used: set[str] = set()
+        for parameter, value in model.state_dict().items():
+            used.update(_names(parameter, len(value)))
+        patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ignored = [re.compile(pattern) for pattern in patterns]
+        layers = model.config.num_hidden_layers
+
+        def is_unused(name: str) -> bool:
+            if name in used or _beyond(name, layers):
+                return False
+            if name.endswith(".rotary_emb.inv_freq"):  # computed from the config
+                return False
+            return not any(pattern.search(name) for pattern in ignored)
+
+        unused = [name for name in self.files if is_unused(name)]
         if unused:
             raise WeightsError(
                 f"{self.directory}: a {model.config.model_type} model has no place for "
                 f"{', '.join(map(repr, sorted(unused)[:8]))} ({len(unused)} in all), without "
-                f"which its answers "
-                "would be wrong"
+                f"which its answers would be wrong"
             )
 
     def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
@@ -150,27 +155,21 @@ class SafetensorsSource:
             raise WeightsError(f"{self.directory}: cannot read tensor {name!r} ({error})") from None
 
     def get(self, name: str) -> torch.Tensor:
-        if (
-            name not in self.files
-            and name.replace(".mlp.gate.", ".block_sparse_moe.gate.") in self.files
-        ):
-            name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+        older = _older_router(name)
+        if name not in self.files and older in self.files:
+            return self._read(older)
         return self._read(name)
 
     def expert(self, name: str, expert: int) -> torch.Tensor:
-        match = _EXPERTS.match(name)
+        match = _STACKED.match(name)
         if name in self.files or match is None:
             return self._read(name, expert)
-        prefix = match["prefix"]
-        moe = prefix[: -len("mlp")] + "block_sparse_moe"
-        for pattern in _APART:
-            gate, up, down = (part.format(prefix=prefix, moe=moe, e=expert) for part in pattern)
-            if gate in self.files:
-                return (
-                    self._read(down)
-                    if match["part"] == "down_proj"
-                    else torch.cat([self._read(gate), self._read(up)])
-                )
+        for gate, up, down in _single_names(match["mlp"], expert):
+            if gate not in self.files:
+                continue
+            if match["part"] == "down_proj":
+                return self._read(down)
+            return torch.cat([self._read(gate), self._read(up)])
         raise WeightsError(
             f"{self.directory}: neither {name!r} nor its experts one by one are there"
         )
@@ -197,11 +196,11 @@ def file_identity(path: Path, tensors: Sequence[Span]) -> str:
     try:
         with open_regular(path) as file:
             found = os.fstat(file.fileno())
-            digest.update(
-                file.read(min((tensor.offset for tensor in tensors), default=found.st_size))
-            )
+            header_bytes = min((tensor.offset for tensor in tensors), default=found.st_size)
+            digest.update(file.read(header_bytes))
             for offset, nbytes in tensors:
-                file.seek(offset + max(0, nbytes - SAMPLE_BYTES) // 2)
+                before = max(0, nbytes - SAMPLE_BYTES) // 2
+                file.seek(offset + before)
                 digest.update(file.read(min(nbytes, SAMPLE_BYTES)))
     except OSError as error:
         raise WeightsError(f"{path}: cannot read the weights ({error.strerror or error})") from None
@@ -222,20 +221,40 @@ def _spans(path: Path) -> list[Span]:
 
 
 def _names(parameter: str, count: int) -> list[str]:
-    """The names under which files may hold a parameter of `count` rows, or as many experts."""
-    match = _EXPERTS.match(parameter)
+    """The names under which files may hold a parameter.
+
+    Args:
+        count: rows of the parameter: where it stacks experts, as many experts.
+    """
+    match = _STACKED.match(parameter)
     if match is None:
-        return [parameter, parameter.replace(".mlp.gate.", ".block_sparse_moe.gate.")]
-    prefix = match["prefix"]
-    moe = prefix[: -len("mlp")] + "block_sparse_moe"
-    apart = [part for parts in _APART for part in parts]
-    return [
-        parameter,
-        *(part.format(prefix=prefix, moe=moe, e=e) for e in range(count) for part in apart),
-    ]
+        return [parameter, _older_router(parameter)]
+    found = [parameter]
+    for expert in range(count):
+        for names in _single_names(match["mlp"], expert):
+            found += names
+    return found
+
+
+def _older_router(name: str) -> str:
+    """The older name of a router's tensor; any other name as it is."""
+    return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+
+
+def _single_names(mlp: str, expert: int) -> list[list[str]]:
+    """Names of one expert's gate, up and down projection, in either style.
+
+    Args:
+        mlp: qualified name of the module that holds the experts.
+    """
+    moe = mlp.removesuffix("mlp") + "block_sparse_moe"
+    found = []
+    for style in _SINGLE_EXPERTS:
+        found.append([part.format(mlp=mlp, moe=moe, e=expert) for part in style])
+    return found
 
 
 def _beyond(name: str, layers: int) -> bool:
-    """Whether a tensor belongs to a layer behind the last, which predicts further tokens."""
+    """Whether a tensor belongs to a layer after the last one, which predicts further tokens."""
     match = re.match(r"^model\.layers\.(\d+)\.", name)
     return match is not None and int(match[1]) >= layers

@@ -1,8 +1,12 @@
-"""Decoder layers in the order of execution: the first ones resident, the others read ahead into a
-ring of buffers.
+"""Decoder layers in the order of execution: the first ones resident, the others read ahead.
 
-After the last layer the ring goes on with the first streamed layer of the next pass, so the device
-reads while the draft works.
+Streamed layers pass through a ring of buffers. After the last layer the ring goes on with the first
+streamed layer of the next pass, so the device reads while the draft works. With layer 0 resident
+and layers 1 to 3 in a ring of two buffers:
+
+    computing    0  |  1  |  2  |  3  |     draft     |  0  |  1  |  2  | ...
+    buffer A       1 read |  3 read   |    2 read           |
+    buffer B              2 read |  1 read (next pass)      |  3 read   | ...
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -20,8 +24,20 @@ from lever_ext.flash.pack import FlashPack, Tensors, block_memory, tensors_in
 from lever_ext.flash.reader import Buffer
 
 
-class _Ahead(NamedTuple):
-    """A streamed layer that is here or on its way."""
+class WeightStream(Protocol):
+    """Hands out the weights of decoder layers, one layer at a time."""
+
+    def acquire(self, layer: int) -> tuple[int, Tensors]:
+        """(a number for this memory, parameter name -> tensor). Valid until `release`."""
+        ...
+
+    def release(self, layer: int) -> None:
+        """Give a layer's memory to the next read. Mutates."""
+        ...
+
+
+class _Reading(NamedTuple):
+    """A streamed layer that is in a buffer or on its way there."""
 
     layer: int
     slot: int
@@ -29,39 +45,51 @@ class _Ahead(NamedTuple):
 
 
 class LayerStream:
-    """Hands out layers one at a time.
+    """Hands out layers from DRAM and flash.
 
     Args:
         pack: the target.
         resident: how many first layers stay in memory.
         ring: buffers for the others, at least 2 where there are any.
-        elsewhere: of the resident ones, how many first layers somebody else keeps.
+        elsewhere: of the resident ones, how many first layers are kept by somebody else.
 
     Raises:
         FlashError: a resident layer cannot be read.
     """
 
-    def __init__(self, pack: FlashPack, resident: int, ring: int, elsewhere: int = 0) -> None:
+    def __init__(
+        self,
+        pack: FlashPack,
+        resident: int,
+        ring: int,
+        elsewhere: int = 0,
+    ) -> None:
         self.pack = pack
         self.layers = pack.blocks("layer")
         self.first = resident
+        """The first streamed layer."""
         streamed = self.layers[resident:]
         if streamed and ring < 2:
             raise ValueError(f"{len(streamed)} streamed layers need 2 buffers, not {ring}")
-        self._kept = {layer: pack.read(self.layers[layer]) for layer in range(elsewhere, resident)}
-        self.resident: list[Tensors] = [
-            tensors_in(self.layers[layer], self._kept[layer]) if layer in self._kept else {}
-            for layer in range(resident)
-        ]
+        self._kept: dict[int, Buffer] = {}
+        self.resident: list[Tensors] = [{} for _ in range(resident)]
+        """Weights of the resident layers; empty for those kept elsewhere."""
+        for layer in range(elsewhere, resident):
+            self._kept[layer] = pack.read(self.layers[layer])
+            self.resident[layer] = tensors_in(self.layers[layer], self._kept[layer])
         self.wait_us = 0.0
         """Time that `acquire` stood still for reads, since the start."""
         count = min(ring, len(streamed))
         self._buffers = Buffer.several(count, block_memory(streamed))
         self._views: dict[tuple[int, int], Tensors] = {}
-        self._ahead: deque[_Ahead] = deque()
+        """(layer, slot) -> its tensors as views."""
+        self._queue: deque[_Reading] = deque()
+        """Layers read ahead, in the order of execution."""
         self._free: list[int] = list(range(count))
-        self._held: _Ahead | None = None
+        self._held: _Reading | None = None
+        """The layer that is acquired."""
         self._next = resident
+        """The streamed layer that is read next."""
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -71,25 +99,27 @@ class LayerStream:
     @property
     def upcoming(self) -> int:
         """The streamed layer that `acquire` gives next."""
-        return self._ahead[0].layer if self._ahead else self._next
+        return self._queue[0].layer if self._queue else self._next
 
     @property
     def arrived(self) -> bool:
         """Whether `acquire` would give the upcoming layer at once."""
-        return bool(self._ahead) and self._ahead[0].arrival.done()
+        return bool(self._queue) and self._queue[0].arrival.done()
 
     @property
     def starved(self) -> bool:
         """Whether all buffers are lent, so that nothing is read."""
-        return not self._ahead and not self._free
+        return not self._queue and not self._free
 
     def start(self) -> None:
         """Read ahead as far as buffers are free. Mutates."""
         while self._free and self.first < len(self.layers):
             slot = self._free.pop()
-            arrival = self.pack.submit(self.layers[self._next], self._buffers[slot])
-            self._ahead.append(_Ahead(self._next, slot, arrival))
-            self._next = self._next + 1 if self._next + 1 < len(self.layers) else self.first
+            layer = self._next
+            arrival = self.pack.submit(self.layers[layer], self._buffers[slot])
+            self._queue.append(_Reading(layer, slot, arrival))
+            is_last = layer + 1 == len(self.layers)
+            self._next = self.first if is_last else layer + 1
 
     def acquire(self, layer: int) -> tuple[int, Tensors]:
         """Wait for a layer's weights.
@@ -103,21 +133,23 @@ class LayerStream:
         """
         if layer < self.first:
             return -1, self.resident[layer]
-        if self._held is not None or (self._ahead and self._ahead[0].layer != layer):
+        if self._held is not None or (self._queue and self._queue[0].layer != layer):
             # The last pass was cut off in its middle.
             self.reset(layer)
         self.start()
-        ahead = self._ahead.popleft()
-        self._held = ahead
+        reading = self._queue.popleft()
+        self._held = reading
+        block = self.layers[layer]
+        buffer = self._buffers[reading.slot]
         begin = time.perf_counter()
         try:
-            self.pack.arrive(self.layers[layer], self._buffers[ahead.slot], ahead.arrival)
-            self.pack.check(self.layers[layer], self._buffers[ahead.slot])
+            self.pack.arrive(block, buffer, reading.arrival)
+            self.pack.check(block, buffer)
         except FlashError:
             self.reset(self.first)
             raise
         self.wait_us += (time.perf_counter() - begin) * 1e6
-        return ahead.slot, self._tensors(self.layers[layer], ahead)
+        return reading.slot, self._tensors(block, reading)
 
     def release(self, layer: int) -> None:
         """Give a layer's buffer to the next read. Mutates."""
@@ -127,12 +159,14 @@ class LayerStream:
             self.start()
 
     def lend(self) -> int:
-        """Take the acquired layer's buffer out of the ring until `give_back`; others can be
-        acquired then. Mutates.
+        """Take the acquired layer's buffer out of the ring until `give_back`; its slot.
+
+        Other layers can be acquired meanwhile. Mutates.
         """
         assert self._held is not None
-        lent, self._held = self._held.slot, None
-        return lent
+        slot = self._held.slot
+        self._held = None
+        return slot
 
     def give_back(self, slot: int) -> None:
         """Read into a lent buffer again. Mutates."""
@@ -146,17 +180,19 @@ class LayerStream:
 
     def reset(self, layer: int) -> None:
         """Forget what was read ahead and go on with `layer`. Mutates."""
-        for ahead in self._ahead:
-            ahead.arrival.exception()  # a buffer must not be read into twice at once
+        unfinished = list(self._queue)
         if self._held is not None:
-            self._held.arrival.exception()
-        self._ahead.clear()
+            unfinished.append(self._held)
+        for reading in unfinished:
+            # Waits: a buffer must not be read into twice at once.
+            reading.arrival.exception()
+        self._queue.clear()
         self._held = None
         self._free = list(range(len(self._buffers)))
         self._next = max(layer, self.first)
 
-    def _tensors(self, block: Block, ahead: _Ahead) -> Tensors:
-        key = (ahead.layer, ahead.slot)
+    def _tensors(self, block: Block, reading: _Reading) -> Tensors:
+        key = (reading.layer, reading.slot)
         if key not in self._views:
-            self._views[key] = tensors_in(block, self._buffers[ahead.slot])
+            self._views[key] = tensors_in(block, self._buffers[reading.slot])
         return self._views[key]

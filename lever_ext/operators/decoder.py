@@ -12,16 +12,16 @@ from hybrimoe_plugin.errors import BackendError, ConfigError, FlashError
 from hybrimoe_plugin.operators.gradients import outside_autograd
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.flash.pack import FlashPack, Tensors
-from lever_ext.flash.split_stream import SplitStream
-from lever_ext.flash.stream import LayerStream
-from lever_ext.operators.carry import Carrier
+from lever_ext.flash.stream import WeightStream
+from lever_ext.operators.transfer import LayerTransfer
 
 DEVICES = ("cpu", "auto")
 
 
 class FlashDecoderLayer(nn.Module):
-    """A decoder layer whose parameters are views into the stream's buffers while it computes
-    (operator contract).
+    """A decoder layer whose parameters are views into the stream's buffers while it computes.
+
+    Follows the operator contract.
 
     Args:
         key: qualified module name, e.g. `model.layers.3`.
@@ -49,21 +49,19 @@ class FlashDecoderLayer(nn.Module):
         check_flash_kwargs(
             {"prefill_device": prefill_device, "generate_device": generate_device, **kwargs}
         )
-        if not isinstance(gguf_loader, FlashPack):
-            raise FlashError(
-                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use "
-                f"lever_ext.target.load_target"
-            )
+        check_is_pack(key, gguf_loader)
         self.key = key
         self.pack = gguf_loader
         self.config = config
         self.layer = orig_module
         self.index = int(key.rpartition(".")[2])
-        self._stream: LayerStream | SplitStream | None = None
-        self._carrier: Carrier | None = None
+        self._stream: WeightStream | None = None
+        self._transfer: LayerTransfer | None = None
         self._gate: ExitGate | None = None
         self.sites: dict[str, tuple[nn.Module, str]] = {}
+        """Qualified parameter name -> (module, its attribute)."""
         self._parameters_of: dict[int, dict[str, nn.Parameter]] = {}
+        """Number of a memory of the stream -> parameters by qualified name."""
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -76,17 +74,16 @@ class FlashDecoderLayer(nn.Module):
         Raises:
             FlashError: the layer or a tensor is missing or has another shape.
         """
-        block = next(
-            (block for block in self.pack.blocks("layer") if block.layer == self.index), None
-        )
-        if block is None:
+        blocks = [block for block in self.pack.blocks("layer") if block.layer == self.index]
+        if not blocks:
             raise FlashError(
                 f"{self.pack.path}: the pack has no {self.key}; it was made from another model"
             )
         expected = {
-            f"{self.key}.{name}": tuple(p.shape) for name, p in self.layer.named_parameters()
+            f"{self.key}.{name}": tuple(parameter.shape)
+            for name, parameter in self.layer.named_parameters()
         }
-        found = {tensor.name: tensor.shape for tensor in block.tensors}
+        found = {tensor.name: tensor.shape for tensor in blocks[0].tensors}
         if expected != found:
             wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
             raise FlashError(
@@ -94,21 +91,26 @@ class FlashDecoderLayer(nn.Module):
                 f"another one"
             )
         for name in found:
-            path, _, leaf = name[len(self.key) + 1 :].rpartition(".")
+            inner = name.removeprefix(f"{self.key}.")
+            path, _, leaf = inner.rpartition(".")
             self.sites[name] = (self.layer.get_submodule(path), leaf)
 
     def bind(
         self,
-        stream: LayerStream | SplitStream,
+        stream: WeightStream,
         gate: ExitGate | None,
-        carrier: Carrier | None = None,
+        transfer: LayerTransfer | None = None,
     ) -> None:
-        """Connect to the target's stream and, where pruning is on, its early exit.
+        """Connect to what the target shares. Mutates.
 
         Args:
-            carrier: brings inputs to the layer's side where an accelerator computes some layers.
+            stream: hands out the weights.
+            gate: the early exit, where pruning is on.
+            transfer: brings inputs to the layer where an accelerator computes some layers.
         """
-        self._stream, self._gate, self._carrier = stream, gate, carrier
+        self._stream = stream
+        self._gate = gate
+        self._transfer = transfer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer itself returns.
@@ -131,23 +133,21 @@ class FlashDecoderLayer(nn.Module):
             self.install(slot, tensors)
             if self._gate is not None:
                 hidden_states, kwargs = self._gate.enter(self.index, hidden_states, kwargs)
-            if self._carrier is not None:
-                return self._carrier.run(self.index, self.layer, (hidden_states, *args), kwargs)
+            if self._transfer is not None:
+                return self._transfer.run(self.index, self.layer, (hidden_states, *args), kwargs)
             return self.layer(hidden_states, *args, **kwargs)
         finally:
             self._stream.release(self.index)
 
     def recover(self) -> None:
-        """Clear what a pass has left that did not come to its end. Mutates."""
+        """Clear what a pass that was cut off has left. Mutates."""
         if self._gate is not None:
             self._gate.close()
 
     def install(self, slot: int, tensors: Tensors) -> None:
         """Let the layer compute with what the stream gave. Mutates."""
         if slot not in self._parameters_of:
-            self._parameters_of[slot] = {
-                name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
-            }
+            self._parameters_of[slot] = as_parameters(tensors)
         self.set_parameters(self._parameters_of[slot])
 
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -162,6 +162,23 @@ class FlashDecoderLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
+
+
+def as_parameters(tensors: Tensors) -> dict[str, nn.Parameter]:
+    """Tensors as parameters without gradients, over the same memory."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = nn.Parameter(tensor, requires_grad=False)
+    return found
+
+
+def check_is_pack(key: str, loader: Any) -> None:
+    """Raise FlashError where an operator was given something other than a flash pack."""
+    if not isinstance(loader, FlashPack):
+        raise FlashError(
+            f"{key}: needs a flash pack, found {type(loader).__name__}; use "
+            f"lever_ext.target.load_target"
+        )
 
 
 def check_flash_kwargs(kwargs: Mapping[str, Any]) -> None:

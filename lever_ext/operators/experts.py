@@ -1,5 +1,6 @@
-"""The operator that rules name in place of a target's routed experts: they live on flash, some in
-DRAM.
+"""The operator that rules name in place of a target's routed experts.
+
+They live on flash; the promising ones are cached in DRAM.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from hybrimoe_plugin.errors import BackendError, FlashError
 from hybrimoe_plugin.operators.experts import layer_of
 from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.operators.routers import GateRouter
-from lever_ext.flash.experts import FlashExpertCache
+from lever_ext.flash.experts import FlashExpertCache, Predict
 from lever_ext.flash.pack import FlashPack, Tensors
-from lever_ext.operators.carry import CPU
-from lever_ext.operators.decoder import check_flash_kwargs
+from lever_ext.operators.decoder import check_flash_kwargs, check_is_pack
 from lever_ext.operators.linear import linear
+from lever_ext.operators.transfer import CPU
 
 
 class FlashExperts(nn.Module):
@@ -52,29 +53,28 @@ class FlashExperts(nn.Module):
         check_flash_kwargs(
             {"prefill_device": prefill_device, "generate_device": generate_device, **kwargs}
         )
-        if not isinstance(gguf_loader, FlashPack):
-            raise FlashError(
-                f"{key}: needs a flash pack, found {type(gguf_loader).__name__}; use "
-                f"lever_ext.target.load_target"
-            )
-        names = {name for name, _ in orig_module.named_parameters()}
-        if names != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "act_fn"):
+        check_is_pack(key, gguf_loader)
+        stacked = dict(orig_module.named_parameters())
+        if stacked.keys() != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "act_fn"):
             raise BackendError(
-                f"{key}: experts with parameters {sorted(names)} are not supported on flash"
+                f"{key}: experts with parameters {sorted(stacked)} are not supported on flash"
             )
         self.key = key
         self.pack = gguf_loader
         self.config = config
         self.activation = cast(Callable[[torch.Tensor], torch.Tensor], orig_module.act_fn)
         self.shapes = {
-            f"{key}.{name}": tuple(p.shape[1:]) for name, p in orig_module.named_parameters()
+            f"{key}.{name}": tuple(parameter.shape[1:]) for name, parameter in stacked.items()
         }
+        """Qualified name -> shape of one expert's part."""
         self.layer_index = layer_of(key)
         self._cache: FlashExpertCache | None = None
         self._router: GateRouter | None = None
         self._next_router: GateRouter | None = None
         self._position = -1
-        self._side, self._copied = CPU, False
+        """Of this layer among the MoE layers."""
+        self._device = CPU
+        self._sends_weights = False
 
     @staticmethod
     def check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -88,9 +88,11 @@ class FlashExperts(nn.Module):
             FlashError: an expert is missing or has another shape.
         """
         blocks = [block for block in self.pack.blocks("expert") if block.layer == self.layer_index]
-        if not blocks or any(
-            {t.name: t.shape for t in block.tensors} != self.shapes for block in blocks
-        ):
+        fits = bool(blocks)
+        for block in blocks:
+            found = {tensor.name: tensor.shape for tensor in block.tensors}
+            fits = fits and found == self.shapes
+        if not fits:
             raise FlashError(
                 f"{self.pack.path}: {self.key} does not fit the model; the pack was made from "
                 f"another one"
@@ -103,18 +105,21 @@ class FlashExperts(nn.Module):
         next_router: GateRouter | None,
         accelerator: torch.device | None = None,
     ) -> None:
-        """Connect to the target's expert cache.
+        """Connect to the target's expert cache. Mutates.
 
         Args:
             cache: shared by all layers.
             router: of this layer; its scores rank experts.
-            next_router: of the next MoE layer where its weights are resident; it says what to read
-                ahead.
+            next_router: of the next MoE layer where its weights are resident; it says what to
+                prefetch.
             accelerator: computes experts, sent there one by one; None for the CPU, whatever
                 computes the layer.
         """
-        self._cache, self._router, self._next_router = cache, router, next_router
-        self._side, self._copied = accelerator or CPU, accelerator is not None
+        self._cache = cache
+        self._router = router
+        self._next_router = next_router
+        self._device = accelerator or CPU
+        self._sends_weights = accelerator is not None
         self._position = cache.layers.index(self.layer_index)
 
     def serve_from(self, cache: FlashExpertCache) -> None:
@@ -122,9 +127,7 @@ class FlashExperts(nn.Module):
         self._cache = cache
 
     def recover(self) -> None:
-        """Clear what a pass has left that did not come to its end, once no read is in flight.
-        Mutates.
-        """
+        """Clear what a pass that was cut off has left, once no read is in flight. Mutates."""
         for router in (self._router, self._next_router):
             if router is not None:
                 router.recover()
@@ -132,10 +135,17 @@ class FlashExperts(nn.Module):
             self._cache.recover()
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own
-        router.
+        """The experts' weighted sum, [T, H].
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: ids of the model's own router, [T, K].
+            top_k_weights: its weights, [T, K].
 
         Raises:
             BackendError: not bound to a cache. Going backward through the result raises it too.
@@ -148,43 +158,45 @@ class FlashExperts(nn.Module):
             raise BackendError(
                 f"{self.key}: not bound to an expert cache; use lever_ext.target.load_target"
             )
-        home = hidden_states.device
-        hidden, ids, weights = (
-            value.to(self._side) for value in (hidden_states, top_k_index, top_k_weights)
-        )
+        hidden = hidden_states.to(self._device)
+        ids = top_k_index.to(self._device)
+        weights = top_k_weights.to(self._device)
         result = torch.zeros_like(hidden)
 
         def compute(expert: int, tensors: Tensors) -> None:
-            rows, places = torch.where(ids == expert)
-            value = self.compute(hidden[rows], self._brought(tensors))
-            result.index_add_(0, rows, (value * weights[rows, places, None]).to(result.dtype))
+            tokens, places = torch.where(ids == expert)
+            value = self.compute(hidden[tokens], self._sent(tensors))
+            weighted = value * weights[tokens, places, None]
+            result.index_add_(0, tokens, weighted.to(result.dtype))
 
         scores = None if self._router is None else self._router.scores()
-        following = self._next_router
-        predict = (
-            None
-            if following is None
-            else lambda: following.predict(on_side_of(following.gate, hidden_states))
-        )
+        predict = self._prediction(hidden_states)
         self._cache.run(self._position, ids, weights, scores, compute, predict)
-        return result.to(home)
+        return result.to(hidden_states.device)
 
     def compute(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         """One expert's result [T, H] for hidden states [T, H], not yet weighted."""
-        gate, up = linear(hidden, tensors[f"{self.key}.gate_up_proj"]).chunk(2, dim=-1)
+        gate_up = linear(hidden, tensors[f"{self.key}.gate_up_proj"])
+        gate, up = gate_up.chunk(2, dim=-1)
         return linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
 
-    def _brought(self, tensors: Tensors) -> Tensors:
-        """An expert's weights where it is computed, all there when this returns: their slot may be
-        read into then.
+    def _prediction(self, hidden: torch.Tensor) -> Predict | None:
+        """What the next MoE layer's router says about hidden states [T, H], when it is asked."""
+        router = self._next_router
+        if router is None:
+            return None
+
+        def predict() -> torch.Tensor:
+            device = next(router.gate.parameters()).device
+            return router.predict(hidden.to(device))
+
+        return predict
+
+    def _sent(self, tensors: Tensors) -> Tensors:
+        """An expert's weights where it is computed.
+
+        All there when this returns: their slot may be read into then.
         """
-        return (
-            {name: tensor.to(self._side, copy=True) for name, tensor in tensors.items()}
-            if self._copied
-            else tensors
-        )
-
-
-def on_side_of(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states where a module's weights are."""
-    return hidden.to(next(module.parameters()).device)
+        if not self._sends_weights:
+            return tensors
+        return {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}

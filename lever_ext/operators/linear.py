@@ -1,6 +1,4 @@
-"""Linear maps of few rows whose weights were read a moment ago: each is used once, in the layout of
-the file.
-"""
+"""Linear maps of few rows with weights that are used once, in the layout of the file."""
 
 from __future__ import annotations
 
@@ -16,22 +14,25 @@ FEW_ROWS = 16
 
 
 def linear(
-    value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[..., out] from value [..., in] and weight [out, in]; rows of the result need not be
-    contiguous.
+    """The linear map [..., out] of a value; rows of the result need not be contiguous.
 
-    In bfloat16 on a CPU with AMX `F.linear` (the plain twin, used for all else) packs the weights
-    at every call. As the product's left side they are taken as they lie: 1.6 times as fast for 1 to
-    24 rows, 1.2 times for 112. Without AMX that is so for many rows only; for few, `F.linear` is up
-    to twice as fast.
+    In bfloat16 on a CPU with AMX, `F.linear` (the plain twin, used for all else) packs the weights
+    at every call. As the product's left side they are used in the layout that they have: 1.6 times
+    as fast for 1 to 24 rows, 1.2 times for 112. Without AMX that holds for many rows only; for few,
+    `F.linear` is up to twice as fast.
+
+    Args:
+        value: [..., in].
+        weight: [out, in].
+        bias: [out].
     """
     rows = value.numel() // value.shape[-1]
-    if (
-        value.dtype != torch.bfloat16
-        or weight.device.type != "cpu"
-        or (rows < FEW_ROWS and not _has_tiles())
-    ):
+    packs_weights = value.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    if not packs_weights or (rows < FEW_ROWS and not _has_tiles()):
         return F.linear(value, weight, bias)
     # A transposed value (an earlier result) is slower to read in every tile than to copy once.
     flat = value.reshape(-1, value.shape[-1]).contiguous()
@@ -42,7 +43,8 @@ def linear(
 
 @functools.cache
 def _has_tiles() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that will do
+    """Whether the processor has matrix tiles (AMX); False where this torch cannot say."""
+    if not hasattr(torch.cpu, "get_capabilities"):
         return False
     return bool(torch.cpu.get_capabilities().get("amx_tile", False))
 

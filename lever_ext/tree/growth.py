@@ -1,6 +1,4 @@
-"""One cycle's drafting: the candidate tree, the draft that expands it, and the clock on what that
-costs.
-"""
+"""One cycle's drafting: the candidate tree, the draft that expands it, and what that costs."""
 
 from __future__ import annotations
 
@@ -11,12 +9,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lever_ext.tree.calibrate import Candidates
+from lever_ext.tree.candidate_set import CandidateSet, Selection
 from lever_ext.tree.candidates import CandidateTree
-from lever_ext.tree.cost import CycleCost, Drafted
-from lever_ext.tree.select import Known, Selection
-from lever_ext.tree.token_tree import ROOT_PARENT, TokenTree
+from lever_ext.tree.cost import CycleCost
+from lever_ext.tree.token_tree import ROOT_PARENT, DraftedToken, TokenTree
 
 Expander = Callable[[CandidateTree, Sequence[int]], list[Candidates]]
+"""The draft's proposals after some nodes of a tree."""
+
+SURPLUS = 3
+"""Candidates that are looked at for each node that a pass may have."""
 
 
 class Growth:
@@ -28,7 +30,8 @@ class Growth:
         cost: predictions; its draft times learn from what is measured here.
         depth_limit: deeper nodes could never be accepted, for the length limit or the context's
             end.
-        max_rows: rows that a target pass may have.
+        max_nodes: nodes that a target pass may have.
+        clock: seconds; replaced by tests.
     """
 
     def __init__(
@@ -37,29 +40,27 @@ class Growth:
         expand: Expander,
         cost: CycleCost,
         depth_limit: int = 64,
-        max_rows: int = 128,
+        max_nodes: int = 128,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.tree = tree
         self.cost = cost
         self.depth_limit = depth_limit
-        self.max_rows = max_rows
+        self.max_nodes = max_nodes
         self.spent_us = 0.0
+        """Time of all draft calls so far."""
         self.calls = 0
         self.nodes = 0
+        """Nodes that were expanded."""
         self._expand = expand
         self._clock = clock
 
     def expand(self, keys: Sequence[int]) -> None:
-        """Draft the children of some nodes in one call; nodes expanded before or too deep are left
-        out. Mutates.
+        """Draft the children of some nodes in one call. Mutates.
+
+        Nodes that were expanded before, or that are too deep, are left out.
         """
-        nodes = self.tree.nodes
-        keys = [
-            key
-            for key in keys
-            if nodes[key].candidates is None and nodes[key].depth < self.depth_limit
-        ]
+        keys = [key for key in keys if self._may_expand(key)]
         if not keys:
             return
         start = self._clock()
@@ -72,26 +73,34 @@ class Growth:
         for key, candidates in zip(keys, proposals, strict=True):
             self.tree.add(key, candidates)
 
-    def known(self) -> tuple[Known, list[int]]:
-        """The likeliest candidates as rows, and the key of each row.
+    def candidate_set(self) -> CandidateSet:
+        """The likeliest candidates, by depth.
 
-        Three times as many as a pass may have rows: what is drafted ahead leaves thousands that no
-        tree would take.
+        Not all of them: what is drafted ahead leaves thousands that no tree would take.
         """
         nodes = self.tree.nodes
-        within = (key for key, node in nodes.items() if node.depth <= self.depth_limit)
+        within = [key for key, node in nodes.items() if node.depth <= self.depth_limit]
         # A parent is reached at least as often as its children, and has the smaller key: none is
         # left out.
-        keys = heapq.nsmallest(3 * self.max_rows, within, key=lambda key: (-nodes[key].reach, key))
+        keys = heapq.nsmallest(
+            SURPLUS * self.max_nodes,
+            within,
+            key=self.tree.likeliest_first,
+        )
         keys.sort(key=lambda key: (nodes[key].depth, key))
-        place = {key: row for row, key in enumerate(keys)}
-        parents = [
-            place[nodes[key].parent] if key != self.tree.root else ROOT_PARENT for key in keys
-        ]
-        reach = np.array([nodes[key].reach for key in keys])
-        return Known(
-            np.array(parents), reach, [Drafted(nodes[key].token, key) for key in keys]
-        ), keys
+        number = {key: node for node, key in enumerate(keys)}
+        parents = [number[nodes[key].parent] for key in keys[1:]]
+        reach = [nodes[key].reach for key in keys]
+        return CandidateSet(
+            parents=np.array([ROOT_PARENT, *parents]),
+            reach=np.array(reach),
+            drafted=[DraftedToken(nodes[key].token, key) for key in keys],
+        )
 
-    def chosen(self, selection: Selection, keys: Sequence[int]) -> TokenTree:
-        return self.tree.select(keys[row] for row in selection.rows)
+    def chosen(self, candidates: CandidateSet, selection: Selection) -> TokenTree:
+        """The token tree of a selection from the candidate set."""
+        return self.tree.select(candidates.drafted[node].node for node in selection.nodes)
+
+    def _may_expand(self, key: int) -> bool:
+        node = self.tree.nodes[key]
+        return node.candidates is None and node.depth < self.depth_limit

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import hybrimoe_plugin
-from hybrimoe_plugin.cli.main import COMMANDS, Command, main
+from hybrimoe_plugin.cli.main import COMMANDS, FLASH_CHAT, Command, main
 from hybrimoe_plugin.errors import WeightsError
 
 
@@ -69,6 +69,29 @@ def test_interrupt_exits_130_with_a_clean_message(
 
 def test_code_of_the_command_is_returned(run_with: Callable[..., int]) -> None:
     assert run_with(lambda _args: 7) == 7
+
+
+@pytest.mark.parametrize("name", ["lever-train", "local_chat"])
+def test_a_missing_package_is_one_line_that_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("lever_ext", "lever_ext.cli", "lever_ext.cli.lever_train", FLASH_CHAT):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Without("lever_ext"), *sys.meta_path])
+    assert main([name, "--help"]) == 2
+    err = capsys.readouterr().err
+    assert "needs the package lever_ext, which is not installed" in err and err.count("\n") == 1
+
+
+class _Without:
+    """Finds every module but those of one package."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=self.package)
 
 
 @pytest.mark.parametrize("flag", ["--some-flag", "--some_flag"])

@@ -12,7 +12,6 @@ import torch
 from transformers import DynamicCache
 
 from hybrimoe_plugin.errors import BudgetError, FlashError, SpeculationError
-from lever_ext.ahead import Overlap
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import LowBitLinear, low_bit_copy
@@ -21,16 +20,17 @@ from lever_ext.drafts.runner import DirectRunner, HostRunner
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
-from lever_ext.flash.budget import plan_residency
+from lever_ext.flash.dram_plan import plan_dram
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.reader import Throttle
-from lever_ext.kept_rows import KeptRows
+from lever_ext.speculation.draft_ahead import OverlappedDrafting
+from lever_ext.speculation.kept_entries import KeptEntries
+from lever_ext.speculation.verify import Verified, Verifier
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.calibrate import Calibration, Candidates
 from lever_ext.tree.candidates import CandidateTree
 from lever_ext.tree.policies import POLICIES, FixedBudget, make_policy
 from lever_ext.tree.token_tree import TokenTree
-from lever_ext.verify import Verified, Verifier
 from tests.lever.conftest import tiny_config
 
 FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
@@ -45,11 +45,11 @@ def prompt(seed: int, length: int = 9) -> torch.Tensor:
 
 def least_budget(path: Path) -> int:
     pack = FlashPack.open(path)
-    low, high = 0, plan_residency(pack, None).nbytes
+    low, high = 0, plan_dram(pack, None).nbytes
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            plan_residency(pack, middle)
+            plan_dram(pack, middle)
             high = middle
         except BudgetError:
             low = middle
@@ -59,7 +59,7 @@ def least_budget(path: Path) -> int:
 
 def a_gate(model: Any, layer: int = 2, threshold: float = 0.15) -> ExitGate:
     predictor = ExitPredictor(model.get_output_embeddings().weight.detach(), layer, 0.0, "")
-    return ExitGate(predictor, PruneSettings(threshold=threshold, least_rows=1))
+    return ExitGate(predictor, PruneSettings(threshold=threshold, least_nodes=1))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -112,13 +112,13 @@ def test_greedy_output_is_token_identical(
         target = load_target(packs[family], dram_budget=budget)
         target.set_gate(a_gate(plain_models[family]) if pruning else None)
         for name in POLICIES:
-            decoder = LeverDecoding(made, make_policy(name), target, max_rows=12, prune="always")
+            decoder = LeverDecoding(made, make_policy(name), target, max_nodes=12, prune="always")
             for seed in range(0 if budget else 1, prompts, 2):
                 found = target.model.generate(prompt(seed), custom_generate=decoder, **SHORT)
                 assert torch.equal(found, wanted[family][seed]), (name, seed)
                 cycles = decoder.stats.cycles
                 assert decoder.stats.tokens == 8 == 1 + sum(cycle.accepted + 1 for cycle in cycles)
-                kept, rows = kept + sum(c.kept for c in cycles), rows + sum(c.rows for c in cycles)
+                kept, rows = kept + sum(c.kept for c in cycles), rows + sum(c.nodes for c in cycles)
             decoder.close()
         target.close()
     if draft != "n-gram":
@@ -138,12 +138,12 @@ def test_drafting_ahead_changes_nothing_that_is_said(
     decoder = LeverDecoding(
         make_draft("low-bit", plain_models[family]), make_policy("lever"), target
     )
-    decoder.ahead = Overlap(decoder.draft, least_wait=0.0, least_us=0.0)
+    decoder.draft_ahead = OverlappedDrafting(decoder.draft, least_wait=0.0, least_us=0.0)
     found = [
         target.model.generate(prompt(seed), custom_generate=decoder, **SHORT) for seed in range(4)
     ]
     assert all(torch.equal(*pair) for pair in zip(found, wanted[family], strict=False))
-    assert decoder.ahead.nodes > 20
+    assert decoder.draft_ahead.nodes > 20
     with pytest.raises(RuntimeError, match="no draft today"):
         decoder.draft.expand, before = fail_after(2, decoder.draft.expand), decoder.draft.expand
         target.model.generate(prompt(9), custom_generate=decoder, **SHORT)
@@ -350,7 +350,7 @@ def test_compacted_cache_equals_recomputation(family: str, plain_models: dict[st
 def keep_path(
     verifier: Verifier, cache: DynamicCache, verified: Verified, path: Sequence[int]
 ) -> None:
-    kept = KeptRows(cache)
+    kept = KeptEntries(cache)
     for depth, row in enumerate(path):
         verifier.place(cache, verified, row, depth)
         kept.keep(verified.past + depth + 1)
@@ -440,7 +440,7 @@ def test_a_draft_at_the_end_of_its_context_falls_silent(plain_models: dict[str, 
         plain.generate(prompt(1), custom_generate=decoder, **GREEDY),
         plain.generate(prompt(1), **GREEDY),
     )
-    assert decoder.stats.cycles[0].rows > 1 == decoder.stats.cycles[-1].rows
+    assert decoder.stats.cycles[0].nodes > 1 == decoder.stats.cycles[-1].nodes
 
 
 @pytest.mark.parametrize(("vocabulary", "first"), [(40, 3), (40, 50), (64, 3), (200, 3), (576, 3)])
@@ -455,7 +455,7 @@ def test_a_draft_with_more_or_fewer_rows_of_padding(
     ids = torch.cat([prompt(1)[:, 1:] % 30 + 3, torch.tensor([[first]])], 1)
     want = plain_models["llama"].generate(ids, **GREEDY)
     assert torch.equal(target.model.generate(ids, custom_generate=decoder, **GREEDY), want)
-    assert (decoder.stats.cycles[0].rows > 1) == (first < vocabulary)
+    assert (decoder.stats.cycles[0].nodes > 1) == (first < vocabulary)
     decoder.close()
     target.close()
 

@@ -16,7 +16,15 @@ from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
-from lever_ext.early_exit.rates import EVERY, KEPT, LEAST, LOST, ExitRates, lost_share, pays
+from lever_ext.early_exit.rates import (
+    EVERY,
+    KEPT,
+    LEAST,
+    LOST,
+    ExitRates,
+    is_worthwhile,
+    lost_share,
+)
 from lever_ext.target import load_target
 from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.policies import FixedBudget
@@ -59,8 +67,8 @@ def test_fewer_rows_must_save_more_than_lost_tokens_cost(
 ) -> None:
     tree = TokenTree(tuple(range(10)), (-1, *([0] * 9)), (1.0,) * 10, tuple(range(10)))
     cost = CycleCost(lambda rows, leaves: 1e4 + per_row * rows)
-    assert pays(tree, cost, ExitRates(0.5, lost), 0.5) == want
-    assert not pays(tree, cost, ExitRates(0.5, lost), 0.0)
+    assert is_worthwhile(tree, cost, ExitRates(0.5, lost), 0.5) == want
+    assert not is_worthwhile(tree, cost, ExitRates(0.5, lost), 0.0)
 
 
 def test_reads_of_experts_count_as_saved() -> None:
@@ -70,9 +78,9 @@ def test_reads_of_experts_count_as_saved() -> None:
 
     tree = TokenTree(tuple(range(10)), (-1, *([0] * 9)), (1.0,) * 10, tuple(range(10)))
     flat = CycleCost(lambda rows, leaves: 1e4)
-    assert not pays(tree, flat, ExitRates(0.5, 0.01), 0.5)
+    assert not is_worthwhile(tree, flat, ExitRates(0.5, 0.01), 0.5)
     flat.union = Union()  # type: ignore[assignment]
-    assert pays(tree, flat, ExitRates(0.5, 0.01), 0.5)
+    assert is_worthwhile(tree, flat, ExitRates(0.5, 0.01), 0.5)
 
 
 def test_a_judged_exit_drops_nothing_and_a_used_one_must_have_been_judged(
@@ -84,7 +92,7 @@ def test_a_judged_exit_drops_nothing_and_a_used_one_must_have_been_judged(
     want = plain.generate(prompt(2), **GREEDY)
     seen = {}
     for per_row in (0.0, 1e6):
-        gate = ExitGate(predictor, PruneSettings(threshold=0.15, least_rows=1))
+        gate = ExitGate(predictor, PruneSettings(threshold=0.15, least_nodes=1))
         target.set_gate(gate)
         decoder = LeverDecoding(
             LanguageModelDraft(low_bit_copy(plain, 3, 32)), FixedBudget(12), target
@@ -93,7 +101,7 @@ def test_a_judged_exit_drops_nothing_and_a_used_one_must_have_been_judged(
         assert torch.equal(
             target.model.generate(prompt(2), custom_generate=decoder, **GREEDY), want
         )
-        seen[per_row] = [cycle.kept < cycle.rows for cycle in decoder.stats.cycles]
+        seen[per_row] = [cycle.kept < cycle.nodes for cycle in decoder.stats.cycles]
         assert gate.rates.judged >= LEAST and gate.rates.kept != KEPT
         decoder.close()
     assert not any(seen[0.0]) and not any(seen[1e6][:LEAST])

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, SpeculationError
-from lever_ext.early_exit import train
+from lever_ext import exit_training
 from lever_ext.early_exit.predictor import ExitPredictor
-from lever_ext.early_exit.train import ExitTraining, train_exit
+from lever_ext.exit_training import ExitTraining, train_exit
 from lever_ext.target import FlashTarget, load_target
 
 QUICK = ExitTraining(epochs=4, batch=64, rate=3e-3)
@@ -53,7 +53,7 @@ def test_training_lowers_the_loss_and_saves_layer_and_loss(
 def test_predictor_equals_what_was_trained(target: FlashTarget, tmp_path: Path) -> None:
     """The saved rows give the same scores as head, map and scale one after another."""
     made = train_exit(target, text(), tmp_path / "exit", 2, QUICK)
-    found = train.collect(target, text(), 2)
+    found = exit_training.collect(target, text(), 2)
     scores = torch.stack([made.scores(state, range(64)) for state in found.hidden[:40]])
     agree = (scores.argmax(-1) == target.model.lm_head(found.final[:40]).argmax(-1)).float().mean()
     untrained = target.model.lm_head(found.hidden[:40]).argmax(-1) == target.model.lm_head(

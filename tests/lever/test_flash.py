@@ -17,7 +17,7 @@ from torch import nn
 
 from hybrimoe_plugin.errors import BudgetError, ConfigError, FlashError, WeightsError
 from lever_ext.flash import writer
-from lever_ext.flash.budget import plan_residency
+from lever_ext.flash.dram_plan import plan_dram
 from lever_ext.flash.format import ALIGNMENT, MAGIC, header_bytes, parse_header
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.reader import Buffer, FlashReader, Throttle
@@ -411,13 +411,13 @@ def test_budget_is_spent_on_first_layers_and_never_exceeded(tmp_path: Path) -> N
     layer = pack.blocks("layer")[0].nbytes
     fixed = sum(block.nbytes for block in pack.blocks("resident"))
     with pytest.raises(BudgetError, match="dram_budget"):
-        plan_residency(pack, fixed + 2 * layer - 1)
-    assert plan_residency(pack, fixed + 2 * layer).layers == 0
+        plan_dram(pack, fixed + 2 * layer - 1)
+    assert plan_dram(pack, fixed + 2 * layer).layers == 0
     for budget in range(fixed + 2 * layer, fixed + LAYERS * layer, 3000):
-        residency = plan_residency(pack, budget)
+        residency = plan_dram(pack, budget)
         assert residency.nbytes <= budget and residency.ring >= 2
-    assert plan_residency(pack, fixed + LAYERS * layer) == plan_residency(pack, None)
-    assert plan_residency(pack, None).ring == 0
+    assert plan_dram(pack, fixed + LAYERS * layer) == plan_dram(pack, None)
+    assert plan_dram(pack, None).ring == 0
     pack.close()
 
 

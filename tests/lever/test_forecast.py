@@ -16,12 +16,13 @@ from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.ngram import NGramDraft
 from lever_ext.drafts.runner import HostRunner
-from lever_ext.flash.budget import AHEAD, EARLY, plan_residency
+from lever_ext.flash.dram_plan import DRAFT_PREFETCH, PREFETCH, plan_dram
 from lever_ext.flash.pack import FlashPack
-from lever_ext.forecast import RoutingForecast
+from lever_ext.speculation.routing_forecast import RoutingForecast
 from lever_ext.target import FlashTarget, load_target
-from lever_ext.tree.cost import Drafted, ExpertUnion
+from lever_ext.tree.expert_union import ExpertUnion
 from lever_ext.tree.policies import POLICIES, make_policy
+from lever_ext.tree.token_tree import DraftedToken
 from tests.lever.conftest import pack_model, tiny_model
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
@@ -51,7 +52,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
 def target(pair: tuple[Any, Any, Path]) -> Iterator[FlashTarget]:
     """All decoder layers in DRAM, one expert of eight for each, and buffers to read ahead."""
     pack = FlashPack.open(pair[2])
-    whole = plan_residency(pack, None).nbytes
+    whole = plan_dram(pack, None).nbytes
     step = max(block.nbytes for block in pack.blocks("expert")) // 2
     budget = next(b for b in range(0, whole, step) if _fits(pack, b))
     pack.close()
@@ -62,10 +63,10 @@ def target(pair: tuple[Any, Any, Path]) -> Iterator[FlashTarget]:
 
 def _fits(pack: FlashPack, budget: int) -> bool:
     try:
-        found = plan_residency(pack, budget)
+        found = plan_dram(pack, budget)
     except Exception:
         return False
-    return found.layers == 4 and found.expert_slots >= 1 and found.ahead >= AHEAD
+    return found.layers == 4 and found.expert_slots >= 1 and found.prefetch >= PREFETCH
 
 
 def test_forecast_of_a_true_copy_is_right_and_changes_no_token(
@@ -132,15 +133,15 @@ def test_early_reads_serve_the_pass_and_free_their_buffers(target: FlashTarget) 
         chosen = np.stack([cache.chosen[layer][0] for layer in range(4)])
         wrong = (chosen + 1) % 8
         for ids in (chosen, wrong):
-            free, before = len(cache._ahead_free), cache.counters.reads
-            assert free == target.residency.ahead
-            cache.read_early(ids)
-            cache.read_early(ids)
-            assert cache.counters.reads - before == free - len(cache._ahead_free), (
+            free, before = len(cache._prefetch_free), cache.counters.reads
+            assert free == target.residency.prefetch
+            cache.prefetch(ids)
+            cache.prefetch(ids)
+            assert cache.counters.reads - before == free - len(cache._prefetch_free), (
                 "nothing is read twice"
             )
             want = target.model(token).logits
-            assert len(cache._ahead_free) == target.residency.ahead and not cache._ahead
+            assert len(cache._prefetch_free) == target.residency.prefetch and not cache._prefetched
             torch.testing.assert_close(target.model(token).logits, want)
 
 
@@ -148,15 +149,13 @@ def test_memory_left_over_becomes_buffers_for_early_reads(pair: tuple[Any, Any, 
     pack = FlashPack.open(pair[2])
     step = max(block.nbytes for block in pack.blocks("expert"))
     found = [
-        plan_residency(pack, b)
-        for b in range(0, plan_residency(pack, None).nbytes, step)
-        if _fits(pack, b)
+        plan_dram(pack, b) for b in range(0, plan_dram(pack, None).nbytes, step) if _fits(pack, b)
     ]
     pack.close()
     assert {residency.expert_slots for residency in found} >= set(range(1, 7))
     for residency in found:
-        assert AHEAD <= residency.ahead <= AHEAD + EARLY
-    assert any(residency.ahead > AHEAD for residency in found)
+        assert PREFETCH <= residency.prefetch <= PREFETCH + DRAFT_PREFETCH
+    assert any(residency.prefetch > PREFETCH for residency in found)
 
 
 def test_forecasts_price_a_node_before_its_token_was_seen() -> None:
@@ -165,15 +164,17 @@ def test_forecasts_price_a_node_before_its_token_was_seen() -> None:
     union.set_resident([(0, 0), (0, 1), (1, 0), (1, 1)])
     union.forecast(5, np.array([[0, 1], [0, 1]]), share=1.0)
     union.forecast(6, np.array([[2, 3], [4, 5]]), share=1.0)
-    assert union.start().peek(Drafted(9, 5)) == pytest.approx(0.0, abs=1e-6)
+    assert union.start().peek(DraftedToken(9, 5)) == pytest.approx(0.0, abs=1e-6)
     start = union.start()
-    assert start.add(Drafted(9, 6)) == pytest.approx(40.0)
-    assert start.peek(Drafted(11, 6)) == pytest.approx(40.0), "the same experts cost nothing more"
+    assert start.add(DraftedToken(9, 6)) == pytest.approx(40.0)
+    assert start.peek(DraftedToken(11, 6)) == pytest.approx(40.0), (
+        "the same experts cost nothing more"
+    )
     np.testing.assert_allclose(
-        start.prefixes([Drafted(9, 5), Drafted(9, 6)]), [0.0, 40.0], atol=1e-6
+        union.prefixes([DraftedToken(9, 5), DraftedToken(9, 6)]), [0.0, 40.0], atol=1e-6
     )
     union.forget_forecasts({5})
-    assert 0 < union.start().peek(Drafted(9, 6)) < 40.0
+    assert 0 < union.start().peek(DraftedToken(9, 6)) < 40.0
 
 
 def test_expected_reads_bend_to_what_passes_really_read() -> None:
@@ -189,8 +190,8 @@ def test_expected_reads_bend_to_what_passes_really_read() -> None:
     for _ in range(60):
         rows = int(rng.integers(1, 40))
         chosen = np.argsort(rng.random((4, rows, 16)))[:, :, :2]
-        drafted = [Drafted(int(token)) for token in rng.integers(0, 10**9, rows)]
+        drafted = [DraftedToken(int(token)) for token in rng.integers(0, 10**9, rows)]
         union.observe(drafted, chosen, reads=round(true_reads(rows)))
     for rows in (2, 10, 30):
-        price = union.start().prefixes([Drafted(-token - 1) for token in range(rows)])[-1]
+        price = union.prefixes([DraftedToken(-token - 1) for token in range(rows)])[-1]
         assert price == pytest.approx(true_reads(rows), rel=0.1)

@@ -17,11 +17,11 @@ from at_once import in_threads
 from interrupts import ended, operations
 
 from hybrimoe_plugin.errors import FlashError
-from lever_ext.ahead import Overlap
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import low_bit_copy
-from lever_ext.flash.split import Place
+from lever_ext.placement.split import Place
+from lever_ext.speculation.draft_ahead import OverlappedDrafting
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
 from tests.lever.test_decoding import a_gate, least_budget, prompt
@@ -70,7 +70,7 @@ def case(
     target.set_gate(a_gate(plain))
     draft = LanguageModelDraft(low_bit_copy(plain, 3, 32) if family == "llama" else plain)
     decoder = LeverDecoding(draft, make_policy("fixed", 6), target, prune="always")
-    decoder.ahead = Overlap(draft, least_wait=0.0, least_us=0.0)  # in every pass
+    decoder.draft_ahead = OverlappedDrafting(draft, least_wait=0.0, least_us=0.0)  # in every pass
     made = Case(target, decoder, plain.generate(prompt(0), **GREEDY))
     assert made.sound()
     yield made

@@ -25,10 +25,10 @@ from hybrimoe_plugin.hosts.transformers.load import load_plain_model
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import low_bit_copy
-from lever_ext.flash.split import Place
+from lever_ext.placement.split import Place
+from lever_ext.speculation.verify import Verifier
 from lever_ext.target import load_target
 from lever_ext.tree.policies import make_policy
-from lever_ext.verify import Verifier
 from tests.lever.test_decoding import a_gate, prompt
 
 TIMES = int(os.environ.get("HYBRIMOE_LONG", 6))

@@ -26,17 +26,17 @@ from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
-from lever_ext.flash import accelerator as accelerators
-from lever_ext.flash import split_stream
-from lever_ext.flash.accelerator import Accelerator, make_accelerator
-from lever_ext.flash.budget import plan_residency
+from lever_ext.flash.dram_plan import plan_dram
 from lever_ext.flash.pack import FlashPack, block_memory
-from lever_ext.flash.pinned import PinnedBuffers
-from lever_ext.flash.split import LayerCosts, Place, Rings, best_of, choose_places, pass_us
-from lever_ext.flash.split_stream import SplitStream
-from lever_ext.measure import Measured
-from lever_ext.operators.carry import Carrier
-from lever_ext.placing import DEVICE_RING, choose
+from lever_ext.operators.transfer import LayerTransfer
+from lever_ext.placement import device as devices
+from lever_ext.placement import split_stream
+from lever_ext.placement.choose import DEVICE_RING, choose
+from lever_ext.placement.device import TargetDevice, make_device
+from lever_ext.placement.measure import Measured
+from lever_ext.placement.pinned import PinnedBuffers
+from lever_ext.placement.split import LayerCosts, Place, Rings, best_of, choose_places, pass_us
+from lever_ext.placement.split_stream import SplitStream
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
 
@@ -59,7 +59,7 @@ def prompt(seed: int) -> torch.Tensor:
 def budget_for(path: Path, places: tuple[Place, ...], share: float) -> int:
     """Between the least that works and everything."""
     pack = FlashPack.open(path)
-    whole = plan_residency(pack, None).nbytes
+    whole = plan_dram(pack, None).nbytes
     layers, experts = pack.blocks("layer"), pack.blocks("expert")
     fixed = sum(block.nbytes for block in pack.blocks("resident"))
     least = fixed + 2 * block_memory(layers) + 4 * block_memory(experts)
@@ -73,7 +73,7 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> LazyStreams:
     an order.
     """
     streams = LazyStreams(7)
-    monkeypatch.setattr(accelerators, "HostStreams", lambda: streams)
+    monkeypatch.setattr(devices, "HostStreams", lambda: streams)
     acquire, send = SplitStream.acquire, split_stream._send
 
     def watched_acquire(self: SplitStream, layer: int) -> Any:
@@ -121,7 +121,7 @@ def test_the_text_is_the_same_wherever_layers_compute(
         packs[family], dram_budget=budget, device="emulated", vram_budget="1GiB", places=places
     )
     gate = ExitGate(ExitPredictor(plain.get_output_embeddings().weight.detach(), 2, 0.0, ""),
-                    PruneSettings(threshold=0.15, least_rows=1))  # fmt: skip
+                    PruneSettings(threshold=0.15, least_nodes=1))  # fmt: skip
     for seed, pruned in ((0, False), (1, True)):
         target.set_gate(gate if pruned else None)
         decoder = LeverDecoding(draft, make_policy("fixed", 8), target, prune="always")
@@ -196,7 +196,7 @@ def test_an_accelerator_that_holds_no_layer_is_left_alone(
     packs: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     target = load_target(packs["llama"], device="emulated", vram_budget="1KiB")
-    assert target.split is None and target.carrier is None and "hold no layer" in caplog.text
+    assert target.split is None and target.transfer is None and "hold no layer" in caplog.text
     target.close()
 
 
@@ -207,7 +207,7 @@ def test_hidden_states_masks_and_kv_change_sides_with_the_layers() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     there = [False, True, True, False]
-    carrier = Carrier(torch.device("cuda:0"), there)
+    transfer = LayerTransfer(torch.device("cuda:0"), there)
 
     def toy(index: int, weight: torch.Tensor) -> Any:
         def layer(
@@ -237,7 +237,7 @@ def test_hidden_states_masks_and_kv_change_sides_with_the_layers() -> None:
                 "cache": cache,
             }
             for index, layer in enumerate(layers):
-                hidden = carrier.run(index, layer, (hidden,), named)
+                hidden = transfer.run(index, layer, (hidden,), named)
                 assert (hidden.device.type == "cuda") == (there[index] and index < 3)
             assert [layer.keys.device.type == "cuda" for layer in cache.layers] == there
             # KV that another split left on the other side comes along.
@@ -352,10 +352,10 @@ def test_buffers_are_pinned_while_a_cuda_device_computes(
     runtime = FakeRuntime(refuse)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(host_bytes, "_clear_error", lambda device: None)
-    made = Accelerator(
+    made = TargetDevice(
         torch.device("cpu"), HostStreams(), 1 << 30, PinnedBuffers(torch.device("cpu"))
     )
-    monkeypatch.setattr(targets, "make_accelerator", lambda *_: made)
+    monkeypatch.setattr(targets, "make_device", lambda *_: made)
     places = (STAYS, CPU, COPIED, COPIED)
     with caplog.at_level(logging.WARNING):
         target: FlashTarget = load_target(
@@ -379,31 +379,31 @@ def test_buffers_are_pinned_while_a_cuda_device_computes(
 
 
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_accelerator("cpu") is None
+    assert make_device("cpu") is None
     for name in ("gpu", "cuda:", "cuda:x", "tpu:0"):
         with pytest.raises(ConfigError, match="cpu, cuda, cuda:N or emulated"):
-            make_accelerator(name)
+            make_device(name)
     with pytest.raises(ConfigError, match="vram_budget"):
-        make_accelerator("emulated")
-    monkeypatch.setattr(accelerators, "cuda_refusal", lambda: "torch sees no CUDA device")
+        make_device("emulated")
+    monkeypatch.setattr(devices, "cuda_refusal", lambda: "torch sees no CUDA device")
     with pytest.raises(BackendError, match=r"no CUDA device; use --device cpu"):
-        make_accelerator("cuda")
-    monkeypatch.setattr(accelerators, "cuda_refusal", lambda: None)
-    monkeypatch.setattr(accelerators, "CudaStreams", lambda device: HostStreams())
+        make_device("cuda")
+    monkeypatch.setattr(devices, "cuda_refusal", lambda: None)
+    monkeypatch.setattr(devices, "CudaStreams", lambda device: HostStreams())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    made = make_accelerator("cuda:1")
+    made = make_device("cuda:1")
     assert (
         made is not None
         and made.free_bytes == 900
         and made.pins is not None
         and made.label == "cuda:1"
     )
-    limited = make_accelerator("cuda", "500B")
+    limited = make_device("cuda", "500B")
     assert (
         limited is not None
         and limited.free_bytes == 500
         and limited.device == torch.device("cuda:0")
     )
     with pytest.raises(BackendError, match="there are 2"):
-        make_accelerator("cuda:2")
+        make_device("cuda:2")

@@ -18,7 +18,7 @@ from hybrimoe_plugin.errors import BackendError
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.ngram import NGramDraft
-from lever_ext.flash.split import Place
+from lever_ext.placement.split import Place
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
 from tests.lever.test_decoding import a_gate, least_budget, prompt

@@ -12,16 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lever_ext.tree.calibrate import Calibration, Candidates
+from lever_ext.tree.candidate_set import CandidateSet, tree_value
 from lever_ext.tree.candidates import CandidateTree
-from lever_ext.tree.cost import CycleCost, Drafted, ExpertUnion
+from lever_ext.tree.cost import CycleCost
+from lever_ext.tree.expert_union import ExpertUnion
 from lever_ext.tree.growth import Growth
 from lever_ext.tree.latency import LatencyTable
 from lever_ext.tree.policies import POLICIES, make_policy
-from lever_ext.tree.select import Known, best_prefix, best_subtree, tree_value
-from lever_ext.tree.token_tree import TokenTree
+from lever_ext.tree.prefix import best_prefix
+from lever_ext.tree.select import best_subtree
+from lever_ext.tree.token_tree import DraftedToken, TokenTree
 
 
-def random_known(seed: int, size: int) -> Known:
+def random_known(seed: int, size: int) -> CandidateSet:
     rng = random.Random(seed)
     parents, reach, left = [-1], [1.0], [1.0]
     for _ in range(size - 1):
@@ -31,10 +34,10 @@ def random_known(seed: int, size: int) -> Known:
         parents.append(parent)
         reach.append(value)
         left.append(value)
-    return Known(parents, reach, [Drafted(token) for token in range(size)])
+    return CandidateSet(parents, reach, [DraftedToken(token) for token in range(size)])
 
 
-def brute_force(known: Known, cost: CycleCost, spent: float) -> float:
+def brute_force(known: CandidateSet, cost: CycleCost, spent: float) -> float:
     best = -1e9
     for size in range(len(known.parents)):
         for rest in itertools.combinations(range(1, len(known.parents)), size):
@@ -88,16 +91,16 @@ def test_exact_where_cost_depends_on_the_count(seed: int, size: int, spent: floa
     rng = random.Random(seed)
     times = [rng.uniform(50, 200) for _ in range(size + 1)]
     cost = CycleCost(lambda rows, leaves: times[rows])
-    found = best_subtree(known, cost, spent, max_rows=size)
+    found = best_subtree(known, cost, spent, max_nodes=size)
     assert found.value == pytest.approx(brute_force(known, cost, spent))
-    assert found.value == pytest.approx(tree_value(known, found.rows, cost, spent))
+    assert found.value == pytest.approx(tree_value(known, found.nodes, cost, spent))
 
 
 def test_within_one_percent_of_brute_force() -> None:
     worst = 1.0
     for seed in range(120):
         known, cost = random_known(seed, 3 + seed % 8), CycleCost(bucketed(seed))
-        found = best_subtree(known, cost, 10.0, max_rows=20)
+        found = best_subtree(known, cost, 10.0, max_nodes=20)
         worst = min(worst, found.value / brute_force(known, cost, 10.0))
     assert worst >= 0.99
 
@@ -109,22 +112,24 @@ def test_exact_against_the_rate_of_all_cycles(seed: int, size: int, rate: float)
     rng = random.Random(seed)
     times = [rng.uniform(50, 200) for _ in range(size + 1)]
     cost = CycleCost(lambda rows, leaves: times[rows], rate=rate)
-    found = best_subtree(known, cost, 5.0, max_rows=size)
-    gain = 1 + sum(known.reach[row] for row in found.rows if row)
-    assert found.value == pytest.approx(gain - rate * (times[len(found.rows)] + 5.0))
+    found = best_subtree(known, cost, 5.0, max_nodes=size)
+    gain = 1 + sum(known.reach[row] for row in found.nodes if row)
+    assert found.value == pytest.approx(gain - rate * (times[len(found.nodes)] + 5.0))
     assert found.value == pytest.approx(brute_force(known, cost, 5.0))
 
 
 def test_a_poor_cycle_is_kept_short_for_the_sake_of_all() -> None:
-    known = Known([-1, 0, 0, 0], [1.0, 0.1, 0.1, 0.1], [Drafted(token) for token in range(4)])
+    known = CandidateSet(
+        [-1, 0, 0, 0], [1.0, 0.1, 0.1, 0.1], [DraftedToken(token) for token in range(4)]
+    )
     cost = CycleCost(lambda rows, leaves: 100.0 + 8.0 * rows)
     assert (
-        len(best_subtree(known, cost, 0.0, 4).rows) == 4
+        len(best_subtree(known, cost, 0.0, 4).nodes) == 4
     )  # each adds a tenth of the gain for less of the time
     for _ in range(50):
         cost.observe_cycle(4, 200.0)
     assert cost.rate == pytest.approx(0.02)
-    assert len(best_subtree(known, cost, 0.0, 4).rows) == 1  # elsewhere 8 us make 0.16 tokens
+    assert len(best_subtree(known, cost, 0.0, 4).nodes) == 1  # elsewhere 8 us make 0.16 tokens
 
 
 @settings(max_examples=40, deadline=None)
@@ -158,7 +163,7 @@ def test_calibrated_probabilities_fit_an_overconfident_draft() -> None:
 
 
 def test_latency_is_conservative_between_measurements() -> None:
-    table = LatencyTable(step=0.5, penalty=0.1, held=1e-9)
+    table = LatencyTable(step=0.5, penalty=0.1, prior=1e-9)
     assert table(4, 2) == 1.0
     table.warm_start([(1, 1, 100.0), (9, 4, 180.0)])
     assert table(1, 1) == pytest.approx(100.0)
@@ -200,14 +205,14 @@ def test_noise_of_small_trees_does_not_keep_larger_ones_away() -> None:
 def test_expert_union_grows_less_for_shared_experts() -> None:
     union = ExpertUnion(layers=2, experts=8, top_k=2, read_us=10.0, prior=0.01)
     for token, chosen in ((1, [[0, 1], [2, 3]]), (2, [[0, 1], [2, 3]]), (3, [[6, 7], [4, 5]])):
-        union.observe([Drafted(token)], np.array(chosen)[:, None], reads=4)
+        union.observe([DraftedToken(token)], np.array(chosen)[:, None], reads=4)
     union.bend = (0.0, 1.0)
     start = union.start()
-    first = start.add(Drafted(1))
+    first = start.add(DraftedToken(1))
     assert first == pytest.approx(40, rel=0.05)
-    assert start.peek(Drafted(2)) - first < 1 < 35 < start.peek(Drafted(3)) - first
+    assert start.peek(DraftedToken(2)) - first < 1 < 35 < start.peek(DraftedToken(3)) - first
     union.set_resident([(0, 6), (0, 7), (1, 4), (1, 5)])
-    assert union.start().peek(Drafted(3)) < 1
+    assert union.start().peek(DraftedToken(3)) < 1
 
 
 def growth_of(probabilities: Sequence[float], cost: CycleCost, depth_limit: int = 12) -> Growth:
@@ -229,7 +234,7 @@ def test_every_policy_builds_a_sound_tree_within_limits(name: str) -> None:
     cost = CycleCost(lambda rows, leaves: 50 + rows, draft_times={1: 1.0})
     growth = growth_of((0.6, 0.2, 0.1), cost, depth_limit=5)
     tree = make_policy(name).build(growth)
-    assert len(tree) <= growth.max_rows and tree.depths.max() <= 5
+    assert len(tree) <= growth.max_nodes and tree.depths.max() <= 5
     assert (len(tree) == 1) == (name == "none")
 
 

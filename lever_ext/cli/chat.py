@@ -1,10 +1,8 @@
-"""The part of `hybrimoe local_chat` for targets on flash: flags, loading, the report."""
+"""The part of `hybrimoe local_chat` for targets on flash: its flags, loading, the report."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +16,12 @@ if TYPE_CHECKING:
     from lever_ext.target import FlashTarget
 
 TREES = ("lever", "greedy", "opt_tree", "specinfer", "fixed", "chain", "none")
-WANTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit", "device")
-"""A chat is with a target on flash where one of these flags is given."""
+SELECTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit", "device")
+"""Giving any of these flags selects a target on flash instead of a model with scheduled experts."""
 
 
-def add_flash(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a chat with a target on flash."""
     group = parser.add_argument_group("target on flash, with speculative decoding")
     add_flag(
         group,
@@ -31,6 +29,19 @@ def add_flash(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="pack that hybrimoe flash-pack made; default: the demo target's",
     )
+    _add_draft(group)
+    _add_memory(group)
+    _add_trees(group)
+    add_flag(
+        group,
+        "throttle",
+        metavar="DEVICE",
+        help="slow reads down to ufs3.1, ufs4.0, nvme or a number of GB/s",
+    )
+    add_switch(group, "overlap", "draft for the next cycle while a pass waits for flash", True)
+
+
+def _add_draft(group: argparse._ArgumentGroup) -> None:
     add_flag(
         group,
         "draft",
@@ -45,6 +56,9 @@ def add_flash(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="of the low-bit draft (default 3)",
     )
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
     add_flag(
         group,
         "dram_budget",
@@ -55,14 +69,17 @@ def add_flash(parser: argparse.ArgumentParser) -> None:
         group,
         "device",
         metavar="DEVICE",
-        help="cuda or cuda:N computes what is quicker there (default cpu)",
+        help="cuda or cuda:N computes the layers that are faster there (default cpu)",
     )
     add_flag(
         group,
         "vram_budget",
         metavar="BYTES",
-        help="of its memory for the target's weights; default: what is free",
+        help="device memory for the target's weights; default: what is free",
     )
+
+
+def _add_trees(group: argparse._ArgumentGroup) -> None:
     add_flag(group, "tree", choices=TREES, help="what is verified in one pass (default lever)")
     add_flag(
         group,
@@ -77,52 +94,42 @@ def add_flash(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prune trees with this predictor of hybrimoe lever-train",
     )
-    add_flag(
-        group,
-        "throttle",
-        metavar="DEVICE",
-        help="slow reads down to ufs3.1, ufs4.0, nvme or a number of GB/s",
-    )
-    add_switch(group, "overlap", "draft for the next cycle while a pass waits for flash", True)
 
 
-def wanted(args: argparse.Namespace) -> bool:
+def is_selected(args: argparse.Namespace) -> bool:
     """Whether the flags ask for a target on flash."""
-    return any(getattr(args, name) is not None for name in WANTING)
+    return any(getattr(args, name) is not None for name in SELECTING)
 
 
 @dataclass(frozen=True)
 class FlashChat:
-    """What a chat needs."""
+    """A loaded target with the tokenizer and the decoder of its answers."""
 
     target: FlashTarget
     tokenizer: Any
     decoder: LeverDecoding
     device_gbps: float
+    """Bandwidth of plain direct reads of the pack."""
 
     def report(self) -> str | None:
-        """What the last answer's speculation did; nothing before the first."""
-        return (
-            "\n".join(self.decoder.stats.lines(self.device_gbps))
-            if self.decoder.stats.tokens
-            else None
-        )
+        """Statistics of the last answer's speculation; None before the first answer."""
+        stats = self.decoder.stats
+        if not stats.tokens:
+            return None
+        return "\n".join(stats.lines(self.device_gbps))
 
     def close(self) -> None:
         self.decoder.close()
         self.target.close()
 
 
-def load_flash(args: argparse.Namespace) -> FlashChat:
+def load(args: argparse.Namespace) -> FlashChat:
     """Open the target and make its draft.
 
     Raises:
         HybriMoEError: one of its kinds, with what to do.
     """
-    from lever_ext.decoding import LeverDecoding
-    from lever_ext.drafts.make import make_draft
-    from lever_ext.flash.reader import Throttle, plain_gbps
-    from lever_ext.packing import pack_tokenizer
+    from lever_ext.flash.reader import Throttle
     from lever_ext.target import load_target
     from lever_ext.tree.policies import make_policy
 
@@ -144,24 +151,40 @@ def load_flash(args: argparse.Namespace) -> FlashChat:
         vram_budget=args.vram_budget,
     )
     try:
-        if target.split is not None and target.accelerator is not None:
-            notice(target.split.line(target.accelerator.label))
-        tokenizer = pack_tokenizer(pack)
-        target.stop_as(tokenizer)
-        name = args.draft or ("none" if policy.name == "none" else "low-bit")
-        if name == "none" and policy.name != "none":
-            policy = make_policy("none")
-        if name == "low-bit" and args.flash_pack is None:
-            draft: Any = _demo_draft()
-        else:
-            draft = make_draft(name, target, tokenizer, args.draft_bits)
-        if args.early_exit is not None:
-            target.load_gate(args.early_exit)
-        decoder = LeverDecoding(draft, policy, target, overlap=args.overlap)
-        return FlashChat(target, tokenizer, decoder, plain_gbps(target.pack.path))
+        return _chat_with(target, pack, policy, args)
     except BaseException:
         target.close()
         raise
+
+
+def _chat_with(target: FlashTarget, pack: Any, policy: Any, args: argparse.Namespace) -> FlashChat:
+    """The chat with an open target; the caller closes the target if this raises."""
+    from lever_ext.decoding import LeverDecoding
+    from lever_ext.flash.reader import plain_gbps
+    from lever_ext.packing import pack_tokenizer
+    from lever_ext.tree.policies import make_policy
+
+    if target.split is not None and target.accelerator is not None:
+        notice(target.split.line(target.accelerator.label))
+    tokenizer = pack_tokenizer(pack)
+    target.stop_as(tokenizer)
+    name = args.draft or ("none" if policy.name == "none" else "low-bit")
+    if name == "none":
+        policy = make_policy("none")
+    draft = _draft(name, target, tokenizer, args)
+    if args.early_exit is not None:
+        target.load_gate(args.early_exit)
+    decoder = LeverDecoding(draft, policy, target, overlap=args.overlap)
+    return FlashChat(target, tokenizer, decoder, plain_gbps(target.pack.path))
+
+
+def _draft(name: str, target: FlashTarget, tokenizer: Any, args: argparse.Namespace) -> Any:
+    """The draft of that name; the demo targets have a low-bit draft of their own."""
+    from lever_ext.drafts.make import make_draft
+
+    if name == "low-bit" and args.flash_pack is None:
+        return _demo_draft()
+    return make_draft(name, target, tokenizer, args.draft_bits)
 
 
 def _demo_pack(form: str | None) -> Path:
@@ -169,20 +192,18 @@ def _demo_pack(form: str | None) -> Path:
     from hybrimoe_plugin.cache_folder import found, place_for
     from hybrimoe_plugin.cli.models import demo_gguf
     from hybrimoe_plugin.demo import source_path
+    from lever_ext.cli.progress import packing_bar
     from lever_ext.demo import widened_pack
     from lever_ext.packing import pack_model
 
-    notice(
-        "no --flash_pack given: this is the demo target"
-        + ("" if form is None else f" in {form} form")
-    )
+    suffix = "" if form is None else f" in {form} form"
+    notice(f"no --flash_pack given: this is the demo target{suffix}")
     file = f"lever/{'dense' if form is None else form}/target.lever"
     kept = found(file)
     if kept is not None:
         return kept.parent
-    directory = place_for(
-        file, 0
-    ).parent  # the packer looks for room itself, and goes on where it was stopped
+    # Size 0: the packer checks the free space itself, and resumes an interrupted pack.
+    directory = place_for(file, 0).parent
     with packing_bar() as bar:
         if form is None:
             widened_pack(source_path(), directory, progress=bar)
@@ -197,19 +218,3 @@ def _demo_draft() -> Any:
 
     notice("the draft is a low-bit copy of SmolLM2, which the demo targets were made from")
     return demo_draft(source_path())
-
-
-@contextmanager
-def packing_bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for the pack's writer: gives what it shall call with (bytes done, bytes in
-    all).
-    """
-    from tqdm import tqdm
-
-    with tqdm(desc="packing", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

@@ -1,6 +1,4 @@
-"""One target pass over a token tree, and the accepted path brought to the front of the tree's rows
-in the KV cache.
-"""
+"""One target pass over a token tree, and the accepted path moved to the front in the KV cache."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 from hybrimoe_plugin.errors import SpeculationError
-from lever_ext.early_exit.gate import ExitGate, Verdict
+from lever_ext.early_exit.gate import ExitGate, ExitQuery
 from lever_ext.tree.token_tree import TokenTree
 
 
@@ -21,9 +19,9 @@ class Verified:
     """A finished pass."""
 
     hidden: torch.Tensor
-    """Final hidden states [1, N', H] of the rows that were not pruned."""
+    """Final hidden states [1, N', H] of the nodes that were not pruned."""
     row_of: dict[int, int]
-    """Row of the tree -> row of `hidden`; pruned rows are missing."""
+    """Node of the tree -> its row of `hidden`; pruned nodes are missing."""
     past: int
     """Tokens in the KV cache before the tree."""
 
@@ -44,10 +42,13 @@ class Verifier:
         self.cache_name = cache_name(self.base)
 
     def prefill(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run prompt ids [1, S] that the cache does not hold yet; the last row's hidden state [1,
-        H].
+        """Run prompt ids [1, S] that the cache does not hold yet.
+
+        Returns:
+            the last token's hidden state, [1, H].
         """
-        return self._run(ids, cache).last_hidden_state[:, -1]
+        hidden: torch.Tensor = self._run(ids, cache).last_hidden_state
+        return hidden[:, -1]
 
     def verify(
         self,
@@ -56,12 +57,12 @@ class Verifier:
         candidates: Sequence[Sequence[int]] = (),
         prune: bool = True,
     ) -> Verified:
-        """Run all rows of a tree in one pass.
+        """Run all nodes of a tree in one pass.
 
         Args:
             tree: at most as long as the model's context allows.
-            cache: KV of everything before the root. Mutates: gets the tree's rows behind it.
-            candidates: the draft's proposals after each row; pruning needs them.
+            cache: KV of everything before the root. Mutates: gets the tree's entries behind it.
+            candidates: the draft's proposals after each node; pruning needs them.
             prune: False where the early exit shall only be judged.
 
         Raises:
@@ -76,61 +77,77 @@ class Verifier:
             raise SpeculationError(
                 "sliding-window attention cannot verify token trees; use --tree none"
             )
+        positions = torch.from_numpy(tree.depths)[None] + past
+        mask = self._mask(tree, past)
         gate = self.gate if candidates else None
+        kept: Sequence[int] | None = None
         try:
             if gate is not None:
-                gate.open(Verdict(tree, candidates, past, prune))
-            positions = torch.from_numpy(tree.depths)[None] + past
-            hidden = self._run(
-                ids, cache, attention_mask=self._mask(tree, past), position_ids=positions
-            ).last_hidden_state
-            kept = gate.kept if gate is not None else None
+                gate.open(ExitQuery(tree, candidates, past, prune))
+            output = self._run(ids, cache, attention_mask=mask, position_ids=positions)
+            if gate is not None:
+                kept = gate.kept
         finally:
             if gate is not None:
                 gate.close()
-        rows = range(len(tree)) if kept is None else kept
-        return Verified(hidden, {row: index for index, row in enumerate(rows)}, past)
+        nodes = range(len(tree)) if kept is None else kept
+        row_of = {node: row for row, node in enumerate(nodes)}
+        return Verified(output.last_hidden_state, row_of, past)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [N, V] of hidden states [N, H]: projected on demand (paper 2c)."""
         logits: torch.Tensor = self.head(hidden).to(copy=True, dtype=torch.float32)
         return logits
 
-    def mean_rows(self, verified: Verified, rows: int) -> int:
-        """Rows that a layer computed on average in a pass over a tree of so many."""
-        if self.gate is None or len(verified.row_of) == rows:
-            return rows
-        before = self.gate.predictor.layer / self.model.config.num_hidden_layers
-        return round(before * rows + (1 - before) * len(verified.row_of))
-
-    def place(self, cache: Any, verified: Verified, row: int, depth: int) -> None:
-        """Bring the KV entries of an accepted row to where plain decoding has them: behind those of
-        its ancestors.
-
-        From the root on: a row lies no further to the front than its depth, so none is written over
-        that may still be accepted. In place: earlier tokens are not copied.
+    def mean_nodes(self, verified: Verified, nodes: int) -> int:
+        """Nodes that a layer computed on average in a pass.
 
         Args:
-            row: of the tree.
-            depth: tokens between the root and it, itself included.
+            verified: the pass.
+            nodes: of its tree.
+        """
+        kept = len(verified.row_of)
+        if self.gate is None or kept == nodes:
+            return nodes
+        before = self.gate.predictor.layer / self.model.config.num_hidden_layers
+        return round(before * nodes + (1 - before) * kept)
 
-        Mutates: the cache.
+    def place(self, cache: Any, verified: Verified, node: int, depth: int) -> None:
+        """Move the KV entries of an accepted node behind those of its ancestors.
+
+        There plain decoding has them. Called from the root on: a node lies no further to the front
+        than its depth, so no entry is overwritten that may still be accepted.
+
+            before   past | root A  B  C  D        accepted: root, B, D
+            after    past | root B  D  C  D        the rest is dropped later
+
+        In place: earlier tokens are not copied.
+
+        Args:
+            cache: of the pass. Mutates.
+            verified: the pass.
+            node: of the tree.
+            depth: tokens between the root and it, itself included.
         """
         exit_layer = len(cache.layers) if self.gate is None else self.gate.predictor.layer
         place = verified.past + depth
         for index, layer in enumerate(cache.layers):
-            found = verified.past + (verified.row_of[row] if index >= exit_layer else row)
+            row = verified.row_of[node] if index >= exit_layer else node
+            found = verified.past + row
             if found != place:
                 layer.keys[:, :, place] = layer.keys[:, :, found]
                 layer.values[:, :, place] = layer.values[:, :, found]
 
     def _run(self, ids: torch.Tensor, cache: Any, **kwargs: Any) -> Any:
+        kwargs[self.cache_name] = cache
         with torch.no_grad():
-            return self.base(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **kwargs)
+            return self.base(input_ids=ids, use_cache=True, **kwargs)
 
     def _mask(self, tree: TokenTree, past: int) -> torch.Tensor:
         """Additive mask [1, 1, N, past + N] in the model's dtype."""
         dtype = self.model.dtype
-        mask = torch.zeros(1, 1, len(tree), past + len(tree), dtype=dtype)
-        mask[0, 0, :, past:].masked_fill_(~torch.from_numpy(tree.mask), torch.finfo(dtype).min)
+        size = len(tree)
+        hidden_from = ~torch.from_numpy(tree.mask)
+        mask = torch.zeros(1, 1, size, past + size, dtype=dtype)
+        mask[0, 0, :, past:].masked_fill_(hidden_from, torch.finfo(dtype).min)
         return mask

@@ -11,12 +11,12 @@ from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import RESERVE
 from hybrimoe_plugin.device.streams import CudaStreams, HostStreams, Streams
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from lever_ext.flash.pinned import PinnedBuffers
+from lever_ext.placement.pinned import PinnedBuffers
 
 
 @dataclass
-class Accelerator:
-    """A device, its queues, and what of its memory the target's weights may take."""
+class TargetDevice:
+    """An accelerator, its queues, and what of its memory the target's weights may take."""
 
     device: torch.device
     streams: Streams
@@ -26,6 +26,7 @@ class Accelerator:
 
     @property
     def label(self) -> str:
+        """For messages."""
         return "emulated" if self.device.type == "cpu" else str(self.device)
 
     def close(self) -> None:
@@ -35,7 +36,7 @@ class Accelerator:
             self.pins.release()
 
 
-def make_accelerator(name: str, budget: int | str | None = None) -> Accelerator | None:
+def make_device(name: str, budget: int | str | None = None) -> TargetDevice | None:
     """The accelerator of that name; None for `cpu`.
 
     Args:
@@ -56,22 +57,27 @@ def make_accelerator(name: str, budget: int | str | None = None) -> Accelerator 
                 "device emulated: has no memory of its own, so vram_budget must say how much it "
                 "may take"
             )
-        return Accelerator(torch.device("cpu"), HostStreams(), limit)
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()) or name.endswith(":"):
+        return TargetDevice(torch.device("cpu"), HostStreams(), limit)
+    device = _cuda_device(name)
+    free = int(torch.cuda.mem_get_info(device)[0] * (1 - RESERVE))
+    return TargetDevice(
+        device=device,
+        streams=CudaStreams(device),
+        free_bytes=free if limit is None else min(free, limit),
+        pins=PinnedBuffers(device),
+    )
+
+
+def _cuda_device(name: str) -> torch.device:
+    """The CUDA device of that name. Raises: as `make_device`."""
+    kind, colon, number = name.partition(":")
+    if kind != "cuda" or bool(colon) != number.isdigit():
         raise ConfigError(f"device: expected cpu, cuda, cuda:N or emulated, found {name!r}")
     refusal = cuda_refusal()
     if refusal is not None:
         raise BackendError(f"device {name}: {refusal}; use --device cpu")
     device = torch.device(kind, int(number or 0))
-    if device.index >= torch.cuda.device_count():
-        raise BackendError(
-            f"device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
-        )
-    free = int(torch.cuda.mem_get_info(device)[0] * (1 - RESERVE))
-    return Accelerator(
-        device,
-        CudaStreams(device),
-        free if limit is None else min(free, limit),
-        PinnedBuffers(device),
-    )
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise BackendError(f"device {name}: there are {count} CUDA devices, counted from 0")
+    return device

@@ -1,6 +1,4 @@
-"""Buffers of the flash store that copies to a CUDA device read at the link's speed: their pages are
-registered.
-"""
+"""Registers the flash store's buffers with CUDA, so that copies run at the link's full speed."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ class PinnedBuffers:
         self._kept: dict[int, Buffer] = {}
 
     def add(self, buffers: Iterable[Buffer]) -> None:
-        """Register buffers, with a notice where the driver refuses: copies from those stop the
-        host. Mutates.
+        """Register buffers. Mutates.
+
+        Where the driver refuses, a warning says so: copies from those buffers block the host.
         """
         refused = 0
         for buffer in buffers:
@@ -44,13 +43,13 @@ class PinnedBuffers:
                 refused += nbytes
         if refused:
             logger.warning(
-                "%.1f MiB of flash buffers cannot be registered with %s: copies from them stop "
+                "%.1f MiB of flash buffers cannot be registered with %s: copies from them block "
                 "the host",
                 refused / 2**20, self._device,
             )  # fmt: skip
 
     def release(self) -> None:
-        """Take the pages back from the driver, once nothing is copied any more. Mutates."""
+        """Unregister all pages, once nothing is copied any more. Mutates."""
         for start in self._kept:
             torch.cuda.cudart().cudaHostUnregister(start)
         self._kept.clear()

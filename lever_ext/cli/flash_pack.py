@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack with a progress bar; print the pack's path on stdout."""
     import_libraries()
-    from hybrimoe_plugin.cli.flash_chat import packing_bar
+    from lever_ext.cli.progress import packing_bar
     from lever_ext.packing import pack_model
 
     with packing_bar() as bar:

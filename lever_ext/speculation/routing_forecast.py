@@ -25,7 +25,7 @@ class RoutingForecast:
     """The target's routers over a draft's hidden states.
 
     Args:
-        gates: [L, E, H], the router weights of the MoE layers.
+        gates: router weights of the MoE layers, [L, E, H].
         layers: their places among the decoder layers.
         top_k: experts of a token.
     """
@@ -37,30 +37,41 @@ class RoutingForecast:
 
     @classmethod
     def of(cls, target: FlashTarget, draft: Any) -> RoutingForecast | None:
-        """For a draft whose layers have the target's shapes; None for others, or where routers are
-        not in DRAM.
+        """The forecast of a target's routing from a draft.
+
+        Returns:
+            None for drafts whose layers do not have the target's shapes, and where routers are not
+            in DRAM.
         """
-        if (
-            target.experts is None
-            or not isinstance(draft, LanguageModelDraft)
-            or not draft.can_watch
-        ):
+        if target.experts is None:
             return None
-        ours, theirs, layers = target.model.config, draft.model.config, target.experts.layers
+        if not isinstance(draft, LanguageModelDraft) or not draft.can_probe:
+            return None
+        layers = target.experts.layers
+        config = target.model.config
         same = all(
-            getattr(ours, name) == getattr(theirs, name)
+            getattr(config, name) == getattr(draft.model.config, name)
             for name in ("hidden_size", "num_hidden_layers")
         )
         if not same or target.residency.layers <= max(layers):
             return None
         gates = [_gate(target.stream.resident[layer]) for layer in layers]
-        return cls(torch.stack(gates), layers, ours.num_experts_per_tok)
+        return cls(torch.stack(gates), layers, config.num_experts_per_tok)
 
     def __call__(self, inner: Sequence[torch.Tensor]) -> NDArray[np.int64]:
-        """Expert ids [N, L, K] from the FFN inputs [N, H] of each MoE layer."""
+        """Forecast experts of N nodes.
+
+        Args:
+            inner: the FFN inputs [N, H] of each MoE layer.
+
+        Returns:
+            ids [N, L, K].
+        """
         with torch.inference_mode():
-            logits = torch.bmm(torch.stack(list(inner)).float(), self._gates)
-            found: NDArray[np.int64] = logits.topk(self._top_k).indices.transpose(0, 1).numpy()
+            stacked = torch.stack(list(inner)).float()
+            logits = torch.bmm(stacked, self._gates)
+            ids = logits.topk(self._top_k).indices
+            found: NDArray[np.int64] = ids.transpose(0, 1).numpy()
         return found
 
 

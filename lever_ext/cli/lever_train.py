@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "text",
         metavar="FILE",
-        help="text like what the model will say; default: a short one of ours",
+        help="text like the model's answers; default: a short built-in text",
     )
     add_flag(
         parser,
@@ -74,16 +74,15 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hybrimoe_plugin.cli.reading import read_prompt_file
-    from lever_ext.early_exit.train import ExitTraining, train_exit
+    from lever_ext.exit_training import ExitTraining, train_exit
     from lever_ext.packing import pack_tokenizer
     from lever_ext.target import load_target
 
     text = training_text() if args.text is None else read_prompt_file(args.text)
     settings = ExitTraining(tau=args.tau, weight=args.candidate_weight, epochs=args.epochs)
     directory = Path(args.flash_pack)
-    output = (
-        args.output or (directory if directory.is_dir() else directory.parent) / "exit.safetensors"
-    )
+    beside_pack = directory if directory.is_dir() else directory.parent
+    output = args.output or beside_pack / "exit.safetensors"
     target = load_target(directory, dram_budget=args.dram_budget)
     try:
         ids = pack_tokenizer(directory)(text, add_special_tokens=False).input_ids
@@ -106,9 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def training_text() -> str:
-    """Conversations and, from Python's own library, code with prose about it: some ten thousand
-    tokens.
-    """
+    """Conversations, and commented code of Python's standard library: about 10,000 tokens."""
     import fractions
     import statistics
     import textwrap
@@ -116,9 +113,8 @@ def training_text() -> str:
     from hybrimoe_plugin.demo.text import CALIBRATION
 
     modules: tuple[Any, ...] = (textwrap, fractions, statistics)
-    return "\n".join(
-        [
-            CALIBRATION,
-            *(Path(module.__file__).read_text(encoding="utf-8")[:16000] for module in modules),
-        ]
-    )
+    parts = [CALIBRATION]
+    for module in modules:
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        parts.append(source[:16000])
+    return "\n".join(parts)

@@ -1,8 +1,17 @@
-"""Layers of a target that an accelerator computes in part: the same calls as `LayerStream`, weights
-where they belong.
+"""Layers of a target of which an accelerator computes a part: `LayerStream` with copies behind it.
 
 A layer that is copied goes from its pinned buffer to the accelerator on the link's own queue as
-soon as it has arrived and a buffer is free there, while the layers before it compute.
+soon as it has arrived and a buffer is free there, while the layers before it compute. Three layers,
+0 and 2 copied, 1 on the CPU:
+
+    host buffers      0 arrives | 1 arrives      | 2 arrives
+    link queue                  | copy 0         |           | copy 2
+    compute queue                        | GPU 0 |                   | GPU 2
+    host                                         | CPU 1     |
+
+    copy 0 waits for its arrival (the host waits) and for a free device buffer (the link waits)
+    GPU 0  waits for copy 0 (the compute queue waits)
+    host buffer 0 is read into again once copy 0 has ended
 """
 
 from __future__ import annotations
@@ -15,10 +24,10 @@ import torch
 
 from hybrimoe_plugin.device.streams import COMPUTE, LINK, Event
 from hybrimoe_plugin.errors import FlashError
-from lever_ext.flash.accelerator import Accelerator
 from lever_ext.flash.pack import FlashPack, Tensors, block_memory, views
-from lever_ext.flash.split import Place
 from lever_ext.flash.stream import LayerStream
+from lever_ext.placement.device import TargetDevice
+from lever_ext.placement.split import Place
 
 ROUTER = ".mlp.gate.weight"
 
@@ -28,6 +37,7 @@ class _Copied(NamedTuple):
 
     layer: int
     slot: int
+    """Device buffer."""
     there: Event
 
 
@@ -43,7 +53,7 @@ class SplitStream:
 
     Args:
         inner: reads the layers that do not live on the accelerator.
-        accelerator: computes the others; on its memory are `ring` buffers and the layers that stay.
+        accelerator: computes the others; in its memory are `ring` buffers and the layers that stay.
         places: of every layer; those that stay come first.
         ring: accelerator buffers that copied layers pass through, at least 2.
 
@@ -52,7 +62,11 @@ class SplitStream:
     """
 
     def __init__(
-        self, inner: LayerStream, accelerator: Accelerator, places: Sequence[Place], ring: int
+        self,
+        inner: LayerStream,
+        accelerator: TargetDevice,
+        places: Sequence[Place],
+        ring: int,
     ) -> None:
         self.inner = inner
         self.places = tuple(places)
@@ -60,30 +74,29 @@ class SplitStream:
         self._streams = accelerator.streams
         if accelerator.pins is not None:
             accelerator.pins.add(inner.buffers)
-        self._staying = [
-            to_device(inner.pack, layer, self.device)
-            for layer, place in enumerate(places)
-            if place is Place.STAYS
-        ]
-        copied = [
-            block
-            for block, place in zip(inner.layers, places, strict=True)
-            if place is Place.COPIED
-        ]
-        count = min(max(2, ring), len(copied))
-        self._buffers = [
-            torch.empty(block_memory(copied), dtype=torch.uint8, device=self.device)
-            for _ in range(count)
-        ]
-        self._free: deque[tuple[int, Event]] = deque(
-            (slot, self._streams.record(COMPUTE)) for slot in range(count)
-        )
+        self._staying: list[Tensors] = []
+        copied = []
+        for layer, place in enumerate(places):
+            if place is Place.STAYS:
+                self._staying.append(to_device(inner.pack, layer, self.device))
+            elif place is Place.COPIED:
+                copied.append(inner.layers[layer])
+        size = block_memory(copied)
+        self._buffers: list[torch.Tensor] = []
+        """Of the accelerator."""
+        for _ in range(min(max(2, ring), len(copied))):
+            self._buffers.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        self._free = self._all_free()
+        """(device buffer, when it was computed with for the last time)."""
         self._views: dict[tuple[int, int], Tensors] = {}
-        self._ahead: deque[_Copied] = deque()
+        """(layer, device buffer) -> its tensors as views."""
+        self._queue: deque[_Copied] = deque()
+        """Layers copied ahead, in the order of execution."""
         self._lent: deque[_Lent] = deque()
         self._held = -1
         """Buffer of the layer that is acquired, on its side."""
         self._next = 0
+        """The layer that is copied next."""
 
     @property
     def wait_us(self) -> float:
@@ -92,13 +105,11 @@ class SplitStream:
 
     @property
     def resident(self) -> list[Tensors]:
-        """On the CPU: all of the layers in DRAM, the routers of those that live on the
-        accelerator.
-        """
-        routers = [
-            {name: tensor.cpu() for name, tensor in tensors.items() if name.endswith(ROUTER)}
-            for tensors in self._staying
-        ]
+        """Weights on the CPU of the resident layers; of those on the accelerator, the routers."""
+        routers = []
+        for tensors in self._staying:
+            names = [name for name in tensors if name.endswith(ROUTER)]
+            routers.append({name: tensors[name].cpu() for name in names})
         return [*routers, *self.inner.resident[len(routers) :]]
 
     def on_device(self, layer: int) -> bool:
@@ -111,7 +122,9 @@ class SplitStream:
         self._copy_ahead()
 
     def acquire(self, layer: int) -> tuple[int, Tensors]:
-        """Wait for a layer's weights; computing on the accelerator waits there, not the host.
+        """Wait for a layer's weights.
+
+        Where the accelerator computes the layer, its compute queue waits for them, not the host.
 
         Returns:
             (a number for this memory; parameter name -> view on the layer's side). Valid until
@@ -124,13 +137,14 @@ class SplitStream:
         if place is Place.STAYS:
             return -1, self._staying[layer]
         if place is Place.CPU:
-            return self._on_cpu(layer)
-        if self._ahead and self._ahead[0].layer != layer:
-            self.reset(layer)  # the last pass was cut off in its middle
-        if not self._ahead:
+            return self._acquire_on_cpu(layer)
+        if self._queue and self._queue[0].layer != layer:
+            # The last pass was cut off in its middle.
+            self.reset(layer)
+        if not self._queue:
             self._next = layer
             self._copy(layer)
-        copied = self._ahead.popleft()
+        copied = self._queue.popleft()
         self._held = copied.slot
         self._streams.wait(COMPUTE, copied.there)
         self._copy_ahead()
@@ -141,8 +155,9 @@ class SplitStream:
 
     def release(self, layer: int) -> None:
         """Give a layer's buffer to the next read or copy. Mutates."""
-        place, held, self._held = self.places[layer], self._held, -1
-        if held >= 0 and place is Place.COPIED:
+        held = self._held
+        self._held = -1
+        if held >= 0 and self.places[layer] is Place.COPIED:
             self._free.append((held, self._streams.record(COMPUTE)))
         elif held >= 0:
             self.inner.give_back(held)
@@ -151,25 +166,26 @@ class SplitStream:
     def reset(self, layer: int) -> None:
         """Forget what was read and copied ahead and go on with `layer`. Mutates."""
         self._streams.synchronize()
-        self._free = deque(
-            (slot, self._streams.record(COMPUTE)) for slot in range(len(self._buffers))
-        )
-        self._ahead.clear()
+        self._free = self._all_free()
+        self._queue.clear()
         self._lent.clear()
         self._held = -1
         self._next = layer
         self.inner.reset(layer)
 
-    def _on_cpu(self, layer: int) -> tuple[int, Tensors]:
-        if layer >= self.inner.first:
-            if self._ahead or self.inner.upcoming != layer:
+    def _all_free(self) -> deque[tuple[int, Event]]:
+        return deque((slot, self._streams.record(COMPUTE)) for slot in range(len(self._buffers)))
+
+    def _acquire_on_cpu(self, layer: int) -> tuple[int, Tensors]:
+        streamed = layer >= self.inner.first
+        if streamed:
+            if self._queue or self.inner.upcoming != layer:
                 self.reset(layer)
             self._take_back(needed=self.inner.starved)
-        slot, tensors = self._acquire(layer)
-        if layer >= self.inner.first:
-            self._held = (
-                self.inner.lend()
-            )  # so that what comes after it can be copied while it computes
+        slot, tensors = self._acquire_inner(layer)
+        if streamed:
+            # Lent, so that the layers after it can be copied while it computes.
+            self._held = self.inner.lend()
             self._next = layer + 1
             self._copy_ahead()
         return slot, tensors
@@ -179,46 +195,51 @@ class SplitStream:
         self._take_back(needed=False)
         for _ in self.places:
             layer = self._next = self._next % len(self.places)
-            place, streamed = self.places[layer], layer >= self.inner.first
-            if place is Place.COPIED:
+            streamed = layer >= self.inner.first
+            if self.places[layer] is Place.COPIED:
                 here = not streamed or (self.inner.upcoming == layer and self.inner.arrived)
                 if not self._free or not here:
                     return
                 self._copy(layer)
-            elif place is Place.CPU and streamed:
-                return  # the host takes it itself
+            elif self.places[layer] is Place.CPU and streamed:
+                # The host takes it from the inner stream itself.
+                return
             else:
                 self._next += 1
 
     def _copy(self, layer: int) -> None:
         """Send a layer once it has arrived; the host waits for the arrival only."""
-        slot, streamed = -1, layer >= self.inner.first
+        host_slot = -1
+        streamed = layer >= self.inner.first
         if streamed:
             if self.inner.upcoming != layer:
                 self.reset(layer)
             self._take_back(needed=self.inner.starved)
-            self._acquire(layer)
-            slot = self.inner.lend()
-        target, computed = self._free.popleft()
-        source = self.inner.memory(layer, slot)
+            self._acquire_inner(layer)
+            host_slot = self.inner.lend()
+        slot, computed = self._free.popleft()
+        source = self.inner.memory(layer, host_slot)
         self._streams.wait(LINK, computed)
-        self._streams.run(LINK, lambda: _send(source, self._buffers[target]))
+        self._streams.run(LINK, lambda: _send(source, self._buffers[slot]))
         there = self._streams.record(LINK)
-        self._ahead.append(_Copied(layer, target, there))
+        self._queue.append(_Copied(layer, slot, there))
         if streamed:
-            self._lent.append(_Lent(slot, there))
+            self._lent.append(_Lent(host_slot, there))
         self._next = layer + 1
 
-    def _acquire(self, layer: int) -> tuple[int, Tensors]:
+    def _acquire_inner(self, layer: int) -> tuple[int, Tensors]:
         try:
             return self.inner.acquire(layer)
         except FlashError:
-            self.reset(0)  # copies may still read from buffers that the next pass fills
+            # Copies may still read from buffers that the next pass fills.
+            self.reset(0)
             raise
 
     def _take_back(self, needed: bool) -> None:
-        """Read into host buffers again that were copied away; the host waits for one if it is
-        needed.
+        """Let host buffers that were copied away be read into again.
+
+        Args:
+            needed: wait until one is, whatever else is free.
         """
         while self._lent and (needed or self._streams.reached(self._lent[0].copied)):
             lent = self._lent.popleft()

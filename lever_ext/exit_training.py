@@ -1,7 +1,7 @@
 """Training of the early-exit predictor, offline, with the target frozen (paper 2b).
 
-    loss = tau^2 KL(softmax(z / tau) || softmax(W h / tau)) + lambda * the same KL over the draft's
-    candidates
+    loss = tau^2 (KL(softmax(z / tau) || softmax(W h / tau))
+                  + lambda * the same KL over the draft's candidates)
 
 z are the target's logits, h the hidden states that enter the exit layer. W starts as the target's
 own output head U after its final norm; what is trained is a map A [H, H] before it, W = U (I + A):
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from hybrimoe_plugin.errors import ConfigError
@@ -42,14 +43,20 @@ class ExitTraining:
     """
 
     tau: float = 2.0
+    """Softmax temperature."""
     weight: float = 1.0
     """lambda, of the loss over candidates."""
     candidates: int = 8
+    """Of each position."""
     epochs: int = 6
     batch: int = 128
+    """Positions of one step."""
     rate: float = 3e-4
+    """Learning rate of Adam."""
     held_out: float = 0.1
+    """Share of the positions that the final loss is measured on."""
     seed: int = 0
+    """Of the choice of held-out positions."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -58,13 +65,13 @@ class ExitTraining:
             ("rate", 1e-7, 1),
             ("held_out", 0.01, 0.5),
         ):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(
-                    f"{name}: expected {low} to {high}, found {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name}: expected {low} to {high}, found {value!r}")
         for name in ("candidates", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,12 @@ def train_exit(
     """Train a predictor for a target and save it; an earlier file stays whole until then.
 
     Args:
-        ids: token ids of a text like what the target will say.
-        output: the predictor's file; an interrupted training goes on from `output.partial`.
+        target: the target; its weights are not changed.
+        ids: token ids of a text like the target's answers.
+        output: the predictor's file; an interrupted training is resumed from `output.partial`.
         layer: exit before this decoder layer; by default the middle one.
+        settings: of the training.
+        progress: told about every window and step.
 
     Raises:
         ConfigError: the layer is none of the target's, or the text too short.
@@ -108,40 +118,56 @@ def train_exit(
         )
     found = collect(target, ids, layer, progress)
     head = target.model.get_output_embeddings().weight.detach().float()
-    partial = Path(f"{output}.partial")
-    key = f"{target.pack.index.fingerprint} {layer} {len(ids)} {settings}"
-    scale = _norm_scale(target.model) / found.hidden.float().pow(2).mean(-1).sqrt().mean()
-    change, loss = _fit(found, head, scale, settings, _Checkpoint(partial, key), progress)
+    fingerprint = target.pack.index.fingerprint
+    key = f"{fingerprint} {layer} {len(ids)} {settings}"
+    checkpoint = _Checkpoint(Path(f"{output}.partial"), key)
+    # The final norm as a linear map: its own weights, over one length for all states.
+    lengths = found.hidden.float().pow(2).mean(-1).sqrt()
+    scale = _norm_weight(target.model) / lengths.mean()
+    change, loss = _fit(found, head, scale, settings, checkpoint, progress)
     weight = (head + head @ change.T) * scale
-    predictor = ExitPredictor(
-        weight.to(target.model.dtype), layer, loss, target.pack.index.fingerprint
-    )
+    predictor = ExitPredictor(weight.to(target.model.dtype), layer, loss, fingerprint)
     predictor.save(output)
-    partial.unlink(missing_ok=True)
+    checkpoint.remove()
     return predictor
 
 
 def collect(
-    target: FlashTarget, ids: Sequence[int], layer: int, progress: Progress | None = None
+    target: FlashTarget,
+    ids: Sequence[int],
+    layer: int,
+    progress: Progress | None = None,
 ) -> Positions:
-    """Run the target over a text in windows; hidden states at the exit layer and before the head.
+    """Run the target over a text in windows.
+
+    Args:
+        target: the target.
+        ids: token ids of the text.
+        layer: the exit layer.
+        progress: told after every window.
+
+    Returns:
+        hidden states at the exit layer and before the head.
 
     Raises:
         FlashError: the pack cannot be read.
     """
-    operator = target.model.base_model.layers[layer]
+    base = target.model.base_model
+    operator = base.layers[layer]
     assert isinstance(operator, FlashDecoderLayer)
-    hidden, final = list[torch.Tensor](), list[torch.Tensor]()
-    hook = operator.register_forward_pre_hook(
-        lambda _module, args: hidden.append(args[0][0].clone())
-    )
+    hidden: list[torch.Tensor] = []
+    final: list[torch.Tensor] = []
+
+    def keep_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden.append(args[0][0].clone())
+
+    hook = operator.register_forward_pre_hook(keep_input)
     try:
         for start in range(0, len(ids), WINDOW):
             window = torch.tensor([ids[start : start + WINDOW]])
             with torch.no_grad():
-                final.append(
-                    target.model.base_model(window, use_cache=False).last_hidden_state[0].clone()
-                )
+                output = base(window, use_cache=False)
+            final.append(output.last_hidden_state[0].clone())
             if progress is not None:
                 progress("reading the text", min(start + WINDOW, len(ids)), len(ids))
     finally:
@@ -149,12 +175,10 @@ def collect(
     return Positions(torch.cat(hidden), torch.cat(final))
 
 
-def _norm_scale(model: Any) -> torch.Tensor:
-    """[H], of the final norm; the states' own length becomes one number for all of them: the
-    predictor is linear.
-    """
-    scale: torch.Tensor = model.base_model.norm.weight.detach().float()
-    return scale
+def _norm_weight(model: Any) -> torch.Tensor:
+    """Of the final norm, [H]."""
+    weight: torch.Tensor = model.base_model.norm.weight.detach().float()
+    return weight
 
 
 def _fit(
@@ -165,22 +189,32 @@ def _fit(
     checkpoint: _Checkpoint,
     progress: Progress | None,
 ) -> tuple[torch.Tensor, float]:
-    """(A [H, H], held-out loss)."""
-    states, final = found.hidden.float() * scale, found.final.float()
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(states), generator=generator)
-    held = order[: max(1, int(settings.held_out * len(order)))]
-    trained = order[len(held) :]
+    """Train the map A.
+
+    Args:
+        found: the positions.
+        head: U, [V, H].
+        scale: of the states, [H].
+        settings: of the training.
+        checkpoint: where an interrupted training is resumed; saved after every epoch.
+        progress: told after every step.
+
+    Returns:
+        (A [H, H], loss on held-out positions).
+    """
+    states = found.hidden.float() * scale
+    final = found.final.float()
+    order = _shuffled(len(states), settings.seed)
+    count = max(1, int(settings.held_out * len(order)))
+    held, trained = order[:count], order[count:]
     done, change = checkpoint.load(head.shape[1])
     change.requires_grad_(True)
     optimizer = torch.optim.Adam([change], lr=settings.rate)
     for epoch in range(done, settings.epochs):
-        shuffled = trained[
-            torch.randperm(len(trained), generator=torch.Generator().manual_seed(epoch))
-        ]
+        shuffled = trained[_shuffled(len(trained), seed=epoch)]
         for start in range(0, len(shuffled), settings.batch):
-            rows = shuffled[start : start + settings.batch]
-            loss = _loss(states[rows], final[rows], change, head, settings)
+            batch = shuffled[start : start + settings.batch]
+            loss = _loss(states[batch], final[batch], change, head, settings)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -188,12 +222,18 @@ def _fit(
                 seen = epoch * len(trained) + min(start + settings.batch, len(trained))
                 progress("training", seen, settings.epochs * len(trained))
         checkpoint.save(epoch + 1, change.detach())
+    total = torch.zeros(())
     with torch.no_grad():
-        parts = [
-            _loss(states[rows], final[rows], change, head, settings) * len(rows)
-            for rows in held.split(settings.batch)
-        ]
-    return change.detach(), float(sum(parts)) / len(held)
+        for batch in held.split(settings.batch):
+            loss = _loss(states[batch], final[batch], change, head, settings)
+            total += loss * len(batch)
+    return change.detach(), float(total) / len(held)
+
+
+def _shuffled(count: int, seed: int) -> torch.Tensor:
+    """The numbers below `count` in an order that the seed gives."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)
 
 
 def _loss(
@@ -203,10 +243,20 @@ def _loss(
     head: torch.Tensor,
     settings: ExitTraining,
 ) -> torch.Tensor:
-    """Mean loss of some positions."""
+    """Mean loss of N positions.
+
+    Args:
+        states: scaled hidden states at the exit layer, [N, H].
+        final: hidden states before the head, [N, H].
+        change: A, [H, H].
+        head: U, [V, H].
+        settings: of the training.
+    """
+    vocabulary = head.shape[0]
     with torch.no_grad():
         teacher = final @ head.T / settings.tau
-        candidates = teacher.topk(min(settings.candidates, head.shape[0]), dim=-1).indices
+        count = min(settings.candidates, vocabulary)
+        candidates = teacher.topk(count, dim=-1).indices
     student = (states + states @ change) @ head.T / settings.tau
     whole = _divergence(teacher, student)
     among = _divergence(teacher.gather(1, candidates), student.gather(1, candidates))
@@ -214,9 +264,12 @@ def _loss(
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Mean KL(softmax(teacher) || softmax(student)) of rows of logits."""
+    """Mean KL(softmax(teacher) || softmax(student)) over rows of logits [N, V]."""
     return F.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+        student.log_softmax(-1),
+        teacher.log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
     )
 
 
@@ -226,7 +279,10 @@ class _Checkpoint:
 
     path: Path
     key: str
-    """What the training depends on; the state of another one is not taken."""
+    """What the training depends on; the state of another training is not used."""
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
     def load(self, hidden: int) -> tuple[int, torch.Tensor]:
         """(epochs done, A); a fresh start where there is nothing that fits."""
@@ -246,5 +302,6 @@ class _Checkpoint:
         """Raises: SpeculationError: it cannot be written."""
         from safetensors.torch import save
 
-        data = save({"change": change.contiguous()}, {"key": self.key, "epochs": str(epochs)})
+        metadata = {"key": self.key, "epochs": str(epochs)}
+        data = save({"change": change.contiguous()}, metadata)
         write_file(self.path, data)

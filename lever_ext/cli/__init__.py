@@ -1,0 +1,1 @@
+"""The parts of the `hybrimoe` command that need lever_ext; the command finds them by name."""

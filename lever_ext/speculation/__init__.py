@@ -1,0 +1,1 @@
+"""One answer by speculation: draft, verify, accept, learn, until generation ends."""

@@ -1,0 +1,66 @@
+"""Which entries of a KV cache an answer keeps, whatever interrupts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
+
+
+class KeptEntries:
+    """The first entries of a KV cache: those of accepted tokens.
+
+    What lies behind them can be dropped at any time:
+
+        prompt      accepted    tree of the running pass
+        |---------------------|- - - - - - - - - - - - -|
+        `keep(count)` moves the mark to the right; `drop_rest` cuts there
+
+    Args:
+        cache: a `DynamicCache`, with which an answer begins; what it holds is kept.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self._kept: tuple[int, list[tuple[Any, dict[str, Any] | None]]] = 0, []
+        """(entries, [(layer, attributes that it had)]); None where the layer can be cut."""
+        self.keep(int(cache.get_seq_length()))
+
+    def keep(self, count: int) -> None:
+        """Keep the first `count` entries from now on; every layer has them. Mutates."""
+        # A pass may set up an empty layer, or replace it, and a sliding window loses old entries to
+        # new ones. Neither can be cut back, but both are what they were again with the attributes
+        # that they had. Nothing is copied.
+        layers: list[tuple[Any, dict[str, Any] | None]] = []
+        for layer in self.cache.layers:
+            can_be_cut = count and not getattr(layer, "is_sliding", False)
+            layers.append((layer, None if can_be_cut else dict(vars(layer))))
+        # One assignment: an interrupt must change both or neither.
+        self._kept = count, layers
+
+    def drop_rest(self) -> None:
+        """Drop all other entries. Mutates: the cache.
+
+        Where this is interrupted, it must be called again.
+        """
+        count, layers = self._kept
+        self.cache.layers[:] = [layer for layer, _ in layers]
+        for layer, former in layers:
+            if former is not None:
+                vars(layer).update(former)
+            elif layer.is_initialized and _length(layer) > count:
+                _cut(layer, count)
+
+
+def _length(layer: Any) -> int:
+    """Entries of the longer of keys and values: an interrupt may have come between them."""
+    return max(layer.keys.shape[2], layer.values.shape[2])
+
+
+def _cut(layer: Any, count: int) -> None:
+    if isinstance(layer, GrowingLayer):
+        # What lies behind belongs to this answer: the next entries may be written over it.
+        layer.cut(count)
+    else:
+        layer.keys = layer.keys[:, :, :count]
+        layer.values = layer.values[:, :, :count]
