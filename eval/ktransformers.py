@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
 from eval.reporting import report
+from eval.reporting.quantiles import percentiles
 from hybrimoe_plugin.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,8 @@ LONG = "Summarise this text: " + " ".join(
 )
 QUESTIONS = (SHORT[0], *SHORT, LONG, LONG)
 """What `ask` asks; the first warms up."""
-MEASURES = ("decode", "prefill, short prompts", "prefill, long prompt")
+DECODE, SHORT_PREFILL, LONG_PREFILL = "decode", "prefill, short prompts", "prefill, long prompt"
+MEASURES = (DECODE, SHORT_PREFILL, LONG_PREFILL)
 _LINES = re.compile(
     r"prompt eval count: +(?P<prompt>\d+).*?prompt eval rate: +(?P<prefill>[\d.]+).*?"
     r"eval count: +(?P<count>\d+).*?eval rate: +(?P<decode>[\d.]+)",
@@ -74,7 +75,7 @@ class Host(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the question; gives what the JSON line says."""
+    """Run the question; gives the contents of the JSON line."""
     parser = report.parser((__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of kTransformers' own experts (default 1)"
@@ -100,15 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     report.save_csv(
         args.out / "ktransformers_cpu.csv", [{**row, "label": "measured"} for row in rows]
     )
-    found = {
-        (row["rules"], row["measure"].split(",")[0], row["measure"][-11:]): row["p50"]
-        for row in rows
-    }
+    found = {(row["rules"], row["measure"]): row["p50"] for row in rows}
     result = {
-        "decode_ours": found["ours", "decode", "decode"],
-        "decode_stock": found["stock", "decode", "decode"],
-        "prefill_long_ours": found["ours", "prefill", "long prompt"],
-        "prefill_long_stock": found["stock", "prefill", "long prompt"],
+        "decode_ours": found["ours", DECODE],
+        "decode_stock": found["stock", DECODE],
+        "prefill_long_ours": found["ours", LONG_PREFILL],
+        "prefill_long_stock": found["stock", LONG_PREFILL],
     }
     report.finish(result)
     return result
@@ -162,15 +160,8 @@ def ask(
     Raises:
         BackendError: an answer is missing, or the process took longer than `timeout_s`.
     """
-    command = [
-        host.python,
-        "-m",
-        "hybrimoe_plugin",
-        "ktransformers_chat",
-        "--demo",
-        "--greedy",
-        *flags,
-    ]
+    command = [host.python, "-m", "hybrimoe_plugin", "ktransformers_chat"]
+    command += ["--demo", "--greedy", *flags]
     try:
         done = subprocess.run(
             command,
@@ -186,10 +177,10 @@ def ask(
         raise BackendError(
             f"local_chat needed more than {timeout_s:.0f} s for {len(questions)} questions"
         ) from error
-    found = [
-        {key: float(value) for key, value in match.groupdict().items()}
-        for match in _LINES.finditer(done.stdout)
-    ]
+    found = []
+    for match in _LINES.finditer(done.stdout):
+        rates = match.groupdict()
+        found.append({name: float(text) for name, text in rates.items()})
     if done.returncode or len(found) != len(questions):
         raise BackendError(
             f"local_chat gave {len(found)} of {len(questions)} answers: {done.stderr[-500:]}"
@@ -199,14 +190,12 @@ def ask(
 
 def answers_of(answers: Sequence[dict[str, float]], measure: str) -> list[dict[str, float]]:
     """The answers that count for one of `MEASURES`; the longest prompt is the long one."""
-    if measure == "decode":
+    if measure == DECODE:
         return [answer for answer in answers if answer["count"] > 1]
     longest = max((answer["prompt"] for answer in answers), default=0.0)
-    return [
-        answer
-        for answer in answers
-        if (answer["prompt"] == longest) == measure.endswith("long prompt")
-    ]
+    if measure == LONG_PREFILL:
+        return [answer for answer in answers if answer["prompt"] == longest]
+    return [answer for answer in answers if answer["prompt"] != longest]
 
 
 def summary(answers: Sequence[dict[str, float]], measure: str) -> dict[str, Any]:
@@ -214,8 +203,8 @@ def summary(answers: Sequence[dict[str, float]], measure: str) -> dict[str, Any]
     be one at least.
     """
     chosen = answers_of(answers, measure)
-    rates = [answer["decode" if measure == "decode" else "prefill"] for answer in chosen]
-    low, middle, high = (float(value) for value in np.percentile(rates, (20, 50, 80)))
+    phase = "decode" if measure == DECODE else "prefill"
+    low, middle, high = percentiles([answer[phase] for answer in chosen])
     prompts = sorted(int(answer["prompt"]) for answer in chosen)
     return {
         "answers": len(chosen),

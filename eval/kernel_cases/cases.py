@@ -174,11 +174,13 @@ def repack_cases(interpreted: bool = False) -> list[RepackCase]:
 
 
 def _interpreted_cases() -> list[Case]:
+    """Small shapes of all types in float32, and one mixed shape in the smaller dtypes."""
     found = []
     for shape in SMALL_SHAPES:
         # Every program of a small tile costs the interpreter as much as one of a large tile.
-        blocks_fit = shape.kinds[0].endswith("_K")
-        smaller = shape if blocks_fit else shape._replace(hidden=64, intermediate=96)
+        smaller = shape
+        if not shape.kinds[0].endswith("_K"):  # K blocks hold 256 values
+            smaller = shape._replace(hidden=64, intermediate=96)
         found += [Case(smaller, tokens, torch.float32) for tokens in (1, 20)]
     mixed = Shape("small", ("Q4_K", "Q4_K", "Q6_K"), 256, 256, 4, 2)
     halves = (torch.bfloat16, torch.float16)
@@ -186,6 +188,7 @@ def _interpreted_cases() -> list[Case]:
 
 
 def _device_cases() -> list[Case]:
+    """Models' own shapes and all types, in the tiles that the product takes."""
     found = []
     for shape in (*MODEL_SHAPES, *TYPE_SHAPES):
         found += [Case(shape, tokens) for tokens in TOKENS]

@@ -38,8 +38,16 @@ def reference(
     ids: torch.Tensor,
     routing: torch.Tensor,
 ) -> torch.Tensor:
-    """[T, H] float64 on hidden's device: what all experts but number 0 contribute, one after
-    another.
+    """What all experts but number 0 contribute, computed one after another.
+
+    Args:
+        matrices: stored bytes of gate, up and down, each [experts, bytes].
+        hidden: [T, H].
+        ids: [T, K] experts.
+        routing: [T, K] weights.
+
+    Returns:
+        [T, H] float64 on hidden's device.
     """
     output = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     inner = (shape.intermediate, shape.hidden)

@@ -26,6 +26,10 @@ def build(
     """Compile groups in this process, which can have no other driver afterwards.
 
     Args:
+        share: names of groups, and their cases.
+        cache: Triton's cache folder.
+        arch: compute capability of the card, 90 for an H100.
+        library_path: as in `make_driver`.
         deadline: no group is begun after it, as `time.time` counts.
 
     Returns:
@@ -41,7 +45,8 @@ def build(
     for number, (name, group) in enumerate(share):
         if time.time() > deadline:
             return count, [name for name, _ in share[number:]]
-        compiled_before, hits_before = len(count.compiled), count.hits
+        compiled_before = len(count.compiled)
+        hits_before = count.hits
         begun = time.monotonic()
         for case in group:
             _compile(case, count)

@@ -79,7 +79,12 @@ def _matrix(kind: str, stored: NDArray[np.uint8], experts: int) -> Matrix:
 
 
 def _random(rng: np.random.Generator, kind: str, values: int, columns: int) -> NDArray[np.uint8]:
-    """Random blocks with sound scales: weights of the order 1 / sqrt(columns)."""
+    """Random blocks with sound scales: weights of the order 1 / sqrt(columns).
+
+    Args:
+        values: in all experts together.
+        columns: of one matrix.
+    """
     size = stored_bytes(kind, values)
     # One random MiB over and over: the values of the codes change no time.
     codes = rng.integers(0, 256, RANDOM_BYTES, dtype=np.uint8)

@@ -84,7 +84,15 @@ class Cached:
         return int(counted.sum()) < self._room
 
     def _evict_for(self, layer: int, rank: float) -> bool:
-        """Evict the least worthy expert; False if the policy prefers it to one of this rank."""
+        """Evict the least worthy expert that may be evicted for a newcomer.
+
+        Args:
+            layer: the newcomer's; without shared slots only its experts may be evicted.
+            rank: the newcomer's.
+
+        Returns:
+            False if the policy prefers the least worthy expert, which stays then.
+        """
         first = 0 if self._shared else layer
         rows = self._worth if self._shared else self._worth[layer : layer + 1]
         row, victim = divmod(int(rows.argmin()), rows.shape[1])

@@ -58,31 +58,34 @@ def _rounds(place: Place, host: Host, flags: Mapping[str, Sequence[str]]) -> Ite
     earlier ones.
     """
     answers: Answers = {name: [] for name in flags}
-    questions = DRY_QUESTIONS if place.dry else QUESTIONS
-    measures = MEASURES[:1] if place.dry else MEASURES  # a dry run asks no long question
+    questions: Sequence[str] = QUESTIONS
+    measures: Sequence[str] = MEASURES
+    if place.dry:  # it asks no long question
+        questions, measures = DRY_QUESTIONS, MEASURES[:1]
+    rounds = 1 if place.dry else ROUNDS
     until = time.monotonic() + DRY_SECONDS
-    for _ in range(1 if place.dry else ROUNDS):
+    for _ in range(rounds):
         for name, given in flags.items():
             try:
-                answers[name] += ktransformers.ask(
-                    host, given, questions, _left_s(until) if place.dry else None
-                )
+                limit_s = _left_s(until) if place.dry else None
+                answers[name] += ktransformers.ask(host, given, questions, limit_s)
             except BackendError as error:
                 # Our rules have to run on a card; kTransformers' own may lack what it would have
                 # compiled.
                 failed = name == OURS and not place.dry
-                yield {
-                    "case": f"local_chat, {name}",
-                    "ok": False if failed else None,
-                    "missing": str(error),
-                }
+                ok = False if failed else None
+                yield {"case": f"local_chat, {name}", "ok": ok, "missing": str(error)}
                 continue
             yield from _rates(name, answers, measures)
         yield from _ratios(answers, measures)
 
 
 def _left_s(until: float) -> float:
-    """Raises: BackendError: too little to start anything."""
+    """Seconds that a dry run has left.
+
+    Raises:
+        BackendError: too few to start anything.
+    """
     left = until - time.monotonic()
     if left < DRY_SECONDS / 8:
         raise BackendError("a dry run has no time left for this on this machine")
@@ -92,45 +95,53 @@ def _left_s(until: float) -> float:
 def _rates(name: str, answers: Answers, measures: Sequence[str]) -> Iterator[Row]:
     for measure in _measured(answers, measures, name):
         found = ktransformers.summary(answers[name], measure)
-        figures = {f"tok_s_{quantile}": found[quantile] for quantile in ("p20", "p50", "p80")}
-        counts = {"answers": found["answers"], "prompt_tokens": found["prompt_tokens"]}
-        yield {"case": f"{measure}, {name}", **figures, **counts, "detail": NOTES[name]}
+        yield {
+            "case": f"{measure}, {name}",
+            "tok_s_p20": found["p20"],
+            "tok_s_p50": found["p50"],
+            "tok_s_p80": found["p80"],
+            "answers": found["answers"],
+            "prompt_tokens": found["prompt_tokens"],
+            "detail": NOTES[name],
+        }
 
 
 def _ratios(answers: Answers, measures: Sequence[str]) -> Iterator[Row]:
     for measure in _measured(answers, measures, OURS, STOCK):
-        ours, stock = (
-            ktransformers.summary(answers[name], measure)["p50"] for name in (OURS, STOCK)
-        )
-        yield {"case": f"{measure}, ours / stock", "ratio": ours / stock, "detail": NOTES[STOCK]}
+        ours = ktransformers.summary(answers[OURS], measure)
+        stock = ktransformers.summary(answers[STOCK], measure)
+        ratio = ours["p50"] / stock["p50"]
+        yield {"case": f"{measure}, ours / stock", "ratio": ratio, "detail": NOTES[STOCK]}
 
 
 def _measured(answers: Answers, measures: Sequence[str], *names: str) -> list[str]:
     """Those that all of these sets of rules have answers for."""
-    return [
-        m for m in measures if all(ktransformers.answers_of(answers[name], m) for name in names)
-    ]
+    found = []
+    for measure in measures:
+        if all(ktransformers.answers_of(answers[name], measure) for name in names):
+            found.append(measure)
+    return found
 
 
 def _origin(host: Host) -> str:
-    """Said without this machine's folders."""
-    return (
-        f"packages in the folder {Path(host.site).name}"
-        if host.site
-        else "an environment of its own"
-    )
+    """Where ktransformers comes from, without this machine's folders."""
+    if not host.site:
+        return "an environment of its own"
+    return f"packages in the folder {Path(host.site).name}"
 
 
 def _flags(place: Place, host: Host, folder: Path) -> dict[str, list[str]]:
-    """What each set of rules is started with. Raises: BackendError: ktransformers has no rules for
-    the demo model.
+    """The flags that each set of rules is started with.
+
+    Raises:
+        BackendError: ktransformers has no rules for the demo model.
     """
-    threads = max(1, min(CPU_THREADS, len(os.sched_getaffinity(0))) - 1)
+    cores = min(CPU_THREADS, len(os.sched_getaffinity(0)))
+    threads = max(1, cores - 1)
     tokens = ["--max_new_tokens", str(DRY_TOKENS if place.dry else TOKENS)]
     ours, stock = PACKAGED_GPU, str(_stock_rules(host, folder))
-    if (
-        place.dry
-    ):  # kTransformers' own rules name cuda, which our patches read as cpu where there is none
+    if place.dry:
+        # kTransformers' own rules name cuda, which our patches read as cpu where there is none.
         ours, stock = PACKAGED, "stock"
     return {
         OURS: ["--optimize_rule_path", str(ours), *tokens],
@@ -154,14 +165,11 @@ def _stock_rules(host: Host, folder: Path) -> Path:
     )
     theirs = Path(done.stdout.strip()) / "optimize" / "optimize_rules" / "Mixtral.yaml"
     if done.returncode or not theirs.is_file():
-        raise BackendError(
-            f"no rules of kTransformers' own are found: {done.stderr.strip()[-200:] or theirs.name}"
-        )
+        reason = done.stderr.strip()[-200:] or theirs.name
+        raise BackendError(f"no rules of kTransformers' own are found: {reason}")
     made = folder / "Mixtral-stock-torch.yaml"
-    made.write_text(
-        theirs.read_text(encoding="utf-8").replace("KLinearMarlin", "KLinearTorch"),
-        encoding="utf-8",
-    )
+    text = theirs.read_text(encoding="utf-8")
+    made.write_text(text.replace("KLinearMarlin", "KLinearTorch"), encoding="utf-8")
     return made
 
 

@@ -33,9 +33,8 @@ VOCABULARY = 151_936
 """Qwen3's, the largest among the models."""
 DRY_VOCABULARY = 1000
 FILTERS = (
-    Filters(
-        temperature=0.6, top_k=20, top_p=0.95, min_p=0.0
-    ),  # what Qwen3's generation config asks for
+    # What Qwen3's generation config asks for.
+    Filters(temperature=0.6, top_k=20, top_p=0.95, min_p=0.0),
     Filters(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0),
     Filters(temperature=0.7, top_k=50, top_p=0.8, min_p=0.05),
 )
@@ -88,16 +87,11 @@ def _attention(case: Case, room: int, device: torch.device, capture: Capture) ->
             return {"case": name, "ok": False, "relative_rms": error, "chosen": False}
         torch_us, flash_us = flash_choice.compare(kernel, device, capture)
         plan_us = flash_choice.plan_us(kernel)
-    except (
-        BackendError
-    ) as problem:  # the graph does not give what the same call gives outside of one
+    except BackendError as problem:
+        # The graph does not give what the same call gives outside of one.
         return {"case": name, "ok": False, "detail": _line(problem), "chosen": False}
     except Exception as problem:  # it compiles at first use, and may raise anything
-        return {
-            "case": name,
-            "ok": None,
-            "missing": f"flashinfer does not run here: {_line(problem)}",
-        }
+        return {"case": name, "ok": None, "missing": _failure(problem)}
     return {
         "case": name,
         "ok": True,
@@ -120,7 +114,8 @@ def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.devic
     for held in (shape.room // 2, shape.room - 1):
         kernel.plan(held)
         seen = (torch.arange(shape.room, device=device) <= held)[None, None, None]
-        right, found = shape.plain(seen, *exact), kernel(*example).float()
+        right = shape.plain(seen, *exact)
+        found = kernel(*example).float()
         errors.append(float((found - right).norm() / right.norm()))
     return max(errors)
 
@@ -128,31 +123,31 @@ def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.devic
 def _filters(filters: Filters, vocabulary: int, device: torch.device) -> Row:
     """One set of sampling filters, likewise."""
     name = f"sampling, {filters}, {vocabulary} tokens"
-    scores = (4.0 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(1))).to(
-        device
-    )
+    generator = torch.Generator().manual_seed(1)
+    scores = 4.0 * torch.randn(2, vocabulary, generator=generator)
+    scores = scores.to(device)
+    plain = filters.plain()
     try:
-        flash, plain = (
-            FlashinferFilter(importlib.import_module("flashinfer").sampling, filters),
-            filters.plain(),
-        )
+        library = importlib.import_module("flashinfer")
+        flash = FlashinferFilter(library.sampling, filters)
         error = sampling.distance(flash.filtered(scores), plain(None, scores))
         plain_us = sampling.median_wall_us(lambda: plain(None, scores[:1]), device)
         flash_us = sampling.median_wall_us(lambda: flash.filtered(scores[:1]), device)
     except Exception as problem:  # as above
-        return {
-            "case": name,
-            "ok": None,
-            "missing": f"flashinfer does not run here: {_line(problem)}",
-        }
+        return {"case": name, "ok": None, "missing": _failure(problem)}
+    chosen = sampling.choose(filters, vocabulary, device, sampling.median_wall_us)
     return {
         "case": name,
         "ok": error <= sampling.TOLERANCE,
         "total_variation": error,
         "transformers_us": plain_us,
         "flashinfer_us": flash_us,
-        "chosen": sampling.choose(filters, vocabulary, device, sampling.median_wall_us) is not None,
+        "chosen": chosen is not None,
     }
+
+
+def _failure(problem: Exception) -> str:
+    return f"flashinfer does not run here: {_line(problem)}"
 
 
 def _line(problem: Exception) -> str:

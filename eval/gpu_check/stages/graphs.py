@@ -52,7 +52,8 @@ def logits(place: Place, family: str, path: Path) -> Row:
     ours = _load(place, family, path, "float32")
     try:
         ids = tiny.tokens(PROMPT + 3)
-        right, found = _step_logits(plain, ids), _step_logits(ours, ids)
+        right = _step_logits(plain, ids)
+        found = _step_logits(ours, ids)
     finally:
         ours.hybrimoe.restore()
     error = float((found - right).norm() / right.norm())
@@ -79,13 +80,16 @@ def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
             answer = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)
             found.append(answer[0, PROMPT:].cpu())
             layers = [module for module in model.modules() if isinstance(module, GraphedLayer)]
-            captured = max(captured, sum(layer.captured for layer in layers))
+            as_graphs = sum(layer.captured for layer in layers)
+            captured = max(captured, as_graphs)
         finally:
             model.hybrimoe.restore()
-    same = int((found[0] == found[1]).sum())
+    graphed, plain = found
+    same = int((graphed == plain).sum())
+    ok = same == count if dtype == "float32" else None
     return {
         "case": f"{family}: greedy tokens with graphs and without, {dtype}",
-        "ok": same == count if dtype == "float32" else None,
+        "ok": ok,
         "tokens": count,
         "same": same,
         "layers_captured": captured,
@@ -101,37 +105,37 @@ def attention(place: Place) -> Iterator[Row]:
         yield {"case": "attention at new lengths", "ok": None, "missing": "a card"}
         return
     for cudnn in (False, True):
+        state = "on" if cudnn else "off, as the product has it"
         us = attention_us(place.device, LENGTHS, cudnn)
-        name = f"attention at new lengths, cuDNN {'on' if cudnn else 'off, as the product has it'}"
-        yield {"case": name, "us_per_layer": us}
+        yield {"case": f"attention at new lengths, cuDNN {state}", "us_per_layer": us}
 
 
 def _load(place: Place, family: str, path: Path, dtype: str, **settings: Any) -> Any:
     # Any profile will do: results must not depend on what is computed where.
     known: dict[str, Any] = {
+        "accelerator": place.accelerator,
+        "dtype": dtype,
         "profile": "a6000-deepseek-v2-lite",
         "cache_ratio": 0.5,
         "context": 2 * ROOM,
+        "cpu_backend": "torch",  # the one that does not round activations to 8 bits
     }
-    known["cpu_backend"] = "torch"  # the one that does not round activations to 8 bits
     if place.dry or family != FUSED:
-        known |= {
-            "kernels": "torch",
-            "dense": "dequantised",
-        }  # on the CPU stored linears round activations too
-    model, _ = load_model(
-        None, path, dtype=dtype, progress=False, accelerator=place.accelerator, **known, **settings
-    )
+        known["kernels"] = "torch"
+        known["linears"] = "plain"  # on the CPU stored linears round activations too
+    model, _ = load_model(None, path, progress=False, **known, **settings)
     return model
 
 
 @torch.no_grad()
 def _step_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[T, V] on the CPU: of a prompt, then of tokens one by one."""
-    ids, keyword = ids.to(model.device), cache_name(model)
+    ids = ids.to(model.device)
+    keyword = cache_name(model)
     out = model(ids[:, :PROMPT], use_cache=True)
     parts = [out.logits[0]]
     for at in range(PROMPT, ids.shape[1]):
-        out = model(ids[:, at : at + 1], **{keyword: cache_in(out)}, use_cache=True)
+        kept = {keyword: cache_in(out)}
+        out = model(ids[:, at : at + 1], **kept, use_cache=True)
         parts.append(out.logits[0])
     return torch.cat(parts).float().cpu()

@@ -124,7 +124,13 @@ def _call(
     draw: random.Random,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """One layer call of a few tokens on some of the held experts."""
+    """One layer call of a few tokens on some of the held experts.
+
+    Args:
+        held: slot -> the expert that it holds.
+        draw: decides how many tokens and which experts.
+        generator: draws states, places and routing weights.
+    """
     top_k = layer.spec.top_k
     tokens = draw.choice((1, 1, 1, 3, 20))
     count = min(len(held), draw.randint(1, 2 * top_k))
