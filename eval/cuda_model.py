@@ -33,7 +33,8 @@ from eval.shapes import MODELS, Model, Routing, layer_bytes, routing
 from eval.systems import KTRANSFORMERS, OURS, System
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.decode.graphed_layer import GraphedLayer, connect_layers
+from hybrimoe_plugin.decode.connect import connect_layers
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.operators.routers import GateRouter

@@ -15,7 +15,7 @@ from replayed import Replayed
 from eval import cuda_model
 from eval.cuda import OURS
 from eval.shapes import MODELS, routing
-from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode import connect
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_graphs_replay_the_routing_that_is_given(
     model: cuda_model.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capture = Replayed()
-    monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
+    monkeypatch.setattr(connect, "capture_for", lambda device: capture)
     given = routing(model, 8, 12, look_ahead=3, recall=0.8)
     path = tmp_path / "model.gguf"
     cuda_model.write(model, given, 2, path, dry=True)

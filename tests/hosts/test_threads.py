@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
-from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode import connect, layer_buffers
 from hybrimoe_plugin.errors import BackendError
 
 pytestmark = pytest.mark.slow
@@ -143,8 +143,8 @@ def load(kind: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         choices["rules"] = folder / "rules.yaml"
         choices["rules"].write_text(TWO_ENGINES)
     if kind == "captured":
-        patch.setattr(graphs, "ROOM", 16)
-        patch.setattr(graphs, "capture_for", lambda _device: Replayed())
+        patch.setattr(layer_buffers, "FIRST_CAPACITY", 16)
+        patch.setattr(connect, "capture_for", lambda _device: Replayed())
     return load_model(None, folder / "model.gguf", progress=False, **choices)[0]
 
 
