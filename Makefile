@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # What depends on other libraries' versions. The long tests of our own arithmetic run in `make test` alone.
-OLDEST := tests/hosts tests/families tests/operators tests/compute tests/weights tests/device tests/engine tests/eval tests/lever --ignore tests/hosts/ktransformers --ignore tests/eval/gpu_check --ignore tests/eval/test_resume.py -m "not slow"
+OLDEST := tests/hosts tests/families tests/decode tests/operators tests/compute tests/weights tests/device tests/engine tests/eval tests/lever --ignore tests/hosts/ktransformers --ignore tests/eval/gpu_check --ignore tests/eval/test_resume.py -m "not slow"
 
 .PHONY: chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
 

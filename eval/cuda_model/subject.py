@@ -16,7 +16,8 @@ from eval.models.routing import Routing
 from eval.policies.systems import System
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.decode.graphed_layer import GraphedLayer, connect_layers
+from hybrimoe_plugin.decode.connect import connect_layers
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.replay.trace import Call
 

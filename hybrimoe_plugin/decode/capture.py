@@ -1,272 +1,217 @@
-"""Recording a decoder layer's one-token call as graphs, in pieces between which the experts run,
-and proving them.
+"""Recording a decoder layer's one-token call as CUDA graphs, with a graph break at the experts.
+
+The routed experts' call goes to the engine, which plans on the host what the CPU, the accelerator
+and the link do. It cannot be part of a graph, so the layer's code is cut there:
+
+    graph 1   norm, attention over the fixed-address cache, + x, norm, router
+              | copies for the host: hidden states, ids, weights, scores
+    graph 2   the later layers' routers on the same hidden states    (look-ahead, if there is any)
+              | copies for the host: the ids that they would choose
+    engine    plans on the host, computes the routed experts         (graph 2 runs meanwhile)
+              | its output is copied to a fixed address
+    graph 3   shared experts, + x: what the layer's code does after the experts' call
+
+A layer without routed experts is one graph. Which operations are before and behind the break
+depends on the model's code alone; nothing of it is written anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
-from hybrimoe_plugin.compute.attention.kv_cache import FixedCache
+from hybrimoe_plugin.compute.attention.kv_cache import Buffers, FixedCache
 from hybrimoe_plugin.compute.backends import Accelerator
-from hybrimoe_plugin.decode.shared_graphs import DecodeGraphs
+from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.device.cuda_graphs import Capture, Replay
 from hybrimoe_plugin.device.streams import Coming
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
-TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Relative RMS difference from the eager twin that is still rounding; kernels and the order of sums
-differ.
-"""
-HALF_TOLERANCE = 0.03
-"""The same for 16-bit types: the layer's own rounding is 0.003 to 0.01 there."""
-
-Buffers = tuple[torch.Tensor, torch.Tensor]
-Layer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
+CallLayer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
 """The model's own layer: (hidden states, cache, position embeddings) -> hidden states."""
 
 
-class Difference(NamedTuple):
-    """How far a replay is from its eager twin."""
-
-    error: float
-    """The largest relative RMS difference of what they leave."""
-    same_choice: bool
-    """Whether both chose the same experts; where two are all but tied, either may be, and weights
-    say nothing.
-    """
-
-
-class Noted(NamedTuple):
-    """What went in and out of the experts in the eager twin's run."""
-
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    answer: torch.Tensor
-    scores: torch.Tensor | None
-
-
 @dataclass
-class Break:
-    """The experts' call, which runs between two pieces; also what the first piece sends to the host
-    (`engine.Sent`).
+class GraphBreak:
+    """The experts' call between two graphs, and what the first of them sends to the host.
+
+    It is the engine's `Sent`. All tensors are valid until the layer's next call.
     """
 
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    """Hidden states, ids and weights, as the first piece leaves them."""
-    answer: torch.Tensor
-    """Where the experts' result is put for the second piece."""
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """Hidden states, ids and weights, as the graph before leaves them."""
+    output: torch.Tensor
+    """Where the graph behind reads the experts' result."""
     accelerator: Accelerator
-    landed: list[torch.Tensor]
-    """On the CPU: what was given, and the scores. Valid until the layer's next call."""
-    look: Replay | None
-    """Asks the later routers; runs while the host already plans."""
-    foreseen: list[torch.Tensor]
-    """On the CPU: what they say."""
+    on_host: list[torch.Tensor]
+    """On the CPU: the inputs, and the scores where the router shows any."""
+    look_ahead: Replay | None
+    """Asks the later routers; it runs while the host already plans."""
+    predictions_on_host: list[torch.Tensor]
+    """On the CPU: the ids that they would choose."""
 
     def needed(self) -> Coming:
-        return self.accelerator.coming(self.landed)
+        return self.accelerator.coming(self.on_host)
 
     def predicted(self) -> Coming | None:
-        if self.look is None:
+        if self.look_ahead is None:
             return None
-        self.look()
-        return self.accelerator.coming(self.foreseen)
+        self.look_ahead()
+        return self.accelerator.coming(self.predictions_on_host)
 
 
 @dataclass
 class LayerGraphs:
-    """One layer's pieces and their memory."""
+    """The graphs of one layer and their memory."""
 
+    buffers: Buffers
+    """The KV cache that they read and write."""
+    kernel: FlashinferKernel | None
+    """Their attention. Kept here, since its memory is in the graphs."""
     hidden: torch.Tensor
+    """[1, 1, H]: their input."""
     before: Replay
-    broken: Break | None
+    graph_break: GraphBreak | None
     after: Replay | None
     output: torch.Tensor
     """[1, 1, H]. Valid until the layer's next call."""
-    kernel: FlashinferKernel | None
-    """Kept: its memory is in the graphs."""
 
-    def run(self, hidden: torch.Tensor, experts: Callable[[Break], torch.Tensor]) -> torch.Tensor:
-        """Replay on the graphs' own memory, with the experts' call in between."""
+    def run(
+        self, hidden: torch.Tensor, call_experts: Callable[[GraphBreak], torch.Tensor]
+    ) -> torch.Tensor:
+        """Replay for hidden states [1, 1, H], with the experts' call in between."""
         self.hidden.copy_(hidden)
         self.before()
-        if self.broken is not None and self.after is not None:
-            self.broken.answer.copy_(experts(self.broken))
+        if self.graph_break is not None and self.after is not None:
+            self.graph_break.output.copy_(call_experts(self.graph_break))
             self.after()
         return self.output
 
 
 def record(
-    graphs: DecodeGraphs,
-    layer: Layer,
+    state: DecodeState,
+    call_layer: CallLayer,
     hidden: torch.Tensor,
     buffers: Buffers,
     experts: HybriMoEExperts | None,
     kernel: FlashinferKernel | None = None,
 ) -> LayerGraphs:
-    """Capture a layer: one piece where there are no experts, else one before and one after them.
+    """Capture a layer.
 
-    Nothing of the running step is used but shapes; the last row of the buffers is overwritten.
+    Nothing of the running step is used but shapes. The last entry of the buffers is overwritten.
 
     Raises:
         RuntimeError: something in the layer cannot be captured.
 
     Mutates: buffers, the step's inputs.
     """
-    cache = FixedCache(buffers, graphs.place, kernel)
-    graphs.scramble(buffers[0].shape[2] - 1)
+    capture = state.capture
+    cache = FixedCache(buffers, state.position, kernel)
+    state.set_dummy_step(buffers[0].shape[2] - 1)
     with torch.inference_mode(False):
         fixed = torch.full_like(hidden, 0.25)
-        answer = torch.zeros_like(hidden[0])
-    pieces: list[Replay] = []
-    at_experts = None if experts is None else _AtExperts(graphs.capture, experts, answer, pieces)
-    with graphs.capture.aside():
+        experts_output = torch.zeros_like(hidden[0])
+    recorder = None if experts is None else _BreakRecorder(capture, experts, experts_output)
+
+    def call() -> torch.Tensor:
+        return call_layer(fixed, cache, state.position_embeddings)
+
+    with capture.aside():
         # First calls load kernels and make handles, which a capture must not.
-        with _instead(experts, None if at_experts is None else at_experts.warm_up):
-            layer(fixed, cache, graphs.angles)
-        graphs.capture.begin()
+        with nullcontext() if recorder is None else recorder.warming_up():
+            call()
+        capture.begin()
         try:
-            with _instead(experts, None if at_experts is None else at_experts.capture):
-                output = layer(fixed, cache, graphs.angles)
-            pieces.append(graphs.capture.end())
+            with nullcontext() if recorder is None else recorder.capturing():
+                output = call()
+            last = capture.end()
         except BaseException:
-            graphs.capture.abandon()
+            capture.abandon()
             raise
-    broken = at_experts.found if at_experts is not None else None
-    return LayerGraphs(
-        fixed, pieces[0], broken, pieces[1] if broken is not None else None, output, kernel
-    )
+    if recorder is None or recorder.before is None:
+        return LayerGraphs(buffers, kernel, fixed, last, None, None, output)
+    return LayerGraphs(buffers, kernel, fixed, recorder.before, recorder.graph_break, last, output)
 
 
-def difference(
-    made: LayerGraphs,
-    hidden: torch.Tensor,
-    expected: torch.Tensor,
-    noted: Noted | None,
-    buffers: Buffers,
-    saved: Sequence[torch.Tensor],
-    held: int,
-) -> Difference:
-    """Replay a step that the eager twin has just run, and compare what they leave.
+class _BreakRecorder:
+    """Stands in for the experts while their layer is warmed up, then captured.
 
-    Look-ahead is left out: what it predicts is advice.
-
-    Args:
-        expected: the twin's result.
-        saved: the buffers as the twin left them; the replay must write row `held` anew and leave
-            the others alone.
-
-    Mutates: buffers.
+    Attributes:
+        before: the graph that ends at the experts' call; None until it was captured.
+        graph_break: the same call.
     """
-    restore(buffers, saved)
-    for buffer in buffers:
-        buffer.narrow(2, held, 1).zero_()
-    output = made.run(hidden, lambda _broken: noted.answer if noted is not None else hidden[0])
-    pairs, same_choice = [(output, expected), *zip(buffers, saved, strict=True)], True
-    if noted is not None and made.broken is not None:
-        # As it arrives on the host, so that the copies are looked at too.
-        states, ids, weights, *scores = made.broken.needed().wait()
-        _, right_ids, right_weights = noted.given
-        same_choice = torch.equal(ids.sort().values, right_ids.cpu().sort().values)
-        seen = [(states, noted.given[0])]
-        if same_choice:  # sorted: of two that are all but tied either may come first
-            seen.append((_sorted(weights), _sorted(right_weights)))
-        if noted.scores is not None:
-            seen += [(found, noted.scores) for found in scores]
-        pairs += [(found, right.cpu()) for found, right in seen]
-    error = max(float(_error(found, right)) for found, right in pairs if right.numel())
-    return Difference(error, same_choice)
 
-
-def restore(buffers: Buffers, saved: Sequence[torch.Tensor]) -> None:
-    for buffer, right in zip(buffers, saved, strict=True):
-        buffer.copy_(right)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    return TOLERANCES.get(dtype, HALF_TOLERANCE)
-
-
-class _AtExperts:
-    """What happens at the experts' call while its layer is warmed up, then captured."""
-
-    def __init__(
-        self, capture: Capture, experts: HybriMoEExperts, answer: torch.Tensor, pieces: list[Replay]
-    ) -> None:
-        self._capture, self._answer, self._pieces = capture, answer, pieces
-        self._router, self._later = experts.routers()
-        assert experts.accelerator is not None, "connect() looked at it"
+    def __init__(self, capture: Capture, experts: HybriMoEExperts, output: torch.Tensor) -> None:
+        assert experts.accelerator is not None, "cuda_layer() has checked it"
+        self.before: Replay | None = None
+        self.graph_break: GraphBreak | None = None
+        self._capture = capture
+        self._experts = experts
+        self._output = output
         self._accelerator = experts.accelerator
-        self._landed: list[torch.Tensor] = []
-        self._foreseen: list[torch.Tensor] = []
-        self.found: Break | None = None
+        self._router, self._later_routers = experts.routers()
+        self._on_host: list[torch.Tensor] = []
+        self._predictions_on_host: list[torch.Tensor] = []
 
-    def warm_up(self, *given: torch.Tensor) -> torch.Tensor:
-        landing = self._accelerator.landing  # not while capturing: it may take memory
-        self._landed = [landing(tensor) for tensor in self._wanted(given)]
-        self._foreseen = [landing(ids) for ids in self._ask(given[0])]
-        return self._answer
+    def warming_up(self) -> AbstractContextManager[None]:
+        return _overridden(self._experts, self._warm_up)
 
-    def capture(self, *given: torch.Tensor) -> torch.Tensor:
-        wanted = self._wanted(given)
-        _send(wanted, self._landed)
-        self._pieces.append(self._capture.end())
-        look = None
-        if self._later:
+    def capturing(self) -> AbstractContextManager[None]:
+        return _overridden(self._experts, self._break)
+
+    def _warm_up(self, *inputs: torch.Tensor) -> torch.Tensor:
+        # Not while capturing, since this may allocate memory.
+        host_memory = self._accelerator.landing
+        self._on_host = [host_memory(tensor) for tensor in self._needed(inputs)]
+        self._predictions_on_host = [host_memory(ids) for ids in self._predicted(inputs[0])]
+        return self._output
+
+    def _break(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """End the graph before the experts, capture look-ahead, and begin the graph behind."""
+        needed = self._needed(inputs)
+        _copy_to_host(needed, self._on_host)
+        self.before = self._capture.end()
+        look_ahead = None
+        if self._later_routers:
             self._capture.begin()
-            _send(self._ask(given[0]), self._foreseen)
-            look = self._capture.end()
-        self.found = Break(
-            (wanted[0], wanted[1], wanted[2]),
-            self._answer,
+            _copy_to_host(self._predicted(inputs[0]), self._predictions_on_host)
+            look_ahead = self._capture.end()
+        hidden, ids, weights = needed[:3]
+        self.graph_break = GraphBreak(
+            (hidden, ids, weights),
+            self._output,
             self._accelerator,
-            self._landed,
-            look,
-            self._foreseen,
+            self._on_host,
+            look_ahead,
+            self._predictions_on_host,
         )
         self._capture.begin()
-        return self._answer
+        return self._output
 
-    def _wanted(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _needed(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the engine needs on the host."""
         scores = self._router.scores()
-        return [*given, *(() if scores is None else (scores,))]
+        return [*inputs] if scores is None else [*inputs, scores]
 
-    def _ask(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        return [router.predict(hidden) for router in self._later]
+    def _predicted(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        return [router.predict(hidden) for router in self._later_routers]
 
 
-class _instead:  # noqa: N801 - reads as the word it is
+@contextmanager
+def _overridden(experts: HybriMoEExperts, call: Callable[..., torch.Tensor]) -> Iterator[None]:
     """While entered, the experts' operator calls this function in place of its engine."""
-
-    def __init__(
-        self, experts: HybriMoEExperts | None, call: Callable[..., torch.Tensor] | None
-    ) -> None:
-        self._experts, self._call = experts, call
-
-    def __enter__(self) -> None:
-        if self._experts is not None:
-            self._experts.instead = self._call
-
-    def __exit__(self, *_error: object) -> None:
-        if self._experts is not None:
-            self._experts.instead = None
+    experts.override = call
+    try:
+        yield
+    finally:
+        experts.override = None
 
 
-def _send(tensors: Sequence[torch.Tensor], landed: Sequence[torch.Tensor]) -> None:
-    for tensor, place in zip(tensors, landed, strict=True):
-        place.copy_(tensor, non_blocking=True)
-
-
-def _error(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    error: torch.Tensor = (found.float() - right.float()).norm() / right.float().norm().clamp_min(
-        1e-20
-    )
-    return error.nan_to_num(float("inf"))
-
-
-def _sorted(weights: torch.Tensor) -> torch.Tensor:
-    return weights.float().sort(dim=-1).values
+def _copy_to_host(tensors: Sequence[torch.Tensor], on_host: Sequence[torch.Tensor]) -> None:
+    for tensor, target in zip(tensors, on_host, strict=True):
+        target.copy_(tensor, non_blocking=True)

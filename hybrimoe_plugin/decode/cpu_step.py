@@ -1,144 +1,110 @@
-"""One token through a decoder layer on the CPU in two graphs: a small operation costs more than its
-arithmetic.
-"""
+"""One token through a decoder layer on the CPU in two ggml graphs."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, buffer
-from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.compute.attention.rope import Rope
+from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer
+from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
+from hybrimoe_plugin.decode.step_attention import step_attention
 from hybrimoe_plugin.families.family import LayerForm
-from hybrimoe_plugin.operators.attention import FusedAttention, Turn, angles
+from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.linear import GgmlLinear, RowGraphs
+from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.operators.mlp import FusedMLP
 from hybrimoe_plugin.operators.norm import FusedRMSNorm
 
 
-class RowAttention(Protocol):
-    """Attention of one token, cut where the cache is: graph, torch, graph."""
+class CpuStep:
+    """A layer's call for one token [1, 1, H] float32; gives what the layer gives.
 
-    ggml: Ggml | None
+    On the CPU a small operation costs more than its arithmetic. So everything around attention that
+    needs no decision is two graphs, where the modules would be some twenty calls:
 
-    @property
-    def turn(self) -> tuple[Turn, int]:
-        """The rotary embedding, and the width that it turns."""
-        ...
+        graph 1   x -- input_layernorm -- projections -- RoPE --> queries, new cache entry
+        torch          append to the KV cache, attend over it --> attended
+        graph 2   attended -- output projection -- + x --> total
+                  total -- post_attention_layernorm --> normed
+                  normed -- dense MLP or shared experts, if there are any --> dense
+        modules   normed -- router, routed experts --> output
+        torch     output + dense + total
 
-    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
-        """Queries and what the cache keeps from x [1, H], turned by the matrix of the token's place
-        [D, D].
-        """
-        ...
-
-    def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
-        """What `after` takes from the values of `before`. Mutates: the cache."""
-        ...
-
-    def after(self, graph: Graph, attended: Node) -> Node:
-        """[1, H]: the output projection."""
-        ...
-
-
-class Rotation:
-    """The rotary embedding of the running step's position as a matrix [D, D], for all layers of a
-    model.
-    """
-
-    def __init__(self, turn: Turn, width: int) -> None:
-        self._turn = turn
-        self._basis = torch.eye(width, device="cpu")
-        self._shown: Any = None
-        self.matrix = buffer(width, width)
-
-    def show(self, embeddings: Any) -> None:
-        """Take what the model's rotary module gave, the same object for every layer of a step.
-
-        Raises:
-            InputError: angles of another shape than one token's.
-        """
-        if embeddings is not self._shown:
-            self._shown = None
-            half = len(self._basis) // 2
-            cos, sin = angles(embeddings, half)
-            if cos.shape != (1, 1, 1, half):
-                raise InputError(
-                    f"one token has one position of {half} angles, found {list(cos.shape)}: "
-                    "position_ids must be [1, 1] for it"
-                )
-            self.matrix.copy_(self._turn(self._basis, cos[0, 0], sin[0, 0]).t())
-            self._shown = embeddings
-
-
-class RowStep:
-    """A layer's call for one token [1, 1, H] float32: what needs no decision goes into the graphs
-    around attention.
-
-    Gives what the layer gives. Router and experts are called as modules.
+    Router and experts are called as modules, with their hooks. A layer without them ends with
+    dense + total.
 
     Args:
         layer: x + attention(norm(x)), and then x + mlp(norm(x)).
         dense: its MLP, or the shared experts of its MLP, if it has any.
+        rope: the rotation of the running step's position.
     """
 
-    def __init__(self, layer: Any, dense: FusedMLP | None, rotation: Rotation) -> None:
-        attention: RowAttention = layer.self_attn
-        assert attention.ggml is not None
-        self._attention = attention
-        self._norms: tuple[FusedRMSNorm, FusedRMSNorm] = (
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-        )
-        self._gate: nn.Module | None = getattr(layer.mlp, "gate", None)
-        self._experts: HybriMoEExperts | None = getattr(layer.mlp, "experts", None)
+    def __init__(self, layer: Any, dense: FusedMLP | None, rope: RopeMatrix) -> None:
+        ggml = layer.self_attn.ggml
+        assert ggml is not None
+        self._attention = step_attention(layer.self_attn)
+        self._input_norm: FusedRMSNorm = layer.input_layernorm
+        self._mlp_norm: FusedRMSNorm = layer.post_attention_layernorm
         self._dense = dense
         self._dense_gate: nn.Module | None = getattr(layer.mlp, "shared_expert_gate", None)
-        self._rotation = rotation
+        self._router: nn.Module | None = getattr(layer.mlp, "gate", None)
+        self._experts: HybriMoEExperts | None = getattr(layer.mlp, "experts", None)
+        self._rope = rope
         self._x = buffer(1, len(layer.input_layernorm.weight))
         """[1, H]: the layer's input, which both graphs read."""
-        self._before = RowGraphs(attention.ggml, self._build_before, row=self._x)
-        self._after = RowGraphs(attention.ggml, self._build_after)
+        self._before = GgmlFunction(ggml, self._build_before, single_input=self._x)
+        self._after = GgmlFunction(ggml, self._build_after)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
         """[1, 1, H]. Mutates: the cache."""
-        self._rotation.show(embeddings)
-        attended = self._attention.between(self._before(hidden[0], 1), cache)
+        self._rope.set_step(embeddings)
+        inputs = self._before(hidden[0], 1)
+        attended = self._attention.attend(inputs, cache)
         total, normed, *dense = self._after(attended, 1)
-        if self._gate is None or self._experts is None:
+        if self._router is None or self._experts is None:
             return (dense[0] + total)[None]
-        normed = normed.clone()  # who watches may keep it
-        _, weights, ids = self._gate(normed)
+        normed = normed.clone()  # hooks may keep it
+        _, weights, ids = self._router(normed)
         output: torch.Tensor = self._experts(normed, ids, weights)
         if dense:
-            output = output + (
-                dense[0]
-                if self._dense_gate is None
-                else self._dense_gate(normed).sigmoid() * dense[0]
-            )
+            output = output + self._gated(normed, dense[0])
         return (output + total)[None]
 
+    def _gated(self, normed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """Qwen2-MoE scales its shared experts by a gate of their own."""
+        if self._dense_gate is None:
+            return dense
+        scale: torch.Tensor = self._dense_gate(normed).sigmoid()
+        return scale * dense
+
     def _build_before(self, graph: Graph, x: Node) -> list[Node]:
-        normed = self._norms[0].build(graph, x)
-        return self._attention.before(graph, normed, graph.place(self._rotation.matrix))
+        normed = self._input_norm.build(graph, x)
+        rope = graph.place(self._rope.matrix)
+        return self._attention.build_inputs(graph, normed, rope)
 
     def _build_after(self, graph: Graph, attended: Node) -> list[Node]:
-        total = graph.add(self._attention.after(graph, attended), graph.place(self._x))
-        normed = self._norms[1].build(graph, total)
-        return [total, normed, *([] if self._dense is None else [self._dense.build(graph, normed)])]
+        x = graph.place(self._x)
+        total = graph.add(self._attention.build_output(graph, attended), x)
+        normed = self._mlp_norm.build(graph, total)
+        outputs = [total, normed]
+        if self._dense is not None:
+            outputs.append(self._dense.build(graph, normed))
+        return outputs
 
 
-def row_step(
-    layer: Any, form: LayerForm | None, rotations: dict[tuple[Turn, int], Rotation]
-) -> RowStep | None:
-    """The step of a decoder layer, where it is of a known form and its matrices are as stored on
-    the CPU.
+def cpu_step(layer: Any, form: LayerForm | None, ropes: dict[Rope, RopeMatrix]) -> CpuStep | None:
+    """A decoder layer's step; None for layers of another form, or with matrices not quantised here.
 
-    Mutates: `rotations`, which layers of one model share.
+    Args:
+        form: of the layers of the model's family.
+        ropes: shared by the layers of a model; what is missing is added.
+
+    Mutates: `ropes`.
     """
     if form is not LayerForm.MOE or not isinstance(layer.self_attn, FusedAttention | FusedMLA):
         return None
@@ -149,14 +115,18 @@ def row_step(
             return None
         dense = getattr(mlp, "shared_experts", None) or getattr(mlp, "shared_expert", None)
     parts = [*attention.children(), layer.input_layernorm, layer.post_attention_layernorm]
-    if not all(map(_in_graphs, parts if dense is None else [*parts, dense])):
+    if dense is not None:
+        parts.append(dense)
+    if not all(_has_graph(part) for part in parts):
         return None
-    if attention.turn not in rotations:
-        rotations[attention.turn] = Rotation(*attention.turn)
-    return RowStep(layer, dense, rotations[attention.turn])
+    rope = attention.rope
+    if rope not in ropes:
+        ropes[rope] = RopeMatrix(rope)
+    return CpuStep(layer, dense, ropes[rope])
 
 
-def _in_graphs(module: Any) -> bool:
-    return isinstance(module, GgmlLinear) or (
-        isinstance(module, FusedRMSNorm | FusedMLP) and module.ggml is not None
-    )
+def _has_graph(module: Any) -> bool:
+    """Whether a module can be built into a ggml graph."""
+    if isinstance(module, GgmlLinear):
+        return True
+    return isinstance(module, FusedRMSNorm | FusedMLP) and module.ggml is not None

@@ -1,4 +1,4 @@
-"""Connect a model's experts operators to one engine each device, sized and calibrated."""
+"""Connect a model's experts operators to engines, one for each device that rules name."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ CLOSED = (
 
 
 class HybriMoE:
-    """What an injected model carries as `model.hybrimoe`: counters, timeline, recording, and the
-    way back.
+    """What an injected model has as `model.hybrimoe`: counters, timeline, recording, `restore`.
 
     Every method may be called while other threads compute: it waits until their running pass is
     over.
@@ -42,7 +41,7 @@ class HybriMoE:
     Attributes:
         engines: one for each device that the rules name.
         profiles: the machine profile of each engine.
-        turns: of the threads that use the model.
+        turns: lets the threads that use the model take turns.
     """
 
     def __init__(self, engines: Sequence[Engine], profiles: Sequence[MachineProfile]) -> None:
@@ -53,7 +52,7 @@ class HybriMoE:
         """Set by the host: puts the original modules back."""
 
     def __deepcopy__(self, _memo: object) -> HybriMoE:
-        """Itself: it is no part of the model, and a restored model can be copied."""
+        """Itself: it is not a part of the model, so that a restored model can be copied."""
         return self
 
     @property
@@ -75,9 +74,7 @@ class HybriMoE:
                 engine.controller.counters.reset()
 
     def timeline(self, path: str | Path) -> Timeline:
-        """Write every layer call from now on to a trace file, until the returned object is
-        closed.
-        """
+        """Write every layer call to a trace file until the returned object is closed."""
         timeline = Timeline(path)
         with self.turns.lock:
             for engine in self.engines:
@@ -98,8 +95,10 @@ class HybriMoE:
                 engine.recorder = recorder
 
     def check_integrity(self) -> None:
-        """Compare every cached expert on the accelerator with the file's bytes; slow. Raises:
-        BackendError.
+        """Compare every cached expert on the accelerator with the file's bytes; slow.
+
+        Raises:
+            BackendError: they differ.
         """
         with self.turns.lock:
             for engine in self.engines:
@@ -108,8 +107,8 @@ class HybriMoE:
     def restore(self) -> None:
         """Put the original modules back and give back threads and device memory.
 
-        They are as the injection found them: experts, and dense matrices that stayed as stored,
-        never had weights of their own.
+        The modules are as the injection found them: experts, and dense matrices that stayed
+        quantised, never had weights of their own.
         """
         with self.turns.lock:
             if self.on_restore is not None:
@@ -118,8 +117,9 @@ class HybriMoE:
             self.close()
 
     def close(self) -> None:
-        """Give back threads and device memory, once no thread computes; a forward pass after it
-        raises BackendError.
+        """Give back threads and device memory, once no thread computes.
+
+        A forward pass after it raises BackendError.
         """
         with self.turns.lock:
             self.turns.end(CLOSED)
@@ -140,8 +140,7 @@ def bind(
     """Build the engines for all experts operators of a model whose `load` has been called.
 
     Args:
-        routers: gives the router beside an operator; by default the `gate` of the operator's
-            parent.
+        routers: returns the router of an operator; by default its parent's `gate`.
         progress: show a bar while the machine is measured for the first time.
         free_bytes: accelerator memory for experts; default what is free now on its device.
 
@@ -152,31 +151,20 @@ def bind(
     operators = [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
     if not operators:
         raise ConfigError("no HybriMoEExperts in this model: the rules injected none")
-    groups: dict[tuple[str, str, Settings], list[HybriMoEExperts]] = {}
-    for operator in operators:
-        key = (operator.prefill_device, operator.generate_device, operator.settings)
-        groups.setdefault(key, []).append(operator)
     engines: list[Engine] = []
     profiles: list[MachineProfile] = []
-    for (prefill, generate, settings), members in groups.items():
-        found = [(routers or _gate_beside)(model, operator) for operator in members]
-        share = len(members) / len(operators)
-        latent = any(
-            isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules()
-        )
-        kept_bytes = int(
-            share * kv_cache_bytes(getattr(model, "config", None), settings.context, latent)
-        )
-        store = members[0].store
+    for members in _by_engine(operators):
+        first = members[0]
+        store = first.store
         engine, profile = build_engine(
             [_loaded(operator) for operator in members],
-            found,
-            settings,
-            Devices(prefill, generate),
+            [(routers or _gate_beside)(model, operator) for operator in members],
+            first.settings,
+            Devices(first.prefill_device, first.generate_device),
             others=engines,
             kernels=lambda store=store: shared_kernels(store),  # type: ignore[misc]
             free_bytes=free_bytes,
-            kept_bytes=kept_bytes,
+            kept_bytes=_cache_bytes(model, first.settings, len(members) / len(operators)),
             progress=progress,
         )
         for position, operator in enumerate(members):
@@ -193,12 +181,30 @@ def bind(
     return handle
 
 
-def leave_cudnn_attention() -> None:
-    """Keep torch's attention away from cuDNN, for the whole process.
+def _by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExperts]]:
+    """Operators that share an engine: those with the same devices and settings."""
+    groups: dict[tuple[str, str, Settings], list[HybriMoEExperts]] = {}
+    for operator in operators:
+        key = operator.prefill_device, operator.generate_device, operator.settings
+        groups.setdefault(key, []).append(operator)
+    return list(groups.values())
 
-    cuDNN makes a plan for every new number of keys, which decode has at every token, and a plan
-    takes a good part of a second. From 2.11 on torch asks it first on Hopper. torch's own kernels
-    take any length as it comes.
+
+def _cache_bytes(model: nn.Module, settings: Settings, share: float) -> int:
+    """What the KV cache needs on an engine's device, which has this share of the layers."""
+    keeps_latents = any(
+        isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules()
+    )
+    config = getattr(model, "config", None)
+    return int(share * kv_cache_bytes(config, settings.context, keeps_latents))
+
+
+def leave_cudnn_attention() -> None:
+    """Do not let torch use cuDNN's attention, in the whole process.
+
+    cuDNN plans anew for every number of keys, which grows with each token in decode, and a plan
+    takes a good part of a second. From 2.11 on torch prefers it on Hopper. torch's own kernels need
+    no plan.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -1,6 +1,4 @@
-"""What the operators for dense modules share: their settings, and whether matrices stay as the file
-stores them.
-"""
+"""The base of operators for dense modules, and when their matrices stay quantised."""
 
 from __future__ import annotations
 
@@ -30,15 +28,15 @@ class DenseOperator(nn.Module):
         settings: fields of `Settings`; `dense` counts here.
 
     Attributes:
-        ggml: kernels for matrices as stored, on the CPU; None where the dense part lies elsewhere,
-            or is plain.
-        on_device: matrices stay as stored in accelerator memory.
+        ggml: kernels for quantised matrices on the CPU; None where the dense part lies on an
+            accelerator or is plain.
+        on_device: matrices stay quantised in accelerator memory.
     """
 
     is_dense = True
-    """`dense: plain` leaves modules alone that rules give to such an operator."""
+    """With `dense: plain` the model keeps its own modules where rules name such an operator."""
     keeps_latents = False
-    """Attention whose cache holds latents in place of keys and values."""
+    """Whether it is attention whose cache holds latents in place of keys and values."""
 
     def __init__(
         self,
@@ -77,10 +75,9 @@ class DenseOperator(nn.Module):
 def stored_kernels(
     store: GGUFStore | None, settings: Settings, prefill: str, generate: str
 ) -> Ggml | None:
-    """Kernels for matrices as stored, where the settings ask for them and the dense part is on the
-    CPU.
+    """Kernels for quantised matrices, where settings ask for them and the dense part is on the CPU.
 
-    The first operator on a store makes them, all others share them.
+    The first operator on a store makes them; all others share them.
 
     Raises:
         BackendError: asked for, and kt-kernel's ggml cannot be used.
@@ -88,10 +85,7 @@ def stored_kernels(
     asked = settings.dense == "quantised"
     if settings.dense == "dequantised" or (settings.cpu_backend == "torch" and not asked):
         return None
-    if any(
-        device not in ("cpu", "auto") or (device == "auto" and cuda_refusal() is None)
-        for device in (prefill, generate)
-    ):
+    if not (_is_cpu(prefill) and _is_cpu(generate)):
         return None
     try:
         return shared_kernels(store)
@@ -102,8 +96,10 @@ def stored_kernels(
 
 
 def shared_kernels(store: GGUFStore | None) -> Ggml:
-    """The kernels of everything that reads this store, one team of threads. Raises:
-    BackendError.
+    """The ggml kernels, with one team of threads, for everything that reads this store.
+
+    Raises:
+        BackendError: kt-kernel's ggml cannot be used.
     """
     if store is None:
         return Ggml()
@@ -111,3 +107,9 @@ def shared_kernels(store: GGUFStore | None) -> Ggml:
         store.kernels = Ggml()
     assert isinstance(store.kernels, Ggml)
     return store.kernels
+
+
+def _is_cpu(device: str) -> bool:
+    if device == "auto":
+        return cuda_refusal() is not None
+    return device == "cpu"

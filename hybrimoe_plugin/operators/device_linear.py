@@ -1,5 +1,6 @@
-"""Dense linears kept quantised in accelerator memory: a quarter of bfloat16's bytes to hold, and to
-read in decode.
+"""Dense linears that stay quantised in accelerator memory.
+
+They take about a quarter of bfloat16's bytes, to hold and to read in decode.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.gpu.kernels.layout import join_planes, split_planes
+from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.weights.dequant import dequantize, supported
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 
 class DeviceLinear(DenseOperator):
-    """A linear on the matrix as stored, on the device of its rule; Triton kernels there, torch
-    elsewhere.
+    """A linear on the matrix as stored, on its rule's device: by Triton kernels, else by torch.
 
-    The bytes lie in slot form (`experts.kernels.layout`) in a buffer, so that `to` moves them.
+    The bytes lie in slot form (`compute.gpu.kernels.layout`) in a buffer, so that `to` moves them.
     """
 
     def __init__(
-        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
+        self.in_features = orig_module.in_features
+        self.out_features = orig_module.out_features
         self.bias = orig_module.bias
         self.type_name = ""
         self.planes: torch.Tensor
@@ -40,7 +46,11 @@ class DeviceLinear(DenseOperator):
             self.register_buffer("planes", torch.empty(0, dtype=torch.uint8), persistent=False)
 
     def take(self, stored: QuantizedMatrix) -> None:
-        """Raises: BackendError: a type that cannot be computed on a device, or another shape."""
+        """Use this matrix [out, in].
+
+        Raises:
+            BackendError: a type that cannot be computed on a device, or another shape.
+        """
         shape = self.out_features, self.in_features
         if stored.shape != shape:
             raise BackendError(f"{self.key}: expected a matrix {shape}, found {stored.shape}")
@@ -59,7 +69,9 @@ class DeviceLinear(DenseOperator):
             raise BackendError(f"{self.key}: the linear was not given its matrix")
         flat = x.reshape(-1, self.in_features)
         y = self._fused(flat) if self._has_kernel() else self._plain(flat)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _has_kernel(self) -> bool:
         if not _runs_triton(self.planes.device) or not _triton_installed():
@@ -73,16 +85,16 @@ class DeviceLinear(DenseOperator):
             return outside_autograd(self.key, lambda: self._fused(flat), flat)
         from hybrimoe_plugin.compute.gpu.kernels.linear import linear
 
-        # Triton launches on the current device, which is another where a model lies on several.
+        # Triton launches on the current device, which may be another one where a model lies on
+        # several.
         with torch.cuda.device(flat.device) if flat.device.type == "cuda" else nullcontext():
             return linear(flat, self.planes, self.type_name, self.out_features)
 
     def _plain(self, flat: torch.Tensor) -> torch.Tensor:
         raw = join_planes(self.planes, self.type_name)
-        return F.linear(
-            flat,
-            dequantize(raw, self.type_name, (self.out_features, self.in_features)).to(flat.dtype),
-        )
+        shape = self.out_features, self.in_features
+        matrix = dequantize(raw, self.type_name, shape)
+        return F.linear(flat, matrix.to(flat.dtype))
 
 
 @functools.cache

@@ -1,6 +1,4 @@
-"""Token embeddings read from the file's rows: a large vocabulary need not be dequantised to be
-kept.
-"""
+"""Token embeddings that stay quantised: only the rows of a call's tokens are dequantised."""
 
 from __future__ import annotations
 
@@ -10,44 +8,46 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.cpu.ggml import check_stored
+from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.linear import RowGraphs
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 __getattr__ = old_names(__name__)
 
 
 class QuantizedEmbedding(DenseOperator):
-    """Rows of the stored table, dequantised as they are asked for; `nn.Embedding` where that cannot
-    be.
+    """The embedding table as stored, dequantised row by row as tokens ask for it.
+
+    A plain embedding where the settings ask for it, or where the table lies elsewhere.
     """
 
     def __init__(
-        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        self.num_embeddings, self.embedding_dim = (
-            orig_module.num_embeddings,
-            orig_module.embedding_dim,
-        )
+        self.num_embeddings = orig_module.num_embeddings
+        self.embedding_dim = orig_module.embedding_dim
         self.padding_idx = orig_module.padding_idx
         self.dtype = orig_module.weight.dtype
-        self._graphs: RowGraphs | None = None
+        self._function: GgmlFunction | None = None
         if self.ggml is None:
             self.weight = orig_module.weight
 
     def take(self, stored: QuantizedMatrix) -> None:
-        """Raises: BackendError: a type without a kernel, or another shape."""
-        if stored.shape != (self.num_embeddings, self.embedding_dim):
-            raise BackendError(
-                f"{self.key}: expected {(self.num_embeddings, self.embedding_dim)}, found "
-                f"{stored.shape}"
-            )
+        """Use this table. Raises: BackendError: a type without a kernel, or another shape."""
+        shape = self.num_embeddings, self.embedding_dim
+        if stored.shape != shape:
+            raise BackendError(f"{self.key}: expected {shape}, found {stored.shape}")
         check_stored(stored)
         assert self.ggml is not None
-        self._graphs = RowGraphs(
+        self._function = GgmlFunction(
             self.ggml,
             lambda graph, ids: [graph.rows(graph.weight(stored), ids)],
             threads=1,
@@ -55,8 +55,10 @@ class QuantizedEmbedding(DenseOperator):
         )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[..., H] from ids [...]. Raises: InputError: no whole numbers, or an id outside the
-        vocabulary.
+        """[..., H] from ids [...].
+
+        Raises:
+            InputError: ids that are no whole numbers, or an id outside the vocabulary.
         """
         if self.ggml is None:
             return F.embedding(ids, self.weight, self.padding_idx)
@@ -69,6 +71,6 @@ class QuantizedEmbedding(DenseOperator):
             raise InputError(
                 f"token ids must be 0 to {self.num_embeddings - 1}, found {int(low)} to {int(high)}"
             )
-        assert self._graphs is not None, "take() comes first"
-        (rows,) = self._graphs(flat, len(flat))
+        assert self._function is not None, "take() comes first"
+        (rows,) = self._function(flat, len(flat))
         return rows.to(self.dtype, copy=True).view(*ids.shape, self.embedding_dim)

@@ -11,10 +11,10 @@ from torch import nn
 
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
+from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, expert_counts, layer_weights
@@ -58,9 +58,8 @@ class HybriMoEExperts(nn.Module):
         generate_device: str = "auto",
         **settings: Any,
     ) -> None:
-        nn.Module.__init__(
-            self
-        )  # not super(): the classic host's subclass has bases with other constructors
+        # Not super(): the classic host's subclass has bases with other constructors.
+        nn.Module.__init__(self)
         self.check_kwargs(
             {"prefill_device": prefill_device, "generate_device": generate_device, **settings}
         )
@@ -69,7 +68,8 @@ class HybriMoEExperts(nn.Module):
             raise BackendError(
                 f"{key}: experts with activation {activation!r} are not supported, only silu"
             )
-        layer_of(key)  # a rule that reaches beyond the layers is refused before anything is loaded
+        # A rule that matches modules outside the layers is refused before anything is loaded.
+        layer_of(key)
         self.key = key
         self.store = gguf_loader
         self.config = config
@@ -79,9 +79,9 @@ class HybriMoEExperts(nn.Module):
         self.weights: LayerWeights | None = None
         self._engine: Engine | None = None
         self._position = -1
-        self.instead: Callable[..., torch.Tensor] | None = None
-        """Called with `forward`'s three tensors in place of the engine, while a CUDA graph is made
-        around it.
+        self.override: Callable[..., torch.Tensor] | None = None
+        """Called with `forward`'s three tensors in place of the engine, while a CUDA graph is
+        captured around it.
         """
 
     @staticmethod
@@ -120,7 +120,7 @@ class HybriMoEExperts(nn.Module):
         )
 
     def bind(self, engine: Engine, position: int) -> None:
-        """Connect to the engine, where this layer has the given position among the MoE layers."""
+        """Connect to the engine, in which this layer is the MoE layer at the given position."""
         self._engine, self._position = engine, position
 
     def forward(
@@ -130,24 +130,22 @@ class HybriMoEExperts(nn.Module):
         top_k_weights: torch.Tensor,
         sent: Sent | None = None,
     ) -> torch.Tensor:
-        """[T, H] from hidden states [T, H], ids [T, K] and weights [T, K] of the model's own
-        router.
+        """[T, H] from hidden states [T, H], and ids and weights [T, K] of the model's own router.
 
         Args:
-            sent: what a CUDA graph has sent to the host already.
+            sent: what a CUDA graph has already sent to the host.
 
         Raises:
-            BackendError: the model was not bound to an engine. Going backward through the result
-                raises it too, but where plain torch computes all experts.
+            BackendError: the model was not bound to an engine. Backward through the result raises
+                it too, unless plain torch computes all experts.
         """
         engine = self._bound()
         router = engine.routers[self._position]
-        if sent is None and isinstance(
-            router, GateRouter
-        ):  # a replayed router calls no hook, and has sent its scores
+        if sent is None and isinstance(router, GateRouter):
+            # Not after a replay: a replayed router calls no hook, and has sent its scores.
             router.take(hidden_states.shape[0])
-        if self.instead is not None:
-            return self.instead(hidden_states, top_k_index, top_k_weights)
+        if self.override is not None:
+            return self.override(hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled() and not _differentiable(engine):
             call = functools.partial(
                 engine.run, self._position, hidden_states, top_k_index, top_k_weights, sent
@@ -156,15 +154,17 @@ class HybriMoEExperts(nn.Module):
         return engine.run(self._position, hidden_states, top_k_index, top_k_weights, sent)
 
     def routers(self) -> tuple[Router, list[Router]]:
-        """This layer's router, and those whose choices the engine predicts here. Raises: as
-        `forward`.
+        """This layer's router, and those whose choices the engine predicts at this layer.
+
+        Raises:
+            BackendError: as `forward`.
         """
         engine = self._bound()
         return engine.routers[self._position], engine.later_routers(self._position)
 
     def recover(self) -> None:
-        """Clear what a pass has left that did not come to its end."""
-        self.instead = None
+        """Clear what an interrupted or failed pass has left."""
+        self.override = None
         router, _ = self.routers()
         if isinstance(router, GateRouter):
             router.recover()

@@ -1,10 +1,11 @@
-"""Linears on matrices as the GGUF file stores them: no dequantised copy, and a quarter of the bytes
-to read.
+"""Linears on matrices as the GGUF file stores them.
+
+There is no dequantised copy, and a product reads about a quarter of bfloat16's bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,95 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, check_stored
+from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
-from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 __getattr__ = old_names(__name__)
-
-Build = Callable[[Graph, Node], Sequence[Node]]
-
-
-class RowGraphs:
-    """Graphs of one function for different numbers of rows; the one for a single row is kept.
-
-    Args:
-        build: adds the operations to a graph with the given input and gives the outputs.
-        threads: by default those of torch, whose OpenMP pool it is; 1 for what is too small to be
-            shared.
-        row: [1, M] float32, the input of graphs for a single row; by default memory of each graph's
-            own.
-        ids: the input is integers, else floating point.
-        learned: gives the parameters that the graphs hold as constants, for which there are no
-            gradients.
-    """
-
-    def __init__(
-        self,
-        ggml: Ggml,
-        build: Build,
-        threads: int | None = None,
-        row: torch.Tensor | None = None,
-        ids: bool = False,
-        learned: Callable[[], Sequence[torch.Tensor | None]] = tuple,
-    ) -> None:
-        self._ggml = ggml
-        self._build = build
-        self._threads = threads
-        self._row = row
-        self._ids = ids
-        self._learned = learned
-        self._one: dict[int, tuple[Graph, Node, Sequence[Node]]] = {}
-        """For each number of threads: torch has one for every thread that calls it."""
-
-    def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
-        """Float32 outputs for x, whose shape depends on the number of rows alone. Valid until the
-        next call.
-
-        Rows whose products met a NaN or an infinity are NaN. Going backward through them raises
-        BackendError.
-
-        Raises:
-            InputError: x is of another shape or type than this function takes.
-        """
-        if x.is_floating_point() is self._ids:
-            raise InputError(
-                f"expected {'whole numbers' if self._ids else 'floating point values'}, found "
-                f"{x.dtype}"
-            )
-        if torch.is_grad_enabled():
-            return outside_autograd(
-                "a matrix as stored", lambda: self(x, rows), x, *self._learned()
-            )
-        threads = self._threads or torch.get_num_threads()
-        made = self._one.get(threads) if rows == 1 else None
-        if made is None:
-            made = self._made(x, threads, kept=rows == 1)
-            if rows == 1:
-                self._one[threads] = made
-        graph, node, outputs = made
-        if x.shape != node.shape:
-            raise InputError(f"expected values {list(node.shape)}, found {list(x.shape)}")
-        node.fill(x)
-        graph.run()
-        if graph.spoiled:
-            graph.spread_nan(rows, outputs)
-        return [output.value for output in outputs]
-
-    def _made(
-        self, x: torch.Tensor, threads: int, kept: bool
-    ) -> tuple[Graph, Node, Sequence[Node]]:
-        graph = Graph(self._ggml, threads, kept=kept)
-        if kept and self._row is not None:
-            node = graph.place(self._row)
-        else:
-            node = graph.input(*x.shape, dtype=torch.int32 if self._ids else torch.float32)
-        outputs = self._build(graph, node)
-        graph.finish(*outputs)
-        return graph, node, outputs
 
 
 class GgmlLinear(nn.Module):
@@ -108,22 +28,23 @@ class GgmlLinear(nn.Module):
 
     def __init__(self, ggml: Ggml, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.bias = linear.bias
         self.ggml = ggml
         self.stored: QuantizedMatrix | None = None
-        self._graphs: RowGraphs | None = None
+        self._function = GgmlFunction(
+            ggml, lambda graph, x: [self.build(graph, x)], learned=lambda: (self.bias,)
+        )
 
     def take(self, stored: QuantizedMatrix) -> None:
-        """Raises: BackendError: a type without a kernel, or another shape."""
-        if stored.shape != (self.out_features, self.in_features):
-            raise BackendError(
-                f"expected a matrix {(self.out_features, self.in_features)}, found {stored.shape}"
-            )
+        """Use this matrix [out, in]. Raises: BackendError: a type without a kernel, or a shape."""
+        shape = self.out_features, self.in_features
+        if stored.shape != shape:
+            raise BackendError(f"expected a matrix {shape}, found {stored.shape}")
         check_stored(stored)
-        self.ggml.pace(
-            stored.type_name, torch.get_num_threads()
-        )  # else the first answer waits for it
+        # Measured here, else the first answer waits for it.
+        self.ggml.pace(stored.type_name, torch.get_num_threads())
         self.stored = stored
 
     def build(self, graph: Graph, x: Node) -> Node:
@@ -131,22 +52,22 @@ class GgmlLinear(nn.Module):
         if self.stored is None:
             raise BackendError("a stored linear was not given its matrix")
         y = graph.matmul(graph.weight(self.stored), x)
-        return y if self.bias is None else graph.add(y, graph.constant(self.bias))
+        if self.bias is None:
+            return y
+        return graph.add(y, graph.constant(self.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., N] of x's dtype from [..., M]. Raises: InputError: another width, or no floating
-        point.
+        """[..., N] of x's dtype from [..., M].
+
+        Raises:
+            InputError: another width, or no floating point values.
         """
         if x.shape[-1:] != (self.in_features,):
             raise InputError(
                 f"a linear of {self.in_features} inputs was given values {list(x.shape)}"
             )
-        if self._graphs is None:
-            self._graphs = RowGraphs(
-                self.ggml, lambda graph, x: [self.build(graph, x)], learned=lambda: (self.bias,)
-            )
         flat = x.reshape(-1, self.in_features)
-        (y,) = self._graphs(flat, len(flat))
+        (y,) = self._function(flat, len(flat))
         # A copy in every case: the buffer belongs to the graph.
         return y.to(x.dtype, copy=True).view(*x.shape[:-1], self.out_features)
 
@@ -155,9 +76,10 @@ class GgmlLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, matrix={kind}"
 
 
-def as_stored(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Module:
-    """The operator's linear on stored bytes, on the CPU or on its device; itself where it is to be
-    plain.
+def keep_quantized(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Module:
+    """The operator's linear on the matrix as stored, on the CPU or on its device.
+
+    It is returned as it is where the operator's settings ask for plain linears.
 
     Args:
         name: of the linear in the operator.
@@ -172,26 +94,29 @@ def as_stored(operator: DenseOperator, name: str, linear: nn.Module) -> nn.Modul
 
 
 class LinearGroup:
-    """Linears that share their input, as one graph where all are stored.
+    """Linears that share their input, computed by one graph where all of them are `GgmlLinear`.
 
     Args:
-        owner: the module that holds them. They are looked up at every call: adapters put others in
-            their place.
+        owner: the module that holds them. They are looked up at every call, since adapters put
+            others in their place.
         names: of the linears in it, `nn.Linear` or `GgmlLinear`, of one input width.
     """
 
     def __init__(self, ggml: Ggml | None, owner: nn.Module, names: Sequence[str]) -> None:
         self._owner = owner
         self._names = tuple(names)
-        self._graphs = None if ggml is None else RowGraphs(ggml, self._build, learned=self._biases)
+        self._function: GgmlFunction | None = None
+        if ggml is not None:
+            self._function = GgmlFunction(ggml, self._build, learned=self._biases)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """One output [N, M_i] per linear for x [N, M], float32 or x's dtype. Valid until the next
-        call.
+        """One output [N, M_i] for each linear from x [N, M], float32 or of x's dtype.
+
+        Valid until the next call.
         """
-        if self._graphs is None:
+        if self._function is None:
             return [linear(x) for linear in self._linears()]
-        return self._graphs(x, len(x))
+        return self._function(x, len(x))
 
     def _build(self, graph: Graph, x: Node) -> list[Node]:
         return [linear.build(graph, x) for linear in self._linears()]
@@ -204,29 +129,40 @@ class LinearGroup:
 
 
 class QuantizedLinear(DenseOperator):
-    """A dense linear, the language model's head above all, on the matrix as stored; plain where
-    that is not asked.
+    """A dense linear on the matrix as stored, such as the language model's head.
+
+    A plain linear where the settings ask for it.
     """
 
+    weight: Any
+
     def __init__(
-        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        self.in_features, self.out_features = orig_module.in_features, orig_module.out_features
-        made = as_stored(self, "stored", orig_module)
-        self.stored: Any = made if made is not orig_module else None
-        if self.stored is None:
+        self.in_features = orig_module.in_features
+        self.out_features = orig_module.out_features
+        linear = keep_quantized(self, "stored", orig_module)
+        self.stored: Any = None
+        if linear is orig_module:
             self.weight = orig_module.weight
+        else:
+            self.stored = linear
         self.bias = orig_module.bias
 
     def take(self, stored: QuantizedMatrix) -> None:
-        """Raises: BackendError: a type without a kernel, or another shape."""
+        """Use this matrix [out, in]. Raises: BackendError: a type without a kernel, or a shape."""
         assert self.stored is not None
         self.stored.take(stored)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] from [..., M]."""
-        y: torch.Tensor = (
-            F.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)
-        )
-        return y
+        if self.stored is not None:
+            quantized: torch.Tensor = self.stored(x)
+            return quantized
+        return F.linear(x, self.weight, self.bias)

@@ -1,6 +1,4 @@
-"""DeepSeek's latent attention: the cache holds latents, and one-token calls attend to them without
-expanding them.
-"""
+"""DeepSeek's latent attention, whose cache holds latents in place of keys and values."""
 
 from __future__ import annotations
 
@@ -9,14 +7,20 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend, attend_latents
-from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
-from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, growing
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer, check_stored
+from hybrimoe_plugin.compute.attention.flashinfer_mla import MLAShape
+from hybrimoe_plugin.compute.attention.kv_b import AbsorbedKVB, DenseKVB, QuantizedKVB
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, use_growing_layer
+from hybrimoe_plugin.compute.attention.rope import (
+    Rope,
+    RotaryFunction,
+    cos_sin,
+    rotate_halves,
+    rotate_interleaved,
+)
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
-from hybrimoe_plugin.operators.attention import Turn, angles, rotate, rotate_pairs
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.linear import LinearGroup, RowGraphs, as_stored
+from hybrimoe_plugin.operators.linear import LinearGroup, keep_quantized
 from hybrimoe_plugin.operators.norm import FusedRMSNorm
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
@@ -24,12 +28,30 @@ __getattr__ = old_names(__name__)
 
 
 class FusedMLA(DenseOperator):
-    """Multi-head latent attention in its absorbed form where the matrices are as stored or there is
-    one token.
+    """Multi-head latent attention; absorbed for quantised matrices, and for one token in any case.
 
     transformers expands keys and values of the whole context at every step. Absorbed (DeepSeek-V2,
-    section 2.1), W_uk goes into the query and W_uv behind the sum, so a step reads the cached
-    latents and expands none.
+    section 2.1; drawn in `compute.attention.kv_b`), W_uk is applied to the query and W_uv to the
+    result, so a step reads the cached latents and expands none of them. The cache has one entry for
+    each token,
+
+        compressed [latent + rope]  =  | normed latent | rotary part of the key |
+
+    and a head's query is
+
+        query [nope + rope]         =  | part without positions | rotary part |
+
+    Attributes:
+        layer_idx: the layer's number, under which the cache keeps its entries.
+        scaling: factor of the scores.
+        heads: number of heads.
+        latent: width of a latent (`kv_lora_rank`).
+        values: width of a head's value (`v_head_dim`).
+        nope: width of the part of queries and keys without positions (`qk_nope_head_dim`).
+        rope_width: width of their rotary part (`qk_rope_head_dim`).
+        rope: the rotary embedding of those parts.
+        low_rank_query: whether queries come through a latent of their own, `q_a_proj`.
+        quantized_kv_b: kv_b as stored; None where the model's own linear is used.
     """
 
     keeps_latents = True
@@ -42,60 +64,68 @@ class FusedMLA(DenseOperator):
     kv_a_proj_with_mqa: Any
 
     def __init__(
-        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.layer_idx = int(orig_module.layer_idx)
         self.scaling = float(orig_module.scaling)
         self.heads = int(orig_module.num_heads)
-        self.latent, self.values = int(orig_module.kv_lora_rank), int(orig_module.v_head_dim)
-        self.nope, self.rope = int(orig_module.qk_nope_head_dim), int(orig_module.qk_rope_head_dim)
-        # Of DeepSeek-V3 alone: transformers' V2 does not look at such a key.
-        self.halves = hasattr(type(config), "rope_interleave") and not config.rope_interleave
-        names = ["q_proj"] if orig_module.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-        for name in (*names, "kv_a_proj_with_mqa", "o_proj"):
-            setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
-        for name in (
-            "kv_a_layernorm",
-            *(["q_a_layernorm"] if orig_module.q_lora_rank is not None else []),
-        ):
-            norm = FusedRMSNorm(
-                f"{key}.{name}", gguf_loader, config, getattr(orig_module, name), **kwargs
-            )
+        self.latent = int(orig_module.kv_lora_rank)
+        self.values = int(orig_module.v_head_dim)
+        self.nope = int(orig_module.qk_nope_head_dim)
+        self.rope_width = int(orig_module.qk_rope_head_dim)
+        self.rope = Rope(_rotary_function(config), self.rope_width)
+
+        self.low_rank_query = orig_module.q_lora_rank is not None
+        if self.low_rank_query:
+            queries = ["q_a_proj", "q_b_proj"]
+            norms = ["q_a_layernorm", "kv_a_layernorm"]
+        else:
+            queries = ["q_proj"]
+            norms = ["kv_a_layernorm"]
+        for name in (*queries, "kv_a_proj_with_mqa", "o_proj"):
+            linear = getattr(orig_module, name)
+            setattr(self, name, keep_quantized(self, name, linear))
+        for name in norms:
+            original = getattr(orig_module, name)
+            norm = FusedRMSNorm(f"{key}.{name}", gguf_loader, config, original, **kwargs)
             setattr(self, name, norm)
-        self._inputs = LinearGroup(self.ggml, self, (names[0], "kv_a_proj_with_mqa"))
-        self._split: tuple[QuantizedMatrix, QuantizedMatrix] | None = None
-        self._graphs: tuple[RowGraphs, RowGraphs] | None = None
+        self._inputs = LinearGroup(self.ggml, self, (queries[0], "kv_a_proj_with_mqa"))
+
+        self.quantized_kv_b: QuantizedKVB | None = None
+        self._dense_kv_b: DenseKVB | None = None
         if self.ggml is None:
             self.kv_b_proj = orig_module.kv_b_proj
+            self._dense_kv_b = DenseKVB(self, self.heads, self.nope)
 
-    def take_split(self, key: QuantizedMatrix, value: QuantizedMatrix) -> None:
-        """The two parts of kv_b: [heads, latent, nope], which is W_uk transposed, and [heads,
+    def take_kv_b(self, w_uk: QuantizedMatrix, w_uv: QuantizedMatrix) -> None:
+        """Take the two parts of kv_b: W_uk transposed [heads, latent, nope], and W_uv [heads,
         values, latent].
 
         Raises:
             BackendError: another shape, or a type without a kernel.
         """
         wanted = (self.heads, self.latent, self.nope), (self.heads, self.values, self.latent)
-        if (key.shape, value.shape) != wanted:
-            raise BackendError(
-                f"{self.key}: expected kv_b as {wanted}, found {(key.shape, value.shape)}"
-            )
+        found = w_uk.shape, w_uv.shape
+        if found != wanted:
+            raise BackendError(f"{self.key}: expected kv_b as {wanted}, found {found}")
         assert self.ggml is not None
-        check_stored(key)
-        check_stored(value)
-        self._split = key, value
-        self._graphs = (
-            RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(key), x)]),
-            RowGraphs(self.ggml, lambda graph, x: [graph.matmul(graph.weight(value), x)]),
-        )
+        self.quantized_kv_b = QuantizedKVB(self.ggml, w_uk, w_uv)
 
-    def decode_shape(self, rows: torch.Tensor) -> LatentShape:
-        """What decoding over a cache of fixed place looks like whose rows [1, 1, S, latent + rope]
-        are given.
-        """
-        return LatentShape(
-            self.heads, self.latent, self.rope, rows.shape[2], rows.dtype, self.scaling
+    def decode_shape(self, compressed: torch.Tensor) -> MLAShape:
+        """flashinfer's case for decoding over a fixed-address cache [1, 1, S, latent + rope]."""
+        return MLAShape(
+            self.heads,
+            self.latent,
+            self.rope_width,
+            compressed.shape[2],
+            compressed.dtype,
+            self.scaling,
         )
 
     def forward(
@@ -105,135 +135,92 @@ class FusedMLA(DenseOperator):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex. Mutates:
-        the cache.
+        """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex.
+
+        Mutates: the cache.
         """
         batch, count, width = hidden_states.shape
-        query, compressed = (
-            part.to(hidden_states.dtype) for part in self._inputs(hidden_states.reshape(-1, width))
-        )
-        if "q_b_proj" in self._modules:
+        dtype = hidden_states.dtype
+        parts = self._inputs(hidden_states.reshape(-1, width))
+        query, compressed = (part.to(dtype) for part in parts)
+        if self.low_rank_query:
             query = self.q_b_proj(self.q_a_layernorm(query))
+        # [B, heads, T, nope + rope] and [B, 1, T, latent + rope]
         query = query.view(batch, count, self.heads, -1).transpose(1, 2)
-        plain, rotary = query.split((self.nope, self.rope), dim=-1)
-        latent, key_rotary = compressed.view(batch, 1, count, -1).split(
-            (self.latent, self.rope), dim=-1
-        )
-        cos, sin = angles(position_embeddings, self.rope // 2)
-        turned = self.turn[0](torch.cat((rotary, key_rotary), dim=1), cos, sin).to(
-            query.dtype
-        )  # all heads at once
-        rotary, key_rotary = turned[:, :-1], turned[:, -1:]
-        # One row per token, [latent, rotary part]: the absorbed form's keys, whose first part are
-        # its values.
-        rows = torch.cat((self.kv_a_layernorm(latent), key_rotary), dim=-1)
+        compressed = compressed.view(batch, 1, count, -1)
+        query_nope, query_rope = query.split((self.nope, self.rope_width), dim=-1)
+        latent, key_rope = compressed.split((self.latent, self.rope_width), dim=-1)
+
+        # All heads are rotated at once: those of the query, and the one that keys share.
+        cos, sin = cos_sin(position_embeddings, self.rope_width // 2)
+        heads = torch.cat((query_rope, key_rope), dim=1)
+        heads = self.rope.rotate(heads, cos, sin).to(query.dtype)
+        query_rope = heads[:, :-1]
+        key_rope = heads[:, -1:]
+
+        # The entries of the new tokens, and then of all so far.
+        compressed = torch.cat((self.kv_a_layernorm(latent), key_rope), dim=-1)
         cache = cache_in(kwargs)
-        rows = self._kept(rows, cache)
-        if self._graphs is None and count > 1:
-            out = self._expanded(plain, rotary, rows, attention_mask)
+        compressed = self.cached(compressed, cache)
+        if self._dense_kv_b is not None and count > 1:
+            query = torch.cat((query_nope, query_rope), dim=-1)
+            out = self._attend_expanded(self._dense_kv_b, query, compressed, attention_mask)
         else:
-            query = torch.cat((self._into_latent(plain), rotary), dim=-1)
-            if isinstance(cache, FixedCache) and cache.kernel is not None:
-                latents = cache.kernel(query, rows)
-            else:
-                latents = attend_latents(query, rows, attention_mask, self.scaling, self.latent)
-            out = self._out_of_latent(latents)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, count, -1)), None
+            kv_b = self._kv_b()
+            query = torch.cat((kv_b.into_latent(query_nope), query_rope), dim=-1)
+            latents = self._attend_absorbed(query, compressed, attention_mask, cache)
+            out = kv_b.out_of_latent(latents)
+        # [B, heads, T, values] -> [B, T, heads x values]
+        out = out.transpose(1, 2).reshape(batch, count, -1)
+        return self.o_proj(out), None
 
-    def _kept(self, rows: torch.Tensor, cache: Any) -> torch.Tensor:
-        """All rows so far [B, 1, C, latent + rope]. Mutates: the cache."""
-        if cache is None:
-            return rows
-        growing(cache, self.layer_idx)
-        rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
-        return rows
+    def cached(self, compressed: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Append entries [B, 1, T, latent + rope] and return those of all tokens so far.
 
-    # One token in two graphs (`row_step`).
-
-    @property
-    def turn(self) -> tuple[Turn, int]:
-        return rotate if self.halves else rotate_pairs, self.rope
-
-    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
-        assert self._split is not None
-        if "q_b_proj" in self._modules:
-            query = self.q_b_proj.build(
-                graph, self.q_a_layernorm.build(graph, self.q_a_proj.build(graph, x))
-            )
-        else:
-            query = self.q_proj.build(graph, x)
-        compressed = self.kv_a_proj_with_mqa.build(graph, x)
-        heads, row = (
-            query.value.view(self.heads, self.nope + self.rope),
-            buffer(1, self.latent + self.rope),
-        )
-        latent = graph.view(compressed, compressed.value[:, : self.latent])
-        rotary = graph.view(compressed, compressed.value[:, self.latent :])
-        return [
-            self.kv_a_layernorm.build(graph, latent, row[:, : self.latent]),
-            # Behind it the row for the cache is whole, and that is what this output shows.
-            graph.matmul(turned, rotary, row[:, self.latent :], indexed=False)._replace(data=row),
-            graph.matmul(
-                graph.weight(self._split[0]), graph.view(query, heads[:, None, : self.nope])
-            ),
-            graph.matmul(turned, graph.view(query, heads[:, None, self.nope :]), indexed=False),
-        ]
-
-    def between(self, parts: list[torch.Tensor], cache: Any) -> torch.Tensor:
-        _, row, *query_parts = parts
-        rows = self._kept(row[None, None], cache)
-        query = torch.cat(query_parts, dim=-1)[None]
-        return attend_latents(query, rows, None, self.scaling, self.latent)[0]
-
-    def after(self, graph: Graph, attended: Node) -> Node:
-        assert self._split is not None
-        values = graph.matmul(graph.weight(self._split[1]), attended)
-        return self.o_proj.build(graph, graph.view(values, values.value.view(1, -1)))
-
-    def _into_latent(self, plain: torch.Tensor) -> torch.Tensor:
-        """[B, heads, T, latent] from the queries' part without positions [B, heads, T, nope]."""
-        if self._graphs is None:
-            return torch.matmul(plain, self._kv_b()[:, : self.nope])
-        return self._by_head(self._graphs[0], plain)
-
-    def _out_of_latent(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, heads, T, values] from [B, heads, T, latent]."""
-        if self._graphs is None:
-            return torch.matmul(latents, self._kv_b()[:, self.nope :].transpose(1, 2))
-        return self._by_head(self._graphs[1], latents)
-
-    def _kv_b(self) -> torch.Tensor:
-        """[heads, nope + values, latent]."""
-        weight: torch.Tensor = self.kv_b_proj.weight
-        return weight.view(self.heads, -1, self.latent)
-
-    def _by_head(self, graphs: RowGraphs, x: torch.Tensor) -> torch.Tensor:
-        """A stored matrix of each head applied to its rows, [B, heads, T, N] from [B,
-        heads, T, M].
+        Mutates: the cache.
         """
-        batch, heads, count, width = x.shape
-        if batch == count == 1:
-            (y,) = graphs(x[0], 1)
-            return y[None].to(x.dtype)
-        (y,) = graphs(x.transpose(0, 1).reshape(heads, batch * count, width), batch * count)
-        return y.view(heads, batch, count, -1).transpose(0, 1).to(x.dtype)
+        if cache is None:
+            return compressed
+        use_growing_layer(cache, self.layer_idx)
+        no_values = compressed[..., :0]
+        everything, _ = cache.update(compressed, no_values, self.layer_idx)
+        return everything
 
-    def _expanded(
+    def _kv_b(self) -> AbsorbedKVB:
+        kv_b = self.quantized_kv_b or self._dense_kv_b
+        assert kv_b is not None, "take_kv_b() comes first"
+        return kv_b
+
+    def _attend_absorbed(
         self,
-        plain: torch.Tensor,
-        rotary: torch.Tensor,
-        rows: torch.Tensor,
+        query: torch.Tensor,
+        compressed: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor:
+        """[B, heads, T, latent] from queries [B, heads, T, latent + rope]."""
+        if isinstance(cache, FixedCache) and cache.kernel is not None:
+            return cache.kernel(query, compressed)
+        return attend_latents(query, compressed, mask, self.scaling, self.latent)
+
+    def _attend_expanded(
+        self,
+        kv_b: DenseKVB,
+        query: torch.Tensor,
+        compressed: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, heads, T, values] with keys and values of the whole context written out."""
-        latent, key_rotary = rows.split((self.latent, self.rope), dim=-1)
-        expanded = (
-            self.kv_b_proj(latent[:, 0])
-            .view(*latent[:, 0].shape[:2], self.heads, -1)
-            .transpose(1, 2)
-        )
-        keys, values = expanded.split((self.nope, self.values), dim=-1)
-        keys = torch.cat((keys, key_rotary.expand(-1, self.heads, -1, -1)), dim=-1)
-        return attend(
-            torch.cat((plain, rotary), dim=-1), keys, values, mask, self.scaling, grouped=False
-        )
+        latent, key_rope = compressed.split((self.latent, self.rope_width), dim=-1)
+        key_nope, values = kv_b.expand(latent[:, 0])
+        key_rope = key_rope.expand(-1, self.heads, -1, -1)
+        keys = torch.cat((key_nope, key_rope), dim=-1)
+        return attend(query, keys, values, mask, self.scaling, grouped=False)
+
+
+def _rotary_function(config: Any) -> RotaryFunction:
+    """DeepSeek-V3's config says which pairs are rotated; transformers' V2 does not look at it."""
+    says = hasattr(type(config), "rope_interleave")
+    if says and not config.rope_interleave:
+        return rotate_halves
+    return rotate_interleaved

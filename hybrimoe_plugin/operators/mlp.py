@@ -1,23 +1,24 @@
-"""Dense SwiGLU: shared experts and the first layers of DeepSeek models."""
+"""Dense SwiGLU MLPs: shared experts, and the first layers of DeepSeek models."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.cpu.ggml import Graph, Node
+from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.linear import RowGraphs, as_stored
+from hybrimoe_plugin.operators.linear import keep_quantized
 
 __getattr__ = old_names(__name__)
 
 
 class FusedMLP(DenseOperator):
-    """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored; as plain linears where
-    that cannot be.
+    """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored, else as plain linears.
 
     Raises:
         BackendError: another activation, or linears with biases.
@@ -28,7 +29,12 @@ class FusedMLP(DenseOperator):
     down_proj: Any
 
     def __init__(
-        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         if getattr(config, "hidden_act", "silu") != "silu":
@@ -39,23 +45,25 @@ class FusedMLP(DenseOperator):
         if any(getattr(orig_module, name).bias is not None for name in names):
             raise BackendError(f"{key}: linears with biases are not supported")
         for name in names:
-            setattr(self, name, as_stored(self, name, getattr(orig_module, name)))
-        self._graphs = None
+            linear = getattr(orig_module, name)
+            setattr(self, name, keep_quantized(self, name, linear))
+        self._function: GgmlFunction | None = None
         if self.ggml is not None:
-            self._graphs = RowGraphs(self.ggml, lambda graph, x: [self.build(graph, x)])
+            self._function = GgmlFunction(self.ggml, lambda graph, x: [self.build(graph, x)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] from [..., H]."""
-        if self._graphs is None:
-            plain: torch.Tensor = self.down_proj(
-                torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
-            )
+        if self._function is None:
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+            plain: torch.Tensor = self.down_proj(inner)
             return plain
         flat = x.reshape(-1, x.shape[-1])
-        (y,) = self._graphs(flat, len(flat))
+        (y,) = self._function(flat, len(flat))
         return y.to(x.dtype, copy=True).view(x.shape)
 
     def build(self, graph: Graph, x: Node) -> Node:
         """[..., H] from [..., H] in a graph."""
-        inner = graph.silu_mul(self.gate_proj.build(graph, x), self.up_proj.build(graph, x))
+        gate = self.gate_proj.build(graph, x)
+        up = self.up_proj.build(graph, x)
+        inner = graph.silu_mul(gate, up)
         return self.down_proj.build(graph, inner)

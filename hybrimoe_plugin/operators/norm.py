@@ -8,33 +8,37 @@ import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, norm_epsilon_fits
+from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.linear import RowGraphs
 
 __getattr__ = old_names(__name__)
 
 
 class FusedRMSNorm(DenseOperator):
-    """`x / rms(x) * weight` in float32 by ggml for one row on the CPU, else in the precision of
-    torch's own kernel.
+    """`x / rms(x) * weight`: by ggml in float32 for a single vector on the CPU, else by torch.
 
-    On the CPU torch's is six operations again, which between other work take 25 to 40 us in place
-    of 10.
+    torch's kernel keeps the precision of its input. On the CPU it is six operations again, which
+    between other work take 25 to 40 us instead of 10.
     """
 
     def __init__(
-        self, key: str, gguf_loader: Any, config: Any, orig_module: Any = None, **kwargs: Any
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
         self.weight = orig_module.weight
         self.eps = float(orig_module.variance_epsilon)
         if not norm_epsilon_fits(self.eps):
-            self.ggml = None  # torch's kernel gives what the model asks for, if it is NaN
-        self._graphs = None
+            self.ggml = None  # torch's kernel gives what the model asks for, even if it is NaN
+        self._function: GgmlFunction | None = None
         if self.ggml is not None:
-            self._graphs = RowGraphs(
+            self._function = GgmlFunction(
                 self.ggml,
                 lambda graph, x: [self.build(graph, x)],
                 threads=1,
@@ -47,14 +51,16 @@ class FusedRMSNorm(DenseOperator):
             raise InputError(
                 f"{self.key}: expected values of width {len(self.weight)}, found {list(x.shape)}"
             )
-        if self._graphs is None or x.numel() != x.shape[-1] or x.dtype != torch.float32:
+        single = x.numel() == x.shape[-1]
+        if self._function is None or not single or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        (y,) = self._graphs(x.reshape(1, -1), 1)
+        (y,) = self._function(x.reshape(1, -1), 1)
         return y.clone().view(x.shape)
 
     def build(self, graph: Graph, x: Node, out: torch.Tensor | None = None) -> Node:
         """[..., H] from [..., H] in a graph, into `out` where it is given."""
-        return graph.rms_norm(x, graph.constant(self.weight), self.eps, out)
+        weight = graph.constant(self.weight)
+        return graph.rms_norm(x, weight, self.eps, out)
 
     def extra_repr(self) -> str:
         return f"key={self.key!r}, width={len(self.weight)}, eps={self.eps}"

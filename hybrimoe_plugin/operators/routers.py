@@ -8,36 +8,41 @@ import torch
 from torch import nn
 
 WAITING = 8
-"""Most calls of one gate that wait for their experts: no hooks nest deeper, and a gate called alone
-leaves no more.
+"""Most calls of a gate that wait for their experts' call.
+
+Hooks do not nest deeper, and of a gate that is called alone no more logits are kept.
 """
 
 
 class GateRouter:
-    """The router of a transformers 5.x MoE block: `gate(hidden) -> (logits [T, E], weights [T, K],
-    ids [T, K])`.
+    """The router of a transformers 5.x MoE block.
 
-    A forward hook keeps the logits of each call until its experts are called; `detach` removes it.
-    In between a hook of somebody else's may call the model again: experts take the newest logits,
-    so the calls inside come first.
+    Its gate is called as `gate(hidden) -> (logits [T, E], weights [T, K], ids [T, K])`. A forward
+    hook keeps the logits of each call until its experts are called; `detach` removes the hook.
+
+    Between gate and experts a foreign hook may call the model again. Experts take the newest
+    logits, so nested calls are matched from the inside out:
+
+        gate(outer) -> [outer]; hook: gate(inner) -> [outer, inner]
+                                      experts(inner) takes inner
+        experts(outer) takes outer
     """
 
     def __init__(self, gate: nn.Module) -> None:
         self.gate = gate
         self._kept: deque[torch.Tensor] = deque(maxlen=WAITING)
         self._logits: torch.Tensor | None = None
-        """Of the experts' call that has taken them."""
+        """Those of the experts' call that has taken them."""
         self._hook = gate.register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
         self._kept.append(output[0])
 
     def take(self, tokens: int) -> None:
-        """Begin the experts' call for T tokens: until the next one begins, `scores` are those of
-        its own router call.
+        """Begin the experts' call for T tokens: from now on, `scores` are of its own router call.
 
-        Without a router call of that many tokens there are none: experts can be called alone, and
-        so can gates, which leave logits that nobody takes. Mutates.
+        If no router call of that many tokens is waiting there are no scores: experts can be called
+        without their gate. So can gates, which leave logits that nobody takes. Mutates.
         """
         self._logits = None
         while self._logits is None and self._kept:
@@ -46,10 +51,10 @@ class GateRouter:
                 self._logits = logits
 
     def scores(self) -> torch.Tensor | None:
-        """[T, E] float32, what the router chose by: sigmoid plus correction for DeepSeek-V3, else
-        softmax.
+        """[T, E] float32 by which the router chose experts; None without a router call.
 
-        Who never calls `take` asks once in each experts' call, and is given the newest logits.
+        DeepSeek-V3 chooses by sigmoid plus correction, others by softmax. Callers that never use
+        `take` ask once in each experts' call, and get the newest logits.
         """
         logits = self._logits
         if logits is None:
@@ -66,14 +71,14 @@ class GateRouter:
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3).
 
-        Hooks do not see it: to whoever watches the router, transformers' `output_router_logits`
-        among them, it is no call of the model.
+        Hooks are not called: for what observes the router, such as transformers'
+        `output_router_logits`, this is not a call of the model.
         """
         ids: torch.Tensor = self.gate.forward(hidden)[2]
         return ids
 
     def recover(self) -> None:
-        """Clear what a pass has left that did not come to its end."""
+        """Clear what an interrupted or failed pass has left."""
         self._kept.clear()
         self._logits = None
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError, ConfigError, FlashError
-from hybrimoe_plugin.operators.gradients import outside_autograd
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.flash.pack import FlashPack, Tensors
 from lever_ext.flash.stream import WeightStream

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError, FlashError
 from hybrimoe_plugin.operators.experts import layer_of
-from hybrimoe_plugin.operators.gradients import outside_autograd
 from hybrimoe_plugin.operators.routers import GateRouter
 from lever_ext.flash.experts import FlashExpertCache, Predict
 from lever_ext.flash.pack import FlashPack, Tensors

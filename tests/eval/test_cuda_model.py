@@ -20,7 +20,7 @@ from eval.models.shapes import MODELS, Model
 from eval.policies.systems import KTRANSFORMERS, OURS
 from eval.reporting.report import read_csv
 from eval.reporting.rows import column, where
-from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode import connect
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_graphs_replay_the_routing_that_is_given(
 ) -> None:
     """Every decode step takes the experts that were given, although its layers run as graphs."""
     capture = Replayed()
-    monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
+    monkeypatch.setattr(connect, "capture_for", lambda device: capture)
     given = routing(model, 8, 12, look_ahead=3, recall=0.8)
     path = tmp_path / "model.gguf"
     write(model, given, 2, path, dry=True)

@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "emulated, ggml": ("mixtral", {**EMULATED, "cpu_backend": "ggml"}),
     "emulated, kt": ("qwen3_moe", {**EMULATED, "cpu_backend": "kt"}),
     "emulated, torch": ("qwen3_moe", {**EMULATED, "cpu_backend": "torch", "cache": "lru"}),
-    "captured": ("mixtral", {**EMULATED, "cpu_backend": "torch", "linears": "plain"}),
+    "captured": ("mixtral", {**EMULATED, "cpu_backend": "torch", "dense": "dequantised"}),
     "two engines, one pool": ("mixtral", {**EMULATED, "cpu_backend": "kt", "rules": "two engines"}),
 }
 TWO_ENGINES = """

@@ -12,7 +12,7 @@ import torch
 from replayed import Replayed
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode import connect
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators import dense
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
@@ -66,7 +66,7 @@ def test_every_family_with_graphs(
         DeviceLinear, "_has_kernel", lambda self: False
     )  # Triton's interpreter cannot be recorded
     capture = Replayed()
-    monkeypatch.setattr(graphs, "capture_for", lambda device: capture)
+    monkeypatch.setattr(connect, "capture_for", lambda device: capture)
     choices = {
         "dense": "quantised",
         "cpu_backend": "torch",

@@ -16,12 +16,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.attention.attend import attend
-from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_in, growing
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_in, use_growing_layer
+from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.linear import GgmlLinear, RowGraphs
+from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.operators.norm import FusedRMSNorm
 
 needs.kt_kernel()
@@ -77,7 +78,7 @@ def test_norms_equal_torch_s_own(mixtral: Path, shape: tuple[int, ...]) -> None:
         norm.weight.copy_(torch.randn(64, generator=generator))
         xs = [torch.randn(shape, generator=generator) * scale for scale in (1e-3, 1.0, 300.0)]
         found = [norm(x) for x in xs]
-        norm._graphs = None
+        norm._function = None
         for x, y in zip(xs, found, strict=True):  # an earlier result must survive later calls
             torch.testing.assert_close(y, norm(x), rtol=1e-5, atol=1e-6)
     model.hybrimoe.close()
@@ -99,12 +100,12 @@ def test_calls_of_every_mode_may_follow_each_other(mixtral: Path) -> None:
         value
         for module in model.modules()
         for value in vars(module).values()
-        if isinstance(value, RowGraphs)
+        if isinstance(value, GgmlFunction)
     ]
     nodes = [
         part
         for each in graphs
-        for _, given, gives in each._one.values()
+        for _, given, gives in each._kept.values()
         for part in (given, *gives)
     ]
     assert nodes and not any(node.value.requires_grad for node in nodes)
@@ -154,7 +155,7 @@ def test_switches_choose_the_twins(mixtral: Path) -> None:
 
 @pytest.mark.parametrize("context", [7, 4096])
 @pytest.mark.parametrize("masked", [False, True])
-def test_heads_of_a_group_attend_as_rows(context: int, masked: bool) -> None:
+def test_heads_of_a_group_attend_as_tokens(context: int, masked: bool) -> None:
     """Small and large keys take different ways; both are the textbook's."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 6, 1, 16, generator=generator)
@@ -206,10 +207,10 @@ def test_the_growing_layer_is_the_dynamic_one() -> None:
 
 def test_only_empty_dynamic_layers_are_exchanged() -> None:
     cache = DynamicCache()
-    growing(cache, 0)
-    growing(cache, 2)  # not the next one: left to transformers
+    use_growing_layer(cache, 0)
+    use_growing_layer(cache, 2)  # not the next one: left to transformers
     assert [type(layer) for layer in cache.layers] == [GrowingLayer]
     other = DynamicCache()
     other.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
-    growing(other, 0)
+    use_growing_layer(other, 0)
     assert type(other.layers[0]) is DynamicLayer

@@ -14,8 +14,8 @@ import torch
 from eval.gpu_check.place import Place, Row
 from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
 from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel, FlashinferShape
-from hybrimoe_plugin.compute.attention.flashinfer_gqa import Shape
-from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import GQAShape
+from hybrimoe_plugin.compute.attention.flashinfer_mla import MLAShape
 from hybrimoe_plugin.device.cuda_graphs import Capture, capture_for
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.hosts.transformers import sampling
@@ -45,13 +45,13 @@ class Case(NamedTuple):
 
     model: str
     layers: int
-    shape: Shape | LatentShape
+    shape: GQAShape | MLAShape
 
 
 CASES = (
-    Case("Qwen3-30B-A3B", 48, Shape(32, 4, 128, 0, torch.bfloat16, 128**-0.5)),
-    Case("Mixtral-8x7B", 32, Shape(32, 8, 128, 0, torch.bfloat16, 128**-0.5)),
-    Case("DeepSeek-V2-Lite", 27, LatentShape(16, 512, 64, 0, torch.bfloat16, 192**-0.5)),
+    Case("Qwen3-30B-A3B", 48, GQAShape(32, 4, 128, 0, torch.bfloat16, 128**-0.5)),
+    Case("Mixtral-8x7B", 32, GQAShape(32, 8, 128, 0, torch.bfloat16, 128**-0.5)),
+    Case("DeepSeek-V2-Lite", 27, MLAShape(16, 512, 64, 0, torch.bfloat16, 192**-0.5)),
 )
 
 
@@ -78,7 +78,7 @@ def run(place: Place) -> Iterator[Row]:
 
 def _attention(case: Case, room: int, device: torch.device, capture: Capture) -> Row:
     """One shape: right, how long either takes, and what the product would choose."""
-    shape = case.shape._replace(room=room)
+    shape = case.shape._replace(capacity=room)
     name = f"attention, {case.model}, room of {room} tokens"
     try:
         kernel = shape.kernel(importlib.import_module("flashinfer"), device)
@@ -111,9 +111,9 @@ def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.devic
     example = shape.example(device)
     exact = [part.float() for part in example]
     errors = []
-    for held in (shape.room // 2, shape.room - 1):
+    for held in (shape.capacity // 2, shape.capacity - 1):
         kernel.plan(held)
-        seen = (torch.arange(shape.room, device=device) <= held)[None, None, None]
+        seen = (torch.arange(shape.capacity, device=device) <= held)[None, None, None]
         right = shape.plain(seen, *exact)
         found = kernel(*example).float()
         errors.append(float((found - right).norm() / right.norm()))

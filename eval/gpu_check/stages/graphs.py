@@ -17,7 +17,8 @@ from eval.gpu_check.place import Place, Row
 from eval.models import tiny
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
-from hybrimoe_plugin.decode.graphed_layer import ROOM, GraphedLayer
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
+from hybrimoe_plugin.decode.layer_buffers import FIRST_CAPACITY
 from hybrimoe_plugin.hosts.transformers.load import load_plain_model
 
 PROMPT = 12
@@ -70,7 +71,7 @@ def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
     Judged in float32, where no two logits of these models are close enough for rounding to swap
     them. In bfloat16 one swap changes all tokens behind it, so there the count is only shown.
     """
-    count = 24 if place.dry else ROOM + 40
+    count = 24 if place.dry else FIRST_CAPACITY + 40
     found = []
     captured = 0
     for graphs in ("auto", "off"):
@@ -117,12 +118,12 @@ def _load(place: Place, family: str, path: Path, dtype: str, **settings: Any) ->
         "dtype": dtype,
         "profile": "a6000-deepseek-v2-lite",
         "cache_ratio": 0.5,
-        "context": 2 * ROOM,
+        "context": 2 * FIRST_CAPACITY,
         "cpu_backend": "torch",  # the one that does not round activations to 8 bits
     }
     if place.dry or family != FUSED:
         known["kernels"] = "torch"
-        known["linears"] = "plain"  # on the CPU stored linears round activations too
+        known["dense"] = "dequantised"  # on the CPU stored linears round activations too
     model, _ = load_model(None, path, progress=False, **known, **settings)
     return model
 

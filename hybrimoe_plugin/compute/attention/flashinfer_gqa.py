@@ -1,8 +1,8 @@
 """flashinfer's decode attention with grouped queries.
 
-Written against flashinfer 0.7's Python API (`BatchDecodeWithPagedKVCacheWrapper`). A cache of fixed
-place is taken as pages of 16 tokens by its strides; what changes from step to step lies in the
-wrapper's own device buffers and is set by `plan`, outside the graphs.
+Written against flashinfer 0.7's Python API (`BatchDecodeWithPagedKVCacheWrapper`). A
+fixed-address cache is read as pages of 16 tokens by its strides. What changes from step to step
+lies in the wrapper's own device buffers; `plan` sets it, outside the graphs.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention import flashinfer_choice
 from hybrimoe_plugin.compute.attention.attend import attend
 from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE, pages, table
 
 TENSOR_CORES_FROM = 4
-"""Query heads for each key head from which its tensor-core kernel pays, by its documentation's
-advice.
-"""
+"""Query heads for each key head from which its documentation advises its tensor-core kernel."""
 
 
-class Shape(NamedTuple):
-    """Queries of several heads over keys and values [1, groups, room, width]."""
+class GQAShape(NamedTuple):
+    """Queries of several heads over keys and values [1, groups, capacity, width]."""
 
     heads: int
     groups: int
     """Key heads."""
     width: int
-    room: int
+    capacity: int
     dtype: torch.dtype
     scaling: float
 
@@ -38,23 +36,25 @@ class Shape(NamedTuple):
     def example(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         query = torch.randn(1, self.heads, 1, self.width, dtype=self.dtype, device=device)
         keys, values = torch.randn(
-            2, 1, self.groups, self.room, self.width, dtype=self.dtype, device=device
+            2, 1, self.groups, self.capacity, self.width, dtype=self.dtype, device=device
         )
         return query, keys, values
 
-    def plain(self, seen: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
+    def plain(
+        self, visible: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor
+    ) -> torch.Tensor:
         keys, values = cache
-        return attend(query, keys, values, seen, self.scaling, self.heads != self.groups)
+        return attend(query, keys, values, visible, self.scaling, self.heads != self.groups)
 
 
 class FlashinferGQA:
-    """Attention of one token over keys and values [1, groups, room, width].
+    """Attention of one token over keys and values [1, groups, capacity, width].
 
     Args:
         library: the flashinfer module.
     """
 
-    def __init__(self, library: Any, shape: Shape, device: torch.device) -> None:
+    def __init__(self, library: Any, shape: GQAShape, device: torch.device) -> None:
         self.shape = shape
 
         def buffer(count: int) -> torch.Tensor:
@@ -62,18 +62,19 @@ class FlashinferGQA:
 
         with torch.inference_mode(False):
             self._wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-                torch.zeros(flash_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+                torch.zeros(flashinfer_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
                 "HND",
                 use_cuda_graph=True,
                 use_tensor_cores=shape.heads >= TENSOR_CORES_FROM * shape.groups,
                 paged_kv_indptr_buffer=buffer(2),
-                paged_kv_indices_buffer=buffer(shape.room // PAGE),
+                paged_kv_indices_buffer=buffer(shape.capacity // PAGE),
                 paged_kv_last_page_len_buffer=buffer(1),
             )
 
     def plan(self, held: int) -> None:
-        """Set the step: this token's row is `held`, and it sees all up to it. Not while
-        capturing.
+        """Set the step: its token is number `held` in the cache and attends to all up to itself.
+
+        Not to be called while capturing.
         """
         self._wrapper.plan(
             *table(held),

@@ -1,8 +1,9 @@
 """flashinfer's decode attention over latents (DeepSeek-V2, section 2.1, absorbed).
 
-Written against flashinfer 0.7's Python API (`mla.BatchMLAPagedAttentionWrapper`). Rows [latent,
-rotary part] of a cache of fixed place are taken as its packed pages of 16 tokens; what changes from
-step to step lies in the wrapper's own device buffers and is set by `plan`, outside the graphs.
+Written against flashinfer 0.7's Python API (`mla.BatchMLAPagedAttentionWrapper`). A
+fixed-address cache, which holds [latent, rotary part of the key] for each token, is read as packed
+pages of 16 tokens. What changes from step to step lies in the wrapper's own device buffers; `plan`
+sets it, outside the graphs.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention import flashinfer_choice
 from hybrimoe_plugin.compute.attention.attend import attend_latents
 from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE, pages, table
 
 HOPPER = 9, 0
 
 
-class LatentShape(NamedTuple):
-    """Queries of several heads over rows [1, 1, room, latent + rope] that are keys; their latents
-    are the values.
+class MLAShape(NamedTuple):
+    """Queries of several heads over a cache [1, 1, capacity, latent + rope].
+
+    As a whole it is the keys; its latents are the values.
     """
 
     heads: int
     latent: int
     rope: int
-    room: int
+    capacity: int
     dtype: torch.dtype
     scaling: float
 
@@ -38,21 +40,23 @@ class LatentShape(NamedTuple):
             1, self.heads, 1, self.latent + self.rope, dtype=self.dtype, device=device
         )
         return query, torch.randn(
-            1, 1, self.room, self.latent + self.rope, dtype=self.dtype, device=device
+            1, 1, self.capacity, self.latent + self.rope, dtype=self.dtype, device=device
         )
 
-    def plain(self, seen: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-        return attend_latents(query, cache[0], seen, self.scaling, self.latent)
+    def plain(
+        self, visible: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor
+    ) -> torch.Tensor:
+        return attend_latents(query, cache[0], visible, self.scaling, self.latent)
 
 
 class FlashinferMLA:
-    """Attention of one token over rows [1, 1, room, latent + rope].
+    """Attention of one token over a cache [1, 1, capacity, latent + rope].
 
     Args:
         library: the flashinfer module.
     """
 
-    def __init__(self, library: Any, shape: LatentShape, device: torch.device) -> None:
+    def __init__(self, library: Any, shape: MLAShape, device: torch.device) -> None:
         self.shape = shape
 
         def buffer(count: int) -> torch.Tensor:
@@ -60,19 +64,20 @@ class FlashinferMLA:
 
         with torch.inference_mode(False):
             self._wrapper = library.mla.BatchMLAPagedAttentionWrapper(
-                torch.zeros(flash_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+                torch.zeros(flashinfer_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
                 use_cuda_graph=True,
                 qo_indptr=buffer(2),
                 kv_indptr=buffer(2),
-                kv_indices=buffer(shape.room // PAGE),
+                kv_indices=buffer(shape.capacity // PAGE),
                 kv_len_arr=buffer(1),
                 backend=_backend(device),
             )
         self._metadata = library.mla.MLAPlanMetadata
 
     def plan(self, held: int) -> None:
-        """Set the step: this token's row is `held`, and it sees all up to it. Not while
-        capturing.
+        """Set the step: its token is number `held` in the cache and attends to all up to itself.
+
+        Not to be called while capturing.
         """
         begin, which = table(held)
         one = torch.tensor([0, 1], dtype=torch.int32)
@@ -84,21 +89,19 @@ class FlashinferMLA:
             head_dim_ckv=self.shape.latent,
             head_dim_kpe=self.shape.rope,
             page_size=PAGE,
-            causal=False,  # one token sees all that is there
+            causal=False,  # one token attends to everything that the cache holds
             sm_scale=self.shape.scaling,
             q_data_type=self.shape.dtype,
             kv_data_type=self.shape.dtype,
         )
 
     def __call__(self, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-        """[1, heads, 1, latent] from queries [1, heads, 1, latent + rope] and the rows."""
+        """[1, heads, 1, latent] from queries [1, heads, 1, latent + rope] and the cache."""
         out: torch.Tensor = self._wrapper.run(query=query[:, :, 0], kv_cache=pages(cache[0])[:, 0])
         return out[:, :, None]
 
 
 def _backend(device: torch.device) -> str:
-    """Those of its backends that may be planned again for a graph that was captured: FA3 on Hopper,
-    else FA2.
-    """
+    """A backend that may be planned again for a captured graph: FA3 on Hopper, else FA2."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
     return "auto" if hopper else "fa2"

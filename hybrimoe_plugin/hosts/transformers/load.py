@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hybrimoe_plugin.decode.graphed_layer import connect_layers
+from hybrimoe_plugin.decode.connect import connect_layers
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes
 from hybrimoe_plugin.engine.turns import Turns, take_turns

@@ -110,7 +110,7 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
                 key, value = (
                     _for_kernels(part, parameter) for part in source.stored_kv_b(parameter)
                 )
-                module.take_split(key, value)
+                module.take_kv_b(key, value)
         except BackendError as error:
             tensors = " and ".join(source.gguf_names(parameter))
             raise BackendError(f"{store.paths[0]}: {tensors}: {error}") from error

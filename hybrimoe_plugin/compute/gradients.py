@@ -1,6 +1,4 @@
-"""Results that are computed outside torch's autograd: right going forward, refused going
-backward.
-"""
+"""Results computed outside autograd: correct in the forward pass, an error in the backward pass."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ from hybrimoe_plugin.errors import BackendError
 T = TypeVar("T")
 
 
-class _Refusing(torch.autograd.Function):
-    """Passes a value on; its backward is an error."""
+class _RefuseBackward(torch.autograd.Function):
+    """Passes a value through; its backward raises."""
 
     @staticmethod
     def forward(ctx: Any, what: str, value: torch.Tensor, *_inputs: torch.Tensor) -> torch.Tensor:
@@ -34,31 +32,32 @@ class _Refusing(torch.autograd.Function):
 
 
 def outside_autograd(what: str, call: Callable[[], T], *inputs: torch.Tensor | None) -> T:
-    """The result of a call that autograd cannot follow; going backward through it raises instead of
-    being skipped.
+    """The result of a call that autograd cannot follow; backward through it raises.
 
-    Operators come here while gradients are enabled, so inference under `torch.no_grad` pays nothing
-    for it.
+    Without this, autograd would silently skip the call. Operators use it only while gradients are
+    enabled, so inference under `torch.no_grad` pays nothing for it.
 
     Args:
-        what: is computed so; the error's message names it.
-        call: gives a tensor, or a list or tuple in which there are tensors; runs without gradients.
-        inputs: what the result depends on; where none of them requires a gradient, neither does the
-            result.
+        what: is computed this way; the error's message names it.
+        call: returns a tensor, or a list or tuple that holds tensors; runs without gradients.
+        inputs: what the result depends on; if none of them requires a gradient, the result does not
+            either.
 
     Returns:
-        The same values; tensors are copies where a gradient is asked for. `backward()` through them
-        raises BackendError.
+        The same values; tensors are copies where an input requires a gradient. `backward()` through
+        them raises BackendError.
     """
     with torch.no_grad():
         result = call()
-    asking = [value for value in inputs if value is not None and value.requires_grad]
-    return _guarded(what, result, asking) if asking else result
+    differentiable = [value for value in inputs if value is not None and value.requires_grad]
+    if not differentiable:
+        return result
+    return _guarded(what, result, differentiable)
 
 
 def _guarded(what: str, result: Any, inputs: Sequence[torch.Tensor]) -> Any:
     if isinstance(result, torch.Tensor):
-        return _Refusing.apply(what, result, *inputs)
+        return _RefuseBackward.apply(what, result, *inputs)
     if isinstance(result, list | tuple):
         return type(result)(_guarded(what, value, inputs) for value in result)
     return result

@@ -15,8 +15,10 @@ import torch
 from steps import prefill, step
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.decode.cpu_step import RowStep, row_step
+from hybrimoe_plugin.decode.cpu_layer import CpuLayer
+from hybrimoe_plugin.decode.cpu_step import CpuStep, cpu_step
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
+from hybrimoe_plugin.decode.layer_call import EagerLayer
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 
 needs.kt_kernel()
@@ -44,21 +46,26 @@ def load(tmp_path: Path) -> Iterator[Load]:
 
 
 @pytest.fixture
-def stepped(monkeypatch: pytest.MonkeyPatch) -> list[RowStep]:
+def stepped(monkeypatch: pytest.MonkeyPatch) -> list[CpuStep]:
     """Every step that is taken."""
-    taken: list[RowStep] = []
-    call = RowStep.__call__
+    taken: list[CpuStep] = []
+    call = CpuStep.__call__
 
-    def note(self: RowStep, *args: Any) -> torch.Tensor:
+    def note(self: CpuStep, *args: Any) -> torch.Tensor:
         taken.append(self)
         return call(self, *args)
 
-    monkeypatch.setattr(RowStep, "__call__", note)
+    monkeypatch.setattr(CpuStep, "__call__", note)
     return taken
 
 
 def layers(model: Any) -> list[GraphedLayer]:
     return [module for module in model.modules() if isinstance(module, GraphedLayer)]
+
+
+def step_of(layer: GraphedLayer) -> CpuStep:
+    assert isinstance(layer.layer_call, CpuLayer)
+    return layer.layer_call.step
 
 
 @torch.no_grad()
@@ -74,7 +81,7 @@ def decode(model: Any, prompt: torch.Tensor, tokens: torch.Tensor, **options: An
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_plain_models(
-    family: str, load: Load, stepped: list[RowStep], tmp_path: Path
+    family: str, load: Load, stepped: list[CpuStep], tmp_path: Path
 ) -> None:
     model = load(family)
     prompt, tokens = tiny.tokens(5), tiny.tokens(STEPS, seed=1)
@@ -85,7 +92,8 @@ def test_logits_are_the_plain_models(
     apart = load(family, graphs="off")
     del stepped[:]
     torch.testing.assert_close(found, decode(apart, prompt, tokens), rtol=1e-5, atol=1e-5)
-    assert not stepped and all(layer.row_step is None for layer in layers(apart))
+    assert not stepped
+    assert all(isinstance(layer.layer_call, EagerLayer) for layer in layers(apart))
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2_lite"])
@@ -141,7 +149,7 @@ def test_the_threads_may_change(load: Load) -> None:
         torch.testing.assert_close(logits, found[0], rtol=1e-5, atol=1e-5)
 
 
-def test_no_cache_at_all(load: Load, stepped: list[RowStep]) -> None:
+def test_no_cache_at_all(load: Load, stepped: list[CpuStep]) -> None:
     model = load("qwen3_moe")
     with torch.no_grad():
         found = model(tiny.tokens(1), use_cache=False).logits
@@ -151,7 +159,7 @@ def test_no_cache_at_all(load: Load, stepped: list[RowStep]) -> None:
         )
 
 
-def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> None:
+def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[CpuStep]) -> None:
     model = load("mixtral")
     prompt, tokens = tiny.tokens(4), tiny.tokens(2, seed=1)
     decode(model, prompt.expand(2, -1), tokens.expand(2, -1))  # a batch
@@ -172,23 +180,22 @@ def test_other_calls_are_the_layer_s_own(load: Load, stepped: list[RowStep]) -> 
     )
     del stepped[:]
     decode(model, prompt, tokens)
-    assert (
-        len(calls) == 3 and watched.row_step not in stepped and layers(model)[0].row_step in stepped
-    )
+    assert len(calls) == 3
+    assert step_of(watched) not in stepped and step_of(layers(model)[0]) in stepped
     hook.remove()
     decode(model, prompt, tokens)
-    assert len(calls) == 3 and watched.row_step in stepped
+    assert len(calls) == 3 and step_of(watched) in stepped
 
 
 def test_a_layer_of_another_kind_is_left_alone() -> None:
-    assert row_step(torch.nn.Module(), None, {}) is None
+    assert cpu_step(torch.nn.Module(), None, {}) is None
 
 
 @pytest.mark.parametrize(
     "settings", [{"dense": "dequantised"}, {"dense": "plain"}, {"dtype": "bfloat16"}]
 )
 def test_only_stored_matrices_and_float32(
-    settings: dict[str, Any], load: Load, stepped: list[RowStep]
+    settings: dict[str, Any], load: Load, stepped: list[CpuStep]
 ) -> None:
     decode(load("mixtral", **settings), tiny.tokens(4), tiny.tokens(1))
     assert not stepped

@@ -18,16 +18,17 @@ from replayed import Replayed
 from steps import step
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
+from hybrimoe_plugin.compute.attention import flashinfer_choice
 from hybrimoe_plugin.compute.attention.attend import attend_latents
 from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE
-from hybrimoe_plugin.compute.attention.flashinfer_gqa import FlashinferGQA, Shape
-from hybrimoe_plugin.compute.attention.flashinfer_mla import FlashinferMLA, LatentShape
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import FlashinferGQA, GQAShape
+from hybrimoe_plugin.compute.attention.flashinfer_mla import FlashinferMLA, MLAShape
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
-from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode import connect, layer_buffers
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 
-SHAPE = Shape(heads=8, groups=2, width=16, room=64, dtype=torch.bfloat16, scaling=0.25)
-LATENT = LatentShape(heads=4, latent=128, rope=64, room=64, dtype=torch.bfloat16, scaling=0.1)
+SHAPE = GQAShape(heads=8, groups=2, width=16, capacity=64, dtype=torch.bfloat16, scaling=0.25)
+LATENT = MLAShape(heads=4, latent=128, rope=64, capacity=64, dtype=torch.bfloat16, scaling=0.1)
 SHAPES = pytest.mark.parametrize("shape", [SHAPE, LATENT], ids=["grouped", "latent"])
 CPU = torch.device("cpu")
 SECOND = 1e6
@@ -36,8 +37,8 @@ SECOND = 1e6
 @pytest.fixture
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = fake_flashinfer.make()
-    monkeypatch.setattr(flash_choice, "WORKSPACE_BYTES", 1 << 10)
-    monkeypatch.setattr(flash_choice, "installed", lambda: True)
+    monkeypatch.setattr(flashinfer_choice, "WORKSPACE_BYTES", 1 << 10)
+    monkeypatch.setattr(flashinfer_choice, "installed", lambda: True)
     monkeypatch.setitem(sys.modules, "flashinfer", made)
     return made
 
@@ -63,19 +64,19 @@ def test_the_faster_one_is_chosen(
     shape: Any, flashinfer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = FlashinferGQA | FlashinferMLA
-    assert isinstance(flash_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)), kinds)
-    assert flash_choice.choose(shape, CPU, Timed(SECOND, 2 * SECOND)) is None
+    assert isinstance(flashinfer_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)), kinds)
+    assert flashinfer_choice.choose(shape, CPU, Timed(SECOND, 2 * SECOND)) is None
     if shape is SHAPE:
         assert [made.tensor_cores for made in flashinfer.decode.made] == [True, True], (
             "four heads share a key head"
         )
-    for other in (shape._replace(dtype=torch.float32), shape._replace(room=PAGE * 3 + 1)):
-        assert flash_choice.choose(other, CPU, Timed()) is None, "not tried"
+    for other in (shape._replace(dtype=torch.float32), shape._replace(capacity=PAGE * 3 + 1)):
+        assert flashinfer_choice.choose(other, CPU, Timed()) is None, "not tried"
     assert len(wrapper(flashinfer, shape).made) == 2
     # A step's plan is paid once and shared by the layers.
-    monkeypatch.setattr(flash_choice, "plan_us", lambda _kernel: 30.0)
-    assert flash_choice.choose(shape, CPU, Timed(20.0, 10.0), layers=2) is None
-    assert flash_choice.choose(shape, CPU, Timed(20.0, 10.0), layers=4) is not None
+    monkeypatch.setattr(flashinfer_choice, "plan_us", lambda _kernel: 30.0)
+    assert flashinfer_choice.choose(shape, CPU, Timed(20.0, 10.0), layers=2) is None
+    assert flashinfer_choice.choose(shape, CPU, Timed(20.0, 10.0), layers=4) is not None
 
 
 @SHAPES
@@ -84,25 +85,25 @@ def test_what_is_wrong_or_fails_is_not_used(
 ) -> None:
     kind = wrapper(flashinfer, shape)
     kind.wrong = 0.5
-    assert flash_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert flashinfer_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)) is None
     assert "differs from torch's attention" in caplog.text
     monkeypatch.setattr(kind, "run", lambda *_, **__: 1 / 0)
     capture = Timed(2 * SECOND, SECOND)
-    assert flash_choice.choose(shape, CPU, capture) is None
+    assert flashinfer_choice.choose(shape, CPU, capture) is None
     assert "division by zero" in caplog.text
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert flash_choice.choose(shape, CPU, Timed()) is None
+    assert flashinfer_choice.choose(shape, CPU, Timed()) is None
 
 
 def test_a_kernel_that_cannot_be_planned_again_is_not_used(
     flashinfer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flashinfer.latent.once = True
-    assert flash_choice.choose(LATENT, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert flashinfer_choice.choose(LATENT, CPU, Timed(2 * SECOND, SECOND)) is None
     assert "cannot replan" in caplog.text
     flashinfer.latent.once = False
     narrow = LATENT._replace(latent=32)
-    assert flash_choice.choose(narrow, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert flashinfer_choice.choose(narrow, CPU, Timed(2 * SECOND, SECOND)) is None
     assert "multiple of 128" in caplog.text
     # One whose graph keeps the numbers of the plan that it was captured with.
     plan = flashinfer.decode.plan
@@ -113,7 +114,7 @@ def test_a_kernel_that_cannot_be_planned_again_is_not_used(
 
     monkeypatch.setattr(flashinfer.decode, "plan", plan_once)
     caplog.clear()
-    assert flash_choice.choose(SHAPE, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert flashinfer_choice.choose(SHAPE, CPU, Timed(2 * SECOND, SECOND)) is None
     assert "differs from torch's attention" in caplog.text
 
 
@@ -121,7 +122,7 @@ def test_a_kernel_that_cannot_be_planned_again_is_not_used(
 def test_pages_are_the_cache_by_its_strides(held: int, flashinfer: Any) -> None:
     kernel = FlashinferGQA(flashinfer, SHAPE, CPU)
     query, keys, values = SHAPE.example(CPU)
-    assert flash_choice.pages(keys).data_ptr() == keys.data_ptr()
+    assert flashinfer_choice.pages(keys).data_ptr() == keys.data_ptr()
     kernel.plan(held)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query, keys[:, :, : held + 1], values[:, :, : held + 1], scale=0.25, enable_gqa=True
@@ -130,14 +131,14 @@ def test_pages_are_the_cache_by_its_strides(held: int, flashinfer: Any) -> None:
 
 
 @pytest.mark.parametrize("held", [0, 1, PAGE - 1, PAGE, 63])
-def test_latents_are_paged_likewise(held: int, flashinfer: Any) -> None:
+def test_latents_are_paged_in_the_same_way(held: int, flashinfer: Any) -> None:
     kernel = FlashinferMLA(flashinfer, LATENT, CPU)
-    query, rows = LATENT.example(CPU)
+    query, compressed = LATENT.example(CPU)
     kernel.plan(held)
     wanted = attend_latents(
-        query.float(), rows[:, :, : held + 1].float(), None, LATENT.scaling, LATENT.latent
+        query.float(), compressed[:, :, : held + 1].float(), None, LATENT.scaling, LATENT.latent
     )
-    torch.testing.assert_close(kernel(query, rows).float(), wanted, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(kernel(query, compressed).float(), wanted, rtol=0.02, atol=0.02)
 
 
 def decode(model: Any, steps: int = 40) -> list[float]:
@@ -165,7 +166,7 @@ def test_a_model_decodes_with_it(
     """In graphs, through growth; one that goes wrong after it was chosen is left and the layers are
     captured anew.
     """
-    monkeypatch.setattr(graphs, "ROOM", 16)
+    monkeypatch.setattr(layer_buffers, "FIRST_CAPACITY", 16)
     kind = flashinfer.decode if family == "qwen3_moe" else flashinfer.latent
     changes = None if family == "qwen3_moe" else {"kv_lora_rank": 128, "qk_rope_head_dim": 64}
     path = tiny.write(tmp_path, family, changes=changes)
@@ -178,20 +179,20 @@ def test_a_model_decodes_with_it(
     answers, captures = [], []
     for attention in ("auto", "torch"):
         captures.append(Timed(*[2 * SECOND, SECOND] * 3))
-        monkeypatch.setattr(graphs, "capture_for", lambda device: captures[-1])
+        monkeypatch.setattr(connect, "capture_for", lambda device: captures[-1])
         model, _ = load_model(None, path, progress=False, attention=attention, **choices)
         if breaks and attention == "auto":
-            compare = flash_choice.compare
+            compare = flashinfer_choice.compare
 
             def spoiled(*given: Any, compare: Any = compare) -> tuple[float, float]:
                 times: tuple[float, float] = compare(*given)
                 kind.wrong = 0.5
                 return times
 
-            monkeypatch.setattr(flash_choice, "compare", spoiled)
+            monkeypatch.setattr(flashinfer_choice, "compare", spoiled)
         answers.append(torch.tensor(decode(model)))
         assert all(
-            module.captured for module in model.modules() if isinstance(module, graphs.GraphedLayer)
+            module.captured for module in model.modules() if isinstance(module, GraphedLayer)
         )
         model.hybrimoe.close()
     assert (answers[0] - answers[1]).norm() / answers[1].norm() < 0.05
@@ -200,5 +201,5 @@ def test_a_model_decodes_with_it(
         assert "CUDA graphs are not used" not in caplog.text
     else:
         assert not caplog.records or caplog.records[-1].levelno < logging.WARNING
-        assert len(kind.made) == 3, "rooms of 16, 32 and 64 tokens"
+        assert len(kind.made) == 3, "capacities of 16, 32 and 64 tokens"
         assert sum(made.plans for made in kind.made) > 40

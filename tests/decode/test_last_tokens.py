@@ -15,7 +15,7 @@ from steps import step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
-from hybrimoe_plugin.decode.last_rows import LastRows
+from hybrimoe_plugin.decode.last_tokens import LastTokens
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 
 needs.kt_kernel()
@@ -30,17 +30,17 @@ def load(folder: Path, family: str, **settings: Any) -> Any:
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows that each served call has kept."""
+def kept_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that each served call has kept."""
     kept: list[int] = []
-    call = LastRows.__call__
+    call = LastTokens.__call__
 
-    def note(self: LastRows, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def note(self: LastTokens, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         output = call(self, hidden, **kwargs)
         kept.append(output.shape[1])
         return output
 
-    monkeypatch.setattr(LastRows, "__call__", note)
+    monkeypatch.setattr(LastTokens, "__call__", note)
     return kept
 
 
@@ -48,7 +48,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("keep", "batch"), [(1, 1), (3, 2)])
 @torch.no_grad()
 def test_logits_are_the_plain_models(
-    family: str, keep: int, batch: int, tmp_path: Path, rows: list[int]
+    family: str, keep: int, batch: int, tmp_path: Path, kept_tokens: list[int]
 ) -> None:
     model = load(tmp_path, family)
     plain = load_plain_model(None, tmp_path / "model.gguf", dtype="float32", progress=False)[0]
@@ -56,7 +56,7 @@ def test_logits_are_the_plain_models(
     found = model(prompt, use_cache=True, logits_to_keep=keep)
     wanted = plain(prompt, use_cache=True)
     torch.testing.assert_close(found.logits, wanted.logits[:, -keep:], rtol=1e-4, atol=1e-4)
-    assert rows == [keep]
+    assert kept_tokens == [keep]
     assert model.hybrimoe.stats().tokens < PROMPT * batch * len(model.hybrimoe.engines[0].layers)
     # The cache holds the whole prompt, in the last layer too.
     found, wanted = (
@@ -67,20 +67,20 @@ def test_logits_are_the_plain_models(
 
 
 @torch.no_grad()
-def test_padding_is_masked_there_too(tmp_path: Path, rows: list[int]) -> None:
+def test_padding_is_masked_there_too(tmp_path: Path, kept_tokens: list[int]) -> None:
     model = load(tmp_path, "qwen2_moe")
     prompt = tiny.tokens(PROMPT)
     mask = torch.ones(1, PROMPT, dtype=torch.int64)
     mask[:, :4] = 0
     found = model(prompt, attention_mask=mask, logits_to_keep=1).logits
     wanted = model(prompt[:, 4:], logits_to_keep=1).logits
-    assert rows == [1, 1]
+    assert kept_tokens == [1, 1]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     model.hybrimoe.close()
 
 
 @torch.no_grad()
-def test_everything_is_computed_for_whoever_looks(tmp_path: Path, rows: list[int]) -> None:
+def test_everything_is_computed_for_whoever_looks(tmp_path: Path, kept_tokens: list[int]) -> None:
     model = load(tmp_path, "mixtral")
     prompt = tiny.tokens(PROMPT)
     seen: list[int] = []
@@ -108,23 +108,23 @@ def test_everything_is_computed_for_whoever_looks(tmp_path: Path, rows: list[int
     assert model.model(prompt).last_hidden_state.shape[1] == PROMPT, (
         "not through the language model's head"
     )
-    assert not rows
+    assert not kept_tokens
     model(prompt, logits_to_keep=1)
-    assert rows == [1]
+    assert kept_tokens == [1]
     with pytest.raises(IndexError):  # a failed call leaves nothing behind
         model(torch.tensor([[96, 96]]), logits_to_keep=1)
     assert model.model(prompt).last_hidden_state.shape[1] == PROMPT
     shown = model(prompt, logits_to_keep=1, output_hidden_states=True)
     assert all(states.shape[1] == PROMPT for states in shown.hidden_states)
-    assert rows == [1]
+    assert kept_tokens == [1]
     model.hybrimoe.close()
 
 
 @torch.no_grad()
-def test_router_logits_are_all_there(tmp_path: Path, rows: list[int]) -> None:
+def test_router_logits_are_all_there(tmp_path: Path, kept_tokens: list[int]) -> None:
     model = load(tmp_path, "mixtral")
     shown = model(tiny.tokens(PROMPT), logits_to_keep=1, output_router_logits=True)
-    assert all(len(logits) == PROMPT for logits in shown.router_logits) and not rows
+    assert all(len(logits) == PROMPT for logits in shown.router_logits) and not kept_tokens
     model.hybrimoe.close()
 
 
@@ -133,11 +133,11 @@ def test_router_logits_are_all_there(tmp_path: Path, rows: list[int]) -> None:
 )
 @torch.no_grad()
 def test_a_cache_learns_from_the_whole_prompt(
-    settings: dict[str, Any], tmp_path: Path, rows: list[int]
+    settings: dict[str, Any], tmp_path: Path, kept_tokens: list[int]
 ) -> None:
     model = load(tmp_path, "mixtral", **settings)
     model(tiny.tokens(PROMPT), logits_to_keep=1)
-    assert not rows
+    assert not kept_tokens
     assert model.hybrimoe.stats().tokens == PROMPT * len(model.hybrimoe.engines[0].layers)
     model.hybrimoe.close()
 

@@ -1,0 +1,120 @@
+"""Comparing a replayed step with the same step run eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hybrimoe_plugin.compute.attention.kv_cache import Buffers
+from hybrimoe_plugin.decode.capture import GraphBreak, LayerGraphs
+
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Relative RMS difference from the eager twin that is still rounding.
+
+Kernels differ, and so does the order of sums.
+"""
+
+HALF_TOLERANCE = 0.03
+"""The same for 16-bit types: the layer's own rounding is 0.003 to 0.01 there."""
+
+
+class ExpertsCall(NamedTuple):
+    """The call of the experts in the eager step."""
+
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """Hidden states, ids and weights."""
+    output: torch.Tensor
+    scores: torch.Tensor | None
+
+
+class EagerStep(NamedTuple):
+    """A decode step as the eager twin has run it."""
+
+    hidden: torch.Tensor
+    """The layer's input."""
+    output: torch.Tensor
+    experts_call: ExpertsCall | None
+    held: int
+    """Tokens that the cache held before the step; the step's token is the entry of this number."""
+    buffers: Buffers
+    """Copies of the KV cache as the step left it."""
+
+
+class Difference(NamedTuple):
+    """How far a replay is from its eager twin."""
+
+    error: float
+    """The largest relative RMS difference of what the two leave."""
+    same_choice: bool
+    """Whether both chose the same experts.
+
+    Where two experts are all but tied either may be chosen; weights cannot be compared then.
+    """
+
+
+def difference(graphs: LayerGraphs, eager: EagerStep) -> Difference:
+    """Replay a step that the eager twin has just run, and compare what the two leave.
+
+    The replay gets the experts' output of the eager step. It must write the token's cache entry
+    anew and leave the others alone. Look-ahead is left out: its predictions are only hints.
+
+    Mutates: the graphs' KV buffers.
+    """
+    restore(graphs.buffers, eager.buffers)
+    for buffer in graphs.buffers:
+        buffer.narrow(2, eager.held, 1).zero_()
+    call = eager.experts_call
+    experts_output = eager.hidden[0] if call is None else call.output
+    output = graphs.run(eager.hidden, lambda _graph_break: experts_output)
+
+    pairs = [(output, eager.output), *zip(graphs.buffers, eager.buffers, strict=True)]
+    same_choice = True
+    if call is not None and graphs.graph_break is not None:
+        same_choice, routing = _routing_pairs(graphs.graph_break, call)
+        pairs += routing
+    errors = [float(_error(found, right)) for found, right in pairs if right.numel()]
+    return Difference(max(errors), same_choice)
+
+
+def restore(buffers: Buffers, saved: Sequence[torch.Tensor]) -> None:
+    """Mutates: `buffers`."""
+    for buffer, right in zip(buffers, saved, strict=True):
+        buffer.copy_(right)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCES.get(dtype, HALF_TOLERANCE)
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(replayed, eager)."""
+
+
+def _routing_pairs(graph_break: GraphBreak, call: ExpertsCall) -> tuple[bool, list[Pair]]:
+    """(whether both chose the same experts, what can be compared of the routing).
+
+    The replay's is taken as it arrives on the host, so that the copies are compared too.
+    """
+    states, ids, weights, *scores = graph_break.needed().wait()
+    right_states, right_ids, right_weights = call.inputs
+    pairs = [(states, right_states.cpu())]
+    same_choice = torch.equal(ids.sort().values, right_ids.cpu().sort().values)
+    if same_choice:
+        # Sorted: of two experts that are all but tied either may come first.
+        pairs.append((_sorted(weights), _sorted(right_weights).cpu()))
+    if call.scores is not None:
+        pairs += [(found, call.scores.cpu()) for found in scores]
+    return same_choice, pairs
+
+
+def _error(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    right = right.float()
+    distance = (found.float() - right).norm()
+    error: torch.Tensor = distance / right.norm().clamp_min(1e-20)
+    return error.nan_to_num(float("inf"))
+
+
+def _sorted(weights: torch.Tensor) -> torch.Tensor:
+    return weights.float().sort(dim=-1).values

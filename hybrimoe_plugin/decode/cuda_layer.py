@@ -1,0 +1,311 @@
+"""A decoder layer whose one-token calls are CUDA graphs, once these have proved right."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
+from hybrimoe_plugin.compute.attention.kv_cache import (
+    CACHE_NAMES,
+    Buffers,
+    FixedCache,
+    GrowingLayer,
+    cache_in,
+    cache_name,
+)
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.decode.capture import CallLayer, GraphBreak, LayerGraphs, record
+from hybrimoe_plugin.decode.comparison import (
+    EagerStep,
+    ExpertsCall,
+    difference,
+    restore,
+    tolerance,
+)
+from hybrimoe_plugin.decode.decode_state import DecodeState
+from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
+from hybrimoe_plugin.decode.layer_buffers import LayerBuffers
+from hybrimoe_plugin.decode.layer_call import EagerLayer, is_decode_step
+from hybrimoe_plugin.operators.attention import FusedAttention
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.operators.mla import FusedMLA
+from hybrimoe_plugin.operators.routers import GateRouter
+
+log = logging.getLogger(__name__)
+
+PROOFS = 2
+"""Steps that run both eagerly and as graphs, and are compared.
+
+The second one tells whether the graphs have frozen anything of the first.
+"""
+
+UNDECIDED = 8
+"""Consecutive steps on which eager and replayed routers may choose other experts, by a near tie.
+
+Such a step proves nothing.
+"""
+
+
+class CudaLayer:
+    """A decode step as graphs, any other call eagerly.
+
+    The layer's code is captured as it is, with the operators in it (`decode.capture`). Graphs are
+    used only after they gave what the eager twin gives:
+
+        first step    runs eagerly and gives the result; captured, replayed, compared
+        second step   runs eagerly and gives the result; replayed, compared
+        later steps   replayed
+
+    It begins anew when the cache is full and continues in new buffers. After a comparison that
+    failed, all layers of the device run eagerly.
+
+    Args:
+        key: qualified name of the layer.
+        attention: the layer's.
+        experts: the layer's, if it has any.
+        hooks: of all modules inside the layer but the experts, which are called as a module.
+        output_hooks: those on the layer itself; not empty where something may keep its output.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        eager: EagerLayer,
+        attention: FusedAttention | FusedMLA,
+        experts: HybriMoEExperts | None,
+        hooks: ForeignHooks,
+        output_hooks: Sized,
+        state: DecodeState,
+        settings: Settings,
+    ) -> None:
+        self.experts = experts
+        self.buffers = LayerBuffers(settings.context)
+        self._key = key
+        self._eager = eager
+        self._attention = attention
+        self._hooks = hooks
+        self._output_hooks = output_hooks
+        self._state = state
+        self._may_use_flashinfer = settings.attention != "torch"
+        self._graphs: LayerGraphs | None = None
+        self._proofs = 0
+        self._undecided = 0
+
+    @property
+    def captured(self) -> bool:
+        if self._state.refusal is not None:
+            return False
+        return self._graphs is not None and self._proofs >= PROOFS
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._state.refusal is not None:
+            self._discard()
+            return self._eager(hidden_states, *args, **kwargs)
+        cache = None if args else self._cache_of(hidden_states, kwargs)
+        if cache is None:
+            return self._eager(hidden_states, *args, **kwargs)
+        self.buffers.take(cache)
+        if not self._state.set_step(cache.get_seq_length(), kwargs["position_embeddings"]):
+            return self._eager(hidden_states, **kwargs)
+        graphs = self._current_graphs()
+        if graphs is None or self._proofs < PROOFS:
+            return self._prove(cache, hidden_states, kwargs)
+        output = graphs.run(hidden_states, self._call_experts)
+        cache.advance()
+        return output.clone() if self._output_hooks else output
+
+    def _cache_of(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
+        """This layer's cache; None if the call is not one that CUDA graphs serve."""
+        if not is_decode_step(hidden_states, kwargs) or self._hooks.present():
+            return None
+        layers = getattr(cache_in(kwargs), "layers", ())
+        index = self._attention.layer_idx
+        cache = layers[index] if index < len(layers) else None
+        if type(cache) is not GrowingLayer or cache.get_seq_length() == 0:
+            return None
+        graphs = self._graphs
+        if graphs is not None and _kind(hidden_states) != _kind(graphs.hidden):
+            return None
+        return cache
+
+    def _current_graphs(self) -> LayerGraphs | None:
+        """The graphs, if they are of the present buffers and kernel; else they are discarded."""
+        graphs = self._graphs
+        if graphs is None:
+            return None
+        if graphs.buffers is self.buffers.kv and self._state.still_plans(graphs.kernel):
+            return graphs
+        self._discard()
+        return None
+
+    def _discard(self) -> None:
+        self._graphs = None
+        self._proofs = 0
+        self._undecided = 0
+
+    def _call_experts(self, graph_break: GraphBreak) -> torch.Tensor:
+        assert self.experts is not None
+        output: torch.Tensor = self.experts(*graph_break.inputs, graph_break)
+        return output
+
+    def _prove(
+        self, cache: GrowingLayer, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run a step eagerly and as graphs, which are captured where there are none yet.
+
+        They stay only if both give the same. The result is the eager one's.
+        """
+        buffers = self.buffers.kv
+        assert buffers is not None, "a sequence lies there"
+        eager = self._run_eagerly(cache.get_seq_length(), hidden, buffers, kwargs)
+        try:
+            problem = self._compare(eager, buffers, kwargs)
+        except Exception as raised:  # CUDA, Triton and torch raise many kinds
+            reason = " ".join(str(raised).split())[:200]
+            problem = f"{self._key} cannot be captured: {reason}"
+        if problem:
+            restore(buffers, eager.buffers)
+            self._discard()
+            # Tried again without flashinfer, where that was used.
+            if not self._state.drop_kernels(problem):
+                self._state.refuse(problem)
+        return eager.output
+
+    def _run_eagerly(
+        self, held: int, hidden: torch.Tensor, buffers: Buffers, kwargs: dict[str, Any]
+    ) -> EagerStep:
+        """The step as the eager twin runs it, with what goes in and out of the experts."""
+        calls: list[ExpertsCall] = []
+
+        def keep_call(experts: HybriMoEExperts, inputs: Any, output: torch.Tensor) -> None:
+            router, _ = experts.routers()
+            calls.append(ExpertsCall(inputs, output, router.scores()))
+
+        hook = None if self.experts is None else self.experts.register_forward_hook(keep_call)
+        try:
+            output = self._eager(hidden, **kwargs)
+        finally:
+            if hook is not None:
+                hook.remove()
+        keys, values = buffers
+        saved = keys.clone(), values.clone()
+        return EagerStep(hidden, output, calls[0] if calls else None, held, saved)
+
+    def _compare(self, eager: EagerStep, buffers: Buffers, kwargs: dict[str, Any]) -> str:
+        """Capture where needed, replay an eager step, and count it; the problem, "" without one.
+
+        Raises:
+            Exception: of any kind, if the layer cannot be captured.
+        """
+        if self._graphs is None:
+            kernel = self._flashinfer_kernel(buffers)
+            self._graphs = record(
+                self._state,
+                self._with_fixed_cache(kwargs),
+                eager.hidden,
+                buffers,
+                self.experts,
+                kernel,
+            )
+        self._state.set_step(eager.held, kwargs["position_embeddings"])
+        found = difference(self._graphs, eager)
+        if found.same_choice:
+            self._proofs += 1
+            self._undecided = 0
+        else:
+            self._undecided += 1
+        if not found.error <= tolerance(eager.hidden.dtype):
+            return (
+                f"{self._key} differs from its eager twin when it is replayed (relative "
+                f"RMS {found.error:.2g})"
+            )
+        if self._undecided > UNDECIDED:
+            return f"{self._key} chooses other experts than its eager twin when it is replayed"
+        return ""
+
+    def _flashinfer_kernel(self, buffers: Buffers) -> FlashinferKernel | None:
+        if not self._may_use_flashinfer:
+            return None
+        keys, _ = buffers
+        return self._state.kernel_for(self._attention.decode_shape(keys))
+
+    def _with_fixed_cache(self, kwargs: dict[str, Any]) -> CallLayer:
+        """The eager layer, with a step's other arguments, on a fixed-address cache."""
+        replaced = (*CACHE_NAMES, "position_ids")
+        others = {name: value for name, value in kwargs.items() if name not in replaced}
+
+        keyword = cache_name(self._eager.module)
+
+        def call(hidden: torch.Tensor, cache: FixedCache, embeddings: Any) -> torch.Tensor:
+            fixed = {
+                keyword: cache,
+                "attention_mask": cache.visible,
+                "position_embeddings": embeddings,
+            }
+            return self._eager(hidden, **{**others, **fixed})
+
+        return call
+
+
+def cuda_layer(
+    key: str, eager: EagerLayer, output_hooks: Sized, state: DecodeState, settings: Settings
+) -> CudaLayer | None:
+    """A decoder layer's graphs; None if its attention or router cannot be captured.
+
+    Args: as for `CudaLayer`.
+
+    Mutates: `state`, which counts its layers.
+    """
+    inside = [module for module in eager.module.modules() if module is not eager.module]
+    experts = [module for module in inside if isinstance(module, HybriMoEExperts)]
+    attention = _dense_attention(eager.module)
+    if attention is None or len(experts) > 1 or not all(map(_can_be_captured, experts)):
+        log.info(
+            "%s: not captured: needs fused attention, a transformers router and an accelerator",
+            key,
+        )
+        return None
+    state.layers += 1
+    return CudaLayer(
+        key,
+        eager,
+        attention,
+        experts[0] if experts else None,
+        _hooks_around(experts, inside),
+        output_hooks,
+        state,
+        settings,
+    )
+
+
+def _dense_attention(layer: nn.Module) -> FusedAttention | FusedMLA | None:
+    """The layer's attention, if it runs on the device."""
+    attention = layer.self_attn
+    if isinstance(attention, FusedAttention | FusedMLA) and attention.ggml is None:
+        return attention
+    return None
+
+
+def _can_be_captured(experts: HybriMoEExperts) -> bool:
+    router, _ = experts.routers()
+    return experts.accelerator is not None and isinstance(router, GateRouter)
+
+
+def _hooks_around(experts: list[HybriMoEExperts], inside: list[nn.Module]) -> ForeignHooks:
+    """The hooks of a layer's modules but its experts."""
+    apart = {module for operator in experts for module in operator.modules()}
+    gates = []
+    for operator in experts:
+        router, _ = operator.routers()
+        assert isinstance(router, GateRouter)
+        gates.append(router.gate)
+    return ForeignHooks((module for module in inside if module not in apart), gates)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

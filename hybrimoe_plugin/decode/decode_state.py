@@ -1,0 +1,147 @@
+"""What captured layers share: how to capture, and a decode step's inputs at fixed addresses."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.compute.attention.flashinfer_choice import (
+    FlashinferKernel,
+    FlashinferShape,
+    choose,
+)
+from hybrimoe_plugin.device.cuda_graphs import Capture
+
+log = logging.getLogger(__name__)
+
+
+class DecodeState:
+    """What the captured layers of one device share.
+
+    Graphs read a step's inputs at fixed addresses. Every layer sets them before its replay, and
+    only a step's first layer has work to do.
+
+    Attributes:
+        capture: records graphs.
+        refusal: why the layers run eagerly from now on; None while graphs are used.
+        position: [1] int64, the cache entry of this step's token.
+        layers: how many layers share this.
+    """
+
+    def __init__(self, capture: Capture, device: torch.device) -> None:
+        self.capture = capture
+        self.refusal: str | None = None
+        self.layers = 0
+        self._device = device
+        with torch.inference_mode(False):
+            self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._kernels: dict[FlashinferShape, FlashinferKernel | None] = {}
+        self._held = -1
+        """The step's number of tokens held, which is its position; -1 where it is not known."""
+        self._given: tuple[torch.Tensor, ...] = ()
+        """The step's position embeddings, as the model gave them."""
+        self._fixed: tuple[torch.Tensor, ...] = ()
+        """Their copies at fixed addresses."""
+        self._is_tuple = True
+
+    @property
+    def position_embeddings(self) -> Any:
+        """Position embeddings at fixed addresses, in the form in which the model gives them."""
+        return self._fixed if self._is_tuple else self._fixed[0]
+
+    def set_step(self, held: int, position_embeddings: Any) -> bool:
+        """Set the step's inputs.
+
+        Args:
+            held: tokens that the cache holds before the step.
+            position_embeddings: as the model gives them.
+
+        Returns:
+            whether they are of the kind that graphs were made for.
+        """
+        is_tuple = not isinstance(position_embeddings, torch.Tensor)
+        given = tuple(position_embeddings) if is_tuple else (position_embeddings,)
+        if not self._fixed:
+            self._is_tuple = is_tuple
+            with torch.inference_mode(False):
+                self._fixed = tuple(torch.zeros_like(part) for part in given)
+        if held != self._held:
+            self._held = -1  # unknown until all of it is set: an interrupted step leaves a part
+            self._set_position(held)
+            self._held = held
+        if _are_same(given, self._given):
+            return True
+        if not _are_alike(given, self._fixed):
+            return False
+        self._given = ()
+        for fixed, part in zip(self._fixed, given, strict=True):
+            fixed.copy_(part)
+        self._given = given
+        return True
+
+    def set_dummy_step(self, position: int) -> None:
+        """Set inputs unlike any step's, so that a capture that freezes its own step's is found."""
+        self._set_position(position)
+        for part in self._fixed:
+            part.fill_(0.5)
+        self._held = -1
+        self._given = ()
+
+    def kernel_for(self, shape: FlashinferShape) -> FlashinferKernel | None:
+        """Attention that is faster than torch's for this shape; searched for once."""
+        if shape not in self._kernels:
+            # Caches of smaller capacity are full by now, in every layer.
+            self._kernels = {
+                known: kernel
+                for known, kernel in self._kernels.items()
+                if known.capacity >= shape.capacity
+            }
+            self._kernels[shape] = choose(shape, self._device, self.capture, max(1, self.layers))
+            self._held = -1  # so that the next `set_step` plans for it too
+        return self._kernels[shape]
+
+    def still_plans(self, kernel: FlashinferKernel | None) -> bool:
+        """Whether steps are planned for the kernel that a layer was captured with, if any."""
+        return kernel is None or any(kernel is known for known in self._kernels.values())
+
+    def drop_kernels(self, reason: str) -> bool:
+        """Use torch's attention from now on; returns whether there was any other."""
+        used = [shape for shape, kernel in self._kernels.items() if kernel is not None]
+        if not used:
+            return False
+        log.warning("flashinfer is not used on %s any more: %s", self._device, reason)
+        for shape in used:
+            self._kernels[shape] = None
+        return True
+
+    def refuse(self, reason: str) -> None:
+        """Let every layer run eagerly from now on; logged once."""
+        if self.refusal is not None:
+            return
+        self.refusal = reason
+        log.warning(
+            "CUDA graphs are not used on %s: %s; decoding goes on without them",
+            self._device,
+            reason,
+        )
+
+    def _set_position(self, position: int) -> None:
+        self.position.fill_(position)
+        for shape, kernel in self._kernels.items():
+            if kernel is not None and position < shape.capacity:
+                kernel.plan(position)
+
+
+def _are_same(given: tuple[torch.Tensor, ...], before: tuple[torch.Tensor, ...]) -> bool:
+    # `is`, on tensors that are kept: no later step's can be taken for them.
+    return len(given) == len(before) and all(map(operator.is_, given, before))
+
+
+def _are_alike(given: tuple[torch.Tensor, ...], fixed: tuple[torch.Tensor, ...]) -> bool:
+    if len(given) != len(fixed):
+        return False
+    pairs = zip(given, fixed, strict=True)
+    return all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
