@@ -55,7 +55,7 @@ _PLACES = {
     "pack_tokenizer": "packing",
     "train_exit": "exit_training",
 }
-"""Public name -> the module that defines it, imported when somebody asks."""
+"""Public name -> the module that defines it, imported on first use."""
 
 __all__ = [
     "FlashTarget",

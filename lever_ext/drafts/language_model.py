@@ -82,7 +82,7 @@ class LanguageModelDraft:
 
     @property
     def _committed(self) -> int:
-        return self._runner.rows - len(self._entry_of)
+        return self._runner.entries - len(self._entry_of)
 
     @property
     def can_probe(self) -> bool:
@@ -154,7 +154,7 @@ class LanguageModelDraft:
         entries += [self._entry_of[key] for key in alive]
         first = committed + len(path)
         with self._changing():
-            if self._runner.rows:
+            if self._runner.entries:
                 self._runner.keep(entries)
             self.routing = {key: ids for key, ids in self.routing.items() if key in tree.nodes}
             self._tokens += tokens
@@ -186,7 +186,7 @@ class LanguageModelDraft:
         Each token sees all those before it and itself.
         """
         assert not self._entry_of, "a root without KV has no expanded nodes below it"
-        first = self._runner.rows
+        first = self._runner.entries
         pending = self._pending(tree)
         end = first + len(pending)
         self._entry_of[tree.root] = end - 1
@@ -199,7 +199,7 @@ class LanguageModelDraft:
     def _pending(self, tree: CandidateTree) -> list[int]:
         """The tokens up to the root that have no KV entries."""
         root = tree.nodes[tree.root].token
-        return [*self._tokens[self._runner.rows :], root]
+        return [*self._tokens[self._runner.entries :], root]
 
     def _run_nodes(self, tree: CandidateTree, keys: Sequence[int]) -> torch.Tensor:
         """Run some nodes in one call; their hidden states [N, H].
@@ -207,7 +207,7 @@ class LanguageModelDraft:
         Their ancestors were run before. Each node sees the committed tokens, its ancestors and
         itself.
         """
-        first = self._runner.rows
+        first = self._runner.entries
         committed = self._committed
         nodes = [tree.nodes[key] for key in keys]
         mask = torch.full((len(keys), first + len(keys)), self._least, dtype=self._dtype)

@@ -24,7 +24,7 @@ class Runner(Protocol):
     """A language model with a KV cache of its own."""
 
     @property
-    def rows(self) -> int:
+    def entries(self) -> int:
         """KV entries held."""
         ...
 
@@ -49,7 +49,7 @@ class Runner(Protocol):
         """
         ...
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, entries: Sequence[int]) -> None:
         """Keep these KV entries, in this order. Mutates."""
         ...
 
@@ -73,7 +73,7 @@ class HostRunner:
         self._cache: Any = None
 
     @property
-    def rows(self) -> int:
+    def entries(self) -> int:
         return int(self._cache.get_seq_length()) if self._cache is not None else 0
 
     def reset(self) -> None:
@@ -98,8 +98,8 @@ class HostRunner:
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def keep(self, rows: Sequence[int]) -> None:
-        index = torch.as_tensor(rows, dtype=torch.long)
+    def keep(self, entries: Sequence[int]) -> None:
+        index = torch.as_tensor(entries, dtype=torch.long)
         for layer in self._cache.layers:
             layer.keys = layer.keys.index_select(2, index)
             layer.values = layer.values.index_select(2, index)
@@ -127,7 +127,7 @@ class DirectRunner:
         """Layers whose FFN inputs a run keeps."""
         self.taps: list[torch.Tensor] = []
         """Of the last run, [N, H] for each tapped layer."""
-        self._rows = 0
+        self._entries = 0
         self._capacity = 0
         """Entries that the buffers have room for."""
         self._keys: list[torch.Tensor] = []
@@ -138,11 +138,11 @@ class DirectRunner:
         """The same for values."""
 
     @property
-    def rows(self) -> int:
-        return self._rows
+    def entries(self) -> int:
+        return self._entries
 
     def reset(self) -> None:
-        self._rows = 0
+        self._entries = 0
 
     def run(
         self,
@@ -151,7 +151,7 @@ class DirectRunner:
         mask: torch.Tensor,
     ) -> torch.Tensor:
         count = len(tokens)
-        self._reserve(self._rows + count)
+        self._reserve(self._entries + count)
         self.taps = []
         with torch.inference_mode():
             hidden = self._base.embed_tokens(torch.tensor(tokens))
@@ -169,7 +169,7 @@ class DirectRunner:
                 gated = F.silu(layer.mlp.gate_proj(inner))
                 gated.mul_(layer.mlp.up_proj(inner))
                 hidden = hidden + layer.mlp.down_proj(gated)
-            self._rows += count
+            self._entries += count
             return _norm(self._base.norm, hidden)
 
     def _attend(
@@ -194,7 +194,7 @@ class DirectRunner:
         Mutates: the layer's KV entries.
         """
         count, size = value.shape[0], self._size
-        first, end = self._rows, self._rows + count
+        first, end = self._entries, self._entries + count
         queries = attention.q_proj(value).view(count, self._heads, size)
         keys = attention.k_proj(value).view(count, self._kv_heads, size)
         values = attention.v_proj(value).view(count, -1, size)
@@ -215,26 +215,26 @@ class DirectRunner:
         result: torch.Tensor = attention.o_proj(joined)
         return result
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, entries: Sequence[int]) -> None:
         # The first entries mostly stay where they are.
-        start = next((place for place, row in enumerate(rows) if row != place), len(rows))
-        index = torch.as_tensor(rows[start:], dtype=torch.long)
+        start = next((place for place, entry in enumerate(entries) if entry != place), len(entries))
+        index = torch.as_tensor(entries[start:], dtype=torch.long)
         if len(index):
             for part in (*self._keys, *self._values):
-                part[:, start : len(rows)] = part[:, index]
-        self._rows = len(rows)
+                part[:, start : len(entries)] = part[:, index]
+        self._entries = len(entries)
 
-    def _reserve(self, rows: int) -> None:
+    def _reserve(self, entries: int) -> None:
         """Make room for so many entries. Mutates: the buffers."""
-        if rows <= self._capacity:
+        if entries <= self._capacity:
             return
-        capacity = max(2 * self._capacity, rows, LEAST_CAPACITY)
+        capacity = max(2 * self._capacity, entries, LEAST_CAPACITY)
         shape = (self._kv_heads, capacity, self._size)
         grown: list[list[torch.Tensor]] = []
         for old in (self._keys, self._values):
             new = [torch.empty(shape) for _ in self._layers]
             for target, source in zip(new, old, strict=False):
-                target[:, : self._rows] = source[:, : self._rows]
+                target[:, : self._entries] = source[:, : self._entries]
             grown.append(new)
         self._keys, self._values = grown
         # Last: after an interrupt the buffers must not be smaller than this says.

@@ -1,3 +1,1 @@
-"""The flash store: packs, their writer and reader, and the streams that hand weights to
-operators.
-"""
+"""The flash store: packs, their writer and reader, and the streams of weights for operators."""

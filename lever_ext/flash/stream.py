@@ -51,7 +51,7 @@ class LayerStream:
         pack: the target.
         resident: how many first layers stay in memory.
         ring: buffers for the others, at least 2 where there are any.
-        elsewhere: of the resident ones, how many first layers are kept by somebody else.
+        elsewhere: of the resident ones, how many first layers an accelerator keeps.
 
     Raises:
         FlashError: a resident layer cannot be read.

@@ -107,7 +107,7 @@ def place_layers(
     best = choose(pack, budget, measured, free_bytes, head_bytes, model.config)
     if best is None:
         logger.warning(
-            "%s is not used: by the measured costs a pass is no quicker with it", accelerator.label
+            "%s is not used: by the measured costs a pass is no faster with it", accelerator.label
         )
         return alone
     logger.info("%s", best.line(accelerator.label))
@@ -122,7 +122,7 @@ def choose(
     head_bytes: int,
     config: Any,
 ) -> Split | None:
-    """The quickest split that fits; None where the CPU alone is as quick.
+    """The fastest split that fits; None where the CPU alone is as fast.
 
     Args:
         pack: the target.

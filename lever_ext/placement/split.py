@@ -203,7 +203,7 @@ def _moves(stays: int, count: int) -> Iterator[range]:
 
 
 def best_of(candidates: Sequence[Split], cpu_us: float) -> Split | None:
-    """The quickest candidate; None where it does not beat the CPU alone by `MARGIN`.
+    """The fastest candidate; None where it does not beat the CPU alone by `MARGIN`.
 
     Args:
         cpu_us: a pass on the CPU alone.

@@ -112,7 +112,7 @@ class LatencyTable:
     _line: tuple[float, float] = (0.0, 0.0)
     """Microseconds without nodes, and for each node."""
     _grid: NDArray[np.float64] | None = None
-    """Predictions, [nodes, leaves]; made anew after each measurement, when somebody asks."""
+    """Predictions, [nodes, leaves]; computed on demand, dropped by each measurement."""
 
     def observe(self, nodes: int, leaves: int, us: float) -> None:
         """Add a measured time in microseconds. Mutates."""

@@ -14,13 +14,9 @@ from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.flips import FlipCount, count_flips, differences
 from lever_ext.target import load_target
 from lever_ext.tree.policies import make_policy
-from tests.lever.conftest import FAMILIES
+from tests.lever.helpers import FAMILIES, prompt
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
-
-
-def prompt(seed: int) -> torch.Tensor:
-    return torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

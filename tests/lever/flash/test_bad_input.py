@@ -26,7 +26,7 @@ from lever_ext.flash.source import StateDictSource
 from lever_ext.flash.writer import write_pack
 from lever_ext.packing import pack_model
 from lever_ext.target import load_target
-from tests.lever.conftest import tiny_config
+from tests.lever.helpers import tiny_config
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
 PROMPT = torch.arange(3, 12)[None]

@@ -23,7 +23,7 @@ from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.expert_union import ExpertUnion
 from lever_ext.tree.policies import POLICIES, make_policy
 from lever_ext.tree.token_tree import DraftedToken
-from tests.lever.conftest import pack_model, tiny_model
+from tests.lever.helpers import pack_model, tiny_model
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 

@@ -29,7 +29,7 @@ from lever_ext.placement.split import Place
 from lever_ext.speculation.verify import Verifier
 from lever_ext.target import load_target
 from lever_ext.tree.policies import make_policy
-from tests.lever.test_decoding import a_gate, prompt
+from tests.lever.helpers import a_gate, prompt
 
 TIMES = int(os.environ.get("HYBRIMOE_LONG", 6))
 """Interrupts for each kind of cache."""

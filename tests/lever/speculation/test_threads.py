@@ -21,7 +21,7 @@ from lever_ext.drafts.ngram import NGramDraft
 from lever_ext.placement.split import Place
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
-from tests.lever.test_decoding import a_gate, least_budget, prompt
+from tests.lever.helpers import a_gate, least_budget, prompt
 
 pytestmark = pytest.mark.slow
 

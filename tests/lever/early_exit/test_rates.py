@@ -29,12 +29,9 @@ from lever_ext.target import load_target
 from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.policies import FixedBudget
 from lever_ext.tree.token_tree import TokenTree
+from tests.lever.helpers import prompt
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 30}
-
-
-def prompt(seed: int) -> torch.Tensor:
-    return torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(seed))
 
 
 def test_what_a_dropped_row_costs() -> None:

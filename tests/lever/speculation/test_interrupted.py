@@ -24,7 +24,7 @@ from lever_ext.placement.split import Place
 from lever_ext.speculation.draft_ahead import OverlappedDrafting
 from lever_ext.target import FlashTarget, load_target
 from lever_ext.tree.policies import make_policy
-from tests.lever.test_decoding import a_gate, least_budget, prompt
+from tests.lever.helpers import a_gate, least_budget, prompt
 
 pytestmark = pytest.mark.slow
 
