@@ -1,8 +1,7 @@
-"""Speculative decoding with a target on flash: pack a model, load it within a memory budget, ask it
-something.
+"""Speculative decoding with a target on flash.
 
-Without arguments this packs SmolLM2 (0.3 GB). For a model of your own: `lever.py
-path/to/model.gguf`.
+Packs a model, loads it within a memory budget, and asks it something. Without arguments this packs
+SmolLM2 (0.3 GB). For a model of your own: `lever.py path/to/model.gguf`.
 """
 
 from __future__ import annotations
