@@ -95,8 +95,9 @@ def prefetch_row(name: str, ratio: float = 0.25) -> Row:
 
 
 def closed(rows: Sequence[Row], budget: str) -> float:
-    """Share of the way from per-layer LRU to Belady of the same budget, over the real traces' mean
-    hit rates.
+    """How much of the gap from per-layer LRU to Belady our cache closes.
+
+    Both caches have the same budget; hit rates are summed over the real traces.
     """
     judged = within(rows, "cache", JUDGED)
     real = within(judged, "trace", traces.REAL)

@@ -90,9 +90,7 @@ def texts(tokenizer: Any, count: int) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] float32: one prefill, then the last `DECODED` positions token by token, as in an
-    answer.
-    """
+    """[T, V] float32: one prefill, then the last `DECODED` positions one by one, as in answers."""
     first = max(1, ids.shape[1] - DECODED)
     keyword = cache_name(model)
     out = model(ids[:, :first], use_cache=True)
@@ -109,8 +107,7 @@ def compare(
     wanted: Sequence[torch.Tensor],
     found: Sequence[torch.Tensor],
 ) -> dict[str, float]:
-    """Agreement of the likeliest tokens, perplexities and relative error of the logits, over all
-    chunks.
+    """Agreement of the likeliest tokens, perplexities and relative error of all chunks' logits.
 
     A position counts as agreeing only if the one likeliest token is the same; near ties are not
     forgiven.

@@ -1,9 +1,8 @@
-"""How many greedy tokens of the flash targets differ, in bfloat16, between tree verification and
-plain decoding?
+"""How many greedy tokens differ, in bfloat16, between tree verification and plain decoding?
 
-Every token of the tree-decoded text is compared with what one-row decoding of the same text
-chooses, so that one flip does not count all the tokens after it. Weights lie in DRAM: where they
-lie changes no bit.
+Measured on the flash targets. Every token of the tree-decoded text is compared with what one-row
+decoding of the same text chooses, so that one flip does not count all the tokens after it. Weights
+lie in DRAM: where they lie changes no bit.
 """
 
 from __future__ import annotations

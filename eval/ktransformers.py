@@ -55,17 +55,19 @@ _LINES = re.compile(
 
 
 class Host(NamedTuple):
-    """Where classic kTransformers runs: a Python, and a folder that comes first on its path ("" for
-    none).
-    """
+    """Where classic kTransformers runs."""
 
     python: str
+    """An interpreter."""
     site: str = ""
+    """A folder that comes first on its path; empty for none."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """For its processes. Triton's interpreter, which a dry run asks for, is left out: it has
-        its own stand-in.
+        """Environment variables for its processes.
+
+        Triton's interpreter, which a dry run asks for, is left out: the host has a stand-in for
+        Triton.
         """
         values = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         if self.site:
@@ -128,7 +130,9 @@ def rules_flags(folder: Path, threads: int) -> dict[str, list[str]]:
 
 
 def find_host() -> Host:
-    """The folder that `SITE` names, this environment, or the one that
+    """The Python that has classic kTransformers.
+
+    It is this one with the folder that `SITE` names, this environment, or the environment that
     `scripts/setup_ktransformers.py` makes.
 
     Raises:
@@ -199,8 +203,9 @@ def answers_of(answers: Sequence[dict[str, float]], measure: str) -> list[dict[s
 
 
 def summary(answers: Sequence[dict[str, float]], measure: str) -> dict[str, Any]:
-    """p20, p50 and p80 of one measure, with how many answers and prompt tokens it is of; there must
-    be one at least.
+    """p20, p50 and p80 of one measure, and how many answers and prompt tokens it is of.
+
+    There must be one answer at least.
     """
     chosen = answers_of(answers, measure)
     phase = "decode" if measure == DECODE else "prefill"

@@ -1,11 +1,10 @@
-"""What becomes of prefetches? Simulated on traces, with the engine's own controller on the paper's
-machine.
+"""What becomes of prefetches?
 
-Predictions are recorded where a trace has them, else modelled at a stated recall (at distance 1;
-its d-th power at distance d). Which experts lie in the slots at first is random, the same with
-prefetch and without. A start alone changes decode by tenths of a percent and prompts by percents,
-so cells near level are repeated from further starts and their mean is given.
-No column is measured.
+Simulated on traces, with the engine's own controller on the paper's machine. Predictions are
+recorded where a trace has them, else modelled at a stated recall (at distance 1; its d-th power at
+distance d). Which experts lie in the slots at first is random, the same with prefetch and without.
+A start alone changes decode by tenths of a percent and prompts by percents, so cells near level are
+repeated from further starts and their mean is given. No column is measured.
 """
 
 from __future__ import annotations
@@ -213,8 +212,9 @@ def is_near(without: Outcome, found: Outcome, phase: str, limit: float) -> bool:
 
 
 def run(system: System, job: Job, recall: float, start: int, prompt: bool = False) -> Outcome:
-    """One replay from a start of its own: slots hold experts drawn at random, and predictions err
-    anew.
+    """One replay from a start of its own.
+
+    Slots hold experts drawn at random, and predictions err anew.
     """
     name, profile, ratio, _ = job
     trace = routing(name)

@@ -1,9 +1,8 @@
-"""Record routing of the demo model with another number of experts, for shapes that no public record
-fits.
+"""Record routing of the demo model with another number of experts.
 
-The model is the demo model in Qwen2-MoE form (SmolLM2-135M, upcycled) with as many experts as are
-asked for; its routers really route a text and the answer to it. `eval/data/README.md` says which
-traces were made so.
+For shapes that no public record fits. The model is the demo model in Qwen2-MoE form (SmolLM2-135M,
+upcycled) with as many experts as are asked for; its routers really route a text and the answer to
+it. `eval/data/README.md` says which traces were made so.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ away."""  # noqa: E501
 
 
 def record(path: Path, experts: int, top_k: int, tokens: int) -> dict[str, Any]:
-    """Build, run and record; the model is thrown away. Gives what the JSON line says."""
+    """Build, run and record; the model is thrown away. Gives the contents of the JSON line."""
     from hybrimoe_plugin import load_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +80,7 @@ def record(path: Path, experts: int, top_k: int, tokens: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run it; gives what the JSON line says."""
+    """Run it; gives the contents of the JSON line."""
     parser = report.parser(__doc__ or "")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=6)

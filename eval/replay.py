@@ -202,8 +202,9 @@ def cell(job: Job) -> Row:
 
 
 def timed(begun: Start) -> Times:
-    """Decode and prefill time of one system from one start, for ratios of systems from the same
-    start.
+    """Decode and prefill time of one system from one start.
+
+    Ratios are taken of systems from the same start.
     """
     job, start = begun
     subject = Subject(job, start)

@@ -99,8 +99,9 @@ def gap_rows(cases: int) -> list[dict[str, Any]]:
 
 
 def recorded_rows(cases: int, tokens: int = 24) -> list[dict[str, Any]]:
-    """The same for decode calls as they came up in replays of the real traces, with what was
-    resident or in flight.
+    """The same for decode calls as they came up in replays of the real traces.
+
+    Experts are resident or in flight as they were then.
     """
     rows = []
     for name in traces.REAL:

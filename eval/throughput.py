@@ -1,9 +1,8 @@
-"""How fast does an injected model answer on this machine, beside llama.cpp on the same file and
-thread count?
+"""How fast does an injected model answer on this machine, compared with llama.cpp?
 
-Measured: TTFT of a prompt, TBT over single tokens, percent of the roofline. The systems take turns
-in one run, so that a change in the machine's speed affects all of them alike, and each number is a
-median over the turns.
+Both run the same file with as many threads. Measured: TTFT of a prompt, TBT over single tokens,
+percent of the roofline. The systems take turns in one run, so that a change in the machine's speed
+affects all of them alike, and each number is a median over the turns.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Build what a GPU machine that reaches no package index needs, on a machine that need not have a
-GPU.
+"""Build what a GPU machine without access to a package index needs.
+
+The machine that builds it need not have a GPU.
 
     python scripts/gpu_bundle.py                 writes build/gpu-bundle, under 60 MB
     python scripts/gpu_bundle.py --classic       another bundle, for the classic ktransformers host

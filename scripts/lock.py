@@ -1,5 +1,6 @@
-"""Choose the versions that set-up installs, with the hashes of their files: `python scripts/lock.py
-[--upgrade]`.
+"""Choose the versions that set-up installs, with the hashes of their files.
+
+    python scripts/lock.py [--upgrade]
 
 Needs uv on the path or as a module. Writes scripts/requirements/*.txt, one for each environment,
 for Python 3.10 to 3.12 and every platform. torch is not in them: its builds for CPU, CUDA and
@@ -31,8 +32,9 @@ BUILD = ("setuptools>=77.0.3",)
 
 
 def wanted() -> dict[str, list[str]]:
-    """Name of a lock -> what it must provide, as pyproject.toml and the set-up scripts ask
-    for it.
+    """Name of a lock -> what it must provide.
+
+    That is what pyproject.toml and the set-up scripts ask for.
     """
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     run = [*_listed(project, "dependencies"), *TORCH_NEEDS, *BUILD]
@@ -64,8 +66,9 @@ def main() -> int:
 
 
 def _listed(project: str, name: str) -> list[str]:
-    """The entries of a list in pyproject.toml, without torch and the project itself (3.10 has no
-    tomllib).
+    """The entries of a list in pyproject.toml, without torch and the project itself.
+
+    Python 3.10 has no tomllib.
     """
     block = re.search(rf"^{name} = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
     if block is None:

@@ -1,5 +1,6 @@
-"""Make an environment for the Makefile's targets: `python scripts/setup_env.py [--dev | --oldest]
-[--venv DIR]`.
+"""Make an environment for the Makefile's targets.
+
+    python scripts/setup_env.py [--dev | --oldest] [--venv DIR]
 
 Needs nothing but Python's standard library. All but torch is installed in the versions of
 scripts/requirements, each file compared with its hash; the oldest versions, which only tests use,
@@ -142,8 +143,9 @@ def install_torch(python: str) -> None:
 
 
 def _install_kernels(python: str) -> None:
-    """kt-kernel has wheels for Linux on x86-64 only; elsewhere the torch reference computes the
-    experts.
+    """Install kt-kernel where it has a wheel: on Linux on x86-64.
+
+    Elsewhere the torch reference computes the experts.
     """
     lock = str(LOCKS / "kernels.txt")
     command = [

@@ -1,5 +1,6 @@
-"""Make the environment of the classic ktransformers host: `python scripts/setup_ktransformers.py
-[--dev] [--venv DIR]`.
+"""Make the environment of the classic ktransformers host.
+
+    python scripts/setup_ktransformers.py [--dev] [--venv DIR]
 
 It is one of its own, because that release pins an old transformers. Needs Python's standard library
 only; no compiler.

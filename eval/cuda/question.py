@@ -1,13 +1,13 @@
-"""On one NVIDIA GPU: roofline, then four systems at three cache sizes, prefill and decode, on
-models of real shapes.
+"""On one NVIDIA GPU: how fast are four systems at three cache sizes, in prefill and decode?
 
-`python -m eval.throughput --device cuda` runs this too. The models consist of MoE layers alone,
-driven by given routing, recorded or generated as the column says; the CPU is limited to ten
-threads. `whole_model` in the last line holds the result of `eval.cuda_model` at half of the
-experts: whole models, with attention, norms and head. Every finished row is saved in `cuda.jsonl`
-at once, and the same command continues after the last one. A quick run gives no verdict. Without a
-CUDA device it is a dry run: the same code on the emulated accelerator with small matrices, times
-from the simulated clock and the published profile of the paper's machine, and `emulated` true.
+Bandwidths and the roofline come first. `python -m eval.throughput --device cuda` runs this too. The
+models consist of MoE layers alone, driven by given routing, recorded or generated as the column
+says; the CPU is limited to ten threads. `whole_model` in the last line holds the result of
+`eval.cuda_model` at half of the experts: whole models, with attention, norms and head. Every
+finished row is saved in `cuda.jsonl` at once, and the same command continues after the last one. A
+quick run gives no verdict. Without a CUDA device it is a dry run: the same code on the emulated
+accelerator with small matrices, times from the simulated clock and the published profile of the
+paper's machine, and `emulated` true.
 """
 
 from __future__ import annotations

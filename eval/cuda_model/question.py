@@ -1,12 +1,12 @@
-"""Whole models on one NVIDIA GPU: how long do a prompt and a decode step take, with and without
-CUDA graphs?
+"""Whole models on one NVIDIA GPU: how long do a prompt and a decode step take?
 
-`python -m eval.throughput --device cuda` measures MoE layers alone. Here attention with a growing
-KV cache, norms, routers, dense parts and the head run too, as a user's rules inject them. Weights
-are random in the models' shapes and types. Each router computes, and its choice is then replaced by
-given routing on the device, so that CUDA graphs contain it. Predictions for a layer are the same
-from every earlier layer. Without a CUDA device it is a dry run: small matrices, the emulated
-accelerator, and its simulated time of the MoE layers alone.
+Ours is measured with and without CUDA graphs. `python -m eval.throughput --device cuda` measures
+MoE layers alone. Here attention with a growing KV cache, norms, routers, dense parts and the head
+run too, as a user's rules inject them. Weights are random in the models' shapes and types. Each
+router computes, and its choice is then replaced by given routing on the device, so that CUDA graphs
+contain it. Predictions for a layer are the same from every earlier layer. Without a CUDA device it
+is a dry run: small matrices, the emulated accelerator, and its simulated time of the MoE layers
+alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Bandwidths of CPU, GPU and pinned link, and the shares of them that transfers and the decode
-kernel reach.
-"""
+"""Bandwidths of CPU, GPU and pinned link, and the shares that transfers and kernels reach."""
 
 from __future__ import annotations
 
@@ -70,8 +68,9 @@ def shares(
     layers: Sequence[LayerWeights],
     measured: Bandwidths,
 ) -> dict[str, float]:
-    """What the engine's own calls reach (onloads, decode compute): the lower share over both kinds
-    of layers.
+    """Shares that the engine's own onloads and decode compute reach, the lower of two layers.
+
+    The first two layers are one of each kind.
     """
     found = [layer_shares(accelerator, layer, measured) for layer in layers[:2]]
     link, kernel = zip(*found, strict=True)
@@ -83,8 +82,9 @@ def layer_shares(
     layer: LayerWeights,
     measured: Bandwidths,
 ) -> tuple[float, float]:
-    """(share of the link, share of the device's memory bandwidth) that onloads and decode compute
-    of a layer reach.
+    """(share of the link, share of the device's memory bandwidth) that one layer's calls reach.
+
+    The calls are onloads and decode compute.
 
     Mutates: `accelerator`, whose slots are allocated anew.
     """

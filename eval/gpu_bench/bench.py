@@ -1,6 +1,4 @@
-"""The MoE layers of one model on one machine, real or emulated, shared by the systems of
-`eval.cuda`.
-"""
+"""The MoE layers of one model on one machine, shared by the systems of `eval.cuda`."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ LEAST_S = 5.0
 
 
 def card_name() -> str | None:
-    """The first GPU's name, None without one; from the driver's own tool, because torch takes
-    seconds to load.
+    """The first GPU's name as the driver's own tool gives it; None without a GPU.
 
-    A card whose driver does not answer in time is still a card: its stages will say what is wrong.
+    torch would take seconds to load. A card whose driver does not answer in time is still a card:
+    its stages will say what is wrong.
     """
     names = report.nvidia_smi("name")
     if names is not None:

@@ -1,5 +1,6 @@
-"""One stage in a process of its own: `python -m eval.gpu_check.child NAME --module PATH --out DIR
---scratch DIR`.
+"""One stage in a process of its own, which `eval.gpu_check.runner` starts.
+
+python -m eval.gpu_check.child NAME --module PATH --out DIR --scratch DIR
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ Row = Mapping[str, Any]
 
 
 def main() -> int:
+    """Run the stage; its rows are in the results file as soon as they are known."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name")
     parser.add_argument("--module", required=True)
@@ -76,8 +78,9 @@ def _finite(row: Row) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to end this process with its parent: nothing may hold the card after the check was
-    killed.
+    """Ask Linux to end this process with its parent.
+
+    Nothing may hold the card after the check was killed.
     """
     import ctypes
 

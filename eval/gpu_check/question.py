@@ -1,5 +1,4 @@
-"""Everything worth knowing about a GPU in 7.5 minutes: is the product right on it, how fast is it,
-and what limits it?
+"""Is the product right on a GPU, how fast is it, and what limits it? Answered in 7.5 minutes.
 
 Each stage runs in a process of its own with a time limit, so that one that hangs or dies costs only
 itself. Every result is appended to `results.jsonl` in `--out` as soon as it is known, with device,
@@ -114,8 +113,9 @@ def _warn_of_commits(lines: Sequence[Line]) -> None:
 
 @contextmanager
 def _scratch(given: Path | None) -> Iterator[Path]:
-    """The folder for large files. It is kept, so that a stage that is run again need not write them
-    again.
+    """The folder for large files, locked while this check runs.
+
+    It is kept, so that a stage that is run again need not write them again.
 
     Raises:
         OSError: it cannot be used, or another check uses it: two would disturb each other's times.
@@ -132,8 +132,9 @@ def _scratch(given: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM and a lost terminal end the check as Ctrl-C does: stages are stopped, and what is
-    known is shown.
+    """Let SIGTERM and a lost terminal end the check as Ctrl-C does.
+
+    Stages are stopped, and what is known is shown.
     """
 
     def stop(_number: int, _frame: FrameType | None) -> None:

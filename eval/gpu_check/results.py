@@ -1,6 +1,4 @@
-"""What the stages found, read back from the results file: the newest line of every case, and the
-verdict on them.
-"""
+"""What the stages found, read back from the results file, and the verdict on it."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ LOAD_EVERY_MISS = "load every miss, LRU"
 
 
 def merged(lines: Iterable[Line]) -> list[Line]:
-    """What counts of a file's lines: for each stage, its newest whole run and what later runs
-    measured again.
+    """The lines that count: of each stage, its newest whole run and what later runs measured again.
 
     A run that was cut off replaces the cases that it measured and leaves the others, so that two
     such runs make a whole one. A run that ended well replaces everything that the stage said
@@ -136,8 +133,9 @@ def _wrong(lines: Sequence[Line]) -> list[Line]:
 
 
 def _correct(lines: Sequence[Line], judges: Iterable[str]) -> bool | None:
-    """False as soon as one case is wrong; True only if every judging stage ended well and has
-    judged something.
+    """Whether everything judged is right; None unless every judging stage ended well.
+
+    One wrong case is enough for False.
     """
     if _wrong(lines):
         return False

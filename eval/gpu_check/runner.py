@@ -1,6 +1,4 @@
-"""Runs stages one after another, each in a process of its own that costs only itself when it hangs
-or dies.
-"""
+"""Runs a stage in a process of its own, which costs only itself if it hangs or dies."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ GRACE_S = 5.0
 
 
 def _writable_caches(scratch: Path) -> dict[str, str]:
-    """Where profiles, tuned tiles and compiled kernels are kept, if the usual place cannot be
-    written.
+    """Environment variables that move caches to `scratch`, if the usual folder cannot be written.
+
+    They hold profiles, tuned tiles and compiled kernels.
     """
     try:
         usual = Path.home() / ".cache"

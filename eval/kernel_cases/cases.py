@@ -1,5 +1,4 @@
-"""What the device kernels must compute right: the types, shapes, tiles and numbers of tokens that
-the product uses.
+"""What the device kernels must compute right: types, shapes, tiles and numbers of tokens.
 
 The tests and `eval.gpu_check` run the same cases, with `eval.kernel_cases.runs`.
 """
@@ -118,8 +117,9 @@ def cases(interpreted: bool) -> list[Case]:
 
 
 def odd_cases(interpreted: bool) -> list[Case]:
-    """Shapes that no model has; `cases` holds them for a GPU, and the interpreter takes another
-    minute for them.
+    """Shapes that no model has.
+
+    `cases` holds them for a GPU; the interpreter takes another minute for them.
     """
     found = []
     for shape in ODD_SHAPES:
@@ -162,8 +162,9 @@ def linear_cases(interpreted: bool = False) -> list[LinearCase]:
 
 
 def repack_cases(interpreted: bool = False) -> list[RepackCase]:
-    """67 blocks are no whole number of the kernel's programs; the others are a matrix of each
-    model.
+    """Every case of splitting blocks into planes.
+
+    67 blocks are no whole number of the kernel's programs; the others are a matrix of each model.
     """
     matrices = () if interpreted else (2048 * 768, 2048 * 1408, 4096 * 14336)
     found = []

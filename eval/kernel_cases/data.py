@@ -105,8 +105,11 @@ def random_call(
     seed: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(hidden [T, H] of dtype, expert ids [T, K] int64, routing weights [T, K] float32) on the
-    device.
+    """A random call of the kernels.
+
+    Returns:
+        (hidden [T, H] of dtype, expert ids [T, K] int64, routing weights [T, K] float32) on the
+        device.
     """
     generator = torch.Generator(device).manual_seed(seed)
     hidden = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)

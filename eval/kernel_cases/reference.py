@@ -15,8 +15,9 @@ from hybrimoe_plugin.weights.dequant import dequantize
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What torch allocates within is filled with NaN, so that a value nobody wrote cannot pass for
-    a result.
+    """Fill what torch allocates within with NaN.
+
+    A value that nobody wrote cannot pass for a result then.
     """
     settings: Any = torch.utils.deterministic
     was = torch.are_deterministic_algorithms_enabled()

@@ -25,8 +25,9 @@ from hybrimoe_plugin.weights.dequant import dequantize
 
 
 def product_kernels(case: Case, device: torch.device) -> Kernels:
-    """What the product computes these types with on a GPU: Triton's kernels, or torch's where those
-    refuse.
+    """What the product computes these types with on a GPU.
+
+    Those are Triton's kernels, or torch's where Triton's refuse.
     """
     from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 

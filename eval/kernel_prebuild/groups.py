@@ -41,8 +41,9 @@ class Groups:
         self.add(f"{kind}, {case.shape.name} {'/'.join(case.shape.kinds)}", case)
 
     def add_tuning(self, shape: Shape, calls: Sequence[torch.dtype]) -> None:
-        """Tiles that tuning tries before the first token, with float32 routing weights, and those
-        it may choose.
+        """Add tiles that tuning tries before the first token, and calls in those it may choose.
+
+        Tuning's own routing weights are float32.
 
         Args:
             calls: dtypes of states in calls after tuning that differ from tuning's own.

@@ -1,5 +1,4 @@
-"""Compile the device kernels on a machine that has no GPU, into a cache that a machine with one
-finds complete.
+"""Compile the device kernels on a machine without a GPU, into a cache for one that has it.
 
 The product's own launch code runs on tensors that claim to lie on a GPU, with Triton's CUDA driver
 replaced by one that compiles as the real one does and launches nothing. So everything that Triton's

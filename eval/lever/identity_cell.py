@@ -22,8 +22,9 @@ TARGET = "narrow-fp32"
 
 @dataclass(frozen=True)
 class IdentityCell:
-    """In float32, the tokens of every tree, pruned and not, against plain `generate` of the model
-    in memory.
+    """In float32, every tree's tokens against plain `generate` of the model in memory.
+
+    Each tree is tried with and without pruning.
     """
 
     name: str

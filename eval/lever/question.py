@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def run_cells(cells: Iterable[Cell], path: Path, seconds: float) -> list[dict[str, Any]]:
-    """Rows of all cells, those from earlier runs included; each cell's rows are written as soon as
-    it has ended.
+    """Rows of all cells, those from earlier runs included.
+
+    Each cell's rows are written as soon as it has ended.
     """
     rows = report.read_csv(path) if path.exists() else []
     done = {row["cell"] for row in rows}

@@ -60,8 +60,9 @@ def _row(what: str, value: float) -> Row:
 
 
 def stream_gbps(pack: FlashPack, nbytes: int) -> float:
-    """GB/s of layer blocks through three buffers, as a target's stream reads them, with nothing to
-    compute.
+    """GB/s of layer blocks read through three buffers, as a target's stream does.
+
+    Nothing is computed meanwhile.
     """
     blocks = pack.blocks("layer")
     buffers = deque(Buffer.several(3, block_memory(blocks)))

@@ -1,10 +1,10 @@
-"""Decodings side by side that take turns cycle by cycle: a disk whose speed drifts is as slow for
-one as for the other.
+"""Decodings side by side that take turns after every cycle.
 
-Every decoding has a thread of its own for what `generate` does, but all cycles run on the caller's:
-with a pool of workers for each thread OpenMP would put workers to sleep after every operation. Each
-has its own draft state and, where the target has routed experts, its own expert cache of the same
-size: what the others do does not help or hurt it.
+A disk whose speed drifts is as slow for one as for the other. Every decoding has a thread of its
+own for what `generate` does, but all cycles run on the caller's: with a pool of workers for each
+thread OpenMP would put workers to sleep after every operation. Each has its own draft state and,
+where the target has routed experts, its own expert cache of the same size: what the others do does
+not help or hurt it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class Turns:
         self._changed = threading.Condition()
 
     def run(self, mine: int, call: Callable[[], bool]) -> bool:
-        """From a thread of its own: have `call` run at my next turn, and wait for what it gives or
-        raises.
-        """
+        """From another thread: run `call` at my next turn, and wait for its result or error."""
         result: Future[bool] = Future()
         with self._changed:
             self._asked[mine] = (call, result)

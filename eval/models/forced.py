@@ -13,10 +13,10 @@ from hybrimoe_plugin.errors import ConfigError
 
 
 def route_by(model: Any, trace: Path) -> None:
-    """Replace the choice of every router of an injected model by the trace's, token by token, over
-    and over.
+    """Replace every router's choice in an injected model by a trace's, token by token.
 
-    The routers still compute; only what they chose is exchanged, by a hook on each.
+    The trace is repeated as often as needed. The routers still compute; only what they chose is
+    exchanged, by a hook on each.
 
     Raises:
         ConfigError: the trace is of another number of experts, or of too few layers or experts per

@@ -1,10 +1,9 @@
-"""Models of the right shape and no sense: GGUF files with random quantised weights, for measuring
-speed.
+"""GGUF files in real models' shapes with random quantised weights, for measuring speed.
 
-Every matrix has the size, the type and the place that it has in a released file of the model; a
-slice has fewer layers, or fewer routed experts in each of all layers, which leaves the work of a
-token as it is. Values are random with the spread that keeps activations in range; the router is
-random, so routing is flat.
+What these models say means nothing. Every matrix has the size, the type and the place that it has
+in a released file of the model; a slice has fewer layers, or fewer routed experts in each of all
+layers, which leaves the work of a token as it is. Values are random with the spread that keeps
+activations in range; the router is random, so routing is flat.
 """
 
 from __future__ import annotations
@@ -102,8 +101,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(model: str, layers: int, experts: int | None = None) -> Any:
-    """The transformers config of the first `layers` layers, with the first `experts` routed experts
-    in each.
+    """The transformers config of a model's first layers, with some of its routed experts.
+
+    Args:
+        layers: how many.
+        experts: routed ones in each layer.
 
     Raises:
         ConfigError: unknown model, no layer with routed experts, or fewer experts than a token
@@ -176,8 +178,10 @@ def build(
 
 
 def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) -> None:
-    """Write a model of the config's shape; `choose` gives the GGML type of a tensor by GGUF name
-    and shape.
+    """Write a model of the config's shape.
+
+    Args:
+        choose: gives the GGML type of a tensor by its GGUF name and shape.
     """
     from hybrimoe_plugin.families.gguf_metadata import metadata
     from hybrimoe_plugin.families.registry import family_of
@@ -207,8 +211,9 @@ def write(path: Path, made: Any, choose: Callable[[str, tuple[int, ...]], str]) 
 
 
 def choose_type(name: str, shape: tuple[int, ...], quantisation: str, layers: int) -> str:
-    """The type of a matrix in a released file: llama.cpp's mix for Q4_K_M, one type for
-    the others.
+    """The type of a matrix in a released file.
+
+    That is llama.cpp's mix for Q4_K_M, and one type for the others.
     """
     if quantisation != "Q4_K_M":
         return quantisation
@@ -223,9 +228,7 @@ def choose_type(name: str, shape: tuple[int, ...], quantisation: str, layers: in
 
 
 def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> NDArray[np.uint8]:
-    """Random bytes [n] of a GGML type, with scales that give values a spread of 1 / sqrt(row
-    length).
-    """
+    """Random bytes [n] of a GGML type; values have a spread of 1 / sqrt(row length)."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     count = int(np.prod(shape)) // block
     raw = (
@@ -264,8 +267,9 @@ def _is_latent(made: Any) -> bool:
 
 
 def _latent_metadata(made: Any, architecture: str) -> dict[str, Any]:
-    """How current files describe latent attention: one key head, as wide as a latent and its rotary
-    part.
+    """How current files describe latent attention.
+
+    There is one key head, as wide as a latent and its rotary part.
     """
     if not _is_latent(made):
         return {}

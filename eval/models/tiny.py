@@ -1,5 +1,6 @@
-"""Tiny random models of every family, as transformers models and as GGUF files, for tests and
-checks on a device.
+"""Tiny random models of every family, as transformers models and as GGUF files.
+
+For tests, and for checks on a device.
 """
 
 from __future__ import annotations
@@ -146,9 +147,7 @@ def config(family: str, **changes: Any) -> Any:
 
 
 def model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A model with distinct random weights everywhere, float32; routers are given a clear
-    preference.
-    """
+    """A float32 model with distinct random weights everywhere; routers prefer clearly."""
     from transformers import AutoModelForCausalLM
 
     built = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32).eval()
@@ -180,8 +179,9 @@ def write(
 
 
 def write_quantised(path: Path, family: str) -> None:
-    """Write a tiny model whose experts and larger dense matrices are Q8_0, a type that every
-    backend takes.
+    """Write a tiny model whose experts and larger dense matrices are Q8_0.
+
+    Every backend takes that type.
     """
     wide = ("exps", "shexp", "attn_q.", "attn_k.", "attn_v.", "attn_output")
     export_gguf(

@@ -1,5 +1,6 @@
-"""FreeToken in a process of its own: `python eval/peers/freetoken_child.py REQUEST`, one JSON
-object to and fro.
+"""FreeToken in a process of its own: one JSON object in, one out.
+
+    python eval/peers/freetoken_child.py REQUEST
 
 It needs nothing but the package freetoken, so any interpreter that has it will do. Written against
 the Python API of FreeToken 0.2.1 (`freetoken.llm.LLM`); its own server adds HTTP and a tokenizer to
@@ -73,8 +74,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(request: dict[str, Any]) -> Any:
-    """FreeToken's engine on the file; its `arrived` is a list of the times at which tokens were
-    there.
+    """FreeToken's engine on the file.
+
+    Its `arrived` is a list of the times at which tokens were there.
     """
     scheduler: Any = importlib.import_module("freetoken.scheduler.scheduler")
     scheduler.load_tokenizer = lambda *_given: NoTokenizer()

@@ -1,5 +1,6 @@
-"""llama.cpp's own benchmark, as it is installed: builds differ in their options, so `--help` is
-asked first.
+"""llama.cpp's own benchmark, as it is installed.
+
+Builds differ in their options, so `--help` is asked first.
 """
 
 from __future__ import annotations
@@ -99,8 +100,13 @@ class LlamaBench:
     def measure(
         self, command: Sequence[str], prompts: Sequence[int], generated: int, depth: int
     ) -> list[Answer]:
-        """Rates of prompts of these lengths, or, if `generated` is not 0, of single tokens behind
-        `depth` others.
+        """Rates of prompts, or of single tokens if `generated` is not 0.
+
+        Args:
+            command: as `command` gives it.
+            prompts: their lengths.
+            generated: number of single tokens.
+            depth: tokens before the first of them.
 
         Raises:
             LlamaBenchError: no answer that can be read.

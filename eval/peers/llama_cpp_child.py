@@ -1,5 +1,6 @@
-"""llama.cpp in a process of its own: `python eval/peers/llama_cpp_child.py MODEL THREADS CONTEXT
-[--no-amx]`.
+"""llama.cpp in a process of its own, asked over a pipe.
+
+    python eval/peers/llama_cpp_child.py MODEL THREADS CONTEXT [--no-amx]
 
 It imports nothing but the standard library and llama-cpp-python, so any interpreter that has that
 package can run it. Each line on standard input is a JSON request, each line on standard output the
@@ -61,8 +62,9 @@ class _Program(ctypes.Structure):
 
 
 def _withhold_amx() -> None:
-    """Let the kernel refuse the permission for AMX to this process (a seccomp filter on
-    one call).
+    """Let the kernel refuse this process the permission for AMX.
+
+    A seccomp filter on one system call does it.
     """
     filters = (_Instruction * 6)(
         _Instruction(0x20, 0, 0, 0),  # load the call's number

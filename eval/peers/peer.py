@@ -42,8 +42,13 @@ class Peer:
         self.version = str(self._answer()["version"])
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """{"prefill_s": ..., "step_s": [...]} for `prompt` (ids) and `steps` (ids fed one
-        by one).
+        """Times of a prompt and of single tokens after it.
+
+        Args:
+            request: `prompt` (ids) and `steps` (ids fed one by one).
+
+        Returns:
+            {"prefill_s": ..., "step_s": [...]}
         """
         assert self._process.stdin is not None
         try:

@@ -13,8 +13,9 @@ from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
 def token_bytes(gguf: Path, config: Any) -> int:
-    """Stored bytes that one token's forward pass reads: all dense matrices, K of the E routed
-    experts, the head.
+    """Stored bytes that one token's forward pass reads.
+
+    These are all dense matrices, K of the E routed experts, and the head.
     """
     from hybrimoe_plugin.weights.layer_weights import expert_counts
 
@@ -32,8 +33,9 @@ def token_bytes(gguf: Path, config: Any) -> int:
 
 
 def read_gbps(threads: int, size: int = 1 << 29, repeats: int = 7) -> float:
-    """Measured read bandwidth of main memory: the best of sums over 512 MiB, which no usual cache
-    holds.
+    """Measured read bandwidth of main memory.
+
+    It is the best of several sums over 512 MiB, which no usual cache holds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -65,9 +65,7 @@ class Cached:
         """[L, E]: ranks of what is cached, as of its layer's last call; else infinite."""
 
     def admit(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Admit what a token needed, best first, each against the least worthy of those that are
-        cached.
-        """
+        """Admit what a token needed, best first, each against the least worthy cached expert."""
         ranks = self._policy.ranks[layer]
         here = self.here[layer]
         self._worth[layer] = np.where(here, ranks, np.inf)

@@ -110,8 +110,9 @@ def build(
 
 
 def prepare(system: System, trace: Trace, recall: float, draw: int = 0) -> Trace:
-    """The trace with the predictions that this system would see: recorded ones where there are any,
-    else modelled.
+    """The trace with the predictions that this system would see.
+
+    They are recorded ones where there are any, else modelled.
 
     Args:
         draw: which of the modelled predictions' errors are drawn.

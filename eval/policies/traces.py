@@ -1,5 +1,6 @@
-"""The routing that every question is asked on: real traces, and generated ones with the paper's
-three shapes.
+"""The routing that every question is asked on: real traces, and generated ones.
+
+Generated ones have the shapes of the paper's three models.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ RECORDED = ("smollm2-mixtral", "smollm2-qwen2moe")
 
 
 class Shape(NamedTuple):
-    """A model of the paper and routing that is flat in the long run, with the hit rates that the
-    paper reports.
+    """A model of the paper, and parameters of routing that is flat in the long run.
 
     `drift` and `locality` were fitted so that LRU and MRS at 25 % hit as often as in the paper.
     """
@@ -60,8 +60,9 @@ def recorded_names() -> tuple[str, ...]:
 
 @cache
 def flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
-    """Flat routing in the shape of one of the paper's models; Mixtral's long-run popularity is the
-    measured one.
+    """Flat routing in the shape of one of the paper's models.
+
+    Mixtral's long-run popularity is the measured one.
     """
     shape = SHAPES[name]
     spec = load_profile(f"a6000-{name}").spec
@@ -115,8 +116,9 @@ def other_text(trace: Trace, name: str, start: int = 0) -> Popularity:
 
 
 def costs_for(profile: str, trace: Trace, name: str) -> CostModel:
-    """Costs of one machine for a trace's experts. `a6000` and `constants` stand for the paper's
-    machine.
+    """Costs of one machine for a trace's experts.
+
+    `a6000` and `constants` stand for the paper's machine.
     """
     if profile in ("a6000", "constants"):
         # Real traces: the shape of the paper's that is nearest in size.
@@ -127,8 +129,9 @@ def costs_for(profile: str, trace: Trace, name: str) -> CostModel:
 
 
 def shape_of(trace: Trace, like: ExpertSpec) -> ExpertSpec:
-    """An expert of the trace's size: times scale with bytes, so the split among its matrices does
-    not matter.
+    """An expert of the trace's size.
+
+    Times scale with bytes, so the split among its matrices does not matter.
     """
     third, rest = divmod(trace.header.expert_bytes, 3)
     header = trace.header

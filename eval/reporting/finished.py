@@ -1,6 +1,4 @@
-"""Cells that are measured once: what an interrupted run left in its journal is taken by the next
-run in that folder.
-"""
+"""Cells that are measured once: an interrupted run's rows are taken by the next run."""
 
 from __future__ import annotations
 
@@ -24,12 +22,11 @@ CODE = {"eval": "*.py", "hybrimoe_plugin": "*.py", "optimize_rules": "*.yaml"}
 
 
 class Finished:
-    """Finished rows of this machine, this code and this size; others in the same file are left
-    where they are.
+    """Finished rows of this machine, this code and this size.
 
-    A row holds what was measured, which question and cell it belongs to, and beside that its
-    conditions: the facts of `report.facts`, `quick`, and a digest of the code, because two
-    different trees may both be `dirty`.
+    Others in the same file are left where they are. A row holds what was measured, which question
+    and cell it belongs to, and beside that its conditions: the facts of `report.facts`, `quick`,
+    and a digest of the code, because two different trees may both be `dirty`.
 
     Args:
         path: the journal's file.
@@ -61,17 +58,17 @@ class Finished:
         return where(self._rows, **cell)
 
     def phases(self, *names: str, **cell: Any) -> list[Row] | None:
-        """The newest row of each phase, in the order of `names`; None unless all of them
-        are there.
-        """
+        """The newest row of each phase, in the order of `names`; None if one is missing."""
         newest = {row["phase"]: row for row in self.find(**cell)}
         if not set(names) <= set(newest):
             return None
         return [newest[name] for name in names]
 
     def add(self, row: Mapping[str, Any]) -> Row:
-        """Save a row at once; gives it with its conditions, as it will be found again. Raises: as
-        `Journal.append`.
+        """Save a row at once; gives it with its conditions, as it will be found again.
+
+        Raises:
+            OSError, TypeError: as `Journal.append`.
         """
         whole = {**row, **self._conditions}
         self._journal.append(whole)

@@ -1,6 +1,4 @@
-"""A file of finished rows, one JSON object a line, that survives being killed and can be read back
-to go on.
-"""
+"""A file of finished rows, one JSON object a line, that survives being killed."""
 
 from __future__ import annotations
 
@@ -66,16 +64,19 @@ class Journal:
 
 
 def _is_torn(handle: int) -> bool:
-    """Whether the file's last byte is not the end of a line. Another process's row may come in
-    between: that row ends its own line, so at worst an empty line is left, which `rows` skips.
+    """Whether the file's last byte is not the end of a line.
+
+    Another process's row may come in between: that row ends its own line, so at worst an empty line
+    is left, which `rows` skips.
     """
     size = os.fstat(handle).st_size
     return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """The line's JSON object; None if it is not one. No proper beginning of an object is one
-    itself.
+    """The line's JSON object; None if it is not one.
+
+    No proper beginning of an object is one itself.
     """
     try:
         found = json.loads(line)

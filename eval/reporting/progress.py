@@ -1,6 +1,4 @@
-"""How long a run of cells will take: said before the first one, corrected by every cell that is
-done.
-"""
+"""How long a run of cells will take, corrected by every cell that is done."""
 
 from __future__ import annotations
 
@@ -36,8 +34,9 @@ class _Kind:
 
 
 class Progress:
-    """A bar on stderr, and on stdout the estimate before anything is measured. Use it in a `with`
-    block.
+    """A bar on stderr, and an estimate on stdout before anything is measured.
+
+    Use it in a `with` block.
 
     Args:
         planned: kind of cells -> how many are to be measured, and a guess at what each takes.
@@ -70,8 +69,9 @@ class Progress:
         return sum(kind.left_s() for kind in self._kinds.values())
 
     def done(self, name: str) -> None:
-        """One cell of this kind is measured; what went before it, such as loading its model, counts
-        with it.
+        """One cell of this kind is measured.
+
+        What went before it, such as loading its model, counts with it.
         """
         now = self._clock()
         kind = self._kinds[name]

@@ -1,6 +1,4 @@
-"""What every question shares: a table on stdout, CSV and PNG in `--out`, one JSON line at
-the end.
-"""
+"""What every question prints and saves: a table, CSV and PNG files, one JSON line."""
 
 from __future__ import annotations
 
@@ -47,8 +45,9 @@ def parser(description: str, prog: str | None = None) -> argparse.ArgumentParser
 
 
 def facts() -> dict[str, str]:
-    """Hardware, driver, versions, commit and date, which every CSV row carries; `none` or `unknown`
-    where missing.
+    """Hardware, driver, versions, commit and date, which every CSV row carries.
+
+    Missing ones are `none` or `unknown`.
     """
     from hybrimoe_plugin.device.machine import hardware, versions
 
@@ -67,8 +66,7 @@ def facts() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The code's commit: what HYBRIMOE_COMMIT says, else what git says of this tree, else
-    `unknown`.
+    """The code's commit: from HYBRIMOE_COMMIT, else from git, else `unknown`.
 
     The variable is for machines that the tree reaches without its `.git`.
     """
@@ -96,8 +94,9 @@ def _version(package: str) -> str:
 
 
 def nvidia_smi(field: str) -> list[str] | None:
-    """What the NVIDIA driver's own tool says of each GPU, such as its `name`; None where it does
-    not answer.
+    """A field of each GPU, such as `name`, as the NVIDIA driver's tool gives it.
+
+    None where the tool does not answer.
     """
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
@@ -130,8 +129,9 @@ def _shown(value: Any) -> str:
 
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows with the facts of this machine beside each; facts that a row has already are left
-    as they are.
+    """Write rows with the facts of this machine beside each.
+
+    Facts that a row has already are left as they are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     known = facts()

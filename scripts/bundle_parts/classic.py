@@ -36,8 +36,9 @@ machine.
 
 
 def build(out: Path, python: str | None) -> list[Part]:
-    """The pinned ktransformers with its old transformers; kt-kernel and gguf are in the other
-    bundle.
+    """Build the bundle of the pinned ktransformers with its old transformers.
+
+    kt-kernel and gguf are in the other bundle.
 
     Raises:
         BundleError: pip cannot fetch or build a package, or what was built cannot be imported.
@@ -57,8 +58,9 @@ def build(out: Path, python: str | None) -> list[Part]:
 
 
 def kept_of_transformers(path: str) -> bool:
-    """Whether this file travels: of most models only what importing the library lists, of some
-    their torch code too.
+    """Whether this file of transformers goes into the bundle.
+
+    Of most models only what importing the library lists does, of some their torch code too.
     """
     found = re.match(r"transformers/models/(\w+)/(\w+)\.py", path)
     if found is None:
@@ -70,8 +72,9 @@ def kept_of_transformers(path: str) -> bool:
 
 
 def _ktransformers(folder: Path) -> Path:
-    """The pure-Python wheel; its set-up script imports torch and setuptools from the Python that
-    runs this one.
+    """The pure-Python wheel of ktransformers.
+
+    Its set-up script imports torch and setuptools from the Python that runs this one.
     """
     if not can(sys.executable, "torch, setuptools, wheel"):
         raise BundleError(

@@ -72,8 +72,9 @@ def _will_do(python: str) -> bool:
 
 
 def prebuild(python: str, cache: Path, manifest: Path, arch: int, seconds: float) -> Part:
-    """Compile into `cache`, then ask in a fresh process and another place what a GPU machine would
-    have to compile.
+    """Compile into `cache`, and check that another machine would find everything there.
+
+    A fresh process asks for all kernels again in a copy in another folder.
 
     Args:
         manifest: file for what identifies the cache.

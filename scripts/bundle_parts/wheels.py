@@ -46,8 +46,9 @@ there as well.
 
 
 def kept_of_kt_kernel(path: str, variants: Iterable[str]) -> bool:
-    """Whether this file of kt-kernel's wheel travels: the package without its tools, for these
-    processors.
+    """Whether this file of kt-kernel's wheel goes into the bundle.
+
+    The package does, without its tools, and with its builds for these processors.
     """
     if path.startswith(("kt_kernel.libs/", "kt_kernel-")):
         return "dist-info" not in path or path.endswith("/METADATA")

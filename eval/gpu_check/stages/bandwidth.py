@@ -1,5 +1,6 @@
-"""How fast are memory and link, how much of that do transfers and decode kernels reach, what does a
-prefetch cost?
+"""How fast are memory and link, and how much of that do transfers and decode kernels reach?
+
+Also what a prefetch costs a demand load behind it.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ KINDS = ("Q4_K", "Q4_K with Q6_K down")
 
 
 def run(place: Place) -> Iterator[Row]:
-    """See `place.Run`. Decode kernels of the usual types first, then the link, then the other
-    types.
-    """
+    """See `place.Run`. Decode kernels of the usual types come first, then the link, then others."""
     device = None if place.dry else place.device
     expert_bytes = layer(SMALL, place).spec.expert_bytes
     measured = bandwidth.bandwidths(published_costs(SMALL), expert_bytes, device)
@@ -57,9 +56,7 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def layer(model: Model, place: Place, number: int = 0) -> LayerWeights:
-    """A layer of the model's first or second kind, with fewer experts than it has where they are
-    small.
-    """
+    """A layer of the model's first or second kind, with fewer experts than the model has."""
     experts, top_k = (8, 2) if model is LARGE else (64, 8)
     header = TraceHeader(model.name, 1, experts, top_k, 0, "random")
     return layers_of(model, header, number + 1, place.dry)[number]
@@ -107,9 +104,7 @@ def _shares(
 
 
 def _demand(place: Place, depth: int) -> Row:
-    """Wall time of a demand load until its expert has been computed, with prefetches waiting before
-    it and without.
-    """
+    """Wall time until a demand-loaded expert is computed, with and without waiting prefetches."""
     weights = layer(SMALL, place)
     made = _accelerator(place, depth)
     try:

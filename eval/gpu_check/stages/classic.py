@@ -1,10 +1,9 @@
-"""The real `ktransformers.local_chat` 0.2.1 with the demo model on the card: our rules and
-kTransformers' own.
+"""The real `ktransformers.local_chat` 0.2.1 on the card, with our rules and with its own.
 
-What its own rules get here is not what a compiled kTransformers gets. From a pure-Python wheel
-there are neither Marlin kernels, so that its linears are torch's, as in our rules, nor CUDA graphs,
-because its experts on the CPU come from kt-kernel's stand-in, which cannot be captured. Every row
-of its rules says so.
+The model is the demo model. What its own rules get here is not what a compiled kTransformers gets.
+From a pure-Python wheel there are neither Marlin kernels, so that its linears are torch's, as in
+our rules, nor CUDA graphs, because its experts on the CPU come from kt-kernel's stand-in, which
+cannot be captured. Every row of its rules says so.
 """
 
 from __future__ import annotations
@@ -54,8 +53,9 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def _rounds(place: Place, host: Host, flags: Mapping[str, Sequence[str]]) -> Iterator[Row]:
-    """Both sets of rules in turns. After each turn the rows are of all answers so far, and replace
-    earlier ones.
+    """Both sets of rules in turns.
+
+    After each turn the rows are of all answers so far, and replace earlier ones.
     """
     answers: Answers = {name: [] for name in flags}
     questions: Sequence[str] = QUESTIONS

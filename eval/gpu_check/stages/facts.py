@@ -1,6 +1,4 @@
-"""What is there: memory, disk, kernel packages, and whether the driver registers the pages of a
-mapped file.
-"""
+"""What is there: memory, disk, kernel packages, and whether the driver registers pages."""
 
 from __future__ import annotations
 
@@ -73,8 +71,9 @@ def _kt_kernel() -> Row:
 
 
 def _registration(place: Place, what: str, make: Callable[[], mmap.mmap]) -> Row:
-    """Register 1 GiB, copy it to the device, and say how fast either was. A refusal is a fact, not
-    a fault.
+    """Register 1 GiB, copy it to the device, and measure both.
+
+    A refusal is a fact, not a fault.
     """
     try:
         memory = make()
@@ -124,8 +123,9 @@ def _anonymous() -> mmap.mmap:
 
 
 def _mapping(folder: Path) -> mmap.mmap:
-    """A read-only mapping, as weights are; private and never written, so numpy may call it
-    read-only.
+    """A read-only mapping of a file, as weights are.
+
+    It is private and never written, so numpy may call it read-only.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(REGISTERED_BYTES >> 26):

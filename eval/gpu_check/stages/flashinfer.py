@@ -1,6 +1,4 @@
-"""flashinfer against what the product uses without it: decode attention in the models' shapes, and
-sampling filters.
-"""
+"""flashinfer's decode attention and sampling filters against what the product uses without it."""
 
 from __future__ import annotations
 
@@ -105,8 +103,9 @@ def _attention(case: Case, room: int, device: torch.device, capture: Capture) ->
 
 
 def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.device) -> float:
-    """The larger relative RMS difference from torch's attention in float32, with the cache half
-    full and full.
+    """Relative RMS difference from torch's attention in float32.
+
+    The larger one of a half-full and a full KV cache.
     """
     example = shape.example(device)
     exact = [part.float() for part in example]

@@ -1,5 +1,4 @@
-"""Tiny models of every family on the device: the plain model's logits, the same tokens with and
-without CUDA graphs.
+"""Tiny models of every family: the plain model's logits, tokens with and without CUDA graphs.
 
 Also which attention backend is quick when every token brings a new length.
 """
@@ -46,9 +45,7 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def logits(place: Place, family: str, path: Path) -> Row:
-    """A prompt's and three decode steps' logits against the plain model on the CPU, both in
-    float32.
-    """
+    """Logits of a prompt and three decode steps against the plain model on the CPU, in float32."""
     plain, _ = load_plain_model(None, path, dtype="float32", progress=False)
     ours = _load(place, family, path, "float32")
     try:
@@ -99,8 +96,9 @@ def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
 
 
 def attention(place: Place) -> Iterator[Row]:
-    """Eager decode meets a new key length at every token; a backend that prepares itself for each
-    is no use there.
+    """Times of attention at key lengths that are new to the process.
+
+    Eager decode meets one at every token; a backend that plans for each is too slow there.
     """
     if place.dry:
         yield {"case": "attention at new lengths", "ok": None, "missing": "a card"}

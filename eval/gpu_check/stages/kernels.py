@@ -1,5 +1,6 @@
-"""Every type, shape and number of tokens that the product gives its kernels, against float64 on the
-same device.
+"""Every type, shape and number of tokens that kernels are given, against float64.
+
+The reference is computed on the same device.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def _judged(name: str, limit: float, measure: Callable[..., float], *given: Any) -> Row:
-    """One case's error, which must be below the limit; a case that cannot run is wrong, and the
-    others are still tried.
+    """One case's error, which must be below the limit.
 
-    A CUDA error other than running out of memory spoils the process: then every case behind it
-    fails too, and the first one's message is the one to read.
+    A case that cannot run is wrong, and the others are still tried. A CUDA error other than running
+    out of memory spoils the process: then every case behind it fails too, and the first one's
+    message is the one to read.
     """
     try:
         error = float(measure(*given))

@@ -1,7 +1,7 @@
-"""MoE layers alone, in the shapes of Mixtral and DeepSeek-V2-Lite, half of the experts cached: ours
-and its baselines.
+"""MoE layers alone, half of the experts cached: ours and its baselines.
 
-All run on the same weights, backends and measured costs, one after another.
+Shapes are those of Mixtral and DeepSeek-V2-Lite. All run on the same weights, backends and measured
+costs, one after another.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The first answer to "how fast": ours and two baselines on the check's model with half of the
-experts cached.
-"""
+"""How fast: ours and two baselines on the check's model, half of the experts cached."""
 
 from __future__ import annotations
 

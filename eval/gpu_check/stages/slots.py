@@ -1,5 +1,4 @@
-"""Random traffic through the slots, twice: as fast as the queues allow, and with everything awaited
-after each step.
+"""Random traffic through the slots, once free-running and once synchronised after each step.
 
 The arithmetic of both is the same, in the same order, so every result must be the same to the last
 bit; one that is not shows a missing edge between queues.
