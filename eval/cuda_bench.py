@@ -125,7 +125,7 @@ class Bench:
         return (time.perf_counter_ns() - started) / 1e3
 
     def _inputs(self, call: Call) -> _Inputs:
-        place = self.accelerator.place
+        place = self.accelerator.copy_to_device
         ids, weights, *predicted = (
             place(torch.from_numpy(array)) for array in (call.ids, call.weights, *call.predicted)
         )

@@ -30,7 +30,7 @@ from hybrimoe_plugin.compute.gpu.kernels.layout import (
     PLANES,
     Part,
     slot_layout,
-    split_planes,
+    to_planes,
 )
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.compute.gpu.kernels.tuning import candidates
@@ -226,7 +226,7 @@ def candidate_cases(shapes: Sequence[Shape] = MODEL_SHAPES[:2]) -> list[Case]:
     """
     found = []
     for shape in shapes:
-        first = Blocks.of(slot_layout(shape.spec, split=True), shape.top_k)
+        first = Blocks.of(slot_layout(shape.spec, planar=True), shape.top_k)
         found += [
             Case(shape, 1, blocks=blocks, routing=torch.float32) for blocks in candidates(first)
         ]
@@ -303,7 +303,7 @@ def run_linear(case: LinearCase, device: torch.device) -> float:
 
     generator = torch.Generator(device).manual_seed(case.tokens)
     stored = random_stored(case.kind, 1, case.rows, case.columns, generator)[0]
-    planes = torch.from_numpy(split_planes(stored.cpu().numpy(), case.kind)).to(device)
+    planes = torch.from_numpy(to_planes(stored.cpu().numpy(), case.kind)).to(device)
     states = torch.randn(case.tokens, case.columns, generator=generator, device=device).to(
         case.dtype
     )
@@ -322,12 +322,12 @@ def run_repack(case: RepackCase, device: torch.device) -> int:
     size, beside = case.blocks * BLOCK_BYTES[case.kind], 256
     raw = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     room = torch.full((size + 2 * beside,), 0xFF, dtype=torch.uint8, device=device)
-    part = Part(case.kind, 1, 1, 0, size, split=True)
+    part = Part(case.kind, 1, 1, 0, size, planar=True)
     TritonKernels(device).repack(
         part, torch.from_numpy(raw).to(device), room[beside : beside + size]
     )
     wanted = np.full(size + 2 * beside, 0xFF, np.uint8)
-    wanted[beside : beside + size] = split_planes(raw, case.kind)
+    wanted[beside : beside + size] = to_planes(raw, case.kind)
     return int(np.count_nonzero(room.cpu().numpy() != wanted))
 
 
@@ -411,7 +411,7 @@ def fill(
     for expert in range(1, shape.experts):
         for part, matrix in zip(layout, matrices, strict=True):
             target = buffer[int(slot_of[expert]), part.offset : part.offset + part.size]
-            if part.split:
+            if part.planar:
                 kernels.repack(part, matrix[expert].clone(), target)
             else:
                 target.copy_(matrix[expert])

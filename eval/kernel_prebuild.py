@@ -194,7 +194,7 @@ def _launch_experts(case: Case) -> None:
     used = shape.experts - 1
     buffer = _bytes((used + 1) * layout.size).view(used + 1, -1)
     for part in layout:
-        if part.split:
+        if part.planar:
             _launch_repack(part.type_name, part.size)
     slot_ids = (torch.arange(case.tokens * shape.top_k) % used).view(case.tokens, -1)
     hidden = torch.empty(case.tokens, shape.hidden, dtype=case.dtype)
@@ -206,7 +206,7 @@ def _launch_experts(case: Case) -> None:
 def _launch_repack(kind: str, size: int) -> None:
     from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
-    TritonKernels(CARD).repack(Part(kind, 1, 1, 0, size, split=True), _bytes(size), _bytes(size))
+    TritonKernels(CARD).repack(Part(kind, 1, 1, 0, size, planar=True), _bytes(size), _bytes(size))
 
 
 def _bytes(size: int) -> torch.Tensor:

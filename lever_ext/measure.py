@@ -144,7 +144,7 @@ def _layer(
         def send() -> None:
             memory.copy_(buffer.bytes[: block.nbytes], non_blocking=True)
 
-        copy = watch.us(lambda: accelerator.streams.run(LINK, send))
+        copy = watch.us(lambda: accelerator.streams.enqueue(LINK, send))
         there = moved(kwargs, accelerator.device)
         with without_experts(operator):
             cpu = watch.us(lambda: run(operator, tensors_in(block, buffer), hidden, kwargs))

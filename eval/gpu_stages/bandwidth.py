@@ -18,7 +18,7 @@ from eval.shapes import MODELS, Model, layers_of, published_costs
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
-from hybrimoe_plugin.compute.gpu.lane import AHEAD_DEPTH
+from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.replay.trace import TraceHeader
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
@@ -81,7 +81,7 @@ def _shares(
     if not tuned:
         from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
-        layout = slot_layout(weights.spec, split=True)
+        layout = slot_layout(weights.spec, planar=True)
         made.kernels = TritonKernels(place.device, Blocks.of(layout, weights.spec.top_k))
     try:
         link, kernel = layer_shares(made, weights, measured)
@@ -112,7 +112,7 @@ def _demand(place: Place, depth: int) -> Row:
 
 
 def _demand_us(accelerator: SlotAccelerator, weights: LayerWeights, ahead: int) -> float:
-    spec, place = weights.spec, accelerator.place
+    spec, place = weights.spec, accelerator.copy_to_device
     dtype = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
     slot = ahead
     hidden, ids = place(torch.randn(1, spec.hidden, dtype=dtype)), torch.full((1, spec.top_k), -1)

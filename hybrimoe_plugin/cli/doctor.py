@@ -124,7 +124,7 @@ def _version(name: str) -> Check:
 def _kt_kernel() -> Check:
     # In a process of its own: on a processor it was not built for, native code ends the process.
     code = (
-        "from hybrimoe_plugin.compute.cpu.kt_experts import import_kernel as f; m = f(); "
+        "from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel as f; m = f(); "
         "print(getattr(m, '__file__', m))"
     )
     try:

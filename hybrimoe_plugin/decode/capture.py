@@ -15,7 +15,7 @@ from hybrimoe_plugin.compute.attention.kv_cache import FixedCache
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.decode.shared_graphs import DecodeGraphs
 from hybrimoe_plugin.device.cuda_graphs import Capture, Replay
-from hybrimoe_plugin.device.streams import Coming
+from hybrimoe_plugin.device.streams import PendingCopy
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -67,14 +67,14 @@ class Break:
     foreseen: list[torch.Tensor]
     """On the CPU: what they say."""
 
-    def needed(self) -> Coming:
-        return self.accelerator.coming(self.landed)
+    def needed(self) -> PendingCopy:
+        return self.accelerator.pending_copy(self.landed)
 
-    def predicted(self) -> Coming | None:
+    def predicted(self) -> PendingCopy | None:
         if self.look is None:
             return None
         self.look()
-        return self.accelerator.coming(self.foreseen)
+        return self.accelerator.pending_copy(self.foreseen)
 
 
 @dataclass
@@ -206,9 +206,9 @@ class _AtExperts:
         self.found: Break | None = None
 
     def warm_up(self, *given: torch.Tensor) -> torch.Tensor:
-        landing = self._accelerator.landing  # not while capturing: it may take memory
-        self._landed = [landing(tensor) for tensor in self._wanted(given)]
-        self._foreseen = [landing(ids) for ids in self._ask(given[0])]
+        pinned_like = self._accelerator.pinned_like  # not while capturing: it may take memory
+        self._landed = [pinned_like(tensor) for tensor in self._wanted(given)]
+        self._foreseen = [pinned_like(ids) for ids in self._ask(given[0])]
         return self._answer
 
     def capture(self, *given: torch.Tensor) -> torch.Tensor:

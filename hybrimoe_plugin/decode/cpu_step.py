@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, buffer
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor, buffer
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.operators.attention import FusedAttention, Turn, angles
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -34,7 +34,7 @@ class RowAttention(Protocol):
         """The rotary embedding, and the width that it turns."""
         ...
 
-    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
+    def before(self, graph: Graph, x: GraphTensor, turned: GraphTensor) -> list[GraphTensor]:
         """Queries and what the cache keeps from x [1, H], turned by the matrix of the token's place
         [D, D].
         """
@@ -44,7 +44,7 @@ class RowAttention(Protocol):
         """What `after` takes from the values of `before`. Mutates: the cache."""
         ...
 
-    def after(self, graph: Graph, attended: Node) -> Node:
+    def after(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
         """[1, H]: the output projection."""
         ...
 
@@ -126,12 +126,12 @@ class RowStep:
             )
         return (output + total)[None]
 
-    def _build_before(self, graph: Graph, x: Node) -> list[Node]:
+    def _build_before(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
         normed = self._norms[0].build(graph, x)
-        return self._attention.before(graph, normed, graph.place(self._rotation.matrix))
+        return self._attention.before(graph, normed, graph.wrap(self._rotation.matrix))
 
-    def _build_after(self, graph: Graph, attended: Node) -> list[Node]:
-        total = graph.add(self._attention.after(graph, attended), graph.place(self._x))
+    def _build_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
+        total = graph.add(self._attention.after(graph, attended), graph.wrap(self._x))
         normed = self._norms[1].build(graph, total)
         return [total, normed, *([] if self._dense is None else [self._dense.build(graph, normed)])]
 

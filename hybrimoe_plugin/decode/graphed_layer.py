@@ -351,7 +351,7 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
         if module.row_step is not None:
             if module.self_attn.layer_idx == model.config.num_hidden_layers - 1:
                 module.last_rows = last = LastRows(model, module)
-                turns.recover.append(last.forget)
+                turns.clean_up.append(last.forget)
             continue
         if not module.wanted:
             continue

@@ -10,7 +10,7 @@ import torch
 from hybrimoe_plugin.compute.attention.attend import attend
 from hybrimoe_plugin.compute.attention.flashinfer_gqa import Shape
 from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, growing
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -120,7 +120,7 @@ class FusedAttention(DenseOperator):
     def turn(self) -> tuple[Turn, int]:
         return rotate, self.head_dim
 
-    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
+    def before(self, graph: Graph, x: GraphTensor, turned: GraphTensor) -> list[GraphTensor]:
         query, key, value = (
             linear.build(graph, x) for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -137,7 +137,7 @@ class FusedAttention(DenseOperator):
         query, key, value = (part.view(1, -1, 1, self.head_dim) for part in parts)
         return self._attended(query, key, value, None, cache).view(1, -1)
 
-    def after(self, graph: Graph, attended: Node) -> Node:
+    def after(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
         return self.o_proj.build(graph, attended)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, check_stored
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor, check_stored
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -21,7 +21,7 @@ from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 __getattr__ = old_names(__name__)
 
-Build = Callable[[Graph, Node], Sequence[Node]]
+Build = Callable[[Graph, GraphTensor], Sequence[GraphTensor]]
 
 
 class RowGraphs:
@@ -53,7 +53,7 @@ class RowGraphs:
         self._row = row
         self._ids = ids
         self._learned = learned
-        self._one: dict[int, tuple[Graph, Node, Sequence[Node]]] = {}
+        self._one: dict[int, tuple[Graph, GraphTensor, Sequence[GraphTensor]]] = {}
         """For each number of threads: torch has one for every thread that calls it."""
 
     def __call__(self, x: torch.Tensor, rows: int) -> list[torch.Tensor]:
@@ -92,10 +92,10 @@ class RowGraphs:
 
     def _made(
         self, x: torch.Tensor, threads: int, kept: bool
-    ) -> tuple[Graph, Node, Sequence[Node]]:
+    ) -> tuple[Graph, GraphTensor, Sequence[GraphTensor]]:
         graph = Graph(self._ggml, threads, kept=kept)
         if kept and self._row is not None:
-            node = graph.place(self._row)
+            node = graph.wrap(self._row)
         else:
             node = graph.input(*x.shape, dtype=torch.int32 if self._ids else torch.float32)
         outputs = self._build(graph, node)
@@ -121,12 +121,12 @@ class GgmlLinear(nn.Module):
                 f"expected a matrix {(self.out_features, self.in_features)}, found {stored.shape}"
             )
         check_stored(stored)
-        self.ggml.pace(
+        self.ggml.kernel_speed(
             stored.type_name, torch.get_num_threads()
         )  # else the first answer waits for it
         self.stored = stored
 
-    def build(self, graph: Graph, x: Node) -> Node:
+    def build(self, graph: Graph, x: GraphTensor) -> GraphTensor:
         """[..., N] from [..., M] in a graph. Raises: BackendError: there is no matrix yet."""
         if self.stored is None:
             raise BackendError("a stored linear was not given its matrix")
@@ -193,7 +193,7 @@ class LinearGroup:
             return [linear(x) for linear in self._linears()]
         return self._graphs(x, len(x))
 
-    def _build(self, graph: Graph, x: Node) -> list[Node]:
+    def _build(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
         return [linear.build(graph, x) for linear in self._linears()]
 
     def _linears(self) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from hybrimoe_plugin.compute.attention.attend import attend, attend_latents
 from hybrimoe_plugin.compute.attention.flashinfer_mla import LatentShape
 from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, growing
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer, check_stored
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer, check_stored
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.attention import Turn, angles, rotate, rotate_pairs
@@ -156,7 +156,7 @@ class FusedMLA(DenseOperator):
     def turn(self) -> tuple[Turn, int]:
         return rotate if self.halves else rotate_pairs, self.rope
 
-    def before(self, graph: Graph, x: Node, turned: Node) -> list[Node]:
+    def before(self, graph: Graph, x: GraphTensor, turned: GraphTensor) -> list[GraphTensor]:
         assert self._split is not None
         if "q_b_proj" in self._modules:
             query = self.q_b_proj.build(
@@ -187,7 +187,7 @@ class FusedMLA(DenseOperator):
         query = torch.cat(query_parts, dim=-1)[None]
         return attend_latents(query, rows, None, self.scaling, self.latent)[0]
 
-    def after(self, graph: Graph, attended: Node) -> Node:
+    def after(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
         assert self._split is not None
         values = graph.matmul(graph.weight(self._split[1]), attended)
         return self.o_proj.build(graph, graph.view(values, values.value.view(1, -1)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -55,7 +55,7 @@ class FusedMLP(DenseOperator):
         (y,) = self._graphs(flat, len(flat))
         return y.to(x.dtype, copy=True).view(x.shape)
 
-    def build(self, graph: Graph, x: Node) -> Node:
+    def build(self, graph: Graph, x: GraphTensor) -> GraphTensor:
         """[..., H] from [..., H] in a graph."""
         inner = graph.silu_mul(self.gate_proj.build(graph, x), self.up_proj.build(graph, x))
         return self.down_proj.build(graph, inner)

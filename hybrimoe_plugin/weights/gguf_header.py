@@ -191,7 +191,8 @@ def read_header(data: mmap.mmap, path: str, file: int) -> tuple[dict[str, Any], 
     cursor.at = 4
     version = cursor.scalar("<I", "version")
     if version not in _VERSIONS:
-        raise WeightsError(f"{path}: GGUF version {version}, this program reads {_VERSIONS}")
+        known = " and ".join(str(known) for known in _VERSIONS)
+        raise WeightsError(f"{path}: GGUF version {version}; versions {known} can be read")
     tensor_count = cursor.scalar("<Q", "tensor count")
     field_count = cursor.scalar("<Q", "field count")
     fewest_bytes = tensor_count * _TENSOR_BYTES + field_count * _FIELD_BYTES
@@ -215,7 +216,7 @@ def _fields(cursor: _Cursor, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = cursor.text("a field's name", _MAX_NAME)
         if key in metadata:
-            raise cursor.fail(f"field {key!r} stands twice")
+            raise cursor.fail(f"field {key!r} appears twice")
         kind = cursor.scalar("<I", key)
         metadata[key] = cursor.value(kind, key)
     return metadata
@@ -272,11 +273,11 @@ def _checked(
         end = first + nbytes
         if end > size:
             raise WeightsError(
-                f"{path}: truncated: tensor {name!r} ends at byte {end}, the file has {size}; was "
-                "it copied or downloaded whole?"
+                f"{path}: truncated: tensor {name!r} ends at byte {end}, the file has {size}; copy "
+                "or download it again"
             )
         if name in tensors:
-            raise WeightsError(f"{path}: tensor {name!r} stands twice")
+            raise WeightsError(f"{path}: tensor {name!r} appears twice")
         tensors[name] = TensorInfo(name, quant.name, shape, nbytes, first, file)
     return list(tensors.values())
 

@@ -107,7 +107,7 @@ def _matrix(
         return Matrix(info.type_name, tuple(stacked.reshape(experts, -1)), stacked)
     first = f"blk.{layer}.ffn_{part}.0.weight"
     if first not in store.tensors:
-        raise WeightsError(f"{store.paths[0]}: neither {stacked_name!r} nor {first!r} is there")
+        raise WeightsError(f"{store.paths[0]}: holds neither tensor {stacked_name!r} nor {first!r}")
     return _single_experts(store, f"blk.{layer}.ffn_{part}", experts, shape)
 
 
@@ -154,4 +154,4 @@ def expert_counts(config: Any) -> tuple[int, int]:
         if isinstance(count, int) and count > 0:
             size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
             return count, int(size)
-    raise ConfigError(f"{type(config).__name__}: no number of routed experts in the model's config")
+    raise ConfigError(f"{type(config).__name__}: the config states no number of routed experts")

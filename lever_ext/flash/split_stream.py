@@ -202,7 +202,7 @@ class SplitStream:
         target, computed = self._free.popleft()
         source = self.inner.memory(layer, slot)
         self._streams.wait(LINK, computed)
-        self._streams.run(LINK, lambda: _send(source, self._buffers[target]))
+        self._streams.enqueue(LINK, lambda: _send(source, self._buffers[target]))
         there = self._streams.record(LINK)
         self._ahead.append(_Copied(layer, target, there))
         if streamed:

@@ -21,7 +21,8 @@ def export(
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """A GGUF with these keys of its architecture and these tensors besides the model's own."""
-    arch, plain = gguf_export.ARCHITECTURES[model.config.model_type], gguf_export.tensors
+    arch = gguf_export.ARCHITECTURES[model.config.model_type]
+    plain = gguf_export.tensors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             gguf_export,
@@ -35,7 +36,8 @@ def export(
 
 def factors(model: Any) -> dict[str, torch.Tensor]:
     """What llama.cpp's converter stores for Llama 3's rotary embedding; nothing for others."""
-    parameters, angles = model.config.rope_parameters, model.model.rotary_emb.inv_freq
+    parameters = model.config.rope_parameters
+    angles = model.model.rotary_emb.inv_freq
     if parameters["rope_type"] != "llama3":
         return {}
     plain = parameters["rope_theta"] ** -(torch.arange(len(angles)) / len(angles))
