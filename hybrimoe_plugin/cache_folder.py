@@ -1,6 +1,4 @@
-"""Where profiles, tuned kernels and demo models are kept, and what happens where nothing can be
-kept.
-"""
+"""Where profiles, tuned kernels and demo models are kept, with a fallback for read-only homes."""
 
 from __future__ import annotations
 
@@ -19,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """The cache directory; nothing is made, and it need not be writable.
+    """The path of the cache directory, which may not exist or be writable; creates nothing.
 
-    `HYBRIMOE_CACHE`, else `hybrimoe` in `XDG_CACHE_HOME` or in the user's `.cache`; without a home
-    directory, a folder of the user's own for temporary files.
+    `HYBRIMOE_CACHE` if it is set, else `hybrimoe` in `XDG_CACHE_HOME` or in the user's `.cache`.
+    Without a home directory, the user's own folder for temporary files.
     """
     own = os.environ.get("HYBRIMOE_CACHE")
     if own:
@@ -35,23 +33,22 @@ def cache_dir() -> Path:
     home = os.path.expanduser("~")
     if os.path.isabs(home):
         return Path(home) / ".cache" / "hybrimoe"
-    _notice(
-        "there is no home directory: what would be kept there goes to the folder for temporary "
-        "files"
-    )
+    _notice("there is no home directory: files are kept in the folder for temporary files")
     return _spare_path()
 
 
 def place_for(name: str, nbytes: int) -> Path:
-    """Where a large file can be made: below the cache directory, or below a folder for temporary
-    files, with a notice.
+    """Where a large file can be written.
+
+    Below the cache directory if that can be used, else, with a notice, below a folder for
+    temporary files.
 
     Args:
-        name: relative to the cache directory. Its folder is made.
-        nbytes: that must be free.
+        name: path relative to the cache directory. Its folder is created.
+        nbytes: bytes that must be free there.
 
     Raises:
-        ConfigError: neither can be used.
+        ConfigError: neither folder can be used.
     """
     first = cache_dir() / name
     reason = unusable(first.parent, nbytes)
@@ -65,18 +62,19 @@ def place_for(name: str, nbytes: int) -> Path:
     if spare_reason is not None:
         raise ConfigError(
             f"no place for {name}: {reason}; {spare_reason}. Set HYBRIMOE_CACHE to a folder that "
-            f"can be written and "
-            f"has {-(-nbytes >> 20)} MiB free"
+            f"can be written and has {-(-nbytes >> 20)} MiB free"
         )
     _notice(f"{reason}: {second.parent} is used instead")
     return second
 
 
 def found(name: str) -> Path | None:
-    """A file below the cache directory or, failing that, below the folder that `place_for` falls
-    back to.
-    """
-    return next((folder / name for folder in folders() if os.path.exists(folder / name)), None)
+    """An existing file of this name, relative to one of `folders`; None where there is none."""
+    for folder in folders():
+        path = folder / name
+        if os.path.exists(path):
+            return path
+    return None
 
 
 def folders() -> list[Path]:
@@ -88,10 +86,10 @@ def folders() -> list[Path]:
 
 
 def spare_dir() -> Path:
-    """A folder of the user's own for temporary files, made where there is none.
+    """The user's own folder for temporary files, created where it is missing.
 
     Raises:
-        OSError: it cannot be made, or others could have put something there.
+        OSError: it cannot be created, or other users may write to it.
     """
     path = _spare_path()
     path.mkdir(mode=0o700, exist_ok=True)
@@ -99,7 +97,11 @@ def spare_dir() -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whole. Raises: OSError."""
+    """Replace a file's text in one step: a reader finds either the old or the new one, whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -112,8 +114,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def usable_triton_cache() -> None:
-    """Give Triton another folder for compiled kernels where its own cannot be written. Mutates: the
-    environment.
+    """Give Triton another folder for compiled kernels where its own cannot be written.
+
+    Mutates: the environment.
     """
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
@@ -138,17 +141,27 @@ def _spare_path() -> Path:
 
 
 def _owned(path: Path) -> Path:
-    """The folder, if nobody else can have put anything into it. Raises: OSError."""
+    """The folder itself, after checking that no other user can write to it.
+
+    Raises:
+        OSError: it is no folder, or another user may have put something there.
+    """
     state = os.lstat(path)
     if not stat.S_ISDIR(state.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
-        raise PermissionError(errno.EPERM, "others may write to this folder", str(path))
+    if hasattr(os, "getuid"):
+        foreign = state.st_uid != os.getuid()
+        writable_by_others = state.st_mode & 0o022
+        if foreign or writable_by_others:
+            raise PermissionError(errno.EPERM, "others may write to this folder", str(path))
     return path
 
 
 def unusable(folder: Path, nbytes: int = 0) -> str | None:
-    """Why a folder cannot take so many bytes; None if it can. Mutates: makes the folder."""
+    """Why a folder cannot take so many bytes; None if it can.
+
+    Mutates: creates the folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -163,5 +176,5 @@ def unusable(folder: Path, nbytes: int = 0) -> str | None:
 
 @functools.cache
 def _notice(text: str) -> None:
-    """A warning, once in a process."""
+    """Log a warning, the same text once in a process."""
     log.warning("%s", text)

@@ -1,4 +1,4 @@
-"""The nouns that every package shares: plain values, no torch, no devices."""
+"""Plain values that every package shares; no torch, no devices."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ OFFLOADED = math.inf
 
 
 class Routed(NamedTuple):
-    """One expert that this layer call needs; it carries its own load, so no two lists are ever
-    joined by position.
+    """One expert that this layer call needs.
+
+    It carries its own load, so that two lists are never joined by position.
     """
 
     expert: int
     load: int
     """Tokens of this call that chose the expert."""
     ready_us: float
-    """When its weights can be used on the accelerator: 0 resident, finite in flight, `OFFLOADED`
-    not on the way.
+    """When its weights can be used on the accelerator.
+
+    0 for a resident expert, finite for one in flight, `OFFLOADED` for any other.
     """
 
 
 class LayerPlan(NamedTuple):
-    """Who computes what in one layer call. Every routed expert is in exactly one of `cpu` and
-    `accelerator`.
+    """Which device computes what in one layer call.
+
+    Every routed expert is in exactly one of `cpu` and `accelerator`.
     """
 
     cpu: tuple[int, ...]
     """Experts that the CPU computes, in order."""
     accelerator: tuple[int, ...]
-    """Experts that the accelerator computes, in order of start; resident, in flight and onloaded
-    ones.
-    """
+    """Experts that the accelerator computes, in order of start: resident, in flight, onloaded."""
     onload: tuple[int, ...]
     """Demand loads in link order; a subset of `accelerator`."""
     makespan_us: float
@@ -56,8 +57,9 @@ class ExpertRef(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """Shape and storage of the routed experts of a model. One expert is gate [I, H], up [I, H],
-    down [H, I].
+    """Shape and storage of the routed experts of a model.
+
+    One expert is three matrices: gate [I, H], up [I, H] and down [H, I].
     """
 
     hidden: int
@@ -65,7 +67,7 @@ class ExpertSpec:
     experts: int
     top_k: int
     gate_type: str
-    """GGML type name, e.g. `Q4_K`; layers of one model may differ, then this is the commonest."""
+    """GGML type name, e.g. `Q4_K`; the most common one where a model's layers differ."""
     up_type: str
     down_type: str
     gate_bytes: int
@@ -75,4 +77,5 @@ class ExpertSpec:
 
     @property
     def expert_bytes(self) -> int:
+        """Stored bytes of one expert's three matrices."""
         return self.gate_bytes + self.up_bytes + self.down_bytes

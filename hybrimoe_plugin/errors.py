@@ -1,12 +1,12 @@
-"""The error types: one base, few children. A message says what was asked, what was found and what
-to do.
+"""The error types: one base class and few children.
 
-The command line turns every `HybriMoEError` into one line on stderr and exit code 2.
+A message says what was asked, what was found and what to do. The command line turns every
+`HybriMoEError` into one line on stderr and exit code 2.
 """
 
 
 class HybriMoEError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base class of every error that this project raises on purpose."""
 
 
 class ConfigError(HybriMoEError):
@@ -14,15 +14,14 @@ class ConfigError(HybriMoEError):
 
 
 class RulesError(HybriMoEError):
-    """A rules file cannot be read or does not fit the model; names the file, the line and what was
-    found.
+    """A rules file cannot be read or does not fit the model.
+
+    The message names the file, the line and what was found.
     """
 
 
 class WeightsError(HybriMoEError):
-    """A weights file is missing, damaged, of another architecture, or holds what the kernels cannot
-    run.
-    """
+    """A weights file is missing, damaged, of another architecture or of unsupported types."""
 
 
 class BudgetError(HybriMoEError):
@@ -30,9 +29,7 @@ class BudgetError(HybriMoEError):
 
 
 class BackendError(HybriMoEError):
-    """A compute backend is not installed, does not work here, or was asked for what it
-    cannot do.
-    """
+    """A compute backend is not installed, does not work here, or cannot do what was asked."""
 
 
 class InputError(HybriMoEError, ValueError, IndexError):
@@ -47,7 +44,7 @@ class ProfileError(HybriMoEError):
 
 
 class TraceError(HybriMoEError):
-    """A routing trace is damaged, truncated or foreign."""
+    """A routing trace is damaged, truncated or of another model."""
 
 
 class FlashError(HybriMoEError):

@@ -1,6 +1,4 @@
-"""Open and read files from outside, which may be pipes, devices or far larger than what is
-expected.
-"""
+"""Open and read files from outside, which may be pipes, devices or unexpectedly large."""
 
 from __future__ import annotations
 
@@ -11,12 +9,12 @@ from typing import BinaryIO
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading, without buffering; never waits, as opening a pipe does.
+    """Open a regular file for unbuffered reading; never blocks, as opening a pipe would.
 
     Raises:
         OSError: it cannot be opened, or is a directory, a pipe, a socket or a device.
     """
-    # NONBLOCK changes nothing for regular files.
+    # NONBLOCK makes opening a pipe return at once; it changes nothing for regular files.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         handle = os.open(path, flags)
@@ -35,22 +33,28 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """All of a regular file of at most `most` bytes.
+    """The whole of a regular file of at most `most` bytes.
 
     Raises:
         OSError: as `open_regular`, the file is larger, or it cannot be read.
     """
+    parts: list[bytes] = []
+    left = most + 1
     with open_regular(path) as file:
-        parts, left = [], most + 1
-        while left and (
-            part := file.read(left)
-        ):  # a file's size is not asked: those of /proc state none
+        # The file's size is not asked for: files in /proc state none.
+        while left:
+            part = file.read(left)
+            if not part:
+                break
             parts.append(part)
             left -= len(part)
     if not left:
-        raise OSError(errno.EFBIG, f"larger than the {_size(most)} that such a file may have", path)
+        limit = _human_limit(most)
+        raise OSError(errno.EFBIG, f"larger than the {limit} that such a file may have", path)
     return b"".join(parts)
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+def _human_limit(nbytes: int) -> str:
+    if nbytes >= 1 << 20:
+        return f"{nbytes >> 20} MiB"
+    return f"{nbytes >> 10} KiB"

@@ -241,7 +241,7 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, options: _Options)
         transfer=transfer,
     )
     target.set_gate(None)
-    target.turns.recover.append(target.recover)
+    target.turns.clean_up.append(target.recover)
     Guard(model, "the model that the pack was made from")
     take_turns(model, target.turns)
     return target

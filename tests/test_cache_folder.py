@@ -144,7 +144,7 @@ def test_a_demo_model_that_cannot_be_written_is_an_error_of_ours(
 def test_tile_sizes_that_cannot_be_kept_are_used_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layout = slot_layout(tiny_experts.layer(types=("Q8_0",) * 3).spec, split=True)
+    layout = slot_layout(tiny_experts.layer(types=("Q8_0",) * 3).spec, planar=True)
     blocks = Blocks.of(layout, 2)
     tuned = Tuned(Path(_unwritable(tmp_path)) / "sizes.json")
     tuned.put(layout, 2, blocks)

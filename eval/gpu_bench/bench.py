@@ -139,7 +139,7 @@ class Bench:
 
     def _inputs(self, call: Call) -> _Inputs:
         arrays = (call.ids, call.weights, *call.predicted)
-        placed = [self.accelerator.place(torch.from_numpy(array)) for array in arrays]
+        placed = [self.accelerator.copy_to_device(torch.from_numpy(array)) for array in arrays]
         ids, weights, *predicted = placed
         return _Inputs(call.layer, ids, weights, predicted)
 

@@ -138,7 +138,7 @@ def candidate_cases(shapes: Sequence[Shape] = MODEL_SHAPES[:2]) -> list[Case]:
     """
     found = []
     for shape in shapes:
-        first = Blocks.of(slot_layout(shape.spec, split=True), shape.top_k)
+        first = Blocks.of(slot_layout(shape.spec, planar=True), shape.top_k)
         for blocks in candidates(first):
             found.append(Case(shape, 1, blocks=blocks, routing=torch.float32))
     return found

@@ -91,7 +91,7 @@ def fill(
         slot = buffer[int(slot_of[expert])]
         for part, matrix in zip(layout, matrices, strict=True):
             target = slot[part.offset : part.offset + part.size]
-            if part.split:
+            if part.planar:
                 kernels.repack(part, matrix[expert].clone(), target)
             else:
                 target.copy_(matrix[expert])

@@ -19,7 +19,7 @@ from eval.kernel_cases.cases import Case, LinearCase, RepackCase
 from eval.kernel_cases.data import fill, random_call, random_matrices, random_stored
 from eval.kernel_cases.reference import poisoned, reference, rms_error
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
-from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, Part, split_planes
+from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, Part, to_planes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.weights.dequant import dequantize
 
@@ -77,7 +77,7 @@ def run_linear(case: LinearCase, device: torch.device) -> float:
     generator.manual_seed(case.tokens)
     (stored,) = random_stored(case.kind, 1, case.rows, case.columns, generator)
     # The kernel reads matrices as the product keeps them on the device: split into planes.
-    planes = split_planes(stored.cpu().numpy(), case.kind)
+    planes = to_planes(stored.cpu().numpy(), case.kind)
     matrix = torch.from_numpy(planes).to(device)
     states = torch.randn(case.tokens, case.columns, generator=generator, device=device)
     states = states.to(case.dtype)
@@ -102,10 +102,10 @@ def run_repack(case: RepackCase, device: torch.device) -> int:
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, size, dtype=np.uint8)
     room = torch.full((total,), 0xFF, dtype=torch.uint8, device=device)
-    part = Part(case.kind, 1, 1, 0, size, split=True)
+    part = Part(case.kind, 1, 1, 0, size, planar=True)
     source = torch.from_numpy(raw).to(device)
     TritonKernels(device).repack(part, source, room[target])
     wanted = np.full(total, 0xFF, np.uint8)
-    wanted[target] = split_planes(raw, case.kind)
+    wanted[target] = to_planes(raw, case.kind)
     different = room.cpu().numpy() != wanted
     return int(np.count_nonzero(different))

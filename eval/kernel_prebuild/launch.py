@@ -73,7 +73,7 @@ def _launch_experts(case: Case) -> None:
     used = shape.experts - 1
     buffer = _bytes((used + 1) * layout.size).view(used + 1, -1)
     for part in layout:
-        if part.split:
+        if part.planar:
             _launch_repack(part.type_name, part.size)
     places = torch.arange(case.tokens * shape.top_k)
     slot_ids = (places % used).view(case.tokens, -1)
@@ -86,7 +86,7 @@ def _launch_experts(case: Case) -> None:
 def _launch_repack(kind: str, size: int) -> None:
     from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
-    part = Part(kind, 1, 1, 0, size, split=True)
+    part = Part(kind, 1, 1, 0, size, planar=True)
     TritonKernels(CARD).repack(part, _bytes(size), _bytes(size))
 
 

@@ -57,8 +57,8 @@ def _measure(
     from hybrimoe_plugin.cli.models import first_experts, open_model
     from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
     from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
-    from hybrimoe_plugin.engine.calibrate import profile_path
     from hybrimoe_plugin.engine.cpu_choice import choose_cpu, cpu_threads
+    from hybrimoe_plugin.engine.profile_store import profile_path
 
     store, config = open_model(model_path, gguf_path)
     weights = first_experts(store, config)

@@ -1,4 +1,4 @@
-"""What the engine asks of compute backends."""
+"""The protocols that the engine expects of compute backends: the CPU and an accelerator."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from hybrimoe_plugin.device.streams import Coming
+from hybrimoe_plugin.device.streams import PendingCopy
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 
 class CPUBackend(Protocol):
-    """Computes experts where their bytes lie, in host memory."""
+    """Computes experts on the CPU, from their bytes in host memory."""
 
     name: str
     workers: int
-    """Threads that compute beside the caller's; 0 where the caller's own do."""
+    """Threads that compute beside the caller's; 0 where the caller's own threads compute."""
 
     def add_layer(self, weights: LayerWeights) -> None:
-        """Make a layer known; layers are numbered in the order of these calls. Raises:
-        BackendError.
+        """Register a layer; layers are numbered in the order of these calls.
+
+        Raises:
+            BackendError: the backend cannot run this layer.
         """
         ...
 
@@ -32,26 +34,30 @@ class CPUBackend(Protocol):
         topk_weights: torch.Tensor,
         mine: Sequence[int],
     ) -> None:
-        """Start one layer call; only experts in `mine` count, all others contribute nothing.
+        """Start one layer call; experts outside `mine` contribute nothing.
 
         Args:
             hidden: [T, H] floating point on the CPU.
             topk_ids: [T, K] int64 on the CPU.
             topk_weights: [T, K] float32 on the CPU; a weight belongs to the id at its own place.
+            mine: the experts that this backend computes.
         """
         ...
 
     def sync(self) -> torch.Tensor:
-        """[T, H] of hidden's dtype: the result of the last `submit`. Valid until the next
-        `submit`.
+        """[T, H] of hidden's dtype: the result of the last `submit`.
+
+        Valid until the next `submit`.
         """
         ...
 
     def abandon(self) -> None:
-        """Wait for what `submit` may have started, wherever it was interrupted, and forget it."""
+        """Wait for what `submit` may have started, wherever it was interrupted, and drop it."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back threads and memory."""
+        ...
 
 
 @runtime_checkable
@@ -73,24 +79,29 @@ class Accelerator(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many there are; 0 before `allocate` has come to its end."""
+        """Number of slots; 0 until `allocate` has finished."""
         ...
 
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
-        """Make slots that hold any expert of these layers. Raises: BackendError, BudgetError."""
+        """Make slots that hold any expert of these layers.
+
+        Raises:
+            BackendError: no kernel can compute a layer's types.
+            BudgetError: the memory is not there.
+        """
         ...
 
     def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
         """Queue one expert on the link and return at once; ordered after the slot's last compute.
 
         Args:
-            ahead: a prefetch, which demand loads overtake; the slot's next `onload` or `cancel`
+            ahead: a prefetch, which demand loads overtake. The slot's next `onload` or `cancel`
                 drops it if it still waits then.
         """
         ...
 
     def cancel(self, slot: int) -> bool:
-        """Drop the slot's prefetch if it has not been given to the link; gives whether it was."""
+        """Drop the slot's prefetch if the link has not got it yet; returns whether it did."""
         ...
 
     def compute(
@@ -100,43 +111,41 @@ class Accelerator(Protocol):
         slot_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """[T, H] on `device`: the sum over each token's slots; waits, on the device, for the slots
-        it uses.
+        """[T, H] on `device`: the weighted sum over each token's slots.
+
+        The device, not the host, waits for the slots that are used.
 
         Args:
             slots: the slots that occur in `slot_ids`, known to the host, so that nothing need be
                 read back.
             hidden: [T, H] on `device`.
-            slot_ids: [T, K] int64 on `device`; -1 where the expert is not computed here.
+            slot_ids: [T, K] int64 on `device`; -1 for an expert that is computed elsewhere.
             topk_weights: [T, K] floating point on `device`.
         """
         ...
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        """Queue copies to the CPU, behind what the model has been given so far; the host does not
-        wait.
-        """
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
+        """Queue copies to the CPU behind the model's work so far; the host does not wait."""
         ...
 
-    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Memory on the CPU that this tensor can be copied to without stopping the host."""
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """CPU memory that this tensor can be copied to without stopping the host."""
         ...
 
-    def coming(self, landed: list[torch.Tensor]) -> Coming:
-        """What the model's work, a CUDA graph's replay included, has been told to copy to the CPU
-        so far.
-        """
+    def pending_copy(self, tensors: list[torch.Tensor]) -> PendingCopy:
+        """The CPU tensors that the model's work so far copies into, CUDA graph replays included."""
         ...
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU tensor on `device`; the host does not wait."""
         ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Make the host wait for everything."""
+        ...
 
     def settle(self) -> dict[int, tuple[LayerWeights, int]]:
-        """Begin anew after a call that did not end: wait for what runs, drop what waits, keep what
-        is certain.
+        """Restart after an unfinished call: wait for what runs, drop what waits.
 
         Returns:
             slot -> (its layer's weights, expert) of every slot whose bytes have all arrived.
@@ -144,12 +153,13 @@ class Accelerator(Protocol):
         ...
 
     def wrong_slots(self, expected: Mapping[int, tuple[LayerWeights, int]]) -> list[int]:
-        """Slots that neither hold nor wait for the expert that is expected there; slow, it compares
-        all bytes.
+        """Slots that neither hold nor wait for their expected expert; slow, compares all bytes.
 
         Args:
             expected: slot -> (its layer's weights, expert).
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back threads and memory."""
+        ...

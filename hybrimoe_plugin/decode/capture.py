@@ -29,7 +29,7 @@ from hybrimoe_plugin.compute.attention.kv_cache import Buffers, FixedCache
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.device.cuda_graphs import Capture, Replay
-from hybrimoe_plugin.device.streams import Coming
+from hybrimoe_plugin.device.streams import PendingCopy
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
 CallLayer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
@@ -55,14 +55,14 @@ class GraphBreak:
     predictions_on_host: list[torch.Tensor]
     """On the CPU: the ids that they would choose."""
 
-    def needed(self) -> Coming:
-        return self.accelerator.coming(self.on_host)
+    def needed(self) -> PendingCopy:
+        return self.accelerator.pending_copy(self.on_host)
 
-    def predicted(self) -> Coming | None:
+    def predicted(self) -> PendingCopy | None:
         if self.look_ahead is None:
             return None
         self.look_ahead()
-        return self.accelerator.coming(self.predictions_on_host)
+        return self.accelerator.pending_copy(self.predictions_on_host)
 
 
 @dataclass
@@ -166,7 +166,7 @@ class _BreakRecorder:
 
     def _warm_up(self, *inputs: torch.Tensor) -> torch.Tensor:
         # Not while capturing, since this may allocate memory.
-        host_memory = self._accelerator.landing
+        host_memory = self._accelerator.pinned_like
         self._on_host = [host_memory(tensor) for tensor in self._needed(inputs)]
         self._predictions_on_host = [host_memory(ids) for ids in self._predicted(inputs[0])]
         return self._output

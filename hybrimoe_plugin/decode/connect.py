@@ -43,7 +43,7 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
         layer.layer_call = on_cpu
         if layer.self_attn.layer_idx == model.config.num_hidden_layers - 1:
             on_cpu.last_tokens = last_tokens = LastTokens(model, layer)
-            turns.recover.append(last_tokens.forget)
+            turns.clean_up.append(last_tokens.forget)
     return (lambda: None) if last_tokens is None else last_tokens.remove
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.compute.attention.rope import Rope
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
 from hybrimoe_plugin.decode.step_attention import step_attention
@@ -82,13 +82,13 @@ class CpuStep:
         scale: torch.Tensor = self._dense_gate(normed).sigmoid()
         return scale * dense
 
-    def _build_before(self, graph: Graph, x: Node) -> list[Node]:
+    def _build_before(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
         normed = self._input_norm.build(graph, x)
-        rope = graph.place(self._rope.matrix)
+        rope = graph.wrap(self._rope.matrix)
         return self._attention.build_inputs(graph, normed, rope)
 
-    def _build_after(self, graph: Graph, attended: Node) -> list[Node]:
-        x = graph.place(self._x)
+    def _build_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
+        x = graph.wrap(self._x)
         total = graph.add(self._attention.build_output(graph, attended), x)
         normed = self._mlp_norm.build(graph, total)
         outputs = [total, normed]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend_latents
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, buffer
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.mla import FusedMLA
 
@@ -15,7 +15,7 @@ from hybrimoe_plugin.operators.mla import FusedMLA
 class StepAttention(Protocol):
     """Builds the parts of attention that go into the graphs before and after the KV cache."""
 
-    def build_inputs(self, graph: Graph, x: Node, rope: Node) -> list[Node]:
+    def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
         """What attention reads, queries and the new cache entry, from x [1, H].
 
         Args:
@@ -27,7 +27,7 @@ class StepAttention(Protocol):
         """What `build_output` reads, from the values of `build_inputs`. Mutates: the cache."""
         ...
 
-    def build_output(self, graph: Graph, attended: Node) -> Node:
+    def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
         """The output projection: [1, H]."""
         ...
 
@@ -45,7 +45,7 @@ class GroupedStep:
     def __init__(self, attention: FusedAttention) -> None:
         self._attention = attention
 
-    def build_inputs(self, graph: Graph, x: Node, rope: Node) -> list[Node]:
+    def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
         attention = self._attention
         query = attention.q_proj.build(graph, x)
         key = attention.k_proj.build(graph, x)
@@ -65,11 +65,11 @@ class GroupedStep:
         attended = self._attention.attend(query, key, value, None, cache)
         return attended.view(1, -1)
 
-    def build_output(self, graph: Graph, attended: Node) -> Node:
-        output: Node = self._attention.o_proj.build(graph, attended)
+    def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
+        output: GraphTensor = self._attention.o_proj.build(graph, attended)
         return output
 
-    def _by_head(self, graph: Graph, node: Node) -> Node:
+    def _by_head(self, graph: Graph, node: GraphTensor) -> GraphTensor:
         """[heads, D] from [1, heads x D]."""
         by_head = node.value.view(-1, self._attention.head_dim)
         return graph.view(node, by_head)
@@ -94,7 +94,7 @@ class LatentStep:
         self._attention = attention
         self._kv_b = attention.quantized_kv_b
 
-    def build_inputs(self, graph: Graph, x: Node, rope: Node) -> list[Node]:
+    def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
         attention = self._attention
         query = self._build_query(graph, x)
         heads = query.value.view(attention.heads, 1, -1)
@@ -126,16 +126,16 @@ class LatentStep:
         latents = attend_latents(query, compressed, None, attention.scaling, attention.latent)
         return latents[0]
 
-    def build_output(self, graph: Graph, attended: Node) -> Node:
+    def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
         values = self._kv_b.build_out_of_latent(graph, attended)
         flat = graph.view(values, values.value.view(1, -1))
-        output: Node = self._attention.o_proj.build(graph, flat)
+        output: GraphTensor = self._attention.o_proj.build(graph, flat)
         return output
 
-    def _build_query(self, graph: Graph, x: Node) -> Node:
+    def _build_query(self, graph: Graph, x: GraphTensor) -> GraphTensor:
         """[1, heads x (nope + rope)]."""
         attention = self._attention
-        query: Node
+        query: GraphTensor
         if attention.low_rank_query:
             low_rank = attention.q_a_proj.build(graph, x)
             normed = attention.q_a_layernorm.build(graph, low_rank)

@@ -1,6 +1,4 @@
-"""Capturing device work once and replaying it: CUDA graphs, behind a protocol that tests
-can play.
-"""
+"""Capture device work once and replay it: CUDA graphs, behind a protocol that tests can fake."""
 
 from __future__ import annotations
 
@@ -15,41 +13,45 @@ import torch
 from hybrimoe_plugin.device.cuda_timer import cuda_timer
 
 Replay = Callable[[], None]
-"""Does the captured work again, on the memory that it had when it was captured."""
+"""Repeats the captured work, on the memory that it had when it was captured."""
 
 
 class Capture(Protocol):
     """Records work instead of doing it; several pieces may be recorded one after another."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """Where warming up and capturing happen: after all work given so far, before all that
-        comes.
+        """Enter the stream for warm-up and capture, ordered after all work queued so far.
+
+        Work that is queued after the block comes after what was queued in it.
         """
         ...
 
     def begin(self) -> None:
-        """From now on work is recorded."""
+        """Record work from now on."""
         ...
 
     def end(self) -> Replay:
-        """The work since `begin`. Raises: RuntimeError: some of it cannot be recorded."""
+        """The work since `begin`.
+
+        Raises:
+            RuntimeError: some of it cannot be recorded.
+        """
         ...
 
     def abandon(self) -> None:
-        """Forget the work since `begin`, if there is any."""
+        """Forget the work since `begin`, if a capture is running."""
         ...
 
     def time_us(self, replay: Replay) -> float:
-        """How long one replay takes on the device; stops the host."""
+        """Time in us that one replay takes on the device; stops the host."""
         ...
 
 
 class CudaCapture:
-    """CUDA graphs of one device; captured on a stream of their own, replayed on the stream the
-    model runs on.
+    """CUDA graphs of one device: captured on their own stream, replayed on the model's.
 
-    All pieces share one pool of memory, so they must be replayed in the order in which they were
-    captured, and what a piece gives to a later one must be kept while that is captured.
+    All pieces share one memory pool. So they must be replayed in the order in which they were
+    captured, and what a piece gives to a later one must stay alive while that one is captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,15 +60,17 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._broken: list[torch.cuda.CUDAGraph] = []
-        """Graphs whose capture ended with an error. torch's allocator may still ask them which
-        stream they record, so they must not be destroyed.
+        """Graphs whose capture failed.
+
+        They must not be destroyed: torch's allocator may still ask them which stream they record.
         """
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         compute = torch.cuda.current_stream(self._device)
         collecting = gc.isenabled()
-        gc.disable()  # what a collection frees may call CUDA in ways that a capture forbids
+        # What a collection frees may call CUDA in ways that a capture forbids.
+        gc.disable()
         self._stream.wait_stream(compute)  # edge: inputs are written -> warm-up and capture
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -78,9 +82,9 @@ class CudaCapture:
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which collects garbage and empties the allocator for each of some
-        # hundred pieces. Other threads (CPU experts' workers, timelines) may go on with what they
-        # do.
+        # Not `torch.cuda.graph`, which collects garbage and empties the allocator for each of
+        # some hundred pieces. "thread_local": other threads (the CPU experts' workers, timelines)
+        # may keep calling CUDA.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> Replay:
@@ -95,23 +99,21 @@ class CudaCapture:
 
     def abandon(self) -> None:
         if self._graph is not None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # an invalid capture ends with an error, but it ends
+            # An invalid capture ends with an error, but it ends.
+            with contextlib.suppress(RuntimeError):
                 self.end()
 
     def _keep(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a failed end: torch goes on as if the graph were being captured, with the allocator
-        bound to its pool.
+        """Clean up after a capture that could not be ended.
 
-        That pool would refuse every later capture ("already recording"), and freed memory would
-        wait for the end.
+        torch behaves as if the graph were still being captured, with the allocator bound to its
+        pool. That pool would refuse every later capture ("already recording"), and freed memory
+        would be held back until the end.
         """
         self._broken.append(graph)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with contextlib.suppress(
-            AttributeError, RuntimeError
-        ):  # not torch's public API; or it has ended it itself
+        # Not torch's public API, and torch may have ended the allocation itself.
+        with contextlib.suppress(AttributeError, RuntimeError):
             torch._C._cuda_endAllocateToPool(index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -120,5 +122,7 @@ class CudaCapture:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """What captures on this device; None where nothing can."""
-    return CudaCapture(device) if device.type == "cuda" else None
+    """The capture of this device; None where nothing can be captured."""
+    if device.type != "cuda":
+        return None
+    return CudaCapture(device)

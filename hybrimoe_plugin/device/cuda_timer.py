@@ -1,5 +1,6 @@
-"""Times work on the device alone: it sleeps until the host has queued everything, so that no launch
-is counted.
+"""Time work on the device alone.
+
+The device sleeps until the host has queued everything, so that launches are not counted.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ REPEATS = 20
 WARM_UPS = 3
 
 SLEEP_CYCLES = 2_000_000
-"""Of the device's clock, about 1 ms: longer than a few launches take."""
+"""About 1 ms of the device's clock: longer than a few launches take."""
 
 MOST_SLEEP_CYCLES = 256_000_000
-"""About 0.15 s. Work that the host cannot queue in that time is timed as it is."""
+"""About 0.15 s. Work that the host cannot queue in that time is timed with its launches."""
 
 
 def device_us(
@@ -29,13 +30,14 @@ def device_us(
     warm_ups: int = WARM_UPS,
     ahead: bool = True,
 ) -> float:
-    """Median of the time that the device takes for some work, in us; stops the host.
+    """Median time in us that the device takes for some work; stops the host.
 
     Args:
-        work: queues device operations on the current stream; the first `warm_ups` runs, which may
-            compile, do not count.
-        ahead: let the device sleep before each run, so that it starts only once the host has queued
-            everything. Otherwise launches are counted wherever the device is quicker than the host.
+        work: queues device operations on the current stream. The first `warm_ups` runs, which may
+            compile kernels, do not count.
+        ahead: let the device sleep before each run, so that it starts only once the host has
+            queued everything. Otherwise launches count wherever the device is faster than the
+            host.
     """
     with torch.cuda.device(device):
         for _ in range(warm_ups):
@@ -44,8 +46,8 @@ def device_us(
         times: list[float] = []
         sleep = SLEEP_CYCLES if ahead else 0
         while len(times) < repeats:
-            spent, overslept = _run(work, device, sleep)
-            if overslept and sleep < MOST_SLEEP_CYCLES:
+            spent, too_short = _time_once(work, device, sleep)
+            if too_short and sleep < MOST_SLEEP_CYCLES:
                 sleep *= 2  # and time this run again
             else:
                 times.append(spent)
@@ -57,17 +59,19 @@ def cuda_timer(device: torch.device) -> Timer:
     return lambda work: device_us(work, device)
 
 
-def _run(work: Callable[[], object], device: torch.device, sleep: int) -> tuple[float, bool]:
-    """(time between the events in us, whether the host was still queueing when the device
-    began).
+def _time_once(work: Callable[[], object], device: torch.device, sleep: int) -> tuple[float, bool]:
+    """Time in us between two events, and whether the sleep was too short.
+
+    It was too short if the device began before the host had queued everything.
     """
     stream = torch.cuda.current_stream(device)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     if sleep:
         torch.cuda._sleep(sleep)
     begin.record(stream)
     work()
     end.record(stream)
-    overslept = bool(sleep) and begin.query()
+    too_short = bool(sleep) and begin.query()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e3, overslept
+    return begin.elapsed_time(end) * 1e3, too_short

@@ -1,4 +1,4 @@
-"""What this machine is: its hardware, the versions of what computes, whether CUDA works."""
+"""Facts about this machine: its hardware, the versions of what computes, whether CUDA works."""
 
 from __future__ import annotations
 
@@ -9,26 +9,45 @@ from pathlib import Path
 
 import torch
 
+_COMPUTING_PACKAGES = ("torch", "kt-kernel", "ktransformers-hybrimoe")
+
 
 def hardware() -> dict[str, str]:
-    """The facts on which a profile depends."""
-    cpu = platform.processor() or platform.machine()
+    """The facts on which a profile depends: `cpu`, `cores`, `gpu` and `system`."""
+    gpu = "none"
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name(0)
+    return {
+        "cpu": _cpu_name(),
+        "cores": str(_usable_cores()),
+        "gpu": gpu,
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    fallback = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return {"cpu": cpu, "cores": str(cores), "gpu": gpu, "system": platform.system()}
+    except OSError:
+        return fallback
+    for line in lines:
+        if line.startswith("model name") and ":" in line:
+            return line.split(":", 1)[1].strip()
+    return fallback
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Package -> version of everything that computes; `none` for what is not installed."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "kt-kernel", "ktransformers-hybrimoe"):
+    for name in _COMPUTING_PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -37,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def cuda_refusal() -> str | None:
-    """Why CUDA cannot be used here, None if it can."""
+    """Why CUDA cannot be used on this machine; None if it can."""
     if not torch.backends.cuda.is_built():
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ import psutil
 from hybrimoe_plugin.errors import BudgetError
 
 RESERVE = 0.1
-"""Share of free accelerator memory that is left alone for activations and fragmentation."""
+"""Share of free accelerator memory that stays free for activations and fragmentation."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -27,17 +27,15 @@ def human(size: float) -> str:
 
 
 class _Group(NamedTuple):
-    """Where one version of control groups says what a container may take and has taken."""
+    """Files of one version of control groups that state a container's limit and use."""
 
     limit: str
     used: str
     stat: str
     cached: tuple[str, ...]
-    """Lines of `stat`, in bytes: pages of files, which the kernel takes back when memory is asked
-    for.
-    """
+    """Lines of `stat`, in bytes: cached pages of files, which the kernel can reclaim."""
     dirty: str
-    """The part of them that must be written first."""
+    """Line of `stat`: the cached pages that must be written to disk first."""
 
 
 _GROUPS = (
@@ -59,26 +57,29 @@ _GROUPS = (
 
 
 def free_host_bytes(root: Path = _CGROUPS) -> int:
-    """Memory that can still be taken on the host; a container's limit counts.
+    """Memory that can still be taken on the host; a container's limit is respected.
 
     Args:
         root: where control groups are mounted, of version 2 or 1.
     """
     free = int(psutil.virtual_memory().available)
     for group in _GROUPS:
-        with contextlib.suppress(OSError, ValueError):  # not this version, or no limit ("max")
+        # Not this version of control groups, or no limit ("max").
+        with contextlib.suppress(OSError, ValueError):
             free = min(free, _free_in(root, group))
     return max(0, free)
 
 
 def _free_in(root: Path, group: _Group) -> int:
-    """What a container may still take, its cached pages of files counted as free: a mapped model
-    would seem to fill it.
+    """What a container may still take.
+
+    Its cached pages of files count as free: a mapped model would seem to fill it otherwise.
 
     Raises:
         OSError, ValueError: there is no such group, or it has no limit.
     """
-    limit, used = (int((root / name).read_text()) for name in (group.limit, group.used))
+    limit = int((root / group.limit).read_text())
+    used = int((root / group.used).read_text())
     return limit - used + _reclaimable(root, group)
 
 
@@ -88,14 +89,15 @@ def _reclaimable(root: Path, group: _Group) -> int:
         stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
     except (OSError, ValueError):  # a sandbox may show the limit alone
         return 0
-    return max(0, sum(stat.get(name, 0) for name in group.cached) - stat.get(group.dirty, 0))
+    cached = sum(stat.get(name, 0) for name in group.cached)
+    return max(0, cached - stat.get(group.dirty, 0))
 
 
 def huge_pages(nbytes: int) -> mmap.mmap:
-    """Host memory of its own, zeroed, from huge pages where the kernel has them.
+    """Zeroed anonymous host memory, on huge pages where the kernel gives them.
 
-    Private, as shared anonymous memory gets huge pages only where `shmem_enabled` says so, which is
-    rare.
+    It is private: shared anonymous memory gets huge pages only where `shmem_enabled` says so,
+    which is rare.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -105,10 +107,13 @@ def huge_pages(nbytes: int) -> mmap.mmap:
 
 
 def check_host(needed_bytes: int, what: str, free_bytes: int | None = None) -> None:
-    """Refuse before loading what the host cannot hold.
+    """Refuse, before anything is loaded, what the host cannot hold.
+
+    Args:
+        what: plural noun for the message, such as `the weights`.
 
     Raises:
-        BudgetError: with the numbers.
+        BudgetError: it does not fit; the message has both numbers.
     """
     free = free_host_bytes() if free_bytes is None else free_bytes
     if needed_bytes > free:

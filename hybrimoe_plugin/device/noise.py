@@ -1,5 +1,6 @@
-"""Whether other programs disturbed a measurement: threads that waited for a core, repetitions that
-differ.
+"""Detect other programs that disturbed a measurement.
+
+Two signs are looked at: threads that waited for a core, and repetitions whose times differ.
 """
 
 from __future__ import annotations
@@ -12,20 +13,19 @@ from pathlib import Path
 Median = Callable[[Sequence[float]], float]
 
 MOST_WAITING = 0.1
-"""Share of the time that the process's threads may wait for a core. Alone on a machine it is below
-0.01; with two more busy programs on two cores it was 0.5.
+"""Share of the time that the process's threads may wait for a core.
+
+Alone on a machine it is below 0.01; with two more busy programs on two cores it was 0.5.
 """
 
 MOST_SPREAD = 1.5
-"""The upper quartile of a call's repetitions over the lower one, beyond which they are said to
-differ.
-"""
+"""Ratio of a call's upper to its lower quartile beyond which its repetitions count as differing."""
 MOST_SPREAD_CALLS = 1 / 3
-"""Share of the calls whose repetitions may differ: single calls do so on any machine."""
+"""Share of the calls whose repetitions may differ; a few differ on any machine."""
 
 
 class Noise:
-    """Watches one measurement; made when it begins."""
+    """Watches one measurement, which begins when this object is made."""
 
     def __init__(self) -> None:
         self._spreads: list[float] = []
@@ -33,17 +33,19 @@ class Noise:
         self._waited = _waited_seconds()
 
     def median(self, times: Sequence[float]) -> float:
-        """The median of a call's repetitions, whose spread is noted."""
+        """The median of a call's repetitions; remembers their spread."""
         if len(times) > 1:
             lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
-            self._spreads.append(upper / lower if lower > 0 else 1.0)
+            spread = upper / lower if lower > 0 else 1.0
+            self._spreads.append(spread)
         return statistics.median(times)
 
     def verdict(self) -> str:
-        """What disturbed the measurement, which is over; empty if nothing did."""
+        """What disturbed the finished measurement; empty if nothing did."""
         waited = _waited_seconds()
         if waited is not None and self._waited is not None:
-            share = (waited - self._waited) / max(1e-9, time.monotonic() - self._began)
+            elapsed = max(1e-9, time.monotonic() - self._began)
+            share = (waited - self._waited) / elapsed
             if share > MOST_WAITING:
                 return (
                     "other programs used the processor while the machine was measured "
@@ -52,16 +54,17 @@ class Noise:
         differing = sum(spread > MOST_SPREAD for spread in self._spreads)
         if differing > MOST_SPREAD_CALLS * len(self._spreads):
             return (
-                f"the machine was not quiet while it was measured: repetitions of {differing} of "
-                f"{len(self._spreads)} "
-                f"calls differ by more than a factor of {MOST_SPREAD}"
+                "the machine was not quiet while it was measured: repetitions of "
+                f"{differing} of {len(self._spreads)} calls differ by more than a factor of "
+                f"{MOST_SPREAD}"
             )
         return ""
 
 
 def _waited_seconds() -> float | None:
-    """How long the process's threads were ready to run and had no core, in all; None where Linux
-    does not count it.
+    """Total time for which the process's threads were ready to run but had no core.
+
+    None where the system does not count it.
     """
     total = 0
     try:

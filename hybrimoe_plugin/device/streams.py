@@ -1,8 +1,11 @@
 """Queues of one device and the events between them: every cross-stream edge is one `wait`.
 
-Four queues. `LINK` carries demand loads and `AHEAD` prefetches, so that neither waits for the
-other's slots to be free. `REPACK` brings arrived bytes into slot form, so that a copy never waits
-for a kernel. `COMPUTE` is whatever stream the model runs on.
+There are four queues:
+
+    LINK     demand loads: weights that the running layer needs now
+    AHEAD    prefetches, so that neither kind of copy waits for the other's slots to be free
+    REPACK   kernels that rearrange arrived bytes, so that a copy never waits for a kernel
+    COMPUTE  whatever stream the model runs on
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ LINK, AHEAD, REPACK, COMPUTE = "link", "ahead", "repack", "compute"
 QUEUES = (LINK, AHEAD, REPACK, COMPUTE)
 
 Event = Any
-"""A point in a queue; made by `record`, only ever handed back."""
+"""A point in a queue: made by `record` and only ever handed back."""
 
 
-class Coming:
-    """Tensors on their way to the CPU.
+class PendingCopy:
+    """Tensors that are being copied to the CPU.
 
     Args:
         tensors: on the CPU; valid once all events have been reached.
@@ -33,26 +36,24 @@ class Coming:
         self._tensors = tensors
         self._events = events
 
-    def now(self) -> list[torch.Tensor] | None:
-        """The tensors if they are there; the host does not wait."""
-        return (
-            self._tensors if all(self._streams.reached(event) for event in self._events) else None
-        )
+    def poll(self) -> list[torch.Tensor] | None:
+        """The tensors if they have arrived, else None; the host does not wait."""
+        if all(self._streams.reached(event) for event in self._events):
+            return self._tensors
+        return None
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors; stops the host until they are there."""
+        """The tensors; stops the host until they have arrived."""
         for event in self._events:
             self._streams.block(event)
         return self._tensors
 
 
 class Streams(Protocol):
-    """In-order queues: work of one queue runs in order, queues know of one another only by
-    events.
-    """
+    """In-order queues: work of one queue runs in order, and only events order the queues."""
 
-    def run(self, queue: str, work: Callable[[], None]) -> None:
-        """Queue some work; it may only start device operations."""
+    def enqueue(self, queue: str, work: Callable[[], None]) -> None:
+        """Append work to a queue; it may only start device operations."""
         ...
 
     def record(self, queue: str) -> Event:
@@ -60,7 +61,7 @@ class Streams(Protocol):
         ...
 
     def wait(self, queue: str, event: Event) -> None:
-        """What is queued from now on runs after the event; the host does not wait."""
+        """Run what is queued from now on after the event; the host does not wait."""
         ...
 
     def reached(self, event: Event) -> bool:
@@ -68,64 +69,62 @@ class Streams(Protocol):
         ...
 
     def block(self, event: Event) -> None:
-        """The host waits for the event."""
+        """Make the host wait for the event."""
         ...
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        """Queue copies to the CPU, behind what `COMPUTE` has been given so far; the host does not
-        wait.
-        """
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
+        """Queue copies to the CPU behind what `COMPUTE` has so far; the host does not wait."""
         ...
 
-    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Memory on the CPU that this tensor can be copied to without stopping the host."""
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """CPU memory that this tensor can be copied to without stopping the host."""
         ...
 
-    def coming(self, landed: list[torch.Tensor]) -> Coming:
-        """What work that `COMPUTE` has been given copies to the CPU."""
+    def pending_copy(self, tensors: list[torch.Tensor]) -> PendingCopy:
+        """The CPU tensors that work queued on `COMPUTE` so far copies into."""
         ...
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU tensor on this device, for `COMPUTE`; the host does not wait."""
         ...
 
     def synchronize(self) -> None:
-        """The host waits for everything."""
+        """Make the host wait for everything."""
         ...
 
 
 class HostStreams:
-    """Everything at once, on the CPU: the emulated device."""
+    """The emulated device: all work runs at once, on the CPU."""
 
-    def run(self, queue: str, work: Callable[[], None]) -> None:
+    def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         work()
 
     def record(self, queue: str) -> Event:
         return None
 
     def wait(self, queue: str, event: Event) -> None:
-        """Everything queued before has run."""
+        """Nothing to do: everything queued before has run."""
 
     def reached(self, event: Event) -> bool:
         return True
 
     def block(self, event: Event) -> None:
-        """Everything queued before has run."""
+        """Nothing to do: everything queued before has run."""
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        return Coming(self, [tensor.to("cpu") for tensor in tensors])
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
+        return PendingCopy(self, [tensor.to("cpu") for tensor in tensors])
 
-    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device="cpu")
 
-    def coming(self, landed: list[torch.Tensor]) -> Coming:
-        return Coming(self, landed)
+    def pending_copy(self, tensors: list[torch.Tensor]) -> PendingCopy:
+        return PendingCopy(self, tensors)
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def synchronize(self) -> None:
-        """Nothing runs on."""
+        """Nothing to do: everything queued before has run."""
 
 
 class CudaStreams:
@@ -133,15 +132,15 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Lower numbers go first, but among kernels only: copies cross the link as they came, see
-        # `AHEAD_DEPTH`.
+        # Lower numbers go first, but among kernels only: copies cross the link in the order in
+        # which they were queued (`AHEAD_DEPTH`).
         self._streams = {
             LINK: torch.cuda.Stream(device, priority=-2),
             AHEAD: torch.cuda.Stream(device, priority=0),
             REPACK: torch.cuda.Stream(device, priority=-2),
         }
 
-    def run(self, queue: str, work: Callable[[], None]) -> None:
+    def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         if queue == COMPUTE:
             work()
             return
@@ -162,34 +161,37 @@ class CudaStreams:
     def block(self, event: Event) -> None:
         event.synchronize()
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        found = []
-        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
+        """As the protocol says; a tensor may lie on any CUDA device or on the CPU."""
+        copies = []
+        devices = set()
         for tensor in tensors:
             if tensor.device.type == "cuda":
                 # On the tensor's own device, after what made it.
-                tensor = self.landing(tensor).copy_(tensor, non_blocking=True)
-            found.append(tensor)
+                devices.add(tensor.device)
+                tensor = self.pinned_like(tensor).copy_(tensor, non_blocking=True)
+            copies.append(tensor)
         events = []
         for device in devices:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             events.append(event)
-        return Coming(self, found, events)
+        return PendingCopy(self, copies, events)
 
-    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
-    def coming(self, landed: list[torch.Tensor]) -> Coming:
-        return Coming(self, landed, [self.record(COMPUTE)])
+    def pending_copy(self, tensors: list[torch.Tensor]) -> PendingCopy:
+        return PendingCopy(self, tensors, [self.record(COMPUTE)])
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        # The caching host allocator gives the pinned copy's memory away only once the transfer is
-        # over.
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        # The caching host allocator reuses the pinned copy's memory only after the transfer.
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
 
     def _stream(self, queue: str) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device) if queue == COMPUTE else self._streams[queue]
+        if queue == COMPUTE:
+            return torch.cuda.current_stream(self._device)
+        return self._streams[queue]

@@ -1,4 +1,7 @@
-"""One MoE layer call: learn -> plan -> run -> look ahead."""
+"""One MoE layer call: learn -> plan -> run -> look ahead.
+
+These are the names for other packages; modules in here import each other directly.
+"""
 
 from hybrimoe_plugin.engine.clock import SimulatedClock, WallClock
 from hybrimoe_plugin.engine.engine import Engine

@@ -12,9 +12,11 @@ from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import cuda_refusal
-from hybrimoe_plugin.engine import Engine, Router, SimulatedClock, WallClock
+from hybrimoe_plugin.engine.clock import SimulatedClock, WallClock
 from hybrimoe_plugin.engine.cpu_choice import choose_cpu, cpu_for
+from hybrimoe_plugin.engine.engine import Engine
 from hybrimoe_plugin.engine.sizing import cache_quotas, staging_slots
+from hybrimoe_plugin.engine.view import Router
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.costs import CostModel
@@ -66,7 +68,8 @@ def build_engine(
         if kind == "cuda" and free_bytes is None:
             # The dense weights are there already; attention's cache is not, and grows until the
             # context is full.
-            free_bytes = max(0, torch.cuda.mem_get_info(device)[0] - kept_bytes)
+            free_now, _ = torch.cuda.mem_get_info(device)
+            free_bytes = max(0, free_now - kept_bytes)
         expert_bytes = [weights.spec.expert_bytes for weights in layers]
         quotas = cache_quotas(settings, spec.experts, expert_bytes, free_bytes)
 
@@ -98,17 +101,20 @@ def _controller(
     kind: str,
     devices: Devices,
 ) -> Controller:
+    """The policies that the settings name, around a pool of slots."""
     spec = layers[0].spec
     accelerated = kind != "none"
     decode = make_scheduler(settings.scheduler, costs, accelerated and devices.generate != "cpu")
     prefill = make_scheduler(settings.scheduler, costs, accelerated and devices.prefill != "cpu")
+    prefetcher = make_prefetcher(settings.prefetch, decode, costs) if accelerated else None
+    staging = staging_slots(sum(quotas))
     return Controller(
-        SlotPool(quotas, staging_slots(sum(quotas)), shared=settings.budget == "shared"),
+        SlotPool(quotas, staging, shared=settings.budget == "shared"),
         costs,
         prefill,
         decode,
         make_cache(settings.cache, len(layers), spec.experts, spec.top_k, settings),
-        make_prefetcher(settings.prefetch, decode, costs) if accelerated else None,
+        prefetcher,
         spec.expert_bytes,
     )
 
@@ -118,11 +124,13 @@ def accelerator_kind(settings: Settings, devices: Devices) -> tuple[str, torch.d
 
     `auto` takes CUDA where a device asks for it, or leaves the choice and there is one.
     """
-    asked = devices.generate if devices.generate != "cpu" else devices.prefill
+    cpu = torch.device("cpu")
     if settings.accelerator in ("none", "emulated"):
-        return settings.accelerator, torch.device("cpu")
-    if settings.accelerator == "auto" and (
-        asked == "cpu" or (asked == "auto" and cuda_refusal() is not None)
-    ):
-        return "none", torch.device("cpu")
-    return "cuda", torch.device("cuda:0" if asked in ("auto", "cpu", "cuda") else asked)
+        return settings.accelerator, cpu
+    asked = devices.generate if devices.generate != "cpu" else devices.prefill
+    if settings.accelerator == "auto":
+        unusable = asked == "auto" and cuda_refusal() is not None
+        if asked == "cpu" or unusable:
+            return "none", cpu
+    named = asked not in ("auto", "cpu", "cuda")
+    return "cuda", torch.device(asked if named else "cuda:0")

@@ -1,8 +1,9 @@
-"""Time as the engine sees it: real or simulated, and what passes between two MoE layers."""
+"""Time as the engine sees it: real or simulated, and the time between two MoE layers."""
 
 from __future__ import annotations
 
 from time import perf_counter_ns
+from typing import NamedTuple
 
 
 class WallClock:
@@ -29,35 +30,53 @@ class SimulatedClock:
         self._now_us += us
 
 
-class Between:
-    """What attention and dense parts take between two MoE layers, measured as the model runs.
+class _EndedCall(NamedTuple):
+    layer: int
+    many: bool
+    """Whether it had more than one token."""
+    at_us: float
 
-    No profile knows it: it is the model's, not the machine's, and it is time in which the link may
+
+class InterLayerTime:
+    """How long attention and dense parts take between two MoE layers, measured as the model runs.
+
+    No profile knows it: it belongs to the model, not to the machine. In that time the link may
     prefetch.
     """
 
     NEWEST = 0.05
-    """Weight of the newest time."""
+    """Weight of the newest measurement in the moving average."""
 
     def __init__(self) -> None:
-        self._us: list[float | None] = [None, None]
-        """For calls of one token, and of many."""
-        self._last: tuple[int, bool, float] | None = None
+        self._single_us: float | None = None
+        self._many_us: float | None = None
+        """Averages for calls of one token, and of many."""
+        self._last: _EndedCall | None = None
 
     def begin(self, layer: int, tokens: int, now_us: float) -> float | None:
-        """A call begins; gives what is known of the time between layers for calls of this kind,
-        None for nothing.
+        """Note that a call begins.
+
+        Returns:
+            The average time between layers for calls of this kind; None before the first
+            measurement.
         """
         many = tokens > 1
-        if self._last is not None and self._last[:2] == (layer - 1, many):
-            spent_us = max(0.0, now_us - self._last[2])
-            known = self._us[many]
-            self._us[many] = spent_us if known is None else known + self.NEWEST * (spent_us - known)
+        known = self._many_us if many else self._single_us
+        last = self._last
         self._last = None
-        return self._us[many]
+        if last is None or last.layer != layer - 1 or last.many != many:
+            return known
+        spent_us = max(0.0, now_us - last.at_us)
+        known = spent_us if known is None else known + self.NEWEST * (spent_us - known)
+        if many:
+            self._many_us = known
+        else:
+            self._single_us = known
+        return known
 
     def end(self, layer: int, tokens: int, planned_us: float) -> None:
-        """The call is over by plan at `planned_us`: the device may still compute when the host is
-        done.
+        """Note that a call is over by plan at `planned_us`.
+
+        The device may still compute when the host is done.
         """
-        self._last = layer, tokens > 1, planned_us
+        self._last = _EndedCall(layer, tokens > 1, planned_us)

@@ -17,8 +17,9 @@ from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import hardware
-from hybrimoe_plugin.engine import Engine
-from hybrimoe_plugin.engine.calibrate import ensure_profile, shared_threads
+from hybrimoe_plugin.engine.engine import Engine
+from hybrimoe_plugin.engine.profile_store import ensure_profile
+from hybrimoe_plugin.engine.threads import shared_threads
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.policy.profile import MachineProfile
 from hybrimoe_plugin.replay.profile_files import load_profile
@@ -28,8 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def share_cores(engines: Sequence[Engine]) -> None:
-    """Leave torch the cores that workers do not take: both spin, and fight to a standstill
-    otherwise.
+    """Leave torch the cores that workers do not take.
+
+    Both spin while they wait: on the same cores they would keep each other from running.
+
+    Mutates: torch's number of threads.
     """
     pools = {id(pool): pool for pool in map(_pool, engines)}
     workers = sum(pool.workers for pool in pools.values())
@@ -40,42 +44,55 @@ def share_cores(engines: Sequence[Engine]) -> None:
 
 
 def _pool(engine: Engine) -> CPUBackend:
-    return engine.cpu.backend if isinstance(engine.cpu, SharedCPU) else engine.cpu
+    """The backend whose threads compute for an engine."""
+    if isinstance(engine.cpu, SharedCPU):
+        return engine.cpu.backend
+    return engine.cpu
 
 
 def cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) -> CPUBackend:
-    """A backend of the engine's own, or its part of the one that the model's other engines have
-    made.
+    """A new backend, or a part of the one that the model's other engines have made.
+
+    Args:
+        others: the model's engines so far.
+        alone: whether nothing else computes meanwhile.
     """
     for engine in others:
         pool = _pool(engine)
-        fits = pool.name == backend and getattr(pool, "threads", threads) == threads
-        if fits and (backend != "ggml" or (pool.workers == 0) == alone):
-            return SharedCPU(
-                pool, sum(len(other.layers) for other in others if _pool(other) is pool)
-            )
+        if pool.name != backend or getattr(pool, "threads", threads) != threads:
+            continue
+        if backend == "ggml" and (pool.workers == 0) != alone:
+            continue
+        first = sum(len(other.layers) for other in others if _pool(other) is pool)
+        return SharedCPU(pool, first)
     return make_cpu(backend, threads, alone)
 
 
 def cpu_backends(
     settings: Settings, layers: Sequence[LayerWeights], alone: bool
 ) -> tuple[str, ...]:
-    """What can run these layers: the one asked for; by `auto` all there are, the torch reference if
-    all else fails.
+    """Names of the backends that can run these layers.
+
+    The one that the setting names; for `auto` all there are, or the torch reference if there is no
+    other.
 
     Args:
-        alone: there is no accelerator, so nothing is gained by workers beside the caller:
-            kt-kernel's ggml graphs.
+        alone: there is no accelerator, so workers beside the caller gain nothing: kt-kernel's ggml
+            graphs are taken.
     """
     if settings.cpu_backend != "auto":
         return (settings.cpu_backend,)
-    ggml = _works(Ggml) and all(
-        matrix.type_name in TYPES for weights in layers for matrix in weights.matrices()
-    )
+    types = {matrix.type_name for weights in layers for matrix in weights.matrices()}
+    ggml = _works(Ggml) and types <= TYPES
     if alone and ggml:
         return ("ggml",)
-    workers = not any(refusal(weights.spec) for weights in layers) and _works(import_kernel)
-    return (*(["kt"] if workers else []), *(["ggml"] if ggml else [])) or ("torch",)
+    found = []
+    refused = any(refusal(weights.spec) for weights in layers)
+    if not refused and _works(import_kernel):
+        found.append("kt")
+    if ggml:
+        found.append("ggml")
+    return tuple(found) or ("torch",)
 
 
 def _works(load: Callable[[], object]) -> bool:
@@ -88,10 +105,19 @@ def _works(load: Callable[[], object]) -> bool:
 
 
 def make_cpu(backend: str, threads: int, alone: bool = True) -> CPUBackend:
-    """Args: alone: nothing else computes meanwhile."""
+    """A backend by name.
+
+    Args:
+        alone: whether nothing else computes meanwhile.
+
+    Raises:
+        BackendError: it cannot be used.
+    """
     if backend == "ggml":
         return GgmlExperts(threads, beside=not alone)
-    return KTExperts(threads) if backend == "kt" else TorchExperts(keep=False)
+    if backend == "kt":
+        return KTExperts(threads)
+    return TorchExperts(keep=False)
 
 
 def choose_cpu(
@@ -102,8 +128,9 @@ def choose_cpu(
     progress: bool = True,
     refresh: bool = False,
 ) -> tuple[str, MachineProfile]:
-    """(CPU backend, machine profile with it): of several backends the one that is measured to be
-    quickest in decode.
+    """(CPU backend, machine profile with it).
+
+    Of several backends it is the one that is measured to be fastest in decode.
 
     Args:
         refresh: measure again what has been measured before.
@@ -124,17 +151,22 @@ def choose_cpu(
         )
         for backend in backends
     }
-    best = min(
-        backends,
-        key=lambda backend: (
-            profiles[backend].cpu.first_us + layers[0].spec.top_k * profiles[backend].cpu.us[0]
-        ),
-    )
+    top_k = layers[0].spec.top_k
+
+    def token_us(backend: str) -> float:
+        cpu = profiles[backend].cpu
+        return cpu.first_us + top_k * cpu.us[0]
+
+    best = min(backends, key=token_us)
     if len(backends) > 1:
-        log.info("CPU experts by %s, the quickest of %s", best, ", ".join(backends))
+        log.info("CPU experts by %s, the fastest of %s", best, ", ".join(backends))
     return best, profiles[best]
 
 
 def cpu_threads(settings: Settings, backend: str, alone: bool) -> int | None:
-    """Threads that are settled before anything is measured."""
-    return settings.cpu_threads or (shared_threads() if backend == "ggml" and alone else None)
+    """Number of threads where it is decided before anything is measured, else None."""
+    if settings.cpu_threads:
+        return settings.cpu_threads
+    if backend == "ggml" and alone:
+        return shared_threads()
+    return None

@@ -2,6 +2,9 @@
 
 The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the
 backends and adds up the parts. It is owned by one model; several can live in one process.
+
+A call that is interrupted, or fails, leaves `_unfinished` set. The backends are then cleaned up at
+once, or before the next call: no task is left running and no slot claims what it does not hold.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.backends import Accelerator, CPUBackend, WholeCalls
-from hybrimoe_plugin.engine.clock import Between, SimulatedClock, WallClock
+from hybrimoe_plugin.engine.clock import InterLayerTime, SimulatedClock, WallClock
 from hybrimoe_plugin.engine.timeline import Timeline
 from hybrimoe_plugin.engine.view import (
     CallRecord,
@@ -22,9 +26,9 @@ from hybrimoe_plugin.engine.view import (
     Router,
     Routing,
     Sent,
-    bring,
-    here,
-    take,
+    view_from_accelerator,
+    view_from_graph,
+    view_on_cpu,
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
@@ -46,8 +50,8 @@ class Engine:
         routers: the same layers' routers.
         look_ahead: how many later layers are predicted for prefetching; 0 for none.
         clock: real time, or simulated where the accelerator is emulated.
-        verify: compare the slots with the file's bytes before every call: for looking for faults,
-            very slow.
+        verify: compare the slots with the file's bytes before every call; very slow, for finding
+            faults.
     """
 
     def __init__(
@@ -72,14 +76,15 @@ class Engine:
         self.recorder: Callable[[CallRecord], None] | None = None
         self.verify = verify
         self._unfinished = False
-        """Whether a call has begun and not come to its end: then the next one begins with
-        `_recover`.
-        """
+        """Whether a call has begun and not come to its end."""
         self._whole_calls = accelerator is None and isinstance(cpu, WholeCalls)
-        self._waves = None if accelerator is None else Waves(accelerator, self.layers, controller)
-        self._between = None if clock.emulated or accelerator is None else Between()
-        if self._waves is not None:
+        self._waves: Waves | None = None
+        self._inter_layer: InterLayerTime | None = None
+        if accelerator is not None:
+            self._waves = Waves(accelerator, self.layers, controller)
             self._waves.onload(controller.warm_start())
+            if not clock.emulated:
+                self._inter_layer = InterLayerTime()
 
     @property
     def unplanned(self) -> bool:
@@ -88,7 +93,8 @@ class Engine:
 
     def later_routers(self, layer: int) -> list[Router]:
         """The routers whose choices are predicted at this layer, nearest first."""
-        return self.routers[layer + 1 : layer + 1 + self.look_ahead]
+        first = layer + 1
+        return self.routers[first : first + self.look_ahead]
 
     def run(
         self,
@@ -105,7 +111,7 @@ class Engine:
             topk_ids: [T, K] integer expert ids.
             topk_weights: [T, K] floating point routing weights; a weight belongs to the id at its
                 own place.
-            sent: what is on its way to the host already; without an accelerator nothing is.
+            sent: what a CUDA graph copies to the host already; without an accelerator nothing is.
 
         Returns:
             [T, H] sum over each token's experts, dtype and device of `hidden`.
@@ -114,13 +120,13 @@ class Engine:
             return torch.zeros_like(hidden)
         call = Routing(hidden, topk_ids, topk_weights)
         if self.unplanned:
-            return self._whole(layer, call)
+            return self._compute_whole(layer, call)
         while True:
             if self._unfinished:
-                self._recover()
+                self._clean_up()
             try:
                 self._unfinished = True
-                output = self._run(layer, call, sent)
+                output = self._compute_planned(layer, call, sent)
                 self._unfinished = False
                 return output
             except torch.OutOfMemoryError as error:
@@ -128,12 +134,14 @@ class Engine:
             except BaseException:
                 # At once, so that nothing runs on; should this fail too, the next call does it.
                 with contextlib.suppress(Exception):
-                    self._recover()
+                    self._clean_up()
                 raise
 
     def check_integrity(self) -> None:
-        """Compare the cache's books, and every byte in its slots, with the file; slow. Raises:
-        BackendError.
+        """Compare the cache's books, and every byte in its slots, with the file; slow.
+
+        Raises:
+            BackendError: they differ.
         """
         if self._waves is not None:
             self._waves.check_integrity()
@@ -144,44 +152,35 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
 
-    def _run(self, layer: int, call: Routing, sent: Sent | None) -> torch.Tensor:
+    def _compute_planned(self, layer: int, call: Routing, sent: Sent | None) -> torch.Tensor:
         if self.verify:
             self.check_integrity()
         hidden = call.hidden
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
         ids = seen.ids.numpy()
-        if self._between is not None:
-            self._know_between(layer, len(ids), now_us)
-        if self.accelerator is not None:
-            self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
+        self._learn(layer, ids, seen, now_us)
         step = self.controller.begin(layer, loads(ids), len(ids), now_us)
         submitted = bool(step.plan.cpu)
         if submitted:
             self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
-        output = None if self._waves is None else self._waves.run(step, hidden, ids, call.weights)
+        output = None
+        if self._waves is not None:
+            output = self._waves.compute(step, hidden, ids, call.weights)
         self._look_ahead(step, seen, now_us)
         from_cpu = self.cpu.sync() if submitted else None
         self.controller.finish(step)
         if from_cpu is not None:
-            from_cpu = self._place(from_cpu.to(hidden.dtype), hidden.device)
+            from_cpu = self._to_device(from_cpu.to(hidden.dtype), hidden.device)
             output = from_cpu if output is None else output + from_cpu
         assert output is not None, "a plan covers every routed expert"
         self._pass_time(step, now_us)
         return output
 
-    def _recover(self) -> None:
-        """After a call that did not end, wherever it was: leave no task behind and no claim that is
-        not true.
-        """
-        self.cpu.abandon()
-        if self._waves is not None:
-            self._waves.recover()
-        self._unfinished = False
+    def _compute_whole(self, layer: int, call: Routing) -> torch.Tensor:
+        """Let the CPU compute everything, where nobody watches.
 
-    def _whole(self, layer: int, call: Routing) -> torch.Tensor:
-        """The CPU computes everything and nobody watches: there is nothing to plan, and planning
-        would cost a third.
+        There is nothing to plan then, and planning would take a third longer.
         """
         now_us = self.clock.now_us()
         output: torch.Tensor = self.cpu.compute(layer, *call)  # type: ignore[attr-defined]
@@ -196,28 +195,38 @@ class Engine:
         counters.moe_us += self.clock.now_us() - now_us
         return output
 
+    def _clean_up(self) -> None:
+        """After an unfinished call: stop its tasks, and correct what slots are said to hold."""
+        self.cpu.abandon()
+        if self._waves is not None:
+            self._waves.resynchronise()
+        self._unfinished = False
+
     def _read(self, layer: int, call: Routing, sent: Sent | None) -> HostView:
         """The routing decision on the host; the one host synchronisation of a call."""
         if sent is not None:
-            return take(sent)
+            return view_from_graph(sent)
         router = self.routers[layer]
         if self.accelerator is None:
-            return here(call, router if self.recorder is not None else None)
-        return bring(call, router, self.later_routers(layer), self.accelerator)
+            return view_on_cpu(call, router if self.recorder is not None else None)
+        return view_from_accelerator(call, router, self.later_routers(layer), self.accelerator)
 
-    def _know_between(self, layer: int, tokens: int, now_us: float) -> None:
-        """Plan with the time between layers as this model has it."""
-        assert self._between is not None
-        known = self._between.begin(layer, tokens, now_us)
-        if known is not None:
-            self.controller.costs.between_layers_us = known
+    def _learn(self, layer: int, ids: NDArray[np.int64], seen: HostView, now_us: float) -> None:
+        """Tell the controller what is known now: the time between layers, and what was scored."""
+        if self._inter_layer is not None:
+            known = self._inter_layer.begin(layer, len(ids), now_us)
+            if known is not None:
+                self.controller.costs.between_layers_us = known
+        if self.accelerator is not None:
+            self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
 
-    def _place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return tensor.to(device) if self._waves is None else self._waves.place(tensor, device)
+    def _to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if self._waves is None:
+            return tensor.to(device)
+        return self._waves.to_device(tensor, device)
 
     def _shrink(self, error: torch.OutOfMemoryError) -> None:
-        """Give a part of the cache back to the rest of the model and go on; the interrupted call is
-        run again.
+        """Give a part of the cache back to the rest of the model; the failed call is run again.
 
         Raises:
             torch.OutOfMemoryError, BudgetError: there is no cache left to give.
@@ -243,9 +252,7 @@ class Engine:
         )
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
-        """Use the idle link for what the next layers are predicted to need, while CPU and
-        accelerator compute.
-        """
+        """Prefetch what the next layers are predicted to need, while this one is computed."""
         found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
             self.recorder(seen.record(step.layer, found))
@@ -255,7 +262,7 @@ class Engine:
         moves = self.controller.look_ahead(step, predicted, now_us)
         self._waves.onload(moves, ahead=True)
         if self.timeline is not None:
-            self._draw_link(moves)
+            self._draw_transfers(self.timeline, moves)
 
     def _pass_time(self, step: Step, now_us: float) -> None:
         """Advance the clock over this call and draw it."""
@@ -266,17 +273,18 @@ class Engine:
         else:
             ended_us = self.clock.now_us()
             spent_us = ended_us - now_us
-            if self._between is not None:
-                self._between.end(step.layer, step.tokens, max(ended_us, now_us + plan.makespan_us))
+            if self._inter_layer is not None:
+                planned_us = max(ended_us, now_us + plan.makespan_us)
+                self._inter_layer.end(step.layer, step.tokens, planned_us)
         self.controller.counters.moe_us += spent_us
         if self.timeline is not None:
             run = simulate(plan, step.routed, costs, 0.0)
             self.timeline.layer_call(
                 step.layer, now_us, spent_us, run, emulated=self.clock.emulated
             )
-            self._draw_link(step.moves)
+            self._draw_transfers(self.timeline, step.moves)
 
-    def _draw_link(self, moves: Sequence[Move]) -> None:
-        assert self.timeline is not None
+    @staticmethod
+    def _draw_transfers(timeline: Timeline, moves: Sequence[Move]) -> None:
         for move in moves:
-            self.timeline.transfer(move.layer, move.expert, move.start_us, move.end_us)
+            timeline.transfer(move.layer, move.expert, move.start_us, move.end_us)

@@ -10,28 +10,29 @@ from hybrimoe_plugin.device.memory import RESERVE, human
 from hybrimoe_plugin.errors import BudgetError
 
 STAGING_SLOTS = 4
-"""Two waves of two demand loads: one is computed while the other arrives. The fewest that a run can
-do with.
-"""
+"""The fewest staging slots that a run needs: two waves of two demand loads.
 
+One wave is computed while the other arrives.
+"""
 
 MOST_STAGING_SLOTS = 32
 """Long prompts stream whole layers through the staging slots: larger waves cost fewer launches."""
 
-
 DEFAULT_EMULATED_RATIO = 0.25
-"""Cache ratio of the emulated accelerator, which has no memory of its own to size it by: the
-papers' smallest.
+"""Cache ratio of the emulated accelerator, which has no memory to size it by.
+
+It is the smallest of the papers'.
 """
 
 
 def staging_slots(slots: int) -> int:
     """Staging slots beside about `slots` cached experts: a sixteenth of them, within limits."""
-    return max(STAGING_SLOTS, min(MOST_STAGING_SLOTS, slots // 16))
+    wanted = slots // 16
+    return max(STAGING_SLOTS, min(MOST_STAGING_SLOTS, wanted))
 
 
 def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
-    """Memory that attention keeps for `context` tokens of one sequence, all layers, 16-bit values.
+    """Bytes that attention keeps for one sequence of `context` tokens, in 16-bit values.
 
     Args:
         config: a transformers model config; what it does not say counts as nothing.
@@ -41,20 +42,25 @@ def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
     if not isinstance(heads, int) or heads < 1:
         return 0
     layers = int(config.num_hidden_layers)
-    if getattr(config, "kv_lora_rank", None):  # DeepSeek's
-        expanded = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-        rows = config.kv_lora_rank + config.qk_rope_head_dim
-        values = layers * rows + expanded if latent else layers * expanded
-    else:
+    if not getattr(config, "kv_lora_rank", None):
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        values = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width * layers
-    return 2 * values * context
+        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+        values = 2 * key_value_heads * width * layers
+        return int(2 * values * context)
+    # DeepSeek's multi-head latent attention.
+    key_width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    expanded = heads * (key_width + config.v_head_dim)
+    values = layers * expanded
+    if latent:
+        latent_width = config.kv_lora_rank + config.qk_rope_head_dim
+        values = layers * latent_width + expanded
+    return int(2 * values * context)
 
 
 def cache_quotas(
     settings: Settings, experts: int, layer_bytes: Sequence[int], free_bytes: int | None
 ) -> list[int]:
-    """Cached experts per MoE layer.
+    """Number of cached experts for each MoE layer.
 
     An explicit `cache_ratio` or `cache_bytes` is met or refused; without one the cache takes what
     is free.
@@ -68,31 +74,43 @@ def cache_quotas(
     Raises:
         BudgetError: the explicit budget does not fit, or not even the staging slots do.
     """
-    layers, slot_bytes = len(layer_bytes), max(layer_bytes)
+    layers = len(layer_bytes)
+    slot_bytes = max(layer_bytes)
+    wanted = _wanted_experts(settings, experts, layers, slot_bytes, free_bytes)
+    cached = max(wanted, 0)
+    staging = staging_slots(cached)
+    needed = (cached + staging) * slot_bytes
+    if wanted < 0 or (free_bytes is not None and needed > free_bytes):
+        raise BudgetError(
+            f"{cached} cached experts and {staging} staging slots of {human(slot_bytes)} need "
+            f"{human(needed)}, {human(free_bytes or 0)} are free: ask for a smaller cache_ratio "
+            "or cache_bytes"
+        )
+    share, left_over = divmod(wanted, layers)
+    return [share + 1] * left_over + [share] * (layers - left_over)
+
+
+def _wanted_experts(
+    settings: Settings, experts: int, layers: int, slot_bytes: int, free_bytes: int | None
+) -> int:
+    """Cached experts of all layers; negative where not even the staging slots fit.
+
+    Raises:
+        BudgetError: `cache_bytes` is less than the staging slots.
+    """
     most = layers * experts
     if settings.cache_ratio is not None:
-        wanted = round(settings.cache_ratio * experts) * layers
-    elif settings.cache_bytes is not None:
+        return round(settings.cache_ratio * experts) * layers
+    if settings.cache_bytes is not None:
         slots = settings.cache_bytes // slot_bytes
         wanted = min(most, slots - staging_slots(slots))
         if wanted < 0:
             raise BudgetError(
                 f"cache_bytes {human(settings.cache_bytes)} is less than the {STAGING_SLOTS} "
-                f"staging slots of "
-                f"{human(slot_bytes)} that every run needs"
+                f"staging slots of {human(slot_bytes)} that every run needs"
             )
-    elif free_bytes is None:
-        wanted = round(DEFAULT_EMULATED_RATIO * experts) * layers
-    else:
-        slots = int(free_bytes * (1 - RESERVE)) // slot_bytes
-        wanted = min(most, slots - staging_slots(slots))
-    staging = staging_slots(max(wanted, 0))
-    needed = (max(wanted, 0) + staging) * slot_bytes
-    if wanted < 0 or (free_bytes is not None and needed > free_bytes):
-        raise BudgetError(
-            f"{max(wanted, 0)} cached experts and {staging} staging slots of {human(slot_bytes)} "
-            f"need "
-            f"{human(needed)}, {human(free_bytes or 0)} are free: ask for a smaller cache_ratio "
-            f"or cache_bytes"
-        )
-    return [wanted // layers + (1 if layer < wanted % layers else 0) for layer in range(layers)]
+        return wanted
+    if free_bytes is None:
+        return round(DEFAULT_EMULATED_RATIO * experts) * layers
+    slots = int(free_bytes * (1 - RESERVE)) // slot_bytes
+    return min(most, slots - staging_slots(slots))

@@ -1,6 +1,4 @@
-"""Write a run as a trace that Perfetto and chrome://tracing open: one lane each for CPU,
-accelerator and link.
-"""
+"""Write a run as a trace for Perfetto or chrome://tracing: tracks for CPU, accelerator and link."""
 
 from __future__ import annotations
 
@@ -14,15 +12,15 @@ from typing import IO
 
 from hybrimoe_plugin.policy.schedule import Simulation
 
-_LANES = ("cpu", "accelerator", "link")
+_TRACKS = ("cpu", "accelerator", "link")
 
 
 class Timeline:
     """A Trace Event Format file, written as the run goes; complete only after `close`.
 
-    An emulated run shows the simulated lanes as they are. A measured run knows when a layer call
-    began and ended, but not when each expert did: its slices share the measured time in proportion
-    to the planned times, and say so.
+    An emulated run shows the simulated times. A measured run knows when a layer call began and
+    ended, but not when each expert did: its slices share the measured time in proportion to the
+    planned times, and say so.
 
     Raises:
         OSError: the file cannot be written.
@@ -31,34 +29,29 @@ class Timeline:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.closing: list[Callable[[], None]] = []
-        """Called by `close`: what draws into it stops."""
+        """Called by `close`, to stop what draws into it."""
         self._file: IO[str] | None = self.path.open("w", encoding="utf-8")
         self._file.write("[")
         self._first = True
         self._lock = threading.Lock()  # it may be closed while another thread computes
         self._origin_us: float | None = None
-        for lane, name in enumerate(_LANES):
+        for track, name in enumerate(_TRACKS):
             self._write(
-                {"ph": "M", "name": "thread_name", "pid": 1, "tid": lane, "args": {"name": name}}
+                {"ph": "M", "name": "thread_name", "pid": 1, "tid": track, "args": {"name": name}}
             )
 
     def layer_call(
         self, layer: int, start_us: float, spent_us: float, run: Simulation, emulated: bool
     ) -> None:
-        """Draw the experts of one call on the CPU and accelerator lanes."""
+        """Draw the experts of one call on the tracks of CPU and accelerator."""
         scale = spent_us / run.makespan_us if run.makespan_us > 0 else 1.0
         label = "emulated" if emulated else "measured per call, shared among its experts"
         for piece in run.slices:
-            if piece.lane != "link":
-                begin = start_us + piece.start_us * scale
-                self._slice(
-                    piece.lane,
-                    layer,
-                    piece.expert,
-                    begin,
-                    (piece.end_us - piece.start_us) * scale,
-                    label,
-                )
+            if piece.lane == "link":
+                continue
+            begin_us = start_us + piece.start_us * scale
+            piece_us = (piece.end_us - piece.start_us) * scale
+            self._slice(piece.lane, layer, piece.expert, begin_us, piece_us, label)
 
     def transfer(self, layer: int, expert: int, start_us: float, end_us: float) -> None:
         """Draw one expert crossing the link, at the predicted time."""
@@ -85,7 +78,7 @@ class Timeline:
         self.close()
 
     def _slice(
-        self, lane: str, layer: int, expert: int, start_us: float, spent_us: float, label: str
+        self, track: str, layer: int, expert: int, start_us: float, spent_us: float, label: str
     ) -> None:
         if self._origin_us is None:
             self._origin_us = start_us
@@ -93,9 +86,9 @@ class Timeline:
             {
                 "ph": "X",
                 "name": f"layer {layer} expert {expert}",
-                "cat": lane,
+                "cat": track,
                 "pid": 1,
-                "tid": _LANES.index(lane),
+                "tid": _TRACKS.index(track),
                 "ts": round(start_us - self._origin_us, 3),
                 "dur": round(spent_us, 3),
                 "args": {"layer": layer, "expert": expert, "time": label},

@@ -11,22 +11,18 @@ import torch
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.backends import Accelerator
-from hybrimoe_plugin.device.streams import Coming
+from hybrimoe_plugin.device.streams import PendingCopy
 
 
 class Router(Protocol):
-    """What the engine may ask of the model's own router; the routing itself stays the
-    model's code.
-    """
+    """What the engine asks of the model's own router; routing itself stays the model's code."""
 
     def scores(self) -> torch.Tensor | None:
-        """[T, E] float32 scores of the running call, None where the host does not show them."""
+        """[T, E] float32 scores of the running call; None where the router does not show them."""
         ...
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, K] int64 ids that this router would choose for hidden states [T, H] of an earlier
-        layer.
-        """
+        """[T, K] int64 ids that this router would choose for an earlier layer's hidden [T, H]."""
         ...
 
 
@@ -57,20 +53,21 @@ class CallRecord:
 
 
 class Sent(Protocol):
-    """What a CUDA graph sends to the host of a layer call; asked for in this order, once."""
+    """What a CUDA graph copies to the host for a layer call; asked for in this order, once."""
 
-    def needed(self) -> Coming:
+    def needed(self) -> PendingCopy:
         """Hidden states, ids, weights, and scores where the router shows any."""
         ...
 
-    def predicted(self) -> Coming | None:
+    def predicted(self) -> PendingCopy | None:
         """Ids that the later routers would choose, nearest first."""
         ...
 
 
 class HostView(NamedTuple):
-    """What the host must know of a layer call; brought over in one synchronisation, predictions
-    behind it.
+    """What the host must know of a layer call.
+
+    All but the predictions is copied in one synchronisation; they arrive behind it.
     """
 
     hidden: torch.Tensor
@@ -81,59 +78,71 @@ class HostView(NamedTuple):
     """[T, K] float32"""
     scores: NDArray[np.float32] | None
     """[T, E]"""
-    coming: Coming | None
-    """[T, K] ids for the next layers, nearest first; on their way while the layer is planned."""
+    predictions: PendingCopy | None
+    """[T, K] ids for the next layers, nearest first; copied while the layer is planned."""
 
     def predicted(self, wait: bool = False) -> tuple[NDArray[np.int64], ...]:
-        """The predictions that have arrived: all or none. Stops the host only where asked to."""
-        if self.coming is None:
+        """The predictions, if they have arrived: all or none.
+
+        Args:
+            wait: stop the host until they have.
+        """
+        if self.predictions is None:
             return ()
-        tensors = self.coming.wait() if wait else self.coming.now()
-        return tuple(found.to(torch.int64).numpy() for found in tensors or ())
+        tensors = self.predictions.wait() if wait else self.predictions.poll()
+        if tensors is None:
+            return ()
+        return tuple(ids.to(torch.int64).numpy() for ids in tensors)
 
     def record(self, layer: int, predicted: Sequence[NDArray[np.int64]]) -> CallRecord:
-        """Copies: what a CUDA graph sends lies in the same memory at the next token."""
-        scores = None if self.scores is None else self.scores.copy()
-        ids, weights = self.ids.numpy().copy(), self.weights.numpy().copy()
-        return CallRecord(layer, ids, weights, scores, tuple(one.copy() for one in predicted))
+        """A record with copies: a CUDA graph uses the same memory again at the next token."""
+        return CallRecord(
+            layer,
+            self.ids.numpy().copy(),
+            self.weights.numpy().copy(),
+            None if self.scores is None else self.scores.copy(),
+            tuple(ids.copy() for ids in predicted),
+        )
 
 
-def bring(
+def view_from_accelerator(
     call: Routing, router: Router, later: Sequence[Router], accelerator: Accelerator
 ) -> HostView:
-    """Bring over the routing decision and what else the host needs.
+    """Copy the routing decision, and what else the host needs, from the device.
 
-    Predictions are computed behind it, so that it does not wait for them.
+    Predictions are computed and copied behind it, so that it does not wait for them.
 
     Args:
         later: routers of the layers that are looked ahead to.
     """
-    shown = router.scores()
-    needed = accelerator.bring([*call, *(() if shown is None else (shown,))])
-    coming = accelerator.bring([other.predict(call.hidden) for other in later]) if later else None
-    return _view(needed.wait(), coming)
+    needed = accelerator.copy_to_host(_with_scores(call, router.scores()))
+    predictions = None
+    if later:
+        predictions = accelerator.copy_to_host([other.predict(call.hidden) for other in later])
+    return _view(needed.wait(), predictions)
 
 
-def take(sent: Sent) -> HostView:
-    """What a CUDA graph brings over."""
-    needed, coming = sent.needed(), sent.predicted()
-    return _view(needed.wait(), coming)
+def view_from_graph(sent: Sent) -> HostView:
+    """What a CUDA graph copies to the host."""
+    needed = sent.needed()
+    predictions = sent.predicted()
+    return _view(needed.wait(), predictions)
 
 
-def here(call: Routing, router: Router | None) -> HostView:
+def view_on_cpu(call: Routing, router: Router | None) -> HostView:
     """The same without an accelerator; scores only where a router is given."""
-    shown = router.scores() if router is not None else None
-    return _view(
-        [tensor.to("cpu") for tensor in (*call, *(() if shown is None else (shown,)))], None
-    )
+    scores = None if router is None else router.scores()
+    tensors = [tensor.to("cpu") for tensor in _with_scores(call, scores)]
+    return _view(tensors, None)
 
 
-def _view(tensors: Sequence[torch.Tensor], coming: Coming | None) -> HostView:
-    states, ids, weights, *scores = tensors
-    return HostView(
-        states,
-        ids.to(torch.int64),
-        weights.to(torch.float32),
-        scores[0].to(torch.float32).numpy() if scores else None,
-        coming,
-    )
+def _with_scores(call: Routing, scores: torch.Tensor | None) -> list[torch.Tensor]:
+    if scores is None:
+        return [*call]
+    return [*call, scores]
+
+
+def _view(tensors: Sequence[torch.Tensor], predictions: PendingCopy | None) -> HostView:
+    hidden, ids, weights, *shown = tensors
+    scores = shown[0].to(torch.float32).numpy() if shown else None
+    return HostView(hidden, ids.to(torch.int64), weights.to(torch.float32), scores, predictions)

@@ -1,10 +1,17 @@
-"""The accelerator's share of a layer call: what is there, what is in flight, then demand loads as
-they come.
+"""The accelerator's share of a layer call, in waves over the staging slots.
+
+A wave is a set of experts that one launch computes. Resident experts come first, then those in
+flight, then demand loads in groups of half the staging slots. So while one half is computed, the
+link fills the other one. With 4 staging slots and demand loads of experts a to e:
+
+    link          a -> 0  b -> 1  c -> 2  d -> 3  e -> 0
+    accelerator   | resident | in flight | a b | c d | e |
+    sent before   | a b      | -         | c d | e   | - |     each wave is sent one wave early
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -21,9 +28,7 @@ Wave = dict[int, int]
 
 
 class Waves:
-    """Sends experts and computes them, one wave behind the other, so that link and accelerator
-    overlap.
-    """
+    """Sends experts to their slots and computes them, so that link and accelerator overlap."""
 
     def __init__(
         self, accelerator: Accelerator, layers: Sequence[LayerWeights], controller: Controller
@@ -33,114 +38,135 @@ class Waves:
         self._controller = controller
         self._size = controller.pool.staging // 2
 
-    def onload(self, moves: Sequence[Move], ahead: bool = False) -> None:
-        """Queue transfers on the link."""
+    def onload(self, moves: Iterable[Move], ahead: bool = False) -> None:
+        """Queue transfers on the link; `ahead` for prefetches."""
         for move in moves:
             self._accelerator.onload(move.slot, self._layers[move.layer], move.expert, ahead)
 
-    def recover(self) -> None:
-        """After a call that did not end: the controller's books again say what the slots hold."""
+    def compute(
+        self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], topk_weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Compute the accelerator's experts of one layer call.
+
+        Args:
+            step: the planned call.
+            hidden: [T, H] floating point, on the device of the model's dense part.
+            ids: [T, K] on the host.
+            topk_weights: [T, K] floating point, beside `hidden`.
+
+        Returns:
+            [T, H] like `hidden`: the weighted sum over each token's experts; None where the plan
+            gives the accelerator nothing.
+        """
+        if not step.plan.accelerator:
+            return None
+        self._cancel_stale(step)
+        present = self._present(step)
+        groups = self._demand_groups(step)
+        waves = present + [_wave(group) for group in groups]
+        unsent = iter(groups)
+        self.onload(next(unsent, ()))
+        accelerator = self._accelerator
+        states = self.to_device(hidden, accelerator.device)
+        weights = self.to_device(topk_weights, accelerator.device)
+        experts = self._layers[0].spec.experts
+        slot_ids = accelerator.copy_to_device(_slot_ids(waves, ids, experts))
+        output: torch.Tensor | None = None
+        for index, wave in enumerate(waves):
+            if index >= len(present):
+                # Send a group before computing the one before it: link and accelerator overlap.
+                self.onload(next(unsent, ()))
+            part = accelerator.compute(tuple(wave.values()), states, slot_ids[index], weights)
+            output = part if output is None else output + part
+        assert output is not None
+        return output.to(hidden.device, hidden.dtype)
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor on the device; from the CPU to the accelerator without stopping the host."""
+        if tensor.device.type == "cpu" and device == self._accelerator.device:
+            return self._accelerator.copy_to_device(tensor)
+        return tensor.to(device)
+
+    def resynchronise(self) -> None:
+        """After an unfinished call: make the controller's books say what the slots hold."""
         pool = self._controller.pool
         if self._accelerator.slots != pool.slots:  # it ended while slots were given back
             self._accelerator.allocate(pool.slots, self._layers)
-        positions = {id(weights): place for place, weights in enumerate(self._layers)}
-        held = self._accelerator.settle()
-        self._controller.recover(
-            {s: ExpertRef(positions[id(weights)], e) for s, (weights, e) in held.items()}
-        )
+        positions = {id(weights): index for index, weights in enumerate(self._layers)}
+        held = {}
+        for slot, (weights, expert) in self._accelerator.settle().items():
+            held[slot] = ExpertRef(positions[id(weights)], expert)
+        self._controller.recover(held)
 
     def check_integrity(self) -> None:
-        """Compare books and slots with the file's bytes; slow. Raises: BackendError."""
+        """Compare the controller's books and the slots with the file's bytes; slow.
+
+        Raises:
+            BackendError: they differ.
+        """
         pool = self._controller.pool
         try:
             pool.check_integrity()
         except AssertionError as error:
             raise BackendError(f"the books of the expert cache are wrong: {error}") from None
-        expected = {
-            slot: (weights, expert)
-            for weights, cached in zip(self._layers, pool.cached, strict=True)
-            for expert, slot in cached.items()
-        }
+        expected = {}
+        for weights, cached in zip(self._layers, pool.cached, strict=True):
+            for expert, slot in cached.items():
+                expected[slot] = (weights, expert)
         wrong = self._accelerator.wrong_slots(expected)
         if wrong:
             weights, expert = expected[wrong[0]]
             raise BackendError(
                 f"slot {wrong[0]} does not hold expert {expert} of layer {weights.layer} as the "
-                f"file has it "
-                f"(wrong: {len(wrong)} of {len(expected)} slots)"
+                f"file has it (wrong: {len(wrong)} of {len(expected)} slots)"
             )
 
-    def place(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A tensor on the device; from the CPU to the accelerator without stopping the host."""
-        if tensor.device.type == "cpu" and device == self._accelerator.device:
-            return self._accelerator.place(tensor)
-        return tensor.to(device)
-
-    def run(
-        self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], topk_weights: torch.Tensor
-    ) -> torch.Tensor | None:
-        """[T, H] sum over the accelerator's experts of each token, like `hidden`; None where there
-        are none.
-
-        Args:
-            ids: [T, K] on the host.
-        """
-        if not step.plan.accelerator:
-            return None
-        self._cancel(step)
-        present = _present(step, self._controller.pool.cached[step.layer])
-        batches = [
-            step.moves[first : first + self._size]
-            for first in range(0, len(step.moves), self._size)
-        ]
-        waves = [*present, *({move.expert: move.slot for move in batch} for batch in batches)]
-        unsent = iter(batches)
-        self.onload(next(unsent, ()))
-        device = self._accelerator.device
-        states, weights = self.place(hidden, device), self.place(topk_weights, device)
-        slot_ids = self._accelerator.place(_slot_ids(waves, ids, self._layers[0].spec.experts))
-        output: torch.Tensor | None = None
-        for index, wave in enumerate(waves):
-            if index >= len(present):
-                # Send a wave before computing the one before it, so that link and accelerator
-                # overlap.
-                self.onload(next(unsent, ()))
-            part = self._accelerator.compute(tuple(wave.values()), states, slot_ids[index], weights)
-            output = part if output is None else output + part
-        assert output is not None
-        return output.to(hidden.device, hidden.dtype)
-
-    def _cancel(self, step: Step) -> None:
-        """Take back prefetches for this layer that it does not need, where the link has not begun
-        with them.
-        """
+    def _cancel_stale(self, step: Step) -> None:
+        """Cancel prefetches for this layer that it does not need and the link has not begun."""
         for expert, slot in self._controller.stale(step):
             if self._accelerator.cancel(slot):
                 self._controller.withdraw(step.layer, expert)
 
+    def _present(self, step: Step) -> list[Wave]:
+        """The resident experts, then those in flight; without empty waves."""
+        slots = self._controller.pool.cached[step.layer]
+        demanded = {move.expert for move in step.moves}
+        arriving = {routed.expert for routed in step.routed if routed.ready_us > 0}
+        resident: Wave = {}
+        in_flight: Wave = {}
+        for expert in step.plan.accelerator:
+            if expert in demanded:
+                continue
+            wave = in_flight if expert in arriving else resident
+            wave[expert] = slots[expert]
+        return [wave for wave in (resident, in_flight) if wave]
 
-def _present(step: Step, slots: Wave) -> list[Wave]:
-    """The resident experts, then those in flight, leaving out empty waves."""
-    demanded = {move.expert for move in step.moves}
-    in_flight = {routed.expert for routed in step.routed if routed.ready_us > 0}
-    present = [expert for expert in step.plan.accelerator if expert not in demanded]
-    waves = (
-        {expert: slots[expert] for expert in present if expert not in in_flight},
-        {expert: slots[expert] for expert in present if expert in in_flight},
-    )
-    return [wave for wave in waves if wave]
+    def _demand_groups(self, step: Step) -> list[Sequence[Move]]:
+        """Demand loads in link order, as many at a time as half the staging slots."""
+        starts = range(0, len(step.moves), self._size)
+        return [step.moves[start : start + self._size] for start in starts]
+
+
+def _wave(moves: Sequence[Move]) -> Wave:
+    return {move.expert: move.slot for move in moves}
 
 
 def _slot_ids(waves: Sequence[Wave], ids: NDArray[np.int64], experts: int) -> torch.Tensor:
-    """[W, T, K] int64: the slot of each routed expert in each wave, -1 where it is not computed
-    there.
+    """[W, T, K] int64: the slot of each routed expert in each wave.
+
+    It is -1 where the wave does not compute the expert.
+
+    Args:
+        experts: number of experts E.
     """
     if len(ids) == 1:
-        row = ids[0].tolist()
-        return torch.from_numpy(
-            np.array([[[wave.get(expert, -1) for expert in row]] for wave in waves])
-        )
-    table = np.full((len(waves), experts), -1, dtype=np.int64)
-    for line, wave in zip(table, waves, strict=True):
-        line[list(wave)] = list(wave.values())
-    return torch.from_numpy(table[:, ids])
+        chosen = ids[0].tolist()
+        rows = []
+        for wave in waves:
+            row = [wave.get(expert, -1) for expert in chosen]
+            rows.append([row])
+        return torch.from_numpy(np.array(rows))
+    slots = np.full((len(waves), experts), -1, dtype=np.int64)
+    for slot_of_expert, wave in zip(slots, waves, strict=True):
+        slot_of_expert[list(wave)] = list(wave.values())
+    return torch.from_numpy(slots[:, ids])

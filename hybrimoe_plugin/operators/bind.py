@@ -173,7 +173,7 @@ def bind(
         profiles.append(profile)
     share_cores(engines)
     handle = HybriMoE(engines, profiles)
-    handle.turns.recover += [operator.recover for operator in operators]
+    handle.turns.clean_up += [operator.recover for operator in operators]
     # Threads and pinned memory must go with the model, also when nobody calls close.
     weakref.finalize(model, _close_all, engines, handle.turns)
     if any(parameter.is_cuda for parameter in model.parameters()) or _any_cuda(engines):

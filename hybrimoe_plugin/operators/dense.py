@@ -103,10 +103,7 @@ def shared_kernels(store: GGUFStore | None) -> Ggml:
     """
     if store is None:
         return Ggml()
-    if store.kernels is None:
-        store.kernels = Ggml()
-    assert isinstance(store.kernels, Ggml)
-    return store.kernels
+    return store.companion(Ggml)
 
 
 def _is_cpu(device: str) -> bool:

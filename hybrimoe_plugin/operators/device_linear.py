@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.gpu.kernels.layout import join_planes, split_planes
+from hybrimoe_plugin.compute.gpu.kernels.layout import from_planes, to_planes
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -61,7 +61,7 @@ class DeviceLinear(DenseOperator):
                 f"{', '.join(supported())}. Leave this module to its own class"
             )
         self.type_name = stored.type_name
-        self.planes = torch.from_numpy(split_planes(stored.data, stored.type_name))
+        self.planes = torch.from_numpy(to_planes(stored.data, stored.type_name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] of x's dtype from [..., M]."""
@@ -91,7 +91,7 @@ class DeviceLinear(DenseOperator):
             return linear(flat, self.planes, self.type_name, self.out_features)
 
     def _plain(self, flat: torch.Tensor) -> torch.Tensor:
-        raw = join_planes(self.planes, self.type_name)
+        raw = from_planes(self.planes, self.type_name)
         shape = self.out_features, self.in_features
         matrix = dequantize(raw, self.type_name, shape)
         return F.linear(flat, matrix.to(flat.dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, check_stored
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor, check_stored
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
@@ -44,10 +44,10 @@ class GgmlLinear(nn.Module):
             raise BackendError(f"expected a matrix {shape}, found {stored.shape}")
         check_stored(stored)
         # Measured here, else the first answer waits for it.
-        self.ggml.pace(stored.type_name, torch.get_num_threads())
+        self.ggml.kernel_speed(stored.type_name, torch.get_num_threads())
         self.stored = stored
 
-    def build(self, graph: Graph, x: Node) -> Node:
+    def build(self, graph: Graph, x: GraphTensor) -> GraphTensor:
         """[..., N] from [..., M] in a graph. Raises: BackendError: there is no matrix yet."""
         if self.stored is None:
             raise BackendError("a stored linear was not given its matrix")
@@ -118,7 +118,7 @@ class LinearGroup:
             return [linear(x) for linear in self._linears()]
         return self._function(x, len(x))
 
-    def _build(self, graph: Graph, x: Node) -> list[Node]:
+    def _build(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
         return [linear.build(graph, x) for linear in self._linears()]
 
     def _linears(self) -> list[Any]:

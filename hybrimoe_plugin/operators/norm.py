@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.cpu.ggml import Graph, Node, norm_epsilon_fits
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, norm_epsilon_fits
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.injection.moved import old_names
@@ -57,7 +57,7 @@ class FusedRMSNorm(DenseOperator):
         (y,) = self._function(x.reshape(1, -1), 1)
         return y.clone().view(x.shape)
 
-    def build(self, graph: Graph, x: Node, out: torch.Tensor | None = None) -> Node:
+    def build(self, graph: Graph, x: GraphTensor, out: torch.Tensor | None = None) -> GraphTensor:
         """[..., H] from [..., H] in a graph, into `out` where it is given."""
         weight = graph.constant(self.weight)
         return graph.rms_norm(x, weight, self.eps, out)

@@ -1,10 +1,7 @@
-"""The routed experts of one layer as stored bytes: checked views into the mapped file, never
-copies.
-"""
+"""The routed experts of one layer as stored bytes: checked views into the mapped file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,14 +24,15 @@ class Matrix(NamedTuple):
     experts: tuple[Bytes, ...]
     """Stored bytes of each expert's matrix, 1-D uint8."""
     stacked: Bytes | None
-    """The same bytes as one contiguous view; None where the file keeps experts in tensors of their
-    own.
-    """
+    """The same bytes as one contiguous view; None if the file has one tensor for each expert."""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Gate and up are [I, H], down is [H, I] per expert."""
+    """The three projections of a layer.
+
+    For each expert gate is [I, H], up [I, H] and down [H, I].
+    """
 
     layer: int
     """Decoder layer, as in the file's names."""
@@ -50,34 +48,35 @@ class LayerWeights:
     def dequantized(
         self, expert: int, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(gate [I, H], up [I, H], down [H, I]) of one expert, fresh tensors on the CPU."""
-        return split_expert(
-            [matrix.experts[expert] for matrix in self.matrices()], self.spec, dtype
-        )
+        """(gate [I, H], up [I, H], down [H, I]) of one expert, fresh tensors on the CPU.
 
-
-def split_expert(
-    parts: Sequence[Bytes], spec: ExpertSpec, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dequantise one expert's stored (gate, up, down) bytes."""
-    inner, outer = (spec.intermediate, spec.hidden), (spec.hidden, spec.intermediate)
-    gate = dequantize_bytes(parts[0], spec.gate_type, inner, "gate").to(dtype)
-    up = dequantize_bytes(parts[1], spec.up_type, inner, "up").to(dtype)
-    return gate, up, dequantize_bytes(parts[2], spec.down_type, outer, "down").to(dtype)
+        Raises:
+            WeightsError: a type cannot be dequantised.
+        """
+        spec = self.spec
+        inner = (spec.intermediate, spec.hidden)
+        outer = (spec.hidden, spec.intermediate)
+        gate = dequantize_bytes(self.gate.experts[expert], spec.gate_type, inner, "gate")
+        up = dequantize_bytes(self.up.experts[expert], spec.up_type, inner, "up")
+        down = dequantize_bytes(self.down.experts[expert], spec.down_type, outer, "down")
+        return gate.to(dtype), up.to(dtype), down.to(dtype)
 
 
 def layer_weights(
     store: GGUFStore, layer: int, *, experts: int, hidden: int, intermediate: int, top_k: int
 ) -> LayerWeights:
-    """Find one layer's experts, stacked (`ffn_*_exps`) or, in older files, one tensor each
-    (`ffn_*.{i}`).
+    """Find one layer's experts in the file.
+
+    They are stacked (`ffn_*_exps`) or, in older files, one tensor each (`ffn_*.{expert}`).
 
     Raises:
         WeightsError: a tensor is missing or does not have the expected shape.
     """
     if not 1 <= top_k <= experts:
         raise WeightsError(f"{store.paths[0]}: a token cannot choose {top_k} of {experts} experts")
-    inner, outer = (intermediate, hidden), (hidden, intermediate)
+    inner = (intermediate, hidden)
+    outer = (hidden, intermediate)
+    # Each checks the shape of its tensors.
     gate = _matrix(store, layer, "gate", experts, inner)
     up = _matrix(store, layer, "up", experts, inner)
     down = _matrix(store, layer, "down", experts, outer)
@@ -99,6 +98,7 @@ def layer_weights(
 def _matrix(
     store: GGUFStore, layer: int, part: str, experts: int, shape: tuple[int, int]
 ) -> Matrix:
+    """One projection of all experts; `shape` is that of one expert's matrix."""
     stacked_name = f"blk.{layer}.ffn_{part}_exps.weight"
     if stacked_name in store.tensors:
         info = store.info(stacked_name)
@@ -107,22 +107,26 @@ def _matrix(
         return Matrix(info.type_name, tuple(stacked.reshape(experts, -1)), stacked)
     first = f"blk.{layer}.ffn_{part}.0.weight"
     if first not in store.tensors:
-        raise WeightsError(f"{store.paths[0]}: neither {stacked_name!r} nor {first!r} is there")
-    if experts > len(store.tensors):
-        raise WeightsError(
-            f"{store.paths[0]}: holds {len(store.tensors)} tensors, too few for {experts} experts"
-        )
-    names = [f"blk.{layer}.ffn_{part}.{expert}.weight" for expert in range(experts)]
-    infos = [store.info(name) for name in names]
-    for name, info in zip(names, infos, strict=True):
-        _check_shape(name, info.shape, shape)
-        if info.type_name != infos[0].type_name:
+        raise WeightsError(f"{store.paths[0]}: holds neither tensor {stacked_name!r} nor {first!r}")
+    return _single_experts(store, f"blk.{layer}.ffn_{part}", experts, shape)
+
+
+def _single_experts(store: GGUFStore, prefix: str, experts: int, shape: tuple[int, int]) -> Matrix:
+    """A projection that the file keeps in one tensor for each expert."""
+    path = store.paths[0]
+    tensors = len(store.tensors)
+    if experts > tensors:
+        raise WeightsError(f"{path}: holds {tensors} tensors, too few for {experts} experts")
+    infos = [store.info(f"{prefix}.{expert}.weight") for expert in range(experts)]
+    first = infos[0]
+    for info in infos:
+        _check_shape(info.name, info.shape, shape)
+        if info.type_name != first.type_name:
             raise WeightsError(
-                f"{store.paths[0]}: {name!r} is {info.type_name}, {names[0]!r} is "
-                f"{infos[0].type_name}: "
+                f"{path}: {info.name!r} is {info.type_name}, {first.name!r} is {first.type_name}: "
                 "the experts of a layer must share one type"
             )
-    return Matrix(infos[0].type_name, tuple(store.raw(name) for name in names), None)
+    return Matrix(first.type_name, tuple(store.raw(info.name) for info in infos), None)
 
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -133,8 +137,10 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -
 
 
 def _matrix_bytes(type_name: str, shape: tuple[int, int]) -> int:
+    """Stored bytes of one expert's matrix."""
+    rows, columns = shape
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    return shape[0] * shape[1] // block * block_bytes
+    return rows * columns // block * block_bytes
 
 
 def expert_counts(config: Any) -> tuple[int, int]:
@@ -146,7 +152,6 @@ def expert_counts(config: Any) -> tuple[int, int]:
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 0:
-            return count, int(
-                getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-            )
-    raise ConfigError(f"{type(config).__name__}: no number of routed experts in the model's config")
+            size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+            return count, int(size)
+    raise ConfigError(f"{type(config).__name__}: the config states no number of routed experts")

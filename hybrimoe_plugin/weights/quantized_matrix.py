@@ -18,4 +18,5 @@ class QuantizedMatrix(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Stored bytes."""
         return int(self.data.size)

@@ -180,7 +180,7 @@ def _layer(
     try:
         read_us = watch.us(lambda: pack.submit(block, buffer).result(), READS)
         pack.check(block, buffer)
-        copy_us = watch.us(lambda: accelerator.streams.run(LINK, send))
+        copy_us = watch.us(lambda: accelerator.streams.enqueue(LINK, send))
         there = moved(kwargs, device)
         with without_experts(operator):
             cpu_us = watch.us(compute_on_cpu)

@@ -220,7 +220,7 @@ class SplitStream:
         slot, computed = self._free.popleft()
         source = self.inner.memory(layer, host_slot)
         self._streams.wait(LINK, computed)
-        self._streams.run(LINK, lambda: _send(source, self._buffers[slot]))
+        self._streams.enqueue(LINK, lambda: _send(source, self._buffers[slot]))
         there = self._streams.record(LINK)
         self._queue.append(_Copied(layer, slot, there))
         if streamed:

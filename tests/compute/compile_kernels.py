@@ -61,7 +61,7 @@ def check(name: str, ptx: str, narrow: int, wide: int) -> None:
 def main() -> None:
     for kind in SUPPORTED:
         spec = ExpertSpec(HIDDEN, INNER, 128, TOP_K, kind, kind, kind, 4096, 4096, 4096)
-        sizes = Blocks.of(slot_layout(spec, split=True), TOP_K)
+        sizes = Blocks.of(slot_layout(spec, planar=True), TOP_K)
         shape = {"HIDDEN": HIDDEN, "INNER": INNER}
         offsets = {"slots": BYTES, "slot_bytes": "i64", "up_offset": "i32", "down_offset": "i32"}
         dot = {"BLOCK_TOKENS": sizes.tokens, "BLOCK_ROWS": sizes.rows, "DOT": tl.bfloat16}
@@ -125,9 +125,12 @@ def main() -> None:
             "PER_PROGRAM": 32,
         }
         ptx = compiled(
-            repack.split_planes, {"source": "*i16", "target": "*i16", "blocks": "i32"}, constants, 4
+            repack.blocks_to_planes,
+            {"source": "*i16", "target": "*i16", "blocks": "i32"},
+            constants,
+            4,
         )
-        check(f"split_planes {kind}", ptx, 10**4, 0)
+        check(f"blocks_to_planes {kind}", ptx, 10**4, 0)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def both(weights: LayerWeights) -> tuple[KTExperts, TorchExperts]:
-    native, plain = KTExperts(1), TorchExperts(keep=True)
+    native = KTExperts(1)
+    plain = TorchExperts(keep=True)
     native.add_layer(weights)
     plain.add_layer(weights)
     return native, plain
@@ -100,7 +101,8 @@ def test_kt_kernel_loses_no_nan(type_name: str, bad: float) -> None:
             compute(backend, (hidden, *chosen), list(range(8))).isnan()
             for backend in (native, plain)
         )
-        assert torch.equal(found, wanted) and found.any()
+        assert torch.equal(found, wanted)
+        assert found.any()
 
 
 def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(
@@ -108,9 +110,10 @@ def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(
 ) -> None:
     """Such a build ends the process at the first token."""
     weights = tiny_experts.layer(types=("BF16", "Q8_0", "F32"))
-    assert "BF16" in cpu_kt.kernel_types("amx") and "BF16" in cpu_kt.kernel_types("avx512_bf16")
+    assert "BF16" in cpu_kt.kernel_types("amx")
+    assert "BF16" in cpu_kt.kernel_types("avx512_bf16")
     for variant in ("avx2", "avx512_vnni", "a later one", ""):
-        found = cpu_kt._supported(weights, cpu_kt.kernel_types(variant))
+        found = cpu_kt.supported_weights(weights, cpu_kt.kernel_types(variant))
         assert [matrix.type_name for matrix in found.matrices()] == ["F16", "Q8_0", "F16"]
         assert found.gate.experts[0].size == found.spec.gate_bytes
         for one, other in zip(found.dequantized(3), weights.dequantized(3), strict=True):
@@ -120,7 +123,7 @@ def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(
     assert "requantised to F16" in caplog.text
     weights.gate.experts[0].view(np.uint16)[0] = 0x7F00  # 1.7e38
     with pytest.raises(BackendError, match="beyond the range"):
-        cpu_kt._supported(weights, cpu_kt.kernel_types("avx2"))
+        cpu_kt.supported_weights(weights, cpu_kt.kernel_types("avx2"))
 
 
 def test_kt_kernel_in_pieces_of_its_largest_call() -> None:
@@ -135,7 +138,9 @@ def test_kt_kernel_in_pieces_of_its_largest_call() -> None:
 
 def test_kt_kernel_two_layers_two_backends_and_no_expert() -> None:
     layers = [tiny_experts.layer(types=("Q8_0",) * 3, index=index) for index in range(2)]
-    first, second, plain = KTExperts(1), KTExperts(1), TorchExperts(keep=True)
+    first = KTExperts(1)
+    second = KTExperts(1)
+    plain = TorchExperts(keep=True)
     for backend in (first, second, plain):
         for weights in layers:
             backend.add_layer(weights)
@@ -198,7 +203,7 @@ def test_loading_the_kernels_leaves_arithmetic_alone() -> None:
     loading thread.
     """
     program = (
-        "from hybrimoe_plugin.compute.cpu.kt_experts import import_kernel\n"
+        "from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel\n"
         "import_kernel()\n"
         "tiny = 5e-324\n"
         "assert tiny * 1.0 > 0, 'subnormal numbers are flushed'\n"

@@ -26,7 +26,8 @@ SHAPE = (3, 5, 512)
 
 
 def _write(path: Path, kind: str) -> GGUFStore:
-    rng, type_ = np.random.default_rng(0), GGMLQuantizationType[kind]
+    rng = np.random.default_rng(0)
+    type_ = GGMLQuantizationType[kind]
     if kind in ("Q4_K", "Q6_K"):  # gguf only reads them
         data = random_blocks(rng, SHAPE, kind).reshape(*SHAPE[:-1], -1)
     else:
@@ -48,8 +49,9 @@ def _write(path: Path, kind: str) -> GGUFStore:
 def test_parts_have_the_bits_of_the_whole(
     kind: str, dtype: torch.dtype, at_a_time: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_store, "_AT_A_TIME", at_a_time)
-    store, threads = _write(tmp_path / "m.gguf", kind), torch.get_num_threads()
+    monkeypatch.setattr(gguf_store, "_VALUES_AT_A_TIME", at_a_time)
+    store = _write(tmp_path / "m.gguf", kind)
+    threads = torch.get_num_threads()
     info = store.info("t")
     assert (kind in dequant.supported()) == (kind != "TQ1_0"), (
         "one that only gguf dequantises is among them"
@@ -57,7 +59,8 @@ def test_parts_have_the_bits_of_the_whole(
     rows = store.raw("t").reshape(SHAPE[0] * SHAPE[1], -1)
     wanted = torch.from_numpy(np.array(dequantize(rows, GGMLQuantizationType[kind]), np.float32))
     found = store.dequantized("t", dtype)
-    assert found.dtype == dtype and found.shape == info.shape == SHAPE
+    assert found.dtype == dtype
+    assert found.shape == info.shape == SHAPE
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(found.view(bits), wanted.reshape(SHAPE).to(dtype).view(bits))
     assert torch.get_num_threads() == threads
@@ -83,7 +86,8 @@ def test_dense_weights_are_read_onto_the_accelerator(
     """Where the operators compute on one CUDA device, and what does not fit there is a
     typed error.
     """
-    path, asked = tiny.write(tmp_path, "mixtral"), []
+    path = tiny.write(tmp_path, "mixtral")
+    asked = []
 
     def out_of_memory(
         self: Any, name: str, shape: Any, dtype: torch.dtype, device: str

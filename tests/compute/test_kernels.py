@@ -87,7 +87,7 @@ def test_a_gpu_runs_the_tiles_dtypes_and_shapes_of_the_product() -> None:
         assert {case.tokens for case in mine if case.dtype == torch.bfloat16} >= set(TOKENS)
         assert {case.dtype for case in mine} == set(LIMITS)
     sizes = {
-        Blocks.of(slot_layout(case.shape.spec, split=True), case.shape.top_k).tile_tokens(
+        Blocks.of(slot_layout(case.shape.spec, planar=True), case.shape.top_k).tile_tokens(
             case.tokens * case.shape.top_k, case.shape.experts - 1
         )
         for case in found
@@ -157,7 +157,8 @@ def test_the_reference_is_ggufs_own() -> None:
         hidden = torch.randn(3, shape.hidden, generator=torch.Generator().manual_seed(1))
         ids = torch.stack([torch.randperm(shape.experts)[: shape.top_k] for _ in range(3)])
         routing = torch.rand(3, shape.top_k)
-        inner, outer = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+        inner = (shape.intermediate, shape.hidden)
+        outer = (shape.hidden, shape.intermediate)
         wanted = torch.zeros(3, shape.hidden, dtype=torch.float64)
         for token in range(3):
             for expert, weight in zip(ids[token].tolist(), routing[token].tolist(), strict=True):
@@ -185,7 +186,8 @@ def test_planes_hold_every_byte_once(kind: str) -> None:
 
 
 def test_what_the_kernels_refuse() -> None:
-    kernels, spec = TritonKernels(DEVICE), random_layer(("Q8_0",) * 3, 256, 320).spec
+    kernels = TritonKernels(DEVICE)
+    spec = random_layer(("Q8_0",) * 3, 256, 320).spec
     assert kernels.refusal(spec) is None
     assert "Q4_1" in str(kernels.refusal(replace(spec, up_type="Q4_1")))
     assert "320 columns" in str(kernels.refusal(replace(spec, down_type="Q6_K")))
@@ -194,7 +196,7 @@ def test_what_the_kernels_refuse() -> None:
 def test_slots_start_aligned_whatever_the_types() -> None:
     for shape in (*ODD_SHAPES, *MODEL_SHAPES):
         spec: ExpertSpec = shape.spec
-        layout = slot_layout(spec, split=True)
+        layout = slot_layout(spec, planar=True)
         assert all(part.offset % 256 == 0 for part in layout)
         assert layout.size % 256 == 0
         assert spec.expert_bytes <= layout.size < spec.expert_bytes + 3 * 256

@@ -24,7 +24,7 @@ from hybrimoe_plugin.compute.gpu.kernels.tuning import (
 from hybrimoe_plugin.core import ExpertSpec
 
 QWEN = slot_layout(
-    ExpertSpec(2048, 768, 128, 8, "Q4_K", "Q4_K", "Q6_K", 884736, 884736, 1290240), split=True
+    ExpertSpec(2048, 768, 128, 8, "Q4_K", "Q4_K", "Q6_K", 884736, 884736, 1290240), planar=True
 )
 
 
@@ -40,7 +40,7 @@ def test_first_guess_covers_a_row_in_one_tile_where_it_can() -> None:
         16,
     )  # 2048 columns = 32 units; 768 = 12, 16 with 8 experts are 128
     mixtral = slot_layout(
-        ExpertSpec(4096, 14336, 8, 2, "Q4_K", "Q4_K", "Q4_K", 1, 1, 1), split=True
+        ExpertSpec(4096, 14336, 8, 2, "Q4_K", "Q4_K", "Q4_K", 1, 1, 1), planar=True
     )
     assert Blocks.of(mixtral, 2)[:4] == (2, 32, 1, 64)
     assert all(value & (value - 1) == 0 for value in Blocks.of(mixtral, 6)), (
@@ -88,7 +88,8 @@ def test_the_fastest_of_each_stage_is_taken() -> None:
 def test_sizes_are_kept_in_a_file_and_a_damaged_one_is_no_harm(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, blocks = tmp_path / "kernels" / "sizes.json", Blocks.of(QWEN, 8)._replace(gate_rows=16)
+    path = tmp_path / "kernels" / "sizes.json"
+    blocks = Blocks.of(QWEN, 8)._replace(gate_rows=16)
     Tuned(path).put(QWEN, 8, blocks)
     assert Tuned(path).get(QWEN, 8) == blocks
     assert Tuned(path).get(QWEN, 6) is None
@@ -122,10 +123,8 @@ def test_triton_kernels_use_what_was_tuned(tmp_path: Path) -> None:
     spec = random_layer(("Q8_0", "Q8_0", "Q8_0"), 64, 64).spec
     kernels = TritonKernels(torch.device("cpu"), tuned=tmp_path / "sizes.json")
     assert isinstance(kernels, Tunable)
-    layout, buffer = (
-        kernels.layout(spec),
-        torch.zeros(2, kernels.layout(spec).size, dtype=torch.uint8),
-    )
+    layout = kernels.layout(spec)
+    buffer = torch.zeros(2, kernels.layout(spec).size, dtype=torch.uint8)
     times = iter(range(1000, 0, -1))  # each run is faster than the one before
 
     def timer(work: Callable[[], object]) -> float:
@@ -138,7 +137,9 @@ def test_triton_kernels_use_what_was_tuned(tmp_path: Path) -> None:
     kernels.tune(layout, spec.top_k, buffer, timer)
     first, count = Blocks.of(layout, spec.top_k), timer.runs  # type: ignore[attr-defined]
     found = Tuned(tmp_path / "sizes.json").get(layout, spec.top_k)
-    assert found is not None and found.decode_warps == 8 and found.gate_rows == 4 * first.gate_rows
+    assert found is not None
+    assert found.decode_warps == 8
+    assert found.gate_rows == 4 * first.gate_rows
     kernels.tune(layout, spec.top_k, buffer, timer)
     assert timer.runs == count, "a shape is tuned once"  # type: ignore[attr-defined]
     assert (
@@ -149,7 +150,8 @@ def test_triton_kernels_use_what_was_tuned(tmp_path: Path) -> None:
 def test_slots_take_turns_until_the_cache_has_forgotten_them() -> None:
     groups = slot_groups(3000, 8, QWEN)
     slots = [slot for group in groups for slot in group]
-    assert {len(group) for group in groups} == {8} and len(set(slots)) == len(slots)
+    assert {len(group) for group in groups} == {8}
+    assert len(set(slots)) == len(slots)
     for stage_bytes in (QWEN.gate.size + QWEN.up.size, QWEN.down.size):
         assert len(slots) * stage_bytes >= 2 * CACHE_BYTES
     assert slot_groups(20, 8, QWEN) == [tuple(range(8)), tuple(range(8, 16))], (

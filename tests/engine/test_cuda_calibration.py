@@ -12,7 +12,7 @@ import tiny_experts
 import torch
 
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
-from hybrimoe_plugin.engine import calibrate
+from hybrimoe_plugin.engine import calibrate_accelerator
 
 
 def test_measurement_rotates_over_slots_and_gives_a_sound_profile(
@@ -28,8 +28,10 @@ def test_measurement_rotates_over_slots_and_gives_a_sound_profile(
         return real(slots, *args)
 
     monkeypatch.setattr(accelerator, "compute", compute)
-    side, link = calibrate._measure_cuda(tiny_experts.layer(types=("Q8_0",) * 3), accelerator)
-    assert side.tokens == calibrate.LOADS
+    side, link = calibrate_accelerator.measure_cuda(
+        tiny_experts.layer(types=("Q8_0",) * 3), accelerator
+    )
+    assert side.tokens == calibrate_accelerator.LOADS
     assert all(us > 0 for us in side.us)
     assert side.first_us >= 0
     assert link.gbps > 0

@@ -12,7 +12,7 @@ from kernel_cases import random_layer
 
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
-from hybrimoe_plugin.device.streams import Coming, HostStreams
+from hybrimoe_plugin.device.streams import HostStreams, PendingCopy
 
 STOPS = {
     "item",
@@ -71,8 +71,10 @@ class CountedStreams(HostStreams):
         self.prompt = prompt
         self.waits = 0
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        return Coming(self, [tensor.as_subclass(torch.Tensor) for tensor in tensors], ["an event"])
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
+        return PendingCopy(
+            self, [tensor.as_subclass(torch.Tensor) for tensor in tensors], ["an event"]
+        )
 
     def reached(self, event: object) -> bool:
         return self.prompt
@@ -88,7 +90,7 @@ def test_one_wait_for_each_layer_call(
     """Predictions that are late are not waited for: they are left out."""
     engine, routers = build(cache_ratio=0.25, scheduler="hybrimoe")
     streams = CountedStreams(prompt)
-    monkeypatch.setattr(engine.accelerator, "bring", streams.bring)
+    monkeypatch.setattr(engine.accelerator, "copy_to_host", streams.copy_to_host)
     for seed in range(12):
         for layer, router in enumerate(routers):
             plain = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -100,7 +102,9 @@ def test_one_wait_for_each_layer_call(
     assert not stops
     assert (engine.controller.counters.prefetches > 0) is prompt
     counts = engine.controller.counters
-    assert counts.experts_cpu and counts.experts_accelerator and counts.demand_loads
+    assert counts.experts_cpu
+    assert counts.experts_accelerator
+    assert counts.demand_loads
 
 
 def test_the_counter_counts(stops: list[str]) -> None:

@@ -42,7 +42,17 @@ CPUS: dict[str, Callable[[], CPUBackend]] = {
     "ggml": lambda: GgmlExperts(1, beside=True),
     "kt": lambda: KTExperts(1),
 }
-WHERE = ("onload", "compute", "bring", "place", "submit", "sync", "predict", "repack", "source")
+WHERE = (
+    "onload",
+    "compute",
+    "copy_to_host",
+    "copy_to_device",
+    "submit",
+    "sync",
+    "predict",
+    "repack",
+    "source",
+)
 
 
 def late(seed: int | None, staged: bool) -> SlotAccelerator:
@@ -82,10 +92,8 @@ def whole(engine: Engine, tokens: int, seed: int) -> None:
     for layer, weights in enumerate(LAYERS):
         router: Any = engine.routers[layer]
         ids, routing = router.route(hidden)
-        output, wanted = (
-            engine.run(layer, hidden, ids, routing),
-            plain(weights, hidden, ids, routing),
-        )
+        output = engine.run(layer, hidden, ids, routing)
+        wanted = plain(weights, hidden, ids, routing)
         assert ((output - wanted).norm(dim=1) <= TOLERANCE * wanted.norm(dim=1)).all()
         hidden = hidden + output
 
@@ -110,7 +118,8 @@ def fail(engine: Engine, where: str, nth: int, error: BaseException) -> Callable
         "repack": device.kernels,
         "source": device._host,
     }.get(where, device)
-    real, calls = getattr(owner, where), itertools.count(1)
+    real = getattr(owner, where)
+    calls = itertools.count(1)
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == nth:

@@ -1,5 +1,6 @@
-"""Controller and slots under a Hypothesis state machine: what the books say is what the moves put
-there.
+"""Controller and slots under a Hypothesis state machine.
+
+What the books say is what the moves put there.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 
 LAYERS, EXPERTS, TOP_K = 3, 6, 2
-ids_of = st.lists(
-    st.permutations(range(EXPERTS)).map(lambda order: order[:TOP_K]), min_size=1, max_size=4
-)
+chosen = st.permutations(range(EXPERTS)).map(lambda order: order[:TOP_K])
+ids_of = st.lists(chosen, min_size=1, max_size=4)
 
 
 class TrafficMachine(RuleBasedStateMachine):
@@ -33,13 +33,13 @@ class TrafficMachine(RuleBasedStateMachine):
         scheduler=st.sampled_from(["hybrimoe", "accelerator_only", "static", "greedy"]),
     )
     def start(self, shared: bool, cache: str, prefetch: str, scheduler: str) -> None:
-        chosen, costs = Settings(cache=cache), tiny_experts.costs()
+        chosen = Settings(cache=cache)
+        costs = tiny_experts.costs()
         made = make_scheduler(scheduler, costs, True)
         policy = make_cache(cache, LAYERS, EXPERTS, TOP_K, chosen)
         pool = SlotPool([2, 0, 3], staging=4, shared=shared)
-        self.controller = Controller(
-            pool, costs, made, made, policy, make_prefetcher(prefetch, made, costs), 100
-        )
+        prefetcher = make_prefetcher(prefetch, made, costs)
+        self.controller = Controller(pool, costs, made, made, policy, prefetcher, 100)
         self.held: dict[int, tuple[int, int]] = {}
         self.now_us = 0.0
         self.play(self.controller.warm_start())
@@ -59,7 +59,8 @@ class TrafficMachine(RuleBasedStateMachine):
         self, layer: int, ids: list[list[int]], predicted: list[list[int]], late: bool, cancel: bool
     ) -> None:
         topk = np.array(ids)
-        self.controller.learn(layer, topk, np.full(topk.shape, 0.5, np.float32), None)
+        weights = np.full(topk.shape, 0.5, np.float32)
+        self.controller.learn(layer, topk, weights, None)
         before = self.controller.counters.snapshot()
         step = self.controller.begin(layer, loads(topk), len(topk), self.now_us)
         self.check_plan(step, before.cache_hits)
@@ -67,44 +68,57 @@ class TrafficMachine(RuleBasedStateMachine):
             for expert, slot in self.controller.stale(step):
                 assert self.held.pop(slot) == (layer, expert)
                 self.controller.withdraw(layer, expert)
+        self.play_waves(step)
+        self.look_ahead(step, loads(np.array(predicted)))
+        self.controller.finish(step)
+        if not late:
+            self.now_us += step.plan.makespan_us + 500.0
+
+    def play_waves(self, step: Step) -> None:
+        """As the engine does it: a wave is sent before the one before it is computed."""
         wave = self.controller.pool.staging // 2
         for first in range(0, len(step.moves), wave):
-            # As the engine does it: a wave is sent before the one before it is computed.
-            self.play(step.moves[first : first + wave])
-            for move in step.moves[max(0, first - wave) : first + wave]:
-                assert self.held[move.slot] == (layer, move.expert)
-        ahead = [(later, loads(np.array(predicted))) for later in range(layer + 1, LAYERS)]
+            end = first + wave
+            self.play(step.moves[first:end])
+            for move in step.moves[max(0, first - wave) : end]:
+                assert self.held[move.slot] == (step.layer, move.expert)
+
+    def look_ahead(self, step: Step, predicted: dict[int, int]) -> None:
+        later = range(step.layer + 1, LAYERS)
+        ahead = [(layer, predicted) for layer in later]
         moves = self.controller.look_ahead(step, ahead, self.now_us)
-        leased = {self.controller.pool.slot_of(layer, expert) for expert in step.plan.accelerator}
-        assert not leased & {move.slot for move in moves}, (
-            "a prefetch was given a slot that computes"
-        )
+        slot_of = self.controller.pool.slot_of
+        leased = {slot_of(step.layer, expert) for expert in step.plan.accelerator}
+        filled = {move.slot for move in moves}
+        assert not leased & filled, "a prefetch was given a slot that computes"
         self.play(moves)
-        self.controller.finish(step)
-        self.now_us += 0.0 if late else step.plan.makespan_us + 500.0
 
     def check_plan(self, step: Step, hits_before: int) -> None:
         routed = sorted(item.expert for item in step.routed)
         assert sorted(step.plan.cpu + step.plan.accelerator) == routed
         assert {move.expert for move in step.moves} == set(step.plan.onload)
-        for expert in set(step.plan.accelerator) - set(step.plan.onload):
+        resident = set(step.plan.accelerator) - set(step.plan.onload)
+        for expert in resident:
             slot = self.controller.pool.slot_of(step.layer, expert)
-            assert slot is not None and self.held[slot] == (step.layer, expert)
+            assert slot is not None
+            assert self.held[slot] == (step.layer, expert)
         assert self.controller.counters.cache_hits - hits_before <= len(routed)
 
     @rule(share=st.sampled_from([0.75, 0.5]))
     def shrink(self, share: float) -> None:
         quotas = list(self.controller.pool.quotas)
+        wanted = [int(quota * share) for quota in quotas]
         moves = self.controller.shrink(share)
         self.held.clear()
         self.play(moves)
-        assert self.controller.pool.quotas == [int(quota * share) for quota in quotas]
+        assert self.controller.pool.quotas == wanted
 
     @invariant()
     def sound(self) -> None:
         if not hasattr(self, "controller"):
             return
-        pool, counts = self.controller.pool, self.controller.counters
+        pool = self.controller.pool
+        counts = self.controller.counters
         pool.check_integrity()
         for layer, cached in enumerate(pool.cached):
             for expert, slot in cached.items():

@@ -20,8 +20,9 @@ from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.device import noise
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes, huge_pages, human
-from hybrimoe_plugin.engine.calibrate import ensure_profile, profile_path, thread_candidates
+from hybrimoe_plugin.engine.profile_store import ensure_profile, profile_path
 from hybrimoe_plugin.engine.sizing import STAGING_SLOTS, cache_quotas
+from hybrimoe_plugin.engine.threads import thread_candidates
 from hybrimoe_plugin.errors import BudgetError, ConfigError
 from hybrimoe_plugin.policy.profile import MachineProfile
 
@@ -197,7 +198,8 @@ def test_a_stored_profile_that_was_not_measured_here_is_measured_again(
     path.write_text(json.dumps(changed))
     fresh = ensure()
     assert "measuring again" in caplog.text
-    assert fresh.spec == weights.spec and fresh.accelerator is None
+    assert fresh.spec == weights.spec
+    assert fresh.accelerator is None
     assert (fresh.cpu.threads or 1) in thread_candidates()
     assert ensure() == fresh
 
@@ -219,14 +221,13 @@ def test_times_of_a_busy_machine_are_for_one_run(
         )
 
     assert ensure().cpu.us[0] > 0
-    assert (
-        "other programs used the processor" in caplog.text
-        and "measured again at the next start" in caplog.text
-    )
+    assert "other programs used the processor" in caplog.text
+    assert "measured again at the next start" in caplog.text
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("HYBRIMOE_BUSY", "keep")
     kept = ensure()
-    assert ensure() == kept and len(list(tmp_path.iterdir())) == 1
+    assert ensure() == kept
+    assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.delenv("HYBRIMOE_BUSY")
     profile_path(weights.spec, "torch", "none", None).unlink()
     monkeypatch.setattr(noise, "_waited_seconds", lambda: 0.0)
@@ -237,11 +238,9 @@ def test_times_of_a_busy_machine_are_for_one_run(
 
 def test_repetitions_that_differ_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "_waited_seconds", lambda: None)
-    steady, outlier, erratic = (
-        [100.0, 103.0, 99.0, 101.0, 100.0],
-        [100.0] * 4 + [9000.0],
-        [100.0, 900.0] * 5,
-    )
+    steady = [100.0, 103.0, 99.0, 101.0, 100.0]
+    outlier = [100.0] * 4 + [9000.0]
+    erratic = [100.0, 900.0] * 5
     quiet = noise.Noise()
     assert [quiet.median(times) for times in (steady, outlier)] == [100.0, 100.0]
     assert quiet.verdict() == ""
@@ -261,7 +260,8 @@ def test_linux_counts_how_long_threads_wait() -> None:
 
 
 def test_another_shape_has_another_profile() -> None:
-    small, large = tiny_experts.layer().spec, tiny_experts.layer(hidden=128).spec
+    small = tiny_experts.layer().spec
+    large = tiny_experts.layer(hidden=128).spec
     assert profile_path(small, "kt", "none", None) != profile_path(large, "kt", "none", None)
 
 

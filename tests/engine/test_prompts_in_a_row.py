@@ -11,7 +11,7 @@ from fake_streams import LazyStreams
 from kernel_cases import random_layer
 from watched import WatchedKernels, watched_copy
 
-from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -20,8 +20,9 @@ WEIGHTS = [random_layer(("Q8_0", "Q4_0", "F16"), 32, 32, 8, index=index) for ind
 
 
 def test_every_slot_holds_what_the_pool_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams, kept = LazyStreams(7), []
-    monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
+    streams = LazyStreams(7)
+    kept = []
+    monkeypatch.setattr(slot_writer, "_copy_async", watched_copy(streams))
     adopt = SlotPool.adopt
     monkeypatch.setattr(
         SlotPool, "adopt", lambda pool, *given: (kept.append(given), adopt(pool, *given))

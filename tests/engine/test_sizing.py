@@ -98,7 +98,8 @@ def test_a_smaller_pool_that_does_not_fit_either_is_made_smaller_still(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, routers = build(cache_ratio=0.5)
-    real, asked = engine.accelerator.allocate, []
+    real = engine.accelerator.allocate
+    asked = []
 
     def allocate(slots: int, layers: object) -> None:
         asked.append(slots)
@@ -181,7 +182,8 @@ def test_each_device_has_its_own_pool_and_budget() -> None:
             whole.layers
         ):  # layers 0 and 2 have the same number in their engines
             hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(index))
-            ids, routing = torch.tensor([[0, 7], [3, 4], [6, 5]]), torch.full((3, 2), 0.5)
+            ids = torch.tensor([[0, 7], [3, 4], [6, 5]])
+            routing = torch.full((3, 2), 0.5)
             found = layer.experts(hidden, ids, routing)
             torch.testing.assert_close(
                 found, plain(WEIGHTS[index], hidden, ids, routing), rtol=1e-4, atol=1e-5
@@ -279,7 +281,8 @@ def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
 
     monkeypatch.setattr(cpu_choice, "ensure_profile", ensure)
     accelerator = make_accelerator("emulated", torch.device("cpu"))
-    fits, refused = tiny_experts.layer(), tiny_experts.layer(intermediate=96)
+    fits = tiny_experts.layer()
+    refused = tiny_experts.layer(intermediate=96)
     assert choose_cpu(Settings(), [fits], accelerator) == (wanted, profiles[wanted])
     assert sorted(asked) == ["ggml", "kt"]
     assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", (
@@ -309,7 +312,8 @@ def test_experts_that_kt_kernel_refuses_are_computed_by_ggml_beside_an_accelerat
     handle = bind(whole, routers=lambda *_: router, progress=False)
     try:
         (engine,) = handle.engines
-        assert isinstance(engine.cpu, GgmlExperts) and engine.cpu.workers > 0
+        assert isinstance(engine.cpu, GgmlExperts)
+        assert engine.cpu.workers > 0
         for seed, tokens in enumerate((1, 1, 5, 64)):
             generator = torch.Generator().manual_seed(seed)
             hidden, routing = (
@@ -317,14 +321,10 @@ def test_experts_that_kt_kernel_refuses_are_computed_by_ggml_beside_an_accelerat
             )
             ids = torch.rand(tokens, 8, generator=generator).topk(2).indices
             for layer, stored in zip(whole.layers, weights, strict=True):
-                found, wanted = (
-                    layer.experts(hidden, ids, routing),
-                    plain(stored, hidden, ids, routing),
-                )
+                found = layer.experts(hidden, ids, routing)
+                wanted = plain(stored, hidden, ids, routing)
                 assert float((found - wanted).norm() / wanted.norm()) < 0.03
-        assert (
-            engine.controller.counters.experts_cpu
-            and engine.controller.counters.experts_accelerator
-        )
+        assert engine.controller.counters.experts_cpu
+        assert engine.controller.counters.experts_accelerator
     finally:
         handle.close()

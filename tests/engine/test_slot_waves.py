@@ -42,7 +42,8 @@ def test_a_wave_is_sent_before_the_one_before_it_is_computed(
 ) -> None:
     engine, routers = build(cache_ratio=0.0, scheduler="accelerator_only", prefetch="off")
     events: list[tuple[str, tuple[int, ...]]] = []
-    real_onload, real_compute = engine.accelerator.onload, engine.accelerator.compute
+    real_onload = engine.accelerator.onload
+    real_compute = engine.accelerator.compute
 
     def onload(slot: int, *args: Any, **named: Any) -> None:
         events.append(("send", (slot,)))

@@ -13,7 +13,7 @@ from fake_streams import LazyStreams
 from kernel_cases import random_layer
 from watched import WatchedKernels, watched_copy
 
-from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
 from hybrimoe_plugin.core import ExpertRef
@@ -34,7 +34,8 @@ class Toy:
         generator = torch.Generator().manual_seed(5)
         self.embedding = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
         self.head = torch.randn(HIDDEN, VOCABULARY, generator=generator, dtype=torch.float64)
-        self.engine, self.routers = engine, routers
+        self.engine = engine
+        self.routers = routers
         for router in routers:
             router.gate = router.gate.double()
 
@@ -54,14 +55,16 @@ class Toy:
 
 def disturb(engine: Engine, rng: random.Random) -> None:
     """Throw out a random expert that may be thrown out."""
-    pool, layer = engine.controller.pool, rng.randrange(len(engine.layers))
+    pool = engine.controller.pool
+    layer = rng.randrange(len(engine.layers))
     candidates = pool.evictable(layer)
     if candidates:
         engine.controller.residency.evict(ExpertRef(layer, rng.choice(candidates)))
 
 
 def tokens(toy: Toy, rng: random.Random | None) -> list[int]:
-    found, memory = [1], torch.zeros(HIDDEN, dtype=torch.float64)
+    found = [1]
+    memory = torch.zeros(HIDDEN, dtype=torch.float64)
     for step in range(STEPS):
         token, memory = toy.next(found[-1], memory)
         found.append(token)
@@ -79,7 +82,7 @@ def test_stress_gives_the_plain_twins_tokens(monkeypatch: pytest.MonkeyPatch) ->
     assert len(set(wanted)) > 20, "a loop of few tokens would prove little"
 
     streams = LazyStreams(7)
-    monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
+    monkeypatch.setattr(slot_writer, "_copy_async", watched_copy(streams))
     host = StagedBytes(streams, ring=4, pinned=False)
     # At depth 1 most prefetches wait, so many are dropped.
     device = SlotAccelerator(

@@ -23,7 +23,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 import torch
 
-from hybrimoe_plugin.compute.cpu import ggml
+from hybrimoe_plugin.compute.cpu.ggml import TYPES, KernelSpeed, library
 from tests.fuzz import (
     forked,
     gguf_cases,
@@ -53,9 +53,9 @@ def main() -> int:
     arguments = _arguments()
     torch.set_num_threads(1)
     for type_name in sorted(
-        ggml.TYPES
+        TYPES
     ):  # which way is the quicker one need not be measured in every child
-        ggml._PACES[type_name, 1] = ggml.Pace(True, 1.0)
+        library._SPEEDS[type_name, 1] = KernelSpeed(True, 1.0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HYBRIMOE_PROFILES"] = str(Path(folder) / "profiles")
         sound = {

@@ -54,7 +54,8 @@ def build(
 ) -> tuple[Engine, list[FixedRouter]]:
     """An engine over these layers on an accelerator, given or made by name."""
     settings = Settings.of(choices)
-    spec, costs = weights[0].spec, tiny_experts.costs()
+    spec = weights[0].spec
+    costs = tiny_experts.costs()
     by_name = isinstance(accelerator, str)
     device = make_accelerator(accelerator, torch.device("cpu")) if by_name else accelerator
     quotas = cache_quotas(

@@ -28,12 +28,17 @@ class DecodeWrapper:
         paged_kv_indices_buffer: torch.Tensor | None = None,
         paged_kv_last_page_len_buffer: torch.Tensor | None = None,
     ) -> None:
-        assert float_workspace_buffer.dtype == torch.uint8 and not float_workspace_buffer.any()
-        assert kv_layout == "HND" and use_cuda_graph
-        assert paged_kv_indptr_buffer is not None and paged_kv_indptr_buffer.shape == (2,)
-        assert paged_kv_last_page_len_buffer is not None and paged_kv_indices_buffer is not None
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert not float_workspace_buffer.any()
+        assert kv_layout == "HND"
+        assert use_cuda_graph
+        assert paged_kv_indptr_buffer is not None
+        assert paged_kv_indptr_buffer.shape == (2,)
+        assert paged_kv_last_page_len_buffer is not None
+        assert paged_kv_indices_buffer is not None
         self.tensor_cores = use_tensor_cores
-        self.indptr, self.indices = paged_kv_indptr_buffer, paged_kv_indices_buffer
+        self.indptr = paged_kv_indptr_buffer
+        self.indices = paged_kv_indices_buffer
         self.last = paged_kv_last_page_len_buffer
         self.plans = 0
         self.made.append(self)
@@ -53,7 +58,8 @@ class DecodeWrapper:
         sm_scale: float,
     ) -> None:
         assert {tensor.dtype for tensor in (indptr, indices, last_page_len)} == {torch.int32}
-        assert indptr.shape == (2,) and indptr[1] == len(indices) <= len(self.indices)
+        assert indptr.shape == (2,)
+        assert indptr[1] == len(indices) <= len(self.indices)
         assert 1 <= int(last_page_len) <= page_size
         self.facts = num_qo_heads, num_kv_heads, head_dim, page_size, q_data_type, kv_data_type
         self.scale = sm_scale
@@ -66,12 +72,14 @@ class DecodeWrapper:
         self, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         heads, groups, width, page, *dtypes = self.facts
-        assert q.shape == (1, heads, width) and {
+        assert q.shape == (1, heads, width)
+        assert {
             q.dtype,
             *(part.dtype for part in paged_kv_cache),
         } == set(dtypes)
         for part in paged_kv_cache:
-            assert part.shape[1:] == (groups, page, width) and part.stride(-1) == 1
+            assert part.shape[1:] == (groups, page, width)
+            assert part.stride(-1) == 1
         # The table is followed on the device: a graph holds no number of it.
         keys, values = (
             part[self.indices.long()].transpose(0, 1).flatten(1, 2) for part in paged_kv_cache
@@ -123,14 +131,14 @@ class LatentWrapper:
         kv_len_arr: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        assert float_workspace_buffer.dtype == torch.uint8 and not float_workspace_buffer.any()
-        assert use_cuda_graph and backend == "fa2"
-        assert (
-            qo_indptr is not None
-            and kv_indptr is not None
-            and kv_indices is not None
-            and kv_len_arr is not None
-        )
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert not float_workspace_buffer.any()
+        assert use_cuda_graph
+        assert backend == "fa2"
+        assert qo_indptr is not None
+        assert kv_indptr is not None
+        assert kv_indices is not None
+        assert kv_len_arr is not None
         self.buffers = qo_indptr, kv_indptr, kv_indices, kv_len_arr
         assert {(buffer.dtype, buffer.is_contiguous()) for buffer in self.buffers} == {
             (torch.int32, True)
@@ -160,9 +168,11 @@ class LatentWrapper:
                 "cannot replan because captured metadata pointers must remain stable"
             )
         queries, pages, which, held = metadata.parts
-        assert queries.tolist() == [0, 1] and pages.tolist() == [0, len(which)]
+        assert queries.tolist() == [0, 1]
+        assert pages.tolist() == [0, len(which)]
         assert (len(which) - 1) * page_size < int(held) <= len(which) * page_size
-        assert len(which) <= len(self.buffers[2]) and not causal
+        assert len(which) <= len(self.buffers[2])
+        assert not causal
         for buffer, part in zip(self.buffers, metadata.parts, strict=True):
             buffer[: len(part)].copy_(part)
         self.facts = num_heads, head_dim_ckv, head_dim_kpe, page_size, q_data_type, kv_data_type
@@ -171,10 +181,10 @@ class LatentWrapper:
 
     def run(self, *, query: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         heads, latent, rope, page, *dtypes = self.facts
-        assert query.shape == (1, heads, latent + rope) and {query.dtype, kv_cache.dtype} == set(
-            dtypes
-        )
-        assert kv_cache.shape[1:] == (page, latent + rope) and kv_cache.stride(-1) == 1
+        assert query.shape == (1, heads, latent + rope)
+        assert {query.dtype, kv_cache.dtype} == set(dtypes)
+        assert kv_cache.shape[1:] == (page, latent + rope)
+        assert kv_cache.stride(-1) == 1
         rows = kv_cache[self.buffers[2].long()].flatten(0, 1).float()
         scores = query[0].float() @ rows.T * self.scale
         scores = scores.masked_fill(torch.arange(len(rows)) >= self.buffers[3], float("-inf"))
@@ -195,7 +205,9 @@ def _sampling() -> Any:
         return probs / probs.sum(-1, keepdim=True)
 
     def check(probs: torch.Tensor) -> None:
-        assert probs.dtype == torch.float32 and probs.dim() == 2 and probs.is_contiguous()
+        assert probs.dtype == torch.float32
+        assert probs.dim() == 2
+        assert probs.is_contiguous()
         torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
 
     def top_k_renorm_probs(probs: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.device.streams import COMPUTE, QUEUES, Coming
+from hybrimoe_plugin.device.streams import COMPUTE, QUEUES, PendingCopy
 
 Clock = dict[str, int]
 """How much of each queue has happened before something (vector clock)."""
@@ -64,7 +64,7 @@ class LazyStreams:
         self.host_waits = 0
         self.log: list[str] = []
 
-    def run(self, queue: str, work: Callable[[], None]) -> None:
+    def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         self._tick(queue)
         clock = dict(self._clocks[queue])
 
@@ -100,16 +100,16 @@ class LazyStreams:
         self._force(event)
         self._merge(self._host, event.clock)
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> Coming:
-        return Coming(self, list(tensors), [self.record(COMPUTE)])
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
+        return PendingCopy(self, list(tensors), [self.record(COMPUTE)])
 
-    def landing(self, tensor: torch.Tensor) -> torch.Tensor:
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor)
 
-    def coming(self, landed: list[torch.Tensor]) -> Coming:
-        return Coming(self, landed, [self.record(COMPUTE)])
+    def pending_copy(self, tensors: list[torch.Tensor]) -> PendingCopy:
+        return PendingCopy(self, tensors, [self.record(COMPUTE)])
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def synchronize(self) -> None:

@@ -78,7 +78,8 @@ class Replayed:
             self._aside = False
 
     def begin(self) -> None:
-        assert self._aside and self._mode is None
+        assert self._aside
+        assert self._mode is None
         self._mode = _Recorder()
         self._mode.__enter__()
 

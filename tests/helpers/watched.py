@@ -11,9 +11,9 @@ from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import (
     Part,
     SlotLayout,
-    join_planes,
+    from_planes,
     slot_layout,
-    split_planes,
+    to_planes,
 )
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 
@@ -25,12 +25,12 @@ class WatchedKernels(TorchKernels):
         self._streams = streams
 
     def layout(self, spec: Any) -> SlotLayout:
-        return slot_layout(spec, split=True)
+        return slot_layout(spec, planar=True)
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
         self._streams.touch(raw, write=False)
         self._streams.touch(target, write=True)
-        target.copy_(torch.from_numpy(split_planes(raw.numpy(), part.type_name)))
+        target.copy_(torch.from_numpy(to_planes(raw.numpy(), part.type_name)))
 
     def gate_up(self, call: SlotCall) -> Any:
         self._streams.log.append("stage 1")
@@ -56,9 +56,9 @@ class WatchedKernels(TorchKernels):
         buffer = call.buffer.clone()
         for slot in call.slots:
             for part in call.layout:
-                if part.split:
+                if part.planar:
                     span = slice(part.offset, part.offset + part.size)
-                    buffer[slot, span] = join_planes(call.buffer[slot, span], part.type_name)
+                    buffer[slot, span] = from_planes(call.buffer[slot, span], part.type_name)
         return call._replace(buffer=buffer)
 
 

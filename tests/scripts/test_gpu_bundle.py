@@ -286,7 +286,7 @@ def test_what_is_prebuilt_is_found_by_a_fresh_process_elsewhere(
     cache = tmp_path / "built" / "triton"
     made = bundle.kernels.run_prebuild(sys.executable, cache, flags)
     # Three types, each with a number of blocks that is a multiple of 16 and with one that is not.
-    assert made["compiled"] == {"split_planes": 6} and not made["failed"]
+    assert made["compiled"] == {"blocks_to_planes": 6} and not made["failed"]
     bundle.kernels.drop_sources(cache)
     moved = tmp_path / "carried" / "triton"
     shutil.move(cache, moved)  # the paths that Triton noted lead nowhere now

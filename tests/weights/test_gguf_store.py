@@ -28,27 +28,29 @@ EXPERTS, HIDDEN, INNER = 4, 32, 64
 SIZES: dict[str, Any] = {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INNER, "top_k": 2}
 
 
+MATRICES = {
+    "gate": ((INNER, HIDDEN), GGMLQuantizationType.Q8_0),
+    "up": ((INNER, HIDDEN), GGMLQuantizationType.Q8_0),
+    "down": ((HIDDEN, INNER), GGMLQuantizationType.F32),
+}
+
+
 def write(path: Path, stacked: bool = True, shards: int = 0) -> Path:
+    """A file with one layer's experts, stacked or in tensors of their own."""
     writer = GGUFWriter(str(path), "llama", split_max_tensors=shards)
     writer.add_block_count(1)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "déf"])
     writer.add_array("some.numbers", [1, 2, 3])
     rng = np.random.default_rng(0)
-    for part, shape in (
-        ("gate", (INNER, HIDDEN)),
-        ("up", (INNER, HIDDEN)),
-        ("down", (HIDDEN, INNER)),
-    ):
+    for part, (shape, kind) in MATRICES.items():
         values = rng.standard_normal((EXPERTS, *shape)).astype(np.float32)
-        kind = GGMLQuantizationType.Q8_0 if part != "down" else GGMLQuantizationType.F32
         if stacked:
-            writer.add_tensor(
-                f"blk.0.ffn_{part}_exps.weight", quantize(values, kind), raw_dtype=kind
-            )
-        for expert in range(0 if stacked else EXPERTS):
-            writer.add_tensor(
-                f"blk.0.ffn_{part}.{expert}.weight", quantize(values[expert], kind), raw_dtype=kind
-            )
+            name = f"blk.0.ffn_{part}_exps.weight"
+            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
+            continue
+        for expert in range(EXPERTS):
+            name = f"blk.0.ffn_{part}.{expert}.weight"
+            writer.add_tensor(name, quantize(values[expert], kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -63,18 +65,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_agrees_with_the_library_reader(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
-    store, reader = GGUFStore.open(path), GGUFReader(path)
+    store = GGUFStore.open(path)
+    reader = GGUFReader(path)
     assert store.architecture == "llama"
     assert store.metadata["tokenizer.ggml.tokens"] == ["a", "bc", "déf"]
     assert store.metadata["some.numbers"] == [1, 2, 3]
     assert set(store.tensors) == {tensor.name for tensor in reader.tensors}
     for tensor in reader.tensors:
         info = store.info(tensor.name)
-        assert info.shape == tuple(int(size) for size in tensor.shape[::-1])
+        outermost_first = tensor.shape[::-1]
+        assert info.shape == tuple(int(size) for size in outermost_first)
         assert info.type_name == tensor.tensor_type.name
-        assert np.array_equal(
-            store.raw(tensor.name), np.asarray(tensor.data).view(np.uint8).ravel()
-        )
+        stored = np.asarray(tensor.data).view(np.uint8)
+        assert np.array_equal(store.raw(tensor.name), stored.ravel())
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -83,26 +86,33 @@ def test_experts_are_views_of_the_file(tmp_path: Path, stacked: bool) -> None:
     weights = layer_weights(store, 0, **SIZES)
     assert (weights.gate.stacked is not None) == stacked
     base = store._bytes[0]
-    low, high = base.ctypes.data, base.ctypes.data + base.size
+    low = base.ctypes.data
+    high = base.ctypes.data + base.size
     for matrix in weights.matrices():
         for expert in matrix.experts:
             assert low <= expert.ctypes.data < high
             assert not expert.flags.writeable
-    other = layer_weights(GGUFStore.open(write(tmp_path / "n.gguf", not stacked)), 0, **SIZES)
+    other_file = write(tmp_path / "n.gguf", not stacked)
+    other = layer_weights(GGUFStore.open(other_file), 0, **SIZES)
     for ours, theirs in zip(weights.dequantized(3), other.dequantized(3), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def shapes(store: GGUFStore) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in store.tensors.items()}
 
 
 def test_split_set_from_any_part_or_its_directory(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", stacked=False, shards=5)
     parts = sorted(tmp_path.glob("*.gguf"))
     assert len(parts) == 3
-    whole = {name: info.shape for name, info in GGUFStore.open(parts[0]).tensors.items()}
+    whole = shapes(GGUFStore.open(parts[0]))
     assert len(whole) == 3 * EXPERTS
     for path in (*parts, tmp_path):
         store = GGUFStore.open(path)
-        assert {name: info.shape for name, info in store.tensors.items()} == whole
-        layer_weights(store, 0, **SIZES).dequantized(1)
+        assert shapes(store) == whole
+        weights = layer_weights(store, 0, **SIZES)
+        weights.dequantized(1)
     parts[1].unlink()
     with pytest.raises(WeightsError, match="lacks m-00002-of-00003"):
         GGUFStore.open(parts[0])
@@ -144,11 +154,14 @@ def read_all(path: Path) -> None:
 
 
 def test_every_truncation_is_noticed(tmp_path: Path, sound: bytes) -> None:
+    path = tmp_path / "m.gguf"
     header = sound.index(b"blk.0.ffn_down_exps") + 80
-    for length in [*range(0, header, 7), *range(header, len(sound) - 64, 4001)]:
-        (tmp_path / "m.gguf").write_bytes(sound[:length])
+    in_header = range(0, header, 7)
+    behind_it = range(header, len(sound) - 64, 4001)
+    for length in (*in_header, *behind_it):
+        path.write_bytes(sound[:length])
         with pytest.raises(WeightsError):
-            read_all(tmp_path / "m.gguf")
+            read_all(path)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -156,33 +169,45 @@ def test_every_truncation_is_noticed(tmp_path: Path, sound: bytes) -> None:
 def test_any_damage_is_harmless_or_a_typed_error(
     tmp_path: Path, sound: bytes, at: int, value: bytes
 ) -> None:
-    (tmp_path / "m.gguf").write_bytes(sound[:at] + value + sound[at + len(value) :])
+    path = tmp_path / "m.gguf"
+    end = at + len(value)
+    path.write_bytes(sound[:at] + value + sound[end:])
     with contextlib.suppress(WeightsError):
-        read_all(tmp_path / "m.gguf")
+        read_all(path)
 
 
 @pytest.mark.parametrize("count", [1 << 40, (1 << 64) - 1])
 @pytest.mark.parametrize("where", [8, 16])
 def test_absurd_counts_fail_at_once(tmp_path: Path, sound: bytes, where: int, count: int) -> None:
-    (tmp_path / "m.gguf").write_bytes(sound[:where] + struct.pack("<Q", count) + sound[where + 8 :])
+    path = tmp_path / "m.gguf"
+    absurd = struct.pack("<Q", count)
+    path.write_bytes(sound[:where] + absurd + sound[where + 8 :])
     with pytest.raises(WeightsError, match="are left"):
-        GGUFStore.open(tmp_path / "m.gguf")
+        GGUFStore.open(path)
 
 
 def test_endless_array_fails_at_once(tmp_path: Path) -> None:
     """The gguf package's own reader would walk 2^60 empty elements."""
-    key = b"k"
-    field = struct.pack("<Q", 1) + key + struct.pack("<IIQ", 9, 0, 1 << 60)
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(one_array(0, 1 << 60))
     with pytest.raises(WeightsError, match="needs"):
-        GGUFStore.open(tmp_path / "m.gguf")
+        GGUFStore.open(path)
+
+
+def one_array(kind: int, count: int) -> bytes:
+    """A header whose only field is an array; the values are not there."""
+    start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    key = struct.pack("<Q", 1) + b"k"
+    array = struct.pack("<IIQ", 9, kind, count)
+    return start + key + array
 
 
 def moved(data: bytes, name: bytes, by: int) -> bytes:
     """The file with a tensor that begins elsewhere."""
     file = parse(data)
-    place = next(place for place, tensor in enumerate(file.tensors) if tensor.name == name)
-    file.tensors[place] = replace(file.tensors[place], offset=file.tensors[place].offset + by)
+    for place, tensor in enumerate(file.tensors):
+        if tensor.name == name:
+            file.tensors[place] = replace(tensor, offset=tensor.offset + by)
     return serialise(file)
 
 
@@ -205,12 +230,14 @@ def test_overlapping_and_misaligned_tensors_are_refused(sound: bytes, tmp_path: 
 def test_alignments_that_the_format_does_not_have_are_refused(
     sound: bytes, tmp_path: Path, alignment: int
 ) -> None:
+    path = tmp_path / "m.gguf"
     file = parse(sound)
     kind = 7 if alignment is True else 4
-    file.fields.append(Field(b"general.alignment", kind, alignment))
-    (tmp_path / "m.gguf").write_bytes(serialise(file))
+    field = Field(b"general.alignment", kind, alignment)
+    file.fields.append(field)
+    path.write_bytes(serialise(file))
     with pytest.raises(WeightsError, match="alignment"):
-        GGUFStore.open(tmp_path / "m.gguf")
+        GGUFStore.open(path)
 
 
 @pytest.mark.parametrize("kind, count", [(0, 3 << 20), (8, 3 << 20), (9, 1 << 17)])
@@ -219,8 +246,7 @@ def test_a_large_and_empty_header_is_refused(tmp_path: Path, kind: int, count: i
     minutes.
     """
     path = tmp_path / "m.gguf"
-    field = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, kind, count)
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    path.write_bytes(one_array(kind, count))
     os.truncate(path, 1 << 28)
     with pytest.raises(WeightsError, match=f"k has {count} values"):
         GGUFStore.open(path)
@@ -234,7 +260,8 @@ def test_what_macos_leaves_beside_a_file_is_no_model(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
-    before, state = path.read_bytes(), path.stat()
+    before = path.read_bytes()
+    state = path.stat()
     changes: dict[str, Callable[[], object]] = {
         "written to": lambda: path.write_bytes(before),
         "had": lambda: os.truncate(path, len(before) - 1),
@@ -258,12 +285,11 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
 def test_what_is_cut_off_cannot_be_read(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf")
     store = GGUFStore.open(path)
-    os.truncate(
-        path, path.stat().st_size - 8
-    )  # inside the last page: the mapping shows zeros there
-    last = max(store.tensors.values(), key=lambda tensor: tensor.offset).name
+    # Inside the last page: the mapping shows zeros there.
+    os.truncate(path, path.stat().st_size - 8)
+    last = max(store.tensors.values(), key=lambda tensor: tensor.offset)
     with pytest.raises(WeightsError, match="shorter"):
-        store.dequantized(last)
+        store.dequantized(last.name)
     with pytest.raises(WeightsError, match="shorter"):
         store.read_into_memory()
 

@@ -22,7 +22,7 @@ from eval.models.shapes import MODELS, Model
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
-from hybrimoe_plugin.compute.gpu.lane import AHEAD_DEPTH
+from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.replay.trace import TraceHeader
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
@@ -90,7 +90,7 @@ def _shares(
     if not tuned:
         from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
-        layout = slot_layout(weights.spec, split=True)
+        layout = slot_layout(weights.spec, planar=True)
         made.kernels = TritonKernels(place.device, Blocks.of(layout, weights.spec.top_k))
     try:
         link, kernel = layer_shares(made, weights, measured)
@@ -129,9 +129,9 @@ def _demand_us(accelerator: SlotAccelerator, weights: LayerWeights, ahead: int) 
     chosen = torch.full((1, spec.top_k), -1)
     chosen[0, 0] = slot
     states = torch.randn(1, spec.hidden, dtype=torch.float32 if on_cpu else torch.bfloat16)
-    hidden = accelerator.place(states)
-    ids = accelerator.place(chosen)
-    routing = accelerator.place(torch.ones(1, spec.top_k))
+    hidden = accelerator.copy_to_device(states)
+    ids = accelerator.copy_to_device(chosen)
+    routing = accelerator.copy_to_device(torch.ones(1, spec.top_k))
     accelerator.synchronize()
     for number in range(ahead):
         accelerator.onload(number, weights, number, ahead=True)

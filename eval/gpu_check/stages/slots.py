@@ -142,5 +142,5 @@ def _call(
     weights = torch.rand(tokens, top_k, generator=generator)
     used = tuple(sorted(set(ids.flatten().tolist())))
     # `place` does not stop the host, so the queues run as far apart as they do in a model.
-    place = accelerator.place
+    place = accelerator.copy_to_device
     return accelerator.compute(used, place(hidden), place(ids), place(weights))

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node, check_stored
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor, check_stored
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
@@ -99,11 +99,11 @@ class QuantizedKVB:
         self._into = GgmlFunction(ggml, lambda graph, x: [self.build_into_latent(graph, x)])
         self._out = GgmlFunction(ggml, lambda graph, x: [self.build_out_of_latent(graph, x)])
 
-    def build_into_latent(self, graph: Graph, query: Node) -> Node:
+    def build_into_latent(self, graph: Graph, query: GraphTensor) -> GraphTensor:
         """[heads, T, latent] from [heads, T, nope] in a graph."""
         return graph.matmul(graph.weight(self._w_uk), query)
 
-    def build_out_of_latent(self, graph: Graph, latents: Node) -> Node:
+    def build_out_of_latent(self, graph: Graph, latents: GraphTensor) -> GraphTensor:
         """[heads, T, values] from [heads, T, latent] in a graph."""
         return graph.matmul(graph.weight(self._w_uv), latents)
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, Node
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import InputError
 
-Build = Callable[[Graph, Node], Sequence[Node]]
+Build = Callable[[Graph, GraphTensor], Sequence[GraphTensor]]
 """Adds the operations of a function to a graph: input node -> output nodes."""
 
 
@@ -19,8 +19,8 @@ class BuiltGraph(NamedTuple):
     """A finished graph with its input and outputs."""
 
     graph: Graph
-    input: Node
-    outputs: Sequence[Node]
+    input: GraphTensor
+    outputs: Sequence[GraphTensor]
 
 
 class GgmlFunction:
@@ -100,7 +100,7 @@ class GgmlFunction:
     def _built(self, x: torch.Tensor, threads: int, kept: bool) -> BuiltGraph:
         graph = Graph(self._ggml, threads, kept=kept)
         if kept and self._single_input is not None:
-            node = graph.place(self._single_input)
+            node = graph.wrap(self._single_input)
         else:
             dtype = torch.int32 if self._ids else torch.float32
             node = graph.input(*x.shape, dtype=dtype)

@@ -5,17 +5,12 @@ kt-kernel aborts the whole process on what it does not know, so everything is ch
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import os
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +18,13 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel, kernel_types, variant_name
+from hybrimoe_plugin.compute.cpu.expert_inputs import check_kinds, check_range, check_shapes
+from hybrimoe_plugin.compute.cpu.kt_kernel import (
+    import_kernel,
+    kernel_types,
+    quiet_stdout,
+    variant_name,
+)
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
@@ -33,12 +34,13 @@ log = logging.getLogger(__name__)
 
 INTERMEDIATE_MULTIPLE = 256
 GROUPED_HIDDEN_MULTIPLE = 256
-"""From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows
+"""Hidden sizes that kt-kernel's path for many tokens computes right are multiples of this.
+
+From `group_min_len` tokens on, kt-kernel 0.7.2 computes the down projection in tiles of 256 rows
 and leaves what is over untouched: with hidden size 576 the last 64 values of every token are wrong.
 Other sizes stay on the path for few tokens, which is right but about 2.4 times slower in prefill
 (docs/LOG.md).
 """
-_IDS = (torch.int64, torch.int32)
 _GROUP_MIN_TOKENS = 10
 _MAX_TOKENS = 1024
 """Tokens per native call; longer calls are cut, since the kernel's buffers grow with this."""
@@ -54,6 +56,22 @@ def refusal(spec: ExpertSpec) -> str | None:
     if spec.hidden % 32:
         return f"hidden size {spec.hidden} is not a multiple of 32"
     return None
+
+
+class _Pending(NamedTuple):
+    """A submitted call.
+
+    The kernel reads and writes these tensors from its own threads: they must outlive the call,
+    wherever it is interrupted.
+    """
+
+    output: torch.Tensor
+    """[T, H] bfloat16."""
+    dtype: torch.dtype
+    """The caller's."""
+    nan_rows: torch.Tensor | None
+    """[T] bool: rows of hidden with a NaN; None without any."""
+    inputs: tuple[torch.Tensor, ...]
 
 
 class KTExperts:
@@ -72,14 +90,12 @@ class KTExperts:
 
     def __init__(self, threads: int) -> None:
         self._kernel = import_kernel()
-        with _quiet():
+        with quiet_stdout():
             self._infer = self._kernel.CPUInfer(threads)
         self.threads = self.workers = threads
         self._types = kernel_types(variant_name())
         self._layers: list[_Layer] = []
-        self._pending: tuple[torch.Tensor, torch.dtype, torch.Tensor | None] | None = None
-        """(output, the caller's dtype, rows that hold a NaN)."""
-        self._keep: tuple[Any, ...] = ()
+        self._pending: _Pending | None = None
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Raises: BackendError: the shape cannot be run at all."""
@@ -88,8 +104,8 @@ class KTExperts:
             raise BackendError(
                 f"layer {weights.layer}: kt-kernel cannot run these experts: {reason}"
             )
-        known = _supported(weights, self._types)
-        layer = _Layer(self._kernel, self._infer, known, len(self._layers))
+        supported = supported_weights(weights, self._types)
+        layer = _Layer(self._kernel, self._infer, supported, len(self._layers))
         self._layers.append(layer)
 
     def submit(
@@ -110,10 +126,7 @@ class KTExperts:
         weights = topk_weights.to(torch.float32).contiguous()
         output = torch.empty_like(states)
         target.set_mask(mine)
-        # The kernel reads these from its own thread: they must outlive the call, wherever it is
-        # interrupted.
-        self._keep = (states, ids, weights, output)
-        self._pending = output, hidden.dtype, _nan_rows(hidden)
+        self._pending = _Pending(output, hidden.dtype, _nan_rows(hidden), (states, ids, weights))
         for start in range(0, len(states), _MAX_TOKENS):
             part = slice(start, start + _MAX_TOKENS)
             if start:
@@ -123,22 +136,20 @@ class KTExperts:
     def sync(self) -> torch.Tensor:
         assert self._pending is not None, "sync without submit"
         self._infer.sync()
-        output, dtype, lost = self._pending
-        if lost is not None:
-            output[lost] = math.nan
+        output, dtype, nan_rows, _ = self._pending
+        if nan_rows is not None:
+            output[nan_rows] = math.nan
         self._pending = None
-        self._keep = ()
         return output.to(dtype)
 
     def abandon(self) -> None:
         if self._infer is not None:
             self._infer.sync()
         self._pending = None
-        self._keep = ()
 
     def close(self) -> None:
         self.abandon()
-        with _quiet():
+        with quiet_stdout():
             self._layers.clear()
             self._infer = None
 
@@ -147,47 +158,49 @@ class _Layer:
     """One native MoE object, its mask and the bytes it points into."""
 
     def __init__(self, kernel: ModuleType, infer: Any, weights: LayerWeights, index: int) -> None:
-        self.spec = weights.spec
-        self._mask = np.zeros(weights.spec.experts, dtype=np.uint8)
+        self.spec = spec = weights.spec
+        self._mask = np.zeros(spec.experts, dtype=np.uint8)
         self._mine: tuple[int, ...] | None = None
         self._batch = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._bytes = [_contiguous(matrix) for matrix in weights.matrices()]
-        spec, types = weights.spec, kernel.kvcache.ggml_type
+        gate, up, down = self._bytes
         config = kernel.moe.MOEConfig(
             spec.experts, spec.top_k, spec.hidden, spec.intermediate, self._mask.ctypes.data
         )
         config.layer_idx = index
         config.pool = infer.backend_
         config.m_block = 32
-        grouped = spec.hidden % GROUPED_HIDDEN_MULTIPLE == 0
-        config.group_min_len = _GROUP_MIN_TOKENS if grouped else _MAX_TOKENS + 1
+        config.group_min_len = _GROUP_MIN_TOKENS
+        if spec.hidden % GROUPED_HIDDEN_MULTIPLE:
+            config.group_min_len = _MAX_TOKENS + 1  # never
         config.max_len = _MAX_TOKENS
         config.group_max_len = _MAX_TOKENS
-        config.gate_proj, config.up_proj, config.down_proj = (
-            part.ctypes.data for part in self._bytes
-        )
-        config.gate_type = _ggml(spec.gate_type)
-        config.up_type = _ggml(spec.up_type)
-        config.down_type = _ggml(spec.down_type)
-        config.hidden_type = int(types.BF16)
+        config.gate_proj = gate.ctypes.data
+        config.up_proj = up.ctypes.data
+        config.down_proj = down.ctypes.data
+        config.gate_type = _type_number(spec.gate_type)
+        config.up_type = _type_number(spec.up_type)
+        config.down_type = _type_number(spec.down_type)
+        config.hidden_type = int(kernel.kvcache.ggml_type.BF16)
         identity = np.arange(spec.experts, dtype=np.int64)
-        with _quiet():
+        with quiet_stdout():
             self._moe = kernel.moe.MOE(config)
             infer.submit(self._moe.load_weights_task(identity.ctypes.data))
             infer.sync()
 
     def set_mask(self, mine: Sequence[int]) -> None:
-        """True skips an expert; read by the kernel at each call."""
+        """Let the next calls compute these experts only."""
         chosen = tuple(mine)
         if chosen != self._mine:
-            self._mine = None  # until the mask is whole
-            self._mask.fill(1)
+            self._mine = None  # until the mask is complete
+            self._mask.fill(1)  # 1 skips an expert; read by the kernel at each call
             self._mask[list(chosen)] = 0
             self._mine = chosen
 
     def task(
         self, states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
     ) -> tuple[int, int]:
+        """What `CPUInfer.submit` takes for one call."""
         self._batch = torch.tensor([len(states)], dtype=torch.int32, device="cpu")
         task: tuple[int, int] = self._moe.forward_task(
             self._batch.data_ptr(),
@@ -201,46 +214,25 @@ class _Layer:
         return task
 
 
-_STDOUT = threading.RLock()
-"""The process has one standard output: of two threads that both put it aside, the second would give
-back the sink.
-"""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the kernel's greetings, which C++ writes to standard output, out of the user's
-    answer.
-    """
-    flush = ctypes.CDLL(
-        None
-    ).fflush  # what C has buffered must go where it was meant to go, before and after
-    with _STDOUT:
-        sys.stdout.flush()
-        flush(None)
-        kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(sink, 1)
-            yield
-        finally:
-            flush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
-            os.close(sink)
-
-
-def _ggml(type_name: str) -> int:
+def _type_number(type_name: str) -> int:
     return int(GGMLQuantizationType[type_name])
 
 
-def _contiguous(matrix: Matrix) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The kernel takes one base pointer: experts kept apart in the file must be copied together."""
-    return matrix.stacked if matrix.stacked is not None else np.concatenate(matrix.experts)
+def _contiguous(matrix: Matrix) -> NDArray[np.uint8]:
+    """All experts' bytes at one address; experts that are kept apart in the file are copied."""
+    if matrix.stacked is not None:
+        return matrix.stacked
+    return np.concatenate(matrix.experts)
 
 
-def _supported(weights: LayerWeights, types: frozenset[str]) -> LayerWeights:
-    """The same layer with every matrix in one of these types, which the kernels run."""
-    changes: dict[str, Matrix] = {}
+def supported_weights(weights: LayerWeights, types: frozenset[str]) -> LayerWeights:
+    """The same layer with every matrix in one of these types, which the kernels run.
+
+    Raises:
+        BackendError: weights that no such type can hold.
+    """
+    matrices: dict[str, Matrix] = {}
+    spec_fields: dict[str, Any] = {}
     for index, part in enumerate(("gate", "up", "down")):
         matrix: Matrix = getattr(weights, part)
         if matrix.type_name in types:
@@ -254,17 +246,18 @@ def _supported(weights: LayerWeights, types: frozenset[str]) -> LayerWeights:
             matrix.type_name,
             target,
         )
-        stored = [
-            _requantised(weights.dequantized(expert)[index].numpy(), target)
-            for expert in range(weights.spec.experts)
-        ]
+        stored = []
+        for expert in range(weights.spec.experts):
+            values = weights.dequantized(expert)[index]
+            stored.append(_requantised(values.numpy(), target))
         stacked = np.concatenate(stored)
-        changes[part] = Matrix(target, tuple(stacked.reshape(weights.spec.experts, -1)), stacked)
-    if not changes:
+        matrices[part] = Matrix(target, tuple(stacked.reshape(weights.spec.experts, -1)), stacked)
+        spec_fields[f"{part}_type"] = target
+        spec_fields[f"{part}_bytes"] = stored[0].size
+    if not matrices:
         return weights
-    fields: dict[str, Any] = {f"{part}_type": matrix.type_name for part, matrix in changes.items()}
-    fields.update({f"{part}_bytes": matrix.experts[0].size for part, matrix in changes.items()})
-    return replace(weights, spec=replace(weights.spec, **fields), **changes)  # type: ignore[arg-type]
+    spec = replace(weights.spec, **spec_fields)
+    return replace(weights, spec=spec, **matrices)  # type: ignore[arg-type]
 
 
 def _replacement(type_name: str, types: frozenset[str]) -> str:
@@ -275,59 +268,33 @@ def _replacement(type_name: str, types: frozenset[str]) -> str:
 
 
 def _requantised(values: NDArray[np.float32], target: str) -> NDArray[np.uint8]:
+    """A matrix's bytes in another type. Raises: BackendError: values beyond the range of F16."""
     if target == "F16" and not np.abs(values).max() <= np.finfo(np.float16).max:
         raise BackendError(
             "weights beyond the range of F16: kt-kernel has no kernel for them on this processor"
         )
-    return quantize(values, GGMLQuantizationType[target]).view(np.uint8).ravel()
+    packed = quantize(values, GGMLQuantizationType[target])
+    return packed.view(np.uint8).ravel()
 
 
 def _check(
     spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> None:
+    """Raises: BackendError: something that the kernel must not see."""
     check_kinds(hidden, ids, weights)
-    if hidden.ndim != 2 or hidden.shape[1] != spec.hidden:
-        raise BackendError(f"hidden states must be [T, {spec.hidden}], found {list(hidden.shape)}")
-    if ids.shape != weights.shape or ids.ndim != 2 or len(ids) != len(hidden):
-        raise BackendError(
-            f"ids {list(ids.shape)} and weights {list(weights.shape)} must be [{len(hidden)}, K]"
-        )
-    if not 1 <= ids.shape[1] <= spec.experts or ids.shape[1] > spec.top_k:
-        raise BackendError(f"K must be 1 to {spec.top_k}, found {ids.shape[1]}")
-    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < spec.experts):
-        raise BackendError(
-            f"expert ids must be 0 to {spec.experts - 1}, found {int(ids.min())} to "
-            f"{int(ids.max())}"
-        )
+    check_shapes(spec, hidden, ids, weights)
+    top_k = ids.shape[1]
+    if not 1 <= top_k <= min(spec.top_k, spec.experts):
+        raise BackendError(f"K must be 1 to {spec.top_k}, found {top_k}")
+    if len(ids):
+        check_range(spec, int(ids.min()), int(ids.max()))
 
 
 def _nan_rows(hidden: torch.Tensor) -> torch.Tensor | None:
-    """[T] bool: rows with a NaN, which products with quantised matrices would round to a number;
-    None without any.
+    """[T] bool: rows with a NaN; None without any.
+
+    Products with quantised matrices would round a NaN to a number.
     """
     if not math.isnan(hidden.sum(dtype=torch.float32)):
         return None
     return hidden.isnan().any(dim=1)
-
-
-def check_kinds(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-    """Raises: BackendError: not on the CPU, or of a type that a kernel's conversion would change
-    without a word.
-    """
-    # Attributes in one expression: this is asked in every layer of every token.
-    if not (
-        hidden.is_cpu
-        and weights.is_cpu
-        and hidden.is_floating_point()
-        and weights.is_floating_point()
-    ):
-        for what, tensor in (("hidden states", hidden), ("expert weights", weights)):
-            if not (tensor.is_cpu and tensor.is_floating_point()):
-                raise BackendError(
-                    f"{what} must be floating point on the CPU, found {tensor.dtype} on "
-                    f"{tensor.device}"
-                )
-    if not ids.is_cpu or ids.dtype not in _IDS:
-        raise BackendError(
-            f"expert ids must be int64 or int32 on the CPU, found {ids.dtype} on {ids.device}"
-        )

@@ -5,11 +5,31 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 from hybrimoe_plugin.errors import BackendError
+
+KERNEL_TYPES = frozenset(
+    {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
+)
+"""GGML types that were tried against a float32 reference; any other ends the process."""
+
+BF16_VARIANTS = frozenset({"avx512_bf16", "amx"})
+"""kt-kernel's builds that multiply bfloat16.
+
+The others take BF16 weights and then end the process at the first token ("llamafile not
+supported").
+"""
+
+_STDOUT = threading.RLock()
+"""Held while standard output is redirected.
+
+The process has one: of two threads that both redirect it, the second would restore the first
+one's sink.
+"""
 
 
 def import_kernel() -> ModuleType:
@@ -30,10 +50,48 @@ def import_kernel() -> ModuleType:
     return module
 
 
+def kernel_types(variant: str) -> frozenset[str]:
+    """GGML types that a build of kt-kernel computes.
+
+    Args:
+        variant: the build's name, such as `avx2`, `avx512_bf16` or `amx`.
+    """
+    if variant in BF16_VARIANTS:
+        return KERNEL_TYPES
+    return KERNEL_TYPES - {"BF16"}
+
+
+def variant_name() -> str:
+    """The build that kt-kernel has chosen for this processor; empty for one that does not say."""
+    package = sys.modules.get("kt_kernel")
+    return str(getattr(package, "__cpu_variant__", ""))
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Keep kt-kernel's greetings, which C++ writes to standard output, out of the user's answer."""
+    flush = ctypes.CDLL(None).fflush
+    with _STDOUT:
+        # What C has buffered must go where it was meant to go, before and after.
+        sys.stdout.flush()
+        flush(None)
+        kept = os.dup(1)
+        sink = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(sink, 1)
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(sink)
+
+
 @contextmanager
 def _float_environment() -> Iterator[None]:
-    """Undo what loading a library built with -ffast-math does to the thread: subnormal numbers
-    would become 0.
+    """Undo what loading a library built with -ffast-math does to the thread.
+
+    It makes the processor treat subnormal numbers as 0.
     """
     libm = ctypes.CDLL(None)
     kept = ctypes.create_string_buffer(64)  # fenv_t is 32 bytes on x86-64, smaller elsewhere
@@ -44,27 +102,3 @@ def _float_environment() -> Iterator[None]:
         yield
     finally:
         libm.fesetenv(kept)
-
-
-def kernel_types(variant: str) -> frozenset[str]:
-    """GGML types that a build of kt-kernel computes, by its name: `avx2`, `avx512_bf16`, `amx` and
-    so on.
-    """
-    return KERNEL_TYPES if variant in BF16_VARIANTS else KERNEL_TYPES - {"BF16"}
-
-
-def variant_name() -> str:
-    """The build that kt-kernel has chosen for this processor; empty for one that does not say."""
-    return str(getattr(sys.modules.get("kt_kernel"), "__cpu_variant__", ""))
-
-
-KERNEL_TYPES = frozenset(
-    {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
-)
-"""GGML types that were tried against a float32 reference; any other ends the process."""
-
-
-BF16_VARIANTS = frozenset({"avx512_bf16", "amx"})
-"""kt-kernel's builds that multiply bfloat16. The others take BF16 weights and then end the process
-at the first token ("llamafile not supported").
-"""

@@ -1,9 +1,8 @@
-"""Matrices written out as Q8_0: blocks of 4 and 5 bits, to the same values, and types that have no
-kernel.
+"""Write matrices out as Q8_0: slow types of 4 and 5 bits without loss, and types without a kernel.
 
-The former take more bytes and half the time on some CPUs: ggml's kernels for Q4_0 and Q5_0 take
-their time for unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at 21; an AMD EPYC
-reads Q4_0 at 26 and Q5_0 at 14, Q8_0 at 30 (docs/LOG.md). So it is measured.
+Q8_0 takes more bytes but half the time on some CPUs, because ggml's kernels for Q4_0 and Q5_0
+spend their time on unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at 21. An AMD
+EPYC reads Q4_0 at 26, Q5_0 at 14 and Q8_0 at 30 (docs/LOG.md). So it is measured.
 """
 
 from __future__ import annotations
@@ -19,58 +18,83 @@ from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 SLOW_TYPES = ("Q4_0", "Q5_0")
 
+_VALUES = 32
+"""Values of a block of Q8_0, Q4_0 and Q5_0."""
+_Q8_0_BYTES = 34
+"""Bytes of a Q8_0 block: a float16 scale and 32 integers."""
+_BLOCKS_AT_A_TIME = 1 << 20
+"""The steps between take several times a block's size."""
+_ROWS_AT_A_TIME = 4096
+"""The float32 values of all rows would take four times the result."""
+
 
 def repacked_bytes(stored: QuantizedMatrix) -> int:
     """Bytes of the matrix in Q8_0."""
-    return int(np.prod(stored.shape)) // 32 * 34
+    values = int(np.prod(stored.shape))
+    return values // _VALUES * _Q8_0_BYTES
 
 
-def quicker_as_q8_0(ggml: Ggml, threads: int, type_name: str) -> bool:
+def faster_as_q8_0(ggml: Ggml, threads: int, type_name: str) -> bool:
     """Whether a product with one row takes less time in Q8_0 than as stored; measured once."""
-    return ggml.pace("Q8_0", threads).ns < ggml.pace(type_name, threads).ns
+    q8_0 = ggml.kernel_speed("Q8_0", threads)
+    stored = ggml.kernel_speed(type_name, threads)
+    return q8_0.ns < stored.ns
 
 
 def as_q8_0(stored: QuantizedMatrix) -> QuantizedMatrix:
-    """The same matrix in Q8_0: each block keeps its scale and its integers, so no value changes."""
-    size = GGML_QUANT_SIZES[GGMLQuantizationType[stored.type_name]][1]
-    blocks = stored.data.reshape(-1, size)
-    out = np.empty((len(blocks), 34), np.uint8)
-    for start in range(
-        0, len(blocks), 1 << 20
-    ):  # in pieces: the steps between take several times a block's size
-        part = blocks[start : start + (1 << 20)]
-        out[start : start + len(part), :2] = part[:, :2]
-        out[start : start + len(part), 2:] = _integers(
-            torch.from_numpy(part.copy()), stored.type_name
-        ).numpy()
+    """The same matrix in Q8_0: each block keeps its scale and its integers, so no value changes.
+
+    Args:
+        stored: of a type in `SLOW_TYPES`.
+    """
+    _, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[stored.type_name]]
+    blocks = stored.data.reshape(-1, block_bytes)
+    out = np.empty((len(blocks), _Q8_0_BYTES), np.uint8)
+    for start in range(0, len(blocks), _BLOCKS_AT_A_TIME):
+        end = start + _BLOCKS_AT_A_TIME
+        part = blocks[start:end]
+        integers = _integers(torch.from_numpy(part.copy()), stored.type_name)
+        out[start:end, :2] = part[:, :2]
+        out[start:end, 2:] = integers.numpy()
     return QuantizedMatrix(out.reshape(-1), "Q8_0", stored.shape)
 
 
 def requantised(stored: QuantizedMatrix) -> QuantizedMatrix:
-    """A matrix in a type without a kernel, in Q8_0, or in F32 where rows are no whole blocks of 32.
+    """A matrix of a type without a kernel, in Q8_0, or in F32 where 32 does not divide its rows.
 
     Raises:
         WeightsError: the type cannot be dequantised.
     """
     columns = stored.shape[-1]
-    kind = GGMLQuantizationType.Q8_0 if columns % 32 == 0 else GGMLQuantizationType.F32
-    rows = stored.data.reshape(-1, stored.nbytes // (int(np.prod(stored.shape)) // columns))
+    kind = GGMLQuantizationType.Q8_0
+    if columns % _VALUES:
+        kind = GGMLQuantizationType.F32
+    count = int(np.prod(stored.shape)) // columns
+    rows = stored.data.reshape(-1, stored.nbytes // count)
     made = []
-    for start in range(
-        0, len(rows), 4096
-    ):  # in pieces: the float32 values of all take four times the result
-        part = rows[start : start + 4096]
-        values = dequantize_bytes(part.reshape(-1), stored.type_name, (len(part), columns)).numpy()
-        made.append(quantize(values, kind).view(np.uint8).reshape(-1))
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        part = rows[start : start + _ROWS_AT_A_TIME]
+        values = dequantize_bytes(part.reshape(-1), stored.type_name, (len(part), columns))
+        packed = quantize(values.numpy(), kind)
+        made.append(packed.view(np.uint8).reshape(-1))
     return QuantizedMatrix(np.concatenate(made), kind.name, stored.shape)
 
 
 def _integers(blocks: torch.Tensor, type_name: str) -> torch.Tensor:
-    """[N, 32] uint8 that are two's complement integers."""
+    """[N, 32] uint8 that are two's complement integers, of Q4_0 or Q5_0 blocks.
+
+    The last 16 bytes are nibbles; Q5_0 has its fifth bits in 4 bytes behind the scale.
+    """
     packed = blocks[:, -16:]
-    values = torch.cat((packed & 15, packed >> 4), dim=-1)
-    if type_name == "Q4_0":
-        return (values.to(torch.int8) - 8).view(torch.uint8)
-    shifts = torch.arange(8, dtype=torch.uint8)
-    high = ((blocks[:, 2:6, None] >> shifts) & 1).reshape(len(blocks), 32)
-    return ((values | (high << 4)).to(torch.int8) - 16).view(torch.uint8)
+    low = packed & 15
+    high = packed >> 4
+    codes = torch.cat((low, high), dim=-1)
+    zero = 8
+    if type_name == "Q5_0":
+        zero = 16
+        shifts = torch.arange(8, dtype=torch.uint8)
+        bits = blocks[:, 2:6, None] >> shifts
+        fifth = (bits & 1).reshape(len(blocks), _VALUES)
+        codes = codes | (fifth << 4)
+    signed = codes.to(torch.int8) - zero
+    return signed.view(torch.uint8)

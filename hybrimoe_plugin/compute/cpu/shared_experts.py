@@ -1,5 +1,6 @@
-"""One CPU backend for several engines: two pools of workers on the same cores would fight to a
-standstill.
+"""One CPU backend for several engines.
+
+Two pools of workers on the same cores would keep each other from running.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 
 class SharedCPU:
-    """An engine's part of a backend that others use too, one call at a time: its layers are the
-    next ones added.
+    """An engine's part of a backend that other engines use too, one call at a time.
 
     Args:
         backend: may hold layers of other engines already.
-        first: how many it holds.
+        first: how many it holds. The layers added next are this engine's.
     """
 
     def __init__(self, backend: CPUBackend, first: int) -> None:

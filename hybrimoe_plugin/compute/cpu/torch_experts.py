@@ -1,6 +1,4 @@
-"""CPU experts in plain torch: the reference twin of every backend, and the oracle of their
-tests.
-"""
+"""CPU experts in plain torch: the reference for every backend, and the oracle of their tests."""
 
 from __future__ import annotations
 
@@ -12,12 +10,15 @@ from torch.nn import functional as F
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gate [I, H], up [I, H] and down [H, I]."""
 
 
 def expert_forward(hidden: torch.Tensor, expert: Expert) -> torch.Tensor:
     """SwiGLU of one expert: [N, H] -> [N, H]."""
     gate, up, down = expert
-    return F.linear(F.silu(F.linear(hidden, gate)) * F.linear(hidden, up), down)
+    activated = F.silu(F.linear(hidden, gate))
+    inner = activated * F.linear(hidden, up)
+    return F.linear(inner, down)
 
 
 def add_expert(
@@ -36,11 +37,11 @@ def add_expert(
         weights: [T, K] routing weights, read at the same places.
     """
     tokens, places = chosen.nonzero(as_tuple=True)
-    if len(tokens):
-        part = expert_forward(hidden[tokens], expert) * weights[tokens, places, None].to(
-            hidden.dtype
-        )
-        output.index_add_(0, tokens, part)
+    if not len(tokens):
+        return
+    shares = weights[tokens, places, None].to(hidden.dtype)
+    part = expert_forward(hidden[tokens], expert) * shares
+    output.index_add_(0, tokens, part)
 
 
 class TorchExperts:
@@ -72,13 +73,8 @@ class TorchExperts:
     ) -> None:
         output = torch.zeros_like(hidden)
         for index in mine:
-            add_expert(
-                output,
-                hidden,
-                topk_ids == index,
-                topk_weights,
-                self._expert(layer, index, hidden.dtype),
-            )
+            expert = self._expert(layer, index, hidden.dtype)
+            add_expert(output, hidden, topk_ids == index, topk_weights, expert)
         self._output = output
 
     def sync(self) -> torch.Tensor:

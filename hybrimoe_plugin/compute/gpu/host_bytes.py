@@ -1,8 +1,8 @@
-"""Where transfers read from: the mapped file's own pages, registered with the driver, else pinned
-staging buffers.
+"""Where transfers read from: the mapped file's registered pages, else pinned staging buffers.
 
-A driver or a sandbox may refuse to register pages of a mapped file. Then every transfer is a copy
-in host memory first, which is slower than the link, so another thread makes it (`issue.OnThread`).
+A driver or a sandbox may refuse to register pages of a mapped file. Then every transfer begins
+with a copy in host memory, which is slower than the link, so another thread makes it
+(`transfer_executor.ThreadExecutor`).
 """
 
 from __future__ import annotations
@@ -23,72 +23,77 @@ log = logging.getLogger(__name__)
 
 _PAGE = 4096
 READ_ONLY_PORTABLE = 8 | 1
-"""cudaHostRegisterReadOnly, which a read-only file mapping needs, and Portable: several devices
-read one file.
-"""
+"""cudaHostRegisterReadOnly, which a read-only mapping needs, and Portable, for several devices."""
 
 PORTABLE = 1
-"""Enough for memory of the process's own, where the device does not know ReadOnly."""
+"""Enough for the process's own memory, where the device does not know ReadOnly."""
 
 _FEW = 0.01
-"""Share of the weights that may be staged by the caller itself, such as a page that another device
-has registered.
+"""Share of the weights that the caller itself may stage.
+
+Such as a page that another device has registered.
 """
 
 
 class HostBytes(Protocol):
     """Gives transfers tensors over stored bytes, in memory that the link reads at full speed."""
 
-    def prepare(self, layers: Sequence[LayerWeights]) -> None: ...
+    def prepare(self, layers: Sequence[LayerWeights]) -> None:
+        """Make the bytes of these layers, and of no others, ready to be read."""
+        ...
 
     def source(self, part: Bytes) -> torch.Tensor:
-        """[part.size] uint8; where `reuses` says so, valid until the event that `sent` is told."""
+        """[part.size] uint8; if `reuses` is true then, valid until the event passed to `sent`."""
         ...
 
     @property
     def slow(self) -> bool:
-        """Whether `source` takes so long that a thread of its own should call it; known after
-        `prepare`.
+        """Whether `source` takes so long that a separate thread should call it.
+
+        Known after `prepare`.
         """
         ...
 
     @property
     def reuses(self) -> bool:
-        """Whether the last source's memory is filled again: then `sent` must follow."""
+        """Whether the last source's memory is reused: then `sent` must follow."""
         ...
 
     def sent(self, event: Event) -> None:
-        """The last `source` has been read once this event is reached."""
+        """Tell that the last `source` has been read once this event is reached."""
         ...
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Give back what `prepare` took."""
+        ...
 
 
 class PlainBytes:
-    """The bytes as they are: the emulated link."""
+    """The stored bytes themselves, for the emulated link."""
 
     slow = False
     reuses = False
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
-        """Nothing to pin."""
+        """Nothing to do: nothing is pinned."""
 
     def source(self, part: Bytes) -> torch.Tensor:
         return as_tensor(part)
 
     def sent(self, event: Event) -> None:
-        """Nothing is reused."""
+        """Nothing to do: no memory is reused."""
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Nothing to do: nothing is held."""
 
 
 class StagedBytes:
-    """A ring of buffers that bytes are copied through.
+    """A ring of pinned buffers that bytes are copied through.
 
     Args:
+        ring: number of buffers.
         pinned: False only in tests without CUDA.
-        slow: whether to ask for a thread of its own; False is the plain twin.
+        slow: whether to ask for a separate thread; False is the reference.
     """
 
     reuses = True
@@ -102,10 +107,13 @@ class StagedBytes:
         self._pinned = pinned
         self._ring: list[torch.Tensor] = []
         self._free: list[Event | None] = [None] * ring
-        self._turn = -1
+        self._last = -1
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
-        size = max(matrix.experts[0].size for weights in layers for matrix in weights.matrices())
+        size = 0
+        for weights in layers:
+            for matrix in weights.matrices():
+                size = max(size, matrix.experts[0].size)
         if not self._ring or self._ring[0].numel() < size:
             self._ring = [
                 torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
@@ -114,24 +122,23 @@ class StagedBytes:
             self._free = [None] * self._count
 
     def source(self, part: Bytes) -> torch.Tensor:
-        self._turn = (self._turn + 1) % self._count
-        free = self._free[self._turn]
+        self._last = (self._last + 1) % self._count
+        free = self._free[self._last]
         if free is not None:
             self._streams.block(free)
-        buffer = self._ring[self._turn][: part.size]
+        buffer = self._ring[self._last][: part.size]
         buffer.numpy()[:] = part
         return buffer
 
     def sent(self, event: Event) -> None:
-        self._free[self._turn] = event
+        self._free[self._last] = event
 
     def release(self) -> None:
         self._ring.clear()
 
 
 class RegisteredBytes:
-    """Registers the pages of every expert with CUDA, so that the one host copy serves CPU kernels
-    and link.
+    """Registers the pages of every expert with CUDA: one host copy serves CPU kernels and link.
 
     What the driver refuses goes through `staged`, with a notice.
     """
@@ -142,6 +149,7 @@ class RegisteredBytes:
         self._wanted: list[tuple[int, int]] = []
         self._starts: list[int] = []
         self._ends: list[int] = []
+        """First and last addresses of the registered ranges, in order."""
         self.slow = False
         self.reuses = False
 
@@ -152,30 +160,29 @@ class RegisteredBytes:
         self.release()
         self._wanted = wanted
         for start, end in wanted:
-            # The outer pages may belong to a neighbour too, which another device has registered:
-            # then without them.
-            for first, last in ((start, end), (start + _PAGE, end - _PAGE)):
-                if first < last and _register(first, last - first, self._device):
-                    self._starts.append(first)
-                    self._ends.append(last)
-                    break
+            self._register_range(start, end)
         total = sum(end - start for start, end in wanted)
-        refused = total - sum(self._ends) + sum(self._starts)
-        if refused:
-            self.slow = self._staged.slow and refused > _FEW * total
-            advice = _advice(self._device) if refused > _FEW * total else ""
-            log.warning(
-                "%s of weights cannot be registered: their transfers are staged%s",
-                human(refused),
-                advice,
-            )
-            self._staged.prepare(layers)
+        registered = sum(self._ends) - sum(self._starts)
+        refused = total - registered
+        if not refused:
+            return
+        many = refused > _FEW * total
+        self.slow = self._staged.slow and many
+        log.warning(
+            "%s of weights cannot be registered: their transfers are staged%s",
+            human(refused),
+            _advice(self._device) if many else "",
+        )
+        self._staged.prepare(layers)
 
     def source(self, part: Bytes) -> torch.Tensor:
         start = part.ctypes.data
         at = bisect_right(self._starts, start) - 1
-        self.reuses = at < 0 or self._ends[at] < start + part.size
-        return self._staged.source(part) if self.reuses else as_tensor(part)
+        registered = at >= 0 and start + part.size <= self._ends[at]
+        self.reuses = not registered
+        if registered:
+            return as_tensor(part)
+        return self._staged.source(part)
 
     def sent(self, event: Event) -> None:
         if self.reuses:
@@ -190,19 +197,33 @@ class RegisteredBytes:
         self.slow = False
         self._staged.release()
 
+    def _register_range(self, start: int, end: int) -> None:
+        """Register a range of pages, or all but its outer pages.
+
+        Those may belong to a neighbour too, which another device has registered.
+        """
+        for first, last in ((start, end), (start + _PAGE, end - _PAGE)):
+            if first < last and _register(first, last - first, self._device):
+                self._starts.append(first)
+                self._ends.append(last)
+                return
+
 
 def register_pages(start: int, nbytes: int, flags: int, device: torch.device) -> bool:
-    """Register whole pages with the CUDA driver, which then copies from them without staging; False
-    if it refuses.
+    """Register whole pages with the CUDA driver, which then copies from them without staging.
+
+    Returns:
+        False if the driver refuses.
     """
-    if int(torch.cuda.cudart().cudaHostRegister(start, nbytes, flags)) == 0:
+    status = torch.cuda.cudart().cudaHostRegister(start, nbytes, flags)
+    if int(status) == 0:
         return True
     _clear_error(device)
     return False
 
 
 def registers_own_memory(device: torch.device) -> bool:
-    """Whether the driver registers memory of the process's own; tried on a page."""
+    """Whether the driver registers the process's own memory; tried on one page."""
     memory = huge_pages(_PAGE)
     start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     if not _register(start, _PAGE, device):
@@ -212,50 +233,63 @@ def registers_own_memory(device: torch.device) -> bool:
 
 
 def as_tensor(part: Bytes) -> torch.Tensor:
-    """A tensor over bytes that may lie in a read-only mapping; it is only ever read. Valid as long
-    as `part`.
+    """A tensor over bytes that may lie in a read-only mapping; it must only be read.
+
+    Valid as long as `part`.
     """
     # By address: torch warns about every buffer that says it is read-only.
-    return torch.frombuffer(
-        (ctypes.c_ubyte * part.size).from_address(part.ctypes.data), dtype=torch.uint8
-    )
+    memory = (ctypes.c_ubyte * part.size).from_address(part.ctypes.data)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _register(start: int, nbytes: int, device: torch.device) -> bool:
-    return any(
-        register_pages(start, nbytes, flags, device) for flags in (READ_ONLY_PORTABLE, PORTABLE)
-    )
+    if register_pages(start, nbytes, READ_ONLY_PORTABLE, device):
+        return True
+    return register_pages(start, nbytes, PORTABLE, device)
 
 
 def _advice(device: torch.device) -> str:
-    """What makes transfers faster than staging, where anything does."""
-    return "; the setting `weights: memory` avoids that" if registers_own_memory(device) else ""
+    """End of the notice: which setting avoids staging, where one does."""
+    if registers_own_memory(device):
+        return "; the setting `weights: memory` avoids that"
+    return ""
 
 
 def _page_runs(layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int]]:
-    """Page-aligned (start, end) of all experts, neighbours joined: a page may be registered once
-    only.
+    """Page-aligned (start, end) addresses of all experts.
+
+    Neighbours are joined: a page may be registered only once.
     """
-    spans = []
-    for matrix in (matrix for weights in layers for matrix in weights.matrices()):
-        for block in [matrix.stacked] if matrix.stacked is not None else matrix.experts:
-            start = block.ctypes.data
-            spans.append((start // _PAGE * _PAGE, -(-(start + block.size) // _PAGE) * _PAGE))
-    spans.sort()
-    current = spans[0]
+    spans = sorted(_page_span(block) for block in _blocks(layers))
+    run_start, run_end = spans[0]
     for start, end in spans[1:]:
-        if start <= current[1]:
-            current = current[0], max(current[1], end)
+        if start <= run_end:
+            run_end = max(run_end, end)
         else:
-            yield current
-            current = start, end
-    yield current
+            yield run_start, run_end
+            run_start, run_end = start, end
+    yield run_start, run_end
+
+
+def _blocks(layers: Sequence[LayerWeights]) -> Iterator[Bytes]:
+    """All experts' bytes, in as few contiguous pieces as the file has."""
+    for weights in layers:
+        for matrix in weights.matrices():
+            if matrix.stacked is not None:
+                yield matrix.stacked
+            else:
+                yield from matrix.experts
+
+
+def _page_span(block: Bytes) -> tuple[int, int]:
+    """The whole pages that bytes lie on."""
+    start = block.ctypes.data
+    end = start + block.size
+    return start // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
 
 
 def _clear_error(device: torch.device) -> None:
-    """A refused registration stays as the runtime's last error, and the next kernel launch would
-    report it.
-    """
+    """Clear the runtime's last error, which the next kernel launch would report as its own."""
     try:
         torch.zeros(1, device=device)
     except RuntimeError as error:

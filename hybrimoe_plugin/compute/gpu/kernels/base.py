@@ -1,4 +1,4 @@
-"""What the slot accelerator asks of its kernels."""
+"""The protocol of the kernels that compute experts in slots."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ class Kernels(Protocol):
         """Why these kernels cannot run experts of this shape and types, None if they can."""
         ...
 
-    def layout(self, spec: ExpertSpec) -> SlotLayout: ...
+    def layout(self, spec: ExpertSpec) -> SlotLayout:
+        """Where the matrices of such experts lie in a slot."""
+        ...
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        """Bring stored bytes [part.size] into slot form. Mutates `target`. Only for parts that are
-        split.
+        """Bring stored bytes [part.size] into slot form; only for parts in planes.
+
+        Mutates: target.
         """
         ...
 
     def gate_up(self, call: SlotCall) -> Any:
-        """silu(gate x) * (up x) of every routed pair that has a slot; handed to `down` as it is."""
+        """silu(gate x) * (up x) of every routed pair that has a slot, in a form for `down`."""
         ...
 
     def down(self, call: SlotCall, activations: Any) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""Tile sizes of the Triton kernels for one layer shape; none of them changes results beyond
-rounding.
+"""Tile sizes of the Triton kernels for one layer shape.
+
+None of them changes results beyond rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
 
 
 class Blocks(NamedTuple):
-    """Rows and columns over 64 that one program's tile spans, and its warps."""
+    """Tile sizes: rows, units of 64 columns, and warps of one program."""
 
     gate_rows: int
     gate_units: int
@@ -27,22 +28,33 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, layout: SlotLayout, top_k: int) -> Blocks:
-        """About 16 bytes of codes for each thread and matrix in gate and up, 32 in down.
+        """Sizes that follow from the shape.
 
-        That keeps some 20 KB of reads on their way in each multiprocessor at the registers the
-        kernels need (compiled for sm_90: 56 to 126), which is what its share of the memory
-        bandwidth times the latency asks for. `tuning` tries the neighbours on the device.
+        About 16 bytes of codes for each thread and matrix in gate and up, 32 in down. That keeps
+        some 20 KB of reads in flight in each multiprocessor at the registers that the kernels need
+        (compiled for sm_90: 56 to 126), which is its share of the memory bandwidth times the
+        latency. `tuning` tries the neighbours on the device.
         """
-        units = min(32, _power_of_two(-(-layout.gate.columns // 64)))
+        gate_units = min(32, _units(layout.gate.columns))
+        gate_rows = max(1, 64 // gate_units)
         places = _power_of_two(top_k)
-        down_units = max(1, min(_power_of_two(-(-layout.down.columns // 64)), 128 // places))
-        return cls(max(1, 64 // units), units, max(1, 128 // (places * down_units)), down_units)
+        down_units = min(_units(layout.down.columns), 128 // places)
+        down_units = max(1, down_units)
+        down_rows = max(1, 128 // (places * down_units))
+        return cls(gate_rows, gate_units, down_rows, down_units)
 
     def tile_tokens(self, pairs: int, experts: int) -> int:
-        """Tokens of a prefill tile: the power of two that holds an expert's average load, 16
-        (tensor cores) or more.
+        """Tokens of a prefill tile: the power of two that holds an expert's average load.
+
+        At least 16, for tensor cores.
         """
-        return max(16, min(self.tokens, _power_of_two(-(-pairs // experts))))
+        average = -(-pairs // experts)
+        return max(16, min(self.tokens, _power_of_two(average)))
+
+
+def _units(columns: int) -> int:
+    """Units of 64 columns, rounded up to a power of two."""
+    return _power_of_two(-(-columns // 64))
 
 
 def _power_of_two(value: int) -> int:

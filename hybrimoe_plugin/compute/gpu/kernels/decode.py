@@ -1,11 +1,11 @@
-"""Few tokens: each program multiplies a block of rows of one expert's matrix with one token
-(GEMV-like).
+"""Few tokens: each program multiplies a block of rows of one expert's matrix with one token.
 
-Bytes decide here: a row's codes are read once, in order, and scales are applied to sums over 32
-columns instead of to every weight. Sums are float32.
+As in a GEMV, the bytes read decide the time: a row's codes are read once, in order, and scales are
+applied to sums over 32 columns instead of to every weight. Sums are float32.
 """
 
-# Triton's idiom: constants in capitals, arguments without Python types.
+# Triton's idiom: constants in capitals, arguments without Python types. Kernels stay dense: their
+# operations and the order of these are what is compiled and compared bit for bit.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -27,11 +27,10 @@ from hybrimoe_plugin.compute.gpu.kernels.formats import (
 def values(vector, column, mask, like, COLUMNS: tl.constexpr):
     """vector[column] float32 in the shape of `like`; 0 beyond the vector."""
     place, _ = tl.broadcast(vector + column, like)
-    x = (
-        tl.load(place, mask, 0.0)
-        if COLUMNS % 64 == 0
-        else tl.load(place, mask & (column < COLUMNS), 0.0)
-    )
+    if COLUMNS % 64 == 0:
+        x = tl.load(place, mask, 0.0)
+    else:
+        x = tl.load(place, mask & (column < COLUMNS), 0.0)
     return x.to(tl.float32)
 
 
@@ -46,24 +45,28 @@ def unit_dots(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """[N, U] dot products of rows [N] and units [U], where `live` [U]; each unit has its own matrix
-    and vector.
+    """[N, U] dot products of rows [N] and units [U], where `live` [U] is true.
 
-    `matrices` and `vectors` [U] point at the starts of what `units` count in.
+    Each unit has its own matrix and vector: `matrices` and `vectors` [U] point at the starts of
+    what `units` count in.
     """
-    row, unit, lane = rows[:, None, None], units[None, :, None], tl.arange(0, 32)[None, None, :]
+    row = rows[:, None, None]
+    unit = units[None, :, None]
+    lane = tl.arange(0, 32)[None, None, :]
     mask = (row < ROWS) & live[None, :, None]
     column = low_columns(KIND, unit, lane)
     low, high = codes(KIND, matrices[None, :, None], row, unit, lane, mask, ROWS, COLUMNS)
     # Each thread loads the values that its own codes need (neighbours share them in L1): a tile of
-    # [1, U, 32] would be exchanged through shared memory, with a barrier in every turn of the loop.
+    # [1, U, 32] would be exchanged through shared memory, with a barrier in every pass of the loop.
     vector = vectors[None, :, None]
     x_low = values(vector, column, mask, low, COLUMNS)
     x_high = values(vector, column + high_step(KIND), mask, low, COLUMNS)
     low *= x_low
     high *= x_high
     # Scales as [N, U]: with a last dimension of 1 each thread would load its own one sixteen times.
-    row, unit, base = rows[:, None], units[None, :], matrices[None, :]
+    row = rows[:, None]
+    unit = units[None, :]
+    base = matrices[None, :]
     mask = (row < ROWS) & live[None, :]
     if KIND == "BF16" or KIND == "F16":
         dots = tl.sum(low + high, axis=2)
@@ -88,10 +91,8 @@ def unit_dots(
             COLUMNS,
         )
         shape: tl.constexpr = (rows.shape[0], units.shape[0], 2, 16)
-        low_sums, high_sums = (
-            tl.sum(tl.reshape(low, shape), axis=3),
-            tl.sum(tl.reshape(high, shape), axis=3),
-        )
+        low_sums = tl.sum(tl.reshape(low, shape), axis=3)
+        high_sums = tl.sum(tl.reshape(high, shape), axis=3)
         dots = tl.sum(s_low * low_sums + s_high * high_sums, axis=2)
     return dots
 
@@ -112,9 +113,7 @@ def gate_up_decode(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """activations[pair, INNER] float32 for each routed pair that has a slot; grid (row blocks, T *
-    K).
-    """
+    """activations[pair, INNER] float32 of routed pairs with a slot; grid (row blocks, T * K)."""
     pair = tl.program_id(1)
     slot = tl.load(slot_ids + pair)
     if slot >= 0:
@@ -129,7 +128,8 @@ def gate_up_decode(
             live = unit * 64 < HIDDEN
             gate += unit_dots(GATE, matrices, vectors, rows, unit, live, INNER, HIDDEN)
             up += unit_dots(UP, matrices + up_offset, vectors, rows, unit, live, INNER, HIDDEN)
-        gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+        gate_sum = tl.sum(gate, axis=1)
+        up_sum = tl.sum(up, axis=1)
         value = gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum
         tl.store(activations + pair * INNER + rows, value, rows < INNER)
 
@@ -154,13 +154,14 @@ def down_decode(
     """output[T, HIDDEN]; grid (row blocks, T).
 
     A program's tile holds BLOCK_UNITS units of each of the token's experts (PLACES is TOP_K or the
-    power of two above), so that all experts' bytes are on their way at once, and sums come in one
-    order whatever the timing.
+    power of two above). So all experts' bytes are in flight at once, and sums have one order
+    whatever the timing.
     """
     token = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     spread = tl.arange(0, PLACES * BLOCK_UNITS)
-    place, units = spread // BLOCK_UNITS, spread % BLOCK_UNITS
+    place = spread // BLOCK_UNITS
+    units = spread % BLOCK_UNITS
     pairs = token * TOP_K + place
     slot = tl.load(slot_ids + pairs, place < TOP_K, -1)
     weight = tl.load(weights + pairs, slot >= 0, 0.0).to(tl.float32)
@@ -170,7 +171,6 @@ def down_decode(
     for first in range(0, (INNER + 63) // 64, BLOCK_UNITS):
         unit = first + units
         live = (slot >= 0) & (unit * 64 < INNER)
-        total += weight[None, :] * unit_dots(
-            DOWN, matrices, vectors, rows, unit, live, HIDDEN, INNER
-        )
+        dots = unit_dots(DOWN, matrices, vectors, rows, unit, live, HIDDEN, INNER)
+        total += weight[None, :] * dots
     tl.store(output + token * HIDDEN + rows, tl.sum(total, axis=1), rows < HIDDEN)

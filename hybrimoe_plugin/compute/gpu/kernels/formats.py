@@ -1,15 +1,24 @@
 """GGML blocks inside Triton kernels: codes and scales of units of 64 columns.
 
 Every type is read as `w = scale * code - minimum`. A unit holds 32 lanes, and each lane a *low* and
-a *high* column (the low and high nibble of one byte in 4-bit types, else a column and the one 32
-further), so that all types share one loop. Row, unit and lane arrive as tensors that broadcast
-against each other: [N, 1, 1], [1, U, 1], [1, 1, 32] in the decode kernels, [N, 1], a number, [1,
-32] in the prefill kernels.
+a *high* column, so that all types share one loop:
 
-Formats: https://github.com/ggml-org/ggml, src/ggml-common.h; planes: `layout.PLANES`.
+    Q4_K, Q5_K, Q8_0, BF16, F16   lane i: columns i and 32 + i of the unit
+    Q4_0                          lane i < 16: columns i and 16 + i, the others 32 further
+    Q6_K                          two units share 128 columns: lane i of unit u has columns
+                                  32 u + i and 64 + 32 u + i of them (u = 0 or 1)
+
+In the types with nibbles these are the low and the high nibble of one byte. Row, unit and lane
+arrive as tensors that broadcast against each other: [N, 1, 1], [1, U, 1], [1, 1, 32] in the decode
+kernels, [N, 1], a number, [1, 32] in the prefill kernels.
+
+Formats: https://github.com/ggml-org/ggml, src/ggml-common.h, as in `weights.dequant`; planes:
+`layout.PLANES`.
 """
 
 # Triton's idiom: constants in capitals, arguments without Python types.
+# Kernels stay dense: their operations and the order of these are what is compiled and compared bit
+# for bit.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -40,78 +49,125 @@ def high_step(KIND: tl.constexpr):
 
 
 @triton.jit
+def q4_k_codes(base, row, unit, lane, mask, COLUMNS: tl.constexpr):
+    """Blocks of 144 bytes: d 2 | dmin 2 | scales 12 | 4 chunks of 32 bytes, one for each unit."""
+    block = row * (COLUMNS // 256) + unit // 4
+    packed = tl.load(base + block * 144 + 16 + (unit % 4) * 32 + lane, mask, 0)
+    low = (packed & 15).to(tl.float32)
+    high = (packed >> 4).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def q5_k_codes(base, row, unit, lane, mask, COLUMNS: tl.constexpr):
+    """Blocks of 176 bytes: as Q4_K, with 32 bytes of fifth bits before the chunks.
+
+    Bits 2c and 2c + 1 of byte i are those of lane i's low and high code in chunk c.
+    """
+    block = base + (row * (COLUMNS // 256) + unit // 4) * 176
+    chunk = unit % 4
+    packed = tl.load(block + 48 + chunk * 32 + lane, mask, 0).to(tl.int32)
+    bits = tl.load(block + 16 + lane, mask, 0).to(tl.int32) >> (2 * chunk)
+    low = ((packed & 15) | ((bits & 1) << 4)).to(tl.float32)
+    high = ((packed >> 4) | ((bits & 2) << 3)).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def q6_k_codes(base, row, unit, lane, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Planes: 128 bytes of nibbles of each block, 64 bytes of upper bit pairs, scales, d.
+
+    Of the four bit pairs in byte i of a half's 32, pair s is lane i's low one in unit s of that
+    half, and pair s + 2 its high one.
+    """
+    blocks: tl.constexpr = ROWS * COLUMNS // 256
+    block = row * (COLUMNS // 256) + unit // 4
+    half = (unit % 4) // 2
+    side = unit % 2
+    packed = tl.load(base + block * 128 + (unit % 4) * 32 + lane, mask, 0).to(tl.int32)
+    pairs = tl.load(base + blocks * 128 + block * 64 + half * 32 + lane, mask, 0)
+    bits = pairs.to(tl.int32) >> (2 * side)
+    low = (((packed & 15) | ((bits & 3) << 4)) - 32).to(tl.float32)
+    high = (((packed >> 4) | (bits & 48)) - 32).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def q4_0_codes(base, row, unit, lane, mask, COLUMNS: tl.constexpr):
+    """Planes: 16 bytes of nibbles of each block, two blocks in a unit; then d."""
+    inside = mask & (unit * 2 + lane // 16 < COLUMNS // 32)
+    block = row * (COLUMNS // 32) + unit * 2
+    packed = tl.load(base + block * 16 + lane, inside, 0).to(tl.int32)
+    low = ((packed & 15) - 8).to(tl.float32)
+    high = ((packed >> 4) - 8).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def q8_0_codes(base, row, unit, lane, mask, COLUMNS: tl.constexpr):
+    """Planes: 32 int8 codes of each block, so the codes of a row lie in order; then d."""
+    start = base.to(tl.pointer_type(tl.int8), bitcast=True) + row * COLUMNS + unit * 64 + lane
+    low = tl.load(start, mask, 0).to(tl.float32)
+    high = tl.load(start + 32, mask & (unit * 64 + 32 < COLUMNS), 0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def bf16_values(base, row, unit, lane, mask, COLUMNS: tl.constexpr):
+    """A bfloat16 is the upper half of a float32."""
+    words = base.to(tl.pointer_type(tl.uint16), bitcast=True) + row * COLUMNS + unit * 64 + lane
+    first = tl.load(words, mask, 0)
+    second = tl.load(words + 32, mask & (unit * 64 + 32 < COLUMNS), 0)
+    low = (first.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    high = (second.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def f16_values(base, row, unit, lane, mask, COLUMNS: tl.constexpr):
+    """Values as they are."""
+    halves = base.to(tl.pointer_type(tl.float16), bitcast=True) + row * COLUMNS + unit * 64 + lane
+    low = tl.load(halves, mask, 0.0).to(tl.float32)
+    high = tl.load(halves + 32, mask & (unit * 64 + 32 < COLUMNS), 0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def codes(
     KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """(low, high) float32 codes of each lane; `mask` hides rows and units beyond the matrix."""
     if KIND == "Q4_K":
-        packed = tl.load(
-            base + (row * (COLUMNS // 256) + unit // 4) * 144 + 16 + (unit % 4) * 32 + lane, mask, 0
-        )
-        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+        low, high = q4_k_codes(base, row, unit, lane, mask, COLUMNS)
     elif KIND == "Q5_K":
-        block = base + (row * (COLUMNS // 256) + unit // 4) * 176
-        chunk = unit % 4
-        packed = tl.load(block + 48 + chunk * 32 + lane, mask, 0).to(tl.int32)
-        bits = tl.load(block + 16 + lane, mask, 0).to(tl.int32) >> (2 * chunk)
-        low = ((packed & 15) | ((bits & 1) << 4)).to(tl.float32)
-        high = ((packed >> 4) | ((bits & 2) << 3)).to(tl.float32)
+        low, high = q5_k_codes(base, row, unit, lane, mask, COLUMNS)
     elif KIND == "Q6_K":
-        blocks: tl.constexpr = ROWS * COLUMNS // 256
-        block = row * (COLUMNS // 256) + unit // 4
-        half, side = (unit % 4) // 2, unit % 2
-        packed = tl.load(base + block * 128 + (unit % 4) * 32 + lane, mask, 0).to(tl.int32)
-        bits = tl.load(base + blocks * 128 + block * 64 + half * 32 + lane, mask, 0).to(
-            tl.int32
-        ) >> (2 * side)
-        low = (((packed & 15) | ((bits & 3) << 4)) - 32).to(tl.float32)
-        high = (((packed >> 4) | (bits & 48)) - 32).to(tl.float32)
+        low, high = q6_k_codes(base, row, unit, lane, mask, ROWS, COLUMNS)
     elif KIND == "Q4_0":
-        inside = mask & (unit * 2 + lane // 16 < COLUMNS // 32)
-        packed = tl.load(base + (row * (COLUMNS // 32) + unit * 2) * 16 + lane, inside, 0).to(
-            tl.int32
-        )
-        low, high = ((packed & 15) - 8).to(tl.float32), ((packed >> 4) - 8).to(tl.float32)
+        low, high = q4_0_codes(base, row, unit, lane, mask, COLUMNS)
     elif KIND == "Q8_0":
-        start = base.to(tl.pointer_type(tl.int8), bitcast=True) + row * COLUMNS + unit * 64 + lane
-        low = tl.load(start, mask, 0).to(tl.float32)
-        high = tl.load(start + 32, mask & (unit * 64 + 32 < COLUMNS), 0).to(tl.float32)
+        low, high = q8_0_codes(base, row, unit, lane, mask, COLUMNS)
     else:
         if KIND == "BF16":
-            # A bfloat16 is the upper half of a float32.
-            words = (
-                base.to(tl.pointer_type(tl.uint16), bitcast=True) + row * COLUMNS + unit * 64 + lane
-            )
-            first = tl.load(words, mask, 0)
-            second = tl.load(words + 32, mask & (unit * 64 + 32 < COLUMNS), 0)
-            low = (first.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-            high = (second.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            low, high = bf16_values(base, row, unit, lane, mask, COLUMNS)
         else:
-            halves = (
-                base.to(tl.pointer_type(tl.float16), bitcast=True)
-                + row * COLUMNS
-                + unit * 64
-                + lane
-            )
-            low = tl.load(halves, mask, 0.0).to(tl.float32)
-            high = tl.load(halves + 32, mask & (unit * 64 + 32 < COLUMNS), 0.0).to(tl.float32)
+            low, high = f16_values(base, row, unit, lane, mask, COLUMNS)
     return low, high
 
 
 @triton.jit
 def k_scales(KIND: tl.constexpr, base, row, unit, mask, COLUMNS: tl.constexpr):
-    """(low scale, high scale, low minimum, high minimum) of Q4_K and Q5_K units; one value for each
-    row and unit.
+    """(low scale, high scale, low minimum, high minimum) of Q4_K and Q5_K units.
 
-    The eight 6-bit scales and minima lie in 12 bytes; sub-blocks 2c and 2c + 1 of chunk c are
-    neighbours, so a 16-bit word holds both.
+    One value for each row and unit. The eight 6-bit scales and minima lie in 12 bytes; sub-blocks
+    2c and 2c + 1 of chunk c are neighbours, so a 16-bit word holds both.
     """
     size: tl.constexpr = 144 if KIND == "Q4_K" else 176
     block = base + (row * (COLUMNS // 256) + unit // 4) * size
-    scale = tl.load(block.to(tl.pointer_type(tl.float16), bitcast=True), mask, 0.0).to(tl.float32)
-    least = tl.load(block.to(tl.pointer_type(tl.float16), bitcast=True) + 1, mask, 0.0).to(
-        tl.float32
-    )
+    d = block.to(tl.pointer_type(tl.float16), bitcast=True)
+    scale = tl.load(d, mask, 0.0).to(tl.float32)
+    dmin = block.to(tl.pointer_type(tl.float16), bitcast=True) + 1
+    least = tl.load(dmin, mask, 0.0).to(tl.float32)
     words = block.to(tl.pointer_type(tl.uint16), bitcast=True) + 2 + unit % 2
     first = tl.load(words, mask, 0).to(tl.int32)
     second = tl.load(words + 2, mask, 0).to(tl.int32)
@@ -145,7 +201,8 @@ def half_scales(
     if KIND == "Q4_0":
         halves = (base + ROWS * COLUMNS // 2).to(tl.pointer_type(tl.float16), bitcast=True)
         inside = mask & (unit * 2 + half < COLUMNS // 32)
-        low = tl.load(halves + row * (COLUMNS // 32) + unit * 2 + half, inside, 0.0).to(tl.float32)
+        place = halves + row * (COLUMNS // 32) + unit * 2 + half
+        low = tl.load(place, inside, 0.0).to(tl.float32)
         high = low
     else:
         blocks: tl.constexpr = ROWS * COLUMNS // 256

@@ -1,9 +1,17 @@
 """Where the parts of a quantised expert lie in its slot.
 
-GGML keeps each block's codes and scales together. Blocks of 144 or 176 bytes (Q4_K, Q5_K) keep
-their codes 16-byte aligned, so they stay as they are. Blocks of 18, 34 or 210 bytes (Q4_0, Q8_0,
-Q6_K) would make every load unaligned: they are split into planes, one for each field over all
-blocks of the matrix, which takes not a byte more.
+A slot holds one expert's three matrices, each at a multiple of 256 bytes:
+
+    byte 0                    up.offset                 down.offset               layout.size
+    | gate [I, H]      | free | up [I, H]        | free | down [H, I]      | free |
+
+GGML keeps each block's codes and scales together. Blocks of 144 or 176 bytes (Q4_K, Q5_K) have
+16-byte aligned codes, so they stay as they are. Blocks of 18, 34 or 210 bytes (Q4_0, Q8_0, Q6_K)
+would make every load unaligned. So these are kept in *planes*, one for each field over all blocks
+of the matrix, which takes not a byte more:
+
+    stored, Q8_0:   | d0 codes0 | d1 codes1 | d2 codes2 | ...      34 bytes each
+    in planes:      | codes0 | codes1 | codes2 | ... | d0 | d1 | d2 | ...
 """
 
 from __future__ import annotations
@@ -24,8 +32,9 @@ PLANES: dict[str, tuple[tuple[int, int], ...]] = {
     "Q8_0": ((2, 32), (0, 2)),
     "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
 }
-"""Type -> (offset in the block, bytes) of each plane, in slot order; every number is even and a
-power of two or its double, so that the repacking kernel moves 16-bit words.
+"""Type -> (offset in the block, bytes) of each plane, in slot order.
+
+Every number is even and a power of two or its double: the repacking kernel moves 16-bit words.
 """
 
 BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34, "Q6_K": 210}
@@ -40,9 +49,14 @@ class Part(NamedTuple):
     offset: int
     """Bytes from the slot's start."""
     size: int
-    """Stored bytes, the same before and after splitting."""
-    split: bool
-    """Whether its bytes are split into planes on arrival."""
+    """Stored bytes; planes take as many."""
+    planar: bool
+    """Whether it is kept in planes, and so repacked on arrival."""
+
+    @property
+    def span(self) -> slice:
+        """Its bytes in the slot."""
+        return slice(self.offset, self.offset + self.size)
 
 
 class SlotLayout(NamedTuple):
@@ -57,46 +71,65 @@ class SlotLayout(NamedTuple):
         """Bytes of the slot."""
         return _aligned(self.down.offset + self.down.size)
 
+    @property
+    def largest_planar(self) -> int:
+        """Bytes of the largest matrix that is kept in planes; 0 where none is."""
+        return max(part.size if part.planar else 0 for part in self)
 
-def slot_layout(spec: ExpertSpec, split: bool) -> SlotLayout:
+
+def slot_layout(spec: ExpertSpec, planar: bool) -> SlotLayout:
     """The layout of one layer's experts.
 
     Args:
-        split: whether types in `PLANES` are split; the plain twin reads GGML blocks as they are.
+        planar: whether types in `PLANES` are kept in planes; the reference kernels read GGML
+            blocks as they are.
     """
-    offset = 0
-    parts = []
-    inner, outer = (spec.intermediate, spec.hidden), (spec.hidden, spec.intermediate)
-    for type_name, size, (rows, columns) in (
+    inner = (spec.intermediate, spec.hidden)
+    outer = (spec.hidden, spec.intermediate)
+    matrices = (
         (spec.gate_type, spec.gate_bytes, inner),
         (spec.up_type, spec.up_bytes, inner),
         (spec.down_type, spec.down_bytes, outer),
-    ):
-        parts.append(Part(type_name, rows, columns, offset, size, split and type_name in PLANES))
+    )
+    parts = []
+    offset = 0
+    for type_name, size, (rows, columns) in matrices:
+        in_planes = planar and type_name in PLANES
+        parts.append(Part(type_name, rows, columns, offset, size, in_planes))
         offset = _aligned(offset + size)
     return SlotLayout(*parts)
 
 
-def split_planes(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.uint8]:
-    """A matrix's stored bytes in slot form; a copy. What the repacking kernel does on a device."""
+def to_planes(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.uint8]:
+    """A copy of a matrix's stored bytes in slot form.
+
+    The same as the repacking kernel does on a device.
+    """
     if type_name not in PLANES:
         return raw.copy()
     blocks = raw.reshape(-1, BLOCK_BYTES[type_name])
-    return np.concatenate([blocks[:, at : at + count].ravel() for at, count in PLANES[type_name]])
+    planes = []
+    for at, size in PLANES[type_name]:
+        plane = blocks[:, at : at + size]
+        planes.append(plane.ravel())
+    return np.concatenate(planes)
 
 
-def join_planes(planes: torch.Tensor, type_name: str) -> torch.Tensor:
+def from_planes(planes: torch.Tensor, type_name: str) -> torch.Tensor:
     """The stored bytes [n] uint8 of a matrix in slot form."""
     if type_name not in PLANES:
         return planes
-    count = planes.numel() // BLOCK_BYTES[type_name]
-    blocks = torch.empty(count, BLOCK_BYTES[type_name], dtype=torch.uint8, device=planes.device)
+    block_bytes = BLOCK_BYTES[type_name]
+    count = planes.numel() // block_bytes
+    blocks = torch.empty(count, block_bytes, dtype=torch.uint8, device=planes.device)
     start = 0
     for at, size in PLANES[type_name]:
-        blocks[:, at : at + size] = planes[start : start + count * size].view(count, size)
-        start += count * size
+        end = start + count * size
+        blocks[:, at : at + size] = planes[start:end].view(count, size)
+        start = end
     return blocks.flatten()
 
 
 def _aligned(size: int) -> int:
+    """The next multiple of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT

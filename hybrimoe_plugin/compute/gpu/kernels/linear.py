@@ -1,6 +1,4 @@
-"""Dense linears on quantised matrices in device memory: the experts' kernels for one matrix and no
-routing.
-"""
+"""Dense linears on quantised matrices in device memory: the experts' kernels for one matrix."""
 
 # Triton's idiom: constants in capitals, arguments without Python types.
 # ruff: noqa: N803
@@ -85,8 +83,12 @@ def linear_prefill(
 
 
 def linear(states: torch.Tensor, matrix: torch.Tensor, type_name: str, rows: int) -> torch.Tensor:
-    """[T, rows] of states' dtype from states [T, columns] and a matrix in slot form [bytes] uint8,
-    on one device.
+    """[T, rows] of states' dtype: states times a quantised matrix, on one device.
+
+    Args:
+        states: [T, columns] floating point.
+        matrix: [bytes] uint8 in slot form (`layout`).
+        type_name: the matrix's GGML type.
     """
     tokens, columns = states.shape
     output = torch.empty(tokens, rows, dtype=states.dtype, device=states.device)
@@ -98,8 +100,6 @@ def linear(states: torch.Tensor, matrix: torch.Tensor, type_name: str, rows: int
         )
         return output
     block = max(16, min(64, triton.next_power_of_2(tokens)))
-    # The interpreter has no bfloat16 product.
-    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(states.dtype, tl.float32)
     linear_prefill[(triton.cdiv(rows, _TILE_ROWS), triton.cdiv(tokens, block))](
         states.contiguous(),
         matrix,
@@ -110,6 +110,21 @@ def linear(states: torch.Tensor, matrix: torch.Tensor, type_name: str, rows: int
         columns,
         block,
         _TILE_ROWS,
-        tl.float32 if states.device.type == "cpu" else dot,
+        dot_type(states.dtype, interpreted=states.device.type == "cpu"),
     )
     return output
+
+
+def dot_type(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
+    """The type of `tl.dot`'s operands: that of the states.
+
+    Args:
+        interpreted: whether kernels run in Triton's interpreter, which has no bfloat16 product.
+    """
+    if interpreted:
+        return tl.float32
+    if dtype == torch.bfloat16:
+        return tl.bfloat16
+    if dtype == torch.float16:
+        return tl.float16
+    return tl.float32

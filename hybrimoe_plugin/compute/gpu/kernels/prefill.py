@@ -1,10 +1,11 @@
-"""Many tokens: pairs sorted by slot, one tile of tokens times one tile of rows per program
-(GEMM-like).
+"""Many tokens: pairs sorted by slot, one tile of tokens times one tile of rows per program.
 
-Weights are brought to the tiles' type (bf16 on a GPU) right before `tl.dot`; sums are float32.
+Weights are converted to the tiles' type (bf16 on a GPU) right before `tl.dot`, as in a GEMM; sums
+are float32.
 """
 
-# Triton's idiom: constants in capitals, arguments without Python types.
+# Triton's idiom: constants in capitals, arguments without Python types. Kernels stay dense: their
+# operations and the order of these are what is compiled and compared bit for bit.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -25,7 +26,8 @@ from hybrimoe_plugin.compute.gpu.kernels.formats import (
 @triton.jit
 def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """([N, 32], [N, 32]) float32 weights of rows [N] in one unit's low and high columns."""
-    row, lane = rows[:, None], tl.arange(0, 32)[None, :]
+    row = rows[:, None]
+    lane = tl.arange(0, 32)[None, :]
     low, high = codes(KIND, base, row, unit, lane, row < ROWS, ROWS, COLUMNS)
     # Scales are loaded once for a row and widened then: as [N, 1] each thread would load its own
     # one sixteen times.
@@ -39,11 +41,13 @@ def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUM
         high *= s_high[:, None]
     elif KIND != "BF16" and KIND != "F16":
         half = tl.arange(0, 2)[None, :]
-        s_low, s_high = half_scales(
-            KIND, base, row, unit, half, (row < ROWS) & (half >= 0), ROWS, COLUMNS
-        )
-        low = tl.reshape(tl.reshape(low, (rows.shape[0], 2, 16)) * s_low[:, :, None], low.shape)
-        high = tl.reshape(tl.reshape(high, (rows.shape[0], 2, 16)) * s_high[:, :, None], high.shape)
+        mask = (row < ROWS) & (half >= 0)
+        s_low, s_high = half_scales(KIND, base, row, unit, half, mask, ROWS, COLUMNS)
+        halves: tl.constexpr = (rows.shape[0], 2, 16)
+        scaled_low = tl.reshape(low, halves) * s_low[:, :, None]
+        low = tl.reshape(scaled_low, low.shape)
+        scaled_high = tl.reshape(high, halves) * s_high[:, :, None]
+        high = tl.reshape(scaled_high, high.shape)
     return low, high
 
 
@@ -60,8 +64,9 @@ def add_unit(
     COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """total [M, N] + states [M, unit] times the unit's weights; `states` points at each token's
-    first column [M, 1].
+    """total [M, N] + states [M, unit] times the unit's weights.
+
+    `states` [M, 1] points at each token's first column.
     """
     low, high = unit_weights(KIND, base, rows, unit, ROWS, COLUMNS)
     column = low_columns(KIND, unit, tl.arange(0, 32)[None, :])
@@ -70,11 +75,9 @@ def add_unit(
         x_high = tl.load(states + column + high_step(KIND), states_mask, 0.0)
     else:
         x_low = tl.load(states + column, states_mask & (column < COLUMNS), 0.0)
-        x_high = tl.load(
-            states + column + high_step(KIND),
-            states_mask & (column + high_step(KIND) < COLUMNS),
-            0.0,
-        )
+        high_at = states + column + high_step(KIND)
+        high_mask = states_mask & (column + high_step(KIND) < COLUMNS)
+        x_high = tl.load(high_at, high_mask, 0.0)
     total = tl.dot(x_low.to(DOT), tl.trans(low.to(DOT)), total, input_precision="ieee")
     return tl.dot(x_high.to(DOT), tl.trans(high.to(DOT)), total, input_precision="ieee")
 
@@ -99,7 +102,11 @@ def gate_up_prefill(
     BLOCK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """activations[place, INNER] in sorted order; grid (row blocks, tiles)."""
+    """activations[place, INNER] in sorted order; grid (row blocks, tiles).
+
+    A tile holds up to BLOCK_TOKENS pairs of one slot: `order` of places `tile_firsts` to
+    `tile_ends`. `tile_slots` is -1 for a tile without pairs.
+    """
     tile = tl.program_id(1)
     slot = tl.load(tile_slots + tile)
     if slot >= 0:
@@ -107,20 +114,19 @@ def gate_up_prefill(
         places = tl.load(tile_firsts + tile) + tl.arange(0, BLOCK_TOKENS)
         places_mask = places < tl.load(tile_ends + tile)
         token = tl.load(order + places, places_mask, 0) // TOP_K
-        states, states_mask = (hidden + token * HIDDEN)[:, None], places_mask[:, None]
+        states = (hidden + token * HIDDEN)[:, None]
+        states_mask = places_mask[:, None]
         rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         gate = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         up = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         for unit in range((HIDDEN + 63) // 64):
             gate = add_unit(gate, GATE, base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
-            up = add_unit(
-                up, UP, base + up_offset, rows, unit, states, states_mask, INNER, HIDDEN, DOT
-            )
+            up_base = base + up_offset
+            up = add_unit(up, UP, up_base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
         value = gate / (1.0 + tl.exp(-gate)) * up
         target = activations + places[:, None] * INNER + rows[None, :]
-        tl.store(
-            target, value.to(activations.dtype.element_ty), states_mask & (rows[None, :] < INNER)
-        )
+        rounded = value.to(activations.dtype.element_ty)
+        tl.store(target, rounded, states_mask & (rows[None, :] < INNER))
 
 
 @triton.jit
@@ -142,19 +148,25 @@ def down_prefill(
     BLOCK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """parts[pair, HIDDEN], each with its routing weight applied; grid (row blocks, tiles)."""
+    """parts[pair, HIDDEN], each with its routing weight applied; grid (row blocks, tiles).
+
+    Tiles as in `gate_up_prefill`.
+    """
     tile = tl.program_id(1)
     slot = tl.load(tile_slots + tile)
     if slot >= 0:
         base = slots + slot.to(tl.int64) * slot_bytes + down_offset
         places = tl.load(tile_firsts + tile) + tl.arange(0, BLOCK_TOKENS)
         places_mask = places < tl.load(tile_ends + tile)
-        states, states_mask = (activations + places * INNER)[:, None], places_mask[:, None]
+        states = (activations + places * INNER)[:, None]
+        states_mask = places_mask[:, None]
         rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         for unit in range((INNER + 63) // 64):
             total = add_unit(total, DOWN, base, rows, unit, states, states_mask, HIDDEN, INNER, DOT)
         pair = tl.load(order + places, places_mask, 0)
-        total *= tl.load(weights + pair, places_mask, 0.0).to(tl.float32)[:, None]
+        share = tl.load(weights + pair, places_mask, 0.0).to(tl.float32)
+        total *= share[:, None]
         target = parts + pair[:, None] * HIDDEN + rows[None, :]
-        tl.store(target, total.to(parts.dtype.element_ty), states_mask & (rows[None, :] < HIDDEN))
+        rounded = total.to(parts.dtype.element_ty)
+        tl.store(target, rounded, states_mask & (rows[None, :] < HIDDEN))

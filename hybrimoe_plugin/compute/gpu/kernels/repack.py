@@ -1,4 +1,4 @@
-"""Split GGML blocks into planes on arrival, at memory bandwidth (`layout.PLANES`)."""
+"""Rearrange GGML blocks into planes on arrival, at memory bandwidth (`layout.PLANES`)."""
 
 # Triton's idiom: constants in capitals, arguments without Python types.
 # ruff: noqa: N803
@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def split_planes(
+def blocks_to_planes(
     source,
     target,
     blocks,
@@ -19,14 +19,21 @@ def split_planes(
     WORDS: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
 ):
-    """Move each field of `blocks` blocks into its plane; everything counts 16-bit words; grid
-    (programs).
+    """Move each field of `blocks` blocks into its plane; grid (programs).
+
+    Everything counts 16-bit words.
+
+        PER_PROGRAM  blocks that one program moves
+        OFFSETS      where each field begins in a block
+        WORDS        how long each field is
     """
     block = (tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM))[:, None]
     start = 0
     for field in tl.static_range(len(WORDS)):
         word = tl.arange(0, WORDS[field])[None, :]
         inside = (block < blocks) & (word >= 0)
-        values = tl.load(source + block.to(tl.int64) * BLOCK_WORDS + OFFSETS[field] + word, inside)
-        tl.store(target + start + block.to(tl.int64) * WORDS[field] + word, values, inside)
+        read_at = source + block.to(tl.int64) * BLOCK_WORDS + OFFSETS[field] + word
+        values = tl.load(read_at, inside)
+        write_at = target + start + block.to(tl.int64) * WORDS[field] + word
+        tl.store(write_at, values, inside)
         start += blocks * WORDS[field]

@@ -1,8 +1,11 @@
-"""The plain twin: one expert after another in torch operations, on any device, for every type
-`dequantize` knows.
+"""The reference kernels: one expert after another in torch operations, on any device.
+
+They compute every type that `dequantize` converts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -13,12 +16,22 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.weights.dequant import dequantize, supported
 
 _DENSE_TOKENS = 16
-"""Up to here every token goes through an expert and the others' weight is 0: choosing rows would
-stop the device.
+"""Up to so many tokens all of them go through an expert, the others with weight 0.
+
+Choosing rows would make the host wait for the device.
 """
 
-Chosen = tuple[int, "torch.Tensor | None", torch.Tensor, torch.Tensor]
-"""(slot, token rows or None for all, their routing weights [N, 1], activations [N, I])."""
+
+class _Activated(NamedTuple):
+    """What gate and up make of the tokens of one slot."""
+
+    slot: int
+    rows: torch.Tensor | None
+    """[N] tokens; None for all."""
+    weights: torch.Tensor
+    """[N, 1] their routing weights."""
+    activations: torch.Tensor
+    """[N, I]"""
 
 
 class TorchKernels:
@@ -27,52 +40,57 @@ class TorchKernels:
     name = "torch"
 
     def refusal(self, spec: ExpertSpec) -> str | None:
-        unknown = sorted({spec.gate_type, spec.up_type, spec.down_type} - set(supported()))
-        if unknown:
-            return (
-                f"no device dequantisation for GGML type {', '.join(unknown)}; there is for "
-                f"{', '.join(supported())}"
-            )
-        return None
+        wanted = {spec.gate_type, spec.up_type, spec.down_type}
+        unknown = ", ".join(sorted(wanted - set(supported())))
+        if not unknown:
+            return None
+        known = ", ".join(supported())
+        return f"no device dequantisation for GGML type {unknown}; there is for {known}"
 
     def layout(self, spec: ExpertSpec) -> SlotLayout:
-        return slot_layout(spec, split=False)
+        return slot_layout(spec, planar=False)
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        raise AssertionError("the plain twin reads GGML blocks as they are")
+        raise AssertionError("these kernels read GGML blocks as they are")
 
-    def gate_up(self, call: SlotCall) -> list[Chosen]:
+    def gate_up(self, call: SlotCall) -> list[_Activated]:
         found = []
         for slot in call.slots:
             rows, weights = _chosen(call, slot)
-            if rows is None or len(rows):
-                hidden = call.hidden if rows is None else call.hidden[rows]
-                gate = F.linear(hidden, _matrix(call, call.layout.gate, slot))
-                up = F.linear(hidden, _matrix(call, call.layout.up, slot))
-                found.append((slot, rows, weights, F.silu(gate) * up))
+            if rows is not None and not len(rows):
+                continue
+            hidden = call.hidden if rows is None else call.hidden[rows]
+            gate = F.linear(hidden, _matrix(call, call.layout.gate, slot))
+            up = F.linear(hidden, _matrix(call, call.layout.up, slot))
+            activations = F.silu(gate) * up
+            found.append(_Activated(slot, rows, weights, activations))
         return found
 
-    def down(self, call: SlotCall, activations: list[Chosen]) -> torch.Tensor:
+    def down(self, call: SlotCall, activations: list[_Activated]) -> torch.Tensor:
         output = torch.zeros_like(call.hidden)
-        for slot, rows, weights, activation in activations:
-            part = F.linear(activation, _matrix(call, call.layout.down, slot)) * weights
-            if rows is None:
+        for item in activations:
+            matrix = _matrix(call, call.layout.down, item.slot)
+            part = F.linear(item.activations, matrix) * item.weights
+            if item.rows is None:
                 output += part
             else:
-                output.index_add_(0, rows, part)
+                output.index_add_(0, item.rows, part)
         return output
 
 
 def _chosen(call: SlotCall, slot: int) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Token rows that this slot computes (None: all of them) and their routing weights [N, 1]."""
     chosen = call.slot_ids == slot
-    weights = (call.topk_weights * chosen).sum(dim=1, keepdim=True).to(call.hidden.dtype)
+    shares = call.topk_weights * chosen
+    weights = shares.sum(dim=1, keepdim=True).to(call.hidden.dtype)
     if len(call.hidden) <= _DENSE_TOKENS:
         return None, weights
-    rows = chosen.any(dim=1).nonzero(as_tuple=True)[0]
+    (rows,) = chosen.any(dim=1).nonzero(as_tuple=True)
     return rows, weights[rows]
 
 
 def _matrix(call: SlotCall, part: Part, slot: int) -> torch.Tensor:
-    raw = call.buffer[slot, part.offset : part.offset + part.size]
-    return dequantize(raw, part.type_name, (part.rows, part.columns)).to(call.hidden.dtype)
+    """[rows, columns] of hidden's dtype."""
+    raw = call.buffer[slot, part.span]
+    values = dequantize(raw, part.type_name, (part.rows, part.columns))
+    return values.to(call.hidden.dtype)

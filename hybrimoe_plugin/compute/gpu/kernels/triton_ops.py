@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: one launch for each stage, whatever the number of experts."""
+"""Launch the Triton kernels: one launch for each stage, whatever the number of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
@@ -22,25 +21,36 @@ from hybrimoe_plugin.compute.gpu.kernels.layout import (
     SlotLayout,
     slot_layout,
 )
+from hybrimoe_plugin.compute.gpu.kernels.linear import dot_type
 from hybrimoe_plugin.compute.gpu.kernels.prefill import down_prefill, gate_up_prefill
-from hybrimoe_plugin.compute.gpu.kernels.repack import split_planes
+from hybrimoe_plugin.compute.gpu.kernels.repack import blocks_to_planes
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
 
 _COLUMNS_MULTIPLE = {"Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
-"""Of a matrix's columns; 32 for every other type."""
+"""What a matrix's columns must be a multiple of; 32 for every other type."""
+
+_REPACKED_BLOCKS = 32
+"""Blocks that one program of the repacking kernel moves."""
 
 
 class _Tiles(NamedTuple):
-    """Routed pairs sorted by slot and cut into tiles that each belong to one slot."""
+    """Routed pairs sorted by slot and cut into tiles that each belong to one slot.
+
+    slots of pairs 0 to 5     7 2 7 -1 2 7
+    order                     1 4 | 0 2 5 | 3     pairs of slot 2, of slot 7, without a slot
+    tiles of 2 pairs          slot 2: 1 4    slot 7: 0 2    slot 7: 5    slot -1: unused
+    """
 
     order: torch.Tensor
     """[T * K] pair numbers, sorted by slot."""
     slots: torch.Tensor
     """[tiles] slot, -1 for a tile without pairs."""
     firsts: torch.Tensor
+    """[tiles] place in `order` at which a tile begins."""
     ends: torch.Tensor
+    """[tiles] place before which it ends."""
     tokens: int
     """Most pairs of a tile."""
 
@@ -51,8 +61,8 @@ class TritonKernels:
     Args:
         device: a CUDA device, or the CPU under Triton's interpreter.
         blocks: tile sizes; by default tuned ones, or those that follow from the layer's shape.
-        decode_tokens: up to this many tokens take the decode kernels.
-        tuned: where tuned sizes are kept; None in memory.
+        decode_tokens: calls of up to this many tokens take the decode kernels.
+        tuned: file in which tuned sizes are kept; None for memory only.
     """
 
     name = "triton"
@@ -71,69 +81,59 @@ class TritonKernels:
         self._interpreted = device.type == "cpu"
 
     def refusal(self, spec: ExpertSpec) -> str | None:
-        shapes = (
+        matrices = (
             (spec.gate_type, spec.hidden),
             (spec.up_type, spec.hidden),
             (spec.down_type, spec.intermediate),
         )
-        for kind, columns in shapes:
+        for kind, columns in matrices:
             if kind not in SUPPORTED:
                 return f"no Triton kernel for GGML type {kind}; there is for {', '.join(SUPPORTED)}"
-            if columns % _COLUMNS_MULTIPLE.get(kind, 32):
+            multiple = _COLUMNS_MULTIPLE.get(kind, 32)
+            if columns % multiple:
                 return f"{columns} columns are no whole number of {kind} blocks"
         return None
 
     def layout(self, spec: ExpertSpec) -> SlotLayout:
-        return slot_layout(spec, split=True)
+        return slot_layout(spec, planar=True)
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        size = BLOCK_BYTES[part.type_name]
-        blocks, per_program = part.size // size, 32
+        block_bytes = BLOCK_BYTES[part.type_name]
+        blocks = part.size // block_bytes
         planes = PLANES[part.type_name]
-        split_planes[(triton.cdiv(blocks, per_program),)](
+        grid = (triton.cdiv(blocks, _REPACKED_BLOCKS),)
+        blocks_to_planes[grid](
             raw.view(torch.int16),
             target.view(torch.int16),
             blocks,
-            size // 2,
+            block_bytes // 2,
             tuple(offset // 2 for offset, _ in planes),
-            tuple(count // 2 for _, count in planes),
-            per_program,
+            tuple(size // 2 for _, size in planes),
+            _REPACKED_BLOCKS,
         )
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
-        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned
-        before.
-        """
-        if (
-            self._blocks is not None
-            or self._tuned.get(layout, top_k) is not None
-            or len(buffer) < top_k
-        ):
+        """As the protocol says (`Tunable`)."""
+        known = self._blocks or self._tuned.get(layout, top_k)
+        if known is not None or len(buffer) < top_k:
             return
         hidden = torch.zeros(1, layout.gate.columns, dtype=torch.bfloat16, device=self._device)
         weights = torch.ones(1, top_k, device=self._device)
-        calls = cycle(
-            [
-                SlotCall(
-                    buffer,
-                    layout,
-                    slots,
-                    hidden,
-                    torch.tensor([slots], device=self._device),
-                    weights,
-                )
-                for slots in slot_groups(len(buffer), top_k, layout)
-            ]
-        )
+        calls = []
+        for slots in slot_groups(len(buffer), top_k, layout):
+            slot_ids = torch.tensor([slots], device=self._device)
+            calls.append(SlotCall(buffer, layout, slots, hidden, slot_ids, weights))
+        turns = cycle(calls)
 
         def run(blocks: Blocks) -> tuple[Callable[[], object], Callable[[], object]]:
-            activations = self._gate_up_decode(next(calls), blocks)
+            activations = self._gate_up_decode(next(turns), blocks)
             return (
-                lambda: self._gate_up_decode(next(calls), blocks),
-                lambda: self._down_decode(next(calls), activations, blocks),
+                lambda: self._gate_up_decode(next(turns), blocks),
+                lambda: self._down_decode(next(turns), activations, blocks),
             )
 
-        self._tuned.put(layout, top_k, tune(Blocks.of(layout, top_k), run, timer))
+        best = tune(Blocks.of(layout, top_k), run, timer)
+        self._tuned.put(layout, top_k, best)
 
     def gate_up(self, call: SlotCall) -> Any:
         if len(call.hidden) <= self.decode_tokens:
@@ -146,10 +146,14 @@ class TritonKernels:
         return self._down_prefill(call, *activations)
 
     def _gate_up_decode(self, call: SlotCall, blocks: Blocks) -> torch.Tensor:
-        hidden, layout = call.hidden.contiguous(), call.layout
-        inner, pairs = layout.gate.rows, call.slot_ids.numel()
+        """[T * K, I] float32."""
+        layout = call.layout
+        hidden = call.hidden.contiguous()
+        inner = layout.gate.rows
+        pairs = call.slot_ids.numel()
         activations = torch.empty(pairs, inner, dtype=torch.float32, device=hidden.device)
-        gate_up_decode[(triton.cdiv(inner, blocks.gate_rows), pairs)](
+        grid = (triton.cdiv(inner, blocks.gate_rows), pairs)
+        gate_up_decode[grid](
             hidden,
             call.buffer,
             call.slot_ids.contiguous(),
@@ -170,10 +174,13 @@ class TritonKernels:
     def _down_decode(
         self, call: SlotCall, activations: torch.Tensor, blocks: Blocks
     ) -> torch.Tensor:
+        """[T, H]."""
         layout = call.layout
         tokens, width = call.hidden.shape
+        top_k = call.slot_ids.shape[1]
         output = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
-        down_decode[(triton.cdiv(width, blocks.down_rows), tokens)](
+        grid = (triton.cdiv(width, blocks.down_rows), tokens)
+        down_decode[grid](
             activations,
             call.buffer,
             call.slot_ids.contiguous(),
@@ -181,8 +188,8 @@ class TritonKernels:
             output,
             call.buffer.stride(0),
             layout.down.offset,
-            call.slot_ids.shape[1],
-            triton.next_power_of_2(call.slot_ids.shape[1]),
+            top_k,
+            triton.next_power_of_2(top_k),
             layout.down.type_name,
             width,
             layout.down.columns,
@@ -193,13 +200,16 @@ class TritonKernels:
         return output
 
     def _gate_up_prefill(self, call: SlotCall) -> tuple[torch.Tensor, _Tiles]:
-        hidden, layout, blocks = call.hidden.contiguous(), call.layout, self._sizes(call)
+        """[T * K, I] of hidden's dtype, sorted by slot, and the tiles."""
+        layout = call.layout
+        blocks = self._sizes(call)
+        hidden = call.hidden.contiguous()
         tiles = self._tiles(call)
         inner = layout.gate.rows
-        activations = torch.empty(
-            call.slot_ids.numel(), inner, dtype=hidden.dtype, device=hidden.device
-        )
-        gate_up_prefill[(triton.cdiv(inner, blocks.rows), len(tiles.slots))](
+        pairs = call.slot_ids.numel()
+        activations = torch.empty(pairs, inner, dtype=hidden.dtype, device=hidden.device)
+        grid = (triton.cdiv(inner, blocks.rows), len(tiles.slots))
+        gate_up_prefill[grid](
             hidden,
             call.buffer,
             *tiles[:4],
@@ -213,7 +223,7 @@ class TritonKernels:
             inner,
             tiles.tokens,
             blocks.rows,
-            self._dot(hidden.dtype),
+            dot_type(hidden.dtype, self._interpreted),
             num_warps=blocks.prefill_warps,
         )
         return activations, tiles
@@ -221,13 +231,16 @@ class TritonKernels:
     def _down_prefill(
         self, call: SlotCall, activations: torch.Tensor, tiles: _Tiles
     ) -> torch.Tensor:
-        layout, blocks = call.layout, self._sizes(call)
-        tokens, width = call.hidden.shape
+        """[T, H]."""
+        layout = call.layout
+        blocks = self._sizes(call)
+        hidden = call.hidden
+        tokens, width = hidden.shape
+        pairs = call.slot_ids.numel()
         # Pairs without a slot keep their zeros.
-        parts = torch.zeros(
-            call.slot_ids.numel(), width, dtype=call.hidden.dtype, device=call.hidden.device
-        )
-        down_prefill[(triton.cdiv(width, blocks.rows), len(tiles.slots))](
+        parts = torch.zeros(pairs, width, dtype=hidden.dtype, device=hidden.device)
+        grid = (triton.cdiv(width, blocks.rows), len(tiles.slots))
+        down_prefill[grid](
             activations,
             call.buffer,
             *tiles[:4],
@@ -240,53 +253,53 @@ class TritonKernels:
             layout.down.columns,
             tiles.tokens,
             blocks.rows,
-            self._dot(call.hidden.dtype),
+            dot_type(hidden.dtype, self._interpreted),
             num_warps=blocks.prefill_warps,
         )
         return parts.view(tokens, -1, width).sum(dim=1)
 
     def _tiles(self, call: SlotCall) -> _Tiles:
         """Sort and cut on the device, by its own operations only: nothing is read back."""
-        count, pairs = len(call.slots), call.slot_ids.numel()
-        size = self._sizes(call).tile_tokens(pairs, count)
         device = call.hidden.device
+        count = len(call.slots)
+        pairs = call.slot_ids.numel()
+        size = self._sizes(call).tile_tokens(pairs, count)
         places, slots = self._slot_places(call)
-        keys = places[call.slot_ids.flatten()]  # -1, without a slot, reads the last entry: `count`
+        # -1, for a pair without a slot, reads the last entry: `count`.
+        keys = places[call.slot_ids.flatten()]
         sorted_keys, order = keys.sort(stable=True)
         bounds = torch.searchsorted(sorted_keys, torch.arange(count + 1, device=device))
-        begin, end = bounds[:-1], bounds[1:]
-        last_tiles = ((end - begin + size - 1) // size).cumsum(0)
-        number = (
-            triton.cdiv(pairs, size) + count
-        )  # never fewer than needed: one part-filled tile for each slot
-        tile = torch.arange(number, device=device)
-        owner = torch.searchsorted(last_tiles, tile, right=True).clamp_(max=count - 1)
-        within = tile - torch.where(owner > 0, last_tiles[owner - 1], 0)
-        firsts = begin[owner] + within * size
+        begin = bounds[:-1]
+        end = bounds[1:]
+        tiles_of_slot = (end - begin + size - 1) // size
+        last_tiles = tiles_of_slot.cumsum(0)
+        # Never fewer than needed: one part-filled tile for each slot.
+        most_tiles = triton.cdiv(pairs, size) + count
+        tile = torch.arange(most_tiles, device=device)
+        owner = torch.searchsorted(last_tiles, tile, right=True)
+        owner.clamp_(max=count - 1)
+        tiles_before = torch.where(owner > 0, last_tiles[owner - 1], 0)
+        firsts = begin[owner] + (tile - tiles_before) * size
         ends = torch.minimum(firsts + size, end[owner])
         used = tile < last_tiles[-1]
-        return _Tiles(order, torch.where(used, slots[owner], -1), firsts, ends, size)
+        tile_slots = torch.where(used, slots[owner], -1)
+        return _Tiles(order, tile_slots, firsts, ends, size)
 
     def _slot_places(self, call: SlotCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slot -> place in `call.slots`, with `len(call.slots)` for all others and for -1; the
-        slots).
+        """(slot -> its place in `call.slots`, the slots).
+
+        The place of all other slots, and of -1, is `len(call.slots)`.
         """
         device = call.hidden.device
+        count = len(call.slots)
         slots = torch.tensor(call.slots)
-        places = torch.full((len(call.buffer) + 1,), len(call.slots))
-        places[slots] = torch.arange(len(call.slots))
+        places = torch.full((len(call.buffer) + 1,), count)
+        places[slots] = torch.arange(count)
         if device.type == "cuda":
             places, slots = places.pin_memory(), slots.pin_memory()
         return places.to(device, non_blocking=True), slots.to(device, non_blocking=True)
 
     def _sizes(self, call: SlotCall) -> Blocks:
+        """Tile sizes for a call."""
         top_k = call.slot_ids.shape[1]
         return self._blocks or self._tuned.get(call.layout, top_k) or Blocks.of(call.layout, top_k)
-
-    def _dot(self, dtype: torch.dtype) -> Any:
-        """The type of `tl.dot`'s operands: hidden's own; float32 in the interpreter, which has no
-        bfloat16 product.
-        """
-        if self._interpreted:
-            return tl.float32
-        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)

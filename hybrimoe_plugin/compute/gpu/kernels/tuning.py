@@ -1,7 +1,7 @@
-"""Choose decode tile sizes by trying them on the device, once for each shape; results are kept in a
-file.
+"""Choose decode tile sizes by trying them on the device, once for each shape.
 
-Only speed depends on it: without a file, or with a damaged one, `Blocks.of` decides.
+Results are kept in a file. Only speed depends on them: without a file, or with a damaged one,
+`Blocks.of` decides.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from hybrimoe_plugin.files import read_regular
 log = logging.getLogger(__name__)
 
 Run = Callable[[Blocks], tuple[Callable[[], object], Callable[[], object]]]
-"""(gate and up, down) of one decode call with these tile sizes; each run may compute other slots.
+"""(gate and up, down) of one decode call with these tile sizes.
+
+Each run may compute other slots.
 """
 
 CACHE_BYTES = 64 << 20
 """More than any device's second-level cache holds: 50 MB on an H100 or H200."""
 
-
 LARGEST = 1024
-"""Tile size that a file may ask for; larger ones would take minutes to compile."""
+"""Largest tile size that a file may ask for; larger ones would take minutes to compile."""
 
 
 @runtime_checkable
@@ -40,8 +41,11 @@ class Tunable(Protocol):
     """Kernels whose speed depends on tile sizes."""
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
-        """Try tile sizes for decode on whatever lies in the slots, unless this shape has been tuned
-        before.
+        """Try tile sizes for decode, unless this shape has been tuned before.
+
+        Args:
+            buffer: [slots, slot bytes] uint8; whatever lies there is computed.
+            timer: times device work in us.
         """
         ...
 
@@ -49,63 +53,75 @@ class Tunable(Protocol):
 def candidates(first: Blocks) -> list[Blocks]:
     """Tile sizes around a first guess: half and double the rows and the warps."""
     found = [first]
-    for rows in (0.5, 1, 2, 4):
+    for scale in (0.5, 1, 2, 4):
+        gate_rows = max(1, int(first.gate_rows * scale))
+        down_rows = max(1, int(first.down_rows * scale))
         for warps in (2, 4, 8):
             found.append(
                 first._replace(
-                    gate_rows=max(1, int(first.gate_rows * rows)),
-                    down_rows=max(1, int(first.down_rows * rows)),
+                    gate_rows=gate_rows,
+                    down_rows=down_rows,
                     decode_warps=warps,
                     down_warps=warps,
                 )
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))  # each of them once
 
 
 def slot_groups(slots: int, top_k: int, layout: SlotLayout) -> list[tuple[int, ...]]:
-    """Slots for one decode call after another, each with `top_k` of its own.
+    """Groups of `top_k` slots for one decode call after another.
 
-    In a model an expert's bytes come from the device's memory. Calls that take the groups in turn
-    read so many other bytes in between that the second-level cache has forgotten a group when it
-    comes again, if the buffer has as many slots; else it is as many groups as there are.
+    In a model an expert's bytes come from the device's memory. So there are as many groups as it
+    takes for the second-level cache to have forgotten a group when calls that take them in turn
+    come back to it, or as many as the buffer has slots for.
     """
-    stage_bytes = min(
-        layout.down.size, layout.gate.size + layout.up.size
-    )  # each stage is timed alone
+    # Each stage is timed alone.
+    stage_bytes = min(layout.down.size, layout.gate.size + layout.up.size)
     wanted = -(-2 * CACHE_BYTES // (stage_bytes * top_k))
     count = min(wanted, slots // top_k)
-    return [tuple(range(group * top_k, (group + 1) * top_k)) for group in range(count)]
+    groups = []
+    for group in range(count):
+        first = group * top_k
+        groups.append(tuple(range(first, first + top_k)))
+    return groups
 
 
 def tune(first: Blocks, run: Run, timer: Timer) -> Blocks:
-    """The fastest sizes for gate and up, and for down; a candidate that does not compile is left
-    out.
+    """The fastest sizes for gate and up, and for down.
+
+    A candidate that does not compile is left out.
     """
     best = first
-    times: dict[str, float] = {}
+    fastest_gate_up = fastest_down = float("inf")
     for blocks in candidates(first):
         try:
-            spent = [timer(stage) for stage in run(blocks)]
+            gate_up_us, down_us = (timer(stage) for stage in run(blocks))
         except Exception as error:  # out of registers or shared memory shows in many ways
             log.debug("%s: %s", blocks, error)
             continue
-        if spent[0] < times.get("gate", float("inf")):
-            times["gate"] = spent[0]
+        if gate_up_us < fastest_gate_up:
+            fastest_gate_up = gate_up_us
             best = best._replace(gate_rows=blocks.gate_rows, decode_warps=blocks.decode_warps)
-        if spent[1] < times.get("down", float("inf")):
-            times["down"] = spent[1]
+        if down_us < fastest_down:
+            fastest_down = down_us
             best = best._replace(down_rows=blocks.down_rows, down_warps=blocks.down_warps)
     return best
 
 
 class Tuned:
-    """Tile sizes by shape, read from and written to a JSON file; None keeps them in memory only."""
+    """Tile sizes by shape, read from and written to a JSON file.
+
+    Args:
+        path: None to keep them in memory only.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, Blocks] = {}
+        if path is None:
+            return
         try:
-            if path is not None and os.path.exists(path):  # Path.exists may raise
+            if os.path.exists(path):  # Path.exists may raise
                 data = json.loads(read_regular(path, 1 << 20))
                 self._known = {str(key): _blocks(sizes) for key, sizes in data.items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -127,15 +143,18 @@ class Tuned:
 
 
 def _blocks(sizes: Any) -> Blocks:
-    """Raises: ValueError, TypeError: not what `tune` may have found."""
+    """Sizes from a file. Raises: ValueError, TypeError: not what `tune` may have found."""
     blocks = Blocks(*sizes)
-    if any(type(size) is not int or not 1 <= size <= LARGEST for size in blocks):
-        raise ValueError(f"tile sizes must be whole numbers of 1 to {LARGEST}, found {sizes}")
-    if any(size & (size - 1) for size in blocks):
-        raise ValueError(f"tile sizes must be powers of two, found {sizes}")
+    for size in blocks:
+        if type(size) is not int or not 1 <= size <= LARGEST:
+            raise ValueError(f"tile sizes must be whole numbers of 1 to {LARGEST}, found {sizes}")
+        if size.bit_count() != 1:
+            raise ValueError(f"tile sizes must be powers of two, found {sizes}")
     return blocks
 
 
 def _key(layout: SlotLayout, top_k: int) -> str:
+    """Name of a shape in the file."""
     parts = [f"{part.type_name} {part.rows}x{part.columns}" for part in layout]
-    return ", ".join([*parts, f"top {top_k}"])
+    parts.append(f"top {top_k}")
+    return ", ".join(parts)

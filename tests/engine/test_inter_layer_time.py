@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hybrimoe_plugin.engine import WallClock
-from hybrimoe_plugin.engine.clock import Between
+from hybrimoe_plugin.engine.clock import InterLayerTime
 
 
 def test_only_neighbours_of_one_kind_are_compared() -> None:
-    between = Between()
+    between = InterLayerTime()
     assert between.begin(0, 1, 100.0) is None
     between.end(0, 1, 130.0)
     assert between.begin(1, 1, 180.0) == 50.0
@@ -61,8 +61,9 @@ def test_the_engine_plans_with_it() -> None:
         ids, weights = routers[layer].route(hidden)
         engine.run(layer, hidden, ids, weights)
         # Attention: until 700 us after the plan's end.
-        assert engine._between is not None and engine._between._last is not None
-        engine.clock.now = engine._between._last[2] + 690.0  # type: ignore[union-attr]
+        assert engine._inter_layer is not None
+        assert engine._inter_layer._last is not None
+        engine.clock.now = engine._inter_layer._last.at_us + 690.0  # type: ignore[union-attr]
     assert waited[1:] == [pytest.approx(700.0)] * 2
     engine.close()
 

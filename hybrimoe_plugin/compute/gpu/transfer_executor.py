@@ -1,6 +1,4 @@
-"""Who gives transfers to the device: the caller at once, or a thread where bytes must be copied for
-them first.
-"""
+"""Who queues transfers on the device: the caller, or a thread where bytes must be copied first."""
 
 from __future__ import annotations
 
@@ -15,37 +13,41 @@ from hybrimoe_plugin.errors import BackendError
 Events = tuple[Event, ...]
 
 Job = Callable[[], Events]
-"""Queues device work; gives the points that it is over at."""
+"""Queues device work; returns the events that mark its end."""
 
 
-class Arrival(Protocol):
-    """What a job gives, perhaps later. A `Future` is one."""
+class QueuedWork(Protocol):
+    """A submitted job and, once it has run, its events. A `Future` is one."""
 
     def done(self) -> bool:
-        """Whether the job is over."""
+        """Whether the job has run."""
         ...
 
     def result(self) -> Events:
-        """The job's events; the host waits until the device has been given the work. Raises:
-        BackendError.
+        """The job's events; the host waits until the job has run.
+
+        Raises:
+            BackendError: the job failed.
         """
         ...
 
 
-class Issuer(Protocol):
+class TransferExecutor(Protocol):
     """Runs jobs one at a time, in the order of `submit`."""
 
-    def submit(self, job: Job) -> Arrival: ...
+    def submit(self, job: Job) -> QueuedWork:
+        """Run a job now or later."""
+        ...
 
     def check(self) -> None:
         """Raises: BackendError: a job has failed."""
         ...
 
     def drain(self) -> None:
-        """The host waits until every job is over."""
+        """Make the host wait until every job has run."""
         ...
 
-    def forget(self) -> None:
+    def forget_failure(self) -> None:
         """Take jobs again after one has failed; nothing may be running."""
         ...
 
@@ -54,8 +56,8 @@ class Issuer(Protocol):
         ...
 
 
-class Issued(NamedTuple):
-    """A job that is over."""
+class DoneWork(NamedTuple):
+    """A job that has run."""
 
     events: Events
 
@@ -66,33 +68,34 @@ class Issued(NamedTuple):
         return self.events
 
 
-class AtOnce:
-    """Jobs run in `submit`: the plain twin, and all there is to do where the link reads stored
-    bytes themselves.
+class InlineExecutor:
+    """Runs jobs in `submit`.
+
+    The reference, and all that is needed where the link reads stored bytes themselves.
     """
 
-    def submit(self, job: Job) -> Arrival:
-        return Issued(job())
+    def submit(self, job: Job) -> QueuedWork:
+        return DoneWork(job())
 
     def check(self) -> None:
-        """A job's error was the caller's."""
+        """Nothing to do: a job's error was raised in `submit`."""
 
     def drain(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to do: every job has run."""
 
-    def forget(self) -> None:
-        """Nothing is kept."""
+    def forget_failure(self) -> None:
+        """Nothing to do: no failure is kept."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to do: nothing is held."""
 
 
-class OnThread:
-    """Jobs run on one thread, so that the caller need not wait while bytes are copied.
+class ThreadExecutor:
+    """Runs jobs on one thread, so that the caller need not wait while bytes are copied.
 
-    After a job has failed, later ones are not begun until `forget`: slots would hold wrong bytes.
-    Each of them, and `check`, raises what it failed with. At the interpreter's exit, jobs that were
-    submitted are finished before CUDA is torn down: `concurrent.futures` sees to that.
+    After a job has failed, later ones are not begun until `forget_failure`: slots would hold wrong
+    bytes. Each of them, and `check`, raises what it failed with. At the interpreter's exit, jobs
+    that were submitted are finished before CUDA is torn down: `concurrent.futures` sees to that.
     """
 
     def __init__(self) -> None:
@@ -101,7 +104,7 @@ class OnThread:
         self._worker: int | None = None
         self._error: BaseException | None = None
 
-    def submit(self, job: Job) -> Arrival:
+    def submit(self, job: Job) -> QueuedWork:
         self._last = self._pool.submit(self._run, job)
         return self._last
 
@@ -115,15 +118,16 @@ class OnThread:
         if self._last is not None and not self._on_worker():
             wait([self._last])
 
-    def forget(self) -> None:
+    def forget_failure(self) -> None:
         self._error = None
 
     def close(self) -> None:
         self._pool.shutdown(wait=not self._on_worker())
 
     def _on_worker(self) -> bool:
-        """A garbage collection may close a forgotten model on this very thread, which cannot wait
-        for itself.
+        """Whether the caller is the executor's own thread, which cannot wait for itself.
+
+        A garbage collection on that thread may close a model that is no longer used.
         """
         return self._worker == threading.get_ident()
 

@@ -20,10 +20,10 @@ from fake_streams import LazyStreams, Point, SharedStreams
 from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
-from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
-from hybrimoe_plugin.compute.gpu.issue import AtOnce, Issued, OnThread
+from hybrimoe_plugin.compute.gpu.transfer_executor import DoneWork, InlineExecutor, ThreadExecutor
 from hybrimoe_plugin.device.streams import AHEAD, LINK, HostStreams
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import Bytes
@@ -62,7 +62,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def build(seed: int | None = None, slow: bool = True, shut: bool = False) -> Any:
         streams = SharedStreams(seed)
-        monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
+        monkeypatch.setattr(slot_writer, "_copy_async", watched_copy(streams))
         host = Gate(streams, slow)
         device = SlotAccelerator(
             torch.device("cpu"), "fake", WatchedKernels(streams), streams, host
@@ -104,7 +104,8 @@ def traffic(device: SlotAccelerator, seed: int) -> list[torch.Tensor]:
     held: dict[int, int] = {}
     found = []
     for step in range(STEPS):
-        slot, expert = rng.randrange(SLOTS), rng.randrange(EXPERTS)
+        slot = rng.randrange(SLOTS)
+        expert = rng.randrange(EXPERTS)
         held = {other: kept for other, kept in held.items() if kept != expert and other != slot}
         device.onload(slot, WEIGHTS, expert, ahead=rng.random() < 0.5)
         held[slot] = expert
@@ -118,7 +119,7 @@ def traffic(device: SlotAccelerator, seed: int) -> list[torch.Tensor]:
         compute(device, {slot: held[slot]}, STEPS)
     device.synchronize()
     for slot in sorted(held):
-        for part in device._lane.held[slot].layout:  # what lies between them nobody writes
+        for part in device._transfers.held[slot].layout:  # what lies between them nobody writes
             found.append(device._buffer[slot, part.offset : part.offset + part.size].clone())
     return found
 
@@ -127,7 +128,8 @@ def traffic(device: SlotAccelerator, seed: int) -> list[torch.Tensor]:
 def test_random_traffic_gives_the_plain_twins_bits(make: Make, seed: int | None) -> None:
     threaded, host, _ = make(seed)
     found = traffic(threaded, seed or 0)
-    assert threading.get_ident() not in host.threads and len(host.threads) == 1
+    assert threading.get_ident() not in host.threads
+    assert len(host.threads) == 1
     plain, host, _ = make(seed, slow=False)
     wanted = traffic(plain, seed or 0)
     assert host.threads == {threading.get_ident()}
@@ -170,7 +172,7 @@ def test_synchronising_includes_what_the_thread_has_not_issued(make: Make) -> No
     device.onload(3, WEIGHTS, 4)
     threading.Timer(0.05, host.open.set).start()
     device.synchronize()
-    gate = device._lane.held[3].layout.up
+    gate = device._transfers.held[3].layout.up
     stored = WEIGHTS.up.experts[4]
     np.testing.assert_array_equal(
         device._buffer[3, gate.offset : gate.offset + gate.size].numpy(), stored
@@ -186,7 +188,7 @@ def test_an_error_on_the_thread_reaches_the_next_wait_and_lasts_until_slots_are_
     compute(device, {1: 1}, 0)
     host.error = OSError("the disk is gone")
     device.onload(0, WEIGHTS, 0)
-    device._lane.drain()
+    device._transfers.drain()
     host.error = None
     if superseded:
         device.onload(0, WEIGHTS, 3)
@@ -203,7 +205,7 @@ def test_an_error_on_the_thread_reaches_the_next_wait_and_lasts_until_slots_are_
 def test_an_interrupted_wait_comes_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     device, host, streams = make()
     device.onload(0, WEIGHTS, 1)
-    device._lane.drain()
+    device._transfers.drain()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -218,11 +220,11 @@ def test_an_interrupted_wait_comes_again(make: Make, monkeypatch: pytest.MonkeyP
 def test_settling_drops_what_failed_and_takes_jobs_again(make: Make) -> None:
     device, host, _ = make()
     device.onload(1, WEIGHTS, 1)
-    device._lane.drain()
+    device._transfers.drain()
     host.error = OSError("the disk is gone")
     device.onload(0, WEIGHTS, 0)
     device.onload(2, WEIGHTS, 2)
-    device._lane.drain()
+    device._transfers.drain()
     host.error = None
     assert device.settle() == {1: (WEIGHTS, 1)}
     device.onload(0, WEIGHTS, 3)
@@ -263,7 +265,7 @@ def test_one_that_is_forgotten_leaves_no_thread(monkeypatch: pytest.MonkeyPatch)
 
 def test_closing_on_the_thread_itself_does_not_wait_for_itself() -> None:
     """A garbage collection there may find a forgotten model, whose engines it closes."""
-    issuer = OnThread()
+    issuer = ThreadExecutor()
 
     def job() -> tuple[()]:
         issuer.drain()
@@ -276,8 +278,8 @@ def test_closing_on_the_thread_itself_does_not_wait_for_itself() -> None:
 def test_the_interpreter_ends_with_transfers_under_way() -> None:
     program = """
 import time
-from hybrimoe_plugin.compute.gpu.issue import OnThread
-issuer = OnThread()
+from hybrimoe_plugin.compute.gpu.transfer_executor import ThreadExecutor
+issuer = ThreadExecutor()
 for number in range(5):
     issuer.submit(lambda number=number: (time.sleep(0.02), print(number, flush=True)))
 print("end", flush=True)
@@ -285,13 +287,17 @@ print("end", flush=True)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout.split()[-4:] == ["1", "2", "3", "4"] and not done.stderr
+    assert done.stdout.split()[-4:] == ["1", "2", "3", "4"]
+    assert not done.stderr
 
 
 def test_at_once_is_the_same_without_a_thread() -> None:
-    issuer, threads = AtOnce(), []
+    issuer = InlineExecutor()
+    threads = []
     arrival = issuer.submit(lambda: (threads.append(threading.get_ident()), "event"))
-    assert isinstance(arrival, Issued) and arrival.done() and arrival.result()[1] == "event"
+    assert isinstance(arrival, DoneWork)
+    assert arrival.done()
+    assert arrival.result()[1] == "event"
     assert threads == [threading.get_ident()]
     with pytest.raises(ZeroDivisionError):
         issuer.submit(lambda: (1 / 0,))
@@ -313,6 +319,6 @@ def test_a_missing_edge_from_the_last_use_is_seen(
     monkeypatch.setattr(streams, "wait", leaky)
     with pytest.raises((AssertionError, BackendError), match="race"):
         traffic(device, 1)
-    device._lane.drain()
+    device._transfers.drain()
     for pending in streams._queues.values():
         pending.clear()

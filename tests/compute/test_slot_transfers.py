@@ -14,10 +14,10 @@ from fake_streams import LazyStreams, Point
 from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
-from hybrimoe_plugin.compute.gpu import lane as lane_module
+from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, PlainBytes, StagedBytes
-from hybrimoe_plugin.compute.gpu.lane import AHEAD_DEPTH
+from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, REPACK
 from hybrimoe_plugin.errors import BackendError, BudgetError
 
@@ -38,7 +38,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
         ahead_depth: int = AHEAD_DEPTH,
     ) -> tuple[SlotAccelerator, LazyStreams]:
         streams = streams or LazyStreams(seed)
-        monkeypatch.setattr(lane_module, "_copy_now", watched_copy(streams))
+        monkeypatch.setattr(slot_writer, "_copy_async", watched_copy(streams))
         kernels = WatchedKernels(streams)
         device = SlotAccelerator(
             torch.device("cpu"),
@@ -72,7 +72,8 @@ def traffic(device: SlotAccelerator, seed: int, steps: int) -> None:
     rng = random.Random(seed)
     held: dict[int, int] = {}
     for step in range(steps):
-        slot, expert = rng.randrange(SLOTS), rng.randrange(EXPERTS)
+        slot = rng.randrange(SLOTS)
+        expert = rng.randrange(EXPERTS)
         held = {other: kept for other, kept in held.items() if kept != expert and other != slot}
         device.onload(slot, WEIGHTS, expert, ahead=rng.random() < 0.5)
         held[slot] = expert
@@ -164,8 +165,9 @@ def test_a_demand_load_has_few_prefetches_before_it(build: Build) -> None:
         device.onload(slot, WEIGHTS, slot % EXPERTS, ahead=True)
     events = sum(isinstance(item, Point) for item in streams._queues[AHEAD])
     device.onload(7, WEIGHTS, 0)
-    assert device._lane._pending.keys() == set(range(2, 7))
-    assert events and events == sum(isinstance(item, Point) for item in streams._queues[AHEAD])
+    assert device._transfers._waiting.keys() == set(range(2, 7))
+    assert events
+    assert events == sum(isinstance(item, Point) for item in streams._queues[AHEAD])
     with pytest.raises(ValueError, match="ahead_depth"):
         build(ahead_depth=0)
     assert make_accelerator("emulated", torch.device("cpu"), ahead_depth=4)._ahead_depth == 4

@@ -1,0 +1,82 @@
+"""One layer's routed experts on ggml: which graph computes a call."""
+
+from __future__ import annotations
+
+import torch
+
+from hybrimoe_plugin.compute.cpu.ggml import Ggml
+from hybrimoe_plugin.compute.cpu.ggml_many_tokens import by_expert, by_index
+from hybrimoe_plugin.compute.cpu.ggml_single_token import SingleTokenGraph
+from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
+
+_ROWS_FOR_TILES = 6
+"""Average rows of an expert from which `by_expert` is faster than `by_index`."""
+_MAX_TOKENS = 512
+"""Tokens per graph; longer calls are cut, since a graph's buffers grow with this."""
+
+
+class GgmlLayer:
+    """One layer's stored matrices, and its graphs for one token.
+
+    Args:
+        repack: whether matrices may be copied into a type with faster kernels.
+
+    Raises:
+        BackendError: a type without a kernel.
+    """
+
+    def __init__(self, ggml: Ggml, threads: int, weights: LayerWeights, repack: bool) -> None:
+        self.spec = weights.spec
+        self.stored = StoredExperts.of(ggml, threads, weights, repack)
+        self._single: dict[int, SingleTokenGraph] = {}
+        """By K."""
+
+    def compute(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] of hidden's dtype: the weighted sum over all chosen experts.
+
+        Graphs of many tokens are built anew each time: their buffers would stay for every length.
+        """
+        if len(hidden) == 1:
+            top_k = ids.shape[1]
+            graph = self._single.get(top_k)
+            if graph is None:
+                graph = self._single[top_k] = SingleTokenGraph(self.stored, top_k)
+            return graph.compute(hidden, ids, weights)
+        parts = [self._many(hidden[part], ids[part], weights[part]) for part in _parts(len(hidden))]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)
+
+    def compute_part(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H]: the weighted sum over the chosen experts where `kept` [T, K] is True."""
+        if bool(kept.all()):
+            return self.compute(hidden, ids, weights)
+        if len(ids) == 1:
+            ids = ids[kept][None]
+            weights = weights[kept][None]
+            if not ids.shape[1]:
+                return torch.zeros_like(hidden)
+            return self.compute(hidden, ids, weights)
+        outputs = []
+        for part in _parts(len(hidden)):
+            output = by_expert(self.stored, hidden[part], ids[part], weights[part], kept[part])
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def _many(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        loads = torch.bincount(ids.reshape(-1))
+        used = int(torch.count_nonzero(loads))
+        if ids.numel() >= _ROWS_FOR_TILES * used:
+            return by_expert(self.stored, hidden, ids, weights)
+        return by_index(self.stored, hidden, ids, weights)
+
+
+def _parts(tokens: int) -> list[slice]:
+    """Where a call is cut, so that no part has more than `_MAX_TOKENS`."""
+    starts = range(0, tokens, _MAX_TOKENS)
+    return [slice(start, start + _MAX_TOKENS) for start in starts]

@@ -1,0 +1,136 @@
+"""Two ways through many tokens' experts as ggml graphs, built for each call.
+
+`by_index` has one product for each step with all experts' indices, `by_expert` one for each expert
+on rows that are sorted by expert:
+
+    chosen experts [T, K]    5 3 | 0 5 | 0 3      T = 3, K = 2
+    rows, sorted             0: tokens 1 2    3: tokens 0 2    5: tokens 0 1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
+from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts, expert_matrix
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+
+def by_index(
+    stored: StoredExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """[T, H] of hidden's dtype: the weighted sum over each token's experts.
+
+    Args:
+        hidden: [T, H].
+        ids: [T, K]; must be in range.
+        weights: [T, K].
+    """
+    graph = Graph(stored.ggml, stored.threads)
+    x = graph.input(len(hidden), 1, hidden.shape[1])
+    chosen = graph.input(*ids.shape, dtype=torch.int32)
+    gates = graph.matmul_id(graph.weight(stored.gate), x, chosen)
+    ups = graph.matmul_id(graph.weight(stored.up), x, chosen)
+    inner = graph.silu_mul(gates, ups)
+    out = graph.matmul_id(graph.weight(stored.down), inner, chosen)
+    graph.finish(out)
+    x.fill(hidden[:, None])
+    chosen.fill(ids)
+    graph.run()
+    if graph.spoiled:
+        finite = _finite_rows(x.value) & _finite_rows(inner.value)
+        out.value[~finite] = math.nan
+    return _weighted_sum(out.value, weights, hidden.dtype)
+
+
+def by_expert(
+    stored: StoredExperts,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `by_index`; a product of several rows goes through llamafile's tiles.
+
+    Args:
+        kept: [T, K] bool: choices that count; all where it is not given.
+    """
+    top_k = ids.shape[1]
+    flat_ids = ids.reshape(-1)
+    order = _sorted_choices(flat_ids, kept)
+    count = len(order)
+    if not count:
+        return torch.zeros_like(hidden)
+    loads = torch.bincount(flat_ids[order]).tolist()
+    used = sum(load > 0 for load in loads)
+    graph = Graph(stored.ggml, stored.threads, nodes=9 * used + 8)
+    _, inner, width = stored.gate.shape
+    tokens = order // top_k
+    x = hidden.detach().float().index_select(0, tokens)
+    gates = buffer(count, inner)
+    ups = buffer(count, inner)
+    outputs = buffer(count, width)
+    steps = _expert_products(graph, stored.gate, loads, x, gates)
+    steps += _expert_products(graph, stored.up, loads, x, ups)
+    steps.append(graph.silu_mul(graph.wrap(gates), graph.wrap(ups)))
+    steps += _expert_products(graph, stored.down, loads, gates, outputs)
+    graph.finish(*steps)
+    graph.run()
+    if graph.spoiled:
+        finite = _finite_rows(x) & _finite_rows(gates)
+        outputs[~finite] = math.nan
+    by_choice = outputs.new_empty(len(flat_ids), width)
+    if kept is not None:
+        by_choice.zero_()  # choices that do not count keep their zeros
+    by_choice.index_copy_(0, order, outputs)
+    return _weighted_sum(by_choice.view(*ids.shape, width), weights, hidden.dtype)
+
+
+def _sorted_choices(flat_ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Places in `flat_ids` [T * K] that count, sorted by expert."""
+    if kept is None:
+        return torch.argsort(flat_ids, stable=True)
+    places = kept.reshape(-1).nonzero()[:, 0]
+    by_expert = torch.argsort(flat_ids[places], stable=True)
+    return places[by_expert]
+
+
+def _expert_products(
+    graph: Graph,
+    stored: QuantizedMatrix,
+    loads: Sequence[int],
+    x: torch.Tensor,
+    out: torch.Tensor,
+) -> list[GraphTensor]:
+    """One product for each expert that has rows.
+
+    Args:
+        loads: rows of each expert.
+        x: [R, M], sorted by expert.
+        out: [R, N], in the same order. Mutates, when the graph runs.
+    """
+    products = []
+    start = 0
+    for expert, load in enumerate(loads):
+        if not load:
+            continue
+        end = start + load
+        weight = graph.weight(expert_matrix(stored, expert))
+        rows = graph.wrap(x[start:end])
+        products.append(graph.matmul(weight, rows, out[start:end]))
+        start = end
+    return products
+
+
+def _finite_rows(values: torch.Tensor) -> torch.Tensor:
+    """[...] bool from values [..., M]."""
+    return values.isfinite().all(dim=-1)
+
+
+def _weighted_sum(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, H] from experts' outputs [T, K, H] and weights [T, K]."""
+    sums = torch.bmm(weights.float()[:, None], outputs)
+    return sums[:, 0].to(dtype)

@@ -1,0 +1,100 @@
+"""The ggml graph of one token with K experts, built once and run at every step."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
+from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts, expert_matrix
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+
+class _PointedProducts(NamedTuple):
+    """K plain products whose weights are pointed at the chosen experts before each run."""
+
+    base: int
+    """Address of the first expert's matrix."""
+    expert_bytes: int
+    pointers: list[ctypes.c_uint64]
+    """Where the addresses of the chosen experts' matrices go."""
+
+
+class SingleTokenGraph:
+    """One token's K experts.
+
+    Each of the three steps is one product with the experts' indices, or K plain products where
+    those are faster (`Ggml.kernel_speed`):
+
+        indexed   [E, N, M] matrices, ids [K] -> one node
+        plain     K nodes, each with the address of one expert's matrix, set before the run
+
+    Args:
+        top_k: K.
+    """
+
+    def __init__(self, stored: StoredExperts, top_k: int) -> None:
+        self._top_k = top_k
+        self._stored = stored  # mapped as long as the graph may read it
+        self._pointed: list[_PointedProducts] = []
+        graph = Graph(stored.ggml, stored.threads, kept=True, nodes=10 * top_k + 16)
+        self._graph = graph
+        self._ids = graph.input(1, top_k, dtype=torch.int32)
+        _, inner, hidden = stored.gate.shape
+        self._x = buffer(1, hidden)
+        gates = buffer(top_k, inner)
+        ups = buffer(top_k, inner)
+        self._outputs = buffer(top_k, hidden)
+        steps = self._products(stored.gate, self._x, gates)
+        steps += self._products(stored.up, self._x, ups)
+        steps.append(graph.silu_mul(graph.wrap(gates), graph.wrap(ups)))
+        steps += self._products(stored.down, gates, self._outputs)
+        graph.finish(*steps)
+
+    def compute(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[1, H] of hidden's dtype.
+
+        Args:
+            hidden: [1, H].
+            ids: [1, K]; must be in range.
+            weights: [1, K].
+        """
+        chosen = ids[0].tolist()
+        for base, expert_bytes, pointers in self._pointed:
+            for expert, pointer in zip(chosen, pointers, strict=True):
+                pointer.value = base + expert * expert_bytes
+        self._ids.fill(ids)
+        self._x.copy_(hidden.detach())
+        self._graph.run()
+        if self._graph.spoiled:
+            self._outputs.fill_(math.nan)
+        weighted = torch.mm(weights.float(), self._outputs)
+        return weighted.to(hidden.dtype)
+
+    def _products(
+        self, stored: QuantizedMatrix, x: torch.Tensor, out: torch.Tensor
+    ) -> list[GraphTensor]:
+        """out [K, N] from the experts' matrices [E, N, M] and x [1 or K, M]."""
+        graph = self._graph
+        weights = graph.weight(stored)
+        if graph.indexed(weights):
+            rows = graph.wrap(x[None])
+            return [graph.matmul_id(weights, rows, self._ids, out)]
+        first = expert_matrix(stored, 0)
+        pointers = []
+        products = []
+        rows_of_x = x.expand(self._top_k, -1)
+        for place in range(self._top_k):
+            expert = graph.weight(first)
+            pointers.append(graph.pointer(expert))
+            row = graph.wrap(rows_of_x[place : place + 1])
+            target = out[place : place + 1]
+            products.append(graph.matmul(expert, row, target, indexed=False))
+        base = stored.data.ctypes.data
+        self._pointed.append(_PointedProducts(base, first.nbytes, pointers))
+        return products

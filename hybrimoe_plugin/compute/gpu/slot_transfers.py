@@ -1,0 +1,270 @@
+"""Bring experts into slots: copies, repacking, and the events by which compute waits for them.
+
+A slot receives gate and up first, then down, so that compute can start on the first two. A part
+that is kept in planes (`layout`) is copied into a repack buffer and rearranged from there:
+
+    LINK or AHEAD   | gate -> buffer 0 | up -> buffer 1 | down -> buffer 2 |
+    REPACK                             | 0 -> planes    | 1 -> planes      | 2 -> planes |
+    COMPUTE                                                 gate and up ^         down ^
+
+Prefetches wait here until the link has room for them; one that is superseded meanwhile never
+crosses it.
+
+Transfers may be queued by another thread (`transfer_executor`). Then the bytes, the repack buffers
+and the queues that write slots belong to that thread alone; which slot holds what, and what
+compute waits for, belongs to the caller.
+
+A call can end at any line, by Ctrl-C or an error. So `held` says of a slot what it holds only
+after all of its transfer has been submitted, and nothing from before the first byte of the next
+one; `settle` then finds the rest.
+
+    send(A -> slot 3):   held[3] gone | gate, up submitted | down submitted | held[3] = A
+                                      ^ ended here: slot 3 holds nothing for certain
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
+from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.slot_writer import SlotWriter
+from hybrimoe_plugin.compute.gpu.transfer_executor import (
+    DoneWork,
+    InlineExecutor,
+    QueuedWork,
+    TransferExecutor,
+)
+from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, Event, Streams
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.weights.layer_weights import Bytes, LayerWeights
+
+AHEAD_DEPTH = 2
+"""Prefetches that the device has at once.
+
+Copies share one engine that serves them in the order of their arrival, whatever their streams'
+priorities: a demand load waits for every prefetch before it. Two keep the link busy, one crossing
+it while the next is ready.
+"""
+
+
+class Transfer(NamedTuple):
+    """One expert on its way into one slot."""
+
+    slot: int
+    layout: SlotLayout
+    weights: LayerWeights
+    expert: int
+
+    @property
+    def parts(self) -> tuple[tuple[Part, Bytes], ...]:
+        """Gate, up and down: where each goes in the slot, and its stored bytes."""
+        stored = (matrix.experts[self.expert] for matrix in self.weights.matrices())
+        return tuple(zip(self.layout, stored, strict=True))
+
+
+class SlotTransfers:
+    """The slots' traffic on one device.
+
+    Attributes:
+        held: slot -> the transfer that fills it, once all of it has been submitted.
+        cancelled: prefetches that were superseded before they crossed the link.
+
+    Args:
+        streams: the device's queues.
+        kernels: rearrange parts into planes on arrival.
+        host: where bytes are read from.
+        buffer: [slots, slot bytes] uint8 on the device.
+        repack_bytes: of the largest matrix that is kept in planes, 0 for none.
+        ahead_depth: most prefetches that the device has at once.
+        executor: queues transfers on the device; this object closes it.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        kernels: Kernels,
+        host: HostBytes,
+        buffer: torch.Tensor,
+        repack_bytes: int,
+        ahead_depth: int = AHEAD_DEPTH,
+        executor: TransferExecutor | None = None,
+    ) -> None:
+        self.held: dict[int, Transfer] = {}
+        self.cancelled = 0
+        self._streams = streams
+        self._kernels = kernels
+        self._buffer = buffer
+        self._ahead_depth = ahead_depth
+        self._executor = executor or InlineExecutor()
+        self._writer = SlotWriter(streams, kernels, host, buffer, repack_bytes)
+        self._waiting: dict[int, Transfer] = {}
+        """Slot -> a prefetch that the device has not got yet, oldest first."""
+        self._ahead: deque[QueuedWork] = deque()
+        """Prefetches that the device has got and that have not crossed the link, oldest first."""
+        self._gate_up: dict[int, QueuedWork] = {}
+        self._down: dict[int, QueuedWork] = {}
+        """Slot -> what compute has not waited for yet."""
+        self._last_use: dict[int, Event] = {}
+        # Memory that compute gave back a moment ago may still be read there: nothing is written
+        # before that is over.
+        streams.synchronize()
+
+    def send(self, transfer: Transfer, ahead: bool = False) -> None:
+        """Fill a slot; `ahead` for a prefetch, which may wait and be superseded."""
+        self.held.pop(transfer.slot, None)
+        self.cancel(transfer.slot)
+        if ahead:
+            self._waiting[transfer.slot] = transfer
+            self.pump()
+        else:
+            self._start(transfer, LINK)
+
+    def cancel(self, slot: int) -> bool:
+        """Drop the slot's transfer if the device has not got it; then the slot holds nothing."""
+        if self._waiting.pop(slot, None) is None:
+            return False
+        self.cancelled += 1
+        return True
+
+    def pump(self) -> None:
+        """Give the device as many waiting prefetches as it should have."""
+        while self._ahead and self._reached(self._ahead[0]):
+            self._ahead.popleft()
+        while self._waiting and len(self._ahead) < self._ahead_depth:
+            oldest = next(iter(self._waiting))
+            self._start(self._waiting.pop(oldest), AHEAD)
+            end = self._executor.submit(lambda: (self._streams.record(AHEAD),))
+            self._ahead.append(end)
+
+    def wait_gate_up(self, slots: Iterable[int]) -> None:
+        """Let compute go on only when these slots' gate and up have arrived.
+
+        Raises:
+            BackendError: a slot was never filled, its transfer was cancelled, or any transfer has
+                failed.
+        """
+        for slot in slots:
+            if slot in self._waiting:  # needed now: it goes before the other prefetches
+                self._start(self._waiting.pop(slot), LINK)
+            elif slot not in self.held:
+                raise BackendError(f"slot {slot} was never onloaded")
+        self._wait(self._gate_up, slots)  # edge: gate and up have arrived -> stage 1
+
+    def wait_down(self, slots: Iterable[int]) -> None:
+        """The same for down. Raises: BackendError: any transfer has failed."""
+        self._wait(self._down, slots)  # edge: down has arrived -> stage 2
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Note that compute, as far as it is queued, contains these slots' last use."""
+        event = self._streams.record(COMPUTE)
+        for slot in slots:
+            self._last_use[slot] = event
+
+    def settle(self) -> None:
+        """After an unfinished call: wait for what was submitted, drop the rest, keep what is sure.
+
+        The host waits for the device, so that no edge to older work is needed from then on.
+
+        Mutates: `held`, which then lists only slots whose bytes have arrived.
+        """
+        self._waiting.clear()
+        self._executor.drain()
+        self._streams.synchronize()
+        for queued in (self._gate_up, self._down):
+            for slot, work in queued.items():
+                if _failed(work):
+                    self.held.pop(slot, None)
+        self._executor.forget_failure()
+        self._ahead.clear()
+        self._gate_up.clear()
+        self._down.clear()
+        self._last_use.clear()
+        self._writer.settle()
+
+    def holds(self, slot: int, weights: LayerWeights, expert: int) -> bool:
+        """Whether a slot has an expert's bytes as the file has them, or waits for them.
+
+        The host must have waited for the device.
+        """
+        waits = slot in self._waiting
+        transfer = self._waiting[slot] if waits else self.held.get(slot)
+        if transfer is None or transfer.weights is not weights or transfer.expert != expert:
+            return False
+        return waits or not self._differs(transfer)
+
+    def drain(self) -> None:
+        """Wait until the device has got everything submitted so far.
+
+        `synchronize` of its queues may follow.
+        """
+        self._executor.drain()
+
+    def check(self) -> None:
+        """Raises: BackendError: a transfer has failed."""
+        self._executor.check()
+
+    def close(self) -> None:
+        """As `drain`; nothing can be sent any more."""
+        self._executor.close()
+
+    def _differs(self, transfer: Transfer) -> bool:
+        """Whether a slot's bytes are not those that the transfer brought."""
+        for part, stored in transfer.parts:
+            found = self._buffer[transfer.slot, part.span]
+            wanted = torch.from_numpy(stored.copy()).to(found.device)
+            if part.planar:
+                raw = wanted
+                wanted = torch.empty_like(found)
+                self._kernels.repack(part, raw, wanted)
+            if not torch.equal(found, wanted):
+                return True
+        return False
+
+    def _wait(self, queued: dict[int, QueuedWork], slots: Iterable[int]) -> None:
+        self._executor.check()
+        for slot in slots:
+            if slot in queued:
+                for event in queued[slot].result():
+                    self._streams.wait(COMPUTE, event)
+                del queued[slot]  # only now: an interrupted wait must come again
+
+    def _reached(self, work: QueuedWork) -> bool:
+        if not work.done():
+            return False
+        return all(self._streams.reached(event) for event in work.result())
+
+    def _start(self, transfer: Transfer, queue: str) -> None:
+        """Submit both halves of a transfer."""
+        slot = transfer.slot
+        # Whatever writes this slot now comes after its last use, and after an older transfer that
+        # nobody waited for. That one has run when this one does: jobs keep their order.
+        older: list[QueuedWork] = []
+        for queued in (self._gate_up, self._down):
+            if slot in queued:
+                older.append(queued.pop(slot))
+        if slot in self._last_use:
+            older.append(DoneWork((self._last_use.pop(slot),)))
+        ordered: set[str] = set()
+        gate, up, down = transfer.parts
+        write = self._writer.write
+        self._gate_up[slot] = self._executor.submit(
+            lambda: write(slot, queue, (gate, up), older, ordered)
+        )
+        self._down[slot] = self._executor.submit(
+            lambda: write(slot, queue, (down,), older, ordered)
+        )
+        self.held[slot] = transfer
+
+
+def _failed(work: QueuedWork) -> bool:
+    try:
+        work.result()
+    except BackendError:
+        return True
+    return False

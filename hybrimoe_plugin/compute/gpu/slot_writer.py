@@ -1,0 +1,114 @@
+"""Queue the device work of one transfer: copies over the link and repacking into planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
+from hybrimoe_plugin.compute.gpu.kernels.layout import Part
+from hybrimoe_plugin.compute.gpu.transfer_executor import Events, QueuedWork
+from hybrimoe_plugin.device.streams import REPACK, Event, Streams
+from hybrimoe_plugin.weights.layer_weights import Bytes
+
+REPACK_BUFFERS = 4
+"""Buffers that matrices cross the link into before they are rearranged into planes."""
+
+
+class SlotWriter:
+    """Writes slots; used by the one thread that queues transfers.
+
+    Args:
+        streams: the device's queues.
+        kernels: rearrange parts into planes.
+        host: where bytes are read from.
+        buffer: [slots, slot bytes] uint8 on the device.
+        repack_bytes: of the largest matrix that is kept in planes, 0 for none.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        kernels: Kernels,
+        host: HostBytes,
+        buffer: torch.Tensor,
+        repack_bytes: int,
+    ) -> None:
+        self._streams = streams
+        self._kernels = kernels
+        self._host = host
+        self._buffer = buffer
+        count = REPACK_BUFFERS if repack_bytes else 0
+        self._repack_buffers = [
+            torch.empty(repack_bytes, dtype=torch.uint8, device=buffer.device) for _ in range(count)
+        ]
+        self._free: list[Event | None] = [None] * count
+        """For each repack buffer, the event after which it may be written again."""
+        self._next = 0
+
+    def settle(self) -> None:
+        """Forget edges to older work, which the host has waited for."""
+        self._free = [None] * len(self._free)
+
+    def write(
+        self,
+        slot: int,
+        queue: str,
+        parts: Sequence[tuple[Part, Bytes]],
+        older: Sequence[QueuedWork],
+        ordered: set[str],
+    ) -> Events:
+        """Queue some matrices of one transfer.
+
+        Args:
+            queue: `LINK` or `AHEAD`.
+            older: what writing the slot must wait for.
+            ordered: the queues that already wait for it. Mutates.
+
+        Returns:
+            The last event of each queue that writes these matrices.
+        """
+        writers = []
+        for part, stored in parts:
+            writer = REPACK if part.planar else queue
+            if writer not in ordered:
+                ordered.add(writer)
+                self._wait_for(writer, older)  # edge: last use of the slot -> its next content
+            target = self._buffer[slot, part.span]
+            if part.planar:
+                self._copy_and_repack(queue, part, stored, target)
+            else:
+                self._copy(queue, stored, target)
+            if writer not in writers:
+                writers.append(writer)
+        return tuple(self._streams.record(writer) for writer in writers)
+
+    def _wait_for(self, queue: str, older: Sequence[QueuedWork]) -> None:
+        for work in older:
+            for event in work.result():
+                self._streams.wait(queue, event)
+
+    def _copy(self, queue: str, stored: Bytes, target: torch.Tensor) -> None:
+        source = self._host.source(stored)
+        self._streams.enqueue(queue, lambda: _copy_async(source, target))
+        if self._host.reuses:
+            self._host.sent(self._streams.record(queue))
+
+    def _copy_and_repack(self, queue: str, part: Part, stored: Bytes, target: torch.Tensor) -> None:
+        """Copy into a repack buffer, and rearrange from there into the slot."""
+        index = self._next
+        self._next = (index + 1) % REPACK_BUFFERS
+        arrived = self._repack_buffers[index][: part.size]
+        free = self._free[index]
+        if free is not None:
+            self._streams.wait(queue, free)  # edge: the buffer's last repacking -> next copy
+        self._copy(queue, stored, arrived)
+        self._streams.wait(REPACK, self._streams.record(queue))  # edge: copied -> repacking
+        self._streams.enqueue(REPACK, lambda: self._kernels.repack(part, arrived, target))
+        self._free[index] = self._streams.record(REPACK)
+
+
+def _copy_async(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
