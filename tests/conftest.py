@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # `import tiny` in every test folder
+# `import tiny` in every test folder.
+for folder in ("fakes", "models", "running"):
+    sys.path.insert(0, str(Path(__file__).parent / "helpers" / folder))
 
 # Triton decides when it is first imported whether kernels are interpreted, and libraries import it
 # early.

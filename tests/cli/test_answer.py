@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from scripted_chat import Model, chat
 
 from hybrimoe_plugin.cli.chat.answer import Stop, TimedStreamer
 from hybrimoe_plugin.cli.chat.report import EngineReport
 from hybrimoe_plugin.policy.counters import Counters
-from tests.cli.scripted_chat import Model, chat
 
 
 def test_answer_and_exact_counts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from scripted_chat import END, Model, chat
 
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from tests.cli.scripted_chat import END, Model, chat
 
 
 def test_history_goes_into_the_next_prompt() -> None:

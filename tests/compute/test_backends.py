@@ -186,7 +186,7 @@ def test_kt_kernel_refuses_what_would_end_the_process() -> None:
 
 def test_kernel_greetings_stay_out_of_standard_output() -> None:
     program = (
-        "import sys; sys.path.insert(0, 'tests/helpers')\n"
+        "import sys; sys.path.insert(0, 'tests/helpers/models')\n"
         "import tiny_experts\nfrom hybrimoe_plugin.compute.cpu.kt_experts import KTExperts\n"
         "print('before'); k = KTExperts(1); k.add_layer(tiny_experts.layer(types=('Q8_0',) * 3)); "
         "k.close()\n"
