@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ Kernels differ, and so does the order of sums.
 
 HALF_TOLERANCE = 0.03
 """The same for 16-bit types: the layer's own rounding is 0.003 to 0.01 there."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(replayed, eager)."""
 
 
 class ExpertsCall(NamedTuple):
@@ -69,13 +73,15 @@ def difference(graphs: LayerGraphs, eager: EagerStep) -> Difference:
     experts_output = eager.hidden[0] if call is None else call.output
     output = graphs.run(eager.hidden, lambda _graph_break: experts_output)
 
-    pairs = [(output, eager.output), *zip(graphs.buffers, eager.buffers, strict=True)]
+    pairs: list[Pair] = [(output, eager.output)]
+    pairs += zip(graphs.buffers, eager.buffers, strict=True)
     same_choice = True
-    if call is not None and graphs.graph_break is not None:
-        same_choice, routing = _routing_pairs(graphs.graph_break, call)
+    graph_break = graphs.graph_break
+    if call is not None and graph_break is not None:
+        same_choice, routing = _routing_pairs(graph_break, call)
         pairs += routing
-    errors = [float(_error(found, right)) for found, right in pairs if right.numel()]
-    return Difference(max(errors), same_choice)
+    error = max(_error(found, right) for found, right in pairs if right.numel())
+    return Difference(error, same_choice)
 
 
 def restore(buffers: Buffers, saved: Sequence[torch.Tensor]) -> None:
@@ -88,33 +94,32 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, HALF_TOLERANCE)
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""(replayed, eager)."""
-
-
 def _routing_pairs(graph_break: GraphBreak, call: ExpertsCall) -> tuple[bool, list[Pair]]:
     """(whether both chose the same experts, what can be compared of the routing).
 
     The replay's is taken as it arrives on the host, so that the copies are compared too.
     """
     states, ids, weights, *scores = graph_break.needed().wait()
-    right_states, right_ids, right_weights = call.inputs
-    pairs = [(states, right_states.cpu())]
-    same_choice = torch.equal(ids.sort().values, right_ids.cpu().sort().values)
+    right_states, right_ids, right_weights = (part.cpu() for part in call.inputs)
+    pairs = [(states, right_states)]
+    # Sorted: of two experts that are all but tied either may come first.
+    same_choice = torch.equal(_sorted(ids), _sorted(right_ids))
     if same_choice:
-        # Sorted: of two experts that are all but tied either may come first.
-        pairs.append((_sorted(weights), _sorted(right_weights).cpu()))
+        pairs.append((_sorted(weights.float()), _sorted(right_weights.float())))
     if call.scores is not None:
-        pairs += [(found, call.scores.cpu()) for found in scores]
+        right_scores = call.scores.cpu()
+        pairs += [(found, right_scores) for found in scores]
     return same_choice, pairs
 
 
-def _error(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Relative RMS error; infinite where a value is NaN."""
     right = right.float()
     distance = (found.float() - right).norm()
-    error: torch.Tensor = distance / right.norm().clamp_min(1e-20)
-    return error.nan_to_num(float("inf"))
+    size = right.norm().clamp_min(1e-20)
+    error = float(distance / size)
+    return math.inf if math.isnan(error) else error
 
 
-def _sorted(weights: torch.Tensor) -> torch.Tensor:
-    return weights.float().sort(dim=-1).values
+def _sorted(values: torch.Tensor) -> torch.Tensor:
+    return values.sort(dim=-1).values

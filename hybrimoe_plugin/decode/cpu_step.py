@@ -46,17 +46,21 @@ class CpuStep:
 
     def __init__(self, layer: Any, dense: FusedMLP | None, rope: RopeMatrix) -> None:
         ggml = layer.self_attn.ggml
-        assert ggml is not None
+        assert ggml is not None, "cpu_step() has checked it"
         self._attention = step_attention(layer.self_attn)
         self._input_norm: FusedRMSNorm = layer.input_layernorm
         self._mlp_norm: FusedRMSNorm = layer.post_attention_layernorm
+
+        mlp = layer.mlp
         self._dense = dense
-        self._dense_gate: nn.Module | None = getattr(layer.mlp, "shared_expert_gate", None)
-        self._router: nn.Module | None = getattr(layer.mlp, "gate", None)
-        self._experts: HybriMoEExperts | None = getattr(layer.mlp, "experts", None)
-        self._rope = rope
-        self._x = buffer(1, len(layer.input_layernorm.weight))
+        self._dense_gate: nn.Module | None = getattr(mlp, "shared_expert_gate", None)
+        self._router: nn.Module | None = getattr(mlp, "gate", None)
+        self._experts: HybriMoEExperts | None = getattr(mlp, "experts", None)
+
+        width = len(self._input_norm.weight)
+        self._x = buffer(1, width)
         """[1, H]: the layer's input, which both graphs read."""
+        self._rope = rope
         self._before = GgmlFunction(ggml, self._build_before, single_input=self._x)
         self._after = GgmlFunction(ggml, self._build_after)
 
@@ -67,13 +71,15 @@ class CpuStep:
         attended = self._attention.attend(inputs, cache)
         total, normed, *dense = self._after(attended, 1)
         if self._router is None or self._experts is None:
-            return (dense[0] + total)[None]
-        normed = normed.clone()  # hooks may keep it
-        _, weights, ids = self._router(normed)
-        output: torch.Tensor = self._experts(normed, ids, weights)
-        if dense:
-            output = output + self._gated(normed, dense[0])
-        return (output + total)[None]
+            output = dense[0]
+        else:
+            normed = normed.clone()  # hooks may keep it
+            _, weights, ids = self._router(normed)
+            output = self._experts(normed, ids, weights)
+            if dense:
+                output = output + self._gated(normed, dense[0])
+        output = output + total
+        return output[None]
 
     def _gated(self, normed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """Qwen2-MoE scales its shared experts by a gate of their own."""
@@ -89,7 +95,8 @@ class CpuStep:
 
     def _build_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
         x = graph.wrap(self._x)
-        total = graph.add(self._attention.build_output(graph, attended), x)
+        attention = self._attention.build_output(graph, attended)
+        total = graph.add(attention, x)
         normed = self._mlp_norm.build(graph, total)
         outputs = [total, normed]
         if self._dense is not None:

@@ -41,14 +41,24 @@ class LayerBuffers:
         held = cache.get_seq_length()
         if self._has_space(held) and cache.lies_in(self.kv):
             return
-        owner = self._owner() if self._owner is not None else None
-        if owner is not None and owner is not cache and owner.touches(self.kv):
-            owner.leave()  # its sequence may go on later
+        self._move_others_out(cache)
         if self.kv is None or not self._has_space(held) or not _fits(self.kv, cache):
             capacity = self._capacity_for(held)
-            self.kv = make_buffer(cache.keys, capacity), make_buffer(cache.values, capacity)
+            keys = make_buffer(cache.keys, capacity)
+            values = make_buffer(cache.values, capacity)
+            self.kv = keys, values
         self._owner = weakref.ref(cache)  # before its move, which may be interrupted
         cache.move(self.kv)
+
+    def _move_others_out(self, cache: GrowingLayer) -> None:
+        """Let the sequence that has the buffers continue in its own: it may go on later."""
+        if self._owner is None:
+            return
+        owner = self._owner()
+        if owner is None or owner is cache:
+            return
+        if owner.touches(self.kv):
+            owner.leave()
 
     def _has_space(self, held: int) -> bool:
         """Whether one more token fits behind those held."""
@@ -65,10 +75,11 @@ class LayerBuffers:
 
 def _fits(buffers: Buffers, cache: GrowingLayer) -> bool:
     """Whether the buffers are of the cache's batch size, heads, widths and type."""
-    pairs = zip(buffers, (cache.keys, cache.values), strict=True)
-    return all(_kind(buffer) == _kind(held) for buffer, held in pairs)
+    keys, values = buffers
+    return _alike(keys, cache.keys) and _alike(values, cache.values)
 
 
-def _kind(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
-    batch, heads, _, width = tensor.shape
-    return batch, heads, width, tensor.dtype
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape[:2] != other.shape[:2]:
+        return False
+    return one.shape[3] == other.shape[3]

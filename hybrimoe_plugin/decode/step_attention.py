@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.attention.attend import attend_latents
 from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.mla import FusedMLA
@@ -46,10 +45,13 @@ class GroupedStep:
         self._attention = attention
 
     def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
+        """Query [heads, D], key [key heads, D] and value [1, key heads x D]."""
         attention = self._attention
         query = attention.q_proj.build(graph, x)
         key = attention.k_proj.build(graph, x)
         value = attention.v_proj.build(graph, x)
+
+        # Norms and rotation are of each head. The value is left as it is.
         query = self._by_head(graph, query)
         key = self._by_head(graph, key)
         if attention.normed:
@@ -60,12 +62,14 @@ class GroupedStep:
         return [query, key, value]
 
     def attend(self, inputs: list[torch.Tensor], cache: Any) -> torch.Tensor:
+        """[1, heads x D]."""
         width = self._attention.head_dim
         query, key, value = (part.view(1, -1, 1, width) for part in inputs)
         attended = self._attention.attend(query, key, value, None, cache)
         return attended.view(1, -1)
 
     def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
+        """[1, H]."""
         output: GraphTensor = self._attention.o_proj.build(graph, attended)
         return output
 
@@ -95,42 +99,71 @@ class LatentStep:
         self._kv_b = attention.quantized_kv_b
 
     def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
-        attention = self._attention
-        query = self._build_query(graph, x)
-        heads = query.value.view(attention.heads, 1, -1)
-        query_nope = graph.view(query, heads[..., : attention.nope])
-        query_rope = graph.view(query, heads[..., attention.nope :])
-
-        compressed = attention.kv_a_proj_with_mqa.build(graph, x)
-        latent = graph.view(compressed, compressed.value[:, : attention.latent])
-        key_rope = graph.view(compressed, compressed.value[:, attention.latent :])
-
-        # Two outputs write the entry for the cache, each a part of it. Outputs are computed in
-        # their order, so the entry is whole behind the second one, which stands for all of it.
-        entry = buffer(1, attention.latent + attention.rope_width)
-        entry_latent = entry[:, : attention.latent]
-        entry_rope = entry[:, attention.latent :]
-        normed = attention.kv_a_layernorm.build(graph, latent, entry_latent)
-        rotated = graph.matmul(rope, key_rope, entry_rope, indexed=False)
-        whole_entry = rotated._replace(data=entry)
-
-        query_latent = self._kv_b.build_into_latent(graph, query_nope)
-        query_rope = graph.matmul(rope, query_rope, indexed=False)
-        return [normed, whole_entry, query_latent, query_rope]
+        """As drawn above; the normed latent comes before the entry, which contains it."""
+        normed, entry = self._build_entry(graph, x, rope)
+        query_latent, query_rope = self._build_absorbed_query(graph, x, rope)
+        return [normed, entry, query_latent, query_rope]
 
     def attend(self, inputs: list[torch.Tensor], cache: Any) -> torch.Tensor:
+        """[heads, 1, latent]."""
         attention = self._attention
-        _, entry, *query_parts = inputs
+        _, entry, query_latent, query_rope = inputs
+        # All entries so far, [1, 1, C, latent + rope], and the query to go with them.
         compressed = attention.cached(entry[None, None], cache)
-        query = torch.cat(query_parts, dim=-1)[None]
-        latents = attend_latents(query, compressed, None, attention.scaling, attention.latent)
+        query = torch.cat((query_latent, query_rope), dim=-1)
+        query = query[None]
+        latents = attention.attend_absorbed(query, compressed, None, cache)
         return latents[0]
 
     def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
-        values = self._kv_b.build_out_of_latent(graph, attended)
-        flat = graph.view(values, values.value.view(1, -1))
-        output: GraphTensor = self._attention.o_proj.build(graph, flat)
+        """[1, H]."""
+        by_head = self._kv_b.build_out_of_latent(graph, attended)
+        flat = by_head.value.view(1, -1)
+        values = graph.view(by_head, flat)
+        output: GraphTensor = self._attention.o_proj.build(graph, values)
         return output
+
+    def _build_entry(
+        self, graph: Graph, x: GraphTensor, rope: GraphTensor
+    ) -> tuple[GraphTensor, GraphTensor]:
+        """(the normed latent, the entry for the cache, of which it is the first part).
+
+        Each of the two outputs writes its part of the entry. Outputs are computed in their order,
+        so the entry is whole behind the second one, which stands for all of it.
+        """
+        attention = self._attention
+        width = attention.latent
+        entry = buffer(1, width + attention.rope_width)
+        entry_latent = entry[:, :width]
+        entry_rope = entry[:, width:]
+
+        compressed = attention.kv_a_proj_with_mqa.build(graph, x)
+        values = compressed.value
+        latent = graph.view(compressed, values[:, :width])
+        key_rope = graph.view(compressed, values[:, width:])
+
+        normed = attention.kv_a_layernorm.build(graph, latent, entry_latent)
+        rotated = graph.matmul(rope, key_rope, entry_rope, indexed=False)
+        whole_entry = rotated._replace(data=entry)
+        return normed, whole_entry
+
+    def _build_absorbed_query(
+        self, graph: Graph, x: GraphTensor, rope: GraphTensor
+    ) -> tuple[GraphTensor, GraphTensor]:
+        """(the part for latents [heads, 1, latent], the rotary part [heads, 1, rope])."""
+        heads = self._attention.heads
+        nope = self._attention.nope
+        query = self._build_query(graph, x)
+        by_head = query.value.view(heads, 1, -1)
+
+        # W_uk^T is applied to the part without positions.
+        query_nope = graph.view(query, by_head[..., :nope])
+        query_latent = self._kv_b.build_into_latent(graph, query_nope)
+
+        # The rotation by the position is applied to the other part.
+        query_rope = graph.view(query, by_head[..., nope:])
+        rotated = graph.matmul(rope, query_rope, indexed=False)
+        return query_latent, rotated
 
     def _build_query(self, graph: Graph, x: GraphTensor) -> GraphTensor:
         """[1, heads x (nope + rope)]."""

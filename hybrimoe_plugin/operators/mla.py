@@ -168,7 +168,7 @@ class FusedMLA(DenseOperator):
         else:
             kv_b = self._kv_b()
             query = torch.cat((kv_b.into_latent(query_nope), query_rope), dim=-1)
-            latents = self._attend_absorbed(query, compressed, attention_mask, cache)
+            latents = self.attend_absorbed(query, compressed, attention_mask, cache)
             out = kv_b.out_of_latent(latents)
         # [B, heads, T, values] -> [B, T, heads x values]
         out = out.transpose(1, 2).reshape(batch, count, -1)
@@ -191,7 +191,7 @@ class FusedMLA(DenseOperator):
         assert kv_b is not None, "take_kv_b() comes first"
         return kv_b
 
-    def _attend_absorbed(
+    def attend_absorbed(
         self,
         query: torch.Tensor,
         compressed: torch.Tensor,

@@ -159,13 +159,12 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, total: int
     ) -> None:
         capacity = max(2 * held, total + _MIN_SPARE)
-        buffers = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer = make_buffer(new, capacity)
-            if held:
-                buffer.narrow(2, 0, held).copy_(old)
-            buffers.append(buffer)
-        self._buffers = buffers[0], buffers[1]
+        keys = make_buffer(key_states, capacity)
+        values = make_buffer(value_states, capacity)
+        if held:
+            keys.narrow(2, 0, held).copy_(self.keys)
+            values.narrow(2, 0, held).copy_(self.values)
+        self._buffers = keys, values
 
     def _check_alike(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if _alike(self.keys, key_states) and _alike(self.values, value_states):
@@ -202,9 +201,10 @@ class FixedCache:
     @property
     def visible(self) -> torch.Tensor:
         """[1, 1, 1, capacity] bool: attention's mask, the entries up to the token's own."""
-        capacity = self.buffers[0].shape[2]
-        positions = torch.arange(capacity, device=self.position.device)
-        return (positions <= self.position)[None, None, None]
+        keys, _ = self.buffers
+        positions = torch.arange(keys.shape[2], device=self.position.device)
+        visible = positions <= self.position
+        return visible[None, None, None]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
