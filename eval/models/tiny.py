@@ -114,6 +114,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(family: str, **changes: Any) -> Any:
+    """The config of a tiny model of this family."""
     from transformers import AutoConfig
 
     model_type, values = {**FAMILIES, **DENSE}[family]
@@ -172,4 +173,5 @@ def write_quantised(path: Path, family: str) -> None:
 
 
 def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    """Token ids [batch, count], the same for the same seed."""
     return torch.randint(3, 96, (batch, count), generator=torch.Generator().manual_seed(seed))
