@@ -77,6 +77,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, row: Row) -> Place:
+        """Where a row's system was run."""
         return cls(row["trace"], row["profile"], row["cache"])
 
 

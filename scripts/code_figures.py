@@ -64,6 +64,7 @@ class Module:
 
     @property
     def folder(self) -> str:
+        """The folder that the file lies in, below the root."""
         return self.path.rpartition("/")[0]
 
 

@@ -52,6 +52,7 @@ def wanted() -> dict[str, list[str]]:
 
 
 def main() -> int:
+    """Write the locks; gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--upgrade",

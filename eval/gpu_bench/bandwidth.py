@@ -32,6 +32,7 @@ class Bandwidths(NamedTuple):
     link: float
 
     def row(self) -> dict[str, float]:
+        """The bandwidths in GB/s, as columns of a table."""
         return {f"{name}_gbps": value / 1e3 for name, value in self._asdict().items()}
 
 

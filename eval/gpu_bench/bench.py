@@ -144,6 +144,7 @@ class Bench:
         return _Inputs(call.layer, ids, weights, predicted)
 
     def close(self) -> None:
+        """End the backends' threads, and free the slots."""
         self.cpu.close()
         self.accelerator.close()
 

@@ -29,6 +29,7 @@ class Place(NamedTuple):
 
     @property
     def device(self) -> torch.device:
+        """The first GPU, or the CPU in a dry run."""
         return torch.device("cpu" if self.dry else "cuda:0")
 
     @property

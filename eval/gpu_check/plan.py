@@ -35,6 +35,7 @@ class Stage(NamedTuple):
 
     @property
     def path(self) -> str:
+        """Import path of the stage's module."""
         return self.module or f"{__package__}.stages.{self.name}"
 
 

@@ -90,6 +90,7 @@ class LinearCase:
 
     @property
     def name(self) -> str:
+        """The case in words."""
         size = f"{self.rows}x{self.columns}"
         return f"{self.model} {size} {self.kind} T={self.tokens} {_short(self.dtype)}"
 
@@ -102,6 +103,7 @@ class RepackCase(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The case in words."""
         return f"{self.kind}, {self.blocks} blocks"
 
 

@@ -28,6 +28,7 @@ class Shape(NamedTuple):
 
     @property
     def spec(self) -> ExpertSpec:
+        """The product's own description of these experts."""
         values = self.hidden * self.intermediate
         sizes = [stored_bytes(kind, values) for kind in self.kinds]
         return ExpertSpec(

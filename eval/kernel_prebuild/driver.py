@@ -31,6 +31,7 @@ class Count:
     launcher_problem: str = ""
 
     def add(self, other: Count) -> None:
+        """Add what happened in another process."""
         self.hits += other.hits
         self.compiled += other.compiled
         self.failed += other.failed

@@ -34,6 +34,7 @@ class Groups:
         self.cases: dict[str, list[AnyCase]] = {}
 
     def add(self, name: str, *cases: AnyCase) -> None:
+        """Append cases to a group, which is begun if it is new."""
         self.cases.setdefault(name, []).extend(cases)
 
     def add_experts(self, kind: str, case: Case) -> None:

@@ -32,6 +32,7 @@ class IdentityCell:
     trees: tuple[str, ...] = ("lever", "chain 8", "specinfer", "opt_tree 16")
 
     def run(self, lab: Lab) -> Iterator[Row]:
+        """One row for each prompt and tree, pruned and not; its value is 1 for the same tokens."""
         from hybrimoe_plugin.hosts.transformers import load_plain_model
 
         plain, _ = load_plain_model(None, source_path(), dtype=torch.float32, progress=False)

@@ -53,6 +53,7 @@ class OthersLoad:
         return whole - idle - mine.user - mine.system, whole
 
     def share(self) -> float:
+        """The share from 0 to 1, since this was made."""
         others_before, whole_before = self._before
         others, whole = self._read()
         passed = whole - whole_before
@@ -71,6 +72,7 @@ class Lab:
         self._tokenizer: Any = None
 
     def pack(self, name: str) -> Path:
+        """A target's flash pack, which is written if it is not there yet."""
         directory = cache_dir() / "lever" / name
         if not (directory / "target.lever").exists():
             if name == "dense":
@@ -95,11 +97,13 @@ class Lab:
         return self._targets[key]
 
     def draft(self, name: str) -> Draft:
+        """The draft of a name, `n-gram` or `low-bit 65 %`."""
         if name not in self._drafts:
             self._drafts[name] = demo_draft(source_path(), int(name.split()[1]))
         return self._drafts[name]
 
     def prompt(self, kind: str, which: int = 0) -> Any:
+        """The model's inputs for a prompt of one kind."""
         if self._tokenizer is None:
             self._tokenizer = pack_tokenizer(self.pack("dense"))
         prompts = PROMPTS[kind]
@@ -109,6 +113,7 @@ class Lab:
         )
 
     def close(self) -> None:
+        """Close the target that is open."""
         for target in self._targets.values():
             target.close()
         self._targets.clear()

@@ -32,6 +32,7 @@ class ReadCell:
     repeats: int = 12
 
     def run(self, lab: Lab) -> Iterator[Row]:
+        """One row for each reader and turn, then two for the shares that follow."""
         lab.close()
         path = lab.pack("dense")
         pack = FlashPack.open(path)

@@ -36,6 +36,7 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, row: Row) -> Group:
+        """The group that a row belongs to."""
         return cls(row["target"], row["draft"], row["dram_share"], row["label"])
 
 

@@ -46,6 +46,7 @@ class TreeCell:
     throttle: str = ""
 
     def run(self, lab: Lab) -> Iterator[Row]:
+        """One row for each tree."""
         # Throttled profiles are faster than this machine's disk: their bytes come from the page
         # cache.
         target = lab.target(self.target, self._budget(lab), self.throttle, direct=not self.throttle)

@@ -134,6 +134,7 @@ DENSE = {tiny.name: tiny for tiny in _DENSE}
 
 
 def config(family: str, **changes: Any) -> Any:
+    """The config of a tiny model of this family."""
     from transformers import AutoConfig
 
     tiny = {**FAMILIES, **DENSE}[family]
@@ -192,4 +193,5 @@ def write_quantised(path: Path, family: str) -> None:
 
 
 def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    """Token ids [batch, count], the same for the same seed."""
     return torch.randint(3, 96, (batch, count), generator=torch.Generator().manual_seed(seed))

@@ -59,6 +59,7 @@ class Peer:
         return self._answer()
 
     def close(self) -> None:
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()

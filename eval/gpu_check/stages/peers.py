@@ -82,6 +82,7 @@ class Subject(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Subject:
+        """Read what the comparison needs to know from the file."""
         store = GGUFStore.open(path)
         experts = [info for name, info in store.tensors.items() if "_exps." in name]
         expert_bytes = sum(info.nbytes for info in experts)
