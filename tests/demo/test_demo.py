@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hybrimoe_plugin import load_model
+from hybrimoe_plugin.cache_folder import cache_dir
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.demo import build as builder
 from hybrimoe_plugin.demo import build_demo_model, source_path
 from hybrimoe_plugin.engine import cpu_choice
-from hybrimoe_plugin.engine.calibrate import cache_dir
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 
