@@ -123,6 +123,12 @@ def test_policies_know_nothing_of_torch() -> None:
             assert not names & {"torch", "transformers"}, path
 
 
+def test_sizes_and_density_keep_their_limits() -> None:
+    program = [sys.executable, "scripts/code_figures.py", "--check"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_importing_starts_nothing() -> None:
     program = (
         "import sys, threading, builtins\n"

@@ -32,7 +32,7 @@ class Device:
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         self.log.append("place")
         return tensor
 
