@@ -37,7 +37,7 @@ gpu-check-dry: setup-dev  ## the GPU check's every stage, emulated at a tiny siz
 gpu-bundle: setup  ## what a GPU machine without a network needs, in build/gpu-bundle
 	@$(BIN)/python scripts/gpu_bundle.py
 
-figures: setup-dev  ## the README's figures from the committed CSVs
+figures: setup-dev  ## the figures of docs/benchmarks.md from the committed CSVs
 	@$(BIN)/python -m eval.figures
 
 peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes

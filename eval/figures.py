@@ -1,4 +1,6 @@
-"""The README's figures, drawn from the committed CSVs in `eval/results/`: nothing is measured here.
+"""The figures of docs/benchmarks.md, drawn from the committed CSVs in `eval/results/`.
+
+Nothing is measured here.
 
 Each figure is drawn by the code of the question that wrote its CSV; a CSV that is not there is left
 out with a notice.
