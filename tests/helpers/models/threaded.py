@@ -13,7 +13,7 @@ from replayed import Replayed
 from transformers.generation.streamers import BaseStreamer
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.decode import graphed_layer as graphs
+from hybrimoe_plugin.decode import connect, layer_buffers
 
 THREADS = 8
 ANSWERS = int(os.environ.get("HYBRIMOE_LONG", 1))
@@ -140,7 +140,7 @@ def load(kind: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         rules.write_text(TWO_ENGINES)
         settings["rules"] = rules
     if kind == "captured":
-        patch.setattr(graphs, "ROOM", 16)
-        patch.setattr(graphs, "capture_for", lambda _device: Replayed())
+        patch.setattr(layer_buffers, "FIRST_CAPACITY", 16)
+        patch.setattr(connect, "capture_for", lambda _device: Replayed())
     model, _ = load_model(None, path, progress=False, **settings)
     return model
