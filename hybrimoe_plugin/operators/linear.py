@@ -38,7 +38,11 @@ class GgmlLinear(nn.Module):
         )
 
     def take(self, stored: QuantizedMatrix) -> None:
-        """Use this matrix [out, in]. Raises: BackendError: a type without a kernel, or a shape."""
+        """Use this matrix [out, in].
+
+        Raises:
+            BackendError: a type without a kernel, or another shape.
+        """
         shape = self.out_features, self.in_features
         if stored.shape != shape:
             raise BackendError(f"expected a matrix {shape}, found {stored.shape}")
@@ -156,7 +160,11 @@ class QuantizedLinear(DenseOperator):
         self.bias = orig_module.bias
 
     def take(self, stored: QuantizedMatrix) -> None:
-        """Use this matrix [out, in]. Raises: BackendError: a type without a kernel, or a shape."""
+        """Use this matrix [out, in].
+
+        Raises:
+            BackendError: a type without a kernel, or another shape.
+        """
         assert self.stored is not None
         self.stored.take(stored)
 

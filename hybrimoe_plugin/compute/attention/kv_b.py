@@ -12,11 +12,14 @@ into the key and the value of every head. For one head, a query q and the cached
                  q [nope] -- W_uk^T --> [latent] -- attention over latents --> [latent] -- W_uv -->
 
 Both give the same. Expanded, every cached token goes through kv_b; absorbed, only the query and the
-result do. DeepSeek-V2-Lite has 16 heads, nope = values = 128 and latent = 512. Behind 1,000 tokens
-a decode step multiplies, in each layer,
+result do. DeepSeek-V2-Lite has 16 heads, nope = values = 128 and latent = 512. For a decode step
+behind 1,000 tokens, kv_b takes this many multiplications in each layer:
 
-    expanded   1,000 tokens x 512 x 16 x (128 + 128) = 2,097 million values
-    absorbed   16 heads x 512 x (128 + 128)          =     2 million values
+    expanded   1,000 tokens x 16 heads x 512 x (128 + 128) = 2,097 million
+    absorbed                  16 heads x 512 x (128 + 128) =     2 million
+
+Attention itself takes more of them absorbed, since latents are wider than keys (12 million more
+here). For a prompt, which has as many queries as keys, expanded is the cheaper form.
 """
 
 from __future__ import annotations
