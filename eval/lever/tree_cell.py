@@ -128,7 +128,7 @@ class TreeCell:
             "tokens_per_s": round(made.tokens_per_s, 4),
             "acceptance_length": round(made.acceptance_length, 3),
             "passes": passes,
-            "rows": round(mean("rows"), 1),
+            "rows": round(mean("nodes"), 1),
             "draft_ms": mean_ms("draft_us"),
             "verify_ms": mean_ms("verify_us"),
             "wait_ms": mean_ms("wait_us"),
