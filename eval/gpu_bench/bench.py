@@ -114,7 +114,7 @@ class Bench:
             scheduler,
             scheduler,
             cache,
-            make_prefetcher(settings.prefetch, scheduler, self.costs),
+            make_prefetcher(settings.prefetch, scheduler),
             round(self.expert_bytes),
         )
 

@@ -104,7 +104,7 @@ def build(
         scheduler,
         scheduler,
         cache,
-        make_prefetcher(settings.prefetch, scheduler, costs),
+        make_prefetcher(settings.prefetch, scheduler),
         header.expert_bytes,
     )
 

@@ -106,7 +106,7 @@ def _controller(
     accelerated = kind != "none"
     decode = make_scheduler(settings.scheduler, costs, accelerated and devices.generate != "cpu")
     prefill = make_scheduler(settings.scheduler, costs, accelerated and devices.prefill != "cpu")
-    prefetcher = make_prefetcher(settings.prefetch, decode, costs) if accelerated else None
+    prefetcher = make_prefetcher(settings.prefetch, decode) if accelerated else None
     staging = staging_slots(sum(quotas))
     return Controller(
         SlotPool(quotas, staging, shared=settings.budget == "shared"),

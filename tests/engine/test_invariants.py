@@ -38,7 +38,7 @@ class TrafficMachine(RuleBasedStateMachine):
         made = make_scheduler(scheduler, costs, True)
         policy = make_cache(cache, LAYERS, EXPERTS, TOP_K, chosen)
         pool = SlotPool([2, 0, 3], staging=4, shared=shared)
-        prefetcher = make_prefetcher(prefetch, made, costs)
+        prefetcher = make_prefetcher(prefetch, made)
         self.controller = Controller(pool, costs, made, made, policy, prefetcher, 100)
         self.held: dict[int, tuple[int, int]] = {}
         self.now_us = 0.0

@@ -73,7 +73,7 @@ def test_score_takes_the_nearest_layer_and_heaviest_load_first() -> None:
 
 
 def test_off_is_none() -> None:
-    assert make_prefetcher("off", SCHEDULER, COSTS) is None
+    assert make_prefetcher("off", SCHEDULER) is None
 
 
 def test_calibrated_impact_weighs_by_confidence_and_the_published_one_does_not() -> None:

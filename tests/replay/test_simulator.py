@@ -56,7 +56,7 @@ def controller(
         scheduler,
         scheduler,
         make_cache(settings.cache, layers, experts, TOP_K, settings),
-        make_prefetcher(settings.prefetch, scheduler, COSTS),
+        make_prefetcher(settings.prefetch, scheduler),
         1000,
     )
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from hybrimoe_plugin.config import PREFETCHERS
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.prefetch.impact import ImpactPrefetcher
 from hybrimoe_plugin.policy.prefetch.prediction import Prefetcher
 from hybrimoe_plugin.policy.prefetch.score import ScorePrefetcher
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler
 
 
-def make_prefetcher(name: str, scheduler: Scheduler, costs: CostModel) -> Prefetcher | None:
+def make_prefetcher(name: str, scheduler: Scheduler) -> Prefetcher | None:
     """The prefetcher of that name, None for `off`.
 
     Raises:

@@ -31,7 +31,7 @@ def make_controller(
         scheduler,
         scheduler,
         make_cache(settings.cache, LAYERS, EXPERTS, TOP_K, settings),
-        make_prefetcher(settings.prefetch, scheduler, costs),
+        make_prefetcher(settings.prefetch, scheduler),
         100,
     )
 

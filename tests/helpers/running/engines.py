@@ -68,7 +68,7 @@ def build(
         scheduler,
         scheduler,
         make_cache(settings.cache, len(weights), spec.experts, spec.top_k, settings),
-        make_prefetcher(settings.prefetch, scheduler, costs),
+        make_prefetcher(settings.prefetch, scheduler),
         spec.expert_bytes,
     )
     cpu = TorchExperts(keep=True)
