@@ -238,7 +238,6 @@ class CudaLayer:
         """The eager layer, with a step's other arguments, on a fixed-address cache."""
         replaced = (*CACHE_NAMES, "position_ids")
         others = {name: value for name, value in kwargs.items() if name not in replaced}
-
         keyword = cache_name(self._eager.module)
 
         def call(hidden: torch.Tensor, cache: FixedCache, embeddings: Any) -> torch.Tensor:

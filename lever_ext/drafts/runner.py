@@ -1,4 +1,4 @@
-"""How a draft's language model is run: through `transformers`, or by a lean loop over its layers.
+"""How a draft's language model is run: through `transformers`, or by a direct loop over its layers.
 
 Both keep KV entries in the order in which tokens were run; attention needs only a mask and
 positions.
@@ -17,7 +17,7 @@ from hybrimoe_plugin.families.family import LayerForm
 from hybrimoe_plugin.families.registry import layer_form
 
 LEAST_CAPACITY = 512
-"""KV entries that the lean loop makes room for at first."""
+"""KV entries that the direct loop makes room for at first."""
 
 
 class Runner(Protocol):
@@ -55,7 +55,7 @@ class Runner(Protocol):
 
 
 def make_runner(model: Any) -> Runner:
-    """The lean loop where it knows the model, else the model itself."""
+    """The direct loop where it knows the model, else the model itself."""
     config = model.config
     plain = config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
     if plain and layer_form(config.model_type) is LayerForm.DENSE:
@@ -64,7 +64,7 @@ def make_runner(model: Any) -> Runner:
 
 
 class HostRunner:
-    """The model's own forward; the lean loop's plain twin."""
+    """The model's own forward; the direct loop's plain twin."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
