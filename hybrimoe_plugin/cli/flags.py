@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.errors import ConfigError
 
 _TRUE = ("true", "yes", "on", "1")
@@ -134,6 +135,28 @@ def add_switch(arguments: Arguments, name: str, help: str, default: bool | None 
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def add_chat_flag(arguments: Arguments, name: str) -> None:
+    """Add a flag that both chats have, ours and the classic one."""
+    options: dict[str, dict[str, Any]] = {
+        "prompt": {"metavar": "TEXT", "help": "answer this prompt and exit"},
+        "prompt_file": {"metavar": "FILE", "help": "file whose text an empty line sends"},
+        "max_new_tokens": {
+            "type": whole(1),
+            "default": 300,
+            "metavar": "N",
+            "help": "longest answer, in tokens",
+        },
+        "seed": {"type": whole(0, SEEDS), "metavar": "N", "help": "seed of the random numbers"},
+        "demo": {
+            "nargs": "?",
+            "const": DEMO_FORMS[0],
+            "choices": DEMO_FORMS,
+            "help": "chat with the demo model, built on first use",
+        },
+    }
+    add_flag(arguments, name, **options[name])
 
 
 def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -6,8 +6,7 @@ import argparse
 
 from hybrimoe_plugin.cli.flags import add_flag, add_model
 from hybrimoe_plugin.cli.imports import import_libraries
-
-DTYPES = ("bfloat16", "float16", "float32")
+from hybrimoe_plugin.config import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "dtype",
         choices=DTYPES,
-        default=DTYPES[0],
+        default="bfloat16",
         help="stored type of the weights (default bfloat16)",
     )
 

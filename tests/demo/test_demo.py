@@ -12,8 +12,9 @@ import torch
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.cache_folder import cache_dir
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
+from hybrimoe_plugin.config import DEMO_FORMS
+from hybrimoe_plugin.demo import FORMS, build_demo_model, source_path
 from hybrimoe_plugin.demo import build as builder
-from hybrimoe_plugin.demo import build_demo_model, source_path
 from hybrimoe_plugin.engine import cpu_choice
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
@@ -31,6 +32,10 @@ try:
     source_path()
 except HybriMoEError as missing:
     pytest.skip(str(missing), allow_module_level=True)
+
+
+def test_the_command_line_offers_every_form() -> None:
+    assert tuple(FORMS) == DEMO_FORMS
 
 
 @pytest.fixture(scope="module")

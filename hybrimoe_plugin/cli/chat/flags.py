@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import SEEDS, add_flag, add_model, add_switch, number, whole
-from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DEMO_FORMS, DTYPES, SAMPLERS
+from hybrimoe_plugin.cli.flags import add_chat_flag, add_flag, add_model, add_switch, number, whole
+from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DTYPES, SAMPLERS
 from hybrimoe_plugin.errors import ConfigError
 
 PIECE = 8192
@@ -30,14 +30,7 @@ def add_model_choice(parser: argparse.ArgumentParser) -> None:
         help="rules file, or name of packaged rules; default: by model family",
     )
     add_switch(group, "trust_rules", "let the rules import classes from any package")
-    add_flag(
-        group,
-        "demo",
-        nargs="?",
-        const=DEMO_FORMS[0],
-        choices=DEMO_FORMS,
-        help="chat with the demo model, built on first use",
-    )
+    add_chat_flag(group, "demo")
     add_flag(
         group,
         "dtype",
@@ -49,16 +42,9 @@ def add_model_choice(parser: argparse.ArgumentParser) -> None:
 
 def add_answers(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what to answer, and how."""
-    add_flag(group, "prompt", metavar="TEXT", help="answer this prompt and exit")
-    add_flag(group, "prompt_file", metavar="FILE", help="file whose text an empty line sends")
-    add_flag(
-        group,
-        "max_new_tokens",
-        type=whole(1),
-        default=300,
-        metavar="N",
-        help="longest answer, in tokens",
-    )
+    add_chat_flag(group, "prompt")
+    add_chat_flag(group, "prompt_file")
+    add_chat_flag(group, "max_new_tokens")
     add_switch(
         group, "do_sample", "sample tokens; default: what the model's generation config says", None
     )
@@ -86,7 +72,7 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="code that filters tokens: flashinfer where it is faster (auto), or transformers",
     )
-    add_flag(group, "seed", type=whole(0, SEEDS), metavar="N", help="seed of the random numbers")
+    add_chat_flag(group, "seed")
     add_switch(group, "force_think", "begin every answer with <think>")
     add_flag(
         group,

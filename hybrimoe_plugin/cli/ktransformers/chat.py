@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import SEEDS, add_flag, add_switch, whole
-from hybrimoe_plugin.config import DEMO_FORMS
+from hybrimoe_plugin.cli.flags import add_chat_flag, add_flag, add_switch, whole
 from hybrimoe_plugin.errors import ConfigError
 
 STOCK = "stock"
@@ -23,19 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--model_path DIR --gguf_path DIR | --demo] [flags]"
     _add_theirs(parser.add_argument_group("flags of ktransformers.local_chat"))
     ours = parser.add_argument_group("flags of HybriMoE")
-    add_flag(ours, "prompt", metavar="TEXT", help="answer this prompt and exit")
-    add_flag(
-        ours,
-        "demo",
-        nargs="?",
-        const=DEMO_FORMS[0],
-        choices=DEMO_FORMS,
-        help="chat with the demo model, built on first use",
-    )
+    add_chat_flag(ours, "prompt")
+    add_chat_flag(ours, "demo")
     add_switch(
         ours, "greedy", "take the likeliest token; kTransformers samples with temperature 0.1"
     )
-    add_flag(ours, "seed", type=whole(0, SEEDS), metavar="N", help="seed of the random numbers")
+    add_chat_flag(ours, "seed")
 
 
 def _add_theirs(group: argparse._ArgumentGroup) -> None:
@@ -49,14 +41,7 @@ def _add_theirs(group: argparse._ArgumentGroup) -> None:
         metavar="YAML",
         help=f"rules file; {STOCK}: kTransformers' own for the model; default: ours for the model",
     )
-    add_flag(
-        group,
-        "max_new_tokens",
-        type=whole(1),
-        default=300,
-        metavar="N",
-        help="longest answer, in tokens",
-    )
+    add_chat_flag(group, "max_new_tokens")
     add_flag(
         group,
         "cpu_infer",
@@ -70,7 +55,7 @@ def _add_theirs(group: argparse._ArgumentGroup) -> None:
         "use CUDA graphs; for kTransformers' own operators only (default off)",
         None,
     )
-    add_flag(group, "prompt_file", metavar="FILE", help="file whose text an empty line sends")
+    add_chat_flag(group, "prompt_file")
     add_flag(
         group,
         "mode",

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_plugin.config import DTYPES
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.hosts.transformers.directory import config_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPE = torch.bfloat16
 
 
@@ -19,7 +19,7 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
     """A dtype by its name; the default for None.
 
     Raises:
-        ConfigError: another name than those of `DTYPES`.
+        ConfigError: another name than those of `config.DTYPES`.
     """
     if dtype is None:
         return DEFAULT_DTYPE
@@ -27,7 +27,8 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
         return dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    return DTYPES[dtype]
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def meta_model(config: Any, dtype: torch.dtype = DEFAULT_DTYPE) -> Any:
