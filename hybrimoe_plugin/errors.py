@@ -4,6 +4,9 @@ A message says what was asked, what was found and what to do. The command line t
 `HybriMoEError` into one line on stderr and exit code 2.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class HybriMoEError(Exception):
     """Base class of every error that this project raises on purpose."""
@@ -53,3 +56,17 @@ class FlashError(HybriMoEError):
 
 class SpeculationError(HybriMoEError):
     """A draft does not fit the target: tokenizer, context length or training state."""
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """The end of a message about a misspelt name: `; did you mean scheduler?`, or nothing.
+
+    Case and the choice between dash and underscore do not count as differences.
+    """
+    plain = {_plain(name): name for name in known}
+    close = get_close_matches(_plain(found), plain, n=1, cutoff=0.6)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
