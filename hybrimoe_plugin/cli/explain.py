@@ -29,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "explain needs a model: give --model_path (its config.json is enough) or --gguf_path"
         )
+    if args.trust_rules and args.rules is None:
+        raise ConfigError(
+            "--trust_rules has no effect: it is about rules of your own: name their file too"
+        )
     import_libraries()
     from hybrimoe_plugin.hosts.transformers.load import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -51,7 +51,9 @@ class Help(argparse.HelpFormatter):
         value = self._format_args(action, action.dest.upper())
         return f"{', '.join(action.option_strings)} {value}"
 
-    def _iter_indented_subactions(self, action: argparse.Action) -> Iterator[argparse.Action]:
+    def _iter_indented_subactions(
+        self, action: argparse.Action
+    ) -> Generator[argparse.Action, None, None]:
         # Commands are not indented below a line that `_format_action` takes away.
         if isinstance(action, argparse._SubParsersAction):
             yield from action._get_subactions()
@@ -109,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
     def _spellings(self) -> list[str]:
         """Every flag that help shows."""
-        found = []
+        found: list[str] = []
         for action in self._actions:
             if action.help != argparse.SUPPRESS:
                 found += action.option_strings

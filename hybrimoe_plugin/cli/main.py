@@ -187,9 +187,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
     return code
 
 
-def _find_command(
-    argv: list[str], commands: Sequence[Command]
-) -> tuple[list[str], Command | None]:
+def _find_command(argv: list[str], commands: Sequence[Command]) -> tuple[list[str], Command | None]:
     """(the arguments with the command's name as the table has it, the command or None).
 
     `help COMMAND` becomes `COMMAND --help`.

@@ -8,6 +8,7 @@ from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError, did_you_mean
 
+
 def device_name(text: str) -> str:
     """The name, if it is that of a device; whether the device exists is not asked.
 

@@ -77,9 +77,7 @@ def cuda_device(name: str) -> torch.device:
     index = int(device_name(name).partition(":")[2] or 0)
     refusal = cuda_refusal()
     if refusal is not None:
-        raise BackendError(
-            f'device {name}: {refusal}; use --device cpu, or in Python device="cpu"'
-        )
+        raise BackendError(f'device {name}: {refusal}; use --device cpu, or in Python device="cpu"')
     count = torch.cuda.device_count()
     if index >= count:
         raise BackendError(f"device {name}: there are {count} CUDA devices, counted from 0")

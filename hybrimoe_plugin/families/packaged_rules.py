@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import RulesError
-from hybrimoe_plugin.families.registry import families
+from hybrimoe_plugin.families.family import LayerForm
+from hybrimoe_plugin.families.registry import families, layer_form
 
 
 def packaged() -> Path:
@@ -37,6 +38,12 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
 def engine_rules(model_type: str) -> Path:
     """Routed experts on CPU and accelerator. Raises: RulesError: none for this model type."""
     offered = {family.model_type: family.rules.engine for family in families()}
+    if layer_form(model_type) is LayerForm.DENSE:
+        raise RulesError(
+            f"no packaged rules for model type {model_type!r}: it is a dense model, which has no "
+            "experts to schedule. Use llama.cpp where it fits into memory; where it does not, make "
+            "a target on flash of it with hybrimoe flash_pack"
+        )
     return _one_of(offered, model_type, f"model type {model_type!r}")
 
 

@@ -78,7 +78,8 @@ def _trust(asked: Asked) -> str | None:
     return "it is about rules of your own: give --rules FILE too, or leave it out"
 
 
-def _prompt_file(asked: Asked) -> str | None:
+def beside_prompt(asked: Asked) -> str | None:
+    """Why what is for a conversation is idle beside a single prompt."""
     if not asked.given("prompt"):
         return None
     return 'a single --prompt is answered without it: write --prompt "$(cat FILE)" instead'
@@ -108,21 +109,21 @@ def _randomness(asked: Asked) -> str | None:
 
 def _cached_experts(asked: Asked) -> str | None:
     """Why no expert is cached."""
-    reason = None
+    reason = None if asked.flash else _without_accelerator(asked)
+    return None if reason is None else f"{reason}; leave it out, or try --device emulated"
+
+
+def _without_accelerator(asked: Asked) -> str | None:
     accelerator = asked.value("accelerator")
-    if asked.flash:
-        return None
     if asked.value("device") == "cpu":
-        reason = "with --device cpu there is no accelerator"
-    elif accelerator == "none":
-        reason = "with --accelerator none there is no accelerator"
-    elif asked.no_cuda is not None and accelerator in (None, "auto"):
-        # Rules of one's own may ask for an emulated one.
-        if not asked.given("device") and not asked.given("optimize_config_path"):
-            reason = f"there is no accelerator here ({asked.no_cuda})"
-    if reason is None:
+        return "with --device cpu there is no accelerator"
+    if accelerator == "none":
+        return "with --accelerator none there is no accelerator"
+    # Rules of one's own may ask for an emulated one.
+    chosen = asked.given("device") or asked.given("optimize_config_path")
+    if asked.no_cuda is None or chosen or accelerator not in (None, "auto"):
         return None
-    return f"{reason}; leave it out, or try --device emulated"
+    return f"there is no accelerator here ({asked.no_cuda})"
 
 
 def _cuda_graphs(asked: Asked) -> str | None:
@@ -148,7 +149,7 @@ def _mrs(asked: Asked) -> str | None:
 IDLE = (
     Idle(("demo",), _demo),
     Idle(("trust_rules",), _trust),
-    Idle(("prompt_file",), _prompt_file),
+    Idle(("prompt_file",), beside_prompt),
     Idle(("mode",), _mode),
     Idle(("temperature",), _temperature),
     Idle(("top_p", "top_k", "min_p"), _filters),
