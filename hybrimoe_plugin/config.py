@@ -124,7 +124,7 @@ class Settings:
     )
     accelerator: str = setting(
         "auto",
-        "device that computes cached experts; to place the other parts too, use device",
+        "device that computes cached experts; --device places the other parts too",
         choices=ACCELERATORS,
     )
     kernels: str = setting(

@@ -136,10 +136,9 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         gguf_path,
         args.optimize_config_path,
         dtype=None if args.dtype == "auto" else args.dtype,
-        device=args.device,
         trust_rules=args.trust_rules,
         progress=sys.stderr.isatty(),
-        **settings,
+        **placed(settings, args.device),
     )
     if tokenizer is None:
         raise ConfigError(

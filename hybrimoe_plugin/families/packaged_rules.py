@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import RulesError
-from hybrimoe_plugin.families.family import LayerForm
-from hybrimoe_plugin.families.registry import families, layer_form
+from hybrimoe_plugin.families.registry import families
 
 
 def packaged() -> Path:
@@ -38,7 +37,7 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
 def engine_rules(model_type: str) -> Path:
     """Routed experts on CPU and accelerator. Raises: RulesError: none for this model type."""
     offered = {family.model_type: family.rules.engine for family in families()}
-    if layer_form(model_type) is LayerForm.DENSE:
+    if any(family.is_dense for family in families() if family.model_type == model_type):
         raise RulesError(
             f"no packaged rules for model type {model_type!r}: it is a dense model, which has no "
             "experts to schedule. Use llama.cpp where it fits into memory; where it does not, make "

@@ -86,7 +86,6 @@ def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
         "gguf_path": "g",
         "rules": "r.yaml",
         "dtype": None,
-        "device": None,
         "trust_rules": False,
         "progress": sys.stderr.isatty(),
         "cpu_threads": 3,
@@ -119,7 +118,7 @@ def test_given_settings_only_are_passed_on(seen: Recorder) -> None:
     flags = "--device emulated --scheduler static --cache_ratio 0.5 --prefetch off"
     assert chat(f"--gguf_path g {flags}") == 0
     given = {"scheduler": "static", "cache_ratio": 0.5, "prefetch": "off"}
-    assert seen.load["device"] == "emulated"
+    assert seen.load["accelerator"] == "emulated"
     assert {key: seen.load[key] for key in seen.load if key in given} == given
     assert "cache" not in seen.load
 

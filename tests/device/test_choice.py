@@ -67,11 +67,24 @@ def test_a_missing_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_is_placed_by_the_device(tmp_path: Path) -> None:
     path = tiny.write(tmp_path, "mixtral")
     options = {"dtype": "float32", "cpu_backend": "torch", "progress": False}
-    model, _ = load_model(gguf_path=path, device="cpu", **options)
+    model, _ = load_model(gguf_path=path, **placed(options, "cpu"))
     assert {experts.generate_device for experts in experts_operators(model)} == {"cpu"}
     assert all(engine.accelerator is None for engine in model.hybrimoe.engines)
-    model, _ = load_model(gguf_path=path, device="emulated", cache_ratio=0.5, **options)
+    model, _ = load_model(gguf_path=path, **placed({**options, "cache_ratio": 0.5}, "emulated"))
     assert model.hybrimoe.emulated
-    # Before the file is read: this one does not exist.
-    with pytest.raises(ConfigError, match="contradict"):
-        load_model(gguf_path=tmp_path / "none", device="cpu", accelerator="emulated")
+
+
+def test_a_model_is_placed_on_a_device_that_is_not_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, torch.device]] = []
+
+    def made(kind: str, device: torch.device, _kernels: str) -> None:
+        asked.append((kind, device))
+        raise BackendError("far enough")
+
+    monkeypatch.setattr("hybrimoe_plugin.engine.assemble.make_accelerator", made)
+    path = tiny.write(tmp_path, "mixtral")
+    with pytest.raises(BackendError, match="far enough"):
+        load_model(gguf_path=path, progress=False, **placed({}, "cuda:1"))
+    assert asked == [("cuda", torch.device("cuda:1"))]

@@ -12,8 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hybrimoe_plugin.decode.connect import connect_layers
-from hybrimoe_plugin.device.choice import placed
-from hybrimoe_plugin.device.machine import cuda_device, cuda_refusal
+from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes
 from hybrimoe_plugin.engine.turns import Turns, take_turns
 from hybrimoe_plugin.errors import BudgetError, ConfigError, WeightsError
@@ -49,7 +48,6 @@ def load_model(
     rules: str | Path | None = None,
     *,
     dtype: torch.dtype | str | None = None,
-    device: str | None = None,
     trust_rules: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -65,8 +63,6 @@ def load_model(
             family.
         dtype: of the dense weights and activations; default float32 where dense matrices stay as
             stored, else bfloat16.
-        device: where cached experts and the dense part are computed: `cuda`, `cuda:N`, `cpu` or
-            `emulated`. It overrides the rules, which usually take the first CUDA device if any.
         trust_rules: let rules import operators from any package.
         progress: show bars on stderr while loading and calibrating.
         settings: fields of `hybrimoe_plugin.config.Settings`; they override the rules' kwargs.
@@ -79,9 +75,6 @@ def load_model(
     Raises:
         HybriMoEError: one of its kinds, before anything is half done.
     """
-    settings = placed(settings, device)
-    if device is not None and settings["accelerator"] == "cuda":
-        cuda_device(device)
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)

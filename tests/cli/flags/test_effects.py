@@ -322,7 +322,7 @@ def test_flags_of_ktransformers_have_their_effect(
 ) -> None:
     assert main(["local_chat", "--demo", *flags.split()]) == 0
     _, given = recorder.seen["load"]
-    usual = ("dtype", "device", "trust_rules", "progress")
+    usual = ("dtype", "trust_rules", "progress")
     assert {name: value for name, value in given.items() if name not in usual} == settings
 
 
