@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if settings.accelerator == "cuda":
         from hybrimoe_plugin.device.machine import cuda_device
 
-        cuda_device("cuda")  # refused before the demo model is built
+        # Refused before the demo model is built.
+        cuda_device("cuda", instead="--accelerator none")
     gguf_path = args.gguf_path or args.model_path
     if gguf_path is None:
         from hybrimoe_plugin.cli.models import demo_gguf

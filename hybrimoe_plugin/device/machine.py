@@ -67,8 +67,11 @@ def cuda_refusal() -> str | None:
     return None
 
 
-def cuda_device(name: str) -> torch.device:
+def cuda_device(name: str, instead: str = "--device cpu") -> torch.device:
     """The CUDA device of a name, `cuda` or `cuda:N`.
+
+    Args:
+        instead: what the message tells to use where there is no CUDA.
 
     Raises:
         ConfigError: no such name.
@@ -77,7 +80,7 @@ def cuda_device(name: str) -> torch.device:
     index = int(device_name(name).partition(":")[2] or 0)
     refusal = cuda_refusal()
     if refusal is not None:
-        raise BackendError(f'device {name}: {refusal}; use --device cpu, or in Python device="cpu"')
+        raise BackendError(f"device {name}: {refusal}; use {instead}")
     count = torch.cuda.device_count()
     if index >= count:
         raise BackendError(f"device {name}: there are {count} CUDA devices, counted from 0")

@@ -213,6 +213,7 @@ def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
         ("--draft lowbit", "no such file; did you mean low-bit?"),
         ("--draft gone/small.gguf", "there is no such file"),
         ("--early_exit gone", "there is no early-exit predictor of this name"),
+        ("--flash_pack p --throttle nvem", "found 'nvem'; did you mean nvme?"),
         ("--dram_budget much", "--dram_budget: expected a size"),
         ("--prompt_file /nonexistent", "cannot read the prompt file"),
         ("--prompt=", "--prompt is empty"),
