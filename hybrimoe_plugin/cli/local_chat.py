@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     idle = (*flash.IDLE, *effects.IDLE)
     effects.refuse_idle(asked, idle)
     if not asked.flash:
-        placed(settings, args.device)
+        settings = placed(settings, args.device)
     sampling = flags.sampling(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -138,7 +138,7 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         dtype=None if args.dtype == "auto" else args.dtype,
         trust_rules=args.trust_rules,
         progress=sys.stderr.isatty(),
-        **placed(settings, args.device),
+        **settings,
     )
     if tokenizer is None:
         raise ConfigError(
