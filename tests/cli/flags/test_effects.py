@@ -7,6 +7,7 @@ from the one without it.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -123,11 +124,28 @@ class Recorder:
 
     def chat(self, _model: Any, _tokenizer: Any, options: Any, *_: Any, **__: Any) -> Any:
         self.seen["options"] = options
-        return SimpleNamespace(answer=self.note("answer", True), loop=self.note("loop"))
+        self.seen["chat"] = found = _Chat()
+        return found
+
+    def converse(self, args: argparse.Namespace, _chat: Any, *rest: Any) -> int:
+        prompt = [value for value in rest if isinstance(value, str)]
+        self.seen["conversation"] = (args.prompt_file, prompt)
+        return 0
 
     def records(self, *paths: Any) -> Any:
         self.seen["records"] = paths
         return _Records()
+
+
+class _Chat:
+    """A chat whose settings and questions are its text."""
+
+    def answer(self, prompt: str) -> bool:
+        self.prompt = prompt
+        return True
+
+    def __repr__(self) -> str:
+        return repr(vars(self))
 
 
 class _Records:
@@ -147,14 +165,18 @@ def _plain(value: Any) -> bool:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    for package in ("hybrimoe_plugin", "lever_ext"):
+        logger = logging.getLogger(package)
+        monkeypatch.setattr(logger, "level", logger.level)  # which flags change
     found = Recorder()
-    model = SimpleNamespace()
+    model = SimpleNamespace(hybrimoe=SimpleNamespace(engines=()))
     host = ModuleType("hybrimoe_plugin.hosts.transformers")
     vars(host)["load_model"] = found.note("load", (model, "tokenizer"))
     monkeypatch.setitem(sys.modules, host.__name__, host)
     monkeypatch.setattr(models, "demo_gguf", found.note("demo", "demo.gguf"))
     monkeypatch.setattr(conversation, "Chat", found.chat)
     monkeypatch.setattr(local_chat, "Records", found.records)
+    monkeypatch.setattr(local_chat, "_converse", found.converse)
     # As on a machine with a GPU.
     monkeypatch.setattr(machine, "cuda_device", found.note("checked"))
     monkeypatch.setattr(machine, "cuda_refusal", lambda: None)
@@ -322,7 +344,7 @@ def test_flags_of_ktransformers_have_their_effect(
 ) -> None:
     assert main(["local_chat", "--demo", *flags.split()]) == 0
     _, given = recorder.seen["load"]
-    usual = ("dtype", "trust_rules", "progress")
+    usual = ("dtype", "trust_rules", "progress", "require_tokenizer")
     assert {name: value for name, value in given.items() if name not in usual} == settings
 
 
