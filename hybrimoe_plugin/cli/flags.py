@@ -127,6 +127,18 @@ class Parser(argparse.ArgumentParser):
             f"{did_you_mean(str(value), choices)}",
         )
 
+    def shorten_usage(self) -> None:
+        """Let the usage show what must be given, and `[flags]` for the rest. Mutates."""
+        needed = []
+        for action in self._actions:
+            value = str(action.metavar)
+            if not action.option_strings and not isinstance(action, argparse._SubParsersAction):
+                some = {"?": f"[{value}]", "*": f"[{value} ...]"}
+                needed.append(some.get(str(action.nargs), value))
+            elif action.required:
+                needed.append(f"{action.option_strings[0]} {value}")
+        self.usage = " ".join(("%(prog)s", *needed, "[flags]"))
+
     def shorten_help(self, common: Collection[str]) -> None:
         """Let `--help` show these flags only, and `--help_all` every flag."""
         shown = {*common, "help", "help_all", "verbose"}

@@ -226,6 +226,8 @@ def _add_arguments(parser: Parser, module: Any) -> None:
     if common is not None:
         parser.shorten_help(common)
     module.add_arguments(parser)
+    if parser.usage is None:
+        parser.shorten_usage()
 
 
 def _add_verbose(parser: Parser, default: Any) -> None:

@@ -141,7 +141,7 @@ def test_a_command_is_run_somewhere(command: Command, monkeypatch: pytest.Monkey
         runner = next(RUN_BY[name] for name in RUN_BY if dashed(name) == dashed(command.program))
         name = re.split(r"[ /.]", command.program.removesuffix(".py"))[-1]
         text = (ROOT / runner).read_text(encoding="utf-8")
-        assert name in text or name.replace("_", "-") in text
+        assert name in text or dashed(name) in text
         check_arguments(command, monkeypatch)
 
 
@@ -153,8 +153,8 @@ def test_a_command_in_the_text_is_one(command: Command, monkeypatch: pytest.Monk
     elif any(word.startswith("-") for word in words[2:]) and words[1] != "-m":
         check_arguments(command, monkeypatch)
     elif words[0] == "hybrimoe":
-        names = {name.name for name in COMMANDS}
-        assert words[1].replace("-", "_") in names or words[1] in ("--help", "help")
+        names = {dashed(name.name) for name in COMMANDS}
+        assert dashed(words[1]) in names or words[1] in ("--help", "help")
     elif words[1] != "-m":
         assert (ROOT / words[1]).exists()
 

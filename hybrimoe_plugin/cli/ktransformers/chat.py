@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.cli.chat.effects import Asked, Idle, beside_prompt, refuse_idle
+from hybrimoe_plugin.cli.chat.flags import MODES
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import add_chat_flag, add_flag, add_switch, whole
 from hybrimoe_plugin.errors import ConfigError
@@ -60,7 +61,7 @@ def _add_theirs(group: argparse._ArgumentGroup) -> None:
     add_flag(
         group,
         "mode",
-        metavar="MODE",
+        choices=MODES,
         help="normal, or long_context where kTransformers was compiled",
     )
     add_switch(group, "force_think", "begin every answer with <think>")

@@ -77,7 +77,7 @@ def test_help_of_every_command_is_short_and_narrow(
 
 
 VALUES = re.compile(
-    r"N|BYTES|FILE|DIR|PATH|TEXT|YAML|RULES|DEVICE|MODE|NAME\|FILE|NAME\|GB/s|True\|False"
+    r"N|BYTES|FILE|DIR|PATH|TEXT|YAML|RULES|DEVICE|KIND|NAME\|FILE|NAME\|GB/s|True\|False"
     r"|[\d.]+\.\.[\d.]+"
 )
 """What help calls the values of flags."""
@@ -100,3 +100,18 @@ def test_help_reads_well_on_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "80")
     lines = shown(capsys, *command.split(), "--help")
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("explain", "[RULES] [flags]"),
+        ("flash_pack", "--output DIR [flags]"),
+        ("doctor", "[flags]"),
+        ("local_chat", "[--gguf_path PATH] [--prompt TEXT] [flags]"),
+    ],
+)
+def test_usage_shows_what_must_be_given(
+    command: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(capsys, command, "--help")[0] == f"usage: hybrimoe {command} {usage}"
