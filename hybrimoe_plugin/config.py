@@ -35,7 +35,7 @@ COLDEST_TEMPERATURE = 1e-4
 """Temperatures below this mean greedy decoding: scores divided by less may not be finite."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmg]i?)?b?\s*$", re.IGNORECASE)
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
@@ -122,7 +122,11 @@ class Settings:
     cpu_threads: int | None = setting(
         None, "threads that compute experts; default: measured", low=1, high=1024
     )
-    accelerator: str = setting("auto", "device that computes cached experts", choices=ACCELERATORS)
+    accelerator: str = setting(
+        "auto",
+        "device that computes cached experts; --device places the other parts too",
+        choices=ACCELERATORS,
+    )
     kernels: str = setting(
         "auto",
         "kernels that compute cached experts: fused Triton kernels or torch operations",

@@ -158,8 +158,6 @@ def _value(action: argparse.Action) -> str:
         return _codes(action.choices)
     if not action.option_strings:
         return ""
-    if action.metavar == "X":
-        return "number"
     return _escaped(str(action.metavar))
 
 

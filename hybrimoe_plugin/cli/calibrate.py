@@ -34,7 +34,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure, store the profile where the engine looks for it, and show the numbers."""
     settings = Settings.of(given_settings(args))
     import_libraries()
-    gguf_path = args.gguf_path
+    if settings.accelerator == "cuda":
+        from hybrimoe_plugin.device.machine import cuda_device
+
+        # Refused before the demo model is built.
+        cuda_device("cuda", instead="--accelerator none")
+    gguf_path = args.gguf_path or args.model_path
     if gguf_path is None:
         from hybrimoe_plugin.cli.models import demo_gguf
 

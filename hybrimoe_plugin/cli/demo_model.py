@@ -1,4 +1,4 @@
-"""`hybrimoe demo-model`: build the demo model and print its path."""
+"""`hybrimoe demo_model`: build the demo model and print its path."""
 
 from __future__ import annotations
 

@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table: module, operator, device, rule."""
+    if args.trust_rules and args.rules is None:
+        raise ConfigError(
+            "--trust_rules has no effect: it is about rules of your own: name their file too"
+        )
     if args.model_path is None and args.gguf_path is None:
         raise ConfigError(
             "explain needs a model: give --model_path (its config.json is enough) or --gguf_path"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from hybrimoe_plugin.config import DEMO_FORMS
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.config import DEMO_FORMS, parse_bytes
+from hybrimoe_plugin.device.choice import device_name
+from hybrimoe_plugin.errors import ConfigError, did_you_mean
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -50,16 +51,93 @@ class Help(argparse.HelpFormatter):
         value = self._format_args(action, action.dest.upper())
         return f"{', '.join(action.option_strings)} {value}"
 
+    def _iter_indented_subactions(
+        self, action: argparse.Action
+    ) -> Generator[argparse.Action, None, None]:
+        # Commands are not indented below a line that `_format_action` takes away.
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action._get_subactions()
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # The list of commands, without a line for the word "command" above it.
+            return text.partition("\n")[2]
+        return text
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser that formats help as above and raises ConfigError for wrong arguments."""
+    """A parser that formats help as above and raises ConfigError for wrong arguments.
+
+    Attributes:
+        synonyms: name of a flag in another program -> ours, both without dashes; for suggestions.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options.setdefault("formatter_class", Help)
         super().__init__(*args, **options)
+        self.synonyms: Mapping[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} ({self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but nothing unknown is handed back: the command that finds it refuses it.
+
+        So the message can name the nearest flag of that command.
+        """
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._about(unknown))
+        return found, unknown
+
+    def _about(self, unknown: Sequence[str]) -> str:
+        """The message for arguments that are none."""
+        flags = [word for word in unknown if word.startswith("-")]
+        if not flags:
+            return f"{unknown[0]!r} belongs to no flag{self._flag_for(unknown[0])}"
+        name = flags[0].partition("=")[0]
+        same = self.synonyms.get(name.lstrip("-"))
+        if same is not None:
+            return f"there is no flag {name}; did you mean --{same}?"
+        return f"there is no flag {name}{did_you_mean(name, self._spellings())}"
+
+    def _flag_for(self, value: str) -> str:
+        """The end of a message about a value without a flag: the flag that it may be meant for."""
+        for name, fits in (("gguf_path", value.endswith(".gguf")), ("prompt", " " in value)):
+            if fits and f"--{name}" in self._spellings():
+                return f"; did you mean --{name} {value!r}?"
+        return ""
+
+    def _spellings(self) -> list[str]:
+        """Every flag that help shows."""
+        found: list[str] = []
+        for action in self._actions:
+            if action.help != argparse.SUPPRESS:
+                found += action.option_strings
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        raise argparse.ArgumentError(
+            action,
+            f"expected one of {', '.join(choices)}, found {str(value)!r}"
+            f"{did_you_mean(str(value), choices)}",
+        )
+
+    def shorten_usage(self) -> None:
+        """Let the usage show what must be given, and `[flags]` for the rest. Mutates."""
+        needed = []
+        for action in self._actions:
+            value = str(action.metavar)
+            if not action.option_strings and not isinstance(action, argparse._SubParsersAction):
+                some = {"?": f"[{value}]", "*": f"[{value} ...]"}
+                needed.append(some.get(str(action.nargs), value))
+            elif action.required:
+                needed.append(f"{action.option_strings[0]} {value}")
+        self.usage = " ".join(("%(prog)s", *needed, "[flags]"))
 
     def shorten_help(self, common: Collection[str]) -> None:
         """Let `--help` show these flags only, and `--help_all` every flag."""
@@ -108,8 +186,7 @@ def add_flag(arguments: Arguments, name: str, *aliases: str, **options: Any) -> 
     if default not in (None, False, argparse.SUPPRESS) and "default" not in help:
         options["help"] = f"{help} (default {default})"
     # argparse would name the value after the flag, in capitals.
-    if "choices" not in options and "action" not in options:
-        options.setdefault("metavar", "X")
+    assert "choices" in options or "action" in options or "metavar" in options, name
     options.setdefault("dest", name)
     spellings = [f"--{word}" for word in (name, *aliases)]
     arguments.add_argument(*spellings, **options)
@@ -141,7 +218,10 @@ def add_chat_flag(arguments: Arguments, name: str) -> None:
     """Add a flag that both chats have, ours and the classic one."""
     options: dict[str, dict[str, Any]] = {
         "prompt": {"metavar": "TEXT", "help": "answer this prompt and exit"},
-        "prompt_file": {"metavar": "FILE", "help": "file whose text an empty line sends"},
+        "prompt_file": {
+            "metavar": "FILE",
+            "help": "file whose text an empty line sends, in a conversation",
+        },
         "max_new_tokens": {
             "type": whole(1),
             "default": 300,
@@ -200,6 +280,23 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def size(text: str) -> str:
+    """A number of bytes such as 1GiB, as it was typed; whoever uses it turns it into a number."""
+    try:
+        parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("size: ")) from None
+    return text
+
+
+def device(text: str) -> str:
+    """The name of a device; whether there is such a device is checked later."""
+    try:
+        return device_name(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
 
 
 def number(low: float, high: float) -> Callable[[str], float]:

@@ -6,24 +6,28 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from hybrimoe_plugin.cli.chat import flags
+from hybrimoe_plugin.cli.chat import effects, flags
 from hybrimoe_plugin.cli.chat.records import Records
 from hybrimoe_plugin.cli.console import notice
+from hybrimoe_plugin.cli.flags import Parser
 from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.cli.main import FLASH_CHAT, INTERRUPTED, find_module
 from hybrimoe_plugin.cli.reading import read_prompt_file, well_formed
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
 from hybrimoe_plugin.config import DEMO_FORMS
+from hybrimoe_plugin.device.choice import placed
 from hybrimoe_plugin.errors import ConfigError
 
 COMMON = (
-    *("gguf_path", "model_path", "rules", "demo"),
+    *("gguf_path", "model_path", "rules", "demo", "device"),
     *("prompt", "prompt_file", "max_new_tokens", "greedy", "temperature", "top_p", "seed"),
-    *("cache_ratio", "cache_bytes", "accelerator", "cpu_threads", "context"),
+    *("cache_ratio", "cache_bytes", "cpu_threads", "context"),
     *("scheduler", "cache", "prefetch"),
-    *("flash_pack", "draft", "dram_budget", "device"),
+    *("flash_pack", "draft", "dram_budget"),
 )
 """Flags that most people need: `--help` shows these, `--help_all` shows all."""
 
@@ -31,6 +35,8 @@ COMMON = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags; without a model the chat is with the demo model."""
     parser.usage = "%(prog)s [--gguf_path PATH] [--prompt TEXT] [flags]"
+    if isinstance(parser, Parser):
+        parser.synonyms = flags.SYNONYMS
     flags.add_model_choice(parser)
     flags.add_answers(parser.add_argument_group("answers"))
     add_settings(parser)
@@ -41,33 +47,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, then answer one prompt or talk until /exit."""
+    flash = find_module(FLASH_CHAT)
+    asked = effects.Asked(args, flash.is_selected(args))
     settings = _settings(args)
+    idle = (*flash.IDLE, *effects.IDLE)
+    effects.refuse_idle(asked, idle)
+    if not asked.flash:
+        settings = placed(settings, args.device)
     sampling = flags.sampling(args)
-    flags.explain_ignored(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_libraries()
-    if find_module(FLASH_CHAT).is_selected(args):
-        return _talk_flash(args, settings, sampling, prompt)
+    _check_machine(asked, settings, idle)
+    flags.fill_in(args)
+    if asked.flash:
+        return _talk_flash(args, sampling, prompt)
     with Records(args.timeline, args.record_trace) as records:
         model, tokenizer = _load(args, settings)
         return _talk(args, model, tokenizer, sampling, prompt, records)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's settings, also those that have kTransformers' names."""
     settings = given_settings(args)
     if args.cpu_infer is not None:
-        threads = settings.setdefault("cpu_threads", args.cpu_infer)
-        if threads != args.cpu_infer:
-            raise ConfigError(
-                f"--cpu_infer {args.cpu_infer} and --cpu_threads {threads} differ: give one"
-            )
-    if args.demo is not None and (args.model_path or args.gguf_path):
-        raise ConfigError(
-            "--demo names the demo model and --model_path or --gguf_path another one: give one of "
-            "them"
-        )
+        _same_as(settings, "cpu_threads", args.cpu_infer, f"--cpu_infer {args.cpu_infer}")
+    if args.use_cuda_graph is not None:
+        graphs = "auto" if args.use_cuda_graph else "off"
+        _same_as(settings, "graphs", graphs, f"--use_cuda_graph {args.use_cuda_graph}")
     return settings
+
+
+def _same_as(settings: dict[str, Any], name: str, value: Any, typed: str) -> None:
+    """Set what a flag of kTransformers asks for. Raises: ConfigError: ours asks for another."""
+    found = settings.setdefault(name, value)
+    if found != value:
+        raise ConfigError(f"{typed} and --{name} {found} differ: give one of them")
+
+
+def _check_machine(
+    asked: effects.Asked, settings: dict[str, Any], idle: Sequence[effects.Idle]
+) -> None:
+    """Refuse what this machine does not have, before anything is built or read.
+
+    Raises:
+        BackendError: there is no such device.
+        ConfigError: flags that would need one.
+    """
+    from hybrimoe_plugin.device.machine import cuda_device, cuda_refusal
+
+    device = asked.args.device
+    if device is None and settings.get("accelerator") == "cuda":
+        device = "cuda"
+    if device is not None and device.startswith("cuda"):
+        cuda_device(device)
+    effects.refuse_idle(replace(asked, no_cuda=cuda_refusal()), idle)
 
 
 def _one_shot(args: argparse.Namespace) -> str | None:
@@ -152,18 +186,12 @@ def _on_cpu_alone(model: Any) -> bool:
     return bool(engines) and all(engine.accelerator is None for engine in engines)
 
 
-def _talk_flash(
-    args: argparse.Namespace, settings: dict[str, Any], sampling: dict[str, Any], prompt: str | None
-) -> int:
+def _talk_flash(args: argparse.Namespace, sampling: dict[str, Any], prompt: str | None) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
     from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
 
-    if settings or args.timeline or args.record_trace:
-        raise ConfigError(
-            "a target on flash has no engine: leave out the flags for the engine and for records"
-        )
     if not args.verbose:
         transformers_logging.set_verbosity_error()
     flash = find_module(FLASH_CHAT).load(args)

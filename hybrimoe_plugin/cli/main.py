@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -15,7 +16,7 @@ from typing import Any
 
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.flags import Parser, underscored
-from hybrimoe_plugin.errors import ConfigError, HybriMoEError
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Command:
 COMMANDS = (
     Command(
         "local_chat",
-        "chat with a model whose experts HybriMoE schedules",
+        "chat with a model; without one, with a small demo model",
         "hybrimoe_plugin.cli.local_chat",
     ),
     Command(
@@ -53,11 +54,11 @@ COMMANDS = (
         "calibrate", "measure this machine for a model's experts", "hybrimoe_plugin.cli.calibrate"
     ),
     Command(
-        "demo-model", "build the demo model and print its path", "hybrimoe_plugin.cli.demo_model"
+        "demo_model", "build the demo model and print its path", "hybrimoe_plugin.cli.demo_model"
     ),
-    Command("flash-pack", "pack a model for direct reads from flash", "lever_ext.cli.flash_pack"),
+    Command("flash_pack", "pack a model for direct reads from flash", "lever_ext.cli.flash_pack"),
     Command(
-        "lever-train",
+        "lever_train",
         "train the early-exit predictor of a packed model",
         "lever_ext.cli.lever_train",
     ),
@@ -82,6 +83,9 @@ COMMANDS = (
         "hybrimoe_plugin.cli.ktransformers.patches",
     ),
 )
+
+_OWN_FLAGS = ("-h", "--help", "--version", "-v", "--verbose")
+"""What may come before a command."""
 
 FLASH_CHAT = "lever_ext.cli.chat"
 """The part of `local_chat` for targets on flash. Its module has `add_arguments(parser)`,
@@ -150,38 +154,86 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
     logging.basicConfig(format="hybrimoe: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    parser = Parser(prog="hybrimoe", description=_DESCRIPTION, allow_abbrev=False)
+    parser = Parser(
+        prog="hybrimoe",
+        usage="%(prog)s COMMAND [flags]",
+        description=_DESCRIPTION,
+        epilog="hybrimoe help COMMAND shows the flags of a command.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"hybrimoe {__version__}")
-    table = parser.add_subparsers(dest="command", metavar="command", title="commands")
-    place = next((at for at, word in enumerate(argv) if not word.startswith("-")), None)
-    wanted = None if place is None else argv[place].replace("-", "_")
-    chosen = None
+    _add_verbose(parser, False)
+    table = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", prog="hybrimoe"
+    )
+    argv, chosen = _find_command(argv, commands)
+    module = None
     for command in commands:
         about = f"{_capitalised(command.help)}."
         sub = table.add_parser(
             command.name, help=command.help, description=about, allow_abbrev=False
         )
-        if place is not None and wanted == command.name.replace("-", "_"):
-            argv[place] = command.name  # written with either dash
+        if command is chosen:
             # Only the chosen module is imported: some import rich, and torch when they run.
-            chosen = find_module(command.module)
-            _add_arguments(sub, chosen)
+            module = find_module(command.module)
+            _add_arguments(sub, module)
     args = parser.parse_args(underscored(argv))
-    if chosen is None:
+    if module is None:
         parser.print_help()
         return BAD_INPUT if argv else 0
     if args.verbose:
         logging.getLogger("hybrimoe_plugin").setLevel(logging.INFO)
-    code: int = chosen.run(args)
+    code: int = module.run(args)
     return code
 
 
+def _find_command(argv: list[str], commands: Sequence[Command]) -> tuple[list[str], Command | None]:
+    """(the arguments with the command's name as the table has it, the command or None).
+
+    `help COMMAND` becomes `COMMAND --help`.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    place = next((at for at, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    before, after = argv[:place], argv[place + 1 :]
+    foreign = [flag for flag in before if flag not in _OWN_FLAGS]
+    if foreign:
+        flag = foreign[0].partition("=")[0]
+        raise ConfigError(
+            f"{flag} is no flag of hybrimoe itself: flags come after a command, as in hybrimoe "
+            f"local_chat {flag} ... (hybrimoe --help lists the commands)"
+        )
+    if place == len(argv):
+        return argv, None
+    word = argv[place]
+    if word == "help":
+        return _find_command([*before, *after, "--help"], commands)
+    for command in commands:
+        # Written with either dash.
+        if word.replace("-", "_") == command.name.replace("-", "_"):
+            return [*before, command.name, *after], command
+    names = [command.name for command in commands]
+    raise ConfigError(
+        f"there is no command {word!r}{did_you_mean(word, names)} (hybrimoe --help lists them)"
+    )
+
+
 def _add_arguments(parser: Parser, module: Any) -> None:
-    parser.add_argument("-v", "--verbose", action="store_true", help="print more details")
+    # No default: it would take the place of what was given before the command.
+    _add_verbose(parser, argparse.SUPPRESS)
     common = getattr(module, "COMMON", None)
     if common is not None:
         parser.shorten_help(common)
     module.add_arguments(parser)
+    if parser.usage is None:
+        parser.shorten_usage()
+
+
+def _add_verbose(parser: Parser, default: Any) -> None:
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", default=default, help="print more details"
+    )
 
 
 def _capitalised(text: str) -> str:
@@ -189,8 +241,8 @@ def _capitalised(text: str) -> str:
 
 
 _DESCRIPTION = (
-    "Run mixture-of-experts models whose experts are shared between CPU and accelerator; "
-    "operators are injected by kTransformers-style rules."
+    "Chat with mixture-of-experts models that are larger than the GPU's memory: each layer's work "
+    "is shared between GPU and CPU."
 )
 
 

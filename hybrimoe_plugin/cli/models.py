@@ -41,7 +41,8 @@ def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
     layers = [int(found[1]) for found in names if found is not None]
     if not layers:
         raise WeightsError(
-            f"{store.paths[0]}: no routed experts in this file; HybriMoE is for MoE models"
+            f"{store.paths[0]}: no routed experts in this file: it is a dense model, for which "
+            "llama.cpp suits better"
         )
     experts, intermediate = expert_counts(config)
     return layer_weights(

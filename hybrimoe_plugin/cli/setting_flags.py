@@ -86,17 +86,20 @@ def _add(arguments: Arguments, item: Field[Any], about: str) -> None:
 
 def _metavar(item: Field[Any]) -> str:
     if item.name.endswith("_bytes"):
-        return "SIZE"
+        return "BYTES"
     if str(item.type).startswith("str"):
-        return "NAME"
-    return "N" if str(item.type).startswith("int") else "X"
+        return "NAME|FILE"
+    if str(item.type).startswith("int"):
+        return "N"
+    return f"{item.metadata['low']:g}..{item.metadata['high']:g}"
 
 
 def _range(item: Field[Any]) -> str:
     low = item.metadata.get("low")
     high = item.metadata.get("high")
     if high is not None:
-        return f"{low:g} to {high:g}"
+        # The value of a flag for fractions is called 0..1 already.
+        return f"{low:g} to {high:g}" if str(item.type).startswith("int") else ""
     return f"at least {low:g}" if low else ""
 
 

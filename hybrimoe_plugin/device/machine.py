@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from hybrimoe_plugin.device.choice import device_name
+from hybrimoe_plugin.errors import BackendError
+
 _COMPUTING_PACKAGES = ("torch", "kt-kernel", "ktransformers-hybrimoe")
 
 
@@ -62,3 +65,23 @@ def cuda_refusal() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
+
+
+def cuda_device(name: str, instead: str = "--device cpu") -> torch.device:
+    """The CUDA device of a name, `cuda` or `cuda:N`.
+
+    Args:
+        instead: what the message tells to use where there is no CUDA.
+
+    Raises:
+        ConfigError: no such name.
+        BackendError: CUDA cannot be used here, or there are fewer devices.
+    """
+    index = int(device_name(name).partition(":")[2] or 0)
+    refusal = cuda_refusal()
+    if refusal is not None:
+        raise BackendError(f"device {name}: {refusal}; use {instead}")
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise BackendError(f"device {name}: there are {count} CUDA devices, counted from 0")
+    return torch.device("cuda", index)

@@ -77,9 +77,10 @@ def family_of_file(facts: Facts) -> Family:
     ]
     if not candidates:
         known = {name for family in families() for name in family.architectures}
+        dense = "" if facts.get("expert_count", 0) else "; it is a dense model, so use llama.cpp"
         raise WeightsError(
             f"{facts.where}: GGUF architecture {facts.architecture!r} is not supported; "
-            f"supported are {', '.join(sorted(known))}"
+            f"supported are {', '.join(sorted(known))}{dense}"
         )
     for family in candidates:
         if family.holds(facts):

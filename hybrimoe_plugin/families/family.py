@@ -77,3 +77,8 @@ class Family:
     """Form of its decoder layers; None where they are only ever called as modules."""
     usual_split: str | None = None
     """How its tokenizers split text where a file does not say (`tokenizer.ggml.pre`)."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its layers are known to have no routed experts."""
+        return self.layers is LayerForm.DENSE

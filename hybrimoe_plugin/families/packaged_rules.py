@@ -37,6 +37,12 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
 def engine_rules(model_type: str) -> Path:
     """Routed experts on CPU and accelerator. Raises: RulesError: none for this model type."""
     offered = {family.model_type: family.rules.engine for family in families()}
+    if any(family.is_dense for family in families() if family.model_type == model_type):
+        raise RulesError(
+            f"no packaged rules for model type {model_type!r}: it is a dense model, which has no "
+            "experts to schedule. Use llama.cpp where it fits into memory; where it does not, make "
+            "a target on flash of it with hybrimoe flash_pack"
+        )
     return _one_of(offered, model_type, f"model type {model_type!r}")
 
 

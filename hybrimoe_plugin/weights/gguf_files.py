@@ -11,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.files import open_regular
+from hybrimoe_plugin.weights.gguf_advice import about_folder, about_missing
 
 IN_USE = "the weights file was changed while it is in use; load the model again"
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -63,7 +64,8 @@ def map_file(path: Path) -> tuple[BinaryIO, mmap.mmap]:
         raise WeightsError(f"{path}: the file is empty") from None
     except OSError as error:
         reason = error.strerror or error
-        raise WeightsError(f"{path}: cannot open the weights file ({reason})") from None
+        advice = about_missing(path) if isinstance(error, FileNotFoundError) else ""
+        raise WeightsError(f"{path}: cannot open the weights file ({reason}){advice}") from None
 
 
 def close_files(files: Sequence[BinaryIO]) -> None:
@@ -97,7 +99,7 @@ def model_files(path: Path) -> list[Path]:
     Raises:
         WeightsError: no file, several models, or a part of a split set missing.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # false for names that no file can have, where Path.is_dir raises
         path = _only_model(path)
     match = _SPLIT.match(path.name)
     if match is None:
@@ -121,7 +123,7 @@ def _only_model(folder: Path) -> Path:
     files = [file for file in folder.glob("*.gguf") if not file.name.startswith("._")]
     files.sort()
     if not files:
-        raise WeightsError(f"{folder}: no .gguf file in this directory")
+        raise WeightsError(f"{folder}: no .gguf file in this directory{about_folder(folder)}")
     models = set()
     for file in files:
         match = _SPLIT.match(file.name)

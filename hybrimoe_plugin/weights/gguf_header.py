@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.weights.gguf_advice import about_bytes
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -187,7 +188,8 @@ def read_header(data: mmap.mmap, path: str, file: int) -> tuple[dict[str, Any], 
     cursor = _Cursor(data, path)
     magic = bytes(data[:4])
     if magic != _MAGIC:
-        raise WeightsError(f"{path}: not a GGUF file (it begins with {magic!r})")
+        advice = about_bytes(data[:64])
+        raise WeightsError(f"{path}: not a GGUF file (it begins with {magic!r}){advice}")
     cursor.at = 4
     version = cursor.scalar("<I", "version")
     if version not in _VERSIONS:

@@ -1,4 +1,4 @@
-"""The part of `hybrimoe local_chat` for targets on flash: its flags, loading, the report."""
+"""The part of `hybrimoe local_chat` for targets on flash: loading, the report; flags elsewhere."""
 
 from __future__ import annotations
 
@@ -8,97 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import add_flag, add_switch, whole
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.errors import ConfigError, SpeculationError
+from lever_ext.cli.chat_flags import IDLE, add_arguments, draft_name, is_selected
 
 if TYPE_CHECKING:
     from lever_ext.decoding import LeverDecoding
     from lever_ext.target import FlashTarget
 
-TREES = ("lever", "greedy", "opt_tree", "specinfer", "fixed", "chain", "none")
-SELECTING = ("flash_pack", "draft", "dram_budget", "tree", "early_exit", "device")
-"""Giving any of these flags selects a target on flash instead of a model with scheduled experts."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a chat with a target on flash."""
-    group = parser.add_argument_group("target on flash, with speculative decoding")
-    add_flag(
-        group,
-        "flash_pack",
-        metavar="DIR",
-        help="pack that hybrimoe flash-pack made; default: the demo target's",
-    )
-    _add_draft(group)
-    _add_memory(group)
-    _add_trees(group)
-    add_flag(
-        group,
-        "throttle",
-        metavar="DEVICE",
-        help="slow reads down to ufs3.1, ufs4.0, nvme or a number of GB/s",
-    )
-    add_switch(group, "overlap", "draft for the next cycle while a pass waits for flash", True)
-
-
-def _add_draft(group: argparse._ArgumentGroup) -> None:
-    add_flag(
-        group,
-        "draft",
-        metavar="DRAFT",
-        help="low-bit, ngram, none or a small model's GGUF (default low-bit)",
-    )
-    add_flag(
-        group,
-        "draft_bits",
-        type=int,
-        choices=(2, 3, 4),
-        default=3,
-        help="of the low-bit draft (default 3)",
-    )
-
-
-def _add_memory(group: argparse._ArgumentGroup) -> None:
-    add_flag(
-        group,
-        "dram_budget",
-        metavar="BYTES",
-        help="memory for the target's weights, e.g. 1GiB; default: no limit",
-    )
-    add_flag(
-        group,
-        "device",
-        metavar="DEVICE",
-        help="cuda or cuda:N computes the layers that are faster there (default cpu)",
-    )
-    add_flag(
-        group,
-        "vram_budget",
-        metavar="BYTES",
-        help="device memory for the target's weights; default: what is free",
-    )
-
-
-def _add_trees(group: argparse._ArgumentGroup) -> None:
-    add_flag(group, "tree", choices=TREES, help="what is verified in one pass (default lever)")
-    add_flag(
-        group,
-        "tree_size",
-        type=whole(1),
-        metavar="N",
-        help="chain length or node budget of trees that have one",
-    )
-    add_flag(
-        group,
-        "early_exit",
-        metavar="FILE",
-        help="prune trees with this predictor of hybrimoe lever-train",
-    )
-
-
-def is_selected(args: argparse.Namespace) -> bool:
-    """Whether the flags ask for a target on flash."""
-    return any(getattr(args, name) is not None for name in SELECTING)
+__all__ = ["IDLE", "FlashChat", "add_arguments", "is_selected", "load"]
 
 
 @dataclass(frozen=True)
@@ -133,11 +50,7 @@ def load(args: argparse.Namespace) -> FlashChat:
     from lever_ext.target import load_target
     from lever_ext.tree.policies import make_policy
 
-    if args.flash_pack is None and (args.model_path or args.gguf_path):
-        raise ConfigError(
-            "a target on flash needs a pack: run hybrimoe flash-pack with the model, then give "
-            "--flash_pack DIR here"
-        )
+    _check_before_work(args)
     policy = make_policy(args.tree or "lever", args.tree_size)
     throttle = None if args.throttle is None else Throttle.parse(args.throttle)
     pack = args.flash_pack or _demo_pack(args.demo)
@@ -157,6 +70,28 @@ def load(args: argparse.Namespace) -> FlashChat:
         raise
 
 
+def _check_before_work(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before a demo target is packed or a pack is read.
+
+    Raises:
+        ConfigError, SpeculationError: no memory is named for the device, or there is no such draft
+            or predictor.
+    """
+    from lever_ext.drafts.make import check_name
+
+    if args.device == "emulated" and args.vram_budget is None:
+        raise ConfigError(
+            "--device emulated has no memory of its own: give --vram_budget too, to say how much "
+            "it may take"
+        )
+    check_name(draft_name(args))
+    if args.early_exit is not None and not Path(args.early_exit).is_file():
+        raise SpeculationError(
+            f"--early_exit {args.early_exit}: there is no early-exit predictor of this name; "
+            "hybrimoe lever_train makes one"
+        )
+
+
 def _chat_with(target: FlashTarget, pack: Any, policy: Any, args: argparse.Namespace) -> FlashChat:
     """The chat with an open target; the caller closes the target if this raises."""
     from lever_ext.decoding import LeverDecoding
@@ -168,23 +103,23 @@ def _chat_with(target: FlashTarget, pack: Any, policy: Any, args: argparse.Names
         notice(target.split.line(target.accelerator.label))
     tokenizer = pack_tokenizer(pack)
     target.stop_as(tokenizer)
-    name = args.draft or ("none" if policy.name == "none" else "low-bit")
+    name = draft_name(args)
     if name == "none":
         policy = make_policy("none")
     draft = _draft(name, target, tokenizer, args)
     if args.early_exit is not None:
         target.load_gate(args.early_exit)
-    decoder = LeverDecoding(draft, policy, target, overlap=args.overlap)
+    decoder = LeverDecoding(draft, policy, target, overlap=args.overlap is not False)
     return FlashChat(target, tokenizer, decoder, plain_gbps(target.pack.path))
 
 
 def _draft(name: str, target: FlashTarget, tokenizer: Any, args: argparse.Namespace) -> Any:
     """The draft of that name; the demo targets have a low-bit draft of their own."""
-    from lever_ext.drafts.make import make_draft
+    from lever_ext.drafts.make import BITS, make_draft
 
     if name == "low-bit" and args.flash_pack is None:
         return _demo_draft()
-    return make_draft(name, target, tokenizer, args.draft_bits)
+    return make_draft(name, target, tokenizer, args.draft_bits or BITS)
 
 
 def _demo_pack(form: str | None) -> Path:

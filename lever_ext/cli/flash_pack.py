@@ -1,4 +1,4 @@
-"""`hybrimoe flash-pack`: lay a model out for direct reads from flash."""
+"""`hybrimoe flash_pack`: lay a model out for direct reads from flash."""
 
 from __future__ import annotations
 

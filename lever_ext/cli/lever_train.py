@@ -1,4 +1,4 @@
-"""`hybrimoe lever-train`: train the early-exit predictor of a packed target."""
+"""`hybrimoe lever_train`: train the early-exit predictor of a packed target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import add_flag, number, whole
+from hybrimoe_plugin.cli.flags import add_flag, number, size, whole
 from hybrimoe_plugin.cli.imports import import_libraries
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "flash_pack",
         metavar="DIR",
         required=True,
-        help="pack that hybrimoe flash-pack made",
+        help="pack that hybrimoe flash_pack made",
     )
     add_flag(
         parser,
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "tau",
         type=number(0.1, 100),
+        metavar="0.1..100",
         default=2.0,
         help="softmax temperature of the loss (default 2)",
     )
@@ -57,12 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "candidate_weight",
         type=number(0, 100),
+        metavar="0..100",
         default=1.0,
-        help="lambda of the loss (default 1)",
+        help="weight of the part of the loss that is about candidates (default 1)",
     )
     add_flag(
         parser,
         "dram_budget",
+        type=size,
         metavar="BYTES",
         help="memory for the target's weights; default: all of them",
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.errors import SpeculationError
+from hybrimoe_plugin.errors import SpeculationError, did_you_mean
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of, rebuild_buffers
 from lever_ext.drafts.base import Draft
 from lever_ext.drafts.language_model import LanguageModelDraft
@@ -49,12 +49,23 @@ def make_draft(
         return NGramDraft()
     if name == "low-bit":
         return LanguageModelDraft(low_bit_of(target, bits, group), f"low-bit copy, {bits} bits")
-    if not Path(name).exists():
-        raise SpeculationError(
-            f"--draft {name}: expected {', '.join(DRAFTS)} or the path of a GGUF, found no such "
-            f"file"
-        )
+    check_name(name)
     return _from_file(Path(name), tokenizer)
+
+
+def check_name(name: str) -> None:
+    """Check the name of a draft without making it.
+
+    Raises:
+        SpeculationError: no draft is called so, and there is no such file.
+    """
+    if name in DRAFTS or Path(name).exists():
+        return
+    hint = did_you_mean(name, DRAFTS)
+    raise SpeculationError(
+        f"--draft {name}: expected {', '.join(DRAFTS)} or the path of a GGUF, and there is no such "
+        f"file{hint}"
+    )
 
 
 def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any:

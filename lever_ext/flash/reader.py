@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from hybrimoe_plugin.device.memory import huge_pages
-from hybrimoe_plugin.errors import ConfigError, FlashError
+from hybrimoe_plugin.errors import ConfigError, FlashError, did_you_mean
 from hybrimoe_plugin.files import open_regular
 from lever_ext.flash.format import ALIGNMENT, align
 
@@ -49,6 +49,7 @@ class Throttle:
         if not 0 < gbps < 1000:
             raise ConfigError(
                 f"throttle: expected one of {', '.join(THROTTLES)} or GB/s, found {text!r}"
+                f"{did_you_mean(text, THROTTLES)}"
             )
         return cls(gbps, f"throttled to {gbps:g} GB/s")
 

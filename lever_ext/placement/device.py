@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from hybrimoe_plugin.config import parse_bytes
-from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.machine import cuda_device
 from hybrimoe_plugin.device.memory import RESERVE
 from hybrimoe_plugin.device.streams import CudaStreams, HostStreams, Streams
-from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.errors import ConfigError
 from lever_ext.placement.pinned import PinnedBuffers
 
 
@@ -58,7 +58,7 @@ def make_device(name: str, budget: int | str | None = None) -> TargetDevice | No
                 "may take"
             )
         return TargetDevice(torch.device("cpu"), HostStreams(), limit)
-    device = _cuda_device(name)
+    device = cuda_device(name)
     free = int(torch.cuda.mem_get_info(device)[0] * (1 - RESERVE))
     return TargetDevice(
         device=device,
@@ -66,18 +66,3 @@ def make_device(name: str, budget: int | str | None = None) -> TargetDevice | No
         free_bytes=free if limit is None else min(free, limit),
         pins=PinnedBuffers(device),
     )
-
-
-def _cuda_device(name: str) -> torch.device:
-    """The CUDA device of that name. Raises: as `make_device`."""
-    kind, colon, number = name.partition(":")
-    if kind != "cuda" or bool(colon) != number.isdigit():
-        raise ConfigError(f"device: expected cpu, cuda, cuda:N or emulated, found {name!r}")
-    refusal = cuda_refusal()
-    if refusal is not None:
-        raise BackendError(f"device {name}: {refusal}; use --device cpu")
-    device = torch.device(kind, int(number or 0))
-    count = torch.cuda.device_count()
-    if device.index >= count:
-        raise BackendError(f"device {name}: there are {count} CUDA devices, counted from 0")
-    return device

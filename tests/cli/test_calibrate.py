@@ -10,6 +10,7 @@ import pytest
 from hybrimoe_plugin.cli import calibrate, models
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.device import machine
 from hybrimoe_plugin.policy.profile import Link, MachineProfile, Side
 from hybrimoe_plugin.replay.profile_files import load_profile
 
@@ -63,6 +64,18 @@ def test_without_a_model_the_demo_is_measured(monkeypatch: pytest.MonkeyPatch) -
     )
     assert main(["calibrate"]) == 0
     assert asked[0][1] == "mixtral.gguf"
+    # A model's directory may hold its weights too; the demo's are not those.
+    assert main(["calibrate", "--model_path", "m"]) == 0
+    assert asked[1][:2] == ("m", "m")
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "cuda_refusal", lambda: "torch sees no CUDA device")
+    monkeypatch.setattr(models, "demo_gguf", lambda _form: pytest.fail("builds the demo model"))
+    assert main(["calibrate", "--accelerator", "cuda"]) == 2
+    assert "torch sees no CUDA device; use --accelerator none" in capsys.readouterr().err
 
 
 def test_wrong_file_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

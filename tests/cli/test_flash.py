@@ -193,7 +193,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "early-exit predictor",
         ),
         (["local_chat", "--flash_pack", str(pack), "--scheduler", "static"], "no engine"),
-        (["local_chat", "--draft", "ngram", "--model_path", str(model_path)], "flash-pack"),
+        (["local_chat", "--draft", "ngram", "--model_path", str(model_path)], "flash_pack"),
         (["flash-pack", "--output", str(tmp_path / "p")], "name a model"),
         (["flash-pack", "--model_path", str(tmp_path), "--output", str(tmp_path / "p")], ""),
         (["lever-train", "--flash_pack", str(pack), "--layer", "9"], "exit layer"),

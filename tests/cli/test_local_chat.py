@@ -115,8 +115,10 @@ def test_rules_have_two_spellings(seen: Recorder) -> None:
 
 
 def test_given_settings_only_are_passed_on(seen: Recorder) -> None:
-    assert chat("--gguf_path g --scheduler static --cache_ratio 0.5 --prefetch off") == 0
+    flags = "--device emulated --scheduler static --cache_ratio 0.5 --prefetch off"
+    assert chat(f"--gguf_path g {flags}") == 0
     given = {"scheduler": "static", "cache_ratio": 0.5, "prefetch": "off"}
+    assert seen.load["accelerator"] == "emulated"
     assert {key: seen.load[key] for key in seen.load if key in given} == given
     assert "cache" not in seen.load
 
@@ -187,15 +189,6 @@ def test_seed_is_set(seen: Recorder) -> None:
     assert torch.equal(drawn, torch.rand(1))
 
 
-def test_flags_without_effect_are_noticed(
-    seen: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert chat("--demo --use_cuda_graph True --mode long_context") == 0
-    err = capsys.readouterr().err
-    assert "--use_cuda_graph has no effect" in err
-    assert "--mode long_context has no effect" in err
-
-
 def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     assert main(["local_chat", "--demo", "--prompt", "hi", "--timeline", str(path)]) == 0
@@ -211,6 +204,17 @@ def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
         ("--cpu_infer 2 --cpu_threads 3", "differ"),
         ("--greedy --do_sample", "exclude each other"),
         ("--demo --gguf_path g", "give one of them"),
+        ("--use_cuda_graph True --graphs off", "differ: give one of them"),
+        ("--device cpu --accelerator emulated", "contradict each other"),
+        ("--device cuda --accelerator none", "contradict each other"),
+        ("--device gpu", "expected cpu, cuda, cuda:N or emulated, found 'gpu'"),
+        ("--device cuda:x", "expected cpu, cuda, cuda:N or emulated"),
+        ("--tree lever --device emulated", "give --vram_budget too"),
+        ("--draft lowbit", "no such file; did you mean low-bit?"),
+        ("--draft gone/small.gguf", "there is no such file"),
+        ("--early_exit gone", "there is no early-exit predictor of this name"),
+        ("--flash_pack p --throttle nvem", "found 'nvem'; did you mean nvme?"),
+        ("--dram_budget much", "--dram_budget: expected a size"),
         ("--prompt_file /nonexistent", "cannot read the prompt file"),
         ("--prompt=", "--prompt is empty"),
         ("--prompt=gr\udcfc", "the message is not UTF-8 text"),
@@ -230,3 +234,29 @@ def test_bad_flags_are_refused_before_loading(
     assert found in err
     assert seen.load == {}
     assert seen.demo == []
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is not there")
+
+
+@NO_CUDA
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--device cuda",
+        "--device cuda:1 --gguf_path g",
+        "--accelerator cuda",
+        "--draft ngram --device cuda",
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_any_work(
+    seen: Recorder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+) -> None:
+    monkeypatch.setattr("lever_ext.cli.chat._demo_pack", lambda _form: pytest.fail("packs"))
+    assert chat(flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hybrimoe: error: device cuda") and "use --device cpu" in err
+    assert (seen.load, seen.demo) == ({}, [])

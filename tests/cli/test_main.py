@@ -126,9 +126,69 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"hybrimoe {hybrimoe_plugin.__version__}\n"
 
 
-def test_names_of_commands_work_with_either_dash(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_commands_are_listed_alike_and_work_with_either_dash(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert not [command.name for command in COMMANDS if "-" in command.name]
     assert main(["local-chat", "--help"]) == main(["demo_model", "--help"]) == 0
+    assert main(["demo-model", "--help"]) == 0
     assert "--prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["help", "flash-pack"], ["-v", "help", "flash_pack"]])
+def test_help_is_a_command_too(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == main(["flash_pack", "--help"]) == 0
+    out = capsys.readouterr().out
+    half = len(out) // 2
+    assert out[:half] == out[half:]
+    assert main(["help"]) == 0
+    assert "usage: hybrimoe COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["-v"], ["--verbose"], []])
+@pytest.mark.parametrize("after", [["-v"], ["--verbose"], []])
+def test_verbose_works_on_either_side_of_the_command(argv: list[str], after: list[str]) -> None:
+    seen: list[bool] = []
+    module = ModuleType("made_up_command")
+    vars(module)["add_arguments"] = lambda parser: None
+    vars(module)["run"] = lambda args: seen.append(args.verbose) or 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "made_up_command", module)
+        commands = (Command("made_up", "a test", "made_up_command"),)
+        assert main([*argv, "made_up", *after], commands) == 0
+    assert seen == [bool(argv or after)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("local_chta", "there is no command 'local_chta'; did you mean local_chat?"),
+        ("flash-pcak", "there is no command 'flash-pcak'; did you mean flash_pack?"),
+        ("help me", "there is no command 'me' (hybrimoe --help lists them)"),
+        ("--gguf_path f.gguf", "flags come after a command, as in hybrimoe local_chat --gguf_path"),
+        ("--prompt=hi", "flags come after a command, as in hybrimoe local_chat --prompt ..."),
+        ("local_chat --cache_ration 0.5", "no flag --cache_ration; did you mean --cache_ratio?"),
+        ("local_chat --cach-bytes=1", "no flag --cach_bytes; did you mean --cache_bytes?"),
+        ("local_chat -greedy", "no flag -greedy; did you mean --greedy?"),
+        ("local_chat --model f.gguf", "no flag --model; did you mean --gguf_path?"),
+        ("local_chat -p hi", "no flag -p; did you mean --prompt?"),
+        ("local_chat --xyzzy", "no flag --xyzzy (hybrimoe local_chat --help)"),
+        ("local_chat f.gguf", "'f.gguf' belongs to no flag; did you mean --gguf_path 'f.gguf'?"),
+        ("local_chat word", "'word' belongs to no flag (hybrimoe local_chat --help)"),
+        ("local_chat --scheduler statik", "found 'statik'; did you mean static?"),
+        ("local_chat --tree chian", "found 'chian'; did you mean chain?"),
+        ("flash_pack --outptu d", "--output"),
+        ("calibrate --cpu_thraeds 2", "did you mean --cpu_threads?"),
+        ("doctor --jsn", "did you mean --json?"),
+    ],
+)
+def test_what_is_misspelt_is_suggested(
+    typed: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typed.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hybrimoe: error: ") and err.count("\n") == 1
+    assert found in err
 
 
 def test_starting_and_importing_load_no_torch() -> None:

@@ -55,7 +55,7 @@ def test_a_missing_tensor_is_named(mixtral: Path, tmp_path: Path) -> None:
 
 def test_another_architecture_is_named(mixtral: Path, tmp_path: Path) -> None:
     path = rewritten(mixtral, tmp_path / "m.gguf", b"llama", b"lemma")
-    with pytest.raises(WeightsError, match="'lemma' is not supported"):
+    with pytest.raises(WeightsError, match="'lemma' is not supported.*qwen3moe$"):
         load(path)
 
 
@@ -109,8 +109,11 @@ def test_no_weights_no_rules(tmp_path: Path, mixtral: Path) -> None:
     with pytest.raises(RulesError, match="no such rules file"):
         load(mixtral, rules="Nothing.yaml")
     dense = tiny.write(tmp_path, "llama")
-    with pytest.raises(RulesError, match="no packaged rules for model type 'llama'"):
+    with pytest.raises(RulesError, match="no packaged rules for model type 'llama': it is a dense"):
         load(dense)
+    other = rewritten(dense, tmp_path / "other.gguf", b"llama", b"lemma")
+    with pytest.raises(WeightsError, match="'lemma' is not supported.*; it is a dense model"):
+        load(other)
 
 
 def test_rules_that_inject_nothing_usable(mixtral: Path, tmp_path: Path) -> None:

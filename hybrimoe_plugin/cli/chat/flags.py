@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import add_chat_flag, add_flag, add_model, add_switch, number, whole
+from hybrimoe_plugin.cli.flags import (
+    add_chat_flag,
+    add_flag,
+    add_model,
+    add_switch,
+    device,
+    number,
+    whole,
+)
 from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DTYPES, SAMPLERS
 from hybrimoe_plugin.errors import ConfigError
 
@@ -14,6 +21,36 @@ PIECE = 8192
 """Tokens of a prompt that are computed at once."""
 CPU_PIECE = 512
 """The same where only the CPU computes: Ctrl-C waits for the piece to end."""
+
+MODES = ("normal", "long_context")
+"""Of ktransformers.local_chat."""
+
+SYNONYMS = {
+    "c": "context",
+    "ctx_size": "context",
+    "m": "gguf_path",
+    "max_tokens": "max_new_tokens",
+    "model": "gguf_path",
+    "n": "max_new_tokens",
+    "n_gpu_layers": "cache_ratio",
+    "n_predict": "max_new_tokens",
+    "ngl": "cache_ratio",
+    "p": "prompt",
+    "t": "cpu_threads",
+    "temp": "temperature",
+    "threads": "cpu_threads",
+}
+"""Flags of llama.cpp and others -> ours."""
+
+_UNLESS_GIVEN = {
+    "dtype": "auto",
+    "sampler": "auto",
+    "trust_rules": False,
+    "greedy": False,
+}
+"""Flags that are None until `fill_in`, so that one that was typed can be told from one that was
+not.
+"""
 
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Values that mean nothing to greedy decoding are cleared, or transformers warns about them."""
@@ -29,14 +66,21 @@ def add_model_choice(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="rules file, or name of packaged rules; default: by model family",
     )
-    add_switch(group, "trust_rules", "let the rules import classes from any package")
+    add_switch(group, "trust_rules", "let the rules import classes from any package", None)
     add_chat_flag(group, "demo")
+    add_flag(
+        group,
+        "device",
+        type=device,
+        metavar="DEVICE",
+        help="where to compute: cuda, cuda:N, cpu, or emulated (an accelerator emulated on the "
+        "CPU); default: CUDA if there is any, but cpu with a target on flash",
+    )
     add_flag(
         group,
         "dtype",
         choices=("auto", *DTYPES),
-        default="auto",
-        help="type of activations and dequantised weights; not of the experts",
+        help="type of activations and dequantised weights; not of the experts (default auto)",
     )
 
 
@@ -46,14 +90,25 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     add_chat_flag(group, "prompt_file")
     add_chat_flag(group, "max_new_tokens")
     add_switch(
-        group, "do_sample", "sample tokens; default: what the model's generation config says", None
+        group,
+        "do_sample",
+        "sample tokens; False is the same as --greedy; default: as the model's generation config "
+        "says",
+        None,
     )
-    add_switch(group, "greedy", "take the likeliest token every time")
-    add_flag(group, "temperature", type=number(0, 100), help="sampling temperature; 0 is greedy")
+    add_switch(group, "greedy", "take the likeliest token every time", None)
+    add_flag(
+        group,
+        "temperature",
+        type=number(0, 100),
+        metavar="0..100",
+        help="sampling temperature; 0 is greedy",
+    )
     add_flag(
         group,
         "top_p",
         type=number(0, 1),
+        metavar="0..1",
         help="sample from the likeliest tokens with this share of probability",
     )
     add_flag(
@@ -63,14 +118,15 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
         group,
         "min_p",
         type=number(0, 1),
+        metavar="0..1",
         help="sample from tokens at least this share as likely as the likeliest",
     )
     add_flag(
         group,
         "sampler",
         choices=SAMPLERS,
-        default="auto",
-        help="code that filters tokens: flashinfer where it is faster (auto), or transformers",
+        help="code that filters tokens: flashinfer where it is faster, or transformers "
+        "(default auto)",
     )
     add_chat_flag(group, "seed")
     add_switch(group, "force_think", "begin every answer with <think>")
@@ -101,7 +157,7 @@ def add_records(group: argparse._ArgumentGroup) -> None:
 
 
 def add_foreign(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of ktransformers.local_chat that have another name here, or no effect."""
+    """Add the flags of ktransformers.local_chat that have another name here."""
     add_flag(
         group,
         "optimize_config_path",
@@ -110,8 +166,13 @@ def add_foreign(group: argparse._ArgumentGroup) -> None:
         help="the same as --rules",
     )
     add_flag(group, "cpu_infer", type=whole(1), metavar="N", help="the same as --cpu_threads")
-    add_switch(group, "use_cuda_graph", "no effect: see --graphs", None)
-    add_flag(group, "mode", metavar="MODE", help="no effect: long contexts need no mode")
+    add_switch(group, "use_cuda_graph", "the same as --graphs: True is auto, False is off", None)
+    add_flag(
+        group,
+        "mode",
+        choices=MODES,
+        help="normal changes nothing; long_context is refused, as long contexts need no mode",
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,10 +181,10 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: flags that contradict each other.
     """
-    if args.greedy and args.do_sample:
-        raise ConfigError("--greedy and --do_sample exclude each other: give one of them")
-    cold = args.temperature is not None and args.temperature < COLDEST_TEMPERATURE
-    if args.greedy or args.do_sample is False or cold:
+    greedy = asks_for_greedy(args)
+    if greedy is not None and args.do_sample:
+        raise ConfigError(f"{greedy} and --do_sample exclude each other: give one of them")
+    if greedy is not None:
         return dict(_GREEDY)
     given = {}
     for name in ("temperature", "top_p", "top_k", "min_p"):
@@ -135,9 +196,19 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def explain_ignored(args: argparse.Namespace) -> None:
-    """Say which of the given flags have no effect."""
-    if args.use_cuda_graph:
-        notice("--use_cuda_graph has no effect: graphs are used where they can be, see --graphs")
-    if args.mode not in (None, "normal"):
-        notice(f"--mode {args.mode} has no effect")
+def asks_for_greedy(args: argparse.Namespace) -> str | None:
+    """The flag that asks for the likeliest token every time, as it was typed; None without one."""
+    if args.greedy:
+        return "--greedy"
+    if args.do_sample is False:
+        return "--do_sample False"
+    if args.temperature is not None and args.temperature < COLDEST_TEMPERATURE:
+        return f"--temperature {args.temperature:g}"
+    return None
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Give the flags that were left out their defaults. Mutates."""
+    for name, value in _UNLESS_GIVEN.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_plugin.cli.chat.effects import Asked, Idle, beside_prompt, refuse_idle
+from hybrimoe_plugin.cli.chat.flags import MODES
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import add_chat_flag, add_flag, add_switch, whole
 from hybrimoe_plugin.errors import ConfigError
@@ -19,7 +21,7 @@ STOCK = "stock"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [--model_path DIR --gguf_path DIR | --demo] [flags]"
+    parser.usage = "%(prog)s --demo | --model_path DIR --gguf_path DIR"
     _add_theirs(parser.add_argument_group("flags of ktransformers.local_chat"))
     ours = parser.add_argument_group("flags of HybriMoE")
     add_chat_flag(ours, "prompt")
@@ -59,14 +61,25 @@ def _add_theirs(group: argparse._ArgumentGroup) -> None:
     add_flag(
         group,
         "mode",
-        metavar="MODE",
+        choices=MODES,
         help="normal, or long_context where kTransformers was compiled",
     )
     add_switch(group, "force_think", "begin every answer with <think>")
 
 
+def _seed(asked: Asked) -> str | None:
+    if not asked.value("greedy"):
+        return None
+    return "--greedy takes the likeliest token: leave one of them out"
+
+
+IDLE = (Idle(("prompt_file",), beside_prompt), Idle(("seed",), _seed))
+"""Flags that have no effect beside others."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends, then print the engine's counters."""
+    refuse_idle(Asked(args, flash=False), IDLE)
     from hybrimoe_plugin.hosts.ktransformers.launch import Launch, run_local_chat
 
     flags = _flags(args)

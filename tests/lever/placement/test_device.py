@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hybrimoe_plugin.compute.gpu import host_bytes
+from hybrimoe_plugin.device import machine
 from hybrimoe_plugin.device.streams import HostStreams
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from lever_ext import target as targets
@@ -85,10 +86,10 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             make_device(name)
     with pytest.raises(ConfigError, match="vram_budget"):
         make_device("emulated")
-    monkeypatch.setattr(devices, "cuda_refusal", lambda: "torch sees no CUDA device")
+    monkeypatch.setattr(machine, "cuda_refusal", lambda: "torch sees no CUDA device")
     with pytest.raises(BackendError, match=r"no CUDA device; use --device cpu"):
         make_device("cuda")
-    monkeypatch.setattr(devices, "cuda_refusal", lambda: None)
+    monkeypatch.setattr(machine, "cuda_refusal", lambda: None)
     monkeypatch.setattr(devices, "CudaStreams", lambda device: HostStreams())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from hybrimoe_plugin.cli import local_chat
-from hybrimoe_plugin.cli.main import COMMANDS, main
+from hybrimoe_plugin.cli.main import COMMANDS, Command, find_module, main
 
 SCREENS = 100
 """Lines of two screens."""
@@ -61,6 +61,8 @@ def test_every_flag_is_common_or_not_and_listed_once(capsys: pytest.CaptureFixtu
     rest = set(every) - set(common)
     assert set(common) | rest == flags() | general and not set(common) & rest
     assert {"optimize_config_path", "cpu_infer", "use_cuda_graph", "mode", "dense"} <= rest
+    # Two flags of one meaning would compete.
+    assert {"accelerator", "do_sample"} <= rest
 
 
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS])
@@ -72,3 +74,44 @@ def test_help_of_every_command_is_short_and_narrow(
     assert max(map(len, lines)) <= COLUMNS
     about = lines[lines.index("") + 1]
     assert about.endswith("."), "after the usage comes what the command does"
+
+
+VALUES = re.compile(
+    r"N|BYTES|FILE|DIR|PATH|TEXT|YAML|RULES|DEVICE|KIND|NAME\|FILE|NAME\|GB/s|True\|False"
+    r"|[\d.]+\.\.[\d.]+"
+)
+"""What help calls the values of flags."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_names_of_values_say_what_they_are(command: Command) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    find_module(command.module).add_arguments(parser)
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or action.choices or action.nargs == 0:
+            continue
+        assert isinstance(action.metavar, str) and VALUES.fullmatch(action.metavar), action
+
+
+@pytest.mark.parametrize("command", ["", *(command.name for command in COMMANDS)])
+def test_help_reads_well_on_a_narrow_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = shown(capsys, *command.split(), "--help")
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("explain", "[RULES] [flags]"),
+        ("flash_pack", "--output DIR [flags]"),
+        ("doctor", "[flags]"),
+        ("local_chat", "[--gguf_path PATH] [--prompt TEXT] [flags]"),
+    ],
+)
+def test_usage_shows_what_must_be_given(
+    command: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(capsys, command, "--help")[0] == f"usage: hybrimoe {command} {usage}"
