@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.injection.ktransformers_classes import KWARGS, advice_on
 from hybrimoe_plugin.injection.moved import current_path
 from hybrimoe_plugin.injection.rules import RESERVED, TRUSTED, Rule, is_trusted
 from hybrimoe_plugin.injection.yaml_nodes import shorten, suggest
@@ -51,6 +52,14 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         raise rule.error(f"module {module_name} has no class {name!r}{hint}", part) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
+        # The fate of the whole rule says more than where the class to match is now.
+        advice = advice_on(path) and (advice_on(rule.replace_class) or advice_on(path))
+        if advice is not None:
+            raise rule.error(
+                f"{path} is a class of kTransformers, which cannot be imported here; {advice} "
+                f"(hybrimoe translate-rules {rule.source} writes the whole file anew)",
+                part,
+            ) from error
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise rule.error(f"cannot import {module_name}: {reason}", part) from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
@@ -75,7 +84,8 @@ def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any
         text = str(error)
         named = [key for key in kwargs if key in text]
         part = f"kwargs.{named[0]}" if named else "kwargs"
-        raise rule.error(f"kwargs of rule {rule.index}: {text}", part) from error
+        theirs = [f"; {key} is kTransformers': {KWARGS[key]}" for key in named if key in KWARGS]
+        raise rule.error(f"kwargs of rule {rule.index}: {text}{''.join(theirs)}", part) from error
 
 
 def takes_settings(operator: type[nn.Module]) -> bool:
