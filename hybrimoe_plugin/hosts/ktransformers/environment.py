@@ -66,11 +66,9 @@ def make(folder: Path) -> float:
         raise BackendError(f"no environment with pip can be made by {sys.executable}") from error
     python = str(folder / "bin" / "python")
     _shared(folder).unlink(missing_ok=True)  # pip would take what it shares for installed
-    _run(
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        + ["--no-compile", "--require-hashes", "--requirement", str(LOCK)],
-        f"pip could not install transformers=={TRANSFORMERS} and what it needs",
-    )
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-deps", "--no-compile", "--require-hashes", "--requirement", str(LOCK)]
+    _run(pip, f"pip could not install transformers=={TRANSFORMERS} and what it needs")
     _share(folder)
     _run(
         [python, "-m", "hybrimoe_plugin", "install_ktransformers", "--force"],
