@@ -19,7 +19,7 @@ from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.hosts.ktransformers import environment, release
 from hybrimoe_plugin.hosts.ktransformers.demo import classic_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
