@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_plugin.errors import HybriMoEError
-from hybrimoe_plugin.injection.ktransformers_classes import KWARGS, advice_on
+from hybrimoe_plugin.injection.ktransformers_classes import KWARGS, advice_on, find_moved
 from hybrimoe_plugin.injection.moved import current_path
-from hybrimoe_plugin.injection.rules import RESERVED, TRUSTED, Rule, is_trusted
+from hybrimoe_plugin.injection.rules import DEFAULT, RESERVED, TRUSTED, Rule, Rules, is_trusted
 from hybrimoe_plugin.injection.yaml_nodes import shorten, suggest
 
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -49,6 +49,12 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         hint = suggest(name, names)
         if "mean" not in hint:
             hint = ""  # not a list of everything the module has
+        moved = find_moved(path)
+        if moved is not None:
+            hint = (
+                f"; kTransformers has it since {moved.since} (hybrimoe translate-rules "
+                f"{rule.source} writes the rules for local_chat)"
+            )
         raise rule.error(f"module {module_name} has no class {name!r}{hint}", part) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
@@ -56,8 +62,8 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         advice = advice_on(path) and (advice_on(rule.replace_class) or advice_on(path))
         if advice is not None:
             raise rule.error(
-                f"{path} is a class of kTransformers, which cannot be imported here; {advice} "
-                f"(hybrimoe translate-rules {rule.source} writes the whole file anew)",
+                f"{path} is a class of kTransformers, which cannot be imported here; in rules for "
+                f"local_chat, {advice} (hybrimoe translate-rules {rule.source} writes them)",
                 part,
             ) from error
         reason = f"{type(error).__name__}: {_one_line(error)}"
@@ -66,6 +72,19 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         kind = type(found).__name__
         raise rule.error(f"{path} is not a torch.nn.Module class, found {kind}", part)
     return found
+
+
+def import_classes(rules: Rules) -> None:
+    """Import every class that rules name, from any package: the host does so in any case.
+
+    Raises:
+        RulesError: a class cannot be imported, or is no module class.
+    """
+    for rule in rules.rules:
+        if rule.match_class is not None:
+            import_class(rule, rule.match_class, "class", trust_rules=True)
+        if rule.replace_class != DEFAULT:
+            import_class(rule, rule.replace_class, "replace", trust_rules=True)
 
 
 def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import sys
 from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.families.packaged_rules import engine_rules
-from hybrimoe_plugin.injection.classes import check_kwargs, import_class
+from hybrimoe_plugin.injection.classes import check_kwargs, import_class, import_classes
 from hybrimoe_plugin.injection.ktransformers_classes import (
     BLOCKS,
     KWARGS,
@@ -99,3 +100,15 @@ def test_an_argument_of_theirs_is_named_as_such() -> None:
     )
     with pytest.raises(RulesError, match=r"old\.yaml:4: .*cpu_backend chooses the CPU's kernels"):
         check_kwargs(ours, HybriMoEExperts, ours.kwargs)
+
+
+def test_a_class_of_a_later_version_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the classic host, which has the module but not yet the class."""
+    theirs = "ktransformers.operators.experts"
+    older = ModuleType(theirs)
+    for name in ("ktransformers", "ktransformers.operators"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, theirs, older)
+    text = f"- match: {{name: x}}\n  replace: {{class: {theirs}.KTransformersExpertsV2}}\n"
+    with pytest.raises(RulesError, match=r"old\.yaml:2: .* since 0\.2\.4 .*translate-rules"):
+        import_classes(parse_rules(text, "old.yaml"))
