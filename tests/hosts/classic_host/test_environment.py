@@ -112,7 +112,9 @@ def test_its_own_packages_come_before_those_it_shares(tmp_path: Path) -> None:
     assert subprocess.run(command, env=clean, capture_output=True).stdout.startswith(b"hybrimoe")
 
 
-def test_the_lock_is_one_file() -> None:
+def test_the_lock_is_one_file_and_in_the_wheel() -> None:
+    inside = environment.LOCK.relative_to(ROOT / "hybrimoe_plugin")
+    assert f'"{inside}"' in (ROOT / "pyproject.toml").read_text()
     assert (ROOT / "scripts" / "requirements" / "ktransformers.txt").samefile(environment.LOCK)
 
 
