@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     """Make an environment, and say how to start it."""
-    from hybrimoe_plugin.hosts.ktransformers.environment import make
+    from hybrimoe_plugin.hosts.ktransformers.environment import is_current, make
     from hybrimoe_plugin.hosts.ktransformers.release import VERSION
 
     if args.force:
         raise ConfigError("--force replaces what is installed here; with --venv nothing is")
-    notice(f"making an environment with ktransformers {VERSION} in {args.venv}")
+    if not is_current(args.venv):
+        notice(f"making an environment with ktransformers {VERSION} in {args.venv}")
     spent = make(args.venv)
     how = f"ready after {spent:.0f} s" if spent else "up to date"
     notice(f"{how}; start it: {args.venv / 'bin' / 'hybrimoe'} ktransformers_chat --demo")

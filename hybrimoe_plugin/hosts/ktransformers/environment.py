@@ -53,15 +53,14 @@ def make(folder: Path) -> float:
     stamp = folder / MADE
     if folder.exists() and not stamp.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--venv {folder}: something else is there; name a new folder")
-    state = _state()
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == state:
+    if is_current(folder):
         return 0.0
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     # Unfinished from here to the end: the next call makes it anew, whatever interrupts this one.
     stamp.write_text("", encoding="utf-8")
     try:
-        venv.create(folder, with_pip=True)
+        venv.create(folder, symlinks=True, with_pip=True)
     except subprocess.CalledProcessError as error:  # Debian has ensurepip in a package of its own
         raise BackendError(f"no environment with pip can be made by {sys.executable}") from error
     python = str(folder / "bin" / "python")
@@ -74,8 +73,14 @@ def make(folder: Path) -> float:
         [python, "-m", "hybrimoe_plugin", "install_ktransformers", "--force"],
         "ktransformers could not be installed",
     )
-    stamp.write_text(state, encoding="utf-8")
+    stamp.write_text(_state(), encoding="utf-8")
     return time.monotonic() - started
+
+
+def is_current(folder: Path) -> bool:
+    """Whether there is a finished environment, made from what is here now."""
+    stamp = folder / MADE
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == _state()
 
 
 def _share(folder: Path) -> None:

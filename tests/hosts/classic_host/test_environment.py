@@ -32,8 +32,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What would have been run; an environment is a few empty folders."""
     found: list[str] = []
 
-    def create(folder: Path, with_pip: bool) -> None:
-        assert with_pip
+    def create(folder: Path, symlinks: bool, with_pip: bool) -> None:
+        assert symlinks and with_pip
         found.append("venv")
         for place in (environment._shared(folder).parent, folder / "bin"):
             place.mkdir(parents=True, exist_ok=True)
