@@ -133,7 +133,7 @@ def find_host() -> Host:
     """The Python that has classic kTransformers.
 
     It is this one with the folder that `SITE` names, this environment, or the environment that
-    `scripts/setup_ktransformers.py` makes.
+    `make setup-ktransformers` makes.
 
     Raises:
         BackendError: there is none.
@@ -147,9 +147,7 @@ def find_host() -> Host:
         return Host(sys.executable)
     beside = ROOT / ".venv-ktransformers" / "bin" / "python"
     if not beside.exists():
-        raise BackendError(
-            "no environment with ktransformers: python scripts/setup_ktransformers.py makes it"
-        )
+        raise BackendError("no environment with ktransformers here: make setup-ktransformers")
     return Host(str(beside))
 
 

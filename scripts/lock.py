@@ -79,7 +79,7 @@ def _listed(project: str, name: str) -> list[str]:
 
 
 def _compile(name: str, requirements: list[str], upgrade: bool) -> None:
-    path = LOCKS / f"{name}.txt"
+    path = (LOCKS / f"{name}.txt").resolve()  # one of them is a link into the package
     command = [*_uv(), "pip", "compile", "-", "--output-file", str(path)]
     command += [
         "--universal",

@@ -78,6 +78,11 @@ COMMANDS = (
         "hybrimoe_plugin.cli.ktransformers.install",
     ),
     Command(
+        "translate_rules",
+        "write kTransformers' rules of versions 0.2 to 0.4 for local_chat",
+        "hybrimoe_plugin.cli.ktransformers.translate",
+    ),
+    Command(
         "patches",
         "list the patches that ktransformers needs here",
         "hybrimoe_plugin.cli.ktransformers.patches",

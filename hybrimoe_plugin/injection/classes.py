@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.injection.ktransformers_classes import KWARGS, advice_on, find_moved
 from hybrimoe_plugin.injection.moved import current_path
-from hybrimoe_plugin.injection.rules import RESERVED, TRUSTED, Rule, is_trusted
+from hybrimoe_plugin.injection.rules import DEFAULT, RESERVED, TRUSTED, Rule, Rules, is_trusted
 from hybrimoe_plugin.injection.yaml_nodes import shorten, suggest
 
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -48,15 +49,42 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
         hint = suggest(name, names)
         if "mean" not in hint:
             hint = ""  # not a list of everything the module has
+        moved = find_moved(path)
+        if moved is not None:
+            hint = (
+                f"; kTransformers has it since {moved.since} (hybrimoe translate_rules "
+                f"{rule.source} writes the rules for local_chat)"
+            )
         raise rule.error(f"module {module_name} has no class {name!r}{hint}", part) from error
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
+        # The fate of the whole rule says more than where the class to match is now.
+        advice = advice_on(path) and (advice_on(rule.replace_class) or advice_on(path))
+        if advice is not None:
+            raise rule.error(
+                f"{path} is a class of kTransformers, which cannot be imported here; in rules for "
+                f"local_chat, {advice} (hybrimoe translate_rules {rule.source} writes them)",
+                part,
+            ) from error
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise rule.error(f"cannot import {module_name}: {reason}", part) from error
     if not inspect.isclass(found) or not issubclass(found, nn.Module):
         kind = type(found).__name__
         raise rule.error(f"{path} is not a torch.nn.Module class, found {kind}", part)
     return found
+
+
+def import_classes(rules: Rules) -> None:
+    """Import every class that rules name, from any package: the host does so in any case.
+
+    Raises:
+        RulesError: a class cannot be imported, or is no module class.
+    """
+    for rule in rules.rules:
+        if rule.match_class is not None:
+            import_class(rule, rule.match_class, "class", trust_rules=True)
+        if rule.replace_class != DEFAULT:
+            import_class(rule, rule.replace_class, "replace", trust_rules=True)
 
 
 def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any]) -> None:
@@ -75,7 +103,8 @@ def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any
         text = str(error)
         named = [key for key in kwargs if key in text]
         part = f"kwargs.{named[0]}" if named else "kwargs"
-        raise rule.error(f"kwargs of rule {rule.index}: {text}", part) from error
+        theirs = [f"; {key} is kTransformers': {KWARGS[key]}" for key in named if key in KWARGS]
+        raise rule.error(f"kwargs of rule {rule.index}: {text}{''.join(theirs)}", part) from error
 
 
 def takes_settings(operator: type[nn.Module]) -> bool:

@@ -99,7 +99,7 @@ def test_without_the_host_commands_say_how_to_get_it(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command) == 2
-    assert "hybrimoe install_ktransformers" in capsys.readouterr().err
+    assert f"this brings it: {release.how_to_install()}" in capsys.readouterr().err
 
 
 def test_prompts_as_local_chat_reads_them() -> None:
@@ -122,8 +122,9 @@ def test_install_refuses_the_default_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(install.metadata, "version", lambda name: "5.17.0")
     with pytest.raises(
         ConfigError, match=r"needs transformers==4.43.2, this environment has 5.17.0"
-    ):
+    ) as refused:
         install.install()
+    assert release.how_to_install() in str(refused.value)
     monkeypatch.setattr(install, "installed", lambda: "0.3.0")
     with pytest.raises(ConfigError, match=r"ktransformers 0.3.0 is installed here"):
         install.install()

@@ -21,13 +21,16 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 
 RUN_BY = {
     "hybrimoe calibrate": "tests/cli/test_calibrate.py",
+    "hybrimoe demo-model": "Makefile",
     "hybrimoe doctor": "tests/cli/test_doctor.py",
     "hybrimoe explain": "tests/cli/test_explain.py",
     "hybrimoe flash-pack": "tests/cli/test_flash.py",
+    "hybrimoe install_ktransformers": "tests/hosts/classic_host/test_environment.py",
     "hybrimoe ktransformers_chat": "tests/hosts/ktransformers/test_demo.py",
     "hybrimoe lever-train": "tests/cli/test_flash.py",
     "hybrimoe local_chat": "tests/cli/test_local_chat.py",
     "hybrimoe patches": "tests/cli/test_ktransformers.py",
+    "hybrimoe translate_rules": "tests/hosts/classic_host/test_translated_rules.py",
     "python -m eval.cache": "eval/all.py",
     "python -m eval.cuda_model": "tests/eval/test_cuda_model.py",
     "python -m eval.fidelity": "eval/all.py",
@@ -68,8 +71,10 @@ class Command(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """Without comment, environment and the environment's folder."""
+        """Without comment, redirection, environment and the environment's folder."""
         words = shlex.split(self.text, comments=True)
+        if ">" in words:
+            words = words[: words.index(">")]
         words[0] = re.sub(r"^\.venv[\w-]*/bin/", "", words[0])
         return words
 

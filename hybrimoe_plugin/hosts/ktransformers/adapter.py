@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -121,6 +122,8 @@ def attach(model: Any) -> HybriMoE | None:
     handle = shared.bind() if isinstance(shared, Shared) else None
     if handle is not None and getattr(model, "hybrimoe", None) is not handle:
         take_turns(model, handle.turns)
+        # What else the engine would end with, its operators hold themselves.
+        weakref.finalize(model, handle.close)
     object.__setattr__(model, "hybrimoe", handle)
     return handle
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrimoe_plugin.cache_folder import folders, found, place_for
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.hosts.ktransformers.release import default_command
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 _NBYTES = 16 << 20
@@ -61,8 +62,8 @@ def _weights(form: str) -> Path:
     ]
     if not built:
         raise WeightsError(
-            f"the demo model is not there: run `hybrimoe demo-model --form {form}` in the default "
-            "environment, whose transformers can build it"
+            "the demo model is not there, and only the default host's environment can build it: "
+            f"{default_command()} demo-model --form {form}"
         )
     return max(built, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
 

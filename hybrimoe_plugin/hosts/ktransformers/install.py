@@ -24,6 +24,8 @@ from hybrimoe_plugin.hosts.ktransformers.release import (
     SDIST_SHA256,
     TRANSFORMERS,
     VERSION,
+    fits,
+    how_to_install,
     installed,
 )
 
@@ -67,10 +69,10 @@ def _check_transformers() -> None:
         found = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         return
-    if not found.startswith("4.43."):
+    if not fits(found):
         raise ConfigError(
             f"ktransformers {VERSION} needs transformers=={TRANSFORMERS}, this environment has "
-            f"{found}: use one of its own (scripts/setup_ktransformers.py makes it)"
+            f"{found}; make one of its own: {how_to_install()}"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import classic
 import pytest
 import torch
 from at_once import in_threads
+
+from hybrimoe_plugin.errors import BackendError
 
 pytestmark = classic.needs_host
 EMULATED = {
@@ -71,3 +75,19 @@ def test_a_turn_is_a_whole_pass(tmp_path: Path) -> None:
     for first in range(0, len(order), 3):
         assert order[first : first + 3] == [(order[first][0], place) for place in range(3)]
     built.hybrimoe.close()
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V2-Lite"])
+def test_threads_and_memory_go_with_the_model(family: str, tmp_path: Path) -> None:
+    """Without close(), which users of kTransformers know nothing of."""
+    rules = classic.rules(family, tmp_path)
+    folder = classic.write(classic.model(family), tmp_path / "model")
+    built = classic.load(classic.config(family), rules, folder)
+    handle, model = built.hybrimoe, weakref.ref(built)
+    handle.turns.run(lambda: None)
+    del built
+    gc.collect()
+    assert model() is None
+    with pytest.raises(BackendError, match="this model was closed"):
+        handle.turns.run(lambda: None)

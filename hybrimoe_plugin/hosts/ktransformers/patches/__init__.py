@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.hosts.ktransformers.changes import Changes
 from hybrimoe_plugin.hosts.ktransformers.patches.base import Patch
-from hybrimoe_plugin.hosts.ktransformers.release import VERSION, in_range, installed
+from hybrimoe_plugin.hosts.ktransformers.release import (
+    VERSION,
+    how_to_install,
+    in_range,
+    installed,
+)
 
 __all__ = ["Applied", "Decision", "Patch", "all_patches", "apply_patches", "decide"]
 
@@ -70,7 +75,7 @@ def decide(version: str | None = None, skip: Collection[str] = ()) -> list[Decis
     found = version or installed()
     if found is None:
         raise BackendError(
-            f"ktransformers is not installed here: hybrimoe install_ktransformers puts {VERSION} in"
+            f"ktransformers {VERSION} is not installed here; this brings it: {how_to_install()}"
         )
     known = [patch.name for patch in all_patches()]
     unknown = sorted(set(skip) - set(known))

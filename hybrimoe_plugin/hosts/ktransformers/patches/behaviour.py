@@ -159,9 +159,11 @@ def _engine(changes: Changes) -> None:
         module: Any, rule_file: str, *arguments: Any, **options: Any
     ) -> None:
         from hybrimoe_plugin.hosts.ktransformers.adapter import attach
+        from hybrimoe_plugin.injection.classes import import_classes
         from hybrimoe_plugin.injection.rules import load_rules
 
-        load_rules(rule_file)  # names file and line of what theirs would trip over later
+        # Names file and line of what theirs would trip over later.
+        import_classes(load_rules(rule_file))
         load(module, rule_file, *arguments, **options)
         attach(module)
 
