@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from eval.lever.lab import PROMPTS, Lab
-from eval.reporting import report
+from eval.reporting import plots, report
+from eval.reporting.rows import column
 from lever_ext.decoding import LeverDecoding
 from lever_ext.flips import FlipCount, count_flips
 from lever_ext.packing import pack_tokenizer
@@ -55,8 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     lab.close()
     report.show("Greedy tokens that differ from plain decoding, bfloat16 (measured)", rows)
     report.save_csv(args.out / "flips.csv", rows)
+    report.save_figure(args.out / "flips.png", lambda axes: draw(axes, rows), height=2.4)
     report.finish(result)
     return result
+
+
+def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """The share of tokens that plain decoding would have chosen too, a bar for each target."""
+    names = ["dense target" if row["target"] == "dense" else "MoE target" for row in rows]
+    same = [100 * (1 - row["flips"] / row["tokens"]) for row in rows]
+    plots.bars(axes, names, same, "{:.2f} %", [plots.OURS] * len(rows))
+    axes.set_xlim(0, 115)
+    flips, tokens = sum(column(rows, "flips")), sum(column(rows, "tokens"))
+    axes.set_title(f"Trees change {flips} of {tokens} tokens of plain decoding")
+    axes.set_xlabel("same token as plain decoding, % (measured)")
 
 
 def _prompts(lab: Lab) -> list[torch.Tensor]:
