@@ -2,8 +2,8 @@
 
 Nothing is measured here.
 
-Each figure is drawn by the code of the question that wrote its CSV, or from several CSVs here; a CSV that is not there is left
-out with a notice.
+Each figure is drawn by the code of the question that wrote its CSV, or here where it is of several.
+One whose CSV is not there is left out with a notice.
 """
 
 from __future__ import annotations

@@ -41,6 +41,16 @@ class Column(NamedTuple):
         return self.name.replace("_", " ")
 
     @property
+    def says_something(self) -> bool:
+        """Whether a value is neither empty nor zero."""
+        return any(cell.strip("0.") for cell in self.cells)
+
+    @property
+    def wish(self) -> int:
+        """Columns that it needs to wrap nothing."""
+        return max(len(text) for text in (self.heading, *self.cells))
+
+    @property
     def width(self) -> int:
         """Columns that it needs at least, without what is drawn around it."""
         longest = max((len(word) for word in self.heading.split()), default=1)
@@ -72,6 +82,8 @@ def texts(values: Sequence[Any]) -> list[str]:
     """A column's values as text: numbers that are not whole all with the same decimals."""
     broken = [value for value in values if isinstance(value, float) and math.isfinite(value)]
     decimals = _decimals(max((abs(value) for value in broken), default=0.0))
+    while decimals > 1 and all(_text(value, decimals).endswith("0") for value in broken):
+        decimals -= 1
     return [_text(value, decimals) for value in values]
 
 
@@ -89,8 +101,8 @@ def _text(value: Any, decimals: int) -> str:
         return f"{value:,}"
     if abs(value) >= 10**DIGITS:
         return f"{float(f'{value:.{DIGITS}g}'):,.0f}"
-    shown = f"{value:.{decimals}f}"
-    return shown.removeprefix("-") if float(shown) == 0 else shown
+    shown = f"{value:,.{decimals}f}"
+    return shown.removeprefix("-") if not shown.strip("-0.") else shown
 
 
 def fitted(rows: Sequence[Row], width: int = WIDTH) -> Fitted:
@@ -100,9 +112,9 @@ def fitted(rows: Sequence[Row], width: int = WIDTH) -> Fitted:
     if len(rows) > 1:
         same = [column for column in columns if len(set(column.cells)) == 1]
         columns = [column for column in columns if column not in same]
-        if same:
-            said = ", ".join(f"{column.heading} {column.cells[0]}" for column in same)
-            notes.append(f"The same in every row: {said}")
+        said = [f"{column.heading} {column.cells[0]}" for column in same if column.says_something]
+        if said:
+            notes.append(f"The same in every row: {', '.join(said)}")
     left_out = []
     while len(columns) > 1 and _needed(columns) > width:
         left_out.append(columns.pop().heading)
@@ -119,13 +131,19 @@ def show(title: str, rows: Sequence[Row], file: TextIO | None = None) -> None:
     """Print a table of at most `WIDTH` columns, with its title above and notes below."""
     console = Console(width=WIDTH, file=file or sys.stdout, highlight=False)
     found = fitted(rows)
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
+    spare = WIDTH - _needed(found.columns)
     for column in found.columns:
-        side = "left" if column.is_text else "right"
-        heading = escape(column.heading)
-        table.add_column(heading, justify=side, min_width=column.width)  # type: ignore[arg-type]
+        more = min(spare, column.wish - column.width)
+        spare -= more
+        table.add_column(
+            escape(column.heading),
+            justify="left" if column.is_text else "right",
+            width=column.width + more,
+        )
     for cells in zip(*(column.cells for column in found.columns), strict=True):
         table.add_row(*[escape(cell) for cell in cells])  # compilers print brackets too
+    console.print(escape(title))
     console.print(table)
     for note in found.notes:
         console.print(escape(note))
