@@ -251,8 +251,8 @@ def draw(axes: Any, rows: Sequence[Row]) -> None:
     speeds = column(chosen, "speedup over off")
     least, most = min(speeds), max(speeds)
     axes.set_title(f"With prefetch, decode is {least:.2f}x to {most:.2f}x as fast as without")
-    axes.set_xlabel("recall of the predictions, %")
-    axes.set_ylabel("decode speed over no prefetch (simulated)")
+    axes.set_xlabel("recall of the predictions, % (simulated)")
+    axes.set_ylabel("decode speed over no prefetch")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _section(answer: Answer) -> list[str]:
     parts += [_figure(path) for path in answer.files if path.suffix == ".png"]
     parts += [_csv(path) for path in answer.files if path.suffix == ".csv"]
     if answer.result is not None:
-        summary = "<summary>its last line</summary>"
+        summary = "<summary>its JSON line</summary>"
         parts.append(f"<details>{summary}{_table([answer.result])}</details>")
     else:
         parts.append(f"<pre>{html.escape(answer.output[-4000:])}</pre>")
