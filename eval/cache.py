@@ -14,7 +14,7 @@ from typing import Any
 from eval.policies import traces
 from eval.policies.hits import POLICIES, hit_rate
 from eval.policies.systems import OURS, build, prepare
-from eval.reporting import report
+from eval.reporting import plots, report
 from eval.reporting.rows import column, distinct, where, within
 from hybrimoe_plugin.replay.simulator import replay
 from hybrimoe_plugin.replay.trace import Trace
@@ -125,26 +125,35 @@ def worst_margin(rows: Sequence[Row], names: Sequence[str]) -> float:
 
 
 def draw(axes: Any, rows: Sequence[Row]) -> None:
-    """Hit rate by cache size, one line for each policy."""
+    """What each policy hits more often than LRU, by cache size."""
     real = within(rows, "trace", traces.REAL)
     layer = where(real, budget="layer")
     shared = where(real, budget="shared")
-    for policy in POLICIES:
-        _draw_line(axes, layer, policy, policy)
-    _draw_line(axes, shared, "adaptive", "adaptive, shared slots")
-    axes.set_xlabel("experts in the cache, %")
-    axes.set_ylabel("decode hit rate, %, three traces (simulated)")
-    axes.legend()
+    ratios = sorted(distinct(real, "cache"))
+    percents = [100 * ratio for ratio in ratios]
+    lru = _rates(layer, "lru", ratios)
+
+    def line(chosen: Sequence[Row], policy: str, label: str, color: str, **style: Any) -> None:
+        found = _rates(chosen, policy, ratios)
+        more = [100 * (rate - base) for rate, base in zip(found, lru, strict=True)]
+        axes.plot(percents, more, label=label, color=color, **style)
+
+    line(shared, "adaptive", "ours", plots.OURS, marker="o", linewidth=3, zorder=3)
+    line(layer, "belady", "Belady's optimum", plots.LIMIT, marker="^")
+    line(layer, "mrs", "MRS, of the HybriMoE paper", plots.OTHER, marker="s")
+    line(layer, "ema", "moving average", plots.OTHER, linestyle=":")
+    line(layer, "lfu", "LFU", plots.OTHER, linestyle="--")
+    line(layer, "lru", "LRU", plots.OTHER)
+    plots.below(axes)
+    share = closed(rows, "shared")
+    axes.set_title(f"Our cache goes {100 * share:.0f} % of the way from LRU to Belady's optimum")
+    axes.set_xlabel("experts in the cache, % (simulated)")
+    axes.set_ylabel("hit rate over LRU's, points")
 
 
-def _draw_line(axes: Any, rows: Sequence[Row], policy: str, label: str) -> None:
-    percents = []
-    rates = []
-    for ratio in sorted(distinct(rows, "cache")):
-        found = column(where(rows, cache=ratio), policy)
-        percents.append(100 * ratio)
-        rates.append(100 * mean(found))
-    axes.plot(percents, rates, marker="o", label=label)
+def _rates(rows: Sequence[Row], policy: str, ratios: Sequence[float]) -> list[float]:
+    """A policy's mean hit rate over the traces, for each cache size."""
+    return [mean(column(where(rows, cache=ratio), policy)) for ratio in ratios]
 
 
 if __name__ == "__main__":

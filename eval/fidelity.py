@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from eval.reporting import report
+from eval.reporting import plots, report
 from eval.reporting.rows import column
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 
@@ -150,12 +150,12 @@ def _load(model_path: Path | None, gguf: Path, settings: dict[str, Any] | None) 
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Agreement with the plain model, one bar for each variant."""
-    places = range(len(rows))
     percents = [100 * share for share in column(rows, "token_agreement")]
-    axes.barh(places, percents, color="tab:green")
-    axes.set_yticks(places, column(rows, "model"))
-    axes.invert_yaxis()
-    axes.set_xlim(90, 100)
+    plots.bars(axes, column(rows, "model"), percents, "{:.1f} %")
+    axes.set_xlim(0, 115)
+    axes.set_title(
+        f"Our operators choose the plain model's token in {percents[0]:.1f} % of positions"
+    )
     axes.set_xlabel("same likeliest token as the plain model, % (measured)")
 
 

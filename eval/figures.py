@@ -2,8 +2,8 @@
 
 Nothing is measured here.
 
-Each figure is drawn by the code of the question that wrote its CSV; a CSV that is not there is left
-out with a notice.
+Each figure is drawn by the code of the question that wrote its CSV, or here where it is of several.
+One whose CSV is not there is left out with a notice.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from eval import cache, fidelity, prefetch, replay, schedule, throughput
 from eval.lever import figures as lever
-from eval.reporting import report
+from eval.reporting import plots, report
+from eval.reporting.rows import distinct, where
 
 
 class Draw(Protocol):
@@ -28,18 +29,64 @@ class Draw(Protocol):
 log = logging.getLogger(__name__)
 
 RESULTS = report.ROOT / "eval" / "results"
-FIGURES: dict[str, tuple[Draw, float, float]] = {
-    # CSV: (what draws it, width, height)
-    "schedule_gap.csv": (schedule.draw, 7.0, 4.0),
-    "cache.csv": (cache.draw, 7.0, 4.0),
-    "prefetch.csv": (prefetch.draw, 7.0, 4.0),
-    "replay.csv": (replay.draw, 9.0, 4.0),
-    "throughput_demo.csv": (throughput.draw, 7.0, 3.2),
-    "throughput_deepseek-v2-lite.csv": (throughput.draw, 7.0, 3.2),
-    "fidelity.csv": (fidelity.draw, 7.0, 2.6),
-    "lever.csv": (lever.draw_speedups, 9.0, 4.0),
-    "lever_amx.csv": (lever.draw_speedups, 9.0, 4.0),
-    "lever_cells.csv": (lever.draw_shares, 7.0, 4.0),
+MODELS = ("demo", "deepseek-v2-lite", "qwen3-30b-a3b")
+CPU = tuple(
+    f"throughput_{model}{length}.csv" for model in MODELS for length in ("", "_2048-tokens")
+)
+LLAMA = "llama.cpp"
+
+
+class Figure(NamedTuple):
+    """One figure: its CSVs, whose rows are drawn together, and its size in inches."""
+
+    sources: tuple[str, ...]
+    draw: Draw
+    width: float = 8.0
+    height: float = 4.0
+
+
+def draw_cpu(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Decode speed of ours and llama.cpp, with their ratio, for each model and prompt length."""
+    places = distinct(rows, "source")
+    ours = [_decode(rows, place, throughput.OURS) for place in places]
+    theirs = [_decode(rows, place, LLAMA) for place in places]
+    labels = [_place(where(rows, source=place)[0]) for place in places]
+    series = [plots.Series("ours", ours, plots.OURS), plots.Series(LLAMA, theirs)]
+    plots.dots(axes, labels, series, log=True)
+    for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        text = f"{mine / other:.2f}x"
+        side = axes.get_yaxis_transform()
+        axes.annotate(text, (1.02, row), xycoords=side, va="center", annotation_clip=False)
+    ticks = (10, 20, 50, 100)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    least, most = min(ratios), max(ratios)
+    axes.set_title(f"On two CPU cores, decode runs at {least:.2f}x to {most:.2f}x of llama.cpp")
+    axes.set_xlabel("decode, tokens per second (measured)")
+
+
+def _decode(rows: Sequence[dict[str, Any]], source: str, system: str) -> float:
+    return float(where(rows, source=source, system=system)[0]["decode_tok_s"])
+
+
+def _place(row: dict[str, Any]) -> str:
+    model = row["source"].removeprefix("throughput_").partition("_")[0]
+    name = "demo model" if model == "demo" else model
+    return f"{name}, {row['prompt_tokens']:,} prompt tokens"
+
+
+FIGURES = {
+    "schedule_gap": Figure(("schedule_gap.csv",), schedule.draw),
+    "cache": Figure(("cache.csv",), cache.draw),
+    "prefetch": Figure(("prefetch.csv",), prefetch.draw),
+    "replay": Figure(("replay.csv",), replay.draw, height=4.6),
+    "cpu_decode": Figure(CPU, draw_cpu),
+    "throughput_demo": Figure(("throughput_demo.csv",), throughput.draw, height=3.2),
+    "fidelity": Figure(("fidelity.csv",), fidelity.draw, height=2.6),
+    "lever": Figure(("lever.csv",), lever.draw_speedups, height=4.6),
+    "lever_amx": Figure(("lever_amx.csv",), lever.draw_speedups, height=3.4),
+    "lever_cells": Figure(("lever_cells.csv",), lever.draw_shares),
 }
 
 
@@ -50,18 +97,28 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.set_defaults(out=report.ROOT / "docs" / "figures")
     args = parser.parse_args(arguments)
     drawn = []
-    for name, (draw, width, height) in FIGURES.items():
-        source = args.results / name
-        if not source.exists():
-            log.warning("%s is not there: no figure of it", source)
+    for name, figure in FIGURES.items():
+        rows = rows_of(args.results, figure.sources)
+        if rows is None:
             continue
-        target = args.out / f"{source.stem}.png"
-        rows = report.read_csv(source)
-        report.save_figure(target, partial(draw, rows=rows), width, height)
+        target = args.out / f"{name}.png"
+        report.save_figure(target, partial(figure.draw, rows=rows), figure.width, figure.height)
         drawn.append(target.name)
     result = {"figures": drawn}
     report.finish(result)
     return result
+
+
+def rows_of(folder: Path, sources: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The rows of a figure's CSVs, each with its `source`; None where one is not there."""
+    rows = []
+    for name in sources:
+        path = folder / name
+        if not path.exists():
+            log.warning("%s is not there: no figure of it", path)
+            return None
+        rows += [{**row, "source": path.stem} for row in report.read_csv(path)]
+    return rows
 
 
 if __name__ == "__main__":

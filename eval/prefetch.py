@@ -18,7 +18,7 @@ import numpy as np
 from eval.policies import traces
 from eval.policies.predictions import prediction_rows
 from eval.policies.systems import OURS, System, build, prepare, prompt_of
-from eval.reporting import report
+from eval.reporting import plots, report
 from eval.reporting.parallel import mapped
 from eval.reporting.rows import column, distinct, where
 from hybrimoe_plugin.replay.simulator import Outcome, replay
@@ -238,14 +238,21 @@ def draw(axes: Any, rows: Sequence[Row]) -> None:
     """Decode speed over no prefetch by recall, one line for each trace."""
     of_paper = where(rows, profile="a6000", cache=0.25)
     chosen = [row for row in of_paper if row["recall"] != "recorded"]
-    for name in distinct(chosen, "trace"):
+    ends = []
+    for name, marker in zip(distinct(chosen, "trace"), "osD^vPX", strict=False):
         mine = where(chosen, trace=name)
         recalls = [100 * recall for recall in column(mine, "recall")]
-        axes.plot(recalls, column(mine, "speedup over off"), "o-", label=name)
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("recall of the predictions, %")
-    axes.set_ylabel("decode speed over no prefetch (simulated)")
-    axes.legend()
+        speeds = column(mine, "speedup over off")
+        axes.plot(recalls, speeds, color=plots.OURS, marker=marker)
+        ends.append((name, speeds[-1], plots.INK))
+    axes.axhline(1.0, color=plots.OTHER, linestyle="--")
+    ends.append(("no prefetch", 1.0, plots.OTHER))
+    plots.label_ends(axes, ends)
+    speeds = column(chosen, "speedup over off")
+    least, most = min(speeds), max(speeds)
+    axes.set_title(f"With prefetch, decode is {least:.2f}x to {most:.2f}x as fast as without")
+    axes.set_xlabel("recall of the predictions, % (simulated)")
+    axes.set_ylabel("decode speed over no prefetch")
 
 
 if __name__ == "__main__":

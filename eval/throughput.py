@@ -22,7 +22,7 @@ import torch
 from eval.models import synthetic
 from eval.peers import peer, roofline
 from eval.peers.interpreters import can_import
-from eval.reporting import report
+from eval.reporting import plots, report
 from eval.reporting.finished import add_fresh
 from eval.reporting.quantiles import percentiles
 from eval.reporting.rows import column
@@ -309,11 +309,10 @@ def _ids(args: Namespace, vocabulary: int) -> tuple[list[int], list[int]]:
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Decode speed, one bar for each system."""
-    places = range(len(rows))
-    axes.barh(places, column(rows, "decode_tok_s"), color="tab:blue")
-    axes.set_yticks(places, column(rows, "system"))
-    axes.invert_yaxis()
-    axes.set_xlabel("decode, tokens per second (measured)")
+    names = ["ours" if name == OURS else name for name in column(rows, "system")]
+    plots.bars(axes, names, column(rows, "decode_tok_s"), "{:.3g}")
+    axes.set_title("Decode speed on the CPU alone")
+    axes.set_xlabel("tokens per second (measured)")
 
 
 if __name__ == "__main__":

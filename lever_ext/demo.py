@@ -1,7 +1,7 @@
 """Demo targets that are too slow to stream without speculation, made from SmolLM2.
 
 Every FFN neuron is copied, the copies' output weights divided by their number (Net2Net), so the
-model's answers stay the same: eight times wider, 0.6 billion weights, 1.3 GB in bfloat16.
+model's answers stay the same: eight times wider, 0.6 billion weights, 1.3 GB in two bytes each.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class WidenedSource:
 def widened_pack(
     gguf: str | Path, directory: str | Path, times: int = 8, progress: Progress | None = None
 ) -> Path:
-    """The widened model's pack in bfloat16, made where it is not there yet.
+    """The widened model's pack, made where it is not there yet.
 
     Raises:
         WeightsError: the GGUF is missing, damaged or not a dense model.
@@ -79,7 +79,7 @@ def widened_pack(
     wide = plain_config(config)
     wide["intermediate_size"] = config.intermediate_size * times
     model = meta_model_of(wide, torch.float32)
-    path = write_pack(source, model, wide, directory, "bfloat16", progress)
+    path = write_pack(source, model, wide, directory, progress=progress)
     tokenizer = load_tokenizer(None, store)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))

@@ -1,6 +1,6 @@
 """Flips: tokens that tree verification and plain decoding choose differently in low precision.
 
-In float32 there are none (tests). In bfloat16 kernels for many rows round differently from those
+In float32 there are none (tests). In 16 bits kernels for many rows round differently from those
 for one row, so a token may flip where the target's two best logits are nearly tied. Neither of the
 two choices is more right than the other.
 """

@@ -22,6 +22,9 @@ from hybrimoe_plugin.hosts.transformers.tokenizer import (
 )
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
+from lever_ext.flash.dtype_choice import AUTO
+from lever_ext.flash.finished import finished_pack, source_key
+from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
 from lever_ext.flash.writer import Progress, write_pack
 
@@ -71,18 +74,21 @@ def pack_model(
     directory: str | Path,
     model_path: str | Path | None = None,
     gguf_path: str | Path | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = AUTO,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Path:
-    """Pack a model; an interrupted run is resumed.
+    """Pack a model; an interrupted run is resumed, a finished pack of the same model kept.
 
     Args:
         directory: gets the pack, the tokenizer and its chat template.
         model_path: directory with config.json, tokenizer and, without `gguf_path`, safetensors
             files.
         gguf_path: GGUF file, split set or directory.
-        dtype: stored type of all weights: bfloat16, float16 or float32.
+        dtype: stored type of all weights, in which the target then computes: bfloat16, float16 or
+            float32. auto is float16, or bfloat16 where weights or activations do not fit into it.
         progress: told (bytes done, bytes in all).
+        force: replace whatever pack is in the directory.
 
     Returns:
         the pack's path.
@@ -90,7 +96,7 @@ def pack_model(
     Raises:
         ConfigError: no model named, unknown dtype, or files that name code to be run.
         WeightsError: the model's files are missing, damaged, or do not fit its config.
-        FlashError: no space, or the disk failed.
+        FlashError: no space, the disk failed, or a pack of another model is there.
     """
     if model_path is None and gguf_path is None:
         raise ConfigError(
@@ -115,6 +121,10 @@ def pack_model(
     metadata = {} if store is None else store.metadata
     set_generation(model, tokenizer, metadata, model_path, config.vocab_size)
     source = _source(store, model_path, model, config)
+    if not force:
+        kept = finished_pack(directory, source_key(source, plain), dtype)
+        if kept is not None:
+            return kept
     path = write_pack(source, model, plain, directory, dtype, progress)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
@@ -161,6 +171,17 @@ def pack_tokenizer(pack: str | Path) -> Any:
             f"{directory}: no readable tokenizer beside the pack; pack the model again, with "
             f"--model_path if the GGUF has no tokenizer ({error})"
         ) from error
+
+
+def stored_dtype(pack: str | Path) -> str:
+    """The type that a pack's weights are stored in.
+
+    Raises:
+        FlashError: no readable pack.
+    """
+    opened = FlashPack.open(pack, threads=1)
+    opened.close()
+    return opened.index.dtype
 
 
 def pack_directory(pack: str | Path) -> Path:

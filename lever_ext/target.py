@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hybrimoe_plugin.config import Settings, parse_bytes
 from hybrimoe_plugin.engine.turns import Turns, take_turns
-from hybrimoe_plugin.errors import FlashError
+from hybrimoe_plugin.errors import BackendError, FlashError
 from hybrimoe_plugin.families.packaged_rules import flash_rules
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
@@ -168,7 +170,7 @@ def load_target(
     opened = FlashPack.open(pack, threads=threads, throttle=throttle, direct=direct)
     try:
         plan_dram(opened, budget)  # refused before anything is read
-        dtype = dtype_of(opened.index.blocks[0].tensors[0].dtype)
+        dtype = dtype_of(opened.index.dtype)
         plain = meta_model_of(opened.config, dtype, "the pack's config")
         opened.check_holds(name for name, _ in plain.named_parameters())
         model = with_row_linears(plain)
@@ -241,10 +243,21 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, options: _Options)
         transfer=transfer,
     )
     target.set_gate(None)
+    if model.dtype == torch.float16:
+        model.base_model.register_forward_hook(functools.partial(_check_range, pack.path))
     target.turns.clean_up.append(target.recover)
     Guard(model, "the model that the pack was made from")
     take_turns(model, target.turns)
     return target
+
+
+def _check_range(path: Path, _model: Any, _inputs: Any, output: Any) -> None:
+    """Raise BackendError where activations left the range of float16, which shows at the end."""
+    if not output[0].isfinite().all():
+        raise BackendError(
+            f"{path}: this model's activations exceed the range of float16, so its answer would "
+            f"be noise; pack the model again with --dtype bfloat16 --force"
+        )
 
 
 def expert_cache(

@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if table:
         report.show("Decode speed, geometric means over prompts (measured unless labelled)", table)
         report.save_csv(args.out / f"{name}.csv", table)
-    if not args.quick:
         speedups = args.out / "lever_speedup.png"
-        report.save_figure(speedups, lambda axes: draw_speedups(axes, table), width=9.0)
+        report.save_figure(speedups, lambda axes: draw_speedups(axes, table))
+    if not args.quick:
         report.save_figure(args.out / "lever_dram.png", lambda axes: draw_shares(axes, rows))
     done = {row["cell"] for row in rows}
     missing = [cell.name for cell in cells if cell.name not in done]

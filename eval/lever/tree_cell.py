@@ -124,7 +124,7 @@ class TreeCell:
             "dram_share": self.share,
             "label": label,
             "tree": tree,
-            "tokens": sum(run.tokens for run in runs),
+            "tokens": made.decode_tokens,
             "tokens_per_s": round(made.tokens_per_s, 4),
             "acceptance_length": round(made.acceptance_length, 3),
             "passes": passes,

@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from eval.reporting import plots
+from eval.reporting.tables import show as show
 
 log = logging.getLogger(__name__)
 
@@ -112,22 +111,6 @@ def _driver(gpu: str) -> str:
     return found[0] if found else "none"
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
-    """Print rows as a table; floats with three significant digits."""
-    table = Table(title=escape(title), title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*[_shown(value) for value in row.values()])
-    Console(width=160).print(table)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return escape(str(value))  # what a compiler says in brackets is no markup
-
-
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows with the facts of this machine beside each.
 
@@ -158,8 +141,8 @@ def _value(text: str) -> Any:
     return {"True": True, "False": False}.get(text, text)
 
 
-def save_figure(path: Path, draw: Any, width: float = 7.0, height: float = 4.0) -> None:
-    """Draw with matplotlib into a PNG; without matplotlib say so and go on."""
+def save_figure(path: Path, draw: Any, width: float = 8.0, height: float = 4.0) -> None:
+    """Draw with matplotlib into a PNG without background; without matplotlib say so and go on."""
     try:
         import matplotlib
 
@@ -170,11 +153,13 @@ def save_figure(path: Path, draw: Any, width: float = 7.0, height: float = 4.0) 
             "no figure: matplotlib is not installed (pip install 'ktransformers-hybrimoe[figures]')"
         )
         return
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    draw(axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with matplotlib.rc_context(plots.STYLE):
+        figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+        draw(axes)
+        plots.title_across(figure, axes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200, transparent=True)
+        pyplot.close(figure)
 
 
 def finish(result: Mapping[str, Any]) -> None:

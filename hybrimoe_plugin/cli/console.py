@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PIPE_WIDTH = 200
-"""Columns where stdout is no terminal, so that tables are not cut off for `grep`."""
+_PIPE_WIDTH = 100
+"""Columns where stdout is no terminal."""
 
 
 def notice(text: str) -> None:

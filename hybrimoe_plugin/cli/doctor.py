@@ -82,6 +82,8 @@ def _print(found: Sections) -> None:
         table = Table(
             title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
         )
+        for _ in range(3):
+            table.add_column(overflow="fold")  # a path is of use only as a whole
         for check in checks:
             table.add_row(marks[check.ok], check.name, Text(check.detail))
         console.print(table)

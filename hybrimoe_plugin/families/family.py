@@ -69,6 +69,8 @@ class Family:
     """The reverse of `describe` for its own keys: from a config, to write a file."""
     yarn_mscale: bool = False
     """Whether files state yarn's `mscale_all_dim`, as a tenth of it in `yarn_log_multiplier`."""
+    wide_activations: bool = False
+    """Whether activations are known to leave the range of float16, so that packs are bfloat16."""
     rules: PackagedRules = field(default_factory=PackagedRules)
     """Rules files that come with the package."""
     model_class: str | None = None

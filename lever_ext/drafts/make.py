@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from hybrimoe_plugin.errors import SpeculationError, did_you_mean
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of, rebuild_buffers
@@ -71,13 +73,16 @@ def check_name(name: str) -> None:
 def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any:
     """A low-bit copy of a target, made layer by layer from its pack.
 
-    Embedding and norms are the target's own.
+    The embedding is the target's own. The copy of a float16 target computes in bfloat16, for which
+    there is a kernel.
 
     Raises:
         ConfigError: bits or group outside what is supported.
         FlashError: the pack cannot be read.
     """
     pack, dtype = target.pack, target.model.dtype
+    if dtype == torch.float16:
+        dtype = torch.bfloat16
     model = meta_model_of(pack.config, dtype, "the pack's config")
     shared = {tensor.name for block in pack.blocks("resident") for tensor in block.tensors}
     assign_tensors(
@@ -85,6 +90,8 @@ def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any
     )
     model.tie_weights()
     rebuild_buffers(model)
+    head = model.get_output_embeddings().weight.detach()
+    model.set_input_embeddings(SharedEmbedding(model.get_input_embeddings().weight.detach(), dtype))
     experts: dict[int, list[Block]] = {}
     for block in pack.blocks("expert"):
         experts.setdefault(block.layer, []).append(block)
@@ -95,9 +102,28 @@ def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any
             pairs = (_gate_up_and_down(pack.load(expert)) for expert in experts[block.layer])
             layer.mlp.experts = LowBitExperts(pairs, layer.mlp.experts.act_fn, bits, group, dtype)
         low_bit_linears(layer, bits, group, dtype)
-    head = model.get_output_embeddings().weight.detach()
     model.set_output_embeddings(LowBitLinear(head, None, HEAD_BITS, group, dtype))
+    for parameter in model.parameters():  # norms and routers; buffers keep the type they need
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+class SharedEmbedding(nn.Module):
+    """An embedding over the weights of another model, which need not be of this model's type.
+
+    Args:
+        weight: [V, H], of any type; neither copied nor a parameter.
+        dtype: of the results.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rows = weight
+        self.dtype = dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[..., H] of token ids [...]."""
+        return F.embedding(ids, self.rows).to(self.dtype)
 
 
 def _gate_up_and_down(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,8 @@ A block is what one read fetches: a decoder layer without its routed experts, on
 a part that is always resident (embedding, final norm, output head). Its tensors lie in it one after
 another, each at a multiple of 64 bytes, row-major, in the model's own names and shapes; a routed
 expert's tensors are rows of the stacked tensors that `transformers` names. The index holds the
-model's config, a fingerprint, and for every block its place, CRC-32 and tensors.
+model's config, a fingerprint, the identity of the packed files, and for every block its place,
+CRC-32 and tensors.
 The header is written last: a file without a valid header is not a pack.
 """
 
@@ -94,6 +95,13 @@ class Index:
     config: Mapping[str, Any]
     """The model's `config.json`."""
     blocks: tuple[Block, ...]
+    source: str = ""
+    """Identity of what the pack was made from; empty in packs of earlier versions."""
+
+    @property
+    def dtype(self) -> str:
+        """Stored type of the weights, which is the same for all."""
+        return self.blocks[0].tensors[0].dtype
 
     @property
     def fingerprint(self) -> str:
@@ -107,6 +115,7 @@ class Index:
         body = {
             "config": dict(self.config),
             "blocks": [asdict(b) for b in self.blocks],
+            "source": self.source,
             "fingerprint": self.fingerprint,
         }
         return json.dumps(body, sort_keys=True).encode()
@@ -160,7 +169,8 @@ def parse_index(data: bytes, crc: int, data_end: int, where: str) -> Index:
         raise FlashError(f"{where}: the pack's index is damaged; pack the model again")
     try:
         body = json.loads(data)
-        index = Index(dict(body["config"]), tuple(_block(entry) for entry in body["blocks"]))
+        blocks = tuple(_block(entry) for entry in body["blocks"])
+        index = Index(dict(body["config"]), blocks, str(body.get("source", "")))
         known = body["fingerprint"]
     except (
         ValueError,

@@ -69,8 +69,12 @@ class Journal:
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def _read(self, blocks: Sequence[Block]) -> list[int]:
-        """The checksums of whole records, at most one for each block."""
+    def is_begun(self) -> bool:
+        """Whether an unfinished pack with this key is there."""
+        return bool(self._lines())
+
+    def _lines(self) -> list[bytes]:
+        """The whole lines of this key's journal; none where there is another's, or none."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -79,8 +83,12 @@ class Journal:
         whole = data.split(b"\n")[:-1]
         if not whole or whole[0].decode(errors="replace") != self.key:
             return []
+        return whole
+
+    def _read(self, blocks: Sequence[Block]) -> list[int]:
+        """The checksums of whole records, at most one for each block."""
         found: list[int] = []
-        for number, line in enumerate(whole[1:]):
+        for number, line in enumerate(self._lines()[1:]):
             checksum = _checksum_in(line, number)
             if checksum is None:
                 break

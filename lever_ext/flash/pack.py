@@ -128,7 +128,9 @@ class FlashPack:
         if block.offset in self._checked:
             return
         if zlib.crc32(buffer.memory[: block.nbytes]) != block.crc:
-            raise FlashError(f"{self.path}: block {block.label} is damaged; pack the model again")
+            raise FlashError(
+                f"{self.path}: block {block.label} is damaged; pack the model again, with --force"
+            )
         self._checked.add(block.offset)
 
     def load(self, block: Block) -> Tensors:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -16,6 +18,15 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.errors import FlashError, WeightsError
+from lever_ext.flash.dtype_choice import (
+    AUTO,
+    NARROW,
+    WIDE,
+    DoesNotFitError,
+    Narrowed,
+    activations_fit,
+)
+from lever_ext.flash.finished import source_key
 from lever_ext.flash.format import (
     ALIGNMENT,
     PACK_NAME,
@@ -28,6 +39,8 @@ from lever_ext.flash.format import (
 from lever_ext.flash.journal import Journal, sync_directory
 from lever_ext.flash.plan import plan_blocks
 from lever_ext.flash.source import TensorSource
+
+log = logging.getLogger(__name__)
 
 SYNC_BYTES = 64 << 20
 """Bytes between two notes in the journal: what a killed pack may have to write again."""
@@ -43,7 +56,7 @@ def write_pack(
     model: nn.Module,
     config: dict[str, Any],
     directory: str | Path,
-    dtype: str = "bfloat16",
+    dtype: str = AUTO,
     progress: Progress | None = None,
 ) -> Path:
     """Write `directory/target.lever`; a former pack there stays whole until the new one is.
@@ -53,7 +66,7 @@ def write_pack(
         model: the same model on the meta device.
         config: its config, stored in the pack.
         directory: made if missing.
-        dtype: stored type of all weights.
+        dtype: stored type of all weights; auto is float16, or bfloat16 where that does not do.
         progress: told after every block.
 
     Returns:
@@ -66,7 +79,7 @@ def write_pack(
     """
     directory = Path(directory)
     _refuse_buffers(model)
-    blocks = plan_blocks(model, dtype)
+    write = functools.partial(_write, config=config, directory=directory, progress=progress)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +87,16 @@ def write_pack(
             f"{directory}: the folder cannot be made ({error.strerror or error})"
         ) from error
     try:
-        return _write(source, blocks, config, directory, progress)
+        if dtype != AUTO:
+            return write(source, plan_blocks(model, dtype))
+        wide = plan_blocks(model, WIDE)
+        narrow = plan_blocks(model, NARROW)
+        if _may_be_narrow(source, wide, config, directory):
+            try:
+                return write(Narrowed(source), narrow)
+            except DoesNotFitError as found:
+                log.warning("float16 does not hold this model: %s; packed in bfloat16", found)
+        return write(source, wide, fell_back=True)
     except OSError as error:
         raise FlashError(
             f"{directory}: cannot write the pack ({error.strerror or error}); what is written is "
@@ -88,6 +110,7 @@ def _write(
     config: dict[str, Any],
     directory: Path,
     progress: Progress | None,
+    fell_back: bool = False,
 ) -> Path:
     """Write the planned blocks, then index and header; the pack's path.
 
@@ -97,14 +120,14 @@ def _write(
     target = directory / PACK_NAME
     partial = directory / (PACK_NAME + ".partial")
     end = blocks[-1].offset + blocks[-1].nbytes
-    journal = Journal(directory / (PACK_NAME + ".journal"), _plan_key(source, config, blocks))
+    journal = _journal(source, blocks, config, directory, fell_back)
     done = journal.open(partial, blocks)
     _check_space(directory, partial, end + INDEX_ROOM)
     with open(partial, "r+b" if partial.exists() else "w+b") as file:
         fd = file.fileno()
         os.posix_fallocate(fd, 0, end)
         finished = _write_blocks(fd, source, blocks, done, journal, progress)
-        index = Index(config, tuple(finished)).to_bytes()
+        index = Index(config, tuple(finished), source_key(source, config)).to_bytes()
         os.pwrite(fd, index, end)
         os.ftruncate(fd, end + len(index))
         os.fsync(fd)
@@ -196,11 +219,27 @@ def _refuse_buffers(model: nn.Module) -> None:
         )
 
 
-def _plan_key(source: TensorSource, config: dict[str, Any], blocks: Sequence[Block]) -> str:
-    """What an unfinished pack depends on, as hex digits."""
+def _may_be_narrow(
+    source: TensorSource, wide: Sequence[Block], config: dict[str, Any], directory: Path
+) -> bool:
+    """Whether float16 is still to be tried: an interrupted run may have found that it won't do."""
+    if not activations_fit(str(config.get("model_type", ""))):
+        return False
+    return not _journal(source, wide, config, directory, fell_back=True).is_begun()
+
+
+def _journal(
+    source: TensorSource,
+    blocks: Sequence[Block],
+    config: dict[str, Any],
+    directory: Path,
+    fell_back: bool,
+) -> Journal:
+    """The journal of a pack; its key is made from all that an unfinished one depends on."""
     plan = [dataclasses.asdict(block) for block in blocks]
-    text = json.dumps([VERSION, source.identity, config, plan], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts = [VERSION, source.identity, config, plan, *(["fell back"] if fell_back else [])]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Journal(directory / (PACK_NAME + ".journal"), key)
 
 
 def _check_space(directory: Path, partial: Path, needed: int) -> None:

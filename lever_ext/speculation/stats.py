@@ -63,6 +63,11 @@ class SpeculationStats:
         return len(self.cycles)
 
     @property
+    def decode_tokens(self) -> int:
+        """Tokens of the cycles, which are those that `decode_us` is the time of."""
+        return sum(cycle.accepted + 1 for cycle in self.cycles)
+
+    @property
     def decode_us(self) -> float:
         return sum(cycle.total_us for cycle in self.cycles)
 
@@ -71,8 +76,7 @@ class SpeculationStats:
         """Decode only: tokens of the cycles over their time."""
         if not self.cycles:
             return 0.0
-        made = sum(cycle.accepted + 1 for cycle in self.cycles)
-        return made / self.decode_us * 1e6
+        return self.decode_tokens / self.decode_us * 1e6
 
     @property
     def acceptance_length(self) -> float:
@@ -109,8 +113,8 @@ class SpeculationStats:
         actual = _mean(cycle.draft_us + cycle.verify_us for cycle in self.cycles)
         return [
             f"speculation:          tree {self.tree}, draft {self.draft}, {self.label}",
-            f"decode rate:          {self.tokens_per_s:.2f} tokens/s, {self.target_passes} target "
-            f"passes for {self.tokens} tokens",
+            f"decode rate:          {self.tokens_per_s:.2f} tokens/s, {self.decode_tokens} tokens "
+            f"in {self.decode_us / 1e6:.2f} s and {self.target_passes} target passes",
             f"acceptance length:    {self.acceptance_length:.2f} per pass; by position {positions}",
             f"tree nodes:           {nodes:.1f} mean, {kept:.1f} after early exit",
             f"flash reads:          {self._reads(device_gbps)}",

@@ -168,6 +168,8 @@ DEEPSEEK_V2 = Family(
     holds=_holds,
     metadata=_metadata,
     yarn_mscale=True,
+    # vLLM scales the residual stream of this model down in float16, against overflow.
+    wide_activations=True,
     rules=PackagedRules(
         engine="DeepSeek-V2.yaml",
         classic="ktransformers/DeepSeek-V2-{device}.yaml",

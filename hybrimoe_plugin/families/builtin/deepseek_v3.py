@@ -40,6 +40,8 @@ DEEPSEEK_V3 = Family(
     ),
     metadata=_metadata,
     yarn_mscale=True,
+    # vLLM scales the residual stream of this model down in float16, against overflow.
+    wide_activations=True,
     rules=PackagedRules(
         engine="DeepSeek-V3.yaml",
         classic="ktransformers/DeepSeek-V3-{device}.yaml",

@@ -1,0 +1,139 @@
+"""What each question asks, and its answer as a sentence made from its JSON line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Result = Mapping[str, Any]
+
+
+class Question(NamedTuple):
+    """A question as a report presents it."""
+
+    title: str
+    asks: str
+    says: Callable[[Result], str]
+    """The answer, from the question's JSON line."""
+
+
+def _schedule(found: Result) -> str:
+    return (
+        f"Our plans take {_percent(found['gap_mean'], 4)} longer than the best possible ones on "
+        f"average and {_percent(found['gap_max'], 1)} at worst. Planning takes "
+        f"{found['plan_us_decode_p50']:.1f} µs for a token of decode and "
+        f"{found['plan_us_prefill_p50']:.0f} µs for a prompt."
+    )
+
+
+def _cache(found: Result) -> str:
+    return (
+        f"Our cache goes {_percent(found['lru_to_belady_closed'])} of the way from LRU to Belady's "
+        f"optimum; with prefetch {_percent(found['with_prefetch_closed'])}, as prefetch hides "
+        f"first uses too."
+    )
+
+
+def _prefetch(found: Result) -> str:
+    return (
+        f"{_percent(found['used_share'])} of the prefetched experts are used before they are "
+        f"evicted. In the worst cell, decode is {found['worst_speedup_over_off']:.4f}x as fast as "
+        f"without prefetch."
+    )
+
+
+def _replay(found: Result) -> str:
+    return (
+        f"On the paper's machine and models, decode is {found['decode_speedup_geomean']:.2f}x and "
+        f"prefill {found['prefill_speedup_geomean']:.2f}x as fast as with a fixed placement. That "
+        f"is {_percent(found['oracle_share_decode'])} of the decode speed of an oracle."
+    )
+
+
+def _throughput(found: Result) -> str:
+    text = (
+        f"The {found['model']} model decodes {found['decode_tok_s']:.1f} tokens/s and reads "
+        f"prompts at {found['prefill_tok_s']:.0f} tokens/s with {found['threads']} threads"
+    )
+    decode, prefill = found["decode_vs_llama_cpp"], found["prefill_vs_llama_cpp"]
+    if decode is None or prefill is None:
+        return f"{text}; llama.cpp was not measured beside it."
+    return f"{text}: {decode:.2f}x and {prefill:.2f}x the speed of llama.cpp."
+
+
+def _fidelity(found: Result) -> str:
+    return (
+        f"Our operators choose the plain model's token in "
+        f"{_percent(found['token_agreement'], 1)} of positions, and perplexity differs by "
+        f"{_percent(found['perplexity_difference'], 1)}."
+    )
+
+
+def _lever(found: Result) -> str:
+    plain, other = found["speedup_vs_flash_ar"], found["speedup_vs_best_tree"]
+    if plain is None:
+        return "Too few cells were run for a comparison; the table has what there is."
+    text = f"The dense target decodes {plain:.2f}x as fast as plain decoding from flash"
+    return f"{text}." if other is None else f"{text}, and {other:.2f}x as fast as the next tree."
+
+
+def _flips(found: Result) -> str:
+    flips = sum(count for name, count in found.items() if name.endswith("_flips"))
+    tokens = sum(count for name, count in found.items() if name.endswith("_tokens"))
+    return f"{flips} of {tokens} tokens differ; the margins below show how close they were."
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+QUESTIONS = {
+    "schedule": Question(
+        "Are the plans good?",
+        "For one layer, which experts should the CPU compute and which should be copied to the "
+        "GPU? Plans are compared with the best possible ones, found by trying all.",
+        _schedule,
+    ),
+    "cache": Question(
+        "Are the right experts cached?",
+        "How often is an expert on the GPU when it is needed, by cache policy and size? Belady's "
+        "optimum, which knows the future, is the limit.",
+        _cache,
+    ),
+    "prefetch": Question(
+        "Is prefetching worth it?",
+        "What becomes of experts that are copied ahead of their use, with predictions of any "
+        "quality?",
+        _prefetch,
+    ),
+    "replay": Question(
+        "How fast is a whole model?",
+        "How long do prompts and tokens take under each system's policies, on the same machine "
+        "model and with the same routing?",
+        _replay,
+    ),
+    "throughput": Question(
+        "How fast is this machine's CPU alone?",
+        "How many tokens per second does the CPU manage without any accelerator, beside llama.cpp "
+        "on the same file?",
+        _throughput,
+    ),
+    "fidelity": Question(
+        "Are the answers right?",
+        "How often do our operators choose the token that the plain model in float32 chooses?",
+        _fidelity,
+    ),
+    "lever": Question(
+        "How fast is a model that lies on an SSD?",
+        "How much does speculation gain where the weights are streamed, and which token tree "
+        "gains most?",
+        _lever,
+    ),
+    "flips": Question(
+        "Does speculation change the text?",
+        "How many greedy tokens differ between tree verification and plain decoding, which round "
+        "differently in 16 bits?",
+        _flips,
+    ),
+}
+"""By name, as in `python -m eval.NAME`."""
