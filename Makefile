@@ -4,7 +4,14 @@ BIN := .venv/bin
 # What depends on other libraries' versions. The long tests of our own arithmetic run in `make test` alone.
 OLDEST := tests/hosts tests/families tests/decode tests/operators tests/compute tests/weights tests/device tests/engine tests/eval tests/lever --ignore tests/hosts/ktransformers --ignore tests/eval/gpu_check --ignore tests/eval/test_resume.py -m "not slow"
 
-.PHONY: chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+# Interpreters for `make test-pythons`, names or paths.
+PYTHONS ?= python3.10 python3.12
+
+.DEFAULT_GOAL := help
+.PHONY: help chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '%-19s %s\n' "$$name" "$$about"; done
 
 # Handed over in the environment, unexpanded: a prompt may hold what make or the shell would take for its own.
 unexport PROMPT
@@ -25,8 +32,14 @@ test-ktransformers: setup-dev setup-ktransformers-dev  ## tests of the classic h
 	@.venv-ktransformers/bin/python -m pytest -q tests/hosts/ktransformers
 	@$(BIN)/python -m pytest -q tests/hosts/ktransformers/test_against_default.py
 
-test-oldest: setup-oldest  ## tests that depend on other libraries, with the oldest that pyproject.toml allows
+test-oldest: setup-oldest  ## what depends on other libraries, with the oldest that are allowed
 	@.venv-oldest/bin/python -m pytest -q -n 2 $(OLDEST)
+
+test-wheel: setup-dev  ## install the wheel in a clean environment, run a chat and the examples
+	@$(BIN)/python scripts/try_wheel.py
+
+test-pythons: setup-dev  ## the same for other interpreters, PYTHONS="..."; may load CUDA, 3 GB each
+	@$(BIN)/python scripts/try_wheel.py --tests --python $(PYTHONS)
 
 eval: setup-dev  ## every question at its quick size, one HTML report in out/
 	@$(BIN)/python -m eval.all --quick --out out
@@ -43,28 +56,30 @@ figures: setup-dev  ## the figures of docs/benchmarks.md from the committed CSVs
 peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes
 	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
 
-fuzz: setup-dev  ## damaged files of every kind, for hours; CASES=... of GGUF files, fewer of the others
+fuzz: setup-dev  ## damaged files of every kind, for hours; CASES=... GGUF files
 	@$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000)
 
-lint: setup-dev
+lint: setup-dev  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-setup:
+setup:  ## an environment to run in, .venv
 	@$(PYTHON) scripts/setup_env.py
 
-setup-ktransformers:
+setup-ktransformers:  ## an environment for the classic host, .venv-ktransformers
 	@$(PYTHON) scripts/setup_ktransformers.py
 
 setup-ktransformers-dev:
 	@$(PYTHON) scripts/setup_ktransformers.py --dev
 
-setup-dev:
+setup-dev:  ## .venv with what tests and lint need
 	@$(PYTHON) scripts/setup_env.py --dev
 
 setup-oldest:
 	@$(PYTHON) scripts/setup_env.py --oldest
 
-clean:
+clean:  ## remove environments and builds; says what stays in the cache folder
 	rm -rf .venv .venv-oldest .venv-ktransformers build dist *.egg-info
+	@$(PYTHON) -m hybrimoe_plugin cache
+	@echo "These files stay. With no environment left, remove them by: $(PYTHON) -m hybrimoe_plugin cache clear"

@@ -1,4 +1,4 @@
-"""Where profiles, tuned kernels and demo models are kept, with a fallback for read-only homes."""
+"""Where what `kept_files` lists is kept, with a fallback for read-only homes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def usable_triton_cache() -> None:
     if reason is None:
         return
     try:
-        spare = spare_dir() / "triton"
+        spare = spare_dir() / "hybrimoe-triton"
         os.environ["TRITON_CACHE_DIR"] = str(spare)
         _notice(f"{reason}: Triton's compiled kernels are kept in {spare}")
     except OSError as error:

@@ -58,3 +58,12 @@ def _human_limit(nbytes: int) -> str:
     if nbytes >= 1 << 20:
         return f"{nbytes >> 20} MiB"
     return f"{nbytes >> 10} KiB"
+
+
+def human(size: float) -> str:
+    """`1.5 GiB` for 1610612736."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -31,6 +31,8 @@ from bundle_parts import classic, imports, kernels, machine, parts, wheels
 from bundle_parts.parts import PYTHON, BundleError, Part, say
 from setup_env import ROOT
 
+from hybrimoe_plugin import extras
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build a bundle, or use one; gives the exit status."""
@@ -81,7 +83,7 @@ def build(out: Path, args: argparse.Namespace) -> list[Part]:
 def _unpack_packages(folder: Path, site: Path, variants: Sequence[str]) -> None:
     """kt-kernel and gguf, and what gguf needs that is not on the GPU machine."""
     (wanted,) = setup_env.asked("gguf")
-    kt_kernel = wheels.download(setup_env.KERNELS, folder)
+    kt_kernel = wheels.download(extras.KERNELS.requirement, folder)
     gguf = wheels.download(wanted, folder)
     wheels.unpack(kt_kernel, site, lambda path: wheels.kept_of_kt_kernel(path, variants))
     wheels.unpack(gguf, site, lambda path: not path.startswith(("gguf/scripts/", "bin/")))

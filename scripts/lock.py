@@ -3,9 +3,10 @@
     python scripts/lock.py [--upgrade]
 
 Needs uv on the path or as a module. Writes scripts/requirements/*.txt, one for each environment,
-for Python 3.10 to 3.12 and every platform. torch is not in them: its builds for CPU, CUDA and
-others have the same version and other hashes, and which one is right is found at set-up. What torch
-needs itself is in them.
+and hybrimoe_plugin/requirements/*.txt, which an installed wheel needs too; for Python
+3.10 to 3.12 and every platform. torch is not in them: its builds for CPU, CUDA and others have the
+same version and other hashes, and which one is right is found at set-up. What torch needs itself is
+in them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 
-from setup_env import DEMO, KERNELS, LOCKS, ROOT
+from setup_env import LOCKS, ROOT, SEPARATE, lock
 from setup_ktransformers import DEV, LIBRARIES
 
 TORCH_NEEDS = (
@@ -45,9 +46,8 @@ def wanted() -> dict[str, list[str]]:
         "run": run,
         "ktransformers-dev": [*classic, *DEV],
         "ktransformers": classic,
-        "kernels": [KERNELS],
-        "demo": [DEMO],
         "uv": ["uv"],
+        **{name: [extra.requirement] for name, extra in SEPARATE.items()},
     }
 
 
@@ -79,7 +79,7 @@ def _listed(project: str, name: str) -> list[str]:
 
 
 def _compile(name: str, requirements: list[str], upgrade: bool) -> None:
-    path = (LOCKS / f"{name}.txt").resolve()  # one of them is a link into the package
+    path = lock(name)
     command = [*_uv(), "pip", "compile", "-", "--output-file", str(path)]
     command += [
         "--universal",
@@ -94,7 +94,7 @@ def _compile(name: str, requirements: list[str], upgrade: bool) -> None:
         "python scripts/lock.py",
         *(["--upgrade"] if upgrade else []),
     ]
-    if name in ("kernels", "demo"):
+    if name in SEPARATE:
         command.append("--no-deps")
     larger = LOCKS / f"{name}-dev.txt" if name != "run" else LOCKS / "dev.txt"
     if larger.exists():  # the same versions in both

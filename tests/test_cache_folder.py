@@ -162,4 +162,4 @@ def test_triton_gets_a_folder_that_can_be_written(
             patch.setenv("TRITON_CACHE_DIR", "")
             patch.setenv(name, _unwritable(tmp_path))
             usable_triton_cache()
-            assert os.environ["TRITON_CACHE_DIR"] == str(spare_dir() / "triton")
+            assert os.environ["TRITON_CACHE_DIR"] == str(spare_dir() / "hybrimoe-triton")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybrimoe_plugin", "lever_ext", "eval")
 
 ROOMS = (
-    ("core", "config", "errors", "files", "cache_folder"),
+    ("core", "config", "errors", "extras", "files", "cache_folder", "kept_files"),
     ("device", "policy", "injection"),
     ("weights", "replay"),
     ("families",),

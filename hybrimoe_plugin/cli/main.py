@@ -68,6 +68,9 @@ COMMANDS = (
         "hybrimoe_plugin.cli.doctor",
     ),
     Command(
+        "cache", "list what is kept on disk between runs, or remove it", "hybrimoe_plugin.cli.cache"
+    ),
+    Command(
         "ktransformers_chat",
         "chat with the original ktransformers.local_chat, patched",
         "hybrimoe_plugin.cli.ktransformers.chat",

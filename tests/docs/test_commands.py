@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 
 from hybrimoe_plugin.cli.main import COMMANDS, main
+from hybrimoe_plugin.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 RUN_BY = {
+    "hybrimoe cache": "tests/test_kept_files.py",
     "hybrimoe calibrate": "tests/cli/test_calibrate.py",
     "hybrimoe demo-model": "Makefile",
     "hybrimoe doctor": "tests/cli/test_doctor.py",
@@ -58,10 +60,11 @@ BY_HAND = {
     "fuzz": "takes hours; a minute of each kind is among the tests",
     "gpu-bundle": "takes a quarter of an hour and the network",
     "peers": "compiles llama.cpp",
+    "test-pythons": "may download gigabytes of CUDA",
 }
 """Make targets that CI does not call."""
 
-SHELL = ("cd", "export", "git", "pre-commit", "source")
+SHELL = (".", "cd", "export", "git", "pre-commit", "source")
 """Not this project's."""
 
 
@@ -136,10 +139,14 @@ def test_a_command_is_run_somewhere(command: Command, monkeypatch: pytest.Monkey
     words = command.words
     if words[0] in SHELL:
         return
+    if words[:3] == ["python3", "-m", "venv"]:
+        return  # and its activation behind it; test_shell.py types both
     if words[0] == "pip":
         check_pins(command)
     elif words[0] == "make":
-        by_ci = targets((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+        # CI types the README's commands.
+        called = [(ROOT / name).read_text(encoding="utf-8") for name in (".ci/run", "README.md")]
+        by_ci = targets("\n".join(called))
         assert words[1] in by_ci or words[1] in BY_HAND
         targets(f"make {words[1]}")
     else:
@@ -194,7 +201,5 @@ def check_arguments(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_pins(command: Command) -> None:
     """An exact version is the one that set-up installs."""
-    setup = (ROOT / "scripts" / "setup_env.py").read_text(encoding="utf-8")
-    for word in command.words:
-        if "==" in word:
-            assert f'"{word}"' in setup
+    pinned = {extra.requirement for extra in EXTRAS}
+    assert {word for word in command.words if "==" in word} <= pinned

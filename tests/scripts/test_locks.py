@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hybrimoe_plugin import extras
+
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("3.10", "3.11", "3.12")
 
@@ -60,8 +62,8 @@ def _chosen(
 
 
 def test_every_entry_is_one_version_with_hashes(scripts: Any) -> None:
-    paths = sorted(scripts.LOCKS.glob("*.txt"))
-    assert {path.stem for path in paths} == set(scripts.wanted())
+    paths = [scripts.lock(name) for name in scripts.wanted()]
+    assert sorted(paths) == sorted([*scripts.LOCKS.glob("*.txt"), *extras.LOCKS.glob("*.txt")])
     for path in paths:
         for requirement, hashes in _entries(path):
             specifier = str(requirement.specifier)
@@ -77,7 +79,7 @@ def test_a_lock_holds_all_that_is_asked_for(
     scripts: Any,
 ) -> None:
     for name, wanted in scripts.wanted().items():
-        chosen = _chosen(_entries(scripts.LOCKS / f"{name}.txt"), python)
+        chosen = _chosen(_entries(scripts.lock(name)), python)
         for requirement in map(Requirement, wanted):
             version = chosen.get(canonicalize_name(requirement.name))
             assert version is not None, f"{name}: {requirement} is missing: python scripts/lock.py"

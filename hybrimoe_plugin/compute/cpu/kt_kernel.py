@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.extras import KERNELS
 
 KERNEL_TYPES = frozenset(
     {"Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16", "BF16"}
@@ -44,6 +45,10 @@ def import_kernel() -> ModuleType:
     try:
         with _float_environment():
             from kt_kernel import kt_kernel_ext
+    except ModuleNotFoundError as error:
+        if error.name != "kt_kernel":
+            raise BackendError(f"kt-kernel does not load: {error}") from error
+        raise BackendError(f"kt-kernel is not installed: {KERNELS.remedy()}") from error
     except Exception as error:  # a wrong processor shows as RuntimeError, OSError or ImportError
         raise BackendError(f"kt-kernel does not load: {error}") from error
     module: ModuleType = kt_kernel_ext

@@ -18,9 +18,10 @@ import venv
 from pathlib import Path
 
 from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.extras import LOCKS
 from hybrimoe_plugin.hosts.ktransformers.release import MADE, SDIST_SHA256, TRANSFORMERS, installed
 
-LOCK = Path(__file__).with_name("requirements.txt")
+LOCK = LOCKS / "ktransformers.txt"
 """Versions and hashes of its libraries, torch apart; `scripts/lock.py` of the sources writes it."""
 
 _SHARED = "hybrimoe-shared.pth"

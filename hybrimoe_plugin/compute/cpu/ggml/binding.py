@@ -17,8 +17,9 @@ import numpy as np
 
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.extras import KERNELS
 
-CHECKED_VERSIONS = ("0.7.2",)
+CHECKED_VERSIONS = (KERNELS.version,)
 """kt-kernel releases whose ggml has the structures declared below; others are refused."""
 
 F32, I32 = 0, 26
@@ -67,7 +68,7 @@ class GgmlBinding:
         if version not in CHECKED_VERSIONS:
             raise BackendError(
                 f"kt-kernel {version}: its ggml was not checked, only that of "
-                f"{', '.join(CHECKED_VERSIONS)}; install one of these releases"
+                f"{', '.join(CHECKED_VERSIONS)}: {KERNELS.remedy()}"
             )
         path = str(kernel.__file__)
         try:
