@@ -45,11 +45,12 @@ class Talk:
     def _count(self, _model: Any, _args: Any, kwargs: Any, _output: Any) -> None:
         self.computed += kwargs["input_ids"].shape[1]
 
-    def ask(self, prompt: list[int], **options: Any) -> list[int]:
+    def ask(self, prompt: list[int], piece: int = 10_000) -> list[int]:
         """The whole sequence."""
         self.computed = 0
         cache = self.kept.arguments(prompt)
-        output = self.model.generate(torch.tensor([prompt]), **cache, **GREEDY, **options)
+        self.kept.compute(prompt, piece)
+        output = self.model.generate(torch.tensor([prompt]), **cache, **GREEDY)
         found: list[int] = output[0].tolist()
         self.kept.commit(found)
         return found
@@ -111,10 +112,22 @@ def test_every_turn_is_what_it_is_without(talk: Talk) -> None:
 
 def test_prompts_in_pieces(talk: Talk) -> None:
     talk.kept.drop()
-    first = talk.ask(words(9, 4), prefill_chunk_size=4)
+    first = talk.ask(words(9, 4), piece=4)
     second = first + words(11, 5)
-    assert talk.ask(second, prefill_chunk_size=4) == talk.anew(second)
+    right = talk.anew(second)
+    assert talk.ask(second, piece=4) == right
     assert talk.kept.shared == len(first) - 1
+
+    def stop(tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    talk.kept.drop()
+    cache = talk.kept.arguments(second)
+    with pytest.raises(KeyboardInterrupt):
+        talk.kept.compute(second, 8, stop)
+    assert cache
+    assert talk.ask(second) == right
+    assert talk.kept.shared == 8  # the piece that was done before Ctrl-C
 
 
 def test_interrupts_at_any_point(talk: Talk) -> None:
@@ -127,7 +140,7 @@ def test_interrupts_at_any_point(talk: Talk) -> None:
     talk.ask(other)
     rng = random.Random(0)
     for _ in range(2):
-        ended(lambda: talk.ask(longer), rng.randrange(1, count), KeyboardInterrupt())
+        ended(lambda: talk.ask(longer, piece=3), rng.randrange(1, count), KeyboardInterrupt())
         assert talk.ask(other) == rest
         assert talk.ask(longer) == right
 

@@ -44,6 +44,7 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what to answer, and how."""
     add_chat_flag(group, "prompt")
     add_chat_flag(group, "prompt_file")
+    add_flag(group, "system", metavar="TEXT", help="system prompt of the conversation")
     add_chat_flag(group, "max_new_tokens")
     add_switch(
         group, "do_sample", "sample tokens; default: what the model's generation config says", None
@@ -67,6 +68,21 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     )
     add_flag(
         group,
+        "repetition_penalty",
+        type=number(0.01, 100),
+        help="above 1: tokens that were there already become less likely",
+    )
+    add_flag(
+        group,
+        "stop",
+        action="append",
+        type=some_text,
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
+    add_switch(group, "quiet", "print answers and errors alone")
+    add_flag(
+        group,
         "sampler",
         choices=SAMPLERS,
         default="auto",
@@ -82,6 +98,13 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
         help="compute longer prompts in pieces of this many tokens "
         f"(default {PIECE}, or {CPU_PIECE} where only the CPU computes)",
     )
+
+
+def some_text(text: str) -> str:
+    """Reader of texts that are not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text, found none")
+    return text
 
 
 def add_records(group: argparse._ArgumentGroup) -> None:
@@ -122,17 +145,19 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.greedy and args.do_sample:
         raise ConfigError("--greedy and --do_sample exclude each other: give one of them")
+    penalty = args.repetition_penalty
+    given: dict[str, Any] = {} if penalty is None else {"repetition_penalty": penalty}
     cold = args.temperature is not None and args.temperature < COLDEST_TEMPERATURE
     if args.greedy or args.do_sample is False or cold:
-        return dict(_GREEDY)
-    given = {}
+        return {**_GREEDY, **given}
+    filters = {}
     for name in ("temperature", "top_p", "top_k", "min_p"):
         value = getattr(args, name)
         if value is not None:
-            given[name] = value
-    if given or args.do_sample:
-        given["do_sample"] = True
-    return given
+            filters[name] = value
+    if filters or args.do_sample:
+        filters["do_sample"] = True
+    return {**filters, **given}
 
 
 def explain_ignored(args: argparse.Namespace) -> None:

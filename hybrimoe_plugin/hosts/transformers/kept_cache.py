@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_name
@@ -36,7 +38,6 @@ class KeptCache:
     def __init__(self, model: Any) -> None:
         self.shared = 0
         self._model = model
-        self._name = cache_name(model)
         self._cache: Any = None
         self._ids: list[int] = []
         """The tokens whose entries are in the cache."""
@@ -49,7 +50,7 @@ class KeptCache:
             config: the generation config of the call, which may ask for another kind of cache.
 
         Returns:
-            The cache, cut to what the prompt shares with it; empty where none can be kept:
+            The cache, cut to what the prompt shares with it; nothing where none can be kept:
             `generate` then makes its own.
         """
         if not self._can_be_kept(config):
@@ -65,13 +66,41 @@ class KeptCache:
                 _cut(layer, shared)
         else:
             self._cache = _new_cache(self._model)
-        return {self._name: self._cache}
+        return {cache_name(self._model): self._cache}
 
-    def commit(self, sequence: Sequence[int]) -> None:
-        """Note what the cache holds, once `generate` has returned.
+    @torch.no_grad()
+    def compute(
+        self, prompt: Sequence[int], piece: int, computed: Callable[[int], object] = lambda _: None
+    ) -> None:
+        """Compute a long prompt in pieces, but for the last one, which `generate` computes.
+
+        Not by `prefill_chunk_size` of `generate`: transformers 5.17 computes the whole prompt again
+        behind what a cache holds. And here an interrupt keeps the pieces that are done.
 
         Args:
-            sequence: the prompt and all tokens after it. The last of them has no entry yet.
+            prompt: as given to `arguments`, whose cache is filled.
+            piece: most tokens of a piece.
+            computed: is told each piece's tokens.
+        """
+        if self._cache is None:
+            return
+        options: dict[str, Any] = {cache_name(self._model): self._cache, "use_cache": True}
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            options["logits_to_keep"] = 1
+        device = getattr(self._model, "device", None)
+        done = self.shared
+        while len(prompt) - done > piece:
+            ids = torch.tensor([prompt[done : done + piece]], device=device)
+            self._model(input_ids=ids, **options)
+            done += piece
+            self.commit(prompt[:done])
+            computed(piece)
+
+    def commit(self, sequence: Sequence[int]) -> None:
+        """Note what the cache holds, once a call has returned.
+
+        Args:
+            sequence: the prompt and all tokens after it. The last of them may have no entry yet.
         """
         if self._cache is None:
             return
