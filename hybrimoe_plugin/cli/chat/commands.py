@@ -54,10 +54,10 @@ def found(text: str) -> tuple[Command, str] | None:
             return command, argument
     if is_file(text):
         return None
-    known = [command.name for command in COMMANDS]
+    known = [f"/{command.name}" for command in COMMANDS]
     raise ConfigError(
-        f"there is no command /{name}{did_you_mean(name, known)} (/help lists them; //{name} "
-        "sends it as text)"
+        f"there is no command /{name}{did_you_mean(f'/{name}', known)} (/help lists them; "
+        f"//{name} sends it as text)"
     )
 
 
