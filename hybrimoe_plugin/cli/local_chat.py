@@ -115,20 +115,16 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
     gguf_path = args.gguf_path
     if args.model_path is None and gguf_path is None:
         gguf_path = _demo(args.demo, args.quiet)
-    model, tokenizer = load_model(
+    return load_model(
         args.model_path,
         gguf_path,
         args.optimize_config_path,
         dtype=None if args.dtype == "auto" else args.dtype,
         trust_rules=args.trust_rules,
         progress=_is_watched(args),
+        require_tokenizer=True,
         **settings,
     )
-    if tokenizer is None:
-        raise ConfigError(
-            "the GGUF file holds no usable tokenizer: give --model_path with the model's tokenizer"
-        )
-    return model, tokenizer
 
 
 def _demo(form: str | None, quiet: bool) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_thread import one_torch_thread
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -14,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hybrimoe_plugin.cli.chat.conversation import Chat
 from hybrimoe_plugin.cli.chat.options import ChatOptions
 from hybrimoe_plugin.hosts.transformers.kept_cache import KeptCache
+
+__all__ = ["one_torch_thread"]  # a fixture of this module
 
 WORDS = ("end", "user", "assistant", *(f"w{index}" for index in range(61)))
 

@@ -44,7 +44,7 @@ class Terminal:
         return before
 
     def end(self) -> tuple[int, str]:
-        """(exit code, negative for a signal; the rest of the screen), once the process has ended."""
+        """(exit code, negative for a signal; the rest of the screen) once the process has ended."""
         while self._read():
             pass
         _, status = os.waitpid(self._pid, 0)
@@ -77,7 +77,7 @@ def _child(run: Callable[[], int]) -> None:
     try:
         # pytest has replaced these.
         sys.stdin, sys.stdout, sys.stderr = (
-            open(number, mode, buffering=1, closefd=False)
+            os.fdopen(number, mode, buffering=1, closefd=False)
             for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
         signal.signal(signal.SIGINT, signal.default_int_handler)
