@@ -148,7 +148,7 @@ def _talk(
     from hybrimoe_plugin.cli.chat.conversation import Chat
     from hybrimoe_plugin.cli.chat.options import options_of
     from hybrimoe_plugin.cli.chat.report import EngineReport, on_cpu_alone
-    from hybrimoe_plugin.hosts.transformers.kept_cache import KeptCache
+    from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
     _seed(args)
     records.attach(model)
@@ -175,7 +175,7 @@ def _talk_flash(
 
     from hybrimoe_plugin.cli.chat.conversation import Chat
     from hybrimoe_plugin.cli.chat.options import options_of
-    from hybrimoe_plugin.hosts.transformers.kept_cache import KeptCache
+    from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
     if settings or args.timeline or args.record_trace:
         raise ConfigError(
@@ -221,8 +221,8 @@ def _converse(
         banner: gives the lines before the conversation.
         facts: gives more lines for `/stats`.
     """
-    from hybrimoe_plugin.cli.chat import loop, terminal
-    from hybrimoe_plugin.cli.chat.session import Session
+    from hybrimoe_plugin.cli.chat.typed import loop, terminal
+    from hybrimoe_plugin.cli.chat.typed.session import Session
 
     session = Session(chat, args, facts, args.prompt_file)
     if not args.quiet:

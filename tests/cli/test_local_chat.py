@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hybrimoe_plugin.cli import models
-from hybrimoe_plugin.cli.chat import banner, conversation, loop
+from hybrimoe_plugin.cli.chat import banner, conversation
+from hybrimoe_plugin.cli.chat.typed import loop
 from hybrimoe_plugin.cli.main import main
 
 

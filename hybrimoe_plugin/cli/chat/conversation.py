@@ -19,7 +19,7 @@ from hybrimoe_plugin.cli.chat.text import AnswerText
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import well_formed
 from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
-from hybrimoe_plugin.hosts.transformers.kept_cache import KeptCache
+from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 from hybrimoe_plugin.hosts.transformers.sampling import FlashinferSampling
 
 

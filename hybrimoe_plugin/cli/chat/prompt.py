@@ -8,7 +8,7 @@ import torch
 
 from hybrimoe_plugin.cli.chat.options import ChatOptions
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
+from hybrimoe_plugin.hosts.transformers.chat.template import ChatTemplate
 
 THINK = "<think>\n"
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.cli.chat import loop
 from hybrimoe_plugin.cli.chat.conversation import Chat
 from hybrimoe_plugin.cli.chat.flags import add_answers
 from hybrimoe_plugin.cli.chat.options import ChatOptions, options_of
-from hybrimoe_plugin.cli.chat.session import Session
+from hybrimoe_plugin.cli.chat.typed import loop
+from hybrimoe_plugin.cli.chat.typed.session import Session
 
 END = 0
 

@@ -14,7 +14,7 @@ import pytest
 
 from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
+from hybrimoe_plugin.hosts.transformers.chat.template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "ü\n"}]
 
@@ -90,6 +90,8 @@ def test_a_template_that_cannot_be_used_says_why(text: str, said: str) -> None:
 
 TIME = "more than the 1 seconds that it may take"
 MEMORY = "more than the 512 MiB of memory that it may take"
+EITHER = f"{TIME}|{MEMORY}"
+"""On a busy machine, time ends some that need a while to take their memory."""
 
 
 @pytest.mark.parametrize(
@@ -97,14 +99,14 @@ MEMORY = "more than the 512 MiB of memory that it may take"
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", TIME),
         ("{{ 'x' * 10**10 }}", MEMORY),
-        ("{{ (range(90000) | list) * 1000000 }}", MEMORY),
+        ("{{ (range(90000) | list) * 1000000 }}", EITHER),
         (
             "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% "
             "endfor %}",
-            MEMORY,
+            EITHER,
         ),
-        ("{{ 7 ** (7 ** 11) }}", f"{TIME}|{MEMORY}"),
-        ("{{ '{:>9000000000}'.format(1) }}", MEMORY),
+        ("{{ 7 ** (7 ** 11) }}", EITHER),
+        ("{{ '{:>9000000000}'.format(1) }}", EITHER),
     ],
 )
 def test_endless_and_growing_templates_say_which_limit_ends_them(text: str, limit: str) -> None:

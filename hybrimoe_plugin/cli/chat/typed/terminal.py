@@ -21,8 +21,8 @@ from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from hybrimoe_plugin.cache_folder import cache_dir, unusable
-from hybrimoe_plugin.cli.chat.commands import COMMANDS
-from hybrimoe_plugin.cli.chat.settable import SETTABLE
+from hybrimoe_plugin.cli.chat.typed.commands import COMMANDS
+from hybrimoe_plugin.cli.chat.typed.settable import SETTABLE
 from hybrimoe_plugin.cli.reading import FENCE
 
 HISTORY = "chat_history"

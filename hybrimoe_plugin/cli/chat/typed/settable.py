@@ -9,7 +9,7 @@ import torch
 
 from hybrimoe_plugin.cli.chat import flags
 from hybrimoe_plugin.cli.chat.options import options_of
-from hybrimoe_plugin.cli.chat.session import Session
+from hybrimoe_plugin.cli.chat.typed.session import Session
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import Parser
 from hybrimoe_plugin.errors import ConfigError, did_you_mean

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scripted_chat import Model, chat, session
 
-from hybrimoe_plugin.cli.chat import loop
 from hybrimoe_plugin.cli.chat.interrupts import Interrupts
+from hybrimoe_plugin.cli.chat.typed import loop
 
 
 def press() -> None:

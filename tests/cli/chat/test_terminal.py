@@ -12,8 +12,11 @@ import pytest
 from at_terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, UP, Terminal
 from scripted_chat import Model, session
 
-from hybrimoe_plugin.cli.chat import loop, terminal
-from hybrimoe_plugin.cli.main import INTERRUPTED
+from hybrimoe_plugin.cli import local_chat
+from hybrimoe_plugin.cli.chat import progress
+from hybrimoe_plugin.cli.chat.typed import loop, terminal
+from hybrimoe_plugin.cli.main import INTERRUPTED, main
+from hybrimoe_plugin.errors import ConfigError
 
 Talk = Any
 
@@ -168,6 +171,25 @@ def test_commands_are_completed_and_unknown_ones_not_sent(talk: Talk, tmp_path: 
     assert at.end()[0] == 0
     assert [each["content"] for each in json.loads(path.read_text())["messages"]] == ["hi", "one"]
     assert len(prompts(tmp_path)) == 1
+
+
+def test_waiting_is_explained_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_DELAY_S", 0.0)
+
+    def import_nothing() -> None:
+        with progress.prompt_bar(2048, True) as bar:
+            bar.update(512)
+            bar.refresh()
+        raise ConfigError("the end")
+
+    monkeypatch.setattr(local_chat, "import_libraries", import_nothing)
+    at = Terminal(lambda: main(["local_chat", "--prompt", "hi"]))
+    at.expect("hybrimoe: loading libraries ...")
+    at.expect("512/2048")
+    assert "error: the end" in at.end()[1]
+
+    at = Terminal(lambda: main(["local_chat", "--prompt", "hi", "--quiet"]))
+    assert "loading" not in at.end()[1]
 
 
 def test_a_history_that_cannot_be_written_is_in_memory(tmp_path: Path) -> None:

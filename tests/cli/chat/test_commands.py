@@ -12,9 +12,9 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from scripted_chat import Model, converse
 
-from hybrimoe_plugin.cli.chat import saved
-from hybrimoe_plugin.cli.chat.commands import COMMANDS, found, message_in
-from hybrimoe_plugin.cli.chat.terminal import Commands
+from hybrimoe_plugin.cli.chat.typed import saved
+from hybrimoe_plugin.cli.chat.typed.commands import COMMANDS, found, message_in
+from hybrimoe_plugin.cli.chat.typed.terminal import Commands
 from hybrimoe_plugin.errors import ConfigError
 
 Capture = pytest.CaptureFixture[str]

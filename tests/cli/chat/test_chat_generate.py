@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hybrimoe_plugin.cli.chat.conversation import Chat
 from hybrimoe_plugin.cli.chat.options import ChatOptions
-from hybrimoe_plugin.hosts.transformers.kept_cache import KeptCache
+from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
 __all__ = ["one_torch_thread"]  # a fixture of this module
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrimoe_plugin.cli.chat import saved
-from hybrimoe_plugin.cli.chat.session import Session
-from hybrimoe_plugin.cli.chat.settable import SETTABLE, changed, current
+from hybrimoe_plugin.cli.chat.typed import saved
+from hybrimoe_plugin.cli.chat.typed.session import Session
+from hybrimoe_plugin.cli.chat.typed.settable import SETTABLE, changed, current
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, well_formed
 from hybrimoe_plugin.errors import ConfigError, did_you_mean

@@ -6,8 +6,8 @@ import logging
 import sys
 from collections.abc import Callable
 
-from hybrimoe_plugin.cli.chat.commands import found, message_in
-from hybrimoe_plugin.cli.chat.session import Session
+from hybrimoe_plugin.cli.chat.typed.commands import found, message_in
+from hybrimoe_plugin.cli.chat.typed.session import Session
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.main import INTERRUPTED
 from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file

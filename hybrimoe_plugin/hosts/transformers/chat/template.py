@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.hosts.transformers import template_worker
+from hybrimoe_plugin.hosts.transformers.chat import template_worker
 
 SECONDS = 5
 MAX_BYTES = 512 * 2**20

@@ -15,7 +15,7 @@ from one_thread import one_torch_thread
 from replayed import Replayed
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from hybrimoe_plugin.hosts.transformers.kept_cache import KeptCache
+from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
 __all__ = ["one_torch_thread"]  # a fixture of this module
 
@@ -173,7 +173,7 @@ def test_caches_that_cannot_be_cut_are_not_kept(
     sliding = DynamicCache()
     sliding.layers = [DynamicSlidingWindowLayer(sliding_window=4)]
     monkeypatch.setattr(
-        "hybrimoe_plugin.hosts.transformers.kept_cache._new_cache", lambda _model: sliding
+        "hybrimoe_plugin.hosts.transformers.chat.kept_cache._new_cache", lambda _model: sliding
     )
     assert talk.kept.arguments(prompt) == {}
     assert talk.ask(prompt) == right
