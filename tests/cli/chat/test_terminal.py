@@ -93,6 +93,12 @@ def test_fences_and_history(talk: Talk, tmp_path: Path) -> None:
     at = talk("again")
     at.type(UP + UP + UP + UP)
     at.expect('"""')
+    at.type(CTRL_C)
+    at.expect("leaves")
+    at.expect("Chat:")
+    at.type("\x12" + "a")  # search backwards
+    at.expect('"""')
+    at.type(ENTER)
     at.type(ENTER)
     at.expect("again")
     at.expect("Chat:")

@@ -65,9 +65,12 @@ class Model:
         self.prompts.append("".join(chr(i) for i in ids[0].tolist()))
         self.configs.append(generation_config)
         streamer.put(ids)
-        delay_s = self._delay_s()
-        for count, token in enumerate([*map(ord, self.answers.pop(0)), END], start=1):
-            time.sleep(delay_s)
+        answer, delay_s = self.answers.pop(0), 0.0
+        if self.delays_s:
+            delay_s = self.delays_s.pop(0)
+            print("computing", file=sys.stderr, flush=True)
+        for count, token in enumerate([*map(ord, answer), END], start=1):
+            _wait(delay_s)
             streamer.put(torch.tensor([token]))
             if count == self.interrupt_after:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -75,11 +78,12 @@ class Model:
                 break
         streamer.end()
 
-    def _delay_s(self) -> float:
-        if not self.delays_s:
-            return 0.0
-        print("computing", file=sys.stderr, flush=True)
-        return self.delays_s.pop(0)
+
+def _wait(seconds: float) -> None:
+    """In short steps: a signal that another thread takes does not wake the main thread up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def chat(model: Model, report: Any = lambda: None, **options: Any) -> Chat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
@@ -64,8 +67,9 @@ def history(folder: Path) -> History:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
-            os.fchmod(handle, 0o600)
-            is_file = os.path.isfile(path)
+            is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+            if is_file:
+                os.fchmod(handle, 0o600)
         finally:
             os.close(handle)
     except OSError:
@@ -107,8 +111,9 @@ def _matching(words: Iterable[str], typed: str) -> Iterable[Completion]:
 def bindings() -> KeyBindings:
     """Enter sends; Alt+Enter begins a new line, and so does Enter within a paste."""
     keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # and not searching in the history
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if _is_open(buffer.text) or _has_more(event):
@@ -116,7 +121,7 @@ def bindings() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         _new_line(event.current_buffer)
 
