@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from hybrimoe_plugin.errors import ConfigError
 COMMON = (
     *("gguf_path", "model_path", "rules", "demo", "device"),
     *("prompt", "prompt_file", "max_new_tokens", "greedy", "temperature", "top_p", "seed"),
+    *("system", "stop", "quiet"),
     *("cache_ratio", "cache_bytes", "cpu_threads", "context"),
     *("scheduler", "cache", "prefetch"),
     *("flash_pack", "draft", "dram_budget"),
@@ -54,17 +55,33 @@ def run(args: argparse.Namespace) -> int:
     effects.refuse_idle(asked, idle)
     if not asked.flash:
         settings = placed(settings, args.device)
-    sampling = flags.sampling(args)
+    flags.sampling(args)  # refuses contradictions now
+    system = well_formed(args.system or "")
+    _be_quiet(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _is_watched(args):
+        notice("loading libraries ...")
     import_libraries()
     _check_machine(asked, settings, idle)
     flags.fill_in(args)
     if asked.flash:
-        return _talk_flash(args, sampling, prompt)
+        return _talk_flash(args, system, prompt)
     with Records(args.timeline, args.record_trace) as records:
         model, tokenizer = _load(args, settings)
-        return _talk(args, model, tokenizer, sampling, prompt, records)
+        return _talk(args, model, tokenizer, system, prompt, records)
+
+
+def _be_quiet(args: argparse.Namespace) -> None:
+    """Let only errors be logged, if the user wants to see answers alone."""
+    if args.quiet:
+        for package in ("hybrimoe_plugin", "lever_ext"):
+            logging.getLogger(package).setLevel(logging.ERROR)
+
+
+def _is_watched(args: argparse.Namespace) -> bool:
+    """Whether somebody waits at a terminal and wants to know for what."""
+    return not args.quiet and sys.stderr is not None and sys.stderr.isatty()
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -130,28 +147,25 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         transformers_logging.set_verbosity_error()
     gguf_path = args.gguf_path
     if args.model_path is None and gguf_path is None:
-        gguf_path = _demo(args.demo)
-    model, tokenizer = load_model(
+        gguf_path = _demo(args.demo, args.quiet)
+    return load_model(
         args.model_path,
         gguf_path,
         args.optimize_config_path,
         dtype=None if args.dtype == "auto" else args.dtype,
         trust_rules=args.trust_rules,
-        progress=sys.stderr.isatty(),
+        progress=_is_watched(args),
+        require_tokenizer=True,
         **settings,
     )
-    if tokenizer is None:
-        raise ConfigError(
-            "the GGUF file holds no usable tokenizer: give --model_path with the model's tokenizer"
-        )
-    return model, tokenizer
 
 
-def _demo(form: str | None) -> str:
+def _demo(form: str | None, quiet: bool) -> str:
     from hybrimoe_plugin.cli.models import demo_gguf
 
     if form is None:
-        notice("no --model_path and no --gguf_path given: this is the demo model")
+        if not quiet:
+            notice("no --model_path and no --gguf_path given: this is the demo model")
         form = DEMO_FORMS[0]
     return str(demo_gguf(form))
 
@@ -160,65 +174,88 @@ def _talk(
     args: argparse.Namespace,
     model: Any,
     tokenizer: Any,
-    sampling: dict[str, Any],
+    system: str,
     prompt: str | None,
     records: Records,
 ) -> int:
-    import torch
+    from hybrimoe_plugin.cli.chat.conversation import Chat
+    from hybrimoe_plugin.cli.chat.options import options_of
+    from hybrimoe_plugin.cli.chat.report import EngineReport, on_cpu_alone
+    from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
-    from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
-    from hybrimoe_plugin.cli.chat.report import EngineReport
-
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
+    _seed(args)
     records.attach(model)
     piece = args.chunk_prefill_size
     if piece is None:
-        piece = flags.CPU_PIECE if _on_cpu_alone(model) else flags.PIECE
-    options = ChatOptions(args.max_new_tokens, sampling, args.force_think, piece, args.sampler)
-    chat = Chat(model, tokenizer, options, EngineReport(model))
-    return _converse(args, chat, prompt)
+        # An accelerator would be sent the experts for every piece.
+        piece = flags.CPU_PIECE if on_cpu_alone(model.hybrimoe) else flags.PIECE
+    report = EngineReport(model)
+    options = options_of(args, piece)
+    chat = Chat(model, tokenizer, options, report, kept=KeptCache(model))
+    chat.system = system
+    if prompt is not None:
+        return _answer(chat, prompt)
+
+    from hybrimoe_plugin.cli.chat.banner import banner
+
+    return _converse(args, chat, lambda: banner(model), report.facts)
 
 
-def _on_cpu_alone(model: Any) -> bool:
-    """Whether only the CPU computes; an accelerator would be sent the experts for every piece."""
-    engines = getattr(getattr(model, "hybrimoe", None), "engines", ())
-    return bool(engines) and all(engine.accelerator is None for engine in engines)
-
-
-def _talk_flash(args: argparse.Namespace, sampling: dict[str, Any], prompt: str | None) -> int:
-    import torch
+def _talk_flash(args: argparse.Namespace, system: str, prompt: str | None) -> int:
     from transformers.utils import logging as transformers_logging
 
-    from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
+    from hybrimoe_plugin.cli.chat.conversation import Chat
+    from hybrimoe_plugin.cli.chat.options import options_of
+    from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
     if not args.verbose:
         transformers_logging.set_verbosity_error()
     flash = find_module(FLASH_CHAT).load(args)
     try:
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
-        options = ChatOptions(args.max_new_tokens, sampling, args.force_think)
+        _seed(args)
         model = flash.target.model
-        chat = Chat(model, flash.tokenizer, options, flash.report, flash.decoder)
-        return _converse(args, chat, prompt)
+        options = options_of(args, None)
+        kept = KeptCache(model)
+        chat = Chat(model, flash.tokenizer, options, flash.report, flash.decoder, kept)
+        chat.system = system
+        if prompt is not None:
+            return _answer(chat, prompt)
+        return _converse(args, chat, flash.banner, list)
     finally:
         flash.close()
 
 
-def _converse(args: argparse.Namespace, chat: Any, prompt: str | None) -> int:
-    from hybrimoe_plugin.cli.chat.conversation import HELP
+def _seed(args: argparse.Namespace) -> None:
+    import torch
 
-    if prompt is not None:
-        return 0 if chat.answer(prompt) else INTERRUPTED
-    if sys.stdin.isatty():
-        _edit_lines()
-        notice(HELP)
-    chat.loop(input, args.prompt_file)
-    return 0
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
 
 
-def _edit_lines() -> None:
-    """Give `input` history and cursor keys where Python has readline."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
+def _answer(chat: Any, prompt: str) -> int:
+    return 0 if chat.answer(prompt) else INTERRUPTED
+
+
+def _converse(
+    args: argparse.Namespace,
+    chat: Any,
+    banner: Callable[[], list[str]],
+    facts: Callable[[], list[str]],
+) -> int:
+    """Talk, with an editor where somebody types.
+
+    Args:
+        banner: gives the lines before the conversation.
+        facts: gives more lines for `/stats`.
+    """
+    from hybrimoe_plugin.cli.chat.typed import loop, terminal
+    from hybrimoe_plugin.cli.chat.typed.session import Session
+
+    session = Session(chat, args, facts, args.prompt_file)
+    if not args.quiet:
+        print(*banner(), sep="\n", file=sys.stderr, flush=True)
+    if not terminal.is_terminal():
+        return loop.converse(session, lambda _prompt: input())
+    if not args.quiet:
+        notice("/help lists the commands, /exit leaves")
+    return loop.converse(session, terminal.editor(), is_editor=True)

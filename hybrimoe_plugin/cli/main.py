@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,6 +159,10 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         kind = type(error).__name__
         place = _place(error)
         return _complain(f"unexpected {kind}: {error} ({place}; -v shows more)")
+    finally:
+        if argv is None:
+            # The process ends: one more Ctrl-C must not make it end with a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:

@@ -122,6 +122,11 @@ class GGUFStore:
         """Size of all files."""
         return sum(part.size for part in self._bytes)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all files were read into memory, and none is mapped."""
+        return not self._mapped
+
     def companion(self, kind: type[T]) -> T:
         """The store's one object of a class, made without arguments when first asked for.
 

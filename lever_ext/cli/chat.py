@@ -35,6 +35,20 @@ class FlashChat:
             return None
         return "\n".join(stats.lines(self.device_gbps))
 
+    def banner(self) -> list[str]:
+        """The lines before a conversation."""
+        from hybrimoe_plugin.cli.chat.banner import machine
+        from hybrimoe_plugin.device.memory import human
+
+        pack, kept = self.target.pack, self.target.residency.nbytes
+        draft = "none" if self.decoder.draft is None else self.decoder.draft.name
+        return [
+            f"{self.target.model.config.model_type}, {pack.path}",
+            f"weights: {human(pack.reader.size)} on flash, {human(kept)} of memory for them; "
+            f"draft {draft}, tree {self.decoder.policy.name}",
+            machine(self.target.model),
+        ]
+
     def close(self) -> None:
         self.decoder.close()
         self.target.close()

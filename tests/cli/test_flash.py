@@ -5,6 +5,7 @@ end.
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,6 @@ def chat(pack: Path, *flags: str) -> int:
     return main(["local_chat", "--flash-pack", str(pack), *words, *flags])
 
 
-def answer(text: str) -> str:
-    return text.split("prompt eval count")[0].strip()
-
-
 def test_pack_says_where_it_is(
     pack: Path, capsys: pytest.CaptureFixture[str], model_path: Path
 ) -> None:
@@ -108,6 +105,7 @@ def test_chat_prints_the_answer_and_what_speculation_did(
     pack: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = []
+    answers = set()
     for flags in (
         ("--tree", "none"),
         ("--draft", "low-bit", "--dram_budget", "400KiB"),
@@ -115,8 +113,10 @@ def test_chat_prints_the_answer_and_what_speculation_did(
         ("--draft", "low-bit", "--draft_bits", "2", "--tree", "specinfer", "--throttle", "nvme"),
     ):
         assert chat(pack, *flags) == 0
-        said.append(capsys.readouterr().out)
-    assert len({answer(text) for text in said}) == 1 and "word" in said[0]
+        made = capsys.readouterr()
+        said.append(made.err)
+        answers.add(made.out)
+    assert len(answers) == 1 and "word" in answers.pop()
     for part in ("tokens/s", "acceptance "
                              "length", "by "
                                        "position", "target "
@@ -130,15 +130,36 @@ def test_an_accelerator_changes_where_but_not_what(
     pack: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert chat(pack, "--tree", "none") == 0
-    want = answer(capsys.readouterr().out)
+    want = capsys.readouterr().out
     assert (
         chat(pack, "--device", "emulated", "--vram_budget", "64MiB", "--dram_budget", "400KiB") == 0
     )
     made = capsys.readouterr()
-    assert answer(made.out) == want
+    assert made.out == want
     assert ("live there" in made.err) != ("emulated is not used" in caplog.text)
     assert chat(pack, "--device", "warp") == 2 and chat(pack, "--device", "emulated") == 2
     assert "cpu, cuda, cuda:N or emulated" in capsys.readouterr().err
+
+
+def test_a_conversation_keeps_its_cache_and_stops(
+    pack: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without speculation, where every prompt is computed anew."""
+    assert chat(pack, "--tree", "none") == 0
+    words = capsys.readouterr().out.split()
+    flags = ["--greedy", "--max_new_tokens", "12", "--flash_pack", str(pack)]
+    flags += ["--stop", words[4], "--repetition_penalty", "1.3"]
+    said = []
+    for draft in (["--tree", "none"], ["--draft", "low-bit"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("word1 word2 word3\nword4\n/retry\n"))
+        assert main(["local_chat", *flags, *draft]) == 0
+        made = capsys.readouterr()
+        said.append(made.out)
+        assert made.err.count("prompt kept:") == 2
+        assert "weights: " in made.err and "on flash" in made.err
+    assert said[0] == said[1] and words[4] not in said[0].split()
+    first, second, again = said[0].splitlines()
+    assert second == again
 
 
 def test_sampling_with_a_seed_is_repeatable(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +178,7 @@ def test_sampling_with_a_seed_is_repeatable(pack: Path, capsys: pytest.CaptureFi
             "3",
         ]
         assert main(["local_chat", "--flash_pack", str(pack), *flags]) == 0
-        said.append(answer(capsys.readouterr().out))
+        said.append(capsys.readouterr().out)
     assert said[0] == said[1]
 
 
@@ -171,9 +192,9 @@ def test_trained_exit_is_used(
     made = capsys.readouterr()
     assert made.out.strip() == str(output) and "layer 1, loss" in made.err
     assert chat(pack, "--early_exit", str(output), "--tree", "fixed") == 0
-    exiting = answer(capsys.readouterr().out)
+    exiting = capsys.readouterr().out
     assert chat(pack, "--tree", "none") == 0
-    assert exiting == answer(capsys.readouterr().out)
+    assert exiting == capsys.readouterr().out
 
 
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hybrimoe_plugin.cli import models
-from hybrimoe_plugin.cli.chat import conversation
+from hybrimoe_plugin.cli.chat import banner, conversation
+from hybrimoe_plugin.cli.chat.typed import loop
 from hybrimoe_plugin.cli.main import main
 
 
@@ -26,7 +27,6 @@ class Recorder:
         self.answers: list[str] = []
         self.complete = True
         self.looped: list[str | None] = []
-        self.tokenizer: str | None = "tokenizer"
         self.model = SimpleNamespace(hybrimoe=SimpleNamespace(timeline=self.timeline))
         self.drawn: list[Path] = []
 
@@ -36,9 +36,9 @@ class Recorder:
 
     def load_model(
         self, model_path: Any, gguf_path: Any, rules: Any, **settings: Any
-    ) -> tuple[Any, str | None]:
+    ) -> tuple[Any, str]:
         self.load = {"model_path": model_path, "gguf_path": gguf_path, "rules": rules, **settings}
-        return self.model, self.tokenizer
+        return self.model, "tokenizer"
 
 
 @pytest.fixture
@@ -53,18 +53,23 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         return Path("demo.gguf")
 
     class Chat:
-        def __init__(self, _model: Any, _tokenizer: Any, options: Any, _report: Any) -> None:
+        def __init__(
+            self, _model: Any, _tokenizer: Any, options: Any, _report: Any, kept: Any
+        ) -> None:
             recorder.options = options
 
         def answer(self, content: str) -> bool:
             recorder.answers.append(content)
             return recorder.complete
 
-        def loop(self, _read: Any, prompt_file: str | None) -> None:
-            recorder.looped.append(prompt_file)
+    def converse(session: Any, _read: Any) -> int:
+        recorder.looped.append(session.prompt_file)
+        return 0
 
     monkeypatch.setattr(models, "demo_gguf", demo_gguf)
     monkeypatch.setattr(conversation, "Chat", Chat)
+    monkeypatch.setattr(loop, "converse", converse)
+    monkeypatch.setattr(banner, "banner", lambda _model: ["the model"])
     return recorder
 
 
@@ -88,6 +93,7 @@ def test_flags_of_ktransformers_reach_the_host(seen: Recorder) -> None:
         "dtype": None,
         "trust_rules": False,
         "progress": sys.stderr.isatty(),
+        "require_tokenizer": True,
         "cpu_threads": 3,
     }
     assert seen.answers == ["hi"]
@@ -136,11 +142,24 @@ def test_demo_can_be_chosen(seen: Recorder) -> None:
     assert seen.demo == ["qwen2moe"]
 
 
-def test_without_prompt_it_talks(seen: Recorder, tmp_path: Path) -> None:
+def test_without_prompt_it_talks(
+    seen: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "p.txt"
     path.write_text("hello")
     assert main(["local_chat", "--demo", "--prompt_file", str(path)]) == 0
     assert seen.looped == [str(path)]
+    assert capsys.readouterr().err == "the model\n"
+    assert main(["local_chat", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_stops_and_penalties_reach_the_answers(seen: Recorder) -> None:
+    assert chat("--demo --greedy --stop a --stop b --repetition_penalty 1.1") == 0
+    assert seen.options.stops == ("a", "b")
+    assert seen.options.sampling["repetition_penalty"] == 1.1
+    assert chat("--demo --quiet") == 0
+    assert (seen.options.stops, seen.options.sampling, seen.options.quiet) == ((), {}, True)
 
 
 def test_interrupted_one_shot_exits_130(seen: Recorder) -> None:
@@ -172,14 +191,6 @@ def test_interrupted_one_shot_exits_130(seen: Recorder) -> None:
 def test_sampling(seen: Recorder, flags: str, sampling: dict[str, Any]) -> None:
     assert main(["local_chat", "--demo", "--prompt", "hi", *flags.split()]) == 0
     assert seen.options.sampling == sampling
-
-
-def test_model_without_tokenizer_is_refused(
-    seen: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen.tokenizer = None
-    assert chat("--gguf_path g") == 2
-    assert "--model_path" in capsys.readouterr().err
 
 
 def test_seed_is_set(seen: Recorder) -> None:
@@ -220,6 +231,8 @@ def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
         ("--prompt=gr\udcfc", "the message is not UTF-8 text"),
         ("--seed 18446744073709551616 --prompt a", "from 0 to 18446744073709551615"),
         ("--seed -1 --prompt a", "from 0 to"),
+        ("--stop= --prompt a", "expected a text, found none"),
+        ("--repetition_penalty 0 --prompt a", "expected a number from 0.01 to 100"),
         ("--temperature nan --prompt a", "expected a number from 0 to 100"),
         ("--top_p inf --prompt a", "expected a number from 0 to 1"),
         ("--timeline /nonexistent/t.json", "/nonexistent/t.json: No such file"),

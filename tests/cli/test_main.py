@@ -304,3 +304,13 @@ def test_nothing_is_fetched(run_with: Callable[..., int], monkeypatch: pytest.Mo
     seen: list[str | None] = []
     run_with(lambda _args: seen.append(os.environ.get("HF_HUB_OFFLINE")) or 0)
     assert seen == ["1"]
+
+
+def test_ctrl_c_is_ignored_once_the_command_has_ended() -> None:
+    """Python is ended by a signal, or with a traceback, while it takes itself down."""
+    code = (
+        "import os, signal; from hybrimoe_plugin.cli.main import main; found = main(); "
+        "os.kill(os.getpid(), signal.SIGINT); raise SystemExit(found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

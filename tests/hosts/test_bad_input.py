@@ -103,6 +103,14 @@ def test_budgets_backends_and_settings(mixtral: Path) -> None:
             load(mixtral, accelerator="cuda")
 
 
+def test_a_missing_tokenizer_is_told_before_the_machine_is_measured(
+    mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("hybrimoe_plugin.hosts.transformers.load.bind")
+    with pytest.raises(ConfigError, match="no usable tokenizer: give --model_path"):
+        load(mixtral, require_tokenizer=True)
+
+
 def test_no_weights_no_rules(tmp_path: Path, mixtral: Path) -> None:
     with pytest.raises(ConfigError, match="gguf_path"):
         load_model()

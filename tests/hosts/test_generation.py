@@ -115,7 +115,7 @@ def test_an_answer_ends_at_the_turn_s_end(
     model, tokenizer = load_plain_model(directory, write(tmp_path), dtype="float32", progress=False)
     options = ChatOptions(max_new_tokens=9, sampling={"do_sample": False})
     Chat(model, tokenizer, options).answer("he")
-    assert "eval count:           1 token(s)" in capsys.readouterr().out
+    assert "eval count:           0 token(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cold", [0, 0.0, 1e-30])

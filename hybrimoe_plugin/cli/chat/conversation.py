@@ -3,56 +3,43 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from hybrimoe_plugin.cli.chat.answer import Stop, TimedStreamer, Timing
+from hybrimoe_plugin.cli.chat.answer import TimedStreamer, Timing
+from hybrimoe_plugin.cli.chat.interrupts import Interrupts
+from hybrimoe_plugin.cli.chat.options import ChatOptions as ChatOptions
+from hybrimoe_plugin.cli.chat.progress import prompt_bar
+from hybrimoe_plugin.cli.chat.prompt import THINK, Messages, Prompts
+from hybrimoe_plugin.cli.chat.text import AnswerText
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file, well_formed
+from hybrimoe_plugin.cli.reading import well_formed
 from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
+from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 from hybrimoe_plugin.hosts.transformers.sampling import FlashinferSampling
-from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
-
-log = logging.getLogger(__name__)
-
-HELP = (
-    '/exit leaves, /clear forgets the conversation, """ begins and ends several lines, a file '
-    "name sends the file"
-)
-THINK = "<think>\n"
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How answers are made.
-
-    Attributes:
-        max_new_tokens: limit of tokens in an answer.
-        sampling: changes of the model's generation config, such as `do_sample` and `temperature`.
-        force_think: begin every answer with `<think>`.
-        chunk_prefill_size: prompts of more tokens are computed in pieces of this size.
-        sampler: `auto` lets flashinfer filter tokens where it is faster; `transformers` never does.
-    """
-
-    max_new_tokens: int = 300
-    sampling: Mapping[str, Any] | None = None
-    force_think: bool = False
-    chunk_prefill_size: int | None = None
-    sampler: str = "auto"
 
 
 class Chat:
-    """Keeps the history and asks the model; transformers renders templates, samples and streams.
+    """Keeps the history and asks the model; transformers renders templates and samples.
+
+    Answers go to stdout, everything else to stderr.
 
     Args:
         model: an injected (or any) transformers model with `generate`.
         tokenizer: with a chat template; without one, messages are joined as plain text.
         report: gives the engine's line for the answer just made, and resets itself.
         decoder: a custom decoding method for `generate` with an attribute `streamer`, or None.
+        kept: keeps the KV cache from answer to answer; None computes every prompt anew.
+
+    Attributes:
+        system: the system prompt, "" for none.
+        messages: questions and answers, in turn.
+        timing: of the last answer; None before the first.
+        interrupts: what Ctrl-C does.
     """
 
     def __init__(
@@ -62,21 +49,25 @@ class Chat:
         options: ChatOptions,
         report: Callable[[], str | None] = lambda: None,
         decoder: Any = None,
+        kept: KeptCache | None = None,
     ) -> None:
-        from transformers import TextStreamer
-
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
-        self.messages: list[dict[str, str]] = []
+        self.system = ""
+        self.messages: Messages = []
+        self.timing: Timing | None = None
+        self.interrupts = Interrupts()
         self._report = report
         self._decoder = decoder
+        self._kept = kept
         self._sampling = FlashinferSampling(model)
-        self._template = ChatTemplate(tokenizer)
-        self._streamer = TimedStreamer(
-            TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        )
-        self._stop = Stop(lambda: self._streamer.timing.first_s is not None)
+        self._prompts = Prompts(model, tokenizer)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can take; None where its config does not say."""
+        return self._prompts.context
 
     def answer(self, content: str) -> bool:
         """Stream the answer to a message and print the counts and rates after it.
@@ -88,118 +79,78 @@ class Chat:
             ConfigError: message and answer are longer than the model's context, the message is not
                 text, or the model's chat template or tokenizer refuses it.
             BackendError: a library failed while computing the answer.
+            KeyboardInterrupt: Ctrl-C before the answer has begun.
         """
-        self.messages.append({"role": "user", "content": well_formed(content)})
+        question = {"role": "user", "content": well_formed(content)}
+        # The history changes once there is an answer: after Ctrl-C or an error it is what it was.
+        with self.interrupts.handled():
+            messages, text = self._ask([*self.messages, question])
+            self.messages = [*messages, {"role": "assistant", "content": text}]
+            self._print_summary()
+        return not self.interrupts.requested
+
+    def retry(self) -> bool:
+        """Answer the last message again; the former answer stays if that fails. As `answer`.
+
+        Raises:
+            ConfigError: there is no message.
+        """
+        if not self.messages:
+            raise ConfigError("/retry: there is no answer yet: type a message")
+        before = self.messages
+        question = before[-2]["content"]
+        self.messages = before[:-2]
         try:
-            prompt = self._fitting_prompt()
-            text = self._generate(prompt)
+            return self.answer(question)
         except BaseException:
-            # After Ctrl-C or an error the history must not hold a question without an answer.
-            self.messages.pop()
+            self.messages = before
             raise
-        self.messages.append({"role": "assistant", "content": text})
-        self._print_summary(self._streamer.timing)
-        return not self._stop.requested
 
-    def loop(self, read: Callable[[str], str] = input, prompt_file: str | None = None) -> None:
-        """Read and answer messages until /exit or the end of the input."""
-        while True:
-            try:
-                content = read_message(read)
-            except EOFError:
-                print()
-                return
-            if content.strip() in ("/exit", "/quit"):
-                return
-            try:
-                self._turn(content, prompt_file)
-            except HybriMoEError as error:
-                notice(f"error: {error}")
-                log.info("in detail", exc_info=error)
-            except KeyboardInterrupt:
-                print()
-                notice("stopped")
+    def replace(self, system: str, messages: Messages) -> None:
+        """Go on with another conversation."""
+        self.system, self.messages = system, messages
+        self.timing = None
 
-    def _turn(self, content: str, prompt_file: str | None) -> None:
-        command = content.strip()
-        if command == "/clear":
-            self.messages.clear()
-        elif command == "/help":
-            notice(HELP)
-        elif command:
-            text = read_prompt_file(command) if is_file(content) else content
-            self.answer(text)
-        elif prompt_file is not None:
-            # An empty line sends the prompt file, as in kTransformers.
-            self.answer(read_prompt_file(prompt_file))
-        else:
-            notice(f"type a message; {HELP}")
+    def clear(self) -> None:
+        """Forget the conversation, but not the system prompt."""
+        self.messages = []
+        self.timing = None
+        if self._kept is not None:
+            self._kept.drop()
 
-    def _fitting_prompt(self) -> torch.Tensor:
-        """[1, T] ids of the conversation, without its oldest turns if the context is too short."""
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        dropped = 0
-        while True:
-            prompt = self._encode()
-            needed = prompt.shape[1] + self.options.max_new_tokens
-            if context is None or needed <= context:
-                break
-            if len(self.messages) <= 2:
-                raise ConfigError(
-                    f"the message has {prompt.shape[1]} tokens, the answer may have "
-                    f"{self.options.max_new_tokens}, the model's context has {context}: shorten "
-                    "the message or give a smaller --max_new_tokens"
-                )
-            del self.messages[:2]
-            dropped += 1
-        if dropped:
-            notice(
-                "the conversation is longer than the model's context: its first "
-                f"{dropped} turn(s) were left out"
-            )
-        return prompt
-
-    def _encode(self) -> torch.Tensor:
-        has_template = self._template.exists
-        if has_template:
-            text = self._template.render(self.messages)
-        else:
-            text = "\n".join(message["content"] for message in self.messages)
-        # Templates of models that always think begin the answer themselves.
-        if self.options.force_think and not text.rstrip().endswith(THINK.strip()):
-            text += THINK
+    def _ask(self, messages: Messages) -> tuple[Messages, str]:
+        """The messages that fitted into the context, and the answer to the last one."""
+        timing = Timing()
+        text = AnswerText(self.tokenizer, partial(_write, sys.stdout), self.options.stops)
         try:
-            encoded = self.tokenizer(text, add_special_tokens=not has_template, return_tensors="pt")
-            ids = encoded.input_ids
-        except Exception as error:  # tokenizers raise many kinds
-            kind = type(error).__name__
-            raise ConfigError(f"the tokenizer cannot read the prompt ({kind}: {error})") from error
-        assert isinstance(ids, torch.Tensor)
-        if ids.shape[1] == 0:
-            raise ConfigError("the message has no tokens")
-        self._check_known(ids)
-        return ids
+            with self.interrupts.answering(lambda: timing.tokens > 0):
+                turns, prompt = self._prompts.fitting(self.system, messages, self.options)
+                dropped = (len(messages) - len(turns)) // 2
+                if dropped:
+                    self._note(
+                        "the conversation is longer than the model's context: its first "
+                        f"{dropped} turn(s) were left out"
+                    )
+                self._generate(prompt, text, timing)
+        except KeyboardInterrupt:
+            if not timing.tokens:
+                raise
+            self.interrupts.requested = True  # what was said is kept after a second Ctrl-C too
+        finally:
+            if timing.tokens:
+                self.timing = timing
+                text.end()
+                _write(sys.stdout, "\n")
+        return turns, text.text
 
-    def _check_known(self, ids: torch.Tensor) -> None:
-        """Raise ConfigError for ids beyond the embedding; native code would read past its end."""
-        table = getattr(self.model, "get_input_embeddings", lambda: None)()
-        rows = getattr(table, "num_embeddings", None)
-        largest = int(ids.max())
-        if rows is not None and largest >= rows:
-            text = self.tokenizer.decode([largest])
-            raise ConfigError(
-                f"the tokenizer gives token {largest} ({text!r}), and the model's embedding has "
-                f"{rows} rows: the tokenizer is another model's"
-            )
-
-    def _generate(self, prompt: torch.Tensor) -> str:
-        """Stream the answer and return it.
+    def _generate(self, prompt: torch.Tensor, text: AnswerText, timing: Timing) -> None:
+        """Stream the answer.
 
         Raises:
             BackendError: a library raised an error.
         """
         try:
-            return self._stream(prompt)
+            self._stream(prompt, text, timing)
         except (HybriMoEError, OSError):  # an OSError comes from the terminal
             raise
         except Exception as error:  # transformers, torch and kernels raise many kinds
@@ -207,26 +158,49 @@ class Chat:
             raise BackendError(f"the answer could not be computed: {kind}: {error}") from error
 
     @torch.no_grad()
-    def _stream(self, prompt: torch.Tensor) -> str:
-        config = self._generation_config(prompt.shape[1])
+    def _stream(self, prompt: torch.Tensor, text: AnswerText, timing: Timing) -> None:
+        """Mutates: `text`, `timing`."""
+        config = self._generation_config()
+        ids = prompt[0].tolist()
         device = getattr(self.model, "device", prompt.device)
-        if self.options.force_think:
-            print(THINK, end="", flush=True)
         self._report()
-        self._streamer.start(prompt.shape[1])
-        try:
-            with self._stop.listening():
-                self.model.generate(
-                    prompt.to(device),
-                    attention_mask=torch.ones_like(prompt).to(device),
-                    stopping_criteria=_criteria(self._stop),
-                    **self._filtering(config),
-                    **self._decoding(prompt),
-                )
-        finally:
-            self._streamer.close()
-        text = self.tokenizer.decode(self._streamer.timing.ids, skip_special_tokens=True)
-        return str(text)
+        cache = {} if self._kept is None else self._kept.arguments(ids, config)
+        shared = self._kept.shared if self._kept is not None and cache else 0
+        new = len(ids) - shared
+        with prompt_bar(new, not self.options.quiet) as bar:
+            timing.prompt_tokens, timing.kept_tokens = new, shared
+            streamer = TimedStreamer(timing, text, on_first=bar.close)
+            self._compute_pieces(ids, new, config, bar.update if cache else None)
+            if self.options.force_think:
+                _write(sys.stdout, THINK)
+            output = self.model.generate(
+                prompt.to(device),
+                attention_mask=torch.ones_like(prompt).to(device),
+                stopping_criteria=_criteria(self.interrupts, lambda: text.stopped),
+                **self._filtering(config),
+                **self._decoding(prompt, streamer),
+                **cache,
+            )
+        if self._kept is not None and cache:
+            self._kept.commit(output[0].tolist())
+
+    def _compute_pieces(
+        self, ids: list[int], new: int, config: Any, computed: Callable[[int], object] | None
+    ) -> None:
+        """Compute a long prompt but for its last piece, or let `generate` do so.
+
+        Args:
+            new: tokens to compute.
+            config: of the call. Mutates.
+            computed: is told each piece's tokens; None where no cache is kept.
+        """
+        piece = self.options.chunk_prefill_size
+        if piece is None or new <= piece:
+            return
+        if self._kept is not None and computed is not None:
+            self._kept.compute(ids, piece, computed)
+        else:
+            config.prefill_chunk_size = piece
 
     def _filtering(self, config: Any) -> dict[str, Any]:
         """Arguments of `generate` for sampling; custom decoding methods sample by themselves."""
@@ -234,18 +208,18 @@ class Chat:
             return {"generation_config": config}
         return self._sampling.arguments(config)
 
-    def _decoding(self, prompt: torch.Tensor) -> dict[str, Any]:
+    def _decoding(self, prompt: torch.Tensor, streamer: TimedStreamer) -> dict[str, Any]:
         """Arguments of `generate` for streaming.
 
         A custom decoding method gets no streamer from `generate`, and the streamer no prompt.
         """
         if self._decoder is None:
-            return {"streamer": self._streamer}
-        self._decoder.streamer = self._streamer
-        self._streamer.put(prompt)
+            return {"streamer": streamer}
+        self._decoder.streamer = streamer
+        streamer.put(prompt)
         return {"custom_generate": self._decoder}
 
-    def _generation_config(self, prompt_tokens: int) -> Any:
+    def _generation_config(self) -> Any:
         config = copy.deepcopy(self.model.generation_config)
         changes = self.options.sampling or {}
         for name, value in changes.items():
@@ -255,22 +229,30 @@ class Chat:
         if config.pad_token_id is None:
             end = config.eos_token_id
             config.pad_token_id = end[0] if isinstance(end, list) else end
-        chunk = self.options.chunk_prefill_size
-        if chunk is not None and prompt_tokens > chunk:
-            config.prefill_chunk_size = chunk
         return config
 
-    def _print_summary(self, timing: Timing) -> None:
-        if self._stop.requested:
-            notice("stopped")
-        print("\n" + "\n".join(timing.lines()))
+    def _print_summary(self) -> None:
+        if self.interrupts.requested:
+            self._note("stopped")
+        if self.options.quiet or self.timing is None:
+            return
         engine = self._report()
-        if engine:
-            print(engine)
-        print(flush=True)
+        lines = ["", *self.timing.lines(), *([engine] if engine else []), ""]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+    def _note(self, text: str) -> None:
+        if not self.options.quiet:
+            notice(text)
 
 
-def _criteria(stop: Stop) -> Any:
+def _write(stream: Any, text: str) -> None:
+    print(text, end="", file=stream, flush=True)
+
+
+def _criteria(interrupts: Interrupts, has_stopped: Callable[[], bool]) -> Any:
     from transformers import StoppingCriteriaList
 
-    return StoppingCriteriaList([stop])
+    def stopped(ids: torch.Tensor, _scores: object, **_: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), has_stopped(), device=ids.device, dtype=torch.bool)
+
+    return StoppingCriteriaList([interrupts, stopped])

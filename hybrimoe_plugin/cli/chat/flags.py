@@ -88,6 +88,7 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what to answer, and how."""
     add_chat_flag(group, "prompt")
     add_chat_flag(group, "prompt_file")
+    add_flag(group, "system", metavar="TEXT", help="system prompt of the conversation")
     add_chat_flag(group, "max_new_tokens")
     add_switch(
         group,
@@ -123,6 +124,22 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     )
     add_flag(
         group,
+        "repetition_penalty",
+        type=number(0.01, 100),
+        metavar="0.01..100",
+        help="above 1: tokens that were there already become less likely",
+    )
+    add_flag(
+        group,
+        "stop",
+        action="append",
+        type=some_text,
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
+    add_switch(group, "quiet", "print answers and errors alone")
+    add_flag(
+        group,
         "sampler",
         choices=SAMPLERS,
         help="code that filters tokens: flashinfer where it is faster, or transformers "
@@ -138,6 +155,13 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
         help="compute longer prompts in pieces of this many tokens "
         f"(default {PIECE}, or {CPU_PIECE} where only the CPU computes)",
     )
+
+
+def some_text(text: str) -> str:
+    """Reader of texts that are not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text, found none")
+    return text
 
 
 def add_records(group: argparse._ArgumentGroup) -> None:
@@ -184,16 +208,18 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     greedy = asks_for_greedy(args)
     if greedy is not None and args.do_sample:
         raise ConfigError(f"{greedy} and --do_sample exclude each other: give one of them")
+    penalty = args.repetition_penalty
+    given: dict[str, Any] = {} if penalty is None else {"repetition_penalty": penalty}
     if greedy is not None:
-        return dict(_GREEDY)
-    given = {}
+        return {**_GREEDY, **given}
+    filters = {}
     for name in ("temperature", "top_p", "top_k", "min_p"):
         value = getattr(args, name)
         if value is not None:
-            given[name] = value
-    if given or args.do_sample:
-        given["do_sample"] = True
-    return given
+            filters[name] = value
+    if filters or args.do_sample:
+        filters["do_sample"] = True
+    return {**filters, **given}
 
 
 def asks_for_greedy(args: argparse.Namespace) -> str | None:

@@ -181,6 +181,5 @@ def _found(given: str) -> Path:
 def _report(model: Any) -> None:
     from hybrimoe_plugin.cli.chat.report import EngineReport
 
-    line = EngineReport(model)()
-    if line:
+    for line in EngineReport(model).facts():
         print(line)

@@ -50,6 +50,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     trust_rules: bool = False,
     progress: bool = True,
+    require_tokenizer: bool = False,
     **settings: Any,
 ) -> tuple[Any, Any]:
     """Load a causal language model with injected operators, ready for `generate`.
@@ -65,6 +66,7 @@ def load_model(
             stored, else bfloat16.
         trust_rules: let rules import operators from any package.
         progress: show bars on stderr while loading and calibrating.
+        require_tokenizer: refuse a model without one, before the machine is measured for it.
         settings: fields of `hybrimoe_plugin.config.Settings`; they override the rules' kwargs.
 
     Returns:
@@ -78,6 +80,11 @@ def load_model(
     store = _open(model_path, gguf_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)
+    if tokenizer is None and require_tokenizer:
+        raise ConfigError(
+            f"{store.paths[0]}: holds no usable tokenizer: give --model_path with the model's "
+            "tokenizer"
+        )
     model = meta_model(config, dtype_of(dtype))
     check_complete(model, store, config)
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)

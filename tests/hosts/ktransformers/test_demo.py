@@ -106,4 +106,4 @@ def test_the_command_answers_and_reports(folder: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
-    assert "engine: cache hits" in done.stdout and "loading blk.0" not in done.stdout
+    assert "experts computed: " in done.stdout and "loading blk.0" not in done.stdout

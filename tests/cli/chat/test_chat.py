@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripted_chat import END, Model, chat
+from scripted_chat import END, Model, chat, converse
 
 from hybrimoe_plugin.errors import BackendError, ConfigError
 
@@ -28,8 +28,7 @@ def test_what_is_no_text_is_refused_and_the_chat_goes_on(
         "grüß".encode().decode("ascii", "surrogateescape"),
     )
     model = Model("a", "b")
-    lines = iter([latin, "\ud800", utf8, "\ufeffhello", "/exit"])
-    chat(model).loop(lambda _prompt: next(lines))
+    converse(model, latin, "\ud800", utf8, "\ufeffhello")
     assert model.prompts == ["<u>grüß<a>", "<u>grüß<a>a<u>hello<a>"]
     assert capsys.readouterr().err.count("the message is not UTF-8 text") == 2
 
@@ -68,9 +67,7 @@ def test_a_chat_goes_on_after_errors_of_libraries(
         raise error
 
     model.generate = fail  # type: ignore[method-assign]
-    lines = iter(["first", "second", "/exit"])
-    talk = chat(model)
-    talk.loop(lambda _prompt: next(lines))
+    talk = converse(model, "first", "second").chat
     out, err = capsys.readouterr()
     assert (
         "fine" in out and f"error: the answer could not be computed: {type(error).__name__}" in err
@@ -136,31 +133,34 @@ def test_thinking_is_not_forced_twice(opening: str) -> None:
     assert model.prompts[1] == "<a><think></think><think>\n"
 
 
-def test_loop_answers_until_exit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_answers_until_exit(capsys: pytest.CaptureFixture[str]) -> None:
     model = Model("one", "two")
-    talk = chat(model)
-    lines = iter(["first", "", "/help", "/clear", "second", "/exit", "never"])
-    talk.loop(lambda _prompt: next(lines))
+    converse(model, "first", "", "/help", "/clear", "second", "/exit", "never")
     assert model.prompts == ["<u>first<a>", "<u>second<a>"]
-    assert "/exit leaves" in capsys.readouterr().err
-
-
-def test_loop_ends_with_the_input_and_passes_ctrl_c_at_the_prompt() -> None:
-    def ended(_prompt: str) -> str:
-        raise EOFError
-
-    def interrupted(_prompt: str) -> str:
-        raise KeyboardInterrupt
-
-    chat(Model()).loop(ended)
-    with pytest.raises(KeyboardInterrupt):
-        chat(Model()).loop(interrupted)
+    assert "leave, as Ctrl-D does" in capsys.readouterr().err
 
 
 def test_empty_line_sends_the_prompt_file_and_a_file_name_its_text(tmp_path: Any) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text("from a file")
     model = Model("a", "b")
-    lines = iter(["", "/clear", str(path), "/exit"])
-    chat(model).loop(lambda _prompt: next(lines), str(path))
+    converse(model, "", "/clear", str(path), prompt_file=str(path))
     assert model.prompts == ["<u>from a file<a>"] * 2
+
+
+def test_a_message_that_is_too_long_costs_no_turn() -> None:
+    model = Model("a", "b", context=60)
+    talk = chat(model, max_new_tokens=12)
+    talk.answer("one")
+    with pytest.raises(ConfigError, match="context has 60"):
+        talk.answer("x" * 60)
+    assert [each["content"] for each in talk.messages] == ["one", "a"]
+
+
+def test_the_system_prompt_is_first_and_stays_when_turns_are_left_out() -> None:
+    model = Model("a" * 10, "b" * 10, "c", context=65)
+    talk = chat(model, max_new_tokens=12)
+    talk.system = "S"
+    for question in ("1" * 10, "2" * 10, "3" * 10):
+        talk.answer(question)
+    assert model.prompts[2].startswith("<s>S<u>2222222222<a>")

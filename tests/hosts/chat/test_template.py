@@ -14,7 +14,7 @@ import pytest
 
 from hybrimoe_plugin.cli.chat.conversation import Chat, ChatOptions
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.hosts.transformers.template import ChatTemplate
+from hybrimoe_plugin.hosts.transformers.chat.template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "ü\n"}]
 
@@ -88,40 +88,44 @@ def test_a_template_that_cannot_be_used_says_why(text: str, said: str) -> None:
         template(text).render(MESSAGES)
 
 
+TIME = "more than the 1 seconds that it may take"
+MEMORY = "more than the 512 MiB of memory that it may take"
+EITHER = f"{TIME}|{MEMORY}"
+"""On a busy machine, time ends some that need a while to take their memory."""
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "limit"),
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 'x' * 10**10 }}",
-        "{{ (range(90000) | list) * 1000000 }}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% "
-        "endfor %}",
-        "{{ 7 ** (7 ** 11) }}",
-        "{{ '{:>9000000000}'.format(1) }}",
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", TIME),
+        ("{{ 'x' * 10**10 }}", MEMORY),
+        ("{{ (range(90000) | list) * 1000000 }}", EITHER),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% "
+            "endfor %}",
+            EITHER,
+        ),
+        ("{{ 7 ** (7 ** 11) }}", EITHER),
+        ("{{ '{:>9000000000}'.format(1) }}", EITHER),
     ],
 )
-def test_endless_and_growing_templates_end(text: str) -> None:
+def test_endless_and_growing_templates_say_which_limit_ends_them(text: str, limit: str) -> None:
     started = time.monotonic()
     endless = template(text, seconds=1)
-    with pytest.raises(ConfigError, match="more than 1 seconds or 512 MiB"):
+    with pytest.raises(ConfigError, match=limit):
         endless.render(MESSAGES)
     assert time.monotonic() - started < 60, "it would have gone on for hours"
     assert endless._process is None or endless._process.poll() is None
 
 
-def test_a_chat_goes_on_after_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chat_goes_on_after_a_refusal() -> None:
     tokenizer = SimpleNamespace(
         chat_template="{{ raise_exception('never') }}", special_tokens_map={}
     )
     talk = Chat(SimpleNamespace(config=SimpleNamespace()), tokenizer, ChatOptions())
-    lines = iter(["hello", "again", "/exit"])
-    talk.loop(lambda _prompt: next(lines))
-    assert (
-        capsys.readouterr().err.count(
-            "error: the model's chat template refuses the conversation: never"
-        )
-        == 2
-    )
+    for message in ("hello", "again"):
+        with pytest.raises(ConfigError, match="refuses the conversation: never"):
+            talk.answer(message)
     assert talk.messages == []
 
 

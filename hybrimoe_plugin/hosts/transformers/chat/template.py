@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError
-from hybrimoe_plugin.hosts.transformers import template_worker
+from hybrimoe_plugin.hosts.transformers.chat import template_worker
 
 SECONDS = 5
 MAX_BYTES = 512 * 2**20
@@ -86,9 +88,12 @@ class ChatTemplate:
             line = process.stdout.readline()
             found: dict[str, str] = json.loads(line)
         except (OSError, ValueError):
-            # Ended by the system, for time or memory.
+            # Ended by the system: by its alarm clock, or for memory.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            late = process.returncode == -signal.SIGALRM
             self.close()
-            return {"kind": "ended", "error": ""}
+            return {"kind": "late" if late else "memory", "error": ""}
         except BaseException:
             # Ctrl-C: what it is still writing would be taken for the next answer.
             self.close()
@@ -117,13 +122,13 @@ class ChatTemplate:
             "refused": f"the model's chat template refuses the conversation: {error}",
             "syntax": f"the model's chat template is damaged: {error}",
             "failed": f"the model's chat template failed: {error}",
-            "long": f"the model's chat template makes {error} characters of the conversation, "
-            f"which is refused",
-        }.get(
-            found["kind"],
-            f"the model's chat template takes more than {self._seconds} seconds or "
-            f"{self._nbytes >> 20} MiB, which is refused",
-        )
+            "long": f"the model's chat template makes {error} characters of the conversation, and "
+            f"at most {template_worker.MAX_CHARACTERS} are allowed",
+            "late": f"the model's chat template takes more than the {self._seconds} seconds that "
+            "it may take: it may loop for ever",
+            "memory": "the model's chat template takes more than the "
+            f"{self._nbytes >> 20} MiB of memory that it may take",
+        }[found["kind"]]
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,0 +1,98 @@
+"""From a conversation to the tokens of its next prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.cli.chat.options import ChatOptions
+from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.hosts.transformers.chat.template import ChatTemplate
+
+THINK = "<think>\n"
+
+Messages = list[dict[str, str]]
+"""Questions and answers in turn, each with `role` and `content`."""
+
+
+class Prompts:
+    """Renders and encodes conversations for one model.
+
+    Args:
+        model: whose context and embedding limit a prompt.
+        tokenizer: with a chat template; without one, messages are joined as plain text.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can take; None where its config does not say."""
+        return getattr(self._model.config, "max_position_embeddings", None)
+
+    def fitting(
+        self, system: str, messages: Messages, options: ChatOptions
+    ) -> tuple[Messages, torch.Tensor]:
+        """The messages without the oldest turns that the context has no room for; ids [1, T].
+
+        Args:
+            system: the system prompt, which is never left out; "" for none.
+            messages: the last one is the question.
+
+        Raises:
+            ConfigError: the last message alone is too long, or template or tokenizer refuse it.
+        """
+        turns = messages
+        while True:
+            prompt = self._encode(system, turns, options.force_think)
+            needed = prompt.shape[1] + options.max_new_tokens
+            if self.context is None or needed <= self.context:
+                return turns, prompt
+            if len(turns) <= 2:
+                raise ConfigError(
+                    f"the message has {prompt.shape[1]} tokens, the answer may have "
+                    f"{options.max_new_tokens}, the model's context has {self.context}: shorten "
+                    "the message or give a smaller --max_new_tokens"
+                )
+            turns = turns[2:]
+
+    def _encode(self, system: str, messages: Messages, force_think: bool) -> torch.Tensor:
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
+        has_template = self._template.exists
+        if has_template:
+            text = self._template.render(messages)
+        else:
+            text = "\n".join(message["content"] for message in messages)
+        # Templates of models that always think begin the answer themselves.
+        if force_think and not text.rstrip().endswith(THINK.strip()):
+            text += THINK
+        try:
+            encoded = self._tokenizer(
+                text, add_special_tokens=not has_template, return_tensors="pt"
+            )
+            ids = encoded.input_ids
+        except Exception as error:  # tokenizers raise many kinds
+            kind = type(error).__name__
+            raise ConfigError(f"the tokenizer cannot read the prompt ({kind}: {error})") from error
+        assert isinstance(ids, torch.Tensor)
+        if ids.shape[1] == 0:
+            raise ConfigError("the message has no tokens")
+        self._check_known(ids)
+        return ids
+
+    def _check_known(self, ids: torch.Tensor) -> None:
+        """Raise ConfigError for ids beyond the embedding; native code would read past its end."""
+        table = getattr(self._model, "get_input_embeddings", lambda: None)()
+        rows = getattr(table, "num_embeddings", None)
+        largest = int(ids.max())
+        if rows is not None and largest >= rows:
+            text = self._tokenizer.decode([largest])
+            raise ConfigError(
+                f"the tokenizer gives token {largest} ({text!r}), and the model's embedding has "
+                f"{rows} rows: the tokenizer is another model's"
+            )

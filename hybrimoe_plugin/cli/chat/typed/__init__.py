@@ -1,0 +1,1 @@
+"""A conversation that somebody types: commands, the editor, saved conversations."""

@@ -1,0 +1,191 @@
+"""Commands of a conversation: what they change, what they refuse, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from scripted_chat import Model, converse
+
+from hybrimoe_plugin.cli.chat.typed import saved
+from hybrimoe_plugin.cli.chat.typed.commands import COMMANDS, found, message_in
+from hybrimoe_plugin.cli.chat.typed.terminal import Commands
+from hybrimoe_plugin.errors import ConfigError
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_help_and_completion_come_from_the_table(capsys: Capture) -> None:
+    converse(Model(), "/help")
+    shown = capsys.readouterr().err
+    for command in COMMANDS:
+        assert f"/{command.name}" in shown and command.help in shown
+
+    def completed(text: str) -> list[str]:
+        return [each.text for each in Commands().get_completions(Document(text), CompleteEvent())]
+
+    assert completed("/") == [f"/{command.name}" for command in COMMANDS]
+    assert completed("/set te") == ["temperature"]
+    assert completed("plain text") == completed("a\n/") == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        ("/home/x is a file", "/home/x is a file"),
+        ("/", "/"),
+        ("// a comment", "// a comment"),
+        ("/2 of it", "/2 of it"),
+        ("say /clear", "say /clear"),
+        ("//clear the table", "/clear the table"),
+        ("//etc\nmore", "/etc\nmore"),
+    ],
+)
+def test_what_is_no_command_is_sent(typed: str, sent: str) -> None:
+    assert found(typed) is None
+    assert message_in(typed) == sent
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("/sav x", "did you mean /save?"),
+        ("/xyzzy", "no command /xyzzy (/help"),
+        ("/Retry", "did you mean /retry?"),
+    ],
+)
+def test_unknown_commands_are_not_sent(typed: str, said: str, capsys: Capture) -> None:
+    model = Model("never")
+    converse(model, typed)
+    assert said in capsys.readouterr().err
+    assert model.prompts == []
+
+
+def test_system_prompt(capsys: Capture) -> None:
+    model = Model("a", "b", "c")
+    converse(model, "x", "/system Be brief.", "y", "/system", '/system ""', "z")
+    assert model.prompts[1] == "<s>Be brief.<u>x<a>a<u>y<a>"
+    assert model.prompts[2].startswith("<u>x")
+    err = capsys.readouterr().err
+    assert err.count("system prompt: Be brief.") == 2 and "there is no system prompt" in err
+
+
+def test_retry_takes_the_answer_back_only_for_another(capsys: Capture) -> None:
+    model = Model("a", "b")
+    made = converse(model, "/retry", "x", "/retry", "/retry")
+    assert model.prompts == ["<u>x<a>"] * 3
+    assert [each["content"] for each in made.chat.messages] == ["x", "b"]
+    err = capsys.readouterr().err
+    assert "there is no answer yet" in err and "could not be computed" in err
+
+
+def test_set_reads_values_as_flags_do(capsys: Capture) -> None:
+    made = converse(
+        Model(),
+        "/set greedy",
+        "/set greedy on",
+        "/set top-k 5",
+        "/set temperature 0.5",
+        "/set repetition_penalty 1.2",
+        "/set stop END OF IT",
+        "/set max_new_tokens 7",
+        "/set seed 3",
+    )
+    options = made.chat.options
+    assert options.sampling == {
+        "temperature": 0.5,
+        "top_k": 5,
+        "do_sample": True,
+        "repetition_penalty": 1.2,
+    }
+    assert (options.stops, options.max_new_tokens) == (("END OF IT",), 7)
+    assert "greedy: False" not in capsys.readouterr().err
+
+    made = converse(Model(), "/set stop x", "/set stop", "/set top_p 0.3", "/set greedy on")
+    assert made.chat.options.stops == ()
+    assert made.chat.options.sampling is not None
+    assert made.chat.options.sampling["do_sample"] is False
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("/set temperature hot", "/set temperature: expected a number from 0 to 100, found 'hot'"),
+        ("/set temperature", "/set temperature: expected a number"),
+        ("/set tempreture 1", "no setting tempreture; did you mean temperature?"),
+        ("/set chat 1", "no setting chat"),
+        ("/set max_new_tokens 0", "expected a whole number"),
+        ("/set seed -1", "from 0 to"),
+    ],
+)
+def test_set_refuses_and_changes_nothing(typed: str, said: str, capsys: Capture) -> None:
+    made = converse(Model(), typed)
+    assert said in capsys.readouterr().err
+    assert made.chat.options.sampling == {} and made.chat.options.max_new_tokens == 300
+
+
+def test_stats_show_the_context_used(capsys: Capture) -> None:
+    converse(Model("a", context=500), "/stats", "x", "/stats")
+    err = capsys.readouterr().err
+    assert "context:              0 of 500 token(s)" in err
+    assert "context:              9 of 500 token(s)" in err
+    assert "eval count:           1 token(s)" in err
+
+
+def test_saved_conversations_go_on(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "talk.json"
+    converse(Model("ä"), "/system S", "x", f"/save {path}", f"/save {path}")
+    assert path.stat().st_mode & 0o077 == 0
+    model = Model("z")
+    converse(model, f"/load {path}", "y")
+    assert model.prompts == ["<s>S<u>x<a>ä<u>y<a>"]
+    assert "1 turn(s)" in capsys.readouterr().err
+
+
+def test_what_is_no_conversation_is_not_overwritten(tmp_path: Path, capsys: Capture) -> None:
+    other, folder, pipe = tmp_path / "notes", tmp_path / "folder", tmp_path / "pipe"
+    other.write_text("mine")
+    folder.mkdir()
+    os.mkfifo(pipe)
+    names = [other, folder, pipe, tmp_path / "no" / "such", "", "x\0y", tmp_path / ("x" * 300)]
+    converse(Model("a"), "x", *(f"/save {name}" for name in names))
+    assert capsys.readouterr().err.count("error: /save: ") == len(names)
+    assert other.read_text() == "mine" and sorted(tmp_path.iterdir()) == [folder, other, pipe]
+
+
+USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b'{"messages": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+        ([USER, ANSWER], "no saved conversation"),
+        ({"messages": {}}, "no saved conversation"),
+        ({"messages": ["x", "y"]}, "message 1 has no role"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 has no role"),
+        ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "no Unicode text"),
+        ({"messages": [USER]}, "in turn, found user"),
+        ({"messages": [ANSWER, USER]}, "in turn, found assistant, user"),
+        ({"messages": [USER, {"role": "system", "content": "s"}]}, "in turn"),
+        (None, "No such file"),
+    ],
+)
+def test_hostile_files_are_refused_and_nothing_is_lost(
+    content: Any, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ConfigError, match=said):
+        saved.load(path)
+    model = Model("a", "b")
+    converse(model, "one", f"/load {path}", "two")
+    assert model.prompts[1] == "<u>one<a>a<u>two<a>"

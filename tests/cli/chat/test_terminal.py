@@ -1,0 +1,212 @@
+"""The conversation at a real pseudo-terminal: editing, pasting, history, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from at_terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, UP, Terminal
+from scripted_chat import Model, session
+
+from hybrimoe_plugin.cli import local_chat
+from hybrimoe_plugin.cli.chat import progress
+from hybrimoe_plugin.cli.chat.typed import loop, terminal
+from hybrimoe_plugin.cli.main import INTERRUPTED, main
+from hybrimoe_plugin.errors import ConfigError
+
+Talk = Any
+
+
+@pytest.fixture
+def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
+    """Begins a conversation whose answers are given; its prompts end up in a file."""
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TERM", "xterm")
+    begun: list[Terminal] = []
+
+    def begin(*answers: str, delay_s: float | None = None) -> Terminal:
+        model = Model(*answers)
+        model.delays_s = [] if delay_s is None else [delay_s]
+
+        def run() -> int:
+            code = loop.converse(session(model), terminal.editor(), is_editor=True)
+            (tmp_path / "prompts").write_text(json.dumps(model.prompts))
+            return code
+
+        begun.append(Terminal(run))
+        begun[-1].expect("Chat:")
+        return begun[-1]
+
+    yield begin
+    for each in begun:
+        each.close()
+
+
+def prompts(folder: Path) -> list[str]:
+    found: list[str] = json.loads((folder / "prompts").read_text())
+    return found
+
+
+def test_pasted_lines_are_one_message(talk: Talk, tmp_path: Path) -> None:
+    """Bracketed, and from terminals that send them as if they were typed."""
+    at = talk("one", "two", "three")
+    at.type("\x1b[200~first\rsecond\n\x1b[201~" + ENTER)
+    at.expect("one")
+    at.expect("Chat:")
+    at.type("a\rb\r\rc\r")
+    at.expect("two")
+    at.expect("Chat:")
+    at.type("x" + ALT_ENTER + "y")
+    at.expect("y")
+    at.type(ENTER)
+    at.expect("three")
+    at.expect("Chat:")
+    at.type(CTRL_D)
+    assert at.end()[0] == 0
+    said = prompts(tmp_path)
+    assert said[0] == "<u>first\nsecond\n<a>"
+    assert said[1].endswith("<u>a\nb\n\nc<a>")
+    assert said[2].endswith("<u>x\ny<a>")
+
+
+def test_fences_and_history(talk: Talk, tmp_path: Path) -> None:
+    at = talk("one", "two")
+    at.type('"""')
+    at.type(ENTER)
+    at.type("a")
+    at.type(ENTER)
+    at.type('"""')
+    at.expect('"""')
+    at.type(ENTER)
+    at.expect("one")
+    at.expect("Chat:")
+    at.type("/exit" + ENTER)
+    assert at.end()[0] == 0
+    assert prompts(tmp_path) == ["<u>a<a>"]
+
+    kept = tmp_path / terminal.HISTORY
+    assert kept.stat().st_mode & 0o777 == 0o600
+    at = talk("again")
+    at.type(UP + UP + UP + UP)
+    at.expect('"""')
+    at.type(CTRL_C)
+    at.expect("leaves")
+    at.expect("Chat:")
+    at.type("\x12" + "a")  # search backwards
+    at.expect('"""')
+    at.type(ENTER)
+    at.type(ENTER)
+    at.expect("again")
+    at.expect("Chat:")
+    at.type(CTRL_D)
+    assert at.end()[0] == 0
+    assert prompts(tmp_path) == ["<u>a<a>"]
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(talk: Talk, tmp_path: Path) -> None:
+    at = talk("one", "two")
+    at.type("first" + ENTER)
+    at.expect("one")
+    at.expect("Chat:")
+    at.type("wrong" + CTRL_C)
+    at.expect("Ctrl-C again or Ctrl-D leaves")
+    at.expect("Chat:")
+    at.type("right" + ENTER)
+    at.expect("two")
+    at.expect("Chat:")
+    at.type(CTRL_C)
+    at.expect("leaves")
+    at.expect("Chat:")
+    at.type(CTRL_C)
+    code, rest = at.end()
+    assert code == INTERRUPTED and "Traceback" not in rest
+    assert prompts(tmp_path)[1] == "<u>first<a>one<u>right<a>"
+
+
+def test_ctrl_c_in_an_answer_keeps_what_was_said(talk: Talk, tmp_path: Path) -> None:
+    at = talk("abcdefghijklmnopqrstuvwxyz" * 9, "next", delay_s=0.02)
+    at.type("go" + ENTER)
+    at.expect("abc")
+    at.type(CTRL_C + CTRL_C)  # the second one right after the first
+    at.expect("Chat:")
+    at.type("on" + ENTER)
+    at.expect("next")
+    at.expect("Chat:")
+    at.type("/retry" + ENTER)  # there is no third answer: an error, and the conversation goes on
+    at.expect("could not be computed")
+    at.expect("Chat:")
+    at.type(CTRL_D)
+    code, rest = at.end()
+    assert code == 0 and "Traceback" not in rest
+    assert prompts(tmp_path)[1].startswith("<u>go<a>abc")
+    assert prompts(tmp_path)[1].endswith("<u>on<a>")
+
+
+def test_ctrl_c_before_the_first_token_forgets_the_question(talk: Talk, tmp_path: Path) -> None:
+    at = talk("late", "next", delay_s=20.0)
+    at.type("go" + ENTER)
+    at.expect("computing")
+    at.type(CTRL_C + CTRL_C + CTRL_C)
+    at.expect("stopped")
+    at.expect("Chat:")
+    at.type("on" + ENTER)
+    at.expect("next")
+    at.expect("Chat:")
+    at.type(CTRL_D)
+    assert at.end()[0] == 0
+    assert prompts(tmp_path)[1] == "<u>on<a>"
+
+
+def test_commands_are_completed_and_unknown_ones_not_sent(talk: Talk, tmp_path: Path) -> None:
+    at = talk("one")
+    at.type("hi" + ENTER)
+    at.expect("one")
+    at.expect("Chat:")
+    at.type("/savve x" + ENTER)
+    at.expect("did you mean /save?")
+    at.expect("Chat:")
+    path = tmp_path / "talk.json"
+    at.type(f"/sav\t {path}" + ENTER)
+    at.expect("saved as")
+    at.expect("Chat:")
+    at.type(CTRL_D)
+    assert at.end()[0] == 0
+    assert [each["content"] for each in json.loads(path.read_text())["messages"]] == ["hi", "one"]
+    assert len(prompts(tmp_path)) == 1
+
+
+def test_waiting_is_explained_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_DELAY_S", 0.0)
+
+    def import_nothing() -> None:
+        with progress.prompt_bar(2048, True) as bar:
+            bar.update(512)
+            bar.refresh()
+        raise ConfigError("the end")
+
+    monkeypatch.setattr(local_chat, "import_libraries", import_nothing)
+    at = Terminal(lambda: main(["local_chat", "--prompt", "hi"]))
+    at.expect("hybrimoe: loading libraries ...")
+    at.expect("512/2048")
+    assert "error: the end" in at.end()[1]
+
+    at = Terminal(lambda: main(["local_chat", "--prompt", "hi", "--quiet"]))
+    assert "loading" not in at.end()[1]
+
+
+def test_a_history_that_cannot_be_written_is_in_memory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / terminal.HISTORY)
+    other = tmp_path / "a file"
+    other.write_text("")
+    for folder in (tmp_path, other):
+        kept = terminal.history(folder)
+        kept.append_string("typed")
+        assert kept.get_strings() == ["typed"]
+    kept = terminal.history(tmp_path / "new")
+    kept.append_string("no text: \udcfc")
+    (tmp_path / "new").chmod(0o700)
+    assert kept.get_strings() == ["no text: \udcfc"]
