@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybrimoe_plugin", "lever_ext", "eval")
 
 ROOMS = (
-    ("core", "config", "errors", "files", "cache_folder"),
+    ("core", "config", "setting_types", "errors", "files", "cache_folder"),
     ("device", "policy", "injection"),
     ("weights", "replay"),
     ("families",),

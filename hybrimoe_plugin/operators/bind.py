@@ -153,7 +153,7 @@ def bind(
         raise ConfigError("no HybriMoEExperts in this model: the rules injected none")
     engines: list[Engine] = []
     profiles: list[MachineProfile] = []
-    for members in _by_engine(operators):
+    for members in by_engine(operators):
         first = members[0]
         store = first.store
         engine, profile = build_engine(
@@ -164,7 +164,9 @@ def bind(
             others=engines,
             kernels=lambda store=store: shared_kernels(store),  # type: ignore[misc]
             free_bytes=free_bytes,
-            kept_bytes=_cache_bytes(model, first.settings, len(members) / len(operators)),
+            kept_bytes=attention_bytes(
+                model, first.settings.context, len(members) / len(operators)
+            ),
             progress=progress,
         )
         for position, operator in enumerate(members):
@@ -181,7 +183,7 @@ def bind(
     return handle
 
 
-def _by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExperts]]:
+def by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExperts]]:
     """Operators that share an engine: those with the same devices and settings."""
     groups: dict[tuple[str, str, Settings], list[HybriMoEExperts]] = {}
     for operator in operators:
@@ -190,13 +192,14 @@ def _by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExpert
     return list(groups.values())
 
 
-def _cache_bytes(model: nn.Module, settings: Settings, share: float) -> int:
-    """What the KV cache needs on an engine's device, which has this share of the layers."""
+def attention_bytes(model: nn.Module, context: int, share: float) -> int:
+    """What the KV cache of a context needs on a device, which has this share of the layers."""
     keeps_latents = any(
         isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules()
     )
     config = getattr(model, "config", None)
-    return int(share * kv_cache_bytes(config, settings.context, keeps_latents))
+    dtype: torch.dtype = getattr(model, "dtype", torch.bfloat16)
+    return int(share * kv_cache_bytes(config, context, keeps_latents, dtype.itemsize))
 
 
 def leave_cudnn_attention() -> None:

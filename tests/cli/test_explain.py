@@ -85,7 +85,7 @@ def test_all_shows_every_layer(
         (
             "replace:",
             "replac:",
-            "rules.yaml:4: rule 1 has the unknown key 'replac'; did you mean 'replace'?",
+            "rules.yaml:4: rule 1 has the unknown key 'replac'; did you mean replace?",
         ),
     ],
 )
