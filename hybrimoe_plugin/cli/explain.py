@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
     from hybrimoe_plugin.injection.explain import Untouched
 
-_OURS = "hybrimoe_plugin.operators."
+_OURS = "hybrimoe_plugin."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ class SettingRow:
     name: str
     value: str
     set_by: str
-    """`default`, a flag, or the rule and its line; empty where no operator uses the setting."""
+    """`default`, a flag, or rules and their lines; empty where no operator uses the setting."""
     modules: str
     """The modules that have this value; empty where all have the same."""
 
@@ -27,17 +27,17 @@ def setting_rows(plan: Sequence[Match]) -> list[SettingRow]:
     """Every setting, in the order of `Settings`; several rows where operators differ."""
     found = []
     for item in fields(Settings):
-        values: dict[tuple[str, str], list[str]] = {}
+        values: dict[str, list[Match]] = {}
         for match in plan:
             if item.name in getattr(match.operator_class, "uses", ()):
                 value = match.kwargs.get(item.name, item.default)
-                key = (_shown(value), _set_by(match, item.name))
-                values.setdefault(key, []).append(match.name)
+                values.setdefault(_shown(value), []).append(match)
         if not values:
             found.append(SettingRow(item.name, _shown(item.default), "", ""))
-        for (value_text, set_by), names in values.items():
-            modules = grouped(names) if len(values) > 1 else ""
-            found.append(SettingRow(item.name, value_text, set_by, modules))
+        for value, matches in values.items():
+            givers = dict.fromkeys(_set_by(match, item.name) for match in matches)
+            modules = grouped([match.name for match in matches]) if len(values) > 1 else ""
+            found.append(SettingRow(item.name, value, ", ".join(givers), modules))
     return found
 
 

@@ -55,7 +55,7 @@ def test_table_shows_modules_operators_devices_and_rules(
     assert explain(tmp_path, model, RULES) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     experts = "model.layers.{0-2}.mlp.experts"
-    operator = "hybrimoe_plugin.operators.experts.HybriMoEExperts"
+    operator = "HybriMoEExperts"
     assert [experts, "x3", "MixtralExperts", operator, "cuda:0", "1", "(line", "2)"] in rows
     assert ["lm_head", "x1", "Linear", "default", "cpu", "2", "(line", "8)"] in rows
 
