@@ -40,8 +40,8 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
             return candidate
     names = packaged_names()
     raise RulesError(
-        f"{rules}: no such rules file, and no packaged rules of that name"
-        f"{did_you_mean(str(rules), names)}; packaged are {', '.join(names)}"
+        f"{rules}: no such rules file, and no packaged rules of that name; packaged are "
+        f"{', '.join(names)}{did_you_mean(str(rules), names)}"
     )
 
 
@@ -49,11 +49,11 @@ def packaged_names() -> list[str]:
     """What `rules_path` takes as the name of packaged rules."""
     folder = packaged()
     found = []
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in folder.rglob("*.yaml"):
         name = path.relative_to(folder).with_suffix("")
         if name.parts[0] not in _OTHER_HOSTS:
             found.append(name.as_posix())
-    return found
+    return sorted(found)
 
 
 def written_for(rules: Rules) -> set[str]:

@@ -161,9 +161,10 @@ def _described(engine: Engine, settings: Settings) -> str:
     spec = engine.layers[0].spec
     pool = pool_of(engine)
     threads = getattr(pool, "threads", None)
+    team = "" if threads is None else f" with {threads} thread{'' if threads == 1 else 's'}"
     parts = [
         f"{len(engine.layers)} layers of {spec.experts} experts, {spec.top_k} for each token",
-        f"CPU: {pool.name}" + (f" on {threads} threads" if threads else ""),
+        f"CPU: {pool.name}{team}",
     ]
     if engine.accelerator is None:
         return "; ".join([*parts, "no accelerator"])

@@ -60,6 +60,11 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model with injected operators, ready for `generate`.
 
+        model, tokenizer = load_model(gguf_path="model.gguf", cache_ratio=0.25)
+        inputs = tokenizer("The capital of France is", return_tensors="pt")
+        print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+        print(model.hybrimoe)
+
     Args:
         model_path: directory with config and tokenizer; both come from the GGUF where it is not
             given.
@@ -71,7 +76,9 @@ def load_model(
             stored, else bfloat16.
         trust_rules: let rules import operators from any package.
         progress: show bars on stderr while loading and calibrating.
-        settings: fields of `hybrimoe_plugin.config.Settings`; they override the rules' kwargs.
+        settings: of the engine, such as `cache_ratio=0.25`, `accelerator="cuda"`, `context=32768`
+            or `cpu_threads=4`. `help(hybrimoe_plugin.EngineSettings)` lists all of them and
+            docs/settings.md explains them. They override the rules' kwargs.
 
     Returns:
         (model, tokenizer). The model is an ordinary transformers model; `model.hybrimoe` reads
@@ -79,7 +86,11 @@ def load_model(
         one.
 
     Raises:
-        HybriMoEError: one of its kinds, before anything is half done.
+        ConfigError: a setting is unknown, or has a value that is not allowed.
+        RulesError: the rules cannot be read, or do not fit the model.
+        WeightsError: the weights cannot be read, or are another model's.
+        BudgetError: the model does not fit into memory; told before a weight is read.
+        BackendError: the CPU kernels or the accelerator that were asked for cannot be used.
     """
     try:
         checked_settings(settings)
@@ -128,9 +139,16 @@ def load_plain_model(
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
 ) -> tuple[Any, Any]:
-    """The same model without injection, every weight dequantised. Raises as `load_model`.
+    """Load the same model without operators, every weight dequantised: the oracle of tests.
 
-    The oracle of tests.
+    Args:
+        model_path, gguf_path, dtype, progress: as in `load_model`; `dtype` is bfloat16 by default.
+
+    Returns:
+        (model, tokenizer) as transformers has them.
+
+    Raises:
+        HybriMoEError: as `load_model`.
     """
     store = open_weights(model_path, gguf_path)
     config = model_config(model_path, store)
