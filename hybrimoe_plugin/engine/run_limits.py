@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 from hybrimoe_plugin.policy.schedule import Simulation
 
@@ -27,8 +27,8 @@ class RunLimits:
     """
 
     def __init__(self) -> None:
-        self._limited_us: Counter[str] = Counter()
-        self._busy_us: Counter[str] = Counter()
+        self._limited_us: dict[str, float] = defaultdict(float)
+        self._busy_us: dict[str, float] = defaultdict(float)
         self._last: tuple[int, float] | None = None
         """Layer and end of the newest call."""
 
@@ -41,12 +41,13 @@ class RunLimits:
         self._pass_to(layer, start_us)
         self._last = layer, start_us + spent_us
         scale = spent_us / run.makespan_us if run.makespan_us > 0 else 0.0
-        ends: Counter[str] = Counter()
-        busy: Counter[str] = Counter()
+        ends: dict[str, float] = defaultdict(float)
+        busy: dict[str, float] = defaultdict(float)
         for piece in run.slices:
             ends[piece.lane] = max(ends[piece.lane], piece.end_us * scale)
             busy[piece.lane] += (piece.end_us - piece.start_us) * scale
-        self._busy_us.update(busy)
+        for lane, us in busy.items():
+            self._busy_us[lane] += us
         if not ends["accelerator"] or ends["cpu"] > ends["accelerator"]:
             self._limited_us["cpu"] += spent_us
             return

@@ -121,7 +121,7 @@ def _with_given(match: Match, given: Mapping[str, Any]) -> Match:
                 kwargs.pop(name, None)
     kwargs.update(given)
     try:
-        operator.check_kwargs(kwargs)  # type: ignore[operator]
+        operator.check_kwargs(kwargs)  # type: ignore[attr-defined]
     except HybriMoEError as error:
         # The rule's own kwargs have passed this check.
         raise ConfigError(f"{error} (for {match.name})") from error

@@ -139,6 +139,22 @@ def test_settings_of_the_rules_name_their_lines(
     assert ["cache_ratio", "0.25", "rule 3 (line 19)", "model.layers.{1-2}.mlp.experts"] in rows
 
 
+def test_the_sample_in_the_docs_is_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Modules and settings, for a model of as many layers as the demo model."""
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 30}))
+    flags = "--cache_ratio 0.25 --accelerator emulated --weights mapped"
+    assert main(["explain", "--model_path", str(tmp_path), *flags.split()]) == 0
+    said = table(capsys.readouterr().out)
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    (sample,) = re.findall(r"```text\n(MixtralForCausalLM by .*?)```", page, re.DOTALL)
+    shown = table(sample.partition("...")[0])
+    assert len(shown) > 15
+    for row in shown[1:]:
+        assert row in said
+
+
 def test_modules_left_as_they_are_are_named(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

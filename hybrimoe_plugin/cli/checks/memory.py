@@ -60,7 +60,7 @@ def model_on_accelerator(gguf_path: str) -> Check:
     name = "model on accelerator"
     prediction = _predict(gguf_path)
     layers = prediction.layers
-    count = sum(layer.count for layer in layers)
+    count = sum(layer.routed for layer in layers)
     if not torch.cuda.is_available():
         return Check(name, None, f"none; the model has {count} experts")
     cached = sum(layer.cached for layer in layers)

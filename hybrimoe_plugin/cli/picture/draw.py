@@ -93,7 +93,7 @@ def _row(layer: LayerPlace, y: float, accelerator: str, shapes: list[str]) -> No
     if layer.experts is None:
         shapes.append(rectangle(_EXPERTS, y, width, _ROW, "empty"))
         return
-    cached = width * layer.cached / layer.count if layer.count else 0.0
+    cached = width * layer.cached / layer.routed if layer.routed else 0.0
     if cached:
         shapes.append(rectangle(_EXPERTS, y, cached, _ROW, _colour(accelerator)))
     if cached < width:
@@ -132,7 +132,7 @@ def _listed(parts: list[Part]) -> list[str]:
 
 
 def _alike(layer: LayerPlace) -> tuple[object, ...]:
-    return layer.dense, layer.experts, layer.count, layer.replaced
+    return layer.dense, layer.experts, layer.routed, layer.replaced
 
 
 def _name(members: list[LayerPlace]) -> str:

@@ -48,7 +48,8 @@ class LayerPlace(NamedTuple):
     """Place of the most of its attention and other dense parts."""
     experts: str | None
     """Place of its routed experts; None for a layer without any."""
-    count: int
+    routed: int
+    """Number of its routed experts."""
     cached: int
     """Of its experts, those whose slots on an accelerator it begins with."""
     replaced: bool
