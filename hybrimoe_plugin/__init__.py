@@ -6,6 +6,7 @@ accelerator.
     model, tokenizer = load_model("path/to/model", "path/to/gguf", cache_ratio=0.25)
 
 `load_plain_model` loads the same files as transformers' own model, without operators.
+`EngineSettings` types the settings that `load_model` takes.
 
 Importing this package imports neither torch nor transformers; these two do on first use.
 """
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe_plugin.setting_types import EngineSettings
+
 if TYPE_CHECKING:
     from hybrimoe_plugin.hosts.transformers import load_model, load_plain_model
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load_model", "load_plain_model"]
+__all__ = ["EngineSettings", "__version__", "load_model", "load_plain_model"]
 
 
 def __getattr__(name: str) -> Any:

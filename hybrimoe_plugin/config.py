@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -193,13 +193,14 @@ class Settings:
         """Build settings from a mapping (rules' kwargs, parsed flags).
 
         Raises:
-            ConfigError: for an unknown key too, with the known ones.
+            ConfigError: for an unknown key too, with the nearest known one or all of them.
         """
         chosen = current_settings(values)
         known = [item.name for item in fields(cls)]
-        unknown = sorted(set(chosen) - set(known))
-        if unknown:
-            raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
+        for name in chosen:
+            if name not in known:
+                near = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown setting {name}{near}")
         return cls(**chosen)
 
 
@@ -279,7 +280,8 @@ def _check(name: str, value: Any, kind: str, allowed: Mapping[str, Any]) -> None
         raise ConfigError(f"{name}: expected text, found {value!r}")
     choices = allowed.get("choices")
     if choices is not None and value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+        near = did_you_mean(value, choices)
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {value!r}{near}")
     low = allowed.get("low")
     high = allowed.get("high")
     # `not (a <= b)` rather than `a > b`: NaN must fail too.

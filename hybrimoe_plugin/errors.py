@@ -64,7 +64,7 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
     Case and the choice between dash and underscore do not count as differences.
     """
     plain = {_plain(name): name for name in known}
-    close = get_close_matches(_plain(found), plain, n=1, cutoff=0.6)
+    close = get_close_matches(_plain(found[:60]), plain, n=1, cutoff=0.6)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 
 

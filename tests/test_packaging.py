@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybrimoe_plugin", "lever_ext", "eval")
 
 ROOMS = (
-    ("core", "config", "errors", "extras", "files", "cache_folder", "kept_files"),
+    (
+        *("core", "config", "setting_types", "errors"),
+        *("extras", "files", "cache_folder", "kept_files"),
+    ),
     ("device", "policy", "injection"),
     ("weights", "replay"),
     ("families",),

@@ -49,7 +49,7 @@ class Subject:
         self._place(Settings.of(system.settings), given)
 
     def _replace_routers(self, top_k: int) -> None:
-        from hybrimoe_plugin.hosts.transformers.load import experts_operators
+        from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 
         for place, operator in enumerate(experts_operators(self.model)):
             block: Any = self.model.get_submodule(operator.key.rpartition(".")[0])

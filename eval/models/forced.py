@@ -25,7 +25,7 @@ def route_by(model: Any, trace: Path) -> None:
 
     Mutates: `model`.
     """
-    from hybrimoe_plugin.hosts.transformers.load import experts_operators
+    from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
     from hybrimoe_plugin.replay.trace import read_trace
 
     read = read_trace(trace)

@@ -1,14 +1,24 @@
-"""`hybrimoe explain`: a dry run of a rules file; no weights are loaded."""
+"""`hybrimoe explain`: a dry run of rules and settings; no weights are loaded."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybrimoe_plugin.cli.console import tables
-from hybrimoe_plugin.cli.flags import add_model, add_switch
+from hybrimoe_plugin.cli.flags import add_flag, add_model, add_switch
 from hybrimoe_plugin.cli.imports import import_libraries
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError
+
+if TYPE_CHECKING:
+    from hybrimoe_plugin.hosts.transformers.preparation.prediction import Prediction
+    from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
+    from hybrimoe_plugin.injection.explain import Untouched
+
+_OURS = "hybrimoe_plugin."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_switch(parser, "all", "show each module in a row of its own, not groups of layers")
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
+    add_flag(
+        parser,
+        "picture",
+        metavar="FILE",
+        help="draw the layers and where each part will lie, as an SVG file",
+    )
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table: module, operator, device, rule."""
+    """Print what the rules replace, what every setting is, and where memory will go."""
     if args.trust_rules and args.rules is None:
         raise ConfigError(
             "--trust_rules has no effect: it is about rules of your own: name their file too"
@@ -33,37 +50,133 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "explain needs a model: give --model_path (its config.json is enough) or --gguf_path"
         )
+    settings = given_settings(args)
     import_libraries()
-    from hybrimoe_plugin.hosts.transformers.load import plan_for
+    from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched
 
-    model, rules, plan = plan_for(
-        args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules
+    prepared = plan_for(
+        args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules, **settings
     )
+    model, plan = prepared.model, prepared.plan
+    print(f"{type(model).__name__} by {prepared.rules.source}")
     rows = explain_rows(plan, show_all=args.all)
-    _print(rows, f"{type(model).__name__} by {rules.source}")
-    replaced = sum(match.replaces for match in plan)
-    placed = len(plan) - replaced
-    left = untouched(model, plan)
-    tables().print(
-        f"{replaced} modules replaced, {placed} placed, {left} with weights left as they are."
-    )
+    _print_modules(rows)
+    _print_left(plan, untouched(model, plan))
+    _print_settings(prepared)
+    prediction = _predict(prepared)
+    if args.picture is not None:
+        _draw(args.picture, prepared, prediction)
     return 0
 
 
-def _print(rows: list[Any], title: str) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("module", "", "class", "operator", "device", "rule"):
-        justify: Literal["left", "right"] = "left" if heading else "right"
-        table.add_column(heading, overflow="fold", justify=justify)
+def _print_modules(rows: Iterable[Any]) -> None:
+    cells = []
     for row in rows:
         name = row.module or "(whole model)"
-        count = f"x{row.count}"
-        cells = (name, count, row.original, row.operator, row.device, row.rule)
-        table.add_row(*map(_plain, cells))
-    print(title)
+        operator = row.operator
+        if operator.startswith(_OURS):
+            operator = operator.rpartition(".")[2]
+        cells.append((name, f"x{row.count}", row.original, operator, row.device, row.rule))
+    _table(("module", "", "class", "operator", "device", "rule"), cells, numbers=1)
+
+
+def _print_left(plan: Sequence[Any], left: Sequence[Untouched]) -> None:
+    replaced = sum(match.replaces for match in plan)
+    count = sum(item.count for item in left)
+    print(
+        f"{replaced} modules replaced, {len(plan) - replaced} placed, "
+        f"{count} with weights left as they are{':' if left else '.'}"
+    )
+    if left:
+        cells = [(f"  {item.module}", f"x{item.count}", item.original) for item in left]
+        _table(None, cells, numbers=1)
+
+
+def _print_settings(prepared: Prepared) -> None:
+    from hybrimoe_plugin.injection.explain_settings import setting_rows
+
+    cells = []
+    for row in setting_rows(prepared.planned):
+        set_by = row.set_by or "default, and no operator here uses it"
+        cells.append((row.name, row.value, set_by, row.modules))
+    print()
+    _table(("setting", "value", "set by", ""), cells)
+
+
+def _predict(prepared: Prepared) -> Prediction | None:
+    """Print where memory will go, and what loading would say about it."""
+    from hybrimoe_plugin.hosts.transformers.preparation.predict import predict
+
+    print()
+    if prepared.store is None:
+        print("memory: not predicted without weights; give --gguf_path")
+        return None
+    try:
+        injection = prepared.inject()
+        prediction = predict(prepared, injection.devices)
+    except HybriMoEError as error:
+        print(f"warning: loading would be refused: {error}")
+        return None
+    _print_memory(prediction)
+    try:
+        prediction.check()
+    except HybriMoEError as error:
+        print(f"warning: loading would be refused: {error}")
+    else:
+        for warning in prediction.warnings():
+            print(f"warning: {warning}")
+    return prediction
+
+
+def _print_memory(prediction: Prediction) -> None:
+    from hybrimoe_plugin.device.memory import human
+    from hybrimoe_plugin.hosts.transformers.preparation.prediction import MEMORY, PLACES
+
+    cells = []
+    for place in prediction.places():
+        name = PLACES.get(place, place)
+        for part in prediction.parts:
+            if part.place == place and part.nbytes:
+                size = human(part.nbytes)
+                cells.append((name, part.what, f"up to {size}" if part.most else size))
+                name = ""
+    _table(("memory", "part", "size"), cells, numbers=2)
+    lines = []
+    for place, free in prediction.free.items():
+        if place == MEMORY:
+            lines.append(f"{human(prediction.needed_on_host())} of main memory")
+        else:
+            lines.append(f"{human(prediction.total(place))} of {place}")
+        lines[-1] += f" ({human(free)} free now)"
+    print(f"In all {' and '.join(lines)}, beside activations and libraries.")
+    for note in prediction.notes:
+        print(f"note: {note}")
+
+
+def _draw(path: str, prepared: Prepared, prediction: Prediction | None) -> None:
+    from hybrimoe_plugin.cli.picture.draw import picture
+
+    if prediction is None:
+        raise ConfigError("--picture needs what explain could not predict: see above")
+    title = f"{type(prepared.model).__name__} by {Path(prepared.rules.source).name}"
+    Path(path).write_text(picture(prediction, title), encoding="utf-8")
+
+
+def _table(
+    headings: Sequence[str] | None, rows: Sequence[Sequence[str]], numbers: int | None = None
+) -> None:
+    """Print a table; the column `numbers` is aligned to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=headings is not None)
+    columns = len(headings) if headings is not None else len(rows[0])
+    for index in range(columns):
+        justify: Literal["left", "right"] = "right" if index == numbers else "left"
+        heading = "" if headings is None else headings[index]
+        table.add_column(heading, overflow="fold", justify=justify)
+    for row in rows:
+        table.add_row(*map(_plain, row))
     tables().print(table)
 
 

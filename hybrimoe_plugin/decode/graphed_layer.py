@@ -33,6 +33,8 @@ class GraphedLayer(DenseOperator):
         form: of the layers of the model's family; None where the family is unknown.
     """
 
+    uses = ("graphs", "attention")
+
     def __init__(
         self,
         key: str,

@@ -19,7 +19,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hybrimoe_plugin.demo.text import CALIBRATION
 from hybrimoe_plugin.errors import WeightsError

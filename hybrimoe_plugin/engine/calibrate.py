@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hybrimoe_plugin.compute.backends import CPUBackend
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator

@@ -35,7 +35,7 @@ def share_cores(engines: Sequence[Engine]) -> None:
 
     Mutates: torch's number of threads.
     """
-    pools = {id(pool): pool for pool in map(_pool, engines)}
+    pools = {id(pool): pool for pool in map(pool_of, engines)}
     workers = sum(pool.workers for pool in pools.values())
     threads = max(1, int(hardware()["cores"]) - workers)
     if workers and threads < torch.get_num_threads():
@@ -43,7 +43,7 @@ def share_cores(engines: Sequence[Engine]) -> None:
         torch.set_num_threads(threads)
 
 
-def _pool(engine: Engine) -> CPUBackend:
+def pool_of(engine: Engine) -> CPUBackend:
     """The backend whose threads compute for an engine."""
     if isinstance(engine.cpu, SharedCPU):
         return engine.cpu.backend
@@ -58,12 +58,12 @@ def cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) -
         alone: whether nothing else computes meanwhile.
     """
     for engine in others:
-        pool = _pool(engine)
+        pool = pool_of(engine)
         if pool.name != backend or getattr(pool, "threads", threads) != threads:
             continue
         if backend == "ggml" and (pool.workers == 0) != alone:
             continue
-        first = sum(len(other.layers) for other in others if _pool(other) is pool)
+        first = sum(len(other.layers) for other in others if pool_of(other) is pool)
         return SharedCPU(pool, first)
     return make_cpu(backend, threads, alone)
 

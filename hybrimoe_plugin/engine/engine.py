@@ -216,7 +216,7 @@ class Engine:
         if self._inter_layer is not None:
             known = self._inter_layer.begin(layer, len(ids), now_us)
             if known is not None:
-                self.controller.costs.between_layers_us = known
+                self.controller.take_between_layers(known)
         if self.accelerator is not None:
             self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
 

@@ -31,12 +31,13 @@ def staging_slots(slots: int) -> int:
     return max(STAGING_SLOTS, min(MOST_STAGING_SLOTS, wanted))
 
 
-def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
-    """Bytes that attention keeps for one sequence of `context` tokens, in 16-bit values.
+def kv_cache_bytes(config: Any, context: int, latent: bool = False, value_bytes: int = 2) -> int:
+    """Bytes that attention keeps for one sequence of `context` tokens.
 
     Args:
         config: a transformers model config; what it does not say counts as nothing.
         latent: latent attention keeps latents, and prompts expand those of one layer at a time.
+        value_bytes: of one key's or value's number.
     """
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
@@ -46,7 +47,7 @@ def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_value_heads = getattr(config, "num_key_value_heads", None) or heads
         values = 2 * key_value_heads * width * layers
-        return int(2 * values * context)
+        return int(value_bytes * values * context)
     # DeepSeek's multi-head latent attention.
     key_width = config.qk_nope_head_dim + config.qk_rope_head_dim
     expanded = heads * (key_width + config.v_head_dim)
@@ -54,7 +55,7 @@ def kv_cache_bytes(config: Any, context: int, latent: bool = False) -> int:
     if latent:
         latent_width = config.kv_lora_rank + config.qk_rope_head_dim
         values = layers * latent_width + expanded
-    return int(2 * values * context)
+    return int(value_bytes * values * context)
 
 
 def cache_quotas(

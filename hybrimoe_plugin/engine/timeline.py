@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from hybrimoe_plugin.engine.run_limits import RunLimits
 from hybrimoe_plugin.policy.schedule import Simulation
 
 _TRACKS = ("cpu", "accelerator", "link")
@@ -35,6 +36,8 @@ class Timeline:
         self._first = True
         self._lock = threading.Lock()  # it may be closed while another thread computes
         self._origin_us: float | None = None
+        self._limits = RunLimits()
+        self._emulated = False
         for track, name in enumerate(_TRACKS):
             self._write(
                 {"ph": "M", "name": "thread_name", "pid": 1, "tid": track, "args": {"name": name}}
@@ -44,6 +47,11 @@ class Timeline:
         self, layer: int, start_us: float, spent_us: float, run: Simulation, emulated: bool
     ) -> None:
         """Draw the experts of one call on the tracks of CPU and accelerator."""
+        with self._lock:
+            if self._file is None:
+                return
+            self._limits.add(layer, start_us, spent_us, run)
+            self._emulated |= emulated
         scale = spent_us / run.makespan_us if run.makespan_us > 0 else 1.0
         label = "emulated" if emulated else "measured per call, shared among its experts"
         for piece in run.slices:
@@ -57,7 +65,15 @@ class Timeline:
         """Draw one expert crossing the link, at the predicted time."""
         self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
 
+    def summary(self) -> str:
+        """One line on what limited the run, and where the file is."""
+        with self._lock:
+            text = self._limits.text()
+        label = "emulated times: " if self._emulated else ""
+        return f"{label}{text}; written to {self.path} (open it in https://ui.perfetto.dev)"
+
     def close(self) -> None:
+        """Complete the file; a second call does nothing."""
         for stop in self.closing:
             stop()
         with self._lock:

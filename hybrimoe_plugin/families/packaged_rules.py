@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.errors import RulesError, did_you_mean
 from hybrimoe_plugin.families.registry import families
+from hybrimoe_plugin.injection.rules import Rules
+
+_OTHER_HOSTS = ("ktransformers", "lever")
+"""Folders of files for classic kTransformers, and for models on flash."""
+
+_MODEL_CLASS = re.compile(r"^transformers\.models\.(\w+)\.")
 
 
 def packaged() -> Path:
@@ -31,7 +38,46 @@ def rules_path(rules: str | Path | None, config: Any) -> Path:
     for candidate in (folder / path, folder / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
-    raise RulesError(f"{rules}: no such rules file, and no packaged rules of that name in {folder}")
+    names = packaged_names()
+    raise RulesError(
+        f"{rules}: no such rules file, and no packaged rules of that name; packaged are "
+        f"{', '.join(names)}{did_you_mean(str(rules), names)}"
+    )
+
+
+def packaged_names() -> list[str]:
+    """What `rules_path` takes as the name of packaged rules."""
+    folder = packaged()
+    found = []
+    for path in folder.rglob("*.yaml"):
+        name = path.relative_to(folder).with_suffix("")
+        if name.parts[0] not in _OTHER_HOSTS:
+            found.append(name.as_posix())
+    return sorted(found)
+
+
+def written_for(rules: Rules) -> set[str]:
+    """Model types that rules name by classes of their modules; empty where they name none."""
+    found = set()
+    for rule in rules.rules:
+        named = _MODEL_CLASS.match(rule.match_class or "")
+        if named is not None:
+            found.add(named[1])
+    return found
+
+
+def other_family(rules: Rules, model_type: str) -> str:
+    """End of a message about rules that do not fit: that they are for models of other families.
+
+    Empty where nothing says so.
+    """
+    kinds = written_for(rules)
+    if not kinds or model_type in kinds:
+        return ""
+    offered = {family.model_type: family.rules.engine for family in families()}
+    own = offered.get(model_type)
+    advice = "" if own is None else f"; --rules {Path(own).stem} is for it, and the default"
+    return f"; these rules are for {' and '.join(sorted(kinds))}, the model is {model_type}{advice}"
 
 
 def engine_rules(model_type: str) -> Path:

@@ -101,10 +101,23 @@ def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any
         own(kwargs)
     except HybriMoEError as error:
         text = str(error)
-        named = [key for key in kwargs if key in text]
-        part = f"kwargs.{named[0]}" if named else "kwargs"
-        theirs = [f"; {key} is kTransformers': {KWARGS[key]}" for key in named if key in KWARGS]
+        theirs = [
+            f"; {key} is kTransformers': {KWARGS[key]}"
+            for key in kwargs
+            if key in KWARGS and key in text
+        ]
+        part = _part_named(text, kwargs)
         raise rule.error(f"kwargs of rule {rule.index}: {text}{''.join(theirs)}", part) from error
+
+
+def _part_named(message: str, kwargs: Mapping[str, Any]) -> str:
+    """The part of a rule that a message is about: the kwarg that it names first."""
+    named = [key for key in kwargs if key in message]
+    if not named:
+        return "kwargs"
+    # One name may begin with another: the longer one is meant.
+    first = min(named, key=lambda key: (message.index(key), -len(key)))
+    return f"kwargs.{first}"
 
 
 def takes_settings(operator: type[nn.Module]) -> bool:

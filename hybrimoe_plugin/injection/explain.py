@@ -27,6 +27,16 @@ class Row:
     """Position and line of the rule that takes the modules; positions of later ones that match."""
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """Modules that are left as they are."""
+
+    module: str
+    """As in `Row`."""
+    count: int
+    original: str
+
+
 def explain_rows(plan: Sequence[Match], show_all: bool = False) -> list[Row]:
     """Rows of a plan, in the model's order.
 
@@ -48,17 +58,23 @@ def explain_rows(plan: Sequence[Match], show_all: bool = False) -> list[Row]:
     return [_row(matches) for matches in groups.values()]
 
 
-def untouched(model: nn.Module, plan: Sequence[Match]) -> int:
-    """Number of modules with weights of their own that no rule takes."""
+def untouched(model: nn.Module, plan: Sequence[Match]) -> list[Untouched]:
+    """Modules with weights of their own that no rule takes, grouped like rows.
+
+    Args:
+        model: as it was when the plan was made.
+    """
     taken = {match.name for match in plan}
-    replaced = tuple(match.name + "." for match in plan if match.replaces)
-    count = 0
+    # The children of other replaced modules stay in the model, as rules may match them too.
+    whole = tuple(match.name + "." for match in plan if match.replaces and not match.rule.recursive)
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
-        if name in taken or name.startswith(replaced):
+        if name in taken or name.startswith(whole):
             continue
         if any(True for _ in module.parameters(recurse=False)):
-            count += 1
-    return count
+            kind = type(module).__name__
+            groups.setdefault((_NUMBER.sub("*", name), kind), []).append(name)
+    return [Untouched(collapsed(names), len(names), kind) for (_, kind), names in groups.items()]
 
 
 def _row(matches: Sequence[Match]) -> Row:
@@ -68,7 +84,7 @@ def _row(matches: Sequence[Match]) -> Row:
         later = ", ".join(str(index) for index in first.shadowed)
         rule += f", before {later}"
     return Row(
-        module=_collapse([match.name for match in matches]),
+        module=collapsed([match.name for match in matches]),
         count=len(matches),
         original=first.original,
         operator=first.operator,
@@ -81,7 +97,7 @@ def _device(match: Match) -> str:
     prefill = match.kwargs.get("prefill_device")
     generate = match.kwargs.get("generate_device")
     if prefill is None and generate is None:
-        return "operator's choice" if match.replaces else "host's choice"
+        return "its own choice" if match.replaces else "host's choice"
     if prefill is None or prefill == generate:
         return str(generate)
     if generate is None:
@@ -89,8 +105,12 @@ def _device(match: Match) -> str:
     return f"prefill {prefill}, generate {generate}"
 
 
-def _collapse(names: Sequence[str]) -> str:
-    """One name for several that differ in numbers only; a number becomes the set of its values."""
+def collapsed(names: Sequence[str]) -> str:
+    """One name for several that differ in numbers only; a number becomes the set of its values.
+
+    >>> collapsed(["layers.0.mlp", "layers.1.mlp", "layers.4.mlp"])
+    'layers.{0-1,4}.mlp'
+    """
     if len(names) == 1:
         return names[0]
     numbers = [_NUMBER.findall(name) for name in names]
@@ -100,6 +120,14 @@ def _collapse(names: Sequence[str]) -> str:
         spans.append(_span(sorted(values)))
     replacements = iter(spans)
     return _NUMBER.sub(lambda _: next(replacements), names[0])
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Names as one text; those that differ in more than numbers are kept apart."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return ", ".join(collapsed(group) for group in groups.values())
 
 
 def _span(values: Sequence[int]) -> str:

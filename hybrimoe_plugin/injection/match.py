@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from hybrimoe_plugin.config import current_settings
-from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.config import Settings, current_settings
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError, RulesError
 from hybrimoe_plugin.injection.classes import check_kwargs, import_class, takes_settings
-from hybrimoe_plugin.injection.rules import DEFAULT, Rule, Rules, find_names
+from hybrimoe_plugin.injection.rules import DEFAULT, DEVICE_KEYS, Rule, Rules, find_names
 
 _EXCLUSIVE = (("cache_ratio", "cache_bytes"),)
 """Pairs of settings of which only one may be given: either overrides the other in a rule."""
@@ -35,6 +35,8 @@ class Match:
     """None for `default`."""
     shadowed: tuple[int, ...] = ()
     """Indices of later rules that match the module too, but come too late."""
+    given: tuple[str, ...] = ()
+    """Settings among the kwargs that come from the command line or the API, not from the rule."""
 
     @property
     def device(self) -> str | None:
@@ -88,14 +90,24 @@ def with_settings(plan: Sequence[Match], settings: Mapping[str, Any]) -> list[Ma
     are unchanged.
 
     Raises:
-        RulesError: an operator refuses a value.
-        ConfigError: a setting of an earlier release has a value that it never had, or contradicts
-            a current one.
+        ConfigError: a setting is unknown or has a value that is not allowed. It is the giver's
+            error, so the message names no rule.
     """
-    given = current_settings(settings)
+    given = checked_settings(settings)
     if not given:
         return list(plan)
     return [_with_given(match, given) for match in plan]
+
+
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and devices from outside the rules, validated and under their current names.
+
+    Raises:
+        ConfigError: as `Settings.of`.
+    """
+    given = current_settings(settings)
+    Settings.of({name: value for name, value in given.items() if name not in DEVICE_KEYS})
+    return given
 
 
 def _with_given(match: Match, given: Mapping[str, Any]) -> Match:
@@ -108,8 +120,12 @@ def _with_given(match: Match, given: Mapping[str, Any]) -> Match:
             for name in pair:
                 kwargs.pop(name, None)
     kwargs.update(given)
-    check_kwargs(match.rule, operator, kwargs)
-    return replace(match, kwargs=kwargs)
+    try:
+        operator.check_kwargs(kwargs)  # type: ignore[attr-defined]
+    except HybriMoEError as error:
+        # The rule's own kwargs have passed this check.
+        raise ConfigError(f"{error} (for {match.name})") from error
+    return replace(match, kwargs=kwargs, given=tuple(given))
 
 
 class _Matcher:

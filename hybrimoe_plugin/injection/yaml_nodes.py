@@ -6,7 +6,6 @@ later key replace an earlier one silently.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.errors import RulesError, did_you_mean
 
 MAX_BYTES = 256 * 1024
 """Size limit of a file: ten times the largest rules file that kTransformers ships."""
@@ -274,12 +273,8 @@ def shorten(text: str, limit: int = 60) -> str:
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """End of a message about an unknown name: the nearest known name, or all of them."""
-    short = name[:60]
-    near = difflib.get_close_matches(short, known, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
     names = ", ".join(known)
-    return f"; known: {names}"
+    return did_you_mean(name, known) or f"; known: {names}"
 
 
 def _error_line(error: yaml.YAMLError) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import CallRecord, Engine, Router
 from hybrimoe_plugin.engine.assemble import Devices, build_engine
-from hybrimoe_plugin.engine.cpu_choice import share_cores
+from hybrimoe_plugin.engine.cpu_choice import pool_of, share_cores
 from hybrimoe_plugin.engine.sizing import kv_cache_bytes
 from hybrimoe_plugin.engine.timeline import Timeline
 from hybrimoe_plugin.engine.turns import Turns
@@ -39,12 +39,22 @@ class HybriMoE:
     over.
 
     Attributes:
+        model: name of the model's class.
         engines: one for each device that the rules name.
         profiles: the machine profile of each engine.
+        settings: of each engine.
         turns: lets the threads that use the model take turns.
     """
 
-    def __init__(self, engines: Sequence[Engine], profiles: Sequence[MachineProfile]) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        profiles: Sequence[MachineProfile],
+        settings: Sequence[Settings],
+        model: str,
+    ) -> None:
+        self.model = model
+        self.settings = tuple(settings)
         self.engines = tuple(engines)
         self.profiles = tuple(profiles)
         self.turns = Turns()
@@ -54,6 +64,21 @@ class HybriMoE:
     def __deepcopy__(self, _memo: object) -> HybriMoE:
         """Itself: it is not a part of the model, so that a restored model can be copied."""
         return self
+
+    def __repr__(self) -> str:
+        counters = self.stats()
+        lines = [f"HybriMoE of {self.model}"]
+        for engine, settings in zip(self.engines, self.settings, strict=True):
+            lines.append(f"  {_described(engine, settings)}")
+        if counters.activations:
+            label = "emulated" if self.emulated else "measured"
+            lines.append(
+                f"  so far: {counters.calls} layer calls, {counters.hit_rate:.1%} of the experts "
+                f"were cached, {counters.moe_us / 1e6:.2f} s in experts ({label})"
+            )
+        else:
+            lines.append("  so far: not called")
+        return "\n".join(lines)
 
     @property
     def emulated(self) -> bool:
@@ -69,6 +94,7 @@ class HybriMoE:
         return total
 
     def reset_stats(self) -> None:
+        """Begin to count anew."""
         with self.turns.lock:
             for engine in self.engines:
                 engine.controller.counters.reset()
@@ -130,6 +156,28 @@ class HybriMoE:
                 engine.close()
 
 
+def _described(engine: Engine, settings: Settings) -> str:
+    """An engine in one line: layers, devices, cache and policies."""
+    spec = engine.layers[0].spec
+    pool = pool_of(engine)
+    threads = getattr(pool, "threads", None)
+    team = "" if threads is None else f" with {threads} thread{'' if threads == 1 else 's'}"
+    parts = [
+        f"{len(engine.layers)} layers of {spec.experts} experts, {spec.top_k} for each token",
+        f"CPU: {pool.name}{team}",
+    ]
+    if engine.accelerator is None:
+        return "; ".join([*parts, "no accelerator"])
+    cached = sum(engine.controller.pool.quotas)
+    name = engine.accelerator.name
+    device = name if engine.clock.emulated else str(engine.accelerator.device)
+    parts += [
+        f"accelerator: {device}, {cached} of {spec.experts * len(engine.layers)} experts cached",
+        f"scheduler {settings.scheduler}, cache {settings.cache}, prefetch {settings.prefetch}",
+    ]
+    return "; ".join(parts)
+
+
 def bind(
     model: nn.Module,
     *,
@@ -153,7 +201,8 @@ def bind(
         raise ConfigError("no HybriMoEExperts in this model: the rules injected none")
     engines: list[Engine] = []
     profiles: list[MachineProfile] = []
-    for members in _by_engine(operators):
+    chosen: list[Settings] = []
+    for members in by_engine(operators):
         first = members[0]
         store = first.store
         engine, profile = build_engine(
@@ -164,15 +213,18 @@ def bind(
             others=engines,
             kernels=lambda store=store: shared_kernels(store),  # type: ignore[misc]
             free_bytes=free_bytes,
-            kept_bytes=_cache_bytes(model, first.settings, len(members) / len(operators)),
+            kept_bytes=attention_bytes(
+                model, first.settings.context, len(members) / len(operators)
+            ),
             progress=progress,
         )
         for position, operator in enumerate(members):
             operator.bind(engine, position)
         engines.append(engine)
         profiles.append(profile)
+        chosen.append(first.settings)
     share_cores(engines)
-    handle = HybriMoE(engines, profiles)
+    handle = HybriMoE(engines, profiles, chosen, type(model).__name__)
     handle.turns.clean_up += [operator.recover for operator in operators]
     # Threads and pinned memory must go with the model, also when nobody calls close.
     weakref.finalize(model, _close_all, engines, handle.turns)
@@ -181,7 +233,7 @@ def bind(
     return handle
 
 
-def _by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExperts]]:
+def by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExperts]]:
     """Operators that share an engine: those with the same devices and settings."""
     groups: dict[tuple[str, str, Settings], list[HybriMoEExperts]] = {}
     for operator in operators:
@@ -190,13 +242,14 @@ def _by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExpert
     return list(groups.values())
 
 
-def _cache_bytes(model: nn.Module, settings: Settings, share: float) -> int:
-    """What the KV cache needs on an engine's device, which has this share of the layers."""
+def attention_bytes(model: nn.Module, context: int, share: float) -> int:
+    """What the KV cache of a context needs on a device, which has this share of the layers."""
     keeps_latents = any(
         isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules()
     )
     config = getattr(model, "config", None)
-    return int(share * kv_cache_bytes(config, settings.context, keeps_latents))
+    dtype: torch.dtype = getattr(model, "dtype", torch.bfloat16)
+    return int(share * kv_cache_bytes(config, context, keeps_latents, dtype.itemsize))
 
 
 def leave_cudnn_attention() -> None:

@@ -37,6 +37,8 @@ class DenseOperator(nn.Module):
     """With `dense: plain` the model keeps its own modules where rules name such an operator."""
     keeps_latents = False
     """Whether it is attention whose cache holds latents in place of keys and values."""
+    uses: tuple[str, ...] = ("dense",)
+    """Settings that count here, for `hybrimoe explain`."""
 
     def __init__(
         self,

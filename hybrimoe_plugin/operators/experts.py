@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,9 @@ from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, expert_counts, layer_weights
+
+DENSE_SETTINGS = ("dense", "graphs", "attention")
+"""Settings of operators other than experts."""
 
 DEVICES = "cpu, cuda, cuda:N or auto"
 
@@ -47,6 +51,9 @@ class HybriMoEExperts(nn.Module):
             number.
         BackendError: the model's experts use an activation other than SiLU.
     """
+
+    uses = tuple(item.name for item in fields(Settings) if item.name not in DENSE_SETTINGS)
+    """Settings that count here, for `hybrimoe explain`."""
 
     def __init__(
         self,
@@ -104,13 +111,22 @@ class HybriMoEExperts(nn.Module):
         return layer_of(self.key)
 
     def load(self) -> None:
-        """Find this layer's experts in the file; nothing is read or copied.
+        """Take this layer's experts from the file; nothing is read or copied.
+
+        Raises:
+            WeightsError: as `find_weights`.
+        """
+        self.weights = self.find_weights()
+
+    def find_weights(self) -> LayerWeights:
+        """This layer's experts in the file, as views of its bytes.
 
         Raises:
             WeightsError: a tensor is missing or does not have the config's shape.
+            ConfigError: the config describes no routed experts.
         """
         experts, intermediate = expert_counts(self.config)
-        self.weights = layer_weights(
+        return layer_weights(
             self.store,
             self.layer_index,
             experts=experts,

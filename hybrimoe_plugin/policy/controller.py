@@ -91,6 +91,10 @@ class Controller:
         """
         return self.residency.warm_start()
 
+    def take_between_layers(self, us: float) -> None:
+        """Use this time between two MoE layers, as it was measured, from now on."""
+        self.costs.between_layers_us = us
+
     def learn(
         self,
         layer: int,

@@ -24,6 +24,8 @@ from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import expert_counts
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
+_KV_B = ".self_attn.kv_b_proj.weight"
+
 
 class ParameterSource:
     """The parameters of one model.
@@ -58,7 +60,7 @@ class ParameterSource:
         if name.endswith(DOWN):
             return (f"{layer}.ffn_down_exps.weight",)
         split = f"{layer}.attn_k_b.weight", f"{layer}.attn_v_b.weight"
-        if name.endswith(".self_attn.kv_b_proj.weight") and split[0] in self.store.tensors:
+        if name.endswith(_KV_B) and split[0] in self.store.tensors:
             return split
         found = self._map.tensor(name)
         if found is None:
@@ -133,6 +135,12 @@ class ParameterSource:
         rows = data.view(shape[0], -1)
         halves = from_pairs(rows, heads)
         return QuantizedMatrix(halves.reshape(-1).numpy(), info.type_name, shape)
+
+    def is_rearranged(self, name: str) -> bool:
+        """Whether `stored` or `stored_kv_b` gives a copy, as rows must change places."""
+        if name.endswith(_KV_B):
+            return len(self.gguf_names(name)) == 1
+        return bool(self._names.heads_in_pairs(name, self.config))
 
     def stored_kv_b(self, name: str) -> tuple[QuantizedMatrix, QuantizedMatrix]:
         """The parts of DeepSeek's kv_b for absorbed attention.

@@ -32,7 +32,7 @@ class Recorder:
 
     def timeline(self, path: str) -> SimpleNamespace:
         self.drawn.append(Path(path))
-        return SimpleNamespace(close=lambda: Path(path).write_text("[]"))
+        return SimpleNamespace(close=lambda: Path(path).write_text("[]"), summary=lambda: "done")
 
     def load_model(
         self, model_path: Any, gguf_path: Any, rules: Any, **settings: Any

@@ -4,6 +4,7 @@ by `gguf`.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from eval.models import tiny
 from eval.models.synthetic import random_blocks
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.hosts.transformers import load
+from hybrimoe_plugin.hosts.transformers.preparation import places as module
 from hybrimoe_plugin.weights import dequant, gguf_store
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
@@ -96,7 +98,7 @@ def test_dense_weights_are_read_onto_the_accelerator(
         raise torch.cuda.OutOfMemoryError("no room")
 
     monkeypatch.setattr(ParameterSource, "load", out_of_memory)
-    monkeypatch.setattr(load, "_dense_device", lambda model: "cuda:0")
+    monkeypatch.setattr(load, "dense_device", lambda model: "cuda:0")
     with pytest.raises(BudgetError, match="do not fit on the accelerator"):
         load.load_plain_model(None, path, progress=False)
     assert asked == ["cuda:0"]
@@ -118,10 +120,12 @@ def test_where_dense_weights_go(
 ) -> None:
     class Operator:
         def __init__(self, device: str) -> None:
+            self.key = f"layers.{next(numbers)}"
             self.generate_device = device
 
-    monkeypatch.setattr(load, "cuda_refusal", lambda: refusal)
+    numbers = itertools.count()
+    monkeypatch.setattr(module, "cuda_refusal", lambda: refusal)
     monkeypatch.setattr(
-        load, "experts_operators", lambda model: [Operator(place) for place in places]
+        module, "experts_operators", lambda model: [Operator(place) for place in places]
     )
-    assert load._dense_device(torch.nn.Module()) == wanted
+    assert module.dense_device(torch.nn.Module()) == wanted

@@ -19,7 +19,7 @@ from hybrimoe_plugin.errors import (
     RulesError,
     WeightsError,
 )
-from hybrimoe_plugin.hosts.transformers.load import plan_for
+from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
 from tests.fuzz.gguf_file import parse, serialise
 
 
@@ -135,7 +135,7 @@ def test_rules_that_inject_nothing_usable(mixtral: Path, tmp_path: Path) -> None
 def test_packaged_rules_fit_their_family_without_weights(family: str, tmp_path: Path) -> None:
     config = tiny.config(family)
     config.save_pretrained(tmp_path)
-    _, _, plan = plan_for(tmp_path, None)
+    plan = plan_for(tmp_path, None).plan
     layers = config.num_hidden_layers
     dense = getattr(config, "first_k_dense_replace", None) or 0
     attention = "FusedMLA" if hasattr(config, "kv_lora_rank") else "FusedAttention"

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import ConfigError, WeightsError
-from hybrimoe_plugin.hosts.transformers.load import plan_for
+from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 
 TOKENS = [*sorted(ByteLevel.alphabet()), "he", "<|end|>"]
@@ -188,10 +188,9 @@ def test_choices_of_transformers_own_are_the_host_s(
     """Directories say `flash_attention_2`; transformers would fetch a kernel where it is not
     installed.
     """
-    plain, _, _ = plan_for(folder(), gguf)
-    found, _, _ = plan_for(
-        folder({"_attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}), gguf
-    )
+    plain = plan_for(folder(), gguf).model
+    values = {"_attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}
+    found = plan_for(folder(values), gguf).model
     assert found.config._attn_implementation == plain.config._attn_implementation
     assert found.config.to_dict() == plain.config.to_dict()
 

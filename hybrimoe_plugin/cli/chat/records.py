@@ -6,10 +6,12 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybrimoe_plugin.engine import CallRecord
+    from hybrimoe_plugin.engine.timeline import Timeline
     from hybrimoe_plugin.operators.bind import HybriMoE
     from hybrimoe_plugin.replay.trace import TraceWriter
 
@@ -49,7 +51,7 @@ class Records:
         if handle is None:
             raise ConfigError("nothing to record: the rules injected no engine into this model")
         if self._timeline is not None:
-            self._open.callback(handle.timeline(self._timeline).close)
+            self._open.callback(_finish, handle.timeline(self._timeline))
         if self._trace is not None:
             writer = _trace_writer(self._trace, handle, str(model.config.model_type))
             self._open.callback(writer.close)
@@ -64,6 +66,12 @@ class Records:
         tb: TracebackType | None,
     ) -> None:
         self._open.close()
+
+
+def _finish(timeline: Timeline) -> None:
+    """Complete the file and say what it shows."""
+    timeline.close()
+    notice(f"timeline: {timeline.summary()}")
 
 
 def _trace_writer(path: str, handle: HybriMoE, model: str) -> TraceWriter:

@@ -66,7 +66,7 @@ def expert_matrix(stored: QuantizedMatrix, expert: int) -> QuantizedMatrix:
 def _repacking_pays(ggml: Ggml, threads: int, stored: QuantizedMatrix) -> bool:
     if stored.type_name not in SLOW_TYPES:
         return False
-    if repacked_bytes(stored) >= _SHARE_OF_FREE * free_host_bytes():
+    if repacked_bytes(stored.shape) >= _SHARE_OF_FREE * free_host_bytes():
         return False
     return faster_as_q8_0(ggml, threads, stored.type_name)
 

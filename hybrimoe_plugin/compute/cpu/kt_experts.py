@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
@@ -258,6 +258,21 @@ def supported_weights(weights: LayerWeights, types: frozenset[str]) -> LayerWeig
         return weights
     spec = replace(weights.spec, **spec_fields)
     return replace(weights, spec=spec, **matrices)  # type: ignore[arg-type]
+
+
+def replaced_bytes(weights: LayerWeights) -> int:
+    """Bytes of the copies that `supported_weights` makes of a layer for this processor."""
+    types = kernel_types(variant_name())
+    spec = weights.spec
+    values = spec.experts * spec.intermediate * spec.hidden
+    found = 0
+    for matrix in weights.matrices():
+        if matrix.type_name not in types:
+            block, block_bytes = GGML_QUANT_SIZES[
+                GGMLQuantizationType[_replacement(matrix.type_name, types)]
+            ]
+            found += values // block * block_bytes
+    return found
 
 
 def _replacement(type_name: str, types: frozenset[str]) -> str:

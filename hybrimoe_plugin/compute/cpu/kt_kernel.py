@@ -78,7 +78,8 @@ def quiet_stdout() -> Iterator[None]:
     flush = ctypes.CDLL(None).fflush
     with _STDOUT:
         # What C has buffered must go where it was meant to go, before and after.
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         flush(None)
         kept = os.dup(1)
         sink = os.open(os.devnull, os.O_WRONLY)

@@ -7,6 +7,9 @@ EPYC reads Q4_0 at 26, Q5_0 at 14 and Q8_0 at 30 (docs/LOG.md). So it is measure
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -28,9 +31,9 @@ _ROWS_AT_A_TIME = 4096
 """The float32 values of all rows would take four times the result."""
 
 
-def repacked_bytes(stored: QuantizedMatrix) -> int:
-    """Bytes of the matrix in Q8_0."""
-    values = int(np.prod(stored.shape))
+def repacked_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a matrix of this shape in Q8_0."""
+    values = math.prod(shape)
     return values // _VALUES * _Q8_0_BYTES
 
 
@@ -57,6 +60,13 @@ def as_q8_0(stored: QuantizedMatrix) -> QuantizedMatrix:
         out[start:end, :2] = part[:, :2]
         out[start:end, 2:] = integers.numpy()
     return QuantizedMatrix(out.reshape(-1), "Q8_0", stored.shape)
+
+
+def requantised_bytes(shape: Sequence[int]) -> int:
+    """Bytes of what `requantised` makes of a matrix of this shape."""
+    if shape[-1] % _VALUES:
+        return 4 * math.prod(shape)
+    return repacked_bytes(shape)
 
 
 def requantised(stored: QuantizedMatrix) -> QuantizedMatrix:

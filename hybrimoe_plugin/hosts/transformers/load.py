@@ -5,39 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hybrimoe_plugin.decode.connect import connect_layers
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes
 from hybrimoe_plugin.engine.turns import Turns, take_turns
 from hybrimoe_plugin.errors import BudgetError, ConfigError, WeightsError
-from hybrimoe_plugin.families.packaged_rules import rules_path
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
-from hybrimoe_plugin.hosts.transformers.config import has_config, model_config
+from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
-from hybrimoe_plugin.hosts.transformers.skeleton import dtype_of, meta_model, rebuild_buffers
-from hybrimoe_plugin.hosts.transformers.stored import (
-    give_stored,
-    keeps_stored,
-    read_if_worth_it,
-    without_plain,
+from hybrimoe_plugin.hosts.transformers.preparation.parameters import missing_parameters, tied
+from hybrimoe_plugin.hosts.transformers.preparation.places import (
+    dense_device,
+    experts_operators,
+    experts_places,
 )
+from hybrimoe_plugin.hosts.transformers.preparation.predict import predict
+from hybrimoe_plugin.hosts.transformers.preparation.prediction import Prediction
+from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights, prepare
+from hybrimoe_plugin.hosts.transformers.skeleton import dtype_of, meta_model, rebuild_buffers
+from hybrimoe_plugin.hosts.transformers.stored import give_stored, reads_into_memory
 from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
-from hybrimoe_plugin.injection.inject import Injection, inject
-from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
-from hybrimoe_plugin.injection.rules import Rules, load_rules
+from hybrimoe_plugin.injection.inject import Injection
+from hybrimoe_plugin.injection.match import checked_settings
 from hybrimoe_plugin.operators.bind import bind
-from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hybrimoe_plugin.setting_types import EngineSettings
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +57,14 @@ def load_model(
     trust_rules: bool = False,
     progress: bool = True,
     require_tokenizer: bool = False,
-    **settings: Any,
+    **settings: Unpack[EngineSettings],
 ) -> tuple[Any, Any]:
     """Load a causal language model with injected operators, ready for `generate`.
+
+        model, tokenizer = load_model(gguf_path="model.gguf", cache_ratio=0.25)
+        inputs = tokenizer("The capital of France is", return_tensors="pt")
+        print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+        print(model.hybrimoe)
 
     Args:
         model_path: directory with config and tokenizer; both come from the GGUF where it is not
@@ -67,7 +78,9 @@ def load_model(
         trust_rules: let rules import operators from any package.
         progress: show bars on stderr while loading and calibrating.
         require_tokenizer: refuse a model without one, before the machine is measured for it.
-        settings: fields of `hybrimoe_plugin.config.Settings`; they override the rules' kwargs.
+        settings: of the engine, such as `cache_ratio=0.25`, `accelerator="cuda"`, `context=32768`
+            or `cpu_threads=4`. `help(hybrimoe_plugin.EngineSettings)` lists all of them and
+            docs/settings.md explains them. They override the rules' kwargs.
 
     Returns:
         (model, tokenizer). The model is an ordinary transformers model; `model.hybrimoe` reads
@@ -75,30 +88,34 @@ def load_model(
         one.
 
     Raises:
-        HybriMoEError: one of its kinds, before anything is half done.
+        ConfigError: a setting is unknown, or has a value that is not allowed.
+        RulesError: the rules cannot be read, or do not fit the model.
+        WeightsError: the weights cannot be read, or are another model's.
+        BudgetError: the model does not fit into memory; told before a weight is read.
+        BackendError: the CPU kernels or the accelerator that were asked for cannot be used.
     """
-    store = _open(model_path, gguf_path)
-    config = model_config(model_path, store)
+    try:
+        checked_settings(settings)
+    except ConfigError as error:
+        raise ConfigError(f"load_model: {error}") from error
+    store = open_weights(model_path, gguf_path)
+    prepared = prepare(
+        model_path, store, rules, dtype=dtype, trust_rules=trust_rules, settings=settings
+    )
+    model, config = prepared.model, prepared.config
     tokenizer = load_tokenizer(model_path, store, config)
     if tokenizer is None and require_tokenizer:
         raise ConfigError(
             f"{store.paths[0]}: holds no usable tokenizer: give --model_path with the model's "
             "tokenizer"
         )
-    model = meta_model(config, dtype_of(dtype))
-    check_complete(model, store, config)
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
-    parsed = load_rules(rules_path(rules, config))
-    plan = plan_injection(model, parsed, trust_rules=trust_rules)
-    plan = without_plain(with_settings(plan, settings))
-    if dtype is None and any(keeps_stored(match, store) for match in plan):
-        # No large tensor is left in the model's own type, and small CPU operations are quickest in
-        # float32.
-        model.to(torch.float32)
-    read_if_worth_it(plan, store)
-    injection = inject(model, plan, store, config)
+    injection = prepared.inject()
     try:
         # Before weights are read: everything that can be refused is.
+        check_memory(predict(prepared, injection.devices))
+        if reads_into_memory(prepared.plan, store):
+            store.read_into_memory()
         for operator in experts_operators(model):
             operator.load()
         give_stored(model, store, config)
@@ -129,11 +146,18 @@ def load_plain_model(
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
 ) -> tuple[Any, Any]:
-    """The same model without injection, every weight dequantised. Raises as `load_model`.
+    """Load the same model without operators, every weight dequantised: the oracle of tests.
 
-    The oracle of tests.
+    Args:
+        model_path, gguf_path, dtype, progress: as in `load_model`; `dtype` is bfloat16 by default.
+
+    Returns:
+        (model, tokenizer) as transformers has them.
+
+    Raises:
+        HybriMoEError: as `load_model`.
     """
-    store = _open(model_path, gguf_path)
+    store = open_weights(model_path, gguf_path)
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)
     model = meta_model(config, dtype_of(dtype))
@@ -143,31 +167,16 @@ def load_plain_model(
     return model, tokenizer
 
 
-def plan_for(
-    model_path: str | Path | None,
-    gguf_path: str | Path | None,
-    rules: str | Path | None = None,
-    *,
-    trust_rules: bool = False,
-    **settings: Any,
-) -> tuple[Any, Rules, list[Match]]:
-    """Dry run: (model on the meta device, rules, plan). Raises as `load_model`.
+def check_memory(prediction: Prediction) -> None:
+    """Refuse a model that does not fit, and say once what fits badly.
 
-    No weight is read.
+    Raises:
+        BudgetError: as `Prediction.check`.
     """
-    reads_gguf = gguf_path is not None or not has_config(model_path)
-    store = _open(model_path, gguf_path) if reads_gguf else None
-    config = model_config(model_path, store)
-    model = meta_model(config)
-    if store is not None:
-        check_complete(model, store, config)
-    parsed = load_rules(rules_path(rules, config))
-    plan = with_settings(plan_injection(model, parsed, trust_rules=trust_rules), settings)
-    return model, parsed, without_plain(plan)
-
-
-def experts_operators(model: nn.Module) -> list[HybriMoEExperts]:
-    return [module for module in model.modules() if isinstance(module, HybriMoEExperts)]
+    prediction.check()
+    warnings = prediction.warnings()
+    if warnings:
+        log.warning("memory: %s", "; ".join(warnings))
 
 
 def load_dense(
@@ -181,12 +190,7 @@ def load_dense(
 
     Mutates: `model`.
     """
-    tied = _tied(model, config)
-    wanted = {
-        name: value
-        for name, value in model.state_dict().items()
-        if value.is_meta and name not in tied
-    }
+    wanted = missing_parameters(model, config)
     needed = sum(value.numel() * value.element_size() for value in wanted.values())
     check_host(needed, "the dense weights")
     source = ParameterSource(store, config, names_of(config.model_type))
@@ -194,10 +198,10 @@ def load_dense(
     for name in wanted:
         for part in source.parts(name):
             store.info(part)
-    loaded = _read(wanted, source, _dense_device(model), progress)
+    loaded = _read(wanted, source, dense_device(model), progress)
     model.load_state_dict(loaded, strict=False, assign=True)
     rebuild_buffers(model)
-    if tied:
+    if tied(model, config):
         model.tie_weights()
     _place(model, injection)
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -206,17 +210,6 @@ def load_dense(
         raise WeightsError(
             f"{store.paths[0]}: nothing in the file for {', '.join(left[:5])} ({len(left)} in all)"
         )
-
-
-def _tied(model: Any, config: Any) -> set[str]:
-    """Parameters that are not read, as they are the embedding's.
-
-    A table that stays as stored is nothing to tie to: a plain head then reads its own copy.
-    """
-    table = getattr(model.get_input_embeddings(), "weight", None)
-    if config.tie_word_embeddings and isinstance(table, torch.Tensor):
-        return {"lm_head.weight"}
-    return set()
 
 
 def _read(
@@ -235,28 +228,12 @@ def _read(
     return loaded
 
 
-def _open(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFStore:
-    path = gguf_path if gguf_path is not None else model_path
-    if path is None:
-        raise ConfigError("name the weights: gguf_path, or a model_path that holds them")
-    return GGUFStore.open(path)
-
-
-def _dense_device(model: nn.Module) -> str:
-    """Where dense weights are dequantised.
-
-    On the one accelerator that the operators compute on, else on the CPU.
-    """
-    devices = {_real(operator.generate_device) for operator in experts_operators(model)} - {"cpu"}
-    return devices.pop() if len(devices) == 1 and cuda_refusal() is None else "cpu"
-
-
 def _place(model: nn.Module, injection: Injection | None) -> None:
     """Move dense parts to the accelerator, if the operators compute on one.
 
     `default` rules may say otherwise for single modules.
     """
-    device = _dense_device(model)
+    device = dense_device(model)
     try:
         if device != "cpu":
             model.to(device)
@@ -269,9 +246,7 @@ def _place(model: nn.Module, injection: Injection | None) -> None:
 
 def _spread(model: nn.Module) -> Callable[[], None]:
     """Where experts lie on several devices, the layers around them follow; gives what undoes it."""
-    places = {
-        operator.key: _real(operator.generate_device) for operator in experts_operators(model)
-    }
+    places = experts_places(model)
     places = {key: device for key, device in places.items() if device != "cpu"}
     if len(set(places.values())) < 2 or cuda_refusal() is not None:
         return lambda: None
@@ -287,9 +262,3 @@ def _all(*parts: Callable[[], None]) -> Callable[[], None]:
             part()
 
     return call
-
-
-def _real(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda:0" if cuda_refusal() is None else "cpu"

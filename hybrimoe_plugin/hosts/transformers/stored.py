@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from hybrimoe_plugin.compute.cpu.ggml import TYPES
-from hybrimoe_plugin.compute.cpu.repack import requantised
+from hybrimoe_plugin.compute.cpu.repack import requantised, requantised_bytes
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.device.memory import check_host, free_host_bytes
+from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.injection.match import Match
@@ -48,24 +48,18 @@ def keeps_stored(match: Match, store: GGUFStore) -> bool:
     return stored_kernels(store, Settings.of(settings), *devices) is not None
 
 
-def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
-    """Read the file into memory where the settings say so.
+def reads_into_memory(plan: Sequence[Match], store: GGUFStore) -> bool:
+    """Whether loading reads the file into memory: where the settings say so.
 
-    `auto` does where the CPU computes alone and there is room.
-
-    With `auto` so is a file that any user may write to.
+    `auto` does where the CPU computes alone and there is room, and with a file that any user may
+    write to.
 
     Raises:
-        BudgetError: asked for, and it does not fit.
-        WeightsError: the file cannot be read, or any user may write to it and it does not fit.
-
-    Mutates: `store`.
+        WeightsError: any user may write to the file, and it does not fit.
     """
     asked = {str(match.kwargs.get("weights", "auto")) for match in plan if match.replaces}
     if "memory" in asked:
-        check_host(store.nbytes, "the weights")
-        store.read_into_memory()
-        return
+        return True
     fits = store.nbytes <= _MOST_OF_FREE * free_host_bytes()
     if asked == {"auto"} and store.others_may_write:
         if not fits:
@@ -74,12 +68,10 @@ def read_if_worth_it(plan: Sequence[Match], store: GGUFStore) -> None:
                 "process that reads it where it lies; take the right away (chmod o-w), or accept "
                 "it with weights='mapped'"
             )
-        store.read_into_memory()
-        return
+        return True
     alone = all(match.kwargs.get("accelerator", "auto") in ("auto", "none") for match in plan)
     on_cpu = alone and any(keeps_stored(match, store) for match in plan)
-    if asked == {"auto"} and on_cpu and fits:
-        store.read_into_memory()
+    return asked == {"auto"} and on_cpu and fits
 
 
 def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
@@ -96,24 +88,72 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
     Mutates: `model`.
     """
     source = ParameterSource(store, config, names_of(config.model_type))
-    for name, module in model.named_modules():
-        parameter = f"{name.removesuffix('.stored')}.weight"
+    for matrix in stored_matrices(model):
         try:
-            if isinstance(module, GgmlLinear):
-                module.take(_for_kernels(source.stored(parameter), parameter))
-            elif isinstance(module, DeviceLinear):
-                module.take(source.stored(parameter))
-            elif isinstance(module, QuantizedEmbedding) and module.ggml is not None:
-                module.take(_for_kernels(source.stored(parameter), parameter))
-            elif isinstance(module, FusedMLA) and module.ggml is not None:
-                parameter = f"{name}.kv_b_proj.weight"
-                key, value = (
-                    _for_kernels(part, parameter) for part in source.stored_kv_b(parameter)
-                )
-                module.take_kv_b(key, value)
+            matrix.give(source)
         except BackendError as error:
-            tensors = " and ".join(source.gguf_names(parameter))
+            tensors = " and ".join(source.gguf_names(matrix.parameter))
             raise BackendError(f"{store.paths[0]}: {tensors}: {error}") from error
+
+
+class StoredSize(NamedTuple):
+    """Bytes of a matrix that stays as stored."""
+
+    in_file: int
+    replaced: int
+    """Of them, those that a copy takes the place of."""
+    copied: int
+    """Bytes of the copy."""
+
+
+class StoredMatrix(NamedTuple):
+    """A module that reads a matrix as the file stores it, and the parameter that this is."""
+
+    module: nn.Module
+    parameter: str
+    """Name that it has in the plain model."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether an accelerator may hold it; else it is the CPU's."""
+        return isinstance(self.module, DeviceLinear)
+
+    def give(self, source: ParameterSource) -> None:
+        """Hand the matrix over. Raises: as `give_stored`."""
+        module: Any = self.module
+        if isinstance(module, FusedMLA):
+            parts = source.stored_kv_b(self.parameter)
+            key, value = (_for_kernels(part, self.parameter) for part in parts)
+            module.take_kv_b(key, value)
+            return
+        stored = source.stored(self.parameter)
+        if not self.on_device:
+            stored = _for_kernels(stored, self.parameter)
+        module.take(stored)
+
+    def size(self, source: ParameterSource) -> StoredSize:
+        """What `give` will take, from the file's header. Raises: WeightsError: it is missing."""
+        replaced = copied = whole = 0
+        for info in map(source.store.info, source.gguf_names(self.parameter)):
+            whole += info.nbytes
+            if not self.on_device and info.type_name not in TYPES:
+                replaced += info.nbytes
+                copied += requantised_bytes(info.shape)
+            elif source.is_rearranged(self.parameter):
+                replaced += info.nbytes
+                copied += info.nbytes
+        return StoredSize(whole, replaced, copied)
+
+
+def stored_matrices(model: nn.Module) -> Iterator[StoredMatrix]:
+    """The matrices of an injected model that stay as the file stores them."""
+    for name, module in model.named_modules():
+        if isinstance(module, GgmlLinear | DeviceLinear):
+            yield StoredMatrix(module, f"{name.removesuffix('.stored')}.weight")
+        elif isinstance(module, QuantizedEmbedding) and module.ggml is not None:
+            yield StoredMatrix(module, f"{name}.weight")
+        elif isinstance(module, FusedMLA) and module.ggml is not None:
+            yield StoredMatrix(module, f"{name}.kv_b_proj.weight")
 
 
 def _for_kernels(stored: QuantizedMatrix, name: str) -> QuantizedMatrix:

@@ -1,0 +1,1 @@
+"""Drawings of `hybrimoe explain`, written as SVG without a library."""

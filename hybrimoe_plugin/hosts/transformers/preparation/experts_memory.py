@@ -1,0 +1,154 @@
+"""What an engine's experts will take: the file's bytes, slots on an accelerator, and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hybrimoe_plugin.compute.cpu.kt_experts import replaced_bytes
+from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
+from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
+from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
+from hybrimoe_plugin.engine.cpu_choice import cpu_backends
+from hybrimoe_plugin.engine.sizing import cache_quotas, staging_slots
+from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
+from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
+    EMULATED,
+    MAPPED,
+    MEMORY,
+    PINNED,
+    Part,
+)
+from hybrimoe_plugin.operators.bind import by_engine
+from hybrimoe_plugin.operators.experts import HybriMoEExperts
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
+
+EXPERTS = "experts, as stored"
+APART = "experts that the file keeps apart, put together"
+FASTER = "experts in a type with faster kernels"
+
+
+@dataclass(frozen=True)
+class EnginePlace:
+    """Where the experts of one engine will lie."""
+
+    place: str
+    """Of the file's bytes."""
+    layers: tuple[int, ...]
+    """Decoder layers, in order."""
+    experts: int
+    """Routed experts of a layer."""
+    quotas: tuple[int, ...]
+    """Cached experts of each layer at the start."""
+    parts: tuple[Part, ...]
+
+
+def engine_places(
+    model: nn.Module, store: GGUFStore, parts: Sequence[Part], free: Mapping[str, int]
+) -> tuple[list[EnginePlace], tuple[str, ...]]:
+    """The engines that `bind` would make, and notes on what is not known of them.
+
+    Args:
+        model: with its operators injected.
+        parts: everything but the experts, which accelerators must hold beside the slots.
+        free: free bytes of each accelerator.
+
+    Raises:
+        BudgetError: the slots do not fit.
+        WeightsError, ConfigError: as `HybriMoEExperts.find_weights`.
+    """
+    found = []
+    notes: list[str] = []
+    for members in by_engine(experts_operators(model)):
+        first = members[0]
+        devices = Devices(first.prefill_device, first.generate_device)
+        kind, device = accelerator_kind(first.settings, devices)
+        layers = [operator.find_weights() for operator in members]
+        room = None
+        if kind == "cuda":
+            taken = sum(part.nbytes for part in parts if part.place == str(device))
+            room = max(0, free.get(str(device), 0) - taken)
+            refused = cuda_refusal()
+            if refused is not None:
+                notes.append(f"the accelerator {device} cannot be used here: {refused}")
+                room = None
+        place = EMULATED if kind == "emulated" else str(device)
+        quotas, slots = _slots(first.settings, layers, kind, place, room)
+        found.append(_engine(members, layers, kind, quotas, slots))
+    return found, tuple(notes)
+
+
+def _slots(
+    settings: Settings, layers: Sequence[LayerWeights], kind: str, place: str, room: int | None
+) -> tuple[tuple[int, ...], list[Part]]:
+    """(cached experts of each layer, what the slots take). Raises: BudgetError."""
+    if kind == "none":
+        return (0,) * len(layers), []
+    experts = layers[0].spec.experts
+    sizes = [weights.spec.expert_bytes for weights in layers]
+    quotas = cache_quotas(settings, experts, sizes, room)
+    cached = sum(quotas)
+    staging = staging_slots(cached)
+    layouts = [slot_layout(weights.spec, planar=kind == "cuda") for weights in layers]
+    slot_bytes = max(layout.size for layout in layouts)
+    buffers = REPACK_BUFFERS * max(layout.largest_planar for layout in layouts)
+    share = cached / (experts * len(layers))
+    parts = [
+        Part(place, f"{cached} cached experts ({share:.0%} of all)", cached * slot_bytes),
+        Part(place, f"{staging} staging slots", staging * slot_bytes + buffers),
+    ]
+    return tuple(quotas), parts
+
+
+def _engine(
+    members: Sequence[HybriMoEExperts],
+    layers: Sequence[LayerWeights],
+    kind: str,
+    quotas: tuple[int, ...],
+    slots: Sequence[Part],
+) -> EnginePlace:
+    place = PINNED if kind == "cuda" else MAPPED
+    stored = sum(weights.spec.experts * weights.spec.expert_bytes for weights in layers)
+    parts = [Part(place, EXPERTS, stored), *slots]
+    parts += _copies(members[0].settings, layers, alone=kind == "none")
+    numbers = tuple(operator.layer_index for operator in members)
+    return EnginePlace(place, numbers, layers[0].spec.experts, quotas, tuple(parts))
+
+
+def _copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> list[Part]:
+    """What the CPU's kernels copy. Several backends are measured: theirs is an upper limit."""
+    backends = cpu_backends(settings, layers, alone)
+    found = []
+    apart = sum(_apart_bytes(weights) for weights in layers)
+    if apart and backends != ("torch",):
+        found.append(Part(MEMORY, APART, apart))
+    faster = 0
+    if backends == ("ggml",) and alone and settings.weights != "mapped":
+        faster = sum(_faster_bytes(weights) for weights in layers)
+    elif "kt" in backends:
+        faster = sum(replaced_bytes(weights) for weights in layers)
+    if faster:
+        found.append(Part(MEMORY, FASTER, faster, most=True))
+    return found
+
+
+def _apart_bytes(weights: LayerWeights) -> int:
+    found = 0
+    for matrix in weights.matrices():
+        if matrix.stacked is None:
+            found += sum(part.size for part in matrix.experts)
+    return found
+
+
+def _faster_bytes(weights: LayerWeights) -> int:
+    """Bytes of the layer's matrices in Q8_0, where that may be faster."""
+    spec = weights.spec
+    shape = (spec.experts, spec.intermediate, spec.hidden)
+    slow = [matrix for matrix in weights.matrices() if matrix.type_name in SLOW_TYPES]
+    return len(slow) * repacked_bytes(shape)

@@ -1,0 +1,192 @@
+"""Predict what an injected model will take, from the file's header and the rules alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.memory import free_host_bytes
+from hybrimoe_plugin.families.registry import names_of
+from hybrimoe_plugin.hosts.transformers.preparation.experts_memory import EnginePlace, engine_places
+from hybrimoe_plugin.hosts.transformers.preparation.parameters import missing_parameters
+from hybrimoe_plugin.hosts.transformers.preparation.places import (
+    CPU,
+    experts_operators,
+    experts_places,
+    layer_of_name,
+    places_of,
+)
+from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
+    MAPPED,
+    MEMORY,
+    LayerPlace,
+    Part,
+    Prediction,
+    Unreplaced,
+    with_disk,
+)
+from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
+from hybrimoe_plugin.hosts.transformers.stored import reads_into_memory, stored_matrices
+from hybrimoe_plugin.injection.explain import grouped
+from hybrimoe_plugin.operators.bind import attention_bytes
+from hybrimoe_plugin.weights.gguf_names import DOWN, GATE_UP
+from hybrimoe_plugin.weights.parameter_source import ParameterSource
+
+STORED = "attention and other dense parts, as stored"
+COPIED = "matrices in another row order or type than the file's"
+DEQUANTISED = "attention and other dense parts, dequantised"
+LEFT = "experts that no rule replaces, dequantised"
+WHOLE = "the whole file, read into memory"
+
+
+def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
+    """Where every part of a model will lie, and how large it is there.
+
+    Loading is refused by these numbers, and `hybrimoe explain` prints them.
+
+    Args:
+        prepared: with its operators injected, and no weight read.
+        placed: qualified module name -> device, from `Injection.devices`.
+
+    Raises:
+        WeightsError, ConfigError: a tensor is missing, or does not have the config's shape.
+        BudgetError: the cache for experts does not fit.
+    """
+    assert prepared.store is not None
+    model, store, config = prepared.model, prepared.store, prepared.config
+    source = ParameterSource(store, config, names_of(config.model_type))
+    place = _host_is_memory(places_of(model, placed))
+    dense = [*_dequantised(model, config, place), *_stored(model, source, place)]
+    sizes: Counter[tuple[str, str]] = Counter()
+    for part, _ in dense:
+        sizes[part.place, part.what] += part.nbytes
+    parts = [Part(where, what, nbytes) for (where, what), nbytes in sizes.items()]
+    parts += _kv_cache(model, prepared)
+    free = _free(model)
+    engines, notes = engine_places(model, store, parts, free)
+    for engine in engines:
+        parts += engine.parts
+    reads = reads_into_memory(prepared.plan, store)
+    if reads:
+        parts = [part for part in parts if part.place != MAPPED]
+        parts.append(Part(MEMORY, WHOLE, store.nbytes))
+    return Prediction(
+        parts=tuple(with_disk(parts, free[MEMORY])),
+        layers=_layers(config, dense, engines, MEMORY if reads else MAPPED),
+        context=_context(model),
+        free=free,
+        unreplaced=_unreplaced(model, source),
+        notes=notes,
+    )
+
+
+def _host_is_memory(place: Any) -> Any:
+    """The same function, with the host's memory in place of the CPU."""
+
+    def found(name: str) -> str:
+        device: str = place(name)
+        return MEMORY if device == CPU else device
+
+    return found
+
+
+def _dequantised(model: Any, config: Any, place: Any) -> Iterator[tuple[Part, int | None]]:
+    """(part, layer) of every parameter that is read and dequantised."""
+    for name, value in missing_parameters(model, config).items():
+        what = LEFT if _of_experts(name) else DEQUANTISED
+        nbytes = value.numel() * value.element_size()
+        yield Part(place(name), what, nbytes), layer_of_name(name)
+
+
+def _stored(model: Any, source: ParameterSource, place: Any) -> Iterator[tuple[Part, int | None]]:
+    """(part, layer) of every dense matrix that stays as the file has it."""
+    for matrix in stored_matrices(model):
+        size = matrix.size(source)
+        layer = layer_of_name(matrix.parameter)
+        if matrix.on_device:
+            yield Part(place(matrix.parameter), STORED, size.in_file), layer
+            continue
+        yield Part(MAPPED, STORED, size.in_file - size.replaced), layer
+        yield Part(MEMORY, COPIED, size.copied), layer
+
+
+def _kv_cache(model: Any, prepared: Prepared) -> list[Part]:
+    """The KV cache of the context, on the devices of the layers."""
+    context = _context(model)
+    places = list(experts_places(model).values()) or [CPU]
+    usable = cuda_refusal() is None
+    found = []
+    for device, count in Counter(places).items():
+        settings_bytes = attention_bytes(model, context, count / len(places))
+        where = device if device != CPU and usable else MEMORY
+        found.append(Part(where, f"KV cache of {context} tokens", settings_bytes, later=True))
+    return found
+
+
+def _context(model: nn.Module) -> int:
+    """The longest context that any engine is to leave room for."""
+    operators = experts_operators(model)
+    return max((operator.settings.context for operator in operators), default=4096)
+
+
+def _free(model: nn.Module) -> dict[str, int]:
+    """Free bytes of the host, and of every accelerator that experts are to use."""
+    free = {MEMORY: free_host_bytes()}
+    if cuda_refusal() is None:
+        for device in set(experts_places(model).values()) - {CPU}:
+            free[device], _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def _layers(
+    config: Any, dense: list[tuple[Part, int | None]], engines: list[EnginePlace], file: str
+) -> tuple[LayerPlace, ...]:
+    """Where each layer lies; `file` is the place of the file's own bytes."""
+    held: dict[int, Counter[str]] = {}
+    left: dict[int, str] = {}
+    for part, layer in dense:
+        if layer is None:
+            continue
+        if part.what == LEFT:
+            left[layer] = part.place
+        else:
+            held.setdefault(layer, Counter())[part.place] += part.nbytes
+    by_layer = {layer: (engine, at) for engine in engines for at, layer in enumerate(engine.layers)}
+    found = []
+    for layer in range(config.num_hidden_layers):
+        most = held.get(layer, Counter[str]()).most_common(1)
+        where = most[0][0] if most else MEMORY
+        where = file if where == MAPPED else where
+        if layer in by_layer:
+            engine, at = by_layer[layer]
+            experts = file if engine.place == MAPPED else engine.place
+            cached = engine.quotas[at]
+            found.append(LayerPlace(layer, where, experts, engine.experts, cached, True))
+        else:
+            found.append(LayerPlace(layer, where, left.get(layer), 0, 0, False))
+    return tuple(found)
+
+
+def _unreplaced(model: Any, source: ParameterSource) -> Unreplaced | None:
+    """The experts whose parameters are left in the model."""
+    names = []
+    nbytes = 0
+    stored = 0
+    for name, value in missing_parameters(model, source.config).items():
+        if not _of_experts(name):
+            continue
+        names.append(name.rpartition(".")[0])
+        nbytes += value.numel() * value.element_size()
+        stored += sum(source.store.info(part).nbytes for part in source.parts(name))
+    if not names:
+        return None
+    return Unreplaced(grouped(list(dict.fromkeys(names))), nbytes, stored)
+
+
+def _of_experts(name: str) -> bool:
+    return name.endswith((GATE_UP, DOWN))

@@ -1,0 +1,109 @@
+"""The first half of loading, in which no weight is read: files, config, rules and their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrimoe_plugin.errors import ConfigError, RulesError
+from hybrimoe_plugin.families.packaged_rules import other_family, rules_path
+from hybrimoe_plugin.hosts.transformers.complete import check_complete
+from hybrimoe_plugin.hosts.transformers.config import has_config, model_config
+from hybrimoe_plugin.hosts.transformers.skeleton import dtype_of, meta_model
+from hybrimoe_plugin.hosts.transformers.stored import keeps_stored, without_plain
+from hybrimoe_plugin.injection.inject import Injection, inject
+from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
+from hybrimoe_plugin.injection.rules import Rules, load_rules
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model on the meta device, and what its rules will do to it."""
+
+    store: GGUFStore | None
+    """The open weights; None where only a config.json was given."""
+    config: Any
+    model: Any
+    rules: Rules
+    planned: tuple[Match, ...]
+    """Every module that a rule takes."""
+    plan: tuple[Match, ...]
+    """The same without those that `dense: plain` leaves as they are."""
+
+    def inject(self) -> Injection:
+        """Put the operators into the model. Raises: as `injection.inject`. Mutates: the model."""
+        return inject(self.model, self.plan, self.store, self.config)
+
+
+def prepare(
+    model_path: str | Path | None,
+    store: GGUFStore | None,
+    rules: str | Path | None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    trust_rules: bool = False,
+    settings: Mapping[str, Any],
+) -> Prepared:
+    """Build the model without weights and plan its injection.
+
+    Args:
+        model_path, rules, dtype, trust_rules, settings: as in `load_model`.
+        store: the open weights, or None for a plan from config.json alone.
+
+    Raises:
+        HybriMoEError: as `load_model`.
+    """
+    config = model_config(model_path, store)
+    model = meta_model(config, dtype_of(dtype))
+    if store is not None:
+        check_complete(model, store, config)
+    parsed = load_rules(rules_path(rules, config))
+    try:
+        plan = plan_injection(model, parsed, trust_rules=trust_rules)
+    except RulesError as error:
+        reason = other_family(parsed, config.model_type)
+        if not reason:
+            raise
+        raise RulesError(f"{error}{reason}") from error
+    planned = with_settings(plan, settings)
+    plan = without_plain(planned)
+    if dtype is None and store is not None and any(keeps_stored(match, store) for match in plan):
+        # No large tensor is left in the model's own type, and small CPU operations are quickest in
+        # float32.
+        model.to(torch.float32)
+    return Prepared(store, config, model, parsed, tuple(planned), tuple(plan))
+
+
+def plan_for(
+    model_path: str | Path | None,
+    gguf_path: str | Path | None,
+    rules: str | Path | None = None,
+    *,
+    trust_rules: bool = False,
+    **settings: Any,
+) -> Prepared:
+    """A dry run, for which a config.json without weights is enough. Raises as `load_model`."""
+    store = find_weights(model_path, gguf_path)
+    return prepare(model_path, store, rules, trust_rules=trust_rules, settings=settings)
+
+
+def open_weights(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFStore:
+    """The weights that are named. Raises: ConfigError: none are; WeightsError: as the store."""
+    path = gguf_path if gguf_path is not None else model_path
+    if path is None:
+        raise ConfigError("name the weights: gguf_path, or a model_path that holds them")
+    return GGUFStore.open(path)
+
+
+def find_weights(model_path: str | Path | None, gguf_path: str | Path | None) -> GGUFStore | None:
+    """The same for a dry run; None where there is only a config.json."""
+    if gguf_path is None and has_config(model_path):
+        assert model_path is not None
+        if not any(Path(model_path).glob("*.gguf")):
+            return None
+    return open_weights(model_path, gguf_path)
