@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from hybrimoe_plugin.errors import HybriMoEError
-from hybrimoe_plugin.injection.ktransformers_classes import KWARGS, advice_on, find_moved
+from hybrimoe_plugin.injection.ktransformers_classes import KWARGS, PACKAGE, advice_on, find_moved
 from hybrimoe_plugin.injection.moved import current_path
 from hybrimoe_plugin.injection.rules import DEFAULT, RESERVED, TRUSTED, Rule, Rules, is_trusted
 from hybrimoe_plugin.injection.yaml_nodes import shorten, suggest
@@ -59,8 +59,8 @@ def import_class(rule: Rule, path: str, part: str, trust_rules: bool = False) ->
     except Exception as error:
         # Importing runs foreign code, which may raise anything.
         # The fate of the whole rule says more than where the class to match is now.
-        advice = advice_on(path) and (advice_on(rule.replace_class) or advice_on(path))
-        if advice is not None:
+        advice = advice_on(rule.replace_class) or advice_on(path)
+        if advice is not None and path.startswith(PACKAGE):
             raise rule.error(
                 f"{path} is a class of kTransformers, which cannot be imported here; in rules for "
                 f"local_chat, {advice} (hybrimoe translate_rules {rule.source} writes them)",

@@ -240,14 +240,11 @@ def find_moved(path: str) -> Moved | None:
 
 
 def advice_on(path: str) -> str | None:
-    """What to write instead of a class of kTransformers; None for classes of other packages."""
-    if not path.startswith(PACKAGE):
-        return None
+    """What to write instead of a class of kTransformers; None for any that is not known here."""
     row = find_moved(path)
     if row is not None:
         return row.advice
-    module = path.removeprefix(f"{PACKAGE}models.").partition(".")[0]
-    if module in MODELS:
-        kind = MODELS[module]
-        return f"the model's classes are in transformers.models.{kind}.modeling_{kind}"
-    return "there is nothing like it here"
+    kind = MODELS.get(path.removeprefix(f"{PACKAGE}models.").partition(".")[0])
+    if kind is None:
+        return None
+    return f"the model's classes are in transformers.models.{kind}.modeling_{kind}"
