@@ -90,8 +90,7 @@ def _fresh(stamp: Path) -> bool:
         ROOT / "pyproject.toml",
         Path(__file__),
         Path(extras.__file__),
-        *LOCKS.glob("*.txt"),
-        *extras.LOCKS.glob("*.txt"),
+        *locks(),
     )
     return stamp.exists() and all(
         stamp.stat().st_mtime >= source.stat().st_mtime for source in sources
@@ -121,6 +120,11 @@ def lock(name: str) -> Path:
     """The file of a lock: in the package where an installed wheel needs it too."""
     packaged = extras.LOCKS / f"{name}.txt"
     return packaged if packaged.exists() else LOCKS / f"{name}.txt"
+
+
+def locks() -> list[Path]:
+    """The files of all locks."""
+    return [*LOCKS.glob("*.txt"), *extras.LOCKS.glob("*.txt")]
 
 
 def install_locked(python: str, name: str) -> None:

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 import setup_env
-from setup_env import LOCKS, ROOT, asked, extras
+from setup_env import ROOT, asked, locks
 
 LIBRARIES = (
     "transformers==4.43.2",
@@ -40,8 +40,7 @@ def main() -> int:
         Path(__file__),
         ROOT / "pyproject.toml",
         ROOT / "hybrimoe_plugin/hosts/ktransformers/release.py",
-        *LOCKS.glob("*.txt"),
-        *extras.LOCKS.glob("*.txt"),
+        *locks(),
     )
     if stamp.exists() and all(
         stamp.stat().st_mtime >= source.stat().st_mtime for source in sources

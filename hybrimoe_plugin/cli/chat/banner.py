@@ -9,7 +9,7 @@ import torch
 
 from hybrimoe_plugin.device.memory import free_host_bytes, human
 from hybrimoe_plugin.engine import Engine
-from hybrimoe_plugin.hosts.transformers.load import experts_operators
+from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
