@@ -50,7 +50,8 @@ def import_kernel() -> ModuleType:
             raise BackendError(f"kt-kernel does not load: {error}") from error
         raise BackendError(f"kt-kernel is not installed: {KERNELS.remedy()}") from error
     except Exception as error:  # a wrong processor shows as RuntimeError, OSError or ImportError
-        raise BackendError(f"kt-kernel does not load: {error}") from error
+        reason = " ".join(str(error).split())  # kt-kernel's own messages have several lines
+        raise BackendError(f"kt-kernel does not load: {reason}") from error
     module: ModuleType = kt_kernel_ext
     return module
 
