@@ -33,17 +33,17 @@ RUN_BY = {
     "hybrimoe local_chat": "tests/cli/test_local_chat.py",
     "hybrimoe patches": "tests/cli/test_ktransformers.py",
     "hybrimoe translate_rules": "tests/hosts/classic_host/test_translated_rules.py",
-    "python -m eval.cache": "eval/all.py",
+    "python -m eval.cache": "eval/reporting/answers.py",
     "python -m eval.cuda_model": "tests/eval/test_cuda_model.py",
-    "python -m eval.fidelity": "eval/all.py",
-    "python -m eval.flips": "eval/all.py",
+    "python -m eval.fidelity": "eval/reporting/answers.py",
+    "python -m eval.flips": "eval/reporting/answers.py",
     "python -m eval.gpu_check": "Makefile",
     "python -m eval.kernel_prebuild": "scripts/gpu_bundle.py",
     "python -m eval.ktransformers": "eval/ktransformers.py",
-    "python -m eval.lever": "eval/all.py",
-    "python -m eval.prefetch": "eval/all.py",
-    "python -m eval.replay": "eval/all.py",
-    "python -m eval.schedule": "eval/all.py",
+    "python -m eval.lever": "eval/reporting/answers.py",
+    "python -m eval.prefetch": "eval/reporting/answers.py",
+    "python -m eval.replay": "eval/reporting/answers.py",
+    "python -m eval.schedule": "eval/reporting/answers.py",
     "python -m eval.throughput": "tests/eval/test_throughput.py",
     "python -m tests.fuzz": "Makefile",
     "python scripts/gpu_bundle.py": "tests/scripts/test_gpu_bundle.py",
@@ -52,7 +52,7 @@ RUN_BY = {
     "python scripts/settings_doc.py": "tests/docs/test_pages.py",
 }
 """Program -> what runs it. `eval.ktransformers` measures for long in an environment of its own and
-is run by hand; `eval/all.py` runs a question by its bare name.
+is run by hand; `eval.all` runs the questions of `answers.py`.
 """
 
 BY_HAND = {
