@@ -21,14 +21,14 @@ chat: setup  ## chat with the demo model; PROMPT="..." asks one question
 	@$(BIN)/hybrimoe local_chat --demo $${ASKED:+"--prompt=$$ASKED"}
 
 chat-ktransformers: setup setup-ktransformers  ## the real ktransformers.local_chat with the demo model and our rules
-	@$(BIN)/hybrimoe demo-model > /dev/null
+	@$(BIN)/hybrimoe demo_model > /dev/null
 	@.venv-ktransformers/bin/hybrimoe ktransformers_chat --demo $${ASKED:+--greedy "--prompt=$$ASKED"}
 
 test: lint  ## lint, type check and tests
 	@$(BIN)/python -m pytest -q -n 2
 
 test-ktransformers: setup-dev setup-ktransformers-dev  ## tests of the classic host, in its own environment and against ours
-	@$(BIN)/hybrimoe demo-model > /dev/null
+	@$(BIN)/hybrimoe demo_model > /dev/null
 	@.venv-ktransformers/bin/python -m pytest -q tests/hosts/ktransformers
 	@$(BIN)/python -m pytest -q tests/hosts/ktransformers/test_against_default.py
 

@@ -63,7 +63,7 @@ KINDS = (
         "GPU kernels: measured tile sizes and, where Triton's own folder cannot be written, code",
         (rf"kernels/{_MEASURED}", r"hybrimoe-triton/.+"),
     ),
-    Kind("history", "what was typed in the chat", (r"history\w*",)),
+    Kind("history", "what was typed in the chat", (r"chat_history\w*",)),
 )
 
 _FOLDERS = frozenset({"demo", "synthetic", "lever", "profiles", "kernels", "hybrimoe-triton"})

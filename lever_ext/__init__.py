@@ -2,7 +2,7 @@
 
     from lever_ext import LeverDecoding, load_target, make_draft, make_policy, pack_tokenizer
 
-    # "packed" was made by: hybrimoe flash-pack --gguf_path MODEL.gguf --output packed
+    # "packed" was made by: hybrimoe flash_pack --gguf_path MODEL.gguf --output packed
     target, tokenizer = load_target("packed", dram_budget="1GiB"), pack_tokenizer("packed")
     # or "ngram", or the path of a small model's GGUF:
     draft = make_draft("low-bit", target, tokenizer)

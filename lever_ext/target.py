@@ -82,7 +82,7 @@ class FlashTarget:
         """Switch early-exit pruning on. Mutates.
 
         Args:
-            predictor: file that `hybrimoe lever-train` made for this pack.
+            predictor: file that `hybrimoe lever_train` made for this pack.
             settings: of the pruning.
 
         Raises:

@@ -25,7 +25,7 @@ OWN = (
     PROFILE,
     f"{PROFILE}abc123",
     f"kernels/{'1b' * 10}.json",
-    "history",
+    "chat_history",
 )
 FOREIGN = (
     "demo/mine.gguf",
@@ -72,7 +72,7 @@ def test_clearing_removes_ours_and_leaves_the_rest(cache: Path) -> None:
 
 def test_only_the_named_kinds_are_cleared(cache: Path) -> None:
     assert main(["cache", "clear", "profiles", "history", "--yes"]) == 0
-    gone = {PROFILE, f"{PROFILE}abc123", "history"}
+    gone = {PROFILE, f"{PROFILE}abc123", "chat_history"}
     assert names(cache) == {*OWN, *FOREIGN} - gone
 
 

@@ -1,4 +1,4 @@
-"""`hybrimoe flash-pack`, `lever-train` and chats with a target on flash, on a tiny model, end to
+"""`hybrimoe flash_pack`, `lever-train` and chats with a target on flash, on a tiny model, end to
 end.
 """
 

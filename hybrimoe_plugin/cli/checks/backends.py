@@ -122,7 +122,7 @@ def emulated() -> Check:
 
 def ktransformers() -> Check:
     """Whether the classic `ktransformers.local_chat` can be imported with our patches."""
-    from hybrimoe_plugin.hosts.ktransformers.release import VERSION
+    from hybrimoe_plugin.hosts.ktransformers.release import VERSION, how_to_install
     from hybrimoe_plugin.hosts.ktransformers.release import installed as installed_version
 
     name = "local_chat"
@@ -131,8 +131,7 @@ def ktransformers() -> Check:
         return Check(
             name,
             None,
-            "not installed here; it needs an environment of its own "
-            "(hybrimoe install_ktransformers --help)",
+            f"not installed here; it needs an environment of its own ({how_to_install()})",
         )
     # In a process of its own: the patches and the import must not affect this one.
     code = (

@@ -159,7 +159,7 @@ def test_the_demo_model_is_built_by_the_environment_that_made_this_one(
     with pytest.raises(Exception, match="demo model is not there") as error:
         classic_folder("mixtral")
     told = str(error.value).rpartition(": ")[2]
-    assert told == "/where/it/came/from/bin/hybrimoe demo-model --form mixtral" and exists(told)
+    assert told == "/where/it/came/from/bin/hybrimoe demo_model --form mixtral" and exists(told)
 
 
 def test_no_message_names_what_only_a_checkout_has() -> None:
