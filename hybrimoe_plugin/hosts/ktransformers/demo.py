@@ -63,7 +63,7 @@ def _weights(form: str) -> Path:
     if not built:
         raise WeightsError(
             "the demo model is not there, and only the default host's environment can build it: "
-            f"{default_command()} demo-model --form {form}"
+            f"{default_command()} demo_model --form {form}"
         )
     return max(built, key=lambda path: int(path.name.split("-v")[1].split("-")[0]))
 
