@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rules file, or name of packaged rules; default: by model family",
     )
     add_model(parser)
-    add_switch(parser, "all", "show each module in a row of its own, not groups of layers")
+    add_switch(
+        parser, "all", "show each module in a row of its own, and its class"
+    )
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
     add_flag(
         parser,
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     model, plan = prepared.model, prepared.plan
     print(f"{type(model).__name__} by {prepared.rules.source}")
     rows = explain_rows(plan, show_all=args.all)
-    _print_modules(rows)
+    _print_modules(rows, with_classes=args.all)
     _print_left(plan, untouched(model, plan))
     _print_settings(prepared)
     prediction = _predict(prepared)
@@ -70,15 +72,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_modules(rows: Iterable[Any]) -> None:
+def _print_modules(rows: Iterable[Any], with_classes: bool) -> None:
+    # Grouped rows leave the model's classes out, to fit into 100 columns.
+    headings = ["module", "", *(["class"] if with_classes else []), "operator", "device", "rule"]
     cells = []
     for row in rows:
         name = row.module or "(whole model)"
         operator = row.operator
         if operator.startswith(_OURS):
             operator = operator.rpartition(".")[2]
-        cells.append((name, f"x{row.count}", row.original, operator, row.device, row.rule))
-    _table(("module", "", "class", "operator", "device", "rule"), cells, numbers=1)
+        original = [row.original] if with_classes else []
+        cells.append((name, f"x{row.count}", *original, operator, row.device, row.rule))
+    _table(headings, cells, numbers=1)
 
 
 def _print_left(plan: Sequence[Any], left: Sequence[Untouched]) -> None:
@@ -174,7 +179,8 @@ def _table(
     for index in range(columns):
         justify: Literal["left", "right"] = "right" if index == numbers else "left"
         heading = "" if headings is None else headings[index]
-        table.add_column(heading, overflow="fold", justify=justify)
+        # Names stay whole, for whoever searches for one.
+        table.add_column(heading, overflow="fold", justify=justify, no_wrap=index == 0)
     for row in rows:
         table.add_row(*map(_plain, row))
     tables().print(table)

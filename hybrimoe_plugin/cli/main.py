@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -120,6 +120,19 @@ def find_module(path: str) -> ModuleType:
         ) from None
 
 
+@contextlib.contextmanager
+def _log_levels() -> Iterator[None]:
+    """What -v or --quiet change ends with the command, for programs that call `main`."""
+    loggers = [logging.getLogger(name) for name in ("hybrimoe_plugin", "lever_ext")]
+    before = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@_log_levels()
 def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
     """Run the command line.
 

@@ -18,7 +18,7 @@ from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.attention.attend import attend
 from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_in, use_growing_layer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
-from hybrimoe_plugin.errors import RulesError
+from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -149,7 +149,7 @@ def test_switches_choose_the_twins(mixtral: Path) -> None:
         torch.testing.assert_close(lean(ids).logits, plain(ids).logits)
     for model in (plain, lean):
         model.hybrimoe.close()
-    with pytest.raises(RulesError, match="dense: expected one of"):
+    with pytest.raises(ConfigError, match="load_model: dense: expected one of"):
         load(mixtral, dense="sometimes")
 
 

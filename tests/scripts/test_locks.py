@@ -90,8 +90,8 @@ def test_a_lock_holds_all_that_is_asked_for(
 
 def test_running_and_developing_share_their_versions(scripts: Any) -> None:
     for small, large in (("run", "dev"), ("ktransformers", "ktransformers-dev")):
-        fewer = _entries(scripts.LOCKS / f"{small}.txt")
-        more = _entries(scripts.LOCKS / f"{large}.txt")
+        fewer = _entries(scripts.lock(small))
+        more = _entries(scripts.lock(large))
         for python in VERSIONS:
             assert _chosen(fewer, python).items() <= _chosen(more, python).items()
 
