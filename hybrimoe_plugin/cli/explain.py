@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rules file, or name of packaged rules; default: by model family",
     )
     add_model(parser)
-    add_switch(
-        parser, "all", "show each module in a row of its own, and its class"
-    )
+    add_switch(parser, "all", "show each module in a row of its own, and its class")
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
     add_flag(
         parser,
