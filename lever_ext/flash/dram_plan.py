@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.files import human
 from lever_ext.flash.format import align
 from lever_ext.flash.pack import FlashPack, block_memory
 
@@ -156,8 +157,9 @@ def _too_small(pack: FlashPack, limit: int, needed: int) -> BudgetError:
     parts = "embedding, head and two layers"
     if pack.blocks("expert"):
         parts += " and the buffers of two experts"
-    needed_kib = -(-needed >> 10)
+    # Rounded up, so that the number can be given back.
+    tenths = -(-needed * 10 >> 20)
     return BudgetError(
-        f"dram_budget of {limit >> 10} KiB is too small for {pack.path.name}: {parts} need "
-        f"{needed_kib} KiB"
+        f"dram_budget of {human(limit)} is too small for {pack.path.name}: {parts} need "
+        f"{tenths / 10:.1f}MiB"
     )

@@ -181,5 +181,6 @@ def _found(given: str) -> Path:
 def _report(model: Any) -> None:
     from hybrimoe_plugin.cli.chat.report import EngineReport
 
+    print()  # behind the host's last prompt
     for line in EngineReport(model).facts():
         print(line)
