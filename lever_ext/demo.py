@@ -79,11 +79,11 @@ def widened_pack(
     wide = plain_config(config)
     wide["intermediate_size"] = config.intermediate_size * times
     model = meta_model_of(wide, torch.float32)
-    path = write_pack(source, model, wide, directory, progress=progress)
+    # The tokenizer first: a pack that is there is not made again, so it must be complete.
     tokenizer = load_tokenizer(None, store)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
-    return path
+    return write_pack(source, model, wide, directory, progress=progress)
 
 
 def demo_draft(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
+from hybrimoe_plugin.hosts.transformers.directory import DIRECTORY_FILES
+from hybrimoe_plugin.hosts.transformers.generation import FILE as GENERATION
 from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_generation
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from hybrimoe_plugin.hosts.transformers.tokenizer import (
@@ -23,7 +27,7 @@ from hybrimoe_plugin.hosts.transformers.tokenizer import (
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 from lever_ext.flash.dtype_choice import AUTO
-from lever_ext.flash.finished import finished_pack, source_key
+from lever_ext.flash.finished import finished_pack, holds_another, source_key
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
 from lever_ext.flash.writer import Progress, write_pack
@@ -80,6 +84,8 @@ def pack_model(
 ) -> Path:
     """Pack a model; an interrupted run is resumed, a finished pack of the same model kept.
 
+    The tokenizer beside a pack that is kept is written again.
+
     Args:
         directory: gets the pack, the tokenizer and its chat template.
         model_path: directory with config.json, tokenizer and, without `gguf_path`, safetensors
@@ -121,15 +127,39 @@ def pack_model(
     metadata = {} if store is None else store.metadata
     set_generation(model, tokenizer, metadata, model_path, config.vocab_size)
     source = _source(store, model_path, model, config)
-    if not force:
-        kept = finished_pack(directory, source_key(source, plain), dtype)
-        if kept is not None:
-            return kept
-    path = write_pack(source, model, plain, directory, dtype, progress)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(directory))
-    write_generation(model.generation_config, directory)
+    key = source_key(source, plain)
+    path = None if force else finished_pack(directory, key, dtype)
+    if path is None:
+        former = partial(_remove_others_tokenizer, Path(directory), model_path, key)
+        path = write_pack(source, model, plain, directory, dtype, progress, replacing=former)
+    # Beside a pack that is kept too: the run that wrote it may have been cut off here.
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(directory))
+        write_generation(model.generation_config, directory)
+    except OSError as error:
+        raise FlashError(
+            f"{directory}: cannot write the tokenizer and generation config beside the pack "
+            f"({error.strerror or error}); the same command writes them again"
+        ) from error
     return path
+
+
+def _remove_others_tokenizer(directory: Path, model_path: str | Path | None, key: str) -> None:
+    """Remove what lies beside a pack of another model, so that it never gets beside this one.
+
+    Args:
+        model_path: of the model that is packed: if it is the same directory, its files stay.
+        key: `source_key` of that model.
+    """
+    if not holds_another(directory, key):
+        return
+    if model_path is not None and os.path.samefile(directory, model_path):
+        return
+    templates = (*directory.glob("*.jinja"), *directory.glob("additional_chat_templates/*.jinja"))
+    named = [directory / name for name in (*DIRECTORY_FILES, GENERATION)]
+    for path in (*named, *templates):
+        path.unlink(missing_ok=True)
 
 
 def _source(

@@ -7,9 +7,12 @@ and the activations, about which only the model's family can tell.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hybrimoe_plugin.config import DTYPES
+from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.registry import find_family
 from lever_ext.flash.source import TensorSource
 
@@ -42,6 +45,7 @@ class Narrowed:
 
     Raises:
         DoesNotFitError: by `get` and `expert`, for a tensor that does not.
+        WeightsError: by the same, for one whose values are not finite in any type.
     """
 
     def __init__(self, source: TensorSource) -> None:
@@ -55,18 +59,39 @@ class Narrowed:
         return _checked(f"{name}[{expert}]", self.source.expert(name, expert))
 
 
+def not_held(name: str, value: torch.Tensor, dtype: str) -> WeightsError:
+    """The error for a tensor that would not be finite in a type, by the reason for it."""
+    largest = _largest(value)
+    if not math.isfinite(largest):
+        return WeightsError(
+            f"tensor {name!r} holds NaN or infinity: the model's file is damaged, or went wrong "
+            "when it was made; get it anew"
+        )
+    most = torch.finfo(getattr(torch, dtype)).max
+    return WeightsError(
+        f"tensor {name!r} reaches {largest:.4g}, and {dtype} ends at {most:.5g}; choose a wider "
+        "type by --dtype (dtype=...)"
+    )
+
+
+def _largest(value: torch.Tensor) -> float:
+    return float(value.double().abs().max())
+
+
 def _checked(name: str, value: torch.Tensor) -> torch.Tensor:
-    misfit = _misfit(value)
+    misfit = _misfit(name, value)
     if misfit is not None:
         raise DoesNotFitError(f"{name} {misfit}")
     return value
 
 
-def _misfit(value: torch.Tensor) -> str | None:
-    """Why float16 does not hold a tensor; None where it does."""
+def _misfit(name: str, value: torch.Tensor) -> str | None:
+    """Why float16 does not hold a tensor; None where it does. Raises: WeightsError: not finite."""
     exact = value.float()
     largest = float(exact.abs().max()) if exact.numel() else 0.0
     if not largest <= LARGEST:  # neither does NaN
+        if not math.isfinite(_largest(value)):
+            raise not_held(name, value, NARROW)
         return f"reaches {largest:.3g}"
     lost = float((exact.half().float() - exact).norm())
     whole = float(exact.norm())

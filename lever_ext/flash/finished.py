@@ -11,7 +11,7 @@ from typing import Any
 
 from hybrimoe_plugin.errors import FlashError
 from lever_ext.flash.dtype_choice import AUTO
-from lever_ext.flash.format import PACK_NAME
+from lever_ext.flash.format import PACK_NAME, Index
 from lever_ext.flash.pack import FlashPack
 from lever_ext.flash.source import TensorSource
 
@@ -34,18 +34,18 @@ def finished_pack(directory: str | Path, source: str, dtype: str) -> Path | None
 
     Raises:
         FlashError: there is a pack of another model, of another type, or by an earlier version,
-            which does not say what it was made from.
+            which does not say what it was made from; or a file of that name that cannot be read.
     """
     path = Path(directory) / PACK_NAME
     if not path.exists():
         return None
     try:
-        pack = FlashPack.open(path, threads=1)
+        index = _index(path)
     except FlashError as error:
-        log.warning("%s; it is packed again", error)
-        return None
-    index = pack.index
-    pack.close()
+        raise FlashError(
+            f"{error}. It is not replaced unasked: choose another directory, or give --force "
+            f"(force=True)"
+        ) from error
     if not index.source or index.source != source:
         other = "another model, or other files of it" if index.source else "an unknown model"
         raise FlashError(
@@ -58,9 +58,32 @@ def finished_pack(directory: str | Path, source: str, dtype: str) -> Path | None
             f"another directory, or replace it by --force (force=True)"
         )
     log.warning(
-        "%s: there is a pack of this model already, in %s: nothing to do (--force, or "
-        "force=True, packs it again)",
+        "%s: there is a pack of this model already, in %s: its weights are kept (--force, or "
+        "force=True, packs them again)",
         path,
         index.dtype,
     )
     return path
+
+
+def holds_another(directory: str | Path, source: str) -> bool:
+    """Whether a directory holds a pack that is not known to be of this model.
+
+    Args:
+        directory: may be missing.
+        source: `source_key` of the model.
+    """
+    path = Path(directory) / PACK_NAME
+    if not path.exists():
+        return False
+    try:
+        return _index(path).source != source
+    except FlashError:
+        return True
+
+
+def _index(path: Path) -> Index:
+    """The index of a pack. Raises: FlashError: it cannot be read."""
+    pack = FlashPack.open(path, threads=1)
+    pack.close()
+    return pack.index

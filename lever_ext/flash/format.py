@@ -141,20 +141,22 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[int, int, int]:
     if len(data) < ALIGNMENT or data[:8] != MAGIC:
         raise FlashError(
             f"{where}: not a flash pack, or one that was never finished; make it with hybrimoe "
-            f"flash-pack"
+            f"flash_pack"
         )
     magic, version, offset, nbytes, crc = HEADER.unpack_from(data)
     if version != VERSION:
         raise FlashError(
             f"{where}: flash pack version {version}, this program reads {VERSION}; pack the model "
-            f"again"
+            f"again, with --force"
         )
     if struct.unpack_from("<I", data, HEADER.size)[0] != zlib.crc32(data[: HEADER.size]):
-        raise FlashError(f"{where}: the pack's header is damaged; pack the model again")
+        raise FlashError(
+            f"{where}: the pack's header is damaged; pack the model again, with --force"
+        )
     if offset % ALIGNMENT or nbytes > MAX_INDEX_BYTES or offset + nbytes > size:
         raise FlashError(
             f"{where}: the pack is truncated: {size} bytes of {offset + nbytes}; pack the model "
-            f"again"
+            f"again, with --force"
         )
     return offset, nbytes, crc
 
@@ -166,7 +168,9 @@ def parse_index(data: bytes, crc: int, data_end: int, where: str) -> Index:
         FlashError: damaged, or a block or tensor lies outside its place.
     """
     if zlib.crc32(data) != crc:
-        raise FlashError(f"{where}: the pack's index is damaged; pack the model again")
+        raise FlashError(
+            f"{where}: the pack's index is damaged; pack the model again, with --force"
+        )
     try:
         body = json.loads(data)
         blocks = tuple(_block(entry) for entry in body["blocks"])
@@ -181,12 +185,14 @@ def parse_index(data: bytes, crc: int, data_end: int, where: str) -> Index:
         RecursionError,
     ) as error:
         raise FlashError(
-            f"{where}: the pack's index makes no sense ({error}); pack the model again"
+            f"{where}: the pack's index makes no sense ({error}); pack the model again, with "
+            f"--force"
         ) from None
     _check_places(index.blocks, data_end, where)
     if known != index.fingerprint:
         raise FlashError(
-            f"{where}: the pack's fingerprint does not fit its index; pack the model again"
+            f"{where}: the pack's fingerprint does not fit its index; pack the model again, with "
+            f"--force"
         )
     return index
 
@@ -205,7 +211,7 @@ def _block(entry: Mapping[str, Any]) -> Block:
 def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
     """Raise FlashError unless every block follows the one before and holds its tensors."""
     if not blocks:
-        raise FlashError(f"{where}: the pack holds no blocks; pack the model again")
+        raise FlashError(f"{where}: the pack holds no blocks; pack the model again, with --force")
     end = ALIGNMENT
     for block in blocks:
         sound = _is_sound(block) and block.offset == end
@@ -213,7 +219,7 @@ def _check_places(blocks: Sequence[Block], data_end: int, where: str) -> None:
         if not sound or end > data_end:
             raise FlashError(
                 f"{where}: block {block.label} is empty or lies outside its place; pack the model "
-                f"again"
+                f"again, with --force"
             )
 
 

@@ -25,6 +25,7 @@ from lever_ext.flash.dtype_choice import (
     DoesNotFitError,
     Narrowed,
     activations_fit,
+    not_held,
 )
 from lever_ext.flash.finished import source_key
 from lever_ext.flash.format import (
@@ -58,6 +59,7 @@ def write_pack(
     directory: str | Path,
     dtype: str = AUTO,
     progress: Progress | None = None,
+    replacing: Callable[[], None] | None = None,
 ) -> Path:
     """Write `directory/target.lever`; a former pack there stays whole until the new one is.
 
@@ -68,18 +70,21 @@ def write_pack(
         directory: made if missing.
         dtype: stored type of all weights; auto is float16, or bfloat16 where that does not do.
         progress: told after every block.
+        replacing: called once the pack is whole, right before it gets its name.
 
     Returns:
         the pack's path.
 
     Raises:
         FlashError: no space, or the disk failed; what was written is kept for a resumed run.
-        WeightsError: a tensor is missing or has another shape than the model, or the model has
-            weights that are no parameters.
+        WeightsError: a tensor is missing, has another shape than the model, or values that are
+            not finite or not in the type's range; or the model has weights that are no parameters.
     """
     directory = Path(directory)
     _refuse_buffers(model)
-    write = functools.partial(_write, config=config, directory=directory, progress=progress)
+    write = functools.partial(
+        _write, config=config, directory=directory, progress=progress, replacing=replacing
+    )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,6 +115,7 @@ def _write(
     config: dict[str, Any],
     directory: Path,
     progress: Progress | None,
+    replacing: Callable[[], None] | None,
     fell_back: bool = False,
 ) -> Path:
     """Write the planned blocks, then index and header; the pack's path.
@@ -133,6 +139,8 @@ def _write(
         os.fsync(fd)
         os.pwrite(fd, header_bytes(end, index), 0)
         os.fsync(fd)
+    if replacing is not None:
+        replacing()
     os.replace(partial, target)
     sync_directory(directory)
     journal.remove()
@@ -196,7 +204,15 @@ def _block_bytes(source: TensorSource, block: Block) -> bytearray:
         part = memory[tensor.offset : tensor.offset + tensor.nbytes]
         stored = part.view(getattr(torch, tensor.dtype)).view(tensor.shape)
         stored.copy_(value)
+        # No temporary of the tensor's size, and NaN is handed on.
+        if not all(end.isfinite() for end in torch.aminmax(stored)):
+            raise not_held(_label(block, tensor), value, tensor.dtype)
     return data
+
+
+def _label(block: Block, tensor: PackedTensor) -> str:
+    """A tensor's name in messages."""
+    return tensor.name if block.expert < 0 else f"{tensor.name}[{block.expert}]"
 
 
 def _value(source: TensorSource, block: Block, tensor: PackedTensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ _TOKENIZER_BASES = (
     "PythonBackend",
     "SentencePieceBackend",
 )
-_TOKENIZER_FILES = (
+DIRECTORY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -76,6 +76,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+"""Files that a tokenizer may be read from."""
 
 
 def directory_config(directory: str | Path) -> Any:
@@ -128,7 +129,7 @@ def check_tokenizer_files(directory: str | Path) -> None:
         ConfigError: it names a class that is not one of transformers' tokenizers.
     """
     folder = Path(directory)
-    for name in _TOKENIZER_FILES:
+    for name in DIRECTORY_FILES:
         if _exists(folder / name):
             check_file(folder / name, MAX_TOKENIZER_BYTES)
     for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):

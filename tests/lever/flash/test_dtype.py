@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from lever_ext.drafts.make import SharedEmbedding, low_bit_of
 from lever_ext.flash import writer
@@ -37,7 +37,6 @@ def weights(largest: float | None = None) -> dict[str, torch.Tensor]:
         (1.0, None, "float16"),
         (1.0, 30000.0, "float16"),
         (1.0, 60000.0, "bfloat16"),
-        (1.0, float("nan"), "bfloat16"),
         (1e-7, None, "bfloat16"),  # below the normal range: digits would be lost
     ],
 )
@@ -48,6 +47,26 @@ def test_float16_where_the_weights_fit(
     state[LAST_LAYER] = state[LAST_LAYER] * scale
     path = write_pack(StateDictSource(state, "toy"), Toy(), {}, tmp_path)
     assert stored_dtype(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype", "message"),
+    [
+        (1e5, "float16", r"reaches 1e\+05, and float16 ends at 65504; .*--dtype"),
+        (3.402e38, "auto", r"reaches 3\.402e\+38, and bfloat16 ends at 3\.3895e\+38"),
+        (float("nan"), "auto", "holds NaN or infinity"),
+        (float("nan"), "float32", "holds NaN or infinity"),
+        (float("-inf"), "bfloat16", "holds NaN or infinity"),
+    ],
+)
+def test_weights_that_would_not_be_finite_are_refused_by_name(
+    largest: float, dtype: str, message: str, tmp_path: Path
+) -> None:
+    source = StateDictSource(weights(largest), "toy")
+    with pytest.raises(WeightsError, match=message) as caught:
+        write_pack(source, Toy(), {}, tmp_path, dtype)
+    assert LAST_LAYER in str(caught.value)
+    assert not (tmp_path / "target.lever").exists()
 
 
 def test_families_with_wide_activations_stay_in_bfloat16(tmp_path: Path) -> None:
