@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybrimoe_plugin.cli.console import tables
-from hybrimoe_plugin.cli.flags import add_flag, add_model, add_switch
+from hybrimoe_plugin.cli.flags import add_flag, add_model, add_switch, path
 from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "rules",
         nargs="?",
+        type=path,
         metavar="RULES",
         help="rules file, or name of packaged rules; default: by model family",
     )

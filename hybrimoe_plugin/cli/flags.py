@@ -21,6 +21,9 @@ _MOST_COLUMNS = 100
 _NAME_COLUMNS = 28
 """Longer names have a line of their own."""
 
+_PATHS = ("DIR", "FILE", "NAME|FILE", "PATH", "YAML")
+"""What help calls values that are paths."""
+
 SEEDS = 2**64 - 1
 """The largest seed of torch's generators."""
 
@@ -180,7 +183,10 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 def add_flag(arguments: Arguments, name: str, *aliases: str, **options: Any) -> None:
-    """Add `--name` and its aliases; its help names the default unless it does so already."""
+    """Add `--name` and its aliases; its help names the default unless it does so already.
+
+    A value that is called `DIR`, `FILE`, `PATH` or `YAML` must not be empty.
+    """
     default = options.get("default")
     help = options["help"]
     if default not in (None, False, argparse.SUPPRESS) and "default" not in help:
@@ -188,6 +194,8 @@ def add_flag(arguments: Arguments, name: str, *aliases: str, **options: Any) -> 
     # argparse would name the value after the flag, in capitals.
     assert "choices" in options or "action" in options or "metavar" in options, name
     options.setdefault("dest", name)
+    if options.get("metavar") in _PATHS:
+        options.setdefault("type", path)
     spellings = [f"--{word}" for word in (name, *aliases)]
     arguments.add_argument(*spellings, **options)
 
@@ -264,6 +272,13 @@ def truth(text: str) -> bool:
     if text.lower() in _FALSE:
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+def path(text: str) -> str:
+    """A path as it was typed; the empty one, which would mean the current folder, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return text
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, then answer one prompt or talk until /exit."""
+    _be_quiet(args)
     flash = find_module(FLASH_CHAT)
     asked = effects.Asked(args, flash.is_selected(args))
     settings = _settings(args)
@@ -57,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
         settings = placed(settings, args.device)
     flags.sampling(args)  # refuses contradictions now
     system = well_formed(args.system or "")
-    _be_quiet(args)
     prompt = _one_shot(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if _is_watched(args):
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     flags.fill_in(args)
     if asked.flash:
         return _talk_flash(args, system, prompt)
-    with Records(args.timeline, args.record_trace) as records:
+    with Records(args.timeline, args.record_trace, args.quiet) as records:
         model, tokenizer = _load(args, settings)
         return _talk(args, model, tokenizer, system, prompt, records)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import Arguments, add_flag
+from hybrimoe_plugin.cli.flags import Arguments, add_flag, path
 from hybrimoe_plugin.config import OLD_SETTINGS, Settings, current_settings, parse_bytes
 from hybrimoe_plugin.errors import ConfigError
 
@@ -63,7 +63,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
         if hasattr(args, name):
             given[name] = getattr(args, name)
     for name in EXPERT:
-        if name in given:
+        if name in given and not getattr(args, "quiet", False):
             notice(
                 f"--{name} will be refused by the next release: write {name} into the rules, "
                 "or give it to load_model"
@@ -119,7 +119,7 @@ def _reader(name: str, kind: str) -> Callable[[str], Any]:
                 return parse_bytes(text, name)
             if kind.startswith("int"):
                 return int(text)
-            return float(text) if kind.startswith("float") else text
+            return float(text) if kind.startswith("float") else path(text)
         except ConfigError as error:
             reason = str(error).removeprefix(f"{name}: ")
             raise argparse.ArgumentTypeError(reason) from error

@@ -67,7 +67,7 @@ def load(args: argparse.Namespace) -> FlashChat:
     _check_before_work(args)
     policy = make_policy(args.tree or "lever", args.tree_size)
     throttle = None if args.throttle is None else Throttle.parse(args.throttle)
-    pack = args.flash_pack or _demo_pack(args.demo)
+    pack = _demo_pack(args.demo, args.quiet) if args.flash_pack is None else args.flash_pack
     target = load_target(
         pack,
         dram_budget=args.dram_budget,
@@ -113,7 +113,7 @@ def _chat_with(target: FlashTarget, pack: Any, policy: Any, args: argparse.Names
     from lever_ext.packing import pack_tokenizer
     from lever_ext.tree.policies import make_policy
 
-    if target.split is not None and target.accelerator is not None:
+    if not args.quiet and target.split is not None and target.accelerator is not None:
         notice(target.split.line(target.accelerator.label))
     tokenizer = pack_tokenizer(pack)
     target.stop_as(tokenizer)
@@ -132,28 +132,31 @@ def _draft(name: str, target: FlashTarget, tokenizer: Any, args: argparse.Namesp
     from lever_ext.drafts.make import BITS, make_draft
 
     if name == "low-bit" and args.flash_pack is None:
-        return _demo_draft()
+        return _demo_draft(args.quiet)
     return make_draft(name, target, tokenizer, args.draft_bits or BITS)
 
 
-def _demo_pack(form: str | None) -> Path:
+def _demo_pack(form: str | None, quiet: bool) -> Path:
     """The demo target: a dense one, or the MoE that --demo names; packed on first use."""
     from hybrimoe_plugin.cache_folder import found, place_for
     from hybrimoe_plugin.cli.models import demo_gguf
     from hybrimoe_plugin.demo import source_path
+    from hybrimoe_plugin.hosts.transformers.tokenizer import has_tokenizer
     from lever_ext.cli.progress import packing_bar
     from lever_ext.demo import widened_pack
     from lever_ext.packing import pack_model
 
-    suffix = "" if form is None else f" in {form} form"
-    notice(f"no --flash_pack given: this is the demo target{suffix}")
+    if not quiet:
+        suffix = "" if form is None else f" in {form} form"
+        notice(f"no --flash_pack given: this is the demo target{suffix}")
     file = f"lever/{'dense' if form is None else form}/target.lever"
     kept = found(file)
-    if kept is not None:
+    # Without a tokenizer, packing was cut off at its end.
+    if kept is not None and has_tokenizer(kept.parent):
         return kept.parent
     # Size 0: the packer checks the free space itself, and resumes an interrupted pack.
     directory = place_for(file, 0).parent
-    with packing_bar() as bar:
+    with packing_bar(quiet) as bar:
         if form is None:
             widened_pack(source_path(), directory, progress=bar)
         else:
@@ -161,9 +164,10 @@ def _demo_pack(form: str | None) -> Path:
     return directory
 
 
-def _demo_draft() -> Any:
+def _demo_draft(quiet: bool) -> Any:
     from hybrimoe_plugin.demo import source_path
     from lever_ext.demo import demo_draft
 
-    notice("the draft is a low-bit copy of SmolLM2, which the demo targets were made from")
+    if not quiet:
+        notice("the draft is a low-bit copy of SmolLM2, which the demo targets were made from")
     return demo_draft(source_path())

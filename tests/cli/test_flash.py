@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hybrimoe_plugin.cli.main import main
+from lever_ext.cli.chat import _demo_pack
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 WORDS = ["<unk>", "<s>", "</s>", *(f"word{index}" for index in range(61))]
@@ -139,6 +140,37 @@ def test_an_accelerator_changes_where_but_not_what(
     assert ("live there" in made.err) != ("emulated is not used" in caplog.text)
     assert chat(pack, "--device", "warp") == 2 and chat(pack, "--device", "emulated") == 2
     assert "cpu, cuda, cuda:N or emulated" in capsys.readouterr().err
+
+
+def test_quiet_leaves_the_answer_alone(
+    pack: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ("--device", "emulated", "--vram_budget", "64MiB", "--dram_budget", "400KiB")
+    assert chat(pack, "--quiet", *there) == 0
+    said = capsys.readouterr()
+    assert said.out and said.err == ""
+    monkeypatch.setattr("hybrimoe_plugin.cache_folder.found", lambda _: pack / "target.lever")
+    few = ("--max_new_tokens", "3")
+    assert main(["local_chat", "--draft", "ngram", "--prompt", "word1", "--quiet", *few]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_demo_target_without_a_tokenizer_is_completed(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing was cut off at its very end."""
+    kept = tmp_path / "lever" / "mixtral" / "target.lever"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes((pack / "target.lever").read_bytes())
+    packed: list[Path] = []
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr("hybrimoe_plugin.cli.models.demo_gguf", lambda _form: Path("demo.gguf"))
+    monkeypatch.setattr(
+        "lever_ext.packing.pack_model", lambda directory, *_, **__: packed.append(directory)
+    )
+    assert _demo_pack("mixtral", quiet=True) == kept.parent and packed == [kept.parent]
+    (kept.parent / "tokenizer.json").write_text("{}")
+    assert _demo_pack("mixtral", quiet=True) == kept.parent and len(packed) == 1
 
 
 def test_a_conversation_keeps_its_cache_and_stops(

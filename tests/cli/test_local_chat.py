@@ -150,7 +150,7 @@ def test_without_prompt_it_talks(
     assert main(["local_chat", "--demo", "--prompt_file", str(path)]) == 0
     assert seen.looped == [str(path)]
     assert capsys.readouterr().err == "the model\n"
-    assert main(["local_chat", "--quiet"]) == 0
+    assert main(["local_chat", "--quiet", "--timeline", str(tmp_path / "t.json")]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -236,6 +236,12 @@ def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
         ("--temperature nan --prompt a", "expected a number from 0 to 100"),
         ("--top_p inf --prompt a", "expected a number from 0 to 1"),
         ("--timeline /nonexistent/t.json", "/nonexistent/t.json: No such file"),
+        ("--timeline=", "--timeline: expected a path, found an empty text"),
+        ("--gguf_path=", "--gguf_path: expected a path"),
+        ("--flash_pack=", "--flash_pack: expected a path"),
+        ("--draft=", "--draft: expected a path"),
+        ("--profile=", "--profile: expected a path"),
+        ("--cpu_infer 99999999999", "--cpu_infer: expected a whole number from 1 to 1024"),
     ],
 )
 def test_bad_flags_are_refused_before_loading(

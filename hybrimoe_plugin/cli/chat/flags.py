@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 from hybrimoe_plugin.cli.flags import (
@@ -14,13 +15,15 @@ from hybrimoe_plugin.cli.flags import (
     number,
     whole,
 )
-from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DTYPES, SAMPLERS
+from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DTYPES, SAMPLERS, Settings
 from hybrimoe_plugin.errors import ConfigError
 
 PIECE = 8192
 """Tokens of a prompt that are computed at once."""
 CPU_PIECE = 512
 """The same where only the CPU computes: Ctrl-C waits for the piece to end."""
+
+_THREADS = next(item.metadata for item in fields(Settings) if item.name == "cpu_threads")
 
 MODES = ("normal", "long_context")
 """Of ktransformers.local_chat."""
@@ -189,7 +192,13 @@ def add_foreign(group: argparse._ArgumentGroup) -> None:
         metavar="YAML",
         help="the same as --rules",
     )
-    add_flag(group, "cpu_infer", type=whole(1), metavar="N", help="the same as --cpu_threads")
+    add_flag(
+        group,
+        "cpu_infer",
+        type=whole(_THREADS["low"], _THREADS["high"]),
+        metavar="N",
+        help="the same as --cpu_threads",
+    )
     add_switch(group, "use_cuda_graph", "the same as --graphs: True is auto, False is off", None)
     add_flag(
         group,

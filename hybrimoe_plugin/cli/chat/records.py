@@ -22,14 +22,16 @@ class Records:
     Args:
         timeline: path of the trace for Perfetto, None for none.
         trace: path of the routing trace for the replay simulator, None for none.
+        quiet: say nothing about finished files.
 
     Raises:
         OSError: a file cannot be written; raised on entering, before the model is loaded.
     """
 
-    def __init__(self, timeline: str | None, trace: str | None) -> None:
+    def __init__(self, timeline: str | None, trace: str | None, quiet: bool = False) -> None:
         self._timeline = timeline
         self._trace = trace
+        self._quiet = quiet
         self._open = ExitStack()
 
     def __enter__(self) -> Records:
@@ -51,7 +53,7 @@ class Records:
         if handle is None:
             raise ConfigError("nothing to record: the rules injected no engine into this model")
         if self._timeline is not None:
-            self._open.callback(_finish, handle.timeline(self._timeline))
+            self._open.callback(_finish, handle.timeline(self._timeline), self._quiet)
         if self._trace is not None:
             writer = _trace_writer(self._trace, handle, str(model.config.model_type))
             self._open.callback(writer.close)
@@ -68,10 +70,11 @@ class Records:
         self._open.close()
 
 
-def _finish(timeline: Timeline) -> None:
+def _finish(timeline: Timeline, quiet: bool) -> None:
     """Complete the file and say what it shows."""
     timeline.close()
-    notice(f"timeline: {timeline.summary()}")
+    if not quiet:
+        notice(f"timeline: {timeline.summary()}")
 
 
 def _trace_writer(path: str, handle: HybriMoE, model: str) -> TraceWriter:

@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser,
         "venv",
-        type=Path,
         metavar="DIR",
         help="make an environment for it there, with the libraries that it pins; default: here",
     )
@@ -42,9 +41,10 @@ def _make(args: argparse.Namespace) -> int:
 
     if args.force:
         raise ConfigError("--force replaces what is installed here; with --venv nothing is")
-    if not is_current(args.venv):
-        notice(f"making an environment with ktransformers {VERSION} in {args.venv}")
-    spent = make(args.venv)
+    venv = Path(args.venv)
+    if not is_current(venv):
+        notice(f"making an environment with ktransformers {VERSION} in {venv}")
+    spent = make(venv)
     how = f"ready after {spent:.0f} s" if spent else "up to date"
-    notice(f"{how}; start it: {args.venv / 'bin' / 'hybrimoe'} ktransformers_chat --demo")
+    notice(f"{how}; start it: {venv / 'bin' / 'hybrimoe'} ktransformers_chat --demo")
     return 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 
 from hybrimoe_plugin.cli.console import notice
+from hybrimoe_plugin.cli.flags import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rules", metavar="YAML", help="rules file of kTransformers 0.2 to 0.4")
+    parser.add_argument(
+        "rules", type=path, metavar="YAML", help="rules file of kTransformers 0.2 to 0.4"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from dataclasses import fields
 import pytest
 
 from hybrimoe_plugin import config
-from hybrimoe_plugin.cli.flags import add_switch, underscored
+from hybrimoe_plugin.cli.flags import Parser, add_switch, underscored
+from hybrimoe_plugin.cli.main import COMMANDS, find_module
 from hybrimoe_plugin.cli.setting_flags import EXPERT, OLD, add_settings, given_settings
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import ConfigError
@@ -47,6 +48,18 @@ def test_dashes_change_in_names_only() -> None:
     assert underscored(argv) == ["--a_b", "c-d", "--e_f=g-h", "-v", "--", "--i-j"]
 
 
+def test_no_flag_for_a_path_takes_the_empty_one() -> None:
+    """It would mean the current folder, or be taken for a flag that was left out."""
+    for command in COMMANDS:
+        parser = Parser(prog=command.name)
+        find_module(command.module).add_arguments(parser)
+        for action in parser._actions:
+            if action.metavar in ("DIR", "FILE", "NAME|FILE", "PATH", "YAML", "RULES"):
+                name = action.option_strings[:1]
+                with pytest.raises(ConfigError, match="expected a path"):
+                    parser.parse_args([*name, ""])
+
+
 def settings(*argv: str) -> dict[str, object]:
     parser = argparse.ArgumentParser()
     add_settings(parser)
@@ -82,6 +95,8 @@ def test_flags_of_expert_settings_are_accepted_with_a_notice(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.endswith("into the rules, or give it to load_model") for line in lines)
+    given_settings(argparse.Namespace(mrs_alpha=0.3, quiet=True))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
