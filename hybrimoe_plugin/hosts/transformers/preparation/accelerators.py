@@ -64,8 +64,6 @@ def _on_cuda(match: Match) -> Match:
     operator = match.operator_class
     if operator is None or not issubclass(operator, DenseOperator | HybriMoEExperts):
         return match
-    kwargs = dict(match.kwargs)
-    for name in _DEVICES:
-        if kwargs.get(name, "auto") == "auto":
-            kwargs[name] = "cuda"
-    return replace(match, kwargs=kwargs)
+    if any(match.kwargs.get(name, "auto") != "auto" for name in _DEVICES):
+        return match
+    return replace(match, kwargs={**match.kwargs, **dict.fromkeys(_DEVICES, "cuda")})
