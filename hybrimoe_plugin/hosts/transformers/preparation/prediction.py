@@ -127,7 +127,10 @@ class Prediction:
                 both numbers.
         """
         for device, reason in self.missing.items():
-            raise BackendError(f"accelerator cuda on {device}: {reason}")
+            raise BackendError(
+                f"accelerator cuda on {device}: {reason}; use --device cpu, or "
+                "accelerator='none' in Python"
+            )
         for place in self.places():
             if place not in PLACES and place in self.free:
                 self._check(place, "on the accelerator", self.total(place, later=False))
