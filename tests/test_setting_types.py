@@ -19,6 +19,7 @@ import hybrimoe_plugin
 import lever_ext
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.families.packaged_rules import rules_path
 from hybrimoe_plugin.injection.rules import DEVICE_KEYS
 from hybrimoe_plugin.setting_types import EngineSettings
 
@@ -130,3 +131,27 @@ def test_a_notebook_s_thread_loads_and_shows_a_model(
         "  so far: not called",
     ]
     assert re.search(r"so far: 2 layer calls, \d+\.\d% of the experts were cached", after)
+
+
+def test_a_model_without_an_accelerator_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny.write(tmp_path, "mixtral")
+    settings: dict[str, Any] = {"accelerator": "none", "profile": "laptop-8gb"}
+    model, _ = load_model(None, path, progress=False, cache_ratio=0.25, **settings)
+    assert [line for line in caplog.messages if "cache_ratio" in line] == [
+        "cache_ratio has no effect: there is no accelerator here; accelerator='emulated' tries it"
+    ]
+    model(tiny.tokens(3))
+    assert re.search(r"so far: 2 layer calls, \d\.\d\d s in experts", repr(model.hybrimoe))
+    model.hybrimoe.restore()
+    assert repr(model.hybrimoe).startswith("HybriMoE of MixtralForCausalLM, restored\n")
+    caplog.clear()
+    rules = tmp_path / "rules.yaml"
+    text = rules_path("Mixtral", None).read_text()
+    rules.write_text(
+        text.replace("cache: adaptive\n", "cache: adaptive\n      cache_ratio: 0.25\n")
+    )
+    model, _ = load_model(None, path, rules, progress=False, **settings)
+    model.hybrimoe.close()
+    assert "cache_ratio" not in caplog.text, "rules are for other machines too"

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybrimoe_plugin.cli.console import tables
-from hybrimoe_plugin.cli.flags import add_flag, add_model, add_switch, path
+from hybrimoe_plugin.cli.flags import add_flag, add_model, add_switch, device, path
 from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
+from hybrimoe_plugin.device.choice import placed
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 
 if TYPE_CHECKING:
     from hybrimoe_plugin.hosts.transformers.preparation.prediction import Prediction
     from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
     from hybrimoe_plugin.injection.explain import Untouched
+    from hybrimoe_plugin.injection.explain_settings import SettingRow
 
 _OURS = "hybrimoe_plugin."
 
@@ -29,8 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULES",
         help="rules file, or name of packaged rules; default: by model family",
     )
-    add_model(parser)
-    add_switch(parser, "all", "show each module in a row of its own, and its class")
+    group = add_model(parser)
+    add_flag(group, "rules", dest="rules_flag", metavar="YAML", help="the same as RULES")
+    add_flag(
+        group,
+        "device",
+        type=device,
+        metavar="DEVICE",
+        help="where to compute, as for local_chat: cuda, cuda:N, cpu or emulated; predicted for "
+        "a GPU that is not there too",
+    )
+    add_switch(parser, "all", "show each module in a row of its own, its class, and every setting")
     add_switch(parser, "trust_rules", "let the rules import classes from any package")
     add_flag(
         parser,
@@ -43,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the rules replace, what every setting is, and where memory will go."""
-    if args.trust_rules and args.rules is None:
+    rules = _rules(args)
+    if args.trust_rules and rules is None:
         raise ConfigError(
             "--trust_rules has no effect: it is about rules of your own: name their file too"
         )
@@ -51,24 +63,35 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "explain needs a model: give --model_path (its config.json is enough) or --gguf_path"
         )
-    settings = given_settings(args)
+    given = given_settings(args)
+    settings = placed(given, args.device)
     import_libraries()
     from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched
+    from hybrimoe_plugin.injection.explain_settings import setting_rows
 
     prepared = plan_for(
-        args.model_path, args.gguf_path, args.rules, trust_rules=args.trust_rules, **settings
+        args.model_path, args.gguf_path, rules, trust_rules=args.trust_rules, **settings
     )
     model, plan = prepared.model, prepared.plan
     print(f"{type(model).__name__} by {prepared.rules.source}")
     rows = explain_rows(plan, show_all=args.all)
     _print_modules(rows, with_classes=args.all)
     _print_left(plan, untouched(model, plan))
-    _print_settings(prepared)
+    flags = {} if "accelerator" in given else {"accelerator": "device"}
+    _print_settings(setting_rows(prepared.planned, flags), show_all=args.all)
     prediction = _predict(prepared)
     if args.picture is not None:
         _draw(args.picture, prepared, prediction)
     return 0
+
+
+def _rules(args: argparse.Namespace) -> str | None:
+    """The rules, named in either way. Raises: ConfigError: in both, and they differ."""
+    named: list[str] = [name for name in (args.rules, args.rules_flag) if name is not None]
+    if len(set(named)) > 1:
+        raise ConfigError(f"RULES {named[0]} and --rules {named[1]} differ: give one of them")
+    return named[0] if named else None
 
 
 def _print_modules(rows: Iterable[Any], with_classes: bool) -> None:
@@ -87,29 +110,40 @@ def _print_modules(rows: Iterable[Any], with_classes: bool) -> None:
 
 def _print_left(plan: Sequence[Any], left: Sequence[Untouched]) -> None:
     replaced = sum(match.replaces for match in plan)
+    kept = len(plan) - replaced
     count = sum(item.count for item in left)
-    print(
-        f"{replaced} modules replaced, {len(plan) - replaced} placed, "
-        f"{count} with weights left as they are{':' if left else '.'}"
-    )
+    said = [f"{replaced} modules replaced"]
+    if kept:
+        said.append(f"{kept} only given a device")
+    if left:
+        said.append(f"{count} modules with weights stay transformers' own:")
+    print("; ".join(said))
     if left:
         cells = [(f"  {item.module}", f"x{item.count}", item.original) for item in left]
         _table(None, cells, numbers=1)
 
 
-def _print_settings(prepared: Prepared) -> None:
-    from hybrimoe_plugin.injection.explain_settings import setting_rows
+def _print_settings(rows: Sequence[SettingRow], show_all: bool) -> None:
+    from hybrimoe_plugin.injection.explain_settings import set_names
 
+    shown = {row.name for row in rows} if show_all else set_names(rows)
     cells = []
-    for row in setting_rows(prepared.planned):
-        set_by = row.set_by or "default, and no operator here uses it"
-        cells.append((row.name, row.value, set_by, row.modules))
+    for row in rows:
+        if row.name in shown:
+            set_by = row.set_by or "default, and no operator here uses it"
+            cells.append((row.name, row.value, set_by, row.modules))
     print()
-    _table(("setting", "value", "set by", ""), cells)
+    if cells:
+        _table(("setting", "value", "set by", ""), cells)
+    others = len({row.name for row in rows} - shown)
+    if others:
+        which = "other settings have" if cells else "settings all have"
+        print(f"{others} {which} their defaults (--all shows them)")
 
 
 def _predict(prepared: Prepared) -> Prediction | None:
     """Print where memory will go, and what loading would say about it."""
+    from hybrimoe_plugin.hosts.transformers.preparation.accelerators import idle_cache
     from hybrimoe_plugin.hosts.transformers.preparation.predict import predict
 
     print()
@@ -123,6 +157,9 @@ def _predict(prepared: Prepared) -> Prediction | None:
         print(f"warning: loading would be refused: {error}")
         return None
     _print_memory(prediction)
+    idle = idle_cache(prepared.plan)
+    if idle is not None:
+        print(f"note: {idle}")
     try:
         prediction.check()
     except HybriMoEError as error:
@@ -153,7 +190,10 @@ def _print_memory(prediction: Prediction) -> None:
         else:
             lines.append(f"{human(prediction.total(place))} of {place}")
         lines[-1] += f" ({human(free)} free now)"
-    print(f"In all {' and '.join(lines)}, beside activations and libraries.")
+    lines += [f"{human(prediction.total(place))} of {place}" for place in prediction.missing]
+    *most, last = lines
+    whole = f"{', '.join(most)} and {last}" if most else last
+    print(f"In all {whole}, beside activations and libraries.")
     for note in prediction.notes:
         print(f"note: {note}")
 

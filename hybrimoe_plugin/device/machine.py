@@ -67,6 +67,17 @@ def cuda_refusal() -> str | None:
     return None
 
 
+def device_refusal(name: str) -> str | None:
+    """Why a CUDA device, `cuda` or `cuda:N`, cannot be used on this machine; None if it can."""
+    refusal = cuda_refusal()
+    if refusal is not None:
+        return refusal
+    count = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= count:
+        return f"there are {count} CUDA devices, counted from 0"
+    return None
+
+
 def cuda_device(name: str, instead: str = "--device cpu") -> torch.device:
     """The CUDA device of a name, `cuda` or `cuda:N`.
 
@@ -78,10 +89,8 @@ def cuda_device(name: str, instead: str = "--device cpu") -> torch.device:
         BackendError: CUDA cannot be used here, or there are fewer devices.
     """
     index = int(device_name(name).partition(":")[2] or 0)
-    refusal = cuda_refusal()
+    refusal = device_refusal(name)
     if refusal is not None:
-        raise BackendError(f"device {name}: {refusal}; use {instead}")
-    count = torch.cuda.device_count()
-    if index >= count:
-        raise BackendError(f"device {name}: there are {count} CUDA devices, counted from 0")
+        hint = "" if cuda_refusal() is None else f"; use {instead}"
+        raise BackendError(f"device {name}: {refusal}{hint}")
     return torch.device("cuda", index)

@@ -47,10 +47,7 @@ class Noise:
             elapsed = max(1e-9, time.monotonic() - self._began)
             share = (waited - self._waited) / elapsed
             if share > MOST_WAITING:
-                return (
-                    "other programs used the processor while the machine was measured "
-                    f"({share:.2g} threads waited for a core on average)"
-                )
+                return "other programs used the processor while the machine was measured"
         differing = sum(spread > MOST_SPREAD for spread in self._spreads)
         if differing > MOST_SPREAD_CALLS * len(self._spreads):
             return (

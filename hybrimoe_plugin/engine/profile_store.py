@@ -62,11 +62,10 @@ def ensure_profile(
     text = measured.to_json()
     disturbed = noise.verdict()
     if disturbed and os.environ.get("HYBRIMOE_BUSY") != "keep":
-        log.warning(
-            "%s; these times serve this run only and are measured again at the next start "
-            "(HYBRIMOE_BUSY=keep stores them)",
-            disturbed,
-        )
+        # Where the CPU computes alone, times decide nothing: they matter to who asks for them.
+        matters = accelerator is not None or refresh
+        level = logging.WARNING if matters else logging.INFO
+        log.log(level, "%s: it is measured again at the next start", disturbed)
     else:
         _write(path, text)
     # As every later run will read it.

@@ -107,7 +107,7 @@ def check_kwargs(rule: Rule, operator: type[nn.Module], kwargs: Mapping[str, Any
             if key in KWARGS and key in text
         ]
         part = _part_named(text, kwargs)
-        raise rule.error(f"kwargs of rule {rule.index}: {text}{''.join(theirs)}", part) from error
+        raise rule.error(f"kwargs of rule {rule.index}: {text}{''.join(theirs)}", part) from None
 
 
 def _part_named(message: str, kwargs: Mapping[str, Any]) -> str:

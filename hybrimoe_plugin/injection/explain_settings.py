@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from hybrimoe_plugin.config import OLD_SETTINGS, Settings
 from hybrimoe_plugin.injection.explain import grouped
 from hybrimoe_plugin.injection.match import Match
+
+_DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,14 @@ class SettingRow:
     """The modules that have this value; empty where all have the same."""
 
 
-def setting_rows(plan: Sequence[Match]) -> list[SettingRow]:
-    """Every setting, in the order of `Settings`; several rows where operators differ."""
+def setting_rows(
+    plan: Sequence[Match], flags: Mapping[str, str] = MappingProxyType({})
+) -> list[SettingRow]:
+    """Every setting, in the order of `Settings`; several rows where operators differ.
+
+    Args:
+        flags: setting -> the flag that gave it, where this is not the one of its name.
+    """
     found = []
     for item in fields(Settings):
         values: dict[str, list[Match]] = {}
@@ -35,21 +44,29 @@ def setting_rows(plan: Sequence[Match]) -> list[SettingRow]:
         if not values:
             found.append(SettingRow(item.name, _shown(item.default), "", ""))
         for value, matches in values.items():
-            givers = dict.fromkeys(_set_by(match, item.name) for match in matches)
+            # Rules by their numbers, flags and defaults first.
+            givers = sorted({_set_by(match, item.name, flags) for match in matches})
+            named = ", ".join(name for _, name in givers)
             modules = grouped([match.name for match in matches]) if len(values) > 1 else ""
-            found.append(SettingRow(item.name, value, ", ".join(givers), modules))
+            found.append(SettingRow(item.name, value, named, modules))
     return found
 
 
-def _set_by(match: Match, name: str) -> str:
+def set_names(rows: Sequence[SettingRow]) -> set[str]:
+    """Names of the settings that a flag or a rule has set, for some module at least."""
+    return {row.name for row in rows if row.set_by not in ("", _DEFAULT)}
+
+
+def _set_by(match: Match, name: str, flags: Mapping[str, str]) -> tuple[int, str]:
+    """(index of the rule or 0, who has set it)."""
     if name in match.given:
-        return f"--{name}"
+        return 0, f"--{flags.get(name, name)}"
     old = [old.name for old in OLD_SETTINGS if old.now == name]
     for written in (name, *old):
         if written in match.rule.kwargs:
             line = match.rule.line_of(f"kwargs.{written}")
-            return f"rule {match.rule.index} (line {line})"
-    return "default"
+            return match.rule.index, f"rule {match.rule.index} (line {line})"
+    return 0, _DEFAULT
 
 
 def _shown(value: Any) -> str:

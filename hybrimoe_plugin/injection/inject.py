@@ -142,7 +142,7 @@ def _build(match: Match, original: nn.Module, gguf_loader: Any, config: Any) -> 
                 **copy.deepcopy(dict(match.kwargs)),
             )
     except HybriMoEError as error:
-        raise type(error)(str(match.rule.error(f"{where}: {error}", "replace"))) from error
+        raise type(error)(str(match.rule.error(f"{where}: {error}", "replace"))) from None
     except Exception as error:
         # Operators of other packages may raise anything.
         words = " ".join(str(error).split())

@@ -124,7 +124,7 @@ def _with_given(match: Match, given: Mapping[str, Any]) -> Match:
         operator.check_kwargs(kwargs)  # type: ignore[attr-defined]
     except HybriMoEError as error:
         # The rule's own kwargs have passed this check.
-        raise ConfigError(f"{error} (for {match.name})") from error
+        raise ConfigError(f"{error} (for {match.name})") from None
     return replace(match, kwargs=kwargs, given=tuple(given))
 
 

@@ -143,7 +143,7 @@ def find_names(rules: Sequence[Rule], names: Sequence[str]) -> list[frozenset[st
     except PatternError as error:
         rule = named[error.index]
         text = shorten(patterns[error.index])
-        raise rule.error(f"match.name of rule {rule.index}, {text}, {error}", "name") from error
+        raise rule.error(f"match.name of rule {rule.index}, {text}, {error}", "name") from None
     found = []
     every = frozenset(names)
     remaining = iter(matches)

@@ -58,6 +58,7 @@ class HybriMoE:
         self.engines = tuple(engines)
         self.profiles = tuple(profiles)
         self.turns = Turns()
+        self._ended = ""
         self.on_restore: Callable[[], None] | None = None
         """Set by the host: puts the original modules back."""
 
@@ -67,15 +68,16 @@ class HybriMoE:
 
     def __repr__(self) -> str:
         counters = self.stats()
-        lines = [f"HybriMoE of {self.model}"]
+        lines = [f"HybriMoE of {self.model}{self._ended}"]
         for engine, settings in zip(self.engines, self.settings, strict=True):
             lines.append(f"  {_described(engine, settings)}")
         if counters.activations:
             label = "emulated" if self.emulated else "measured"
-            lines.append(
-                f"  so far: {counters.calls} layer calls, {counters.hit_rate:.1%} of the experts "
-                f"were cached, {counters.moe_us / 1e6:.2f} s in experts ({label})"
-            )
+            parts = [f"{counters.calls} layer calls"]
+            if any(engine.accelerator is not None for engine in self.engines):
+                parts.append(f"{counters.hit_rate:.1%} of the experts were cached")
+            parts.append(f"{counters.moe_us / 1e6:.2f} s in experts ({label})")
+            lines.append(f"  so far: {', '.join(parts)}")
         else:
             lines.append("  so far: not called")
         return "\n".join(lines)
@@ -140,6 +142,7 @@ class HybriMoE:
             if self.on_restore is not None:
                 self.on_restore()
                 self.on_restore = None
+                self._ended = ", restored"
             self.close()
 
     def close(self) -> None:
@@ -149,6 +152,7 @@ class HybriMoE:
         """
         with self.turns.lock:
             self.turns.end(CLOSED)
+            self._ended = self._ended or ", closed"
             for engine in self.engines:
                 for router in engine.routers:
                     if isinstance(router, GateRouter):

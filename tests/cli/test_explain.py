@@ -10,14 +10,23 @@ from xml.etree import ElementTree
 
 import pytest
 import tiny
+import torch
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.cli.main import main
+from hybrimoe_plugin.cli.picture.draw import picture
 from hybrimoe_plugin.cli.picture.svg import WIDTH
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.hosts.transformers.preparation import predict
-from hybrimoe_plugin.hosts.transformers.preparation.prediction import DISK, MAPPED, MEMORY, PLACES
+from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
+    DISK,
+    MAPPED,
+    MEMORY,
+    PLACES,
+    LayerPlace,
+    Prediction,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +132,11 @@ def test_every_setting_is_shown_with_who_set_it(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert explain(tmp_path, model, RULES, "--cache_ratio", "0.5", "--context", "32768") == 0
+    out = capsys.readouterr().out
+    assert "scheduler" not in out
+    assert f"{len(fields(Settings)) - 2} other settings have their defaults" in out
+    flags = "--all --cache_ratio 0.5 --context 32768"
+    assert explain(tmp_path, model, RULES, *flags.split()) == 0
     rows = table(capsys.readouterr().out)
     assert ["cache_ratio", "0.5", "--cache_ratio"] in rows
     assert ["context", "32768", "--context"] in rows
@@ -153,7 +167,7 @@ def test_the_sample_in_the_docs_is_what_is_printed(
     said = table(capsys.readouterr().out)
     page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     (sample,) = re.findall(r"```text\n(MixtralForCausalLM by .*?)```", page, re.DOTALL)
-    shown = table(sample.partition("...")[0])
+    shown = table(sample.partition("memory  ")[0])
     assert len(shown) > 15
     for row in shown[1:]:
         assert row in said
@@ -188,6 +202,37 @@ def test_memory_is_predicted_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     for place in ("emulated accelerator", PLACES[MEMORY], PLACES[MAPPED], "layers 0-1"):
         assert place in words
     assert "816.0 KiB" in words
+
+
+def test_a_gpu_that_is_not_there_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gguf = tmp_path / "model.gguf"
+    tiny.write_quantised(gguf, "mixtral")
+    command = ["explain", "--gguf_path", str(gguf), "--device", "cuda:1", "--rules", "Mixtral"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    rows = table(out)
+    assert ["accelerator", "cuda", "--device"] in rows
+    places = [row[0] for row in rows[rows.index(["memory", "part", "size"]) + 1 :]]
+    assert [name for name in places if name in (*PLACES.values(), "cuda:1")] == [
+        "cuda:1",
+        "DRAM, pinned for transfers",
+    ]
+    assert "note: the memory of cuda:1 is not known here: 25% of the experts" in out
+    assert "warning: loading would be refused: accelerator cuda on cuda:1: " in out
+    assert main([*command, "other.yaml"]) == 2
+    assert "RULES other.yaml and --rules Mixtral differ" in capsys.readouterr().err
+    assert main(["explain", "--gguf_path", str(gguf), "--cache_ratio", "0.5"]) == 0
+    assert "note: cache_ratio has no effect: there is no acc" in capsys.readouterr().out
+
+
+def test_dense_parts_in_two_places_are_drawn_in_two_colours() -> None:
+    layer = LayerPlace(0, {MAPPED: 300, MEMORY: 100}, MAPPED, 8, 0, True)
+    drawn = picture(Prediction((), (layer,), context=1, free={}), "two places")
+    assert re.search(r'width="112.5" height="9" class="mapped"', drawn)
+    assert re.search(r'width="37.5" height="9" class="memory"', drawn)
 
 
 def check_picture(tree: ElementTree.Element) -> None:

@@ -17,6 +17,7 @@ from gguf.quants import dequantize, quantize
 
 from eval.models import tiny
 from eval.models.synthetic import random_blocks
+from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.hosts.transformers import load
 from hybrimoe_plugin.hosts.transformers.preparation import places as module
@@ -121,7 +122,8 @@ def test_where_dense_weights_go(
     class Operator:
         def __init__(self, device: str) -> None:
             self.key = f"layers.{next(numbers)}"
-            self.generate_device = device
+            self.generate_device = self.prefill_device = device
+            self.settings = Settings(accelerator="none")
 
     numbers = itertools.count()
     monkeypatch.setattr(module, "cuda_refusal", lambda: refusal)

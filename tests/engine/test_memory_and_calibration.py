@@ -215,12 +215,19 @@ def test_times_of_a_busy_machine_are_for_one_run(
     )  # seconds that threads waited: far more than the measurement takes
     monkeypatch.setattr(noise, "_waited_seconds", lambda: float(next(waited)))
 
-    def ensure() -> MachineProfile:
+    def ensure(refresh: bool = False) -> MachineProfile:
         return ensure_profile(
-            weights, "torch", lambda threads: TorchExperts(keep=True), None, progress=False
+            weights,
+            "torch",
+            lambda threads: TorchExperts(keep=True),
+            None,
+            progress=False,
+            refresh=refresh,
         )
 
     assert ensure().cpu.us[0] > 0
+    assert caplog.text == "", "the CPU computes alone"
+    ensure(refresh=True)
     assert "other programs used the processor" in caplog.text
     assert "measured again at the next start" in caplog.text
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from itertools import groupby
 
 from hybrimoe_plugin.cli.picture.svg import COLOURS, WIDTH, page, rectangle, text
@@ -69,6 +70,10 @@ def _layers(prediction: Prediction, y: float, shapes: list[str]) -> float:
         experts += " (left: cached on the accelerator at the start)"
     shapes.append(text(_EXPERTS, y, experts, "head"))
     y += 10
+    if prediction.outside:
+        shapes.append(text(_EDGE, y + _ROW, "outside layers"))
+        _dense(prediction.outside, y, shapes)
+        y += _LAYER + _APART
     accelerator = _accelerator(prediction)
     for index, (_, group) in enumerate(groupby(prediction.layers, key=_alike)):
         members = list(group)
@@ -88,7 +93,7 @@ def _layers(prediction: Prediction, y: float, shapes: list[str]) -> float:
 
 
 def _row(layer: LayerPlace, y: float, accelerator: str, shapes: list[str]) -> None:
-    shapes.append(rectangle(_LEFT, y, _DENSE, _ROW, _colour(layer.dense)))
+    _dense(layer.dense, y, shapes)
     width = WIDTH - _EDGE - _EXPERTS
     if layer.experts is None:
         shapes.append(rectangle(_EXPERTS, y, width, _ROW, "empty"))
@@ -99,6 +104,16 @@ def _row(layer: LayerPlace, y: float, accelerator: str, shapes: list[str]) -> No
     if cached < width:
         kind = _colour(layer.experts)
         shapes.append(rectangle(_EXPERTS + cached, y, width - cached, _ROW, kind))
+
+
+def _dense(held: Mapping[str, int], y: float, shapes: list[str]) -> None:
+    """Dense parts, each place with its share of the width."""
+    total = sum(held.values())
+    x = float(_LEFT)
+    for place, nbytes in held.items():
+        width = _DENSE * nbytes / total if total else 0.0
+        shapes.append(rectangle(x, y, width, _ROW, _colour(place)))
+        x += width
 
 
 def _memory(prediction: Prediction, y: float, shapes: list[str]) -> float:
@@ -132,7 +147,7 @@ def _listed(parts: list[Part]) -> list[str]:
 
 
 def _alike(layer: LayerPlace) -> tuple[object, ...]:
-    return layer.dense, layer.experts, layer.routed, layer.replaced
+    return tuple(layer.dense), layer.experts, layer.routed, layer.replaced
 
 
 def _name(members: list[LayerPlace]) -> str:

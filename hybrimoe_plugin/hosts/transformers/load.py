@@ -22,6 +22,7 @@ from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
 from hybrimoe_plugin.hosts.transformers.generation import set_generation
+from hybrimoe_plugin.hosts.transformers.preparation.accelerators import idle_cache
 from hybrimoe_plugin.hosts.transformers.preparation.parameters import missing_parameters, tied
 from hybrimoe_plugin.hosts.transformers.preparation.places import (
     dense_device,
@@ -97,7 +98,7 @@ def load_model(
     try:
         checked_settings(settings)
     except ConfigError as error:
-        raise ConfigError(f"load_model: {error}") from error
+        raise ConfigError(f"load_model: {error}") from None
     store = open_weights(model_path, gguf_path)
     prepared = prepare(
         model_path, store, rules, dtype=dtype, trust_rules=trust_rules, settings=settings
@@ -114,6 +115,9 @@ def load_model(
     try:
         # Before weights are read: everything that can be refused is.
         check_memory(predict(prepared, injection.devices))
+        idle = idle_cache(prepared.plan)
+        if idle is not None:
+            log.warning("%s", idle)
         if reads_into_memory(prepared.plan, store):
             store.read_into_memory()
         for operator in experts_operators(model):
@@ -171,7 +175,7 @@ def check_memory(prediction: Prediction) -> None:
     """Refuse a model that does not fit, and say once what fits badly.
 
     Raises:
-        BudgetError: as `Prediction.check`.
+        BackendError, BudgetError: as `Prediction.check`.
     """
     prediction.check()
     warnings = prediction.warnings()

@@ -14,6 +14,7 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.families.registry import names_of
+from hybrimoe_plugin.hosts.transformers.preparation.accelerators import computes_alone
 from hybrimoe_plugin.injection.match import Match
 from hybrimoe_plugin.operators.dense import DenseOperator, stored_kernels
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
@@ -69,8 +70,7 @@ def reads_into_memory(plan: Sequence[Match], store: GGUFStore) -> bool:
                 "it with weights='mapped'"
             )
         return True
-    alone = all(match.kwargs.get("accelerator", "auto") in ("auto", "none") for match in plan)
-    on_cpu = alone and any(keeps_stored(match, store) for match in plan)
+    on_cpu = computes_alone(plan) and any(keeps_stored(match, store) for match in plan)
     return asked == {"auto"} and on_cpu and fits
 
 
@@ -93,7 +93,7 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
             matrix.give(source)
         except BackendError as error:
             tensors = " and ".join(source.gguf_names(matrix.parameter))
-            raise BackendError(f"{store.paths[0]}: {tensors}: {error}") from error
+            raise BackendError(f"{store.paths[0]}: {tensors}: {error}") from None
 
 
 class StoredSize(NamedTuple):

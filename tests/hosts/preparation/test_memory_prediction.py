@@ -10,16 +10,19 @@ from typing import Any
 import needs
 import pytest
 import tiny
+import torch
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.errors import BackendError, BudgetError
 from hybrimoe_plugin.hosts.transformers.preparation import predict as module
-from hybrimoe_plugin.hosts.transformers.preparation.predict import LEFT, predict
+from hybrimoe_plugin.hosts.transformers.preparation.experts_memory import EXPERTS
+from hybrimoe_plugin.hosts.transformers.preparation.predict import DEQUANTISED, LEFT, predict
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
     DISK,
     EMULATED,
     MAPPED,
     MEMORY,
+    PINNED,
     Prediction,
 )
 from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
@@ -40,6 +43,18 @@ ONE_LAYER = """
     class: hybrimoe_plugin.operators.experts.HybriMoEExperts
   recursive: False
 """
+
+TWO_GPUS = """
+- match:
+    name: "^model\\\\.layers\\\\.\\\\d+$"
+  replace:
+    class: hybrimoe_plugin.decode.graphed_layer.GraphedLayer
+""" + "".join(
+    ONE_LAYER.replace("layers\\\\.1", f"layers\\\\.{layer}")
+    .rstrip()
+    .replace("  recursive", f"    kwargs: {{generate_device: 'cuda:{layer}'}}\n  recursive")
+    for layer in range(2)
+)
 
 
 @pytest.fixture
@@ -176,3 +191,31 @@ def test_a_long_context_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tight = predicted(path, weights="mapped", context=1000)
     tight.check()
     assert "the KV cache of 1000 tokens" in tight.warnings()[0]
+
+
+def test_gpus_that_are_not_there_hold_what_they_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = written(tmp_path)
+    rules = tmp_path / "two.yaml"
+    rules.write_text(TWO_GPUS)
+    prediction = predicted(path, rules)
+    on_cpu = predicted(path, weights="mapped", dense="plain")
+    experts = [part.nbytes for part in on_cpu.parts if part.what == EXPERTS]
+    # Once in main memory, which holds nothing else.
+    assert prediction.needed_on_host() == prediction.total(PINNED) == sum(experts)
+    gpus = {"cuda:0", "cuda:1"}
+    for what in (DEQUANTISED, "KV cache of 4096 tokens"):
+        assert {part.place for part in prediction.parts if part.what == what} == gpus
+    assert prediction.missing.keys() == gpus
+    assert sum(prediction.outside.values()) > 0
+    in_memory = predicted(path, rules, weights="memory")
+    assert in_memory.needed_on_host() == GGUFStore.open(path).nbytes
+    monkeypatch.setattr(GGUFStore, "dequantized", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(BackendError, match="accelerator cuda on cuda:0: "):
+        load_model(None, path, rules, progress=False)
+    # Without an accelerator the same rules run on the CPU.
+    alone = predicted(path, rules, accelerator="none")
+    assert not gpus & {part.place for part in alone.parts}
+    alone.check()

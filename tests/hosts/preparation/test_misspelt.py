@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def shown(error: Exception) -> str:
+    """What Python prints of an error."""
+    return "".join(traceback.format_exception(error))
+
+
 @pytest.mark.parametrize(("settings", "said"), WRONG)
 def test_settings_of_load_model(mixtral: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_model(None, mixtral, progress=False, **settings)
     assert said in str(caught.value)
     assert ".yaml" not in str(caught.value)
+    assert shown(caught.value).count("Traceback") == 1
 
 
 def test_kwargs_of_a_rules_file(mixtral: Path, tmp_path: Path) -> None:
@@ -45,6 +52,7 @@ def test_kwargs_of_a_rules_file(mixtral: Path, tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{rules}:{line}: kwargs of rule 2: unknown setting cach; did you mean cache?"
     )
+    assert shown(caught.value).count("Traceback") == 1
 
 
 def test_names_of_packaged_rules(mixtral: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,10 +12,10 @@ from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
 from hybrimoe_plugin.engine.cpu_choice import cpu_backends
-from hybrimoe_plugin.engine.sizing import cache_quotas, staging_slots
+from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, cache_quotas, staging_slots
 from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
     EMULATED,
@@ -64,7 +64,7 @@ def engine_places(
         WeightsError, ConfigError: as `HybriMoEExperts.find_weights`.
     """
     found = []
-    notes: list[str] = []
+    unknown: dict[str, Settings] = {}
     for members in by_engine(experts_operators(model)):
         first = members[0]
         devices = Devices(first.prefill_device, first.generate_device)
@@ -74,14 +74,26 @@ def engine_places(
         if kind == "cuda":
             taken = sum(part.nbytes for part in parts if part.place == str(device))
             room = max(0, free.get(str(device), 0) - taken)
-            refused = cuda_refusal()
-            if refused is not None:
-                notes.append(f"the accelerator {device} cannot be used here: {refused}")
+            if device_refusal(str(device)) is not None:
                 room = None
+                unknown[str(device)] = first.settings
         place = EMULATED if kind == "emulated" else str(device)
         quotas, slots = _slots(first.settings, layers, kind, place, room)
         found.append(_engine(members, layers, kind, quotas, slots))
-    return found, tuple(notes)
+    return found, tuple(_unknown_room(unknown))
+
+
+def _unknown_room(devices: Mapping[str, Settings]) -> Iterator[str]:
+    """Notes on devices that are not here, with the settings of their engines."""
+    if not devices:
+        return
+    note = f"the memory of {' and '.join(devices)} is not known here"
+    if any(item.cache_ratio is None and item.cache_bytes is None for item in devices.values()):
+        note += (
+            f": {DEFAULT_EMULATED_RATIO:.0%} of the experts are taken to be cached there; "
+            "cache_ratio or cache_bytes sets it"
+        )
+    yield note
 
 
 def _slots(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
 from hybrimoe_plugin.hosts.transformers.devices import layer_devices
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
@@ -31,7 +32,22 @@ def dense_device(model: nn.Module) -> str:
     On the one accelerator that the operators compute on, else on the CPU.
     """
     devices = set(experts_places(model).values()) - {CPU}
-    return devices.pop() if len(devices) == 1 and cuda_refusal() is None else CPU
+    return devices.pop() if len(devices) == 1 and uses_cuda(model) else CPU
+
+
+def uses_cuda(model: nn.Module) -> bool:
+    """Whether CUDA devices that are named count.
+
+    They do where CUDA works, and where the model cannot be loaded without it. Else everything is
+    computed on the CPU.
+    """
+    return cuda_refusal() is None or any(map(_needs_cuda, experts_operators(model)))
+
+
+def _needs_cuda(operator: HybriMoEExperts) -> bool:
+    devices = Devices(operator.prefill_device, operator.generate_device)
+    kind, _ = accelerator_kind(operator.settings, devices)
+    return kind == "cuda"
 
 
 def real(device: str) -> str:
@@ -55,7 +71,7 @@ def places_of(model: nn.Module, placed: Mapping[str, str]) -> Callable[[str], st
     Args:
         placed: qualified module name -> device, from rules that only place a module.
     """
-    usable = cuda_refusal() is None
+    usable = uses_cuda(model)
     device = dense_device(model)
     spread = _spread(model) if usable else {}
 
@@ -63,7 +79,7 @@ def places_of(model: nn.Module, placed: Mapping[str, str]) -> Callable[[str], st
         for module, wanted in placed.items():
             inside = not module or f"{name}.".startswith(f"{module}.")
             if inside and (usable or wanted == CPU):
-                return wanted
+                return real(wanted)
         if not spread:
             return device
         layer = layer_of_name(name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from hybrimoe_plugin.device.machine import cuda_refusal
+from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.preparation.experts_memory import EnginePlace, engine_places
@@ -20,10 +20,13 @@ from hybrimoe_plugin.hosts.transformers.preparation.places import (
     experts_places,
     layer_of_name,
     places_of,
+    uses_cuda,
 )
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
     MAPPED,
     MEMORY,
+    PINNED,
+    PLACES,
     LayerPlace,
     Part,
     Prediction,
@@ -42,6 +45,7 @@ COPIED = "matrices in another row order or type than the file's"
 DEQUANTISED = "attention and other dense parts, dequantised"
 LEFT = "experts that no rule replaces, dequantised"
 WHOLE = "the whole file, read into memory"
+REST = "the rest of the file, read into memory"
 
 
 def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
@@ -74,12 +78,18 @@ def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
     reads = reads_into_memory(prepared.plan, store)
     if reads:
         parts = [part for part in parts if part.place != MAPPED]
-        parts.append(Part(MEMORY, WHOLE, store.nbytes))
+        # Pages for transfers are pinned where they lie.
+        pinned = sum(part.nbytes for part in parts if part.place == PINNED)
+        what = REST if pinned else WHOLE
+        parts.append(Part(MEMORY, what, max(0, store.nbytes - pinned)))
+    file = MEMORY if reads else MAPPED
     return Prediction(
         parts=tuple(with_disk(parts, free[MEMORY])),
-        layers=_layers(config, dense, engines, MEMORY if reads else MAPPED),
+        layers=_layers(config, dense, engines, file),
         context=_context(model),
         free=free,
+        outside=_held(dense, None, file),
+        missing=_missing(parts),
         unreplaced=_unreplaced(model, source),
         notes=notes,
     )
@@ -118,13 +128,13 @@ def _stored(model: Any, source: ParameterSource, place: Any) -> Iterator[tuple[P
 def _kv_cache(model: Any, prepared: Prepared) -> list[Part]:
     """The KV cache of the context, on the devices of the layers."""
     context = _context(model)
-    places = list(experts_places(model).values()) or [CPU]
-    usable = cuda_refusal() is None
+    devices = list(experts_places(model).values()) or [CPU]
+    usable = uses_cuda(model)
+    places = [device if device != CPU and usable else MEMORY for device in devices]
     found = []
-    for device, count in Counter(places).items():
-        settings_bytes = attention_bytes(model, context, count / len(places))
-        where = device if device != CPU and usable else MEMORY
-        found.append(Part(where, f"KV cache of {context} tokens", settings_bytes, later=True))
+    for place, count in Counter(places).items():
+        nbytes = attention_bytes(model, context, count / len(places))
+        found.append(Part(place, f"KV cache of {context} tokens", nbytes, later=True))
     return found
 
 
@@ -137,39 +147,48 @@ def _context(model: nn.Module) -> int:
 def _free(model: nn.Module) -> dict[str, int]:
     """Free bytes of the host, and of every accelerator that experts are to use."""
     free = {MEMORY: free_host_bytes()}
-    if cuda_refusal() is None:
-        for device in set(experts_places(model).values()) - {CPU}:
+    for device in set(experts_places(model).values()) - {CPU}:
+        if device_refusal(device) is None:
             free[device], _ = torch.cuda.mem_get_info(device)
     return free
+
+
+def _missing(parts: Iterable[Part]) -> dict[str, str]:
+    """Accelerator -> why it cannot be used here, of those that hold a part."""
+    found = {}
+    for place in dict.fromkeys(part.place for part in parts):
+        refusal = None if place in PLACES else device_refusal(place)
+        if refusal is not None:
+            found[place] = refusal
+    return found
 
 
 def _layers(
     config: Any, dense: list[tuple[Part, int | None]], engines: list[EnginePlace], file: str
 ) -> tuple[LayerPlace, ...]:
     """Where each layer lies; `file` is the place of the file's own bytes."""
-    held: dict[int, Counter[str]] = {}
-    left: dict[int, str] = {}
-    for part, layer in dense:
-        if layer is None:
-            continue
-        if part.what == LEFT:
-            left[layer] = part.place
-        else:
-            held.setdefault(layer, Counter())[part.place] += part.nbytes
+    left = {layer: part.place for part, layer in dense if part.what == LEFT}
     by_layer = {layer: (engine, at) for engine in engines for at, layer in enumerate(engine.layers)}
     found = []
     for layer in range(config.num_hidden_layers):
-        most = held.get(layer, Counter[str]()).most_common(1)
-        where = most[0][0] if most else MEMORY
-        where = file if where == MAPPED else where
+        held = _held(dense, layer, file)
         if layer in by_layer:
             engine, at = by_layer[layer]
             experts = file if engine.place == MAPPED else engine.place
             cached = engine.quotas[at]
-            found.append(LayerPlace(layer, where, experts, engine.experts, cached, True))
+            found.append(LayerPlace(layer, held, experts, engine.experts, cached, True))
         else:
-            found.append(LayerPlace(layer, where, left.get(layer), 0, 0, False))
+            found.append(LayerPlace(layer, held, left.get(layer), 0, 0, False))
     return tuple(found)
+
+
+def _held(dense: list[tuple[Part, int | None]], layer: int | None, file: str) -> dict[str, int]:
+    """Place -> bytes there of a layer's dense parts, or of those outside the layers."""
+    found: Counter[str] = Counter()
+    for part, its_layer in dense:
+        if its_layer == layer and part.what != LEFT:
+            found[file if part.place == MAPPED else part.place] += part.nbytes
+    return dict(found.most_common())
 
 
 def _unreplaced(model: Any, source: ParameterSource) -> Unreplaced | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hybrimoe_plugin.device.memory import human
-from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.errors import BackendError, BudgetError
 
 MEMORY = "memory"
 PINNED = "pinned"
@@ -44,8 +44,8 @@ class LayerPlace(NamedTuple):
     """Where one decoder layer lies."""
 
     layer: int
-    dense: str
-    """Place of the most of its attention and other dense parts."""
+    dense: Mapping[str, int]
+    """Place -> bytes of its attention and other dense parts there."""
     experts: str | None
     """Place of its routed experts; None for a layer without any."""
     routed: int
@@ -86,6 +86,10 @@ class Prediction:
     """Tokens for which the KV cache is counted."""
     free: Mapping[str, int]
     """Free bytes now, of the host as `memory` and of each accelerator."""
+    outside: Mapping[str, int] = field(default_factory=dict)
+    """Place -> bytes of dense parts outside the layers, such as the embedding."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Accelerator -> why it cannot be used here, of those that the model cannot do without."""
     unreplaced: Unreplaced | None = None
     notes: tuple[str, ...] = field(default=())
     """What else the reader of the numbers has to know."""
@@ -118,9 +122,15 @@ class Prediction:
         """Refuse what cannot be loaded.
 
         Raises:
+            BackendError: an accelerator that is asked for cannot be used here.
             BudgetError: the weights do not fit into main memory, or not onto an accelerator; has
                 both numbers.
         """
+        for device, reason in self.missing.items():
+            raise BackendError(
+                f"accelerator cuda on {device}: {reason}; use --device cpu, or "
+                "accelerator='none' in Python"
+            )
         for place in self.places():
             if place not in PLACES and place in self.free:
                 self._check(place, "on the accelerator", self.total(place, later=False))

@@ -13,6 +13,7 @@ from hybrimoe_plugin.errors import ConfigError, RulesError
 from hybrimoe_plugin.families.packaged_rules import other_family, rules_path
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import has_config, model_config
+from hybrimoe_plugin.hosts.transformers.preparation.accelerators import as_if_there
 from hybrimoe_plugin.hosts.transformers.skeleton import dtype_of, meta_model
 from hybrimoe_plugin.hosts.transformers.stored import keeps_stored, without_plain
 from hybrimoe_plugin.injection.inject import Injection, inject
@@ -33,7 +34,7 @@ class Prepared:
     planned: tuple[Match, ...]
     """Every module that a rule takes."""
     plan: tuple[Match, ...]
-    """The same without those that `dense: plain` leaves as they are."""
+    """The same without those that `dense: plain` leaves as they are (see `as_if_there` too)."""
 
     def inject(self) -> Injection:
         """Put the operators into the model. Raises: as `injection.inject`. Mutates: the model."""
@@ -69,9 +70,9 @@ def prepare(
         reason = other_family(parsed, config.model_type)
         if not reason:
             raise
-        raise RulesError(f"{error}{reason}") from error
+        raise RulesError(f"{error}{reason}") from None
     planned = with_settings(plan, settings)
-    plan = without_plain(planned)
+    plan = as_if_there(without_plain(planned))
     if dtype is None and store is not None and any(keeps_stored(match, store) for match in plan):
         # No large tensor is left in the model's own type, and small CPU operations are quickest in
         # float32.
