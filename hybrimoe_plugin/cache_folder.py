@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -79,10 +80,13 @@ def found(name: str) -> Path | None:
 
 def folders() -> list[Path]:
     """The cache directory and, where it exists, the folder that `place_for` falls back to."""
+    first = cache_dir()
     try:
-        return [cache_dir(), _owned(_spare_path())]
+        spare = _owned(_spare_path())
+        is_other = not os.path.exists(first) or not os.path.samefile(first, spare)
     except OSError:
-        return [cache_dir()]
+        return [first]
+    return [first, spare] if is_other else [first]
 
 
 def spare_dir() -> Path:
@@ -99,6 +103,8 @@ def spare_dir() -> Path:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file's text in one step: a reader finds either the old or the new one, whole.
 
+    A new file can be read by its owner only; an old one's permissions stay.
+
     Raises:
         OSError: it cannot be written.
     """
@@ -107,6 +113,8 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(name, stat.S_IMODE(os.stat(path).st_mode))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -166,6 +174,8 @@ def unusable(folder: Path, nbytes: int = 0) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
+    except FileExistsError:
+        return f"{folder} is no folder"
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror or error})"
     free = shutil.disk_usage(folder).free

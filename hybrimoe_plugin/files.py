@@ -1,11 +1,17 @@
-"""Open and read files from outside, which may be pipes, devices or unexpectedly large."""
+"""Files from outside, which may be pipes, devices or unexpectedly large, and how to show them."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import BinaryIO
+
+from hybrimoe_plugin.errors import ConfigError
+
+_HEAD_BYTES = 128
+"""Enough to tell the kind of a file."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -58,6 +64,39 @@ def _human_limit(nbytes: int) -> str:
     if nbytes >= 1 << 20:
         return f"{nbytes >> 20} MiB"
     return f"{nbytes >> 10} KiB"
+
+
+def check_replaceable(path: str, flag: str, kind: str, is_own: Callable[[bytes], bool]) -> None:
+    """Refuse to replace a file of another kind than the one that is to be written.
+
+    Pipes and devices are written to, not replaced: they may be anything.
+
+    Args:
+        flag: that names the file.
+        is_own: whether a file that begins with these bytes is of the kind.
+
+    Raises:
+        ConfigError: the name is empty, or such a file is there.
+        OSError: the file that is there cannot be read.
+    """
+    if not path:
+        raise ConfigError(f"{flag} is empty: give the name of a file")
+    if not os.path.isfile(path):
+        return
+    with open_regular(path) as file:
+        head = file.read(_HEAD_BYTES)
+    if head and not is_own(head):
+        raise ConfigError(
+            f"{flag} {path} exists and is not replaced, as it is no {kind}: choose another name"
+        )
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as \\x1b for what a terminal would obey, or cannot show."""
+    shown = (
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+    return "".join(shown)
 
 
 def human(size: float) -> str:

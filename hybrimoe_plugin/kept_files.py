@@ -14,12 +14,21 @@ from pathlib import Path
 
 from hybrimoe_plugin.cache_folder import folders
 
-_NAME = r"[\w.-]+"
-_TOKENIZER = r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-_MEASURED = r"[0-9a-f]{20}\.json\w*"
+# Names exactly as the builders give them: the cache folder may hold files of the user's too.
+_FORM = "(mixtral|qwen2moe)"
+_DEMO = rf"SmolLM2-135M-{_FORM}-v\d+-Q8_0"
+_RANDOM = "[a-z0-9_]{8}"
+"""What `tempfile` puts into names."""
+_CLASSIC = rf"demo/classic-{_DEMO}-tokenizers-\d+\.\d+(-{_RANDOM})?"
+_SYNTHETIC = r"[a-z0-9.-]+-\d+-layers(-\d+-experts)?-(Q4_K_M|Q8_0|Q4_0)-v\d+"
+_PACK = f"lever/(dense|narrow-fp32|{_FORM})"
+_TEXTS = r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|generation_config)\.json"
+_MEASURED = rf"[0-9a-f]{{20}}\.json({_RANDOM})?"
 """Named by a digest; an interrupted write leaves more letters behind the name."""
-_PART = r"tmp\w+\.part"
+_PART = rf"tmp{_RANDOM}\.part"
 """Left by a build that was killed."""
+_TRITON = "hybrimoe-triton/[A-Z2-7]{52}"
+"""Triton names its folders by digests."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +49,30 @@ KINDS = (
         "demo",
         "demo models, and their directories for classic kTransformers",
         (
-            rf"demo/SmolLM2-{_NAME}\.gguf|demo/classic-{_NAME}/{_NAME}\.gguf",
-            rf"demo/SmolLM2-{_NAME}\.sha256\w*|demo/classic-{_NAME}/{_NAME}\.json|demo/{_PART}",
+            rf"demo/{_DEMO}\.gguf|{_CLASSIC}/{_DEMO}\.gguf",
+            rf"demo/{_DEMO}\.sha256({_RANDOM})?|{_CLASSIC}/({_TEXTS}|config\.json)|demo/{_PART}",
         ),
     ),
     Kind(
         "synthetic",
         "models for benchmarks, with real shapes and random weights",
-        (rf"synthetic/{_NAME}-v\d+\.gguf|synthetic/{_PART}",),
+        (rf"synthetic/({_SYNTHETIC}\.gguf|{_PART})",),
     ),
     Kind(
         "packs",
         "demo models packed for flash",
         (
-            rf"lever/{_NAME}/target\.lever",
-            rf"lever/{_NAME}/({_TOKENIZER}|chat_template\.jinja)",
+            rf"{_PACK}/target\.lever",
+            rf"{_PACK}/({_TEXTS}|chat_template\.jinja)",
         ),
     ),
     Kind("profiles", "costs measured on this machine", (rf"profiles/{_MEASURED}",)),
     Kind(
         "kernels",
         "GPU kernels: measured tile sizes and, where Triton's own folder cannot be written, code",
-        (rf"kernels/{_MEASURED}", r"hybrimoe-triton/.+"),
+        (rf"kernels/{_MEASURED}", rf"{_TRITON}/.+"),
     ),
-    Kind("history", "what was typed in the chat", (r"chat_history\w*",)),
+    Kind("history", "what was typed in the chat", ("chat_history",)),
 )
 
 _FOLDERS = frozenset({"demo", "synthetic", "lever", "profiles", "kernels", "hybrimoe-triton"})

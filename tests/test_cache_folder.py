@@ -163,3 +163,19 @@ def test_triton_gets_a_folder_that_can_be_written(
             patch.setenv(name, _unwritable(tmp_path))
             usable_triton_cache()
             assert os.environ["TRITON_CACHE_DIR"] == str(spare_dir() / "hybrimoe-triton")
+
+
+def test_the_spare_folder_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spare = spare_dir()
+    assert cache_folder.folders() == [cache_dir(), spare]
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(spare))
+    assert cache_folder.folders() == [spare]
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    cache_folder.write_atomic(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o664)
+    cache_folder.write_atomic(path, "newer")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("newer", 0o664)

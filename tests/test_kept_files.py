@@ -10,21 +10,23 @@ import pytest
 from hybrimoe_plugin import kept_files
 from hybrimoe_plugin.cli import cache as command
 from hybrimoe_plugin.cli.main import main
+from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.core import ExpertSpec
 
 PROFILE = f"profiles/{'0a' * 10}.json"
 OWN = (
     "demo/SmolLM2-135M-mixtral-v2-Q8_0.gguf",
     "demo/SmolLM2-135M-mixtral-v2-Q8_0.sha256",
-    "demo/classic-SmolLM2-tokenizers-0.19/config.json",
-    "demo/tmpab12.part",
+    "demo/classic-SmolLM2-135M-mixtral-v2-Q8_0-tokenizers-0.19/config.json",
+    "demo/tmpab12_xyz.part",
     "synthetic/qwen3-30b-a3b-4-layers-Q4_K_M-v1.gguf",
     "lever/dense/target.lever",
     "lever/dense/tokenizer.json",
     "lever/dense/chat_template.jinja",
     PROFILE,
-    f"{PROFILE}abc123",
+    f"{PROFILE}abc123_z",
     f"kernels/{'1b' * 10}.json",
+    f"hybrimoe-triton/{'AB' * 26}/kernel.cubin",
     "chat_history",
 )
 FOREIGN = (
@@ -35,6 +37,17 @@ FOREIGN = (
     "models/target.lever",
     "triton/code.so",
     "historic.txt",
+    # Of a cache folder that is the user's home too.
+    "demo/SmolLM2-360M-my-finetune.gguf",
+    "demo/SmolLM2-135M-mixtral-v2-Q8_0.sha256.txt",
+    "demo/classic-cars/config.json",
+    "demo/tmpfiles.part",
+    "synthetic/llama-v3.gguf",
+    "lever/mine/target.lever",
+    "lever/mine/tokenizer.json",
+    f"{PROFILE}.notes",
+    "hybrimoe-triton/anything.txt",
+    "chat_history_of_my_thesis",
 )
 
 
@@ -59,7 +72,7 @@ def test_what_is_ours_is_listed_by_kind(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     for kind in kept_files.KINDS:
         assert f"{kind.name}: {kind.purpose}" in out
-    assert "12 files, 11.7 KiB in all" in out
+    assert "13 files, 12.7 KiB in all" in out
     assert "mine" not in out and "h100" not in out
 
 
@@ -72,7 +85,7 @@ def test_clearing_removes_ours_and_leaves_the_rest(cache: Path) -> None:
 
 def test_only_the_named_kinds_are_cleared(cache: Path) -> None:
     assert main(["cache", "clear", "profiles", "history", "--yes"]) == 0
-    gone = {PROFILE, f"{PROFILE}abc123", "chat_history"}
+    gone = {PROFILE, f"{PROFILE}abc123_z", "chat_history"}
     assert names(cache) == {*OWN, *FOREIGN} - gone
 
 
@@ -81,7 +94,8 @@ def test_links_are_neither_followed_nor_lost(cache: Path, tmp_path: Path) -> Non
     outside.mkdir()
     (outside / "target.lever").write_text("a pack of the user's")
     (cache / "lever" / "mixtral").symlink_to(outside)
-    linked = cache / "demo/classic-SmolLM2-tokenizers-0.19/SmolLM2-Q8_0.gguf"
+    demo = "SmolLM2-135M-mixtral-v2-Q8_0"
+    linked = cache / f"demo/classic-{demo}-tokenizers-0.19/{demo}.gguf"
     linked.symlink_to(outside / "target.lever")
     assert main(["cache", "clear", "--yes"]) == 0
     assert (outside / "target.lever").exists()
@@ -168,3 +182,57 @@ def test_what_the_program_writes_now_is_known(cache: Path, monkeypatch: pytest.M
     ]
     found = {file.root / file.path for file in kept_files.kept_files()}
     assert found >= {*written, written[0].with_suffix(".sha256")}
+
+
+def test_a_pack_for_measurements_is_known(cache: Path) -> None:
+    for name in ("dense", "narrow-fp32", *DEMO_FORMS):
+        (cache / "lever" / name).mkdir(exist_ok=True)
+        (cache / "lever" / name / "target.lever").touch()
+    found = {file.group for file in kept_files.kept_files(["packs"])}
+    assert found == {"dense", "narrow-fp32", *DEMO_FORMS}
+
+
+def test_synthetic_models_of_every_kind_are_known(cache: Path) -> None:
+    from eval.models import synthetic
+
+    names = {
+        f"{model}-2-layers{part}-{quantisation}-v{synthetic.VERSION}.gguf"
+        for model in synthetic.SHAPES
+        for part in ("", "-4-experts")
+        for quantisation in synthetic.QUANTISATIONS
+    }
+    for name in names:
+        (cache / "synthetic" / name).touch()
+    assert {file.path.name for file in kept_files.kept_files(["synthetic"])} >= names
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_cache_folder_that_is_none_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / name))
+    assert main(["cache"]) == 0
+    err = capsys.readouterr().err
+    assert f"the cache folder {tmp_path / name} cannot be used: {tmp_path}/file is no folder" in err
+
+
+def test_a_cache_folder_that_is_not_there_yet_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path / "new" / "folder"))
+    monkeypatch.setattr(kept_files, "folders", lambda: [tmp_path / "new" / "folder"])
+    assert main(["cache"]) == 0
+    assert capsys.readouterr() == ("nothing is kept\n", "")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_whose_name_has_escapes_is_shown_plainly(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = cache.rename(cache.with_name("cache\x1b[2J"))
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(other))
+    monkeypatch.setattr(kept_files, "folders", lambda: [other])
+    assert main(["cache"]) == 0
+    out = capsys.readouterr().out
+    assert r"cache\x1b[2J" in out and "\x1b" not in out

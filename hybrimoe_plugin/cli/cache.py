@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
+from hybrimoe_plugin.cache_folder import cache_dir, unusable
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import add_switch
 from hybrimoe_plugin.errors import ConfigError, did_you_mean
-from hybrimoe_plugin.files import human
+from hybrimoe_plugin.files import human, printable
 from hybrimoe_plugin.kept_files import KINDS, Kept, kept_files, remove
 
 _AGES = (("day", 86400), ("hour", 3600), ("minute", 60))
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
                 f"cache: expected kinds among {', '.join(known)}, found {name!r}"
                 f"{did_you_mean(name, known)}"
             )
+    _say_if_unusable(cache_dir())
     files = kept_files(args.kinds)
     if args.action == "clear":
         _clear(files, args.yes)
@@ -57,12 +61,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _say_if_unusable(folder: Path) -> None:
+    """A folder that is not there yet is no reason, and is not made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    reason = unusable(there) if there == folder or not there.is_dir() else None
+    if reason is not None:
+        notice(f"the cache folder {folder} cannot be used: {reason} (HYBRIMOE_CACHE names another)")
+
+
 def _show(files: Sequence[Kept]) -> None:
     """Print a paragraph for each kind, with a line for each thing."""
     if not files:
         print("nothing is kept")
     for root, below in groupby(files, key=lambda file: file.root):
-        print(f"{root}\n")
+        print(f"{printable(str(root))}\n")
         of_root = list(below)
         for kind in KINDS:
             own = [file for file in of_root if file.kind == kind.name]

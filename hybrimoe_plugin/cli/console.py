@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import TYPE_CHECKING
+
+from hybrimoe_plugin.files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +18,20 @@ _PIPE_WIDTH = 100
 
 def notice(text: str) -> None:
     """Print one line on stderr: neither an answer nor an error."""
-    line = " ".join(text.split())
-    print(f"hybrimoe: {line}", file=sys.stderr, flush=True)
+    print(f"hybrimoe: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text as one line that a terminal only shows, and obeys in nothing."""
+    return printable(" ".join(text.split()))
+
+
+class LogLines(logging.Formatter):
+    """Log messages, which may quote anything, like notices; tracebacks below them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "\n".join(printable(line.expandtabs()) for line in text.split("\n"))
 
 
 def tables() -> Console:

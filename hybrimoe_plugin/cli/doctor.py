@@ -16,6 +16,7 @@ from hybrimoe_plugin.cli.checks.check import Check
 from hybrimoe_plugin.cli.console import notice, tables
 from hybrimoe_plugin.cli.flags import add_flag, add_switch
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.files import printable
 
 Sections = dict[str, list[Check]]
 
@@ -143,6 +144,6 @@ def _print(found: Sections) -> None:
         for _ in range(3):
             table.add_column(overflow="fold")  # a path is of use only as a whole
         for check in checks:
-            table.add_row(marks[check.ok], check.name, Text(check.detail))
+            table.add_row(marks[check.ok], check.name, Text(printable(check.detail)))
         console.print(table)
         console.print()

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybrimoe_plugin.cache_folder import write_atomic
 from hybrimoe_plugin.cli.console import tables
 from hybrimoe_plugin.cli.flags import add_flag, add_model, add_switch, device, path
 from hybrimoe_plugin.cli.imports import import_libraries
+from hybrimoe_plugin.cli.picture.svg import is_ours
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
 from hybrimoe_plugin.device.choice import placed
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
+from hybrimoe_plugin.files import check_replaceable, printable
 
 if TYPE_CHECKING:
     from hybrimoe_plugin.hosts.transformers.preparation.prediction import Prediction
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         )
     given = given_settings(args)
     settings = placed(given, args.device)
+    if args.picture is not None:
+        check_replaceable(args.picture, "--picture", "picture of explain's", is_ours)
     import_libraries()
     from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
     from hybrimoe_plugin.injection.explain import explain_rows, untouched
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         args.model_path, args.gguf_path, rules, trust_rules=args.trust_rules, **settings
     )
     model, plan = prepared.model, prepared.plan
-    print(f"{type(model).__name__} by {prepared.rules.source}")
+    print(printable(f"{type(model).__name__} by {prepared.rules.source}"))
     rows = explain_rows(plan, show_all=args.all)
     _print_modules(rows, with_classes=args.all)
     _print_left(plan, untouched(model, plan))
@@ -154,20 +159,24 @@ def _predict(prepared: Prepared) -> Prediction | None:
         injection = prepared.inject()
         prediction = predict(prepared, injection.devices)
     except HybriMoEError as error:
-        print(f"warning: loading would be refused: {error}")
+        _warn(f"loading would be refused: {error}")
         return None
     _print_memory(prediction)
     idle = idle_cache(prepared.plan)
     if idle is not None:
-        print(f"note: {idle}")
+        print(printable(f"note: {idle}"))
     try:
         prediction.check()
     except HybriMoEError as error:
-        print(f"warning: loading would be refused: {error}")
+        _warn(f"loading would be refused: {error}")
     else:
         for warning in prediction.warnings():
-            print(f"warning: {warning}")
+            _warn(warning)
     return prediction
+
+
+def _warn(text: str) -> None:
+    print(printable(f"warning: {text}"))
 
 
 def _print_memory(prediction: Prediction) -> None:
@@ -204,7 +213,16 @@ def _draw(path: str, prepared: Prepared, prediction: Prediction | None) -> None:
     if prediction is None:
         raise ConfigError("--picture needs what explain could not predict: see above")
     title = f"{type(prepared.model).__name__} by {Path(prepared.rules.source).name}"
-    Path(path).write_text(picture(prediction, title), encoding="utf-8")
+    text = picture(prediction, title)
+    place = Path(path).resolve()  # a link stays one
+    try:
+        place.touch()  # with the usual permissions, which the whole file keeps
+        if place.is_file():
+            write_atomic(place, text)
+        else:
+            place.write_text(text, encoding="utf-8")
+    except OSError as error:  # which names no file where a device is full
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _table(
@@ -229,4 +247,4 @@ def _plain(text: str) -> Any:
     from rich.text import Text
 
     # Names from a rules file are not markup.
-    return Text(text)
+    return Text(printable(text))

@@ -21,6 +21,7 @@ from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
 from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.device.choice import placed
 from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.files import printable
 
 COMMON = (
     *("gguf_path", "model_path", "rules", "demo", "device"),
@@ -253,7 +254,8 @@ def _converse(
 
     session = Session(chat, args, facts, args.prompt_file)
     if not args.quiet:
-        print(*banner(), sep="\n", file=sys.stderr, flush=True)
+        # Names of files and models are the banner's, and come from outside.
+        print(*map(printable, banner()), sep="\n", file=sys.stderr, flush=True)
     if not terminal.is_terminal():
         return loop.converse(session, lambda _prompt: input())
     if not args.quiet:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from hybrimoe_plugin import __version__
+from hybrimoe_plugin.cli.console import LogLines, one_line
 from hybrimoe_plugin.cli.flags import Parser, underscored
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError, did_you_mean
 
@@ -143,6 +144,9 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     Returns:
         the exit code: 0 done, 2 bad input, 130 interrupted, 141 the reader closed the output.
     """
+    if sys.stderr is None:
+        # The shell closed it (`2>&-`). `print` would take stdout in its place.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     _tolerant_streams()
     _keep_off_hubs()
     try:
@@ -179,7 +183,9 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
 
 
 def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
-    logging.basicConfig(format="hybrimoe: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    shown = logging.StreamHandler()
+    shown.setFormatter(LogLines("hybrimoe: %(message)s"))
+    logging.basicConfig(handlers=[shown], level=logging.WARNING)
     parser = Parser(
         prog="hybrimoe",
         usage="%(prog)s COMMAND [flags]",
@@ -306,7 +312,7 @@ def _place(error: BaseException) -> str:
 def _complain(text: str) -> int:
     with contextlib.suppress(OSError, AttributeError):
         sys.stdout.flush()
-    print(f"hybrimoe: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"hybrimoe: error: {one_line(text)}", file=sys.stderr)
     return BAD_INPUT
 
 

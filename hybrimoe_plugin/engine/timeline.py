@@ -16,6 +16,11 @@ from hybrimoe_plugin.policy.schedule import Simulation
 _TRACKS = ("cpu", "accelerator", "link")
 
 
+def is_timeline(head: bytes) -> bool:
+    """Whether a file that begins so was written by `Timeline`."""
+    return head.startswith(b'[\n{"ph":"M","name":"thread_name"')
+
+
 class Timeline:
     """A Trace Event Format file, written as the run goes; complete only after `close`.
 

@@ -247,13 +247,23 @@ def by_engine(operators: Sequence[HybriMoEExperts]) -> list[list[HybriMoEExperts
 
 
 def attention_bytes(model: nn.Module, context: int, share: float) -> int:
-    """What the KV cache of a context needs on a device, which has this share of the layers."""
+    """What the KV cache of a context needs on a device, which has this share of the layers.
+
+    The context is the model's own where that is shorter.
+    """
     keeps_latents = any(
         isinstance(module, DenseOperator) and module.keeps_latents for module in model.modules()
     )
     config = getattr(model, "config", None)
     dtype: torch.dtype = getattr(model, "dtype", torch.bfloat16)
+    context = shorter_context(model, context)
     return int(share * kv_cache_bytes(config, context, keeps_latents, dtype.itemsize))
+
+
+def shorter_context(model: nn.Module, context: int) -> int:
+    """This context in tokens, or the model's own where that is shorter."""
+    own = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(context, own) if isinstance(own, int) else context
 
 
 def leave_cudnn_attention() -> None:

@@ -194,7 +194,7 @@ def test_memory_is_predicted_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     # 16 experts of three matrices of 64 x 256 in Q8_0, half of them cached.
     assert ["experts, as stored", "816.0 KiB"] in [row[-2:] for row in rows]
     assert ["8 cached experts (50% of all)", "408.0 KiB"] in [row[-2:] for row in rows]
-    assert "KV cache of 512 tokens" in out
+    assert "KV cache of 256 tokens" in out  # the model's own context is shorter
     assert "warning" not in out
     tree = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
     check_picture(tree)
@@ -300,3 +300,48 @@ def test_packaged_rules_of_the_family_are_the_default(
 ) -> None:
     assert main(["explain", "--model_path", str(model)]) == 0
     assert "model.layers.{0-2}.mlp.experts" in capsys.readouterr().out
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> list[str]:
+    """A command that can draw; the picture's name is to follow."""
+    gguf = tmp_path / "model.gguf"
+    tiny.write_quantised(gguf, "mixtral")
+    flags = "--accelerator emulated --weights mapped --picture"
+    return ["explain", "--gguf_path", str(gguf), *flags.split()]
+
+
+def test_only_pictures_are_replaced_by_pictures(
+    drawn: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf = tmp_path / "model.gguf"
+    before = gguf.read_bytes()
+    assert main([*drawn, str(gguf)]) == 2
+    assert f"--picture {gguf} exists and is not replaced" in capsys.readouterr().err
+    assert gguf.read_bytes() == before
+    picture, link = tmp_path / "picture.svg", tmp_path / "link.svg"
+    link.symlink_to(picture)
+    assert main([*drawn, str(link)]) == 0
+    picture.chmod(0o640)
+    assert main([*drawn, str(link)]) == 0
+    assert link.is_symlink() and picture.stat().st_mode & 0o777 == 0o640
+    ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+
+
+def test_a_full_disk_is_named(drawn: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*drawn, "/dev/full"]) == 2
+    assert "hybrimoe: error: /dev/full: No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bell\x07.yaml", "bytes\udcff.yaml", "esc\x1b[2J.yaml"])
+def test_names_that_cannot_be_shown(
+    name: str, drawn: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules, picture = tmp_path / name, tmp_path / "picture.svg"
+    rules.write_text(RULES.replace('"cuda:0"', "auto"))
+    assert main([*drawn, str(picture), str(rules)]) == 0
+    shown = name.encode("unicode_escape").decode()
+    out = capsys.readouterr().out
+    assert shown in out and name not in out
+    tree = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    assert shown in "".join(tree.itertext())

@@ -69,7 +69,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(models, "demo_gguf", demo_gguf)
     monkeypatch.setattr(conversation, "Chat", Chat)
     monkeypatch.setattr(loop, "converse", converse)
-    monkeypatch.setattr(banner, "banner", lambda _model: ["the model"])
+    monkeypatch.setattr(banner, "banner", lambda _model: ["the \x1b[2Jmodel"])
     return recorder
 
 
@@ -149,7 +149,7 @@ def test_without_prompt_it_talks(
     path.write_text("hello")
     assert main(["local_chat", "--demo", "--prompt_file", str(path)]) == 0
     assert seen.looped == [str(path)]
-    assert capsys.readouterr().err == "the model\n"
+    assert capsys.readouterr().err == "the \\x1b[2Jmodel\n"
     assert main(["local_chat", "--quiet", "--timeline", str(tmp_path / "t.json")]) == 0
     assert capsys.readouterr().err == ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import hybrimoe_plugin
+from hybrimoe_plugin.cli.console import LogLines, notice
 from hybrimoe_plugin.cli.main import COMMANDS, FLASH_CHAT, Command, main
 from hybrimoe_plugin.errors import WeightsError
 
@@ -314,3 +316,27 @@ def test_ctrl_c_is_ignored_once_the_command_has_ended() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_terminal_would_obey_is_only_shown(
+    run_with: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(_args: argparse.Namespace) -> int:
+        notice("a \x1b[2J file")
+        record = logging.LogRecord("", logging.WARNING, "", 0, "%s", ("b\x1b",), None)
+        print(LogLines("%(message)s").format(record), file=sys.stderr)
+        raise WeightsError("c\x1b]0;title\x07 \u202e")
+
+    assert run_with(say) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        r"hybrimoe: a \x1b[2J file",
+        r"b\x1b",
+        r"hybrimoe: error: c\x1b]0;title\x07 \u202e",
+    ]
+
+
+def test_notices_do_not_go_into_the_answer_where_stderr_is_closed() -> None:
+    script = '"$@" no_such_command 2>&-; echo $?'
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", "hybrimoe_plugin"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")

@@ -90,3 +90,33 @@ def test_what_cannot_be_recorded_is_refused(
 ) -> None:
     with Records(None, str(tmp_path / "t")) as records, pytest.raises(ConfigError, match=found):
         records.attach(model(handle))
+
+
+@pytest.mark.parametrize("flag", ["--timeline", "--record_trace"])
+def test_files_of_other_kinds_are_not_replaced(flag: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and much more")
+    names = (str(path), None) if flag == "--timeline" else (None, str(path))
+    with pytest.raises(ConfigError, match=f"{flag} .*model.gguf exists and is not replaced"):
+        Records(*names).__enter__()
+    assert path.read_bytes() == b"GGUF and much more"
+
+
+def test_former_files_are_replaced_once_there_is_a_model(tmp_path: Path) -> None:
+    timeline, trace = tmp_path / "t.json", tmp_path / "t.trace"
+    for _ in range(2):
+        handle = Handle()
+        with Records(str(timeline), str(trace)) as records:
+            if timeline.stat().st_size:
+                assert read_trace(trace).calls
+            records.attach(model(handle))
+            handle.recorder(CALL)
+    with Records(str(timeline), str(trace)):
+        pass
+    assert len(read_trace(trace).calls) == 1
+    assert timeline.read_text().endswith("]\n")
+
+
+def test_a_file_without_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--timeline is empty"):
+        Records("", None).__enter__()

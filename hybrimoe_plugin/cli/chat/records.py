@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.files import check_replaceable
 
 if TYPE_CHECKING:
     from hybrimoe_plugin.engine import CallRecord
@@ -26,6 +28,7 @@ class Records:
 
     Raises:
         OSError: a file cannot be written; raised on entering, before the model is loaded.
+        ConfigError: there is a file of another kind; raised on entering too.
     """
 
     def __init__(self, timeline: str | None, trace: str | None, quiet: bool = False) -> None:
@@ -35,10 +38,15 @@ class Records:
         self._open = ExitStack()
 
     def __enter__(self) -> Records:
-        for path in (self._timeline, self._trace):
-            if path is not None:
-                with open(path, "w"):
-                    pass
+        from hybrimoe_plugin.engine.timeline import is_timeline
+        from hybrimoe_plugin.replay.trace.format import is_trace
+
+        if self._timeline is not None:
+            check_replaceable(self._timeline, "--timeline", "timeline", is_timeline)
+            _check_writable(self._timeline)
+        if self._trace is not None:
+            check_replaceable(self._trace, "--record_trace", "routing trace", is_trace)
+            _check_writable(self._trace)
         return self
 
     def attach(self, model: Any) -> None:
@@ -68,6 +76,13 @@ class Records:
         tb: TracebackType | None,
     ) -> None:
         self._open.close()
+
+
+def _check_writable(path: str) -> None:
+    """Raises: OSError: it is not. A former file stays until there is something to write."""
+    if not Path(path).is_fifo():  # whose reader would take this for the end
+        with open(path, "ab"):
+            pass
 
 
 def _finish(timeline: Timeline, quiet: bool) -> None:

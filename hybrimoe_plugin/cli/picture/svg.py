@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from hybrimoe_plugin.files import printable
+
 WIDTH = 800
 """Of a picture, in pixels: as wide as a README."""
 
@@ -15,6 +17,8 @@ COLOURS = {
     "disk": "#8b949e",
 }
 """Kind of place -> colour, each of which stands out from white and from black."""
+
+_BEGIN = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} '
 
 _STYLE = """\
 text { font-family: sans-serif; font-size: 13px; fill: #1f2328; }
@@ -34,14 +38,18 @@ text { font-family: sans-serif; font-size: 13px; fill: #1f2328; }
 }"""
 
 
+def is_ours(head: bytes) -> bool:
+    """Whether a file that begins so is one of these pictures."""
+    return head.startswith(_BEGIN.encode())
+
+
 def page(height: float, title: str, shapes: list[str]) -> str:
     """A whole file."""
     kinds = [f".{kind} {{ fill: {colour}; }}" for kind, colour in COLOURS.items()]
     style = "\n".join([_STYLE, *kinds])
-    name = escape(title)
+    name = _escaped(title)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}"'
-        f' width="{WIDTH}" height="{height:g}" role="img" aria-label="{name}">',
+        f'{_BEGIN}{height:g}" width="{WIDTH}" height="{height:g}" role="img" aria-label="{name}">',
         f"<title>{name}</title>",
         f"<style>\n{style}\n</style>",
         rectangle(0, 0, WIDTH, height, "page"),
@@ -60,4 +68,9 @@ def rectangle(x: float, y: float, width: float, height: float, kind: str) -> str
 def text(x: float, y: float, words: str, kind: str = "") -> str:
     """A line of text whose base line is at `y`."""
     named = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:g}"{named}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:g}"{named}>{_escaped(words)}</text>'
+
+
+def _escaped(words: str) -> str:
+    # XML has no way to write control characters or halves of characters.
+    return escape(printable(words))

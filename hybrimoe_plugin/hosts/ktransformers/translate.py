@@ -16,6 +16,7 @@ import yaml
 
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.families.packaged_rules import engine_rules
+from hybrimoe_plugin.files import printable
 from hybrimoe_plugin.injection.ktransformers_classes import (
     BLOCKS,
     KWARGS,
@@ -108,7 +109,9 @@ def _family(rules: Rules) -> str:
 def _matched_families(rules: Rules) -> Iterator[str]:
     for rule in rules.rules:
         parts = (rule.match_class or "").split(".")
-        if rule.match_class is not None and len(parts) > 2 and parts[-2] in MODELS:
+        if len(parts) < 3:
+            continue
+        if parts[-2] in MODELS:
             yield MODELS[parts[-2]]
         elif parts[:2] == ["transformers", "models"] and parts[2] in MODELS.values():
             yield parts[2]
@@ -213,7 +216,7 @@ def _keep_quantised(rules: list[dict[str, Any]]) -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def translate_file(path: str) -> Translation:

@@ -30,3 +30,8 @@ COLUMNS = {
     "scores": np.float16,
     "predicted": np.int16,
 }
+
+
+def is_trace(head: bytes) -> bool:
+    """Whether a file that begins so is a trace: the header is the archive's first member."""
+    return head.startswith(b"PK\x03\x04") and head[30:].startswith(HEADER.encode())

@@ -94,6 +94,10 @@ def test_mixtrals_experts_are_found_under_their_present_name() -> None:
         ([BLOCK, replaced("experts.KQwen2MoeSparseMoeBlock"), experts("0")], "and qwen2_moe"),
         ([BLOCK, experts("0", out_device="xpu")], "old.yaml:11: out_device xpu: only cpu and cuda"),
         ([BLOCK, experts("0"), replaced("models.KLlamaModel")], "not supported here: attention"),
+        (
+            [{"match": {"class": "transformers.models"}, "replace": {"class": "default"}}],
+            "which model is it for?",
+        ),
         ([BLOCK, experts("0"), replaced("experts.Own")], "nothing is known of it"),
         (
             [{"match": {"name": "x"}, "replace": {"class": EXPERTS}}],
@@ -118,3 +122,10 @@ def test_the_command_prints_rules_and_says_what_became_of_each(
     assert "rule 1 (line 1): KDeepseekV3MoE dropped" in err
     old.write_text("!!python/object/apply:os.system [true]\n")
     assert main(["translate_rules", str(old)]) == 2
+
+
+def test_a_file_name_with_escapes_leaves_the_rules_readable() -> None:
+    text = yaml.safe_dump([BLOCK, experts("0")])
+    found = translate(parse_rules(text, "old\x1b[2J.yaml")).text
+    assert r"old\x1b[2J.yaml" in found
+    assert yaml.safe_load(found)

@@ -185,12 +185,12 @@ def test_a_long_context_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = written(tmp_path)
     short = predicted(path, weights="mapped", context=0)
     # Twice two heads of 16 values for each of two layers, in float32.
-    long = predicted(path, weights="mapped", context=1000)
-    assert long.total(MEMORY) - short.total(MEMORY) == 1000 * 2 * 2 * 16 * 2 * 4
+    long = predicted(path, weights="mapped", context=200)
+    assert long.total(MEMORY) - short.total(MEMORY) == 200 * 2 * 2 * 16 * 2 * 4
     monkeypatch.setattr(module, "free_host_bytes", lambda: short.total(MEMORY) + 1)
-    tight = predicted(path, weights="mapped", context=1000)
+    tight = predicted(path, weights="mapped", context=200)
     tight.check()
-    assert "the KV cache of 1000 tokens" in tight.warnings()[0]
+    assert "the KV cache of 200 tokens" in tight.warnings()[0]
 
 
 def test_gpus_that_are_not_there_hold_what_they_would(
@@ -206,7 +206,7 @@ def test_gpus_that_are_not_there_hold_what_they_would(
     # Once in main memory, which holds nothing else.
     assert prediction.needed_on_host() == prediction.total(PINNED) == sum(experts)
     gpus = {"cuda:0", "cuda:1"}
-    for what in (DEQUANTISED, "KV cache of 4096 tokens"):
+    for what in (DEQUANTISED, "KV cache of 256 tokens"):
         assert {part.place for part in prediction.parts if part.what == what} == gpus
     assert prediction.missing.keys() == gpus
     assert sum(prediction.outside.values()) > 0

@@ -36,7 +36,7 @@ from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
 from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
 from hybrimoe_plugin.hosts.transformers.stored import reads_into_memory, stored_matrices
 from hybrimoe_plugin.injection.explain import grouped
-from hybrimoe_plugin.operators.bind import attention_bytes
+from hybrimoe_plugin.operators.bind import attention_bytes, shorter_context
 from hybrimoe_plugin.weights.gguf_names import DOWN, GATE_UP
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
@@ -141,7 +141,8 @@ def _kv_cache(model: Any, prepared: Prepared) -> list[Part]:
 def _context(model: nn.Module) -> int:
     """The longest context that any engine is to leave room for."""
     operators = experts_operators(model)
-    return max((operator.settings.context for operator in operators), default=4096)
+    asked = max((operator.settings.context for operator in operators), default=4096)
+    return shorter_context(model, asked)
 
 
 def _free(model: nn.Module) -> dict[str, int]:
