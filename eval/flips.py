@@ -80,8 +80,8 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _prompts(lab: Lab) -> list[torch.Tensor]:
-    tokenizer = pack_tokenizer(lab.pack("dense"))
     """Ids [1, T] of every prompt."""
+    tokenizer = pack_tokenizer(lab.pack("dense"))
     texts = [text for kind in PROMPTS.values() for text in kind]
     found = []
     for text in (*texts, *FURTHER):

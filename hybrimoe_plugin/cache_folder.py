@@ -109,7 +109,9 @@ def write_atomic(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    # A name may have 255 bytes, and eight are added.
+    prefix = os.fsdecode(os.fsencode(path.name)[:240])
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

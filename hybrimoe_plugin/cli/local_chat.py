@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.cli.chat import effects, flags
@@ -20,7 +21,7 @@ from hybrimoe_plugin.cli.reading import read_prompt_file, well_formed
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
 from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.device.choice import placed
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 from hybrimoe_plugin.files import printable
 
 COMMON = (
@@ -142,6 +143,7 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
     """(model, tokenizer)."""
     from transformers.utils import logging as transformers_logging
 
+    from hybrimoe_plugin.cli.chat.options import check_length
     from hybrimoe_plugin.hosts.transformers import load_model
 
     if not args.verbose:
@@ -149,6 +151,7 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
     gguf_path = args.gguf_path
     if args.model_path is None and gguf_path is None:
         gguf_path = _demo(args.demo, args.quiet)
+    check_length(args.max_new_tokens, _context(args.model_path, gguf_path))
     return load_model(
         args.model_path,
         gguf_path,
@@ -159,6 +162,24 @@ def _load(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]
         require_tokenizer=True,
         **settings,
     )
+
+
+def _context(model_path: str | None, gguf_path: str | None) -> int | None:
+    """Tokens that the model can take, read before minutes of loading.
+
+    None where a config.json, which is read while loading, or no file says so.
+    """
+    from hybrimoe_plugin.families.description import describe
+    from hybrimoe_plugin.weights.gguf_store import GGUFStore
+
+    path = gguf_path or model_path
+    if path is None or (model_path is not None and Path(model_path, "config.json").exists()):
+        return None
+    try:
+        config = describe(GGUFStore.open(path)).config()
+    except HybriMoEError:  # loading says what is wrong
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _demo(form: str | None, quiet: bool) -> str:

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from hybrimoe_plugin.cli import models
@@ -232,6 +233,7 @@ def test_timeline_is_written_and_closed(seen: Recorder, tmp_path: Path) -> None:
         ("--seed 18446744073709551616 --prompt a", "from 0 to 18446744073709551615"),
         ("--seed -1 --prompt a", "from 0 to"),
         ("--stop= --prompt a", "expected a text, found none"),
+        ("--stop=\udcff --prompt a", r"expected UTF-8 text, found '\udcff'"),
         ("--repetition_penalty 0 --prompt a", "expected a number from 0.01 to 100"),
         ("--temperature nan --prompt a", "expected a number from 0 to 100"),
         ("--top_p inf --prompt a", "expected a number from 0 to 1"),
@@ -253,6 +255,18 @@ def test_bad_flags_are_refused_before_loading(
     assert found in err
     assert seen.load == {}
     assert seen.demo == []
+
+
+def test_answers_longer_than_the_context_are_refused_before_loading(
+    seen: Recorder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tiny.write(tmp_path, "mixtral")
+    context = tiny.config("mixtral").max_position_embeddings
+    assert chat(f"--gguf_path {path} --max_new_tokens {context}") == 2
+    err = capsys.readouterr().err
+    assert f"answers may have {context} tokens, and the model's context has {context}" in err
+    assert seen.load == {}
+    assert chat(f"--gguf_path {path} --max_new_tokens {context - 1}") == 0
 
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is not there")

@@ -13,8 +13,9 @@ import torch
 from hybrimoe_plugin.cli.chat.answer import TimedStreamer, Timing
 from hybrimoe_plugin.cli.chat.interrupts import Interrupts
 from hybrimoe_plugin.cli.chat.options import ChatOptions as ChatOptions
+from hybrimoe_plugin.cli.chat.options import check_length
 from hybrimoe_plugin.cli.chat.progress import prompt_bar
-from hybrimoe_plugin.cli.chat.prompt import THINK, Messages, Prompts
+from hybrimoe_plugin.cli.chat.prompt import Messages, Prompts
 from hybrimoe_plugin.cli.chat.text import AnswerText
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import well_formed
@@ -35,9 +36,12 @@ class Chat:
         decoder: a custom decoding method for `generate` with an attribute `streamer`, or None.
         kept: keeps the KV cache from answer to answer; None computes every prompt anew.
 
+    Raises:
+        ConfigError: answers may be longer than the model's context.
+
     Attributes:
         system: the system prompt, "" for none.
-        messages: questions and answers, in turn.
+        messages: questions and answers, in turn; also those that the context has no room for.
         timing: of the last answer; None before the first.
         interrupts: what Ctrl-C does.
     """
@@ -63,6 +67,7 @@ class Chat:
         self._kept = kept
         self._sampling = FlashinferSampling(model)
         self._prompts = Prompts(model, tokenizer)
+        check_length(options.max_new_tokens, self.context)
 
     @property
     def context(self) -> int | None:
@@ -84,13 +89,16 @@ class Chat:
         question = {"role": "user", "content": well_formed(content)}
         # The history changes once there is an answer: after Ctrl-C or an error it is what it was.
         with self.interrupts.handled():
-            messages, text = self._ask([*self.messages, question])
+            messages = [*self.messages, question]
+            text = self._ask(messages)
             self.messages = [*messages, {"role": "assistant", "content": text}]
             self._print_summary()
         return not self.interrupts.requested
 
     def retry(self) -> bool:
-        """Answer the last message again; the former answer stays if that fails. As `answer`.
+        """Answer the last message again, as `answer`.
+
+        The former answer stays unless there is another whole one.
 
         Raises:
             ConfigError: there is no message.
@@ -99,12 +107,17 @@ class Chat:
             raise ConfigError("/retry: there is no answer yet: type a message")
         before = self.messages
         question = before[-2]["content"]
-        self.messages = before[:-2]
-        try:
-            return self.answer(question)
-        except BaseException:
-            self.messages = before
-            raise
+        with self.interrupts.handled():
+            self.messages = before[:-2]
+            whole = False
+            try:
+                whole = self.answer(question)
+            finally:
+                if not whole:
+                    self.replace(self.system, before)
+            if not whole:
+                self._note("the former answer stays in the conversation")
+        return whole
 
     def replace(self, system: str, messages: Messages) -> None:
         """Go on with another conversation."""
@@ -118,20 +131,20 @@ class Chat:
         if self._kept is not None:
             self._kept.drop()
 
-    def _ask(self, messages: Messages) -> tuple[Messages, str]:
-        """The messages that fitted into the context, and the answer to the last one."""
+    def _ask(self, messages: Messages) -> str:
+        """The answer to the last message."""
         timing = Timing()
         text = AnswerText(self.tokenizer, partial(_write, sys.stdout), self.options.stops)
         try:
             with self.interrupts.answering(lambda: timing.tokens > 0):
-                turns, prompt = self._prompts.fitting(self.system, messages, self.options)
-                dropped = (len(messages) - len(turns)) // 2
-                if dropped:
+                prompt = self._prompts.fitting(self.system, messages, self.options)
+                if prompt.left_out:
                     self._note(
                         "the conversation is longer than the model's context: its first "
-                        f"{dropped} turn(s) were left out"
+                        f"{prompt.left_out} turn(s) were left out of the prompt"
                     )
-                self._generate(prompt, text, timing)
+                text.opening = prompt.opening
+                self._generate(prompt.ids, text, timing)
         except KeyboardInterrupt:
             if not timing.tokens:
                 raise
@@ -141,7 +154,7 @@ class Chat:
                 self.timing = timing
                 text.end()
                 _write(sys.stdout, "\n")
-        return turns, text.text
+        return text.text
 
     def _generate(self, prompt: torch.Tensor, text: AnswerText, timing: Timing) -> None:
         """Stream the answer.
@@ -171,8 +184,6 @@ class Chat:
             timing.prompt_tokens, timing.kept_tokens = new, shared
             streamer = TimedStreamer(timing, text, on_first=bar.close)
             self._compute_pieces(ids, new, config, bar.update if cache else None)
-            if self.options.force_think:
-                _write(sys.stdout, THINK)
             output = self.model.generate(
                 prompt.to(device),
                 attention_mask=torch.ones_like(prompt).to(device),

@@ -15,6 +15,7 @@ from hybrimoe_plugin.cli.flags import (
     number,
     whole,
 )
+from hybrimoe_plugin.cli.reading import well_formed
 from hybrimoe_plugin.config import COLDEST_TEMPERATURE, DTYPES, SAMPLERS, Settings
 from hybrimoe_plugin.errors import ConfigError
 
@@ -162,9 +163,13 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
 
 def some_text(text: str) -> str:
     """Reader of texts that are not empty."""
-    if not text:
+    try:
+        known = well_formed(text)
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, found {text!r}") from None
+    if not known:
         raise argparse.ArgumentTypeError("expected a text, found none")
-    return text
+    return known
 
 
 def add_records(group: argparse._ArgumentGroup) -> None:

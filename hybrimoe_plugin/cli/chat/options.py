@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe_plugin.cli.chat import flags
+from hybrimoe_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,22 @@ class ChatOptions:
     sampler: str = "auto"
     stops: Sequence[str] = ()
     quiet: bool = False
+
+
+def check_length(max_new_tokens: int, context: int | None) -> None:
+    """Refuse answers that leave no room for a prompt.
+
+    Args:
+        context: tokens that the model can take; None where that is not known.
+
+    Raises:
+        ConfigError: it names both.
+    """
+    if context is not None and max_new_tokens >= context:
+        raise ConfigError(
+            f"answers may have {max_new_tokens} tokens, and the model's context has {context} for "
+            "message and answer: give a smaller --max_new_tokens"
+        )
 
 
 def options_of(args: argparse.Namespace, piece: int | None) -> ChatOptions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,25 @@ THINK = "<think>\n"
 
 Messages = list[dict[str, str]]
 """Questions and answers in turn, each with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given for an answer.
+
+    Attributes:
+        ids: [1, T] int64.
+        left_out: how many of the oldest turns the context has no room for.
+        opening: the answer's beginning, where it is part of the prompt: `THINK`, or "".
+    """
+
+    ids: torch.Tensor
+    left_out: int
+    opening: str
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
 
 
 class Prompts:
@@ -34,10 +55,8 @@ class Prompts:
         """Tokens that the model can take; None where its config does not say."""
         return getattr(self._model.config, "max_position_embeddings", None)
 
-    def fitting(
-        self, system: str, messages: Messages, options: ChatOptions
-    ) -> tuple[Messages, torch.Tensor]:
-        """The messages without the oldest turns that the context has no room for; ids [1, T].
+    def fitting(self, system: str, messages: Messages, options: ChatOptions) -> Prompt:
+        """The prompt of the messages, without the oldest turns that the context has no room for.
 
         Args:
             system: the system prompt, which is never left out; "" for none.
@@ -46,21 +65,29 @@ class Prompts:
         Raises:
             ConfigError: the last message alone is too long, or template or tokenizer refuse it.
         """
-        turns = messages
-        while True:
-            prompt = self._encode(system, turns, options.force_think)
-            needed = prompt.shape[1] + options.max_new_tokens
-            if self.context is None or needed <= self.context:
-                return turns, prompt
-            if len(turns) <= 2:
-                raise ConfigError(
-                    f"the message has {prompt.shape[1]} tokens, the answer may have "
-                    f"{options.max_new_tokens}, the model's context has {self.context}: shorten "
-                    "the message or give a smaller --max_new_tokens"
-                )
-            turns = turns[2:]
 
-    def _encode(self, system: str, messages: Messages, force_think: bool) -> torch.Tensor:
+        def without(turns: int) -> Prompt:
+            return self._encode(system, messages, turns, options.force_think)
+
+        def fits(prompt: Prompt) -> bool:
+            return self.context is None or prompt.tokens + options.max_new_tokens <= self.context
+
+        prompt, earlier = without(0), len(messages) // 2
+        if earlier and not fits(prompt):
+            # Halving: a long conversation is not rendered once for each of its turns.
+            fewest = 1 + bisect_left(range(1, earlier), True, key=lambda n: fits(without(n)))
+            prompt = without(fewest)
+        if fits(prompt):
+            return prompt
+        raise ConfigError(
+            f"the message has {prompt.tokens} tokens, the answer may have "
+            f"{options.max_new_tokens}, the model's context has {self.context}: shorten "
+            "the message or give a smaller --max_new_tokens"
+        )
+
+    def _encode(self, system: str, messages: Messages, left_out: int, force_think: bool) -> Prompt:
+        """The prompt without so many of the oldest turns."""
+        messages = messages[2 * left_out :]
         if system:
             messages = [{"role": "system", "content": system}, *messages]
         has_template = self._template.exists
@@ -69,11 +96,10 @@ class Prompts:
         else:
             text = "\n".join(message["content"] for message in messages)
         # Templates of models that always think begin the answer themselves.
-        if force_think and not text.rstrip().endswith(THINK.strip()):
-            text += THINK
+        opening = THINK if force_think and not text.rstrip().endswith(THINK.strip()) else ""
         try:
             encoded = self._tokenizer(
-                text, add_special_tokens=not has_template, return_tensors="pt"
+                text + opening, add_special_tokens=not has_template, return_tensors="pt"
             )
             ids = encoded.input_ids
         except Exception as error:  # tokenizers raise many kinds
@@ -83,7 +109,7 @@ class Prompts:
         if ids.shape[1] == 0:
             raise ConfigError("the message has no tokens")
         self._check_known(ids)
-        return ids
+        return Prompt(ids, left_out, opening)
 
     def _check_known(self, ids: torch.Tensor) -> None:
         """Raise ConfigError for ids beyond the embedding; native code would read past its end."""

@@ -21,6 +21,7 @@ class AnswerText:
         stops: strings that end the answer; it ends before them.
 
     Attributes:
+        opening: written before the first token; no stop string is looked for in it.
         text: what was written so far.
         stopped: whether a stop string was found. What comes after it is ignored.
     """
@@ -28,6 +29,7 @@ class AnswerText:
     def __init__(
         self, tokenizer: Any, write: Callable[[str], object], stops: Sequence[str] = ()
     ) -> None:
+        self.opening = ""
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
@@ -42,6 +44,8 @@ class AnswerText:
 
     def put(self, ids: Sequence[int]) -> None:
         """Take new tokens."""
+        opening, self.opening = self.opening, ""
+        self._emit(opening)
         self._ids += ids
         self._take(self._decoded(whole_characters=True))
 

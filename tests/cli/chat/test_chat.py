@@ -81,7 +81,25 @@ def test_long_conversation_loses_its_oldest_turns(capsys: pytest.CaptureFixture[
     for question in ("1" * 10, "2" * 10, "3" * 10):
         talk.answer(question)
     assert model.prompts[2] == "<u>" + "2" * 10 + "<a>" + "b" * 10 + "<u>" + "3" * 10 + "<a>"
-    assert "first 1 turn(s) were left out" in capsys.readouterr().err
+    assert "first 1 turn(s) were left out of the prompt" in capsys.readouterr().err
+    assert [each["content"][:1] for each in talk.messages] == ["1", "a", "2", "b", "3", "c"]
+
+
+def test_as_few_turns_are_left_out_as_possible() -> None:
+    model = Model("z", context=112)  # room for ten turns of 8 characters, and the answer
+    talk = chat(model, max_new_tokens=20)
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for turns in (9, 10, 11, 12, 40):
+        model.answers = ["z"]
+        talk.replace("", turn * turns)
+        talk.answer("last")
+        assert model.prompts[-1] == "<u>x<a>y" * min(turns, 10) + "<u>last<a>"
+        assert len(talk.messages) == 2 * turns + 2
+
+
+def test_answers_longer_than_the_context_are_refused_before_any_message() -> None:
+    with pytest.raises(ConfigError, match="answers may have 60 tokens, and .* context has 60"):
+        chat(Model("a", context=60), max_new_tokens=60)
 
 
 def test_message_longer_than_the_context_is_refused() -> None:
@@ -112,14 +130,19 @@ def test_long_prompts_only_are_computed_in_pieces() -> None:
 
 
 def test_thinking_is_forced(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Model("so.")
-    chat(model, force_think=True).answer("why?")
+    """What is shown is kept, and sent with the next message."""
+    model = Model("so.", "so.")
+    talk = chat(model, force_think=True, stops=("think",))
+    talk.answer("why?")
     assert model.prompts[0].endswith("<a><think>\n")
-    assert capsys.readouterr().out.startswith("<think>\nso.")
+    assert capsys.readouterr().out == "<think>\nso.\n"
+    assert talk.messages[1]["content"] == "<think>\nso."
+    talk.answer("and?")
+    assert model.prompts[1] == "<u>why?<a><think>\nso.<u>and?<a><think>\n"
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "<think>", "<think>\n\n"])
-def test_thinking_is_not_forced_twice(opening: str) -> None:
+def test_thinking_is_not_forced_twice(opening: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Templates of models that always think begin the answer so themselves."""
     model = Model("so.", "so.")
     talk = chat(model, force_think=True)
@@ -128,6 +151,7 @@ def test_thinking_is_not_forced_twice(opening: str) -> None:
     )
     talk.answer("why?")
     assert model.prompts[0] == "why?<a>" + opening
+    assert capsys.readouterr().out == "so.\n"
     talk.tokenizer.chat_template = "<a><think></think>"
     talk.answer("why?")
     assert model.prompts[1] == "<a><think></think><think>\n"

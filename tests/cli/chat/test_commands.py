@@ -57,6 +57,8 @@ def test_what_is_no_command_is_sent(typed: str, sent: str) -> None:
         ("/sav x", "did you mean /save?"),
         ("/xyzzy", "no command /xyzzy (/help"),
         ("/Retry", "did you mean /retry?"),
+        ("/clear x", "/clear takes nothing behind it, found 'x'"),
+        ("/exit now", "/exit takes nothing behind it"),
     ],
 )
 def test_unknown_commands_are_not_sent(typed: str, said: str, capsys: Capture) -> None:
@@ -73,6 +75,11 @@ def test_system_prompt(capsys: Capture) -> None:
     assert model.prompts[2].startswith("<u>x")
     err = capsys.readouterr().err
     assert err.count("system prompt: Be brief.") == 2 and "there is no system prompt" in err
+
+
+def test_quotes_within_a_system_prompt_are_its_own() -> None:
+    assert converse(Model(), '/system "S"', '/system "').chat.system == '"'
+    assert converse(Model(), '/system "a" and "b"').chat.system == '"a" and "b"'
 
 
 def test_retry_takes_the_answer_back_only_for_another(capsys: Capture) -> None:
@@ -104,12 +111,50 @@ def test_set_reads_values_as_flags_do(capsys: Capture) -> None:
         "repetition_penalty": 1.2,
     }
     assert (options.stops, options.max_new_tokens) == (("END OF IT",), 7)
-    assert "greedy: False" not in capsys.readouterr().err
+    assert "top_k: 5; greedy: False" in capsys.readouterr().err
 
     made = converse(Model(), "/set stop x", "/set stop", "/set top_p 0.3", "/set greedy on")
     assert made.chat.options.stops == ()
     assert made.chat.options.sampling is not None
     assert made.chat.options.sampling["do_sample"] is False
+
+
+@pytest.mark.parametrize(
+    ("typed", "sampling"),
+    [
+        (("temperature 0", "top_p 0.5"), {"top_p": 0.5, "do_sample": True}),
+        (("temperature 0", "do_sample True"), {"do_sample": True}),
+        (("temperature 0", "greedy False"), {}),
+        (("do_sample False", "greedy False"), {}),
+        (("temperature 0", "temperature default"), {}),
+        (("top_k 5", "top_k default", "do_sample default"), {}),
+    ],
+)
+def test_what_was_set_last_counts(typed: tuple[str, ...], sampling: dict[str, Any]) -> None:
+    made = converse(Model(), *(f"/set {each}" for each in typed))
+    assert made.chat.options.sampling == sampling
+
+
+def test_a_setting_can_be_taken_back() -> None:
+    made = converse(Model(), *(f"/set {name} default" for name in ("seed", "force_think", "stop")))
+    assert (made.args.seed, made.args.force_think, made.args.stop) == (None, False, ["default"])
+    made = converse(Model(), "/set greedy on", "/set top_p default", "/set max_new_tokens default")
+    assert made.args.greedy is True and made.args.max_new_tokens == 300
+
+
+@pytest.mark.parametrize(
+    ("typed", "stops"),
+    [
+        (r"\n", ("\n",)),
+        (r"a\\n", (r"a\n",)),
+        ('"END "', ("END ",)),
+        ('a "b"', ('a "b"',)),
+        ('""', ()),
+    ],
+)
+def test_stop_strings_are_quoted_and_escaped(typed: str, stops: tuple[str, ...]) -> None:
+    made = converse(Model(), "/set stop before", f"/set stop {typed}")
+    assert made.chat.options.stops == stops
 
 
 @pytest.mark.parametrize(
@@ -121,6 +166,8 @@ def test_set_reads_values_as_flags_do(capsys: Capture) -> None:
         ("/set chat 1", "no setting chat"),
         ("/set max_new_tokens 0", "expected a whole number"),
         ("/set seed -1", "from 0 to"),
+        ("/set stop \udcff", r"/set stop: expected UTF-8 text, found '\udcff'"),
+        ("/set max_new_tokens 1000", "answers may have 1000 tokens, and the model's context has"),
     ],
 )
 def test_set_refuses_and_changes_nothing(typed: str, said: str, capsys: Capture) -> None:
@@ -135,6 +182,17 @@ def test_stats_show_the_context_used(capsys: Capture) -> None:
     assert "context:              0 of 500 token(s)" in err
     assert "context:              9 of 500 token(s)" in err
     assert "eval count:           1 token(s)" in err
+
+
+def test_the_context_used_is_not_known_after_load(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "talk.json"
+    saved.save(path, "", [USER, ANSWER])
+    made = converse(Model(), "/system S", f"/load {path}", "/stats", "/clear", "/stats")
+    err = capsys.readouterr().err
+    assert "are the conversation now; they have no system prompt, so there is none now" in err
+    assert "context:              not known before the next answer; of 1000 token(s)" in err
+    assert "context:              0 of 1000 token(s)" in err
+    assert made.chat.system == ""
 
 
 def test_saved_conversations_go_on(tmp_path: Path, capsys: Capture) -> None:
@@ -156,6 +214,40 @@ def test_what_is_no_conversation_is_not_overwritten(tmp_path: Path, capsys: Capt
     converse(Model("a"), "x", *(f"/save {name}" for name in names))
     assert capsys.readouterr().err.count("error: /save: ") == len(names)
     assert other.read_text() == "mine" and sorted(tmp_path.iterdir()) == [folder, other, pipe]
+
+
+def test_replacing_keeps_links_permissions_and_fields(tmp_path: Path, capsys: Capture) -> None:
+    path, link, other = tmp_path / "talk.json", tmp_path / "link", tmp_path / "other"
+    saved.save(path, "", [USER, ANSWER])
+    path.chmod(0o664)
+    link.symlink_to(path)
+    converse(Model("two"), "one", f"/save {link}")
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o664
+    assert saved.load(path)[1][0]["content"] == "one"
+
+    for content in (
+        {"messages": [USER, ANSWER], "model": "m"},
+        {"messages": [USER, {**ANSWER, "id": 1}]},
+    ):
+        other.write_text(json.dumps(content))
+        saved.load(other)
+        converse(Model("two"), "one", f"/save {other}")
+        assert json.loads(other.read_text()) == content
+        assert "exists and is not replaced" in capsys.readouterr().err
+
+
+def test_long_names_are_saved(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 125)
+    saved.save(path, "", [USER, ANSWER])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_would_take_too_much_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(saved.MAX_BYTES + 1)
+    with pytest.raises(ConfigError, match="larger than the 16 MiB"):
+        saved.load(path)
 
 
 USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}

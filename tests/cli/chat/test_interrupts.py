@@ -47,6 +47,16 @@ def test_the_second_one_does_not_wait_and_keeps_what_was_said() -> None:
     assert [each["content"] for each in talk.messages] == ["go", "a"]
 
 
+def test_a_retry_that_it_ends_leaves_the_former_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model("a whole answer", "another")
+    talk = chat(model)
+    talk.answer("go")
+    model.interrupt_after = 2
+    assert talk.retry() is False
+    assert [each["content"] for each in talk.messages] == ["go", "a whole answer"]
+    assert "the former answer stays" in capsys.readouterr().err
+
+
 def test_in_the_prompt_it_does_not_wait_for_the_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scripted_chat import Model, session
 from hybrimoe_plugin.cli import local_chat
 from hybrimoe_plugin.cli.chat import progress
 from hybrimoe_plugin.cli.chat.typed import loop, terminal
+from hybrimoe_plugin.cli.chat.typed.history import HISTORY, MAX_BYTES, history
 from hybrimoe_plugin.cli.main import INTERRUPTED, main
 from hybrimoe_plugin.errors import ConfigError
 
@@ -73,6 +75,18 @@ def test_pasted_lines_are_one_message(talk: Talk, tmp_path: Path) -> None:
     assert said[2].endswith("<u>x\ny<a>")
 
 
+def test_a_long_paste_is_read_at_once(talk: Talk) -> None:
+    """Key by key it would take the test's whole patience."""
+    at = talk()
+    writer = threading.Thread(target=at.type, args=(("x" * 79 + ENTER) * 1000,))
+    writer.start()
+    at.expect("the message has 80005 tokens")
+    writer.join()
+    at.expect("Chat:")
+    at.type(CTRL_D)
+    assert at.end()[0] == 0
+
+
 def test_fences_and_history(talk: Talk, tmp_path: Path) -> None:
     at = talk("one", "two")
     at.type('"""')
@@ -88,7 +102,7 @@ def test_fences_and_history(talk: Talk, tmp_path: Path) -> None:
     assert at.end()[0] == 0
     assert prompts(tmp_path) == ["<u>a<a>"]
 
-    kept = tmp_path / terminal.HISTORY
+    kept = tmp_path / HISTORY
     assert kept.stat().st_mode & 0o777 == 0o600
     at = talk("again")
     at.type(UP + UP + UP + UP)
@@ -199,14 +213,38 @@ def test_waiting_is_explained_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_history_that_cannot_be_written_is_in_memory(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / terminal.HISTORY)
+    os.mkfifo(tmp_path / HISTORY)
     other = tmp_path / "a file"
     other.write_text("")
     for folder in (tmp_path, other):
-        kept = terminal.history(folder)
+        kept = history(folder)
         kept.append_string("typed")
         assert kept.get_strings() == ["typed"]
-    kept = terminal.history(tmp_path / "new")
+    kept = history(tmp_path / "new")
     kept.append_string("no text: \udcfc")
     (tmp_path / "new").chmod(0o700)
     assert kept.get_strings() == ["no text: \udcfc"]
+
+
+def test_a_history_that_was_removed_is_private_again(tmp_path: Path) -> None:
+    kept, path = history(tmp_path), tmp_path / HISTORY
+    path.unlink()
+    before = os.umask(0)
+    try:
+        kept.append_string("a\nb")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    kept.append_string("c")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_only_the_end_of_a_long_history_is_read(tmp_path: Path) -> None:
+    path = tmp_path / HISTORY
+    path.write_text("\n# then\n+" + "x" * MAX_BYTES + "\n")
+    kept = history(tmp_path)
+    for text in ("a\n# b", "", "grüß"):
+        kept.append_string(text)
+    assert list(history(tmp_path).load_history_strings()) == ["grüß", "", "a\n# b"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hybrimoe_plugin.cli.chat.typed import saved
 from hybrimoe_plugin.cli.chat.typed.session import Session
-from hybrimoe_plugin.cli.chat.typed.settable import SETTABLE, changed, current
+from hybrimoe_plugin.cli.chat.typed.settable import SETTABLE, changed, current, unquoted
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, well_formed
 from hybrimoe_plugin.errors import ConfigError, did_you_mean
@@ -43,7 +43,7 @@ def found(text: str) -> tuple[Command, str] | None:
     """The command and its argument in a typed message; None for a message to the model.
 
     Raises:
-        ConfigError: it looks like a command, and there is none of that name.
+        ConfigError: it looks like a command, and there is none of that name, or it takes no text.
     """
     match = _COMMAND.fullmatch(text.strip())
     if match is None or match[1]:
@@ -51,6 +51,11 @@ def found(text: str) -> tuple[Command, str] | None:
     name, argument = match[2], (match[3] or "").strip()
     for command in COMMANDS:
         if command.name == name:
+            if argument and not command.argument:
+                raise ConfigError(
+                    f"/{name} takes nothing behind it, found {argument[:40]!r} (//{name} ... sends "
+                    "it as text)"
+                )
             return command, argument
     if is_file(text):
         return None
@@ -79,8 +84,7 @@ def _help(_session: Session, _argument: str) -> None:
 def _system(session: Session, argument: str) -> None:
     chat = session.chat
     if argument:
-        text = argument[1:-1] if argument[:1] == argument[-1:] == '"' else argument
-        chat.system = well_formed(text).strip()
+        chat.system = well_formed(unquoted(argument)).strip()
     notice(f"system prompt: {chat.system}" if chat.system else "there is no system prompt")
 
 
@@ -101,16 +105,28 @@ def _save(session: Session, argument: str) -> None:
 def _load(session: Session, argument: str) -> None:
     path = _path("load", argument)
     system, messages = saved.load(path)
+    before = session.chat.system
     session.chat.replace(system, messages)
-    notice(f"{len(messages) // 2} turn(s) of {path} are the conversation now")
+    if system == before:
+        change = ""
+    elif system:
+        change = ", with their system prompt"
+    else:
+        change = "; they have no system prompt, so there is none now"
+    notice(f"{len(messages) // 2} turn(s) of {path} are the conversation now{change}")
 
 
 def _stats(session: Session, _argument: str) -> None:
     chat = session.chat
     lines = [] if chat.timing is None else chat.timing.lines()
-    used = 0 if chat.timing is None else chat.timing.context_tokens
     room = "" if chat.context is None else f" of {chat.context}"
-    _print(*lines, f"context:              {used}{room} token(s)", *session.facts())
+    if chat.timing is not None:
+        used = f"{chat.timing.context_tokens}{room} token(s)"
+    elif chat.messages or chat.system:
+        used = f"not known before the next answer{room and f';{room} token(s)'}"
+    else:
+        used = f"0{room} token(s)"
+    _print(*lines, f"context:              {used}", *session.facts())
 
 
 def _clear(session: Session, _argument: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,52 @@ from hybrimoe_plugin.cli.chat.prompt import Messages
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.files import read_regular
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 16 * 2**20
+"""Of JSON, which may take 25 times as much while it is read."""
 _TURNS = ("user", "assistant")
 
 
 def save(path: Path, system: str, messages: Messages) -> None:
     """Write a conversation; the file is complete, or what it was.
 
+    A file that is replaced keeps its permissions, and a symbolic link stays one.
+
     Raises:
         ConfigError: it cannot be written, or holds something other than a conversation.
     """
-    if os.path.lexists(path):
-        try:
-            load(path)
-        except ConfigError as error:
-            raise ConfigError(
-                f"/save: {path} exists and is not replaced, as it is no saved conversation: choose "
-                "another name"
-            ) from error
+    mode = _replaceable(path) if os.path.lexists(path) else None
     if not path.parent.is_dir():
         raise ConfigError(f"/save: {path.parent}: no such directory")
     first = [{"role": "system", "content": system}] if system else []
     text = json.dumps({"messages": first + messages}, ensure_ascii=False, indent=1)
     try:
-        write_atomic(path, text + "\n")
+        real = Path(os.path.realpath(path))
+        write_atomic(real, text + "\n")
+        if mode is not None:
+            real.chmod(mode)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise ConfigError(f"/save: {path}: {_reason(error)}") from error
+
+
+def _replaceable(path: Path) -> int:
+    """The permissions of a file that nothing but a saved conversation is lost with.
+
+    Raises:
+        ConfigError: it holds anything else, such as what another program adds to conversations.
+    """
+    try:
+        found = _read(path)
+        _conversation(path, found)
+        parts = [found, *found["messages"]]
+        names = [{"messages"}, *({"role", "content"} for _ in found["messages"])]
+        if any(set(part) != known for part, known in zip(parts, names, strict=True)):
+            raise ConfigError("it holds more than a conversation")
+        return stat.S_IMODE(path.stat().st_mode)
+    except (ConfigError, OSError) as error:
+        raise ConfigError(
+            f"/save: {path} exists and is not replaced, as it is no saved conversation: choose "
+            "another name"
+        ) from error
 
 
 def load(path: Path) -> tuple[str, Messages]:
@@ -46,13 +67,21 @@ def load(path: Path) -> tuple[str, Messages]:
     Raises:
         ConfigError: it cannot be read, or is no conversation.
     """
+    return _conversation(path, _read(path))
+
+
+def _read(path: Path) -> Any:
     try:
-        found = json.loads(read_regular(path, MAX_BYTES))
+        return json.loads(read_regular(path, MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"/load: {path}: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
         kind = type(error).__name__
         raise ConfigError(f"/load: {path} cannot be read as JSON ({kind}: {error})") from error
+
+
+def _conversation(path: Path, found: Any) -> tuple[str, Messages]:
+    """(system prompt or "", messages) in what a file holds."""
     messages = found.get("messages") if isinstance(found, dict) else None
     if not isinstance(messages, list):
         raise ConfigError(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
-import stat
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -16,21 +12,24 @@ from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
-from prompt_toolkit.filters import has_focus
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.filters import has_focus, has_selection
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from hybrimoe_plugin.cache_folder import cache_dir, unusable
+from hybrimoe_plugin.cache_folder import cache_dir
 from hybrimoe_plugin.cli.chat.typed.commands import COMMANDS
+from hybrimoe_plugin.cli.chat.typed.history import history
 from hybrimoe_plugin.cli.chat.typed.settable import SETTABLE
 from hybrimoe_plugin.cli.reading import FENCE
 
-HISTORY = "chat_history"
 _GRACE_S = 0.01
 """Terminals send pasted text in parts; people do not type the next key this soon."""
+_PAUSE_S = 0.2
+"""The same within a long paste, which a busy machine may hand on with pauses."""
+_LONG = 32
+"""Characters that nobody types at once."""
 
 
 def editor() -> Callable[[str], str]:
@@ -57,32 +56,6 @@ def editor() -> Callable[[str], str]:
         return _unfenced(session.prompt(prompt))
 
     return read
-
-
-def history(folder: Path) -> History:
-    """What was typed before, in a file that only its owner reads; in memory where that fails."""
-    path = folder / HISTORY
-    if unusable(folder) is not None:
-        return InMemoryHistory()
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-        try:
-            is_file = stat.S_ISREG(os.fstat(handle).st_mode)
-            if is_file:
-                os.fchmod(handle, 0o600)
-        finally:
-            os.close(handle)
-    except OSError:
-        return InMemoryHistory()
-    return _FileHistory(str(path)) if is_file else InMemoryHistory()
-
-
-class _FileHistory(FileHistory):
-    """A history that costs no message: what cannot be written is not kept."""
-
-    def store_string(self, string: str) -> None:
-        with contextlib.suppress(OSError, UnicodeError):
-            super().store_string(string)
 
 
 class Commands(Completer):
@@ -118,8 +91,13 @@ def bindings() -> KeyBindings:
         buffer = event.current_buffer
         if _is_open(buffer.text) or _has_more(event):
             _new_line(buffer)
+            buffer.insert_text(_waiting_text(event))
         else:
             buffer.validate_and_handle()
+
+    @keys.add(Keys.Any, filter=typing & ~has_selection, save_before=lambda e: not e.is_repeat)
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text(event.data * event.arg + _waiting_text(event))
 
     @keys.add("escape", "enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
@@ -138,13 +116,46 @@ def _has_more(event: KeyPressEvent) -> bool:
     it. Lines that were typed while the model answered are joined in the same way.
     """
     waiting = event.key_processor.input_queue
-    if any(press.key != Keys.CPRResponse for press in waiting):
-        return True
+    return any(press.key != Keys.CPRResponse for press in waiting) or _is_ready(event, _GRACE_S)
+
+
+def _is_ready(event: KeyPressEvent, seconds: float) -> bool:
+    """Whether the terminal has more input, or has some within the time."""
     try:
-        ready, _, _ = select.select([event.app.input.fileno()], [], [], _GRACE_S)
+        ready, _, _ = select.select([event.app.input.fileno()], [], [], seconds)
     except (OSError, ValueError, NotImplementedError):  # an input without a file
         return False
     return bool(ready)
+
+
+def _waiting_text(event: KeyPressEvent) -> str:
+    """Take the text that comes right behind a key out of the queue and the terminal.
+
+    A paste that comes as if it was typed has tens of thousands of keys. The editor takes half a
+    millisecond for each, and draws the whole message again and again. An Enter with nothing behind
+    it stays in the queue: it may send the message.
+    """
+    queue = event.key_processor.input_queue
+    text: list[str] = []
+
+    def has_more() -> bool:
+        grace_s = _GRACE_S if text else 0.0
+        return _is_ready(event, _PAUSE_S if len(text) >= _LONG else grace_s)
+
+    while queue or has_more():
+        if not queue:
+            queue.extend(event.app.input.read_keys())
+            if not queue:  # the end, or a part of a key
+                break
+        press = queue[0]
+        if press.key == Keys.Enter and (len(queue) > 1 or has_more()):
+            text.append("\n")
+        elif not isinstance(press.key, Keys) and press.key == press.data:
+            text.append(press.data)
+        else:
+            break
+        queue.popleft()
+    return "".join(text)
 
 
 def _new_line(buffer: Buffer) -> None:
