@@ -68,6 +68,38 @@ def test_unknown_commands_are_not_sent(typed: str, said: str, capsys: Capture) -
     assert model.prompts == []
 
 
+def test_commands_before_a_message_lose_none_of_its_lines(capsys: Capture) -> None:
+    model = Model("a", "b")
+    converse(model, "/set seed 3\n/stats\nfirst line\n/second line", '/system """\nkept whole')
+    assert model.prompts == ["<u>first line\n/second line<a>"]
+    err = capsys.readouterr().err
+    assert "seed: 3" in err and "context:" in err and "kept whole" in err
+
+
+def test_nothing_is_sent_behind_a_command_that_leaves() -> None:
+    model = Model("never")
+    converse(model, "/exit\nmore")
+    assert model.prompts == []
+
+
+def test_names_of_other_chats_and_bare_exit(capsys: Capture) -> None:
+    model = Model("a", "b")
+    converse(model, "hello", "/regenerate", "/?", "/set temperature", "exit", "/bye", "never read")
+    assert len(model.prompts) == 2
+    err = capsys.readouterr().err
+    assert "show this" in err and "'exit' was not sent" in err
+    assert "temperature: as the model's generation config says" in err
+
+
+def test_a_file_that_is_sent_is_named(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "question.txt"
+    path.write_text("Why?")
+    model = Model("a")
+    converse(model, str(path), flags=["--noquiet"])
+    assert model.prompts == ["<u>Why?<a>"]
+    assert f"sending the text of {path}: 4 characters" in capsys.readouterr().err
+
+
 def test_system_prompt(capsys: Capture) -> None:
     model = Model("a", "b", "c")
     converse(model, "x", "/system Be brief.", "y", "/system", '/system ""', "z")
@@ -161,7 +193,6 @@ def test_stop_strings_are_quoted_and_escaped(typed: str, stops: tuple[str, ...])
     ("typed", "said"),
     [
         ("/set temperature hot", "/set temperature: expected a number from 0 to 100, found 'hot'"),
-        ("/set temperature", "/set temperature: expected a number"),
         ("/set tempreture 1", "no setting tempreture; did you mean temperature?"),
         ("/set chat 1", "no setting chat"),
         ("/set max_new_tokens 0", "expected a whole number"),

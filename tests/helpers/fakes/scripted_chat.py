@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +100,9 @@ def session(model: Model, *flags: str, prompt_file: str | None = None, **facts: 
     return Session(talk, args, prompt_file=prompt_file, **facts)
 
 
-def converse(model: Model, *lines: str, prompt_file: str | None = None) -> Session:
+def converse(
+    model: Model, *lines: str, prompt_file: str | None = None, flags: Sequence[str] = ()
+) -> Session:
     """Type the lines, and then the end of the input."""
     typed = iter(lines)
 
@@ -109,6 +112,6 @@ def converse(model: Model, *lines: str, prompt_file: str | None = None) -> Sessi
         except StopIteration:
             raise EOFError from None
 
-    made = session(model, prompt_file=prompt_file)
+    made = session(model, *flags, prompt_file=prompt_file)
     assert loop.converse(made, read) == 0
     return made

@@ -15,8 +15,11 @@ from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import is_file, well_formed
 from hybrimoe_plugin.errors import ConfigError, did_you_mean
 
-_COMMAND = re.compile(r"/(/?)([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+_COMMAND = re.compile(r"/(/?)([A-Za-z]+|\?)(?:\s+(.*))?", re.DOTALL)
 """A first word of a slash and letters. `/home/x` and `/2` are none."""
+
+_ELSEWHERE = {"?": "help", "bye": "exit", "regenerate": "retry"}
+"""Names that other chats have for the same -> ours."""
 
 NOTES = (
     "//text sends /text. A message that is only the name of a file sends the file's text.",
@@ -39,6 +42,23 @@ class Command:
     run: Callable[[Session, str], None]
 
 
+def pieces(text: str) -> list[str]:
+    """A typed message as commands, a line each, and the message that is left behind them.
+
+    Lines that are typed while the model answers arrive as one text. Only `/system` takes several.
+    """
+    ours = {command.name for command in COMMANDS if command.name != "system"} | {*_ELSEWHERE}
+    commands: list[str] = []
+    rest = text
+    while True:
+        line, _, behind = rest.lstrip().partition("\n")
+        match = _COMMAND.fullmatch(line.strip())
+        if match is None or match[1] or match[2] not in ours or not behind.strip():
+            return [*commands, rest]
+        commands.append(line)
+        rest = behind
+
+
 def found(text: str) -> tuple[Command, str] | None:
     """The command and its argument in a typed message; None for a message to the model.
 
@@ -48,7 +68,7 @@ def found(text: str) -> tuple[Command, str] | None:
     match = _COMMAND.fullmatch(text.strip())
     if match is None or match[1]:
         return None
-    name, argument = match[2], (match[3] or "").strip()
+    name, argument = _ELSEWHERE.get(match[2], match[2]), (match[3] or "").strip()
     for command in COMMANDS:
         if command.name == name:
             if argument and not command.argument:
@@ -93,6 +113,9 @@ def _set(session: Session, argument: str) -> None:
         _print(*(f"  {name} {current(session, name)}" for name in SETTABLE))
         return
     name, _, value = argument.partition(" ")
+    if not value.strip() and name in SETTABLE and name != "stop":
+        notice(f"{name}: {current(session, name)}")
+        return
     changed(session, name, value.strip())
 
 

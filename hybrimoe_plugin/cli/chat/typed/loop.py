@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from hybrimoe_plugin.cli.chat.typed.commands import found, message_in
+from hybrimoe_plugin.cli.chat.typed.commands import found, message_in, pieces
 from hybrimoe_plugin.cli.chat.typed.session import Session
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.main import INTERRUPTED
@@ -14,6 +14,9 @@ from hybrimoe_plugin.cli.reading import is_file, read_message, read_prompt_file
 from hybrimoe_plugin.errors import HybriMoEError
 
 log = logging.getLogger(__name__)
+
+_LEAVING = ("exit", "quit")
+"""What people type who want to leave, and not to talk."""
 
 
 def converse(session: Session, read: Callable[[str], str], is_editor: bool = False) -> int:
@@ -51,7 +54,9 @@ def converse(session: Session, read: Callable[[str], str], is_editor: bool = Fal
                 notice("the conversation goes on; Ctrl-C again or Ctrl-D leaves")
                 continue
             interrupted = False
-            _take(session, content)
+            for piece in pieces(content):
+                if not session.leaving:
+                    _take(session, piece)
     return 0
 
 
@@ -80,6 +85,11 @@ def _turn(session: Session, content: str) -> None:
         chosen, argument = command
         chosen.run(session, argument)
     elif is_file(content):
-        session.chat.answer(read_prompt_file(content.strip()))
+        text = read_prompt_file(content.strip())
+        if not session.chat.options.quiet:
+            notice(f"sending the text of {content.strip()}: {len(text)} characters")
+        session.chat.answer(text)
+    elif content.strip() in _LEAVING:
+        notice(f"{content.strip()!r} was not sent: /exit or Ctrl-D leaves")
     else:
         session.chat.answer(message_in(content))
