@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,20 @@ def save(path: Path, system: str, messages: Messages) -> None:
     Raises:
         ConfigError: it cannot be written, or holds something other than a conversation.
     """
-    mode = _replaceable(path) if os.path.lexists(path) else None
+    if os.path.lexists(path):
+        _check_replaceable(path)
     if not path.parent.is_dir():
         raise ConfigError(f"/save: {path.parent}: no such directory")
     first = [{"role": "system", "content": system}] if system else []
     text = json.dumps({"messages": first + messages}, ensure_ascii=False, indent=1)
     try:
-        real = Path(os.path.realpath(path))
-        write_atomic(real, text + "\n")
-        if mode is not None:
-            real.chmod(mode)
+        write_atomic(Path(os.path.realpath(path)), text + "\n")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise ConfigError(f"/save: {path}: {_reason(error)}") from error
 
 
-def _replaceable(path: Path) -> int:
-    """The permissions of a file that nothing but a saved conversation is lost with.
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace a file with which more than a saved conversation would be lost.
 
     Raises:
         ConfigError: it holds anything else, such as what another program adds to conversations.
@@ -53,8 +50,7 @@ def _replaceable(path: Path) -> int:
         names = [{"messages"}, *({"role", "content"} for _ in found["messages"])]
         if any(set(part) != known for part, known in zip(parts, names, strict=True)):
             raise ConfigError("it holds more than a conversation")
-        return stat.S_IMODE(path.stat().st_mode)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         raise ConfigError(
             f"/save: {path} exists and is not replaced, as it is no saved conversation: choose "
             "another name"
