@@ -99,6 +99,11 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def one_line(text: str) -> str:
+    """The text as one line that a terminal only shows, and obeys in nothing."""
+    return printable(" ".join(text.split()))
+
+
 def human(size: float) -> str:
     """`1.5 GiB` for 1610612736."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from hybrimoe_plugin.files import printable
+from hybrimoe_plugin.files import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,11 +19,6 @@ _PIPE_WIDTH = 100
 def notice(text: str) -> None:
     """Print one line on stderr: neither an answer nor an error."""
     print(f"hybrimoe: {one_line(text)}", file=sys.stderr, flush=True)
-
-
-def one_line(text: str) -> str:
-    """The text as one line that a terminal only shows, and obeys in nothing."""
-    return printable(" ".join(text.split()))
 
 
 class LogLines(logging.Formatter):

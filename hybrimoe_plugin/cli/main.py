@@ -16,9 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from hybrimoe_plugin import __version__
-from hybrimoe_plugin.cli.console import LogLines, one_line
+from hybrimoe_plugin.cli.console import LogLines
 from hybrimoe_plugin.cli.flags import Parser, underscored
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError, did_you_mean
+from hybrimoe_plugin.files import one_line
 
 log = logging.getLogger(__name__)
 

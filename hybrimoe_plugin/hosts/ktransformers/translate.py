@@ -16,7 +16,7 @@ import yaml
 
 from hybrimoe_plugin.errors import RulesError
 from hybrimoe_plugin.families.packaged_rules import engine_rules
-from hybrimoe_plugin.files import printable
+from hybrimoe_plugin.files import one_line
 from hybrimoe_plugin.injection.ktransformers_classes import (
     BLOCKS,
     KWARGS,
@@ -80,7 +80,7 @@ def translate(rules: Rules) -> Translation:
     if any(rule.kwargs.get("generate_op") in _QUANTISED for rule in rules.rules):
         _keep_quantised(written)
     text = yaml.safe_dump(written, sort_keys=False, width=100)
-    head = f"# {family}: devices of the experts as in {_one_line(rules.source)}.\n"
+    head = f"# {family}: devices of the experts as in {one_line(rules.source)}.\n"
     return Translation(head + text, family, tuple(notes), written != packaged)
 
 
@@ -213,10 +213,6 @@ def _keep_quantised(rules: list[dict[str, Any]]) -> None:
         kwargs = rule["replace"].get("kwargs", {})
         if "dense" in kwargs:
             kwargs["dense"] = "quantised"
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
 
 
 def translate_file(path: str) -> Translation:
