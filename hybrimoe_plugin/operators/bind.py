@@ -12,7 +12,7 @@ from torch import nn
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import CallRecord, Engine, Router
-from hybrimoe_plugin.engine.assemble import Devices, build_engine
+from hybrimoe_plugin.engine.assemble import build_engine
 from hybrimoe_plugin.engine.cpu_choice import pool_of, share_cores
 from hybrimoe_plugin.engine.sizing import kv_cache_bytes
 from hybrimoe_plugin.engine.timeline import Timeline
@@ -213,7 +213,7 @@ def bind(
             [_loaded(operator) for operator in members],
             [(routers or _gate_beside)(model, operator) for operator in members],
             first.settings,
-            Devices(first.prefill_device, first.generate_device),
+            first.devices,
             others=engines,
             kernels=lambda store=store: shared_kernels(store),  # type: ignore[misc]
             free_bytes=free_bytes,

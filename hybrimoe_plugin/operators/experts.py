@@ -15,6 +15,7 @@ from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, Router, Sent
+from hybrimoe_plugin.engine.assemble import Devices
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
@@ -104,6 +105,11 @@ class HybriMoEExperts(nn.Module):
             if device != "auto" and not _is_device(device):
                 raise ConfigError(f"{name}: expected {DEVICES}, found {device!r}")
         Settings.of(rest)
+
+    @property
+    def devices(self) -> Devices:
+        """Devices that the rules name for prompts and for answers."""
+        return Devices(self.prefill_device, self.generate_device)
 
     @property
     def layer_index(self) -> int:

@@ -26,8 +26,8 @@ from hybrimoe_plugin.hosts.transformers.preparation.accelerators import idle_cac
 from hybrimoe_plugin.hosts.transformers.preparation.parameters import missing_parameters, tied
 from hybrimoe_plugin.hosts.transformers.preparation.places import (
     dense_device,
+    experts_on_several,
     experts_operators,
-    experts_places,
 )
 from hybrimoe_plugin.hosts.transformers.preparation.predict import predict
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import Prediction
@@ -250,9 +250,8 @@ def _place(model: nn.Module, injection: Injection | None) -> None:
 
 def _spread(model: nn.Module) -> Callable[[], None]:
     """Where experts lie on several devices, the layers around them follow; gives what undoes it."""
-    places = experts_places(model)
-    places = {key: device for key, device in places.items() if device != "cpu"}
-    if len(set(places.values())) < 2 or cuda_refusal() is not None:
+    places = experts_on_several(model)
+    if not places or cuda_refusal() is not None:
         return lambda: None
     try:
         return spread(model, places)

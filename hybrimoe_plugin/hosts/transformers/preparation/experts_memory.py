@@ -13,7 +13,7 @@ from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import device_refusal
-from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
+from hybrimoe_plugin.engine.assemble import accelerator_kind
 from hybrimoe_plugin.engine.cpu_choice import cpu_backends
 from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, cache_quotas, staging_slots
 from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
@@ -67,8 +67,7 @@ def engine_places(
     unknown: dict[str, Settings] = {}
     for members in by_engine(experts_operators(model)):
         first = members[0]
-        devices = Devices(first.prefill_device, first.generate_device)
-        kind, device = accelerator_kind(first.settings, devices)
+        kind, device = accelerator_kind(first.settings, first.devices)
         layers = [operator.find_weights() for operator in members]
         room = None
         if kind == "cuda":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from hybrimoe_plugin.device.machine import cuda_refusal
-from hybrimoe_plugin.engine.assemble import Devices, accelerator_kind
+from hybrimoe_plugin.engine.assemble import accelerator_kind
 from hybrimoe_plugin.hosts.transformers.devices import layer_devices
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
@@ -24,6 +24,12 @@ def experts_operators(model: nn.Module) -> list[HybriMoEExperts]:
 def experts_places(model: nn.Module) -> dict[str, str]:
     """Qualified name of every experts operator -> device on which it is used, with its number."""
     return {operator.key: real(operator.generate_device) for operator in experts_operators(model)}
+
+
+def experts_on_several(model: nn.Module) -> dict[str, str]:
+    """The places that are accelerators, if these are several; else empty."""
+    found = {key: device for key, device in experts_places(model).items() if device != CPU}
+    return found if len(set(found.values())) > 1 else {}
 
 
 def dense_device(model: nn.Module) -> str:
@@ -45,8 +51,7 @@ def uses_cuda(model: nn.Module) -> bool:
 
 
 def _needs_cuda(operator: HybriMoEExperts) -> bool:
-    devices = Devices(operator.prefill_device, operator.generate_device)
-    kind, _ = accelerator_kind(operator.settings, devices)
+    kind, _ = accelerator_kind(operator.settings, operator.devices)
     return kind == "cuda"
 
 
@@ -93,11 +98,8 @@ def places_of(model: nn.Module, placed: Mapping[str, str]) -> Callable[[str], st
 
 def _spread(model: nn.Module) -> dict[int, str]:
     """Layer -> device, where experts lie on several accelerators; else empty."""
-    places = {key: device for key, device in experts_places(model).items() if device != CPU}
-    if len(set(places.values())) < 2:
-        return {}
     found = {}
-    for name, device in layer_devices(places).items():
+    for name, device in layer_devices(experts_on_several(model)).items():
         layer = layer_of_name(name)
         if layer is not None:
             found[layer] = device
