@@ -178,7 +178,7 @@ class Chat:
         device = getattr(self.model, "device", prompt.device)
         self._report()
         cache = {} if self._kept is None else self._kept.arguments(ids, config)
-        shared = self._kept.shared if self._kept is not None and cache else 0
+        shared = 0 if self._kept is None else self._kept.shared
         new = len(ids) - shared
         with prompt_bar(new, not self.options.quiet) as bar:
             timing.prompt_tokens, timing.kept_tokens = new, shared
@@ -187,12 +187,12 @@ class Chat:
             output = self.model.generate(
                 prompt.to(device),
                 attention_mask=torch.ones_like(prompt).to(device),
-                stopping_criteria=_criteria(self.interrupts, lambda: text.stopped),
+                stopping_criteria=_criteria(lambda: self.interrupts.requested or text.stopped),
                 **self._filtering(config),
                 **self._decoding(prompt, streamer),
                 **cache,
             )
-        if self._kept is not None and cache:
+        if self._kept is not None:
             self._kept.commit(output[0].tolist())
 
     def _compute_pieces(
@@ -260,10 +260,10 @@ def _write(stream: Any, text: str) -> None:
     print(text, end="", file=stream, flush=True)
 
 
-def _criteria(interrupts: Interrupts, has_stopped: Callable[[], bool]) -> Any:
+def _criteria(has_stopped: Callable[[], bool]) -> Any:
     from transformers import StoppingCriteriaList
 
     def stopped(ids: torch.Tensor, _scores: object, **_: Any) -> torch.Tensor:
         return torch.full((ids.shape[0],), has_stopped(), device=ids.device, dtype=torch.bool)
 
-    return StoppingCriteriaList([interrupts, stopped])
+    return StoppingCriteriaList([stopped])

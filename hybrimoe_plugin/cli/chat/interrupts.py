@@ -6,9 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
 
 
 class Interrupts:
@@ -65,11 +62,6 @@ class Interrupts:
             yield
         finally:
             self._raises = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
-        """A stopping criterion of `generate`: [B] bool on the device of `input_ids` [B, T]."""
-        batch = input_ids.shape[0]
-        return torch.full((batch,), self.requested, device=input_ids.device, dtype=torch.bool)
 
     def _on_interrupt(self, _number: int, _frame: object) -> None:
         if not self._raises:
