@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,23 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
         layer.layer_call = on_cpu
         if layer.self_attn.layer_idx == model.config.num_hidden_layers - 1:
             on_cpu.last_tokens = last_tokens = LastTokens(model, layer)
-            turns.clean_up.append(last_tokens.forget)
+            turns.clean_up.append(_weakly(last_tokens.forget))
     return (lambda: None) if last_tokens is None else last_tokens.remove
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Call a method as long as its object lives.
+
+    The engine's threads end with the model, so nothing that outlives it, as turns do, may hold it.
+    """
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = found()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 def _cpu_layer(layer: GraphedLayer, ropes: dict[Rope, RopeMatrix]) -> CpuLayer | None:
