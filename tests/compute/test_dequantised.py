@@ -122,7 +122,8 @@ def test_where_dense_weights_go(
     class Operator:
         def __init__(self, device: str) -> None:
             self.key = f"layers.{next(numbers)}"
-            self.generate_device = self.prefill_device = device
+            self.generate_device = device
+            self.devices = [device]
             self.settings = Settings(accelerator="none")
 
     numbers = itertools.count()
