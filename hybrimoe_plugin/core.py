@@ -56,6 +56,33 @@ class ExpertRef(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Activation:
+    """What an expert computes between its two products, from gate [I] and up [I]:
+
+    gate = min(gate, limit)
+    up   = clamp(up, -limit, limit)
+    f(gate) * (up + up_shift)
+    """
+
+    kind: str = "silu"
+    """f: `silu` is x * sigmoid(alpha * x); the others are in `ACTIVATIONS`."""
+    alpha: float = 1.0
+    """Of silu only."""
+    limit: float = math.inf
+    """Bound of both, in their own units; infinite where nothing is clamped."""
+    up_shift: float = 0.0
+
+    @property
+    def is_plain_silu(self) -> bool:
+        """Whether this is SwiGLU as in most families, which every kernel knows."""
+        return self == Activation()
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+"""Kinds of `Activation`: gelu is the exact one, gelu_tanh its approximation by a tanh."""
+
+
+@dataclass(frozen=True)
 class ExpertSpec:
     """Shape and storage of the routed experts of a model.
 
@@ -74,6 +101,7 @@ class ExpertSpec:
     """Bytes of one expert's gate matrix as stored."""
     up_bytes: int
     down_bytes: int
+    activation: Activation = Activation()
 
     @property
     def expert_bytes(self) -> int:

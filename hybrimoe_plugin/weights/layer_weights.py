@@ -27,6 +27,17 @@ class Matrix(NamedTuple):
     """The same bytes as one contiguous view; None if the file has one tensor for each expert."""
 
 
+class Biases(NamedTuple):
+    """What the experts of a layer add to each product, float32 on the CPU."""
+
+    gate: torch.Tensor
+    """[E, I]"""
+    up: torch.Tensor
+    """[E, I]"""
+    down: torch.Tensor
+    """[E, H]"""
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """The three projections of a layer.
@@ -41,6 +52,8 @@ class LayerWeights:
     gate: Matrix
     up: Matrix
     down: Matrix
+    biases: Biases | None = None
+    """None in families whose experts have none."""
 
     def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
         return self.gate, self.up, self.down
