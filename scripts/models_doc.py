@@ -1,0 +1,159 @@
+"""Write docs/models.md by trying every model type: `python scripts/models_doc.py [--check]`.
+
+For each mixture-of-experts type that transformers has, a tiny random model is saved as a checkpoint
+directory, loaded with operators beside an emulated accelerator, and compared with the plain forward:
+a prompt, decode steps, and a padded batch. The page says what came of it. `--check` writes nothing
+and exits with 1 where the page is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from eval.models.shrunk import moe_types, shrunk_model
+from hybrimoe_plugin import load_model
+from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.families.registry import find_family
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+EXACT = "exact"
+
+HEAD = """\
+# Which models work
+
+<!-- Written by scripts/models_doc.py from a test run. Change the code, then run that script. -->
+
+Every mixture-of-experts type of transformers {version} was tried. For each one a tiny random model
+was saved as a checkpoint directory, loaded with `cache_ratio=0.25` beside an emulated accelerator,
+and compared in float32 with the plain transformers forward: a prompt of 21 tokens, 4 decode steps,
+and a batch of two prompts of which one is padded.
+
+- **GGUF alone**: the GGUF architecture whose files need no config.json beside them. Tests load a
+  tiny file of each, with every scheduler and cache.
+- **directory**: `exact` means logits within the defaults of `torch.testing.assert_close`. A type
+  that is refused says why in the words of its error message.
+
+| model type | GGUF alone | directory |
+|---|---|---|
+"""
+
+
+class Stand(NamedTuple):
+    """Where one model type stands."""
+
+    model_type: str
+    architectures: Sequence[str]
+    """GGUF architectures of the family of this name; empty for types that nobody named."""
+    directory: str
+    """`EXACT`, or why it is refused."""
+
+
+def stand(model_type: str) -> Stand:
+    """Try one type.
+
+    Raises:
+        AssertionError: the model answers, and wrongly.
+    """
+    family = find_family(model_type)
+    architectures = () if family is None else family.architectures
+    try:
+        model = shrunk_model(model_type)
+    except Exception as error:  # transformers' own, of many kinds
+        return Stand(model_type, architectures, f"transformers cannot build it: {_line(error)}")
+    return Stand(model_type, architectures, try_directory(model))
+
+
+def try_directory(right: Any) -> str:
+    """`EXACT`, or the message with which the checkpoint is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        right.save_pretrained(folder)
+        try:
+            model, _ = load_model(
+                folder,
+                dtype="float32",
+                progress=False,
+                accelerator="emulated",
+                cache_ratio=0.25,
+                cpu_backend="torch",
+            )
+        except HybriMoEError as error:
+            return f"refused: {_line(error).replace(folder, 'DIR')}"
+        try:
+            compare(model, right)
+        finally:
+            model.hybrimoe.close()
+    return EXACT
+
+
+@torch.no_grad()
+def compare(model: Any, right: Any) -> None:
+    """Raises: AssertionError: logits differ."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(
+        3, right.config.get_text_config().vocab_size, (2, 25), generator=generator
+    )
+    prompt, steps = tokens[:1, :21], tokens[:1, 21:]
+    mask = torch.ones(2, 21, dtype=torch.int64)
+    mask[1, :6] = 0
+    for ours, theirs in zip(
+        _answers(model, prompt, steps, mask, tokens[:, :21]),
+        _answers(right, prompt, steps, mask, tokens[:, :21]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _answers(
+    model: Any, prompt: torch.Tensor, steps: torch.Tensor, mask: torch.Tensor, batch: torch.Tensor
+) -> list[torch.Tensor]:
+    out = model(prompt, use_cache=True)
+    logits = [out.logits]
+    for token in steps.T:
+        out = model(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    padded = model(batch, attention_mask=mask).logits
+    logits.append(padded[mask.bool()])
+    return logits
+
+
+def page(stands: Sequence[Stand]) -> str:
+    """The page's text."""
+    import transformers
+
+    lines = [HEAD.format(version=transformers.__version__).rstrip("\n")]
+    for item in stands:
+        alone = ", ".join(f"`{name}`" for name in item.architectures) or "-"
+        lines.append(f"| `{item.model_type}` | {alone} | {item.directory} |")
+    return "\n".join(lines) + "\n"
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line of a table."""
+    text = " ".join(str(error).split())
+    return text.replace("|", "\\|")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only tell whether the page is stale")
+    check = parser.parse_args().check
+    text = page([stand(kind) for kind in tqdm(moe_types(), disable=None)])
+    if not check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print(f"{PAGE} is stale: run python scripts/models_doc.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
