@@ -72,11 +72,9 @@ class Activation:
     """Bound of both, in their own units; infinite where nothing is clamped."""
     up_shift: float = 0.0
 
-    @property
-    def is_plain_silu(self) -> bool:
-        """Whether this is SwiGLU as in most families, which every kernel knows."""
-        return self == Activation()
 
+SILU = Activation()
+"""SwiGLU as most families have it."""
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 """Kinds of `Activation`: gelu is the exact one, gelu_tanh its approximation by a tanh."""
@@ -101,9 +99,11 @@ class ExpertSpec:
     """Bytes of one expert's gate matrix as stored."""
     up_bytes: int
     down_bytes: int
-    activation: Activation = Activation()
+    activation: Activation = SILU
+    bias_bytes: int = 0
+    """Bytes of one expert's biases; 0 in families whose experts have none."""
 
     @property
     def expert_bytes(self) -> int:
-        """Stored bytes of one expert's three matrices."""
-        return self.gate_bytes + self.up_bytes + self.down_bytes
+        """Bytes of one expert: its three stored matrices, and its biases."""
+        return self.gate_bytes + self.up_bytes + self.down_bytes + self.bias_bytes

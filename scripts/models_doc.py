@@ -1,9 +1,9 @@
 """Write docs/models.md by trying every model type: `python scripts/models_doc.py [--check]`.
 
-For each mixture-of-experts type that transformers has, a tiny random model is saved as a checkpoint
-directory, loaded with operators beside an emulated accelerator, and compared with the plain forward:
-a prompt, decode steps, and a padded batch. The page says what came of it. `--check` writes nothing
-and exits with 1 where the page is stale.
+For each mixture-of-experts type that transformers has, a tiny random model is saved as a
+checkpoint directory, loaded with operators beside an emulated accelerator, and compared with the
+plain forward: a prompt, decode steps, and a padded batch. The page says what came of it. `--check`
+writes nothing and exits with 1 where the page is stale.
 """
 
 from __future__ import annotations

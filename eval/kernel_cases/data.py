@@ -89,7 +89,7 @@ def fill(
     slot_of[0] = -1
     for expert in range(1, shape.experts):
         slot = buffer[int(slot_of[expert])]
-        for part, matrix in zip(layout, matrices, strict=True):
+        for part, matrix in zip(layout.parts, matrices, strict=True):
             target = slot[part.offset : part.offset + part.size]
             if part.planar:
                 kernels.repack(part, matrix[expert].clone(), target)

@@ -72,7 +72,7 @@ def _launch_experts(case: Case) -> None:
     layout = kernels.layout(shape.spec)
     used = shape.experts - 1
     buffer = _bytes((used + 1) * layout.size).view(used + 1, -1)
-    for part in layout:
+    for part in layout.parts:
         if part.planar:
             _launch_repack(part.type_name, part.size)
     places = torch.arange(case.tokens * shape.top_k)

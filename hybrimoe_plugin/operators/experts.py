@@ -14,12 +14,19 @@ from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.core import SILU
 from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.engine.assemble import Devices
 from hybrimoe_plugin.errors import BackendError, ConfigError
+from hybrimoe_plugin.operators.expert_form import ExpertForm, has_form, read_form
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
-from hybrimoe_plugin.weights.layer_weights import LayerWeights, expert_counts, layer_weights
+from hybrimoe_plugin.weights.layer_weights import (
+    LayerWeights,
+    chosen_experts,
+    expert_counts,
+    layer_weights,
+)
 
 DENSE_SETTINGS = ("dense", "graphs", "attention")
 """Settings of operators other than experts."""
@@ -41,7 +48,8 @@ class HybriMoEExperts(nn.Module):
         key: qualified module name, e.g. `model.layers.3.mlp.experts`.
         gguf_loader: the open weights.
         config: the model's configuration.
-        orig_module: the module that this one replaces; kept by the injection, not here.
+        orig_module: the module that this one replaces, whose form is taken over; kept by the
+            injection, not here. Without one, experts are SwiGLU and of the config's sizes.
         prefill_device: where experts may run when a call has more than one token: cpu, cuda, cuda:N
             or auto.
         generate_device: the same for calls of one token.
@@ -50,7 +58,7 @@ class HybriMoEExperts(nn.Module):
     Raises:
         ConfigError: a device or a setting is not valid, or the name of the module holds no layer's
             number.
-        BackendError: the model's experts use an activation other than SiLU.
+        BackendError: the model's experts compute something that the engine does not.
     """
 
     uses = tuple(item.name for item in fields(Settings) if item.name not in DENSE_SETTINGS)
@@ -71,10 +79,12 @@ class HybriMoEExperts(nn.Module):
         self.check_kwargs(
             {"prefill_device": prefill_device, "generate_device": generate_device, **settings}
         )
-        activation = getattr(config, "hidden_act", "silu")
-        if activation != "silu":
+        self._form = None
+        if orig_module is not None and has_form(orig_module):
+            self._form = read_form(key, orig_module)
+        elif getattr(config, "hidden_act", "silu") != "silu":
             raise BackendError(
-                f"{key}: experts with activation {activation!r} are not supported, only silu"
+                f"{key}: experts with activation {config.hidden_act!r} are not supported, only silu"
             )
         # A rule that matches modules outside the layers is refused before anything is loaded.
         layer_of(key)
@@ -131,14 +141,16 @@ class HybriMoEExperts(nn.Module):
             WeightsError: a tensor is missing or does not have the config's shape.
             ConfigError: the config describes no routed experts.
         """
-        experts, intermediate = expert_counts(self.config)
+        form = self._form or _plain_form(self.config)
         return layer_weights(
             self.store,
             self.layer_index,
-            experts=experts,
-            hidden=self.config.hidden_size,
-            intermediate=intermediate,
-            top_k=self.config.num_experts_per_tok,
+            experts=form.experts,
+            hidden=form.hidden,
+            intermediate=form.intermediate,
+            top_k=chosen_experts(self.config),
+            activation=form.activation,
+            has_biases=form.has_biases,
         )
 
     def bind(self, engine: Engine, position: int) -> None:
@@ -214,6 +226,12 @@ class HybriMoEExperts(nn.Module):
             f"key={self.key!r}, prefill_device={self.prefill_device!r}, "
             f"generate_device={self.generate_device!r}"
         )
+
+
+def _plain_form(config: Any) -> ExpertForm:
+    """Experts as the config has them, without a module to look at. Raises: ConfigError: none."""
+    experts, intermediate = expert_counts(config)
+    return ExpertForm(experts, config.hidden_size, intermediate, SILU, has_biases=False)
 
 
 def layer_of(key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import weakref
@@ -170,6 +171,15 @@ class GGUFStore:
         """The tensor's stored bytes, 1-D uint8, read-only and not copied. Valid until `close`."""
         info = self.info(name)
         return self._bytes[info.file][info.offset : info.offset + info.nbytes]
+
+    def adjacent(self, names: Sequence[str]) -> NDArray[np.uint8] | None:
+        """The bytes of several tensors as one view, as `raw`; None unless one follows the other."""
+        infos = [self.info(name) for name in names]
+        for one, other in itertools.pairwise(infos):
+            if one.file != other.file or one.offset + one.nbytes != other.offset:
+                return None
+        first, last = infos[0], infos[-1]
+        return self._bytes[first.file][first.offset : last.offset + last.nbytes]
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """A copy of the tensor's stored bytes, 1-D uint8.

@@ -10,7 +10,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.core import SILU, Activation, ExpertSpec
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.weights.gguf_store import GGUFStore, dequantize_bytes
 
@@ -24,18 +24,46 @@ class Matrix(NamedTuple):
     experts: tuple[Bytes, ...]
     """Stored bytes of each expert's matrix, 1-D uint8."""
     stacked: Bytes | None
-    """The same bytes as one contiguous view; None if the file has one tensor for each expert."""
+    """The same bytes as one contiguous view; None if they do not lie one behind the other."""
+    spread: Bytes | None = None
+    """Where gate and up are one tensor: the view from the first expert's bytes to the last one's.
+
+    Experts are `stride` bytes apart in it.
+    """
+
+    @property
+    def stride(self) -> int:
+        """Bytes from the start of one expert's matrix to that of the next, where `spread` is."""
+        return 2 * self.experts[0].size
 
 
-class Biases(NamedTuple):
-    """What the experts of a layer add to each product, float32 on the CPU."""
+@dataclass(frozen=True)
+class Biases:
+    """What the experts of a layer add to each product.
 
-    gate: torch.Tensor
-    """[E, I]"""
-    up: torch.Tensor
-    """[E, I]"""
-    down: torch.Tensor
-    """[E, H]"""
+    They are kept together, so that an expert's biases cross the link as one piece:
+
+        | gate [I] | up [I] | down [H] |    float32, for each of E experts
+    """
+
+    packed: NDArray[np.float32]
+    """[E, 2 I + H]"""
+    intermediate: int
+    """I"""
+
+    @property
+    def gate_up(self) -> torch.Tensor:
+        """[E, 2 I] float32 on the CPU: gate's, then up's."""
+        return torch.from_numpy(self.packed[:, : 2 * self.intermediate])
+
+    @property
+    def down(self) -> torch.Tensor:
+        """[E, H] float32 on the CPU."""
+        return torch.from_numpy(self.packed[:, 2 * self.intermediate :])
+
+    def stored(self, expert: int) -> Bytes:
+        """One expert's, as 1-D bytes."""
+        return self.packed[expert].view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,13 @@ class LayerWeights:
     def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
         return self.gate, self.up, self.down
 
+    def stored(self, expert: int) -> tuple[Bytes, ...]:
+        """Bytes of one expert: gate, up and down, and its biases where there are any."""
+        matrices = tuple(matrix.experts[expert] for matrix in self.matrices())
+        if self.biases is None:
+            return matrices
+        return (*matrices, self.biases.stored(expert))
+
     def dequantized(
         self, expert: int, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,23 +111,35 @@ class LayerWeights:
 
 
 def layer_weights(
-    store: GGUFStore, layer: int, *, experts: int, hidden: int, intermediate: int, top_k: int
+    store: GGUFStore,
+    layer: int,
+    *,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    activation: Activation = SILU,
+    has_biases: bool = False,
 ) -> LayerWeights:
     """Find one layer's experts in the file.
 
-    They are stacked (`ffn_*_exps`) or, in older files, one tensor each (`ffn_*.{expert}`).
+    They are stacked (`ffn_*_exps`, where gate and up may be one tensor, `ffn_gate_up_exps`) or, in
+    older files, one tensor each (`ffn_*.{expert}`).
 
     Raises:
-        WeightsError: a tensor is missing or does not have the expected shape.
+        WeightsError: a tensor is missing or does not have the expected shape, or the file has
+            biases where the model has none.
     """
     if not 1 <= top_k <= experts:
         raise WeightsError(f"{store.paths[0]}: a token cannot choose {top_k} of {experts} experts")
     inner = (intermediate, hidden)
     outer = (hidden, intermediate)
     # Each checks the shape of its tensors.
-    gate = _matrix(store, layer, "gate", experts, inner)
-    up = _matrix(store, layer, "up", experts, inner)
+    gate, up = _gate_and_up(store, layer, experts, inner)
     down = _matrix(store, layer, "down", experts, outer)
+    biases = _biases(store, layer, experts, intermediate, hidden) if has_biases else None
+    if not has_biases:
+        _check_no_biases(store, layer)
     spec = ExpertSpec(
         hidden=hidden,
         intermediate=intermediate,
@@ -104,8 +151,50 @@ def layer_weights(
         gate_bytes=_matrix_bytes(gate.type_name, inner),
         up_bytes=_matrix_bytes(up.type_name, inner),
         down_bytes=_matrix_bytes(down.type_name, outer),
+        activation=activation,
+        bias_bytes=0 if biases is None else biases.packed[0].nbytes,
     )
-    return LayerWeights(layer, spec, gate, up, down)
+    return LayerWeights(layer, spec, gate, up, down, biases)
+
+
+def _gate_and_up(
+    store: GGUFStore, layer: int, experts: int, shape: tuple[int, int]
+) -> tuple[Matrix, Matrix]:
+    """Both projections; as views of every other half where the file keeps them in one tensor.
+
+    | gate of expert 0 | up of expert 0 | gate of expert 1 | up of expert 1 | ...
+    """
+    name = f"blk.{layer}.ffn_gate_up_exps.weight"
+    if name not in store.tensors:
+        gate = _matrix(store, layer, "gate", experts, shape)
+        return gate, _matrix(store, layer, "up", experts, shape)
+    info = store.info(name)
+    rows, columns = shape
+    _check_shape(name, info.shape, (experts, 2 * rows, columns))
+    whole = store.raw(name)
+    halves = whole.reshape(experts, 2, -1)
+    size = halves.shape[2]
+    gate = Matrix(info.type_name, tuple(halves[:, 0]), None, whole[:-size])
+    up = Matrix(info.type_name, tuple(halves[:, 1]), None, whole[size:])
+    return gate, up
+
+
+def _biases(store: GGUFStore, layer: int, experts: int, inner: int, outer: int) -> Biases:
+    parts = []
+    for part, size in (("gate", inner), ("up", inner), ("down", outer)):
+        name = f"blk.{layer}.ffn_{part}_exps.bias"
+        _check_shape(name, store.info(name).shape, (experts, size))
+        parts.append(store.dequantized(name, torch.float32))
+    return Biases(torch.cat(parts, dim=1).numpy(), inner)
+
+
+def _check_no_biases(store: GGUFStore, layer: int) -> None:
+    for part in ("gate", "up", "down"):
+        name = f"blk.{layer}.ffn_{part}_exps.bias"
+        if name in store.tensors:
+            raise WeightsError(
+                f"{store.paths[0]}: holds {name!r}, but experts of this model have no biases"
+            )
 
 
 def _matrix(
@@ -139,7 +228,8 @@ def _single_experts(store: GGUFStore, prefix: str, experts: int, shape: tuple[in
                 f"{path}: {info.name!r} is {info.type_name}, {first.name!r} is {first.type_name}: "
                 "the experts of a layer must share one type"
             )
-    return Matrix(first.type_name, tuple(store.raw(info.name) for info in infos), None)
+    stored = tuple(store.raw(info.name) for info in infos)
+    return Matrix(first.type_name, stored, store.adjacent([info.name for info in infos]))
 
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -162,9 +252,30 @@ def expert_counts(config: Any) -> tuple[int, int]:
     Raises:
         ConfigError: the config describes no routed experts.
     """
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 0:
             size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
             return count, int(size)
     raise ConfigError(f"{type(config).__name__}: the config states no number of routed experts")
+
+
+def chosen_experts(config: Any) -> int:
+    """Experts of one token, K, under the names that model families use.
+
+    Raises:
+        ConfigError: the config does not say.
+    """
+    for name in (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "top_k_experts",
+        "moe_topk",
+        "moe_k",
+    ):
+        count = getattr(config, name, None)
+        if isinstance(count, list) and len(set(count)) == 1:
+            count = count[0]
+        if isinstance(count, int) and count > 0:
+            return count
+    raise ConfigError(f"{type(config).__name__}: the config does not state the experts of a token")

@@ -15,8 +15,10 @@ class QuantizedMatrix(NamedTuple):
     """1-D bytes, contiguous; they must stay mapped as long as a graph reads them."""
     type_name: str
     shape: tuple[int, ...]
+    stride: int = 0
+    """Bytes between the starts of matrices [N, M] in a stack [E, N, M]; 0 where they are dense."""
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
+        """Stored bytes, those between the matrices included."""
         return int(self.data.size)

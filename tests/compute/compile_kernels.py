@@ -65,7 +65,9 @@ def main() -> None:
         shape = {"HIDDEN": HIDDEN, "INNER": INNER}
         offsets = {"slots": BYTES, "slot_bytes": "i64", "up_offset": "i32", "down_offset": "i32"}
         dot = {"BLOCK_TOKENS": sizes.tokens, "BLOCK_ROWS": sizes.rows, "DOT": tl.bfloat16}
-        gate = {"TOP_K": TOP_K, "GATE": kind, "UP": kind}
+        bias = {"BIASES": -1}
+        swiglu = {**bias, "KIND": "silu", "ALPHA": 1.0, "LIMIT": 0.0, "UP_SHIFT": 0.0}
+        gate = {"TOP_K": TOP_K, "GATE": kind, "UP": kind, **swiglu}
         ptx = compiled(
             decode.gate_up_decode,
             {**offsets, "hidden": STATES, "slot_ids": INTS, "activations": "*fp32"},
@@ -87,6 +89,7 @@ def main() -> None:
                 "TOP_K": TOP_K,
                 "PLACES": 8,
                 "DOWN": kind,
+                **bias,
                 "BLOCK_ROWS": sizes.down_rows,
                 "BLOCK_UNITS": sizes.down_units,
             },
@@ -106,7 +109,10 @@ def main() -> None:
         )
         check(f"gate_up_prefill {kind}", ptx, 12, 4)
         ptx = compiled(
-            prefill.down_prefill, states, {**shape, "DOWN": kind, **dot}, sizes.prefill_warps
+            prefill.down_prefill,
+            states,
+            {**shape, "DOWN": kind, **dot, **bias},
+            sizes.prefill_warps,
         )
         check(f"down_prefill {kind}", ptx, 12, 2)
         matrix = {"states": STATES, "matrix": BYTES, "output": STATES, "tokens": "i32"}

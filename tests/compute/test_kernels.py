@@ -197,7 +197,7 @@ def test_slots_start_aligned_whatever_the_types() -> None:
     for shape in (*ODD_SHAPES, *MODEL_SHAPES):
         spec: ExpertSpec = shape.spec
         layout = slot_layout(spec, planar=True)
-        assert all(part.offset % 256 == 0 for part in layout)
+        assert all(part.offset % 256 == 0 for part in layout.parts)
         assert layout.size % 256 == 0
         assert spec.expert_bytes <= layout.size < spec.expert_bytes + 3 * 256
 

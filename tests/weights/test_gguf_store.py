@@ -36,12 +36,13 @@ MATRICES = {
 
 
 def write(path: Path, stacked: bool = True, shards: int = 0) -> Path:
-    """A file with one layer's experts, stacked or in tensors of their own."""
+    """A file with one layer's experts, stacked or in tensors of their own, expert by expert."""
     writer = GGUFWriter(str(path), "llama", split_max_tensors=shards)
     writer.add_block_count(1)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "déf"])
     writer.add_array("some.numbers", [1, 2, 3])
     rng = np.random.default_rng(0)
+    apart: list[tuple[int, str, Any, Any]] = []
     for part, (shape, kind) in MATRICES.items():
         values = rng.standard_normal((EXPERTS, *shape)).astype(np.float32)
         if stacked:
@@ -50,7 +51,9 @@ def write(path: Path, stacked: bool = True, shards: int = 0) -> Path:
             continue
         for expert in range(EXPERTS):
             name = f"blk.0.ffn_{part}.{expert}.weight"
-            writer.add_tensor(name, quantize(values[expert], kind), raw_dtype=kind)
+            apart.append((expert, name, quantize(values[expert], kind), kind))
+    for _, name, packed, kind in sorted(apart, key=lambda item: item[0]):
+        writer.add_tensor(name, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -34,13 +34,27 @@ def by_index(
     chosen = graph.input(*ids.shape, dtype=torch.int32)
     gates = graph.matmul_id(graph.weight(stored.gate), x, chosen)
     ups = graph.matmul_id(graph.weight(stored.up), x, chosen)
-    inner = graph.silu_mul(gates, ups)
-    out = graph.matmul_id(graph.weight(stored.down), inner, chosen)
-    graph.finish(out)
     x.fill(hidden[:, None])
     chosen.fill(ids)
-    graph.run()
-    if graph.spoiled:
+    if stored.is_swiglu:
+        inner = graph.silu_mul(gates, ups)
+        out = graph.matmul_id(graph.weight(stored.down), inner, chosen)
+        graph.finish(out)
+        graph.run()
+        spoiled = graph.spoiled
+    else:
+        graph.finish(gates, ups)
+        graph.run()
+        stored.activate(gates.value, ups.value, ids)
+        inner = gates
+        second = Graph(stored.ggml, stored.threads)
+        again = second.wrap_ids(chosen.value)
+        out = second.matmul_id(second.weight(stored.down), second.wrap(inner.value), again)
+        second.finish(out)
+        second.run()
+        stored.add_down_bias(out.value, ids)
+        spoiled = graph.spoiled or second.spoiled
+    if spoiled:
         finite = _finite_rows(x.value) & _finite_rows(inner.value)
         out.value[~finite] = math.nan
     return _weighted_sum(out.value, weights, hidden.dtype)
@@ -75,11 +89,22 @@ def by_expert(
     outputs = buffer(count, width)
     steps = _expert_products(graph, stored.gate, loads, x, gates)
     steps += _expert_products(graph, stored.up, loads, x, ups)
-    steps.append(graph.silu_mul(graph.wrap(gates), graph.wrap(ups)))
+    graphs = [graph]
+    if stored.is_swiglu:
+        steps.append(graph.silu_mul(graph.wrap(gates), graph.wrap(ups)))
+    else:
+        graph.finish(*steps)
+        graph.run()
+        stored.activate(gates, ups, flat_ids[order])
+        steps = []
+        graph = Graph(stored.ggml, stored.threads, nodes=9 * used + 8)
+        graphs.append(graph)
     steps += _expert_products(graph, stored.down, loads, gates, outputs)
     graph.finish(*steps)
     graph.run()
-    if graph.spoiled:
+    if not stored.is_swiglu:
+        stored.add_down_bias(outputs, flat_ids[order])
+    if any(graph.spoiled for graph in graphs):
         finite = _finite_rows(x) & _finite_rows(gates)
         outputs[~finite] = math.nan
     by_choice = outputs.new_empty(len(flat_ids), width)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
-from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts, expert_matrix
+from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts, expert_matrix, expert_stride
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 
@@ -19,6 +19,7 @@ class _PointedProducts(NamedTuple):
     base: int
     """Address of the first expert's matrix."""
     expert_bytes: int
+    """From the start of one expert's matrix to that of the next."""
     pointers: list[ctypes.c_uint64]
     """Where the addresses of the chosen experts' matrices go."""
 
@@ -32,6 +33,9 @@ class SingleTokenGraph:
         indexed   [E, N, M] matrices, ids [K] -> one node
         plain     K nodes, each with the address of one expert's matrix, set before the run
 
+    Other activations than SwiGLU, and biases, are torch's between the two halves of the step, which
+    are then a graph each.
+
     Args:
         top_k: K.
     """
@@ -40,18 +44,25 @@ class SingleTokenGraph:
         self._top_k = top_k
         self._stored = stored  # mapped as long as the graph may read it
         self._pointed: list[_PointedProducts] = []
-        graph = Graph(stored.ggml, stored.threads, kept=True, nodes=10 * top_k + 16)
-        self._graph = graph
-        self._ids = graph.input(1, top_k, dtype=torch.int32)
+        nodes = 10 * top_k + 16
+        graph = Graph(stored.ggml, stored.threads, kept=True, nodes=nodes)
+        self._ids = buffer(1, top_k, dtype=torch.int32)
         _, inner, hidden = stored.gate.shape
         self._x = buffer(1, hidden)
-        gates = buffer(top_k, inner)
-        ups = buffer(top_k, inner)
+        self._gates = gates = buffer(top_k, inner)
+        self._ups = ups = buffer(top_k, inner)
         self._outputs = buffer(top_k, hidden)
-        steps = self._products(stored.gate, self._x, gates)
-        steps += self._products(stored.up, self._x, ups)
-        steps.append(graph.silu_mul(graph.wrap(gates), graph.wrap(ups)))
-        steps += self._products(stored.down, gates, self._outputs)
+        steps = self._products(graph, stored.gate, self._x, gates)
+        steps += self._products(graph, stored.up, self._x, ups)
+        self._graphs = [graph]
+        if stored.is_swiglu:
+            steps.append(graph.silu_mul(graph.wrap(gates), graph.wrap(ups)))
+        else:
+            graph.finish(*steps)
+            steps = []
+            graph = Graph(stored.ggml, stored.threads, kept=True, nodes=nodes)
+            self._graphs.append(graph)
+        steps += self._products(graph, stored.down, gates, self._outputs)
         graph.finish(*steps)
 
     def compute(
@@ -68,23 +79,27 @@ class SingleTokenGraph:
         for base, expert_bytes, pointers in self._pointed:
             for expert, pointer in zip(chosen, pointers, strict=True):
                 pointer.value = base + expert * expert_bytes
-        self._ids.fill(ids)
+        self._ids.copy_(ids)
         self._x.copy_(hidden.detach())
-        self._graph.run()
-        if self._graph.spoiled:
+        first, *second = self._graphs
+        first.run()
+        for graph in second:
+            self._stored.activate(self._gates, self._ups, ids[0])
+            graph.run()
+            self._stored.add_down_bias(self._outputs, ids[0])
+        if any(graph.spoiled for graph in self._graphs):
             self._outputs.fill_(math.nan)
         weighted = torch.mm(weights.float(), self._outputs)
         return weighted.to(hidden.dtype)
 
     def _products(
-        self, stored: QuantizedMatrix, x: torch.Tensor, out: torch.Tensor
+        self, graph: Graph, stored: QuantizedMatrix, x: torch.Tensor, out: torch.Tensor
     ) -> list[GraphTensor]:
         """out [K, N] from the experts' matrices [E, N, M] and x [1 or K, M]."""
-        graph = self._graph
         weights = graph.weight(stored)
         if graph.indexed(weights):
             rows = graph.wrap(x[None])
-            return [graph.matmul_id(weights, rows, self._ids, out)]
+            return [graph.matmul_id(weights, rows, graph.wrap_ids(self._ids), out)]
         first = expert_matrix(stored, 0)
         pointers = []
         products = []
@@ -96,5 +111,5 @@ class SingleTokenGraph:
             target = out[place : place + 1]
             products.append(graph.matmul(expert, row, target, indexed=False))
         base = stored.data.ctypes.data
-        self._pointed.append(_PointedProducts(base, first.nbytes, pointers))
+        self._pointed.append(_PointedProducts(base, expert_stride(stored), pointers))
         return products

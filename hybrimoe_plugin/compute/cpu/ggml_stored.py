@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from hybrimoe_plugin.compute.activation import activate
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, check_stored
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, as_q8_0, faster_as_q8_0, repacked_bytes
+from hybrimoe_plugin.core import SILU, Activation
 from hybrimoe_plugin.device.memory import free_host_bytes
-from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
+from hybrimoe_plugin.weights.layer_weights import Biases, LayerWeights, Matrix
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 _SHARE_OF_FREE = 0.02
@@ -28,6 +30,31 @@ class StoredExperts(NamedTuple):
     """[E, I, H]"""
     down: QuantizedMatrix
     """[E, H, I]"""
+    activation: Activation
+    biases: Biases | None
+
+    @property
+    def is_swiglu(self) -> bool:
+        """Whether ggml computes all of an expert by itself."""
+        return self.activation == SILU and self.biases is None
+
+    def activate(self, gates: torch.Tensor, ups: torch.Tensor, experts: torch.Tensor) -> None:
+        """Add biases and apply the activation.
+
+        Args:
+            gates: [..., I], one row for each of `experts` [...]. Mutates: the result.
+            ups: [..., I].
+        """
+        if self.biases is not None:
+            gate, up = self.biases.gate_up[experts].chunk(2, dim=-1)
+            gates += gate
+            ups += up
+        gates.copy_(activate(gates, ups, self.activation))
+
+    def add_down_bias(self, outputs: torch.Tensor, experts: torch.Tensor) -> None:
+        """Add the last biases to outputs [..., H] of `experts` [...]. Mutates: `outputs`."""
+        if self.biases is not None:
+            outputs += self.biases.down[experts]
 
     @classmethod
     def of(cls, ggml: Ggml, threads: int, weights: LayerWeights, repack: bool) -> StoredExperts:
@@ -44,23 +71,32 @@ class StoredExperts(NamedTuple):
         outer = (spec.experts, spec.hidden, spec.intermediate)
         matrices = []
         for matrix, shape in zip(weights.matrices(), (inner, inner, outer), strict=True):
-            stored = QuantizedMatrix(_stacked(matrix), matrix.type_name, shape)
+            stored = _stack(matrix, shape)
             check_stored(stored)
-            if repack and _repacking_pays(ggml, threads, stored):
+            if repack and not stored.stride and _repacking_pays(ggml, threads, stored):
                 stored = as_q8_0(stored)
             # Measured now: otherwise the first answer waits for it.
             ggml.kernel_speed(stored.type_name, threads)
             matrices.append(stored)
         gate, up, down = matrices
-        return cls(ggml, threads, gate, up, down)
+        return cls(ggml, threads, gate, up, down, spec.activation, weights.biases)
 
 
 def expert_matrix(stored: QuantizedMatrix, expert: int) -> QuantizedMatrix:
     """One expert's matrix [N, M] of all experts' [E, N, M]; not copied."""
-    size = stored.nbytes // stored.shape[0]
-    start = expert * size
-    data = stored.data[start : start + size]
+    start = expert * expert_stride(stored)
+    data = stored.data[start : start + _expert_bytes(stored)]
     return QuantizedMatrix(data, stored.type_name, stored.shape[1:])
+
+
+def expert_stride(stored: QuantizedMatrix) -> int:
+    """Bytes from the start of one expert's matrix to that of the next."""
+    return stored.stride or _expert_bytes(stored)
+
+
+def _expert_bytes(stored: QuantizedMatrix) -> int:
+    experts = stored.shape[0]
+    return (stored.nbytes - (experts - 1) * stored.stride) // (1 if stored.stride else experts)
 
 
 def _repacking_pays(ggml: Ggml, threads: int, stored: QuantizedMatrix) -> bool:
@@ -71,9 +107,11 @@ def _repacking_pays(ggml: Ggml, threads: int, stored: QuantizedMatrix) -> bool:
     return faster_as_q8_0(ggml, threads, stored.type_name)
 
 
-def _stacked(matrix: Matrix) -> NDArray[np.uint8]:
-    """All experts' bytes at one address; experts that are kept apart in the file are copied."""
+def _stack(matrix: Matrix, shape: tuple[int, int, int]) -> QuantizedMatrix:
+    """All experts as one stack; those that do not lie evenly in the file are copied."""
+    if matrix.spread is not None:
+        return QuantizedMatrix(matrix.spread, matrix.type_name, shape, matrix.stride)
     stacked = matrix.stacked
     if stacked is None:
         stacked = np.concatenate(matrix.experts)
-    return stacked.reshape(-1)
+    return QuantizedMatrix(stacked.reshape(-1), matrix.type_name, shape)

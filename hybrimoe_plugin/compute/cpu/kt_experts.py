@@ -25,7 +25,7 @@ from hybrimoe_plugin.compute.cpu.kt_kernel import (
     quiet_stdout,
     variant_name,
 )
-from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.core import SILU, ExpertSpec
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
 
@@ -47,7 +47,9 @@ _MAX_TOKENS = 1024
 
 
 def refusal(spec: ExpertSpec) -> str | None:
-    """Why the kernels cannot run experts of this shape, None if they can."""
+    """Why the kernels cannot run such experts, None if they can."""
+    if spec.activation != SILU or spec.bias_bytes:
+        return "they compute SwiGLU without biases, and these experts do not"
     if spec.intermediate % INTERMEDIATE_MULTIPLE:
         return (
             f"expert intermediate size {spec.intermediate} is not a multiple of "

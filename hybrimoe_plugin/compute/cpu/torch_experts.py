@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.activation import activate
+from hybrimoe_plugin.core import SILU, Activation
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Gate [I, H], up [I, H] and down [H, I]."""
 
 
-def expert_forward(hidden: torch.Tensor, expert: Expert) -> torch.Tensor:
-    """SwiGLU of one expert: [N, H] -> [N, H]."""
+ExpertBiases = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of gate [I], up [I] and down [H]."""
+
+
+def expert_forward(
+    hidden: torch.Tensor,
+    expert: Expert,
+    activation: Activation = SILU,
+    biases: ExpertBiases | tuple[None, None, None] = (None, None, None),
+) -> torch.Tensor:
+    """One expert: [N, H] -> [N, H]."""
     gate, up, down = expert
-    activated = F.silu(F.linear(hidden, gate))
-    inner = activated * F.linear(hidden, up)
-    return F.linear(inner, down)
+    gate_bias, up_bias, down_bias = biases
+    inner = activate(F.linear(hidden, gate, gate_bias), F.linear(hidden, up, up_bias), activation)
+    return F.linear(inner, down, down_bias)
 
 
 def add_expert(
@@ -26,7 +38,7 @@ def add_expert(
     hidden: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    expert: Expert,
+    forward: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Add one expert's weighted output to the tokens that chose it.
 
@@ -35,13 +47,24 @@ def add_expert(
         hidden: [T, H].
         chosen: [T, K] bool, True where this expert is meant.
         weights: [T, K] routing weights, read at the same places.
+        forward: the expert, [N, H] -> [N, H].
     """
     tokens, places = chosen.nonzero(as_tuple=True)
     if not len(tokens):
         return
     shares = weights[tokens, places, None].to(hidden.dtype)
-    part = expert_forward(hidden[tokens], expert) * shares
+    part = forward(hidden[tokens]) * shares
     output.index_add_(0, tokens, part)
+
+
+def expert_biases(
+    weights: LayerWeights, expert: int, dtype: torch.dtype
+) -> ExpertBiases | tuple[None, None, None]:
+    """What one expert adds to its products; three times None where a layer has no biases."""
+    if weights.biases is None:
+        return None, None, None
+    gate, up = weights.biases.gate_up[expert].to(dtype).chunk(2)
+    return gate, up, weights.biases.down[expert].to(dtype)
 
 
 class TorchExperts:
@@ -72,9 +95,15 @@ class TorchExperts:
         mine: Sequence[int],
     ) -> None:
         output = torch.zeros_like(hidden)
+        weights = self._layers[layer]
         for index in mine:
-            expert = self._expert(layer, index, hidden.dtype)
-            add_expert(output, hidden, topk_ids == index, topk_weights, expert)
+            forward = functools.partial(
+                expert_forward,
+                expert=self._expert(layer, index, hidden.dtype),
+                activation=weights.spec.activation,
+                biases=expert_biases(weights, index, hidden.dtype),
+            )
+            add_expert(output, hidden, topk_ids == index, topk_weights, forward)
         self._output = output
 
     def sync(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hybrimoe_plugin.device.memory import huge_pages, human
@@ -112,8 +113,7 @@ class StagedBytes:
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
         size = 0
         for weights in layers:
-            for matrix in weights.matrices():
-                size = max(size, matrix.experts[0].size)
+            size = max(size, *(part.size for part in weights.stored(0)))
         if not self._ring or self._ring[0].numel() < size:
             self._ring = [
                 torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
@@ -277,8 +277,12 @@ def _blocks(layers: Sequence[LayerWeights]) -> Iterator[Bytes]:
         for matrix in weights.matrices():
             if matrix.stacked is not None:
                 yield matrix.stacked
+            elif matrix.spread is not None:
+                yield matrix.spread
             else:
                 yield from matrix.experts
+        if weights.biases is not None:
+            yield weights.biases.packed.reshape(-1).view(np.uint8)
 
 
 def _page_span(block: Bytes) -> tuple[int, int]:

@@ -63,9 +63,8 @@ class Transfer(NamedTuple):
 
     @property
     def parts(self) -> tuple[tuple[Part, Bytes], ...]:
-        """Gate, up and down: where each goes in the slot, and its stored bytes."""
-        stored = (matrix.experts[self.expert] for matrix in self.weights.matrices())
-        return tuple(zip(self.layout, stored, strict=True))
+        """Gate, up, down and biases: where each goes in the slot, and its stored bytes."""
+        return tuple(zip(self.layout.parts, self.weights.stored(self.expert), strict=True))
 
 
 class SlotTransfers:
@@ -251,10 +250,10 @@ class SlotTransfers:
         if slot in self._last_use:
             older.append(DoneWork((self._last_use.pop(slot),)))
         ordered: set[str] = set()
-        gate, up, down = transfer.parts
+        gate, up, down, *biases = transfer.parts
         write = self._writer.write
         self._gate_up[slot] = self._executor.submit(
-            lambda: write(slot, queue, (gate, up), older, ordered)
+            lambda: write(slot, queue, (gate, up, *biases), older, ordered)
         )
         self._down[slot] = self._executor.submit(
             lambda: write(slot, queue, (down,), older, ordered)

@@ -55,7 +55,7 @@ class WatchedKernels(TorchKernels):
         """The same call with blocks as GGML has them."""
         buffer = call.buffer.clone()
         for slot in call.slots:
-            for part in call.layout:
+            for part in call.layout.parts:
                 if part.planar:
                     span = slice(part.offset, part.offset + part.size)
                     buffer[slot, span] = from_planes(call.buffer[slot, span], part.type_name)

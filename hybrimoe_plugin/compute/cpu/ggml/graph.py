@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.compute.cpu.ggml.binding import F32, I32, GgmlBinding
 from hybrimoe_plugin.compute.cpu.ggml.execution import Execution
@@ -98,10 +98,11 @@ class Graph:
         """
         check_stored(stored)
         kind = int(GGMLQuantizationType[stored.type_name])
-        pointer = self._new_tensor(kind, stored.shape)
+        shape = stored.shape
+        pointer = self._strided(kind, stored) if stored.stride else self._new_tensor(kind, shape)
         self._set_data(pointer, stored.data.ctypes.data)
         self._referenced.append(stored)
-        return GraphTensor(pointer, stored.shape, None, stored.type_name)
+        return GraphTensor(pointer, shape, None, stored.type_name)
 
     def wrap(self, memory: torch.Tensor) -> GraphTensor:
         """A tensor in the caller's memory, float32 and contiguous.
@@ -112,6 +113,12 @@ class Graph:
         assert memory.is_contiguous() and memory.device.type == "cpu"
         shape = tuple(memory.shape)
         return self._result(self._new_tensor(F32, shape), shape, memory)
+
+    def wrap_ids(self, memory: torch.Tensor) -> GraphTensor:
+        """The same for ids [..., K] int32."""
+        assert memory.dtype == torch.int32 and memory.is_contiguous()
+        shape = tuple(memory.shape)
+        return self._result(self._new_tensor(I32, shape), shape, memory)
 
     def constant(self, values: torch.Tensor) -> GraphTensor:
         """One of the model's own vectors [M] as [1, M] float32; not copied if it is float32."""
@@ -317,6 +324,16 @@ class Graph:
 
     def _new_tensor(self, kind: int, shape: tuple[int, ...]) -> int:
         return self._binding.new_tensor(self._context, kind, shape)
+
+    def _strided(self, kind: int, stored: QuantizedMatrix) -> int:
+        """A stack [E, N, M] whose matrices lie apart, as a view of one with more rows."""
+        experts, rows, columns = stored.shape
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        row_bytes = columns // block * block_bytes
+        whole = self._new_tensor(kind, (experts, stored.stride // row_bytes, columns))
+        self._set_data(whole, stored.data.ctypes.data)
+        sizes = (columns, rows, experts)
+        return int(self._binding.view(self._context, whole, *sizes, row_bytes, stored.stride, 0))
 
     def _result(
         self, pointer: int, shape: tuple[int, ...], memory: torch.Tensor | None = None

@@ -95,11 +95,27 @@ def check_stored(stored: QuantizedMatrix) -> None:
     if columns % block:
         raise BackendError(f"{name}: a row of {columns} values is not a multiple of {block}")
     wanted = int(np.prod(stored.shape)) // block * block_bytes
+    if stored.stride:
+        wanted = _strided_bytes(stored, columns // block * block_bytes)
     if stored.data.size != wanted or not stored.data.flags.c_contiguous:
         raise BackendError(
             f"a matrix {stored.shape} in {name} needs {wanted} contiguous bytes, found "
             f"{stored.data.size}"
         )
+
+
+def _strided_bytes(stored: QuantizedMatrix, row_bytes: int) -> int:
+    """Bytes from the first matrix of a stack to the end of the last one.
+
+    Raises:
+        BackendError: matrices that overlap, or do not begin at whole rows.
+    """
+    experts, rows, _ = stored.shape
+    if stored.stride % row_bytes or stored.stride < rows * row_bytes:
+        raise BackendError(
+            f"matrices of {rows} rows of {row_bytes} bytes cannot be {stored.stride} bytes apart"
+        )
+    return (experts - 1) * stored.stride + rows * row_bytes
 
 
 def norm_epsilon_fits(eps: float) -> bool:

@@ -48,7 +48,7 @@ class Kernels(Protocol):
         ...
 
     def gate_up(self, call: SlotCall) -> Any:
-        """silu(gate x) * (up x) of every routed pair that has a slot, in a form for `down`."""
+        """What `layout.activation` makes of gate x and up x, for each routed pair with a slot."""
         ...
 
     def down(self, call: SlotCall, activations: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybrimoe_plugin.compute.gpu.kernels.epilogue import activated, biases
 from hybrimoe_plugin.compute.gpu.kernels.formats import (
     codes,
     half_scales,
@@ -112,6 +113,11 @@ def gate_up_decode(
     INNER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
+    BIASES: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_SHIFT: tl.constexpr,
 ):
     """activations[pair, INNER] float32 of routed pairs with a slot; grid (row blocks, T * K)."""
     pair = tl.program_id(1)
@@ -130,7 +136,11 @@ def gate_up_decode(
             up += unit_dots(UP, matrices + up_offset, vectors, rows, unit, live, INNER, HIDDEN)
         gate_sum = tl.sum(gate, axis=1)
         up_sum = tl.sum(up, axis=1)
-        value = gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum
+        if BIASES >= 0:
+            own = slots + slot.to(tl.int64) * slot_bytes
+            gate_sum += biases(own, 0, rows, BIASES, INNER)
+            up_sum += biases(own, INNER, rows, BIASES, INNER)
+        value = activated(gate_sum, up_sum, KIND, ALPHA, LIMIT, UP_SHIFT)
         tl.store(activations + pair * INNER + rows, value, rows < INNER)
 
 
@@ -150,6 +160,7 @@ def down_decode(
     INNER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
+    BIASES: tl.constexpr,
 ):
     """output[T, HIDDEN]; grid (row blocks, T).
 
@@ -173,4 +184,11 @@ def down_decode(
         live = (slot >= 0) & (unit * 64 < INNER)
         dots = unit_dots(DOWN, matrices, vectors, rows, unit, live, HIDDEN, INNER)
         total += weight[None, :] * dots
+    if BIASES >= 0:
+        # One unit of each expert adds its biases: their sum comes below.
+        own = slots + slot.to(tl.int64) * slot_bytes
+        first = (slot >= 0) & (units == 0)
+        base = (own[None, :] + BIASES).to(tl.pointer_type(tl.float32), bitcast=True)
+        mask = (rows[:, None] < HIDDEN) & first[None, :]
+        total += weight[None, :] * tl.load(base + 2 * INNER + rows[:, None], mask, 0.0)
     tl.store(output + token * HIDDEN + rows, tl.sum(total, axis=1), rows < HIDDEN)

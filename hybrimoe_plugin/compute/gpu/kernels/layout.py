@@ -5,6 +5,9 @@ A slot holds one expert's three matrices, each at a multiple of 256 bytes:
     byte 0                    up.offset                 down.offset               layout.size
     | gate [I, H]      | free | up [I, H]        | free | down [H, I]      | free |
 
+Where experts have biases, they follow as one matrix of one row: gate's I, up's I and down's H
+values in float32.
+
 GGML keeps each block's codes and scales together. Blocks of 144 or 176 bytes (Q4_K, Q5_K) have
 16-byte aligned codes, so they stay as they are. Blocks of 18, 34 or 210 bytes (Q4_0, Q8_0, Q6_K)
 would make every load unaligned. So these are kept in *planes*, one for each field over all blocks
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.core import SILU, Activation, ExpertSpec
 
 ALIGNMENT = 256
 """Of every matrix in a slot and of the slots themselves."""
@@ -60,21 +63,30 @@ class Part(NamedTuple):
 
 
 class SlotLayout(NamedTuple):
-    """Gate, up and down of one expert in a slot."""
+    """Gate, up and down of one expert in a slot, its biases and its activation."""
 
     gate: Part
     up: Part
     down: Part
+    biases: Part | None = None
+    activation: Activation = SILU
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What crosses the link, in the order of `LayerWeights.stored`."""
+        matrices = (self.gate, self.up, self.down)
+        return matrices if self.biases is None else (*matrices, self.biases)
 
     @property
     def size(self) -> int:
         """Bytes of the slot."""
-        return _aligned(self.down.offset + self.down.size)
+        last = self.parts[-1]
+        return _aligned(last.offset + last.size)
 
     @property
     def largest_planar(self) -> int:
         """Bytes of the largest matrix that is kept in planes; 0 where none is."""
-        return max(part.size if part.planar else 0 for part in self)
+        return max(part.size if part.planar else 0 for part in self.parts)
 
 
 def slot_layout(spec: ExpertSpec, planar: bool) -> SlotLayout:
@@ -97,7 +109,12 @@ def slot_layout(spec: ExpertSpec, planar: bool) -> SlotLayout:
         in_planes = planar and type_name in PLANES
         parts.append(Part(type_name, rows, columns, offset, size, in_planes))
         offset = _aligned(offset + size)
-    return SlotLayout(*parts)
+    gate, up, down = parts
+    biases = None
+    if spec.bias_bytes:
+        width = 2 * spec.intermediate + spec.hidden
+        biases = Part("F32", 1, width, offset, spec.bias_bytes, False)
+    return SlotLayout(gate, up, down, biases, spec.activation)
 
 
 def to_planes(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.uint8]:

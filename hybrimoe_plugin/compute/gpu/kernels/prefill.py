@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybrimoe_plugin.compute.gpu.kernels.epilogue import activated, biases
 from hybrimoe_plugin.compute.gpu.kernels.formats import (
     codes,
     half_scales,
@@ -101,6 +102,11 @@ def gate_up_prefill(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
+    BIASES: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_SHIFT: tl.constexpr,
 ):
     """activations[place, INNER] in sorted order; grid (row blocks, tiles).
 
@@ -123,7 +129,10 @@ def gate_up_prefill(
             gate = add_unit(gate, GATE, base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
             up_base = base + up_offset
             up = add_unit(up, UP, up_base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
-        value = gate / (1.0 + tl.exp(-gate)) * up
+        if BIASES >= 0:
+            gate += biases(base, 0, rows, BIASES, INNER)[None, :]
+            up += biases(base, INNER, rows, BIASES, INNER)[None, :]
+        value = activated(gate, up, KIND, ALPHA, LIMIT, UP_SHIFT)
         target = activations + places[:, None] * INNER + rows[None, :]
         rounded = value.to(activations.dtype.element_ty)
         tl.store(target, rounded, states_mask & (rows[None, :] < INNER))
@@ -147,6 +156,7 @@ def down_prefill(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
+    BIASES: tl.constexpr,
 ):
     """parts[pair, HIDDEN], each with its routing weight applied; grid (row blocks, tiles).
 
@@ -164,6 +174,9 @@ def down_prefill(
         total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         for unit in range((INNER + 63) // 64):
             total = add_unit(total, DOWN, base, rows, unit, states, states_mask, HIDDEN, INNER, DOT)
+        if BIASES >= 0:
+            own = slots + slot.to(tl.int64) * slot_bytes
+            total += biases(own, 2 * INNER, rows, BIASES, HIDDEN)[None, :]
         pair = tl.load(order + places, places_mask, 0)
         share = tl.load(weights + pair, places_mask, 0.0).to(tl.float32)
         total *= share[:, None]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.activation import activate
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
 from hybrimoe_plugin.core import ExpertSpec
@@ -60,9 +61,10 @@ class TorchKernels:
             if rows is not None and not len(rows):
                 continue
             hidden = call.hidden if rows is None else call.hidden[rows]
-            gate = F.linear(hidden, _matrix(call, call.layout.gate, slot))
-            up = F.linear(hidden, _matrix(call, call.layout.up, slot))
-            activations = F.silu(gate) * up
+            gate_bias, up_bias, _ = _biases(call, slot)
+            gate = F.linear(hidden, _matrix(call, call.layout.gate, slot), gate_bias)
+            up = F.linear(hidden, _matrix(call, call.layout.up, slot), up_bias)
+            activations = activate(gate, up, call.layout.activation)
             found.append(_Activated(slot, rows, weights, activations))
         return found
 
@@ -70,7 +72,8 @@ class TorchKernels:
         output = torch.zeros_like(call.hidden)
         for item in activations:
             matrix = _matrix(call, call.layout.down, item.slot)
-            part = F.linear(item.activations, matrix) * item.weights
+            _, _, bias = _biases(call, item.slot)
+            part = F.linear(item.activations, matrix, bias) * item.weights
             if item.rows is None:
                 output += part
             else:
@@ -87,6 +90,19 @@ def _chosen(call: SlotCall, slot: int) -> tuple[torch.Tensor | None, torch.Tenso
         return None, weights
     (rows,) = chosen.any(dim=1).nonzero(as_tuple=True)
     return rows, weights[rows]
+
+
+def _biases(
+    call: SlotCall, slot: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[None, None, None]:
+    """(gate [I], up [I], down [H]) of hidden's dtype; three times None where there are none."""
+    layout = call.layout
+    if layout.biases is None:
+        return None, None, None
+    values = call.buffer[slot, layout.biases.span].view(torch.float32).to(call.hidden.dtype)
+    inner = layout.gate.rows
+    gate, up, down = values.split((inner, inner, layout.down.rows))
+    return gate, up, down
 
 
 def _matrix(call: SlotCall, part: Part, slot: int) -> torch.Tensor:

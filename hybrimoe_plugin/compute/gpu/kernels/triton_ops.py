@@ -13,6 +13,7 @@ import triton
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_decode
+from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
 from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.layout import (
     BLOCK_BYTES,
@@ -167,6 +168,7 @@ class TritonKernels:
             inner,
             blocks.gate_rows,
             blocks.gate_units,
+            *Epilogue.of(layout),
             num_warps=blocks.decode_warps,
         )
         return activations
@@ -195,6 +197,7 @@ class TritonKernels:
             layout.down.columns,
             blocks.down_rows,
             blocks.down_units,
+            Epilogue.of(layout).bias_offset,
             num_warps=blocks.down_warps,
         )
         return output
@@ -224,6 +227,7 @@ class TritonKernels:
             tiles.tokens,
             blocks.rows,
             dot_type(hidden.dtype, self._interpreted),
+            *Epilogue.of(layout),
             num_warps=blocks.prefill_warps,
         )
         return activations, tiles
@@ -254,6 +258,7 @@ class TritonKernels:
             tiles.tokens,
             blocks.rows,
             dot_type(hidden.dtype, self._interpreted),
+            Epilogue.of(layout).bias_offset,
             num_warps=blocks.prefill_warps,
         )
         return parts.view(tokens, -1, width).sum(dim=1)

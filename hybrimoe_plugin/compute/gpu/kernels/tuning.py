@@ -155,6 +155,6 @@ def _blocks(sizes: Any) -> Blocks:
 
 def _key(layout: SlotLayout, top_k: int) -> str:
     """Name of a shape in the file."""
-    parts = [f"{part.type_name} {part.rows}x{part.columns}" for part in layout]
+    parts = [f"{part.type_name} {part.rows}x{part.columns}" for part in layout.parts]
     parts.append(f"top {top_k}")
     return ", ".join(parts)

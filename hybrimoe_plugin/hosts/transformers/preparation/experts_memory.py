@@ -152,7 +152,7 @@ def _copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> 
 def _apart_bytes(weights: LayerWeights) -> int:
     found = 0
     for matrix in weights.matrices():
-        if matrix.stacked is None:
+        if matrix.stacked is None and matrix.spread is None:
             found += sum(part.size for part in matrix.experts)
     return found
 

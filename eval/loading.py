@@ -1,0 +1,166 @@
+"""How long does loading a large file take, and how much memory?
+
+The files are synthetic: the shape of Qwen3-30B-A3B in Q4_K, in which every weight is zero. They are
+written as holes, so that they take no room on the disk, but reading them takes memory as usual. One
+has the experts of a layer in one tensor, as files have today, the other gives each expert tensors
+of its own, which makes tens of thousands.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from tqdm.auto import tqdm
+
+from eval.models import synthetic
+from eval.reporting import report
+from eval.reporting.quantiles import percentiles
+
+MODEL = "qwen3-30b-a3b"
+LAYOUTS = {"stacked": True, "one tensor per expert": False}
+_GIB = 1 << 30
+_BYTES = np.dtype(np.uint8)
+_CHILD = "--child"
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run it; gives the contents of the JSON line."""
+    parser = report.parser(__doc__ or "")
+    parser.add_argument("--layers", type=int, help="layers of the file (default 32; quick: 4)")
+    parser.add_argument("--repetitions", type=int, help="loads of each file (default 5; quick: 1)")
+    args = parser.parse_args(arguments)
+    layers = args.layers or (4 if args.quick else 32)
+    repetitions = args.repetitions or (1 if args.quick else 5)
+    facts = report.facts()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for layout, stacked in LAYOUTS.items():
+            path = Path(folder) / "model.gguf"
+            tensors = write_zeros(path, layers, stacked)
+            found = [load(path) for _ in tqdm(range(repetitions), desc=layout, disable=None)]
+            rows.append({**row(layout, tensors, path, found), **facts})
+    report.show("Loading a large file", rows)
+    report.save_csv(args.out / "loading.csv", rows)
+    worst = max(rows, key=lambda item: item["seconds_p50"])
+    result = {
+        "model": MODEL,
+        "gib": worst["gib"],
+        "tensors": max(item["tensors"] for item in rows),
+        "seconds_p50": worst["seconds_p50"],
+        "anonymous_mib": max(item["anonymous_mib"] for item in rows),
+        "predicted_mib": worst["predicted_mib"],
+    }
+    report.finish(result)
+    return result
+
+
+def row(layout: str, tensors: int, path: Path, found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """One file's line of the table."""
+    low, middle, high = percentiles([item["seconds"] for item in found])
+    return {
+        "layout": layout,
+        "tensors": tensors,
+        "gib": path.stat().st_size / _GIB,
+        "seconds_p20": low,
+        "seconds_p50": middle,
+        "seconds_p80": high,
+        "repetitions": len(found),
+        "anonymous_mib": max(item["anonymous_mib"] for item in found),
+        "predicted_mib": found[0]["predicted_mib"],
+    }
+
+
+def write_zeros(path: Path, layers: int, stacked: bool) -> int:
+    """Write the file as holes behind its header; gives the number of its tensors."""
+    from hybrimoe_plugin.families.gguf_metadata import metadata
+    from hybrimoe_plugin.families.registry import family_of
+    from hybrimoe_plugin.hosts.transformers.gguf_export import add_value, tensors
+    from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
+
+    made = synthetic.config(MODEL, layers)
+    family = family_of(made.model_type)
+    writer = GGUFWriter(str(path), family.architectures[0])
+    for key, value in metadata(made, family).items():
+        add_value(writer, key, value)
+    writer.add_tokenizer_model("none")
+    shown = tensors(meta_model(made), family, stacked=stacked)
+    total = 0
+    for name, value in shown.items():
+        shape = tuple(value.shape)
+        kind = GGMLQuantizationType[_kind(name, shape)]
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        size = value.numel() // block * block_bytes
+        if kind == GGMLQuantizationType.F32:
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
+        else:
+            stored = (*shape[:-1], shape[-1] // block * block_bytes)
+            writer.add_tensor_info(name, stored, _BYTES, size, raw_dtype=kind)
+        total += -(-size // writer.data_alignment) * writer.data_alignment
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = -(-path.stat().st_size // writer.data_alignment) * writer.data_alignment
+    with path.open("r+b") as file:
+        file.truncate(header + total)
+    return len(shown)
+
+
+def load(path: Path) -> dict[str, float]:
+    """Load the file in a process of its own, and give what that took."""
+    command = [sys.executable, "-m", "eval.loading", _CHILD, str(path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=report.ROOT)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(path: str) -> None:
+    """Load a file, and print seconds, anonymous memory and its prediction as JSON."""
+    import time
+
+    from hybrimoe_plugin import load_model
+
+    load_model  # noqa: B018 - imports are not part of loading
+    before = _anonymous_mib()
+    started = time.monotonic()
+    model, _ = load_model(None, path, progress=False)
+    seconds = time.monotonic() - started
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "anonymous_mib": _anonymous_mib() - before,
+                "predicted_mib": dense / (1 << 20),
+            }
+        )
+    )
+    model.hybrimoe.close()
+
+
+def _anonymous_mib() -> float:
+    """Memory of this process that is no file's pages."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _kind(name: str, shape: tuple[int, ...]) -> str:
+    return "F32" if len(shape) == 1 or "ffn_gate_inp" in name else "Q4_K"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [_CHILD]:
+        child(sys.argv[2])
+    else:
+        main()
