@@ -176,6 +176,10 @@ class _TraceRouter:
     def scores(self) -> torch.Tensor | None:
         return None
 
+    @property
+    def predicts(self) -> bool:
+        return True
+
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.predicted is not None
         return self.predicted

@@ -30,9 +30,9 @@ class Shape(NamedTuple):
     def spec(self) -> ExpertSpec:
         """The product's own description of these experts."""
         values = self.hidden * self.intermediate
-        sizes = [stored_bytes(kind, values) for kind in self.kinds]
+        gate, up, down = (stored_bytes(kind, values) for kind in self.kinds)
         return ExpertSpec(
-            self.hidden, self.intermediate, self.experts, self.top_k, *self.kinds, *sizes
+            self.hidden, self.intermediate, self.experts, self.top_k, *self.kinds, gate, up, down
         )
 
 

@@ -10,6 +10,7 @@ once, or before the next call: no task is left running and no slot claims what i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -92,9 +93,13 @@ class Engine:
         return self._whole_calls and self.recorder is None and self.timeline is None
 
     def later_routers(self, layer: int) -> list[Router]:
-        """The routers whose choices are predicted at this layer, nearest first."""
+        """The routers whose choices are predicted at this layer, nearest first.
+
+        They end before the first one that cannot be asked.
+        """
         first = layer + 1
-        return self.routers[first : first + self.look_ahead]
+        ahead = self.routers[first : first + self.look_ahead]
+        return list(itertools.takewhile(lambda router: router.predicts, ahead))
 
     def run(
         self,

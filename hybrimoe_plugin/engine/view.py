@@ -21,6 +21,11 @@ class Router(Protocol):
         """[T, E] float32 scores of the running call; None where the router does not show them."""
         ...
 
+    @property
+    def predicts(self) -> bool:
+        """Whether `predict` can be asked now."""
+        ...
+
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, K] int64 ids that this router would choose for an earlier layer's hidden [T, H]."""
         ...

@@ -20,7 +20,7 @@ from hybrimoe_plugin.engine.turns import Turns
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.operators.dense import DenseOperator, shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.operators.routers import NAMES, GateRouter, router_beside
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.policy.profile import MachineProfile
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
@@ -297,9 +297,9 @@ def _loaded(operator: HybriMoEExperts) -> LayerWeights:
 
 
 def _gate_beside(model: nn.Module, operator: HybriMoEExperts) -> Router:
-    """The `gate` of the MoE block that holds the operator, as in transformers 5.x."""
+    """The router of the block that holds the operator, as in transformers 5.x."""
     parent = model.get_submodule(operator.key.rpartition(".")[0])
-    gate = getattr(parent, "gate", None)
-    if not isinstance(gate, nn.Module):
-        raise BackendError(f"{operator.key}: no router named `gate` beside it")
+    gate = router_beside(parent)
+    if gate is None:
+        raise BackendError(f"{operator.key}: no router named {' or '.join(NAMES)} beside it")
     return GateRouter(gate)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
+from typing import Any
 
 import torch
 from torch import nn
+
+from hybrimoe_plugin.errors import BackendError
 
 WAITING = 8
 """Most calls of a gate that wait for their experts' call.
@@ -14,14 +18,29 @@ Hooks do not nest deeper, and of a gate that is called alone no more logits are 
 """
 
 
+NAMES = ("router", "gate")
+"""What transformers' families call the router. Where a block has both, `gate` is the linear layer
+whose logits the router takes.
+"""
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+"""Names of what is added to scores for the choice alone: of the gate's own or of its part's."""
+
+
+def router_beside(parent: nn.Module) -> nn.Module | None:
+    """The router in a module that holds routed experts; None where there is none."""
+    found = (getattr(parent, name, None) for name in NAMES)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
 class GateRouter:
     """The router of a transformers 5.x MoE block.
 
-    Its gate is called as `gate(hidden) -> (logits [T, E], weights [T, K], ids [T, K])`. A forward
-    hook keeps the logits of each call until its experts are called; `detach` removes the hook.
+    Its gate is called as `gate(hidden, ...) -> (scores [T, E], weights [T, K], ids [T, K], ...)`,
+    where scores are logits in most families. A forward hook keeps the scores of each call until its
+    experts are called; `detach` removes the hook.
 
     Between gate and experts a foreign hook may call the model again. Experts take the newest
-    logits, so nested calls are matched from the inside out:
+    scores, so nested calls are matched from the inside out:
 
         gate(outer) -> [outer]; hook: gate(inner) -> [outer, inner]
                                       experts(inner) takes inner
@@ -33,9 +52,20 @@ class GateRouter:
         self._kept: deque[torch.Tensor] = deque(maxlen=WAITING)
         self._logits: torch.Tensor | None = None
         """Those of the experts' call that has taken them."""
+        self._more: tuple[Any, ...] = ()
+        """What the last call was given beside hidden states."""
+        self._needs_more = _arguments(gate) > 1
+        self._corrected_by = _own_correction(gate)
+        self._are_probabilities: bool | None = None
+        """Whether the gate gives probabilities instead of logits; None until it was called."""
         self._hook = gate.register_forward_hook(self._keep)
 
-    def _keep(self, _module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
+    def _keep(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, tuple) or output[0].ndim < 2:
+            raise BackendError(
+                f"{type(self.gate).__name__}: a router must give scores, weights and ids"
+            )
+        self._more = args[1:]
         self._kept.append(output[0])
 
     def take(self, tokens: int) -> None:
@@ -62,19 +92,35 @@ class GateRouter:
                 return None
             logits = self._kept.pop()
         logits = logits.detach().float().reshape(-1, logits.shape[-1])
-        correction = getattr(self.gate, "e_score_correction_bias", None)
+        if self._are_probabilities is None:
+            self._are_probabilities = _sum_to_one(logits)
+        if self._are_probabilities:
+            return logits
+        correction = self._correction()
         if correction is not None:
             return logits.sigmoid() + correction
         return logits.softmax(dim=-1)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether `predict` can be asked now.
+
+        A router that takes more than hidden states can if the rest was the same for all tokens when
+        it was last called. What differs by token, such as its id, is not known ahead.
+        """
+        if not self._needs_more:
+            return True
+        return bool(self._more) and all(map(_is_constant, self._more))
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Ids [T, K] that this router gives for hidden states [T, H] (paper section 4.3).
 
         Hooks are not called: for what observes the router, such as transformers'
-        `output_router_logits`, this is not a call of the model.
+        `output_router_logits`, this is not a call of the model. Needs `predicts`.
         """
-        ids: torch.Tensor = self.gate.forward(hidden)[2]
+        more = self._more if self._needs_more else ()
+        ids: torch.Tensor = self.gate.forward(hidden, *more)[2]
         return ids
 
     def recover(self) -> None:
@@ -85,3 +131,39 @@ class GateRouter:
     def detach(self) -> None:
         self._hook.remove()
         self.recover()
+
+    def _correction(self) -> torch.Tensor | None:
+        """What is added to scores for the choice, [E]: the gate's own, or handed to its call."""
+        if self._corrected_by is not None:
+            module, name = self._corrected_by
+            found: torch.Tensor = getattr(module, name)
+            return found.flatten()
+        return next((item for item in self._more if _is_constant(item)), None)
+
+
+def _own_correction(gate: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module and the name under which a gate keeps its correction; None where it has none."""
+    for module in gate.modules():
+        for name in _CORRECTIONS:
+            if isinstance(getattr(module, name, None), torch.Tensor):
+                return module, name
+    return None
+
+
+def _arguments(gate: nn.Module) -> int:
+    """Positional arguments that a gate's call needs."""
+    parameters = inspect.signature(gate.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [item for item in parameters if item.kind in kinds and item.default is item.empty]
+    return len(needed)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether an argument is one number for each expert, which no token changes."""
+    return isinstance(value, torch.Tensor) and value.ndim == 1 and value.is_floating_point()
+
+
+def _sum_to_one(rows: torch.Tensor) -> bool:
+    """Whether rows [T, E] are probabilities."""
+    sums = rows.sum(dim=-1)
+    return bool((rows >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3))

@@ -6,14 +6,16 @@ They live on flash; the promising ones are cached in DRAM.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from hybrimoe_plugin.compute.activation import activate
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError, FlashError
+from hybrimoe_plugin.operators.expert_form import read_form
 from hybrimoe_plugin.operators.experts import layer_of
 from hybrimoe_plugin.operators.routers import GateRouter
 from lever_ext.flash.experts import FlashExpertCache, Predict
@@ -30,13 +32,13 @@ class FlashExperts(nn.Module):
         key: qualified module name, e.g. `model.layers.3.mlp.experts`.
         gguf_loader: the open flash pack.
         config: the model's configuration.
-        orig_module: the module that this one replaces; its activation is used.
+        orig_module: the module that this one replaces; its form is taken over.
         prefill_device, generate_device: cpu or auto.
 
     Raises:
         ConfigError: a device other than the CPU, or the name of the module holds no layer's number.
         FlashError: `gguf_loader` is no flash pack.
-        BackendError: the original's experts are not gate, up and down with one activation.
+        BackendError: the original's experts compute something else, or lie in another way.
     """
 
     def __init__(
@@ -55,14 +57,19 @@ class FlashExperts(nn.Module):
         )
         check_is_pack(key, gguf_loader)
         stacked = dict(orig_module.named_parameters())
-        if stacked.keys() != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "act_fn"):
+        if stacked.keys() != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "has_gate"):
             raise BackendError(
                 f"{key}: experts with parameters {sorted(stacked)} are not supported on flash"
             )
         self.key = key
         self.pack = gguf_loader
         self.config = config
-        self.activation = cast(Callable[[torch.Tensor], torch.Tensor], orig_module.act_fn)
+        if orig_module.is_transposed or not orig_module.is_concatenated:
+            raise BackendError(
+                f"{key}: experts of {type(orig_module).__name__} are not supported on flash: their "
+                "matrices are transposed, or gate and up interleaved"
+            )
+        self.activation = read_form(key, orig_module).activation
         self.shapes = {
             f"{key}.{name}": tuple(parameter.shape[1:]) for name, parameter in stacked.items()
         }
@@ -178,12 +185,13 @@ class FlashExperts(nn.Module):
         """One expert's result [T, H] for hidden states [T, H], not yet weighted."""
         gate_up = linear(hidden, tensors[f"{self.key}.gate_up_proj"])
         gate, up = gate_up.chunk(2, dim=-1)
-        return linear(self.activation(gate) * up, tensors[f"{self.key}.down_proj"])
+        inner = activate(gate, up, self.activation)
+        return linear(inner, tensors[f"{self.key}.down_proj"])
 
     def _prediction(self, hidden: torch.Tensor) -> Predict | None:
         """What the next MoE layer's router says about hidden states [T, H], when it is asked."""
         router = self._next_router
-        if router is None:
+        if router is None or not router.predicts:
             return None
 
         def predict() -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybrimoe_plugin.errors import FlashError
 from hybrimoe_plugin.injection.inject import Injection
-from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.operators.routers import GateRouter, router_beside
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack
 from lever_ext.operators.experts import FlashExperts
@@ -64,7 +64,7 @@ def _routers(model: Any, operators: Sequence[FlashExperts]) -> list[GateRouter |
     found: list[GateRouter | None] = []
     for operator in operators:
         layer = model.get_submodule(operator.key.rpartition(".")[0])
-        gate = getattr(layer, "gate", None)
+        gate = router_beside(layer)
         found.append(None if gate is None else GateRouter(gate))
     return found
 

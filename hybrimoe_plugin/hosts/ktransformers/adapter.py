@@ -139,6 +139,7 @@ class ClassicRouter(GateRouter):
 
     def __init__(self, gate: nn.Module, top_k: int) -> None:
         super().__init__(gate)
+        self._needs_more = False
         self._top_k = top_k
 
     def _keep(self, _module: nn.Module, args: Any, output: Any) -> None:

@@ -42,6 +42,10 @@ class FixedRouter:
     def scores(self) -> torch.Tensor | None:
         return self._scores
 
+    @property
+    def predicts(self) -> bool:
+        return True
+
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         return (hidden @ self.gate.T).topk(self.top_k).indices
 
