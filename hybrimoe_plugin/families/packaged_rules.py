@@ -15,6 +15,9 @@ from hybrimoe_plugin.injection.rules import Rules
 _OTHER_HOSTS = ("ktransformers", "lever")
 """Folders of files for classic kTransformers, and for models on flash."""
 
+ANY = "Any-MoE.yaml"
+"""Rules for families that have none of their own."""
+
 _MODEL_CLASS = re.compile(r"^transformers\.models\.(\w+)\.")
 
 
@@ -81,7 +84,11 @@ def other_family(rules: Rules, model_type: str) -> str:
 
 
 def engine_rules(model_type: str) -> Path:
-    """Routed experts on CPU and accelerator. Raises: RulesError: none for this model type."""
+    """Routed experts on CPU and accelerator: the family's own rules, else those for any.
+
+    Raises:
+        RulesError: a dense model.
+    """
     offered = {family.model_type: family.rules.engine for family in families()}
     if any(family.is_dense for family in families() if family.model_type == model_type):
         raise RulesError(
@@ -89,7 +96,7 @@ def engine_rules(model_type: str) -> Path:
             "experts to schedule. Use llama.cpp where it fits into memory; where it does not, make "
             "a target on flash of it with hybrimoe flash_pack"
         )
-    return _one_of(offered, model_type, f"model type {model_type!r}")
+    return packaged() / (offered.get(model_type) or ANY)
 
 
 def flash_rules(model_type: str) -> Path:

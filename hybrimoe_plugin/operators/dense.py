@@ -35,6 +35,8 @@ class DenseOperator(nn.Module):
 
     is_dense = True
     """With `dense: plain` the model keeps its own modules where rules name such an operator."""
+    plain_class: type[nn.Module] | None = None
+    """The class that it computes the same as. Others, also ones made from it, keep their module."""
     keeps_latents = False
     """Whether it is attention whose cache holds latents in place of keys and values."""
     uses: tuple[str, ...] = ("dense",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.cpu.ggml import check_stored
@@ -22,6 +23,8 @@ class QuantizedEmbedding(DenseOperator):
 
     A plain embedding where the settings ask for it, or where the table lies elsewhere.
     """
+
+    plain_class = nn.Embedding
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,20 +20,11 @@ from torch import nn
 from hybrimoe_plugin.compute.activation import activate
 from hybrimoe_plugin.core import ACTIVATIONS, Activation
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.weights.expert_form import ExpertForm
 
 _LIMITS = ("limit", "swiglu_limit")
 _ALPHAS = ("alpha", "swiglu_alpha")
 """Names of the clamp's bound and of the factor inside the sigmoid, where a module has them."""
-
-
-class ExpertForm(NamedTuple):
-    """One layer's routed experts."""
-
-    experts: int
-    hidden: int
-    intermediate: int
-    activation: Activation
-    has_biases: bool
 
 
 def has_form(module: nn.Module | None) -> bool:
@@ -63,7 +54,13 @@ def read_form(key: str, module: nn.Module) -> ExpertForm:
     if packed != (experts, 2 * intermediate, hidden):
         raise _refused(key, name, f"gate_up_proj is {packed} beside a down_proj of {down}")
     return ExpertForm(
-        experts, hidden, intermediate, _activation(key, module), bool(module.has_bias)
+        experts,
+        hidden,
+        intermediate,
+        _activation(key, module),
+        bool(module.has_bias),
+        bool(module.is_transposed),
+        not module.is_concatenated,
     )
 
 

@@ -14,19 +14,15 @@ from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.core import SILU
 from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.engine.assemble import Devices
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.operators.expert_form import ExpertForm, has_form, read_form
+from hybrimoe_plugin.operators.expert_form import has_form, read_form
 from hybrimoe_plugin.operators.routers import GateRouter
+from hybrimoe_plugin.weights.expert_form import ExpertForm
+from hybrimoe_plugin.weights.find_experts import find_experts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
-from hybrimoe_plugin.weights.layer_weights import (
-    LayerWeights,
-    chosen_experts,
-    expert_counts,
-    layer_weights,
-)
+from hybrimoe_plugin.weights.layer_weights import LayerWeights, expert_counts
 
 DENSE_SETTINGS = ("dense", "graphs", "attention")
 """Settings of operators other than experts."""
@@ -142,16 +138,7 @@ class HybriMoEExperts(nn.Module):
             ConfigError: the config describes no routed experts.
         """
         form = self._form or _plain_form(self.config)
-        return layer_weights(
-            self.store,
-            self.layer_index,
-            experts=form.experts,
-            hidden=form.hidden,
-            intermediate=form.intermediate,
-            top_k=chosen_experts(self.config),
-            activation=form.activation,
-            has_biases=form.has_biases,
-        )
+        return find_experts(self.store, self.config, self.key, self.layer_index, form)
 
     def bind(self, engine: Engine, position: int) -> None:
         """Connect to the engine, in which this layer is the MoE layer at the given position."""
@@ -231,7 +218,7 @@ class HybriMoEExperts(nn.Module):
 def _plain_form(config: Any) -> ExpertForm:
     """Experts as the config has them, without a module to look at. Raises: ConfigError: none."""
     experts, intermediate = expert_counts(config)
-    return ExpertForm(experts, config.hidden_size, intermediate, SILU, has_biases=False)
+    return ExpertForm(experts, config.hidden_size, intermediate)
 
 
 def layer_of(key: str) -> int:

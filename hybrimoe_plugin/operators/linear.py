@@ -138,6 +138,7 @@ class QuantizedLinear(DenseOperator):
     A plain linear where the settings ask for it.
     """
 
+    plain_class = nn.Linear
     weight: Any
 
     def __init__(

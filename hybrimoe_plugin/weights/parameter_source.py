@@ -24,6 +24,7 @@ from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import expert_counts
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
+_FLOATS = ("F32", "F16", "BF16")
 _KV_B = ".self_attn.kv_b_proj.weight"
 
 
@@ -159,15 +160,15 @@ class ParameterSource:
             keys, values = map(self._unchanged, names)
             return keys, values
         (whole,) = names
-        sizes = _LatentSizes.of(self.config)
+        sizes = LatentSizes.of(self.config)
         info = self.store.info(whole)
         if info.shape != sizes.shape:
             raise WeightsError(
                 f"{self._where}: {whole!r} has shape {info.shape}, {sizes.heads} heads of "
                 f"{sizes.nope} and {sizes.value} values from {sizes.rank} ask for {sizes.shape}"
             )
-        keys = _keys_of(self.store.dequantized(whole), sizes, info.type_name)
-        values = _values_of(self.store.read(whole), sizes, info.type_name)
+        keys = keys_of(self.store.dequantized(whole), sizes, info.type_name)
+        values = values_of(self.store.read(whole), sizes, info.type_name)
         return keys, values
 
     def _unchanged(self, tensor: str) -> QuantizedMatrix:
@@ -197,7 +198,7 @@ class ParameterSource:
         return value
 
 
-class _LatentSizes(NamedTuple):
+class LatentSizes(NamedTuple):
     """Sizes of DeepSeek's latent attention."""
 
     heads: int
@@ -207,7 +208,7 @@ class _LatentSizes(NamedTuple):
     value: int
 
     @classmethod
-    def of(cls, config: Any) -> _LatentSizes:
+    def of(cls, config: Any) -> LatentSizes:
         return cls(
             config.num_attention_heads,
             config.kv_lora_rank,
@@ -221,20 +222,24 @@ class _LatentSizes(NamedTuple):
         return self.heads * (self.nope + self.value), self.rank
 
 
-def _keys_of(kv_b: torch.Tensor, sizes: _LatentSizes, stored: str) -> QuantizedMatrix:
-    """[heads, R, nope] in Q8_0 or F32, from the whole kv_b in floating point."""
+def keys_of(kv_b: torch.Tensor, sizes: LatentSizes, stored: str) -> QuantizedMatrix:
+    """[heads, R, nope] from the whole kv_b in floating point.
+
+    In the stored type if that is a floating point one, else in Q8_0, or in F32 where 32 does not
+    divide the keys' width.
+    """
     heads, rank, nope, _ = sizes
     keys = kv_b.view(heads, -1, rank)[:, :nope]
     transposed = keys.transpose(1, 2).contiguous()
-    kind = "Q8_0"
-    if nope % 32 or stored == "F32":
+    kind = stored if stored in _FLOATS else "Q8_0"
+    if kind == "Q8_0" and nope % 32:
         kind = "F32"
     packed = quantize(transposed.numpy(), GGMLQuantizationType[kind])
     data = packed.view(np.uint8).reshape(-1)
     return QuantizedMatrix(data, kind, (heads, rank, nope))
 
 
-def _values_of(kv_b: NDArray[np.uint8], sizes: _LatentSizes, stored: str) -> QuantizedMatrix:
+def values_of(kv_b: NDArray[np.uint8], sizes: LatentSizes, stored: str) -> QuantizedMatrix:
     """[heads, V, R] as stored, from the bytes of the whole kv_b."""
     heads, rank, nope, width = sizes
     rows = kv_b.reshape(heads, nope + width, -1)

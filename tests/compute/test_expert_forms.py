@@ -20,7 +20,8 @@ from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.errors import BackendError, WeightsError
-from hybrimoe_plugin.operators.expert_form import ExpertForm, read_form
+from hybrimoe_plugin.operators.expert_form import read_form
+from hybrimoe_plugin.weights.expert_form import ExpertForm
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, layer_weights
 

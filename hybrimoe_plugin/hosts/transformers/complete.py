@@ -9,6 +9,8 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.gguf_rope import FACTORS, OLD_FREQUENCIES
 from hybrimoe_plugin.families.registry import names_of
+from hybrimoe_plugin.weights.checkpoint.names import find_names
+from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
@@ -21,11 +23,15 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
 
     Args:
         model: as transformers builds it, usually on the meta device.
+        store: a checkpoint learns by this which tensors are which parameters.
 
     Raises:
         WeightsError: naming the tensors that are missing, and those that no parameter of the model
             is made from.
     """
+    if isinstance(store, CheckpointStore):
+        store.names = find_names(model, store.tensors, str(store.paths[0].parent))
+        return
     tensors = store.tensors
     used = _parts(model, ParameterSource(store, config, names_of(config.model_type)))
     ahead = Facts(store).integer("nextn_predict_layers", 0) > 0

@@ -10,6 +10,7 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.agreement import check_same_model, follow_file
 from hybrimoe_plugin.families.description import describe
 from hybrimoe_plugin.hosts.transformers.directory import directory_config
+from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,9 @@ def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
     """
     if model_path is not None and not Path(model_path).exists():
         raise WeightsError(f"{model_path}: no such model directory")
-    described = describe(store) if store is not None else None
+    described = None
+    if store is not None and not isinstance(store, CheckpointStore):
+        described = describe(store)
     if has_config(model_path):
         assert model_path is not None
         config = directory_config(model_path)

@@ -59,6 +59,9 @@ _LEFT_OUT = (
 were stored.
 """
 
+_OF_THE_WHOLE = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What a model with several parts states once for all of them."""
+
 _TOKENIZER_BASES = (
     "PreTrainedTokenizer",
     "TokenizersBackend",
@@ -99,6 +102,7 @@ def config_of(values: Mapping[str, Any], where: str) -> Any:
     """
     from transformers import AutoConfig
 
+    values = _language_part(values, where)
     kind = _model_type(values, where)
     _refuse_fetching(values, where)
     _check_layers(values, where)
@@ -119,6 +123,27 @@ def config_of(values: Mapping[str, Any], where: str) -> Any:
             f"{where}: layer_types names sliding attention, and there is no sliding_window"
         )
     return config
+
+
+def check_not_quantised(directory: str | Path) -> None:
+    """Refuse a checkpoint whose weights are packed in some way of their own.
+
+    Raises:
+        WeightsError: naming the method.
+    """
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise WeightsError(f"{directory}: holds safetensors files but no config.json")
+    values = read_json(path)
+    text = values.get("text_config")
+    nested = text if isinstance(text, dict) else {}
+    found = values.get("quantization_config") or nested.get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise WeightsError(
+            f"{directory}: its weights are quantised ({method}), and checkpoints are read in BF16, "
+            "F16 and F32 only; use a GGUF file of this model"
+        )
 
 
 def check_tokenizer_files(directory: str | Path) -> None:
@@ -165,6 +190,21 @@ def check_tokenizer_class(name: Any, where: str) -> None:
             f"{where}: tokenizer_class {name!r} is none of transformers' tokenizers; nothing else "
             f"is run"
         )
+
+
+def _language_part(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The config of the language model, where this one has parts of other kinds too."""
+    text = values.get("text_config")
+    if not isinstance(text, dict) or not isinstance(text.get("model_type"), str):
+        return values
+    log.warning(
+        "%s: model type %s has parts of other kinds; only its language model is loaded",
+        where,
+        values.get("model_type"),
+    )
+    _refuse_fetching(values, where)
+    shared = {name: values[name] for name in _OF_THE_WHOLE if name in values and name not in text}
+    return {**shared, **text}
 
 
 def _model_type(values: Mapping[str, Any], where: str) -> str:

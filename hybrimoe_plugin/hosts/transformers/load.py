@@ -38,8 +38,8 @@ from hybrimoe_plugin.hosts.transformers.tokenizer import load_tokenizer
 from hybrimoe_plugin.injection.inject import Injection
 from hybrimoe_plugin.injection.match import checked_settings
 from hybrimoe_plugin.operators.bind import bind
+from hybrimoe_plugin.weights.find_experts import AnySource, source_of
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
-from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -197,7 +197,7 @@ def load_dense(
     wanted = missing_parameters(model, config)
     needed = sum(value.numel() * value.element_size() for value in wanted.values())
     check_host(needed, "the dense weights")
-    source = ParameterSource(store, config, names_of(config.model_type))
+    source = source_of(store, config, names_of(config.model_type))
     # Checked as a whole before the first is read, so that a wrong file fails at once.
     for name in wanted:
         for part in source.parts(name):
@@ -217,7 +217,7 @@ def load_dense(
 
 
 def _read(
-    wanted: Mapping[str, torch.Tensor], source: ParameterSource, device: str, progress: bool
+    wanted: Mapping[str, torch.Tensor], source: AnySource, device: str, progress: bool
 ) -> dict[str, torch.Tensor]:
     """The parameters, dequantised on the device. Raises: BudgetError: no room there."""
     loaded = {}

@@ -21,8 +21,8 @@ from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.operators.embedding import QuantizedEmbedding
 from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.operators.mla import FusedMLA
+from hybrimoe_plugin.weights.find_experts import AnySource, source_of
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
-from hybrimoe_plugin.weights.parameter_source import ParameterSource
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,19 @@ def without_plain(plan: Sequence[Match]) -> list[Match]:
     return [
         match for match in plan if not (_is_dense(match) and match.kwargs.get("dense") == "plain")
     ]
+
+
+def without_foreign(plan: Sequence[Match]) -> list[Match]:
+    """The plan without operators for plain modules where the model has a class of its own.
+
+    Such as an embedding that scales what it gives.
+    """
+    kept = []
+    for match in plan:
+        plain = getattr(match.operator_class, "plain_class", None)
+        if plain is None or match.original == plain.__name__:
+            kept.append(match)
+    return kept
 
 
 def keeps_stored(match: Match, store: GGUFStore) -> bool:
@@ -87,7 +100,7 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
 
     Mutates: `model`.
     """
-    source = ParameterSource(store, config, names_of(config.model_type))
+    source = source_of(store, config, names_of(config.model_type))
     for matrix in stored_matrices(model):
         try:
             matrix.give(source)
@@ -118,7 +131,7 @@ class StoredMatrix(NamedTuple):
         """Whether an accelerator may hold it; else it is the CPU's."""
         return isinstance(self.module, DeviceLinear)
 
-    def give(self, source: ParameterSource) -> None:
+    def give(self, source: AnySource) -> None:
         """Hand the matrix over. Raises: as `give_stored`."""
         module: Any = self.module
         if isinstance(module, FusedMLA):
@@ -131,7 +144,7 @@ class StoredMatrix(NamedTuple):
             stored = _for_kernels(stored, self.parameter)
         module.take(stored)
 
-    def size(self, source: ParameterSource) -> StoredSize:
+    def size(self, source: AnySource) -> StoredSize:
         """What `give` will take, from the file's header. Raises: WeightsError: it is missing."""
         replaced = copied = whole = 0
         for info in map(source.store.info, source.gguf_names(self.parameter)):

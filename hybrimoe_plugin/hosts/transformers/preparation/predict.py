@@ -37,8 +37,8 @@ from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
 from hybrimoe_plugin.hosts.transformers.stored import reads_into_memory, stored_matrices
 from hybrimoe_plugin.injection.explain import grouped
 from hybrimoe_plugin.operators.bind import attention_bytes, shorter_context
+from hybrimoe_plugin.weights.find_experts import AnySource, source_of
 from hybrimoe_plugin.weights.gguf_names import DOWN, GATE_UP
-from hybrimoe_plugin.weights.parameter_source import ParameterSource
 
 STORED = "attention and other dense parts, as stored"
 COPIED = "matrices in another row order or type than the file's"
@@ -63,7 +63,7 @@ def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
     """
     assert prepared.store is not None
     model, store, config = prepared.model, prepared.store, prepared.config
-    source = ParameterSource(store, config, names_of(config.model_type))
+    source = source_of(store, config, names_of(config.model_type))
     place = _host_is_memory(places_of(model, placed))
     dense = [*_dequantised(model, config, place), *_stored(model, source, place)]
     sizes: Counter[tuple[str, str]] = Counter()
@@ -113,7 +113,7 @@ def _dequantised(model: Any, config: Any, place: Any) -> Iterator[tuple[Part, in
         yield Part(place(name), what, nbytes), layer_of_name(name)
 
 
-def _stored(model: Any, source: ParameterSource, place: Any) -> Iterator[tuple[Part, int | None]]:
+def _stored(model: Any, source: AnySource, place: Any) -> Iterator[tuple[Part, int | None]]:
     """(part, layer) of every dense matrix that stays as the file has it."""
     for matrix in stored_matrices(model):
         size = matrix.size(source)
@@ -192,7 +192,7 @@ def _held(dense: list[tuple[Part, int | None]], layer: int | None, file: str) ->
     return dict(found.most_common())
 
 
-def _unreplaced(model: Any, source: ParameterSource) -> Unreplaced | None:
+def _unreplaced(model: Any, source: AnySource) -> Unreplaced | None:
     """The experts whose parameters are left in the model."""
     names = []
     nbytes = 0

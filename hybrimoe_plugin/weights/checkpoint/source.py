@@ -1,0 +1,132 @@
+"""Reads parameters of a transformers model from a checkpoint, by their transformers names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.weights.checkpoint.names import Piece
+from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
+from hybrimoe_plugin.weights.parameter_source import LatentSizes, keys_of, values_of
+from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
+
+
+class CheckpointSource:
+    """As `ParameterSource`, for a checkpoint directory.
+
+    Args:
+        store: the open checkpoint; its `names` must be set.
+        config: of the model.
+    """
+
+    def __init__(self, store: CheckpointStore, config: Any) -> None:
+        self.store = store
+        self.config = config
+        self._where = store.paths[0].parent
+
+    def gguf_names(self, name: str) -> tuple[str, ...]:
+        """The tensors that make up one parameter.
+
+        Raises:
+            WeightsError: no tensor belongs to it.
+        """
+        return self._piece(name).tensors
+
+    def parts(self, name: str) -> list[str]:
+        """The same as a list."""
+        return list(self.gguf_names(name))
+
+    def load(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """One parameter on a device.
+
+        Raises:
+            WeightsError: missing, of another shape, or no floating point.
+        """
+        piece = self._piece(name)
+        self.store.check_floats(piece.tensors)
+        values = {part: self.store.dequantized(part, dtype, device) for part in piece.tensors}
+        if piece.converter is None:
+            (value,) = values.values()
+        else:
+            value = self._converted(piece, name, values)
+        if tuple(value.shape) != tuple(shape):
+            raise WeightsError(
+                f"{self._where}: {' and '.join(piece.tensors[:4])} give shape "
+                f"{tuple(value.shape)}, the model's config asks for {tuple(shape)} ({name})"
+            )
+        return value
+
+    def stored(self, name: str) -> QuantizedMatrix:
+        """A matrix as its stored bytes; a copy where transformers makes it of others.
+
+        Raises:
+            WeightsError: missing, or no floating point.
+        """
+        piece = self._piece(name)
+        self.store.check_floats(piece.tensors)
+        info = self.store.info(piece.tensors[0])
+        if piece.converter is None:
+            return QuantizedMatrix(self.store.raw(info.name), info.type_name, info.shape)
+        dtype = _DTYPES[info.type_name]
+        values = {part: self.store.dequantized(part, dtype) for part in piece.tensors}
+        value = self._converted(piece, name, values).contiguous()
+        data = value.view(torch.uint8).reshape(-1).numpy()
+        return QuantizedMatrix(data, info.type_name, tuple(value.shape))
+
+    def is_rearranged(self, name: str) -> bool:
+        """Whether `stored` or `stored_kv_b` gives a copy."""
+        return self._piece(name).converter is not None or name.endswith(".kv_b_proj.weight")
+
+    def stored_kv_b(self, name: str) -> tuple[QuantizedMatrix, QuantizedMatrix]:
+        """The parts of DeepSeek's kv_b for absorbed attention, in the type of the whole.
+
+        Keys are [heads, R, nope], values [heads, V, R].
+
+        Raises:
+            WeightsError: missing, of another shape, or no floating point.
+        """
+        whole = self.stored(name)
+        sizes = LatentSizes.of(self.config)
+        if whole.shape != sizes.shape:
+            raise WeightsError(
+                f"{self._where}: {name} has shape {whole.shape}, the model's config asks for "
+                f"{sizes.shape}"
+            )
+        dtype = _DTYPES[whole.type_name]
+        values = torch.from_numpy(np.array(whole.data)).view(dtype).view(sizes.shape)
+        keys = keys_of(values.float(), sizes, whole.type_name)
+        return keys, values_of(whole.data, sizes, whole.type_name)
+
+    def _piece(self, name: str) -> Piece:
+        pieces = self.store.names.pieces
+        if name not in pieces and name == "lm_head.weight" and self.config.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        if name not in pieces:
+            raise WeightsError(f"{self._where}: nothing there for {name}")
+        return pieces[name]
+
+    def _converted(self, piece: Piece, name: str, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        try:
+            made = piece.convert(values, self.store.names.model)
+        except Exception as error:  # transformers' operations raise many kinds
+            raise WeightsError(
+                f"{self._where}: transformers cannot make {name} of {len(values)} tensors ({error})"
+            ) from error
+        if name not in made:
+            raise WeightsError(f"{self._where}: transformers makes no {name} of its tensors")
+        value = made[name]
+        found: torch.Tensor = value[0] if isinstance(value, list) else value
+        return found
