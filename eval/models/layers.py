@@ -60,7 +60,8 @@ def _layer(
         parts.append(_matrix(kind, stored, experts))
     sizes = [stored_bytes(kind, values) for kind in kinds]
     spec = ExpertSpec(hidden, intermediate, experts, header.top_k, *kinds, *sizes)
-    return LayerWeights(0, spec, *parts)
+    gate, up, down = parts
+    return LayerWeights(0, spec, gate, up, down)
 
 
 def _copy(like: LayerWeights, index: int) -> LayerWeights:
@@ -70,7 +71,8 @@ def _copy(like: LayerWeights, index: int) -> LayerWeights:
         assert part.stacked is not None
         copied = part.stacked.copy()
         parts.append(_matrix(part.type_name, copied, len(part.experts)))
-    return LayerWeights(index, like.spec, *parts)
+    gate, up, down = parts
+    return LayerWeights(index, like.spec, gate, up, down)
 
 
 def _matrix(kind: str, stored: NDArray[np.uint8], experts: int) -> Matrix:

@@ -85,6 +85,8 @@ _EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
+    "inkling2_text": {"unpadded_vocab_size": 96, "n_routed_experts": 8},
+    "inkling2_loop_text": {"unpadded_vocab_size": 96, "n_routed_experts": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": {"num_attention_heads_per_layer": [4] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

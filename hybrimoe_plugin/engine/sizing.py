@@ -44,9 +44,7 @@ def kv_cache_bytes(config: Any, context: int, latent: bool = False, value_bytes:
         return 0
     layers = int(config.num_hidden_layers)
     if not getattr(config, "kv_lora_rank", None):
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-        values = 2 * key_value_heads * width * layers
+        values = sum(_keys_and_values(layer, heads) for layer in _each_layer(config, layers))
         return int(value_bytes * values * context)
     # DeepSeek's multi-head latent attention.
     key_width = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -56,6 +54,20 @@ def kv_cache_bytes(config: Any, context: int, latent: bool = False, value_bytes:
         latent_width = config.kv_lora_rank + config.qk_rope_head_dim
         values = layers * latent_width + expanded
     return int(value_bytes * values * context)
+
+
+def _each_layer(config: Any, layers: int) -> list[Any]:
+    """A config for each layer; in most models it is the model's own."""
+    if not getattr(config, "is_heterogeneous", False):
+        return [config] * layers
+    return [config.per_layer_config[layer] for layer in range(layers)]
+
+
+def _keys_and_values(config: Any, heads: int) -> int:
+    """Numbers that one layer keeps of a token."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * key_value_heads * width)
 
 
 def cache_quotas(

@@ -302,4 +302,4 @@ def _gate_beside(model: nn.Module, operator: HybriMoEExperts) -> Router:
     gate = router_beside(parent)
     if gate is None:
         raise BackendError(f"{operator.key}: no router named {' or '.join(NAMES)} beside it")
-    return GateRouter(gate)
+    return GateRouter(gate, _loaded(operator).spec.experts)

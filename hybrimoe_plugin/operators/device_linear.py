@@ -90,11 +90,13 @@ class DeviceLinear(DenseOperator):
         with torch.cuda.device(flat.device) if flat.device.type == "cuda" else nullcontext():
             return linear(flat, self.planes, self.type_name, self.out_features)
 
-    def _plain(self, flat: torch.Tensor) -> torch.Tensor:
+    def dequantised(self) -> torch.Tensor:
+        """[out, in] float32 on the matrix's device, fresh."""
         raw = from_planes(self.planes, self.type_name)
-        shape = self.out_features, self.in_features
-        matrix = dequantize(raw, self.type_name, shape)
-        return F.linear(flat, matrix.to(flat.dtype))
+        return dequantize(raw, self.type_name, (self.out_features, self.in_features))
+
+    def _plain(self, flat: torch.Tensor) -> torch.Tensor:
+        return F.linear(flat, self.dequantised().to(flat.dtype))
 
 
 @functools.cache

@@ -27,11 +27,6 @@ _ALPHAS = ("alpha", "swiglu_alpha")
 """Names of the clamp's bound and of the factor inside the sigmoid, where a module has them."""
 
 
-def has_form(module: nn.Module | None) -> bool:
-    """Whether this is a module whose form can be read, or refused: it has stacked experts."""
-    return getattr(module, "down_proj", None) is not None
-
-
 def read_form(key: str, module: nn.Module) -> ExpertForm:
     """The form of a transformers experts module, which may lie on the meta device.
 

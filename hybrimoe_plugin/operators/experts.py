@@ -17,7 +17,7 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.engine import Engine, Router, Sent
 from hybrimoe_plugin.engine.assemble import Devices
 from hybrimoe_plugin.errors import BackendError, ConfigError
-from hybrimoe_plugin.operators.expert_form import has_form, read_form
+from hybrimoe_plugin.operators.expert_form import read_form
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.weights.expert_form import ExpertForm
 from hybrimoe_plugin.weights.find_experts import find_experts
@@ -45,7 +45,8 @@ class HybriMoEExperts(nn.Module):
         gguf_loader: the open weights.
         config: the model's configuration.
         orig_module: the module that this one replaces, whose form is taken over; kept by the
-            injection, not here. Without one, experts are SwiGLU and of the config's sizes.
+            injection, not here. Without one, or with a list of experts as older models have it,
+            experts are SwiGLU and of the config's sizes.
         prefill_device: where experts may run when a call has more than one token: cpu, cuda, cuda:N
             or auto.
         generate_device: the same for calls of one token.
@@ -76,7 +77,7 @@ class HybriMoEExperts(nn.Module):
             {"prefill_device": prefill_device, "generate_device": generate_device, **settings}
         )
         self._form = None
-        if orig_module is not None and has_form(orig_module):
+        if orig_module is not None and not isinstance(orig_module, nn.ModuleList):
             self._form = read_form(key, orig_module)
         elif getattr(config, "hidden_act", "silu") != "silu":
             raise BackendError(

@@ -18,6 +18,7 @@ from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
+from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 __getattr__ = old_names(__name__)
@@ -51,14 +52,22 @@ class GgmlLinear(nn.Module):
         self.ggml.kernel_speed(stored.type_name, torch.get_num_threads())
         self.stored = stored
 
+    def dequantised(self) -> torch.Tensor:
+        """[out, in] float32, fresh. Raises: BackendError: there is no matrix yet."""
+        stored = self._matrix()
+        return dequantize_bytes(stored.data, stored.type_name, stored.shape)
+
     def build(self, graph: Graph, x: GraphTensor) -> GraphTensor:
         """[..., N] from [..., M] in a graph. Raises: BackendError: there is no matrix yet."""
-        if self.stored is None:
-            raise BackendError("a stored linear was not given its matrix")
-        y = graph.matmul(graph.weight(self.stored), x)
+        y = graph.matmul(graph.weight(self._matrix()), x)
         if self.bias is None:
             return y
         return graph.add(y, graph.constant(self.bias))
+
+    def _matrix(self) -> QuantizedMatrix:
+        if self.stored is None:
+            raise BackendError("a stored linear was not given its matrix")
+        return self.stored
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] of x's dtype from [..., M].
@@ -139,7 +148,7 @@ class QuantizedLinear(DenseOperator):
     """
 
     plain_class = nn.Linear
-    weight: Any
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -155,10 +164,25 @@ class QuantizedLinear(DenseOperator):
         linear = keep_quantized(self, "stored", orig_module)
         self.stored: Any = None
         if linear is orig_module:
-            self.weight = orig_module.weight
+            # `register_parameter` refuses the name of a property.
+            self._parameters["weight"] = orig_module.weight  # type: ignore[assignment]
         else:
             self.stored = linear
-        self.bias = orig_module.bias
+            # Its bias is here, under the name that it has in the model.
+            self.stored.bias = None
+        self.register_parameter("bias", orig_module.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]; dequantised for this call where the matrix stays as stored.
+
+        Some models multiply by the weights of a linear without calling it.
+        """
+        if self.stored is None:
+            plain: torch.Tensor = self._parameters["weight"]  # type: ignore[assignment]
+            return plain
+        dequantised: torch.Tensor = self.stored.dequantised()
+        return dequantised
 
     def take(self, stored: QuantizedMatrix) -> None:
         """Use this matrix [out, in].
@@ -173,5 +197,5 @@ class QuantizedLinear(DenseOperator):
         """[..., N] from [..., M]."""
         if self.stored is not None:
             quantized: torch.Tensor = self.stored(x)
-            return quantized
+            return quantized if self.bias is None else quantized + self.bias.to(quantized.dtype)
         return F.linear(x, self.weight, self.bias)

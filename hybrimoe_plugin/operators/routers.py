@@ -47,25 +47,37 @@ class GateRouter:
         experts(outer) takes outer
     """
 
-    def __init__(self, gate: nn.Module) -> None:
+    def __init__(self, gate: nn.Module, experts: int | None = None) -> None:
         self.gate = gate
+        self._experts = experts
+        """E; None where scores are known to have no others."""
         self._kept: deque[torch.Tensor] = deque(maxlen=WAITING)
         self._logits: torch.Tensor | None = None
         """Those of the experts' call that has taken them."""
-        self._more: tuple[Any, ...] = ()
-        """What the last call was given beside hidden states."""
-        self._needs_more = _arguments(gate) > 1
+        self._more: tuple[Any, ...] | None = None
+        """What the last call was given beside hidden states; None before it."""
+        self._more_by_name: dict[str, Any] = {}
+        self._in_sequences = False
+        """Whether the last call was given hidden states [B, T, H] instead of [T, H]."""
+        self._takes_more = _arguments(gate) > 1
         self._corrected_by = _own_correction(gate)
         self._are_probabilities: bool | None = None
         """Whether the gate gives probabilities instead of logits; None until it was called."""
-        self._hook = gate.register_forward_hook(self._keep)
+        self._hook = gate.register_forward_hook(self._called, with_kwargs=True)
+
+    def _called(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        hidden, *more = args
+        self._more, self._more_by_name = tuple(more), named
+        self._in_sequences = hidden.ndim == 3
+        self._keep(module, args, output)
 
     def _keep(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, tuple) or output[0].ndim < 2:
+        if not isinstance(output, tuple) or len(output) < 3:
             raise BackendError(
                 f"{type(self.gate).__name__}: a router must give scores, weights and ids"
             )
-        self._more = args[1:]
         self._kept.append(output[0])
 
     def take(self, tokens: int) -> None:
@@ -92,6 +104,9 @@ class GateRouter:
                 return None
             logits = self._kept.pop()
         logits = logits.detach().float().reshape(-1, logits.shape[-1])
+        if self._experts is not None:
+            # Some routers may choose to skip a token: the classes behind the experts.
+            logits = logits[:, : self._experts]
         if self._are_probabilities is None:
             self._are_probabilities = _sum_to_one(logits)
         if self._are_probabilities:
@@ -108,9 +123,10 @@ class GateRouter:
         A router that takes more than hidden states can if the rest was the same for all tokens when
         it was last called. What differs by token, such as its id, is not known ahead.
         """
-        if not self._needs_more:
-            return True
-        return bool(self._more) and all(map(_is_constant, self._more))
+        if self._more is None:
+            return not self._takes_more
+        given = (*self._more, *self._more_by_name.values())
+        return all(item is None or _is_constant(item) for item in given)
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,9 +135,10 @@ class GateRouter:
         Hooks are not called: for what observes the router, such as transformers'
         `output_router_logits`, this is not a call of the model. Needs `predicts`.
         """
-        more = self._more if self._needs_more else ()
-        ids: torch.Tensor = self.gate.forward(hidden, *more)[2]
-        return ids
+        if self._in_sequences:
+            hidden = hidden[None]
+        ids: torch.Tensor = self.gate.forward(hidden, *(self._more or ()), **self._more_by_name)[2]
+        return ids.reshape(-1, ids.shape[-1])
 
     def recover(self) -> None:
         """Clear what an interrupted or failed pass has left."""
@@ -138,7 +155,8 @@ class GateRouter:
             module, name = self._corrected_by
             found: torch.Tensor = getattr(module, name)
             return found.flatten()
-        return next((item for item in self._more if _is_constant(item)), None)
+        given = (*(self._more or ()), *self._more_by_name.values())
+        return next((item for item in given if _is_constant(item)), None)
 
 
 def _own_correction(gate: nn.Module) -> tuple[nn.Module, str] | None:
@@ -151,11 +169,10 @@ def _own_correction(gate: nn.Module) -> tuple[nn.Module, str] | None:
 
 
 def _arguments(gate: nn.Module) -> int:
-    """Positional arguments that a gate's call needs."""
-    parameters = inspect.signature(gate.forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [item for item in parameters if item.kind in kinds and item.default is item.empty]
-    return len(needed)
+    """Arguments that a gate's call takes."""
+    # By its class: the module's own may be wrapped.
+    parameters = inspect.signature(type(gate).forward).parameters
+    return len(parameters) - 1
 
 
 def _is_constant(value: Any) -> bool:

@@ -71,7 +71,8 @@ def _one_type(kind: str) -> LayerWeights:
     for part in random_matrices(shape, 0, torch.device("cpu")):
         stored = part.numpy()
         matrices.append(Matrix(kind, tuple(stored), stored.ravel()))
-    return LayerWeights(0, shape.spec, *matrices)
+    gate, up, down = matrices
+    return LayerWeights(0, shape.spec, gate, up, down)
 
 
 def _shares(

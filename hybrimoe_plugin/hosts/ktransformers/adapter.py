@@ -139,7 +139,6 @@ class ClassicRouter(GateRouter):
 
     def __init__(self, gate: nn.Module, top_k: int) -> None:
         super().__init__(gate)
-        self._needs_more = False
         self._top_k = top_k
 
     def _keep(self, _module: nn.Module, args: Any, output: Any) -> None:
@@ -149,6 +148,10 @@ class ClassicRouter(GateRouter):
     def _compute(self, hidden: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.gate.weight  # type: ignore[assignment]
         return F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), weight.float())
+
+    @property
+    def predicts(self) -> bool:
+        return True
 
     @torch.no_grad()
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:

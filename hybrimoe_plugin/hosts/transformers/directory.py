@@ -62,6 +62,8 @@ were stored.
 _OF_THE_WHOLE = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """What a model with several parts states once for all of them."""
 
+_NO_JSON_NUMBERS = ("Infinity", "-Infinity", "NaN")
+
 _TOKENIZER_BASES = (
     "PreTrainedTokenizer",
     "TokenizersBackend",
@@ -313,8 +315,22 @@ def _kept(values: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
             or callable(getattr(CONFIG_MAPPING[kind], key, None))
         ):
             raise ConfigError(f"{where}: {key!r} is no setting of a model")
-        kept[key] = value
+        kept[key] = _with_numbers(value)
     return kept
+
+
+def _with_numbers(value: Any) -> Any:
+    """A JSON value in which transformers' words for infinity and NaN are numbers again.
+
+    They stand as `{"__float__": "Infinity"}`, as JSON has no such numbers.
+    """
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in _NO_JSON_NUMBERS:
+        return float(value["__float__"])
+    return {key: _with_numbers(item) for key, item in value.items()}
 
 
 def _exists(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,16 +65,56 @@ def meta_model_of(
 def rebuild_buffers(model: Any) -> None:
     """Compute the buffers that no file holds, such as rotary frequencies, on the CPU.
 
+    Raises:
+        WeightsError: transformers does not say what is in one.
+
     Mutates: `model`.
     """
-    for module in model.modules():
+    for module_name, module in model.named_modules():
         missing = _missing_buffers(module)
         if not missing:
             continue
-        with torch.device("cpu"):
-            fresh = type(module)(model.config)
+        found = _of_fresh_module(module, missing, model.config)
+        if found is None:
+            found = _as_initialised(model, module, missing)
         for name in missing:
-            module._buffers[name] = fresh._buffers[name]
+            if found[name].isnan().any():
+                raise WeightsError(
+                    f"{module_name}.{name}: no file holds this buffer of {type(module).__name__}, "
+                    "and transformers does not say what is in it"
+                )
+            module._buffers[name] = found[name]
+
+
+def _of_fresh_module(
+    module: nn.Module, names: list[str], config: Any
+) -> dict[str, torch.Tensor] | None:
+    """Buffers of a new module of the same class; None where a config is not enough to make one."""
+    try:
+        with torch.device("cpu"):
+            fresh: Any = type(module)(config)
+    except TypeError:
+        return None
+    return {name: fresh._buffers[name] for name in names}
+
+
+def _as_initialised(model: Any, module: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """Buffers as transformers initialises them in a module that it has just made.
+
+    They are NaN where it does not touch them.
+    """
+    kept = dict(module._buffers)
+    try:
+        for name in names:
+            shape = module._buffers[name].shape  # type: ignore[union-attr]
+            module._buffers[name] = torch.full(shape, math.nan, device="cpu")
+        for parameter in module.parameters():
+            # transformers' own mark, by which it leaves them alone.
+            setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+        model._init_weights(module)
+        return {name: module._buffers[name] for name in names}  # type: ignore[misc]
+    finally:
+        module._buffers.update(kept)
 
 
 def _missing_buffers(module: nn.Module) -> list[str]:

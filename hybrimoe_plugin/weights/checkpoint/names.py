@@ -57,7 +57,7 @@ class Piece:
             found[source.pattern].append(source.tensor)
         return list(found.values())
 
-    def convert(self, values: Mapping[str, torch.Tensor], model: Any) -> dict[str, Any]:
+    def convert(self, values: Mapping[str, torch.Tensor], model: Shapes) -> dict[str, Any]:
         """What the conversion makes of tensors by name: parameters by name."""
         converter = deepcopy(self.converter)
         for tensor, pattern in self.sources:
@@ -67,10 +67,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """What transformers' conversions ask of a model, as it is before operators are put into it."""
+
+    config: Any
+    parameters: Mapping[str, torch.Tensor]
+    """On the meta device."""
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """A parameter or buffer by its qualified name."""
+        return self.parameters[name]
+
+
+@dataclass(frozen=True)
 class Names:
     """All parameters of one model."""
 
-    model: Any
+    model: Shapes
     pieces: Mapping[str, Piece]
     """By the parameter's name."""
 
@@ -116,7 +129,7 @@ def find_names(model: Any, tensors: Collection[str], where: str) -> Names:
         piece = Piece(name, tuple(sources), converter)
         pieces |= dict.fromkeys(_made(name, converter), piece)
     _check(model, pieces, unused, where)
-    return Names(model, pieces)
+    return Names(Shapes(model.config, parameters), pieces)
 
 
 def _made(name: str, converter: Any) -> list[str]:

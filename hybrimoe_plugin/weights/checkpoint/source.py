@@ -15,6 +15,14 @@ from hybrimoe_plugin.weights.parameter_source import LatentSizes, keys_of, value
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_INTEGERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
 
@@ -56,6 +64,8 @@ class CheckpointSource:
             WeightsError: missing, of another shape, or no floating point.
         """
         piece = self._piece(name)
+        if piece.converter is None and not dtype.is_floating_point:
+            return self._integers(piece.tensors[0], shape, dtype).to(device)
         self.store.check_floats(piece.tensors)
         values = {part: self.store.dequantized(part, dtype, device) for part in piece.tensors}
         if piece.converter is None:
@@ -117,6 +127,22 @@ class CheckpointSource:
         if name not in pieces:
             raise WeightsError(f"{self._where}: nothing there for {name}")
         return pieces[name]
+
+    def _integers(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Such as a table of experts by token id.
+
+        Raises:
+            WeightsError: of another type or shape.
+        """
+        info = self.store.info(name)
+        kind = _INTEGERS.get(info.type_name)
+        if kind is None or info.shape != tuple(shape):
+            raise WeightsError(
+                f"{self._where}: {name} is {info.shape} in {info.type_name}, the model asks for "
+                f"{tuple(shape)} in {dtype}"
+            )
+        values = torch.from_numpy(self.store.read(name)).view(kind).view(info.shape)
+        return values.to(dtype)
 
     def _converted(self, piece: Piece, name: str, values: dict[str, torch.Tensor]) -> torch.Tensor:
         try:

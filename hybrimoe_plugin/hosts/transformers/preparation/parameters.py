@@ -23,6 +23,6 @@ def tied(model: Any, config: Any) -> set[str]:
     A table that stays as stored is nothing to tie to: a plain head then reads its own copy.
     """
     table = getattr(model.get_input_embeddings(), "weight", None)
-    if config.tie_word_embeddings and isinstance(table, torch.Tensor):
+    if getattr(config, "tie_word_embeddings", False) and isinstance(table, torch.Tensor):
         return {"lm_head.weight"}
     return set()
