@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm.auto import tqdm
 
+from eval.models.agreement import check_agreement
 from eval.models.shrunk import moe_types, shrunk_model
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import HybriMoEError
@@ -87,41 +87,10 @@ def try_directory(right: Any) -> str:
         except HybriMoEError as error:
             return f"refused: {_line(error).replace(folder, 'DIR')}"
         try:
-            compare(model, right)
+            check_agreement(model, right)
         finally:
             model.hybrimoe.close()
     return EXACT
-
-
-@torch.no_grad()
-def compare(model: Any, right: Any) -> None:
-    """Raises: AssertionError: logits differ."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(
-        3, right.config.get_text_config().vocab_size, (2, 25), generator=generator
-    )
-    prompt, steps = tokens[:1, :21], tokens[:1, 21:]
-    mask = torch.ones(2, 21, dtype=torch.int64)
-    mask[1, :6] = 0
-    for ours, theirs in zip(
-        _answers(model, prompt, steps, mask, tokens[:, :21]),
-        _answers(right, prompt, steps, mask, tokens[:, :21]),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
-def _answers(
-    model: Any, prompt: torch.Tensor, steps: torch.Tensor, mask: torch.Tensor, batch: torch.Tensor
-) -> list[torch.Tensor]:
-    out = model(prompt, use_cache=True)
-    logits = [out.logits]
-    for token in steps.T:
-        out = model(token[:, None], past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits)
-    padded = model(batch, attention_mask=mask).logits
-    logits.append(padded[mask.bool()])
-    return logits
 
 
 def page(stands: Sequence[Stand]) -> str:

@@ -6,9 +6,14 @@ import math
 from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.families.description import Description
+from hybrimoe_plugin.families.description import Description, describe
+from hybrimoe_plugin.families.family import Family
+from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.reading import read_vocabulary
 from hybrimoe_plugin.families.registry import find_family
 from hybrimoe_plugin.families.rope import difference
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.layer_weights import chosen_experts, expert_counts
 
 PADDING_ROWS = 512
 """Tokens by which vocabularies of one tokenizer may differ: some converters drop rows of padding,
@@ -43,14 +48,69 @@ def check_same_model(config: Any, described: Description, directory: str) -> Non
         raise WeightsError(f"{directory} does not match {described.where}: {'; '.join(wrong)}")
 
 
-def follow_file(config: Any, described: Description) -> None:
-    """Take from the file what is the weights' own: rows of padding, and a head of its own.
+def check_and_follow(config: Any, store: GGUFStore, directory: str) -> None:
+    """Compare a directory's config with a file, and take from the file what is the weights' own.
+
+    That is rows of padding, and a head of its own. The config comes first: the file need not state
+    all that the model is, only nothing else.
+
+    Raises:
+        WeightsError: they do not describe the same model, or nobody knows how files of this kind
+            of model store it.
 
     Mutates: `config`.
     """
-    config.vocab_size = described.stated["vocab_size"]
-    if not described.assumed["tie_word_embeddings"]:
+    family = find_family(config.model_type)
+    if family is None:
+        raise WeightsError(
+            f"{store.paths[0]}: how GGUF files store a {config.model_type} model is not known "
+            "here, and converters change values of some families; load the model from its "
+            "checkpoint directory (safetensors), which works for every family"
+        )
+    facts = Facts(store)
+    if _leaves_type_open(family, facts):
+        _check_sizes(config, facts, directory)
+    else:
+        check_same_model(config, describe(store), directory)
+    config.vocab_size = read_vocabulary(facts)
+    if "output.weight" in store.tensors:
         config.tie_word_embeddings = False
+
+
+def _leaves_type_open(family: Family, facts: Facts) -> bool:
+    """Whether the config must say which family a file is of, as several have files like it.
+
+    Which family's tensors it has is checked with the tensors.
+    """
+    if facts.architecture not in family.architectures or not family.is_one_of_several:
+        return False
+    return not family.tells_all(facts) or not family.holds(facts)
+
+
+def _check_sizes(config: Any, facts: Facts, directory: str) -> None:
+    """Compare what files of every architecture state."""
+    ahead = facts.integer("nextn_predict_layers", 0)
+    stated = {
+        "num_hidden_layers": facts.integer("block_count", least=1) - ahead,
+        "hidden_size": facts.integer("embedding_length", least=1),
+        "num_attention_heads": facts.integer("attention.head_count", least=1),
+        "vocab_size": read_vocabulary(facts),
+    }
+    wrong = [
+        _clash(name, getattr(config, name), value)
+        for name, value in stated.items()
+        if not _agree(name, getattr(config, name), value)
+    ]
+    experts, _ = expert_counts(config)
+    for shown, ours, key in (
+        ("number of experts", experts, "expert_count"),
+        ("experts of a token", chosen_experts(config), "expert_used_count"),
+    ):
+        found = facts.integer(key, least=1)
+        if ours != found:
+            wrong.append(_clash(shown, ours, found))
+    if wrong:
+        raise WeightsError(f"{directory} does not match {facts.where}: {'; '.join(wrong)}")
 
 
 def _clash(name: str, ours: Any, theirs: Any) -> str:

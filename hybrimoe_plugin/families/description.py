@@ -62,6 +62,7 @@ def describe(store: GGUFStore) -> Description:
     draft = Draft(facts)
     family.describe(facts, draft)
     rope = read_rope(facts, draft.rope_width, family.yarn_mscale)
+    rope = rope._replace(parameters={**rope.parameters, **draft.more_of_rope})
     facts.check_all_read(family.neutral)
     return Description(family, draft.stated, draft.assumed, rope, facts.where, draft.notices)
 
@@ -77,14 +78,22 @@ def family_of_file(facts: Facts) -> Family:
     ]
     if not candidates:
         known = {name for family in families() for name in family.architectures}
-        dense = "" if facts.get("expert_count", 0) else "; it is a dense model, so use llama.cpp"
+        dense = "; it is a dense model, so use llama.cpp"
+        if facts.get("expert_count", 0):
+            dense = "; the model's checkpoint directory (safetensors) can be loaded instead"
         raise WeightsError(
             f"{facts.where}: GGUF architecture {facts.architecture!r} is not supported; "
             f"supported are {', '.join(sorted(known))}{dense}"
         )
     for family in candidates:
-        if family.holds(facts):
-            return family
+        if not family.holds(facts):
+            continue
+        if not family.tells_all(facts):
+            raise WeightsError(
+                f"{facts.where}: a file of a {family.model_type} model, which does not say all "
+                "that the model is; name its config.json with --model_path"
+            )
+        return family
     tried = ", ".join(family.model_type for family in candidates)
     raise WeightsError(
         f"{facts.where}: a file of architecture {facts.architecture!r}, but like none of {tried}"

@@ -8,6 +8,7 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_rope import rope_metadata
 
+_SLIDING = "sliding_attention"
 _ROPES = ("default", "linear", "yarn", "llama3", "longrope")
 
 
@@ -32,7 +33,8 @@ def metadata(config: Any, family: Family) -> dict[str, Any]:
         **family.metadata(config),
     }
     window = getattr(config, "sliding_window", None)
-    if window:
+    kinds = getattr(config, "layer_types", None) or [_SLIDING]
+    if window and _SLIDING in kinds:
         values["attention.sliding_window"] = window
     return {f"{architecture}.{key}": value for key, value in values.items()}
 

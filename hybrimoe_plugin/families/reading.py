@@ -25,6 +25,8 @@ class Draft:
         """What it leaves open, as llama.cpp understands it; a config.json may say otherwise."""
         self.rope_width = 0
         """Dimensions of a head that have a rotary embedding."""
+        self.more_of_rope: dict[str, Any] = {}
+        """Parameters of the embedding that no file states, or states in another way."""
         self.notices: list[str] = []
         """What is taken for granted and the user should know, if the file is all there is."""
         self._facts = facts
@@ -58,7 +60,7 @@ def read_common(facts: Facts, draft: Draft) -> None:
     draft.take("num_attention_heads", heads)
     draft.take("num_key_value_heads", groups, "attention.head_count_kv")
     draft.take("rms_norm_eps", facts.number("attention.layer_norm_rms_epsilon"))
-    draft.take("vocab_size", _vocabulary(facts))
+    draft.take("vocab_size", read_vocabulary(facts))
     context = facts.integer("context_length", 4096, least=1)
     draft.assumed["max_position_embeddings"] = context
     draft.assumed["tie_word_embeddings"] = "output.weight" not in facts.store.tensors
@@ -67,10 +69,19 @@ def read_common(facts: Facts, draft: Draft) -> None:
         draft.assumed[name] = token if isinstance(token, int) else None
 
 
-def read_heads(facts: Facts, draft: Draft) -> None:
-    """Heads of one size for queries, keys and values, with a rotary embedding of all dimensions.
+def read_heads(facts: Facts, draft: Draft, partial: bool = False, scaled: bool = False) -> None:
+    """Heads of one size for queries, keys and values, with a rotary embedding.
 
-    Needs `read_common` first. Raises: WeightsError: a value is out of range. Mutates: `draft`.
+    Needs `read_common` first.
+
+    Args:
+        partial: whether the embedding may have only the first of a head's dimensions.
+        scaled: whether the family reads `attention.scale` itself.
+
+    Raises:
+        WeightsError: a value is out of range.
+
+    Mutates: `draft`.
     """
     hidden = draft.stated["hidden_size"]
     heads = draft.stated["num_attention_heads"]
@@ -87,17 +98,24 @@ def read_heads(facts: Facts, draft: Draft) -> None:
         size,
         f"keys have {size} dimensions, and values must have as many",
     )
-    facts.only(
-        "rope.dimension_count",
-        size,
-        f"heads have {size} dimensions, all of which must have a rotary embedding",
-    )
-    scale = size**-0.5
-    facts.only("attention.scale", scale, f"only {scale:.6g} is supported", unset=0)
     draft.rope_width = size
+    if partial:
+        draft.rope_width = facts.integer("rope.dimension_count", size, least=1)
+        draft.more_of_rope["partial_rotary_factor"] = draft.rope_width / size
+    else:
+        facts.only(
+            "rope.dimension_count",
+            size,
+            f"heads have {size} dimensions, all of which must have a rotary embedding",
+        )
+    if not scaled:
+        scale = size**-0.5
+        facts.only("attention.scale", scale, f"only {scale:.6g} is supported", unset=0)
 
 
-def read_experts(facts: Facts, draft: Draft, name: str) -> int:
+def read_experts(
+    facts: Facts, draft: Draft, name: str, used_name: str = "num_experts_per_tok"
+) -> int:
     """Note the number of routed experts as `name`, and how many a token gets; gives the latter.
 
     Raises:
@@ -114,8 +132,14 @@ def read_experts(facts: Facts, draft: Draft, name: str) -> int:
             used,
         )
     draft.take(name, experts)
-    draft.take("num_experts_per_tok", used)
+    draft.take(used_name, used)
     return used
+
+
+def sparse_layers(facts: Facts, draft: Draft) -> list[bool]:
+    """For each decoder layer, whether the file has routed experts of it. Needs `read_common`."""
+    layers = range(draft.stated["num_hidden_layers"])
+    return [f"blk.{layer}.ffn_gate_inp.weight" in facts.store.tensors for layer in layers]
 
 
 def has_biases(facts: Facts, *parts: str) -> bool:
@@ -126,7 +150,8 @@ def has_biases(facts: Facts, *parts: str) -> bool:
     return all(f"blk.0.{part}.bias" in facts.store.tensors for part in parts)
 
 
-def _vocabulary(facts: Facts) -> int:
+def read_vocabulary(facts: Facts) -> int:
+    """Tokens of the vocabulary, rows of padding included. Raises: WeightsError: not stated."""
     embedding = facts.store.tensors.get("token_embd.weight")
     if embedding is None:
         return facts.integer("vocab_size", least=1)

@@ -76,15 +76,15 @@ class HybriMoEExperts(nn.Module):
         self.check_kwargs(
             {"prefill_device": prefill_device, "generate_device": generate_device, **settings}
         )
-        self._form = None
+        # A rule that matches modules outside the layers is refused before anything is loaded.
+        layer_of(key)
+        self._form: ExpertForm | None = None
         if orig_module is not None and not isinstance(orig_module, nn.ModuleList):
             self._form = read_form(key, orig_module)
         elif getattr(config, "hidden_act", "silu") != "silu":
             raise BackendError(
                 f"{key}: experts with activation {config.hidden_act!r} are not supported, only silu"
             )
-        # A rule that matches modules outside the layers is refused before anything is loaded.
-        layer_of(key)
         self.key = key
         self.store = gguf_loader
         self.config = config

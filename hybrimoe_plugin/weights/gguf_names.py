@@ -12,8 +12,10 @@ from gguf.constants import MODEL_ARCH_NAMES
 
 from hybrimoe_plugin.errors import WeightsError
 
-GATE_UP, DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+GATE_UP_BIAS, DOWN_BIAS = f"{GATE_UP}_bias", f"{DOWN}_bias"
 """Ends of the names of a layer's routed experts, which every family's model stacks alike."""
+EXPERTS = (GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS)
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,26 @@ class GGUFNames:
     """Architecture whose map is used; None for the file's own."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """End of a parameter's name -> its GGUF tensor, where `{layer}` is the layer's number."""
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """End of a parameter's name -> the tensors whose rows it has, one behind the other."""
+    interleaved_experts: bool = False
+    """Whether the model keeps experts' matrices transposed, with gate and up alternating.
+
+    Files have them as those of every other family.
+    """
     paired_heads: Mapping[str, str] = field(default_factory=dict)
     """Part of a parameter's name -> the config's attribute that counts its heads.
 
     The rows of these projections are stored in pairs: each row of a head's first half is followed
     by its partner from the second half.
     """
+
+    def joined_tensors(self, parameter: str) -> tuple[str, ...]:
+        """The tensors that a parameter joins; none for every other parameter."""
+        for end, tensors in self.joined.items():
+            if parameter.endswith(end):
+                return tuple(name.format(layer=layer_number(parameter)) for name in tensors)
+        return ()
 
     def heads_in_pairs(self, parameter: str, config: Any) -> int:
         """Heads of a projection whose rows are stored in pairs; 0 for every other parameter."""

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.gguf_names import (
     DOWN,
-    GATE_UP,
+    DOWN_BIAS,
+    EXPERTS,
+    GATE_UP_BIAS,
     GGUFNames,
     NameMap,
     from_pairs,
@@ -56,10 +58,11 @@ class ParameterSource:
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
         layer = f"blk.{layer_number(name)}"
-        if name.endswith(GATE_UP):
-            return f"{layer}.ffn_gate_exps.weight", f"{layer}.ffn_up_exps.weight"
-        if name.endswith(DOWN):
-            return (f"{layer}.ffn_down_exps.weight",)
+        if name.endswith(EXPERTS):
+            return self._experts(name, layer)
+        joined = self._names.joined_tensors(name)
+        if joined:
+            return joined
         split = f"{layer}.attn_k_b.weight", f"{layer}.attn_v_b.weight"
         if name.endswith(_KV_B) and split[0] in self.store.tensors:
             return split
@@ -121,7 +124,10 @@ class ParameterSource:
         Raises:
             WeightsError: missing, or made of several tensors.
         """
-        (tensor,) = self.gguf_names(name)
+        tensors = self.gguf_names(name)
+        if len(tensors) > 1:
+            return self._joined(name, tensors)
+        (tensor,) = tensors
         heads = self._names.heads_in_pairs(name, self.config)
         if heads == 0:
             return self._unchanged(tensor)
@@ -141,6 +147,8 @@ class ParameterSource:
         """Whether `stored` or `stored_kv_b` gives a copy, as rows must change places."""
         if name.endswith(_KV_B):
             return len(self.gguf_names(name)) == 1
+        if self._names.joined_tensors(name):
+            return True
         return bool(self._names.heads_in_pairs(name, self.config))
 
     def stored_kv_b(self, name: str) -> tuple[QuantizedMatrix, QuantizedMatrix]:
@@ -171,6 +179,30 @@ class ParameterSource:
         values = values_of(self.store.read(whole), sizes, info.type_name)
         return keys, values
 
+    def _experts(self, name: str, layer: str) -> tuple[str, ...]:
+        """The tensors of one of the four parameters that a layer's routed experts may have."""
+        kind = "bias" if name.endswith("_bias") else "weight"
+        if name.endswith((DOWN, DOWN_BIAS)):
+            return (f"{layer}.ffn_down_exps.{kind}",)
+        fused = f"{layer}.ffn_gate_up_exps.{kind}"
+        if fused in self.store.tensors:
+            return (fused,)
+        return f"{layer}.ffn_gate_exps.{kind}", f"{layer}.ffn_up_exps.{kind}"
+
+    def _joined(self, name: str, tensors: tuple[str, ...]) -> QuantizedMatrix:
+        """A matrix from those of several tensors, one behind the other."""
+        parts = [self._unchanged(tensor) for tensor in tensors]
+        kinds = {part.type_name for part in parts}
+        widths = {part.shape[1:] for part in parts}
+        if len(kinds) > 1 or len(widths) > 1:
+            raise WeightsError(
+                f"{self._where}: {' and '.join(tensors)} differ in type or width, and are one "
+                f"matrix of the model ({name})"
+            )
+        rows = sum(part.shape[0] for part in parts)
+        data = np.concatenate([part.data for part in parts])
+        return QuantizedMatrix(data, parts[0].type_name, (rows, *parts[0].shape[1:]))
+
     def _unchanged(self, tensor: str) -> QuantizedMatrix:
         info = self.store.info(tensor)
         data = self.store.raw(tensor)
@@ -183,10 +215,10 @@ class ParameterSource:
 
     def _arrange(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         """The parameter from its dequantised parts."""
-        if name.endswith(GATE_UP):
-            return torch.cat(_stacks(parts, 2), dim=1)
-        if name.endswith(DOWN):
-            return torch.cat(_stacks(parts, 1), dim=1)
+        if name.endswith(EXPERTS):
+            return self._arrange_experts(name, parts)
+        if self._names.joined_tensors(name):
+            return torch.cat(parts)
         if len(parts) == 2:
             return _whole_kv_b(*parts)
         (value,) = parts
@@ -196,6 +228,20 @@ class ParameterSource:
         if name.endswith(".shared_expert_gate.weight") and value.ndim == 1:
             return value[None]
         return value
+
+    def _arrange_experts(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+        if name.endswith((GATE_UP_BIAS, DOWN_BIAS)):
+            stacks = parts
+        else:
+            one = name.endswith(DOWN) or (len(parts) == 1 and parts[0].ndim == 3)
+            stacks = _stacks(parts, 1 if one else 2)
+        if not self._names.interleaved_experts:
+            return torch.cat(stacks, dim=1)
+        if len(stacks) == 2:
+            # gate 0, up 0, gate 1, up 1, ...
+            stacks = [torch.stack(stacks, dim=2).flatten(1, 2)]
+        (whole,) = stacks
+        return whole.transpose(1, 2).contiguous() if whole.ndim == 3 else whole
 
 
 class LatentSizes(NamedTuple):

@@ -2,8 +2,15 @@
 
 from hybrimoe_plugin.families.builtin.deepseek_v2 import DEEPSEEK_V2
 from hybrimoe_plugin.families.builtin.deepseek_v3 import DEEPSEEK_V3
+from hybrimoe_plugin.families.builtin.dots1 import DOTS1
+from hybrimoe_plugin.families.builtin.ernie4_5_moe import ERNIE4_5_MOE
+from hybrimoe_plugin.families.builtin.glm4_moe import GLM4_MOE
+from hybrimoe_plugin.families.builtin.glm4_moe_lite import GLM4_MOE_LITE
+from hybrimoe_plugin.families.builtin.gpt_oss import GPT_OSS
+from hybrimoe_plugin.families.builtin.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from hybrimoe_plugin.families.builtin.llama import LLAMA, MISTRAL
 from hybrimoe_plugin.families.builtin.mixtral import MIXTRAL
+from hybrimoe_plugin.families.builtin.olmoe import OLMOE
 from hybrimoe_plugin.families.builtin.qwen2 import QWEN2
 from hybrimoe_plugin.families.builtin.qwen2_moe import QWEN2_MOE
 from hybrimoe_plugin.families.builtin.qwen3 import QWEN3
@@ -17,6 +24,14 @@ BUILT_IN = (
     QWEN3,
     QWEN2_MOE,
     QWEN3_MOE,
+    GLM4_MOE_LITE,  # before V2, which has no correction
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    OLMOE,
+    GLM4_MOE,
+    DOTS1,
+    ERNIE4_5_MOE,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    GPT_OSS,
 )

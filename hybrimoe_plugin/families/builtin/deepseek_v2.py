@@ -116,14 +116,14 @@ def _read_groups(facts: Facts, draft: Draft, used: int) -> _Groups:
     return _Groups(groups, chosen)
 
 
-def deepseek_metadata(config: Any, gating: int) -> dict[str, Any]:
-    """The reverse of `read_deepseek`."""
+def deepseek_metadata(config: Any, gating: int, dense: int) -> dict[str, Any]:
+    """The reverse of `read_deepseek`; `dense` layers come before those with experts."""
     values = {
         "attention.kv_lora_rank": config.kv_lora_rank,
         "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "attention.value_length": config.v_head_dim,
         "rope.dimension_count": config.qk_rope_head_dim,
-        "leading_dense_block_count": config.first_k_dense_replace,
+        "leading_dense_block_count": dense,
         "expert_count": config.n_routed_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_shared_count": config.n_shared_experts,
@@ -158,7 +158,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    return deepseek_metadata(config, gating=1)
+    return deepseek_metadata(config, gating=1, dense=config.first_k_dense_replace)
 
 
 DEEPSEEK_V2 = Family(

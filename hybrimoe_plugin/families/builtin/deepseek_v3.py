@@ -27,7 +27,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    return deepseek_metadata(config, gating=SIGMOID)
+    return deepseek_metadata(config, gating=SIGMOID, dense=config.first_k_dense_replace)
 
 
 DEEPSEEK_V3 = Family(
@@ -35,6 +35,7 @@ DEEPSEEK_V3 = Family(
     architectures=("deepseek2",),
     describe=_describe,
     holds=_holds,
+    is_one_of_several=True,
     names=GGUFNames(
         tensors={".gate.e_score_correction_bias": "blk.{layer}.exp_probs_b.bias"},
     ),

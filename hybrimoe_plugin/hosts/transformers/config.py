@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
-from hybrimoe_plugin.families.agreement import check_same_model, follow_file
+from hybrimoe_plugin.families.agreement import check_and_follow
 from hybrimoe_plugin.families.description import describe
 from hybrimoe_plugin.hosts.transformers.directory import directory_config
 from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
@@ -26,18 +26,16 @@ def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
     """
     if model_path is not None and not Path(model_path).exists():
         raise WeightsError(f"{model_path}: no such model directory")
-    described = None
-    if store is not None and not isinstance(store, CheckpointStore):
-        described = describe(store)
+    gguf = None if isinstance(store, CheckpointStore) else store
     if has_config(model_path):
         assert model_path is not None
         config = directory_config(model_path)
-        if described is not None:
-            check_same_model(config, described, str(model_path))
-            follow_file(config, described)
+        if gguf is not None:
+            check_and_follow(config, gguf, str(model_path))
         return config
-    if described is None:
+    if gguf is None:
         raise WeightsError(f"{model_path}: no config.json there, and no GGUF file was given")
+    described = describe(gguf)
     for notice in described.notices:
         log.warning("%s: %s", described.where, notice)
     return described.config()

@@ -17,7 +17,14 @@ from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_metadata import metadata
 from hybrimoe_plugin.families.gguf_rope import rope_tensors
 from hybrimoe_plugin.families.registry import family_of
-from hybrimoe_plugin.weights.gguf_names import DOWN, GATE_UP, NameMap, layer_number, to_pairs
+from hybrimoe_plugin.weights.gguf_names import (
+    EXPERTS,
+    GATE_UP,
+    GATE_UP_BIAS,
+    NameMap,
+    layer_number,
+    to_pairs,
+)
 
 ChooseType = Callable[[str], str]
 """GGUF tensor name -> GGML type name."""
@@ -78,8 +85,12 @@ def tensors(
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if name.endswith((GATE_UP, DOWN)):
-            found.update(_experts(name, value, stacked))
+        joined = family.names.joined_tensors(name)
+        if name.endswith(EXPERTS):
+            found.update(_experts(name, value, stacked, family.names.interleaved_experts))
+        elif joined:
+            parts = value.chunk(len(joined))
+            found.update(zip(joined, parts, strict=True))
         elif split_kv_b and name.endswith(_KV_B):
             found.update(_split_kv_b(name, value, config))
         else:
@@ -129,17 +140,22 @@ def _tensor_of(name: str, names: NameMap) -> str:
     return found
 
 
-def _experts(name: str, value: torch.Tensor, stacked: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _experts(
+    name: str, value: torch.Tensor, stacked: bool, interleaved: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a layer's experts, from a parameter that stacks them."""
     layer = f"blk.{layer_number(name)}"
-    if name.endswith(GATE_UP):
-        gate, up = value.chunk(2, dim=1)
+    if interleaved and value.ndim == 3:
+        value = value.transpose(1, 2)
+    kind = "bias" if name.endswith("_bias") else "weight"
+    if name.endswith((GATE_UP, GATE_UP_BIAS)):
+        gate, up = (value[:, ::2], value[:, 1::2]) if interleaved else value.chunk(2, dim=1)
         parts = {f"{layer}.ffn_gate": gate, f"{layer}.ffn_up": up}
     else:
         parts = {f"{layer}.ffn_down": value}
     for part, matrices in parts.items():
-        if stacked:
-            yield f"{part}_exps.weight", matrices
+        if stacked or kind == "bias":
+            yield f"{part}_exps.{kind}", matrices
             continue
         for expert, matrix in enumerate(matrices):
             yield f"{part}.{expert}.weight", matrix

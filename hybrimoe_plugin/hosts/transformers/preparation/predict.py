@@ -38,7 +38,7 @@ from hybrimoe_plugin.hosts.transformers.stored import reads_into_memory, stored_
 from hybrimoe_plugin.injection.explain import grouped
 from hybrimoe_plugin.operators.bind import attention_bytes, shorter_context
 from hybrimoe_plugin.weights.find_experts import AnySource, source_of
-from hybrimoe_plugin.weights.gguf_names import DOWN, GATE_UP
+from hybrimoe_plugin.weights.gguf_names import EXPERTS
 
 STORED = "attention and other dense parts, as stored"
 COPIED = "matrices in another row order or type than the file's"
@@ -209,4 +209,4 @@ def _unreplaced(model: Any, source: AnySource) -> Unreplaced | None:
 
 
 def _of_experts(name: str) -> bool:
-    return name.endswith((GATE_UP, DOWN))
+    return name.endswith(EXPERTS)

@@ -1,0 +1,42 @@
+"""Whether two models say the same: a prompt, decode steps, and a padded batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def check_agreement(model: Any, right: Any) -> None:
+    """Compare logits with the defaults of `torch.testing.assert_close`.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(
+        3, right.config.get_text_config().vocab_size, (2, 25), generator=generator
+    )
+    prompt, steps = tokens[:1, :21], tokens[:1, 21:]
+    mask = torch.ones(2, 21, dtype=torch.int64)
+    mask[1, :6] = 0
+    for ours, theirs in zip(
+        _answers(model, prompt, steps, mask, tokens[:, :21]),
+        _answers(right, prompt, steps, mask, tokens[:, :21]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _answers(
+    model: Any, prompt: torch.Tensor, steps: torch.Tensor, mask: torch.Tensor, batch: torch.Tensor
+) -> list[torch.Tensor]:
+    out = model(prompt, use_cache=True)
+    logits = [out.logits]
+    for token in steps.T:
+        out = model(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    padded = model(batch, attention_mask=mask).logits
+    logits.append(padded[mask.bool()])
+    return logits
