@@ -74,6 +74,14 @@ class NameMap:
         return found
 
 
+class OwnNames:
+    """Names of tensors that are called as the model's parameters are."""
+
+    def tensor(self, parameter: str) -> str | None:
+        """The parameter's own name."""
+        return parameter
+
+
 def layer_number(parameter: str) -> int:
     """The decoder layer that a parameter belongs to; -1 outside the layers.
 

@@ -1,4 +1,4 @@
-"""Reads parameters of a transformers model from a GGUF store, by their transformers names."""
+"""Reads parameters of a transformers model from a store, by their transformers names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hybrimoe_plugin.weights.gguf_names import (
     GATE_UP,
     GGUFNames,
     NameMap,
+    OwnNames,
     from_pairs,
     layer_number,
 )
@@ -42,9 +43,12 @@ class ParameterSource:
     def __init__(self, store: GGUFStore, config: Any, names: GGUFNames | None = None) -> None:
         self.store = store
         self.config = config
-        self._names = names or GGUFNames()
+        # A checkpoint's tensors have the layout of transformers, which the names tell how to make.
+        self._names = names if names is not None and store.directory is None else GGUFNames()
         self._where = store.paths[0]
-        self._map = NameMap(self._names, store.architecture, config.num_hidden_layers)
+        self._map: NameMap | OwnNames = OwnNames()
+        if store.directory is None:
+            self._map = NameMap(self._names, store.architecture, config.num_hidden_layers)
 
     def gguf_names(self, name: str) -> tuple[str, ...]:
         """The GGUF tensors that make up one parameter.
@@ -149,7 +153,7 @@ class ParameterSource:
 
         A file that holds kv_b whole gives the values' rows as they are; the keys must be
         transposed, which takes another quantisation, to Q8_0 (float32 where 32 does not divide
-        their width).
+        their width). Floating-point types stay as they are.
 
         Raises:
             WeightsError: missing or of another shape.
@@ -222,12 +226,14 @@ class _LatentSizes(NamedTuple):
 
 
 def _keys_of(kv_b: torch.Tensor, sizes: _LatentSizes, stored: str) -> QuantizedMatrix:
-    """[heads, R, nope] in Q8_0 or F32, from the whole kv_b in floating point."""
+    """[heads, R, nope] in Q8_0 or a floating-point type, from the whole kv_b in floating point."""
     heads, rank, nope, _ = sizes
     keys = kv_b.view(heads, -1, rank)[:, :nope]
     transposed = keys.transpose(1, 2).contiguous()
     kind = "Q8_0"
-    if nope % 32 or stored == "F32":
+    if stored in ("F32", "F16", "BF16"):
+        kind = stored
+    elif nope % 32:
         kind = "F32"
     packed = quantize(transposed.numpy(), GGMLQuantizationType[kind])
     data = packed.view(np.uint8).reshape(-1)

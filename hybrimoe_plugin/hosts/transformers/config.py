@@ -23,9 +23,11 @@ def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
             asks for what is not supported, or the two do not describe the same model.
         ConfigError: config.json names code or kernels that would have to be run or fetched.
     """
+    if model_path is None and store is not None:
+        model_path = store.directory
     if model_path is not None and not Path(model_path).exists():
         raise WeightsError(f"{model_path}: no such model directory")
-    described = describe(store) if store is not None else None
+    described = describe(store) if store is not None and store.directory is None else None
     if has_config(model_path):
         assert model_path is not None
         config = directory_config(model_path)

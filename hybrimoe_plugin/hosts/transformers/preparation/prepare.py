@@ -11,6 +11,8 @@ import torch
 
 from hybrimoe_plugin.errors import ConfigError, RulesError
 from hybrimoe_plugin.families.packaged_rules import other_family, rules_path
+from hybrimoe_plugin.hosts.transformers.checkpoint.files import is_checkpoint
+from hybrimoe_plugin.hosts.transformers.checkpoint.open import open_checkpoint
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import has_config, model_config
 from hybrimoe_plugin.hosts.transformers.preparation.accelerators import as_if_there
@@ -98,6 +100,8 @@ def open_weights(model_path: str | Path | None, gguf_path: str | Path | None) ->
     path = gguf_path if gguf_path is not None else model_path
     if path is None:
         raise ConfigError("name the weights: gguf_path, or a model_path that holds them")
+    if is_checkpoint(path):
+        return open_checkpoint(path)
     return GGUFStore.open(path)
 
 
@@ -105,6 +109,6 @@ def find_weights(model_path: str | Path | None, gguf_path: str | Path | None) ->
     """The same for a dry run; None where there is only a config.json."""
     if gguf_path is None and has_config(model_path):
         assert model_path is not None
-        if not any(Path(model_path).glob("*.gguf")):
+        if not any(Path(model_path).glob("*.gguf")) and not is_checkpoint(model_path):
             return None
     return open_weights(model_path, gguf_path)
