@@ -60,7 +60,9 @@ def read_safetensors_header(data: mmap.mmap, where: str, file: int) -> list[Tens
     if size < _LENGTH_BYTES or start > size:
         raise WeightsError(f"{where}: no whole safetensors file: its header ends beyond the file")
     if length > _MAX_BYTES:
-        raise WeightsError(f"{where}: a header of {length} bytes; more than {_MAX_BYTES} is refused")
+        raise WeightsError(
+            f"{where}: a header of {length} bytes; more than {_MAX_BYTES} is refused"
+        )
     try:
         entries = json.loads(data[_LENGTH_BYTES:start], object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

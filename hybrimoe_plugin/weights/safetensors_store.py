@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.gguf_header import TensorInfo
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.safetensors_header import read_safetensors_header

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hybrimoe_plugin.compute.cpu.kt_experts import replaced_bytes
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
+from hybrimoe_plugin.compute.cpu.kt_experts import replaced_bytes
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
