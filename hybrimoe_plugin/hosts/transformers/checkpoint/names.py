@@ -13,7 +13,7 @@ or stacked with gate and up in one tensor:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,14 +34,16 @@ class CheckpointNames:
     Args:
         model: as transformers builds it, usually on the meta device.
         where: the checkpoint, for messages.
+        types: GGML types that tensors may be of.
     """
 
-    def __init__(self, model: Any, where: str) -> None:
+    def __init__(self, model: Any, where: str, types: Container[str] = READABLE) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self._model = model
         self._where = where
+        self._types = types
         self._parameters = model.state_dict()
         steps = get_model_conversion_mapping(model)
         self._renamings = [step for step in steps if isinstance(step, WeightRenaming)]
@@ -64,7 +66,7 @@ class CheckpointNames:
                 if not self._needless(name):
                     yield info
                 continue
-            if info.type_name not in READABLE:
+            if info.type_name not in self._types:
                 raise WeightsError(
                     f"{self._where}: tensor {info.name!r} is stored as {info.type_name}; "
                     f"{', '.join(READABLE)} are read as they are: make a GGUF of a quantised "
