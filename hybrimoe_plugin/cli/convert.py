@@ -15,9 +15,9 @@ _FP8 = ("Q8_0", "BF16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="model directory with safetensors files")
+    parser.add_argument("source", metavar="DIR", help="model directory with safetensors files")
     parser.add_argument(
-        "output", metavar="OUT.gguf", nargs="?", help="default: model.gguf in the directory"
+        "output", metavar="FILE", nargs="?", help="GGUF file to write; default: model.gguf in DIR"
     )
     add_flag(
         parser,
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from hybrimoe_plugin.hosts.transformers.convert.write import convert
 
     path = convert(args.source, args.output, fp8=args.fp8, progress=_bar)
-    notice(f"chat with it: hybrimoe --gguf_path {path} --model_path {args.source}")
+    notice(f"chat with it: hybrimoe local_chat --gguf_path {path} --model_path {args.source}")
     print(path)
     return 0
 

@@ -19,7 +19,9 @@ Floats = NDArray[np.float32]
 VALUES = 32
 """Values of a block."""
 _HALF_ERROR = 2.0**-11
-"""The largest relative error of rounding to float16."""
+"""The largest relative error of rounding to float16, down to 2^-14."""
+_HALF_STEP = 2.0**-25
+"""The largest error below: groups of zeros often have a scale that small."""
 
 
 def mxfp4(blocks: Bytes, scales: Bytes) -> Bytes:
@@ -40,7 +42,7 @@ def mxfp4(blocks: Bytes, scales: Bytes) -> Bytes:
 def q4_0(codes: Bytes, scales: Floats, where: str) -> Bytes:
     """Values (code - 8) * scale as Q4_0: exact where float16 holds the scale.
 
-    Else the error is that of rounding it, 2^-11 of each value at most.
+    Else the error is that of rounding it: 2^-11 of each value, or 2^-22, at most.
 
     Args:
         codes: [R, M], 0 to 15.
@@ -70,7 +72,7 @@ def q4_1(codes: Bytes, scales: Floats, zeros: Floats, where: str) -> Bytes:
 
 
 def q8_0(values: Floats) -> Bytes:
-    """Q8_0: the error is at most 1/250 of the largest value of a block of 32.
+    """Q8_0: the error is at most 1/250 of the largest value of a block of 32, plus 2^-18.
 
     Args:
         values: [R, M]
@@ -106,7 +108,8 @@ def _in_blocks(codes: Bytes) -> Bytes:
 
 def _nibbles(codes: Bytes) -> Bytes:
     """[R, B, 16] from codes [R, B, 32]."""
-    return codes[..., :16] | (codes[..., 16:] << 4)
+    packed: Bytes = codes[..., :16] | (codes[..., 16:] << np.uint8(4))
+    return packed
 
 
 def _half_bytes(values: Floats, where: str) -> Bytes:
@@ -115,7 +118,7 @@ def _half_bytes(values: Floats, where: str) -> Bytes:
         rounded = values.astype(np.float16)
     error = np.abs(rounded.astype(np.float32) - values)
     # NaN fails too.
-    if not bool((error <= _HALF_ERROR * np.abs(values)).all()):
+    if not bool((error <= np.maximum(_HALF_ERROR * np.abs(values), _HALF_STEP)).all()):
         raise WeightsError(f"{where}: a scale is not finite, or out of float16's range")
     return rounded[..., None].view(np.uint8)
 

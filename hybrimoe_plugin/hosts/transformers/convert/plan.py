@@ -40,19 +40,19 @@ class Piece(NamedTuple):
     """Rows of one source tensor."""
 
     source: Source
-    start: int
-    count: int
+    first: int
+    rows: int
     heads: int
     """Rows change places as pairs of so many heads; 0 where they do not."""
 
     def parts(self) -> Iterator[NDArray[np.uint8]]:
         """The bytes, a bounded number of rows at a time."""
-        numbers = np.arange(self.start, self.start + self.count)
+        numbers = np.arange(self.first, self.first + self.rows)
         if self.heads:
             numbers = to_pairs(torch.from_numpy(numbers), self.heads).numpy()
         step = max(1, _VALUES_AT_A_TIME // self.source.shape[-1])
-        for first in range(0, self.count, step):
-            yield self.source.rows(numbers[first : first + step])
+        for start in range(0, self.rows, step):
+            yield self.source.rows(numbers[start : start + step])
 
 
 class Vector(NamedTuple):
@@ -208,7 +208,7 @@ def _stack(name: str, pieces: Mapping[int, Piece], where: str) -> Written:
 
 
 def _expert_shape(pieces: Iterable[Piece]) -> tuple[int, int]:
-    shapes = {(piece.count, piece.source.shape[-1]) for piece in pieces}
+    shapes = {(piece.rows, piece.source.shape[-1]) for piece in pieces}
     if len(shapes) > 1:
         raise WeightsError(f"experts of one layer have shapes {sorted(shapes)}")
     return shapes.pop()
