@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import quantised
 import tiny
@@ -20,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import BudgetError, ConfigError, HybriMoEError, WeightsError
 from hybrimoe_plugin.hosts.transformers.convert import write as writing
+from hybrimoe_plugin.hosts.transformers.convert.blocks import mxfp4
+from hybrimoe_plugin.hosts.transformers.convert.experts import turned_experts
+from hybrimoe_plugin.hosts.transformers.convert.methods import Source
 from hybrimoe_plugin.hosts.transformers.convert.write import convert
-from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.gguf_store import GGUFStore, dequantize_bytes
 
 __all__ = ["one_torch_thread"]
 
@@ -208,3 +212,68 @@ def test_other_methods_are_refused(tmp_path: Path, sound: Path, settings: Any, r
     path.write_text(json.dumps({**config, "quantization_config": settings}))
     with pytest.raises(HybriMoEError, match=reason):
         convert(tmp_path / "source", tmp_path / "out.gguf")
+
+
+def test_experts_in_turns_are_those_that_transformers_dequantises() -> None:
+    """Of a model whose experts have rows of gate and up in turns, and biases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_local_experts=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=32,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, high: int = 256, low: int = 0) -> torch.Tensor:
+        drawn = torch.randint(low, high, shape, generator=generator)
+        return drawn.to(torch.uint8)
+
+    prefix = "model.layers.0.mlp.experts"
+    packed = {
+        f"{prefix}.gate_up_proj": (random(4, 64, 2, 16), random(4, 64, 2, low=110, high=130)),
+        f"{prefix}.down_proj": (random(4, 64, 1, 16), random(4, 64, 1, low=110, high=130)),
+    }
+    right = {
+        name: convert_moe_packed_tensors(*parts, dtype=torch.float32)
+        for name, parts in packed.items()
+    }
+    biases = {f"{prefix}.gate_up_proj_bias": torch.randn(4, 64, generator=generator)}
+    sources = [
+        Source(name, "MXFP4", (4, 64, blocks.shape[2] * 32), rows_of(blocks, scales))
+        for name, (blocks, scales) in packed.items()
+    ]
+    for name, value in biases.items():
+        sources.append(Source(name, "F32", (4, 64), lambda n, v=value: v.numpy().view("u1")[n]))
+    others, written = turned_experts(sources, model, "here")
+    assert not others
+    gate_up = right[f"{prefix}.gate_up_proj"].transpose(1, 2)
+    bias = biases[f"{prefix}.gate_up_proj_bias"]
+    wanted = {
+        "blk.0.ffn_gate_exps.weight": gate_up[:, ::2],
+        "blk.0.ffn_up_exps.weight": gate_up[:, 1::2],
+        "blk.0.ffn_down_exps.weight": right[f"{prefix}.down_proj"].transpose(1, 2),
+        "blk.0.ffn_gate_exps.bias": bias[:, ::2],
+        "blk.0.ffn_up_exps.bias": bias[:, 1::2],
+    }
+    assert {tensor.name for tensor in written} == set(wanted)
+    for tensor in written:
+        raw = np.concatenate([part.reshape(-1) for part in tensor.pieces[0].parts()])
+        assert len(raw) == tensor.nbytes
+        found = dequantize_bytes(raw, tensor.type_name, tensor.shape)
+        assert torch.equal(found, wanted[tensor.name])
+
+
+def rows_of(blocks: torch.Tensor, scales: torch.Tensor) -> Any:
+    packed = blocks.reshape(-1, *blocks.shape[2:]).numpy()
+    exponents = scales.reshape(len(packed), -1).numpy()
+    return lambda numbers: mxfp4(packed[numbers], exponents[numbers])

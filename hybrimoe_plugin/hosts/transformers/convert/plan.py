@@ -9,10 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_metadata import metadata
@@ -21,77 +17,19 @@ from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.transformers.checkpoint.files import weight_files
 from hybrimoe_plugin.hosts.transformers.checkpoint.names import CheckpointNames
-from hybrimoe_plugin.hosts.transformers.convert.methods import Source, method_of, row_bytes, sources
+from hybrimoe_plugin.hosts.transformers.convert.experts import turned_experts
+from hybrimoe_plugin.hosts.transformers.convert.methods import Source, method_of, sources
+from hybrimoe_plugin.hosts.transformers.convert.pieces import Computed, Piece, Vector, Written
 from hybrimoe_plugin.hosts.transformers.directory import config_of
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
-from hybrimoe_plugin.weights.dequant import dequantize
 from hybrimoe_plugin.weights.gguf_header import TensorInfo
-from hybrimoe_plugin.weights.gguf_names import GGUFNames, NameMap, to_pairs
+from hybrimoe_plugin.weights.gguf_names import GGUFNames, NameMap
 from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 WRITTEN = ("BF16", "F16", "F32", "MXFP4", "Q8_0", "Q4_0", "Q4_1")
 _EXPERT = re.compile(r"^(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight$")
-_VALUES_AT_A_TIME = 1 << 22
 _READ = ("mapped_as", "tensors", "paired_heads")
 """The exceptions of a family's files that are known here."""
-
-
-class Piece(NamedTuple):
-    """Rows of one source tensor."""
-
-    source: Source
-    first: int
-    rows: int
-    heads: int
-    """Rows change places as pairs of so many heads; 0 where they do not."""
-
-    def parts(self) -> Iterator[NDArray[np.uint8]]:
-        """The bytes, a bounded number of rows at a time."""
-        numbers = np.arange(self.first, self.first + self.rows)
-        if self.heads:
-            numbers = to_pairs(torch.from_numpy(numbers), self.heads).numpy()
-        step = max(1, _VALUES_AT_A_TIME // self.source.shape[-1])
-        for start in range(0, self.rows, step):
-            yield self.source.rows(numbers[start : start + step])
-
-
-class Vector(NamedTuple):
-    """A small tensor in float32."""
-
-    source: Source
-    heads: int
-
-    def parts(self) -> Iterator[NDArray[np.uint8]]:
-        """The bytes, at once."""
-        stored = torch.from_numpy(self.source.rows(np.arange(1)).copy()).reshape(-1)
-        values = dequantize(stored, self.source.type_name, self.source.shape)
-        if self.heads:
-            values = to_pairs(values, self.heads)
-        yield values.contiguous().numpy().reshape(-1).view(np.uint8)
-
-
-class Computed(NamedTuple):
-    """A small tensor that the config gives."""
-
-    value: torch.Tensor
-
-    def parts(self) -> Iterator[NDArray[np.uint8]]:
-        """The bytes, at once."""
-        yield self.value.float().contiguous().numpy().reshape(-1).view(np.uint8)
-
-
-class Written(NamedTuple):
-    """One tensor of the file."""
-
-    name: str
-    type_name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece | Vector | Computed, ...]
-
-    @property
-    def nbytes(self) -> int:
-        columns = self.shape[-1] if self.shape else 1
-        return math.prod(self.shape) // max(1, columns) * row_bytes(self.type_name, columns)
 
 
 class Plan(NamedTuple):
@@ -146,17 +84,17 @@ def _tensors(found: list[Source], model: Any, family: Family, where: str) -> Ite
     names = NameMap(family.names, family.architectures[0], config.num_hidden_layers)
     parameters = model.state_dict()
     experts: dict[str, dict[int, Piece]] = {}
-    seen: set[str] = set()
+    found, turned = turned_experts(found, model, where)
+    yield from turned
     for view in CheckpointNames(model, where, WRITTEN).views(map(_info, found, range(len(found)))):
         source = found[view.file]
-        piece = Piece(source, *_rows(view, source), 0)
+        piece = Piece(source, *_rows(view, source))
         single = _EXPERT.match(view.name)
         if single is not None:
             experts.setdefault(f"{single[1]}_exps.weight", {})[int(single[2])] = piece
             continue
         if view.name.startswith("blk."):
             yield Written(view.name, source.type_name, view.shape, (piece,))
-            seen.add(view.name)
             continue
         if view.name == "lm_head.weight" and config.tie_word_embeddings:
             raise WeightsError(f"{where}: holds a head, which the config says is the embedding")
