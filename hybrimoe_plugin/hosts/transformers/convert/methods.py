@@ -133,17 +133,17 @@ def _fp8(store: SafetensorsStore, name: str, stem: str, method: Method) -> tuple
     weight = f"{stem}.weight"
     info = store.info(weight)
     values = readers.array(store, weight, "F8_E4M3")
-    scales = readers.floats(store, name)
+    scales_shape = store.info(name).shape
     size = method.settings.get("weight_block_size")
     if size != [128, 128] or values.ndim != 2:
         raise WeightsError(f"{store.directory}: {weight!r}: FP8 is read in blocks of 128 x 128")
-    if scales.shape != tuple(-(-count // 128) for count in values.shape):
+    if scales_shape != tuple(-(-count // 128) for count in values.shape):
         raise WeightsError(f"{store.directory}: {weight!r} and {name!r} do not fit each other")
     kind = method.fp8 if values.shape[1] % blocks.VALUES == 0 else "BF16"
     encode = blocks.q8_0 if kind == "Q8_0" else blocks.bf16
-    table = readers.fp8_values()
 
     def rows(numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        scales, table = readers.floats(store, name), readers.fp8_values()
         wide = np.repeat(scales[numbers // 128], 128, axis=1)[:, : values.shape[1]]
         products = table[values[numbers]] * wide
         if not np.isfinite(products).all():
@@ -159,7 +159,7 @@ def _int4(
     """Q4_0 where every zero point is 8, else Q4_1."""
     where = f"{store.directory}: {stem!r}"
     rows_count, columns = found.shape
-    groups = found.scales.shape[1]
+    groups = found.groups
     if groups == 0 or columns % groups or (columns // groups) % blocks.VALUES:
         raise WeightsError(
             f"{where}: groups of a size that is no multiple of {blocks.VALUES} are not read"
@@ -168,10 +168,10 @@ def _int4(
 
     def rows(numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         codes = found.codes(numbers)
-        scales = np.repeat(found.scales[numbers], repeats, axis=1)
+        scales = np.repeat(found.scales()[numbers], repeats, axis=1)
         if found.zeros is None:
             return blocks.q4_0(codes, scales, where)
-        zeros = np.repeat(found.zeros[numbers], repeats, axis=1)
+        zeros = np.repeat(found.zeros()[numbers], repeats, axis=1)
         return blocks.q4_1(codes, scales, zeros, where)
 
     kind = "Q4_0" if found.zeros is None else "Q4_1"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.hosts.transformers.convert.blocks import Bytes, Floats, nibbles_of
 from hybrimoe_plugin.weights import dequant
+from hybrimoe_plugin.weights.gguf_header import TensorInfo
 from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 _DTYPES: Mapping[str, Any] = {"U8": np.uint8, "F8_E4M3": np.uint8, "I32": "<i4", "I64": "<i8"}
@@ -29,9 +30,11 @@ class Int4(NamedTuple):
     shape: tuple[int, int]
     codes: Callable[[NDArray[np.int64]], Bytes]
     """Numbers of rows -> [R, M], 0 to 15."""
-    scales: Floats
-    """[N, groups]"""
-    zeros: Floats | None
+    groups: int
+    """Groups of columns with one scale."""
+    scales: Callable[[], Floats]
+    """[N, groups]; read when called, as all of a large model's would fill the memory."""
+    zeros: Callable[[], Floats] | None
     """[N, groups]; None where all are 8."""
 
 
@@ -48,14 +51,19 @@ def array(store: SafetensorsStore, name: str, dtype: str) -> NDArray[Any]:
 
 def floats(store: SafetensorsStore, name: str) -> Floats:
     """A copy in float32. Raises: WeightsError: missing, or no floating-point numbers."""
+    info = _float_info(store, name)
+    raw = torch.from_numpy(store.read(name))
+    found: Floats = dequant.dequantize(raw, info.type_name, info.shape).numpy()
+    return found
+
+
+def _float_info(store: SafetensorsStore, name: str) -> TensorInfo:
     info = store.info(name)
     if info.type_name not in ("F32", "F16", "BF16"):
         raise WeightsError(
             f"{store.directory}: tensor {name!r} is {info.type_name}, expected a float type"
         )
-    raw = torch.from_numpy(store.read(name))
-    found: Floats = dequant.dequantize(raw, info.type_name, info.shape).numpy()
-    return found
+    return info
 
 
 def fp8_values() -> Floats:
@@ -75,24 +83,31 @@ def compressed(store: SafetensorsStore, name: str, stem: str) -> tuple[Int4, tup
     parts = [name, f"{stem}.weight_scale", f"{stem}.weight_shape"]
     words = array(store, name, "I32")
     shape = tuple(int(count) for count in array(store, parts[2], "I64").reshape(-1))
-    scales = floats(store, parts[1])
+    scales = _float_info(store, parts[1]).shape
     if f"{stem}.weight_g_idx" in store.tensors:
         raise WeightsError(f"{where}: groups of columns in another order (g_idx) are not read")
     if len(shape) != 2 or words.shape != (shape[0], -(-shape[1] // _PER_WORD)):
         raise WeightsError(f"{where}: {words.shape} words do not hold {shape} codes of 4 bits")
-    if scales.ndim != 2 or len(scales) != shape[0]:
-        raise WeightsError(f"{where}: scales of shape {scales.shape} do not fit {shape}")
-    zeros = None
+    if len(scales) != 2 or scales[0] != shape[0]:
+        raise WeightsError(f"{where}: scales of shape {scales} do not fit {shape}")
+    zeros: Callable[[], Floats] | None = None
     if f"{stem}.weight_zero_point" in store.tensors:
         parts.append(f"{stem}.weight_zero_point")
         packed = array(store, parts[-1], "I32")  # packed along the rows
-        zeros = nibbles_of(packed.T).T[: shape[0]].astype(np.float32)
-        _check_alike(zeros, scales, where)
+        _check_zeros(packed.shape, (-(-shape[0] // _PER_WORD), scales[1]), where)
+
+        def read_zeros() -> Floats:
+            return nibbles_of(packed.T).T[: shape[0]].astype(np.float32)
+
+        zeros = read_zeros
 
     def codes(numbers: NDArray[np.int64]) -> Bytes:
         return nibbles_of(words[numbers])[:, : shape[1]]
 
-    return Int4((shape[0], shape[1]), codes, scales, zeros), tuple(parts)
+    def read_scales() -> Floats:
+        return floats(store, parts[1])
+
+    return Int4((shape[0], shape[1]), codes, scales[1], read_scales, zeros), tuple(parts)
 
 
 def gptq(
@@ -106,31 +121,40 @@ def gptq(
     where = f"{store.directory}: {stem!r}"
     parts = [name, f"{stem}.scales", f"{stem}.qzeros"]
     words = array(store, name, "I32")
-    scales = np.ascontiguousarray(_flat(floats(store, parts[1]), where).T)
-    zeros = nibbles_of(_flat(array(store, parts[2], "I32"), where)).T.astype(np.float32)
-    if settings.get("checkpoint_format", "gptq") == "gptq":
-        zeros += 1  # stored less one, in the format's first version
+    scales = _float_info(store, parts[1]).shape
+    packed = array(store, parts[2], "I32")
     columns = _flat(words, where).shape[0] * _PER_WORD
-    _check_alike(zeros, scales, where)
+    rows = words.shape[1]
+    if len(scales) != 2 or scales[1] != rows or rows % _PER_WORD:
+        raise WeightsError(f"{where}: codes and scales do not fit each other")
+    _check_zeros(packed.shape, (scales[0], rows // _PER_WORD), where)
+    groups = scales[0]
+    # Stored less one, in the format's first version.
+    less = int(settings.get("checkpoint_format", "gptq") == "gptq")
+    # By the setting, not matrix by matrix: the experts of a layer must share one type.
+    symmetric = bool(settings.get("sym"))
     if f"{stem}.g_idx" in store.tensors:
         parts.append(f"{stem}.g_idx")
-        size = columns // max(1, scales.shape[1])
+        size = columns // max(1, groups)
         usual = np.arange(columns) // max(1, size)
         if not np.array_equal(array(store, parts[-1], "I32"), usual):
             raise WeightsError(f"{where}: groups of columns in another order (g_idx) are not read")
     if f"{stem}.bias" in store.tensors and not store.dequantized(f"{stem}.bias").any():
         parts.append(f"{stem}.bias")  # some writers add zeros to every matrix
-    if words.shape[1] != len(scales):
-        raise WeightsError(f"{where}: codes and scales do not fit each other")
 
     def codes(numbers: NDArray[np.int64]) -> Bytes:
         return nibbles_of(words[:, numbers].T)
 
-    # By the setting, not matrix by matrix: the experts of a layer must share one type.
-    symmetric = bool(settings.get("sym")) and bool((zeros == _ZERO).all())
-    return Int4((words.shape[1], columns), codes, scales, None if symmetric else zeros), tuple(
-        parts
-    )
+    def zeros() -> Floats:
+        return nibbles_of(packed).T.astype(np.float32) + less
+
+    def read_scales() -> Floats:
+        if symmetric and not bool((zeros() == _ZERO).all()):
+            raise WeightsError(f"{where}: config.json says sym, and zero points are not {_ZERO}")
+        return np.ascontiguousarray(floats(store, parts[1]).T)
+
+    found = Int4((rows, columns), codes, groups, read_scales, None if symmetric else zeros)
+    return found, tuple(parts)
 
 
 def awq(store: SafetensorsStore, name: str, stem: str) -> tuple[Int4, tuple[str, ...]]:
@@ -144,18 +168,25 @@ def awq(store: SafetensorsStore, name: str, stem: str) -> tuple[Int4, tuple[str,
     where = f"{store.directory}: {stem!r}"
     parts = (name, f"{stem}.scales", f"{stem}.qzeros")
     words = _flat(array(store, name, "I32"), where)
-    scales = np.ascontiguousarray(_flat(floats(store, parts[1]), where).T)
-    zeros = _awq_codes(_flat(array(store, parts[2], "I32"), where)).T.astype(np.float32)
-    _check_alike(zeros, scales, where)
-    if words.shape[1] * _PER_WORD != len(scales):
+    scales = _float_info(store, parts[1]).shape
+    packed = array(store, parts[2], "I32")
+    rows = words.shape[1] * _PER_WORD
+    if len(scales) != 2 or scales[1] != rows:
         raise WeightsError(f"{where}: codes and scales do not fit each other")
+    _check_zeros(packed.shape, (scales[0], words.shape[1]), where)
 
     def codes(numbers: NDArray[np.int64]) -> Bytes:
         taken = words[:, numbers // _PER_WORD].view(np.uint32)
         shifts = (_AWQ_ORDER[numbers % _PER_WORD] * 4).astype(np.uint32)
         return np.ascontiguousarray(((taken >> shifts) & 15).astype(np.uint8).T)
 
-    return Int4((len(scales), len(words)), codes, scales, zeros), parts
+    def zeros() -> Floats:
+        return _awq_codes(packed).T.astype(np.float32)
+
+    def read_scales() -> Floats:
+        return np.ascontiguousarray(floats(store, parts[1]).T)
+
+    return Int4((rows, len(words)), codes, scales[0], read_scales, zeros), parts
 
 
 def _awq_codes(words: NDArray[np.int32]) -> Bytes:
@@ -170,8 +201,6 @@ def _flat(values: NDArray[Any], where: str) -> NDArray[Any]:
     return values
 
 
-def _check_alike(zeros: Floats, scales: Floats, where: str) -> None:
-    if zeros.shape != scales.shape:
-        raise WeightsError(
-            f"{where}: zero points {zeros.shape} and scales {scales.shape} do not fit each other"
-        )
+def _check_zeros(found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    if found != wanted:
+        raise WeightsError(f"{where}: zero points of shape {found}, the scales ask for {wanted}")
