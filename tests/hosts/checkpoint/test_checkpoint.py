@@ -96,6 +96,28 @@ def graph_matrices(engine: Any) -> tuple[Any, ...]:
     return stored.gate, stored.up, stored.down
 
 
+def test_files_of_older_releases_are_read_at_odd_addresses(tmp_path: Path) -> None:
+    """Headers were not padded once, so that tensors begin at any byte."""
+    folder = saved(tmp_path, "mixtral", torch.bfloat16)
+    right = by_transformers(folder)
+    wanted = logits(right, tiny.tokens(9), tiny.tokens(2, seed=1))
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].rstrip()
+    text += b" " * (1 - len(text) % 2)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    assert all(info.offset % 2 for info in open_checkpoint(folder).tensors.values())
+    model = injected(folder, cpu_backend="ggml", weights="mapped")
+    found = logits(model, tiny.tokens(9), tiny.tokens(2, seed=1))
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+    model.hybrimoe.close()
+    model = injected(folder, accelerator="emulated", dense="dequantised")
+    found = logits(model, tiny.tokens(9), tiny.tokens(2, seed=1))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    model.hybrimoe.close()
+
+
 def test_layers_that_look_ahead_are_left_out(tmp_path: Path) -> None:
     folder = saved(tmp_path, "deepseek_v3", torch.float32)
     add(folder, "model.layers.2.eh_proj.weight", torch.ones(4, 4))

@@ -19,7 +19,8 @@ from hybrimoe_plugin.errors import BudgetError, ConfigError, WeightsError
 from hybrimoe_plugin.files import human
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
-from hybrimoe_plugin.hosts.transformers.convert.plan import Plan, Written, plan
+from hybrimoe_plugin.hosts.transformers.convert.pieces import Written
+from hybrimoe_plugin.hosts.transformers.convert.plan import Plan, plan
 from hybrimoe_plugin.hosts.transformers.gguf_export import add_value
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
