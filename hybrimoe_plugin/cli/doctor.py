@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "gguf_path", metavar="PATH", help="model to check against free memory")
     add_flag(
         parser,
+        "model_path",
+        metavar="DIR",
+        help="its directory with config.json, or with safetensors too",
+    )
+    add_flag(
+        parser,
         "fix",
         nargs="?",
         const=extras.KERNELS.part,
@@ -44,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fix is not None:
         fix(next(extra for extra in extras.EXTRAS if extra.part == args.fix))
         return 0
-    found = examine(args.gguf_path)
+    found = examine(args.gguf_path, args.model_path)
     if args.json:
         print(_json(found))
     else:
@@ -87,7 +93,7 @@ def _problem(extra: extras.Extra) -> str | None:
     return next((check.detail for check in checks if not check.ok), None)
 
 
-def examine(gguf_path: str | None = None) -> Sections:
+def examine(gguf_path: str | None = None, model_path: str | None = None) -> Sections:
     """All checks by section, and with a model whether it fits; none of them raises."""
     sections: Mapping[str, Sequence[Callable[[], Check]]] = {
         "backends": (
@@ -106,9 +112,9 @@ def examine(gguf_path: str | None = None) -> Sections:
     found = {"installed": backends.installed()}
     for section, checks in sections.items():
         found[section] = [_guarded(check) for check in checks]
-    if gguf_path is not None:
+    if gguf_path is not None or model_path is not None:
         fits = (memory.model_on_host, memory.model_on_accelerator)
-        found["model"] = [_guarded(partial(check, gguf_path)) for check in fits]
+        found["model"] = [_guarded(partial(check, gguf_path, model_path)) for check in fits]
     return found
 
 

@@ -260,7 +260,8 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         group,
         "model_path",
         metavar="DIR",
-        help="directory with config.json and tokenizer; default: the GGUF's own",
+        help="directory with config.json and tokenizer (default: the GGUF's own), and with "
+        "safetensors where there is no GGUF",
     )
     return group
 

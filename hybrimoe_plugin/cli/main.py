@@ -59,6 +59,11 @@ COMMANDS = (
     Command(
         "demo_model", "build the demo model and print its path", "hybrimoe_plugin.cli.demo_model"
     ),
+    Command(
+        "convert",
+        "write a quantised checkpoint (FP8, MXFP4, 4-bit integers) as a GGUF file",
+        "hybrimoe_plugin.cli.convert",
+    ),
     Command("flash_pack", "pack a model for direct reads from flash", "lever_ext.cli.flash_pack"),
     Command(
         "lever_train",

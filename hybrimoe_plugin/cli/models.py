@@ -23,9 +23,9 @@ def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
         WeightsError: raised by the store and the config reader.
     """
     from hybrimoe_plugin.hosts.transformers.config import model_config
-    from hybrimoe_plugin.weights.gguf_store import GGUFStore
+    from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights
 
-    store = GGUFStore.open(gguf_path)
+    store = open_weights(model_path, gguf_path)
     return store, model_config(model_path, store)
 
 

@@ -10,6 +10,7 @@ import torch
 from hybrimoe_plugin.compute.backends import CPUBackend
 from hybrimoe_plugin.compute.cpu.ggml import TYPES, Ggml
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
+from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts, refusal
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
 from hybrimoe_plugin.compute.cpu.shared_experts import SharedCPU
@@ -84,7 +85,9 @@ def cpu_backends(
         return (settings.cpu_backend,)
     types = {matrix.type_name for weights in layers for matrix in weights.matrices()}
     ggml = _works(Ggml) and types <= TYPES
-    if alone and ggml:
+    # kt-kernel would copy experts that do not lie one after another: the whole model twice.
+    apart = any(is_apart(matrix) for weights in layers for matrix in weights.matrices())
+    if ggml and (alone or apart):
         return ("ggml",)
     found = []
     refused = any(refusal(weights.spec) for weights in layers)

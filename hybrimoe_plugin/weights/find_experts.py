@@ -6,12 +6,12 @@ from typing import Any
 
 from hybrimoe_plugin.weights.checkpoint.experts import CheckpointExperts
 from hybrimoe_plugin.weights.checkpoint.source import CheckpointSource
-from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
 from hybrimoe_plugin.weights.expert_form import ExpertForm
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, chosen_experts, layer_weights
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
+from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 AnySource = ParameterSource | CheckpointSource
 
@@ -25,7 +25,7 @@ def source_of(store: GGUFStore, config: Any, names: GGUFNames) -> AnySource:
     Raises:
         WeightsError: as `ParameterSource`.
     """
-    if isinstance(store, CheckpointStore):
+    if isinstance(store, SafetensorsStore):
         return CheckpointSource(store, config)
     return ParameterSource(store, config, names)
 
@@ -44,7 +44,7 @@ def find_experts(
         ConfigError: the config does not state the experts of a token.
     """
     top_k = chosen_experts(config)
-    if isinstance(store, CheckpointStore):
+    if isinstance(store, SafetensorsStore):
         return CheckpointExperts(CheckpointSource(store, config), key, form).layer(layer, top_k)
     return layer_weights(
         store,

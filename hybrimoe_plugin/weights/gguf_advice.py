@@ -20,8 +20,8 @@ _MOST_NAMES = 3
 """File names in a message."""
 
 CONVERT = (
-    "experts are read from GGUF files: find the model's GGUF, or make one with llama.cpp's "
-    "convert_hf_to_gguf.py (hybrimoe flash_pack --model_path DIR takes safetensors)"
+    "weights are read from GGUF files, or from safetensors files beside their config.json "
+    "(--model_path DIR)"
 )
 _PYTORCH = f"it is a PyTorch checkpoint; {CONVERT}"
 _WEB_PAGE = "it is a web page, not the file that the page offers; download that"
@@ -50,7 +50,7 @@ def about_bytes(data: bytes) -> str:
             return f": {text}"
     # A safetensors file begins with the length of its JSON header.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
-        return f": it is a safetensors file; {CONVERT}"
+        return ": it is a safetensors file; --model_path takes its directory, with config.json"
     return ""
 
 

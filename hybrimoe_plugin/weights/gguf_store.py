@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import os
 import stat
 import weakref
@@ -48,7 +49,10 @@ class GGUFStore:
         paths: the files, in order.
         metadata: key -> value of the first file.
         tensors: name -> `TensorInfo`, over all files.
+        directory: of the transformers model whose own files these are; None for GGUF files.
     """
+
+    directory: Path | None = None
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Use `open`."""
@@ -81,7 +85,7 @@ class GGUFStore:
         file, data = map_file(path)
         self._files.append(file)
         self._mapped[index] = FileIdentity.of(os.fstat(file.fileno()))
-        metadata, tensors = read_header(data, str(path), index)
+        metadata, tensors = self._header(data, path, index)
         if index == 0:
             self.metadata = metadata
         else:
@@ -93,6 +97,12 @@ class GGUFStore:
                 )
             self.tensors[info.name] = info
         self._bytes.append(np.frombuffer(data, dtype=np.uint8))
+
+    def _header(
+        self, data: mmap.mmap, path: Path, index: int
+    ) -> tuple[dict[str, Any], list[TensorInfo]]:
+        """Metadata and tensors of one file. Raises: WeightsError."""
+        return read_header(data, str(path), index)
 
     def _check_part(self, metadata: dict[str, Any], path: Path) -> None:
         """Raise WeightsError where a part of a split set states what the first one does not.

@@ -158,7 +158,7 @@ class ParameterSource:
 
         A file that holds kv_b whole gives the values' rows as they are; the keys must be
         transposed, which takes another quantisation, to Q8_0 (float32 where 32 does not divide
-        their width).
+        their width). Floating-point types stay as they are.
 
         Raises:
             WeightsError: missing or of another shape.

@@ -23,8 +23,8 @@ def complaint(path: Path | str) -> str:
     ("content", "said"),
     [
         (b'{"model": 1}', "it is JSON, as config.json and tokenizer.json"),
-        (struct.pack("<Q", 40) + b'{"__metadata__":{}}', "safetensors file; experts are read from"),
-        (b"PK\x03\x04\x00\x00", "it is a PyTorch checkpoint; experts are read from GGUF"),
+        (struct.pack("<Q", 40) + b'{"__metadata__":{}}', "safetensors file; --model_path takes"),
+        (b"PK\x03\x04\x00\x00", "it is a PyTorch checkpoint; weights are read from GGUF"),
         (b"\x80\x02\x8a\n", "it is a PyTorch checkpoint"),
         (b"<!doctype html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
@@ -86,7 +86,7 @@ def test_folders_without_gguf_say_what_they_hold(tmp_path: Path) -> None:
         (tmp_path / f"model-{index}.safetensors").write_bytes(b"")
     text = complaint(tmp_path)
     assert "but model-0.safetensors, model-1.safetensors, model-2.safetensors and 1 more" in text
-    assert "flash_pack --model_path DIR takes safetensors" in text
+    assert "safetensors files beside their config.json" in text
     inner = tmp_path / "snapshots" / "abc"
     inner.mkdir(parents=True)
     (inner / "model.gguf").write_bytes(b"")

@@ -36,12 +36,12 @@ def accelerator() -> Check:
     )
 
 
-def model_on_host(gguf_path: str) -> Check:
+def model_on_host(gguf_path: str | None, model_path: str | None = None) -> Check:
     """Whether a model fits into main memory, by the numbers that loading is refused by."""
     from hybrimoe_plugin.device.memory import human
     from hybrimoe_plugin.hosts.transformers.preparation.prediction import DISK, MEMORY
 
-    prediction = _predict(gguf_path)
+    prediction = _predict(gguf_path, model_path)
     prediction.check()
     disk = prediction.total(DISK)
     on_disk = f", {human(disk)} of the file stay on disk" if disk else ""
@@ -53,12 +53,12 @@ def model_on_host(gguf_path: str) -> Check:
     )
 
 
-def model_on_accelerator(gguf_path: str) -> Check:
+def model_on_accelerator(gguf_path: str | None, model_path: str | None = None) -> Check:
     """How many of a model's experts fit on the accelerator."""
     import torch
 
     name = "model on accelerator"
-    prediction = _predict(gguf_path)
+    prediction = _predict(gguf_path, model_path)
     layers = prediction.layers
     count = sum(layer.routed for layer in layers)
     if not torch.cuda.is_available():
@@ -70,11 +70,12 @@ def model_on_accelerator(gguf_path: str) -> Check:
     )
 
 
-def _predict(gguf_path: str) -> Prediction:
+def _predict(gguf_path: str | None, model_path: str | None) -> Prediction:
     """With the packaged rules. Raises: HybriMoEError: the model would not load."""
     from hybrimoe_plugin.hosts.transformers.preparation.predict import predict
-    from hybrimoe_plugin.hosts.transformers.preparation.prepare import plan_for
+    from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights, prepare
 
-    prepared = plan_for(None, gguf_path)
+    store = open_weights(model_path, gguf_path)
+    prepared = prepare(model_path, store, None, settings={})
     injection = prepared.inject()
     return predict(prepared, injection.devices)

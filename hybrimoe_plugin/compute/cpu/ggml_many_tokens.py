@@ -15,8 +15,12 @@ from collections.abc import Sequence
 import torch
 
 from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
-from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts, expert_matrix
-from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+from hybrimoe_plugin.compute.cpu.ggml_stored import (
+    ApartExperts,
+    Projection,
+    StoredExperts,
+    expert_matrix,
+)
 
 
 def by_index(
@@ -25,10 +29,14 @@ def by_index(
     """[T, H] of hidden's dtype: the weighted sum over each token's experts.
 
     Args:
+        stored: each projection must be one matrix.
         hidden: [T, H].
         ids: [T, K]; must be in range.
         weights: [T, K].
     """
+    assert not isinstance(stored.gate, ApartExperts)
+    assert not isinstance(stored.up, ApartExperts)
+    assert not isinstance(stored.down, ApartExperts)
     graph = Graph(stored.ggml, stored.threads)
     x = graph.input(len(hidden), 1, hidden.shape[1])
     chosen = graph.input(*ids.shape, dtype=torch.int32)
@@ -125,7 +133,7 @@ def _sorted_choices(flat_ids: torch.Tensor, kept: torch.Tensor | None) -> torch.
 
 def _expert_products(
     graph: Graph,
-    stored: QuantizedMatrix,
+    stored: Projection,
     loads: Sequence[int],
     x: torch.Tensor,
     out: torch.Tensor,

@@ -9,17 +9,19 @@ from typing import NamedTuple
 import torch
 
 from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
-from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts, expert_matrix, expert_stride
-from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+from hybrimoe_plugin.compute.cpu.ggml_stored import (
+    ApartExperts,
+    Projection,
+    StoredExperts,
+    expert_matrix,
+)
 
 
 class _PointedProducts(NamedTuple):
     """K plain products whose weights are pointed at the chosen experts before each run."""
 
-    base: int
-    """Address of the first expert's matrix."""
-    expert_bytes: int
-    """From the start of one expert's matrix to that of the next."""
+    addresses: tuple[int, ...]
+    """Of each expert's matrix."""
     pointers: list[ctypes.c_uint64]
     """Where the addresses of the chosen experts' matrices go."""
 
@@ -28,7 +30,7 @@ class SingleTokenGraph:
     """One token's K experts.
 
     Each of the three steps is one product with the experts' indices, or K plain products where
-    those are faster (`Ggml.kernel_speed`):
+    those are faster (`Ggml.kernel_speed`) or experts do not lie evenly:
 
         indexed   [E, N, M] matrices, ids [K] -> one node
         plain     K nodes, each with the address of one expert's matrix, set before the run
@@ -76,9 +78,9 @@ class SingleTokenGraph:
             weights: [1, K].
         """
         chosen = ids[0].tolist()
-        for base, expert_bytes, pointers in self._pointed:
+        for addresses, pointers in self._pointed:
             for expert, pointer in zip(chosen, pointers, strict=True):
-                pointer.value = base + expert * expert_bytes
+                pointer.value = addresses[expert]
         self._ids.copy_(ids)
         self._x.copy_(hidden.detach())
         first, *second = self._graphs
@@ -93,11 +95,11 @@ class SingleTokenGraph:
         return weighted.to(hidden.dtype)
 
     def _products(
-        self, graph: Graph, stored: QuantizedMatrix, x: torch.Tensor, out: torch.Tensor
+        self, graph: Graph, stored: Projection, x: torch.Tensor, out: torch.Tensor
     ) -> list[GraphTensor]:
         """out [K, N] from the experts' matrices [E, N, M] and x [1 or K, M]."""
-        weights = graph.weight(stored)
-        if graph.indexed(weights):
+        weights = None if isinstance(stored, ApartExperts) else graph.weight(stored)
+        if weights is not None and graph.indexed(weights):
             rows = graph.wrap(x[None])
             return [graph.matmul_id(weights, rows, graph.wrap_ids(self._ids), out)]
         first = expert_matrix(stored, 0)
@@ -110,6 +112,7 @@ class SingleTokenGraph:
             row = graph.wrap(rows_of_x[place : place + 1])
             target = out[place : place + 1]
             products.append(graph.matmul(expert, row, target, indexed=False))
-        base = stored.data.ctypes.data
-        self._pointed.append(_PointedProducts(base, expert_stride(stored), pointers))
+        experts = [expert_matrix(stored, expert) for expert in range(stored.shape[0])]
+        addresses = tuple(expert.data.ctypes.data for expert in experts)
+        self._pointed.append(_PointedProducts(addresses, pointers))
         return products

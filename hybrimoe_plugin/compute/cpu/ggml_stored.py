@@ -19,19 +19,47 @@ _SHARE_OF_FREE = 0.02
 """A matrix of all experts is repacked only if it takes less than this share of free memory."""
 
 
+_APART = ("BF16", "F16", "F32")
+"""Types whose experts are read where they lie, also where that is in no order.
+
+The kernels of one product and of indexed products agree in them.
+"""
+
+
+class ApartExperts(NamedTuple):
+    """One projection of experts that do not lie evenly in the file."""
+
+    experts: tuple[QuantizedMatrix, ...]
+    """[N, M] each."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[E, N, M]"""
+        return len(self.experts), *self.experts[0].shape
+
+
+Projection = QuantizedMatrix | ApartExperts
+"""One projection of all experts."""
+
+
 class StoredExperts(NamedTuple):
     """What the graphs of one layer are built from."""
 
     ggml: Ggml
     threads: int
-    gate: QuantizedMatrix
+    gate: Projection
     """[E, I, H]"""
-    up: QuantizedMatrix
+    up: Projection
     """[E, I, H]"""
-    down: QuantizedMatrix
+    down: Projection
     """[E, H, I]"""
     activation: Activation
     biases: Biases | None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each projection is one matrix, which products with indices need."""
+        return not any(isinstance(part, ApartExperts) for part in (self.gate, self.up, self.down))
 
     @property
     def is_swiglu(self) -> bool:
@@ -69,8 +97,12 @@ class StoredExperts(NamedTuple):
         spec = weights.spec
         inner = (spec.experts, spec.intermediate, spec.hidden)
         outer = (spec.experts, spec.hidden, spec.intermediate)
-        matrices = []
+        matrices: list[Projection] = []
         for matrix, shape in zip(weights.matrices(), (inner, inner, outer), strict=True):
+            if is_apart(matrix):
+                matrices.append(_apart(matrix, shape[1:]))
+                ggml.kernel_speed(matrix.type_name, threads)
+                continue
             stored = _stack(matrix, shape)
             check_stored(stored)
             if repack and not stored.stride and _repacking_pays(ggml, threads, stored):
@@ -82,8 +114,10 @@ class StoredExperts(NamedTuple):
         return cls(ggml, threads, gate, up, down, spec.activation, weights.biases)
 
 
-def expert_matrix(stored: QuantizedMatrix, expert: int) -> QuantizedMatrix:
+def expert_matrix(stored: Projection, expert: int) -> QuantizedMatrix:
     """One expert's matrix [N, M] of all experts' [E, N, M]; not copied."""
+    if isinstance(stored, ApartExperts):
+        return stored.experts[expert]
     start = expert * expert_stride(stored)
     data = stored.data[start : start + _expert_bytes(stored)]
     return QuantizedMatrix(data, stored.type_name, stored.shape[1:])
@@ -92,6 +126,20 @@ def expert_matrix(stored: QuantizedMatrix, expert: int) -> QuantizedMatrix:
 def expert_stride(stored: QuantizedMatrix) -> int:
     """Bytes from the start of one expert's matrix to that of the next."""
     return stored.stride or _expert_bytes(stored)
+
+
+def is_apart(matrix: Matrix) -> bool:
+    """Whether experts do not lie evenly in the file, and graphs read them there."""
+    even = matrix.stacked is not None or matrix.spread is not None
+    return not even and matrix.type_name in _APART
+
+
+def _apart(matrix: Matrix, shape: tuple[int, ...]) -> ApartExperts:
+    """Views of experts' matrices. Raises: BackendError: bytes that do not fit the shape."""
+    found = tuple(QuantizedMatrix(data, matrix.type_name, shape) for data in matrix.experts)
+    for stored in found:
+        check_stored(stored)
+    return ApartExperts(found)
 
 
 def _expert_bytes(stored: QuantizedMatrix) -> int:

@@ -10,9 +10,9 @@ from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.gguf_rope import FACTORS, OLD_FREQUENCIES
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.weights.checkpoint.names import find_names
-from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
+from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 _SHOWN = 8
 _LAYER = re.compile(r"^blk\.(\d+)\.(.*)$")
@@ -29,7 +29,7 @@ def check_complete(model: Any, store: GGUFStore, config: Any) -> None:
         WeightsError: naming the tensors that are missing, and those that no parameter of the model
             is made from.
     """
-    if isinstance(store, CheckpointStore):
+    if isinstance(store, SafetensorsStore):
         store.names = find_names(model, store.tensors, str(store.paths[0].parent))
         return
     tensors = store.tensors

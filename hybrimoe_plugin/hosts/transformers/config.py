@@ -10,7 +10,6 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.agreement import check_and_follow
 from hybrimoe_plugin.families.description import describe
 from hybrimoe_plugin.hosts.transformers.directory import directory_config
-from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 log = logging.getLogger(__name__)
@@ -24,9 +23,11 @@ def model_config(model_path: str | Path | None, store: GGUFStore | None) -> Any:
             asks for what is not supported, or the two do not describe the same model.
         ConfigError: config.json names code or kernels that would have to be run or fetched.
     """
+    if model_path is None and store is not None:
+        model_path = store.directory
     if model_path is not None and not Path(model_path).exists():
         raise WeightsError(f"{model_path}: no such model directory")
-    gguf = None if isinstance(store, CheckpointStore) else store
+    gguf = store if store is not None and store.directory is None else None
     if has_config(model_path):
         assert model_path is not None
         config = directory_config(model_path)

@@ -127,27 +127,6 @@ def config_of(values: Mapping[str, Any], where: str) -> Any:
     return config
 
 
-def check_not_quantised(directory: str | Path) -> None:
-    """Refuse a checkpoint whose weights are packed in some way of their own.
-
-    Raises:
-        WeightsError: naming the method.
-    """
-    path = Path(directory) / "config.json"
-    if not path.exists():
-        raise WeightsError(f"{directory}: holds safetensors files but no config.json")
-    values = read_json(path)
-    text = values.get("text_config")
-    nested = text if isinstance(text, dict) else {}
-    found = values.get("quantization_config") or nested.get("quantization_config")
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise WeightsError(
-            f"{directory}: its weights are quantised ({method}), and checkpoints are read in BF16, "
-            "F16 and F32 only; use a GGUF file of this model"
-        )
-
-
 def check_tokenizer_files(directory: str | Path) -> None:
     """Look at a directory's tokenizer before transformers reads it.
 

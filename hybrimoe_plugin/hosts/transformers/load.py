@@ -69,7 +69,7 @@ def load_model(
 
     Args:
         model_path: directory with config and tokenizer; both come from the GGUF where it is not
-            given.
+            given. Its own safetensors files are read as they are where they hold BF16, F16 or F32.
         gguf_path: GGUF file, any part of a split set, or a directory with one model; default
             `model_path`.
         rules: rules file, or the name of a packaged one; default the packaged rules of the model's
@@ -100,6 +100,7 @@ def load_model(
     except ConfigError as error:
         raise ConfigError(f"load_model: {error}") from None
     store = open_weights(model_path, gguf_path)
+    model_path = model_path or store.directory
     prepared = prepare(
         model_path, store, rules, dtype=dtype, trust_rules=trust_rules, settings=settings
     )
@@ -162,6 +163,7 @@ def load_plain_model(
         HybriMoEError: as `load_model`.
     """
     store = open_weights(model_path, gguf_path)
+    model_path = model_path or store.directory
     config = model_config(model_path, store)
     tokenizer = load_tokenizer(model_path, store, config)
     model = meta_model(config, dtype_of(dtype))

@@ -18,6 +18,8 @@ import torch
 from hybrimoe_plugin.errors import WeightsError
 
 _SHOWN = 8
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_COMPUTED = ".rotary_emb.inv_freq"
 
 
 class Source(NamedTuple):
@@ -112,6 +114,8 @@ def find_names(model: Any, tensors: Collection[str], where: str) -> Names:
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     parameters = model.state_dict()
+    # A copy of what they are tied to has been left out: what is left is something else.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     prefix = model.base_model_prefix
     found: dict[str, list[Source]] = {}
     unused = []
@@ -119,7 +123,7 @@ def find_names(model: Any, tensors: Collection[str], where: str) -> Names:
         name, pattern = rename_source_key(tensor, renamings, converters, prefix, parameters)
         if name not in parameters:
             name, pattern = rename_source_key(tensor, [], [], prefix, parameters)
-        if name in parameters:
+        if name in parameters and name not in tied:
             found.setdefault(name, []).append(Source(tensor, pattern or ""))
         elif not _may_be_skipped(model, name) and not _may_be_skipped(model, tensor):
             unused.append(tensor)
@@ -128,7 +132,8 @@ def find_names(model: Any, tensors: Collection[str], where: str) -> Names:
         converter = by_pattern.get(sources[0].pattern)
         piece = Piece(name, tuple(sources), converter)
         pieces |= dict.fromkeys(_made(name, converter), piece)
-    _check(model, pieces, unused, where)
+    missing = [name for name in parameters if name not in pieces and name not in tied]
+    _check(model, missing, unused, where)
     return Names(Shapes(model.config, parameters), pieces)
 
 
@@ -141,14 +146,17 @@ def _made(name: str, converter: Any) -> list[str]:
 
 
 def _may_be_skipped(model: Any, name: str) -> bool:
-    """Whether the model's class says that it leaves such tensors out."""
+    """Whether a tensor that is no parameter may be left out."""
+    layer = _LAYER.search(name)
+    if layer is not None and int(layer[1]) >= model.config.num_hidden_layers:
+        return True  # a layer that predicts further tokens; plain decoding does not use it
+    if name.endswith(_COMPUTED):  # from the config
+        return True
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check(model: Any, pieces: Mapping[str, Piece], unused: list[str], where: str) -> None:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = [name for name in model.state_dict() if name not in pieces and name not in tied]
+def _check(model: Any, missing: list[str], unused: list[str], where: str) -> None:
     wrong = []
     if missing:
         wrong.append(f"nothing there for {_listed(missing)}")

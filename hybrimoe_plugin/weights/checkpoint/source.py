@@ -10,9 +10,9 @@ import torch
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.checkpoint.names import Piece
-from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore
 from hybrimoe_plugin.weights.parameter_source import LatentSizes, keys_of, values_of
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = {
@@ -34,7 +34,7 @@ class CheckpointSource:
         config: of the model.
     """
 
-    def __init__(self, store: CheckpointStore, config: Any) -> None:
+    def __init__(self, store: SafetensorsStore, config: Any) -> None:
         self.store = store
         self.config = config
         self._where = store.paths[0].parent

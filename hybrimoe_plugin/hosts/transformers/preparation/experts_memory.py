@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import replaced_bytes
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
@@ -136,7 +137,8 @@ def _copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> 
     """What the CPU's kernels copy. Several backends are measured: theirs is an upper limit."""
     backends = cpu_backends(settings, layers, alone)
     found = []
-    apart = sum(_apart_bytes(weights) for weights in layers)
+    in_place = backends == ("ggml",)
+    apart = sum(_apart_bytes(weights, in_place) for weights in layers)
     if apart and backends != ("torch",):
         found.append(Part(MEMORY, APART, apart))
     faster = 0
@@ -149,10 +151,12 @@ def _copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> 
     return found
 
 
-def _apart_bytes(weights: LayerWeights) -> int:
+def _apart_bytes(weights: LayerWeights, in_place: bool) -> int:
+    """Bytes of experts that are put together, but for those that ggml reads where they lie."""
     found = 0
     for matrix in weights.matrices():
-        if matrix.stacked is None and matrix.spread is None:
+        even = matrix.stacked is not None or matrix.spread is not None
+        if not even and not (in_place and is_apart(matrix)):
             found += sum(part.size for part in matrix.experts)
     return found
 

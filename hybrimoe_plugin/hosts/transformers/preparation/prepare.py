@@ -11,16 +11,16 @@ import torch
 
 from hybrimoe_plugin.errors import ConfigError, RulesError
 from hybrimoe_plugin.families.packaged_rules import other_family, rules_path
+from hybrimoe_plugin.hosts.transformers.checkpoint.files import is_checkpoint
+from hybrimoe_plugin.hosts.transformers.checkpoint.open import open_checkpoint
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import has_config, model_config
-from hybrimoe_plugin.hosts.transformers.directory import check_not_quantised
 from hybrimoe_plugin.hosts.transformers.preparation.accelerators import as_if_there
 from hybrimoe_plugin.hosts.transformers.skeleton import dtype_of, meta_model
 from hybrimoe_plugin.hosts.transformers.stored import keeps_stored, without_foreign, without_plain
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
 from hybrimoe_plugin.injection.rules import Rules, load_rules
-from hybrimoe_plugin.weights.checkpoint.store import CheckpointStore, checkpoint_files
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
@@ -100,19 +100,8 @@ def open_weights(model_path: str | Path | None, gguf_path: str | Path | None) ->
     path = gguf_path if gguf_path is not None else model_path
     if path is None:
         raise ConfigError("name the weights: gguf_path, or a model_path that holds them")
-    return open_store(path)
-
-
-def open_store(path: str | Path) -> GGUFStore:
-    """A GGUF file, a directory with one model in GGUF, or a checkpoint directory.
-
-    Raises:
-        WeightsError: as the stores, or a checkpoint whose weights are quantised.
-    """
-    directory = Path(path)
-    if directory.is_dir() and not any(directory.glob("*.gguf")) and checkpoint_files(directory):
-        check_not_quantised(directory)
-        return CheckpointStore.open_directory(directory)
+    if is_checkpoint(path):
+        return open_checkpoint(path)
     return GGUFStore.open(path)
 
 
@@ -120,7 +109,6 @@ def find_weights(model_path: str | Path | None, gguf_path: str | Path | None) ->
     """The same for a dry run; None where there is only a config.json."""
     if gguf_path is None and has_config(model_path):
         assert model_path is not None
-        directory = Path(model_path)
-        if not any(directory.glob("*.gguf")) and not checkpoint_files(directory):
+        if not any(Path(model_path).glob("*.gguf")) and not is_checkpoint(model_path):
             return None
     return open_weights(model_path, gguf_path)

@@ -1,0 +1,1 @@
+"""Weights in a model directory's own safetensors files."""

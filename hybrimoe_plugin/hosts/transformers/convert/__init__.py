@@ -1,0 +1,1 @@
+"""Quantised checkpoints written as GGUF files, in the GGML types nearest to theirs."""

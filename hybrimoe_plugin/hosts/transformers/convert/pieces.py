@@ -1,0 +1,92 @@
+"""The bytes of a converted tensor: which rows they are made from, a bounded number at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hybrimoe_plugin.hosts.transformers.convert.methods import Source, row_bytes
+from hybrimoe_plugin.weights.dequant import dequantize
+from hybrimoe_plugin.weights.gguf_names import to_pairs
+
+_VALUES_AT_A_TIME = 1 << 22
+
+
+class Piece(NamedTuple):
+    """Rows of one source tensor."""
+
+    source: Source
+    first: int
+    rows: int
+    heads: int = 0
+    """Rows change places as pairs of so many heads; 0 where they do not."""
+    step: int = 1
+    """Each row, or every second one."""
+
+    def parts(self) -> Iterator[NDArray[np.uint8]]:
+        """The bytes, a bounded number of rows at a time."""
+        numbers = self.first + self.step * np.arange(self.rows)
+        if self.heads:
+            numbers = to_pairs(torch.from_numpy(numbers), self.heads).numpy()
+        step = max(1, _VALUES_AT_A_TIME // self.source.shape[-1])
+        for start in range(0, self.rows, step):
+            yield self.source.rows(numbers[start : start + step])
+
+
+class Vector(NamedTuple):
+    """A small tensor in float32."""
+
+    source: Source
+    heads: int
+
+    def parts(self) -> Iterator[NDArray[np.uint8]]:
+        """The bytes, at once."""
+        stored = torch.from_numpy(self.source.rows(np.arange(1)).copy()).reshape(-1)
+        values = dequantize(stored, self.source.type_name, self.source.shape)
+        if self.heads:
+            values = to_pairs(values, self.heads)
+        yield values.contiguous().numpy().reshape(-1).view(np.uint8)
+
+
+class Biases(NamedTuple):
+    """Biases of all experts in float32, where gate and up may take turns."""
+
+    source: Source
+    first: int
+    step: int
+
+    def parts(self) -> Iterator[NDArray[np.uint8]]:
+        """The bytes, at once."""
+        stored = torch.from_numpy(self.source.rows(np.arange(self.source.shape[0])).copy())
+        values = dequantize(stored.reshape(-1), self.source.type_name, self.source.shape)
+        chosen = values[:, self.first :: self.step].contiguous()
+        yield chosen.numpy().reshape(-1).view(np.uint8)
+
+
+class Computed(NamedTuple):
+    """A small tensor that the config gives."""
+
+    value: torch.Tensor
+
+    def parts(self) -> Iterator[NDArray[np.uint8]]:
+        """The bytes, at once."""
+        yield self.value.float().contiguous().numpy().reshape(-1).view(np.uint8)
+
+
+class Written(NamedTuple):
+    """One tensor of the file."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece | Vector | Biases | Computed, ...]
+
+    @property
+    def nbytes(self) -> int:
+        columns = self.shape[-1] if self.shape else 1
+        return math.prod(self.shape) // max(1, columns) * row_bytes(self.type_name, columns)
