@@ -85,7 +85,7 @@ def try_directory(right: Any) -> str:
                 cpu_backend="torch",
             )
         except HybriMoEError as error:
-            return f"refused: {_line(error).replace(folder, 'DIR')}"
+            return f"refused: {_reason(_line(error)).replace(folder, 'DIR')}"
         try:
             check_agreement(model, right)
         finally:
@@ -102,6 +102,12 @@ def page(stands: Sequence[Stand]) -> str:
         alone = ", ".join(f"`{name}`" for name in item.architectures) or "-"
         lines.append(f"| `{item.model_type}` | {alone} | {item.directory} |")
     return "\n".join(lines) + "\n"
+
+
+def _reason(message: str) -> str:
+    """A message without the rule and the module that it begins with."""
+    at = message.find("experts of ")
+    return message[max(at, 0) :]
 
 
 def _line(error: BaseException) -> str:

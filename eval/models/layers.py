@@ -59,7 +59,9 @@ def _layer(
         stored = _random(rng, kind, experts * values, width)
         parts.append(_matrix(kind, stored, experts))
     sizes = [stored_bytes(kind, values) for kind in kinds]
-    spec = ExpertSpec(hidden, intermediate, experts, header.top_k, *kinds, *sizes)
+    spec = ExpertSpec(
+        hidden, intermediate, experts, header.top_k, *kinds, sizes[0], sizes[1], sizes[2]
+    )
     gate, up, down = parts
     return LayerWeights(0, spec, gate, up, down)
 

@@ -1,11 +1,11 @@
 """The families that come with the package, one file each."""
 
-from hybrimoe_plugin.families.builtin.deepseek_v2 import DEEPSEEK_V2
-from hybrimoe_plugin.families.builtin.deepseek_v3 import DEEPSEEK_V3
+from hybrimoe_plugin.families.builtin.deepseek.deepseek_v2 import DEEPSEEK_V2
+from hybrimoe_plugin.families.builtin.deepseek.deepseek_v3 import DEEPSEEK_V3
+from hybrimoe_plugin.families.builtin.deepseek.glm4_moe_lite import GLM4_MOE_LITE
 from hybrimoe_plugin.families.builtin.dots1 import DOTS1
 from hybrimoe_plugin.families.builtin.ernie4_5_moe import ERNIE4_5_MOE
 from hybrimoe_plugin.families.builtin.glm4_moe import GLM4_MOE
-from hybrimoe_plugin.families.builtin.glm4_moe_lite import GLM4_MOE_LITE
 from hybrimoe_plugin.families.builtin.gpt_oss import GPT_OSS
 from hybrimoe_plugin.families.builtin.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from hybrimoe_plugin.families.builtin.llama import LLAMA, MISTRAL

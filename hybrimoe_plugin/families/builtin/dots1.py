@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrimoe_plugin.families.builtin.sigmoid_experts import (
+from hybrimoe_plugin.families.builtin.deepseek.sigmoid_experts import (
     CORRECTION,
     read_sigmoid_experts,
     sigmoid_metadata,

@@ -155,7 +155,10 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 EDITS = (
     (lambda tensors: tensors.pop(EXPERT), "8 experts, found 7"),
     (lambda tensors: tensors.update({EXPERT: torch.ones(3, 64)}), r"is \(3, 64\) in F32, expected"),
-    (lambda tensors: tensors.update({EXPERT: tensors[EXPERT].bfloat16()}), "in BF16, expected .* in F32"),
+    (
+        lambda tensors: tensors.update({EXPERT: tensors[EXPERT].bfloat16()}),
+        "in BF16, expected .* in F32",
+    ),
     (
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}),
         r"'model\.norm\.weight' is stored as I32.*hybrimoe convert",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
 from hybrimoe_plugin.compute.cpu.ggml.binding import F32, I32, GgmlBinding
 from hybrimoe_plugin.compute.cpu.ggml.execution import Execution
@@ -25,6 +25,7 @@ from hybrimoe_plugin.compute.cpu.ggml.tensor import (
     FLOATS,
     GraphTensor,
     buffer,
+    bytes_of_row,
     check_stored,
     norm_epsilon_fits,
     require,
@@ -97,8 +98,7 @@ class Graph:
             BackendError: a type that was not tried, or bytes that do not fit the shape.
         """
         check_stored(stored)
-        kind = int(GGMLQuantizationType[stored.type_name])
-        shape = stored.shape
+        kind, shape = int(GGMLQuantizationType[stored.type_name]), stored.shape
         pointer = self._strided(kind, stored) if stored.stride else self._new_tensor(kind, shape)
         self._set_data(pointer, stored.data.ctypes.data)
         self._referenced.append(stored)
@@ -116,9 +116,7 @@ class Graph:
 
     def wrap_ids(self, memory: torch.Tensor) -> GraphTensor:
         """The same for ids [..., K] int32."""
-        assert memory.dtype == torch.int32 and memory.is_contiguous()
-        shape = tuple(memory.shape)
-        return self._result(self._new_tensor(I32, shape), shape, memory)
+        return self._result(self._new_tensor(I32, memory.shape), tuple(memory.shape), memory)
 
     def constant(self, values: torch.Tensor) -> GraphTensor:
         """One of the model's own vectors [M] as [1, M] float32; not copied if it is float32."""
@@ -328,12 +326,11 @@ class Graph:
     def _strided(self, kind: int, stored: QuantizedMatrix) -> int:
         """A stack [E, N, M] whose matrices lie apart, as a view of one with more rows."""
         experts, rows, columns = stored.shape
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        row_bytes = columns // block * block_bytes
+        row_bytes = bytes_of_row(stored.type_name, columns)
         whole = self._new_tensor(kind, (experts, stored.stride // row_bytes, columns))
         self._set_data(whole, stored.data.ctypes.data)
-        sizes = (columns, rows, experts)
-        return int(self._binding.view(self._context, whole, *sizes, row_bytes, stored.stride, 0))
+        view = (columns, rows, experts, row_bytes, stored.stride, 0)
+        return int(self._binding.view(self._context, whole, *view))
 
     def _result(
         self, pointer: int, shape: tuple[int, ...], memory: torch.Tensor | None = None

@@ -118,6 +118,12 @@ def _strided_bytes(stored: QuantizedMatrix, row_bytes: int) -> int:
     return (experts - 1) * stored.stride + rows * row_bytes
 
 
+def bytes_of_row(type_name: str, columns: int) -> int:
+    """Stored bytes of one row of a matrix."""
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return columns // block * block_bytes
+
+
 def norm_epsilon_fits(eps: float) -> bool:
     """Whether ggml's norm takes this epsilon.
 

@@ -69,6 +69,11 @@ def prepare(
     try:
         plan = plan_injection(model, parsed, trust_rules=trust_rules)
     except RulesError as error:
+        if not any(name.endswith(".experts") for name, _ in model.named_modules()):
+            raise RulesError(
+                f"{type(model).__name__} has no layers with routed experts in a module of that "
+                "name, as transformers' mixture-of-experts families have"
+            ) from None
         reason = other_family(parsed, config.model_type)
         if not reason:
             raise

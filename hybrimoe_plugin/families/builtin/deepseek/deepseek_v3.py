@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrimoe_plugin.families.builtin.deepseek_v2 import (
+from hybrimoe_plugin.families.builtin.deepseek.deepseek_v2 import (
     SIGMOID,
     deepseek_metadata,
     gating,

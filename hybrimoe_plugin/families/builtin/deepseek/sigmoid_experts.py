@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrimoe_plugin.families.builtin.deepseek_v2 import SIGMOID
+from hybrimoe_plugin.families.builtin.deepseek.deepseek_v2 import SIGMOID
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.reading import Draft, read_experts
 

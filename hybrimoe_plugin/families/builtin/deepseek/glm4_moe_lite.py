@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hybrimoe_plugin.families.builtin.deepseek_v2 import (
+from hybrimoe_plugin.families.builtin.deepseek.deepseek_v2 import (
     SIGMOID,
     deepseek_metadata,
     gating,
 )
-from hybrimoe_plugin.families.builtin.deepseek_v3 import DEEPSEEK_V3
+from hybrimoe_plugin.families.builtin.deepseek.deepseek_v3 import DEEPSEEK_V3
 from hybrimoe_plugin.families.family import PackagedRules
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.reading import Draft, sparse_layers
