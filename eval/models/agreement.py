@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
+
 
 @torch.no_grad()
-def check_agreement(model: Any, right: Any) -> None:
-    """Compare logits with the defaults of `torch.testing.assert_close`.
+def check_agreement(model: Any, right: Any, **close: Any) -> None:
+    """Compare logits with the defaults of `torch.testing.assert_close`, or with `close`.
 
     Raises:
         AssertionError: they differ.
@@ -26,7 +28,7 @@ def check_agreement(model: Any, right: Any) -> None:
         _answers(right, prompt, steps, mask, tokens[:, :21]),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, **close)
 
 
 def _answers(
@@ -35,7 +37,7 @@ def _answers(
     out = model(prompt, use_cache=True)
     logits = [out.logits]
     for token in steps.T:
-        out = model(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+        out = model(token[:, None], use_cache=True, **{cache_name(model): cache_in(out)})
         logits.append(out.logits)
     padded = model(batch, attention_mask=mask).logits
     logits.append(padded[mask.bool()])

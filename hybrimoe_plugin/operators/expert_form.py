@@ -38,7 +38,7 @@ def read_form(key: str, module: nn.Module) -> ExpertForm:
         raise _refused(key, name, "they have no form that transformers' other families share")
     if not module.has_gate:
         raise _refused(key, name, "they have no gate projection")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # older releases know no such experts
         raise _refused(key, name, "each expert's output goes through a norm")
     down = _shape(key, module, "down_proj")
     packed = _shape(key, module, "gate_up_proj")

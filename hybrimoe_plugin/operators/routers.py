@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.errors import BackendError
-
 WAITING = 8
 """Most calls of a gate that wait for their experts' call.
 
@@ -60,6 +58,8 @@ class GateRouter:
         self._in_sequences = False
         """Whether the last call was given hidden states [B, T, H] instead of [T, H]."""
         self._takes_more = _arguments(gate) > 1
+        self._gives_ids = not isinstance(gate, nn.Linear)
+        """A plain linear gives logits only, and its block chooses by them."""
         self._corrected_by = _own_correction(gate)
         self._are_probabilities: bool | None = None
         """Whether the gate gives probabilities instead of logits; None until it was called."""
@@ -74,11 +74,11 @@ class GateRouter:
         self._keep(module, args, output)
 
     def _keep(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, tuple) or len(output) < 3:
-            raise BackendError(
-                f"{type(self.gate).__name__}: a router must give scores, weights and ids"
-            )
-        self._kept.append(output[0])
+        self._gives_ids = _ids(output) is not None
+        for part in _tensors(output):
+            if part.is_floating_point() and part.shape[-1] >= (self._experts or 1):
+                self._kept.append(part)
+                return
 
     def take(self, tokens: int) -> None:
         """Begin the experts' call for T tokens: from now on, `scores` are of its own router call.
@@ -123,6 +123,8 @@ class GateRouter:
         A router that takes more than hidden states can if the rest was the same for all tokens when
         it was last called. What differs by token, such as its id, is not known ahead.
         """
+        if not self._gives_ids:
+            return False
         if self._more is None:
             return not self._takes_more
         given = (*self._more, *self._more_by_name.values())
@@ -137,7 +139,8 @@ class GateRouter:
         """
         if self._in_sequences:
             hidden = hidden[None]
-        ids: torch.Tensor = self.gate.forward(hidden, *(self._more or ()), **self._more_by_name)[2]
+        ids = _ids(self.gate.forward(hidden, *(self._more or ()), **self._more_by_name))
+        assert ids is not None, "`predicts` comes first"
         return ids.reshape(-1, ids.shape[-1])
 
     def recover(self) -> None:
@@ -157,6 +160,18 @@ class GateRouter:
             return found.flatten()
         given = (*(self._more or ()), *self._more_by_name.values())
         return next((item for item in given if _is_constant(item)), None)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors that a gate gives, in whatever order a family or a release has them."""
+    parts = output if isinstance(output, tuple) else (output,)
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def _ids(output: Any) -> torch.Tensor | None:
+    """The chosen experts among what a gate gives; None if it gives none."""
+    whole = (part for part in _tensors(output) if not part.is_floating_point())
+    return next(whole, None)
 
 
 def _own_correction(gate: nn.Module) -> tuple[nn.Module, str] | None:

@@ -75,8 +75,9 @@ class NameMap:
         known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
         if wanted not in known:
             raise WeightsError(
-                f"the gguf package has no tensor names for architecture {wanted!r}: "
-                "name one whose files have the same tensors (GGUFNames.mapped_as)"
+                f"the gguf package has no tensor names for architecture {wanted!r}: a newer one "
+                "may (pip install -U gguf), or name one whose files have the same tensors "
+                "(GGUFNames.mapped_as)"
             )
         self._exceptions = names.tensors
         self._map = get_tensor_name_map(known[wanted], layers)

@@ -14,6 +14,7 @@ import pytest
 import quantised
 import tiny
 import torch
+from gguf.constants import GGMLQuantizationType
 from loading import injected, logits, plain
 from one_thread import one_torch_thread
 from safetensors.torch import load_file, save_file
@@ -52,6 +53,8 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 def test_values_are_those_of_the_checkpoint(
     tmp_path: Path, family: str, method: str, kind: str
 ) -> None:
+    if kind not in GGMLQuantizationType.__members__:
+        pytest.skip(f"this gguf package does not know {kind}")
     source, right = quantised.write(tmp_path, family, method)
     path = convert(source)
     store = GGUFStore.open(path)
@@ -214,6 +217,7 @@ def test_other_methods_are_refused(tmp_path: Path, sound: Path, settings: Any, r
         convert(tmp_path / "source", tmp_path / "out.gguf")
 
 
+@pytest.mark.skipif("MXFP4" not in GGMLQuantizationType.__members__, reason="an older gguf package")
 def test_experts_in_turns_are_those_that_transformers_dequantises() -> None:
     """Of a model whose experts have rows of gate and up in turns, and biases."""
     from transformers import AutoConfig, AutoModelForCausalLM

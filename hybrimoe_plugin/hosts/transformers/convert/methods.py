@@ -115,6 +115,10 @@ def _plain(store: SafetensorsStore, name: str) -> Source:
 
 
 def _mxfp4(store: SafetensorsStore, name: str, stem: str, _method: Method) -> tuple[Source, Any]:
+    if "MXFP4" not in GGMLQuantizationType.__members__:
+        raise WeightsError(
+            f"{store.directory}: the gguf package does not know MXFP4 yet: pip install -U gguf"
+        )
     parts = (name, f"{stem}_scales")
     packed, scales = (readers.array(store, part, "U8") for part in parts)
     if packed.ndim < 3 or packed.shape[-1] != 16 or packed.shape[:-1] != scales.shape:

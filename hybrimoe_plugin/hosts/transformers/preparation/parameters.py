@@ -20,8 +20,12 @@ def missing_parameters(model: Any, config: Any) -> dict[str, torch.Tensor]:
 def tied(model: Any, config: Any) -> set[str]:
     """Parameters that are not read, as they are the embedding's.
 
-    A table that stays as stored is nothing to tie to: a plain head then reads its own copy.
+    A table that stays as stored is nothing to tie to: a plain head then reads its own copy. And a
+    head that stays as stored has no parameter to tie.
     """
+    head = model.get_output_embeddings()
+    if getattr(head, "stored", None) is not None:
+        return set()
     table = getattr(model.get_input_embeddings(), "weight", None)
     if getattr(config, "tie_word_embeddings", False) and isinstance(table, torch.Tensor):
         return {"lm_head.weight"}
