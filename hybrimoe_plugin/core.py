@@ -68,8 +68,8 @@ class Activation:
     """f: `silu` is x * sigmoid(alpha * x); the others are in `ACTIVATIONS`."""
     alpha: float = 1.0
     """Of silu only."""
-    limit: float = math.inf
-    """Bound of both, in their own units; infinite where nothing is clamped."""
+    limit: float = 0.0
+    """Bound of both, in their own units; 0 where nothing is clamped."""
     up_shift: float = 0.0
 
 

@@ -8,16 +8,22 @@ import sys
 from collections.abc import Callable, Iterator
 
 from hybrimoe_plugin.cli.console import notice
-from hybrimoe_plugin.cli.flags import add_flag
+from hybrimoe_plugin.cli.flags import add_flag, path
 from hybrimoe_plugin.cli.imports import import_libraries
 
 _FP8 = ("Q8_0", "BF16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="DIR", help="model directory with safetensors files")
     parser.add_argument(
-        "output", metavar="FILE", nargs="?", help="GGUF file to write; default: model.gguf in DIR"
+        "source", metavar="DIR", type=path, help="model directory with safetensors files"
+    )
+    parser.add_argument(
+        "output",
+        metavar="FILE",
+        type=path,
+        nargs="?",
+        help="GGUF file to write; default: model.gguf in DIR",
     )
     add_flag(
         parser,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.nn import functional as F
 
@@ -12,7 +10,7 @@ from hybrimoe_plugin.core import Activation
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """[..., I] from gate and up [..., I], as `Activation` says; neither is changed."""
-    if activation.limit < math.inf:
+    if activation.limit:
         gate = gate.clamp(max=activation.limit)
         up = up.clamp(min=-activation.limit, max=activation.limit)
     if activation.up_shift:

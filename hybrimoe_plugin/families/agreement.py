@@ -126,6 +126,9 @@ def _same_type(ours: str, theirs: str) -> bool:
 
 
 def _agree(name: str, ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, list) and not isinstance(theirs, list) and ours:
+        # Some configs state a number for each layer.
+        return all(_agree(name, one, theirs) for one in ours)
     if name == "vocab_size":
         return abs(ours - theirs) < PADDING_ROWS
     if not isinstance(ours, float) and not isinstance(theirs, float):

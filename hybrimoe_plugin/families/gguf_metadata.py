@@ -24,7 +24,6 @@ def metadata(config: Any, family: Family) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -32,6 +31,9 @@ def metadata(config: Any, family: Family) -> dict[str, Any]:
         **rope_metadata(config, family.yarn_mscale),
         **family.metadata(config),
     }
+    dense = getattr(config, "intermediate_size", None)
+    if dense is not None:
+        values["feed_forward_length"] = dense
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or [_SLIDING]
     if window and _SLIDING in kinds:

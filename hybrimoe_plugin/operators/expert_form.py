@@ -10,7 +10,6 @@ several families say `silu` there and clamp, scale or shift as well.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,7 +104,7 @@ def _probe() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _candidates(module: Any) -> Iterator[Activation]:
-    limits = [math.inf, *_numbers(module, _LIMITS)]
+    limits = [0.0, *_numbers(module, _LIMITS)]
     alphas = [1.0, *_numbers(module, _ALPHAS)]
     for kind, limit, shift in itertools.product(ACTIVATIONS, limits, (0.0, 1.0)):
         for alpha in alphas if kind == "silu" else alphas[:1]:

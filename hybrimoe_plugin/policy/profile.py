@@ -7,11 +7,12 @@ A profile says whether its numbers are measured, emulated, published or assumed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.core import ACTIVATIONS, Activation, ExpertSpec
 from hybrimoe_plugin.errors import ProfileError
 from hybrimoe_plugin.policy.costs import CostCurve, CostModel
 
@@ -149,7 +150,7 @@ class MachineProfile:
 
 def _spec(data: dict[str, Any]) -> ExpertSpec:
     """The experts' shape; all its sizes are sound."""
-    spec = ExpertSpec(**data)
+    spec = ExpertSpec(**{**data, "activation": _activation(data.get("activation", {}))})
     sizes = (spec.hidden, spec.intermediate, spec.experts, spec.top_k, spec.expert_bytes)
     for size in sizes:
         if not _is_whole(size, MAX_NUMBER):
@@ -157,6 +158,18 @@ def _spec(data: dict[str, Any]) -> ExpertSpec:
                 f"spec sizes must be whole numbers of 1 to {MAX_NUMBER:.0e}, found {sizes}"
             )
     return spec
+
+
+def _activation(data: dict[str, Any]) -> Activation:
+    found = Activation(**data)
+    numbers = (found.alpha, found.limit, found.up_shift)
+    if found.kind not in ACTIVATIONS or not all(map(_is_finite, numbers)):
+        raise ValueError(f"no activation of experts: {str(data)[:80]}")
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _link(data: dict[str, Any]) -> Link:

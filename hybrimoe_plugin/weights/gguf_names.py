@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from gguf import get_tensor_name_map
@@ -16,6 +16,23 @@ GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 GATE_UP_BIAS, DOWN_BIAS = f"{GATE_UP}_bias", f"{DOWN}_bias"
 """Ends of the names of a layer's routed experts, which every family's model stacks alike."""
 EXPERTS = (GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS)
+
+RowOrder = Callable[[Any], torch.Tensor]
+"""The model's config -> where each row of a parameter is stored, [N] int64."""
+Values = Callable[[torch.Tensor, Any], torch.Tensor]
+"""A tensor in floating point, and the model's config -> another."""
+
+
+class Change(NamedTuple):
+    """How files change the values of a parameter."""
+
+    restored: Values
+    """The parameter, from what is stored."""
+    stored: Values
+    """What is stored, from the parameter."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,19 @@ class GGUFNames:
     """End of a parameter's name -> its GGUF tensor, where `{layer}` is the layer's number."""
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """End of a parameter's name -> the tensors whose rows it has, one behind the other."""
+    rows: Mapping[str, RowOrder] = field(default_factory=dict)
+    """End of a parameter's name -> where its rows are stored, if not in order.
+
+    Quantised rows can change places too, so such a matrix may stay as stored.
+    """
+    values: Mapping[str, Change] = field(default_factory=dict)
+    """End of a parameter's name -> how its values are changed; the first end counts.
+
+    Such a matrix cannot stay as stored.
+    """
+    joined_rows: Mapping[str, Callable[[Any], Sequence[int]]] = field(default_factory=dict)
+    """End of a name in `joined` -> the model's config -> rows of each tensor, if not all the same.
+    """
     interleaved_experts: bool = False
     """Whether the model keeps experts' matrices transposed, with gate and up alternating.
 
@@ -43,6 +73,15 @@ class GGUFNames:
     by its partner from the second half.
     """
 
+    def row_order(self, parameter: str, config: Any) -> torch.Tensor | None:
+        """Stored row of each of a parameter's rows, [N] int64; None if they are in order."""
+        order = _by_end(self.rows, parameter)
+        return None if order is None else order(config)
+
+    def change(self, parameter: str) -> Change | None:
+        """How a parameter's values are changed; None if they are stored as they are."""
+        return _by_end(self.values, parameter)
+
     def joined_tensors(self, parameter: str) -> tuple[str, ...]:
         """The tensors that a parameter joins; none for every other parameter."""
         for end, tensors in self.joined.items():
@@ -50,12 +89,25 @@ class GGUFNames:
                 return tuple(name.format(layer=layer_number(parameter)) for name in tensors)
         return ()
 
+    def sizes_of_joined(self, parameter: str, value: torch.Tensor, config: Any) -> list[int]:
+        """Rows of each tensor that a parameter joins."""
+        sizes = _by_end(self.joined_rows, parameter)
+        if sizes is not None:
+            return list(sizes(config))
+        count = len(self.joined_tensors(parameter))
+        return [len(value) // count] * count
+
     def heads_in_pairs(self, parameter: str, config: Any) -> int:
         """Heads of a projection whose rows are stored in pairs; 0 for every other parameter."""
         for part, attribute in self.paired_heads.items():
             if part in parameter:
                 return int(getattr(config, attribute))
         return 0
+
+
+def _by_end(found: Mapping[str, T], parameter: str) -> T | None:
+    """The first entry whose key a name ends with."""
+    return next((value for end, value in found.items() if parameter.endswith(end)), None)
 
 
 class NameMap:

@@ -125,8 +125,10 @@ class ParameterSource:
             WeightsError: missing, or made of several tensors.
         """
         tensors = self.gguf_names(name)
-        if len(tensors) > 1:
-            return self._joined(name, tensors)
+        order = self._names.row_order(name, self.config)
+        if len(tensors) > 1 or order is not None:
+            whole = self._joined(name, tensors)
+            return whole if order is None else _reordered(whole, order)
         (tensor,) = tensors
         heads = self._names.heads_in_pairs(name, self.config)
         if heads == 0:
@@ -147,7 +149,7 @@ class ParameterSource:
         """Whether `stored` or `stored_kv_b` gives a copy, as rows must change places."""
         if name.endswith(_KV_B):
             return len(self.gguf_names(name)) == 1
-        if self._names.joined_tensors(name):
+        if self._names.joined_tensors(name) or self._names.row_order(name, self.config) is not None:
             return True
         return bool(self._names.heads_in_pairs(name, self.config))
 
@@ -217,8 +219,12 @@ class ParameterSource:
         """The parameter from its dequantised parts."""
         if name.endswith(EXPERTS):
             return self._arrange_experts(name, parts)
-        if self._names.joined_tensors(name):
-            return torch.cat(parts)
+        change = self._names.change(name)
+        order = self._names.row_order(name, self.config)
+        if change is not None or order is not None or self._names.joined_tensors(name):
+            value = torch.cat(parts)
+            value = value if order is None else value[order]
+            return value if change is None else change.restored(value, self.config)
         if len(parts) == 2:
             return _whole_kv_b(*parts)
         (value,) = parts
@@ -291,6 +297,12 @@ def values_of(kv_b: NDArray[np.uint8], sizes: LatentSizes, stored: str) -> Quant
     rows = kv_b.reshape(heads, nope + width, -1)
     values = np.ascontiguousarray(rows[:, nope:])
     return QuantizedMatrix(values.reshape(-1), stored, (heads, width, rank))
+
+
+def _reordered(stored: QuantizedMatrix, order: torch.Tensor) -> QuantizedMatrix:
+    """A copy with other rows first; a row is a whole number of blocks."""
+    rows = stored.data.reshape(stored.shape[0], -1)[order.numpy()]
+    return QuantizedMatrix(rows.reshape(-1), stored.type_name, (len(order), *stored.shape[1:]))
 
 
 def _of_expert(tensor: str, expert: int) -> str:

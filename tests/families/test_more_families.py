@@ -24,6 +24,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoe": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "granitemoeshared": {"attention_multiplier": 0.1, "logits_scaling": 6.0},
     "gpt_oss": {},
+    "hunyuan_v1_moe": {},
+    "minimax_m2": {},
+    "qwen3_next": {},
+    "qwen3_5_moe_text": {},
 }
 """By model type: what its tiny model has beside the defaults."""
 POLICIES = (
@@ -72,7 +76,7 @@ def test_every_policy_gives_the_plain_logits(made: Any, number: int) -> None:
 def test_kernels_that_keep_matrices_as_stored_give_them_too(made: Any) -> None:
     right, path, _ = made
     model = injected(path, cpu_backend="auto")
-    check_agreement(model, right)
+    check_agreement(model, right, rtol=1e-3, atol=1e-4)  # kernels sum in another order
     model.hybrimoe.close()
 
 

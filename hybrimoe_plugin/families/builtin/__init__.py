@@ -3,12 +3,16 @@
 from hybrimoe_plugin.families.builtin.deepseek.deepseek_v2 import DEEPSEEK_V2
 from hybrimoe_plugin.families.builtin.deepseek.deepseek_v3 import DEEPSEEK_V3
 from hybrimoe_plugin.families.builtin.deepseek.glm4_moe_lite import GLM4_MOE_LITE
+from hybrimoe_plugin.families.builtin.delta_net.qwen3_5_moe import QWEN3_5_MOE
+from hybrimoe_plugin.families.builtin.delta_net.qwen3_next import QWEN3_NEXT
 from hybrimoe_plugin.families.builtin.dots1 import DOTS1
 from hybrimoe_plugin.families.builtin.ernie4_5_moe import ERNIE4_5_MOE
 from hybrimoe_plugin.families.builtin.glm4_moe import GLM4_MOE
 from hybrimoe_plugin.families.builtin.gpt_oss import GPT_OSS
 from hybrimoe_plugin.families.builtin.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
+from hybrimoe_plugin.families.builtin.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from hybrimoe_plugin.families.builtin.llama import LLAMA, MISTRAL
+from hybrimoe_plugin.families.builtin.minimax_m2 import MINIMAX_M2
 from hybrimoe_plugin.families.builtin.mixtral import MIXTRAL
 from hybrimoe_plugin.families.builtin.olmoe import OLMOE
 from hybrimoe_plugin.families.builtin.qwen2 import QWEN2
@@ -34,4 +38,8 @@ BUILT_IN = (
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     GPT_OSS,
+    HUNYUAN_V1_MOE,
+    MINIMAX_M2,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
 )

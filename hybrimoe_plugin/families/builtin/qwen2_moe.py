@@ -19,16 +19,17 @@ from hybrimoe_plugin.families.reading import (
 _SHARED = ".ffn_gate_shexp.weight"
 
 
-def read_qwen_moe(facts: Facts, draft: Draft, normalised: bool) -> int:
+def read_qwen_moe(facts: Facts, draft: Draft, normalised: bool, partial: bool = False) -> int:
     """What both families of Qwen with experts have; gives the experts' intermediate size.
 
     Args:
         facts: the file's metadata.
         draft: gets the values.
         normalised: whether a token's expert weights sum to 1 where the file does not say.
+        partial: whether the rotary embedding may have only part of a head's dimensions.
     """
     read_common(facts, draft)
-    read_heads(facts, draft)
+    read_heads(facts, draft, partial)
     read_experts(facts, draft, "num_experts")
     # Only the expert size is stored by some converters; it is then the dense size too.
     dense = facts.integer("feed_forward_length", 1)

@@ -22,6 +22,7 @@ from hybrimoe_plugin.operators.embedding import QuantizedEmbedding
 from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.weights.find_experts import AnySource, source_of
+from hybrimoe_plugin.weights.gguf_names import GGUFNames
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
@@ -40,15 +41,21 @@ def without_plain(plan: Sequence[Match]) -> list[Match]:
     ]
 
 
-def without_foreign(plan: Sequence[Match]) -> list[Match]:
-    """The plan without operators for plain modules where the model has a class of its own.
+def without_foreign(
+    plan: Sequence[Match], store: GGUFStore | None, names: GGUFNames
+) -> list[Match]:
+    """The plan without operators for plain modules that are not plain.
 
-    Such as an embedding that scales what it gives.
+    These are modules of a class of the model's own, such as an embedding that scales what it gives,
+    and those whose values GGUF files store changed.
     """
     kept = []
     for match in plan:
         plain = getattr(match.operator_class, "plain_class", None)
-        if plain is None or match.original == plain.__name__:
+        own_class = plain is not None and match.original != plain.__name__
+        in_gguf = store is not None and store.directory is None
+        changed = in_gguf and names.change(f"{match.name}.weight") is not None
+        if not own_class and not (plain is not None and changed):
             kept.append(match)
     return kept
 

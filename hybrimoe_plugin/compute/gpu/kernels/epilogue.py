@@ -5,7 +5,6 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import triton
@@ -22,20 +21,14 @@ class Epilogue(NamedTuple):
     kind: str
     alpha: float
     limit: float
-    """Infinite where nothing is clamped."""
+    """0 where nothing is clamped."""
     up_shift: float
 
     @classmethod
     def of(cls, layout: SlotLayout) -> Epilogue:
         offset = -1 if layout.biases is None else layout.biases.offset
-        kind, alpha, limit, up_shift = (
-            layout.activation.kind,
-            layout.activation.alpha,
-            layout.activation.limit,
-            layout.activation.up_shift,
-        )
-        # Not infinity: constants become part of the program's text.
-        return cls(offset, kind, alpha, 0.0 if limit == math.inf else limit, up_shift)
+        form = layout.activation
+        return cls(offset, form.kind, form.alpha, form.limit, form.up_shift)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 
 from hybrimoe_plugin.errors import ConfigError, RulesError
 from hybrimoe_plugin.families.packaged_rules import other_family, rules_path
+from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.checkpoint.files import is_checkpoint
 from hybrimoe_plugin.hosts.transformers.checkpoint.open import open_checkpoint
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
@@ -79,7 +80,8 @@ def prepare(
             raise
         raise RulesError(f"{error}{reason}") from None
     planned = with_settings(plan, settings)
-    plan = as_if_there(without_foreign(without_plain(planned)))
+    names = names_of(config.model_type)
+    plan = as_if_there(without_foreign(without_plain(planned), store, names))
     if dtype is None and store is not None and any(keeps_stored(match, store) for match in plan):
         # No large tensor is left in the model's own type, and small CPU operations are quickest in
         # float32.
