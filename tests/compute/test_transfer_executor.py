@@ -119,7 +119,9 @@ def traffic(device: SlotAccelerator, seed: int) -> list[torch.Tensor]:
         compute(device, {slot: held[slot]}, STEPS)
     device.synchronize()
     for slot in sorted(held):
-        for part in device._transfers.held[slot].layout.parts:  # what lies between them nobody writes
+        for part in device._transfers.held[
+            slot
+        ].layout.parts:  # what lies between them nobody writes
             found.append(device._buffer[slot, part.offset : part.offset + part.size].clone())
     return found
 

@@ -169,7 +169,9 @@ def test_each_device_has_its_own_pool_and_budget() -> None:
     }
     whole = model([first, first, second])
     router = SimpleNamespace(
-        scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64)
+        scores=lambda: None,
+        predicts=True,
+        predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64),
     )
     handle = bind(whole, routers=lambda *_: router, progress=False)
     try:
@@ -307,7 +309,9 @@ def test_experts_that_kt_kernel_refuses_are_computed_by_ggml_beside_an_accelerat
     for layer, stored in zip(whole.layers, weights, strict=True):
         layer.experts.weights = stored
     router = SimpleNamespace(
-        scores=lambda: None, predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64)
+        scores=lambda: None,
+        predicts=True,
+        predict=lambda hidden: torch.zeros(len(hidden), 2, dtype=torch.int64),
     )
     handle = bind(whole, routers=lambda *_: router, progress=False)
     try:
