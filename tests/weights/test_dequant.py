@@ -10,9 +10,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.weights.dequant import dequantize, supported
 
+KNOWN = [name for name in supported() if name != "F32" and name in GGMLQuantizationType.__members__]
+"""An older `gguf` package lacks the newest types."""
+
 
 @pytest.mark.parametrize("count", [1, 256])
-@pytest.mark.parametrize("name", [name for name in supported() if name != "F32"])
+@pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_any_bytes_become_what_gguf_makes_of_them(name: str, count: int) -> None:
     kind = GGMLQuantizationType[name]
