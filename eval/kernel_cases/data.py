@@ -19,6 +19,12 @@ _SCALES: dict[str, tuple[tuple[int, ...], float]] = {
     "Q4_1": ((0, 2), 9.0),
     "Q5_0": ((0,), 9.2),
     "Q5_1": ((0, 2), 18.0),
+    "IQ4_NL": ((0,), 70.0),
+    "IQ4_XS": ((0,), 1300.0),
+    "Q2_K": ((80, 82), 18.0),
+    "Q3_K": ((108,), 42.0),
+    "IQ2_XXS": ((0,), 60.0),
+    "IQ3_S": ((0,), 140.0),
 }
 """Type -> (bytes at which a block keeps float16 scales, since random ones would often not be
 finite; codes' spread).

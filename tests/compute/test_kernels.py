@@ -72,7 +72,12 @@ def test_every_tile_that_tuning_may_choose_equals_the_reference(case: Case) -> N
 
 
 def test_plain_twin_runs_the_same_calls() -> None:
-    for kinds in (("Q4_K", "Q4_K", "Q6_K"), ("F32", "BF16", "Q8_0")):
+    for kinds in (
+        ("Q4_K", "Q4_K", "Q6_K"),
+        ("F32", "BF16", "Q8_0"),
+        ("IQ4_NL", "Q2_K", "IQ4_XS"),
+        ("IQ2_XXS", "IQ3_S", "Q3_K"),
+    ):
         for tokens in (1, 16, 17):
             case = Case(Shape("small", kinds, 256, 256, 4, 2), tokens, torch.float32)
             assert run_case(case, TorchKernels(), DEVICE) < case.limit

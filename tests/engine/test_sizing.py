@@ -261,8 +261,8 @@ def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         make_accelerator("emulated", cpu, "triton")
     with pytest.raises(ConfigError, match="kernels"):
         Settings(kernels="cutlass")
-    spec = ExpertSpec(64, 64, 2, 1, "IQ4_XS", "Q8_0", "Q8_0", 1, 1, 1)
-    assert "IQ4_XS" in str(TorchKernels().refusal(spec))
+    spec = ExpertSpec(64, 64, 2, 1, "Q8_K", "Q8_0", "Q8_0", 1, 1, 1)
+    assert "Q8_K" in str(TorchKernels().refusal(spec))
 
 
 def side(us: float) -> MachineProfile:
