@@ -254,7 +254,8 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         group,
         "gguf_path",
         metavar="PATH",
-        help="GGUF file, or directory with the GGUF files of one model",
+        help="GGUF file, directory with the GGUF files of one model, or ORG/REPO:QUANTISATION of "
+        "the Hugging Face hub",
     )
     add_flag(
         group,

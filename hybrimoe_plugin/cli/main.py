@@ -18,6 +18,7 @@ from typing import Any
 from hybrimoe_plugin import __version__
 from hybrimoe_plugin.cli.console import LogLines
 from hybrimoe_plugin.cli.flags import Parser, underscored
+from hybrimoe_plugin.cli.hub.names import resolve
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError, did_you_mean
 from hybrimoe_plugin.files import one_line
 
@@ -40,6 +41,8 @@ class Command:
     name: str
     help: str
     module: str
+    online: bool = False
+    """Whether it may reach the Hugging Face hub."""
 
 
 COMMANDS = (
@@ -58,6 +61,12 @@ COMMANDS = (
     ),
     Command(
         "demo_model", "build the demo model and print its path", "hybrimoe_plugin.cli.demo_model"
+    ),
+    Command(
+        "pull",
+        "fetch a model from the Hugging Face hub and print its path",
+        "hybrimoe_plugin.cli.hub.pull",
+        online=True,
     ),
     Command(
         "convert",
@@ -99,6 +108,8 @@ COMMANDS = (
         "hybrimoe_plugin.cli.ktransformers.patches",
     ),
 )
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 _OWN_FLAGS = ("-h", "--help", "--version", "-v", "--verbose")
 """What may come before a command."""
@@ -154,7 +165,6 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         # The shell closed it (`2>&-`). `print` would take stdout in its place.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     _tolerant_streams()
-    _keep_off_hubs()
     try:
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv), commands)
@@ -205,6 +215,9 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
         dest="command", metavar="COMMAND", title="commands", prog="hybrimoe"
     )
     argv, chosen = _find_command(argv, commands)
+    may_fetch = not any(os.environ.get(name) for name in _OFFLINE)
+    if chosen is None or not chosen.online:
+        _keep_off_hubs()
     module = None
     for command in commands:
         about = f"{_capitalised(command.help)}."
@@ -221,6 +234,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
         return BAD_INPUT if argv else 0
     if args.verbose:
         logging.getLogger("hybrimoe_plugin").setLevel(logging.INFO)
+    resolve(args, may_fetch)
     code: int = module.run(args)
     return code
 
@@ -300,7 +314,10 @@ def _tolerant_streams() -> None:
 
 
 def _keep_off_hubs() -> None:
-    """Models are local files. Set before the libraries that read these variables are imported."""
+    """Only `pull` and names of models reach the hub.
+
+    Set before the libraries that read these variables are imported.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("USE_HUB_KERNELS", "0")
 

@@ -60,8 +60,8 @@ def about_missing(path: Path) -> str:
     if hub is not None:
         model, file = hub
         return (
-            f"; models are not downloaded here: if that is one on the Hugging Face Hub, run hf "
-            f"download {model} {file} --local-dir . and give the file"
+            "; if that is a model on the Hugging Face Hub, run hybrimoe pull "
+            f"{model}{file} and give the path that it prints"
         )
     if not os.path.isdir(path.parent):
         return f"; there is no directory {path.parent}"
@@ -85,16 +85,21 @@ def about_folder(folder: Path) -> str:
 
 
 def _on_hub(path: Path) -> tuple[str, str] | None:
-    """(model, file) where a path looks like the name or the address of a model on the Hub."""
+    """(model, :FILE or :QUANTISATION or nothing) where a path looks like a model on the Hub."""
     text = str(path)  # which has one slash where an address has two
     address = _HUB.match(text)
     if address is not None:
         file = re.search(r"[\w.-]+\.gguf", address[2])
-        return address[1].partition(":")[0], file[0] if file else "FILE.gguf"
+        return address[1], f":{file[0]}" if file else _wanted(address[2])
     name = _HUB_NAME.match(text)
     if name is not None and not text.endswith(".gguf") and not os.path.exists(path.parent):
-        return name[1], "FILE.gguf"
+        return name[1], _wanted(text.removeprefix(name[1]))
     return None
+
+
+def _wanted(rest: str) -> str:
+    """The quantisation behind a model's name, with its colon."""
+    return rest if re.fullmatch(r":[\w.-]+", rest) else ""
 
 
 def _names(folder: Path, wanted: Callable[[str], bool]) -> list[str]:

@@ -101,11 +101,13 @@ class ParameterSource:
             WeightsError: missing or of another shape.
         """
         names = self.parts(name)
-        parts = [self.store.dequantized(part, dtype, device) for part in names]
+        # What is computed with, such as a gain less 1, would lose all its digits in 16 bits.
+        read = dtype if self._names.change(name) is None else torch.float32
+        parts = [self.store.dequantized(part, read, device) for part in names]
         tensors = " and ".join(self.gguf_names(name))
         wanted = f"{tuple(shape)}, which the model's config asks for ({name})"
         try:
-            value = self._arrange(name, parts)
+            value = self._arrange(name, parts).to(dtype)
         except (RuntimeError, IndexError) as error:  # torch's for shapes that do not go together
             found = " and ".join(str(tuple(part.shape)) for part in parts)
             raise WeightsError(

@@ -48,11 +48,11 @@ def test_unknown_files_are_refused_all_the_same(content: bytes, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("typed", "download"),
     [
-        ("Qwen/Qwen3-30B-A3B-GGUF", "Qwen/Qwen3-30B-A3B-GGUF FILE.gguf"),
-        ("org/name:Q4_K_M", "org/name FILE.gguf"),
-        ("https://huggingface.co/org/name", "org/name FILE.gguf"),
-        ("https://huggingface.co/org/name/resolve/main/a-Q4.gguf?download=true", "org/name a-Q4."),
-        ("hf.co/org/name:Q4_K_M", "org/name FILE.gguf"),
+        ("Qwen/Qwen3-30B-A3B-GGUF", "Qwen/Qwen3-30B-A3B-GGUF and"),
+        ("org/name:Q4_K_M", "org/name:Q4_K_M and"),
+        ("https://huggingface.co/org/name", "org/name and"),
+        ("https://huggingface.co/org/name/resolve/main/a-Q4.gguf?download=true", "org/name:a-Q4."),
+        ("hf.co/org/name:Q4_K_M", "org/name:Q4_K_M and"),
     ],
 )
 def test_names_of_models_on_the_hub_say_how_to_fetch_them(
@@ -60,10 +60,7 @@ def test_names_of_models_on_the_hub_say_how_to_fetch_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = complaint(typed)
-    assert (
-        f"not downloaded here: if that is one on the Hugging Face Hub, run hf download {download}"
-        in text
-    )
+    assert f"a model on the Hugging Face Hub, run hybrimoe pull {download}" in text
 
 
 def test_a_mistyped_path_names_what_is_there(

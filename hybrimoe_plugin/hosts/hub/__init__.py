@@ -1,0 +1,1 @@
+"""Models of the Hugging Face hub: which files a model needs, and fetching them."""
