@@ -94,11 +94,14 @@ def _activation(key: str, module: Any) -> Activation:
 
 
 def _probe() -> tuple[torch.Tensor, torch.Tensor]:
-    """(gate, up) [N, N] float64: every pair of values from -12 to 12.
+    """(gate, up) [N, N] float64: every pair of values from -2^20 to 2^20.
 
-    Beyond usual clamps, and dense enough around 0 to tell gelu from its approximation.
+    Dense around 0, to tell gelu from its approximation, and then far enough apart to find a clamp
+    wherever it is: one beyond the last value would pass for none.
     """
-    values = torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu")
+    dense = torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu")
+    large = 2.0 ** torch.arange(4, 21, dtype=torch.float64, device="cpu")
+    values = torch.cat((-large, dense, large))
     gate, up = torch.meshgrid(values, values, indexing="ij")
     return gate.contiguous(), up.contiguous()
 

@@ -189,7 +189,7 @@ def _biases(store: GGUFStore, layer: int, experts: int, inner: int, outer: int) 
 
 
 def _check_no_biases(store: GGUFStore, layer: int) -> None:
-    for part in ("gate", "up", "down"):
+    for part in ("gate", "up", "gate_up", "down"):
         name = f"blk.{layer}.ffn_{part}_exps.bias"
         if name in store.tensors:
             raise WeightsError(

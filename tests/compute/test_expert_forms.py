@@ -179,6 +179,20 @@ def test_biases_that_the_model_does_not_add_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "experts.gguf", form._replace(has_biases=False))
 
 
+def test_biases_of_gate_and_up_in_one_tensor_are_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "experts.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    for part, shape in (("gate", (2, 64, 32)), ("up", (2, 64, 32)), ("down", (2, 32, 64))):
+        writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", np.zeros(shape, np.float32))
+    writer.add_tensor("blk.0.ffn_gate_up_exps.bias", np.ones((2, 128), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(WeightsError, match="no biases"):
+        load(path, ExpertForm(2, 32, 64))
+
+
 def test_experts_of_a_form_that_we_do_not_compute_are_refused_by_name() -> None:
     module = experts_of("mixtral")
 
@@ -191,6 +205,22 @@ def test_experts_of_a_form_that_we_do_not_compute_are_refused_by_name() -> None:
         read_form("layers.0.experts", module)
     module.has_gate = False
     with pytest.raises(BackendError, match="MixtralExperts .* no gate"):
+        read_form("layers.0.experts", module)
+
+
+@pytest.mark.parametrize("limit", [12.0, 100.0, 40000.0])
+def test_a_clamp_is_found_wherever_it_is(limit: float) -> None:
+    module = experts_of("deepseek_v4")
+    module.limit = limit
+    assert read_form("layers.0.experts", module).activation.limit == limit
+
+    def clamped(packed: torch.Tensor) -> torch.Tensor:
+        gate, up = packed.clamp(max=limit).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    del module.limit
+    module._apply_gate = clamped
+    with pytest.raises(BackendError, match="activation is none of"):
         read_form("layers.0.experts", module)
 
 
