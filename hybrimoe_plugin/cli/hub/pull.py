@@ -10,8 +10,8 @@ from hybrimoe_plugin.cli.console import notice
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
-        metavar="NAME",
-        help="ORG/REPO, with :QUANTISATION (such as :Q4_K_M) or :FILE.gguf where it has several",
+        metavar="ORG/REPO",
+        help="with :QUANTISATION (such as :Q4_K_M) or :FILE.gguf behind it where it has several",
     )
 
 

@@ -77,7 +77,7 @@ def test_help_of_every_command_is_short_and_narrow(
 
 
 VALUES = re.compile(
-    r"N|BYTES|FILE|DIR|PATH|TEXT|YAML|RULES|DEVICE|KIND|NAME\|FILE|NAME\|GB/s|True\|False"
+    r"N|BYTES|FILE|DIR|PATH|TEXT|YAML|RULES|DEVICE|KIND|NAME\|FILE|NAME\|GB/s|ORG/REPO|True\|False"
     r"|[\d.]+\.\.[\d.]+"
 )
 """What help calls the values of flags."""
