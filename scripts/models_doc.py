@@ -1,4 +1,4 @@
-"""Write docs/models.md by trying every model type: `python scripts/models_doc.py [--check]`.
+"""Write docs/models.md by trying every model type: `python -m scripts.models_doc [--check]`.
 
 For each mixture-of-experts type that transformers has, a tiny random model is saved as a
 checkpoint directory, loaded with operators beside an emulated accelerator, and compared with the
@@ -126,7 +126,7 @@ def main() -> int:
         return 0
     if PAGE.read_text(encoding="utf-8") == text:
         return 0
-    print(f"{PAGE} is stale: run python scripts/models_doc.py", file=sys.stderr)
+    print(f"{PAGE} is stale: run python -m scripts.models_doc", file=sys.stderr)
     return 1
 
 

@@ -80,6 +80,6 @@ def test_the_page_says_where_every_type_stands() -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     if f"transformers {transformers.__version__} " not in page:
         pytest.skip("the page was written with another transformers")
-    command = [sys.executable, "scripts/models_doc.py", "--check"]
+    command = [sys.executable, "-m", "scripts.models_doc", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -42,6 +42,10 @@ class GateRouter:
     def scores(self) -> torch.Tensor | None:
         return self.shown
 
+    @property
+    def predicts(self) -> bool:
+        return True
+
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         return (hidden @ self.gate.T).topk(TOP_K).indices
 

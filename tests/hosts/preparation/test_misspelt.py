@@ -58,7 +58,7 @@ def test_kwargs_of_a_rules_file(mixtral: Path, tmp_path: Path) -> None:
 def test_names_of_packaged_rules(mixtral: Path) -> None:
     with pytest.raises(RulesError) as caught:
         load_model(None, mixtral, "mixtrall", progress=False)
-    assert "packaged are DeepSeek-V2, DeepSeek-V2-Lite, " in str(caught.value)
+    assert "packaged are Any-MoE, DeepSeek-V2, DeepSeek-V2-Lite, " in str(caught.value)
     assert str(caught.value).endswith("; did you mean Mixtral?")
     names = packaged_names()
     assert "multi-gpu/Mixtral-2-gpus" in names
