@@ -30,7 +30,8 @@ def read_sigmoid_experts(facts: Facts, draft: Draft) -> None:
     draft.take("first_k_dense_replace", dense, "leading_dense_block_count")
     scale = facts.number("expert_weights_scale", 1.0)
     draft.take("routed_scaling_factor", scale, "expert_weights_scale")
-    draft.take("norm_topk_prob", facts.flag("expert_weights_norm", True), "expert_weights_norm")
+    norm = facts.flag("expert_weights_norm", False)  # as llama.cpp reads a file without it
+    draft.take("norm_topk_prob", norm, "expert_weights_norm")
     draft.take("n_group", facts.integer("expert_group_count", 1) or 1, "expert_group_count")
     chosen = facts.integer("expert_group_used_count", 1) or 1
     draft.take("topk_group", chosen, "expert_group_used_count")
