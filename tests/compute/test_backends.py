@@ -213,6 +213,8 @@ def test_loading_the_kernels_leaves_arithmetic_alone() -> None:
 
 @pytest.mark.parametrize("type_name", supported())
 def test_device_dequantisation_is_exact(type_name: str) -> None:
+    if type_name not in GGMLQuantizationType.__members__:
+        pytest.skip("an older gguf package")
     kind = GGMLQuantizationType[type_name]
     block, size = GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(
