@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,6 @@ from hybrimoe_plugin.errors import WeightsError
 if TYPE_CHECKING:
     from hybrimoe_plugin.weights.gguf_store import GGUFStore
     from hybrimoe_plugin.weights.layer_weights import LayerWeights
-
-EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(?:gate|up|down)(?:_exps|\.\d+)\.weight$")
-"""Names of GGUF tensors of routed experts: stacked, or one per expert in older files."""
 
 
 def open_model(model_path: str | None, gguf_path: str) -> tuple[GGUFStore, Any]:
@@ -35,24 +31,23 @@ def first_experts(store: GGUFStore, config: Any) -> LayerWeights:
     Raises:
         WeightsError: the file holds no experts, or not those of the config.
     """
-    from hybrimoe_plugin.weights.layer_weights import expert_counts, layer_weights
+    from hybrimoe_plugin.hosts.transformers.complete import check_complete
+    from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
+    from hybrimoe_plugin.operators.expert_form import read_form
+    from hybrimoe_plugin.operators.experts import layer_of
+    from hybrimoe_plugin.weights.find_experts import find_experts
 
-    names = map(EXPERT_TENSOR.match, store.tensors)
-    layers = [int(found[1]) for found in names if found is not None]
-    if not layers:
+    model = meta_model(config)
+    modules = [item for item in model.named_modules() if item[0].endswith(".experts")]
+    if not modules:
         raise WeightsError(
             f"{store.paths[0]}: no routed experts in this file: it is a dense model, for which "
             "llama.cpp suits better"
         )
-    experts, intermediate = expert_counts(config)
-    return layer_weights(
-        store,
-        min(layers),
-        experts=experts,
-        hidden=config.hidden_size,
-        intermediate=intermediate,
-        top_k=config.num_experts_per_tok,
-    )
+    if store.directory is not None:
+        check_complete(model, store, config)  # which says what the tensors are
+    key, module = modules[0]
+    return find_experts(store, config, key, layer_of(key), read_form(key, module))
 
 
 def demo_gguf(form: str, rebuild: bool = False) -> Path:
