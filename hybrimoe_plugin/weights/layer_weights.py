@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.core import SILU, Activation, ExpertSpec
@@ -83,6 +82,35 @@ class LayerWeights:
     biases: Biases | None = None
     """None in families whose experts have none."""
 
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        matrices: tuple[Matrix, Matrix, Matrix],
+        biases: Biases | None,
+        inner: tuple[int, int],
+        top_k: int,
+        activation: Activation,
+    ) -> LayerWeights:
+        """From gate, up and down, where gate and up have the shape `inner`, [I, H]."""
+        gate, up, down = matrices
+        intermediate, hidden = inner
+        spec = ExpertSpec(
+            hidden=hidden,
+            intermediate=intermediate,
+            experts=len(gate.experts),
+            top_k=top_k,
+            gate_type=gate.type_name,
+            up_type=up.type_name,
+            down_type=down.type_name,
+            gate_bytes=gate.experts[0].size,
+            up_bytes=up.experts[0].size,
+            down_bytes=down.experts[0].size,
+            activation=activation,
+            bias_bytes=0 if biases is None else biases.packed[0].nbytes,
+        )
+        return cls(layer, spec, gate, up, down, biases)
+
     def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
         return self.gate, self.up, self.down
 
@@ -140,21 +168,7 @@ def layer_weights(
     biases = _biases(store, layer, experts, intermediate, hidden) if has_biases else None
     if not has_biases:
         _check_no_biases(store, layer)
-    spec = ExpertSpec(
-        hidden=hidden,
-        intermediate=intermediate,
-        experts=experts,
-        top_k=top_k,
-        gate_type=gate.type_name,
-        up_type=up.type_name,
-        down_type=down.type_name,
-        gate_bytes=_matrix_bytes(gate.type_name, inner),
-        up_bytes=_matrix_bytes(up.type_name, inner),
-        down_bytes=_matrix_bytes(down.type_name, outer),
-        activation=activation,
-        bias_bytes=0 if biases is None else biases.packed[0].nbytes,
-    )
-    return LayerWeights(layer, spec, gate, up, down, biases)
+    return LayerWeights.of(layer, (gate, up, down), biases, inner, top_k, activation)
 
 
 def _gate_and_up(
@@ -171,12 +185,15 @@ def _gate_and_up(
     info = store.info(name)
     rows, columns = shape
     _check_shape(name, info.shape, (experts, 2 * rows, columns))
-    whole = store.raw(name)
+    return fused_halves(store.raw(name), experts, info.type_name)
+
+
+def fused_halves(whole: Bytes, experts: int, type_name: str) -> tuple[Matrix, Matrix]:
+    """(gate, up) as views of one tensor [E, 2 I, H], in which each expert's gate comes first."""
     halves = whole.reshape(experts, 2, -1)
     size = halves.shape[2]
-    gate = Matrix(info.type_name, tuple(halves[:, 0]), None, whole[:-size])
-    up = Matrix(info.type_name, tuple(halves[:, 1]), None, whole[size:])
-    return gate, up
+    gate = Matrix(type_name, tuple(halves[:, 0]), None, whole[:-size])
+    return gate, Matrix(type_name, tuple(halves[:, 1]), None, whole[size:])
 
 
 def _biases(store: GGUFStore, layer: int, experts: int, inner: int, outer: int) -> Biases:
@@ -237,13 +254,6 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -
         raise WeightsError(
             f"tensor {name!r} has shape {found}, the model's config asks for {expected}"
         )
-
-
-def _matrix_bytes(type_name: str, shape: tuple[int, int]) -> int:
-    """Stored bytes of one expert's matrix."""
-    rows, columns = shape
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    return rows * columns // block * block_bytes
 
 
 def expert_counts(config: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 
 from hybrimoe_plugin.compute.activation import activate
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, check_stored
+from hybrimoe_plugin.compute.cpu.ggml.tensor import bytes_of_row
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, as_q8_0, faster_as_q8_0, repacked_bytes
 from hybrimoe_plugin.core import SILU, Activation
 from hybrimoe_plugin.device.memory import free_host_bytes
@@ -118,14 +119,11 @@ def expert_matrix(stored: Projection, expert: int) -> QuantizedMatrix:
     """One expert's matrix [N, M] of all experts' [E, N, M]; not copied."""
     if isinstance(stored, ApartExperts):
         return stored.experts[expert]
-    start = expert * expert_stride(stored)
-    data = stored.data[start : start + _expert_bytes(stored)]
+    _, rows, columns = stored.shape
+    size = rows * bytes_of_row(stored.type_name, columns)
+    start = expert * (stored.stride or size)
+    data = stored.data[start : start + size]
     return QuantizedMatrix(data, stored.type_name, stored.shape[1:])
-
-
-def expert_stride(stored: QuantizedMatrix) -> int:
-    """Bytes from the start of one expert's matrix to that of the next."""
-    return stored.stride or _expert_bytes(stored)
 
 
 def is_apart(matrix: Matrix) -> bool:
@@ -140,11 +138,6 @@ def _apart(matrix: Matrix, shape: tuple[int, ...]) -> ApartExperts:
     for stored in found:
         check_stored(stored)
     return ApartExperts(found)
-
-
-def _expert_bytes(stored: QuantizedMatrix) -> int:
-    experts = stored.shape[0]
-    return (stored.nbytes - (experts - 1) * stored.stride) // (1 if stored.stride else experts)
 
 
 def _repacking_pays(ggml: Ggml, threads: int, stored: QuantizedMatrix) -> bool:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.memory import check_host
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.checkpoint.names import Piece
 from hybrimoe_plugin.weights.checkpoint.source import CheckpointSource
 from hybrimoe_plugin.weights.expert_form import ExpertForm
-from hybrimoe_plugin.weights.layer_weights import Biases, LayerWeights, Matrix
+from hybrimoe_plugin.weights.layer_weights import Biases, LayerWeights, Matrix, fused_halves
 
 _ONE_BY_ONE = (("MergeModulelist",), ("MergeModulelist", "Concatenate"))
 """Conversions that put experts together, and gate before up, without changing a value."""
@@ -52,21 +51,7 @@ class CheckpointExperts:
         gate, up = self._gate_and_up()
         down = self._down()
         biases = self._biases() if form.has_biases else None
-        spec = ExpertSpec(
-            hidden=form.hidden,
-            intermediate=form.intermediate,
-            experts=form.experts,
-            top_k=top_k,
-            gate_type=gate.type_name,
-            up_type=up.type_name,
-            down_type=down.type_name,
-            gate_bytes=gate.experts[0].size,
-            up_bytes=up.experts[0].size,
-            down_bytes=down.experts[0].size,
-            activation=form.activation,
-            bias_bytes=0 if biases is None else biases.packed[0].nbytes,
-        )
-        return LayerWeights(layer, spec, gate, up, down, biases)
+        return LayerWeights.of(layer, (gate, up, down), biases, self._inner, top_k, form.activation)
 
     def _gate_and_up(self) -> tuple[Matrix, Matrix]:
         piece = self._piece("gate_up_proj")
@@ -116,12 +101,8 @@ class CheckpointExperts:
         """Views of both halves of one tensor."""
         rows, columns = self._inner
         self._check(name, (self._form.experts, 2 * rows, columns))
-        whole = self._store.raw(name)
-        halves = whole.reshape(self._form.experts, 2, -1)
-        size = halves.shape[2]
         kind = self._store.info(name).type_name
-        gate = Matrix(kind, tuple(halves[:, 0]), None, whole[:-size])
-        return gate, Matrix(kind, tuple(halves[:, 1]), None, whole[size:])
+        return fused_halves(self._store.raw(name), self._form.experts, kind)
 
     def _stacked(self, name: str) -> Matrix:
         self._check(name, (self._form.experts, *self._outer))

@@ -96,7 +96,7 @@ def check_stored(stored: QuantizedMatrix) -> None:
         raise BackendError(f"{name}: a row of {columns} values is not a multiple of {block}")
     wanted = int(np.prod(stored.shape)) // block * block_bytes
     if stored.stride:
-        wanted = _strided_bytes(stored, columns // block * block_bytes)
+        wanted = _strided_bytes(stored, bytes_of_row(name, columns))
     if stored.data.size != wanted or not stored.data.flags.c_contiguous:
         raise BackendError(
             f"a matrix {stored.shape} in {name} needs {wanted} contiguous bytes, found "
