@@ -82,9 +82,8 @@ def _leaves_type_open(family: Family, facts: Facts) -> bool:
 
     Which family's tensors it has is checked with the tensors.
     """
-    if facts.architecture not in family.architectures or not family.is_one_of_several:
-        return False
-    return not family.tells_all(facts) or not family.holds(facts)
+    known = facts.architecture in family.architectures
+    return known and family.is_one_of_several and not family.holds(facts)
 
 
 def _check_sizes(config: Any, facts: Facts, directory: str) -> None:

@@ -86,14 +86,8 @@ def family_of_file(facts: Facts) -> Family:
             f"supported are {', '.join(sorted(known))}{dense}"
         )
     for family in candidates:
-        if not family.holds(facts):
-            continue
-        if not family.tells_all(facts):
-            raise WeightsError(
-                f"{facts.where}: a file of a {family.model_type} model, which does not say all "
-                "that the model is; name its config.json with --model_path"
-            )
-        return family
+        if family.holds(facts):
+            return family
     tried = ", ".join(family.model_type for family in candidates)
     raise WeightsError(
         f"{facts.where}: a file of architecture {facts.architecture!r}, but like none of {tried}"

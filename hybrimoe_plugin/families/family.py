@@ -59,8 +59,6 @@ class Family:
     """
     holds: Callable[[Facts], bool] = _always
     """Whether a file of these architectures is of this family, where several share one."""
-    tells_all: Callable[[Facts], bool] = _always
-    """Whether a file is enough to know the model by; else it needs a config.json beside it."""
     is_one_of_several: bool = False
     """Whether files that do not say which family they are of may be of this one."""
     stored_as: str | None = None

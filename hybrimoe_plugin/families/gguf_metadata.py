@@ -42,13 +42,14 @@ def metadata(config: Any, family: Family) -> dict[str, Any]:
 
 
 def heads_metadata(config: Any) -> dict[str, Any]:
-    """Heads of one size, all of whose dimensions have a rotary embedding."""
+    """Heads of one size, and how many of their dimensions have a rotary embedding."""
     size = getattr(config, "head_dim", None)
     width = size or config.hidden_size // config.num_attention_heads
+    part = config.rope_parameters.get("partial_rotary_factor", 1.0)
     return {
         "attention.key_length": width,
         "attention.value_length": width,
-        "rope.dimension_count": width,
+        "rope.dimension_count": int(width * part),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,13 +28,6 @@ DENSE_SETTINGS = ("dense", "graphs", "attention")
 """Settings of operators other than experts."""
 
 DEVICES = "cpu, cuda, cuda:N or auto"
-
-
-class ExpertCounts(Protocol):
-    """The parts of a model's config that describe its routed experts."""
-
-    hidden_size: int
-    num_experts_per_tok: int
 
 
 class HybriMoEExperts(nn.Module):

@@ -74,8 +74,9 @@ class GateRouter:
         self._keep(module, args, output)
 
     def _keep(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._gives_ids = _ids(output) is not None
-        for part in _tensors(output):
+        parts = _tensors(output)
+        self._gives_ids = not all(part.is_floating_point() for part in parts)
+        for part in parts:
             if part.is_floating_point() and part.shape[-1] >= (self._experts or 1):
                 self._kept.append(part)
                 return

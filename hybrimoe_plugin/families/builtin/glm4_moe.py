@@ -11,6 +11,7 @@ from hybrimoe_plugin.families.builtin.deepseek.sigmoid_experts import (
 )
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.gguf_metadata import heads_metadata
 from hybrimoe_plugin.families.reading import ATTENTION, Draft, has_biases, read_common, read_heads
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
@@ -24,15 +25,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    part = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    return {
-        "attention.key_length": width,
-        "attention.value_length": width,
-        "rope.dimension_count": int(width * part),
-        **sigmoid_metadata(config),
-    }
+    return {**heads_metadata(config), **sigmoid_metadata(config)}
 
 
 GLM4_MOE = Family(

@@ -6,6 +6,7 @@ from typing import Any
 
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.gguf_metadata import heads_metadata
 from hybrimoe_plugin.families.reading import Draft, read_common, read_experts, read_heads
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
@@ -20,12 +21,8 @@ def _describe(facts: Facts, draft: Draft) -> None:
 
 
 def _metadata(config: Any) -> dict[str, Any]:
-    width = config.head_dim
-    part = config.rope_parameters.get("partial_rotary_factor", 1.0)
     return {
-        "attention.key_length": width,
-        "attention.value_length": width,
-        "rope.dimension_count": int(width * part),
+        **heads_metadata(config),
         "expert_count": config.num_local_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_feed_forward_length": config.intermediate_size,

@@ -12,6 +12,7 @@ import torch
 
 from hybrimoe_plugin.families.builtin.qwen2_moe import read_qwen_moe
 from hybrimoe_plugin.families.gguf_facts import Facts
+from hybrimoe_plugin.families.gguf_metadata import heads_metadata
 from hybrimoe_plugin.families.reading import ATTENTION, Draft, has_biases
 from hybrimoe_plugin.weights.gguf_names import Change
 
@@ -71,12 +72,8 @@ def read_delta_net(facts: Facts, draft: Draft) -> None:
 def delta_net_metadata(config: Any) -> dict[str, Any]:
     """The reverse of `read_delta_net`."""
     heads = config.linear_num_value_heads
-    width = config.head_dim
-    part = config.rope_parameters.get("partial_rotary_factor", 1.0)
     return {
-        "attention.key_length": width,
-        "attention.value_length": width,
-        "rope.dimension_count": int(width * part),
+        **heads_metadata(config),
         "expert_count": config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_feed_forward_length": config.moe_intermediate_size,
