@@ -8,7 +8,7 @@ OLDEST := tests/hosts tests/families tests/decode tests/operators tests/compute 
 PYTHONS ?= python3.10 python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '%-19s %s\n' "$$name" "$$about"; done
@@ -37,6 +37,9 @@ test-oldest: setup-oldest  ## what depends on other libraries, with the oldest t
 
 test-wheel: setup-dev  ## install the wheel in a clean environment, run a chat and the examples
 	@$(BIN)/python scripts/try_wheel.py
+
+oracle: setup-dev  ## against llama.cpp's own converter, vocabularies and templates; after `make peers`, its logits too
+	@HYBRIMOE_LLAMA_CPP=$$($(BIN)/python scripts/llama_cpp_source.py) $(BIN)/python -m pytest -q -n 2 tests/oracle
 
 test-pythons: setup-dev  ## the same for other interpreters, PYTHONS="..."; may load CUDA, 3 GB each
 	@$(BIN)/python scripts/try_wheel.py --tests --python $(PYTHONS)

@@ -14,7 +14,7 @@ from hybrimoe_plugin.families.registry import usual_split
 
 log = logging.getLogger(__name__)
 
-SENTENCE_PIECE, BYTE_LEVEL = "llama", "gpt2"
+SENTENCE_PIECE, BYTE_LEVEL, GEMMA = "llama", "gpt2", "gemma4"
 """Values of `tokenizer.ggml.model`: the kinds of tokenizer that are read, under the names of the
 first models that had them.
 """
@@ -83,20 +83,31 @@ _DIGITS = Splits((r"\p{N}",), gpt2=True)
 
 _KINDS: dict[str, Splits] = {
     **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        (
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "glm4",
+            "glm5",
+        ),
         _LLAMA3_LIKE,
     ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), Splits(_LLAMA3)),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Splits(_LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez"), _QWEN2_LIKE),
-    **dict.fromkeys(("stablelm2", "hunyuan"), Splits(_QWEN2)),
+    **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), Splits(_QWEN2)),
     "qwen35": Splits(_QWEN35, composed=True),
     "tekken": Splits(_TEKKEN, whole_words=True),
-    **dict.fromkeys(("gpt-4o", "llama4"), Splits(_GPT4O)),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Splits(_GPT4O)),
     "kimi-k2": Splits(_KIMI, whole_words=True),
     "seed-coder": Splits(_SEED),
     "deepseek-llm": Splits(_DEEPSEEK_LLM),
     "deepseek-coder": Splits(_DEEPSEEK_CODER),
-    "deepseek-v3": Splits(_DEEPSEEK_V3),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "hy_v4", "joyai-llm"), Splits(_DEEPSEEK_V3)),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS
     ),

@@ -170,6 +170,41 @@ def test_a_sentencepiece_vocabulary_is_read_from_the_file_alone(tmp_path: Path) 
         (tmp_path / name).write_text("{")
     tokenizer = load_tokenizer(None, GGUFStore.open(path))
     assert tokenizer("he").input_ids == [1, 7]
+    # A blank begins every text, and stays where the text begins with another.
+    assert tokenizer(" he").input_ids == [1, 3, 7]
+    assert tokenizer.decode([7], skip_special_tokens=True) == "he"
+
+
+def test_an_endless_sentencepiece_token_is_refused_at_once(tmp_path: Path) -> None:
+    tokens = ["<unk>", "a" * 1_000_000]
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0, 0.0],
+        "tokenizer.ggml.token_type": [2, 1],
+    }
+    with pytest.raises(WeightsError, match="a token has 1000000 characters"):
+        written(tmp_path, "mixtral", keys)
+
+
+@pytest.mark.parametrize("pre", ["minimax-m2", "solar-open", "hunyuan-dense", "glm5"])
+def test_kinds_of_newer_families_are_known(pre: str, tmp_path: Path) -> None:
+    assert round_trip(tokenizer_of(tmp_path, "qwen3_moe", pre), "the 12345").strip() == "the 12345"
+
+
+def test_gemma_s_vocabulary_keeps_blanks_and_spells_the_unknown_in_bytes(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<bos>", "<eos>", "▁", "h", "e", "he", "▁he", "<0xC3>", "<0xBC>"]
+    keys = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 6, 6],
+        "tokenizer.ggml.merges": ["h e", "▁ he"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = written(tmp_path, "mixtral", keys)
+    assert tokenizer.encode("he heü", add_special_tokens=False) == [6, 7, 8, 9]
+    assert tokenizer.decode([6, 7, 8, 9]) == "he heü"
 
 
 def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hybrimoe_plugin.errors import HybriMoEError, WeightsError
 from hybrimoe_plugin.families.pre_tokenizers import (
     BYTE_LEVEL,
+    GEMMA,
     SENTENCE_PIECE,
     pre_tokenizer,
     splits_of,
@@ -24,6 +24,10 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens: transformers' name -> GGUF's."""
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_BLANK = "▁"
+"""SentencePiece's sign for a blank."""
+_LONGEST = 1024
+"""Characters of one of SentencePiece's tokens. In released models it is below 100."""
 _WHOLE = (_CONTROL, _USER_DEFINED)
 """Kinds in `tokenizer.ggml.token_type` whose tokens are not split: those that control the model,
 user-defined ones.
@@ -46,9 +50,7 @@ def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any 
     if "tokenizer.ggml.tokens" not in store.metadata:
         return None
     try:
-        if store.metadata.get("tokenizer.ggml.model") == SENTENCE_PIECE:
-            return _corrected(_read_by_transformers(store.paths[0]), store)
-        return _byte_level(store)
+        return _READERS.get(str(store.metadata.get("tokenizer.ggml.model")), _refuse)(store)
     except HybriMoEError:
         raise
     except Exception as error:  # transformers and tokenizers raise many kinds
@@ -90,66 +92,89 @@ def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
         ) from error
 
 
-def _read_by_transformers(path: Path) -> Any:
-    """The tokenizer as transformers reads it from a GGUF.
-
-    It reads other files beside the given one too, so it gets a folder with nothing else.
-    """
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
-        (Path(folder) / "model.gguf").symlink_to(path.resolve())
-        return AutoTokenizer.from_pretrained(
-            folder, gguf_file="model.gguf", trust_remote_code=False, local_files_only=True
-        )
-
-
-def _corrected(tokenizer: Any, store: GGUFStore) -> Any:
-    """Apply what the file says about special tokens.
-
-    Not every release of transformers reads all of it, or reads it rightly.
-
-    Mutates: `tokenizer`.
-    """
-    known = tokenizer.get_vocab()
-    whole = _whole_tokens(store)
-    tokenizer.add_tokens([token for index, token in whole if known.get(token.content) == index])
-    special = {}
-    for name, text in _special_texts(store).items():
-        if text is not None:
-            special[name] = _added(text, True)
-    tokenizer.add_special_tokens(special)
-    for name, flag in _flags(store).items():
-        setattr(tokenizer, name, flag)
-    return tokenizer
+# Not through transformers: releases differ in the architectures that they read, in which kinds of
+# splitting they know, lose the places of special tokens, and SentencePiece's blank at the start.
 
 
 def _byte_level(store: GGUFStore) -> Any:
-    """Byte-level BPE out of the file's metadata.
-
-    Not through transformers: releases differ in the architectures that they read, in which kinds of
-    splitting they know, and lose the places of special tokens.
-    """
+    """Byte-level BPE out of the file's metadata."""
     from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
 
-    kind = store.metadata.get("tokenizer.ggml.model")
-    tokens = store.metadata.get("tokenizer.ggml.tokens")
-    merges = store.metadata.get("tokenizer.ggml.merges")
-    if kind != BYTE_LEVEL or tokens is None or merges is None:
-        raise ValueError(
-            "SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is "
-            f"{kind!r}"
-        )
     where = str(store.paths[0])
     splits = splits_of(store.metadata.get("tokenizer.ggml.pre"), store.architecture, where)
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs = [_pair(merge) for merge in merges]
-    backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=splits.whole_words))
+    backend = Tokenizer(
+        models.BPE(_vocabulary(store), _merges(store), ignore_merges=splits.whole_words)
+    )
     if splits.composed:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer(splits)
     backend.decoder = decoders.ByteLevel()
+    return _finished(backend, store)
+
+
+def _sentence_piece(store: GGUFStore) -> Any:
+    """BPE over whole texts, merged by the scores of the tokens.
+
+    Texts, also those between special tokens, begin with a blank, unless the file says otherwise.
+    """
+    from transformers.tokenization_utils_base import generate_merges
+
+    vocabulary = _vocabulary(store)
+    longest = max(map(len, vocabulary), default=0)
+    if longest > _LONGEST:  # every way to cut each token in two is looked up
+        raise ValueError(f"a token has {longest} characters, where {_LONGEST} are expected at most")
+    scores = dict(zip(vocabulary, store.metadata["tokenizer.ggml.scores"], strict=True))
+    kinds = store.metadata["tokenizer.ggml.token_type"]
+    # Tokens that control the model and the 256 that stand for bytes are not made of others.
+    apart = {text for text, kind in zip(vocabulary, kinds, strict=True) if kind != _NORMAL}
+    merges = generate_merges(vocabulary, scores, skip_tokens=apart)
+    begins = store.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return _finished(_pieces(store, merges, begins), store)
+
+
+def _gemma(store: GGUFStore) -> Any:
+    """SentencePiece's tokens with merges in the order that the file gives."""
+    return _finished(_pieces(store, _merges(store), begins=False), store)
+
+
+def _pieces(store: GGUFStore, merges: list[tuple[str, str]], begins: bool) -> Any:
+    """A backend whose tokens hold a sign for blanks, and bytes for what no token spells."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    backend = Tokenizer(
+        models.BPE(
+            _vocabulary(store),
+            merges,
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=_special_texts(store)["unk_token"],
+        )
+    )
+    first: list[Any] = [normalizers.Prepend(_BLANK)] if begins else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _BLANK)])
+    last: list[Any] = [decoders.Strip(" ", 1, 0)] if begins else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    return backend
+
+
+def _refuse(store: GGUFStore) -> NoReturn:
+    kind = store.metadata.get("tokenizer.ggml.model")
+    raise ValueError(
+        f"SentencePiece, or byte-level BPE with merges, is expected; tokenizer.ggml.model is "
+        f"{kind!r}"
+    )
+
+
+_READERS = {SENTENCE_PIECE: _sentence_piece, BYTE_LEVEL: _byte_level, GEMMA: _gemma}
+"""`tokenizer.ggml.model` -> what reads it."""
+
+
+def _finished(backend: Any, store: GGUFStore) -> Any:
+    """The tokenizer around a backend, which finds special tokens in a text before all else."""
+    from transformers import PreTrainedTokenizerFast
+
     backend.add_tokens([token for _, token in _whole_tokens(store)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -159,10 +184,17 @@ def _byte_level(store: GGUFStore) -> Any:
     )
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    """The two parts of a merge; the first may begin with a blank itself."""
-    at = merge.index(" ", 1)
-    return merge[:at], merge[at + 1 :]
+def _vocabulary(store: GGUFStore) -> dict[str, int]:
+    tokens = store.metadata["tokenizer.ggml.tokens"]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _merges(store: GGUFStore) -> list[tuple[str, str]]:
+    """Pairs to join, the first ones first; a part may begin with a blank itself."""
+    merges = store.metadata.get("tokenizer.ggml.merges")
+    if merges is None:
+        _refuse(store)
+    return [(merge[:at], merge[at + 1 :]) for merge in merges for at in [merge.index(" ", 1)]]
 
 
 def _special_texts(store: GGUFStore) -> dict[str, str | None]:
