@@ -11,6 +11,7 @@ random number is drawn per token, as plain `generate` does.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,11 +28,14 @@ from lever_ext.speculation.expert_reads import ExpertReads
 from lever_ext.speculation.routing_forecast import RoutingForecast
 from lever_ext.speculation.run import Parts, SpeculativeRun
 from lever_ext.speculation.stats import SpeculationStats
+from lever_ext.speculation.verify import NO_TREES, takes_trees
 from lever_ext.target import FlashTarget
 from lever_ext.tree.calibrate import Calibration
 from lever_ext.tree.cost import CycleCost
 from lever_ext.tree.latency import LatencyTable
-from lever_ext.tree.policies import TreePolicy
+from lever_ext.tree.policies import TreePolicy, make_policy
+
+log = logging.getLogger(__name__)
 
 
 class LeverDecoding:
@@ -74,6 +78,9 @@ class LeverDecoding:
     ) -> None:
         if draft is None and policy.name != "none":
             raise SpeculationError(f"tree {policy.name} needs a draft")
+        if target is not None and policy.name != "none" and not takes_trees(target.model):
+            log.warning("%s; its answers are decoded token by token", NO_TREES)
+            draft, policy = None, make_policy("none")
         self.draft = draft
         self.policy = policy
         self.target = target

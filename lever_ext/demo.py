@@ -20,9 +20,10 @@ from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.drafts.low_bit import low_bit_copy
 from lever_ext.flash.format import PACK_NAME
+from lever_ext.flash.plan import packed_tensors
 from lever_ext.flash.source import TensorSource
 from lever_ext.flash.writer import Progress, write_pack
-from lever_ext.packing import GGUFSource, plain_config
+from lever_ext.packing import StoredSource, plain_config
 
 DEMO_DRAFTS = {50: 0, 65: 12}
 """Rough agreement with the target's greedy choice in percent -> how many of 30 layers have 4 bits,
@@ -74,8 +75,8 @@ def widened_pack(
     config = model_config(None, store)
     narrow = meta_model(config, torch.float32)
     check_complete(narrow, store, config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in narrow.named_parameters()}
-    source = WidenedSource(GGUFSource(store, config, shapes), times)
+    shapes = {name: tuple(value.shape) for name, value in packed_tensors(narrow).items()}
+    source = WidenedSource(StoredSource(store, config, shapes), times)
     wide = plain_config(config)
     wide["intermediate_size"] = config.intermediate_size * times
     model = meta_model_of(wide, torch.float32)

@@ -12,7 +12,7 @@ import torch
 
 from hybrimoe_plugin.errors import ConfigError, FlashError, SpeculationError, WeightsError
 from hybrimoe_plugin.families.registry import names_of
-from hybrimoe_plugin.hosts.files import read_json
+from hybrimoe_plugin.hosts.transformers.checkpoint.open import open_checkpoint
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.directory import DIRECTORY_FILES
@@ -21,34 +21,41 @@ from hybrimoe_plugin.hosts.transformers.generation import set_generation, write_
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model_of
 from hybrimoe_plugin.hosts.transformers.tokenizer import (
     directory_tokenizer,
-    has_tokenizer,
     load_tokenizer,
 )
+from hybrimoe_plugin.weights.checkpoint.source import CheckpointSource
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
+from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 from lever_ext.flash.dtype_choice import AUTO
 from lever_ext.flash.finished import finished_pack, holds_another, source_key
 from lever_ext.flash.pack import FlashPack
-from lever_ext.flash.source import SafetensorsSource, Span, TensorSource, file_identity
+from lever_ext.flash.plan import packed_tensors
+from lever_ext.flash.source import Span, file_identity
 from lever_ext.flash.writer import Progress, write_pack
 
 logger = logging.getLogger(__name__)
 
 
-class GGUFSource:
-    """Weights of a GGUF store under the names of `transformers`, dequantised one tensor at a time.
+class StoredSource:
+    """Weights of a GGUF file or a checkpoint under the names of `transformers`, one tensor at a
+    time in float32.
 
     Args:
-        store: the open file or split set.
+        store: the open files, which are checked to be complete.
         config: of the model.
-        shapes: parameter name -> shape.
+        shapes: name -> shape.
 
     Raises:
         WeightsError: a file was changed or removed since the store was opened.
     """
 
     def __init__(self, store: GGUFStore, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.parameters = ParameterSource(store, config, names_of(config.model_type))
+        self.parameters: ParameterSource | CheckpointSource
+        if isinstance(store, SafetensorsStore):
+            self.parameters = CheckpointSource(store, config)
+        else:
+            self.parameters = ParameterSource(store, config, names_of(config.model_type))
         self.shapes = shapes
         spans: list[list[Span]] = [[] for _ in store.paths]
         for info in store.tensors.values():
@@ -57,14 +64,18 @@ class GGUFSource:
         self.identity = ",".join(file_identity(path, found) for path, found in files)
         store.check_unchanged()  # the files were opened by name once more
         self._stacked: dict[str, torch.Tensor] = {}
-        """Dequantised stacked tensors of one layer's experts."""
+        """Stacked tensors of one layer's experts."""
 
     def get(self, name: str) -> torch.Tensor:
         return self.parameters.load(name, self.shapes[name], torch.float32)
 
     def expert(self, name: str, expert: int) -> torch.Tensor:
-        # A layer's experts are asked for one after another: its stacked tensors are dequantised
-        # once for all of them, and dropped when the next layer is asked for.
+        if isinstance(self.parameters, CheckpointSource):
+            found = self.parameters.expert(name, expert, torch.float32)
+            if found is not None:
+                return found
+        # A layer's experts are asked for one after another: its stacked tensors are made once for
+        # all of them, and dropped when the next layer is asked for.
         if name not in self._stacked:
             layer = name.rpartition(".experts.")[0]
             others = [kept for kept in self._stacked if not kept.startswith(f"{layer}.experts.")]
@@ -108,14 +119,9 @@ def pack_model(
         raise ConfigError(
             "name a model to pack: --gguf_path, or --model_path with safetensors files"
         )
-    store = GGUFStore.open(gguf_path) if gguf_path is not None else None
-    if store is None:
-        _refuse_quantised(model_path)
+    store = GGUFStore.open(gguf_path) if gguf_path is not None else open_checkpoint(str(model_path))
     config = model_config(model_path, store)
-    if store is None:
-        tokenizer = _tokenizer(model_path, config)
-    else:
-        tokenizer = load_tokenizer(model_path, store, config)
+    tokenizer = load_tokenizer(model_path, store, config)
     if tokenizer is None:
         logger.warning(
             "%s: no tokenizer there, so the pack will be of no use for chat; name a directory "
@@ -124,9 +130,10 @@ def pack_model(
         )
     plain = plain_config(config)
     model = meta_model_of(plain, torch.float32)
-    metadata = {} if store is None else store.metadata
-    set_generation(model, tokenizer, metadata, model_path, config.vocab_size)
-    source = _source(store, model_path, model, config)
+    set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
+    check_complete(model, store, config)
+    shapes = {name: tuple(value.shape) for name, value in packed_tensors(model).items()}
+    source = StoredSource(store, config, shapes)
     key = source_key(source, plain)
     path = None if force else finished_pack(directory, key, dtype)
     if path is None:
@@ -160,22 +167,6 @@ def _remove_others_tokenizer(directory: Path, model_path: str | Path | None, key
     named = [directory / name for name in (*DIRECTORY_FILES, GENERATION)]
     for path in (*named, *templates):
         path.unlink(missing_ok=True)
-
-
-def _source(
-    store: GGUFStore | None,
-    model_path: str | Path | None,
-    model: Any,
-    config: Any,
-) -> TensorSource:
-    """The model's weights, once it is certain that none is missing or left over."""
-    if store is None:
-        files = SafetensorsSource(str(model_path))
-        files.check_all_used(model)
-        return files
-    check_complete(model, store, config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return GGUFSource(store, config, shapes)
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -240,24 +231,3 @@ def check_same_tokenizer(target: Any, draft: Any) -> None:
         f"target and draft do not share a tokenizer ({len(ours)} and {len(theirs)} tokens"
         f"{example}); choose a draft of the target's family, or --draft ngram"
     )
-
-
-def _tokenizer(model_path: str | Path | None, config: Any) -> Any:
-    """The directory's tokenizer, None where there is none. Raises: as `load_tokenizer`."""
-    assert model_path is not None
-    return directory_tokenizer(model_path, config) if has_tokenizer(model_path) else None
-
-
-def _refuse_quantised(directory: str | Path | None) -> None:
-    """Raise WeightsError where safetensors files hold another library's quantised blocks.
-
-    They would be read as weights.
-    """
-    path = Path(str(directory)) / "config.json"
-    found = read_json(path).get("quantization_config") if path.exists() else None
-    if found:
-        kind = found.get("quant_method") if isinstance(found, dict) else found
-        raise WeightsError(
-            f"{path}: the directory's weights are quantised ({kind!r}), which is not read here: "
-            f"give a GGUF by gguf_path"
-        )

@@ -26,12 +26,14 @@ from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
 from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.weights.layer_weights import chosen_experts
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
 from lever_ext.early_exit.prune import PruneSettings
 from lever_ext.flash.dram_plan import LEAST_STAGING, DramPlan, plan_dram
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.flash.plan import packed_tensors
 from lever_ext.flash.reader import Throttle
 from lever_ext.flash.stream import LayerStream
 from lever_ext.operators.decoder import FlashDecoderLayer
@@ -172,11 +174,11 @@ def load_target(
         plan_dram(opened, budget)  # refused before anything is read
         dtype = dtype_of(opened.index.dtype)
         plain = meta_model_of(opened.config, dtype, "the pack's config")
-        opened.check_holds(name for name, _ in plain.named_parameters())
+        opened.check_holds(packed_tensors(plain))
         model = with_row_linears(plain)
         plan = plan_injection(
             model,
-            load_rules(rules or flash_rules(model.config.model_type)),
+            load_rules(rules or flash_rules(model.config)),
             trust_rules=trust_rules,
         )
         injection = inject(model, plan, opened, model.config)
@@ -225,7 +227,11 @@ def _serve(model: Any, pack: FlashPack, injection: Injection, options: _Options)
             operator.install(*stream.acquire(operator.index))
     experts = expert_cache(pack, plan, model.config, options.cache)
     bind_experts(injection, experts, model, placement, accelerator, pack)
-    left = [name for name, p in model.named_parameters() if p.is_meta and ".layer." not in name]
+    left = [
+        name
+        for name, value in packed_tensors(model).items()
+        if value.is_meta and ".layer." not in name
+    ]
     if left:
         raise FlashError(
             f"{pack.path}: nothing in the pack or the rules provides {left[0]}; check the rules"
@@ -278,7 +284,7 @@ def expert_cache(
         cache,
         len({block.layer for block in blocks}),
         len({block.expert for block in blocks}),
-        config.num_experts_per_tok,
+        chosen_experts(config),
         Settings(cache=cache),
     )
     staging = max(LEAST_STAGING, plan.staging)
@@ -286,7 +292,7 @@ def expert_cache(
 
 
 def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
-    """Set parameters by name, whatever device they were on. Mutates.
+    """Set parameters and buffers by name, whatever device they were on. Mutates.
 
     Raises:
         FlashError: the model has no such parameter, or of another shape.
@@ -299,7 +305,11 @@ def assign_tensors(model: nn.Module, tensors: Tensors) -> None:
             raise FlashError(
                 f"the model has no {name!r}; the pack was made from another one"
             ) from None
-        former = module._parameters.get(leaf)
+        held = module._buffers if leaf in module._buffers else module._parameters
+        former = held.get(leaf)
         if former is None or former.shape != tensor.shape:
             raise FlashError(f"{name!r} does not fit the model; the pack was made from another one")
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if held is module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

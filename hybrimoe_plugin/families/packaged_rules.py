@@ -11,6 +11,7 @@ from typing import Any
 from hybrimoe_plugin.errors import RulesError, did_you_mean
 from hybrimoe_plugin.families.registry import families
 from hybrimoe_plugin.injection.rules import Rules
+from hybrimoe_plugin.weights.layer_weights import has_experts
 
 _OTHER_HOSTS = ("ktransformers", "lever")
 """Folders of files for classic kTransformers, and for models on flash."""
@@ -99,10 +100,20 @@ def engine_rules(model_type: str) -> Path:
     return packaged() / (offered.get(model_type) or ANY)
 
 
-def flash_rules(model_type: str) -> Path:
-    """The whole model on flash. Raises: RulesError: none for this model type."""
+def flash_rules(config: Any) -> Path:
+    """The whole model on flash: the family's own rules, else those for any with routed experts.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        RulesError: a dense model of a family that has none.
+    """
+    kind = config.model_type
     offered = {family.model_type: family.rules.flash for family in families()}
-    return _one_of(offered, model_type, f"model type {model_type!r} on flash")
+    if offered.get(kind) is None and has_experts(config):
+        return packaged() / "lever" / ANY
+    return _one_of(offered, kind, f"model type {kind!r} on flash")
 
 
 def classic_rules(model_class: str, device: str) -> Path:

@@ -270,6 +270,14 @@ def expert_counts(config: Any) -> tuple[int, int]:
     raise ConfigError(f"{type(config).__name__}: the config states no number of routed experts")
 
 
+def has_experts(config: Any) -> bool:
+    """Whether a config describes routed experts."""
+    try:
+        return expert_counts(config)[0] > 0
+    except ConfigError:
+        return False
+
+
 def chosen_experts(config: Any) -> int:
     """Experts of one token, K, under the names that model families use.
 

@@ -57,7 +57,9 @@ class Runner(Protocol):
 def make_runner(model: Any) -> Runner:
     """The direct loop where it knows the model, else the model itself."""
     config = model.config
-    plain = config.hidden_act == "silu" and not getattr(config, "use_sliding_window", False)
+    plain = getattr(config, "hidden_act", None) == "silu" and not getattr(
+        config, "use_sliding_window", False
+    )
     if plain and layer_form(config.model_type) is LayerForm.DENSE:
         return DirectRunner(model)
     return HostRunner(model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.errors import ConfigError, WeightsError
 from lever_ext.flash.format import (
     ALIGNMENT,
     DTYPES,
@@ -17,6 +19,8 @@ from lever_ext.flash.format import (
     align,
 )
 
+WIDE = "float32"
+"""Stored type of what a model computes with in float32, whatever the type of the others."""
 FIRST, IN_LAYERS, LAST = range(3)
 """Stages of a pass: embeddings; decoder layers; final norm and output head."""
 
@@ -43,44 +47,77 @@ class _Member(NamedTuple):
     """A tensor of a block."""
 
     name: str
+    dtype: str
     shape: tuple[int, ...]
+
+
+def packed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that a pack of a model holds, by qualified name: its parameters, and such buffers as
+    files hold, like the corrections of routers. What is tied comes once.
+    """
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        for name, value in module._buffers.items():
+            if value is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}".removeprefix(".")] = value
+    return found
 
 
 def plan_blocks(model: nn.Module, dtype: str) -> list[Block]:
     """The blocks of a model's pack in the order of execution, without checksums.
 
     Args:
-        model: on the meta device; its parameters' names and shapes are all that is used.
-        dtype: one of `DTYPES`.
+        model: on the meta device; names and shapes are all that is used.
+        dtype: one of `DTYPES`, of all but what the model computes with in float32.
 
     Raises:
         ConfigError: unknown dtype.
+        WeightsError: the model holds numbers that are no floating point.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     groups: dict[_Place, list[_Member]] = {}
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        for place, member in _parts(name, shape):
+    wide = _computed_wide(model)
+    for name, value in packed_tensors(model).items():
+        if not value.is_floating_point():
+            raise WeightsError(f"a pack holds floating point, and {name} is {value.dtype}")
+        kind = WIDE if wide.search(name) else dtype
+        for place, member in _parts(_Member(name, kind, tuple(value.shape))):
             groups.setdefault(place, []).append(member)
     blocks = []
     offset = ALIGNMENT
     for place in sorted(groups):
-        block = _block(place, offset, groups[place], dtype)
+        block = _block(place, offset, groups[place])
         blocks.append(block)
         offset += block.nbytes
     return blocks
 
 
-def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[_Place, _Member]]:
-    """The blocks that a parameter lies in: one, or one for each expert of a stacked tensor."""
+def _computed_wide(model: Any) -> re.Pattern[str]:
+    """Names of what transformers keeps in float32 in a model of any type: buffers, and what the
+    model's class says.
+    """
+    kept = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    parts = [rf"(^|\.){name}($|\.)" for name in kept]
+    parameters = dict(model.named_parameters())
+    buffers = [name for name in packed_tensors(model) if name not in parameters]
+    parts += [rf"^{re.escape(name)}$" for name in buffers]
+    return re.compile("|".join(parts) or r"(?!)")
+
+
+def _parts(tensor: _Member) -> list[tuple[_Place, _Member]]:
+    """The blocks that a tensor lies in: one, or one for each expert of a stacked tensor."""
+    name, dtype, shape = tensor
     layer = _layer_of(name)
     if layer < 0:
         stage = FIRST if "embed" in name else LAST
-        return [(_Place(stage, -1, False, -1), _Member(name, shape))]
+        return [(_Place(stage, -1, False, -1), tensor)]
     if ".experts." not in name:
-        return [(_Place(IN_LAYERS, layer, False, -1), _Member(name, shape))]
-    member = _Member(name, shape[1:])
+        return [(_Place(IN_LAYERS, layer, False, -1), tensor)]
+    member = _Member(name, dtype, shape[1:])
     return [(_Place(IN_LAYERS, layer, True, expert), member) for expert in range(shape[0])]
 
 
@@ -93,10 +130,10 @@ def _layer_of(name: str) -> int:
     return -1
 
 
-def _block(place: _Place, offset: int, members: Sequence[_Member], dtype: str) -> Block:
+def _block(place: _Place, offset: int, members: Sequence[_Member]) -> Block:
     tensors = []
     inside = 0
-    for name, shape in members:
+    for name, dtype, shape in members:
         tensor = PackedTensor(name, dtype, shape, inside)
         tensors.append(tensor)
         inside = align(inside + tensor.nbytes, TENSOR_ALIGNMENT)

@@ -78,10 +78,10 @@ def write_pack(
     Raises:
         FlashError: no space, or the disk failed; what was written is kept for a resumed run.
         WeightsError: a tensor is missing, has another shape than the model, or values that are
-            not finite or not in the type's range; or the model has weights that are no parameters.
+            not finite or not in the type's range; or the model holds numbers that are no floating
+            point.
     """
     directory = Path(directory)
-    _refuse_buffers(model)
     write = functools.partial(
         _write, config=config, directory=directory, progress=progress, replacing=replacing
     )
@@ -219,20 +219,6 @@ def _value(source: TensorSource, block: Block, tensor: PackedTensor) -> torch.Te
     if block.expert < 0:
         return source.get(tensor.name)
     return source.expert(tensor.name, block.expert)
-
-
-def _refuse_buffers(model: nn.Module) -> None:
-    """Raise WeightsError for weights that a model keeps as buffers: a pack holds parameters."""
-    lost = []
-    for path, module in model.named_modules():
-        for name, value in module._buffers.items():
-            if value is not None and name not in module._non_persistent_buffers_set:
-                lost.append(f"{path}.{name}".removeprefix("."))
-    if lost:
-        raise WeightsError(
-            f"a pack holds a model's parameters, and would lose {', '.join(lost[:4])} "
-            f"({len(lost)} in all): such a model cannot be packed"
-        )
 
 
 def _may_be_narrow(

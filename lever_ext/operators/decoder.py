@@ -12,6 +12,7 @@ from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError, ConfigError, FlashError
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.flash.plan import packed_tensors
 from lever_ext.flash.stream import WeightStream
 from lever_ext.operators.transfer import LayerTransfer
 
@@ -81,7 +82,7 @@ class FlashDecoderLayer(nn.Module):
             )
         expected = {
             f"{self.key}.{name}": tuple(parameter.shape)
-            for name, parameter in self.layer.named_parameters()
+            for name, parameter in packed_tensors(self.layer).items()
         }
         found = {tensor.name: tensor.shape for tensor in blocks[0].tensors}
         if expected != found:
@@ -154,7 +155,10 @@ class FlashDecoderLayer(nn.Module):
         """Let the layer compute with these weights, by qualified name. Mutates."""
         for name, parameter in parameters.items():
             module, leaf = self.sites[name]
-            module._parameters[leaf] = parameter
+            if leaf in module._buffers:
+                module._buffers[leaf] = parameter.data
+            else:
+                module._parameters[leaf] = parameter
 
     def __getattr__(self, name: str) -> Any:
         """Models ask layers for attributes of their own, such as `attention_type`."""

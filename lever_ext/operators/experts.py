@@ -20,9 +20,14 @@ from hybrimoe_plugin.operators.experts import layer_of
 from hybrimoe_plugin.operators.routers import GateRouter
 from lever_ext.flash.experts import FlashExpertCache, Predict
 from lever_ext.flash.pack import FlashPack, Tensors
+from lever_ext.flash.plan import packed_tensors
 from lever_ext.operators.decoder import check_flash_kwargs, check_is_pack
 from lever_ext.operators.linear import linear
 from lever_ext.operators.transfer import CPU
+
+MATRICES = ("gate_up_proj", "down_proj")
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
+"""What transformers' experts modules hold, a row for each expert."""
 
 
 class FlashExperts(nn.Module):
@@ -38,7 +43,7 @@ class FlashExperts(nn.Module):
     Raises:
         ConfigError: a device other than the CPU, or the name of the module holds no layer's number.
         FlashError: `gguf_loader` is no flash pack.
-        BackendError: the original's experts compute something else, or lie in another way.
+        BackendError: the original's experts compute something else.
     """
 
     def __init__(
@@ -56,23 +61,18 @@ class FlashExperts(nn.Module):
             {"prefill_device": prefill_device, "generate_device": generate_device, **kwargs}
         )
         check_is_pack(key, gguf_loader)
-        stacked = dict(orig_module.named_parameters())
-        if stacked.keys() != {"gate_up_proj", "down_proj"} or not hasattr(orig_module, "has_gate"):
+        self.form = read_form(key, orig_module)
+        stacked = packed_tensors(orig_module)
+        known = {*MATRICES, *(BIASES if self.form.has_biases else ())}
+        if stacked.keys() != known:
             raise BackendError(
-                f"{key}: experts with parameters {sorted(stacked)} are not supported on flash"
+                f"{key}: experts of {type(orig_module).__name__} are not supported on flash: they "
+                f"have {', '.join(sorted(stacked))}, and {', '.join(sorted(known))} are expected"
             )
         self.key = key
         self.pack = gguf_loader
         self.config = config
-        if orig_module.is_transposed or not orig_module.is_concatenated:
-            raise BackendError(
-                f"{key}: experts of {type(orig_module).__name__} are not supported on flash: their "
-                "matrices are transposed, or gate and up interleaved"
-            )
-        self.activation = read_form(key, orig_module).activation
-        self.shapes = {
-            f"{key}.{name}": tuple(parameter.shape[1:]) for name, parameter in stacked.items()
-        }
+        self.shapes = {f"{key}.{name}": tuple(value.shape[1:]) for name, value in stacked.items()}
         """Qualified name -> shape of one expert's part."""
         self.layer_index = layer_of(key)
         self._cache: FlashExpertCache | None = None
@@ -183,10 +183,15 @@ class FlashExperts(nn.Module):
 
     def compute(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         """One expert's result [T, H] for hidden states [T, H], not yet weighted."""
-        gate_up = linear(hidden, tensors[f"{self.key}.gate_up_proj"])
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = activate(gate, up, self.activation)
-        return linear(inner, tensors[f"{self.key}.down_proj"])
+        gate, up = self.form.halves(self._map("gate_up_proj", hidden, tensors), dim=-1)
+        inner = activate(gate, up, self.form.activation)
+        return self._map("down_proj", inner, tensors)
+
+    def _map(self, name: str, value: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        """One of an expert's linear maps."""
+        weight = tensors[f"{self.key}.{name}"]
+        bias = tensors.get(f"{self.key}.{name}_bias")
+        return linear(value, weight.t() if self.form.is_transposed else weight, bias)
 
     def _prediction(self, hidden: torch.Tensor) -> Predict | None:
         """What the next MoE layer's router says about hidden states [T, H], when it is asked."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from hybrimoe_plugin.device.memory import human
 from hybrimoe_plugin.engine.sizing import kv_cache_bytes
+from hybrimoe_plugin.weights.layer_weights import chosen_experts
 from lever_ext.flash.dram_plan import DramPlan, plan_dram
 from lever_ext.flash.pack import FlashPack, block_memory
 from lever_ext.flash.stream import LayerStream
@@ -198,7 +199,7 @@ def _experts_in_pass(pack: FlashPack, config: Any) -> dict[int, float]:
     found = {}
     for layer in set(layers):
         experts = layers.count(layer)
-        unchosen = (1 - config.num_experts_per_tok / experts) ** TREE_SIZE
+        unchosen = (1 - chosen_experts(config) / experts) ** TREE_SIZE
         found[layer] = experts * (1 - unchosen)
     return found
 

@@ -200,9 +200,9 @@ def run(
     """Compute a layer with weights that are not its stream's; afterwards it has its former ones."""
     former = {}
     for name, (module, leaf) in operator.sites.items():
-        parameter = module._parameters[leaf]
-        if parameter is not None:
-            former[name] = parameter
+        value = getattr(module, leaf)
+        if value is not None:
+            former[name] = value
     operator.set_parameters(as_parameters(tensors))
     try:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.weights.layer_weights import chosen_experts
 from lever_ext.flash.experts import FlashExpertCache
 from lever_ext.speculation.verify import Verified
 from lever_ext.target import FlashTarget
@@ -73,7 +74,7 @@ class ExpertReads:
         union = ExpertUnion(
             layers=len(target.experts.layers),
             experts=len({block.expert for block in blocks}),
-            top_k=target.model.config.num_experts_per_tok,
+            top_k=chosen_experts(target.model.config),
             read_us=start_us,
         )
         return cls(target.experts, union, start_read_us=start_us)

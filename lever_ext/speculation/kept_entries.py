@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
 
@@ -30,11 +33,10 @@ class KeptEntries:
         """Keep the first `count` entries from now on; every layer has them. Mutates."""
         # A pass may set up an empty layer, or replace it, and a sliding window loses old entries to
         # new ones. Neither can be cut back, but both are what they were again with the attributes
-        # that they had. Nothing is copied.
+        # that they had. Nothing is copied of them.
         layers: list[tuple[Any, dict[str, Any] | None]] = []
         for layer in self.cache.layers:
-            can_be_cut = count and not getattr(layer, "is_sliding", False)
-            layers.append((layer, None if can_be_cut else dict(vars(layer))))
+            layers.append((layer, None if count and can_be_cut(layer) else _attributes(layer)))
         # One assignment: an interrupt must change both or neither.
         self._kept = count, layers
 
@@ -47,9 +49,28 @@ class KeptEntries:
         self.cache.layers[:] = [layer for layer, _ in layers]
         for layer, former in layers:
             if former is not None:
-                vars(layer).update(former)
+                vars(layer).update(former if _replaces(layer) else copy.deepcopy(former))
             elif layer.is_initialized and _length(layer) > count:
                 _cut(layer, count)
+
+
+def can_be_cut(layer: Any) -> bool:
+    """Whether the entries behind any token can be dropped: what is kept are keys and values of all
+    tokens, and nothing else.
+    """
+    return type(layer) in (DynamicLayer, GrowingLayer)
+
+
+def _replaces(layer: Any) -> bool:
+    """Whether a pass gives a layer new tensors; else it may write into those that are there, as
+    linear attention does with its states.
+    """
+    return can_be_cut(layer) or type(layer) is DynamicSlidingWindowLayer
+
+
+def _attributes(layer: Any) -> dict[str, Any]:
+    """A layer's attributes, which bring it back."""
+    return dict(vars(layer)) if _replaces(layer) else copy.deepcopy(vars(layer))
 
 
 def _length(layer: Any) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.weights.layer_weights import chosen_experts
 from lever_ext.drafts.language_model import LanguageModelDraft
 from lever_ext.flash.pack import Tensors
 from lever_ext.target import FlashTarget
@@ -41,7 +42,7 @@ class RoutingForecast:
 
         Returns:
             None for drafts whose layers do not have the target's shapes, and where routers are not
-            in DRAM.
+            in DRAM, or choose by more than the largest logits.
         """
         if target.experts is None:
             return None
@@ -55,8 +56,11 @@ class RoutingForecast:
         )
         if not same or target.residency.layers <= max(layers):
             return None
-        gates = [_gate(target.stream.resident[layer]) for layer in layers]
-        return cls(torch.stack(gates), layers, config.num_experts_per_tok)
+        found = [_gate(target.stream.resident[layer]) for layer in layers]
+        gates = [gate for gate in found if gate is not None]
+        if len(gates) != len(layers):
+            return None
+        return cls(torch.stack(gates), layers, chosen_experts(config))
 
     def __call__(self, inner: Sequence[torch.Tensor]) -> NDArray[np.int64]:
         """Forecast experts of N nodes.
@@ -75,6 +79,9 @@ class RoutingForecast:
         return found
 
 
-def _gate(tensors: Tensors) -> torch.Tensor:
-    """The router's weight [E, H] among a decoder layer's."""
-    return next(tensor for name, tensor in tensors.items() if name.endswith(".mlp.gate.weight"))
+def _gate(tensors: Tensors) -> torch.Tensor | None:
+    """The router's weight [E, H] among a decoder layer's; None where a router is more than that."""
+    parts = [name for name in tensors if ".mlp.gate." in name or ".mlp.router." in name]
+    if len(parts) != 1 or not parts[0].endswith(".mlp.gate.weight"):
+        return None
+    return tensors[parts[0]]

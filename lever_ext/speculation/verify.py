@@ -7,11 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.early_exit.gate import ExitGate, ExitQuery
+from lever_ext.speculation.kept_entries import can_be_cut
 from lever_ext.tree.token_tree import TokenTree
+
+NO_TREES = (
+    "models with sliding windows or linear attention cannot verify token trees: a branch that is "
+    "not accepted could not be taken back"
+)
+
+
+def takes_trees(model: Any) -> bool:
+    """Whether a causal language model's cache lets token trees be verified."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return all(map(can_be_cut, cache.layers))
 
 
 @dataclass(frozen=True)
@@ -66,17 +79,16 @@ class Verifier:
             prune: False where the early exit shall only be judged.
 
         Raises:
-            SpeculationError: a layer's cache has a sliding window, which a tree would tear.
+            SpeculationError: a layer's cache keeps something else than keys and values of all
+                tokens, such as a sliding window, which a tree would tear.
         """
         past = int(cache.get_seq_length())
         ids = torch.tensor([tree.tokens])
         if len(tree) == 1:
             hidden = self._run(ids, cache).last_hidden_state
             return Verified(hidden, {0: 0}, past)
-        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            raise SpeculationError(
-                "sliding-window attention cannot verify token trees; use --tree none"
-            )
+        if not all(map(can_be_cut, cache.layers)):
+            raise SpeculationError(f"{NO_TREES}; use --tree none")
         positions = torch.from_numpy(tree.depths)[None] + past
         mask = self._mask(tree, past)
         gate = self.gate if candidates else None

@@ -15,12 +15,9 @@ import torch
 from hybrimoe_plugin.device.memory import check_host
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights.checkpoint.names import Piece
-from hybrimoe_plugin.weights.checkpoint.source import CheckpointSource
+from hybrimoe_plugin.weights.checkpoint.source import ONE_BY_ONE, CheckpointSource
 from hybrimoe_plugin.weights.expert_form import ExpertForm
 from hybrimoe_plugin.weights.layer_weights import Biases, LayerWeights, Matrix, fused_halves
-
-_ONE_BY_ONE = (("MergeModulelist",), ("MergeModulelist", "Concatenate"))
-"""Conversions that put experts together, and gate before up, without changing a value."""
 
 
 class CheckpointExperts:
@@ -55,7 +52,7 @@ class CheckpointExperts:
 
     def _gate_and_up(self) -> tuple[Matrix, Matrix]:
         piece = self._piece("gate_up_proj")
-        if piece.steps == _ONE_BY_ONE[1] and len(piece.by_pattern()) == 2:
+        if piece.steps == ONE_BY_ONE[1] and len(piece.by_pattern()) == 2:
             gates, ups = piece.by_pattern()
             return self._apart(gates, self._inner), self._apart(ups, self._inner)
         if not piece.steps and not self._form.is_rearranged:
@@ -67,7 +64,7 @@ class CheckpointExperts:
 
     def _down(self) -> Matrix:
         piece = self._piece("down_proj")
-        if piece.steps == _ONE_BY_ONE[0] and len(piece.by_pattern()) == 1:
+        if piece.steps == ONE_BY_ONE[0] and len(piece.by_pattern()) == 1:
             return self._apart(piece.by_pattern()[0], self._outer)
         if not piece.steps and not self._form.is_rearranged:
             return self._stacked(piece.tensors[0])

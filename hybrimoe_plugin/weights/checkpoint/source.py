@@ -14,6 +14,8 @@ from hybrimoe_plugin.weights.parameter_source import LatentSizes, keys_of, value
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
+ONE_BY_ONE = (("MergeModulelist",), ("MergeModulelist", "Concatenate"))
+"""Conversions that put experts together, and gate before up, without changing a value."""
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = {
     "BOOL": torch.bool,
@@ -73,10 +75,34 @@ class CheckpointSource:
         else:
             value = self._converted(piece, name, values)
         if tuple(value.shape) != tuple(shape):
-            raise WeightsError(
-                f"{self._where}: {' and '.join(piece.tensors[:4])} give shape "
-                f"{tuple(value.shape)}, the model's config asks for {tuple(shape)} ({name})"
-            )
+            raise self._other_shape(piece, value.shape, name, shape)
+        return value
+
+    def expert(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """One expert's part of a stacked parameter; None where only the whole can be made.
+
+        Raises:
+            WeightsError: missing, of another shape, or no floating point.
+        """
+        piece = self._piece(name)
+        self.store.check_floats(piece.tensors)
+        shape = tuple(self.store.names.model.get_parameter(name).shape)
+        if piece.converter is None:
+            info = self.store.info(piece.tensors[0])
+            if info.shape != shape:
+                raise self._other_shape(piece, info.shape, name, shape)
+            stored = np.array(self.store.raw(info.name).reshape(shape[0], -1)[expert])
+            return torch.from_numpy(stored).view(_DTYPES[info.type_name]).view(shape[1:]).to(dtype)
+        if piece.steps not in ONE_BY_ONE:
+            return None
+        patterns = piece.by_pattern()
+        if any(len(names) != shape[0] for names in patterns):
+            found = (len(piece.tensors) // len(patterns), *shape[1:])
+            raise self._other_shape(piece, found, name, shape)
+        parts = [self.store.dequantized(names[expert], dtype) for names in patterns]
+        value = torch.cat(parts)
+        if tuple(value.shape) != shape[1:]:
+            raise self._other_shape(piece, (shape[0], *value.shape), name, shape)
         return value
 
     def stored(self, name: str) -> QuantizedMatrix:
@@ -119,6 +145,14 @@ class CheckpointSource:
         values = torch.from_numpy(np.array(whole.data)).view(dtype).view(sizes.shape)
         keys = keys_of(values.float(), sizes, whole.type_name)
         return keys, values_of(whole.data, sizes, whole.type_name)
+
+    def _other_shape(
+        self, piece: Piece, found: Sequence[int], name: str, asked: Sequence[int]
+    ) -> WeightsError:
+        return WeightsError(
+            f"{self._where}: {' and '.join(piece.tensors[:4])} give shape {tuple(found)}, the "
+            f"model's config asks for {tuple(asked)} ({name})"
+        )
 
     def _piece(self, name: str) -> Piece:
         pieces = self.store.names.pieces
