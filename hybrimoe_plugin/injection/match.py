@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,7 +52,17 @@ class Match:
         return self.operator_class is not None
 
 
-def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False) -> list[Match]:
+Declines = Callable[[str, nn.Module, type[nn.Module]], bool]
+"""Whether a module, by its qualified name, is not to be replaced by an operator of this class."""
+
+
+def plan_injection(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    trust_rules: bool = False,
+    declines: Declines | None = None,
+) -> list[Match]:
     """Decide which rule takes which module: the first that matches it. Changes nothing.
 
     The walk follows kTransformers: parents come before children, and the children of a module
@@ -62,6 +72,7 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
         model: any model; on the meta device it costs nothing.
         rules: the parsed rules.
         trust_rules: let rules import classes from any package.
+        declines: modules that a rule does not take though it matches; later rules may.
 
     Returns:
         one match per taken module, in the model's order.
@@ -75,10 +86,10 @@ def plan_injection(model: nn.Module, rules: Rules, *, trust_rules: bool = False)
     found_names = find_names(rules.rules, names)
     matchers = []
     for rule, found in zip(rules.rules, found_names, strict=True):
-        matchers.append(_Matcher(rule, found, trust_rules))
+        matchers.append(_Matcher(rule, found, trust_rules, declines))
     plan = list(_walk(model, "", matchers))
     for matcher in matchers:
-        if matcher.taken == 0:
+        if matcher.taken == 0 and not matcher.declined:
             raise matcher.idle_error(model)
     return plan
 
@@ -131,12 +142,20 @@ def _with_given(match: Match, given: Mapping[str, Any]) -> Match:
 class _Matcher:
     """A rule, its imported classes, and how many modules it has matched."""
 
-    def __init__(self, rule: Rule, names: frozenset[str], trust_rules: bool) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        names: frozenset[str],
+        trust_rules: bool,
+        declines: Declines | None,
+    ) -> None:
         self.rule = rule
         self.kwargs = rule.kwargs
         self._names = names
+        self._declines = declines
         self.matched = 0
         self.taken = 0
+        self.declined = 0
         self.taken_by: Rule | None = None
         """The earlier rule that took the first module this one matched."""
         self.match_class: type[nn.Module] | None = None
@@ -153,6 +172,14 @@ class _Matcher:
         if self.match_class is not None and not isinstance(module, self.match_class):
             return False
         return name in self._names
+
+    def leaves(self, module: nn.Module, name: str) -> bool:
+        """Whether it leaves a module that it fits as it is."""
+        if self.operator is None or self._declines is None:
+            return False
+        left = self._declines(name, module, self.operator)
+        self.declined += left
+        return left
 
     def take(self, module: nn.Module, name: str, shadowed: tuple[int, ...]) -> Match:
         if self.operator is not None and not name:
@@ -204,6 +231,8 @@ def _walk(module: nn.Module, name: str, matchers: Sequence[_Matcher]) -> Iterato
     fitting = [matcher for matcher in matchers if matcher.fits(module, name)]
     for matcher in fitting:
         matcher.matched += 1
+    while fitting and fitting[0].leaves(module, name):
+        del fitting[0]
     if fitting:
         winner, *others = fitting
         for other in others:

@@ -32,6 +32,7 @@ class FusedAttention(DenseOperator):
         normed: whether there are norms of each head, `q_norm` and `k_norm` (Qwen3).
     """
 
+    by_proof = True
     q_proj: Any
     k_proj: Any
     v_proj: Any

@@ -39,6 +39,8 @@ class DenseOperator(nn.Module):
     """The class that it computes the same as. Others, also ones made from it, keep their module."""
     keeps_latents = False
     """Whether it is attention whose cache holds latents in place of keys and values."""
+    by_proof = False
+    """Whether it replaces only modules that are shown to compute the same (`operators.proof`)."""
     uses: tuple[str, ...] = ("dense",)
     """Settings that count here, for `hybrimoe explain`."""
 

@@ -54,6 +54,7 @@ class FusedMLA(DenseOperator):
         quantized_kv_b: kv_b as stored; None where the model's own linear is used.
     """
 
+    by_proof = True
     keeps_latents = True
     q_b_proj: Any
     q_a_layernorm: Any

@@ -21,9 +21,10 @@ class FusedMLP(DenseOperator):
     """down(silu(gate(x)) * up(x)) as one graph on the matrices as stored, else as plain linears.
 
     Raises:
-        BackendError: another activation, or linears with biases.
+        BackendError: linears with biases.
     """
 
+    by_proof = True
     gate_proj: Any
     up_proj: Any
     down_proj: Any
@@ -37,10 +38,6 @@ class FusedMLP(DenseOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        if getattr(config, "hidden_act", "silu") != "silu":
-            raise BackendError(
-                f"{key}: activation {config.hidden_act!r} is not supported, only silu"
-            )
         names = ("gate_proj", "up_proj", "down_proj")
         if any(getattr(orig_module, name).bias is not None for name in names):
             raise BackendError(f"{key}: linears with biases are not supported")

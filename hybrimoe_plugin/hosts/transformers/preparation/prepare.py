@@ -22,6 +22,7 @@ from hybrimoe_plugin.hosts.transformers.stored import keeps_stored, without_fore
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import Match, plan_injection, with_settings
 from hybrimoe_plugin.injection.rules import Rules, load_rules
+from hybrimoe_plugin.operators.proof.proofs import Proofs
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
@@ -67,8 +68,9 @@ def prepare(
     if store is not None:
         check_complete(model, store, config)
     parsed = load_rules(rules_path(rules, config))
+    proofs = Proofs(model, config)
     try:
-        plan = plan_injection(model, parsed, trust_rules=trust_rules)
+        plan = plan_injection(model, parsed, trust_rules=trust_rules, declines=proofs.declines)
     except RulesError as error:
         if not any(name.endswith(".experts") for name, _ in model.named_modules()):
             raise RulesError(
@@ -79,6 +81,7 @@ def prepare(
         if not reason:
             raise
         raise RulesError(f"{error}{reason}") from None
+    proofs.report()
     planned = with_settings(plan, settings)
     names = names_of(config.model_type)
     plan = as_if_there(without_foreign(without_plain(planned), store, names))
