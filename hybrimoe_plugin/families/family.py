@@ -65,6 +65,10 @@ class Family:
     """Model type that its files are taken for, as they look the same; a config.json tells it."""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Metadata key -> values that change nothing in this family, beside those neutral in all."""
+    activation: str = "silu"
+    """What its files take for granted, as no key states it."""
+    activation_name: str = "hidden_act"
+    """The config's name for it."""
     names: GGUFNames = field(default_factory=GGUFNames)
     """Where its files deviate from the `gguf` package's map of tensor names."""
     metadata: Callable[[Any], Mapping[str, Any]] = _nothing

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.rope import Parameters, Rope, fixed_frequencies, frequencies
+from hybrimoe_plugin.families.rope import (
+    FULL,
+    SLIDING,
+    Parameters,
+    Rope,
+    fixed_frequencies,
+    frequencies,
+)
 
 FACTORS = "rope_freqs.weight"
 """What frequencies are divided by, where that is not one number for all."""
@@ -22,12 +29,16 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 """What all released Llama 3 models have besides their factor; llama.cpp's converter assumes it."""
+_UNTURNED = 1e30
+"""Factor of pairs that do not turn, as converters write it."""
+_NEVER = 1e20
+"""What is understood as such a factor."""
 _SCALING_KEYS = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
 _MSCALE = 0.1
 """llama.cpp stores this times `mscale_all_dim`."""
 
 
-def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
+def read_rope(facts: Facts, width: int, mscale: bool = False, proportional: bool = False) -> Rope:
     """The rotary embedding that the file describes.
 
     What transformers has no parameters for is noted as refused.
@@ -36,6 +47,7 @@ def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
         facts: the file's metadata.
         width: dimensions of a head that have a rotary embedding.
         mscale: whether files of the family state yarn's `mscale_all_dim`.
+        proportional: whether factors may leave the last pairs of a head as they are.
 
     Raises:
         WeightsError: a value out of range.
@@ -52,13 +64,25 @@ def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
         facts.refuse(f"tensor {FACTORS} beside {facts.architecture}.rope.scaling")
     elif factors is not None:
         context = facts.integer("context_length", 4096, least=1)
-        scaling = _by_factors(parameters, factors, context)
+        scaling = _proportional(factors) if proportional else {}
+        scaling = scaling or _by_factors(parameters, factors, context)
     return Rope(
         {**parameters, **scaling},
         width,
         has_base=facts.has("rope.freq_base"),
         has_scaling=factors is not None or any(map(facts.has, _SCALING_KEYS)),
     )
+
+
+def read_sliding_rope(facts: Facts, width: int) -> Rope:
+    """That of layers with a sliding window, in files where it is another one; never scaled.
+
+    Args:
+        width: dimensions of a head, all of which have it.
+    """
+    base = facts.number("rope.freq_base_swa", 10000.0)
+    parameters = {"rope_type": "default", "rope_theta": base}
+    return Rope(parameters, width, has_base=facts.has("rope.freq_base_swa"), has_scaling=True)
 
 
 def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
@@ -129,6 +153,18 @@ def _factors(facts: Facts, width: int) -> torch.Tensor | None:
     return values
 
 
+def _proportional(factors: torch.Tensor) -> dict[str, Any]:
+    """Parameters of an embedding of the first pairs alone; empty if the factors ask for more."""
+    turned = int((factors == 1).sum())
+    if not (factors[:turned] == 1).all() or not (factors[turned:] >= _NEVER).all():
+        return {}
+    width = 2 * len(factors)
+    share = 2 * turned / width
+    if share * width // 2 < turned:  # rounded down, and transformers would do so again
+        share = math.nextafter(share, 1.0)
+    return {"rope_type": "proportional", "partial_rotary_factor": share}
+
+
 def _by_factors(parameters: Parameters, factors: torch.Tensor, context: int) -> dict[str, Any]:
     """Llama 3's parameters where they give these factors, else the factors themselves."""
     width = 2 * len(factors)
@@ -181,30 +217,32 @@ def rope_metadata(config: Any, mscale: bool) -> dict[str, Any]:
         config: of the model, with `rope_parameters`.
         mscale: as for `read_rope`.
     """
-    rope = config.rope_parameters
+    rope, width = main_rope(config)
     scaling: dict[str, Any] = {}
     if rope["rope_type"] == "linear":
         scaling = {"type": "linear", "factor": float(rope["factor"])}
     elif rope["rope_type"] == "yarn":
-        scaling = _yarn_metadata(rope, _width(config), mscale)
-    elif rope["rope_type"] == "longrope" and frequencies(rope, _width(config)) is None:
+        scaling = _yarn_metadata(rope, width, mscale)
+    elif rope["rope_type"] == "longrope" and frequencies(rope, width) is None:
         scaling = {
             "type": "longrope",
             "attn_factor": _long_scaling(config, rope),
             "original_context_length": rope["original_max_position_embeddings"],
         }
-    return {
+    values = {
         "rope.freq_base": float(rope["rope_theta"]),
         **{f"rope.scaling.{key}": value for key, value in scaling.items()},
     }
+    if SLIDING in config.rope_parameters:
+        values["rope.freq_base_swa"] = float(config.rope_parameters[SLIDING]["rope_theta"])
+    return values
 
 
 def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
     """What frequencies are divided by, where that is not one number for all."""
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ("llama3", "longrope"):
+    rope, width = main_rope(config)
+    if rope["rope_type"] not in ("llama3", "longrope", "proportional"):
         return {}
-    width = _width(config)
     found = frequencies(rope, width)
     if found is None:  # they depend on the context's length
         return {
@@ -213,7 +251,7 @@ def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
         }
     unscaled = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     plain = fixed_frequencies(unscaled, width)
-    return {FACTORS: plain.angles / found.angles}
+    return {FACTORS: (plain.angles / found.angles).clamp(max=_UNTURNED)}
 
 
 def _yarn_metadata(rope: Parameters, width: int, mscale: bool) -> dict[str, Any]:
@@ -237,8 +275,18 @@ def _yarn_metadata(rope: Parameters, width: int, mscale: bool) -> dict[str, Any]
     return values
 
 
+def main_rope(config: Any) -> tuple[Parameters, int]:
+    """The embedding that most keys are about, and the dimensions of a head that have it.
+
+    Where those of layer types differ, it is that of layers with full attention.
+    """
+    rope = config.rope_parameters
+    if FULL not in rope:
+        return rope, _width(config)
+    return rope[FULL], _width(config.per_layer_config[FULL])
+
+
 def _width(config: Any) -> int:
-    """Dimensions of a head that have a rotary embedding."""
     size = getattr(config, "head_dim", None)
     if size:
         return int(size)

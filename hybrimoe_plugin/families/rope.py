@@ -14,6 +14,8 @@ _CLOSE = 1e-4
 _CLOSE_BASE = 1e-5
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of layers, as transformers' configs name them."""
 Parameters = Mapping[str, Any]
 """transformers' `rope_parameters`."""
 
@@ -48,7 +50,7 @@ def frequencies(parameters: Parameters, width: int) -> Frequencies | None:
         powers = torch.arange(0, width, 2, dtype=torch.float32) / width
         angles = 1.0 / (parameters["rope_theta"] ** powers)
         return Frequencies(angles, 1.0)
-    if kind not in ("linear", "yarn", "llama3", "longrope"):
+    if kind not in ("linear", "yarn", "llama3", "longrope", "proportional"):
         return None
     if kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]:
         return None
@@ -71,12 +73,32 @@ def fixed_frequencies(parameters: Parameters, width: int) -> Frequencies:
     return found
 
 
-def difference(config: Any, rope: Rope) -> str | None:
-    """What of a file's rotary embedding contradicts a config, both named; None if they agree.
+def joined_parameters(ropes: Mapping[str, Rope]) -> dict[str, Any]:
+    """`rope_parameters` of embeddings by type of layer; "" is the one that all layers have."""
+    if "" in ropes:
+        return ropes[""].parameters
+    return {kind: rope.parameters for kind, rope in ropes.items()}
+
+
+def difference(config: Any, ropes: Mapping[str, Rope]) -> str | None:
+    """What of a file's rotary embeddings contradicts a config, both named; None if they agree.
 
     What a file does not state contradicts nothing.
+
+    Args:
+        ropes: by type of layer, or "" for that of all layers.
     """
-    ours, theirs = config.rope_parameters, rope.parameters
+    whole = config.rope_parameters
+    for kind, rope in ropes.items():
+        ours = whole if not kind or not isinstance(whole, Mapping) else whole.get(kind)
+        found = _difference(ours, rope)
+        if found is not None:
+            return found
+    return None
+
+
+def _difference(ours: Any, rope: Rope) -> str | None:
+    theirs = rope.parameters
     if not isinstance(ours, Mapping) or "rope_theta" not in ours:
         return _both("rope_parameters", ours, theirs)
     base, stated = ours["rope_theta"], theirs["rope_theta"]

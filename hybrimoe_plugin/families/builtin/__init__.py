@@ -7,6 +7,7 @@ from hybrimoe_plugin.families.builtin.delta_net.qwen3_5_moe import QWEN3_5_MOE
 from hybrimoe_plugin.families.builtin.delta_net.qwen3_next import QWEN3_NEXT
 from hybrimoe_plugin.families.builtin.dots1 import DOTS1
 from hybrimoe_plugin.families.builtin.ernie4_5_moe import ERNIE4_5_MOE
+from hybrimoe_plugin.families.builtin.gemma.gemma4 import GEMMA4
 from hybrimoe_plugin.families.builtin.glm4_moe import GLM4_MOE
 from hybrimoe_plugin.families.builtin.gpt_oss import GPT_OSS
 from hybrimoe_plugin.families.builtin.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
@@ -42,4 +43,5 @@ BUILT_IN = (
     MINIMAX_M2,
     QWEN3_NEXT,
     QWEN3_5_MOE,
+    GEMMA4,
 )
