@@ -80,7 +80,7 @@ def describe(store: GGUFStore) -> Description:
 def _read_ropes(facts: Facts, draft: Draft, mscale: bool) -> dict[str, Rope]:
     """The rotary embedding of all layers, or those of the two types of layers."""
     by_type = draft.sliding_rope_width > 0
-    rope = read_rope(facts, draft.rope_width, mscale, proportional=by_type)
+    rope = read_rope(facts, draft.rope_width, mscale, by_type, draft.rope_by_context)
     rope = rope._replace(parameters={**rope.parameters, **draft.more_of_rope})
     if not by_type:
         return {"": rope}

@@ -6,7 +6,7 @@ from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
-from hybrimoe_plugin.families.gguf_rope import main_rope, rope_metadata
+from hybrimoe_plugin.families.gguf_rope_written import main_rope, rope_metadata
 from hybrimoe_plugin.families.rope import SLIDING
 
 _ROPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
@@ -68,6 +68,10 @@ def _refuse_unsayable(config: Any, family: Family) -> None:
     activation = getattr(config, family.activation_name)
     if activation != family.activation:
         wrong.append(f"{family.activation_name} {activation!r}")
+    for name, usual in family.fixed.items():
+        value = getattr(config, name, usual)
+        if value != usual:
+            wrong.append(f"{name} {value!r}")
     if wrong:
         raise WeightsError(
             f"a GGUF of architecture {family.architectures[0]!r} cannot say {' and '.join(wrong)}"

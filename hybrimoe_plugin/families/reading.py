@@ -29,6 +29,8 @@ class Draft:
         """Dimensions of a head that have a rotary embedding."""
         self.sliding_rope_width = 0
         """The same in layers with a sliding window, where their embedding is another one."""
+        self.rope_by_context = False
+        """Whether the embedding may depend on the length of the text, in files of this family."""
         self.more_of_rope: dict[str, Any] = {}
         """Parameters of the embedding that no file states, or states in another way."""
         self.notices: list[str] = []

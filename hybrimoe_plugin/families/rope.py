@@ -14,6 +14,8 @@ _CLOSE = 1e-4
 _CLOSE_BASE = 1e-5
 
 
+BETAS = ("beta_fast", "beta_slow")
+"""Where yarn's ramp begins and ends."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as transformers' configs name them."""
 Parameters = Mapping[str, Any]
@@ -115,9 +117,12 @@ def _both(name: str, ours: Any, theirs: Any) -> str:
 
 
 def _alike(ours: Parameters, theirs: Parameters, width: int) -> bool:
+    if theirs["rope_type"] == "yarn":
+        # Most converters leave these out, whatever the model has.
+        theirs = {**{name: ours[name] for name in BETAS if name in ours}, **theirs}
     mine = frequencies(ours, width)
-    if mine is None:
-        return False
+    if mine is None or frequencies(theirs, width) is None:
+        return _alike_by_context(ours, theirs, width)
     stated = fixed_frequencies(theirs, width)
     if not torch.allclose(mine.angles, stated.angles, rtol=_CLOSE, atol=0):
         return False
@@ -131,6 +136,23 @@ def _alike(ours: Parameters, theirs: Parameters, width: int) -> bool:
         if not math.isclose(given, wanted, rel_tol=_CLOSE):
             return False
     return "attention_factor" not in theirs or same_scaling
+
+
+def _alike_by_context(ours: Parameters, theirs: Parameters, width: int) -> bool:
+    """Of embeddings of which one depends on the length of the text."""
+    original = "original_max_position_embeddings"
+    if not ours.get("rope_type") == theirs["rope_type"] == "longrope":
+        return False
+    if ours.get(original) != theirs[original]:
+        return False
+    for name in ("short_factor", "long_factor"):
+        one, other = (
+            {**each, "short_factor": each[name], "long_factor": each[name]}
+            for each in (ours, theirs)
+        )
+        if not _alike(one, other, width):
+            return False
+    return True
 
 
 def _brief(parameters: Parameters) -> dict[str, Any]:

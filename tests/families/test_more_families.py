@@ -27,6 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     "hunyuan_v1_moe": {},
     "minimax_m2": {},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_next": {},
     "qwen3_5_moe_text": {},
 }

@@ -16,6 +16,7 @@ from hybrimoe_plugin.families.builtin.llama import LLAMA, MISTRAL
 from hybrimoe_plugin.families.builtin.minimax_m2 import MINIMAX_M2
 from hybrimoe_plugin.families.builtin.mixtral import MIXTRAL
 from hybrimoe_plugin.families.builtin.olmoe import OLMOE
+from hybrimoe_plugin.families.builtin.phi.phimoe import PHIMOE
 from hybrimoe_plugin.families.builtin.qwen2 import QWEN2
 from hybrimoe_plugin.families.builtin.qwen2_moe import QWEN2_MOE
 from hybrimoe_plugin.families.builtin.qwen3 import QWEN3
@@ -44,4 +45,5 @@ BUILT_IN = (
     QWEN3_NEXT,
     QWEN3_5_MOE,
     GEMMA4,
+    PHIMOE,
 )

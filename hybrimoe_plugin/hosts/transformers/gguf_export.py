@@ -15,7 +15,7 @@ from gguf.quants import quantize
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_metadata import metadata
-from hybrimoe_plugin.families.gguf_rope import rope_tensors
+from hybrimoe_plugin.families.gguf_rope_written import rope_tensors
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.weights.gguf_names import (
     EXPERTS,
