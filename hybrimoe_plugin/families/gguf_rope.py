@@ -59,7 +59,7 @@ def read_rope(
     base = facts.number("rope.freq_base", 10000.0)
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     _check_old_frequencies(facts, parameters, width)
-    scaling = _scaling(facts, mscale)
+    scaling = _scaling(facts, mscale, by_context)
     factors = _factors(facts, width, FACTORS)
     if LONG_FACTORS in facts.store.tensors or SHORT_FACTORS in facts.store.tensors:
         scaling = _by_context(facts, width, by_context)
@@ -88,7 +88,7 @@ def read_sliding_rope(facts: Facts, width: int) -> Rope:
     return Rope(parameters, width, has_base=facts.has("rope.freq_base_swa"), has_scaling=True)
 
 
-def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
+def _scaling(facts: Facts, mscale: bool, by_context: bool) -> dict[str, Any]:
     """The parameters beyond an unscaled embedding's.
 
     By llama.cpp's rules scaling without a type is linear.
@@ -104,7 +104,7 @@ def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
         return {}
     if kind == "yarn":
         return _yarn(facts, mscale)
-    if kind == "longrope" and LONG_FACTORS in facts.store.tensors:
+    if kind == "longrope" and by_context and LONG_FACTORS in facts.store.tensors:
         return {}  # the tensors say all of it
     if kind != "linear":
         facts.refuse(f"{facts.architecture}.rope.scaling.type is {kind!r}")

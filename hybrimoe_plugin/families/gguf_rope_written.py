@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.families.gguf_rope import FACTORS, LONG_FACTORS, MSCALE, SHORT_FACTORS
-from hybrimoe_plugin.families.rope import FULL, SLIDING, Parameters, fixed_frequencies, frequencies
+from hybrimoe_plugin.families.rope import (
+    FULL,
+    SLIDING,
+    Parameters,
+    fixed_frequencies,
+    frequencies,
+    with_own_base,
+)
 
 _UNTURNED = 1e30
 """Factor of pairs that do not turn, as converters write it."""
@@ -86,7 +93,8 @@ def main_rope(config: Any) -> tuple[Parameters, int]:
     """
     rope = config.rope_parameters
     if FULL not in rope:
-        return rope, _width(config)
+        width = _width(config)
+        return with_own_base(rope, width), width
     return rope[FULL], _width(config.per_layer_config[FULL])
 
 

@@ -43,6 +43,17 @@ class Rope(NamedTuple):
     """Whether it states a scaling, also that there is none."""
 
 
+def with_own_base(parameters: Parameters, width: int) -> Parameters:
+    """The same embedding with nothing but a base, where `dynamic` with an `alpha` says it so.
+
+    transformers' Hunyuan reads it as a base that `alpha` makes larger, once and for all lengths.
+    """
+    if parameters.get("rope_type") != "dynamic" or not parameters.get("alpha"):
+        return parameters
+    base = parameters["rope_theta"] * parameters["alpha"] ** (width / (width - 2))
+    return {"rope_type": "default", "rope_theta": base}
+
+
 def frequencies(parameters: Parameters, width: int) -> Frequencies | None:
     """Of `width` dimensions of a head; None where they depend on the context's length."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -103,6 +114,7 @@ def _difference(ours: Any, rope: Rope) -> str | None:
     theirs = rope.parameters
     if not isinstance(ours, Mapping) or "rope_theta" not in ours:
         return _both("rope_parameters", ours, theirs)
+    ours = with_own_base(ours, rope.width)
     base, stated = ours["rope_theta"], theirs["rope_theta"]
     if rope.has_base and not math.isclose(base, stated, rel_tol=_CLOSE_BASE):
         return _both("rope_theta", base, stated)
