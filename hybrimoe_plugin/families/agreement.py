@@ -21,6 +21,8 @@ others add them.
 """
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Names of one thing, which differ between families."""
+_ABSENT_IF_NONE = ("sliding_window", "final_logit_softcapping")
+"""Settings whose None says that the model has no such thing."""
 _CLOSE = 1e-5
 """Relative difference that comes of the file's float32."""
 
@@ -37,13 +39,17 @@ def check_same_model(config: Any, described: Description, directory: str) -> Non
         wrong.append(_clash("model_type", config.model_type, kind))
     for name, theirs in described.stated.items():
         ours = getattr(config, name, None)
-        left_open = ours is None and name != "sliding_window"
+        left_open = ours is None and name not in _ABSENT_IF_NONE
         if not left_open and not _agree(name, ours, theirs):
             shown = "number of experts" if name in _EXPERTS else name
             wrong.append(_clash(shown, ours, theirs))
+    for name, theirs in described.by_layer.items():
+        ours = [getattr(config.per_layer_config[layer], name) for layer in range(len(theirs))]
+        if ours != theirs:
+            wrong.append(_clash(f"{name} by layer", ours, theirs))
     if not wrong:
-        rope = difference(config, described.rope)
-        wrong = [] if rope is None else [rope]
+        found = difference(config, described.ropes)
+        wrong = [] if found is None else [found]
     if wrong:
         raise WeightsError(f"{directory} does not match {described.where}: {'; '.join(wrong)}")
 

@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.gguf_rope import read_rope
+from hybrimoe_plugin.families.gguf_rope import read_rope, read_sliding_rope
 from hybrimoe_plugin.families.reading import Draft
 from hybrimoe_plugin.families.registry import families, families_stored_as
-from hybrimoe_plugin.families.rope import Rope
+from hybrimoe_plugin.families.rope import FULL, SLIDING, Rope, joined_parameters
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
 class Description(NamedTuple):
-    """A file's model; `stated`, `assumed` and `notices` are those of `Draft`."""
+    """A file's model; `stated`, `assumed`, `by_layer` and `notices` are those of `Draft`."""
 
     family: Family
     stated: Mapping[str, Any]
     assumed: Mapping[str, Any]
-    rope: Rope
+    by_layer: Mapping[str, Sequence[Any]]
+    ropes: Mapping[str, Rope]
+    """By the type of layers that have it; "" is that of all layers."""
     where: str
     """The file, for messages."""
     notices: Sequence[str]
@@ -36,7 +38,14 @@ class Description(NamedTuple):
 
         kind = self.family.model_type
         values = {**self.assumed, **self.stated}
-        values["rope_parameters"] = self.rope.parameters
+        values["rope_parameters"] = joined_parameters(self.ropes)
+        if self.by_layer:
+            values |= {name: each[0] for name, each in self.by_layer.items()}
+            each_layer = zip(*self.by_layer.values(), strict=True)
+            values["per_layer_config"] = {
+                layer: dict(zip(self.by_layer, own, strict=True))
+                for layer, own in enumerate(each_layer)
+            }
         try:
             return AutoConfig.for_model(kind, **values)
         except Exception as error:  # strict dataclass validation raises kinds of its own
@@ -61,10 +70,23 @@ def describe(store: GGUFStore) -> Description:
     family = family_of_file(facts)
     draft = Draft(facts)
     family.describe(facts, draft)
-    rope = read_rope(facts, draft.rope_width, family.yarn_mscale)
-    rope = rope._replace(parameters={**rope.parameters, **draft.more_of_rope})
+    ropes = _read_ropes(facts, draft, family.yarn_mscale)
     facts.check_all_read(family.neutral)
-    return Description(family, draft.stated, draft.assumed, rope, facts.where, draft.notices)
+    return Description(
+        family, draft.stated, draft.assumed, draft.by_layer, ropes, facts.where, draft.notices
+    )
+
+
+def _read_ropes(facts: Facts, draft: Draft, mscale: bool) -> dict[str, Rope]:
+    """The rotary embedding of all layers, or those of the two types of layers."""
+    by_type = draft.sliding_rope_width > 0
+    rope = read_rope(facts, draft.rope_width, mscale, by_type, draft.rope_by_context)
+    rope = rope._replace(parameters={**rope.parameters, **draft.more_of_rope})
+    if not by_type:
+        return {"": rope}
+    if rope.parameters["rope_type"] not in ("default", "proportional"):
+        facts.refuse("a scaled rotary embedding beside another one of layers with a window")
+    return {FULL: rope, SLIDING: read_sliding_rope(facts, draft.sliding_rope_width)}
 
 
 def family_of_file(facts: Facts) -> Family:

@@ -57,6 +57,9 @@ class Family:
     Raises WeightsError where a value is missing or out of range. A key that it does not read must
     have a neutral value, else the file is refused.
     """
+    also_called: tuple[str, ...] = ()
+    """Model types under which config.json files describe the same model, with code beside them
+    because transformers does not know the type."""
     holds: Callable[[Facts], bool] = _always
     """Whether a file of these architectures is of this family, where several share one."""
     is_one_of_several: bool = False
@@ -65,10 +68,16 @@ class Family:
     """Model type that its files are taken for, as they look the same; a config.json tells it."""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Metadata key -> values that change nothing in this family, beside those neutral in all."""
+    activation: str = "silu"
+    """What its files take for granted, as no key states it."""
+    activation_name: str = "hidden_act"
+    """The config's name for it."""
     names: GGUFNames = field(default_factory=GGUFNames)
     """Where its files deviate from the `gguf` package's map of tensor names."""
     metadata: Callable[[Any], Mapping[str, Any]] = _nothing
     """The reverse of `describe` for its own keys: from a config, to write a file."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the config that no file states -> the value that is taken for granted."""
     yarn_mscale: bool = False
     """Whether files state yarn's `mscale_all_dim`, as a tenth of it in `yarn_log_multiplier`."""
     wide_activations: bool = False

@@ -94,6 +94,22 @@ class Facts:
             raise self.wrong(key, f"expected a whole number from {least} to {MOST}", value)
         return value
 
+    def integers(
+        self, key: str, count: int, default: int | None = None, *, least: int = 0
+    ) -> list[int]:
+        """A whole number for each of `count` layers, where the file states one for all or a list.
+
+        Raises:
+            WeightsError: anything else.
+        """
+        value = self.get(key, default)
+        found = value if isinstance(value, list) else [value] * count
+        good = all(type(item) is int and least <= item <= MOST for item in found)
+        if not good or len(found) < count:
+            expected = f"expected whole numbers from {least} to {MOST} for {count} layers"
+            raise self.wrong(key, expected, value)
+        return found[:count]
+
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
         """A finite number, above 0 where it must be `positive`.
 

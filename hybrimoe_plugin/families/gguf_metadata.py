@@ -6,10 +6,10 @@ from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
-from hybrimoe_plugin.families.gguf_rope import rope_metadata
+from hybrimoe_plugin.families.gguf_rope_written import main_rope, rope_metadata
+from hybrimoe_plugin.families.rope import SLIDING
 
-_SLIDING = "sliding_attention"
-_ROPES = ("default", "linear", "yarn", "llama3", "longrope")
+_ROPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
 
 
 def metadata(config: Any, family: Family) -> dict[str, Any]:
@@ -19,13 +19,13 @@ def metadata(config: Any, family: Family) -> dict[str, Any]:
         WeightsError: the config asks for what these files cannot say.
     """
     architecture = family.architectures[0]
-    _refuse_unsayable(config, architecture)
+    _refuse_unsayable(config, family)
     values: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count_kv": _groups(config),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "vocab_size": config.vocab_size,
         **rope_metadata(config, family.yarn_mscale),
@@ -35,10 +35,17 @@ def metadata(config: Any, family: Family) -> dict[str, Any]:
     if dense is not None:
         values["feed_forward_length"] = dense
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or [_SLIDING]
-    if window and _SLIDING in kinds:
+    kinds = getattr(config, "layer_types", None) or [SLIDING]
+    if window and SLIDING in kinds:
         values["attention.sliding_window"] = window
     return {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def _groups(config: Any) -> int | list[int]:
+    """Key heads: a number, or one for each layer."""
+    layers = range(config.num_hidden_layers)
+    each = [config.per_layer_config[layer].num_key_value_heads for layer in layers]
+    return each if len(set(each)) > 1 else each[0]
 
 
 def heads_metadata(config: Any) -> dict[str, Any]:
@@ -53,14 +60,19 @@ def heads_metadata(config: Any) -> dict[str, Any]:
     }
 
 
-def _refuse_unsayable(config: Any, architecture: str) -> None:
-    kind = config.rope_parameters["rope_type"]
+def _refuse_unsayable(config: Any, family: Family) -> None:
+    kind = main_rope(config)[0]["rope_type"]
     wrong = []
     if kind not in _ROPES:
         wrong.append(f"rope_type {kind!r}")
-    if config.hidden_act != "silu":
-        wrong.append(f"hidden_act {config.hidden_act!r}")
+    activation = getattr(config, family.activation_name)
+    if activation != family.activation:
+        wrong.append(f"{family.activation_name} {activation!r}")
+    for name, usual in family.fixed.items():
+        value = getattr(config, name, usual)
+        if value != usual:
+            wrong.append(f"{name} {value!r}")
     if wrong:
         raise WeightsError(
-            f"a GGUF of architecture {architecture!r} cannot say {' and '.join(wrong)}"
+            f"a GGUF of architecture {family.architectures[0]!r} cannot say {' and '.join(wrong)}"
         )

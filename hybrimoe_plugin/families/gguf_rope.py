@@ -1,4 +1,4 @@
-"""Rotary embeddings in GGUF files, read into transformers' parameters and written from them."""
+"""Rotary embeddings in GGUF files, read into transformers' parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.rope import Parameters, Rope, fixed_frequencies, frequencies
+from hybrimoe_plugin.families.rope import BETAS, Parameters, Rope, fixed_frequencies
 
 FACTORS = "rope_freqs.weight"
 """What frequencies are divided by, where that is not one number for all."""
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""The same for texts that are longer than the context of the first training, and for others."""
 OLD_FREQUENCIES = "attn_rot_embd.weight"
 """Of a layer: its unscaled frequencies, as old converters store them."""
 
@@ -22,12 +24,20 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 """What all released Llama 3 models have besides their factor; llama.cpp's converter assumes it."""
+_NEVER = 1e20
+"""Factors from here on stand for pairs that do not turn."""
 _SCALING_KEYS = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
-_MSCALE = 0.1
+MSCALE = 0.1
 """llama.cpp stores this times `mscale_all_dim`."""
 
 
-def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
+def read_rope(
+    facts: Facts,
+    width: int,
+    mscale: bool = False,
+    proportional: bool = False,
+    by_context: bool = False,
+) -> Rope:
     """The rotary embedding that the file describes.
 
     What transformers has no parameters for is noted as refused.
@@ -36,6 +46,9 @@ def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
         facts: the file's metadata.
         width: dimensions of a head that have a rotary embedding.
         mscale: whether files of the family state yarn's `mscale_all_dim`.
+        proportional: whether factors may leave the last pairs of a head as they are.
+        by_context: whether factors may depend on the length of the text; the family reads
+            `rope.scaling.attn_factor` then.
 
     Raises:
         WeightsError: a value out of range.
@@ -46,22 +59,36 @@ def read_rope(facts: Facts, width: int, mscale: bool = False) -> Rope:
     base = facts.number("rope.freq_base", 10000.0)
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     _check_old_frequencies(facts, parameters, width)
-    scaling = _scaling(facts, mscale)
-    factors = _factors(facts, width)
-    if factors is not None and scaling:
+    scaling = _scaling(facts, mscale, by_context)
+    factors = _factors(facts, width, FACTORS)
+    if LONG_FACTORS in facts.store.tensors or SHORT_FACTORS in facts.store.tensors:
+        scaling = _by_context(facts, width, by_context)
+    elif factors is not None and scaling:
         facts.refuse(f"tensor {FACTORS} beside {facts.architecture}.rope.scaling")
     elif factors is not None:
         context = facts.integer("context_length", 4096, least=1)
-        scaling = _by_factors(parameters, factors, context)
+        scaling = _proportional(factors) if proportional else {}
+        scaling = scaling or _by_factors(parameters, factors, context)
     return Rope(
         {**parameters, **scaling},
         width,
         has_base=facts.has("rope.freq_base"),
-        has_scaling=factors is not None or any(map(facts.has, _SCALING_KEYS)),
+        has_scaling="rope_type" in scaling or any(map(facts.has, _SCALING_KEYS)),
     )
 
 
-def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
+def read_sliding_rope(facts: Facts, width: int) -> Rope:
+    """That of layers with a sliding window, in files where it is another one; never scaled.
+
+    Args:
+        width: dimensions of a head, all of which have it.
+    """
+    base = facts.number("rope.freq_base_swa", 10000.0)
+    parameters = {"rope_type": "default", "rope_theta": base}
+    return Rope(parameters, width, has_base=facts.has("rope.freq_base_swa"), has_scaling=True)
+
+
+def _scaling(facts: Facts, mscale: bool, by_context: bool) -> dict[str, Any]:
     """The parameters beyond an unscaled embedding's.
 
     By llama.cpp's rules scaling without a type is linear.
@@ -77,6 +104,8 @@ def _scaling(facts: Facts, mscale: bool) -> dict[str, Any]:
         return {}
     if kind == "yarn":
         return _yarn(facts, mscale)
+    if kind == "longrope" and by_context and LONG_FACTORS in facts.store.tensors:
+        return {}  # the tensors say all of it
     if kind != "linear":
         facts.refuse(f"{facts.architecture}.rope.scaling.type is {kind!r}")
         return {}
@@ -95,9 +124,10 @@ def _yarn(facts: Facts, mscale: bool) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": facts.number("rope.scaling.factor"),
         "original_max_position_embeddings": original,
-        "beta_fast": facts.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": facts.number("rope.scaling.yarn_beta_slow", 1.0),
     }
+    for name in BETAS:  # 32 and 1 where nobody states them
+        if facts.has(f"rope.scaling.yarn_{name}"):
+            parameters[name] = facts.number(f"rope.scaling.yarn_{name}")
     if facts.has("rope.scaling.yarn_attn_factor"):
         parameters["attention_factor"] = facts.number("rope.scaling.yarn_attn_factor")
     key = "rope.scaling.yarn_ext_factor"
@@ -106,27 +136,52 @@ def _yarn(facts: Facts, mscale: bool) -> dict[str, Any]:
         facts.only(key, 1.0, "only 1 is what transformers computes")
     if mscale:
         # Files say nothing of mscale: released models have the same for both.
-        scale = facts.number("rope.scaling.yarn_log_multiplier", 0.0, positive=False) / _MSCALE
+        scale = facts.number("rope.scaling.yarn_log_multiplier", 0.0, positive=False) / MSCALE
         if scale:
             parameters["mscale"] = parameters["mscale_all_dim"] = scale
     return parameters
 
 
-def _factors(facts: Facts, width: int) -> torch.Tensor | None:
+def _by_context(facts: Facts, width: int, allowed: bool) -> dict[str, Any]:
+    """The parameters of an embedding that depends on the length of the text."""
+    if not allowed or FACTORS in facts.store.tensors:
+        facts.refuse(f"tensors {LONG_FACTORS} and {SHORT_FACTORS}")
+        return {}
+    found: dict[str, Any] = {"rope_type": "longrope"}
+    for name, tensor in (("short_factor", SHORT_FACTORS), ("long_factor", LONG_FACTORS)):
+        factors = _factors(facts, width, tensor)
+        found[name] = [1.0] * (width // 2) if factors is None else factors.tolist()
+    key = "rope.scaling.original_context_length"
+    found["original_max_position_embeddings"] = facts.integer(key, least=1)
+    return found
+
+
+def _factors(facts: Facts, width: int, name: str) -> torch.Tensor | None:
     """What frequencies are divided by, [width / 2]; None where the file has none, or only ones."""
-    if FACTORS not in facts.store.tensors:
+    if name not in facts.store.tensors:
         return None
     count = width // 2
-    values = _vector(facts, FACTORS, count)
+    values = _vector(facts, name, count)
     if values is None or not torch.isfinite(values).all() or not (values > 0).all():
         facts.refuse(
-            f"tensor {FACTORS} does not hold {count} factors above 0, "
-            f"as heads have {width} dimensions"
+            f"tensor {name} does not hold {count} factors above 0, as heads have {width} dimensions"
         )
         return None
     if (values == 1).all():
         return None
     return values
+
+
+def _proportional(factors: torch.Tensor) -> dict[str, Any]:
+    """Parameters of an embedding of the first pairs alone; empty if the factors ask for more."""
+    turned = int((factors == 1).sum())
+    if not (factors[:turned] == 1).all() or not (factors[turned:] >= _NEVER).all():
+        return {}
+    width = 2 * len(factors)
+    share = 2 * turned / width
+    if share * width // 2 < turned:  # rounded down, and transformers would do so again
+        share = math.nextafter(share, 1.0)
+    return {"rope_type": "proportional", "partial_rotary_factor": share}
 
 
 def _by_factors(parameters: Parameters, factors: torch.Tensor, context: int) -> dict[str, Any]:
@@ -172,85 +227,3 @@ def _vector(facts: Facts, name: str, count: int) -> torch.Tensor | None:
     if math.prod(store.info(name).shape) != count:
         return None
     return store.dequantized(name).flatten()
-
-
-def rope_metadata(config: Any, mscale: bool) -> dict[str, Any]:
-    """Metadata of a config's rotary embedding; factors of single frequencies are tensors.
-
-    Args:
-        config: of the model, with `rope_parameters`.
-        mscale: as for `read_rope`.
-    """
-    rope = config.rope_parameters
-    scaling: dict[str, Any] = {}
-    if rope["rope_type"] == "linear":
-        scaling = {"type": "linear", "factor": float(rope["factor"])}
-    elif rope["rope_type"] == "yarn":
-        scaling = _yarn_metadata(rope, _width(config), mscale)
-    elif rope["rope_type"] == "longrope" and frequencies(rope, _width(config)) is None:
-        scaling = {
-            "type": "longrope",
-            "attn_factor": _long_scaling(config, rope),
-            "original_context_length": rope["original_max_position_embeddings"],
-        }
-    return {
-        "rope.freq_base": float(rope["rope_theta"]),
-        **{f"rope.scaling.{key}": value for key, value in scaling.items()},
-    }
-
-
-def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
-    """What frequencies are divided by, where that is not one number for all."""
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ("llama3", "longrope"):
-        return {}
-    width = _width(config)
-    found = frequencies(rope, width)
-    if found is None:  # they depend on the context's length
-        return {
-            "rope_factors_long.weight": torch.tensor(rope["long_factor"]),
-            "rope_factors_short.weight": torch.tensor(rope["short_factor"]),
-        }
-    unscaled = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    plain = fixed_frequencies(unscaled, width)
-    return {FACTORS: plain.angles / found.angles}
-
-
-def _yarn_metadata(rope: Parameters, width: int, mscale: bool) -> dict[str, Any]:
-    values = {
-        "type": "yarn",
-        "factor": float(rope["factor"]),
-        "original_context_length": rope["original_max_position_embeddings"],
-    }
-    if rope.get("beta_fast") is not None:
-        values["yarn_beta_fast"] = float(rope["beta_fast"])
-    if rope.get("beta_slow") is not None:
-        values["yarn_beta_slow"] = float(rope["beta_slow"])
-    scale = rope.get("mscale") or 0.0
-    all_dims = rope.get("mscale_all_dim") or 0.0
-    if mscale and all_dims:
-        values["yarn_log_multiplier"] = _MSCALE * all_dims
-    # Readers take one `mscale` for both, and of most families none: the factor then says it.
-    understood = scale == all_dims if mscale else scale == all_dims == 0
-    if rope.get("attention_factor") is not None or not understood:
-        values["yarn_attn_factor"] = fixed_frequencies(rope, width).scaling
-    return values
-
-
-def _width(config: Any) -> int:
-    """Dimensions of a head that have a rotary embedding."""
-    size = getattr(config, "head_dim", None)
-    if size:
-        return int(size)
-    return int(config.hidden_size // config.num_attention_heads)
-
-
-def _long_scaling(config: Any, rope: Parameters) -> float:
-    """What transformers multiplies cosines and sines by under `longrope`."""
-    if rope.get("attention_factor"):
-        return float(rope["attention_factor"])
-    original = rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or config.max_position_embeddings / original
-    if factor <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(factor) / math.log(original))

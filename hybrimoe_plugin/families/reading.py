@@ -23,8 +23,14 @@ class Draft:
         """What the file states."""
         self.assumed: dict[str, Any] = {}
         """What it leaves open, as llama.cpp understands it; a config.json may say otherwise."""
+        self.by_layer: dict[str, list[Any]] = {}
+        """What the file states for each layer by itself, as `per_layer_config` has it."""
         self.rope_width = 0
         """Dimensions of a head that have a rotary embedding."""
+        self.sliding_rope_width = 0
+        """The same in layers with a sliding window, where their embedding is another one."""
+        self.rope_by_context = False
+        """Whether the embedding may depend on the length of the text, in files of this family."""
         self.more_of_rope: dict[str, Any] = {}
         """Parameters of the embedding that no file states, or states in another way."""
         self.notices: list[str] = []
@@ -38,8 +44,11 @@ class Draft:
         values[name] = value
 
 
-def read_common(facts: Facts, draft: Draft) -> None:
+def read_common(facts: Facts, draft: Draft, *, groups_by_layer: bool = False) -> None:
     """What every decoder has: widths, layers, heads, norms, vocabulary and special tokens.
+
+    Args:
+        groups_by_layer: whether layers may differ in their number of key heads.
 
     Raises:
         WeightsError: a value is missing or out of range.
@@ -48,17 +57,20 @@ def read_common(facts: Facts, draft: Draft) -> None:
     """
     hidden = facts.integer("embedding_length", least=1)
     heads = facts.integer("attention.head_count", least=1)
-    groups = facts.integer("attention.head_count_kv", heads, least=1)
-    if heads % groups:
-        raise facts.wrong(
-            "attention.head_count_kv",
-            f"it must divide attention.head_count, which is {heads}",
-            groups,
-        )
     draft.take("hidden_size", hidden)
     draft.take("num_hidden_layers", _layers(facts))
     draft.take("num_attention_heads", heads)
-    draft.take("num_key_value_heads", groups, "attention.head_count_kv")
+    if groups_by_layer:
+        layers = draft.stated["num_hidden_layers"]
+        every = facts.integers("attention.head_count_kv", layers, heads, least=1)
+        draft.by_layer["num_key_value_heads"] = every
+    else:
+        every = [facts.integer("attention.head_count_kv", heads, least=1)]
+        draft.take("num_key_value_heads", every[0], "attention.head_count_kv")
+    for groups in every:
+        if heads % groups:
+            why = f"it must divide attention.head_count, which is {heads}"
+            raise facts.wrong("attention.head_count_kv", why, groups)
     draft.take("rms_norm_eps", facts.number("attention.layer_norm_rms_epsilon"))
     draft.take("vocab_size", read_vocabulary(facts))
     context = facts.integer("context_length", 4096, least=1)

@@ -52,6 +52,14 @@ def family_of(model_type: str) -> Family:
     return found
 
 
+def usual_type(model_type: object) -> object:
+    """The type that transformers knows a model type by; the same where it needs no other one."""
+    for family in families():
+        if model_type in family.also_called:
+            return family.model_type
+    return model_type
+
+
 def families_stored_as(architecture: str) -> tuple[Family, ...]:
     """The families whose GGUF files name an architecture."""
     return tuple(family for family in families() if architecture in family.architectures)

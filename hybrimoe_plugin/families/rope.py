@@ -14,6 +14,10 @@ _CLOSE = 1e-4
 _CLOSE_BASE = 1e-5
 
 
+BETAS = ("beta_fast", "beta_slow")
+"""Where yarn's ramp begins and ends."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of layers, as transformers' configs name them."""
 Parameters = Mapping[str, Any]
 """transformers' `rope_parameters`."""
 
@@ -39,6 +43,17 @@ class Rope(NamedTuple):
     """Whether it states a scaling, also that there is none."""
 
 
+def with_own_base(parameters: Parameters, width: int) -> Parameters:
+    """The same embedding with nothing but a base, where `dynamic` with an `alpha` says it so.
+
+    transformers' Hunyuan reads it as a base that `alpha` makes larger, once and for all lengths.
+    """
+    if parameters.get("rope_type") != "dynamic" or not parameters.get("alpha"):
+        return parameters
+    base = parameters["rope_theta"] * parameters["alpha"] ** (width / (width - 2))
+    return {"rope_type": "default", "rope_theta": base}
+
+
 def frequencies(parameters: Parameters, width: int) -> Frequencies | None:
     """Of `width` dimensions of a head; None where they depend on the context's length."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -48,7 +63,7 @@ def frequencies(parameters: Parameters, width: int) -> Frequencies | None:
         powers = torch.arange(0, width, 2, dtype=torch.float32) / width
         angles = 1.0 / (parameters["rope_theta"] ** powers)
         return Frequencies(angles, 1.0)
-    if kind not in ("linear", "yarn", "llama3", "longrope"):
+    if kind not in ("linear", "yarn", "llama3", "longrope", "proportional"):
         return None
     if kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]:
         return None
@@ -71,14 +86,35 @@ def fixed_frequencies(parameters: Parameters, width: int) -> Frequencies:
     return found
 
 
-def difference(config: Any, rope: Rope) -> str | None:
-    """What of a file's rotary embedding contradicts a config, both named; None if they agree.
+def joined_parameters(ropes: Mapping[str, Rope]) -> dict[str, Any]:
+    """`rope_parameters` of embeddings by type of layer; "" is the one that all layers have."""
+    if "" in ropes:
+        return ropes[""].parameters
+    return {kind: rope.parameters for kind, rope in ropes.items()}
+
+
+def difference(config: Any, ropes: Mapping[str, Rope]) -> str | None:
+    """What of a file's rotary embeddings contradicts a config, both named; None if they agree.
 
     What a file does not state contradicts nothing.
+
+    Args:
+        ropes: by type of layer, or "" for that of all layers.
     """
-    ours, theirs = config.rope_parameters, rope.parameters
+    whole = config.rope_parameters
+    for kind, rope in ropes.items():
+        ours = whole if not kind or not isinstance(whole, Mapping) else whole.get(kind)
+        found = _difference(ours, rope)
+        if found is not None:
+            return found
+    return None
+
+
+def _difference(ours: Any, rope: Rope) -> str | None:
+    theirs = rope.parameters
     if not isinstance(ours, Mapping) or "rope_theta" not in ours:
         return _both("rope_parameters", ours, theirs)
+    ours = with_own_base(ours, rope.width)
     base, stated = ours["rope_theta"], theirs["rope_theta"]
     if rope.has_base and not math.isclose(base, stated, rel_tol=_CLOSE_BASE):
         return _both("rope_theta", base, stated)
@@ -93,9 +129,12 @@ def _both(name: str, ours: Any, theirs: Any) -> str:
 
 
 def _alike(ours: Parameters, theirs: Parameters, width: int) -> bool:
+    if theirs["rope_type"] == "yarn":
+        # Most converters leave these out, whatever the model has.
+        theirs = {**{name: ours[name] for name in BETAS if name in ours}, **theirs}
     mine = frequencies(ours, width)
-    if mine is None:
-        return False
+    if mine is None or frequencies(theirs, width) is None:
+        return _alike_by_context(ours, theirs, width)
     stated = fixed_frequencies(theirs, width)
     if not torch.allclose(mine.angles, stated.angles, rtol=_CLOSE, atol=0):
         return False
@@ -109,6 +148,23 @@ def _alike(ours: Parameters, theirs: Parameters, width: int) -> bool:
         if not math.isclose(given, wanted, rel_tol=_CLOSE):
             return False
     return "attention_factor" not in theirs or same_scaling
+
+
+def _alike_by_context(ours: Parameters, theirs: Parameters, width: int) -> bool:
+    """Of embeddings of which one depends on the length of the text."""
+    original = "original_max_position_embeddings"
+    if not ours.get("rope_type") == theirs["rope_type"] == "longrope":
+        return False
+    if ours.get(original) != theirs[original]:
+        return False
+    for name in ("short_factor", "long_factor"):
+        one, other = (
+            {**each, "short_factor": each[name], "long_factor": each[name]}
+            for each in (ours, theirs)
+        )
+        if not _alike(one, other, width):
+            return False
+    return True
 
 
 def _brief(parameters: Parameters) -> dict[str, Any]:

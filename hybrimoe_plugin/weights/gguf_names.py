@@ -66,6 +66,8 @@ class GGUFNames:
 
     Files have them as those of every other family.
     """
+    fused_experts: bool = False
+    """Whether files keep experts' gate and up in one tensor; both forms are read of any family."""
     paired_heads: Mapping[str, str] = field(default_factory=dict)
     """Part of a parameter's name -> the config's attribute that counts its heads.
 

@@ -23,9 +23,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "granitemoe": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "granitemoeshared": {"attention_multiplier": 0.1, "logits_scaling": 6.0},
+    "gemma4_text": {"final_logit_softcapping": 30.0},
     "gpt_oss": {},
     "hunyuan_v1_moe": {},
     "minimax_m2": {},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_next": {},
     "qwen3_5_moe_text": {},
 }

@@ -161,6 +161,13 @@ CLASHES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {**YARN_KEYS, "rope.scaling.yarn_log_multiplier": 0.0707},
         "mscale_all_dim",
     ),
+    ("deepseek_v3", {"rope_parameters": {**YARN, "beta_fast": 1.0}}, YARN_KEYS, "OK"),
+    (
+        "deepseek_v3",
+        {"rope_parameters": {**YARN, "beta_fast": 1.0}},
+        {**YARN_KEYS, "rope.scaling.yarn_beta_fast": 32.0},
+        "rope_parameters is",
+    ),
     ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}, {}, "OK"),
     ("llama", {"max_position_embeddings": 32, "rms_norm_eps": 1.0000001e-6}, {}, "OK"),
 ]

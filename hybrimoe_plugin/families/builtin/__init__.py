@@ -7,6 +7,7 @@ from hybrimoe_plugin.families.builtin.delta_net.qwen3_5_moe import QWEN3_5_MOE
 from hybrimoe_plugin.families.builtin.delta_net.qwen3_next import QWEN3_NEXT
 from hybrimoe_plugin.families.builtin.dots1 import DOTS1
 from hybrimoe_plugin.families.builtin.ernie4_5_moe import ERNIE4_5_MOE
+from hybrimoe_plugin.families.builtin.gemma.gemma4 import GEMMA4
 from hybrimoe_plugin.families.builtin.glm4_moe import GLM4_MOE
 from hybrimoe_plugin.families.builtin.gpt_oss import GPT_OSS
 from hybrimoe_plugin.families.builtin.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
@@ -15,6 +16,7 @@ from hybrimoe_plugin.families.builtin.llama import LLAMA, MISTRAL
 from hybrimoe_plugin.families.builtin.minimax_m2 import MINIMAX_M2
 from hybrimoe_plugin.families.builtin.mixtral import MIXTRAL
 from hybrimoe_plugin.families.builtin.olmoe import OLMOE
+from hybrimoe_plugin.families.builtin.phi.phimoe import PHIMOE
 from hybrimoe_plugin.families.builtin.qwen2 import QWEN2
 from hybrimoe_plugin.families.builtin.qwen2_moe import QWEN2_MOE
 from hybrimoe_plugin.families.builtin.qwen3 import QWEN3
@@ -42,4 +44,6 @@ BUILT_IN = (
     MINIMAX_M2,
     QWEN3_NEXT,
     QWEN3_5_MOE,
+    GEMMA4,
+    PHIMOE,
 )

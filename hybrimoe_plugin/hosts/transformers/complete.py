@@ -7,7 +7,12 @@ from typing import Any
 
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.gguf_rope import FACTORS, OLD_FREQUENCIES
+from hybrimoe_plugin.families.gguf_rope import (
+    FACTORS,
+    LONG_FACTORS,
+    OLD_FREQUENCIES,
+    SHORT_FACTORS,
+)
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.weights.checkpoint.names import find_names
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
@@ -68,7 +73,7 @@ def _listed(names: list[str]) -> str:
 
 def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
     """Whether a tensor that is no parameter may be skipped."""
-    if name == FACTORS:
+    if name == FACTORS or (name in (LONG_FACTORS, SHORT_FACTORS) and _is_longrope(config)):
         return True  # `read_rope` has read it: it is in the config
     found = _LAYER.match(name)
     if found is None:
@@ -86,3 +91,7 @@ def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
         f"blk.{layer}.attn_v_b.weight",
     )
     return all(half in store.tensors for half in halves)
+
+
+def _is_longrope(config: Any) -> bool:
+    return bool(config.rope_parameters.get("rope_type") == "longrope")

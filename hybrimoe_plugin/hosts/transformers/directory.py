@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_plugin.errors import ConfigError, WeightsError
+from hybrimoe_plugin.families.registry import usual_type
 from hybrimoe_plugin.hosts.files import check_file, read_json
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,8 @@ def _model_type(values: Mapping[str, Any], where: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        kind = usual_type(kind)
     if (
         isinstance(kind, str)
         and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

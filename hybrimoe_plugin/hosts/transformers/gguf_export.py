@@ -15,7 +15,7 @@ from gguf.quants import quantize
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_metadata import metadata
-from hybrimoe_plugin.families.gguf_rope import rope_tensors
+from hybrimoe_plugin.families.gguf_rope_written import rope_tensors
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.weights.gguf_names import (
     EXPERTS,
@@ -88,7 +88,7 @@ def tensors(
             continue
         joined = family.names.joined_tensors(name)
         if name.endswith(EXPERTS):
-            found.update(_experts(name, value, stacked, family.names.interleaved_experts))
+            found.update(_experts(name, value, stacked, family.names))
         elif joined:
             value = _as_stored(name, value, family.names, config)
             sizes = family.names.sizes_of_joined(name, value, config)
@@ -153,20 +153,23 @@ def _tensor_of(name: str, names: NameMap) -> str:
 
 
 def _experts(
-    name: str, value: torch.Tensor, stacked: bool, interleaved: bool
+    name: str, value: torch.Tensor, stacked: bool, names: GGUFNames
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a layer's experts, from a parameter that stacks them."""
     layer = f"blk.{layer_number(name)}"
+    interleaved = names.interleaved_experts
     if interleaved and value.ndim == 3:
         value = value.transpose(1, 2)
     kind = "bias" if name.endswith("_bias") else "weight"
-    if name.endswith((GATE_UP, GATE_UP_BIAS)):
+    if names.fused_experts and name.endswith(GATE_UP):
+        parts = {f"{layer}.ffn_gate_up": value}
+    elif name.endswith((GATE_UP, GATE_UP_BIAS)):
         gate, up = (value[:, ::2], value[:, 1::2]) if interleaved else value.chunk(2, dim=1)
         parts = {f"{layer}.ffn_gate": gate, f"{layer}.ffn_up": up}
     else:
         parts = {f"{layer}.ffn_down": value}
     for part, matrices in parts.items():
-        if stacked or kind == "bias":
+        if stacked or kind == "bias" or names.fused_experts:
             yield f"{part}_exps.{kind}", matrices
             continue
         for expert, matrix in enumerate(matrices):

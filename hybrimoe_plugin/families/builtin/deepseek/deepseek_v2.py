@@ -28,6 +28,9 @@ _RELEASED = {
 """Released models with groups of experts, which older converters left out of the file."""
 
 
+_KIMI_EXPERTS = 384
+
+
 def gating(facts: Facts) -> int:
     """The gating function; files without the key are older, and of a softmax."""
     return facts.integer("expert_gating_func", 0)
@@ -42,6 +45,7 @@ def read_deepseek(facts: Facts, draft: Draft) -> int:
     draft.assumed["num_key_value_heads"] = draft.stated["num_attention_heads"]
     _read_latent_heads(facts, draft)
     used = read_experts(facts, draft, "n_routed_experts")
+    _note_ramp(facts, draft)
     draft.take("intermediate_size", facts.integer("feed_forward_length", least=1))
     expert = facts.integer("expert_feed_forward_length", least=1)
     shared = facts.integer("expert_shared_count")
@@ -88,6 +92,16 @@ def _read_latent_heads(facts: Facts, draft: Draft) -> None:
     draft.take("v_head_dim", value)
     draft.assumed["attention_bias"] = has_biases(facts, *with_bias)
     draft.rope_width = rope
+
+
+def _note_ramp(facts: Facts, draft: Draft) -> None:
+    """Kimi-K2's first release has a ramp of its own, which older converters left out."""
+    stated = facts.has("rope.scaling.yarn_beta_fast")
+    if draft.stated["n_routed_experts"] == _KIMI_EXPERTS and not stated:
+        draft.notices.append(
+            "it does not state where the ramp of its rotary embedding begins (yarn_beta_fast): 32 "
+            "is taken, and Kimi-K2's first release has 1; give its config.json with --model_path"
+        )
 
 
 def _read_groups(facts: Facts, draft: Draft, used: int) -> _Groups:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1: a V2 whose experts are chosen by a sigmoid with a correction."""
+"""DeepSeek-V3 and R1, and Kimi-K2: a V2 whose experts are chosen by a sigmoid with a correction."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ DEEPSEEK_V3 = Family(
     architectures=("deepseek2",),
     describe=_describe,
     holds=_holds,
+    also_called=("kimi_k2",),
     is_one_of_several=True,
     names=GGUFNames(
         tensors={".gate.e_score_correction_bias": "blk.{layer}.exp_probs_b.bias"},

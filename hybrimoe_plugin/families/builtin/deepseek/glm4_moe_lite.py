@@ -45,6 +45,7 @@ GLM4_MOE_LITE = replace(
     describe=_describe,
     metadata=_metadata,
     model_type="glm4_moe_lite",
+    also_called=(),
     holds=_holds,
     rules=PackagedRules(),
     model_class="Glm4MoeLiteForCausalLM",

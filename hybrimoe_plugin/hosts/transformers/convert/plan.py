@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_metadata import metadata
-from hybrimoe_plugin.families.gguf_rope import rope_tensors
+from hybrimoe_plugin.families.gguf_rope_written import rope_tensors
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.transformers.checkpoint.files import weight_files
