@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from eval.models.blocks import stored_bytes
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
 from hybrimoe_plugin.core import ExpertSpec
 
-TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
-"""All that have a Triton kernel; `kernels.formats.SUPPORTED` without importing Triton."""
+TYPES = SUPPORTED
+"""All that have a Triton kernel."""
 
 
 class Shape(NamedTuple):
@@ -37,8 +38,7 @@ class Shape(NamedTuple):
 
 
 # As the models' usual GGUF files have them. 1408 columns are no whole number of K blocks (256):
-# such files keep these matrices in Q5_0, which the torch kernels compute, or Q8_0. 1536 is what
-# eval.models.shapes pads them to.
+# such files keep these matrices in Q5_0 or Q8_0. 1536 is what eval.models.shapes pads them to.
 MODEL_SHAPES = (
     Shape("Qwen3-30B-A3B", ("Q4_K", "Q4_K", "Q4_K"), 2048, 768, 12, 8, True),
     Shape("Qwen3-30B-A3B", ("Q4_K", "Q4_K", "Q6_K"), 2048, 768, 12, 8, True),
@@ -49,6 +49,7 @@ MODEL_SHAPES = (
     Shape("DeepSeek-V2-Lite, padded", ("Q4_K", "Q4_K", "Q6_K"), 2048, 1536, 10, 6),
     Shape("Mixtral-8x7B", ("Q4_K", "Q4_K", "Q4_K"), 4096, 14336, 8, 2),
     Shape("Mixtral-8x7B", ("Q4_K", "Q4_K", "Q6_K"), 4096, 14336, 8, 2),
+    Shape("gpt-oss-20b", ("MXFP4", "MXFP4", "MXFP4"), 2880, 2880, 8, 4, True),
 )
 TYPE_SHAPES = tuple(
     Shape("every type", (kind,) * 3, 2048, 768, 12, 8) for kind in TYPES if kind != "Q4_K"
@@ -61,6 +62,9 @@ ODD_SHAPES = (
     Shape("odd", ("Q8_0", "Q8_0", "Q4_0"), 96, 160, 5, 1),
     Shape("odd", ("Q4_K", "Q4_K", "Q6_K"), 256, 1536, 2, 2),
     Shape("odd", ("BF16", "F16", "Q5_K"), 64, 512, 4, 3),
+    Shape("odd", ("MXFP4", "Q4_1", "Q5_0"), 96, 160, 3, 2),
+    Shape("odd", ("Q5_1", "IQ4_NL", "Q3_K"), 96, 256, 3, 2),
+    Shape("odd", ("IQ4_XS", "Q2_K", "MXFP4"), 256, 288, 3, 2),
 )
 """Half units, K = E, one expert for each token, and experts that no token wants."""
 
@@ -77,5 +81,5 @@ LINEAR_SHAPES = (
     ("Mixtral-8x7B", 4096, 4096, ("Q4_K", "Q8_0")),
     ("Mixtral-8x7B", 1024, 4096, ("Q8_0",)),
     ("Mixtral-8x7B", 32000, 4096, ("Q6_K",)),
-    ("every type", 2048, 2048, ("Q5_K", "Q4_0", "BF16", "F16")),
+    ("every type", 2048, 2048, tuple(kind for kind in TYPES if kind not in ("Q4_K", "Q6_K", "Q8_0"))),
 )

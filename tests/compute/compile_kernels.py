@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hybrimoe_plugin.compute.gpu.kernels import decode, linear, prefill, repack
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
-from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
 from hybrimoe_plugin.core import ExpertSpec
 

@@ -38,7 +38,7 @@ from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 
 pytest.importorskip("triton")
-from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
 INTERPRETED = not torch.cuda.is_available()
@@ -194,7 +194,7 @@ def test_what_the_kernels_refuse() -> None:
     kernels = TritonKernels(DEVICE)
     spec = random_layer(("Q8_0",) * 3, 256, 320).spec
     assert kernels.refusal(spec) is None
-    assert "Q4_1" in str(kernels.refusal(replace(spec, up_type="Q4_1")))
+    assert "TQ1_0" in str(kernels.refusal(replace(spec, up_type="TQ1_0")))
     assert "320 columns" in str(kernels.refusal(replace(spec, down_type="Q6_K")))
 
 
@@ -218,4 +218,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         [sys.executable, str(program)], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("ok") == 6 * len(SUPPORTED) + 3
+    assert run.stdout.count("ok") == 6 * len(SUPPORTED) + len(PLANES)
