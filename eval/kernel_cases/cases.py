@@ -170,7 +170,7 @@ def repack_cases(interpreted: bool = False) -> list[RepackCase]:
     """
     matrices = () if interpreted else (2048 * 768, 2048 * 1408, 4096 * 14336)
     found = []
-    for kind in PLANES:
+    for kind in (kind for kind in TYPES if kind in PLANES):
         blocks = [values // block_values(kind) for values in matrices]
         found += [RepackCase(kind, count) for count in (67, *blocks)]
     return found

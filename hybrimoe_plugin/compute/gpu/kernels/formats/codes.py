@@ -57,15 +57,16 @@ def field(
 
     It counts in words of that type, so that Triton sees neighbours in them.
     """
-    start: tl.constexpr = field_start(KIND, NAME, VALUES)
-    words: tl.constexpr = field_stride(KIND, NAME) // (TYPE.primitive_bitwidth // 8)
-    return (base + start).to(tl.pointer_type(TYPE), bitcast=True) + block * words
+    size: tl.constexpr = TYPE.primitive_bitwidth // 8
+    start: tl.constexpr = field_start(KIND, NAME, VALUES) // size
+    stride: tl.constexpr = field_stride(KIND, NAME) // size
+    return base.to(tl.pointer_type(TYPE), bitcast=True) + block * stride + start
 
 
 @triton.jit
 def moved(packed, MASK: tl.constexpr, AT: tl.constexpr, TO: tl.constexpr):
     """The bits of MASK that lie AT bits up, TO bits up."""
-    if TO >= AT:
+    if TO >= AT:  # noqa: SIM108 - as a choice of constants, not of tensors
         bits = (packed & (MASK << AT)) << (TO - AT)
     else:
         bits = (packed >> (AT - TO)) & (MASK << TO)
@@ -88,7 +89,7 @@ def nibbles(
         block = row * (COLUMNS // 256) + unit // 4
         place = field(KIND, "nibbles", tl.uint8, base, block, ROWS * COLUMNS)
         packed = tl.load(place + (unit % 4) * 32 + lane, mask, 0)
-    if fact(KIND, "upper") != "" or fact(KIND, "zero") != 0:
+    if not fact(KIND, "plain"):
         packed = packed.to(tl.int32)
     return packed & 15, packed >> 4
 
@@ -144,7 +145,7 @@ def single_bits(
         inside = mask & (unit * 2 + half < COLUMNS // 32)
         words = tl.load(field(KIND, "bits", tl.int32, base, block, ROWS * COLUMNS), inside, 0)
         spread = tl.expand_dims(words, -1) >> tl.arange(0, 16)
-        bits = tl.reshape(spread, words.shape[:-1] + [32])
+        bits = tl.reshape(spread, words.shape[:-1] + [32])  # noqa: RUF005 - Triton unpacks none
         high = moved(bits, 1, 16, TO)
     else:
         # Bits 2c and 2c + 1 of byte i are those of lane i's low and high code in unit c.
@@ -167,8 +168,8 @@ def points(KIND: tl.constexpr, code):
 @triton.jit
 def e2m1(code):
     """MXFP4's floats of 4 bits, times 2^-14: their bits in a float16's place."""
-    bits = ((code.to(tl.int16) & 7) << 9) | ((code.to(tl.int16) & 8) << 12)
-    return bits.to(tl.float16, bitcast=True)
+    bits = ((code & 7) << 9) | ((code & 8) << 12)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -235,7 +236,7 @@ def codes(
     if fact(KIND, "zero") != 0:
         low -= fact(KIND, "zero")
         high -= fact(KIND, "zero")
-    if KIND == "MXFP4":
+    if fact(KIND, "floats"):
         low = e2m1(low)
         high = e2m1(high)
     elif fact(KIND, "points") != ():
