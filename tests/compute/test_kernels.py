@@ -38,7 +38,7 @@ from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUP
 from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout, to_planes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.weights.dequant import dequantize
+from hybrimoe_plugin.weights.dequant import dequantize, supported
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 
 pytest.importorskip("triton")
@@ -224,6 +224,15 @@ def test_every_code_and_exponent_of_mxfp4(tokens: int) -> None:
         part = wanted[first : first + tokens]
         assert torch.equal(found[:, :241], part[:, :241])
         assert not found[:, 241:][part[:, 241:] != 0].isfinite().any()
+
+
+def test_the_page_on_formats_names_every_type() -> None:
+    page = Path(__file__).parents[2] / "docs" / "formats.md"
+    rows = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines()]
+    (fused,) = [row[1] for row in rows if len(row) == 4 and "fused Triton kernels" in row[2]]
+    (others,) = [row[1] for row in rows if len(row) == 4 and "torch operations" in row[2]]
+    assert set(fused.strip().split(", ")) == set(SUPPORTED)
+    assert set(others.strip().split(", ")) == set(supported()) - set(SUPPORTED)
 
 
 def test_what_the_kernels_refuse() -> None:
