@@ -170,7 +170,7 @@ def repack_cases(interpreted: bool = False) -> list[RepackCase]:
     """
     matrices = () if interpreted else (2048 * 768, 2048 * 1408, 4096 * 14336)
     found = []
-    for kind in PLANES:
+    for kind in (kind for kind in TYPES if kind in PLANES):
         blocks = [values // block_values(kind) for values in matrices]
         found += [RepackCase(kind, count) for count in (67, *blocks)]
     return found
@@ -182,7 +182,7 @@ def _interpreted_cases() -> list[Case]:
     for shape in SMALL_SHAPES:
         # Every program of a small tile costs the interpreter as much as one of a large tile.
         smaller = shape
-        if not shape.kinds[0].endswith("_K"):  # K blocks hold 256 values
+        if block_values(shape.kinds[0]) <= 32:
             smaller = shape._replace(hidden=64, intermediate=96)
         found += [Case(smaller, tokens, torch.float32) for tokens in (1, 20)]
     mixed = Shape("small", ("Q4_K", "Q4_K", "Q6_K"), 256, 256, 4, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,8 @@ _SCALES: dict[str, tuple[tuple[int, ...], float]] = {
 finite; codes' spread).
 """
 
+_EXPONENTS = {"MXFP4": (0, 5.8)}
+"""The same for types whose blocks keep an exponent byte: 128 is the scale 1."""
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -55,6 +58,12 @@ def random_stored(
     count = stored_bytes(kind, rows * columns) // size
     shape = (experts, count, size)
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device)
+    if kind in _EXPONENTS:
+        at, spread = _EXPONENTS[kind]
+        middle = 128 + round(math.log2(deviation / spread))
+        drawn = torch.randint(-1, 2, (experts, count), generator=generator, device=device)
+        blocks[:, :, at] = (middle + drawn).to(torch.uint8)
+        return blocks.flatten(1)
     places, spread = _SCALES[kind]
     for at in places:
         drawn = torch.rand((experts, count), generator=generator, device=device)

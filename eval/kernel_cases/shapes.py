@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gguf.constants import GGMLQuantizationType
+
 from eval.models.blocks import stored_bytes
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
 from hybrimoe_plugin.core import ExpertSpec
 
-TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
-"""All that have a Triton kernel; `kernels.formats.SUPPORTED` without importing Triton."""
+TYPES = tuple(kind for kind in SUPPORTED if kind in GGMLQuantizationType.__members__)
+"""All that have a Triton kernel, but for those that an older gguf package does not name."""
 
 
 class Shape(NamedTuple):
@@ -36,10 +39,16 @@ class Shape(NamedTuple):
         )
 
 
+def _known(*shapes: Shape) -> tuple[Shape, ...]:
+    """Those whose types the gguf package names."""
+    return tuple(
+        shape for shape in shapes if set(shape.kinds) <= GGMLQuantizationType.__members__.keys()
+    )
+
+
 # As the models' usual GGUF files have them. 1408 columns are no whole number of K blocks (256):
-# such files keep these matrices in Q5_0, which the torch kernels compute, or Q8_0. 1536 is what
-# eval.models.shapes pads them to.
-MODEL_SHAPES = (
+# such files keep these matrices in Q5_0 or Q8_0. 1536 is what eval.models.shapes pads them to.
+MODEL_SHAPES = _known(
     Shape("Qwen3-30B-A3B", ("Q4_K", "Q4_K", "Q4_K"), 2048, 768, 12, 8, True),
     Shape("Qwen3-30B-A3B", ("Q4_K", "Q4_K", "Q6_K"), 2048, 768, 12, 8, True),
     Shape("DeepSeek-V2-Lite", ("Q4_K", "Q4_K", "Q8_0"), 2048, 1408, 10, 6),
@@ -49,20 +58,26 @@ MODEL_SHAPES = (
     Shape("DeepSeek-V2-Lite, padded", ("Q4_K", "Q4_K", "Q6_K"), 2048, 1536, 10, 6),
     Shape("Mixtral-8x7B", ("Q4_K", "Q4_K", "Q4_K"), 4096, 14336, 8, 2),
     Shape("Mixtral-8x7B", ("Q4_K", "Q4_K", "Q6_K"), 4096, 14336, 8, 2),
+    Shape("gpt-oss-20b", ("MXFP4", "MXFP4", "MXFP4"), 2880, 2880, 8, 4, True),
 )
 TYPE_SHAPES = tuple(
     Shape("every type", (kind,) * 3, 2048, 768, 12, 8) for kind in TYPES if kind != "Q4_K"
 )
 
 SMALL_SHAPES = tuple(Shape("small", (kind,) * 3, 256, 256, 3, 2) for kind in TYPES)
-ODD_SHAPES = (
+ODD_SHAPES = _known(
     Shape("odd", ("Q4_K", "Q5_K", "Q8_0"), 256, 320, 4, 2),
     Shape("odd", ("Q8_0", "Q4_0", "Q6_K"), 576, 256, 2, 2),
     Shape("odd", ("Q8_0", "Q8_0", "Q4_0"), 96, 160, 5, 1),
     Shape("odd", ("Q4_K", "Q4_K", "Q6_K"), 256, 1536, 2, 2),
     Shape("odd", ("BF16", "F16", "Q5_K"), 64, 512, 4, 3),
+    Shape("odd", ("MXFP4", "Q4_1", "Q5_0"), 96, 160, 3, 2),
+    Shape("odd", ("Q5_1", "IQ4_NL", "Q3_K"), 96, 256, 3, 2),
+    Shape("odd", ("IQ4_XS", "Q2_K", "MXFP4"), 256, 288, 3, 2),
 )
 """Half units, K = E, one expert for each token, and experts that no token wants."""
+
+_IN_MODELS = ("Q4_K", "Q6_K", "Q8_0")
 
 # (rows, columns, types) of attention, of a dense MLP and of the head.
 LINEAR_SHAPES = (
@@ -77,5 +92,5 @@ LINEAR_SHAPES = (
     ("Mixtral-8x7B", 4096, 4096, ("Q4_K", "Q8_0")),
     ("Mixtral-8x7B", 1024, 4096, ("Q8_0",)),
     ("Mixtral-8x7B", 32000, 4096, ("Q6_K",)),
-    ("every type", 2048, 2048, ("Q5_K", "Q4_0", "BF16", "F16")),
+    ("every type", 2048, 2048, tuple(kind for kind in TYPES if kind not in _IN_MODELS)),
 )

@@ -10,7 +10,17 @@ from typing import Any
 
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 
-KERNEL_FILES = ("decode", "formats", "linear", "prefill", "repack")
+KERNEL_FILES = (
+    "decode",
+    "epilogue",
+    "formats/codes",
+    "formats/description",
+    "formats/facts",
+    "formats/scales",
+    "linear",
+    "prefill",
+    "repack",
+)
 """Modules that hold the kernels' source."""
 
 

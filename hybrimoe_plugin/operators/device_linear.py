@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.layout import from_planes, to_planes
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import BackendError
@@ -76,8 +77,6 @@ class DeviceLinear(DenseOperator):
     def _has_kernel(self) -> bool:
         if not _runs_triton(self.planes.device) or not _triton_installed():
             return False
-        from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
-
         return self.type_name in SUPPORTED
 
     def _fused(self, flat: torch.Tensor) -> torch.Tensor:

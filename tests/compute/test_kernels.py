@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from kernel_cases import random_layer
 
 from eval.kernel_cases.cases import (
@@ -32,13 +34,15 @@ from eval.kernel_cases.reference import poisoned, reference
 from eval.kernel_cases.runs import product_kernels, run_case, run_linear, run_repack
 from eval.kernel_cases.shapes import MODEL_SHAPES, ODD_SHAPES, SMALL_SHAPES, TYPES, Shape
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
-from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout, to_planes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.weights.dequant import dequantize, supported
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 
 pytest.importorskip("triton")
-from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.linear import linear
 from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
 INTERPRETED = not torch.cuda.is_available()
@@ -100,7 +104,8 @@ def test_a_gpu_runs_the_tiles_dtypes_and_shapes_of_the_product() -> None:
     }
     assert sizes == {16, 32, 64}, "every size of prefill tile"
     assert {kind for case in found for kind in case.shape.kinds} >= set(TYPES)
-    assert {case.kind for case in linear_cases()} == set(TYPES) == set(SUPPORTED)
+    assert {case.kind for case in linear_cases()} == set(TYPES)
+    assert {*TYPES, "MXFP4"} == set(SUPPORTED), "which an older gguf package does not name"
     assert {case.limit for case in found if case.dtype == torch.float32 and case.tokens == 1} == {
         1e-6
     }
@@ -190,11 +195,51 @@ def test_planes_hold_every_byte_once(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_descriptions_agree_with_gguf(kind: str) -> None:
+    described = FORMATS[kind]
+    assert (described.values, described.block_bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    sizes = [size for _, size in described.planes]
+    assert all(size.bit_count() == 1 for size in sizes), "the repacking kernel's demand"
+    assert sizes == sorted(sizes, reverse=True), "no plane is less aligned than the one before it"
+    if described.points:
+        assert described.points == tuple(quants.IQ4_NL.kvalues)
+
+
+@pytest.mark.skipif("MXFP4" not in TYPES, reason="an older gguf package")
+@pytest.mark.filterwarnings("ignore:invalid value")  # infinity times 0
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_every_code_and_exponent_of_mxfp4(tokens: int) -> None:
+    """To the last bit; scales above 2^113 give no finite number."""
+    rows, columns = 256, 32
+    blocks = torch.zeros(rows, 17, dtype=torch.uint8)
+    blocks[:, 0] = torch.arange(rows)
+    blocks[:, 1:] = 16 * torch.arange(16) + torch.arange(16).flip(0)
+    stored = blocks.flatten()
+    planes = torch.from_numpy(to_planes(stored.numpy(), "MXFP4")).to(DEVICE)
+    wanted = dequantize(stored, "MXFP4", (rows, columns)).T
+    for first in range(0, columns, tokens):
+        states = torch.eye(columns, device=DEVICE)[first : first + tokens]
+        found = linear(states, planes, "MXFP4", rows).cpu()
+        part = wanted[first : first + tokens]
+        assert torch.equal(found[:, :241], part[:, :241])
+        assert not found[:, 241:][part[:, 241:] != 0].isfinite().any()
+
+
+def test_the_page_on_formats_names_every_type() -> None:
+    page = Path(__file__).parents[2] / "docs" / "formats.md"
+    rows = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines()]
+    (fused,) = [row[1] for row in rows if len(row) == 4 and "fused Triton kernels" in row[2]]
+    (others,) = [row[1] for row in rows if len(row) == 4 and "torch operations" in row[2]]
+    assert set(fused.strip().split(", ")) == set(SUPPORTED)
+    assert set(others.strip().split(", ")) == set(supported()) - set(SUPPORTED)
+
+
 def test_what_the_kernels_refuse() -> None:
     kernels = TritonKernels(DEVICE)
     spec = random_layer(("Q8_0",) * 3, 256, 320).spec
     assert kernels.refusal(spec) is None
-    assert "Q4_1" in str(kernels.refusal(replace(spec, up_type="Q4_1")))
+    assert "TQ1_0" in str(kernels.refusal(replace(spec, up_type="TQ1_0")))
     assert "320 columns" in str(kernels.refusal(replace(spec, down_type="Q6_K")))
 
 
@@ -218,4 +263,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         [sys.executable, str(program)], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("ok") == 6 * len(SUPPORTED) + 3
+    assert run.stdout.count("ok") == 6 * len(SUPPORTED) + len(PLANES)

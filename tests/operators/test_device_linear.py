@@ -10,12 +10,12 @@ import torch
 from kernel_cases import random_matrix
 from torch import nn
 
+from eval.kernel_cases.shapes import TYPES
+from eval.models.blocks import block_values
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
-
-KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16")
 
 
 def made(
@@ -33,12 +33,12 @@ def made(
 
 
 @pytest.mark.parametrize("tokens", [1, 19])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_kernel_and_twin_equal_the_reference(
     kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    columns = 256 if kind.endswith("_K") else 96
+    columns = 256 if block_values(kind) == 256 else 96
     operator, matrix = made(kind, 80, columns, bias=True)
     x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(0))
     wanted = x.double() @ matrix.T + operator.bias.cpu().double()

@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import activated, biases
-from hybrimoe_plugin.compute.gpu.kernels.formats import (
-    codes,
+from hybrimoe_plugin.compute.gpu.kernels.formats.codes import codes, low_columns
+from hybrimoe_plugin.compute.gpu.kernels.formats.facts import fact
+from hybrimoe_plugin.compute.gpu.kernels.formats.scales import (
+    half_minima,
     half_scales,
-    high_step,
     k_scales,
-    low_columns,
     pair_scales,
 )
 
@@ -33,6 +33,13 @@ def values(vector, column, mask, like, COLUMNS: tl.constexpr):
     else:
         x = tl.load(place, mask & (column < COLUMNS), 0.0)
     return x.to(tl.float32)
+
+
+@triton.jit
+def half_sums(lanes):
+    """[N, U, 2] sums over the halves of [N, U, 32]."""
+    shape: tl.constexpr = (lanes.shape[0], lanes.shape[1], 2, 16)
+    return tl.sum(tl.reshape(lanes, shape), axis=3)
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def unit_dots(
     # [1, U, 32] would be exchanged through shared memory, with a barrier in every pass of the loop.
     vector = vectors[None, :, None]
     x_low = values(vector, column, mask, low, COLUMNS)
-    x_high = values(vector, column + high_step(KIND), mask, low, COLUMNS)
+    x_high = values(vector, column + fact(KIND, "step"), mask, low, COLUMNS)
     low *= x_low
     high *= x_high
     # Scales as [N, U]: with a last dimension of 1 each thread would load its own one sixteen times.
@@ -69,32 +76,28 @@ def unit_dots(
     unit = units[None, :]
     base = matrices[None, :]
     mask = (row < ROWS) & live[None, :]
-    if KIND == "BF16" or KIND == "F16":
+    if fact(KIND, "scales") == "":
         dots = tl.sum(low + high, axis=2)
-    elif KIND == "Q4_K" or KIND == "Q5_K":
-        s_low, s_high, m_low, m_high = k_scales(KIND, base, row, unit, mask, COLUMNS)
-        dots = s_low * tl.sum(low, axis=2) + s_high * tl.sum(high, axis=2)
-        dots -= m_low * tl.sum(x_low, axis=2) + m_high * tl.sum(x_high, axis=2)
-    elif KIND == "Q8_0":
-        s_low, s_high = pair_scales(base, row, unit, mask, ROWS, COLUMNS)
-        dots = s_low * tl.sum(low, axis=2) + s_high * tl.sum(high, axis=2)
+    elif fact(KIND, "scales") == "unit":
+        if fact(KIND, "minima"):
+            s_low, s_high, m_low, m_high = k_scales(KIND, base, row, unit, mask, ROWS, COLUMNS)
+            dots = s_low * tl.sum(low, axis=2) + s_high * tl.sum(high, axis=2)
+            dots -= m_low * tl.sum(x_low, axis=2) + m_high * tl.sum(x_high, axis=2)
+        else:
+            s_low, s_high = pair_scales(KIND, base, row, unit, mask, ROWS, COLUMNS)
+            dots = s_low * tl.sum(low, axis=2) + s_high * tl.sum(high, axis=2)
     else:
+        row = rows[:, None, None]
+        unit = units[None, :, None]
+        base = matrices[None, :, None]
         half = tl.arange(0, 2)[None, None, :]
-        mask = (rows[:, None, None] < ROWS) & live[None, :, None] & (half >= 0)
-        s_low, s_high = half_scales(
-            KIND,
-            matrices[None, :, None],
-            rows[:, None, None],
-            units[None, :, None],
-            half,
-            mask,
-            ROWS,
-            COLUMNS,
-        )
-        shape: tl.constexpr = (rows.shape[0], units.shape[0], 2, 16)
-        low_sums = tl.sum(tl.reshape(low, shape), axis=3)
-        high_sums = tl.sum(tl.reshape(high, shape), axis=3)
-        dots = tl.sum(s_low * low_sums + s_high * high_sums, axis=2)
+        mask = (row < ROWS) & live[None, :, None] & (half >= 0)
+        s_low, s_high = half_scales(KIND, base, row, unit, half, mask, ROWS, COLUMNS)
+        parts = s_low * half_sums(low) + s_high * half_sums(high)
+        if fact(KIND, "minima"):
+            m_low, m_high = half_minima(KIND, base, row, unit, half, mask, ROWS, COLUMNS)
+            parts -= m_low * half_sums(x_low) + m_high * half_sums(x_high)
+        dots = tl.sum(parts, axis=2)
     return dots
 
 

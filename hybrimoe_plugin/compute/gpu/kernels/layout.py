@@ -9,9 +9,9 @@ Where experts have biases, they follow as one matrix of one row: gate's I, up's 
 values in float32.
 
 GGML keeps each block's codes and scales together. Blocks of 144 or 176 bytes (Q4_K, Q5_K) have
-16-byte aligned codes, so they stay as they are. Blocks of 18, 34 or 210 bytes (Q4_0, Q8_0, Q6_K)
-would make every load unaligned. So these are kept in *planes*, one for each field over all blocks
-of the matrix, which takes not a byte more:
+16-byte aligned codes, so they stay as they are. Blocks of other sizes, such as 17, 18, 34 or 210
+bytes (MXFP4, Q4_0, Q8_0, Q6_K), would make every load unaligned. So these are kept in *planes*, one
+for each field over all blocks of the matrix, which takes not a byte more:
 
     stored, Q8_0:   | d0 codes0 | d1 codes1 | d2 codes2 | ...      34 bytes each
     in planes:      | codes0 | codes1 | codes2 | ... | d0 | d1 | d2 | ...
@@ -25,22 +25,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS
 from hybrimoe_plugin.core import SILU, Activation, ExpertSpec
 
 ALIGNMENT = 256
 """Of every matrix in a slot and of the slots themselves."""
 
 PLANES: dict[str, tuple[tuple[int, int], ...]] = {
-    "Q4_0": ((2, 16), (0, 2)),
-    "Q8_0": ((2, 32), (0, 2)),
-    "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
+    name: form.planes for name, form in FORMATS.items() if form.planar
 }
 """Type -> (offset in the block, bytes) of each plane, in slot order.
 
-Every number is even and a power of two or its double: the repacking kernel moves 16-bit words.
+Every number of bytes is a power of two: the repacking kernel asks for it.
 """
 
-BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34, "Q6_K": 210}
+BLOCK_BYTES = {name: form.block_bytes for name, form in FORMATS.items() if form.planar}
 
 
 class Part(NamedTuple):

@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import activated, biases
-from hybrimoe_plugin.compute.gpu.kernels.formats import (
-    codes,
+from hybrimoe_plugin.compute.gpu.kernels.formats.codes import codes, low_columns
+from hybrimoe_plugin.compute.gpu.kernels.formats.facts import fact
+from hybrimoe_plugin.compute.gpu.kernels.formats.scales import (
+    half_minima,
     half_scales,
-    high_step,
     k_scales,
-    low_columns,
     pair_scales,
 )
 
@@ -32,22 +32,28 @@ def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUM
     low, high = codes(KIND, base, row, unit, lane, row < ROWS, ROWS, COLUMNS)
     # Scales are loaded once for a row and widened then: as [N, 1] each thread would load its own
     # one sixteen times.
-    if KIND == "Q4_K" or KIND == "Q5_K":
-        s_low, s_high, m_low, m_high = k_scales(KIND, base, rows, unit, rows < ROWS, COLUMNS)
-        low = s_low[:, None] * low - m_low[:, None]
-        high = s_high[:, None] * high - m_high[:, None]
-    elif KIND == "Q8_0":
-        s_low, s_high = pair_scales(base, rows, unit, rows < ROWS, ROWS, COLUMNS)
-        low *= s_low[:, None]
-        high *= s_high[:, None]
-    elif KIND != "BF16" and KIND != "F16":
+    if fact(KIND, "scales") == "unit":
+        mask = rows < ROWS
+        if fact(KIND, "minima"):
+            s_low, s_high, m_low, m_high = k_scales(KIND, base, rows, unit, mask, ROWS, COLUMNS)
+            low = s_low[:, None] * low - m_low[:, None]
+            high = s_high[:, None] * high - m_high[:, None]
+        else:
+            s_low, s_high = pair_scales(KIND, base, rows, unit, mask, ROWS, COLUMNS)
+            low *= s_low[:, None]
+            high *= s_high[:, None]
+    elif fact(KIND, "scales") == "half":
         half = tl.arange(0, 2)[None, :]
         mask = (row < ROWS) & (half >= 0)
-        s_low, s_high = half_scales(KIND, base, row, unit, half, mask, ROWS, COLUMNS)
         halves: tl.constexpr = (rows.shape[0], 2, 16)
+        s_low, s_high = half_scales(KIND, base, row, unit, half, mask, ROWS, COLUMNS)
         scaled_low = tl.reshape(low, halves) * s_low[:, :, None]
-        low = tl.reshape(scaled_low, low.shape)
         scaled_high = tl.reshape(high, halves) * s_high[:, :, None]
+        if fact(KIND, "minima"):
+            m_low, m_high = half_minima(KIND, base, row, unit, half, mask, ROWS, COLUMNS)
+            scaled_low -= m_low[:, :, None]
+            scaled_high -= m_high[:, :, None]
+        low = tl.reshape(scaled_low, low.shape)
         high = tl.reshape(scaled_high, high.shape)
     return low, high
 
@@ -73,11 +79,11 @@ def add_unit(
     column = low_columns(KIND, unit, tl.arange(0, 32)[None, :])
     if COLUMNS % 64 == 0:
         x_low = tl.load(states + column, states_mask, 0.0)
-        x_high = tl.load(states + column + high_step(KIND), states_mask, 0.0)
+        x_high = tl.load(states + column + fact(KIND, "step"), states_mask, 0.0)
     else:
         x_low = tl.load(states + column, states_mask & (column < COLUMNS), 0.0)
-        high_at = states + column + high_step(KIND)
-        high_mask = states_mask & (column + high_step(KIND) < COLUMNS)
+        high_at = states + column + fact(KIND, "step")
+        high_mask = states_mask & (column + fact(KIND, "step") < COLUMNS)
         x_high = tl.load(high_at, high_mask, 0.0)
     total = tl.dot(x_low.to(DOT), tl.trans(low.to(DOT)), total, input_precision="ieee")
     return tl.dot(x_high.to(DOT), tl.trans(high.to(DOT)), total, input_precision="ieee")

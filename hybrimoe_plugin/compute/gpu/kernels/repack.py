@@ -21,7 +21,7 @@ def blocks_to_planes(
 ):
     """Move each field of `blocks` blocks into its plane; grid (programs).
 
-    Everything counts 16-bit words.
+    Everything counts the words that source and target point to.
 
         PER_PROGRAM  blocks that one program moves
         OFFSETS      where each field begins in a block

@@ -14,7 +14,7 @@ from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_decode
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
-from hybrimoe_plugin.compute.gpu.kernels.formats import SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.layout import (
     BLOCK_BYTES,
     PLANES,
@@ -28,9 +28,6 @@ from hybrimoe_plugin.compute.gpu.kernels.repack import blocks_to_planes
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
-
-_COLUMNS_MULTIPLE = {"Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
-"""What a matrix's columns must be a multiple of; 32 for every other type."""
 
 _REPACKED_BLOCKS = 32
 """Blocks that one program of the repacking kernel moves."""
@@ -90,8 +87,7 @@ class TritonKernels:
         for kind, columns in matrices:
             if kind not in SUPPORTED:
                 return f"no Triton kernel for GGML type {kind}; there is for {', '.join(SUPPORTED)}"
-            multiple = _COLUMNS_MULTIPLE.get(kind, 32)
-            if columns % multiple:
+            if columns % max(32, FORMATS[kind].values):
                 return f"{columns} columns are no whole number of {kind} blocks"
         return None
 
@@ -102,14 +98,15 @@ class TritonKernels:
         block_bytes = BLOCK_BYTES[part.type_name]
         blocks = part.size // block_bytes
         planes = PLANES[part.type_name]
+        word = torch.uint8 if block_bytes % 2 else torch.int16
         grid = (triton.cdiv(blocks, _REPACKED_BLOCKS),)
         blocks_to_planes[grid](
-            raw.view(torch.int16),
-            target.view(torch.int16),
+            raw.view(word),
+            target.view(word),
             blocks,
-            block_bytes // 2,
-            tuple(offset // 2 for offset, _ in planes),
-            tuple(size // 2 for _, size in planes),
+            block_bytes // word.itemsize,
+            tuple(offset // word.itemsize for offset, _ in planes),
+            tuple(size // word.itemsize for _, size in planes),
             _REPACKED_BLOCKS,
         )
 
