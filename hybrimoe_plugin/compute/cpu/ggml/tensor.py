@@ -43,8 +43,8 @@ _QUANTISED = frozenset(
 TYPES = FLOATS | _QUANTISED
 """GGML types that ggml may see: others end the process.
 
-Each was tried against a float32 reference (tests/compute/ggml/test_ggml_graph.py). Which kernels are
-right for a type differs by processor: `Ggml.forms` says that.
+Each was tried against a float32 reference (tests/compute/ggml). Which kernels are right for a type
+differs by processor: `Ggml.forms` says that.
 """
 
 
