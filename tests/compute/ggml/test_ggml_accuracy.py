@@ -173,8 +173,9 @@ def test_the_check_is_what_keeps_a_wrong_form_out(
         compare_linear(Ggml(), random_matrix("Q4_K", 96, 512))
 
 
-def test_a_type_without_a_right_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that ggml does not know; experts of it are left to another backend."""
+@pytest.fixture
+def wrong_in_every_form(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A type for which nothing that ggml computes is held to be right."""
     right = accuracy.dequantize_bytes
 
     def other_values(data: Any, type_name: str, shape: Any) -> torch.Tensor:
@@ -184,11 +185,19 @@ def test_a_type_without_a_right_form_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(accuracy, "dequantize_bytes", other_values)
     monkeypatch.setattr(library, "_FORMS", {})
     monkeypatch.setattr(library, "_SPEEDS", {})
+    return "Q4_K"
+
+
+def test_a_type_without_a_right_form_is_refused(wrong_in_every_form: str) -> None:
+    """As one that ggml does not know."""
     ggml = Ggml()
-    assert ggml.forms("Q4_K") == Forms(False, False, False, False)
+    assert ggml.forms(wrong_in_every_form) == Forms(False, False, False, False)
     assert ggml.computes("Q6_K")
-    refuses(ggml, random_matrix("Q4_K", 4, 256))
-    layers = [experts_of("Q4_K")]
+    refuses(ggml, random_matrix(wrong_in_every_form, 4, 256))
+
+
+def test_experts_without_a_right_form_are_left_to_another_backend(wrong_in_every_form: str) -> None:
+    layers = [experts_of(wrong_in_every_form)]
     assert "ggml" not in cpu_backends(Settings(), layers, alone=True)
     assert cpu_backends(Settings(), [experts_of("Q6_K")], alone=True) == ("ggml",)
 
