@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hybrimoe_plugin.compute.backends import CPUBackend
-from hybrimoe_plugin.compute.cpu.ggml import TYPES, Ggml
+from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts, refusal
@@ -84,7 +84,7 @@ def cpu_backends(
     if settings.cpu_backend != "auto":
         return (settings.cpu_backend,)
     types = {matrix.type_name for weights in layers for matrix in weights.matrices()}
-    ggml = _works(Ggml) and types <= TYPES
+    ggml = _works(Ggml) and all(map(Ggml().computes, types))
     # kt-kernel would copy experts that do not lie one after another: the whole model twice.
     apart = any(is_apart(matrix) for weights in layers for matrix in weights.matrices())
     if ggml and (alone or apart):

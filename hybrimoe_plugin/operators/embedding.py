@@ -48,8 +48,9 @@ class QuantizedEmbedding(DenseOperator):
         shape = self.num_embeddings, self.embedding_dim
         if stored.shape != shape:
             raise BackendError(f"{self.key}: expected {shape}, found {stored.shape}")
-        check_stored(stored)
         assert self.ggml is not None
+        self.ggml.require(stored.type_name)
+        check_stored(stored)
         self._function = GgmlFunction(
             self.ggml,
             lambda graph, ids: [graph.rows(graph.weight(stored), ids)],

@@ -47,6 +47,7 @@ class GgmlLinear(nn.Module):
         shape = self.out_features, self.in_features
         if stored.shape != shape:
             raise BackendError(f"expected a matrix {shape}, found {stored.shape}")
+        self.ggml.require(stored.type_name)
         check_stored(stored)
         # Measured here, else the first answer waits for it.
         self.ggml.kernel_speed(stored.type_name, torch.get_num_threads())

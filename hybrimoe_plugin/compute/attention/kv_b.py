@@ -95,8 +95,9 @@ class QuantizedKVB:
     """
 
     def __init__(self, ggml: Ggml, w_uk: QuantizedMatrix, w_uv: QuantizedMatrix) -> None:
-        check_stored(w_uk)
-        check_stored(w_uv)
+        for stored in (w_uk, w_uv):
+            ggml.require(stored.type_name)
+            check_stored(stored)
         self._w_uk = w_uk
         self._w_uv = w_uv
         self._into = GgmlFunction(ggml, lambda graph, x: [self.build_into_latent(graph, x)])

@@ -71,7 +71,8 @@ class GgmlLayer:
     def _many(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         loads = torch.bincount(ids.reshape(-1))
         used = int(torch.count_nonzero(loads))
-        if not self.stored.stacked or ids.numel() >= _ROWS_FOR_TILES * used:
+        for_tiles = self.stored.tiled and ids.numel() >= _ROWS_FOR_TILES * used
+        if for_tiles or not self.stored.indexable:
             return by_expert(self.stored, hidden, ids, weights)
         return by_index(self.stored, hidden, ids, weights)
 

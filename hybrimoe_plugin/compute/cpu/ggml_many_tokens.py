@@ -22,6 +22,11 @@ from hybrimoe_plugin.compute.cpu.ggml_stored import (
     expert_matrix,
 )
 
+_TENSORS = 6
+"""Most tensors of one expert's product: matrix, rows and result, and ids and two views of others
+where it is an indexed one.
+"""
+
 
 def by_index(
     stored: StoredExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -29,7 +34,7 @@ def by_index(
     """[T, H] of hidden's dtype: the weighted sum over each token's experts.
 
     Args:
-        stored: each projection must be one matrix.
+        stored: must be `indexable`.
         hidden: [T, H].
         ids: [T, K]; must be in range.
         weights: [T, K].
@@ -75,7 +80,7 @@ def by_expert(
     weights: torch.Tensor,
     kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `by_index`; a product of several rows goes through llamafile's tiles.
+    """As `by_index`; a product of several rows goes through llamafile's tiles if they are right.
 
     Args:
         kept: [T, K] bool: choices that count; all where it is not given.
@@ -88,7 +93,8 @@ def by_expert(
         return torch.zeros_like(hidden)
     loads = torch.bincount(flat_ids[order]).tolist()
     used = sum(load > 0 for load in loads)
-    graph = Graph(stored.ggml, stored.threads, nodes=9 * used + 8)
+    nodes = 3 * _TENSORS * used + 8
+    graph = Graph(stored.ggml, stored.threads, nodes=nodes)
     _, inner, width = stored.gate.shape
     tokens = order // top_k
     x = hidden.detach().float().index_select(0, tokens)
@@ -105,7 +111,7 @@ def by_expert(
         graph.run()
         stored.activate(gates, ups, flat_ids[order])
         steps = []
-        graph = Graph(stored.ggml, stored.threads, nodes=9 * used + 8)
+        graph = Graph(stored.ggml, stored.threads, nodes=nodes)
         graphs.append(graph)
     steps += _expert_products(graph, stored.down, loads, gates, outputs)
     graph.finish(*steps)

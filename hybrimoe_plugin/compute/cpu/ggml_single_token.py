@@ -18,7 +18,7 @@ from hybrimoe_plugin.compute.cpu.ggml_stored import (
 
 
 class _PointedProducts(NamedTuple):
-    """K plain products whose weights are pointed at the chosen experts before each run."""
+    """K products whose weights are pointed at the chosen experts before each run."""
 
     addresses: tuple[int, ...]
     """Of each expert's matrix."""
@@ -29,11 +29,11 @@ class _PointedProducts(NamedTuple):
 class SingleTokenGraph:
     """One token's K experts.
 
-    Each of the three steps is one product with the experts' indices, or K plain products where
-    those are faster (`Ggml.kernel_speed`) or experts do not lie evenly:
+    Each of the three steps is one product with the experts' indices, or K products of one matrix
+    where plain ones are faster (`Ggml.kernel_speed`) or experts do not lie evenly:
 
         indexed   [E, N, M] matrices, ids [K] -> one node
-        plain     K nodes, each with the address of one expert's matrix, set before the run
+        pointed   K nodes, each with the address of one expert's matrix, set before the run
 
     Other activations than SwiGLU, and biases, are torch's between the two halves of the step, which
     are then a graph each.
@@ -111,7 +111,7 @@ class SingleTokenGraph:
             pointers.append(graph.pointer(expert))
             row = graph.wrap(rows_of_x[place : place + 1])
             target = out[place : place + 1]
-            products.append(graph.matmul(expert, row, target, indexed=False))
+            products.append(graph.matmul(expert, row, target))
         experts = [expert_matrix(stored, expert) for expert in range(stored.shape[0])]
         addresses = tuple(expert.data.ctypes.data for expert in experts)
         self._pointed.append(_PointedProducts(addresses, pointers))

@@ -38,6 +38,10 @@ class ApartExperts(NamedTuple):
         """[E, N, M]"""
         return len(self.experts), *self.experts[0].shape
 
+    @property
+    def type_name(self) -> str:
+        return self.experts[0].type_name
+
 
 Projection = QuantizedMatrix | ApartExperts
 """One projection of all experts."""
@@ -58,9 +62,18 @@ class StoredExperts(NamedTuple):
     biases: Biases | None
 
     @property
-    def stacked(self) -> bool:
-        """Whether each projection is one matrix, which products with indices need."""
-        return not any(isinstance(part, ApartExperts) for part in (self.gate, self.up, self.down))
+    def indexable(self) -> bool:
+        """Whether each projection is one matrix, of a type whose indexed products are right."""
+        parts = self.gate, self.up, self.down
+        if any(isinstance(part, ApartExperts) for part in parts):
+            return False
+        return all(self.ggml.forms(part.type_name).indexed for part in parts)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether plain products of several rows are right in all three types."""
+        parts = self.gate, self.up, self.down
+        return all(self.ggml.forms(part.type_name).rows for part in parts)
 
     @property
     def is_swiglu(self) -> bool:
@@ -100,6 +113,7 @@ class StoredExperts(NamedTuple):
         outer = (spec.experts, spec.hidden, spec.intermediate)
         matrices: list[Projection] = []
         for matrix, shape in zip(weights.matrices(), (inner, inner, outer), strict=True):
+            ggml.require(matrix.type_name)
             if is_apart(matrix):
                 matrices.append(_apart(matrix, shape[1:]))
                 ggml.kernel_speed(matrix.type_name, threads)

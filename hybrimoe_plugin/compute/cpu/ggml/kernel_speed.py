@@ -3,12 +3,12 @@
 A plain product of one row goes through llamafile's tiles where they have the type, the indexed
 product (`ggml_mul_mat_id`) always through ggml's own loop. On an AMD EPYC the tiles read Q8_0 at
 7 GB/s a thread where the loop reads it at 20; on an Intel Xeon the tiles are twice as fast as the
-loop (docs/LOG.md). So both are measured.
+loop (docs/LOG.md). So both are measured, of those that are right (`accuracy`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 from typing import NamedTuple
 
@@ -36,7 +36,10 @@ class KernelSpeed(NamedTuple):
     """How fast one row is multiplied by matrices of a type that lie in memory, not in a cache."""
 
     indexed: bool
-    """Whether `matmul_id` is as fast as `matmul` or faster, even for a single matrix."""
+    """Whether `matmul_id` is to be taken, even for a single matrix.
+
+    It is as fast as `matmul` or faster, or alone right.
+    """
     ns: float
     """The faster kernel's time for one value of the matrix."""
 
@@ -50,19 +53,19 @@ def measured_matrix(type_name: str) -> QuantizedMatrix:
     return QuantizedMatrix(data, type_name, (rows, _COLUMNS))
 
 
-def compare(plain: RunProduct, indexed: RunProduct, values: int) -> KernelSpeed:
-    """Time both kernels in turn.
+def fastest(products: Mapping[bool, RunProduct], values: int) -> KernelSpeed:
+    """Time kernels in turn.
 
     Args:
+        products: one or both, by whether they are indexed.
         values: values of the matrix that each of them multiplies.
     """
-    plain_ns = indexed_ns = 1 << 62
+    ns = dict.fromkeys(products, 1 << 62)
     for _ in range(_REPEATS):
-        plain_ns = min(plain_ns, _spent_ns(plain))
-        indexed_ns = min(indexed_ns, _spent_ns(indexed))
-    if indexed_ns < _EQUAL * plain_ns:
-        return KernelSpeed(True, indexed_ns / values)
-    return KernelSpeed(False, plain_ns / values)
+        for indexed, run in products.items():
+            ns[indexed] = min(ns[indexed], _spent_ns(run))
+    indexed = True in ns and (False not in ns or ns[True] < _EQUAL * ns[False])
+    return KernelSpeed(indexed, ns[indexed] / values)
 
 
 def _spent_ns(run: RunProduct) -> int:

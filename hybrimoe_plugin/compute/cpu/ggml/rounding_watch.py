@@ -8,6 +8,7 @@ written, by the caller or by the graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -46,7 +47,20 @@ class RoundingWatch:
                 return True
         return False
 
-    def spoiled_rows(self, rows: int) -> torch.Tensor:
+    def spread_nan(self, rows: int, outputs: Sequence[torch.Tensor]) -> None:
+        """Make rows of outputs [..., rows, N] NaN if they are of activations that are not finite.
+
+        With a single row that is all of them, whatever their shapes. Mutates: `outputs`.
+        """
+        if rows == 1:
+            for output in outputs:
+                output.fill_(math.nan)
+            return
+        spoiled = self._spoiled_rows(rows)
+        for output in outputs:
+            output[..., spoiled, :] = math.nan
+
+    def _spoiled_rows(self, rows: int) -> torch.Tensor:
         """[rows] bool: which rows of any activations [..., rows, M] are not finite."""
         spoiled = torch.zeros(rows, dtype=torch.bool, device="cpu")
         for activations in self._activations:

@@ -30,11 +30,22 @@ _QUANTISED = frozenset(
         "Q6_K",
         "IQ4_NL",
         "IQ4_XS",
+        "IQ3_S",
+        "IQ3_XXS",
+        "IQ2_S",
+        "IQ2_XS",
+        "IQ2_XXS",
+        "IQ1_M",
+        "IQ1_S",
     }
 )
 
 TYPES = FLOATS | _QUANTISED
-"""GGML types that were tried against a float32 reference (tests/compute/test_ggml_graph.py)."""
+"""GGML types that ggml may see: others end the process.
+
+Each was tried against a float32 reference (tests/compute/ggml). Which kernels are right for a type
+differs by processor: `Ggml.forms` says that.
+"""
 
 
 class GraphTensor(NamedTuple):
@@ -78,6 +89,12 @@ def require(fits: bool, what: str, *tensors: GraphTensor) -> None:
         raise BackendError(
             f"ggml cannot compute {what} of {shapes}: the shapes do not fit together"
         )
+
+
+def require_form(right: bool, what: str, weight: GraphTensor) -> None:
+    """Raise BackendError unless a kernel for the weight's type gives right values here."""
+    if not right:
+        raise BackendError(f"ggml's {what} in {weight.type_name} are wrong on this machine")
 
 
 def check_stored(stored: QuantizedMatrix) -> None:
