@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hybrimoe_plugin.compute.backends import CPUBackend
-from hybrimoe_plugin.compute.cpu.ggml import TYPES, Ggml
+from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts, refusal
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.cpu.requantise import Requantised, readable_types, replaced
 from hybrimoe_plugin.compute.cpu.shared_experts import SharedCPU
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
@@ -74,8 +75,8 @@ def cpu_backends(
 ) -> tuple[str, ...]:
     """Names of the backends that can run these layers.
 
-    The one that the setting names; for `auto` all there are, or the torch reference if there is no
-    other.
+    The one that the setting names; for `auto` those that read every matrix as stored, else those
+    that requantise some, or the torch reference if there is no other.
 
     Args:
         alone: there is no accelerator, so workers beside the caller gain nothing: kt-kernel's ggml
@@ -83,8 +84,7 @@ def cpu_backends(
     """
     if settings.cpu_backend != "auto":
         return (settings.cpu_backend,)
-    types = {matrix.type_name for weights in layers for matrix in weights.matrices()}
-    ggml = _works(Ggml) and types <= TYPES
+    ggml = _works(Ggml)
     # kt-kernel would copy experts that do not lie one after another: the whole model twice.
     apart = any(is_apart(matrix) for weights in layers for matrix in weights.matrices())
     if ggml and (alone or apart):
@@ -95,7 +95,17 @@ def cpu_backends(
         found.append("kt")
     if ggml:
         found.append("ggml")
-    return tuple(found) or ("torch",)
+    # Speed is no reason to keep experts in memory a second time, in larger types.
+    as_stored = [backend for backend in found if not requantised_experts(backend, layers)]
+    return tuple(as_stored or found) or ("torch",)
+
+
+def requantised_experts(backend: str, layers: Sequence[LayerWeights]) -> list[Requantised]:
+    """What a backend makes of matrices in types that it has no kernel for."""
+    if backend == "torch":
+        return []
+    types = readable_types(backend)
+    return [made for weights in layers for made in replaced(weights, types)]
 
 
 def _slow_notice(layers: Sequence[LayerWeights]) -> str:

@@ -283,8 +283,9 @@ def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
 
     monkeypatch.setattr(cpu_choice, "ensure_profile", ensure)
     accelerator = make_accelerator("emulated", torch.device("cpu"))
-    fits = tiny_experts.layer()
-    refused = tiny_experts.layer(intermediate=96)
+    types = ("Q8_0",) * 3
+    fits = tiny_experts.layer(types=types)
+    refused = tiny_experts.layer(intermediate=96, types=types)
     assert choose_cpu(Settings(), [fits], accelerator) == (wanted, profiles[wanted])
     assert sorted(asked) == ["ggml", "kt"]
     assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", (

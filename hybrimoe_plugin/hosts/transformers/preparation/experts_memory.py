@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
-from hybrimoe_plugin.compute.cpu.kt_experts import replaced_bytes
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
+from hybrimoe_plugin.compute.cpu.requantise import Requantised
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.engine.assemble import accelerator_kind
-from hybrimoe_plugin.engine.cpu_choice import cpu_backends
+from hybrimoe_plugin.engine.cpu_choice import cpu_backends, requantised_experts
 from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, cache_quotas, staging_slots
 from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
@@ -33,6 +33,7 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights
 EXPERTS = "experts, as stored"
 APART = "experts that the file keeps apart, put together"
 FASTER = "experts in a type with faster kernels"
+REQUANTISED = "experts in a type with a kernel"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class EnginePlace:
     quotas: tuple[int, ...]
     """Cached experts of each layer at the start."""
     parts: tuple[Part, ...]
+    requantised: tuple[Requantised, ...] = ()
+    """Experts in types that the CPU's kernels lack; the copies are among the parts."""
 
 
 def engine_places(
@@ -126,28 +129,36 @@ def _engine(
     slots: Sequence[Part],
 ) -> EnginePlace:
     place = PINNED if kind == "cuda" else MAPPED
-    stored = sum(weights.spec.experts * weights.spec.expert_bytes for weights in layers)
-    parts = [Part(place, EXPERTS, stored), *slots]
-    parts += _copies(members[0].settings, layers, alone=kind == "none")
-    numbers = tuple(operator.layer_index for operator in members)
-    return EnginePlace(place, numbers, layers[0].spec.experts, quotas, tuple(parts))
-
-
-def _copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> list[Part]:
-    """What the CPU's kernels copy. Several backends are measured: theirs is an upper limit."""
+    settings = members[0].settings
+    alone = kind == "none"
     backends = cpu_backends(settings, layers, alone)
+    # Where one backend requantises, all that may be chosen do: see `cpu_backends`.
+    requantised = requantised_experts(backends[0], layers)
+    stored = sum(weights.spec.experts * weights.spec.expert_bytes for weights in layers)
+    if alone:  # nothing reads their bytes in the file any more
+        stored -= sum(item.stored_bytes for item in requantised)
+    parts = [Part(place, EXPERTS, stored), *slots]
+    parts += _copies(settings, layers, alone, backends)
+    if requantised:
+        parts.append(Part(MEMORY, REQUANTISED, sum(item.nbytes for item in requantised)))
+    numbers = tuple(operator.layer_index for operator in members)
+    experts = layers[0].spec.experts
+    return EnginePlace(place, numbers, experts, quotas, tuple(parts), tuple(requantised))
+
+
+def _copies(
+    settings: Settings, layers: Sequence[LayerWeights], alone: bool, backends: tuple[str, ...]
+) -> list[Part]:
+    """What the CPU's kernels copy of matrices that they could read, at most."""
     found = []
     in_place = backends == ("ggml",)
     apart = sum(_apart_bytes(weights, in_place) for weights in layers)
     if apart and backends != ("torch",):
         found.append(Part(MEMORY, APART, apart))
-    faster = 0
     if backends == ("ggml",) and alone and settings.weights != "mapped":
         faster = sum(_faster_bytes(weights) for weights in layers)
-    elif "kt" in backends:
-        faster = sum(replaced_bytes(weights) for weights in layers)
-    if faster:
-        found.append(Part(MEMORY, FASTER, faster, most=True))
+        if faster:
+            found.append(Part(MEMORY, FASTER, faster, most=True))
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from hybrimoe_plugin.compute.cpu.requantise import Requantised
 from hybrimoe_plugin.device.memory import human
 from hybrimoe_plugin.errors import BackendError, BudgetError
 
@@ -26,6 +27,13 @@ PLACES: Mapping[str, str] = {
 
 ON_HOST = (EMULATED, MEMORY, PINNED)
 """Places that take main memory which nothing else can use meanwhile."""
+
+
+WAYS_OUT = (
+    "; take a file in other types, such as Q4_K, or cpu_backend='torch', which computes experts as "
+    "they are stored, but more than ten times slower"
+)
+"""What to do where requantised matrices do not fit."""
 
 
 class Part(NamedTuple):
@@ -91,6 +99,8 @@ class Prediction:
     missing: Mapping[str, str] = field(default_factory=dict)
     """Accelerator -> why it cannot be used here, of those that the model cannot do without."""
     unreplaced: Unreplaced | None = None
+    requantised: tuple[Requantised, ...] = ()
+    """Matrices in types that the CPU's kernels lack, one item for each pair of types."""
     notes: tuple[str, ...] = field(default=())
     """What else the reader of the numbers has to know."""
 
@@ -141,6 +151,8 @@ class Prediction:
         if needed <= free:
             return
         reason = f"; {self.unreplaced.text()}" if self.unreplaced is not None else ""
+        if place == MEMORY and self.requantised:
+            reason += "".join(f"; {item.text()}" for item in self.requantised) + WAYS_OUT
         raise BudgetError(
             f"the weights do not fit {where}: they need {human(needed)} of {place}, {human(free)} "
             f"are free{reason} (hybrimoe explain shows what takes how much)"
@@ -151,6 +163,7 @@ class Prediction:
         found = []
         if self.unreplaced is not None:
             found.append(self.unreplaced.text())
+        found += [item.text() for item in self.requantised]
         free = self.free[MEMORY]
         needed = self.total(*ON_HOST)
         if needed > free:
