@@ -16,7 +16,9 @@ import torch
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.requantise import readable_types
-from hybrimoe_plugin.hosts.transformers import load_plain_model
+from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.hosts.transformers import load_plain_model, stored
+from hybrimoe_plugin.hosts.transformers.preparation import predict
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 
 needs.kt_kernel()
@@ -101,3 +103,27 @@ def test_every_type(
         notices = [text for text in caplog.messages if "no CPU kernel" in text]
         asked = place != "device" or part == "experts"
         assert len(notices) == (asked and kind not in readable_types()), place
+
+
+@torch.no_grad()
+def test_copies_that_do_not_fit_are_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message has both numbers, the tensors and what to do; and that helps."""
+    path = stored_types.write(
+        tmp_path, "qwen3_moe", lambda name: kind_of(name, "experts", "TQ2_0"), CHANGES
+    )
+    monkeypatch.setattr(predict, "free_host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(stored, "free_host_bytes", lambda: 1 << 20)
+    with pytest.raises(
+        BudgetError, match=r"need 1\.\d MiB of memory, 1\.0 MiB are free"
+    ) as refused:
+        load_model(None, path, progress=False, accelerator="none")
+    said = str(refused.value)
+    assert "no CPU kernel for TQ2_0 (6 tensors, such as ffn_gate_exps of layer 0)" in said
+    assert "requantised to Q8_0, which takes 1.6 MiB" in said and "cpu_backend='torch'" in said
+    model, _ = load_model(None, path, progress=False, accelerator="none", cpu_backend="torch")
+    right, _ = load_plain_model(None, path, dtype="float32", progress=False)
+    ids = tiny.tokens(6)
+    assert relative(model(ids).logits, right(ids).logits) < 1e-4
+    model.hybrimoe.close()

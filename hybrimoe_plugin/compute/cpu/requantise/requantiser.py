@@ -45,7 +45,7 @@ _READ_IN_C = frozenset(
         "MXFP4",
     }
 )
-"""Types that kt-kernel's ggml reads as gguf does (tests/compute/test_requantise.py).
+"""Types that kt-kernel's ggml reads as gguf does (tests/compute/requantise).
 
 It ends the process on TQ1_0 and TQ2_0, and does not know NVFP4.
 """
