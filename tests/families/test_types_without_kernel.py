@@ -115,14 +115,14 @@ def test_copies_that_do_not_fit_are_refused_before_anything_is_read(
     )
     monkeypatch.setattr(predict, "free_host_bytes", lambda: 1 << 20)
     monkeypatch.setattr(stored, "free_host_bytes", lambda: 1 << 20)
-    with pytest.raises(
-        BudgetError, match=r"need 1\.\d MiB of memory, 1\.0 MiB are free"
-    ) as refused:
+    numbers = r"need 1\.\d MiB of memory, 1\.0 MiB are free"
+    with pytest.raises(BudgetError, match=numbers) as refused:
         load_model(None, path, progress=False, accelerator="none")
     said = str(refused.value)
     assert "no CPU kernel for TQ2_0 (6 tensors, such as ffn_gate_exps of layer 0)" in said
     assert "requantised to Q8_0, which takes 1.6 MiB" in said and "cpu_backend='torch'" in said
-    model, _ = load_model(None, path, progress=False, accelerator="none", cpu_backend="torch")
+    way_out: dict[str, Any] = {"cpu_backend": "torch", "dense": "quantised"}
+    model, _ = load_model(None, path, progress=False, accelerator="none", **way_out)
     right, _ = load_plain_model(None, path, dtype="float32", progress=False)
     ids = tiny.tokens(6)
     assert relative(model(ids).logits, right(ids).logits) < 1e-4

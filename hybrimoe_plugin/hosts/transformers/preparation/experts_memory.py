@@ -11,12 +11,13 @@ from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
 from hybrimoe_plugin.compute.cpu.requantise import Requantised
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.engine.assemble import accelerator_kind
 from hybrimoe_plugin.engine.cpu_choice import cpu_backends, requantised_experts
-from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, cache_quotas, staging_slots
+from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, quotas_beside, staging_slots
 from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
     EMULATED,
@@ -33,6 +34,7 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights
 EXPERTS = "experts, as stored"
 APART = "experts that the file keeps apart, put together"
 FASTER = "experts in a type with faster kernels"
+STAYING = "experts that stay on the CPU, as stored"
 REQUANTISED = "experts in a type with a kernel"
 
 
@@ -81,8 +83,12 @@ def engine_places(
                 room = None
                 unknown[str(device)] = first.settings
         place = EMULATED if kind == "emulated" else str(device)
-        quotas, slots = _slots(first.settings, layers, kind, place, room)
-        found.append(_engine(members, layers, kind, quotas, slots))
+        refused: dict[int, str] = {}
+        if kind != "none":
+            kernels = make_kernels(first.settings.kernels, device, tuned=False)
+            _, refused = on_cpu(*kernels, layers, str(device))
+        quotas, slots = _slots(first.settings, layers, kind, place, room, refused)
+        found.append(_engine(members, layers, kind, quotas, slots, refused))
     return found, tuple(_unknown_room(unknown))
 
 
@@ -100,17 +106,27 @@ def _unknown_room(devices: Mapping[str, Settings]) -> Iterator[str]:
 
 
 def _slots(
-    settings: Settings, layers: Sequence[LayerWeights], kind: str, place: str, room: int | None
+    settings: Settings,
+    layers: Sequence[LayerWeights],
+    kind: str,
+    place: str,
+    room: int | None,
+    refused: Mapping[int, str],
 ) -> tuple[tuple[int, ...], list[Part]]:
-    """(cached experts of each layer, what the slots take). Raises: BudgetError."""
+    """(cached experts of each layer, what the slots take). Raises: BudgetError.
+
+    Args:
+        refused: layers that stay on the CPU.
+    """
     if kind == "none":
         return (0,) * len(layers), []
     experts = layers[0].spec.experts
     sizes = [weights.spec.expert_bytes for weights in layers]
-    quotas = cache_quotas(settings, experts, sizes, room)
+    quotas = quotas_beside(refused, settings, experts, sizes, room)
     cached = sum(quotas)
     staging = staging_slots(cached)
-    layouts = [slot_layout(weights.spec, planar=kind == "cuda") for weights in layers]
+    held = [weights for layer, weights in enumerate(layers) if layer not in refused]
+    layouts = [slot_layout(weights.spec, planar=kind == "cuda") for weights in held]
     slot_bytes = max(layout.size for layout in layouts)
     buffers = REPACK_BUFFERS * max(layout.largest_planar for layout in layouts)
     share = cached / (experts * len(layers))
@@ -127,6 +143,7 @@ def _engine(
     kind: str,
     quotas: tuple[int, ...],
     slots: Sequence[Part],
+    refused: Mapping[int, str],
 ) -> EnginePlace:
     place = PINNED if kind == "cuda" else MAPPED
     settings = members[0].settings
@@ -134,10 +151,12 @@ def _engine(
     backends = cpu_backends(settings, layers, alone)
     # Where one backend requantises, all that may be chosen do: see `cpu_backends`.
     requantised = requantised_experts(backends[0], layers)
-    stored = sum(weights.spec.experts * weights.spec.expert_bytes for weights in layers)
+    sizes = [weights.spec.experts * weights.spec.expert_bytes for weights in layers]
+    unpinned = sum(sizes[layer] for layer in refused)
+    stored = sum(sizes) - unpinned
     if alone:  # nothing reads their bytes in the file any more
         stored -= sum(item.stored_bytes for item in requantised)
-    parts = [Part(place, EXPERTS, stored), *slots]
+    parts = [Part(place, EXPERTS, stored), Part(MAPPED, STAYING, unpinned), *slots]
     parts += _copies(settings, layers, alone, backends)
     if requantised:
         parts.append(Part(MEMORY, REQUANTISED, sum(item.nbytes for item in requantised)))

@@ -30,8 +30,8 @@ ON_HOST = (EMULATED, MEMORY, PINNED)
 
 
 WAYS_OUT = (
-    "; take a file in other types, such as Q4_K, or cpu_backend='torch', which computes experts as "
-    "they are stored, but more than ten times slower"
+    "; take a file in other types, such as Q4_K, or cpu_backend='torch' with dense='quantised', "
+    "which computes experts as they are stored, but more than ten times slower"
 )
 """What to do where requantised matrices do not fit."""
 
