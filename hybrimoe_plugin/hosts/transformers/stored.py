@@ -160,7 +160,11 @@ class StoredMatrix(NamedTuple):
         types = readable_types()
         for info in map(source.store.info, source.gguf_names(self.parameter)):
             whole += info.nbytes
-            if not self.on_device and info.type_name not in types:
+            if self.on_device:
+                dense = self._dense_bytes(info.type_name)
+                replaced += info.nbytes if dense else 0
+                copied += dense
+            elif info.type_name not in types:
                 replaced += info.nbytes
                 copied += bytes_in(replacement(info.type_name, types), info.shape)
             elif source.is_rearranged(self.parameter):
@@ -169,15 +173,24 @@ class StoredMatrix(NamedTuple):
         return StoredSize(whole, replaced, copied)
 
     def requantised(self, source: AnySource) -> Iterator[Requantised]:
-        """Those of its tensors that `give` will requantise. Raises: as `size`."""
-        if self.on_device:
-            return
+        """Those of its tensors that `give` makes larger for want of a kernel. Raises: as `size`."""
         types = readable_types()
         for info in map(source.store.info, source.gguf_names(self.parameter)):
-            if info.type_name not in types:
-                target = replacement(info.type_name, types)
-                nbytes = bytes_in(target, info.shape)
-                yield Requantised(info.type_name, target, (info.name,), info.nbytes, nbytes)
+            kind, names, stored = info.type_name, (info.name,), info.nbytes
+            if self.on_device:
+                nbytes = self._dense_bytes(kind)
+                if nbytes > stored:
+                    target = str(self.module.dense.dtype).removeprefix("torch.")
+                    yield Requantised(kind, target, names, stored, nbytes, on_device=True)
+            elif kind not in types:
+                target = replacement(kind, types)
+                yield Requantised(kind, target, names, stored, bytes_in(target, info.shape))
+
+    def _dense_bytes(self, type_name: str) -> int:
+        """Bytes of the dequantised matrix where a device has no kernel for its type, else 0."""
+        if not isinstance(self.module, DeviceLinear):
+            return 0
+        return self.module.dense_bytes(type_name)
 
 
 def stored_matrices(model: nn.Module) -> Iterator[StoredMatrix]:

@@ -56,7 +56,7 @@ _LARGEST = {"Q8_0": 127 * 65504.0, "F16": 65504.0, "BF16": 3.38e38}
 
 
 class Requantised(NamedTuple):
-    """Tensors of one type that are requantised, for notices and errors."""
+    """Tensors of one type that are requantised or dequantised, for notices and errors."""
 
     type_name: str
     target: str
@@ -65,30 +65,31 @@ class Requantised(NamedTuple):
     stored_bytes: int
     nbytes: int
     """Of the copies."""
+    on_device: bool = False
+    """Whether it is an accelerator that has no kernel; then they are dequantised to `target`."""
 
     def text(self) -> str:
         """The tensors, what becomes of them and what it costs, as one clause."""
         count = len(self.tensors)
         which = self.tensors[0] if count == 1 else f"{count} tensors, such as {self.tensors[0]}"
         return (
-            f"no CPU kernel for {self.type_name} ({which}): requantised to {self.target}, which "
-            f"takes {human(self.nbytes)} of memory (the file has them in "
-            f"{human(self.stored_bytes)})"
+            f"no {'device' if self.on_device else 'CPU'} kernel for {self.type_name} ({which}): "
+            f"{'dequantised' if self.on_device else 'requantised'} to {self.target}, which takes "
+            f"{human(self.nbytes)} of memory (the file has them in {human(self.stored_bytes)})"
         )
 
 
 def by_type(found: Iterable[Requantised]) -> tuple[Requantised, ...]:
     """The same with one item for each pair of types, the costliest first."""
-    groups: dict[tuple[str, str], Requantised] = {}
+    groups: dict[tuple[str, str, bool], Requantised] = {}
     for item in found:
-        key = item.type_name, item.target
+        key = item.type_name, item.target, item.on_device
         group = groups.get(key)
         if group is not None:
-            item = Requantised(
-                *key,
-                group.tensors + item.tensors,
-                group.stored_bytes + item.stored_bytes,
-                group.nbytes + item.nbytes,
+            item = item._replace(
+                tensors=group.tensors + item.tensors,
+                stored_bytes=group.stored_bytes + item.stored_bytes,
+                nbytes=group.nbytes + item.nbytes,
             )
         groups[key] = item
     return tuple(sorted(groups.values(), key=lambda item: -item.nbytes))

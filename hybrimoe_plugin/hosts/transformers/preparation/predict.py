@@ -123,7 +123,8 @@ def _stored(model: Any, source: AnySource, place: Any) -> Iterator[tuple[Part, i
         size = matrix.size(source)
         layer = layer_of_name(matrix.parameter)
         if matrix.on_device:
-            yield Part(place(matrix.parameter), STORED, size.in_file), layer
+            yield Part(place(matrix.parameter), STORED, size.in_file - size.replaced), layer
+            yield Part(place(matrix.parameter), DEQUANTISED, size.copied), layer
             continue
         yield Part(MAPPED, STORED, size.in_file - size.replaced), layer
         yield Part(MEMORY, COPIED, size.copied), layer

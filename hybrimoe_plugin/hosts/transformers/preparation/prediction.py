@@ -29,11 +29,13 @@ ON_HOST = (EMULATED, MEMORY, PINNED)
 """Places that take main memory which nothing else can use meanwhile."""
 
 
-WAYS_OUT = (
-    "; take a file in other types, such as Q4_K, or cpu_backend='torch' with dense='quantised', "
-    "which computes experts as they are stored, but more than ten times slower"
+OTHER_FILE = "; take a file in other types, such as Q4_K"
+"""What to do where copies for want of a kernel do not fit."""
+ON_TORCH = (
+    ", or cpu_backend='torch' with dense='quantised', which computes experts as they are stored, "
+    "but more than ten times slower"
 )
-"""What to do where requantised matrices do not fit."""
+"""The same for experts on the CPU."""
 
 
 class Part(NamedTuple):
@@ -100,7 +102,7 @@ class Prediction:
     """Accelerator -> why it cannot be used here, of those that the model cannot do without."""
     unreplaced: Unreplaced | None = None
     requantised: tuple[Requantised, ...] = ()
-    """Matrices in types that the CPU's kernels lack, one item for each pair of types."""
+    """Matrices in types without a kernel, one item for each pair of types."""
     notes: tuple[str, ...] = field(default=())
     """What else the reader of the numbers has to know."""
 
@@ -151,8 +153,10 @@ class Prediction:
         if needed <= free:
             return
         reason = f"; {self.unreplaced.text()}" if self.unreplaced is not None else ""
-        if place == MEMORY and self.requantised:
-            reason += "".join(f"; {item.text()}" for item in self.requantised) + WAYS_OUT
+        here = [item for item in self.requantised if item.on_device == (place != MEMORY)]
+        if here:
+            reason += "".join(f"; {item.text()}" for item in here) + OTHER_FILE
+            reason += ON_TORCH if place == MEMORY else ""
         raise BudgetError(
             f"the weights do not fit {where}: they need {human(needed)} of {place}, {human(free)} "
             f"are free{reason} (hybrimoe explain shows what takes how much)"
