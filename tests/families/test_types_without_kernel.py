@@ -15,10 +15,12 @@ import tiny
 import torch
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.compute.cpu.requantise import readable_types
+from hybrimoe_plugin.compute.cpu.requantise import Requantised, readable_types
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.hosts.transformers import load_plain_model, stored
 from hybrimoe_plugin.hosts.transformers.preparation import predict
+from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights, prepare
+from hybrimoe_plugin.operators import device_linear
 from hybrimoe_plugin.operators.device_linear import DeviceLinear, stays_stored
 
 needs.kt_kernel()
@@ -48,6 +50,8 @@ COVERED = 4
 
 
 def limit(kind: str, part: str) -> float:
+    if part == "embedding" and (kind == "MXFP4" or kind in readable_types()):
+        return 1e-4  # rows are only looked up; and MXFP4 loses nothing as Q5_0
     return FLOATS.get(kind, ROUNDED[part])
 
 
@@ -133,3 +137,33 @@ def test_copies_that_do_not_fit_are_refused_before_anything_is_read(
     ids = tiny.tokens(6)
     assert relative(model(ids).logits, right(ids).logits) < 1e-4
     model.hybrimoe.close()
+
+
+def test_the_prediction_counts_what_a_device_dequantises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head, in a type without a kernel there; attention stays as stored."""
+    monkeypatch.setattr(device_linear, "stays_stored", lambda kind: kind != "TQ2_0")
+    path = stored_types.write(
+        tmp_path,
+        "qwen3_moe",
+        lambda name: {"output.weight": "TQ2_0"}.get(name, "Q8_0"),
+        CHANGES,
+    )
+    store = open_weights(None, path)
+    rules = PLACES["device"]["rules"]
+    prepared = prepare(None, store, rules, dtype="bfloat16", settings={"accelerator": "emulated"})
+    injection = prepared.inject()
+    prediction = predict.predict(prepared, injection.devices)
+    (head,) = prediction.requantised
+    assert head == Requantised(
+        "TQ2_0", "bfloat16", ("output.weight",), 96 * 66, 96 * 256 * 2, on_device=True
+    )
+    sizes = {part.what: part.nbytes for part in prediction.parts}
+    linears = [item for item in stored.stored_matrices(prepared.model) if item.on_device]
+    attention = sum(
+        store.info(name).nbytes for name in store.tensors if "attn_" in name and "norm" not in name
+    )
+    assert len(linears) == 2 * 4 + 1
+    assert sizes[predict.STORED] == attention
+    assert sizes[predict.DEQUANTISED] >= head.nbytes

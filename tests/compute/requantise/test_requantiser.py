@@ -17,6 +17,7 @@ from hybrimoe_plugin.compute.cpu.requantise import (
     Requantiser,
     by_type,
     bytes_in,
+    replacement,
     supported_weights,
 )
 from hybrimoe_plugin.compute.cpu.requantise import requantiser as module
@@ -60,6 +61,26 @@ def test_what_the_target_cannot_hold_is_refused(bad: float, target: str) -> None
     raw.view(np.float32)[700] = bad
     with pytest.raises(BackendError, match=f"F32 are not finite or beyond the range of {target}"):
         Requantiser().convert(raw, "F32", target)
+
+
+@pytest.mark.skipif("MXFP4" not in stored_types.KINDS, reason="an older gguf package")
+def test_mxfp4_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All codes with all scales that float16 holds; smaller values to a multiple of 2^-24."""
+    monkeypatch.setattr(module, "_VALUES_AT_A_TIME", 1024)
+    blocks = np.random.default_rng(0).integers(0, 256, (144, 17), dtype=np.uint8)
+    blocks[:, 0] = np.arange(144)  # from the smallest scale to 2^15
+    raw = blocks.ravel()
+    made = Requantiser(2).convert(raw, "MXFP4", "Q5_0")
+    found = dequantize(made.reshape(144, -1), GGMLQuantizationType.Q5_0)
+    wanted = dequantize(blocks, GGMLQuantizationType.MXFP4)
+    np.testing.assert_array_equal(found[104:], wanted[104:])
+    np.testing.assert_array_equal(found[:104], np.rint(wanted[:104] * 2**24) / 2**24)
+    assert len(np.unique(found[104:])) > 100
+    blocks[0, 0] = 144
+    with pytest.raises(BackendError, match="MXFP4 are beyond the range of Q5_0"):
+        Requantiser(2).convert(raw, "MXFP4", "Q5_0")
+    assert replacement("MXFP4", {"Q5_0", "Q8_0"}) == "Q5_0"
+    assert replacement("MXFP4", {"Q8_0"}) == "Q8_0"
 
 
 def test_only_what_has_no_kernel_is_copied() -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.cpu.ggml.binding import GgmlBinding
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.cpu.requantise.mxfp4 import as_q5_0
 from hybrimoe_plugin.device.memory import human
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.dequant import dequantize, supported
@@ -96,7 +97,12 @@ def by_type(found: Iterable[Requantised]) -> tuple[Requantised, ...]:
 
 
 def replacement(type_name: str, types: Collection[str]) -> str:
-    """The type among those with kernels that loses least: a 16-bit one for floats, else Q8_0."""
+    """The type among those with kernels that loses least.
+
+    MXFP4 loses nothing as Q5_0. Floats become a 16-bit type, all others Q8_0.
+    """
+    if type_name == "MXFP4" and "Q5_0" in types:
+        return "Q5_0"
     if type_name not in _FLOATS:
         return "Q8_0"
     return "BF16" if "BF16" in types else "F16"
@@ -131,7 +137,7 @@ class Requantiser:
 
         Args:
             stored: 1-D, whole blocks.
-            target: Q8_0, F16 or BF16.
+            target: Q8_0, F16 or BF16; for MXFP4 also Q5_0.
 
         Raises:
             BackendError: values that are not finite, or beyond the target's range.
@@ -144,19 +150,31 @@ class Requantiser:
 
     def convert_into(self, made: Bytes, stored: Bytes, type_name: str, target: str) -> None:
         """The same, into memory of the right size. Mutates: `made`."""
-        read, write = self._reader(type_name), self._writer(target)
+        convert = as_q5_0 if target == "Q5_0" else self._through_floats(type_name, target)
         step = bytes_in(type_name, (_VALUES_AT_A_TIME,))
         made_step = bytes_in(target, (_VALUES_AT_A_TIME,))
 
         def part(index: int) -> None:
-            values = read(stored[index * step : (index + 1) * step])
-            _check_range(values, type_name, target)
-            write(values, made[index * made_step : (index + 1) * made_step])
+            convert(
+                stored[index * step : (index + 1) * step],
+                made[index * made_step : (index + 1) * made_step],
+            )
 
         parts = range(-(-stored.size // step))
         with ThreadPoolExecutor(self._threads) as pool:
             for _ in pool.map(part, parts):
                 pass
+
+    def _through_floats(self, type_name: str, target: str) -> Callable[[Bytes, Bytes], None]:
+        """What converts a part: dequantised, checked and quantised again."""
+        read, write = self._reader(type_name), self._writer(target)
+
+        def convert(stored: Bytes, made: Bytes) -> None:
+            values = read(stored)
+            _check_range(values, type_name, target)
+            write(values, made)
+
+        return convert
 
     def _reader(self, type_name: str) -> Callable[[Bytes], Floats]:
         """Stored bytes -> their values, 1-D."""
