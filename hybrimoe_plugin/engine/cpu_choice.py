@@ -13,12 +13,18 @@ from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts, refusal
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
-from hybrimoe_plugin.compute.cpu.requantise import Requantised, readable_types, replaced
+from hybrimoe_plugin.compute.cpu.requantise import (
+    Requantised,
+    by_type,
+    readable_types,
+    replaced,
+)
 from hybrimoe_plugin.compute.cpu.shared_experts import SharedCPU
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import hardware
+from hybrimoe_plugin.device.memory import check_host
 from hybrimoe_plugin.engine.engine import Engine
 from hybrimoe_plugin.engine.profile_store import ensure_profile
 from hybrimoe_plugin.engine.threads import shared_threads
@@ -106,6 +112,23 @@ def requantised_experts(backend: str, layers: Sequence[LayerWeights]) -> list[Re
         return []
     types = readable_types(backend)
     return [made for weights in layers for made in replaced(weights, types)]
+
+
+def check_copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> None:
+    """Say which experts will be requantised, where nothing was predicted before.
+
+    Args:
+        alone: as in `cpu_backends`.
+
+    Raises:
+        BudgetError: the copies do not fit into memory.
+    """
+    backend = cpu_backends(settings, layers, alone)[0]
+    found = by_type(requantised_experts(backend, layers))
+    if found:
+        text = "; ".join(item.text() for item in found)
+        log.warning("%s", text)
+        check_host(sum(item.nbytes for item in found), f"{text}: these copies")
 
 
 def _slow_notice(layers: Sequence[LayerWeights]) -> str:

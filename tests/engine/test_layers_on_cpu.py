@@ -1,12 +1,16 @@
-"""Layers whose types the slot kernels lack stay on the CPU; the others use the accelerator."""
+"""Layers whose types the slot kernels lack stay on the CPU; the others use the accelerator. And
+experts that are requantised there.
+"""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+import needs
 import pytest
 import tiny
+import tiny_experts
 import torch
 from loading import plain
 from steps import step
@@ -14,8 +18,12 @@ from steps import step
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.device import memory
+from hybrimoe_plugin.engine.cpu_choice import check_copies
+from hybrimoe_plugin.engine.sizing import quotas_beside
+from hybrimoe_plugin.errors import BackendError, BudgetError
 from hybrimoe_plugin.hosts.transformers.preparation.predict import predict
 from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights, prepare
 
@@ -105,3 +113,29 @@ def test_without_any_layer_for_the_accelerator_it_is_refused(tmp_path: Path) -> 
     path = written(tmp_path, tuple(range(LAYERS)))
     with pytest.raises(BackendError, match=r"layer 0: experts .*no slot kernel for Q5_1"):
         load_model(None, path, accelerator="emulated", progress=False)
+
+
+def test_layers_on_the_cpu_have_no_share_of_the_cache() -> None:
+    settings = Settings(cache_ratio=0.5)
+    sizes = [100, 50, 100, 50]
+    assert quotas_beside((1,), settings, 8, sizes, None) == [4, 0, 4, 4]
+    assert quotas_beside((), settings, 8, sizes, None) == [4] * 4
+    # Their experts need not fit into a slot.
+    few = Settings(cache_bytes=50 * 10)
+    assert quotas_beside((0, 2), few, 8, sizes, 500) == [0, 3, 0, 3]
+
+
+def test_a_host_that_predicts_nothing_is_told_of_copies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs.kt_kernel()
+    layers = [tiny_experts.layer(types=("Q8_0", "TQ2_0", "Q8_0"), hidden=256)]
+    check_copies(Settings(), layers, alone=False)
+    (notice,) = caplog.messages
+    assert notice.startswith("no CPU kernel for TQ2_0 (ffn_up_exps of layer 0): requantised to")
+    check_copies(Settings(cpu_backend="torch"), layers, alone=False)
+    check_copies(Settings(), [tiny_experts.layer(types=("Q8_0",) * 3)], alone=False)
+    assert len(caplog.messages) == 1
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1000)
+    with pytest.raises(BudgetError, match=r"no CPU kernel for TQ2_0.* need 544.0 KiB of memory, 1"):
+        check_copies(Settings(), layers, alone=False)

@@ -14,10 +14,12 @@ import stored_types
 import tiny
 import torch
 
+from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.requantise import Requantised, readable_types
+from hybrimoe_plugin.engine.cpu_choice import pool_of
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.hosts.transformers import load_plain_model, stored
+from hybrimoe_plugin.hosts.transformers import gguf_export, load_plain_model, stored
 from hybrimoe_plugin.hosts.transformers.preparation import predict
 from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights, prepare
 from hybrimoe_plugin.operators import device_linear
@@ -167,3 +169,19 @@ def test_the_prediction_counts_what_a_device_dequantises(
     assert len(linears) == 2 * 4 + 1
     assert sizes[predict.STORED] == attention
     assert sizes[predict.DEQUANTISED] >= head.nbytes
+
+
+@torch.no_grad()
+@pytest.mark.skipif("MXFP4" not in stored_types.KINDS, reason="an older gguf package")
+@pytest.mark.parametrize("place", ["cpu", "slots"])
+def test_experts_with_biases_in_mxfp4_have_kernels_too(place: str, tmp_path: Path) -> None:
+    """kt-kernel refuses their activation, ggml their type: they are requantised for ggml."""
+    path = tmp_path / "model.gguf"
+    model = shrunk_model("gpt_oss", num_local_experts=4, num_experts_per_tok=4)
+    gguf_export.export_gguf(model, path, types=lambda name: kind_of(name, "experts", "MXFP4"))
+    right, _ = load_plain_model(None, path, dtype="float32", progress=False)
+    ids = tiny.tokens(6) % right.config.vocab_size
+    model, _ = load_model(None, path, progress=False, **PLACES[place])
+    assert pool_of(model.hybrimoe.engines[0]).name == "ggml"
+    assert relative(model(ids).logits, right(ids).logits) < ROUNDED["experts"]
+    model.hybrimoe.close()
