@@ -83,10 +83,10 @@ class Accelerator(Protocol):
         ...
 
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
-        """Make slots that hold any expert of these layers.
+        """Make slots that hold any expert of these layers, but of those that stay on the CPU.
 
         Raises:
-            BackendError: no kernel can compute a layer's types.
+            BackendError: no kernel takes any of the layers.
             BudgetError: the memory is not there.
         """
         ...

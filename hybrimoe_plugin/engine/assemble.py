@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ import torch
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
+from hybrimoe_plugin.compute.gpu.slot_kernels import staying
 from hybrimoe_plugin.config import Settings
+from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.engine.clock import SimulatedClock, WallClock
 from hybrimoe_plugin.engine.cpu_choice import choose_cpu, cpu_for
 from hybrimoe_plugin.engine.engine import Engine
-from hybrimoe_plugin.engine.sizing import cache_quotas, staging_slots
+from hybrimoe_plugin.engine.sizing import quotas_beside, staging_slots
 from hybrimoe_plugin.engine.view import Router
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller
@@ -25,6 +28,8 @@ from hybrimoe_plugin.policy.profile import MachineProfile
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
+
+log = logging.getLogger(__name__)
 
 
 class Devices(NamedTuple):
@@ -60,23 +65,31 @@ def build_engine(
     Raises:
         ConfigError, BudgetError, BackendError: settings that cannot be met.
     """
-    spec = layers[0].spec
     kind, device = accelerator_kind(settings, devices)
     accelerator = make_accelerator(kind, device, settings.kernels)
     quotas = [0] * len(layers)
+    on_cpu: dict[int, str] = {}
     if accelerator is not None:
+        on_cpu = accelerator.on_cpu(layers)
+        if on_cpu:
+            log.warning("%s", staying(on_cpu, layers, accelerator.name))
         if kind == "cuda" and free_bytes is None:
             # The dense weights are there already; attention's cache is not, and grows until the
             # context is full.
             free_now, _ = torch.cuda.mem_get_info(device)
             free_bytes = max(0, free_now - kept_bytes)
         expert_bytes = [weights.spec.expert_bytes for weights in layers]
-        quotas = cache_quotas(settings, spec.experts, expert_bytes, free_bytes)
+        quotas = quotas_beside(on_cpu, settings, layers[0].spec.experts, expert_bytes, free_bytes)
 
+    # The machine is measured with the first: one that the accelerator computes.
+    by_place = sorted(range(len(layers)), key=lambda layer: layer in on_cpu)
+    measured = [layers[layer] for layer in by_place]
     backend, profile = choose_cpu(
-        settings, layers, accelerator, progress=progress, first=not others
+        settings, measured, accelerator, progress=progress, first=not others
     )
-    controller = _controller(settings, layers, quotas, profile.costs(spec), kind, devices)
+    spec = measured[0].spec
+    pool = SlotPool(quotas, staging_slots(sum(quotas)), settings.budget == "shared", on_cpu)
+    controller = _controller(settings, layers, pool, profile.costs(spec), kind, devices, spec)
 
     threads = settings.cpu_threads or profile.cpu.threads or 1
     cpu = cpu_for(backend, threads, others, alone=accelerator is None)
@@ -98,20 +111,19 @@ def build_engine(
 def _controller(
     settings: Settings,
     layers: Sequence[LayerWeights],
-    quotas: Sequence[int],
+    pool: SlotPool,
     costs: CostModel,
     kind: str,
     devices: Devices,
+    spec: ExpertSpec,
 ) -> Controller:
-    """The policies that the settings name, around a pool of slots."""
-    spec = layers[0].spec
+    """The policies that the settings name, around a pool of slots for experts like `spec`."""
     accelerated = kind != "none"
     decode = make_scheduler(settings.scheduler, costs, accelerated and devices.generate != "cpu")
     prefill = make_scheduler(settings.scheduler, costs, accelerated and devices.prefill != "cpu")
     prefetcher = make_prefetcher(settings.prefetch, decode) if accelerated else None
-    staging = staging_slots(sum(quotas))
     return Controller(
-        SlotPool(quotas, staging, shared=settings.budget == "shared"),
+        pool,
         costs,
         prefill,
         decode,

@@ -13,11 +13,18 @@ from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts, refusal
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.cpu.requantise import (
+    Requantised,
+    by_type,
+    readable_types,
+    replaced,
+)
 from hybrimoe_plugin.compute.cpu.shared_experts import SharedCPU
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import hardware
+from hybrimoe_plugin.device.memory import check_host
 from hybrimoe_plugin.engine.engine import Engine
 from hybrimoe_plugin.engine.profile_store import ensure_profile
 from hybrimoe_plugin.engine.threads import shared_threads
@@ -74,8 +81,8 @@ def cpu_backends(
 ) -> tuple[str, ...]:
     """Names of the backends that can run these layers.
 
-    The one that the setting names; for `auto` all there are, or the torch reference if there is no
-    other.
+    The one that the setting names; for `auto` those that read every matrix as stored, else those
+    that requantise some, or the torch reference if there is no other.
 
     Args:
         alone: there is no accelerator, so workers beside the caller gain nothing: kt-kernel's ggml
@@ -83,8 +90,7 @@ def cpu_backends(
     """
     if settings.cpu_backend != "auto":
         return (settings.cpu_backend,)
-    types = {matrix.type_name for weights in layers for matrix in weights.matrices()}
-    ggml = _works(Ggml) and all(map(Ggml().computes, types))
+    ggml = _works(Ggml)
     # kt-kernel would copy experts that do not lie one after another: the whole model twice.
     apart = any(is_apart(matrix) for weights in layers for matrix in weights.matrices())
     if ggml and (alone or apart):
@@ -95,7 +101,34 @@ def cpu_backends(
         found.append("kt")
     if ggml:
         found.append("ggml")
-    return tuple(found) or ("torch",)
+    # Speed is no reason to keep experts in memory a second time, in larger types.
+    as_stored = [backend for backend in found if not requantised_experts(backend, layers)]
+    return tuple(as_stored or found) or ("torch",)
+
+
+def requantised_experts(backend: str, layers: Sequence[LayerWeights]) -> list[Requantised]:
+    """What a backend makes of matrices in types that it has no kernel for."""
+    if backend == "torch":
+        return []
+    types = readable_types(backend)
+    return [made for weights in layers for made in replaced(weights, types)]
+
+
+def check_copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> None:
+    """Say which experts will be requantised, where nothing was predicted before.
+
+    Args:
+        alone: as in `cpu_backends`.
+
+    Raises:
+        BudgetError: the copies do not fit into memory.
+    """
+    backend = cpu_backends(settings, layers, alone)[0]
+    found = by_type(requantised_experts(backend, layers))
+    if found:
+        text = "; ".join(item.text() for item in found)
+        log.warning("%s", text)
+        check_host(sum(item.nbytes for item in found), f"{text}: these copies")
 
 
 def _slow_notice(layers: Sequence[LayerWeights]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hybrimoe_plugin.config import Settings
@@ -68,6 +68,19 @@ def _keys_and_values(config: Any, heads: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     return int(2 * key_value_heads * width)
+
+
+def quotas_beside(
+    on_cpu: Collection[int],
+    settings: Settings,
+    experts: int,
+    layer_bytes: Sequence[int],
+    free_bytes: int | None,
+) -> list[int]:
+    """As `cache_quotas`, with nothing for the layers that stay on the CPU. Raises: as it."""
+    sizes = [size for layer, size in enumerate(layer_bytes) if layer not in on_cpu]
+    quotas = iter(cache_quotas(settings, experts, sizes, free_bytes))
+    return [0 if layer in on_cpu else next(quotas) for layer in range(len(layer_bytes))]
 
 
 def cache_quotas(

@@ -92,8 +92,11 @@ class CacheFill:
         self.postponed.clear()
 
     def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Those of a layer's experts that have no slot."""
-        slot_of = self._residency.pool.slot_of
+        """Those of a layer's experts that have no slot, but could."""
+        pool = self._residency.pool
+        if layer in pool.on_cpu:
+            return []
+        slot_of = pool.slot_of
         return [expert for expert in experts if slot_of(layer, expert) is None]
 
     def _send_missed(

@@ -30,6 +30,7 @@ from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch.prediction import Prefetcher
 from hybrimoe_plugin.policy.prefetch.record import PrefetchRecord
 from hybrimoe_plugin.policy.residency import Residency
+from hybrimoe_plugin.policy.schedule.baselines import CPUOnlyScheduler
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler, Schedulers
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -64,6 +65,7 @@ class Controller:
         self.costs = costs
         self.counters = Counters()
         self.schedulers = Schedulers(prefill, decode)
+        self._cpu_only = CPUOnlyScheduler(costs)
         self.prefetch_record = PrefetchRecord(self.counters)
         self.residency = Residency(pool, costs, cache, self.prefetch_record, self.counters)
         self.link = LinkTime(costs, self.counters, expert_bytes)
@@ -118,7 +120,9 @@ class Controller:
         self.loans.streak.follow(layer, loads, tokens)
         routed = residency.routed(layer, loads, now_us)
         busy_us = max(0.0, self.link.free_us - now_us)
-        plan = self.schedulers.for_call(tokens).plan(routed, busy_us)
+        on_cpu = layer in residency.pool.on_cpu
+        scheduler = self._cpu_only if on_cpu else self.schedulers.for_call(tokens)
+        plan = scheduler.plan(routed, busy_us)
         residency.pool.lease(layer, plan.accelerator)
         residency.revalue(layer)
         moves = self._demand_loads(layer, plan.onload, tokens, now_us)

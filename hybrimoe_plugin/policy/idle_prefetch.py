@@ -85,7 +85,9 @@ class IdlePrefetch:
             return []
         moves: list[Move] = []
         floor = SLACK if step.many else self._record.least_confidence()
-        for request in self._prefetcher.choose(predictions, self._link.room(idle), floor):
+        on_cpu = self._residency.pool.on_cpu
+        wanting = [item for item in predictions if item.layer not in on_cpu]
+        for request in self._prefetcher.choose(wanting, self._link.room(idle), floor):
             if self._link.free_us >= idle.until_us:
                 break  # It would not start before the next call, which knows what it needs.
             move = self._send_request(step, predictions, idle, request)
@@ -95,7 +97,7 @@ class IdlePrefetch:
             # The next request is weighed knowing that this one is under way.
             place = request.distance - 1
             predictions[place] = self._with_move(predictions[place], move, idle)
-        if self._prefetcher.calibrated and not step.many:
+        if self._prefetcher.calibrated and not step.many and predictions[0].layer not in on_cpu:
             moves += self._send_spare(step, predictions[0], idle)
         return moves
 

@@ -65,7 +65,7 @@ class Residency:
     def restart(self, cache: CachePolicy) -> None:
         """Begin with empty slots and another cache policy for the same model."""
         pool = self.pool
-        self.pool = SlotPool(pool.quotas, pool.staging, pool.shared)
+        self.pool = SlotPool(pool.quotas, pool.staging, pool.shared, pool.on_cpu)
         self.cache = cache
         self._forget_transfers()
 
@@ -76,7 +76,7 @@ class Residency:
         """
         old = self.pool
         quotas = [int(quota * share) for quota in old.quotas]
-        self.pool = SlotPool(quotas, old.staging, old.shared)
+        self.pool = SlotPool(quotas, old.staging, old.shared, old.on_cpu)
         self._forget_transfers()
         moves = []
         for layer, quota in enumerate(quotas):
@@ -176,6 +176,8 @@ class Residency:
             lenders: where layers share slots, those that may lose one.
             gain_us: expected gain of a prefetch; None for an expert that comes for its own rank.
         """
+        if layer in self.pool.on_cpu:
+            return None
         if self.pool.has_room(layer):
             return self.pool.place(layer, expert)
         victim = self._victim(layer, lenders)

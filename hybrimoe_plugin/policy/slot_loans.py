@@ -61,6 +61,8 @@ class SlotLoans:
             gain_us: what the prefetch gains; it must exceed what the lender loses.
         """
         residency = self._residency
+        if layer in residency.pool.on_cpu:
+            return None
         if residency.pool.has_room(layer):
             return residency.pool.place(layer, expert)
         cheapest: Loan | None = None

@@ -22,9 +22,16 @@ class SlotPool:
             quotas binds.
         staging: further slots for demand loads that the cache does not admit; at least 2, so that
             one can receive while the other computes.
+        on_cpu: layers whose experts no slot can hold; their quotas are 0.
     """
 
-    def __init__(self, quotas: Sequence[int], staging: int = 2, shared: bool = False) -> None:
+    def __init__(
+        self,
+        quotas: Sequence[int],
+        staging: int = 2,
+        shared: bool = False,
+        on_cpu: Collection[int] = (),
+    ) -> None:
         if staging < 2 or min(quotas, default=0) < 0:
             raise ValueError(
                 f"a pool needs 2 staging slots and quotas of at least 0, not {staging} and "
@@ -33,6 +40,7 @@ class SlotPool:
         self.quotas = list(quotas)
         self.staging = staging
         self.shared = shared
+        self.on_cpu = frozenset(on_cpu)
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
         cache_slots = sum(quotas)
@@ -54,7 +62,7 @@ class SlotPool:
 
     def has_room(self, layer: int) -> bool:
         """Whether the layer may have one more slot without an eviction."""
-        if not self._free:
+        if not self._free or layer in self.on_cpu:
             return False
         return self.shared or len(self.cached[layer]) < self.quotas[layer]
 
@@ -161,7 +169,7 @@ class SlotPool:
         Args:
             held: slot -> expert whose bytes are all there.
         """
-        pool = SlotPool(self.quotas, self.staging, self.shared)
+        pool = SlotPool(self.quotas, self.staging, self.shared, self.on_cpu)
         taken = set()
         for layer, cached in enumerate(self.cached):
             for expert, slot in cached.items():
@@ -182,6 +190,7 @@ class SlotPool:
         held = [slot for cached in self.cached for slot in cached.values()]
         every = sorted(held + self._free + self._staging)
         assert every == list(range(self.slots)), "a slot is lost or held twice"
+        assert not any(self.cached[layer] for layer in self.on_cpu), "a slot of a layer on the CPU"
         if not self.shared:
             for cached, quota in zip(self.cached, self.quotas, strict=True):
                 assert len(cached) <= quota, "over quota"

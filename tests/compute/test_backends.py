@@ -4,6 +4,7 @@ refused types.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -16,8 +17,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as reference_dequantize
 
 from hybrimoe_plugin.compute.backends import CPUBackend
-from hybrimoe_plugin.compute.cpu import kt_experts as cpu_kt
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
+from hybrimoe_plugin.compute.cpu.kt_kernel import kernel_types
+from hybrimoe_plugin.compute.cpu.requantise import supported_weights
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.errors import BackendError
@@ -109,11 +111,12 @@ def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Such a build ends the process at the first token."""
+    caplog.set_level(logging.INFO)
     weights = tiny_experts.layer(types=("BF16", "Q8_0", "F32"))
-    assert "BF16" in cpu_kt.kernel_types("amx")
-    assert "BF16" in cpu_kt.kernel_types("avx512_bf16")
+    assert "BF16" in kernel_types("amx")
+    assert "BF16" in kernel_types("avx512_bf16")
     for variant in ("avx2", "avx512_vnni", "a later one", ""):
-        found = cpu_kt.supported_weights(weights, cpu_kt.kernel_types(variant))
+        found = supported_weights(weights, kernel_types(variant))
         assert [matrix.type_name for matrix in found.matrices()] == ["F16", "Q8_0", "F16"]
         assert found.gate.experts[0].size == found.spec.gate_bytes
         for one, other in zip(found.dequantized(3), weights.dequantized(3), strict=True):
@@ -123,7 +126,7 @@ def test_kt_kernel_never_gets_bfloat16_where_its_build_cannot_multiply_it(
     assert "requantised to F16" in caplog.text
     weights.gate.experts[0].view(np.uint16)[0] = 0x7F00  # 1.7e38
     with pytest.raises(BackendError, match="beyond the range"):
-        cpu_kt.supported_weights(weights, cpu_kt.kernel_types("avx2"))
+        supported_weights(weights, kernel_types("avx2"))
 
 
 def test_kt_kernel_in_pieces_of_its_largest_call() -> None:
@@ -158,6 +161,7 @@ def test_kt_kernel_two_layers_two_backends_and_no_expert() -> None:
 def test_types_without_a_kernel_are_requantised_with_a_notice(
     types: tuple[str, str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)  # whoever loads a model says it once for all layers
     native, plain = both(tiny_experts.layer(types=types))
     assert "requantised" in caplog.text
     arguments = call(5)

@@ -31,13 +31,16 @@ class TrafficMachine(RuleBasedStateMachine):
         cache=st.sampled_from(["adaptive", "lru", "mrs", "static"]),
         prefetch=st.sampled_from(["expected", "impact", "score", "off"]),
         scheduler=st.sampled_from(["hybrimoe", "accelerator_only", "static", "greedy"]),
+        on_cpu=st.sampled_from([(), (1,)]),
     )
-    def start(self, shared: bool, cache: str, prefetch: str, scheduler: str) -> None:
+    def start(
+        self, shared: bool, cache: str, prefetch: str, scheduler: str, on_cpu: tuple[int, ...]
+    ) -> None:
         chosen = Settings(cache=cache)
         costs = tiny_experts.costs()
         made = make_scheduler(scheduler, costs, True)
         policy = make_cache(cache, LAYERS, EXPERTS, TOP_K, chosen)
-        pool = SlotPool([2, 0, 3], staging=4, shared=shared)
+        pool = SlotPool([2, 0, 3], staging=4, shared=shared, on_cpu=on_cpu)
         prefetcher = make_prefetcher(prefetch, made)
         self.controller = Controller(pool, costs, made, made, policy, prefetcher, 100)
         self.held: dict[int, tuple[int, int]] = {}
@@ -96,6 +99,8 @@ class TrafficMachine(RuleBasedStateMachine):
     def check_plan(self, step: Step, hits_before: int) -> None:
         routed = sorted(item.expert for item in step.routed)
         assert sorted(step.plan.cpu + step.plan.accelerator) == routed
+        if step.layer in self.controller.pool.on_cpu:
+            assert not step.plan.accelerator and not step.moves
         assert {move.expert for move in step.moves} == set(step.plan.onload)
         resident = set(step.plan.accelerator) - set(step.plan.onload)
         for expert in resident:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import needs
 import pytest
@@ -203,12 +204,13 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
     """What is free, less the attention cache of the layers that live on this device."""
     asked: list[int | None] = []
 
-    def quotas(settings: Settings, experts: int, sizes: list[int], free: int | None) -> list[int]:
-        asked.append(free)
+    def quotas(*given: Any) -> list[int]:
+        asked.append(given[-1])
         raise BackendError("seen")
 
-    monkeypatch.setattr(assemble, "cache_quotas", quotas)
-    monkeypatch.setattr(assemble, "make_accelerator", lambda *_: SimpleNamespace(name="cuda"))
+    device = SimpleNamespace(name="cuda", on_cpu=lambda layers: {})
+    monkeypatch.setattr(assemble, "quotas_beside", quotas)
+    monkeypatch.setattr(assemble, "make_accelerator", lambda *_: device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 20_000_000))
     config = SimpleNamespace(
         num_attention_heads=2, num_key_value_heads=2, hidden_size=HIDDEN, num_hidden_layers=4
@@ -283,8 +285,9 @@ def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
 
     monkeypatch.setattr(cpu_choice, "ensure_profile", ensure)
     accelerator = make_accelerator("emulated", torch.device("cpu"))
-    fits = tiny_experts.layer()
-    refused = tiny_experts.layer(intermediate=96)
+    types = ("Q8_0",) * 3
+    fits = tiny_experts.layer(types=types)
+    refused = tiny_experts.layer(intermediate=96, types=types)
     assert choose_cpu(Settings(), [fits], accelerator) == (wanted, profiles[wanted])
     assert sorted(asked) == ["ggml", "kt"]
     assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", (

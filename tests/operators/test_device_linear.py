@@ -13,6 +13,7 @@ from torch import nn
 from eval.kernel_cases.shapes import TYPES
 from eval.models.blocks import block_values
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.operators import device_linear as module
 from hybrimoe_plugin.operators.device_linear import DeviceLinear
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
@@ -55,6 +56,28 @@ def test_other_types_take_the_twin() -> None:
     torch.testing.assert_close(
         operator(x).cpu().double(), x.cpu().double() @ matrix.T, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_type_without_a_kernel_is_dequantised_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows at a time, to what the plain linear would hold; and not at each call."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(module, "stays_stored", lambda kind: kind != "Q3_K")
+    monkeypatch.setattr(module, "_VALUES_AT_A_TIME", 1024)
+    matrix = random_matrix(np.random.default_rng(0), 1, 10, 512, "Q3_K")
+    values = dequantize_bytes(matrix.experts[0], "Q3_K", (10, 512))
+    plain = nn.Linear(512, 10, bias=False, dtype=dtype, device="meta")
+    operator = DeviceLinear("lm_head", None, None, plain, dense="dequantised")
+    operator.take(QuantizedMatrix(matrix.experts[0], "Q3_K", (10, 512)))
+    assert operator.dense_bytes("Q3_K") == operator.dense.nbytes == 5120 * dtype.itemsize
+    assert operator.dense_bytes("Q8_0") == operator.planes.numel() == 0
+    monkeypatch.setattr(module, "dequantize", None)
+    assert torch.equal(operator.dense, values.to(dtype))
+    assert torch.equal(operator.dequantised(), values.to(dtype).float())
+    x = torch.randn(3, 512).to(dtype)
+    assert torch.equal(operator(x), nn.functional.linear(x, values.to(dtype)))
 
 
 def test_what_is_refused() -> None:

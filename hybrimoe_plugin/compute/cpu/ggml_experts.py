@@ -16,6 +16,7 @@ import torch
 from hybrimoe_plugin.compute.cpu.expert_inputs import check_kinds, check_range, check_shapes
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_layer import GgmlLayer
+from hybrimoe_plugin.compute.cpu.requantise import readable_types, supported_weights
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
@@ -57,8 +58,9 @@ class GgmlExperts:
             self._ggml = ggml
 
     def add_layer(self, weights: LayerWeights) -> None:
-        """Raises: BackendError: a type without a kernel."""
-        self._layers.append(GgmlLayer(self._ggml, self.threads, weights, self.repack))
+        """Types without a kernel are requantised. Raises: BackendError: values out of range."""
+        supported = supported_weights(weights, readable_types())
+        self._layers.append(GgmlLayer(self._ggml, self.threads, supported, self.repack))
 
     def submit(
         self,

@@ -5,32 +5,22 @@ kt-kernel aborts the whole process on what it does not know, so everything is ch
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import quantize
+from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.cpu.expert_inputs import check_kinds, check_range, check_shapes
-from hybrimoe_plugin.compute.cpu.kt_kernel import (
-    import_kernel,
-    kernel_types,
-    quiet_stdout,
-    variant_name,
-)
+from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel, quiet_stdout
+from hybrimoe_plugin.compute.cpu.requantise import readable_types, supported_weights
 from hybrimoe_plugin.core import SILU, ExpertSpec
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix
-
-log = logging.getLogger(__name__)
-
 
 INTERMEDIATE_MULTIPLE = 256
 GROUPED_HIDDEN_MULTIPLE = 256
@@ -79,7 +69,7 @@ class _Pending(NamedTuple):
 class KTExperts:
     """kt-kernel's MoE on one pool of worker threads of its own.
 
-    Layers in types that the kernels lack are requantised, which makes a copy and logs a notice.
+    Layers in types that the kernels lack are requantised, which makes a copy.
 
     Args:
         threads: workers; measure before using every core, they spin (see docs/LOG.md).
@@ -95,7 +85,7 @@ class KTExperts:
         with quiet_stdout():
             self._infer = self._kernel.CPUInfer(threads)
         self.threads = self.workers = threads
-        self._types = kernel_types(variant_name())
+        self._types = readable_types("kt")
         self._layers: list[_Layer] = []
         self._pending: _Pending | None = None
 
@@ -225,73 +215,6 @@ def _contiguous(matrix: Matrix) -> NDArray[np.uint8]:
     if matrix.stacked is not None:
         return matrix.stacked
     return np.concatenate(matrix.experts)
-
-
-def supported_weights(weights: LayerWeights, types: frozenset[str]) -> LayerWeights:
-    """The same layer with every matrix in one of these types, which the kernels run.
-
-    Raises:
-        BackendError: weights that no such type can hold.
-    """
-    matrices: dict[str, Matrix] = {}
-    spec_fields: dict[str, Any] = {}
-    for index, part in enumerate(("gate", "up", "down")):
-        matrix: Matrix = getattr(weights, part)
-        if matrix.type_name in types:
-            continue
-        target = _replacement(matrix.type_name, types)
-        log.warning(
-            "layer %d: no kernel for %s experts in %s; requantised to %s, which takes a copy in "
-            "memory",
-            weights.layer,
-            part,
-            matrix.type_name,
-            target,
-        )
-        stored = []
-        for expert in range(weights.spec.experts):
-            values = weights.dequantized(expert)[index]
-            stored.append(_requantised(values.numpy(), target))
-        stacked = np.concatenate(stored)
-        matrices[part] = Matrix(target, tuple(stacked.reshape(weights.spec.experts, -1)), stacked)
-        spec_fields[f"{part}_type"] = target
-        spec_fields[f"{part}_bytes"] = stored[0].size
-    if not matrices:
-        return weights
-    spec = replace(weights.spec, **spec_fields)
-    return replace(weights, spec=spec, **matrices)  # type: ignore[arg-type]
-
-
-def replaced_bytes(weights: LayerWeights) -> int:
-    """Bytes of the copies that `supported_weights` makes of a layer for this processor."""
-    types = kernel_types(variant_name())
-    spec = weights.spec
-    values = spec.experts * spec.intermediate * spec.hidden
-    found = 0
-    for matrix in weights.matrices():
-        if matrix.type_name not in types:
-            block, block_bytes = GGML_QUANT_SIZES[
-                GGMLQuantizationType[_replacement(matrix.type_name, types)]
-            ]
-            found += values // block * block_bytes
-    return found
-
-
-def _replacement(type_name: str, types: frozenset[str]) -> str:
-    """The type that loses least: a 16-bit one for floats, else Q8_0."""
-    if type_name not in ("F32", "BF16"):
-        return "Q8_0"
-    return "BF16" if "BF16" in types else "F16"
-
-
-def _requantised(values: NDArray[np.float32], target: str) -> NDArray[np.uint8]:
-    """A matrix's bytes in another type. Raises: BackendError: values beyond the range of F16."""
-    if target == "F16" and not np.abs(values).max() <= np.finfo(np.float16).max:
-        raise BackendError(
-            "weights beyond the range of F16: kt-kernel has no kernel for them on this processor"
-        )
-    packed = quantize(values, GGMLQuantizationType[target])
-    return packed.view(np.uint8).ravel()
 
 
 def _check(

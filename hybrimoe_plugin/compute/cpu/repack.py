@@ -1,4 +1,4 @@
-"""Write matrices out as Q8_0: slow types of 4 and 5 bits without loss, and types without a kernel.
+"""Write matrices of slow types of 4 and 5 bits out as Q8_0, without loss.
 
 Q8_0 takes more bytes but half the time on some CPUs, because ggml's kernels for Q4_0 and Q5_0
 spend their time on unpacking: 7 GB/s on two threads of an Intel Xeon that read Q8_0 at 21. An AMD
@@ -13,10 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import quantize
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
-from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 SLOW_TYPES = ("Q4_0", "Q5_0")
@@ -27,8 +25,6 @@ _Q8_0_BYTES = 34
 """Bytes of a Q8_0 block: a float16 scale and 32 integers."""
 _BLOCKS_AT_A_TIME = 1 << 20
 """The steps between take several times a block's size."""
-_ROWS_AT_A_TIME = 4096
-"""The float32 values of all rows would take four times the result."""
 
 
 def repacked_bytes(shape: Sequence[int]) -> int:
@@ -60,34 +56,6 @@ def as_q8_0(stored: QuantizedMatrix) -> QuantizedMatrix:
         out[start:end, :2] = part[:, :2]
         out[start:end, 2:] = integers.numpy()
     return QuantizedMatrix(out.reshape(-1), "Q8_0", stored.shape)
-
-
-def requantised_bytes(shape: Sequence[int]) -> int:
-    """Bytes of what `requantised` makes of a matrix of this shape."""
-    if shape[-1] % _VALUES:
-        return 4 * math.prod(shape)
-    return repacked_bytes(shape)
-
-
-def requantised(stored: QuantizedMatrix) -> QuantizedMatrix:
-    """A matrix of a type without a kernel, in Q8_0, or in F32 where 32 does not divide its rows.
-
-    Raises:
-        WeightsError: the type cannot be dequantised.
-    """
-    columns = stored.shape[-1]
-    kind = GGMLQuantizationType.Q8_0
-    if columns % _VALUES:
-        kind = GGMLQuantizationType.F32
-    count = int(np.prod(stored.shape)) // columns
-    rows = stored.data.reshape(-1, stored.nbytes // count)
-    made = []
-    for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        part = rows[start : start + _ROWS_AT_A_TIME]
-        values = dequantize_bytes(part.reshape(-1), stored.type_name, (len(part), columns))
-        packed = quantize(values.numpy(), kind)
-        made.append(packed.view(np.uint8).reshape(-1))
-    return QuantizedMatrix(np.concatenate(made), kind.name, stored.shape)
 
 
 def _integers(blocks: torch.Tensor, type_name: str) -> torch.Tensor:

@@ -6,18 +6,12 @@ engine advances time as the machine profile says, and labels every such number.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
-from hybrimoe_plugin.cache_folder import cache_dir, usable_triton_cache
 from hybrimoe_plugin.compute.gpu.host_bytes import (
     HostBytes,
     PlainBytes,
@@ -26,8 +20,8 @@ from hybrimoe_plugin.compute.gpu.host_bytes import (
 )
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
-from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
+from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.compute.gpu.transfer_executor import InlineExecutor, ThreadExecutor
@@ -47,7 +41,7 @@ class SlotAccelerator:
         kernels: fused Triton kernels or the reference in torch operations.
         streams: the device's queues; by default those of the emulated device.
         host: where transfers read from; by default the stored bytes themselves.
-        fallback: the kernels for layers whose types `kernels` refuse.
+        fallback: the kernels for layers of which `kernels` refuse every one.
         ahead_depth: most prefetches that the device has at once, at least 1; see `AHEAD_DEPTH`.
     """
 
@@ -90,14 +84,28 @@ class SlotAccelerator:
     def slots(self) -> int:
         return len(self._buffer) if self._allocated else 0
 
+    def on_cpu(self, layers: Sequence[LayerWeights]) -> dict[int, str]:
+        """Positions of the layers that stay on the CPU, with the reasons: they get no slots.
+
+        Raises:
+            BackendError: no kernel takes any of the layers.
+        """
+        chosen, found = on_cpu(self.kernels, self._fallback, layers, str(self.device))
+        if chosen is not self.kernels:
+            reason = self.kernels.refusal(layers[0].spec)
+            log.warning("%s; experts on %s use torch operations", reason, self.device)
+            self.kernels = chosen
+        return found
+
     def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
         """As the protocol says.
 
         Raises:
-            BackendError: a type has no device dequantisation.
+            BackendError: no kernel takes any of the layers.
             BudgetError: the memory is not there.
         """
-        self._choose_kernels(layers)
+        refused = self.on_cpu(layers)
+        layers = [weights for place, weights in enumerate(layers) if place not in refused]
         self._layers = tuple(layers)
         self._layouts = {id(weights): self.kernels.layout(weights.spec) for weights in layers}
         layouts = self._layouts.values()
@@ -212,64 +220,6 @@ class SlotAccelerator:
         with torch.cuda.device(self.device):
             for layout, top_k in shapes:
                 kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
-
-    def _choose_kernels(self, layers: Sequence[LayerWeights]) -> None:
-        """Take the fallback where the kernels refuse a layer. Raises: BackendError."""
-        for weights in layers:
-            reason = self.kernels.refusal(weights.spec)
-            if reason is not None and self._fallback is not None:
-                log.warning(
-                    "layer %d: %s; experts on %s use torch operations",
-                    weights.layer,
-                    reason,
-                    self.device,
-                )
-                self.kernels, self._fallback = self._fallback, None
-                reason = self.kernels.refusal(weights.spec)
-            if reason is not None:
-                raise BackendError(
-                    f"layer {weights.layer}: experts cannot be computed on {self.device}: {reason}"
-                )
-
-
-def make_kernels(name: str, device: torch.device) -> tuple[Kernels, Kernels | None]:
-    """(kernels, fallback for types that they refuse).
-
-    Args:
-        name: `triton`, `torch`, or `auto`, which takes Triton on CUDA where it is installed.
-
-    Raises:
-        BackendError: Triton was asked for and cannot be used.
-    """
-    on_cuda = device.type == "cuda"
-    installed = importlib.util.find_spec("triton") is not None
-    if name == "torch" or (name == "auto" and not (on_cuda and installed)):
-        return TorchKernels(), None
-    if not installed:
-        raise BackendError(
-            "kernels: triton was asked for, but Triton is not installed: pip install triton"
-        )
-    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendError(
-            "kernels: triton was asked for, but without a CUDA device they run only in Triton's "
-            "interpreter: set TRITON_INTERPRET=1 before the program starts (slow, for tests)"
-        )
-    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
-
-    if on_cuda:
-        usable_triton_cache()
-    fused = TritonKernels(device, tuned=_tuned_path(device))
-    return fused, TorchKernels() if name == "auto" else None
-
-
-def _tuned_path(device: torch.device) -> Path | None:
-    """Where tile sizes for this kind of device are kept."""
-    if device.type != "cuda":
-        return None
-    version = importlib.metadata.version("triton")
-    facts = f"{torch.cuda.get_device_name(device)} triton {version}"
-    digest = hashlib.sha256(facts.encode()).hexdigest()
-    return cache_dir() / "kernels" / f"{digest[:20]}.json"
 
 
 def make_accelerator(

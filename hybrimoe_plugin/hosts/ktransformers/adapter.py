@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrimoe_plugin.engine.assemble import accelerator_kind
+from hybrimoe_plugin.engine.cpu_choice import check_copies
 from hybrimoe_plugin.engine.turns import take_turns
 from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.hosts.ktransformers.complete import check_complete
-from hybrimoe_plugin.operators.bind import HybriMoE, bind
+from hybrimoe_plugin.operators.bind import HybriMoE, bind, by_engine
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import GateRouter
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
@@ -84,6 +86,8 @@ class Shared:
         """
         with self._binding:  # the first prompts may come on several threads
             if self._handle is None and self._operators:
+                for members in by_engine(self._operators):
+                    _check_copies(members)
                 self._members = nn.ModuleList(
                     self._operators
                 )  # the engine lives as long as this does
@@ -107,6 +111,14 @@ class Shared:
                 "optimize_rules/ktransformers do"
             )
         return self._routers[operator.key]
+
+
+def _check_copies(members: Sequence[HybriMoEExperts]) -> None:
+    """As `check_copies`, for the experts of one engine."""
+    first = members[0]
+    kind, _ = accelerator_kind(first.settings, first.devices)
+    layers = [operator.weights for operator in members if operator.weights is not None]
+    check_copies(first.settings, layers, alone=kind == "none")
 
 
 def attach(model: Any) -> HybriMoE | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from hybrimoe_plugin.compute.cpu.ggml import TYPES
-from hybrimoe_plugin.compute.cpu.repack import requantised, requantised_bytes
+from hybrimoe_plugin.compute.cpu.requantise import (
+    Requantised,
+    Requantiser,
+    bytes_in,
+    readable_types,
+    replacement,
+)
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.errors import BackendError, WeightsError
@@ -25,8 +29,6 @@ from hybrimoe_plugin.weights.find_experts import AnySource, source_of
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
-
-log = logging.getLogger(__name__)
 
 _MOST_OF_FREE = 0.5
 """Share of the free memory that the weights may take unasked; beyond, a mapped file is the safer
@@ -99,7 +101,8 @@ def give_stored(model: nn.Module, store: GGUFStore, config: Any) -> None:
 
     They are mapped, and copied only where rows must change places.
 
-    Matrices on the CPU in a type without a kernel are requantised to Q8_0, with a notice.
+    Matrices on the CPU in a type without a kernel are requantised to Q8_0; `predict` has counted
+    and named them.
 
     Raises:
         WeightsError, BackendError: a tensor is missing, has another shape, or is of a type without
@@ -143,26 +146,51 @@ class StoredMatrix(NamedTuple):
         module: Any = self.module
         if isinstance(module, FusedMLA):
             parts = source.stored_kv_b(self.parameter)
-            key, value = (_for_kernels(part, self.parameter) for part in parts)
+            key, value = (_for_kernels(part, source) for part in parts)
             module.take_kv_b(key, value)
             return
         stored = source.stored(self.parameter)
         if not self.on_device:
-            stored = _for_kernels(stored, self.parameter)
+            stored = _for_kernels(stored, source)
         module.take(stored)
 
     def size(self, source: AnySource) -> StoredSize:
         """What `give` will take, from the file's header. Raises: WeightsError: it is missing."""
         replaced = copied = whole = 0
+        types = readable_types()
         for info in map(source.store.info, source.gguf_names(self.parameter)):
             whole += info.nbytes
-            if not self.on_device and info.type_name not in TYPES:
+            if self.on_device:
+                dense = self._dense_bytes(info.type_name)
+                replaced += info.nbytes if dense else 0
+                copied += dense
+            elif info.type_name not in types:
                 replaced += info.nbytes
-                copied += requantised_bytes(info.shape)
+                copied += bytes_in(replacement(info.type_name, types), info.shape)
             elif source.is_rearranged(self.parameter):
                 replaced += info.nbytes
                 copied += info.nbytes
         return StoredSize(whole, replaced, copied)
+
+    def requantised(self, source: AnySource) -> Iterator[Requantised]:
+        """Those of its tensors that `give` makes larger for want of a kernel. Raises: as `size`."""
+        types = readable_types()
+        for info in map(source.store.info, source.gguf_names(self.parameter)):
+            kind, names, stored = info.type_name, (info.name,), info.nbytes
+            if self.on_device:
+                nbytes = self._dense_bytes(kind)
+                if nbytes > stored:
+                    target = str(self.module.dense.dtype).removeprefix("torch.")
+                    yield Requantised(kind, target, names, stored, nbytes, on_device=True)
+            elif kind not in types:
+                target = replacement(kind, types)
+                yield Requantised(kind, target, names, stored, bytes_in(target, info.shape))
+
+    def _dense_bytes(self, type_name: str) -> int:
+        """Bytes of the dequantised matrix where a device has no kernel for its type, else 0."""
+        if not isinstance(self.module, DeviceLinear):
+            return 0
+        return self.module.dense_bytes(type_name)
 
 
 def stored_matrices(model: nn.Module) -> Iterator[StoredMatrix]:
@@ -176,17 +204,15 @@ def stored_matrices(model: nn.Module) -> Iterator[StoredMatrix]:
             yield StoredMatrix(module, f"{name}.kv_b_proj.weight")
 
 
-def _for_kernels(stored: QuantizedMatrix, name: str) -> QuantizedMatrix:
-    if stored.type_name in TYPES:
+def _for_kernels(stored: QuantizedMatrix, source: AnySource) -> QuantizedMatrix:
+    """The matrix, or a copy of it in a type that has a kernel on the CPU."""
+    types = readable_types()
+    if stored.type_name in types:
         return stored
-    made = requantised(stored)
-    log.warning(
-        "%s: no kernel for %s; requantised to %s, which takes a copy in memory",
-        name,
-        stored.type_name,
-        made.type_name,
-    )
-    return made
+    target = replacement(stored.type_name, types)
+    requantiser = source.store.companion(Requantiser)
+    data = requantiser.convert(stored.data, stored.type_name, target)
+    return QuantizedMatrix(data, target, stored.shape)
 
 
 def _is_dense(match: Match) -> bool:

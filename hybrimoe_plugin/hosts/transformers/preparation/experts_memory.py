@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
-from hybrimoe_plugin.compute.cpu.kt_experts import replaced_bytes
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
+from hybrimoe_plugin.compute.cpu.requantise import Requantised
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.engine.assemble import accelerator_kind
-from hybrimoe_plugin.engine.cpu_choice import cpu_backends
-from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, cache_quotas, staging_slots
+from hybrimoe_plugin.engine.cpu_choice import cpu_backends, requantised_experts
+from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, quotas_beside, staging_slots
 from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
     EMULATED,
@@ -33,6 +34,8 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights
 EXPERTS = "experts, as stored"
 APART = "experts that the file keeps apart, put together"
 FASTER = "experts in a type with faster kernels"
+STAYING = "experts that stay on the CPU, as stored"
+REQUANTISED = "experts in a type with a kernel"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class EnginePlace:
     quotas: tuple[int, ...]
     """Cached experts of each layer at the start."""
     parts: tuple[Part, ...]
+    requantised: tuple[Requantised, ...] = ()
+    """Experts in types that the CPU's kernels lack; the copies are among the parts."""
 
 
 def engine_places(
@@ -78,8 +83,12 @@ def engine_places(
                 room = None
                 unknown[str(device)] = first.settings
         place = EMULATED if kind == "emulated" else str(device)
-        quotas, slots = _slots(first.settings, layers, kind, place, room)
-        found.append(_engine(members, layers, kind, quotas, slots))
+        refused: dict[int, str] = {}
+        if kind != "none":
+            kernels = make_kernels(first.settings.kernels, device, tuned=False)
+            _, refused = on_cpu(*kernels, layers, str(device))
+        quotas, slots = _slots(first.settings, layers, kind, place, room, refused)
+        found.append(_engine(members, layers, kind, quotas, slots, refused))
     return found, tuple(_unknown_room(unknown))
 
 
@@ -97,17 +106,27 @@ def _unknown_room(devices: Mapping[str, Settings]) -> Iterator[str]:
 
 
 def _slots(
-    settings: Settings, layers: Sequence[LayerWeights], kind: str, place: str, room: int | None
+    settings: Settings,
+    layers: Sequence[LayerWeights],
+    kind: str,
+    place: str,
+    room: int | None,
+    refused: Mapping[int, str],
 ) -> tuple[tuple[int, ...], list[Part]]:
-    """(cached experts of each layer, what the slots take). Raises: BudgetError."""
+    """(cached experts of each layer, what the slots take). Raises: BudgetError.
+
+    Args:
+        refused: layers that stay on the CPU.
+    """
     if kind == "none":
         return (0,) * len(layers), []
     experts = layers[0].spec.experts
     sizes = [weights.spec.expert_bytes for weights in layers]
-    quotas = cache_quotas(settings, experts, sizes, room)
+    quotas = quotas_beside(refused, settings, experts, sizes, room)
     cached = sum(quotas)
     staging = staging_slots(cached)
-    layouts = [slot_layout(weights.spec, planar=kind == "cuda") for weights in layers]
+    held = [weights for layer, weights in enumerate(layers) if layer not in refused]
+    layouts = [slot_layout(weights.spec, planar=kind == "cuda") for weights in held]
     slot_bytes = max(layout.size for layout in layouts)
     buffers = REPACK_BUFFERS * max(layout.largest_planar for layout in layouts)
     share = cached / (experts * len(layers))
@@ -124,30 +143,41 @@ def _engine(
     kind: str,
     quotas: tuple[int, ...],
     slots: Sequence[Part],
+    refused: Mapping[int, str],
 ) -> EnginePlace:
     place = PINNED if kind == "cuda" else MAPPED
-    stored = sum(weights.spec.experts * weights.spec.expert_bytes for weights in layers)
-    parts = [Part(place, EXPERTS, stored), *slots]
-    parts += _copies(members[0].settings, layers, alone=kind == "none")
-    numbers = tuple(operator.layer_index for operator in members)
-    return EnginePlace(place, numbers, layers[0].spec.experts, quotas, tuple(parts))
-
-
-def _copies(settings: Settings, layers: Sequence[LayerWeights], alone: bool) -> list[Part]:
-    """What the CPU's kernels copy. Several backends are measured: theirs is an upper limit."""
+    settings = members[0].settings
+    alone = kind == "none"
     backends = cpu_backends(settings, layers, alone)
+    # Where one backend requantises, all that may be chosen do: see `cpu_backends`.
+    requantised = requantised_experts(backends[0], layers)
+    sizes = [weights.spec.experts * weights.spec.expert_bytes for weights in layers]
+    unpinned = sum(sizes[layer] for layer in refused)
+    stored = sum(sizes) - unpinned
+    if alone:  # nothing reads their bytes in the file any more
+        stored -= sum(item.stored_bytes for item in requantised)
+    parts = [Part(place, EXPERTS, stored), Part(MAPPED, STAYING, unpinned), *slots]
+    parts += _copies(settings, layers, alone, backends)
+    if requantised:
+        parts.append(Part(MEMORY, REQUANTISED, sum(item.nbytes for item in requantised)))
+    numbers = tuple(operator.layer_index for operator in members)
+    experts = layers[0].spec.experts
+    return EnginePlace(place, numbers, experts, quotas, tuple(parts), tuple(requantised))
+
+
+def _copies(
+    settings: Settings, layers: Sequence[LayerWeights], alone: bool, backends: tuple[str, ...]
+) -> list[Part]:
+    """What the CPU's kernels copy of matrices that they could read, at most."""
     found = []
     in_place = backends == ("ggml",)
     apart = sum(_apart_bytes(weights, in_place) for weights in layers)
     if apart and backends != ("torch",):
         found.append(Part(MEMORY, APART, apart))
-    faster = 0
     if backends == ("ggml",) and alone and settings.weights != "mapped":
         faster = sum(_faster_bytes(weights) for weights in layers)
-    elif "kt" in backends:
-        faster = sum(replaced_bytes(weights) for weights in layers)
-    if faster:
-        found.append(Part(MEMORY, FASTER, faster, most=True))
+        if faster:
+            found.append(Part(MEMORY, FASTER, faster, most=True))
     return found
 
 

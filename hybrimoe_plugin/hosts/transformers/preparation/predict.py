@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_plugin.compute.cpu.requantise import by_type
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.families.registry import names_of
@@ -73,8 +74,10 @@ def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
     parts += _kv_cache(model, prepared)
     free = _free(model)
     engines, notes = engine_places(model, store, parts, free)
+    requantised = [made for matrix in stored_matrices(model) for made in matrix.requantised(source)]
     for engine in engines:
         parts += engine.parts
+        requantised += engine.requantised
     reads = reads_into_memory(prepared.plan, store)
     if reads:
         parts = [part for part in parts if part.place != MAPPED]
@@ -91,6 +94,7 @@ def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
         outside=_held(dense, None, file),
         missing=_missing(parts),
         unreplaced=_unreplaced(model, source),
+        requantised=by_type(requantised),
         notes=notes,
     )
 
@@ -119,7 +123,8 @@ def _stored(model: Any, source: AnySource, place: Any) -> Iterator[tuple[Part, i
         size = matrix.size(source)
         layer = layer_of_name(matrix.parameter)
         if matrix.on_device:
-            yield Part(place(matrix.parameter), STORED, size.in_file), layer
+            yield Part(place(matrix.parameter), STORED, size.in_file - size.replaced), layer
+            yield Part(place(matrix.parameter), DEQUANTISED, size.copied), layer
             continue
         yield Part(MAPPED, STORED, size.in_file - size.replaced), layer
         yield Part(MEMORY, COPIED, size.copied), layer

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from hybrimoe_plugin.compute.cpu.requantise import Requantised
 from hybrimoe_plugin.device.memory import human
 from hybrimoe_plugin.errors import BackendError, BudgetError
 
@@ -26,6 +27,15 @@ PLACES: Mapping[str, str] = {
 
 ON_HOST = (EMULATED, MEMORY, PINNED)
 """Places that take main memory which nothing else can use meanwhile."""
+
+
+OTHER_FILE = "; take a file in other types, such as Q4_K"
+"""What to do where copies for want of a kernel do not fit."""
+ON_TORCH = (
+    ", or cpu_backend='torch' with dense='quantised', which computes experts as they are stored, "
+    "but more than ten times slower"
+)
+"""The same for experts on the CPU."""
 
 
 class Part(NamedTuple):
@@ -91,6 +101,8 @@ class Prediction:
     missing: Mapping[str, str] = field(default_factory=dict)
     """Accelerator -> why it cannot be used here, of those that the model cannot do without."""
     unreplaced: Unreplaced | None = None
+    requantised: tuple[Requantised, ...] = ()
+    """Matrices in types without a kernel, one item for each pair of types."""
     notes: tuple[str, ...] = field(default=())
     """What else the reader of the numbers has to know."""
 
@@ -141,6 +153,10 @@ class Prediction:
         if needed <= free:
             return
         reason = f"; {self.unreplaced.text()}" if self.unreplaced is not None else ""
+        here = [item for item in self.requantised if item.on_device == (place != MEMORY)]
+        if here:
+            reason += "".join(f"; {item.text()}" for item in here) + OTHER_FILE
+            reason += ON_TORCH if place == MEMORY else ""
         raise BudgetError(
             f"the weights do not fit {where}: they need {human(needed)} of {place}, {human(free)} "
             f"are free{reason} (hybrimoe explain shows what takes how much)"
@@ -151,6 +167,7 @@ class Prediction:
         found = []
         if self.unreplaced is not None:
             found.append(self.unreplaced.text())
+        found += [item.text() for item in self.requantised]
         free = self.free[MEMORY]
         needed = self.total(*ON_HOST)
         if needed > free:
