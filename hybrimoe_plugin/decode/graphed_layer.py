@@ -36,7 +36,6 @@ class GraphedLayer(DenseOperator):
         settings: of the rule.
         glue: how the layer puts its parts together; None where it does so in another form.
         block: the same of its routed experts; None where it has none, or in another form.
-        parts: the layer's children before rules replaced any.
     """
 
     by_proof = True
@@ -55,9 +54,8 @@ class GraphedLayer(DenseOperator):
         )
         settings = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
         self.settings = Settings.of(settings)
-        self.parts = dict(orig_module._modules)
         self.glue = glue_of(orig_module)
-        self.block = None if self.glue is None else block_of(self.parts[self.glue.mlp])
+        self.block = None if self.glue is None else block_of(orig_module._modules[self.glue.mlp])
         self.eager = EagerLayer(orig_module)
         self.layer_call: LayerCall = self.eager
         # The same dict, not a copy. Rules replace modules inside the layer after the layer itself,

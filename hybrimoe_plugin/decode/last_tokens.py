@@ -114,7 +114,7 @@ def last_tokens_of(model: Any, layer: GraphedLayer) -> LastTokens | None:
     if place is None or place.number != len(getattr(place.base, place.layers)) - 1:
         return None
     path = tuple(layer.key.split(".")[: -1 - len(place.path)])
-    parts = parts_behind_attention(layer.eager.module, layer.parts)
+    parts = parts_behind_attention(layer.eager.module)
     if parts is None or not head_takes_last_tokens(model, path):
         return None
     return LastTokens(model, layer, parts)

@@ -7,7 +7,7 @@ makes the same logits of a last layer's last tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from hybrimoe_plugin.decode.proof.block_glue import Experts
 from hybrimoe_plugin.decode.proof.layer_glue import Traced, traces
 from hybrimoe_plugin.decode.proof.stand_ins import StandIn, copy_with, random_hidden, same
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.operators.proof.stage import handing_on
 from hybrimoe_plugin.operators.proof.twin import LowRankLinear, bare_copy, twin
 
@@ -48,22 +49,17 @@ class LastRows(nn.Module):
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
-def parts_behind_attention(
-    layer: nn.Module, parts: Mapping[str, nn.Module]
-) -> tuple[str, ...] | None:
-    """Names of the children that may be given the last tokens only; None where not all may.
+def parts_behind_attention(layer: nn.Module) -> tuple[str, ...] | None:
+    """Names of a layer's children that may be given the last tokens only; None where not all may.
 
-    Args:
-        layer: a decoder layer.
-        parts: its children as transformers made them; they may lie on the meta device.
+    Operators may have replaced modules inside the layer: they were proved to be what those are.
     """
-    made = bare_copy(layer)
-    made._modules = dict(parts)
-    for trace in traces(made):
+    for trace in traces(layer):
         names = _behind(trace)
         if names and _is_same_cut(trace, names):
             width = trace.hidden.shape[-1]
-            return names if all(_is_by_token(parts[name], width) for name in names) else None
+            by_token = all(_is_by_token(layer.get_submodule(name), width) for name in names)
+            return names if by_token else None
     return None
 
 
@@ -122,8 +118,8 @@ def _by_token_copy(name: str, module: nn.Module) -> Any:
     """A twin, but for routed experts, which an operator computes token by token."""
     if name == "experts" or hasattr(module, "has_gate"):
         return Experts(name, module, [])
-    if type(module) is nn.Linear:
-        return twin(module, torch.Generator().manual_seed(0))
+    if isinstance(module, DenseOperator | GgmlLinear) or type(module) is nn.Linear:
+        return _stand_in(name, module)
     return copy_with(module, _by_token_copy).eval()
 
 
@@ -159,15 +155,15 @@ def _with_last_layer(module: Any, path: tuple[str, ...], keep: int) -> Any:
 
 
 def _stand_in(name: str, module: Any) -> nn.Module:
-    """For a part beside the layers: an embedding, a norm, the head."""
-    if isinstance(module, nn.Embedding) or not any(True for _ in module.parameters()):
-        kept: nn.Module = module
-        return kept
+    """For a part whose values do not matter: an operator, an embedding, a norm, the head."""
     generator = torch.Generator().manual_seed(0)
-    if isinstance(module, DenseOperator):
+    if isinstance(module, DenseOperator | GgmlLinear):
         if hasattr(module, "out_features"):
             return LowRankLinear(module, generator)
         return StandIn(name, module, [])
+    if isinstance(module, nn.Embedding) or not any(True for _ in module.parameters()):
+        kept: nn.Module = module
+        return kept
     made: nn.Module = twin(module, generator)
     return made
 

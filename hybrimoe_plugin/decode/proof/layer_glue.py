@@ -164,7 +164,7 @@ def _arguments(layer: nn.Module) -> dict[str, Any]:
 def _width(layer: nn.Module) -> int:
     """H, as the layer's norms have it."""
     for child in layer.children():
-        shapes = [value.shape for value in child.parameters()]
-        if shapes and all(len(shape) == 1 for shape in shapes):
-            return shapes[0][0]
+        vectors = [value for value in child.parameters() if value.ndim == 1]
+        if vectors and not child._modules:
+            return len(vectors[0])
     return 8
