@@ -14,7 +14,7 @@ from hybrimoe_plugin.decode.cpu_step import cpu_step
 from hybrimoe_plugin.decode.cuda_layer import cuda_layer
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
-from hybrimoe_plugin.decode.last_tokens import LastTokens
+from hybrimoe_plugin.decode.last_tokens import LastLayer, LastTokens, last_tokens_of
 from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
 from hybrimoe_plugin.device.cuda_graphs import capture_for
 from hybrimoe_plugin.engine.turns import Turns
@@ -37,14 +37,18 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
     for layer in model.modules():
         if not isinstance(layer, GraphedLayer):
             continue
-        on_cpu = _cpu_layer(layer, ropes)
-        if on_cpu is None:
-            _use_cuda_graphs(layer, states)
+        if layer.settings.graphs == "off":
             continue
-        layer.layer_call = on_cpu
-        if layer.self_attn.layer_idx == model.config.num_hidden_layers - 1:
-            on_cpu.last_tokens = last_tokens = LastTokens(model, layer)
-            turns.clean_up.append(_weakly(last_tokens.forget))
+        step = cpu_step(layer, ropes)
+        if step is not None:
+            layer.layer_call = CpuLayer(layer.eager, step)
+        elif _use_cuda_graphs(layer, states) or _device(layer).type != "cpu":
+            continue
+        found = last_tokens_of(model, layer)
+        if found is not None:
+            last_tokens = found
+            layer.layer_call = LastLayer(layer.layer_call, found)
+            turns.clean_up.append(_weakly(found.forget))
     return (lambda: None) if last_tokens is None else last_tokens.remove
 
 
@@ -63,26 +67,25 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
-def _cpu_layer(layer: GraphedLayer, ropes: dict[Rope, RopeMatrix]) -> CpuLayer | None:
-    if layer.settings.graphs == "off":
-        return None
-    step = cpu_step(layer.eager.module, layer.form, ropes)
-    return None if step is None else CpuLayer(layer.eager, step)
+def _device(layer: GraphedLayer) -> torch.device:
+    return next(layer.parameters()).device
 
 
-def _use_cuda_graphs(layer: GraphedLayer, states: dict[torch.device, DecodeState | None]) -> None:
-    """Mutates: `layer`; `states`, one for each device, None where nothing can be captured."""
-    if layer.settings.graphs == "off":
-        return
-    device = next(layer.parameters()).device
+def _use_cuda_graphs(layer: GraphedLayer, states: dict[torch.device, DecodeState | None]) -> bool:
+    """Whether the layer's steps are captured from now on.
+
+    Mutates: `layer`; `states`, one for each device, None where nothing can be captured.
+    """
+    device = _device(layer)
     if device not in states:
         capture = capture_for(device)
         states[device] = None if capture is None else DecodeState(capture, device)
     state = states[device]
     if state is None:
-        return
+        return False
     # The operator's own hooks: hooks are removed from this dict and added to it, and it stays.
     output_hooks = layer._forward_hooks
     on_cuda = cuda_layer(layer.key, layer.eager, output_hooks, state, layer.settings)
     if on_cuda is not None:
         layer.layer_call = on_cuda
+    return on_cuda is not None

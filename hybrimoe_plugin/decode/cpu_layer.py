@@ -10,34 +10,22 @@ from torch import nn
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.decode.cpu_step import CpuStep
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
-from hybrimoe_plugin.decode.last_tokens import LastTokens
 from hybrimoe_plugin.decode.layer_call import EagerLayer, is_decode_step
-
-CALLED_AS_MODULES = ("mlp.gate.", "mlp.experts.")
-"""What a `CpuStep` calls with all its hooks."""
 
 
 class CpuLayer:
-    """One token by `CpuStep`, a prompt's last layer by `LastTokens`, any other call eagerly.
-
-    Attributes:
-        last_tokens: given to the last layer of a model, after it is made.
-    """
+    """One token by `CpuStep`, any other call eagerly."""
 
     captured = False
 
     def __init__(self, eager: EagerLayer, step: CpuStep) -> None:
         self.step = step
-        self.last_tokens: LastTokens | None = None
         self._eager = eager
-        self._hooks = ForeignHooks(_skipped(eager.module))
+        self._hooks = ForeignHooks(_skipped(eager.module, step.called))
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not args:
-            if self._takes_step(hidden_states, kwargs):
-                return self.step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
-            if self.last_tokens is not None and self.last_tokens.applies(hidden_states):
-                return self.last_tokens(hidden_states, **kwargs)
+        if not args and self._takes_step(hidden_states, kwargs):
+            return self.step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
         return self._eager(hidden_states, *args, **kwargs)
 
     def _takes_step(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
@@ -46,10 +34,14 @@ class CpuLayer:
         return not self._hooks.present()
 
 
-def _skipped(layer: nn.Module) -> list[nn.Module]:
-    """The modules inside a layer that a step computes without calling them."""
+def _skipped(layer: nn.Module, called: tuple[str, ...]) -> list[nn.Module]:
+    """The modules inside a layer that a step computes without calling them.
+
+    Args:
+        called: how the names of the others begin.
+    """
     skipped = []
     for name, module in layer.named_modules():
-        if name and not f"{name}.".startswith(CALLED_AS_MODULES):
+        if name and not f"{name}.".startswith(called):
             skipped.append(module)
     return skipped

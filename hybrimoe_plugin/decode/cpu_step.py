@@ -10,9 +10,9 @@ from torch import nn
 from hybrimoe_plugin.compute.attention.rope import Rope
 from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
 from hybrimoe_plugin.decode.step_attention import step_attention
-from hybrimoe_plugin.families.family import LayerForm
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.linear import GgmlLinear
@@ -27,35 +27,50 @@ class CpuStep:
     On the CPU a small operation costs more than its arithmetic. So everything around attention that
     needs no decision is two graphs, where the modules would be some twenty calls:
 
-        graph 1   x -- input_layernorm -- projections -- RoPE --> queries, new cache entry
+        graph 1   x -- norm -- projections -- RoPE --> queries, new cache entry
         torch          append to the KV cache, attend over it --> attended
         graph 2   attended -- output projection -- + x --> total
-                  total -- post_attention_layernorm --> normed
+                  total -- norm --> normed
                   normed -- dense MLP or shared experts, if there are any --> dense
         modules   normed -- router, routed experts --> output
         torch     output + dense + total
 
-    Router and experts are called as modules, with their hooks. A layer without them ends with
-    dense + total.
+    Router and experts are called as modules, with their hooks, and so is a whole block of experts
+    that is of another form. A layer without experts ends with dense + total.
 
     Args:
-        layer: x + attention(norm(x)), and then x + mlp(norm(x)).
+        layer: x + a attention(norm(x)), and then x + b mlp(norm(x)), as its glue says.
         dense: its MLP, or the shared experts of its MLP, if it has any.
         rope: the rotation of the running step's position.
+
+    Attributes:
+        called: beginnings of the names of modules that are called with all their hooks.
     """
 
-    def __init__(self, layer: Any, dense: FusedMLP | None, rope: RopeMatrix) -> None:
-        ggml = layer.self_attn.ggml
-        assert ggml is not None, "cpu_step() has checked it"
-        self._attention = step_attention(layer.self_attn)
-        self._input_norm: FusedRMSNorm = layer.input_layernorm
-        self._mlp_norm: FusedRMSNorm = layer.post_attention_layernorm
+    def __init__(self, layer: GraphedLayer, dense: FusedMLP | None, rope: RopeMatrix) -> None:
+        glue, block = layer.glue, layer.block
+        assert glue is not None, "cpu_step() has checked it"
+        attention = getattr(layer, glue.attention)
+        ggml = attention.ggml
+        self._attention = step_attention(attention)
+        self._attention_scale = glue.attention_scale
+        self._input_norm: FusedRMSNorm = getattr(layer, glue.input_norm)
+        self._mlp_norm: FusedRMSNorm = getattr(layer, glue.mlp_norm)
 
-        mlp = layer.mlp
+        mlp = getattr(layer, glue.mlp)
+        self._mlp = mlp
+        self._mlp_scale = glue.mlp_scale
         self._dense = dense
-        self._dense_gate: nn.Module | None = getattr(mlp, "shared_expert_gate", None)
-        self._router: nn.Module | None = getattr(mlp, "gate", None)
-        self._experts: HybriMoEExperts | None = getattr(mlp, "experts", None)
+        self._dense_gate: nn.Module | None = None
+        self._router: nn.Module | None = None
+        self._experts: HybriMoEExperts | None = None
+        self.called: tuple[str, ...] = () if dense is mlp else (f"{glue.mlp}.",)
+        if block is not None:
+            self._router = getattr(mlp, block.router)
+            self._experts = mlp.experts
+            if block.shared_gate is not None:
+                self._dense_gate = getattr(mlp, block.shared_gate)
+            self.called = tuple(f"{glue.mlp}.{name}." for name in (block.router, "experts"))
 
         width = len(self._input_norm.weight)
         self._x = buffer(1, width)
@@ -69,17 +84,26 @@ class CpuStep:
         self._rope.set_step(embeddings)
         inputs = self._before(hidden[0], 1)
         attended = self._attention.attend(inputs, cache)
+        if self._attention_scale != 1:
+            attended = attended * self._attention_scale  # the projection behind it is linear
         total, normed, *dense = self._after(attended, 1)
-        if self._router is None or self._experts is None:
-            output = dense[0]
-        else:
+        output = self._mlp_output(normed, dense)
+        if self._mlp_scale != 1:
+            output = output * self._mlp_scale
+        output = output + total
+        return output[None]
+
+    def _mlp_output(self, normed: torch.Tensor, dense: list[torch.Tensor]) -> torch.Tensor:
+        """[1, H] of the layer's MLP or experts, of which `dense` is there already."""
+        if self._router is not None and self._experts is not None:
             normed = normed.clone()  # hooks may keep it
             _, weights, ids = self._router(normed)
             output = self._experts(normed, ids, weights)
-            if dense:
-                output = output + self._gated(normed, dense[0])
-        output = output + total
-        return output[None]
+            return output + self._gated(normed, dense[0]) if dense else output
+        if dense:
+            return dense[0]
+        whole: torch.Tensor = self._mlp(normed.clone()[None])
+        return whole[0]
 
     def _gated(self, normed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """Qwen2-MoE scales its shared experts by a gate of their own."""
@@ -104,32 +128,41 @@ class CpuStep:
         return outputs
 
 
-def cpu_step(layer: Any, form: LayerForm | None, ropes: dict[Rope, RopeMatrix]) -> CpuStep | None:
+def cpu_step(layer: GraphedLayer, ropes: dict[Rope, RopeMatrix]) -> CpuStep | None:
     """A decoder layer's step; None for layers of another form, or with matrices not quantised here.
 
     Args:
-        form: of the layers of the model's family.
         ropes: shared by the layers of a model; what is missing is added.
 
     Mutates: `ropes`.
     """
-    if form is not LayerForm.MOE or not isinstance(layer.self_attn, FusedAttention | FusedMLA):
+    glue = layer.glue
+    if glue is None:
         return None
-    attention, mlp = layer.self_attn, layer.mlp
-    dense = mlp
-    if isinstance(getattr(mlp, "experts", None), HybriMoEExperts):
-        if getattr(mlp, "jitter_noise", 0):  # only while Mixtral trains
-            return None
-        dense = getattr(mlp, "shared_experts", None) or getattr(mlp, "shared_expert", None)
-    parts = [*attention.children(), layer.input_layernorm, layer.post_attention_layernorm]
-    if dense is not None:
-        parts.append(dense)
-    if not all(_has_graph(part) for part in parts):
+    attention: Any = getattr(layer, glue.attention)
+    if not isinstance(attention, FusedAttention | FusedMLA):
+        return None
+    norms = getattr(layer, glue.input_norm), getattr(layer, glue.mlp_norm)
+    if not all(_has_graph(part) for part in (*attention.children(), *norms)):
+        return None
+    dense = _dense_part(layer)
+    if dense is not None and not _has_graph(dense):
+        return None
+    if glue.attention_scale != 1 and attention.o_proj.bias is not None:
         return None
     rope = attention.rope
     if rope not in ropes:
         ropes[rope] = RopeMatrix(rope)
     return CpuStep(layer, dense, ropes[rope])
+
+
+def _dense_part(layer: GraphedLayer) -> Any:
+    """The MLP or the shared experts that go into a step's graph; None without."""
+    assert layer.glue is not None
+    mlp = getattr(layer, layer.glue.mlp)
+    if layer.block is not None:
+        return None if layer.block.shared is None else getattr(mlp, layer.block.shared)
+    return mlp if isinstance(mlp, FusedMLP) else None
 
 
 def _has_graph(module: Any) -> bool:

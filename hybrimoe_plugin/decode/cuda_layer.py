@@ -62,7 +62,7 @@ class CudaLayer:
         later steps   replayed
 
     It begins anew when the cache is full and continues in new buffers. After a comparison that
-    failed, all layers of the device run eagerly.
+    failed, this layer runs eagerly; the others are not concerned.
 
     Args:
         key: qualified name of the layer.
@@ -95,16 +95,14 @@ class CudaLayer:
         self._graphs: LayerGraphs | None = None
         self._proofs = 0
         self._undecided = 0
+        self._refused = False
 
     @property
     def captured(self) -> bool:
-        if self._state.refusal is not None:
-            return False
         return self._graphs is not None and self._proofs >= PROOFS
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._state.refusal is not None:
-            self._discard()
+        if self._refused:
             return self._eager(hidden_states, *args, **kwargs)
         cache = None if args else self._cache_of(hidden_states, kwargs)
         if cache is None:
@@ -173,7 +171,8 @@ class CudaLayer:
             self._discard()
             # Tried again without flashinfer, where that was used.
             if not self._state.drop_kernels(problem):
-                self._state.refuse(problem)
+                self._refused = True
+                self._state.note_refusal(problem)
         return eager.output
 
     def _run_eagerly(
@@ -284,10 +283,8 @@ def cuda_layer(
 
 def _dense_attention(layer: nn.Module) -> FusedAttention | FusedMLA | None:
     """The layer's attention, if it runs on the device."""
-    attention = layer.self_attn
-    if isinstance(attention, FusedAttention | FusedMLA) and attention.ggml is None:
-        return attention
-    return None
+    fused = [part for part in layer.modules() if isinstance(part, FusedAttention | FusedMLA)]
+    return fused[0] if len(fused) == 1 and fused[0].ggml is None else None
 
 
 def _can_be_captured(experts: HybriMoEExperts) -> bool:

@@ -26,14 +26,14 @@ class DecodeState:
 
     Attributes:
         capture: records graphs.
-        refusal: why the layers run eagerly from now on; None while graphs are used.
+        refusals: how many layers run eagerly from now on.
         position: [1] int64, the cache entry of this step's token.
         layers: how many layers share this.
     """
 
     def __init__(self, capture: Capture, device: torch.device) -> None:
         self.capture = capture
-        self.refusal: str | None = None
+        self.refusals = 0
         self.layers = 0
         self._device = device
         with torch.inference_mode(False):
@@ -117,13 +117,13 @@ class DecodeState:
             self._kernels[shape] = None
         return True
 
-    def refuse(self, reason: str) -> None:
-        """Let every layer run eagerly from now on; logged once."""
-        if self.refusal is not None:
-            return
-        self.refusal = reason
-        log.warning(
-            "CUDA graphs are not used on %s: %s; decoding goes on without them",
+    def note_refusal(self, reason: str) -> None:
+        """Say once why a layer runs eagerly from now on."""
+        self.refusals += 1
+        level = logging.WARNING if self.refusals == 1 else logging.INFO
+        log.log(
+            level,
+            "CUDA graphs are not used on %s for a layer: %s; decoding goes on without its graphs",
             self._device,
             reason,
         )

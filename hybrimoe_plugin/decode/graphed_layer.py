@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.layer_call import EagerLayer, LayerCall
-from hybrimoe_plugin.errors import ConfigError, InputError
-from hybrimoe_plugin.families.registry import layer_form
+from hybrimoe_plugin.decode.proof.block_glue import block_of
+from hybrimoe_plugin.decode.proof.layer_glue import glue_of, traces
+from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.operators.dense import DenseOperator
 
 
@@ -23,6 +25,8 @@ class GraphedLayer(DenseOperator):
         CudaLayer    CUDA graphs around the experts' call, on a GPU
         EagerLayer   the layer itself: where neither applies, and until then
 
+    Each layer is decided on by itself, by what its own code is shown to do (`decode.proof`).
+
     It stands in for the model's own layer in every respect: its children are the layer's own, so
     the names of parameters do not change.
 
@@ -30,9 +34,11 @@ class GraphedLayer(DenseOperator):
         eager: the model's own layer.
         layer_call: what serves calls.
         settings: of the rule.
-        form: of the layers of the model's family; None where the family is unknown.
+        glue: how the layer puts its parts together; None where it does so in another form.
+        block: the same of its routed experts; None where it has none, or in another form.
     """
 
+    by_proof = True
     uses = ("graphs", "attention")
 
     def __init__(
@@ -46,19 +52,23 @@ class GraphedLayer(DenseOperator):
         super().__init__(
             key, gguf_loader, config, orig_module, **{**kwargs, "dense": "dequantised"}
         )
-        if not {"self_attn", "mlp"} <= orig_module._modules.keys():
-            raise ConfigError(
-                f"{key}: {type(orig_module).__name__} is no decoder layer of attention and MLP"
-            )
         settings = {name: value for name, value in kwargs.items() if not name.endswith("_device")}
         self.settings = Settings.of(settings)
-        self.form = layer_form(config.model_type)
+        self.glue = glue_of(orig_module)
+        self.block = None if self.glue is None else block_of(orig_module._modules[self.glue.mlp])
         self.eager = EagerLayer(orig_module)
         self.layer_call: LayerCall = self.eager
         # The same dict, not a copy. Rules replace modules inside the layer after the layer itself,
         # and do so in the layer that they have found; adapters do it here. Both must see it.
         self._modules = orig_module._modules
         self.training = orig_module.training
+
+    @staticmethod
+    def reason_against(layer: nn.Module) -> str:
+        """Why it does not replace a module; empty where it does: layers of any form."""
+        if next(traces(layer), None) is None:
+            return "it is not called with hidden states [batch, tokens, width] alone"
+        return ""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -79,8 +79,8 @@ def plan_injection(
 
     Raises:
         RulesError: a class cannot be imported or is no operator, its kwargs are wrong, a rule
-            matches nothing or only what earlier rules take, or a rule would replace the whole
-            model.
+            matches nothing or only what earlier rules take (unless its operator is used by proof),
+            or a rule would replace the whole model.
     """
     names = list(_names(model, ""))
     found_names = find_names(rules.rules, names)
@@ -89,7 +89,7 @@ def plan_injection(
         matchers.append(_Matcher(rule, found, trust_rules, declines))
     plan = list(_walk(model, "", matchers))
     for matcher in matchers:
-        if matcher.taken == 0 and not matcher.declined:
+        if matcher.taken == 0 and not matcher.may_be_idle:
             raise matcher.idle_error(model)
     return plan
 
@@ -172,6 +172,14 @@ class _Matcher:
         if self.match_class is not None and not isinstance(module, self.match_class):
             return False
         return name in self._names
+
+    @property
+    def may_be_idle(self) -> bool:
+        """Whether it need not take a module: where it declined some, or is one of several offers.
+
+        An operator that is used by proof is an offer, which modules of an earlier rule do not need.
+        """
+        return bool(self.declined or (self.matched and getattr(self.operator, "by_proof", False)))
 
     def leaves(self, module: nn.Module, name: str) -> bool:
         """Whether it leaves a module that it fits as it is."""

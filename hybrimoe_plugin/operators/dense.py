@@ -40,7 +40,10 @@ class DenseOperator(nn.Module):
     keeps_latents = False
     """Whether it is attention whose cache holds latents in place of keys and values."""
     by_proof = False
-    """Whether it replaces only modules that are shown to compute the same (`operators.proof`)."""
+    """Whether it replaces only modules that are shown to compute the same (`operators.proof`).
+
+    An operator with `reason_against` shows it itself.
+    """
     uses: tuple[str, ...] = ("dense",)
     """Settings that count here, for `hybrimoe explain`."""
 

@@ -144,7 +144,7 @@ class Stage:
         base = bare_copy(self._base)
         base._modules.update(self._parts)
         layers = getattr(self._base, self._place.layers)
-        before = [_handing_on(layer) for layer in layers[: self._place.number]]
+        before = [handing_on(layer) for layer in layers[: self._place.number]]
         own = _with_module(layers[self._place.number], self._place.path, module)
         base._modules[self._place.layers] = nn.ModuleList([*before, own])
         return base
@@ -189,7 +189,7 @@ class _Last(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
 
-def _handing_on(module: nn.Module) -> Any:
+def handing_on(module: nn.Module) -> Any:
     """A copy that gives what it is given first."""
     made = bare_copy(module)
     made.__dict__["forward"] = _first
@@ -210,7 +210,7 @@ def _with_module(layer: nn.Module, path: tuple[str, ...], module: nn.Module) -> 
             assert child is not None
             made._modules[name] = _with_module(child, path[1:], module)
         elif child is not None:
-            made._modules[name] = _handing_on(child)
+            made._modules[name] = handing_on(child)
     return made
 
 

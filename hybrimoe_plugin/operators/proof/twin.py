@@ -26,7 +26,7 @@ class LowRankLinear(nn.Module):
     nothing.
     """
 
-    def __init__(self, linear: nn.Linear, generator: torch.Generator) -> None:
+    def __init__(self, linear: Any, generator: torch.Generator) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.errors import ConfigError, RulesError
-from hybrimoe_plugin.families.packaged_rules import other_family, rules_path
+from hybrimoe_plugin.families.packaged_rules import ANY, other_family, rules_path
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.checkpoint.files import is_checkpoint
 from hybrimoe_plugin.hosts.transformers.checkpoint.open import open_checkpoint
@@ -67,7 +68,8 @@ def prepare(
     model = meta_model(config, dtype_of(dtype))
     if store is not None:
         check_complete(model, store, config)
-    parsed = load_rules(rules_path(rules, config))
+    path = rules_path(rules, config)
+    parsed = load_rules(path)
     proofs = Proofs(model, config)
     try:
         plan = plan_injection(model, parsed, trust_rules=trust_rules, declines=proofs.declines)
@@ -81,7 +83,8 @@ def prepare(
         if not reason:
             raise
         raise RulesError(f"{error}{reason}") from None
-    proofs.report()
+    # The rules for any family offer all operators, and most families do without some.
+    proofs.report(logging.INFO if path.name == ANY else logging.WARNING)
     planned = with_settings(plan, settings)
     names = names_of(config.model_type)
     plan = as_if_there(without_foreign(without_plain(planned), store, names))
