@@ -14,7 +14,7 @@ from hybrimoe_plugin.families.registry import usual_split
 
 log = logging.getLogger(__name__)
 
-SENTENCE_PIECE, BYTE_LEVEL = "llama", "gpt2"
+SENTENCE_PIECE, BYTE_LEVEL, MARKED_SPACES = "llama", "gpt2", "gemma4"
 """Values of `tokenizer.ggml.model`: the kinds of tokenizer that are read, under the names of the
 first models that had them.
 """

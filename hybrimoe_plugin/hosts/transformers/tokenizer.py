@@ -9,6 +9,7 @@ from typing import Any
 from hybrimoe_plugin.errors import HybriMoEError, WeightsError
 from hybrimoe_plugin.families.pre_tokenizers import (
     BYTE_LEVEL,
+    MARKED_SPACES,
     SENTENCE_PIECE,
     pre_tokenizer,
     splits_of,
@@ -23,6 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens: transformers' name -> GGUF's."""
 
+_SPACE = "\u2581"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _WHOLE = (_CONTROL, _USER_DEFINED)
 """Kinds in `tokenizer.ggml.token_type` whose tokens are not split: those that control the model,
@@ -48,6 +50,8 @@ def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any 
     try:
         if store.metadata.get("tokenizer.ggml.model") == SENTENCE_PIECE:
             return _corrected(_read_by_transformers(store.paths[0]), store)
+        if store.metadata.get("tokenizer.ggml.model") == MARKED_SPACES:
+            return _marked_spaces(store)
         return _byte_level(store)
     except HybriMoEError:
         raise
@@ -131,7 +135,6 @@ def _byte_level(store: GGUFStore) -> Any:
     splitting they know, and lose the places of special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
 
     kind = store.metadata.get("tokenizer.ggml.model")
     tokens = store.metadata.get("tokenizer.ggml.tokens")
@@ -150,6 +153,40 @@ def _byte_level(store: GGUFStore) -> Any:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer(splits)
     backend.decoder = decoders.ByteLevel()
+    return _with_special_tokens(backend, store)
+
+
+def _marked_spaces(store: GGUFStore) -> Any:
+    """BPE over whole texts, whose spaces are a sign of their own, with bytes for unknown letters.
+
+    Raises:
+        KeyError: tokens or merges are missing.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens = store.metadata["tokenizer.ggml.tokens"]
+    pairs = [_pair(merge) for merge in store.metadata["tokenizer.ggml.merges"]]
+    model = models.BPE(
+        {token: index for index, token in enumerate(tokens)},
+        pairs,
+        unk_token=_special_texts(store)["unk_token"],
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    return _with_special_tokens(backend, store)
+
+
+def _with_special_tokens(backend: Any, store: GGUFStore) -> Any:
+    """transformers' tokenizer of one of the `tokenizers` package, with what the file says of it.
+
+    Mutates: `backend`.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     backend.add_tokens([token for _, token in _whole_tokens(store)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
