@@ -21,7 +21,7 @@ others add them.
 """
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Names of one thing, which differ between families."""
-_ABSENT_IF_NONE = ("sliding_window", "final_logit_softcapping")
+_ABSENT_IF_NONE = ("sliding_window", "final_logit_softcapping", "clip_qkv")
 """Settings whose None says that the model has no such thing."""
 _CLOSE = 1e-5
 """Relative difference that comes of the file's float32."""

@@ -16,7 +16,7 @@ from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 
 class Description(NamedTuple):
-    """A file's model; `stated`, `assumed`, `by_layer` and `notices` are those of `Draft`."""
+    """A file's model; what `Draft` has too is explained there."""
 
     family: Family
     stated: Mapping[str, Any]
@@ -27,16 +27,22 @@ class Description(NamedTuple):
     where: str
     """The file, for messages."""
     notices: Sequence[str]
+    left_open: Sequence[str]
 
     def config(self) -> Any:
         """The transformers config.
 
         Raises:
-            WeightsError: transformers refuses the values.
+            WeightsError: the file leaves something open, or transformers refuses the values.
         """
         from transformers import AutoConfig
 
         kind = self.family.model_type
+        if self.left_open:
+            raise WeightsError(
+                f"{self.where}: it does not say {' and '.join(self.left_open)}: give the model's "
+                "config.json with --model_path"
+            )
         values = {**self.assumed, **self.stated}
         values["rope_parameters"] = joined_parameters(self.ropes)
         if self.by_layer:
@@ -73,7 +79,14 @@ def describe(store: GGUFStore) -> Description:
     ropes = _read_ropes(facts, draft, family.yarn_mscale)
     facts.check_all_read(family.neutral)
     return Description(
-        family, draft.stated, draft.assumed, draft.by_layer, ropes, facts.where, draft.notices
+        family,
+        draft.stated,
+        draft.assumed,
+        draft.by_layer,
+        ropes,
+        facts.where,
+        draft.notices,
+        draft.left_open,
     )
 
 

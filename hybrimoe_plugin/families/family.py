@@ -74,6 +74,9 @@ class Family:
     """The config's name for it."""
     names: GGUFNames = field(default_factory=GGUFNames)
     """Where its files deviate from the `gguf` package's map of tensor names."""
+    spare_tensors: tuple[str, ...] = ()
+    """How the names of a layer's tensors begin which files may hold for layers without use of them.
+    """
     metadata: Callable[[Any], Mapping[str, Any]] = _nothing
     """The reverse of `describe` for its own keys: from a config, to write a file."""
     fixed: Mapping[str, Any] = field(default_factory=dict)

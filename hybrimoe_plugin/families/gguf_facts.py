@@ -18,7 +18,7 @@ _LONGEST = 60
 _IGNORED: Mapping[str, str] = {
     "vocab_size": "the rows of token_embd.weight count",
     "pooling_type": "how embeddings are pooled has no part in predicting tokens",
-    "attention.layer_norm_epsilon": "of norms that subtract the mean, which no family here has",
+    "attention.layer_norm_epsilon": "of norms that subtract the mean: families with any read it",
     "rope.scaling.finetuned": "tells how the model was trained",
 }
 """Keys that have no effect on logits, with the reason."""

@@ -35,6 +35,8 @@ class Draft:
         """Parameters of the embedding that no file states, or states in another way."""
         self.notices: list[str] = []
         """What is taken for granted and the user should know, if the file is all there is."""
+        self.left_open: list[str] = []
+        """What only a config.json can say; the file alone is refused."""
         self._facts = facts
 
     def take(self, name: str, value: Any, *keys: str) -> None:

@@ -71,6 +71,12 @@ def names_of(model_type: str) -> GGUFNames:
     return GGUFNames() if found is None else found.names
 
 
+def spare_tensors(model_type: str) -> tuple[str, ...]:
+    """How names of a layer's tensors begin that files may hold where they have no use."""
+    found = find_family(model_type)
+    return () if found is None else found.spare_tensors
+
+
 def layer_form(model_type: str) -> LayerForm | None:
     """The form of a model type's decoder layers; None where nothing is known of them."""
     found = find_family(model_type)

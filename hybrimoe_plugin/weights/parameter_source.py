@@ -63,9 +63,9 @@ class ParameterSource:
         joined = self._names.joined_tensors(name)
         if joined:
             return joined
-        split = f"{layer}.attn_k_b.weight", f"{layer}.attn_v_b.weight"
-        if name.endswith(_KV_B) and split[0] in self.store.tensors:
-            return split
+        parts = kv_b_parts(name, self.store)
+        if parts:
+            return parts
         found = self._map.tensor(name)
         if found is None:
             raise WeightsError(
@@ -198,7 +198,7 @@ class ParameterSource:
         parts = [self._unchanged(tensor) for tensor in tensors]
         kinds = {part.type_name for part in parts}
         widths = {part.shape[1:] for part in parts}
-        if len(kinds) > 1 or len(widths) > 1:
+        if len(kinds) > 1 or len(widths) > 1 or any(len(part.shape) != 2 for part in parts):
             raise WeightsError(
                 f"{self._where}: {' and '.join(tensors)} differ in type or width, and are one "
                 f"matrix of the model ({name})"
@@ -250,6 +250,15 @@ class ParameterSource:
             stacks = [torch.stack(stacks, dim=2).flatten(1, 2)]
         (whole,) = stacks
         return whole.transpose(1, 2).contiguous() if whole.ndim == 3 else whole
+
+
+def kv_b_parts(name: str, store: GGUFStore) -> tuple[str, ...]:
+    """The two tensors of DeepSeek's kv_b where a file has it in parts; none otherwise.
+
+    One of them is stored transposed, so that they do not stack up to the matrix.
+    """
+    parts = tuple(f"blk.{layer_number(name)}.attn_{part}_b.weight" for part in "kv")
+    return parts if name.endswith(_KV_B) and parts[0] in store.tensors else ()
 
 
 class LatentSizes(NamedTuple):

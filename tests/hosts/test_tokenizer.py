@@ -192,22 +192,39 @@ def test_kinds_of_newer_families_are_known(pre: str, tmp_path: Path) -> None:
     assert round_trip(tokenizer_of(tmp_path, "qwen3_moe", pre), "the 12345").strip() == "the 12345"
 
 
-def test_gemma_s_vocabulary_keeps_blanks_and_spells_the_unknown_in_bytes(tmp_path: Path) -> None:
-    tokens = ["<unk>", "<bos>", "<eos>", "▁", "h", "e", "he", "▁he", "<0xC3>", "<0xBC>"]
-    keys = {
-        "tokenizer.ggml.model": "gemma4",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 6, 6],
-        "tokenizer.ggml.merges": ["h e", "▁ he"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    tokenizer = written(tmp_path, "mixtral", keys)
-    assert tokenizer.encode("he heü", add_special_tokens=False) == [6, 7, 8, 9]
-    assert tokenizer.decode([6, 7, 8, 9]) == "he heü"
-
-
 def test_an_unreadable_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     broken = {**vocabulary("deepseek-v3"), "tokenizer.ggml.model": "no-such-kind"}
     with pytest.raises(WeightsError, match="give model_path"):
         written(tmp_path, "deepseek_v3", broken)
+
+
+def test_spaces_that_are_a_sign_of_their_own(tmp_path: Path) -> None:
+    """As Gemma 4's files have it; transformers' tokenizer of that vocabulary is the oracle."""
+    from transformers import GemmaTokenizer
+
+    letters = [*"abcdehilnotw.", "\u2581", "\n"]
+    merged = ["\u2581t", "he", "\u2581the", "\n\n", "\u2581\u2581", "ll", "hell"]
+    data = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", *data, *letters, *merged]
+    merges = ["\u2581 t", "h e", "\u2581t he", "\n \n", "\u2581 \u2581", "l l", "he ll"]
+    keys = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 6 + [6] * 256 + [1] * (len(letters) + len(merged)),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    tokenizer = written(tmp_path, "mixtral", keys)
+    right = GemmaTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+    )
+    for text in ("the hello  the.\n\n to", " ab", "\u00fc\u4e2d the", "a\n\n\nb"):
+        ids = tokenizer(text).input_ids
+        assert ids == [2, *right(text, add_special_tokens=False).input_ids]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer("<|turn>the").input_ids[:2] == [2, tokens.index("<|turn>")]

@@ -3,6 +3,7 @@
 from hybrimoe_plugin.families.builtin.deepseek.deepseek_v2 import DEEPSEEK_V2
 from hybrimoe_plugin.families.builtin.deepseek.deepseek_v3 import DEEPSEEK_V3
 from hybrimoe_plugin.families.builtin.deepseek.glm4_moe_lite import GLM4_MOE_LITE
+from hybrimoe_plugin.families.builtin.deepseek.indexed import DEEPSEEK_V32, GLM_MOE_DSA
 from hybrimoe_plugin.families.builtin.delta_net.qwen3_5_moe import QWEN3_5_MOE
 from hybrimoe_plugin.families.builtin.delta_net.qwen3_next import QWEN3_NEXT
 from hybrimoe_plugin.families.builtin.dots1 import DOTS1
@@ -33,6 +34,8 @@ BUILT_IN = (
     GLM4_MOE_LITE,  # before V2, which has no correction
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    GLM_MOE_DSA,
     OLMOE,
     GLM4_MOE,
     DOTS1,

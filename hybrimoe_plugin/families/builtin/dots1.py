@@ -12,7 +12,13 @@ from hybrimoe_plugin.families.builtin.deepseek.sigmoid_experts import (
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.gguf_metadata import heads_metadata
-from hybrimoe_plugin.families.reading import Draft, read_common, read_heads
+from hybrimoe_plugin.families.reading import (
+    ATTENTION,
+    Draft,
+    has_biases,
+    read_common,
+    read_heads,
+)
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
 
@@ -20,6 +26,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
     read_common(facts, draft)
     read_heads(facts, draft)
     read_sigmoid_experts(facts, draft)
+    draft.assumed["attention_bias"] = has_biases(facts, *ATTENTION)
 
 
 def _metadata(config: Any) -> dict[str, Any]:

@@ -6,7 +6,15 @@ from typing import Any
 
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.reading import Draft, read_common, read_experts, read_heads
+from hybrimoe_plugin.families.reading import (
+    ATTENTION,
+    Draft,
+    has_biases,
+    read_common,
+    read_experts,
+    read_heads,
+    sparse_layers,
+)
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
 _SHARED = "expert_shared_count"
@@ -16,6 +24,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
     read_common(facts, draft)
     read_heads(facts, draft)
     read_experts(facts, draft, "moe_num_experts", "moe_k")
+    draft.assumed["use_bias"] = has_biases(facts, *ATTENTION)
     draft.take("intermediate_size", facts.integer("feed_forward_length", least=1))
     draft.take("moe_intermediate_size", facts.integer("expert_feed_forward_length", least=1))
     draft.take("moe_num_shared_experts", facts.integer(_SHARED, 0), _SHARED)
@@ -25,7 +34,9 @@ def _describe(facts: Facts, draft: Draft) -> None:
     dense = facts.integer("leading_dense_block_count", 0)
     draft.take("moe_layer_interval", every, "interleave_moe_layer_step")
     draft.take("moe_layer_start_index", dense, "leading_dense_block_count")
-    draft.assumed["moe_layer_end_index"] = draft.stated["num_hidden_layers"] - 1
+    sparse = sparse_layers(facts, draft)
+    last = max((layer for layer, found in enumerate(sparse) if found), default=-1)
+    draft.assumed["moe_layer_end_index"] = last
 
 
 def _metadata(config: Any) -> dict[str, Any]:
@@ -46,5 +57,6 @@ ERNIE4_5_MOE = Family(
     names=GGUFNames(
         tensors={".moe_statics.e_score_correction_bias": "blk.{layer}.exp_probs_b.bias"}
     ),
+    fixed={"moe_norm_min": 1e-12},
     metadata=_metadata,
 )

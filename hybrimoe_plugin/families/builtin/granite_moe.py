@@ -8,7 +8,14 @@ from typing import Any
 from hybrimoe_plugin.families.builtin.llama import LLAMA_NAMES
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
-from hybrimoe_plugin.families.reading import Draft, read_common, read_experts, read_heads
+from hybrimoe_plugin.families.reading import (
+    ATTENTION,
+    Draft,
+    has_biases,
+    read_common,
+    read_experts,
+    read_heads,
+)
 
 _SHARED = "expert_shared_feed_forward_length"
 _FACTORS = {
@@ -33,6 +40,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
     read_common(facts, draft)
     read_heads(facts, draft, scaled=True)
     read_experts(facts, draft, "num_local_experts")
+    draft.assumed["attention_bias"] = has_biases(facts, *ATTENTION)
     draft.take("intermediate_size", facts.integer("feed_forward_length", least=1))
     for name, key in _FACTORS.items():
         draft.take(name, facts.number(key))

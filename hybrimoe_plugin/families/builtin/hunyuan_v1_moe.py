@@ -7,7 +7,14 @@ from typing import Any
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.gguf_metadata import heads_metadata
-from hybrimoe_plugin.families.reading import Draft, read_common, read_experts, read_heads
+from hybrimoe_plugin.families.reading import (
+    ATTENTION,
+    Draft,
+    has_biases,
+    read_common,
+    read_experts,
+    read_heads,
+)
 
 _SHARED = "expert_shared_feed_forward_length"
 
@@ -16,6 +23,7 @@ def _describe(facts: Facts, draft: Draft) -> None:
     read_common(facts, draft)
     read_heads(facts, draft)
     read_experts(facts, draft, "num_experts", "moe_topk")
+    draft.assumed["attention_bias"] = has_biases(facts, *ATTENTION)
     size = facts.integer("expert_feed_forward_length", least=1)
     draft.take("intermediate_size", size)
     facts.integer("feed_forward_length", 0)  # of no layer

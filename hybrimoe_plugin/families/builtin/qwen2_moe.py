@@ -14,9 +14,16 @@ from hybrimoe_plugin.families.reading import (
     read_common,
     read_experts,
     read_heads,
+    sparse_layers,
 )
+from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
 _SHARED = ".ffn_gate_shexp.weight"
+DENSE = {
+    f".mlp.{part}_proj.weight": f"blk.{{layer}}.ffn_{part}.weight"
+    for part in ("gate", "up", "down")
+}
+"""Tensors of layers without experts, which the `gguf` package's maps for Qwen leave out."""
 
 
 def read_qwen_moe(facts: Facts, draft: Draft, normalised: bool, partial: bool = False) -> int:
@@ -40,7 +47,9 @@ def read_qwen_moe(facts: Facts, draft: Draft, normalised: bool, partial: bool = 
     draft.assumed.update(
         intermediate_size=facts.integer("feed_forward_length", expert, least=1),
         decoder_sparse_step=1,
-        mlp_only_layers=[],
+        mlp_only_layers=[
+            layer for layer, sparse in enumerate(sparse_layers(facts, draft)) if not sparse
+        ],
     )
     return expert
 
@@ -75,6 +84,7 @@ QWEN2_MOE = Family(
     model_type="qwen2_moe",
     architectures=("qwen2moe",),
     describe=_describe,
+    names=GGUFNames(tensors=DENSE),
     metadata=_metadata,
     rules=PackagedRules(
         engine="Qwen2-MoE.yaml",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from hybrimoe_plugin.families.builtin.qwen2_moe import qwen_moe_metadata, read_qwen_moe
+from hybrimoe_plugin.families.builtin.qwen2_moe import (
+    DENSE,
+    qwen_moe_metadata,
+    read_qwen_moe,
+)
 from hybrimoe_plugin.families.family import Family, LayerForm, PackagedRules
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.reading import ATTENTION, Draft, has_biases
+from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
 _WINDOW = "attention.sliding_window"
 
@@ -22,6 +27,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architectures=("qwen3moe",),
     describe=_describe,
+    names=GGUFNames(tensors=DENSE),
     metadata=qwen_moe_metadata,
     rules=PackagedRules(engine="Qwen3-MoE.yaml", flash="lever/qwen_moe.yaml"),
     layers=LayerForm.MOE,

@@ -13,7 +13,7 @@ from hybrimoe_plugin.families.gguf_rope import (
     OLD_FREQUENCIES,
     SHORT_FACTORS,
 )
-from hybrimoe_plugin.families.registry import names_of
+from hybrimoe_plugin.families.registry import names_of, spare_tensors
 from hybrimoe_plugin.weights.checkpoint.names import find_names
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
@@ -81,6 +81,8 @@ def _needless(name: str, store: GGUFStore, config: Any, ahead: bool) -> bool:
     layer, part = int(found[1]), found[2]
     if part == OLD_FREQUENCIES:
         return True  # `read_rope` has compared it
+    if part.startswith(spare_tensors(config.model_type)):
+        return True
     if ahead and layer >= config.num_hidden_layers:
         return True  # a layer that predicts further tokens; plain decoding does not use it
     if part != "attn_kv_b.weight":

@@ -28,6 +28,7 @@ from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.weights.find_experts import AnySource, source_of
 from hybrimoe_plugin.weights.gguf_names import GGUFNames
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
+from hybrimoe_plugin.weights.parameter_source import kv_b_parts
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 _MOST_OF_FREE = 0.5
@@ -55,11 +56,19 @@ def without_foreign(
     for match in plan:
         plain = getattr(match.operator_class, "plain_class", None)
         own_class = plain is not None and match.original != plain.__name__
-        in_gguf = store is not None and store.directory is None
-        changed = in_gguf and names.change(f"{match.name}.weight") is not None
+        changed = (
+            store is not None
+            and store.directory is None
+            and _is_changed(f"{match.name}.weight", store, names)
+        )
         if not own_class and not (plain is not None and changed):
             kept.append(match)
     return kept
+
+
+def _is_changed(parameter: str, store: GGUFStore, names: GGUFNames) -> bool:
+    """Whether no bytes of the file are the matrix's own."""
+    return names.change(parameter) is not None or bool(kv_b_parts(parameter, store))
 
 
 def keeps_stored(match: Match, store: GGUFStore) -> bool:

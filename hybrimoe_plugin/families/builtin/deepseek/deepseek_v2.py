@@ -36,8 +36,12 @@ def gating(facts: Facts) -> int:
     return facts.integer("expert_gating_func", 0)
 
 
-def read_deepseek(facts: Facts, draft: Draft) -> int:
-    """What V2 and V3 share; gives the number of groups of experts."""
+def read_deepseek(facts: Facts, draft: Draft, complete: bool = False) -> int:
+    """What V2 and V3 share; gives the number of groups of experts.
+
+    Args:
+        complete: whether files have always stated how experts are grouped.
+    """
     read_common(facts, draft)
     # Files with split kv_b describe multi-query attention; the model itself has one key head per
     # query head.
@@ -61,7 +65,7 @@ def read_deepseek(facts: Facts, draft: Draft) -> int:
     draft.take("first_k_dense_replace", dense, "leading_dense_block_count")
     scale = facts.number("expert_weights_scale", 1.0)
     draft.take("routed_scaling_factor", scale, "expert_weights_scale")
-    groups = _read_groups(facts, draft, used)
+    groups = _read_groups(facts, draft, used, complete)
     draft.take("n_group", groups.total, "expert_group_count")
     draft.take("topk_group", groups.chosen, "expert_group_used_count")
     return groups.total
@@ -104,11 +108,11 @@ def _note_ramp(facts: Facts, draft: Draft) -> None:
         )
 
 
-def _read_groups(facts: Facts, draft: Draft, used: int) -> _Groups:
+def _read_groups(facts: Facts, draft: Draft, used: int, complete: bool) -> _Groups:
     experts = draft.stated["n_routed_experts"]
     released = _RELEASED.get((experts, used, gating(facts) == SIGMOID))
     stated = facts.has("expert_group_count") or facts.has("expert_group_used_count")
-    if released is not None and not stated:
+    if released is not None and not stated and not complete:
         draft.notices.append(
             "it does not state how its experts are grouped: a token chooses from "
             f"{released.chosen} of {released.total} groups, as in DeepSeek's released model of "

@@ -43,6 +43,7 @@ _COLUMNS = Change(
 
 def _describe(facts: Facts, draft: Draft) -> None:
     read_delta_net(facts, draft)
+    draft.assumed.pop("mlp_only_layers")  # its layers all have experts
     facts.integer("feed_forward_length", 0)  # of no layer
     sections = facts.get("rope.dimension_sections", _SECTIONS)
     # Of pictures' positions: text has the same one in all sections.

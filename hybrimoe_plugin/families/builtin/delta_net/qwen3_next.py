@@ -12,6 +12,7 @@ from hybrimoe_plugin.families.builtin.delta_net.shared import (
     delta_net_metadata,
     read_delta_net,
 )
+from hybrimoe_plugin.families.builtin.qwen2_moe import DENSE
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_facts import Facts
 from hybrimoe_plugin.families.reading import Draft
@@ -42,7 +43,6 @@ def _describe(facts: Facts, draft: Draft) -> None:
     read_delta_net(facts, draft)
     draft.assumed["norm_topk_prob"] = True
     draft.assumed["intermediate_size"] = facts.integer("feed_forward_length", 1)
-    draft.assumed["mlp_only_layers"] = []
     draft.assumed["decoder_sparse_step"] = 1
 
 
@@ -51,7 +51,7 @@ QWEN3_NEXT = Family(
     architectures=("qwen3next",),
     describe=_describe,
     names=GGUFNames(
-        tensors={**TENSORS, ".in_proj_ba.weight": "blk.{layer}.ssm_ba.weight"},
+        tensors={**TENSORS, **DENSE, ".in_proj_ba.weight": "blk.{layer}.ssm_ba.weight"},
         joined={
             ".in_proj_qkvz.weight": (
                 "blk.{layer}.attn_qkv.weight",

@@ -44,7 +44,7 @@ def read_delta_net(facts: Facts, draft: Draft) -> None:
     Mutates: `draft`.
     """
     read_qwen_moe(facts, draft, normalised=True, partial=True)
-    for name in ("intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"):
+    for name in ("intermediate_size", "decoder_sparse_step", "norm_topk_prob"):
         draft.assumed.pop(name, None)
     draft.assumed["attention_bias"] = has_biases(facts, *ATTENTION)
     draft.take("shared_expert_intermediate_size", facts.integer(_SHARED, least=1))

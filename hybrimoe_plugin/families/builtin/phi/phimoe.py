@@ -35,6 +35,8 @@ def _describe(facts: Facts, draft: Draft) -> None:
     read_heads(facts, draft)
     read_experts(facts, draft, "num_local_experts")
     draft.take("intermediate_size", facts.integer("feed_forward_length", least=1))
+    eps = draft.stated["rms_norm_eps"]
+    facts.only("attention.layer_norm_epsilon", eps, "norms have attention.layer_norm_rms_epsilon")
     draft.take("sliding_window", facts.integer(_WINDOW, 0) or None, _WINDOW)
     draft.assumed["attention_bias"] = has_biases(facts, *ATTENTION)
     draft.assumed["lm_head_bias"] = "output.bias" in facts.store.tensors
