@@ -6,8 +6,8 @@ values that have nothing to do with the product, and those for IQ4_XS overflow 1
 4 % of a product of ordinary activations. Indexed products of both are right (docs/LOG.md).
 
 Activations here are whole numbers up to 127, with a 127 in every block. Rounding to 8 bits changes
-none of them, so a right kernel is exact but for float32 sums, and a wrong one has nowhere to hide:
-so large numbers are also what overflows.
+none of them, so a right kernel is exact but for float32 sums. They are as large as activations in
+8 bits can be, so sums that may overflow do.
 """
 
 from __future__ import annotations
