@@ -72,7 +72,7 @@ def build_engine(
     if accelerator is not None:
         on_cpu = accelerator.on_cpu(layers)
         if on_cpu:
-            log.warning("%s", staying(on_cpu, layers, accelerator.name))
+            log.warning("%s", staying(on_cpu, layers))
         if kind == "cuda" and free_bytes is None:
             # The dense weights are there already; attention's cache is not, and grows until the
             # context is full.

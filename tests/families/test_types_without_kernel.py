@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import needs
+import numpy as np
 import pytest
 import stored_types
 import tiny
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.requantise import Requantised, readable_types
 from hybrimoe_plugin.engine.cpu_choice import pool_of
-from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.errors import BudgetError, WeightsError
 from hybrimoe_plugin.hosts.transformers import gguf_export, load_plain_model, stored
 from hybrimoe_plugin.hosts.transformers.preparation import predict
 from hybrimoe_plugin.hosts.transformers.preparation.prepare import open_weights, prepare
 from hybrimoe_plugin.operators import device_linear
 from hybrimoe_plugin.operators.device_linear import DeviceLinear, stays_stored
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 needs.kt_kernel()
 
@@ -185,3 +188,25 @@ def test_experts_with_biases_in_mxfp4_have_kernels_too(place: str, tmp_path: Pat
     assert pool_of(model.hybrimoe.engines[0]).name == "ggml"
     assert relative(model(ids).logits, right(ids).logits) < ROUNDED["experts"]
     model.hybrimoe.close()
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("experts", "ffn_gate_exps of layer 0"), ("head", "output.weight")]
+)
+def test_what_nothing_can_read_is_refused_by_name(
+    part: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q8_K is a type of activations; gguf does not dequantise it."""
+
+    def zeros(values: Any, kind: GGMLQuantizationType) -> Any:
+        if kind.name != "Q8_K":
+            return stored_types.stored(values, kind)
+        return np.zeros((*values.shape[:-1], values.shape[-1] // 256 * 292), np.uint8)
+
+    monkeypatch.setattr(gguf_export, "quantize", zeros)
+    path = tiny.write(
+        tmp_path, "qwen3_moe", changes=CHANGES, types=lambda tensor: kind_of(tensor, part, "Q8_K")
+    )
+    monkeypatch.setattr(GGUFStore, "read_into_memory", None)
+    with pytest.raises(WeightsError, match=rf"model.gguf: {name}: GGML type Q8_K cannot be"):
+        load_model(None, path, progress=False, accelerator="none")

@@ -44,15 +44,13 @@ def on_cpu(
     )
 
 
-def staying(found: Mapping[int, str], layers: Sequence[LayerWeights], device: str) -> str:
+def staying(found: Mapping[int, str], layers: Sequence[LayerWeights]) -> str:
     """Which layers stay on the CPU and why, for a notice; `found` is what `on_cpu` gives."""
     first = min(found)
-    others = len(found) - 1
-    more = f" and {others} more" if others else ""
-    return (
-        f"the experts of layer {layers[first].layer}{more} stay on the CPU, those of the other "
-        f"{len(layers) - len(found)} layers use {device}: {found[first]}"
-    )
+    which = f"layer {layers[first].layer}"
+    if len(found) > 1:
+        which = f"{len(found)} of {len(layers)} layers, such as {which},"
+    return f"the experts of {which} stay on the CPU: {found[first]}"
 
 
 def make_kernels(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.compute.cpu.requantise import by_type
+from hybrimoe_plugin.compute.cpu.requantise import Requantised, by_type
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.device.memory import free_host_bytes
+from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.preparation.experts_memory import EnginePlace, engine_places
 from hybrimoe_plugin.hosts.transformers.preparation.parameters import missing_parameters
@@ -38,8 +39,10 @@ from hybrimoe_plugin.hosts.transformers.preparation.prepare import Prepared
 from hybrimoe_plugin.hosts.transformers.stored import reads_into_memory, stored_matrices
 from hybrimoe_plugin.injection.explain import grouped
 from hybrimoe_plugin.operators.bind import attention_bytes, shorter_context
+from hybrimoe_plugin.weights.dequant import supported
 from hybrimoe_plugin.weights.find_experts import AnySource, source_of
 from hybrimoe_plugin.weights.gguf_names import EXPERTS
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
 STORED = "attention and other dense parts, as stored"
 COPIED = "matrices in another row order or type than the file's"
@@ -59,7 +62,8 @@ def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
         placed: qualified module name -> device, from `Injection.devices`.
 
     Raises:
-        WeightsError, ConfigError: a tensor is missing, or does not have the config's shape.
+        WeightsError, ConfigError: a tensor is missing, does not have the config's shape, or is of a
+            type that cannot be dequantised and has no kernel.
         BudgetError: the cache for experts does not fit.
     """
     assert prepared.store is not None
@@ -94,9 +98,20 @@ def predict(prepared: Prepared, placed: Mapping[str, str]) -> Prediction:
         outside=_held(dense, None, file),
         missing=_missing(parts),
         unreplaced=_unreplaced(model, source),
-        requantised=by_type(requantised),
+        requantised=_readable(by_type(requantised), store),
         notes=notes,
     )
+
+
+def _readable(found: tuple[Requantised, ...], store: GGUFStore) -> tuple[Requantised, ...]:
+    """The same. Raises: WeightsError: naming a tensor of a type that nothing here reads."""
+    for item in found:
+        if item.type_name not in supported():
+            raise WeightsError(
+                f"{store.paths[0]}: {item.tensors[0]}: GGML type {item.type_name} cannot be "
+                f"dequantised; possible are {', '.join(supported())}"
+            )
+    return found
 
 
 def _host_is_memory(place: Any) -> Any:
