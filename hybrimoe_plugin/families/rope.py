@@ -50,7 +50,10 @@ def with_own_base(parameters: Parameters, width: int) -> Parameters:
     """
     if parameters.get("rope_type") != "dynamic" or not parameters.get("alpha"):
         return parameters
-    base = parameters["rope_theta"] * parameters["alpha"] ** (width / (width - 2))
+    try:
+        base = parameters["rope_theta"] * parameters["alpha"] ** (width / (width - 2))
+    except (ArithmeticError, TypeError):  # no embedding at all, as transformers will say too
+        return parameters
     return {"rope_type": "default", "rope_theta": base}
 
 

@@ -50,11 +50,15 @@ def _describe_sharing(facts: Facts, draft: Draft) -> None:
         if all(held) and facts.integer("context_length", 4096) >= _LONG_CONTEXT:
             draft.left_open.append("which layers share an index")
         return
-    # Converters write whether a layer has its own, or transformers' word for it.
-    words = [_NAMES.get(item, item) for item in stated] if isinstance(stated, list) else []
-    if len(words) < layers or not set(words) <= set(_NAMES.values()):
+    words = [_word(item) for item in stated] if isinstance(stated, list) else []
+    if len(words) < layers or not all(word in _NAMES.values() for word in words):
         raise facts.wrong(_TYPES, f"expected full or shared for {layers} layers", stated)
     draft.take("indexer_types", words[:layers])
+
+
+def _word(item: Any) -> Any:
+    """transformers' word for a layer: converters write it, or whether a layer has its own index."""
+    return _NAMES[bool(item)] if item in (0, 1) else item
 
 
 def _metadata(config: Any) -> dict[str, Any]:

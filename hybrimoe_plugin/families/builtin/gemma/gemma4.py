@@ -38,7 +38,8 @@ def _read_attention(facts: Facts, draft: Draft) -> None:
     """Which layers have a sliding window, and the sizes of their heads and of the others'."""
     layers = draft.stated["num_hidden_layers"]
     pattern = facts.get(_PATTERN)
-    if not isinstance(pattern, list) or len(pattern) < layers or not set(pattern) <= {0, 1}:
+    stated = isinstance(pattern, list) and all(item in (0, 1) for item in pattern)
+    if not stated or len(pattern) < layers:
         raise facts.wrong(_PATTERN, f"expected true or false for each of {layers} layers", pattern)
     windows = [bool(item) for item in pattern[:layers]]
     if windows[-1]:
