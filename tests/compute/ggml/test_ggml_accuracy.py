@@ -214,7 +214,7 @@ def refuses(ggml: Ggml, stored: QuantizedMatrix) -> None:
     with pytest.raises(BackendError, match=name):
         ggml.kernel_speed(name, 1)
     weights = tiny_experts.layer(types=("Q8_0",) * 3)
-    other = replace(weights, down=weights.down._replace(type_name=name))
+    other = replace(weights, gate=weights.gate._replace(type_name=name))
     with pytest.raises(BackendError, match=name):
         StoredExperts.of(ggml, 1, other, repack=False)
 
