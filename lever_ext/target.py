@@ -25,6 +25,7 @@ from hybrimoe_plugin.hosts.transformers.skeleton import (
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
+from hybrimoe_plugin.operators.proof.proofs import Proofs
 from hybrimoe_plugin.policy.cache import make_cache
 from lever_ext.early_exit.gate import ExitGate
 from lever_ext.early_exit.predictor import ExitPredictor
@@ -173,12 +174,15 @@ def load_target(
         dtype = dtype_of(opened.index.dtype)
         plain = meta_model_of(opened.config, dtype, "the pack's config")
         opened.check_holds(name for name, _ in plain.named_parameters())
-        model = with_row_linears(plain)
+        proofs = Proofs(plain, plain.config)
         plan = plan_injection(
-            model,
-            load_rules(rules or flash_rules(model.config.model_type)),
+            plain,
+            load_rules(rules or flash_rules(plain.config.model_type)),
             trust_rules=trust_rules,
+            declines=proofs.declines,
         )
+        proofs.report()
+        model = with_row_linears(plain)
         injection = inject(model, plan, opened, model.config)
         target = _serve(model, opened, injection, _Options(budget, cache, accelerator, places))
     except BaseException:
