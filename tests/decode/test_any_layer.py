@@ -87,6 +87,14 @@ def test_last_tokens_have_the_plain_logits(model_type: str, kept: list[int]) -> 
     assert kept == ([] if model_type in WITHOUT else [1, 3])
 
 
+def test_what_is_no_layer_stays() -> None:
+    model = shrunk_model("mixtral")
+    proofs = Proofs(model, model.config)
+    for name in ("model.norm", "model.layers.0.self_attn", "lm_head"):
+        assert proofs.declines(name, model.get_submodule(name), GraphedLayer)
+    assert not proofs.declines("model.layers.0", model.model.layers[0], GraphedLayer)
+
+
 class Layer(nn.Module):
     """A layer that looks like any other and does one thing differently."""
 
