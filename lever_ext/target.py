@@ -25,6 +25,7 @@ from hybrimoe_plugin.hosts.transformers.skeleton import (
 from hybrimoe_plugin.injection.inject import Injection, inject
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
+from hybrimoe_plugin.operators.proof.proofs import Proofs
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.weights.layer_weights import chosen_experts
 from lever_ext.early_exit.gate import ExitGate
@@ -175,12 +176,15 @@ def load_target(
         dtype = dtype_of(opened.index.dtype)
         plain = meta_model_of(opened.config, dtype, "the pack's config")
         opened.check_holds(packed_tensors(plain))
-        model = with_row_linears(plain)
+        proofs = Proofs(plain, plain.config)
         plan = plan_injection(
-            model,
-            load_rules(rules or flash_rules(model.config)),
+            plain,
+            load_rules(rules or flash_rules(plain.config)),
             trust_rules=trust_rules,
+            declines=proofs.declines,
         )
+        proofs.report()
+        model = with_row_linears(plain)
         injection = inject(model, plan, opened, model.config)
         target = _serve(model, opened, injection, _Options(budget, cache, accelerator, places))
     except BaseException:

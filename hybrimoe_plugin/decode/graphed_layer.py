@@ -66,9 +66,9 @@ class GraphedLayer(DenseOperator):
     @staticmethod
     def reason_against(layer: nn.Module) -> str:
         """Why it does not replace a module; empty where it does: layers of any form."""
-        if next(traces(layer), None) is None:
-            return "it is not called with hidden states [batch, tokens, width] alone"
-        return ""
+        if any(trace.calls for trace in traces(layer)):
+            return ""
+        return "it is no decoder layer that takes and gives hidden states [batch, tokens, width]"
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

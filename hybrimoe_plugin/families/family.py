@@ -13,9 +13,11 @@ from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
 
 class LayerForm(Enum):
-    """Decoder layers that some code computes step by step, without calling the layer's module.
+    """The form of decoder layers, where it is known beforehand.
 
     Both are pre-norm with two residual sums: x + attention(norm(x)), and then x + mlp(norm(x)).
+    Drafts of the dense form are computed step by step. Graphs for decoding do not ask: they find
+    out what a layer does (`decode.proof`).
     """
 
     DENSE = "grouped-query attention with rotary embedding, and a gated MLP"

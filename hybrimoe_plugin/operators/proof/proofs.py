@@ -23,6 +23,10 @@ TOLERANCE = 1e-4
 _SCALES = (1.0, 1e-4, 1e-2, 10.0, 1e3)
 """Sizes of the tokens that norms and MLPs are compared on: epsilons and clamps show."""
 
+_PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"layer_idx"}
+"""Attributes by which modules of one kind may differ."""
+
 
 class Proofs:
     """Which fused operators may replace which modules of a model.
@@ -150,6 +154,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Those that a module's own class has set."""
     for name, value in sorted(vars(module).items()):
-        if name != "layer_idx" and isinstance(value, bool | int | float | str | tuple | None):
+        if name not in _OF_EVERY_MODULE and isinstance(value, _PLAIN):
             yield name, value
