@@ -70,7 +70,7 @@ def random_stored(
         return blocks.flatten(1)
     if kind == "IQ1_M":
         # Its float16 lies in the upper four bits of the last four words, lowest bits first.
-        d = torch.full((1,), deviation / 7.0).half().view(torch.int16).item()
+        d = int(torch.full((1,), deviation / 7.0).half().view(torch.int16))
         for word in range(4):
             upper = d >> (4 * word) & 15
             blocks[:, :, 49 + 2 * word] = (blocks[:, :, 49 + 2 * word] & 15) | (upper << 4)
