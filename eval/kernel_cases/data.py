@@ -25,7 +25,11 @@ _SCALES: dict[str, tuple[tuple[int, ...], float]] = {
     "Q2_K": ((80, 82), 18.0),
     "Q3_K": ((108,), 42.0),
     "IQ2_XXS": ((0,), 60.0),
+    "IQ2_XS": ((0,), 60.0),
+    "IQ2_S": ((0,), 60.0),
+    "IQ3_XXS": ((0,), 130.0),
     "IQ3_S": ((0,), 140.0),
+    "IQ1_S": ((0,), 7.0),
 }
 """Type -> (bytes at which a block keeps float16 scales, since random ones would often not be
 finite; codes' spread).
@@ -63,6 +67,13 @@ def random_stored(
         middle = 128 + round(math.log2(deviation / spread))
         drawn = torch.randint(-1, 2, (experts, count), generator=generator, device=device)
         blocks[:, :, at] = (middle + drawn).to(torch.uint8)
+        return blocks.flatten(1)
+    if kind == "IQ1_M":
+        # Its float16 lies in the upper four bits of the last four words, lowest bits first.
+        d = int(torch.full((1,), deviation / 7.0).half().view(torch.int16))
+        for word in range(4):
+            upper = d >> (4 * word) & 15
+            blocks[:, :, 49 + 2 * word] = (blocks[:, :, 49 + 2 * word] & 15) | (upper << 4)
         return blocks.flatten(1)
     places, spread = _SCALES[kind]
     for at in places:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from gguf.constants import GGMLQuantizationType
 
 from eval.models.blocks import stored_bytes
-from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import GRIDS, SUPPORTED
 from hybrimoe_plugin.core import ExpertSpec
 
 TYPES = tuple(kind for kind in SUPPORTED if kind in GGMLQuantizationType.__members__)
@@ -64,7 +64,10 @@ TYPE_SHAPES = tuple(
     Shape("every type", (kind,) * 3, 2048, 768, 12, 8) for kind in TYPES if kind != "Q4_K"
 )
 
-SMALL_SHAPES = tuple(Shape("small", (kind,) * 3, 256, 256, 3, 2) for kind in TYPES)
+SMALL_SHAPES = tuple(
+    Shape("small", (kind,) * 3, 256, 256, 3, 2) for kind in TYPES if kind not in GRIDS
+)
+"""Types with a grid come mixed in `ODD_SHAPES`: the interpreter takes long for them."""
 ODD_SHAPES = _known(
     Shape("odd", ("Q4_K", "Q5_K", "Q8_0"), 256, 320, 4, 2),
     Shape("odd", ("Q8_0", "Q4_0", "Q6_K"), 576, 256, 2, 2),
@@ -74,6 +77,9 @@ ODD_SHAPES = _known(
     Shape("odd", ("MXFP4", "Q4_1", "Q5_0"), 96, 160, 3, 2),
     Shape("odd", ("Q5_1", "IQ4_NL", "Q3_K"), 96, 256, 3, 2),
     Shape("odd", ("IQ4_XS", "Q2_K", "MXFP4"), 256, 288, 3, 2),
+    Shape("odd", ("IQ2_XXS", "IQ1_M", "IQ3_S"), 256, 256, 2, 1),
+    Shape("odd", ("IQ2_XS", "IQ2_S", "IQ4_NL"), 256, 96, 2, 1),
+    Shape("odd", ("IQ3_XXS", "IQ1_S", "Q8_0"), 256, 96, 2, 1),
 )
 """Half units, K = E, one expert for each token, and experts that no token wants."""
 

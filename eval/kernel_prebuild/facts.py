@@ -16,6 +16,8 @@ KERNEL_FILES = (
     "formats/codes",
     "formats/description",
     "formats/facts",
+    "formats/fields",
+    "formats/grids",
     "formats/scales",
     "linear",
     "prefill",

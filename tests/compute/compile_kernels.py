@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hybrimoe_plugin.compute.gpu.kernels import decode, linear, prefill, repack
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
-from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import GRIDS, SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
 from hybrimoe_plugin.core import ExpertSpec
 
@@ -85,7 +85,10 @@ def check(name: str, code: Code, narrow: int, wide: int) -> None:
     large = len(
         re.findall(r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.cg\.shared\.global .*0x10", ptx)
     )
-    if code.arch == 90:
+    if name.endswith(GRIDS):
+        # Their codes are loaded once for four or eight values, not in rows of 16 bytes.
+        narrow, wide = 60, 4
+    if code.arch == 90 and not name.startswith("blocks"):
         assert small <= narrow, f"{name}: {small} narrow loads"
         assert large >= wide, f"{name}: {large} wide loads"
     registers, spilled = resources(code.cubin)
@@ -98,7 +101,13 @@ def check_type(kind: str, arch: int) -> None:
     spec = ExpertSpec(HIDDEN, INNER, 128, TOP_K, kind, kind, kind, 4096, 4096, 4096)
     sizes = Blocks.of(slot_layout(spec, planar=True), TOP_K)
     shape = {"HIDDEN": HIDDEN, "INNER": INNER}
-    offsets = {"slots": BYTES, "slot_bytes": "i64", "up_offset": "i32", "down_offset": "i32"}
+    offsets = {
+        "slots": BYTES,
+        "tables": BYTES,
+        "slot_bytes": "i64",
+        "up_offset": "i32",
+        "down_offset": "i32",
+    }
     dot = {"BLOCK_TOKENS": sizes.tokens, "BLOCK_ROWS": sizes.rows, "DOT": tl.bfloat16}
     epilogue = GPT_OSS if kind == "MXFP4" else SWIGLU
     bias = {"BIASES": epilogue["BIASES"]}
@@ -153,7 +162,7 @@ def check_type(kind: str, arch: int) -> None:
         arch,
     )
     check(f"down_prefill {kind}", code, 12, 2)
-    matrix = {"states": STATES, "matrix": BYTES, "output": STATES, "tokens": "i32"}
+    matrix = {"states": STATES, "matrix": BYTES, "tables": BYTES, "output": STATES, "tokens": "i32"}
     size = {"KIND": kind, "ROWS": 4096, "COLUMNS": HIDDEN}
     code = compiled(
         linear.linear_decode, matrix, {**size, "BLOCK_ROWS": 4, "BLOCK_UNITS": 32}, 4, arch
@@ -180,7 +189,7 @@ def check_repacking(kind: str, arch: int) -> None:
         4,
         arch,
     )
-    check(f"blocks_to_planes {kind}", code, 10**4, 0)
+    check(f"blocks_to_planes {kind}", code, 0, 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

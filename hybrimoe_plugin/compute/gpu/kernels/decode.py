@@ -47,6 +47,7 @@ def unit_dots(
     KIND: tl.constexpr,
     matrices,
     vectors,
+    tables,
     rows,
     units,
     live,
@@ -63,7 +64,7 @@ def unit_dots(
     lane = tl.arange(0, 32)[None, None, :]
     mask = (row < ROWS) & live[None, :, None]
     column = low_columns(KIND, unit, lane)
-    low, high = codes(KIND, matrices[None, :, None], row, unit, lane, mask, ROWS, COLUMNS)
+    low, high = codes(KIND, matrices[None, :, None], tables, row, unit, lane, mask, ROWS, COLUMNS)
     # Each thread loads the values that its own codes need (neighbours share them in L1): a tile of
     # [1, U, 32] would be exchanged through shared memory, with a barrier in every pass of the loop.
     vector = vectors[None, :, None]
@@ -107,6 +108,7 @@ def gate_up_decode(
     slots,
     slot_ids,
     activations,
+    tables,
     slot_bytes,
     up_offset,
     TOP_K: tl.constexpr,
@@ -135,8 +137,10 @@ def gate_up_decode(
         for first in range(0, (HIDDEN + 63) // 64, BLOCK_UNITS):
             unit = first + units
             live = unit * 64 < HIDDEN
-            gate += unit_dots(GATE, matrices, vectors, rows, unit, live, INNER, HIDDEN)
-            up += unit_dots(UP, matrices + up_offset, vectors, rows, unit, live, INNER, HIDDEN)
+            gate += unit_dots(GATE, matrices, vectors, tables, rows, unit, live, INNER, HIDDEN)
+            up += unit_dots(
+                UP, matrices + up_offset, vectors, tables, rows, unit, live, INNER, HIDDEN
+            )
         gate_sum = tl.sum(gate, axis=1)
         up_sum = tl.sum(up, axis=1)
         if BIASES >= 0:
@@ -154,6 +158,7 @@ def down_decode(
     slot_ids,
     weights,
     output,
+    tables,
     slot_bytes,
     down_offset,
     TOP_K: tl.constexpr,
@@ -185,7 +190,7 @@ def down_decode(
     for first in range(0, (INNER + 63) // 64, BLOCK_UNITS):
         unit = first + units
         live = (slot >= 0) & (unit * 64 < INNER)
-        dots = unit_dots(DOWN, matrices, vectors, rows, unit, live, HIDDEN, INNER)
+        dots = unit_dots(DOWN, matrices, vectors, tables, rows, unit, live, HIDDEN, INNER)
         total += weight[None, :] * dots
     if BIASES >= 0:
         # One unit of each expert adds its biases: their sum comes below.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels.decode import unit_dots
+from hybrimoe_plugin.compute.gpu.kernels.formats.tables import tables
 from hybrimoe_plugin.compute.gpu.kernels.prefill import add_unit
 
 DECODE_TOKENS = 8
@@ -21,6 +22,7 @@ def linear_decode(
     states,
     matrix,
     output,
+    tables,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -39,6 +41,7 @@ def linear_decode(
             KIND,
             matrix + units * 0,
             states + token * COLUMNS + units * 0,
+            tables,
             rows,
             unit,
             live,
@@ -53,6 +56,7 @@ def linear_prefill(
     states,
     matrix,
     output,
+    tables,
     tokens,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
@@ -70,6 +74,7 @@ def linear_prefill(
             total,
             KIND,
             matrix,
+            tables,
             rows,
             unit,
             states + token * COLUMNS,
@@ -92,11 +97,12 @@ def linear(states: torch.Tensor, matrix: torch.Tensor, type_name: str, rows: int
     """
     tokens, columns = states.shape
     output = torch.empty(tokens, rows, dtype=states.dtype, device=states.device)
+    grids = tables((type_name,), matrix)
     if tokens <= DECODE_TOKENS:
         units = min(32, triton.next_power_of_2(triton.cdiv(columns, 64)))
         block = max(1, 128 // units)
         linear_decode[(triton.cdiv(rows, block), tokens)](
-            states.contiguous(), matrix, output, type_name, rows, columns, block, units
+            states.contiguous(), matrix, output, grids, type_name, rows, columns, block, units
         )
         return output
     block = max(16, min(64, triton.next_power_of_2(tokens)))
@@ -104,6 +110,7 @@ def linear(states: torch.Tensor, matrix: torch.Tensor, type_name: str, rows: int
         states.contiguous(),
         matrix,
         output,
+        grids,
         tokens,
         type_name,
         rows,

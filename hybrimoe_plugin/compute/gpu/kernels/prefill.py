@@ -25,11 +25,13 @@ from hybrimoe_plugin.compute.gpu.kernels.formats.scales import (
 
 
 @triton.jit
-def unit_weights(KIND: tl.constexpr, base, rows, unit, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def unit_weights(
+    KIND: tl.constexpr, base, tables, rows, unit, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """([N, 32], [N, 32]) float32 weights of rows [N] in one unit's low and high columns."""
     row = rows[:, None]
     lane = tl.arange(0, 32)[None, :]
-    low, high = codes(KIND, base, row, unit, lane, row < ROWS, ROWS, COLUMNS)
+    low, high = codes(KIND, base, tables, row, unit, lane, row < ROWS, ROWS, COLUMNS)
     # Scales are loaded once for a row and widened then: as [N, 1] each thread would load its own
     # one sixteen times.
     if fact(KIND, "scales") == "unit":
@@ -63,6 +65,7 @@ def add_unit(
     total,
     KIND: tl.constexpr,
     base,
+    tables,
     rows,
     unit,
     states,
@@ -75,7 +78,7 @@ def add_unit(
 
     `states` [M, 1] points at each token's first column.
     """
-    low, high = unit_weights(KIND, base, rows, unit, ROWS, COLUMNS)
+    low, high = unit_weights(KIND, base, tables, rows, unit, ROWS, COLUMNS)
     column = low_columns(KIND, unit, tl.arange(0, 32)[None, :])
     if COLUMNS % 64 == 0:
         x_low = tl.load(states + column, states_mask, 0.0)
@@ -98,6 +101,7 @@ def gate_up_prefill(
     tile_firsts,
     tile_ends,
     activations,
+    tables,
     slot_bytes,
     up_offset,
     TOP_K: tl.constexpr,
@@ -132,9 +136,13 @@ def gate_up_prefill(
         gate = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         up = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         for unit in range((HIDDEN + 63) // 64):
-            gate = add_unit(gate, GATE, base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
+            gate = add_unit(
+                gate, GATE, base, tables, rows, unit, states, states_mask, INNER, HIDDEN, DOT
+            )
             up_base = base + up_offset
-            up = add_unit(up, UP, up_base, rows, unit, states, states_mask, INNER, HIDDEN, DOT)
+            up = add_unit(
+                up, UP, up_base, tables, rows, unit, states, states_mask, INNER, HIDDEN, DOT
+            )
         if BIASES >= 0:
             gate += biases(base, 0, rows, BIASES, INNER)[None, :]
             up += biases(base, INNER, rows, BIASES, INNER)[None, :]
@@ -154,6 +162,7 @@ def down_prefill(
     tile_ends,
     weights,
     parts,
+    tables,
     slot_bytes,
     down_offset,
     DOWN: tl.constexpr,
@@ -179,7 +188,9 @@ def down_prefill(
         rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         total = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), tl.float32)
         for unit in range((INNER + 63) // 64):
-            total = add_unit(total, DOWN, base, rows, unit, states, states_mask, HIDDEN, INNER, DOT)
+            total = add_unit(
+                total, DOWN, base, tables, rows, unit, states, states_mask, HIDDEN, INNER, DOT
+            )
         if BIASES >= 0:
             own = slots + slot.to(tl.int64) * slot_bytes
             total += biases(own, 2 * INNER, rows, BIASES, HIDDEN)[None, :]

@@ -15,6 +15,7 @@ from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_decode
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.tables import tables
 from hybrimoe_plugin.compute.gpu.kernels.layout import (
     BLOCK_BYTES,
     PLANES,
@@ -156,6 +157,7 @@ class TritonKernels:
             call.buffer,
             call.slot_ids.contiguous(),
             activations,
+            tables((layout.gate.type_name, layout.up.type_name), call.buffer),
             call.buffer.stride(0),
             layout.up.offset,
             call.slot_ids.shape[1],
@@ -185,6 +187,7 @@ class TritonKernels:
             call.slot_ids.contiguous(),
             call.topk_weights.contiguous(),
             output,
+            tables((layout.down.type_name,), call.buffer),
             call.buffer.stride(0),
             layout.down.offset,
             top_k,
@@ -214,6 +217,7 @@ class TritonKernels:
             call.buffer,
             *tiles[:4],
             activations,
+            tables((layout.gate.type_name, layout.up.type_name), call.buffer),
             call.buffer.stride(0),
             layout.up.offset,
             call.slot_ids.shape[1],
@@ -247,6 +251,7 @@ class TritonKernels:
             *tiles[:4],
             call.topk_weights.contiguous(),
             parts,
+            tables((layout.down.type_name,), call.buffer),
             call.buffer.stride(0),
             layout.down.offset,
             layout.down.type_name,

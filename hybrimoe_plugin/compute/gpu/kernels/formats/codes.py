@@ -24,12 +24,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrimoe_plugin.compute.gpu.kernels.formats.facts import (
-    fact,
-    field_start,
-    field_stride,
-    points_word,
-)
+from hybrimoe_plugin.compute.gpu.kernels.formats.facts import fact, points_word
+from hybrimoe_plugin.compute.gpu.kernels.formats.fields import field
+from hybrimoe_plugin.compute.gpu.kernels.formats.grids import grid_values
 
 
 @triton.jit
@@ -42,25 +39,6 @@ def low_columns(KIND: tl.constexpr, unit, lane):
     else:
         column = unit * 64 + lane
     return column
-
-
-@triton.jit
-def field(
-    KIND: tl.constexpr,
-    NAME: tl.constexpr,
-    TYPE: tl.constexpr,
-    base,
-    block,
-    VALUES: tl.constexpr,
-):
-    """Where a field of each block begins in a matrix of so many values, as a pointer to TYPE.
-
-    It counts in words of that type, so that Triton sees neighbours in them.
-    """
-    size: tl.constexpr = TYPE.primitive_bitwidth // 8
-    start: tl.constexpr = field_start(KIND, NAME, VALUES) // size
-    stride: tl.constexpr = field_stride(KIND, NAME) // size
-    return base.to(tl.pointer_type(TYPE), bitcast=True) + block * stride + start
 
 
 @triton.jit
@@ -221,10 +199,21 @@ def lower_bits(
 
 @triton.jit
 def codes(
-    KIND: tl.constexpr, base, row, unit, lane, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    KIND: tl.constexpr,
+    base,
+    tables,
+    row,
+    unit,
+    lane,
+    mask,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """(low, high) float32 codes of each lane; `mask` hides rows and units beyond the matrix."""
-    low, high = lower_bits(KIND, base, row, unit, lane, mask, ROWS, COLUMNS)
+    if fact(KIND, "code") == "grid":
+        low, high = grid_values(KIND, base, tables, row, unit, mask, ROWS, COLUMNS)
+    else:
+        low, high = lower_bits(KIND, base, row, unit, lane, mask, ROWS, COLUMNS)
     if fact(KIND, "upper") != "":
         to: tl.constexpr = 4 if fact(KIND, "code") == "nibbles" else 2
         if fact(KIND, "upper") == "pairs":

@@ -22,7 +22,8 @@ class Format(NamedTuple):
     planar: bool = True
     """Whether a slot keeps each field in a plane of its own (`layout`)."""
     code: str = "nibbles"
-    """The field with the codes, or with their lower bits: nibbles, pairs, bytes or floats."""
+    """The field with the codes, or with their lower bits: nibbles, pairs, bytes or floats;
+    or "grid": codes stand for entries of a grid, and their fields are like no other type's."""
     upper: str = ""
     """The field with the codes' upper bits: bits or pairs."""
     zero: int = 0
@@ -31,6 +32,10 @@ class Format(NamedTuple):
     """Sixteen int8 values for which the codes stand, where they are no numbers themselves."""
     floats: bool = False
     """Whether codes of 4 bits are floats themselves: sign 1, exponent 2, mantissa 1."""
+    entries: int = 0
+    """Of the type's grid; 0 for none."""
+    entry_values: int = 0
+    """int8 values of each."""
     step: int = 32
     """Columns from a lane's low column to its high one (`codes`)."""
     scales: str = "half"
@@ -135,7 +140,54 @@ FORMATS: dict[str, Format] = {
         upper="bits",
         zero=4,
     ),
+    "IQ2_XXS": Format(256, (_D, ("parts", 64)), code="grid", entries=256, entry_values=8),
+    "IQ2_XS": Format(
+        256, (_D, ("codes", 64), ("scales", 8)), code="grid", entries=512, entry_values=8
+    ),
+    "IQ2_S": Format(
+        256,
+        (_D, ("codes", 32), ("signs", 32), ("code_bits", 8), ("scales", 8)),
+        code="grid",
+        entries=1024,
+        entry_values=8,
+    ),
+    "IQ3_XXS": Format(
+        256, (_D, ("codes", 64), ("words", 32)), code="grid", entries=256, entry_values=4
+    ),
+    "IQ3_S": Format(
+        256,
+        (_D, ("codes", 64), ("code_bits", 8), ("signs", 32), ("scales", 4)),
+        code="grid",
+        entries=512,
+        entry_values=4,
+    ),
+    "IQ1_S": Format(
+        256, (_D, ("codes", 32), ("words", 16)), code="grid", entries=2048, entry_values=8
+    ),
+    "IQ1_M": Format(
+        256,
+        (("codes", 32), ("code_bits", 16), ("scales", 8)),
+        code="grid",
+        entries=2048,
+        entry_values=8,
+    ),
 }
 """Q4_K and Q5_K blocks have 16-byte aligned codes, so they stay as they are."""
 
 SUPPORTED = tuple(FORMATS)
+
+GRIDS = tuple(kind for kind, described in FORMATS.items() if described.entries)
+"""Types with a grid, in the order in which the grids lie one after another in memory."""
+
+
+def _grid_starts() -> dict[str, int]:
+    """Bytes before each type's grid."""
+    starts = {}
+    end = 0
+    for kind in GRIDS:
+        starts[kind] = end
+        end += FORMATS[kind].entries * FORMATS[kind].entry_values
+    return starts
+
+
+GRID_STARTS = _grid_starts()

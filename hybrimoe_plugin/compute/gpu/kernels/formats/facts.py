@@ -42,3 +42,10 @@ def points_word(kind, upper):
     """As `Format.points_word`."""
     assert DESCRIPTIONS
     return description.FORMATS[kind].points_word(upper)
+
+
+@triton.constexpr_function
+def grid_start(kind):
+    """As `description.GRID_STARTS`."""
+    assert DESCRIPTIONS
+    return description.GRID_STARTS[kind]

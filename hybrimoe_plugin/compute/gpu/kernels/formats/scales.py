@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybrimoe_plugin.compute.gpu.kernels.formats.codes import field
 from hybrimoe_plugin.compute.gpu.kernels.formats.facts import fact
+from hybrimoe_plugin.compute.gpu.kernels.formats.fields import field
+from hybrimoe_plugin.compute.gpu.kernels.formats.grids import grid_scale, spread_d
 
 
 @triton.jit
@@ -120,8 +121,16 @@ def half_scales(
         high = low
     else:
         block = row * (COLUMNS // 256) + unit // 4 + half * 0
-        scale = half_precision(KIND, "d", base, block, mask, ROWS * COLUMNS)
-        low, high = small_scales(KIND, base, unit, half, block, mask, ROWS * COLUMNS)
+        if KIND == "IQ1_M":
+            scale = spread_d(KIND, base, block, mask, ROWS * COLUMNS)
+        else:
+            scale = half_precision(KIND, "d", base, block, mask, ROWS * COLUMNS)
+        if fact(KIND, "code") == "grid":
+            group = (unit % 4) * 2
+            low = grid_scale(KIND, base, block, group, half, mask, ROWS * COLUMNS)
+            high = grid_scale(KIND, base, block, group + 1, half, mask, ROWS * COLUMNS)
+        else:
+            low, high = small_scales(KIND, base, unit, half, block, mask, ROWS * COLUMNS)
         low *= scale
         high *= scale
     return low, high
