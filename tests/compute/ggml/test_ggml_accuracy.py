@@ -23,9 +23,8 @@ from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
 from hybrimoe_plugin.compute.cpu.kt_kernel import KERNEL_TYPES
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.core import ExpertSpec
-from hybrimoe_plugin.engine.cpu_choice import cpu_backends
+from hybrimoe_plugin.engine.cpu_choice import requantised_experts
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
@@ -196,10 +195,12 @@ def test_a_type_without_a_right_form_is_refused(wrong_in_every_form: str) -> Non
     refuses(ggml, random_matrix(wrong_in_every_form, 4, 256))
 
 
-def test_experts_without_a_right_form_are_left_to_another_backend(wrong_in_every_form: str) -> None:
-    layers = [experts_of(wrong_in_every_form)]
-    assert "ggml" not in cpu_backends(Settings(), layers, alone=True)
-    assert cpu_backends(Settings(), [experts_of("Q6_K")], alone=True) == ("ggml",)
+def test_experts_without_a_right_form_are_requantised(wrong_in_every_form: str) -> None:
+    weights = experts_of(wrong_in_every_form)
+    made = requantised_experts("ggml", [weights])
+    assert [item.target for item in made] == ["Q8_0"] * 3
+    assert not requantised_experts("ggml", [experts_of("Q6_K")])
+    compare_experts(weights)
 
 
 def refuses(ggml: Ggml, stored: QuantizedMatrix) -> None:
