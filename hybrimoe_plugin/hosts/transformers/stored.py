@@ -166,7 +166,7 @@ class StoredMatrix(NamedTuple):
     def size(self, source: AnySource) -> StoredSize:
         """What `give` will take, from the file's header. Raises: WeightsError: it is missing."""
         replaced = copied = whole = 0
-        types = readable_types()
+        types = frozenset() if self.on_device else readable_types()
         for info in map(source.store.info, source.gguf_names(self.parameter)):
             whole += info.nbytes
             if self.on_device:
@@ -183,7 +183,7 @@ class StoredMatrix(NamedTuple):
 
     def requantised(self, source: AnySource) -> Iterator[Requantised]:
         """Those of its tensors that `give` makes larger for want of a kernel. Raises: as `size`."""
-        types = readable_types()
+        types = frozenset() if self.on_device else readable_types()
         for info in map(source.store.info, source.gguf_names(self.parameter)):
             kind, names, stored = info.type_name, (info.name,), info.nbytes
             if self.on_device:
