@@ -22,6 +22,7 @@ from hybrimoe_plugin.families.reading import (
     read_experts,
     read_heads,
 )
+from hybrimoe_plugin.weights.gguf_names import GGUFNames
 
 _RELEASED_SCALE = 1.243163121016122
 """`short_mscale` and `long_mscale` of Phi-3.5-MoE, which converters leave out."""
@@ -92,6 +93,8 @@ PHIMOE = Family(
     model_type="phimoe",
     architectures=("phimoe",),
     describe=_describe,
+    # Older gguf packages do not know the router by this name.
+    names=GGUFNames(tensors={".mlp.router.weight": "blk.{layer}.ffn_gate_inp.weight"}),
     fixed={"router_jitter_noise": _JITTER},
     metadata=_metadata,
 )
