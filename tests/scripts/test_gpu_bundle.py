@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from eval.kernel_cases.shapes import TYPES
+from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -285,15 +288,17 @@ def test_what_is_prebuilt_is_found_by_a_fresh_process_elsewhere(
     flags = ["--only", "repacking", "--workers", "1"]
     cache = tmp_path / "built" / "triton"
     made = bundle.kernels.run_prebuild(sys.executable, cache, flags)
-    # Three types, each with a number of blocks that is a multiple of 16 and with one that is not.
-    assert made["compiled"] == {"blocks_to_planes": 6} and not made["failed"]
+    # Each kind of block with a number of them that is a multiple of 16 and with one that is not.
+    kinds = {(BLOCK_BYTES[kind], PLANES[kind]) for kind in TYPES if kind in PLANES}
+    wanted = 2 * len(kinds)
+    assert made["compiled"] == {"blocks_to_planes": wanted} and not made["failed"]
     bundle.kernels.drop_sources(cache)
     moved = tmp_path / "carried" / "triton"
     shutil.move(cache, moved)  # the paths that Triton noted lead nowhere now
     bundle.kernels.relocate(moved)
     again = bundle.kernels.run_prebuild(sys.executable, moved, flags)
-    assert bundle.kernels.cache_report(made, again).startswith("6 kernels")
-    assert again["hits"] == 6
+    assert bundle.kernels.cache_report(made, again).startswith(f"{wanted} kernels")
+    assert again["hits"] == wanted
 
 
 def test_every_case_of_the_check_is_prebuilt() -> None:
