@@ -65,7 +65,7 @@ def _routers(model: Any, operators: Sequence[FlashExperts]) -> list[GateRouter |
     for operator in operators:
         layer = model.get_submodule(operator.key.rpartition(".")[0])
         gate = router_beside(layer)
-        found.append(None if gate is None else GateRouter(gate))
+        found.append(None if gate is None else GateRouter(gate, operator.form.experts))
     return found
 
 

@@ -31,10 +31,10 @@ def saved(folder: Path, family: str, dtype: torch.dtype, apart: bool = True, **k
     return folder
 
 
-def by_transformers(folder: Path) -> Any:
+def by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "stacked"])
@@ -55,7 +55,9 @@ def test_says_what_transformers_says(tmp_path: Path, family: str, apart: bool) -
 def test_half_precision_is_exact_but_for_the_kernels_input(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    """Stored values are exact; ggml's kernels round the other factor to the stored type."""
+    """Stored values are exact. ggml's kernels round the other factor to the stored type, where
+    transformers in that type rounds every result too.
+    """
     folder = saved(tmp_path, family, dtype)
     right = by_transformers(folder)
     prompt, steps = tiny.tokens(9), tiny.tokens(3, seed=1)
@@ -64,9 +66,9 @@ def test_half_precision_is_exact_but_for_the_kernels_input(
     model.hybrimoe.close()
     model = injected(folder, cpu_backend="ggml")
     found, wanted = logits(model, prompt, steps), logits(right, prompt, steps)
-    error = (found - wanted).norm() / wanted.norm()
-    assert error < 2 * torch.finfo(dtype).eps
     model.hybrimoe.close()
+    rounded = logits(by_transformers(folder, dtype), prompt, steps).float()
+    assert (found - wanted).norm() < (rounded - wanted).norm()
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "stacked"])
