@@ -3,7 +3,8 @@
 The files are synthetic: the shape of Qwen3-30B-A3B in Q4_K, in which every weight is zero. They are
 written as holes, so that they take no room on the disk, but reading them takes memory as usual. One
 has the experts of a layer in one tensor, as files have today, the other gives each expert tensors
-of its own, which makes tens of thousands.
+of its own, which makes tens of thousands. Each is loaded twice: read into memory, as is usual on a
+CPU alone, and mapped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from eval.reporting.quantiles import percentiles
 
 MODEL = "qwen3-30b-a3b"
 LAYOUTS = {"stacked": True, "one tensor per expert": False}
+WEIGHTS = ("memory", "mapped")
 _GIB = 1 << 30
 _BYTES = np.dtype(np.uint8)
 _CHILD = "--child"
@@ -46,28 +48,42 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for layout, stacked in LAYOUTS.items():
             path = Path(folder) / "model.gguf"
             tensors = write_zeros(path, layers, stacked)
-            found = [load(path) for _ in tqdm(range(repetitions), desc=layout, disable=None)]
-            rows.append({**row(layout, tensors, path, found), **facts})
+            for weights in WEIGHTS:
+                shown = tqdm(range(repetitions), desc=f"{layout}, {weights}", disable=None)
+                found = [load(path, weights) for _ in shown]
+                rows.append({**row(layout, weights, tensors, path, found), **facts})
     report.show("Loading a large file", rows)
     report.save_csv(args.out / "loading.csv", rows)
-    worst = max(rows, key=lambda item: item["seconds_p50"])
+    worst = {
+        weights: max(
+            (item for item in rows if item["weights"] == weights),
+            key=lambda item: item["seconds_p50"],
+        )
+        for weights in WEIGHTS
+    }
     result = {
         "model": MODEL,
-        "gib": worst["gib"],
+        "gib": worst["mapped"]["gib"],
         "tensors": max(item["tensors"] for item in rows),
-        "seconds_p50": worst["seconds_p50"],
-        "anonymous_mib": max(item["anonymous_mib"] for item in rows),
-        "dense_mib": worst["dense_mib"],
+        "seconds_p50": worst["memory"]["seconds_p50"],
+        "mapped_seconds_p50": worst["mapped"]["seconds_p50"],
+        "mapped_anonymous_mib": max(
+            item["anonymous_mib"] for item in rows if item["weights"] == "mapped"
+        ),
+        "dense_mib": worst["mapped"]["dense_mib"],
     }
     report.finish(result)
     return result
 
 
-def row(layout: str, tensors: int, path: Path, found: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """One file's line of the table."""
+def row(
+    layout: str, weights: str, tensors: int, path: Path, found: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """One line of the table."""
     low, middle, high = percentiles([item["seconds"] for item in found])
     return {
         "layout": layout,
+        "weights": weights,
         "tensors": tensors,
         "gib": path.stat().st_size / _GIB,
         "seconds_p20": low,
@@ -115,15 +131,15 @@ def write_zeros(path: Path, layers: int, stacked: bool) -> int:
     return len(shown)
 
 
-def load(path: Path) -> dict[str, float]:
+def load(path: Path, weights: str) -> dict[str, float]:
     """Load the file in a process of its own, and give what that took."""
-    command = [sys.executable, "-m", "eval.loading", _CHILD, str(path)]
+    command = [sys.executable, "-m", "eval.loading", _CHILD, str(path), weights]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=report.ROOT)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def child(path: str) -> None:
+def child(path: str, weights: str) -> None:
     """Load a file, and print seconds, anonymous memory and that of its parameters as JSON."""
     import time
 
@@ -132,7 +148,8 @@ def child(path: str) -> None:
 
     before = _anonymous_mib()
     started = time.monotonic()
-    model, _ = load_model(None, path, progress=False)
+    settings: Any = {"weights": weights}
+    model, _ = load_model(None, path, progress=False, **settings)
     seconds = time.monotonic() - started
     dense = sum(parameter.nbytes for parameter in model.parameters())
     print(
@@ -161,6 +178,6 @@ def _kind(name: str, shape: tuple[int, ...]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [_CHILD]:
-        child(sys.argv[2])
+        child(*sys.argv[2:])
     else:
         main()
