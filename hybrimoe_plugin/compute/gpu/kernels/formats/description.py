@@ -58,11 +58,6 @@ class Format(NamedTuple):
         return tuple((self.offset(name), size) for name, size in self._in_slot_order())
 
     @property
-    def plain(self) -> bool:
-        """Whether the codes are unsigned numbers, whole in one field."""
-        return not (self.upper or self.zero or self.points or self.floats)
-
-    @property
     def minima(self) -> bool:
         """Whether there are minima beside the scales."""
         return any(name in ("m", "dmin") for name, _ in self.fields)
