@@ -224,7 +224,7 @@ def codes(
     if fact(KIND, "zero") != 0:
         low -= fact(KIND, "zero")
         high -= fact(KIND, "zero")
-    if fact(KIND, "floats"):
+    if fact(KIND, "e2m1"):
         low = e2m1(low)
         high = e2m1(high)
     elif fact(KIND, "points") != ():

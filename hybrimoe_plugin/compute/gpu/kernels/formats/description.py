@@ -30,7 +30,7 @@ class Format(NamedTuple):
     """The code that stands for 0."""
     points: tuple[int, ...] = ()
     """Sixteen int8 values for which the codes stand, where they are no numbers themselves."""
-    floats: bool = False
+    e2m1: bool = False
     """Whether codes of 4 bits are floats themselves: sign 1, exponent 2, mantissa 1."""
     entries: int = 0
     """Of the type's grid; 0 for none."""
@@ -116,7 +116,7 @@ FORMATS: dict[str, Format] = {
     "Q4_0": Format(32, (_D, _NIBBLES), zero=8, step=16),
     "BF16": Format(1, (("value", 2),), planar=False, code="floats", scales=""),
     "F16": Format(1, (("value", 2),), planar=False, code="floats", scales=""),
-    "MXFP4": Format(32, (("exponent", 1), _NIBBLES), floats=True, step=16),
+    "MXFP4": Format(32, (("exponent", 1), _NIBBLES), e2m1=True, step=16),
     "IQ4_NL": Format(32, (_D, _NIBBLES), points=_NON_LINEAR, step=16),
     "IQ4_XS": Format(
         256,
