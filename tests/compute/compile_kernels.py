@@ -39,6 +39,9 @@ SWIGLU = {"BIASES": -1, "KIND": "silu", "ALPHA": 1.0, "LIMIT": 0.0, "UP_SHIFT": 
 GPT_OSS = {"BIASES": 1 << 22, "KIND": "silu", "ALPHA": 1.702, "LIMIT": 7.0, "UP_SHIFT": 1.0}
 """The epilogue of the model that MXFP4 comes with."""
 
+SPILLED = {(80, "gate_up_prefill IQ3_XXS"): 16, (80, "gate_up_prefill Q4_1"): 16}
+"""Bytes of registers that a thread keeps in memory, where it is not 0 (docs/formats.md)."""
+
 
 class Code(NamedTuple):
     """What a kernel became."""
@@ -92,7 +95,8 @@ def check(name: str, code: Code, narrow: int, wide: int) -> None:
         assert small <= narrow, f"{name}: {small} narrow loads"
         assert large >= wide, f"{name}: {large} wide loads"
     registers, spilled = resources(code.cubin)
-    assert not spilled and "ld.local" not in ptx, f"{name}: {spilled} bytes spilled"
+    allowed = SPILLED.get((code.arch, name), 0)
+    assert spilled <= allowed and "ld.local" not in ptx, f"{name}: {spilled} bytes spilled"
     print("ok", code.arch, name, small, large, registers, flush=True)
 
 

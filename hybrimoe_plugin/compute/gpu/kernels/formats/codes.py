@@ -67,8 +67,7 @@ def nibbles(
         block = row * (COLUMNS // 256) + unit // 4
         place = field(KIND, "nibbles", tl.uint8, base, block, ROWS * COLUMNS)
         packed = tl.load(place + (unit % 4) * 32 + lane, mask, 0)
-    if not fact(KIND, "plain"):
-        packed = packed.to(tl.int32)
+    packed = packed.to(tl.int32)
     return packed & 15, packed >> 4
 
 
@@ -225,7 +224,7 @@ def codes(
     if fact(KIND, "zero") != 0:
         low -= fact(KIND, "zero")
         high -= fact(KIND, "zero")
-    if fact(KIND, "floats"):
+    if fact(KIND, "e2m1"):
         low = e2m1(low)
         high = e2m1(high)
     elif fact(KIND, "points") != ():

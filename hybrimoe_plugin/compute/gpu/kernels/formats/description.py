@@ -30,7 +30,7 @@ class Format(NamedTuple):
     """The code that stands for 0."""
     points: tuple[int, ...] = ()
     """Sixteen int8 values for which the codes stand, where they are no numbers themselves."""
-    floats: bool = False
+    e2m1: bool = False
     """Whether codes of 4 bits are floats themselves: sign 1, exponent 2, mantissa 1."""
     entries: int = 0
     """Of the type's grid; 0 for none."""
@@ -56,11 +56,6 @@ class Format(NamedTuple):
         if not self.planar:
             return ()
         return tuple((self.offset(name), size) for name, size in self._in_slot_order())
-
-    @property
-    def plain(self) -> bool:
-        """Whether the codes are unsigned numbers, whole in one field."""
-        return not (self.upper or self.zero or self.points or self.floats)
 
     @property
     def minima(self) -> bool:
@@ -121,7 +116,7 @@ FORMATS: dict[str, Format] = {
     "Q4_0": Format(32, (_D, _NIBBLES), zero=8, step=16),
     "BF16": Format(1, (("value", 2),), planar=False, code="floats", scales=""),
     "F16": Format(1, (("value", 2),), planar=False, code="floats", scales=""),
-    "MXFP4": Format(32, (("exponent", 1), _NIBBLES), floats=True, step=16),
+    "MXFP4": Format(32, (("exponent", 1), _NIBBLES), e2m1=True, step=16),
     "IQ4_NL": Format(32, (_D, _NIBBLES), points=_NON_LINEAR, step=16),
     "IQ4_XS": Format(
         256,
