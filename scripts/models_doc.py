@@ -98,10 +98,13 @@ def page(stands: Sequence[Stand]) -> str:
     import transformers
 
     lines = [HEAD.format(version=transformers.__version__).rstrip("\n")]
-    for item in stands:
-        alone = ", ".join(f"`{name}`" for name in item.architectures) or "-"
-        lines.append(f"| `{item.model_type}` | {alone} | {item.directory} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *map(row, stands)]) + "\n"
+
+
+def row(item: Stand) -> str:
+    """One type's line of the table."""
+    alone = ", ".join(f"`{name}`" for name in item.architectures) or "-"
+    return f"| `{item.model_type}` | {alone} | {item.directory} |"
 
 
 def _reason(message: str) -> str:
