@@ -196,7 +196,7 @@ def _finished(backend: Any, store: GGUFStore) -> Any:
 
 
 def _check_kinds(store: GGUFStore) -> None:
-    """Raise ValueError for values of a kind that transformers takes for something else, or later."""
+    """Raise ValueError for values that transformers would take for something else."""
     for key, kind in _KINDS_OF_VALUES.items():
         value = store.metadata.get(key)
         if value is not None and not isinstance(value, kind):
