@@ -63,3 +63,23 @@ def check_range(spec: ExpertSpec, low: int, high: int) -> None:
     """Check the smallest and the largest expert id. Raises: BackendError."""
     if low < 0 or high >= spec.experts:
         raise BackendError(f"expert ids must be 0 to {spec.experts - 1}, found {low} to {high}")
+
+
+def each_once(
+    spec: ExpertSpec, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights [T, K] of the same sums, in which no token names an expert twice.
+
+    Tables of experts by token id (DeepSeek-V4) may name one twice. It gets the sum of its weights,
+    and the place that it leaves goes to an expert that was not chosen, with a weight of 0.
+
+    Raises:
+        BackendError: K is larger than the number of experts.
+    """
+    tokens, top_k = ids.shape
+    if top_k > spec.experts:
+        raise BackendError(f"a token names {top_k} of {spec.experts} experts")
+    total = weights.new_zeros(tokens, spec.experts).scatter_add_(1, ids.long(), weights)
+    chosen = torch.zeros_like(total).scatter_(1, ids.long(), 1.0)
+    distinct = chosen.topk(top_k, dim=1).indices
+    return distinct.to(ids.dtype), total.gather(1, distinct)

@@ -13,7 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.expert_inputs import check_kinds, check_range, check_shapes
+from hybrimoe_plugin.compute.cpu.expert_inputs import (
+    check_kinds,
+    check_range,
+    check_shapes,
+    each_once,
+)
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_layer import GgmlLayer
 from hybrimoe_plugin.compute.cpu.requantise import readable_types, supported_weights
@@ -74,7 +79,7 @@ class GgmlExperts:
         if self._pending is not None:
             self.sync()
         target = self._layers[layer]
-        _check(target.spec, hidden, topk_ids, topk_weights)
+        topk_ids, topk_weights = _checked(target.spec, hidden, topk_ids, topk_weights)
         wanted = torch.tensor(mine, dtype=torch.int64, device="cpu")
         kept = torch.isin(topk_ids, wanted)
         call = functools.partial(target.compute_part, hidden, topk_ids, topk_weights, kept)
@@ -109,7 +114,7 @@ class GgmlExperts:
             BackendError: a shape or id that the kernel must not see.
         """
         target = self._layers[layer]
-        _check(target.spec, hidden, topk_ids, topk_weights)
+        topk_ids, topk_weights = _checked(target.spec, hidden, topk_ids, topk_weights)
         return target.compute(hidden, topk_ids, topk_weights)
 
     def close(self) -> None:
@@ -119,10 +124,10 @@ class GgmlExperts:
         self._layers.clear()
 
 
-def _check(
+def _checked(
     spec: ExpertSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> None:
-    """Raises: BackendError: something that the kernel must not see."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights as kernels take them. Raises: BackendError: what they must not see."""
     check_kinds(hidden, ids, weights)
     check_shapes(spec, hidden, ids, weights)
     if not ids.numel():
@@ -137,8 +142,9 @@ def _check(
         low, high = (int(value) for value in torch.aminmax(ids))
         repeated = ids.shape[1] > 1 and _repeats(ids)
     check_range(spec, low, high)
-    if repeated:  # ggml would leave rows unwritten; no router does this
-        raise BackendError("a token names an expert twice")
+    if repeated:  # ggml would leave rows unwritten
+        return each_once(spec, ids, weights)
+    return ids, weights
 
 
 def _repeats(ids: torch.Tensor) -> bool:

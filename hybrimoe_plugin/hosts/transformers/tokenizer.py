@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,15 +51,12 @@ def load_tokenizer(model_path: str | Path | None, store: GGUFStore, config: Any 
         return directory_tokenizer(model_path, config)
     if "tokenizer.ggml.tokens" not in store.metadata:
         return None
-    try:
-        return _READERS.get(str(store.metadata.get("tokenizer.ggml.model")), _refuse)(store)
-    except HybriMoEError:
-        raise
-    except Exception as error:  # transformers and tokenizers raise many kinds
-        raise WeightsError(
-            f"{store.paths[0]}: its tokenizer cannot be read ({type(error).__name__}: {error}); "
-            "give model_path, a directory with the model's own tokenizer"
-        ) from error
+    read = _READERS.get(str(store.metadata.get("tokenizer.ggml.model")), _refuse)
+    with _reading(
+        str(store.paths[0]), "; give model_path, a directory with the model's own tokenizer"
+    ):
+        _check_kinds(store)
+        return read(store)
 
 
 def has_tokenizer(directory: str | Path | None) -> bool:
@@ -82,13 +81,25 @@ def directory_tokenizer(directory: str | Path, config: Any = None) -> Any:
     check_tokenizer_files(directory)
     # Given a config, transformers does not look for one in the directory.
     config = PreTrainedConfig() if config is None else config
-    try:
+    with _reading(str(directory)):
         return AutoTokenizer.from_pretrained(
             str(directory), config=config, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # transformers and tokenizers raise many kinds
+
+
+@contextmanager
+def _reading(where: str, advice: str = "") -> Iterator[None]:
+    """Whatever transformers and tokenizers raise on what they read becomes a WeightsError."""
+    try:
+        yield
+    except HybriMoEError:
+        raise
+    except BaseException as error:
+        # A panic in tokenizers' Rust code is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise WeightsError(
-            f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {error})"
+            f"{where}: its tokenizer cannot be read ({type(error).__name__}: {error}){advice}"
         ) from error
 
 
@@ -184,17 +195,49 @@ def _finished(backend: Any, store: GGUFStore) -> Any:
     )
 
 
+def _check_kinds(store: GGUFStore) -> None:
+    """Raise ValueError for values that transformers would take for something else."""
+    for key, kind in _KINDS_OF_VALUES.items():
+        value = store.metadata.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{key} is {value!r:.80}, where a {kind.__name__} is expected")
+
+
+_KINDS_OF_VALUES = {
+    "tokenizer.ggml.tokens": list,
+    "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
+    "tokenizer.ggml.add_space_prefix": bool,
+    "tokenizer.chat_template": str,
+}
+
+
 def _vocabulary(store: GGUFStore) -> dict[str, int]:
+    """Tokens and their ids. Raises: ValueError: a token has two ids."""
     tokens = store.metadata["tokenizer.ggml.tokens"]
-    return {token: index for index, token in enumerate(tokens)}
+    found: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        # Unused ids may have no text. Of two others with the same text, one could not be decoded.
+        if found.setdefault(token, index) != index and token:
+            raise ValueError(f"tokens {found[token]} and {index} are both {token!r:.80}")
+    return found
 
 
 def _merges(store: GGUFStore) -> list[tuple[str, str]]:
-    """Pairs to join, the first ones first; a part may begin with a blank itself."""
+    """Pairs to join, the first ones first; a part may begin with a blank itself.
+
+    Raises:
+        ValueError: a pair or what it makes is no token. tokenizers panics on some of these.
+    """
     merges = store.metadata.get("tokenizer.ggml.merges")
     if merges is None:
         _refuse(store)
-    return [(merge[:at], merge[at + 1 :]) for merge in merges for at in [merge.index(" ", 1)]]
+    known = set(store.metadata["tokenizer.ggml.tokens"])
+    pairs = [(merge[:at], merge[at + 1 :]) for merge in merges for at in [merge.index(" ", 1)]]
+    for first, second in pairs:
+        if not known.issuperset((first, second, first + second)):
+            raise ValueError(f"the merge of {first!r:.80} and {second!r:.80} names no tokens")
+    return pairs
 
 
 def _special_texts(store: GGUFStore) -> dict[str, str | None]:

@@ -145,6 +145,23 @@ def test_both_ways_through_many_tokens_are_the_same_function(types: tuple[str, s
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 33, 600])
+@pytest.mark.parametrize("mine", [ALL, [1, 2, 6]])
+def test_an_expert_that_a_token_names_again_gets_both_weights(tokens: int, mine: list[int]) -> None:
+    weights = tiny_experts.layer(types=("F32",) * 3, top_k=3)
+    native = GgmlExperts(2)
+    plain = TorchExperts(keep=True)
+    for backend in (native, plain):
+        backend.add_layer(weights)
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, 3, (tokens, 3), generator=generator)
+    ids[0] = 2
+    hidden = torch.randn(tokens, 64, generator=generator)
+    routing = torch.rand(tokens, 3, generator=generator)
+    found = compute(native, hidden, ids, routing, mine)
+    torch.testing.assert_close(found, compute(plain, hidden, ids, routing, mine))
+
+
 def test_what_the_kernels_must_not_see_is_refused() -> None:
     experts = GgmlExperts(1)
     experts.add_layer(tiny_experts.layer())
@@ -154,12 +171,14 @@ def test_what_the_kernels_must_not_see_is_refused() -> None:
         torch.full((2, 2), 8),
         torch.full((2, 2), -1),
         torch.zeros(3, 2, dtype=torch.int64),
-        torch.tensor([[0, 1], [3, 3]]),
     ):
         with pytest.raises(BackendError):
             experts.compute(0, hidden, ids, routing)
     with pytest.raises(BackendError):
         experts.compute(0, torch.zeros(2, 32), torch.zeros(2, 2, dtype=torch.int64), routing)
+    nine_of_eight = torch.zeros(2, 9, dtype=torch.int64)
+    with pytest.raises(BackendError, match="names 9 of 8 experts"):
+        experts.compute(0, hidden, nine_of_eight, torch.ones(2, 9))
 
 
 def test_a_host_s_default_dtype_does_not_reach_the_buffers() -> None:
