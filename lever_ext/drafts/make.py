@@ -135,7 +135,7 @@ def _gate_activation(layer: Any, index: int) -> Callable[[torch.Tensor], torch.T
     Raises:
         SpeculationError: they are something else, or lie elsewhere in the layer.
     """
-    experts = getattr(getattr(layer, "mlp", None), "experts", None)
+    experts: Any = getattr(getattr(layer, "mlp", None), "experts", None)
     activation = getattr(experts, "act_fn", None)
     usual = getattr(experts, "has_gate", False) and not (
         experts.has_bias or experts.is_transposed or not experts.is_concatenated

@@ -59,8 +59,8 @@ def plan(directory: str | Path, fp8: str) -> Plan:
     family = find_family(config.model_type)
     if family is None:
         raise ConfigError(
-            f"{folder}: how GGUF files store {config.model_type} is not known here, so it cannot be "
-            "converted: take a checkpoint in BF16, F16 or F32, which --model_path reads as it is"
+            f"{folder}: how GGUF files store {config.model_type} is not known here, so it cannot "
+            "be converted: take a checkpoint in BF16, F16 or F32, which --model_path reads as it is"
         )
     _check_names(family, folder)
     model = meta_model(config)
