@@ -76,11 +76,11 @@ class LeverDecoding:
         price_union: bool = True,
         prune: str = "auto",
     ) -> None:
-        if draft is None and policy.name != "none":
-            raise SpeculationError(f"tree {policy.name} needs a draft")
         if target is not None and policy.name != "none" and not takes_trees(target.model):
             log.warning("%s; its answers are decoded token by token", NO_TREES)
             draft, policy = None, make_policy("none")
+        if draft is None and policy.name != "none":
+            raise SpeculationError(f"tree {policy.name} needs a draft")
         self.draft = draft
         self.policy = policy
         self.target = target

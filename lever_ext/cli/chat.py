@@ -130,7 +130,10 @@ def _chat_with(target: FlashTarget, pack: Any, policy: Any, args: argparse.Names
 def _draft(name: str, target: FlashTarget, tokenizer: Any, args: argparse.Namespace) -> Any:
     """The draft of that name; the demo targets have a low-bit draft of their own."""
     from lever_ext.drafts.make import BITS, make_draft
+    from lever_ext.speculation.verify import takes_trees
 
+    if not takes_trees(target.model):
+        return None  # LeverDecoding says so, and no copy is made in vain
     if name == "low-bit" and args.flash_pack is None:
         return _demo_draft(args.quiet)
     return make_draft(name, target, tokenizer, args.draft_bits or BITS)

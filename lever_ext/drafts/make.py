@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def make_draft(
         group: input features of a low-bit copy that share a scale.
 
     Raises:
-        SpeculationError: unknown name, or another tokenizer.
+        SpeculationError: unknown name, another tokenizer, or experts without a low-bit copy.
         WeightsError: the file cannot be read.
         ConfigError: bits or group outside what is supported.
         FlashError: the pack cannot be read.
@@ -79,6 +80,7 @@ def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any
     Raises:
         ConfigError: bits or group outside what is supported.
         FlashError: the pack cannot be read.
+        SpeculationError: the experts are of a kind that has no low-bit copy.
     """
     pack, dtype = target.pack, target.model.dtype
     if dtype == torch.float16:
@@ -100,7 +102,8 @@ def low_bit_of(target: FlashTarget, bits: int = BITS, group: int = GROUP) -> Any
         layer: Any = model.base_model.layers[block.layer]
         if block.layer in experts:
             pairs = (_gate_up_and_down(pack.load(expert)) for expert in experts[block.layer])
-            layer.mlp.experts = LowBitExperts(pairs, layer.mlp.experts.act_fn, bits, group, dtype)
+            activation = _gate_activation(layer, block.layer)
+            layer.mlp.experts = LowBitExperts(pairs, activation, bits, group, dtype)
         low_bit_linears(layer, bits, group, dtype)
     model.set_output_embeddings(LowBitLinear(head, None, HEAD_BITS, group, dtype))
     for parameter in model.parameters():  # norms and routers; buffers keep the type they need
@@ -124,6 +127,25 @@ class SharedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[..., H] of token ids [...]."""
         return F.embedding(ids, self.rows).to(self.dtype)
+
+
+def _gate_activation(layer: Any, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation of a layer's experts, if they are a gate, up and down matrix and no more.
+
+    Raises:
+        SpeculationError: they are something else, or lie elsewhere in the layer.
+    """
+    experts: Any = getattr(getattr(layer, "mlp", None), "experts", None)
+    activation = getattr(experts, "act_fn", None)
+    usual = getattr(experts, "has_gate", False) and not (
+        experts.has_bias or experts.is_transposed or not experts.is_concatenated
+    )
+    if activation is None or not usual:
+        raise SpeculationError(
+            f"layer {index} of {type(layer).__name__} has experts that the low-bit draft cannot "
+            "copy: take --draft ngram or --draft none"
+        )
+    return activation
 
 
 def _gate_up_and_down(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,12 @@ from transformers import DynamicCache
 from eval.models.agreement import check_agreement
 from eval.models.shrunk import moe_types, shrunk_model
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
+from hybrimoe_plugin.errors import SpeculationError
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
 from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.language_model import LanguageModelDraft
+from lever_ext.drafts.make import low_bit_of
 from lever_ext.flash.pack import FlashPack
 from lever_ext.packing import pack_model
 from lever_ext.target import load_target
@@ -126,3 +128,13 @@ def test_what_is_computed_in_float32_is_stored_so(tmp_path: Path) -> None:
     pack.close()
     assert stored["model.layers.1.mlp.gate.e_score_correction_bias"] == "float32"
     assert stored["model.layers.1.self_attn.o_proj.weight"] == "bfloat16"
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gpt_oss"])
+def test_experts_that_no_low_bit_draft_copies_are_refused(model_type: str, tmp_path: Path) -> None:
+    known(model_type).save_pretrained(tmp_path / "model")
+    pack_model(tmp_path / "pack", tmp_path / "model", None, "float32")
+    target = load_target(tmp_path / "pack")
+    with pytest.raises(SpeculationError, match="take --draft ngram or --draft none"):
+        low_bit_of(target)
+    target.close()

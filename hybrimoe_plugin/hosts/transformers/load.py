@@ -107,9 +107,10 @@ def load_model(
     model, config = prepared.model, prepared.config
     tokenizer = load_tokenizer(model_path, store, config)
     if tokenizer is None and require_tokenizer:
+        also = "" if model_path is None else f", and neither does {model_path}"
         raise ConfigError(
-            f"{store.paths[0]}: holds no usable tokenizer: give --model_path with the model's "
-            "tokenizer"
+            f"{store.paths[0]}: holds no usable tokenizer{also}: give --model_path with the "
+            "model's tokenizer"
         )
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
     injection = prepared.inject()

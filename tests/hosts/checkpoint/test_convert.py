@@ -281,3 +281,11 @@ def rows_of(blocks: torch.Tensor, scales: torch.Tensor) -> Any:
     packed = blocks.reshape(-1, *blocks.shape[2:]).numpy()
     exponents = scales.reshape(len(packed), -1).numpy()
     return lambda numbers: mxfp4(packed[numbers], exponents[numbers])
+
+
+def test_a_family_without_gguf_files_is_refused_by_name(tmp_path: Path) -> None:
+    source, _ = quantised.write(tmp_path, "mixtral", "int4")
+    config = source / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "jamba"}))
+    with pytest.raises(ConfigError, match=r"GGUF files store jamba .* --model_path"):
+        convert(source, tmp_path / "out.gguf")

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.families.family import Family
 from hybrimoe_plugin.families.gguf_metadata import metadata
 from hybrimoe_plugin.families.gguf_rope_written import rope_tensors
-from hybrimoe_plugin.families.registry import family_of
+from hybrimoe_plugin.families.registry import find_family
 from hybrimoe_plugin.hosts.files import read_json
 from hybrimoe_plugin.hosts.transformers.checkpoint.files import weight_files
 from hybrimoe_plugin.hosts.transformers.checkpoint.names import CheckpointNames
@@ -56,7 +56,12 @@ def plan(directory: str | Path, fp8: str) -> Plan:
     folder = Path(directory)
     values = read_json(folder / "config.json")
     config = config_of(values, str(folder / "config.json"))
-    family = family_of(config.model_type)
+    family = find_family(config.model_type)
+    if family is None:
+        raise ConfigError(
+            f"{folder}: how GGUF files store {config.model_type} is not known here, so it cannot "
+            "be converted: take a checkpoint in BF16, F16 or F32, which --model_path reads as it is"
+        )
     _check_names(family, folder)
     model = meta_model(config)
     method = method_of(values, fp8, str(folder))
