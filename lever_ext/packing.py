@@ -23,6 +23,7 @@ from hybrimoe_plugin.hosts.transformers.tokenizer import (
     directory_tokenizer,
     load_tokenizer,
 )
+from hybrimoe_plugin.operators.expert_form import read_form
 from hybrimoe_plugin.weights.checkpoint.source import CheckpointSource
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.parameter_source import ParameterSource
@@ -30,7 +31,7 @@ from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 from lever_ext.flash.dtype_choice import AUTO
 from lever_ext.flash.finished import finished_pack, holds_another, source_key
 from lever_ext.flash.pack import FlashPack
-from lever_ext.flash.plan import packed_tensors
+from lever_ext.flash.plan import packed_tensors, plan_blocks
 from lever_ext.flash.source import Span, file_identity
 from lever_ext.flash.writer import Progress, write_pack
 
@@ -113,6 +114,7 @@ def pack_model(
     Raises:
         ConfigError: no model named, unknown dtype, or files that name code to be run.
         WeightsError: the model's files are missing, damaged, or do not fit its config.
+        BackendError: the model's experts are of a form that is not computed.
         FlashError: no space, the disk failed, or a pack of another model is there.
     """
     if model_path is None and gguf_path is None:
@@ -131,6 +133,7 @@ def pack_model(
     plain = plain_config(config)
     model = meta_model_of(plain, torch.float32)
     set_generation(model, tokenizer, store.metadata, model_path, config.vocab_size)
+    _check_packable(model)
     check_complete(model, store, config)
     shapes = {name: tuple(value.shape) for name, value in packed_tensors(model).items()}
     source = StoredSource(store, config, shapes)
@@ -150,6 +153,19 @@ def pack_model(
             f"({error.strerror or error}); the same command writes them again"
         ) from error
     return path
+
+
+def _check_packable(model: Any) -> None:
+    """Refuse what a pack cannot hold, or a target not compute, before anything is written.
+
+    Raises:
+        WeightsError: numbers that are no floating point.
+        BackendError: experts that compute something else than ours, or lie in another way.
+    """
+    plan_blocks(model, "float32")
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            read_form(name, module)
 
 
 def _remove_others_tokenizer(directory: Path, model_path: str | Path | None, key: str) -> None:

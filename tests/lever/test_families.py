@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from eval.models.agreement import check_agreement
 from eval.models.shrunk import moe_types, shrunk_model
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
-from hybrimoe_plugin.errors import SpeculationError
+from hybrimoe_plugin.errors import HybriMoEError, SpeculationError
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
 from lever_ext.decoding import LeverDecoding
@@ -117,6 +117,22 @@ def test_an_interrupted_answer_leaves_windows_and_states_as_they_were(
     answer = target.model.generate(kept, custom_generate=decoder, **{name: cache}, **rest)
     assert torch.equal(answer, alone)
     target.close()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("nemotron_h", "NemotronHExperts are not supported: they have no gate projection"),
+        ("deepseek_v4", "floating point, and .*tid2eid is torch.int64"),
+    ],
+)
+def test_what_cannot_be_a_target_is_refused_before_a_file_is_made(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    known(model_type).save_pretrained(tmp_path / "model")
+    with pytest.raises(HybriMoEError, match=reason):
+        pack_model(tmp_path / "pack", tmp_path / "model", None, "float32")
+    assert not (tmp_path / "pack").exists()
 
 
 def test_what_is_computed_in_float32_is_stored_so(tmp_path: Path) -> None:
