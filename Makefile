@@ -38,7 +38,7 @@ test-oldest: setup-oldest  ## what depends on other libraries, with the oldest t
 test-wheel: setup-dev  ## install the wheel in a clean environment, run a chat and the examples
 	@$(BIN)/python scripts/try_wheel.py
 
-oracle: setup-dev  ## against llama.cpp's converter, vocabularies and templates, and itself after peers
+oracle: setup-dev  ## against llama.cpp's converter, vocabularies and templates; after peers, itself
 	@HYBRIMOE_LLAMA_CPP=$$($(BIN)/python scripts/llama_cpp_source.py) $(BIN)/python -m pytest -q -n 2 tests/oracle
 
 test-pythons: setup-dev  ## the same for other interpreters, PYTHONS="..."; may load CUDA, 3 GB each
