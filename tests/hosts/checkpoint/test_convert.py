@@ -19,6 +19,8 @@ from loading import injected, logits, plain
 from one_thread import one_torch_thread
 from safetensors.torch import load_file, save_file
 
+from eval.models.agreement import check_agreement
+from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import BudgetError, ConfigError, HybriMoEError, WeightsError
 from hybrimoe_plugin.hosts.transformers.convert import write as writing
@@ -275,6 +277,37 @@ def test_experts_in_turns_are_those_that_transformers_dequantises() -> None:
         assert len(raw) == tensor.nbytes
         found = dequantize_bytes(raw, tensor.type_name, tensor.shape)
         assert torch.equal(found, wanted[tensor.name])
+
+
+@pytest.mark.skipif("MXFP4" not in GGMLQuantizationType.__members__, reason="an older gguf package")
+def test_gpt_oss_as_it_was_released_answers_the_same(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    right = shrunk_model("gpt_oss")
+    kept = dict(right.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in kept if name.endswith((".gate_up_proj", ".down_proj"))]:
+        experts, inputs, outputs = kept.pop(name).shape
+        shape = experts, outputs, inputs // 32
+        packed = torch.randint(0, 256, (*shape, 16), generator=generator).to(torch.uint8)
+        scales = torch.randint(121, 125, shape, generator=generator).to(torch.uint8)
+        kept[f"{name}_blocks"], kept[f"{name}_scales"] = packed, scales
+        values = convert_moe_packed_tensors(packed, scales, dtype=torch.float32)
+        right.get_parameter(name).data.copy_(values)
+    right.config.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    save_file(
+        {name: value.contiguous() for name, value in kept.items()}, tmp_path / "model.safetensors"
+    )
+    path = convert(tmp_path)
+    assert GGUFStore.open(path).info("blk.1.ffn_gate_exps.weight").type_name == "MXFP4"
+    for directory in (None, tmp_path):
+        check_agreement(plain(path, directory), right)
+    model = injected(path, accelerator="emulated", cache_ratio=0.25, cpu_backend="torch")
+    check_agreement(model, right)
+    model.hybrimoe.close()
 
 
 def rows_of(blocks: torch.Tensor, scales: torch.Tensor) -> Any:

@@ -28,7 +28,7 @@ from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 WRITTEN = ("BF16", "F16", "F32", "MXFP4", "Q8_0", "Q4_0", "Q4_1")
 _EXPERT = re.compile(r"^(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight$")
-_READ = ("mapped_as", "tensors", "paired_heads")
+_READ = ("mapped_as", "tensors", "paired_heads", "interleaved_experts")
 """The exceptions of a family's files that are known here."""
 
 
