@@ -83,14 +83,6 @@ def _flips(found: Result) -> str:
     return f"{flips} of {tokens} tokens differ; the margins below show how close they were."
 
 
-def _loading(found: Result) -> str:
-    return (
-        f"A file of {found['gib']:.1f} GiB with {found['tensors']} tensors is there after "
-        f"{found['seconds_p50']:.0f} s read into memory, and {found['mapped_seconds_p50']:.0f} s "
-        f"mapped. Mapped it takes {found['mapped_anonymous_mib']:.0f} MiB of memory."
-    )
-
-
 def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
@@ -136,11 +128,6 @@ QUESTIONS = {
         "How much does speculation gain where the weights are streamed, and which token tree "
         "gains most?",
         _lever,
-    ),
-    "loading": Question(
-        "How long does a large file take to load?",
-        "How many seconds, and how much memory that is no page of the file, does loading take?",
-        _loading,
     ),
     "flips": Question(
         "Does speculation change the text?",
