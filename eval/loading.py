@@ -37,10 +37,10 @@ _CHILD = "--child"
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; gives the contents of the JSON line."""
     parser = report.parser(__doc__ or "")
-    parser.add_argument("--layers", type=int, help="layers of the file (default 32; quick: 4)")
+    parser.add_argument("--layers", type=int, help="layers of the file (default 32; quick: 1)")
     parser.add_argument("--repetitions", type=int, help="loads of each file (default 5; quick: 1)")
     args = parser.parse_args(arguments)
-    layers = args.layers or (4 if args.quick else 32)
+    layers = args.layers or (1 if args.quick else 32)
     repetitions = args.repetitions or (1 if args.quick else 5)
     facts = report.facts()
     rows = []

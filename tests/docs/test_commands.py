@@ -41,6 +41,7 @@ RUN_BY = {
     "python -m eval.kernel_prebuild": "scripts/gpu_bundle.py",
     "python -m eval.ktransformers": "eval/ktransformers.py",
     "python -m eval.lever": "eval/reporting/answers.py",
+    "python -m eval.loading": "tests/eval/test_loading.py",
     "python -m eval.prefetch": "eval/reporting/answers.py",
     "python -m eval.replay": "eval/reporting/answers.py",
     "python -m eval.schedule": "eval/reporting/answers.py",
