@@ -132,11 +132,15 @@ METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-def write(folder: Path, family: str, method: str) -> tuple[Path, Path]:
-    """(directory quantised by a method, directory with the values that this stands for)."""
+def write(folder: Path, family: str, method: str, model: Any = None) -> tuple[Path, Path]:
+    """(directory quantised by a method, directory with the values that this stands for).
+
+    Args:
+        model: default the tiny one of the family.
+    """
     quantised, right = folder / "quantised", folder / "right"
     stacked = method == "mxfp4"
-    tiny.model(family).save_pretrained(right, save_original_format=not stacked)
+    (model or tiny.model(family)).save_pretrained(right, save_original_format=not stacked)
     tensors = load_file(right / "model.safetensors")
     quantise, settings = METHODS[method]
     stored: Tensors = {}

@@ -14,7 +14,7 @@ import pytest
 import quantised
 import tiny
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType
 from loading import injected, logits, plain
 from one_thread import one_torch_thread
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from eval.models.agreement import check_agreement
 from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.errors import BudgetError, ConfigError, HybriMoEError, WeightsError
+from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers.convert import write as writing
 from hybrimoe_plugin.hosts.transformers.convert.blocks import mxfp4
 from hybrimoe_plugin.hosts.transformers.convert.experts import turned_experts
@@ -308,6 +309,24 @@ def test_gpt_oss_as_it_was_released_answers_the_same(tmp_path: Path) -> None:
     model = injected(path, accelerator="emulated", cache_ratio=0.25, cpu_backend="torch")
     check_agreement(model, right)
     model.hybrimoe.close()
+
+
+@pytest.mark.parametrize("method", ["fp8", "int4-asymmetric"])
+@pytest.mark.parametrize(
+    "model_type", ["granitemoe", "granitemoeshared", "qwen3_5_moe_text", "qwen3_next"]
+)
+def test_families_that_store_tensors_in_another_form(
+    tmp_path: Path, model_type: str, method: str
+) -> None:
+    if family_of(model_type).architectures[0] not in MODEL_ARCH_NAMES.values():
+        pytest.skip("this gguf package does not know the architecture")
+    model = shrunk_model(model_type)
+    source, right = quantised.write(tmp_path, model_type, method, model)
+    path = convert(source, fp8="BF16")
+    found = plain(path, source).state_dict()
+    for name, wanted in parameters(right).items():
+        # Scales are no powers of two here, so BF16 rounds values; float16 does zero points'.
+        torch.testing.assert_close(found[name], wanted, rtol=2**-8, atol=2**-10)
 
 
 def rows_of(blocks: torch.Tensor, scales: torch.Tensor) -> Any:

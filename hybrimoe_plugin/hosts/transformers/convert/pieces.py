@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +27,13 @@ class Piece(NamedTuple):
     """Rows change places as pairs of so many heads; 0 where they do not."""
     step: int = 1
     """Each row, or every second one."""
+    order: NDArray[np.int64] | None = None
+    """Numbers of the rows, counted from the first; None where they are in order."""
 
     def parts(self) -> Iterator[NDArray[np.uint8]]:
         """The bytes, a bounded number of rows at a time."""
-        numbers = self.first + self.step * np.arange(self.rows)
+        places = np.arange(self.rows) if self.order is None else self.order
+        numbers = self.first + self.step * places
         if self.heads:
             numbers = to_pairs(torch.from_numpy(numbers), self.heads).numpy()
         step = max(1, _VALUES_AT_A_TIME // self.source.shape[-1])
@@ -68,6 +71,24 @@ class Biases(NamedTuple):
         yield chosen.numpy().reshape(-1).view(np.uint8)
 
 
+class Changed(NamedTuple):
+    """A tensor whose values files have in another form; all of it is in memory at once."""
+
+    source: Source
+    change: Callable[[torch.Tensor], torch.Tensor]
+    """Stored values from the parameter's, float32."""
+    dtype: torch.dtype
+    """Of what is written."""
+
+    def parts(self) -> Iterator[NDArray[np.uint8]]:
+        """The bytes, at once."""
+        rows = np.arange(math.prod(self.source.shape[:-1]))
+        stored = torch.from_numpy(self.source.rows(rows).copy()).reshape(-1)
+        values = dequantize(stored, self.source.type_name, self.source.shape)
+        changed = self.change(values.float()).to(self.dtype).contiguous()
+        yield changed.view(torch.uint8).reshape(-1).numpy()
+
+
 class Computed(NamedTuple):
     """A small tensor that the config gives."""
 
@@ -84,7 +105,7 @@ class Written(NamedTuple):
     name: str
     type_name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece | Vector | Biases | Computed, ...]
+    pieces: tuple[Piece | Vector | Biases | Changed | Computed, ...]
 
     @property
     def nbytes(self) -> int:

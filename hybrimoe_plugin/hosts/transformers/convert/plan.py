@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.families.family import Family
@@ -19,17 +21,21 @@ from hybrimoe_plugin.hosts.transformers.checkpoint.files import weight_files
 from hybrimoe_plugin.hosts.transformers.checkpoint.names import CheckpointNames
 from hybrimoe_plugin.hosts.transformers.convert.experts import turned_experts
 from hybrimoe_plugin.hosts.transformers.convert.methods import Source, method_of, sources
-from hybrimoe_plugin.hosts.transformers.convert.pieces import Computed, Piece, Vector, Written
+from hybrimoe_plugin.hosts.transformers.convert.pieces import (
+    Changed,
+    Computed,
+    Piece,
+    Vector,
+    Written,
+)
 from hybrimoe_plugin.hosts.transformers.directory import config_of
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 from hybrimoe_plugin.weights.gguf_header import TensorInfo
-from hybrimoe_plugin.weights.gguf_names import GGUFNames, NameMap
+from hybrimoe_plugin.weights.gguf_names import Change, NameMap
 from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 WRITTEN = ("BF16", "F16", "F32", "MXFP4", "Q8_0", "Q4_0", "Q4_1")
 _EXPERT = re.compile(r"^(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight$")
-_READ = ("mapped_as", "tensors", "paired_heads", "interleaved_experts")
-"""The exceptions of a family's files that are known here."""
 
 
 class Plan(NamedTuple):
@@ -73,15 +79,12 @@ def plan(directory: str | Path, fp8: str) -> Plan:
 
 
 def _check_names(family: Family, folder: Path) -> None:
-    """Raise WeightsError for a family whose files deviate in ways that are not written here."""
-    usual = GGUFNames()
-    for field in dataclasses.fields(family.names):
-        same = getattr(family.names, field.name) == getattr(usual, field.name)
-        if field.name not in _READ and not same:
-            raise WeightsError(
-                f"{folder}: GGUF files of {family.model_type} store tensors in another form "
-                f"({field.name}), which convert does not write: take a GGUF file made by llama.cpp"
-            )
+    """Raise WeightsError for a family whose files deviate in a way that is not written here."""
+    if family.names.fused_experts:
+        raise WeightsError(
+            f"{folder}: GGUF files of {family.model_type} store experts' gate and up in one "
+            "tensor, which convert does not write: take a GGUF file made by llama.cpp"
+        )
 
 
 def _tensors(found: list[Source], model: Any, family: Family, where: str) -> Iterator[Written]:
@@ -107,7 +110,7 @@ def _tensors(found: list[Source], model: Any, family: Family, where: str) -> Ite
             raise WeightsError(
                 f"{where}: a {config.model_type} model has no place for {view.name!r}"
             )
-        yield _own(piece, view, family, names, config, where)
+        yield from _own(piece, view, family, names, model, where)
     for name, pieces in experts.items():
         yield _stack(name, pieces, where)
     for name, value in rope_tensors(config).items():
@@ -125,16 +128,51 @@ def _rows(view: TensorInfo, source: Source) -> tuple[int, int]:
 
 
 def _own(
-    piece: Piece, view: TensorInfo, family: Family, names: NameMap, config: Any, where: str
-) -> Written:
-    """A parameter that is a tensor of its own in GGUF files too."""
-    name = names.tensor(view.name)
-    if name is None:
-        raise WeightsError(f"{where}: parameter {view.name!r} has no GGUF name")
-    heads = family.names.heads_in_pairs(view.name, config)
+    piece: Piece, view: TensorInfo, family: Family, names: NameMap, model: Any, where: str
+) -> Iterator[Written]:
+    """A parameter that is no expert's: one tensor in GGUF files too, or several that it joins."""
+    parameter, config = view.name, model.config
+    joined = family.names.joined_tensors(parameter)
+    order = family.names.row_order(parameter, config)
+    change = family.names.change(parameter)
+    name = names.tensor(parameter)
+    if name is None and not joined:
+        raise WeightsError(f"{where}: parameter {parameter!r} has no GGUF name")
+    if change is not None or (order is not None and len(view.shape) < 2):
+        assert name is not None
+        yield _changed(name, piece.source, change, order, config)
+        return
+    numbers = None if order is None else order.argsort().numpy()
+    if joined:
+        sizes = family.names.sizes_of_joined(parameter, model.state_dict()[parameter], config)
+        places = np.arange(piece.rows) if numbers is None else numbers
+        ends = np.cumsum(sizes)
+        for part, size, end in zip(joined, sizes, ends, strict=True):
+            rows = piece._replace(rows=size, order=places[end - size : end])
+            yield Written(part, view.type_name, (size, view.shape[-1]), (rows,))
+        return
+    assert name is not None
+    heads = family.names.heads_in_pairs(parameter, config)
     if len(view.shape) < 2:
-        return Written(name, "F32", view.shape, (Vector(piece.source, heads),))
-    return Written(name, view.type_name, view.shape, (piece._replace(heads=heads),))
+        yield Written(name, "F32", view.shape, (Vector(piece.source, heads),))
+        return
+    yield Written(name, view.type_name, view.shape, (piece._replace(heads=heads, order=numbers),))
+
+
+def _changed(
+    name: str, source: Source, change: Change | None, order: torch.Tensor | None, config: Any
+) -> Written:
+    """A parameter whose values are stored in another form: BF16 for matrices, else F32."""
+
+    def stored(value: torch.Tensor) -> torch.Tensor:
+        if change is not None:
+            value = change.stored(value, config)
+        return value if order is None else value[order.argsort()]
+
+    shape = tuple(stored(torch.empty(source.shape, device="cpu")).shape)
+    dtype = torch.bfloat16 if len(source.shape) == 2 else torch.float32
+    kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    return Written(name, kind, shape, (Changed(source, stored, dtype),))
 
 
 def _stack(name: str, pieces: Mapping[int, Piece], where: str) -> Written:
