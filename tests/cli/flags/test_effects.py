@@ -115,6 +115,7 @@ def _flash(found: Recorder, model: Any, monkeypatch: pytest.MonkeyPatch) -> None
     decoding = SimpleNamespace(close=lambda: None)
     monkeypatch.setattr("lever_ext.target.load_target", found.note("target", target))
     monkeypatch.setattr("lever_ext.drafts.make.make_draft", found.note("draft"))
+    monkeypatch.setattr("lever_ext.speculation.verify.takes_trees", lambda _model: True)
     monkeypatch.setattr("lever_ext.decoding.LeverDecoding", _Decoding(found, decoding))
     monkeypatch.setattr("lever_ext.flash.reader.plain_gbps", lambda _path: 1.0)
     monkeypatch.setattr("lever_ext.packing.pack_tokenizer", lambda _pack: "tokenizer")
