@@ -41,18 +41,18 @@ def _cells() -> Iterator[Cell]:
 CELLS = tuple(_cells())
 QUICK_CELLS: tuple[Cell, ...] = (
     ReadCell("read", 4),
-    IdentityCell("identity", 10, ("lever",)),
+    IdentityCell("identity", 4, ("lever",)),
     TreeCell(
         "dense",
         trees=FEWEST_TREES,
-        tokens=20,
+        tokens=12,
         rounds=1,
     ),
     TreeCell(
         "moe",
         "mixtral",
         trees=("flash autoregressive", "chain 4", "opt_tree 8", "lever"),
-        tokens=20,
+        tokens=12,
         rounds=1,
     ),
 )
