@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
+from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
 
 
 class KeptEntries:
@@ -51,14 +51,7 @@ class KeptEntries:
             if former is not None:
                 vars(layer).update(former if _replaces(layer) else copy.deepcopy(former))
             elif layer.is_initialized and _length(layer) > count:
-                _cut(layer, count)
-
-
-def can_be_cut(layer: Any) -> bool:
-    """Whether the entries behind any token can be dropped: what is kept are keys and values of all
-    tokens, and nothing else.
-    """
-    return type(layer) in (DynamicLayer, GrowingLayer)
+                cut_entries(layer, count)
 
 
 def _replaces(layer: Any) -> bool:
@@ -76,12 +69,3 @@ def _attributes(layer: Any) -> dict[str, Any]:
 def _length(layer: Any) -> int:
     """Entries of the longer of keys and values: an interrupt may have come between them."""
     return max(layer.keys.shape[2], layer.values.shape[2])
-
-
-def _cut(layer: Any, count: int) -> None:
-    if isinstance(layer, GrowingLayer):
-        # What lies behind belongs to this answer: the next entries may be written over it.
-        layer.cut(count)
-    else:
-        layer.keys = layer.keys[:, :, :count]
-        layer.values = layer.values[:, :, :count]

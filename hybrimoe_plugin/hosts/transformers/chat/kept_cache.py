@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
-from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, cache_name
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut, cut_entries
 
 _MOVING_ROPES = ("dynamic", "longrope")
 """Rotations that depend on the length of the whole sequence, as no kept key can."""
@@ -63,7 +63,7 @@ class KeptCache:
         self.shared = shared
         if shared:
             for layer in self._cache.layers:
-                _cut(layer, shared)
+                cut_entries(layer, shared)
         else:
             self._cache = _new_cache(self._model)
         return {cache_name(self._model): self._cache}
@@ -126,35 +126,21 @@ class KeptCache:
             return False
         # Sliding windows and linear attention have lost what a shorter prefix would need.
         cache = _new_cache(self._model) if self._cache is None else self._cache
-        return all(map(_can_be_cut, cache.layers))
+        return all(map(can_be_cut, cache.layers))
 
 
 def _new_cache(model: Any) -> Any:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def _can_be_cut(layer: Any) -> bool:
-    # Exact types: what a subclass keeps besides keys and values is unknown here.
-    return type(layer) in (DynamicLayer, GrowingLayer)
-
-
 def _is_kept(layer: Any) -> bool:
     """Whether a layer can be cut and holds entries of one sequence."""
-    return _can_be_cut(layer) and layer.is_initialized and layer.keys.shape[0] == 1
+    return can_be_cut(layer) and layer.is_initialized and layer.keys.shape[0] == 1
 
 
 def _length(layer: Any) -> int:
     """Entries of which both key and value are there."""
     return int(min(layer.keys.shape[2], layer.values.shape[2]))
-
-
-def _cut(layer: Any, total: int) -> None:
-    """Keep the first entries of a layer, which has at least as many."""
-    if isinstance(layer, GrowingLayer):
-        layer.cut(total)  # nobody but this class holds the entries behind
-    else:
-        layer.keys = layer.keys[:, :, :total]
-        layer.values = layer.values[:, :, :total]
 
 
 def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
