@@ -84,6 +84,17 @@ class GGUFNames:
         """How a parameter's values are changed; None if they are stored as they are."""
         return _by_end(self.values, parameter)
 
+    def as_stored(self, parameter: str, value: torch.Tensor, config: Any) -> torch.Tensor:
+        """A parameter's values and rows as files have them."""
+        change = self.change(parameter)
+        if change is not None:
+            value = change.stored(value, config)
+        order = self.row_order(parameter, config)
+        if order is not None:
+            value = value[order.argsort()]
+        heads = self.heads_in_pairs(parameter, config)
+        return to_pairs(value, heads) if heads else value
+
     def joined_tensors(self, parameter: str) -> tuple[str, ...]:
         """The tensors that a parameter joins; none for every other parameter."""
         for end, tensors in self.joined.items():

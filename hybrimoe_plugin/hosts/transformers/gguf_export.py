@@ -24,7 +24,6 @@ from hybrimoe_plugin.weights.gguf_names import (
     GGUFNames,
     NameMap,
     layer_number,
-    to_pairs,
 )
 
 ChooseType = Callable[[str], str]
@@ -90,25 +89,14 @@ def tensors(
         if name.endswith(EXPERTS):
             found.update(_experts(name, value, stacked, family.names))
         elif joined:
-            value = _as_stored(name, value, family.names, config)
+            value = family.names.as_stored(name, value, config)
             sizes = family.names.sizes_of_joined(name, value, config)
             found.update(zip(joined, value.split(sizes), strict=True))
         elif split_kv_b and name.endswith(_KV_B):
             found.update(_split_kv_b(name, value, config))
         else:
-            heads = family.names.heads_in_pairs(name, config)
-            value = _as_stored(name, value, family.names, config)
-            found[_tensor_of(name, names)] = to_pairs(value, heads) if heads else value
+            found[_tensor_of(name, names)] = family.names.as_stored(name, value, config)
     return {**found, **rope_tensors(config)}
-
-
-def _as_stored(name: str, value: torch.Tensor, names: GGUFNames, config: Any) -> torch.Tensor:
-    """A parameter's values and rows as files have them."""
-    change = names.change(name)
-    if change is not None:
-        value = change.stored(value, config)
-    order = names.row_order(name, config)
-    return value if order is None else value[order.argsort()]
 
 
 def add_value(writer: GGUFWriter, key: str, value: Any) -> None:

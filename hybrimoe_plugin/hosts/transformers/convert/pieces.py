@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.hosts.transformers.convert.methods import Source, row_bytes
 from hybrimoe_plugin.weights.dequant import dequantize
-from hybrimoe_plugin.weights.gguf_names import to_pairs
 
 _VALUES_AT_A_TIME = 1 << 22
 
@@ -23,8 +22,6 @@ class Piece(NamedTuple):
     source: Source
     first: int
     rows: int
-    heads: int = 0
-    """Rows change places as pairs of so many heads; 0 where they do not."""
     step: int = 1
     """Each row, or every second one."""
     order: NDArray[np.int64] | None = None
@@ -34,26 +31,9 @@ class Piece(NamedTuple):
         """The bytes, a bounded number of rows at a time."""
         places = np.arange(self.rows) if self.order is None else self.order
         numbers = self.first + self.step * places
-        if self.heads:
-            numbers = to_pairs(torch.from_numpy(numbers), self.heads).numpy()
         step = max(1, _VALUES_AT_A_TIME // self.source.shape[-1])
         for start in range(0, self.rows, step):
             yield self.source.rows(numbers[start : start + step])
-
-
-class Vector(NamedTuple):
-    """A small tensor in float32."""
-
-    source: Source
-    heads: int
-
-    def parts(self) -> Iterator[NDArray[np.uint8]]:
-        """The bytes, at once."""
-        stored = torch.from_numpy(self.source.rows(np.arange(1)).copy()).reshape(-1)
-        values = dequantize(stored, self.source.type_name, self.source.shape)
-        if self.heads:
-            values = to_pairs(values, self.heads)
-        yield values.contiguous().numpy().reshape(-1).view(np.uint8)
 
 
 class Biases(NamedTuple):
@@ -72,7 +52,7 @@ class Biases(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """A tensor whose values files have in another form; all of it is in memory at once."""
+    """A vector in float32, or a tensor whose values files have in another form: all in memory."""
 
     source: Source
     change: Callable[[torch.Tensor], torch.Tensor]
@@ -105,7 +85,7 @@ class Written(NamedTuple):
     name: str
     type_name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece | Vector | Biases | Changed | Computed, ...]
+    pieces: tuple[Piece | Biases | Changed | Computed, ...]
 
     @property
     def nbytes(self) -> int:

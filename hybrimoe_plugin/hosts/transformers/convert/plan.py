@@ -25,13 +25,12 @@ from hybrimoe_plugin.hosts.transformers.convert.pieces import (
     Changed,
     Computed,
     Piece,
-    Vector,
     Written,
 )
 from hybrimoe_plugin.hosts.transformers.directory import config_of
 from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 from hybrimoe_plugin.weights.gguf_header import TensorInfo
-from hybrimoe_plugin.weights.gguf_names import Change, NameMap
+from hybrimoe_plugin.weights.gguf_names import NameMap
 from hybrimoe_plugin.weights.safetensors_store import SafetensorsStore
 
 WRITTEN = ("BF16", "F16", "F32", "MXFP4", "Q8_0", "Q4_0", "Q4_1")
@@ -133,41 +132,28 @@ def _own(
     """A parameter that is no expert's: one tensor in GGUF files too, or several that it joins."""
     parameter, config = view.name, model.config
     joined = family.names.joined_tensors(parameter)
-    order = family.names.row_order(parameter, config)
-    change = family.names.change(parameter)
     name = names.tensor(parameter)
     if name is None and not joined:
         raise WeightsError(f"{where}: parameter {parameter!r} has no GGUF name")
-    if change is not None or (order is not None and len(view.shape) < 2):
-        assert name is not None
-        yield _changed(name, piece.source, change, order, config)
+    if len(view.shape) < 2 or family.names.change(parameter) is not None:
+        assert name is not None, "no family changes values of what it joins"
+        yield _changed(name, piece.source, parameter, family, config)
         return
-    numbers = None if order is None else order.argsort().numpy()
-    if joined:
-        sizes = family.names.sizes_of_joined(parameter, model.state_dict()[parameter], config)
-        places = np.arange(piece.rows) if numbers is None else numbers
-        ends = np.cumsum(sizes)
-        for part, size, end in zip(joined, sizes, ends, strict=True):
-            rows = piece._replace(rows=size, order=places[end - size : end])
-            yield Written(part, view.type_name, (size, view.shape[-1]), (rows,))
+    order = family.names.as_stored(parameter, torch.arange(piece.rows), config).numpy()
+    if not joined:
+        yield Written(str(name), view.type_name, view.shape, (piece._replace(order=order),))
         return
-    assert name is not None
-    heads = family.names.heads_in_pairs(parameter, config)
-    if len(view.shape) < 2:
-        yield Written(name, "F32", view.shape, (Vector(piece.source, heads),))
-        return
-    yield Written(name, view.type_name, view.shape, (piece._replace(heads=heads, order=numbers),))
+    sizes = family.names.sizes_of_joined(parameter, model.state_dict()[parameter], config)
+    for part, size, end in zip(joined, sizes, np.cumsum(sizes), strict=True):
+        rows = piece._replace(rows=size, order=order[end - size : end])
+        yield Written(part, view.type_name, (size, view.shape[-1]), (rows,))
 
 
-def _changed(
-    name: str, source: Source, change: Change | None, order: torch.Tensor | None, config: Any
-) -> Written:
-    """A parameter whose values are stored in another form: BF16 for matrices, else F32."""
+def _changed(name: str, source: Source, parameter: str, family: Family, config: Any) -> Written:
+    """A vector, or a parameter whose values files have in another form: matrices in BF16."""
 
     def stored(value: torch.Tensor) -> torch.Tensor:
-        if change is not None:
-            value = change.stored(value, config)
-        return value if order is None else value[order.argsort()]
+        return family.names.as_stored(parameter, value, config)
 
     shape = tuple(stored(torch.empty(source.shape, device="cpu")).shape)
     dtype = torch.bfloat16 if len(source.shape) == 2 else torch.float32
