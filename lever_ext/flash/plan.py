@@ -68,7 +68,7 @@ def plan_blocks(model: nn.Module, dtype: str) -> list[Block]:
 
     Args:
         model: on the meta device; names and shapes are all that is used.
-        dtype: one of `DTYPES`, of all but what the model computes with in float32.
+        dtype: one of `DTYPES`, of all but buffers and what the model computes with in float32.
 
     Raises:
         ConfigError: unknown dtype.
@@ -77,11 +77,12 @@ def plan_blocks(model: nn.Module, dtype: str) -> list[Block]:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     groups: dict[_Place, list[_Member]] = {}
+    parameters = dict(model.named_parameters())
     wide = _computed_wide(model)
     for name, value in packed_tensors(model).items():
         if not value.is_floating_point():
             raise WeightsError(f"a pack holds floating point, and {name} is {value.dtype}")
-        kind = WIDE if wide.search(name) else dtype
+        kind = WIDE if name not in parameters or wide.search(name) else dtype
         for place, member in _parts(_Member(name, kind, tuple(value.shape))):
             groups.setdefault(place, []).append(member)
     blocks = []
@@ -94,17 +95,12 @@ def plan_blocks(model: nn.Module, dtype: str) -> list[Block]:
 
 
 def _computed_wide(model: Any) -> re.Pattern[str]:
-    """Names of what transformers keeps in float32 in a model of any type: buffers, and what the
-    model's class says.
-    """
+    """Names of parameters that transformers keeps in float32 in a model of any type."""
     kept = [
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     ]
     parts = [rf"(^|\.){name}($|\.)" for name in kept]
-    parameters = dict(model.named_parameters())
-    buffers = [name for name in packed_tensors(model) if name not in parameters]
-    parts += [rf"^{re.escape(name)}$" for name in buffers]
     return re.compile("|".join(parts) or r"(?!)")
 
 
