@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from gguf.constants import MODEL_ARCH_NAMES
 from loading import injected, plain
+from more_families import CHANGES
 
 from eval.models.agreement import check_agreement
 from eval.models.shrunk import shrunk_model
@@ -15,23 +16,6 @@ from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.families.registry import family_of
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "olmoe": {},
-    "glm4_moe": {},
-    "glm4_moe_lite": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
-    "dots1": {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
-    "ernie4_5_moe": {},
-    "granitemoe": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
-    "granitemoeshared": {"attention_multiplier": 0.1, "logits_scaling": 6.0},
-    "gemma4_text": {"final_logit_softcapping": 30.0},
-    "gpt_oss": {},
-    "hunyuan_v1_moe": {},
-    "minimax_m2": {},
-    "phimoe": {"attention_bias": True, "lm_head_bias": True},
-    "qwen3_next": {},
-    "qwen3_5_moe_text": {},
-}
-"""By model type: what its tiny model has beside the defaults."""
 POLICIES = (
     ("hybrimoe", "adaptive", "expected"),
     ("greedy", "lru", "score"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from more_families import CHANGES as MORE
+
 CHANGES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2_moe": {},
@@ -11,18 +13,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
     "deepseek_v2": {},
     "deepseek_v3": {},
-    "olmoe": {},
-    "glm4_moe": {},
-    "glm4_moe_lite": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
-    "dots1": {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
-    "ernie4_5_moe": {},
-    "granitemoe": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
-    "granitemoeshared": {"attention_multiplier": 0.1, "logits_scaling": 6.0},
-    "gpt_oss": {},
-    "hunyuan_v1_moe": {},
-    "minimax_m2": {},
-    "qwen3_next": {},
-    "qwen3_5_moe_text": {},
+    **MORE,
     "gemma4_text": {},
     "phimoe": {
         "attention_bias": True,
