@@ -10,7 +10,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.gpu.host_bytes import (
     HostBytes,
@@ -18,9 +20,11 @@ from hybrimoe_plugin.compute.gpu.host_bytes import (
     RegisteredBytes,
     StagedBytes,
 )
-from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, PromptKernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
+from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
+from hybrimoe_plugin.compute.gpu.prompt_call import PromptCall
 from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
 from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
@@ -155,6 +159,31 @@ class SlotAccelerator:
             output = self.kernels.down(call, activations)
             transfers.used(slots)
         return output
+
+    def prompt_call(
+        self,
+        weights: LayerWeights,
+        waves: Sequence[Mapping[int, int]],
+        ids: NDArray[np.int64],
+        hidden: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> PromptCall | None:
+        kernels = self.kernels
+        if not isinstance(kernels, PromptKernels) or len(ids) <= kernels.decode_tokens:
+            return None
+        pairs = SortedPairs(ids, weights.spec.experts)
+        layout = self._layouts[id(weights)]
+        return PromptCall(
+            kernels,
+            self._transfers,
+            waves,
+            pairs,
+            self._buffer,
+            layout,
+            hidden,
+            topk_weights,
+            self.copy_to_device,
+        )
 
     def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
         return self.streams.copy_to_host(tensors)
