@@ -36,7 +36,6 @@ class Waves:
         self._accelerator = accelerator
         self._layers = layers
         self._controller = controller
-        self._size = controller.pool.staging // 2
 
     def onload(self, moves: Iterable[Move], ahead: bool = False) -> None:
         """Queue transfers on the link; `ahead` for prefetches."""
@@ -140,9 +139,10 @@ class Waves:
         return [wave for wave in (resident, in_flight) if wave]
 
     def _demand_groups(self, step: Step) -> list[Sequence[Move]]:
-        """Demand loads in link order, as many at a time as half the staging slots."""
-        starts = range(0, len(step.moves), self._size)
-        return [step.moves[start : start + self._size] for start in starts]
+        """Demand loads in link order, as many at a time as half the staging slots that are left."""
+        size = self._controller.pool.unlent_staging // 2
+        starts = range(0, len(step.moves), size)
+        return [step.moves[start : start + size] for start in starts]
 
 
 class SlotCalls:
