@@ -96,23 +96,31 @@ def cut_waves(
         size: (pairs, slots) of a wave -> most pairs of its tiles.
         copy: brings int64 numbers to the device.
     """
-    tables = [_padded(pairs.order, 0)]
+    tables = [pairs.order]
     tokens = []
     for wave in waves:
         most = size(pairs.count(list(wave)), len(wave))
-        slots, firsts, ends = pairs.cut(wave, most)
-        tables += _padded(slots, -1), _padded(firsts, 0), _padded(ends, 0)
+        tables += pairs.cut(wave, most)
         tokens.append(most)
-    sent = copy(torch.from_numpy(np.concatenate(tables)))
-    order, *rest = sent.split([len(table) for table in tables])
+    order, *rest = _sent(tables, copy)
     found = []
     for index, most in enumerate(tokens):
-        slots_there, firsts_there, ends_there = rest[3 * index : 3 * index + 3]
-        found.append(Tiles(order, slots_there, firsts_there, ends_there, most))
+        slots, firsts, ends = rest[3 * index : 3 * index + 3]
+        found.append(Tiles(order, slots, firsts, ends, most))
     return found
 
 
-def _padded(table: Ints, unused: int) -> Ints:
-    """The table in a length that keeps the next one aligned, and never empty: no grid is."""
-    missing = -len(table) % EVEN if len(table) else EVEN
-    return np.pad(table, (0, missing), constant_values=unused) if missing else table
+def _sent(
+    tables: Sequence[Ints], copy: Callable[[torch.Tensor], torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """The tables on the device, each as long as `EVEN` asks, and none empty: no grid is.
+
+    What is beyond a table is -1, so that a tile there has no slot.
+    """
+    lengths = [max(EVEN, len(table) + -len(table) % EVEN) for table in tables]
+    packed = np.full(sum(lengths), -1)
+    begin = 0
+    for table, length in zip(tables, lengths, strict=True):
+        packed[begin : begin + len(table)] = table
+        begin += length
+    return copy(torch.from_numpy(packed)).split(lengths)
