@@ -9,7 +9,7 @@ import torch
 from engines import build, run
 from fake_streams import LazyStreams
 from kernel_cases import random_layer
-from watched import WatchedKernels, watched_copy
+from watched import WatchedKernels, WatchedPrompts, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
@@ -20,7 +20,10 @@ from hybrimoe_plugin.policy.slots import SlotPool
 WEIGHTS = [random_layer(("Q8_0", "Q4_0", "F16"), 32, 32, 8, index=index) for index in range(3)]
 
 
-def test_every_slot_holds_what_the_pool_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [WatchedKernels, WatchedPrompts])
+def test_every_slot_holds_what_the_pool_says(
+    kernels: type[WatchedKernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slots, "FEWEST_STAGING", 2)  # this small cache has 4 staging slots
     lent = []
     lend = SlotPool.lend
@@ -33,7 +36,7 @@ def test_every_slot_holds_what_the_pool_says(monkeypatch: pytest.MonkeyPatch) ->
         SlotPool, "adopt", lambda pool, *given: (kept.append(given), adopt(pool, *given))
     )
     host = StagedBytes(streams, ring=4, pinned=False)
-    device = SlotAccelerator(torch.device("cpu"), "fake", WatchedKernels(streams), streams, host)
+    device = SlotAccelerator(torch.device("cpu"), "fake", kernels(streams), streams, host)
     engine, routers = build(device, WEIGHTS, cache_ratio=0.5)
     for turn in range(60):
         # Rows of four prompts, of many tokens and few, then an answer of three tokens.
