@@ -129,9 +129,7 @@ class SlotPool:
     def lease(self, layer: int, experts: Collection[int]) -> None:
         """Hold the cached ones among `experts` until `release`."""
         cached = self.cached[layer]
-        for expert in experts:
-            if expert in cached:
-                self._leased.add(cached[expert])
+        self._leased.update([cached[expert] for expert in experts if expert in cached])
 
     def release(self) -> None:
         """End all leases: a pool serves one layer call at a time."""

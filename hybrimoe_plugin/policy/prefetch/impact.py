@@ -79,7 +79,7 @@ class _Candidates:
         self._impact_us = 0.0
         self._waiting = self._order(floor)
         """Positions in `_routed`, the next candidate last."""
-        self._makespan_us = scheduler.plan(self._routed).makespan_us if self._waiting else 0.0
+        self._makespan_us = scheduler.makespan_us(self._routed) if self._waiting else 0.0
 
     @property
     def expected_us(self) -> float:
@@ -102,7 +102,7 @@ class _Candidates:
         index = self._waiting.pop()
         item = self._routed[index]
         self._routed[index] = item._replace(ready_us=0.0)
-        makespan_us = self._scheduler.plan(self._routed).makespan_us
+        makespan_us = self._scheduler.makespan_us(self._routed)
         self._expert = item.expert
         self._impact_us = self._makespan_us - makespan_us
         self._makespan_us = makespan_us

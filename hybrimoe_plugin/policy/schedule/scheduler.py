@@ -23,6 +23,10 @@ class Scheduler(Protocol):
         """
         ...
 
+    def makespan_us(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> float:
+        """Predicted time of the plan, where nobody needs to know who computes what."""
+        return self.plan(routed, link_free_us).makespan_us
+
 
 @dataclass
 class Schedulers:

@@ -10,7 +10,7 @@ import tiny_experts
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.controller import Controller, Step, loads
+from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
 from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
@@ -40,8 +40,7 @@ def begin(made: Controller, layer: int, experts: Sequence[int], tokens: int, now
     """A call whose tokens all choose the same experts, with equal weights."""
     ids = np.tile(np.array(experts, dtype=np.int64), (tokens, 1))
     weights = np.full(ids.shape, 1.0 / len(experts), np.float32)
-    made.learn(layer, ids, weights, None)
-    return made.begin(layer, loads(ids), tokens, now_us)
+    return made.begin(layer, loads(ids), tokens, now_us, Scored(ids, weights, None))
 
 
 def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
