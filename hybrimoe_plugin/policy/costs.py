@@ -100,6 +100,7 @@ class CostModel:
         "transfer_us",
         "version",
     )
+    version: int
 
     def __init__(
         self,
@@ -111,7 +112,6 @@ class CostModel:
         link_latency_us: float = 0.0,
         between_layers_us: float = 0.0,
     ) -> None:
-        self.version = 0
         self.cpu = cpu
         self.cpu_first_us = cpu_first_us
         self.accelerator = accelerator
@@ -123,7 +123,7 @@ class CostModel:
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
         if name not in ("between_layers_us", "version"):
-            object.__setattr__(self, "version", self.version + 1)
+            object.__setattr__(self, "version", getattr(self, "version", 0) + 1)
 
     @property
     def miss_us(self) -> float:
