@@ -261,7 +261,9 @@ class Engine:
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
         """Prefetch what the next layers are predicted to need, while this one is computed."""
-        found = seen.predicted(wait=self.recorder is not None)
+        found: tuple[NDArray[np.int64], ...] = ()
+        if self.recorder is not None or self.controller.looks_ahead:
+            found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
             self.recorder(seen.record(step.layer, found))
         if self._waves is None:

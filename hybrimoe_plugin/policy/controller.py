@@ -99,6 +99,11 @@ class Controller:
     def cache(self) -> CachePolicy:
         return self.residency.cache
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether anything is left to send; if not, predictions are of no use."""
+        return self.pool.held < self.residency.worth.size
+
     def warm_start(self) -> list[Move]:
         """Fill every layer's quota with the cache's first choice.
 
@@ -213,7 +218,7 @@ class Controller:
         if not step.moves:
             self._learn(step.layer, step.plan, scored)
         self._count(step)
-        self.idle_prefetch.confidence.check(step.layer, [item.expert for item in step.routed])
+        self.idle_prefetch.confidence.check(step.layer, {item.expert for item in step.routed})
         self.link.note_call(step.many, bool(step.moves))
         self._unnoted = None
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
@@ -234,6 +239,8 @@ class Controller:
         started = perf_counter_ns()
         spent_us = step.plan.makespan_us + self.costs.between_layers_us
         self.link.note_layer(spent_us)
+        if not self.looks_ahead:
+            return []
         idle = IdleTime(now_us, now_us + spent_us)
         predictions = self.idle_prefetch.predict(step, predicted, idle)
         moves = self.idle_prefetch.send(step, predictions, idle)

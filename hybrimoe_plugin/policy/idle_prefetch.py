@@ -192,7 +192,8 @@ class IdlePrefetch:
         start_us = self._link.layer_start_us(prediction.distance, idle)
         ready_us = max(0.0, move.end_us - start_us)
         routed = with_arrival(prediction.routed, move.expert, ready_us)
-        return prediction._replace(routed=tuple(routed))
+        layer, distance, _, confidence = prediction
+        return Prediction(layer, distance, tuple(routed), confidence)
 
     def _may_try(self, request: PrefetchRequest, idle: IdleTime) -> bool:
         """Whether a prefetch for one token may be sent now.

@@ -122,4 +122,6 @@ class TransferGain:
 
 def with_arrival(routed: Sequence[Routed], expert: int, ready_us: float) -> list[Routed]:
     """The same call with one of its experts arriving at `ready_us`."""
-    return [item._replace(ready_us=ready_us) if item.expert == expert else item for item in routed]
+    return [
+        Routed(expert, item.load, ready_us) if item.expert == expert else item for item in routed
+    ]

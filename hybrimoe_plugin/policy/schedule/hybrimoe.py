@@ -30,6 +30,7 @@ from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.schedule.exchange import exchange
 from hybrimoe_plugin.policy.schedule.machine_model import (
     build_plan,
+    even_counts,
     soonest_first,
 )
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler
@@ -91,6 +92,10 @@ class HybriMoEScheduler(Scheduler):
         load = missing[0].load if missing else present[0].load
         cpu, accelerator = costs.cpu(load), costs.accelerator(load)
         crossing, kept, makespan_us = self._counts(len(missing), len(present), load, link_free_us)
+        if kept == total:
+            hits = tuple([item.expert for item in present])
+            busy_us = costs.accelerator_first_us + total * accelerator
+            return LayerPlan((), hits, (), makespan_us, 0.0, busy_us, 0.0)
         onload = [item.expert for item in missing[:crossing]]
         in_slots = [item.expert for item in present[:kept]]
         on_cpu = [item.expert for item in missing[crossing:]]
@@ -108,11 +113,13 @@ class HybriMoEScheduler(Scheduler):
         )
 
     def makespan_us(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> float:
-        missing, present, even = _divided(routed)
-        if even and routed:
-            counts = self._counts(len(missing), len(present), routed[0].load, link_free_us)
-            return counts[2]
-        return self.plan(routed, link_free_us).makespan_us
+        counts = even_counts(routed)
+        if counts is None:
+            return self.plan(routed, link_free_us).makespan_us
+        return self._counts(*counts, link_free_us)[2]
+
+    def even_makespan_us(self, missing: int, present: int, load: int) -> float:
+        return self._counts(missing, present, load, 0.0)[2]
 
     def _counts(self, missing: int, present: int, load: int, link_free_us: float) -> _Counts:
         """The best counts for equal loads; those on an idle link are remembered."""

@@ -51,3 +51,33 @@ def routed(*experts: int, ready_us: float = OFFLOADED) -> list[Routed]:
 def nobody_wants(link: LinkTime) -> None:
     """As if calls had made no demand loads for a long time."""
     link.demand_share[:] = 0.0, 0.0
+
+
+def token(rng: np.random.Generator, tokens: int = 1) -> Scored:
+    """Routing of some tokens; the first experts are chosen most often."""
+    logits = rng.normal(size=(tokens, EXPERTS)) - np.arange(EXPERTS)
+    scores = np.exp(logits).astype(np.float32)
+    scores /= scores.sum(axis=1, keepdims=True)
+    ids = np.argsort(-scores, axis=1)[:, :TOP_K]
+    return Scored(ids, np.take_along_axis(scores, ids, axis=1), scores)
+
+
+def books(made: Controller) -> tuple[object, ...]:
+    """All that later decisions depend on."""
+    counters = made.counters.snapshot()
+    counters.plan_us = 0.0
+    pool = made.pool
+    return (
+        [list(cached.items()) for cached in pool.cached],
+        pool._free,
+        pool._in_flight,
+        pool._leased,
+        made.residency.worth.tolist(),
+        made.residency._arrivals,
+        made.cache.ranks.tolist(),
+        made.link.free_us,
+        made.link.layer_us,
+        made.link.demand_share,
+        made.prefetch_record.by_distance,
+        counters,
+    )

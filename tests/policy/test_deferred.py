@@ -1,4 +1,4 @@
-"""The books of a call that the accelerator computed unasked are those of a planned call."""
+"""What follows the launches leaves the books that planning each call first would leave."""
 
 from __future__ import annotations
 
@@ -6,13 +6,92 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
-from controllers import EXPERTS, LAYERS, TOP_K, make_controller
+from controllers import EXPERTS, LAYERS, TOP_K, books, make_controller, token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_plugin.config import CACHES, PREFETCHERS, SCHEDULERS
-from hybrimoe_plugin.policy.controller import Controller, Move, Scored, Step, loads
+from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS
+from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.costs import CostCurve
+
+passes_of = st.lists(st.sampled_from([1, 1, 1, 5]), min_size=2, max_size=10)
+
+
+@settings(max_examples=60)
+@given(
+    passes=passes_of,
+    seed=st.integers(0, 2**31),
+    quota=st.integers(1, 7),
+    transfer_us=st.sampled_from([50.0, 300.0]),
+    scheduler=st.sampled_from(SCHEDULERS),
+    cache=st.sampled_from(CACHES),
+    budget=st.sampled_from(BUDGETS),
+    prefetch=st.sampled_from(PREFETCHERS),
+)
+def test_the_books_are_those_of_the_plain_twin(
+    passes: list[int], seed: int, quota: int, transfer_us: float, **choices: str
+) -> None:
+    deferred = make_controller(quota, transfer_us, **choices)
+    plain = make_controller(quota, transfer_us, **choices)
+    plain.deferred = False
+    found = []
+    for made in (deferred, plain):
+        found.append(run(made, passes, np.random.default_rng(seed)))
+    assert found[0] == found[1]
+
+
+def run(made: Controller, passes: list[int], rng: np.random.Generator) -> list[object]:
+    """The plans, moves and books of some passes with random routing and predictions."""
+    made.warm_start()
+    found: list[object] = []
+    now_us = 0.0
+    for tokens in passes:
+        for layer in range(LAYERS):
+            routing = token(rng, tokens)
+            step = made.begin(layer, loads(routing.ids), tokens, now_us, routing)
+            found.append(step)
+            for expert, _ in made.stale(step):
+                made.withdraw(layer, expert)
+            later = range(layer + 1, LAYERS)
+            ahead = [(other, loads(rng.integers(0, EXPERTS, (tokens, 2)))) for other in later]
+            found.append(made.look_ahead(step, ahead, now_us))
+            made.finish(step)
+            found.append(books(made))
+            now_us += step.plan.makespan_us + 100.0
+    return found
+
+
+def test_a_call_is_noted_once_whoever_asks_for_it() -> None:
+    made = make_controller(2, prefetch="off")
+    made.warm_start()
+    step = made.begin(0, {0: 1, 5: 1}, 1, 0.0)
+    assert made.counters.calls == 0, "behind the launches"
+    made.note(step)
+    made.look_ahead(step, [], 0.0)
+    made.finish(step)
+    assert made.counters.calls == 1
+    assert made.counters.activations == 2
+
+
+def test_an_abandoned_call_is_not_noted() -> None:
+    made = make_controller(2)
+    made.warm_start()
+    step = made.begin(0, {0: 1, 1: 1}, 1, 0.0)
+    made.recover({})
+    assert not any(made.pool.cached)
+    made.note(step)
+    assert made.counters.calls == 0
+
+
+def test_nothing_is_looked_for_where_everything_is_there() -> None:
+    made = make_controller(EXPERTS)
+    made.warm_start()
+    assert not made.looks_ahead
+    step = made.begin(0, {0: 1, 1: 1}, 1, 0.0)
+    assert made.look_ahead(step, [(1, {2: 1})], 0.0) == []
+    made.finish(step)
+    made.recover({})
+    assert made.looks_ahead, "most were lost"
 
 
 def fast_accelerator(quota: int, **choices: str) -> Controller:
@@ -21,15 +100,6 @@ def fast_accelerator(quota: int, **choices: str) -> Controller:
     assert made.all_hit_on_accelerator(TOP_K)
     made.warm_start()
     return made
-
-
-def scored(rng: np.random.Generator) -> Scored:
-    """One token's routing; the first experts are chosen most often."""
-    logits = rng.normal(size=(1, EXPERTS)) - np.arange(EXPERTS)
-    scores = np.exp(logits).astype(np.float32)
-    scores /= scores.sum()
-    ids = np.argsort(-scores, axis=1)[:, :TOP_K]
-    return Scored(ids, np.take_along_axis(scores, ids, axis=1), scores)
 
 
 def rest(made: Controller, step: Step, guess: list[int], now_us: float) -> list[Move]:
@@ -48,27 +118,6 @@ def in_router_order(step: Step) -> Step:
     return step._replace(plan=step.plan._replace(accelerator=tuple(order)))
 
 
-def books(made: Controller) -> tuple[object, ...]:
-    """All that later decisions depend on."""
-    counters = made.counters.snapshot()
-    counters.plan_us = 0.0
-    pool = made.pool
-    return (
-        [list(cached.items()) for cached in pool.cached],
-        pool._free,
-        pool._in_flight,
-        pool._leased,
-        made.residency.worth.tolist(),
-        made.residency._arrivals,
-        made.cache.ranks.tolist(),
-        made.link.free_us,
-        made.link.layer_us,
-        made.link.demand_share,
-        made.prefetch_record.by_distance,
-        counters,
-    )
-
-
 @settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**31),
@@ -83,7 +132,7 @@ def test_a_hit_leaves_the_books_that_begin_leaves(seed: int, quota: int, **choic
     rng = np.random.default_rng(seed)
     now_us = hits = 0.0
     for turn in range(8 * LAYERS):
-        layer, routing = turn % LAYERS, scored(rng)
+        layer, routing = turn % LAYERS, token(rng)
         guess = rng.choice(EXPERTS, TOP_K, replace=False).tolist()
         step = asked.begin(layer, loads(routing.ids), 1, now_us, routing)
         resident = all(item.ready_us == 0.0 for item in step.routed)
