@@ -133,6 +133,25 @@ class SlotAccelerator:
     def cancel(self, slot: int) -> bool:
         return self._transfers.cancel(slot)
 
+    def pump(self) -> None:
+        """Give the device waiting prefetches for which the link has room; `compute` does so too."""
+        self._transfers.pump()
+
+    def arrived(self, slot: int) -> bool:
+        """Whether a slot's bytes have all arrived; the host does not wait.
+
+        Raises:
+            BackendError: the slot's transfer has failed.
+        """
+        return self._transfers.arrived(slot)
+
+    def used_layer(self, weights: LayerWeights) -> None:
+        """Note that work queued so far may use every slot that holds an expert of this layer.
+
+        For work that looks its slots up on the device; to be called before the next `onload`.
+        """
+        self._transfers.used_layer(weights)
+
     def compute(
         self,
         slots: Sequence[int],

@@ -33,6 +33,7 @@ import torch
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.slot_uses import SlotUses
 from hybrimoe_plugin.compute.gpu.slot_writer import SlotWriter
 from hybrimoe_plugin.compute.gpu.transfer_executor import (
     DoneWork,
@@ -40,7 +41,7 @@ from hybrimoe_plugin.compute.gpu.transfer_executor import (
     QueuedWork,
     TransferExecutor,
 )
-from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, Event, Streams
+from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, Streams
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import Bytes, LayerWeights
 
@@ -109,7 +110,9 @@ class SlotTransfers:
         self._gate_up: dict[int, QueuedWork] = {}
         self._down: dict[int, QueuedWork] = {}
         """Slot -> what compute has not waited for yet."""
-        self._last_use: dict[int, Event] = {}
+        self._arriving: dict[int, tuple[QueuedWork, QueuedWork]] = {}
+        """Slot -> both halves of a transfer that the host has not seen the end of."""
+        self._uses = SlotUses()
         # Memory that compute gave back a moment ago may still be read there: nothing is written
         # before that is over.
         streams.synchronize()
@@ -161,9 +164,36 @@ class SlotTransfers:
 
     def used(self, slots: Sequence[int]) -> None:
         """Note that compute, as far as it is queued, contains these slots' last use."""
-        event = self._streams.record(COMPUTE)
-        for slot in slots:
-            self._last_use[slot] = event
+        self._uses.slots(slots, self._streams.record(COMPUTE))
+
+    def used_layer(self, weights: LayerWeights) -> None:
+        """Note that compute, as far as it is queued, used any slots that hold this layer's experts.
+
+        For work that looks its slots up on the device. To be called before the next `send`, which
+        may give one of them away. Costs the same however many slots there are.
+        """
+        self._uses.layer(weights, self._streams.record(COMPUTE))
+
+    def arrived(self, slot: int) -> bool:
+        """Whether all that the slot was last sent has arrived; the host does not wait.
+
+        False for a slot that was sent nothing, or whose prefetch still waits or was cancelled.
+
+        Raises:
+            BackendError: its transfer has failed.
+        """
+        if slot not in self.held:
+            return False
+        arriving = self._arriving.get(slot)
+        if arriving is None:
+            return True
+        if not all(self._reached(half) for half in arriving):
+            return False
+        # What is queued from now on comes after it without an edge.
+        self._gate_up.pop(slot, None)
+        self._down.pop(slot, None)
+        del self._arriving[slot]
+        return True
 
     def settle(self) -> None:
         """After an unfinished call: wait for what was submitted, drop the rest, keep what is sure.
@@ -183,7 +213,8 @@ class SlotTransfers:
         self._ahead.clear()
         self._gate_up.clear()
         self._down.clear()
-        self._last_use.clear()
+        self._arriving.clear()
+        self._uses.forget()
         self._writer.settle()
 
     def holds(self, slot: int, weights: LayerWeights, expert: int) -> bool:
@@ -247,17 +278,19 @@ class SlotTransfers:
         for queued in (self._gate_up, self._down):
             if slot in queued:
                 older.append(queued.pop(slot))
-        if slot in self._last_use:
-            older.append(DoneWork((self._last_use.pop(slot),)))
+        last_use = self._uses.refill(slot, transfer.weights)
+        if last_use is not None:
+            older.append(DoneWork((last_use,)))
         ordered: set[str] = set()
         gate, up, down, *biases = transfer.parts
         write = self._writer.write
-        self._gate_up[slot] = self._executor.submit(
+        first = self._executor.submit(
             lambda: write(slot, queue, (gate, up, *biases), older, ordered)
         )
-        self._down[slot] = self._executor.submit(
-            lambda: write(slot, queue, (down,), older, ordered)
-        )
+        second = self._executor.submit(lambda: write(slot, queue, (down,), older, ordered))
+        self._gate_up[slot] = first
+        self._down[slot] = second
+        self._arriving[slot] = first, second
         self.held[slot] = transfer
 
 
