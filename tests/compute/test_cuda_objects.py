@@ -37,6 +37,7 @@ class FakeStream:
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
         self.priority = priority
+        self.cuda_stream = id(self)
         self.waits: list[Any] = []
         self.followed: list[Any] = []
 

@@ -7,6 +7,9 @@ that is kept in planes (`layout`) is copied into a repack buffer and rearranged 
     REPACK                             | 0 -> planes    | 1 -> planes      | 2 -> planes |
     COMPUTE                                                 gate and up ^         down ^
 
+That is the plain way (`slot_writer`). The direct one (`direct_writer`) costs the host a fraction of
+it; it rearranges a whole expert in one launch, and compute then waits for all of it.
+
 Prefetches wait here until the link has room for them; one that is superseded meanwhile never
 crosses it.
 
@@ -25,14 +28,16 @@ one; `settle` then finds the rest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
+from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter, LayerPath
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
 from hybrimoe_plugin.compute.gpu.slot_uses import SlotUses
 from hybrimoe_plugin.compute.gpu.slot_writer import SlotWriter
 from hybrimoe_plugin.compute.gpu.transfer_executor import (
@@ -83,6 +88,8 @@ class SlotTransfers:
         repack_bytes: of the largest matrix that is kept in planes, 0 for none.
         ahead_depth: most prefetches that the device has at once.
         executor: queues transfers on the device; this object closes it.
+        paths: id of a layer's weights -> how its experts go the direct way, where they can. Without
+            any, and with an executor that is a thread of its own, all go the plain way.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class SlotTransfers:
         repack_bytes: int,
         ahead_depth: int = AHEAD_DEPTH,
         executor: TransferExecutor | None = None,
+        paths: Mapping[int, LayerPath] | None = None,
     ) -> None:
         self.held: dict[int, Transfer] = {}
         self.cancelled = 0
@@ -102,7 +110,11 @@ class SlotTransfers:
         self._buffer = buffer
         self._ahead_depth = ahead_depth
         self._executor = executor or InlineExecutor()
-        self._writer = SlotWriter(streams, kernels, host, buffer, repack_bytes)
+        self._repack = RepackBuffers(streams, repack_bytes, buffer.device)
+        self._writer = SlotWriter(streams, kernels, host, buffer, self._repack)
+        self._direct: DirectWriter | None = None
+        if paths and isinstance(self._executor, InlineExecutor):
+            self._direct = DirectWriter(streams, buffer, self._repack, paths)
         self._waiting: dict[int, Transfer] = {}
         """Slot -> a prefetch that the device has not got yet, oldest first."""
         self._ahead: deque[QueuedWork] = deque()
@@ -110,8 +122,8 @@ class SlotTransfers:
         self._gate_up: dict[int, QueuedWork] = {}
         self._down: dict[int, QueuedWork] = {}
         """Slot -> what compute has not waited for yet."""
-        self._arriving: dict[int, tuple[QueuedWork, QueuedWork]] = {}
-        """Slot -> both halves of a transfer that the host has not seen the end of."""
+        self._arriving: dict[int, tuple[QueuedWork, ...]] = {}
+        """Slot -> all of a transfer that the host has not seen the end of."""
         self._uses = SlotUses()
         # Memory that compute gave back a moment ago may still be read there: nothing is written
         # before that is over.
@@ -141,8 +153,7 @@ class SlotTransfers:
         while self._waiting and len(self._ahead) < self._ahead_depth:
             oldest = next(iter(self._waiting))
             self._start(self._waiting.pop(oldest), AHEAD)
-            end = self._executor.submit(lambda: (self._streams.record(AHEAD),))
-            self._ahead.append(end)
+            self._ahead.append(self._arriving[oldest][-1])
 
     def wait_gate_up(self, slots: Iterable[int]) -> None:
         """Let compute go on only when these slots' gate and up have arrived.
@@ -215,7 +226,7 @@ class SlotTransfers:
         self._down.clear()
         self._arriving.clear()
         self._uses.forget()
-        self._writer.settle()
+        self._repack.settle()
 
     def holds(self, slot: int, weights: LayerWeights, expert: int) -> bool:
         """Whether a slot has an expert's bytes as the file has them, or waits for them.
@@ -259,10 +270,14 @@ class SlotTransfers:
     def _wait(self, queued: dict[int, QueuedWork], slots: Iterable[int]) -> None:
         self._executor.check()
         for slot in slots:
-            if slot in queued:
-                for event in queued[slot].result():
-                    self._streams.wait(COMPUTE, event)
-                del queued[slot]  # only now: an interrupted wait must come again
+            work = queued.get(slot)
+            if work is None:
+                continue
+            for event in work.result():
+                self._streams.wait(COMPUTE, event)
+            if self._down.get(slot) is work:  # one event for both halves
+                del self._down[slot]
+            queued.pop(slot, None)  # only now: an interrupted wait must come again
 
     def _reached(self, work: QueuedWork) -> bool:
         if not work.done():
@@ -270,17 +285,45 @@ class SlotTransfers:
         return all(self._streams.reached(event) for event in work.result())
 
     def _start(self, transfer: Transfer, queue: str) -> None:
-        """Submit both halves of a transfer."""
-        slot = transfer.slot
-        # Whatever writes this slot now comes after its last use, and after an older transfer that
-        # nobody waited for. That one has run when this one does: jobs keep their order.
+        """Submit all of a transfer."""
+        slot, _, weights, expert = transfer
+        older = self._older(slot, weights)
+        direct = self._direct
+        if direct is not None and direct.takes(weights, expert):
+            events = [event for work in older for event in work.result()]
+            halves: tuple[QueuedWork, ...]
+            first, last = direct.write(slot, weights, expert, queue, events)
+            down = DoneWork((last,))
+            halves = (down,) if first is last else (DoneWork((first,)), down)
+            self._arriving[slot] = (down,)
+        else:
+            self._arriving[slot] = halves = self._submit(transfer, queue, older)
+        self._gate_up[slot] = halves[0]
+        self._down[slot] = halves[-1]
+        self.held[slot] = transfer
+
+    def _older(self, slot: int, weights: LayerWeights) -> list[QueuedWork]:
+        """What a transfer into the slot, of an expert of this layer, must wait for.
+
+        That is the last use of what it holds, and an older transfer that compute did not wait for.
+        That one has been queued when this one is: jobs keep their order.
+
+        Mutates: the slot's entries, which then are this transfer's to make.
+        """
         older: list[QueuedWork] = []
-        for queued in (self._gate_up, self._down):
-            if slot in queued:
-                older.append(queued.pop(slot))
-        last_use = self._uses.refill(slot, transfer.weights)
+        gate_up = self._gate_up.pop(slot, None)
+        if self._down.pop(slot, gate_up) is not None:
+            older += self._arriving[slot]
+        last_use = self._uses.refill(slot, weights)
         if last_use is not None:
             older.append(DoneWork((last_use,)))
+        return older
+
+    def _submit(
+        self, transfer: Transfer, queue: str, older: list[QueuedWork]
+    ) -> tuple[QueuedWork, QueuedWork]:
+        """Let the executor write both halves the plain way."""
+        slot = transfer.slot
         ordered: set[str] = set()
         gate, up, down, *biases = transfer.parts
         write = self._writer.write
@@ -288,10 +331,7 @@ class SlotTransfers:
             lambda: write(slot, queue, (gate, up, *biases), older, ordered)
         )
         second = self._executor.submit(lambda: write(slot, queue, (down,), older, ordered))
-        self._gate_up[slot] = first
-        self._down[slot] = second
-        self._arriving[slot] = first, second
-        self.held[slot] = transfer
+        return first, second
 
 
 def _failed(work: QueuedWork) -> bool:

@@ -1,0 +1,198 @@
+"""Write whole experts into slots by addresses that were worked out when the slots were made.
+
+What is left to do for an expert are the device's own calls:
+
+    as stored    copy gate, copy up | event | copy down | event
+    in planes    copy gate, copy up, copy down | event | rearrange all at once | event
+
+Rearranging begins when all parts have arrived. Computing gate and up earlier would gain little: it
+takes a small share of the time in which down crosses the link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, Repacker
+from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
+from hybrimoe_plugin.device.streams import REPACK, Event, Streams
+from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
+
+
+class _Piece(NamedTuple):
+    """One part of a slot: gate, up, down or the biases."""
+
+    source: int
+    """Its place in `LayerWeights.stored`."""
+    offset: int
+    """Bytes from the slot's start."""
+    size: int
+    planar: bool
+
+    @classmethod
+    def of(cls, source: int, part: Part) -> _Piece:
+        return cls(source, part.offset, part.size, part.planar)
+
+
+class LayerPath(NamedTuple):
+    """How the experts of one layer get into slots."""
+
+    sources: tuple[tuple[int, ...] | None, ...]
+    """For each expert the addresses of its parts; None where one of them must be staged."""
+    pieces: tuple[_Piece, ...]
+    """In the order in which they cross the link: down comes last."""
+    planar: int
+    """How many of them are kept in planes."""
+    repack: Repacker | None
+    """For those; None where there are none."""
+
+
+def layer_path(
+    weights: LayerWeights, layout: SlotLayout, host: HostBytes, kernels: Kernels
+) -> LayerPath:
+    """The path of one layer's experts; `host` must be prepared.
+
+    Raises:
+        BackendError: an expert's parts are not those of the layout.
+    """
+    sources = tuple(_addresses(weights, e, layout, host) for e in range(weights.spec.experts))
+    gate, up, down, *biases = (_Piece.of(place, part) for place, part in enumerate(layout.parts))
+    pieces = (gate, up, *biases, down)
+    planar = tuple(layout.parts[piece.source] for piece in pieces if piece.planar)
+    repack = kernels.repacker(planar) if planar else None
+    return LayerPath(sources, pieces, len(planar), repack)
+
+
+def _addresses(
+    weights: LayerWeights, expert: int, layout: SlotLayout, host: HostBytes
+) -> tuple[int, ...] | None:
+    stored = weights.stored(expert)
+    wanted, found = [part.size for part in layout.parts], [part.nbytes for part in stored]
+    if wanted != found or not all(part.flags.c_contiguous for part in stored):
+        raise BackendError(
+            f"layer {weights.layer}, expert {expert}: the slot takes parts of {wanted} bytes, the "
+            f"file has {found}"
+        )
+    addresses = []
+    for part in stored:
+        address = host.address(part)
+        if address is None:
+            return None
+        addresses.append(address)
+    return tuple(addresses)
+
+
+class DirectWriter:
+    """Writes slots by address; used by the thread that plans transfers.
+
+    Args:
+        streams: the device's queues, which take addresses.
+        buffer: [slots, slot bytes] uint8 on the device.
+        repack: what parts in planes cross the link into.
+        paths: id of a layer's weights -> its path. Their memory stays where it is.
+
+    Raises:
+        BackendError: a layer's parts do not fit into a slot, or into the repack buffers.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        buffer: torch.Tensor,
+        repack: RepackBuffers,
+        paths: Mapping[int, LayerPath],
+    ) -> None:
+        self._streams = streams
+        self._slots = buffer.unbind()
+        self._starts = [slot.data_ptr() for slot in self._slots]
+        self._repack = repack
+        self._arrivals = [arrived.data_ptr() for arrived in repack.buffers]
+        self._paths = paths
+        room = min((arrived.numel() for arrived in repack.buffers), default=0)
+        for path in paths.values():
+            _check_fits(path, buffer.shape[1], room)
+
+    def takes(self, weights: LayerWeights, expert: int) -> bool:
+        """Whether an expert's bytes can be read where they are."""
+        path = self._paths.get(id(weights))
+        return path is not None and path.sources[expert] is not None
+
+    def write(
+        self, slot: int, weights: LayerWeights, expert: int, queue: str, older: Sequence[Event]
+    ) -> tuple[Event, Event]:
+        """Queue the whole transfer of an expert that `takes` accepts.
+
+        Args:
+            queue: `LINK` or `AHEAD`.
+            older: what writing the slot must wait for.
+
+        Returns:
+            The events after which gate, up and biases are there, and after which all is; the same
+            one where it is not known earlier.
+
+        Raises:
+            BackendError: there is no such slot or expert, or the device refuses.
+        """
+        path = self._paths[id(weights)]
+        sources = path.sources[expert]
+        if sources is None or not (0 <= slot < len(self._starts) and expert >= 0):
+            raise BackendError(
+                f"slot {slot} of {len(self._starts)} cannot take expert {expert} of layer "
+                f"{weights.layer} directly"
+            )
+        if path.planar:
+            return self._write_planes(slot, path, sources, queue, older)
+        streams = self._streams
+        for event in older:
+            streams.wait(queue, event)  # edge: last use of the slot -> its next content
+        start = self._starts[slot]
+        for piece in path.pieces[:-1]:
+            streams.copy(queue, start + piece.offset, sources[piece.source], piece.size)
+        gate_up = streams.record(queue)
+        down = path.pieces[-1]
+        streams.copy(queue, start + down.offset, sources[down.source], down.size)
+        return gate_up, streams.record(queue)
+
+    def _write_planes(
+        self,
+        slot: int,
+        path: LayerPath,
+        sources: tuple[int, ...],
+        queue: str,
+        older: Sequence[Event],
+    ) -> tuple[Event, Event]:
+        """Copy parts in planes into repack buffers, and rearrange all of them at the end."""
+        streams = self._streams
+        # REPACK comes after what is copied, so it need not wait for itself where the slot is
+        # copied into as well.
+        for event in older:
+            # edge: last use of the slot -> its next content
+            streams.wait(REPACK if path.planar == len(path.pieces) else queue, event)
+        taken = self._repack.take(queue, path.planar)
+        unused = iter(taken)
+        start = self._starts[slot]
+        for piece in path.pieces:
+            target = self._arrivals[next(unused)] if piece.planar else start + piece.offset
+            streams.copy(queue, target, sources[piece.source], piece.size)
+        streams.wait(REPACK, streams.record(queue))  # edge: copied -> repacking
+        arrived = [self._repack.buffers[index] for index in taken]
+        repack, room = path.repack, self._slots[slot]
+        assert repack is not None, "some parts are in planes"
+        streams.launch(REPACK, lambda stream: repack(arrived, room, stream))
+        there = streams.record(REPACK)
+        self._repack.give_back(taken, there)
+        return there, there
+
+
+def _check_fits(path: LayerPath, slot_bytes: int, repack_bytes: int) -> None:
+    for piece in path.pieces:
+        if piece.offset < 0 or piece.offset + piece.size > slot_bytes:
+            raise BackendError(f"a slot of {slot_bytes} bytes cannot take {piece}")
+        if piece.planar and piece.size > repack_bytes:
+            raise BackendError(f"a repack buffer of {repack_bytes} bytes cannot take {piece}")
