@@ -52,8 +52,8 @@ WHERE = (
     "submit",
     "sync",
     "predict",
-    "repack",
     "source",
+    *("copy", "enqueue", "launch", "record", "wait"),  # of the queues
 )
 
 
@@ -127,9 +127,10 @@ def fail(engine: Engine, where: str, nth: int, error: BaseException) -> Callable
         "submit": engine.cpu,
         "sync": engine.cpu,
         "predict": engine.routers[1],
-        "repack": device.kernels,
         "source": device._host,
     }.get(where, device)
+    if not hasattr(owner, where):
+        owner = device.streams
     real = getattr(owner, where)
     calls = itertools.count(1)
 

@@ -20,6 +20,7 @@ from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, Repacker
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
 from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
+from hybrimoe_plugin.compute.gpu.transfer_executor import QueuedWork
 from hybrimoe_plugin.device.streams import REPACK, Event, Streams
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
@@ -124,7 +125,12 @@ class DirectWriter:
         return path is not None and path.sources[expert] is not None
 
     def write(
-        self, slot: int, weights: LayerWeights, expert: int, queue: str, older: Sequence[Event]
+        self,
+        slot: int,
+        weights: LayerWeights,
+        expert: int,
+        queue: str,
+        older: Sequence[QueuedWork],
     ) -> tuple[Event, Event]:
         """Queue the whole transfer of an expert that `takes` accepts.
 
@@ -148,16 +154,14 @@ class DirectWriter:
             )
         if path.planar:
             return self._write_planes(slot, path, sources, queue, older)
-        streams = self._streams
-        for event in older:
-            streams.wait(queue, event)  # edge: last use of the slot -> its next content
-        start = self._starts[slot]
-        for piece in path.pieces[:-1]:
-            streams.copy(queue, start + piece.offset, sources[piece.source], piece.size)
-        gate_up = streams.record(queue)
-        down = path.pieces[-1]
-        streams.copy(queue, start + down.offset, sources[down.source], down.size)
-        return gate_up, streams.record(queue)
+        self._wait_for(queue, older)
+        start, copy = self._starts[slot], self._streams.copy
+        *first, down = path.pieces
+        for source, offset, size, _ in first:
+            copy(queue, start + offset, sources[source], size)
+        gate_up = self._streams.record(queue)
+        copy(queue, start + down.offset, sources[down.source], down.size)
+        return gate_up, self._streams.record(queue)
 
     def _write_planes(
         self,
@@ -165,21 +169,19 @@ class DirectWriter:
         path: LayerPath,
         sources: tuple[int, ...],
         queue: str,
-        older: Sequence[Event],
+        older: Sequence[QueuedWork],
     ) -> tuple[Event, Event]:
         """Copy parts in planes into repack buffers, and rearrange all of them at the end."""
         streams = self._streams
-        # REPACK comes after what is copied, so it need not wait for itself where the slot is
-        # copied into as well.
-        for event in older:
-            # edge: last use of the slot -> its next content
-            streams.wait(REPACK if path.planar == len(path.pieces) else queue, event)
+        # REPACK comes after what is copied, so it need not wait itself where parts are copied into
+        # the slot as well.
+        self._wait_for(REPACK if path.planar == len(path.pieces) else queue, older)
         taken = self._repack.take(queue, path.planar)
         unused = iter(taken)
         start = self._starts[slot]
-        for piece in path.pieces:
-            target = self._arrivals[next(unused)] if piece.planar else start + piece.offset
-            streams.copy(queue, target, sources[piece.source], piece.size)
+        for source, offset, size, planar in path.pieces:
+            target = self._arrivals[next(unused)] if planar else start + offset
+            streams.copy(queue, target, sources[source], size)
         streams.wait(REPACK, streams.record(queue))  # edge: copied -> repacking
         arrived = [self._repack.buffers[index] for index in taken]
         repack, room = path.repack, self._slots[slot]
@@ -188,6 +190,11 @@ class DirectWriter:
         there = streams.record(REPACK)
         self._repack.give_back(taken, there)
         return there, there
+
+    def _wait_for(self, queue: str, older: Sequence[QueuedWork]) -> None:
+        for work in older:
+            for event in work.result():
+                self._streams.wait(queue, event)  # edge: last use of the slot -> its next content
 
 
 def _check_fits(path: LayerPath, slot_bytes: int, repack_bytes: int) -> None:

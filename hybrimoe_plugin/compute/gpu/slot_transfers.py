@@ -287,37 +287,29 @@ class SlotTransfers:
     def _start(self, transfer: Transfer, queue: str) -> None:
         """Submit all of a transfer."""
         slot, _, weights, expert = transfer
-        older = self._older(slot, weights)
-        direct = self._direct
-        if direct is not None and direct.takes(weights, expert):
-            events = [event for work in older for event in work.result()]
-            halves: tuple[QueuedWork, ...]
-            first, last = direct.write(slot, weights, expert, queue, events)
-            down = DoneWork((last,))
-            halves = (down,) if first is last else (DoneWork((first,)), down)
-            self._arriving[slot] = (down,)
-        else:
-            self._arriving[slot] = halves = self._submit(transfer, queue, older)
-        self._gate_up[slot] = halves[0]
-        self._down[slot] = halves[-1]
-        self.held[slot] = transfer
-
-    def _older(self, slot: int, weights: LayerWeights) -> list[QueuedWork]:
-        """What a transfer into the slot, of an expert of this layer, must wait for.
-
-        That is the last use of what it holds, and an older transfer that compute did not wait for.
-        That one has been queued when this one is: jobs keep their order.
-
-        Mutates: the slot's entries, which then are this transfer's to make.
-        """
+        # Whatever writes this slot now comes after its last use, and after an older transfer that
+        # compute did not wait for. That one has been queued when this one is: jobs keep their
+        # order.
         older: list[QueuedWork] = []
         gate_up = self._gate_up.pop(slot, None)
-        if self._down.pop(slot, gate_up) is not None:
+        down = self._down.pop(slot, None)
+        if gate_up is not None or down is not None:
             older += self._arriving[slot]
         last_use = self._uses.refill(slot, weights)
         if last_use is not None:
             older.append(DoneWork((last_use,)))
-        return older
+        direct = self._direct
+        if direct is not None and direct.takes(weights, expert):
+            first, last = direct.write(slot, weights, expert, queue, older)
+            down = DoneWork((last,))
+            gate_up = down if first is last else DoneWork((first,))
+            self._arriving[slot] = (down,)
+        else:
+            gate_up, down = self._submit(transfer, queue, older)
+            self._arriving[slot] = gate_up, down
+        self._gate_up[slot] = gate_up
+        self._down[slot] = down
+        self.held[slot] = transfer
 
     def _submit(
         self, transfer: Transfer, queue: str, older: list[QueuedWork]
