@@ -196,6 +196,7 @@ class CudaStreams:
         }
         self._handles = {name: stream.cuda_stream for name, stream in self._streams.items()}
         self._copy = loaded_copy()
+        self._several = device.index is not None and torch.cuda.device_count() > 1
         self._spare: list[torch.cuda.Event] = []
         """Events of this device that nobody refers to any more."""
 
@@ -212,20 +213,27 @@ class CudaStreams:
 
     def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
         assert self._copy is not None, "takes_addresses comes first"
-        # Whichever device is current: a copy follows its stream.
+        if self._elsewhere():
+            # A copy follows its stream; but the runtime would take memory on the current device.
+            with torch.cuda.device(self._device):
+                self.copy(queue, target, source, nbytes)
+            return
         status = self._copy(target, source, nbytes, HOST_TO_DEVICE, self._handles[queue])
         if status:
             raise BackendError(f"copy of {nbytes} bytes to {self._device}: CUDA error {status}")
 
     def launch(self, queue: str, work: Callable[[int], None]) -> None:
-        if torch.cuda.current_device() == self._device.index:
+        if not self._elsewhere():
             work(self._handles[queue])
             return
         with torch.cuda.device(self._device):
             work(self._handles[queue])
 
     def record(self, queue: str) -> Event:
-        event = self._spare.pop() if self._spare else torch.cuda.Event()
+        try:
+            event = self._spare.pop()  # not asked before: another thread may take the last one
+        except IndexError:
+            event = torch.cuda.Event()
         event.record(self._stream(queue))
         return _Recorded(event, self._spare)
 
@@ -267,6 +275,10 @@ class CudaStreams:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
+
+    def _elsewhere(self) -> bool:
+        """Whether another device is current."""
+        return self._several and torch.cuda.current_device() != self._device.index
 
     def _stream(self, queue: str) -> torch.cuda.Stream:
         if queue == COMPUTE:

@@ -105,6 +105,8 @@ def test_copies_and_launches_get_the_queues_handle(
 
     assert not CudaStreams(DEVICE).takes_addresses, "no runtime is loaded here"
     monkeypatch.setattr(module, "loaded_copy", lambda: copy)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     streams = CudaStreams(DEVICE)
     assert streams.takes_addresses
     link, repack = (streams._streams[name].cuda_stream for name in (LINK, REPACK))
@@ -119,15 +121,20 @@ def test_copies_and_launches_get_the_queues_handle(
     @contextmanager
     def inside(device: torch.device) -> Iterator[None]:
         entered.append(device)
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "current_device", lambda: device.index)
+            yield
 
     monkeypatch.setattr(torch.cuda, "device", inside)
     handles: list[int] = []
+    status = 0
     for index in (0, 1):
         monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
         streams.launch(REPACK, handles.append)
+        streams.copy(LINK, index, 0, 1)
     assert handles == [repack, repack]
-    assert entered == [DEVICE], "only where another device is current"
+    assert [call[0] for call in calls[2:]] == [0, 1]
+    assert entered == [DEVICE, DEVICE], "only where another device is current"
     assert current.entered == [], "no stream is entered"
 
 

@@ -33,7 +33,7 @@ Repacker = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
 
     arrived: stored bytes of each, uint8, at the start of a buffer that may be longer
     slot:    [slot bytes] uint8 (mutated)
-    stream:  handle of the stream to launch on, 0 on the CPU
+    stream:  handle of the stream to launch on; 0 for the current one, and on the CPU
 """
 
 

@@ -132,7 +132,7 @@ class ExpertRepacker:
         if self._run is not None and aligned:
             self._run(*addresses, *self._constants, stream=stream)
             return
-        if slot.device.type != "cuda":
+        if not stream:
             expert_to_planes[self._grid](*memory, *self._constants)
             return
         with torch.cuda.stream(torch.cuda.ExternalStream(stream, slot.device)):

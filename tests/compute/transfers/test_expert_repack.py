@@ -18,8 +18,14 @@ from hybrimoe_plugin.compute.gpu.kernels.repack import part_shape
 from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 POISON = 0xA5
+
+
+def settle() -> None:
+    """Let a card finish."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def check(kinds: tuple[str, ...], blocks: tuple[int, ...]) -> None:
@@ -33,7 +39,7 @@ def check(kinds: tuple[str, ...], blocks: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     room = torch.full((2, offset), POISON, dtype=torch.uint8, device=DEVICE)
     repack = TritonKernels(DEVICE).repacker(tuple(parts))
-    stream = torch.cuda.current_stream(DEVICE).cuda_stream if DEVICE.type == "cuda" else 0
+    stream = torch.cuda.Stream(DEVICE) if DEVICE.type == "cuda" else None
     for slot in room:
         wanted = np.full(offset, POISON, np.uint8)
         arrived = []
@@ -41,7 +47,9 @@ def check(kinds: tuple[str, ...], blocks: tuple[int, ...]) -> None:
             raw = rng.integers(0, 256, part.size + 64, dtype=np.uint8)  # the buffer is longer
             arrived.append(torch.from_numpy(raw).to(DEVICE))
             wanted[part.span] = to_planes(raw[: part.size], part.type_name)
-        repack(arrived, slot, stream)
+        settle()
+        repack(arrived, slot, stream.cuda_stream if stream else 0)
+        settle()
         np.testing.assert_array_equal(slot.cpu().numpy(), wanted)
 
 
