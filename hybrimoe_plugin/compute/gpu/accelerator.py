@@ -13,7 +13,6 @@ from contextlib import nullcontext
 import torch
 
 from hybrimoe_plugin.compute.gpu.direct_proof import what_is_wrong
-from hybrimoe_plugin.compute.gpu.direct_writer import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.host_bytes import (
     HostBytes,
     PlainBytes,
@@ -23,6 +22,7 @@ from hybrimoe_plugin.compute.gpu.host_bytes import (
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
+from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
 from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer

@@ -12,81 +12,15 @@ takes a small share of the time in which down crosses the link.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
-from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, Repacker
-from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.layer_path import LayerPath
 from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
 from hybrimoe_plugin.compute.gpu.transfer_executor import QueuedWork
 from hybrimoe_plugin.device.streams import REPACK, Event, Streams
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
-
-
-class _Piece(NamedTuple):
-    """One part of a slot: gate, up, down or the biases."""
-
-    source: int
-    """Its place in `LayerWeights.stored`."""
-    offset: int
-    """Bytes from the slot's start."""
-    size: int
-    planar: bool
-
-    @classmethod
-    def of(cls, source: int, part: Part) -> _Piece:
-        return cls(source, part.offset, part.size, part.planar)
-
-
-class LayerPath(NamedTuple):
-    """How the experts of one layer get into slots."""
-
-    sources: tuple[tuple[int, ...] | None, ...]
-    """For each expert the addresses of its parts; None where one of them must be staged."""
-    pieces: tuple[_Piece, ...]
-    """In the order in which they cross the link: down comes last."""
-    planar: int
-    """How many of them are kept in planes."""
-    repack: Repacker | None
-    """For those; None where there are none."""
-
-
-def layer_path(
-    weights: LayerWeights, layout: SlotLayout, host: HostBytes, kernels: Kernels
-) -> LayerPath:
-    """The path of one layer's experts; `host` must be prepared.
-
-    Raises:
-        BackendError: an expert's parts are not those of the layout.
-    """
-    sources = tuple(_addresses(weights, e, layout, host) for e in range(weights.spec.experts))
-    gate, up, down, *biases = (_Piece.of(place, part) for place, part in enumerate(layout.parts))
-    pieces = (gate, up, *biases, down)
-    planar = tuple(layout.parts[piece.source] for piece in pieces if piece.planar)
-    repack = kernels.repacker(planar) if planar else None
-    return LayerPath(sources, pieces, len(planar), repack)
-
-
-def _addresses(
-    weights: LayerWeights, expert: int, layout: SlotLayout, host: HostBytes
-) -> tuple[int, ...] | None:
-    stored = weights.stored(expert)
-    wanted, found = [part.size for part in layout.parts], [part.nbytes for part in stored]
-    if wanted != found or not all(part.flags.c_contiguous for part in stored):
-        raise BackendError(
-            f"layer {weights.layer}, expert {expert}: the slot takes parts of {wanted} bytes, the "
-            f"file has {found}"
-        )
-    addresses = []
-    for part in stored:
-        address = host.address(part)
-        if address is None:
-            return None
-        addresses.append(address)
-    return tuple(addresses)
 
 
 class DirectWriter:

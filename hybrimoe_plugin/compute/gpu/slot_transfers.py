@@ -33,10 +33,11 @@ from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter, LayerPath
+from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.layer_path import LayerPath
 from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
 from hybrimoe_plugin.compute.gpu.slot_uses import SlotUses
 from hybrimoe_plugin.compute.gpu.slot_writer import SlotWriter

@@ -7,7 +7,8 @@ from __future__ import annotations
 import ctypes
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,9 @@ from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
-from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter, LayerPath, layer_path
+from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter
 from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
 from hybrimoe_plugin.device.streams import LINK, HostStreams
 from hybrimoe_plugin.errors import BackendError
@@ -175,6 +177,30 @@ def test_nothing_is_copied_beside_slots_and_buffers() -> None:
         biased = layout._replace(biases=layout.up)
         with pytest.raises(BackendError, match="expert 0: the slot takes parts of"):
             layer_path(weights, biased, PlainBytes(), kernels)
+
+
+@pytest.mark.parametrize("stream", [0, 7])
+def test_kernels_that_know_no_whole_experts_rearrange_part_by_part_on_the_stream(
+    stream: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[object] = []
+
+    @contextmanager
+    def inside(entered: object) -> Iterator[None]:
+        log.append(entered)
+        yield
+        log.append("left")
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    kernels = WatchedKernels(SimpleNamespace(touch=lambda *args, **named: None))  # type: ignore[arg-type]
+    monkeypatch.setattr(kernels, "repack", lambda part, raw, target: log.append(part.type_name))
+    path = layer_path(IN_PLANES, kernels.layout(IN_PLANES.spec), PlainBytes(), kernels)
+    assert path.repack is not None
+    room = torch.zeros(1 << 16, dtype=torch.uint8)
+    path.repack([room] * 3, room, stream)
+    kinds = ["Q4_0", "Q8_0", "Q5_0"]
+    assert log == ([7, *kinds, "left"] if stream else kinds)
 
 
 class Faulty(HostStreams):

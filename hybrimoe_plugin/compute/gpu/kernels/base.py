@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,15 +27,6 @@ class SlotCall(NamedTuple):
     """[T, K] floating point routing weights."""
 
 
-Repacker = Callable[[Sequence[torch.Tensor], torch.Tensor, int], None]
-"""Brings several matrices of one expert into slot form.
-
-    arrived: stored bytes of each, uint8, at the start of a buffer that may be longer
-    slot:    [slot bytes] uint8 (mutated)
-    stream:  handle of the stream to launch on; 0 for the current one, and on the CPU
-"""
-
-
 class Kernels(Protocol):
     """Computes experts in two stages, so that gate and up can start before down has arrived."""
 
@@ -55,10 +45,6 @@ class Kernels(Protocol):
 
         Mutates: target.
         """
-        ...
-
-    def repacker(self, parts: tuple[Part, ...]) -> Repacker:
-        """For experts with these parts in planes, up to three; to be kept and called often."""
         ...
 
     def gate_up(self, call: SlotCall) -> Any:

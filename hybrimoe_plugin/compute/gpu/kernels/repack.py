@@ -109,7 +109,7 @@ def part_shape(part: Part) -> tuple[Any, ...]:
 
 
 class ExpertRepacker:
-    """Launches `expert_to_planes` for experts of one layout (`base.Repacker`).
+    """Launches `expert_to_planes` for experts of one layout (a `layer_path.Repacker`).
 
     The first launch compiles. Later ones skip what Triton does to find the compiled kernel again,
     which costs the host more than the launch.

@@ -5,14 +5,13 @@ They compute every type that `dequantize` converts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.activation import activate
-from hybrimoe_plugin.compute.gpu.kernels.base import Repacker, SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.weights.dequant import dequantize, supported
@@ -54,15 +53,6 @@ class TorchKernels:
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
         raise AssertionError("these kernels read GGML blocks as they are")
-
-    def repacker(self, parts: tuple[Part, ...]) -> Repacker:
-        """One part after another."""
-
-        def repack_all(arrived: Sequence[torch.Tensor], slot: torch.Tensor, stream: int) -> None:
-            for part, raw in zip(parts, arrived, strict=True):
-                self.repack(part, raw[: part.size], slot[part.span])
-
-        return repack_all
 
     def gate_up(self, call: SlotCall) -> list[_Activated]:
         found = []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hybrimoe_plugin.compute.gpu.kernels.base import Repacker, SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_decode
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
@@ -100,7 +100,8 @@ class TritonKernels:
             *(block_words, offsets, words, REPACKED_BLOCKS),
         )
 
-    def repacker(self, parts: tuple[Part, ...]) -> Repacker:
+    def repacker(self, parts: tuple[Part, ...]) -> ExpertRepacker:
+        """As `layer_path.WholeRepacks` says."""
         return ExpertRepacker(parts)
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
