@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_streams import LazyStreams, SharedStreams
+from interrupts import ended, operations
 from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
@@ -66,11 +67,13 @@ def compute(device: SlotAccelerator, layer: int, held: Held, seed: int) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def traffic(device: SlotAccelerator, seed: int, note: Callable[[int], None]) -> None:
+def traffic(
+    device: SlotAccelerator, seed: int, note: Callable[[int], None], steps: int = 150
+) -> None:
     """Random onloads, prefetches, cancellations and layer calls; `note` hears of each call."""
     rng = random.Random(seed)
     held: Held = {}
-    for step in range(150):
+    for step in range(steps):
         slot, wanted = rng.randrange(SLOTS), (rng.randrange(2), rng.randrange(EXPERTS))
         held = {other: kept for other, kept in held.items() if kept != wanted and other != slot}
         device.onload(slot, LAYERS[wanted[0]], wanted[1], ahead=rng.random() < 0.5)
@@ -206,6 +209,39 @@ def test_what_waits_or_was_dropped_has_not_arrived(make: Make) -> None:
     device.pump()
     streams.synchronize()
     assert device.arrived(2)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_whatever_is_interrupted_the_next_calls_are_right_and_without_races(
+    make: Make, direct: bool
+) -> None:
+    """At a share of all places; then the slots hold what `settle` says, byte for byte."""
+
+    def some(device: SlotAccelerator) -> None:
+        for slot in range(SLOTS):
+            device.onload(slot, LAYERS[slot % 2], slot, ahead=slot > 1)
+        device.used_layer(LAYERS[0])
+        for slot in range(SLOTS):
+            device.arrived(slot)
+        device.cancel(3)
+        device.pump()
+        device.onload(0, LAYERS[1], 5)
+        compute(device, 1, {0: (1, 5)}, 0)
+        device.used_layer(LAYERS[1])
+        device.onload(0, LAYERS[0], 1)
+        device.arrived(0)
+
+    first = make(LazyStreams(2), direct=direct)
+    count = operations(lambda: some(first))
+    for place in range(1, count, count // 50):
+        device = make(LazyStreams(2), direct=direct)
+        ended(lambda device=device: some(device), place, KeyboardInterrupt())  # type: ignore[misc]
+        kept = device.settle()
+        assert not device.wrong_slots(kept), place
+        for slot in kept:
+            assert device.arrived(slot)
+        traffic(device, place, lambda layer, device=device: device.used_layer(LAYERS[layer]), 25)
+        device.close()
 
 
 @pytest.mark.parametrize("settled", [False, True])

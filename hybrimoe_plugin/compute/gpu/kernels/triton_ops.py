@@ -91,6 +91,10 @@ class TritonKernels:
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
 
+    def repacker(self, parts: tuple[Part, ...]) -> ExpertRepacker:
+        """As `layer_path.WholeRepacks` says."""
+        return ExpertRepacker(parts)
+
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
         size, _, blocks, block_words, offsets, words = part_shape(part)
         word = torch.int16 if size == 2 else torch.uint8
@@ -99,10 +103,6 @@ class TritonKernels:
             *(raw.view(word), target.view(word), blocks),
             *(block_words, offsets, words, REPACKED_BLOCKS),
         )
-
-    def repacker(self, parts: tuple[Part, ...]) -> ExpertRepacker:
-        """As `layer_path.WholeRepacks` says."""
-        return ExpertRepacker(parts)
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
         """As the protocol says (`Tunable`)."""
