@@ -16,22 +16,18 @@ from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_deco
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.formats.tables import tables
-from hybrimoe_plugin.compute.gpu.kernels.layout import (
-    BLOCK_BYTES,
-    PLANES,
-    Part,
-    SlotLayout,
-    slot_layout,
-)
+from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
 from hybrimoe_plugin.compute.gpu.kernels.linear import dot_type
 from hybrimoe_plugin.compute.gpu.kernels.prefill import down_prefill, gate_up_prefill
-from hybrimoe_plugin.compute.gpu.kernels.repack import blocks_to_planes
+from hybrimoe_plugin.compute.gpu.kernels.repack import (
+    REPACKED_BLOCKS,
+    ExpertRepacker,
+    blocks_to_planes,
+    part_shape,
+)
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
-
-_REPACKED_BLOCKS = 32
-"""Blocks that one program of the repacking kernel moves."""
 
 
 class _Tiles(NamedTuple):
@@ -95,20 +91,17 @@ class TritonKernels:
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
 
+    def repacker(self, parts: tuple[Part, ...]) -> ExpertRepacker:
+        """As `layer_path.WholeRepacks` says."""
+        return ExpertRepacker(parts)
+
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        block_bytes = BLOCK_BYTES[part.type_name]
-        blocks = part.size // block_bytes
-        planes = PLANES[part.type_name]
-        word = torch.uint8 if block_bytes % 2 else torch.int16
-        grid = (triton.cdiv(blocks, _REPACKED_BLOCKS),)
+        size, _, blocks, block_words, offsets, words = part_shape(part)
+        word = torch.int16 if size == 2 else torch.uint8
+        grid = (triton.cdiv(blocks, REPACKED_BLOCKS),)
         blocks_to_planes[grid](
-            raw.view(word),
-            target.view(word),
-            blocks,
-            block_bytes // word.itemsize,
-            tuple(offset // word.itemsize for offset, _ in planes),
-            tuple(size // word.itemsize for _, size in planes),
-            _REPACKED_BLOCKS,
+            *(raw.view(word), target.view(word), blocks),
+            *(block_words, offsets, words, REPACKED_BLOCKS),
         )
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
