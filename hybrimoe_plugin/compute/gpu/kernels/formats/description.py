@@ -62,6 +62,11 @@ class Format(NamedTuple):
         """Whether there are minima beside the scales."""
         return any(name in ("m", "dmin") for name, _ in self.fields)
 
+    @property
+    def integers(self) -> bool:
+        """Whether codes stand for small integers: int8 activations then give integer sums."""
+        return self.code in ("nibbles", "pairs", "bytes")
+
     def size(self, field: str) -> int:
         """Bytes of a field in one block."""
         return dict(self.fields)[field]
@@ -170,6 +175,9 @@ FORMATS: dict[str, Format] = {
 """Q4_K and Q5_K blocks have 16-byte aligned codes, so they stay as they are."""
 
 SUPPORTED = tuple(FORMATS)
+
+INTEGERS = tuple(kind for kind, described in FORMATS.items() if described.integers)
+"""Types whose decode kernels can take int8 activations."""
 
 GRIDS = tuple(kind for kind, described in FORMATS.items() if described.entries)
 """Types with a grid, in the order in which the grids lie one after another in memory."""
