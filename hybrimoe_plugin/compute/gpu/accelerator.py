@@ -215,9 +215,10 @@ class SlotAccelerator:
         )
 
     def _tune(self, kernels: Tunable, layers: Sequence[LayerWeights]) -> None:
-        """Choose tile sizes for each shape among these layers."""
+        """Choose kernels for these layers, and tile sizes for each shape among them."""
         shapes = {(self._layouts[id(weights)], weights.spec.top_k) for weights in layers}
         with torch.cuda.device(self.device):
+            kernels.prove(tuple(shapes), self._buffer)
             for layout, top_k in shapes:
                 kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
 

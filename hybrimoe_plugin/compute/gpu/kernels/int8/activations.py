@@ -25,9 +25,12 @@ def quantise_activations(values: torch.Tensor) -> torch.Tensor:
 def int8_codes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes [..., columns] int8, scales [..., columns / 32] float32) of `quantise_activations`."""
     groups = values.float().unflatten(-1, (-1, GROUP))
-    scales = groups.abs().amax(dim=-1) / 127
-    steps = torch.where(scales > 0, scales, 1.0)[..., None]
-    # Scales below float32's smallest normal number are coarse: codes beyond 127 are possible.
-    codes = (groups / steps).round().clamp(-127, 127).nan_to_num()
+    largest = groups.abs().amax(dim=-1)
+    # By a tensor: a GPU divides by a number by multiplying with its reciprocal, which rounds twice.
+    scales = largest / torch.full_like(largest, 127.0)
     finite = groups.isfinite().all(dim=-1)
+    steps = torch.where(finite & (scales > 0), scales, 1.0)[..., None]
+    # Scales below float32's smallest normal number are coarse: codes beyond 127 are possible.
+    codes = (groups / steps).round().clamp(-127, 127)
+    codes = torch.where(finite[..., None], codes, 0.0)
     return codes.to(torch.int8).flatten(-2), torch.where(finite, scales, torch.nan)
