@@ -224,7 +224,11 @@ class SlotAccelerator:
 
 
 def make_accelerator(
-    name: str, device: torch.device, kernels: str = "auto", ahead_depth: int = AHEAD_DEPTH
+    name: str,
+    device: torch.device,
+    kernels: str = "auto",
+    ahead_depth: int = AHEAD_DEPTH,
+    activations: str = "auto",
 ) -> SlotAccelerator | None:
     """The accelerator of a setting; None for `none`.
 
@@ -233,6 +237,7 @@ def make_accelerator(
         device: where CUDA computes.
         kernels: `auto`, `triton` or `torch`.
         ahead_depth: as in `SlotAccelerator`.
+        activations: `auto`, `float` or `int8`.
 
     Raises:
         BackendError: the device or the kernels cannot be used, with the reason.
@@ -241,14 +246,14 @@ def make_accelerator(
         return None
     if name == "emulated":
         device = torch.device("cpu")
-        chosen, fallback = make_kernels(kernels, device)
+        chosen, fallback = make_kernels(kernels, device, activations=activations)
         return SlotAccelerator(
             device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth
         )
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")
-    chosen, fallback = make_kernels(kernels, device)
+    chosen, fallback = make_kernels(kernels, device, activations=activations)
     streams = CudaStreams(device)
     host = RegisteredBytes(device, StagedBytes(streams, slow=True))
     return SlotAccelerator(device, "cuda", chosen, streams, host, fallback, ahead_depth)
