@@ -14,11 +14,12 @@ from eval.kernel_cases.shapes import ODD_SHAPES, TYPES, Shape
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, INTEGERS
+from hybrimoe_plugin.compute.gpu.kernels.formats.tables import point_words
 from hybrimoe_plugin.compute.gpu.kernels.int8.activations import int8_codes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 
 pytest.importorskip("triton")
-from hybrimoe_plugin.compute.gpu.kernels.int8.arithmetic import points_asm
+from hybrimoe_plugin.compute.gpu.kernels.int8.arithmetic import INTERLEAVE, LOOK_UP
 from hybrimoe_plugin.compute.gpu.kernels.int8.launch import Int8Decode
 from hybrimoe_plugin.compute.gpu.kernels.int8.states import padded
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
@@ -144,25 +145,42 @@ OPERATIONS: dict[str, Callable[..., int]] = {
 }
 
 
-def run_ptx(program: str, packed: int) -> tuple[int, int]:
-    """What the program makes of one word."""
-    registers = {"$2": packed}
-    for name, operands in re.findall(r"^\s*([a-z0-9]+\.[bu]32) (.*);$", program, re.MULTILINE):
-        target, *sources = operands.split(", ")
-        values = [registers[one] if one in registers else int(one, 0) for one in sources]
-        registers[target] = OPERATIONS[name](*values)
+def run_ptx(program: str, inputs: dict[str, int]) -> tuple[int, int]:
+    """What the program makes of words in its operands."""
+    registers = dict(inputs)
+    for name, operands in re.findall(r"([a-z0-9]+\.[bu]32) ([^;]*);", program):
+        if name in OPERATIONS:
+            target, *sources = operands.split(", ")
+            values = [registers[one] if one in registers else int(one, 0) for one in sources]
+            registers[target] = OPERATIONS[name](*values)
     return registers["$0"], registers["$1"]
+
+
+def some_words() -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 1 << 32, (50,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in INTEGERS if FORMATS[kind].int8_points])
 def test_the_assembly_that_looks_points_up(kind: str) -> None:
     """Run by a model of its four instructions: no interpreter of Triton's can."""
-    program = points_asm.fn(kind)
-    generator = torch.Generator().manual_seed(0)
+    table = point_words(kind, torch.empty(0))
+    assert table.shape == (32, 16)
+    words = [int.from_bytes(bytes(part), "little") for part in table[31].view(torch.uint8).split(4)]
+    operands = {f"${3 + at}": word for at, word in enumerate(words)}
     points = [point & 255 for point in FORMATS[kind].int8_points]
-    for packed in torch.randint(0, 1 << 32, (50,), generator=generator).tolist():
-        low, high = run_ptx(program, packed)
-        for byte in range(4):
-            code = packed >> (8 * byte) & 255
-            assert low >> (8 * byte) & 255 == points[code & 15]
-            assert high >> (8 * byte) & 255 == points[code >> 4]
+    for packed in some_words():
+        first, second = run_ptx(LOOK_UP.value, {**operands, "$2": packed})
+        for place in range(8):
+            found = (first | second << 32) >> (8 * place) & 255
+            assert found == points[packed >> (4 * place) & 15]
+
+
+def test_the_assembly_that_interleaves_bytes() -> None:
+    words = some_words()
+    for low, high in zip(words, words[1:], strict=False):
+        first, second = run_ptx(INTERLEAVE.value, {"$2": low, "$3": high})
+        for place in range(4):
+            both = (first | second << 32) >> (16 * place)
+            assert both & 255 == low >> (8 * place) & 255
+            assert both >> 8 & 255 == high >> (8 * place) & 255

@@ -66,64 +66,89 @@ def dots_of_four(codes, values, total, SIGNED: tl.constexpr, ASM: tl.constexpr):
     return total
 
 
-@triton.constexpr_function
-def points_asm(kind):
-    """PTX that turns eight codes of 4 bits into the type's points: (even ones, odd ones).
+LOOK_UP = tl.constexpr("""{
+    .reg .b32 code, side, first, last;
+    and.b32 code, $2, 0x77777777;
+    shr.u32 side, $2, 1;
+    lop3.b32 side, side, 0x44444444, 0x32103210, 0xea;
+    prmt.b32 first, $3, $4, code;
+    prmt.b32 last, $5, $6, code;
+    prmt.b32 $0, first, last, side;
+    shr.u32 code, code, 16;
+    shr.u32 side, side, 16;
+    prmt.b32 first, $3, $4, code;
+    prmt.b32 last, $5, $6, code;
+    prmt.b32 $1, first, last, side;
+}""")
+"""Turns eight codes of 4 bits into points: two words of four in the order of the codes.
 
-    `prmt` picks four of eight bytes by the lower three bits of four selectors. So it runs once on
-    the first eight points and once on the others, and the codes' upper bits choose between both.
-    """
-    lower, upper = points_word(kind, False), points_word(kind, True)
-    t0, t1 = lower & 0xFFFFFFFF, lower >> 32
-    t2, t3 = upper & 0xFFFFFFFF, upper >> 32
-    look_up = f"""
-        prmt.b32 first, {t0:#x}, {t1:#x}, code;
-        prmt.b32 last, {t2:#x}, {t3:#x}, code;
-    """
-    return f"""{{
-        .reg .b32 code, side, first, last, early, late;
-        and.b32 code, $2, 0x77777777;
-        shr.u32 side, $2, 1;
-        lop3.b32 side, side, 0x44444444, 0x32103210, 0xea;
-        {look_up}
-        prmt.b32 early, first, last, side;
-        shr.u32 code, code, 16;
-        shr.u32 side, side, 16;
-        {look_up}
-        prmt.b32 late, first, last, side;
-        prmt.b32 $0, early, late, 0x6420;
-        prmt.b32 $1, early, late, 0x7531;
-    }}"""
+`prmt` picks four of eight bytes by the lower three bits of four selectors. So it runs once on the
+first eight points and once on the others, and the codes' upper bits choose between both. The output
+$1 is written last, when no input is wanted any more; $0 is kept apart from them (`=&r`).
+"""
 
 
 @triton.jit
-def look_up(KIND: tl.constexpr, packed, ASM: tl.constexpr):
-    """(low, high): the int8 points for which the low and high nibbles of four bytes stand."""
+def look_up(KIND: tl.constexpr, packed, points, ASM: tl.constexpr):
+    """Two uint32 words of the int8 points for which the nibbles of four bytes stand.
+
+    Their order is that of `interleaved`. `points` are the type's sixteen in four uint32 words; the
+    twin has them as constants.
+    """
     if ASM:
-        low, high = tl.inline_asm_elementwise(
-            points_asm(KIND),
-            "=r,=r,r",
-            [packed],
+        first, second = tl.inline_asm_elementwise(
+            LOOK_UP,
+            "=&r,=&r,r,r,r,r,r",
+            [packed, points[0], points[1], points[2], points[3]],
             dtype=(tl.uint32, tl.uint32),
             is_pure=True,
             pack=1,
         )
     else:
-        low = point_words(KIND, packed & 0x0F0F0F0F)
-        high = point_words(KIND, (packed >> 4) & 0x0F0F0F0F)
-    return low, high
+        first = point_words(KIND, packed)
+        second = point_words(KIND, packed >> 16)
+    return first, second
 
 
 @triton.jit
-def point_words(KIND: tl.constexpr, codes):
-    """uint32 words of the points of four codes of 4 bits in a word's bytes."""
+def point_words(KIND: tl.constexpr, packed):
+    """uint32 words of the points of each word's four lowest nibbles."""
     tl.static_assert(len(fact(KIND, "int8_points")) == 16)
     lower: tl.constexpr = points_word(KIND, False)
     upper: tl.constexpr = points_word(KIND, True)
-    found = codes & 0
+    found = packed & 0
     for at in tl.static_range(4):
-        code = (codes >> (8 * at)) & 15
+        code = (packed >> (4 * at)) & 15
         words = tl.where(code >= 8, tl.full([], upper, tl.uint64), tl.full([], lower, tl.uint64))
         byte = (words >> ((code & 7) * 8).to(tl.uint64)).to(tl.uint32) & 255
         found |= byte << (8 * at)
     return found
+
+
+INTERLEAVE = tl.constexpr("prmt.b32 $0, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362;")
+
+
+@triton.jit
+def interleaved(low, high, ASM: tl.constexpr):
+    """Two uint32 words: the bytes of `low` and `high` by turns, from the lowest."""
+    if ASM:
+        first, second = tl.inline_asm_elementwise(
+            INTERLEAVE,
+            "=&r,=&r,r,r",
+            [low, high],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        first = interleaved_bytes(low, high)
+        second = interleaved_bytes(low >> 16, high >> 16)
+    return first, second
+
+
+@triton.jit
+def interleaved_bytes(low, high):
+    """The two lowest bytes of both by turns."""
+    first = (low & 255) | ((high & 255) << 8)
+    second = ((low >> 8) & 255) | (((high >> 8) & 255) << 8)
+    return first | (second << 16)

@@ -23,7 +23,7 @@ from hybrimoe_plugin.compute.gpu.kernels.int8.states import (
     quarter_sums,
     quarter_words,
 )
-from hybrimoe_plugin.compute.gpu.kernels.int8.words import quarter_dots
+from hybrimoe_plugin.compute.gpu.kernels.int8.words import point_dots, point_table, quarter_dots
 
 
 @triton.jit
@@ -37,6 +37,7 @@ def weighted(first, second, steps_first, steps_second):
 def integer_dots(
     KIND: tl.constexpr,
     matrices,
+    points,
     states,
     rows,
     units,
@@ -48,7 +49,7 @@ def integer_dots(
     """[N, U] float32 dot products of rows [N] and units [U]; anything where `live` [U] is not.
 
     Each unit has its own matrix and vector: `matrices` and `states` [U] point at the starts of what
-    `units` count in. Rows must lie in the matrix.
+    `units` count in, `points` at what the type's codes stand for. Rows must lie in the matrix.
     """
     row = rows[:, None]
     unit = units[None, :]
@@ -56,12 +57,22 @@ def integer_dots(
     inside = live[None, :]
     low_a, high_a, low_b, high_b = quarter_words(KIND, states, units, live, COLUMNS)
     steps_first, steps_second = group_steps(KIND, states, units, live, COLUMNS)
-    first_low, first_high = quarter_dots(
-        KIND, 0, base, row, unit, inside, low_a, high_a, ROWS, COLUMNS, ASM
-    )
-    last_low, last_high = quarter_dots(
-        KIND, 1, base, row, unit, inside, low_b, high_b, ROWS, COLUMNS, ASM
-    )
+    if fact(KIND, "int8_points") != ():
+        tl.static_assert(fact(KIND, "step") == 16)
+        table = point_table(points, inside)
+        first = point_dots(
+            KIND, 0, base, table, row, unit, inside, low_a, high_a, ROWS, COLUMNS, ASM
+        )
+        second = point_dots(
+            KIND, 1, base, table, row, unit, inside, low_b, high_b, ROWS, COLUMNS, ASM
+        )
+    else:
+        first_low, first_high = quarter_dots(
+            KIND, 0, base, row, unit, inside, low_a, high_a, ROWS, COLUMNS, ASM
+        )
+        last_low, last_high = quarter_dots(
+            KIND, 1, base, row, unit, inside, low_b, high_b, ROWS, COLUMNS, ASM
+        )
     zero: tl.constexpr = fact(KIND, "zero")
     if zero != 0 or fact(KIND, "minima"):
         sum_la, sum_ha, sum_lb, sum_hb = quarter_sums(KIND, states, units, live, COLUMNS)
@@ -82,8 +93,8 @@ def integer_dots(
         dots = tl.fma(-dmin, weighted(low, high, steps_first, steps_second), dots)
     elif KIND == "IQ4_XS":
         s_first, s_second = group_scales(KIND, base, row, unit, inside, ROWS, COLUMNS)
-        first = s_first * (first_low + first_high)
-        second = s_second * (last_low + last_high)
+        first = s_first * first
+        second = s_second * second
         d = block_float(KIND, "d", base, row, unit, inside, ROWS, COLUMNS)
         dots = d * weighted(first, second, steps_first, steps_second)
     elif fact(KIND, "values") == 256:
@@ -98,7 +109,9 @@ def integer_dots(
             dmin = block_float(KIND, "dmin", base, row, unit, inside, ROWS, COLUMNS)
             dots = tl.fma(-dmin, weighted(low, high, steps_first, steps_second), dots)
     else:
-        if fact(KIND, "step") == 16:
+        if fact(KIND, "int8_points") != ():
+            tl.static_assert(zero == 0)
+        elif fact(KIND, "step") == 16:
             first = first_low + first_high
             second = last_low + last_high
         else:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels.formats.fields import field
 from hybrimoe_plugin.compute.gpu.kernels.int8.arithmetic import signed_byte, unsigned_byte
-from hybrimoe_plugin.compute.gpu.kernels.int8.words import four_words
+from hybrimoe_plugin.compute.gpu.kernels.int8.words import four_words, split_words
 
 
 @triton.jit
@@ -87,16 +87,6 @@ def two_floats(
 
 
 @triton.jit
-def split_words(words):
-    """Four [N, U] from words [N, U, 4]."""
-    shape: tl.constexpr = [words.shape[0], words.shape[1], 2, 2]
-    even, odd = tl.split(tl.reshape(words, shape))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
 def k_header(KIND: tl.constexpr, base, row, unit, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(d, dmin) float32 and (low scale, high scale, low minimum, high minimum) int32.
 
@@ -128,7 +118,9 @@ def quarter_scales(
 ):
     """int32 scales of the four quarters: low and high of the first 16 lanes, then of the others.
 
-    Then the same for minima, where there are any.
+    Then the same for minima, where there are any. What belongs to all of a block's units is read
+    whole by each of them: threads that read neighbouring words are given four of them each by
+    Triton, which then exchanges them through shared memory.
     """
     values: tl.constexpr = ROWS * COLUMNS
     block = row * (COLUMNS // 256) + unit // 4
@@ -139,12 +131,18 @@ def quarter_scales(
         found = signed_byte(low, 0), signed_byte(high, 0), signed_byte(low, 1), signed_byte(high, 1)
         return found, found
     elif KIND == "Q2_K":
-        word = one_word(KIND, "scales", tl.uint32, base, block, unit % 4, live, values)
+        place = field(KIND, "scales", tl.uint32, base, block, values)
+        first, second, third, fourth = split_words(four_words(place, live))
+        early = tl.where(unit % 2 == 0, first, second)
+        late = tl.where(unit % 2 == 0, third, fourth)
+        word = tl.where(unit % 4 < 2, early, late)
         return four_bytes(word & 0x0F0F0F0F), four_bytes((word >> 4) & 0x0F0F0F0F)
     else:
         tl.static_assert(KIND == "Q3_K")
         # Scale s has its lower four bits in byte s % 8, its upper two in byte s % 4.
-        lower = one_word(KIND, "scales_lower", tl.uint32, base, block, unit % 2, live, values)
+        place = field(KIND, "scales_lower", tl.uint64, base, block, values)
+        lower = tl.load(place, tl.broadcast_to(live, place.shape))
+        lower = (lower >> (32 * (unit % 2)).to(tl.uint64)).to(tl.uint32)
         upper = one_word(KIND, "scales_upper", tl.uint32, base, block, 0, live, values)
         lower = (lower >> (4 * ((unit % 4) // 2)).to(tl.uint32)) & 0x0F0F0F0F
         upper = ((upper >> (2 * (unit % 4)).to(tl.uint32)) & 0x03030303) << 4
@@ -178,7 +176,8 @@ def group_scales(
     tl.static_assert(KIND == "IQ4_XS")
     values: tl.constexpr = ROWS * COLUMNS
     block = row * (COLUMNS // 256) + unit // 4
-    lower = one_word(KIND, "scales_lower", tl.uint8, base, block, unit % 4, live, values)
+    lower = one_word(KIND, "scales_lower", tl.uint32, base, block, 0, live, values)
+    lower = (lower >> (8 * (unit % 4)).to(tl.uint32)) & 255
     upper = one_word(KIND, "scales_upper", tl.uint16, base, block, 0, live, values)
     upper = upper >> (4 * (unit % 4)).to(tl.uint32)
     first = ((lower & 15) | ((upper & 3) << 4)).to(tl.int32) - 32

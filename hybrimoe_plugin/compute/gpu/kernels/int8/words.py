@@ -17,7 +17,11 @@ import triton.language as tl
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS
 from hybrimoe_plugin.compute.gpu.kernels.formats.facts import DESCRIPTIONS, fact
 from hybrimoe_plugin.compute.gpu.kernels.formats.fields import field
-from hybrimoe_plugin.compute.gpu.kernels.int8.arithmetic import dots_of_four, look_up
+from hybrimoe_plugin.compute.gpu.kernels.int8.arithmetic import (
+    dots_of_four,
+    interleaved,
+    look_up,
+)
 
 
 @triton.jit
@@ -162,7 +166,7 @@ def high_shift(kind):
     assert DESCRIPTIONS  # names it, as the functions in `formats.facts` do
     form = FORMATS[kind]
     if form.code == "nibbles":
-        return 0 if form.int8_points or form.upper else 4
+        return 0 if form.upper else 4
     return 2 if form.code == "pairs" else 0
 
 
@@ -190,9 +194,7 @@ def quarter_dots(
         second = code_words(KIND, 2 + SIDE, base, row, unit, live, ROWS, COLUMNS)
     else:
         packed = code_words(KIND, SIDE, base, row, unit, live, ROWS, COLUMNS)
-        if fact(KIND, "int8_points") != ():
-            first, second = look_up(KIND, packed, ASM)
-        elif fact(KIND, "code") == "pairs":
+        if fact(KIND, "code") == "pairs":
             packed = packed >> tl.expand_dims(4 * (unit % 2), -1).to(tl.uint32)
             first = packed & 0x03030303
             second = packed & 0x0C0C0C0C
@@ -207,5 +209,61 @@ def quarter_dots(
         first |= more_first
         second |= more_second
     down: tl.constexpr = high_shift(KIND)
-    signed: tl.constexpr = fact(KIND, "code") == "bytes" or fact(KIND, "int8_points") != ()
+    signed: tl.constexpr = fact(KIND, "code") == "bytes"
     return quarter(first, low, signed, ASM), quarter(second, high, signed, ASM) >> down
+
+
+@triton.jit
+def split_words(words):
+    """Four [N, U] from words [N, U, 4]."""
+    shape: tl.constexpr = [words.shape[0], words.shape[1], 2, 2]
+    even, odd = tl.split(tl.reshape(words, shape))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def point_table(points, live):
+    """A type's points as four uint32 words [1, U, 1].
+
+    Each of 32 threads reads its own copy (`formats.tables.point_words`). Of one that all share the
+    compiler knows that all threads have the same, and copies it before every use.
+    """
+    thread = tl.arange(0, live.shape[1]) % 32
+    place = points.to(tl.pointer_type(tl.uint32), bitcast=True) + thread[None, :] * 4
+    first, second, third, fourth = split_words(four_words(place, live))
+    return (
+        tl.expand_dims(first, -1),
+        tl.expand_dims(second, -1),
+        tl.expand_dims(third, -1),
+        tl.expand_dims(fourth, -1),
+    )
+
+
+@triton.jit
+def point_dots(
+    KIND: tl.constexpr,
+    SIDE: tl.constexpr,
+    base,
+    points,
+    row,
+    unit,
+    live,
+    low,
+    high,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """[N, U] int32: dot products of a block of 32 columns whose nibbles stand for points.
+
+    `points` is what `point_table` gives; the others are as for `quarter_dots`.
+    """
+    packed = code_words(KIND, SIDE, base, row, unit, live, ROWS, COLUMNS)
+    first, second = look_up(KIND, packed, points, ASM)
+    first_values, second_values = interleaved(low, high, ASM)
+    _, first_values = tl.broadcast(first, first_values)
+    _, second_values = tl.broadcast(second, second_values)
+    total = dots_of_four(first, first_values, tl.zeros(first.shape, tl.int32), True, ASM)
+    return tl.sum(dots_of_four(second, second_values, total, True, ASM), axis=2)
