@@ -276,15 +276,20 @@ class SlotAccelerator:
         )
 
     def _tune(self, kernels: Tunable, layers: Sequence[LayerWeights]) -> None:
-        """Choose tile sizes for each shape among these layers."""
+        """Choose kernels for these layers, and tile sizes for each shape among them."""
         shapes = {(self._layouts[id(weights)], weights.spec.top_k) for weights in layers}
         with torch.cuda.device(self.device):
+            kernels.prove(tuple(shapes), self._buffer)
             for layout, top_k in shapes:
                 kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
 
 
 def make_accelerator(
-    name: str, device: torch.device, kernels: str = "auto", ahead_depth: int = AHEAD_DEPTH
+    name: str,
+    device: torch.device,
+    kernels: str = "auto",
+    ahead_depth: int = AHEAD_DEPTH,
+    activations: str = "auto",
 ) -> SlotAccelerator | None:
     """The accelerator of a setting; None for `none`.
 
@@ -293,6 +298,7 @@ def make_accelerator(
         device: where CUDA computes.
         kernels: `auto`, `triton` or `torch`.
         ahead_depth: as in `SlotAccelerator`.
+        activations: `auto`, `float` or `int8`.
 
     Raises:
         BackendError: the device or the kernels cannot be used, with the reason.
@@ -301,14 +307,14 @@ def make_accelerator(
         return None
     if name == "emulated":
         device = torch.device("cpu")
-        chosen, fallback = make_kernels(kernels, device)
+        chosen, fallback = make_kernels(kernels, device, activations=activations)
         return SlotAccelerator(
             device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth
         )
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")
-    chosen, fallback = make_kernels(kernels, device)
+    chosen, fallback = make_kernels(kernels, device, activations=activations)
     streams = CudaStreams(device)
     host = RegisteredBytes(device, StagedBytes(streams, slow=True))
     return SlotAccelerator(device, "cuda", chosen, streams, host, fallback, ahead_depth)
