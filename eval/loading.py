@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for layout, stacked in LAYOUTS.items():
             path = Path(folder) / "model.gguf"
-            tensors = write_zeros(path, layers, stacked)
+            tensors = write_zeros(path, synthetic.config(MODEL, layers), stacked)
             for weights in WEIGHTS:
                 shown = tqdm(range(repetitions), desc=f"{layout}, {weights}", disable=None)
                 found = [load(path, weights) for _ in shown]
@@ -95,14 +95,13 @@ def row(
     }
 
 
-def write_zeros(path: Path, layers: int, stacked: bool) -> int:
-    """Write the file as holes behind its header; gives the number of its tensors."""
+def write_zeros(path: Path, made: Any, stacked: bool) -> int:
+    """Write a model of this config as holes behind a header; gives the number of its tensors."""
     from hybrimoe_plugin.families.gguf_metadata import metadata
     from hybrimoe_plugin.families.registry import family_of
     from hybrimoe_plugin.hosts.transformers.gguf_export import add_value, tensors
     from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 
-    made = synthetic.config(MODEL, layers)
     family = family_of(made.model_type)
     writer = GGUFWriter(str(path), family.architectures[0])
     for key, value in metadata(made, family).items():

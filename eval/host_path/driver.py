@@ -1,0 +1,191 @@
+"""A CUDA driver that does nothing: torch.cuda's objects, played by fakes.
+
+The plugin's own code for CUDA runs on them: `CudaStreams`, `CudaCapture` and all that uses them.
+Streams, events and graphs cost what a Python call costs. Every call can be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+Tensor = torch.Tensor
+
+WAITS = "waits for the device"
+
+
+class DriverCall(NamedTuple):
+    """One call of the driver, or one operation on the device."""
+
+    name: str
+    stream: str
+    at_us: float
+    stops: str = ""
+    """Why it makes the host wait for the device; empty where it does not."""
+    event: int = 0
+    """Which event it asks, for queries."""
+
+
+class Driver:
+    """The device as the host sees it.
+
+    Attributes:
+        calls: what was called, while `recording`; None otherwise.
+        reached: whether events are reached when they are asked; the device is late otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[DriverCall] | None = None
+        self.reached = True
+        self.main = Stream(self, name="compute")
+        self.current = self.main
+        self.graph: Graph | None = None
+        """The graph that is being captured."""
+        self._streams = 0
+
+    def note(self, name: str, stream: str = "", stops: str = "", event: int = 0) -> None:
+        """Record a call, if calls are recorded."""
+        if self.calls is not None:
+            self.calls.append(DriverCall(name, stream, perf_counter_ns() / 1e3, stops, event))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[DriverCall]]:
+        """Record every call of the block."""
+        calls: list[DriverCall] = []
+        self.calls = calls
+        try:
+            yield calls
+        finally:
+            self.calls = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take the place of torch.cuda's objects, and of pinned memory."""
+        with ExitStack() as stack:
+            for name, value in self._stand_ins().items():
+                stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            stack.enter_context(mock.patch.object(torch, "empty", _without_pinning(torch.empty)))
+            stack.enter_context(mock.patch.object(Tensor, "pin_memory", _itself))
+            yield
+
+    def _stand_ins(self) -> dict[str, Any]:
+        return {
+            "Stream": self._make_stream,
+            "Event": lambda *_args, **_kwargs: Event(self),
+            "CUDAGraph": lambda: Graph(self),
+            "stream": lambda stream: _Entered(self, stream),
+            "device": lambda _device: nullcontext(),
+            "current_stream": lambda _device=None: self.current,
+            "graph_pool_handle": lambda: (0, 0),
+            "synchronize": lambda _device=None: self.note("cudaDeviceSynchronize", stops=WAITS),
+            "empty_cache": lambda: self.note("cudaFree", stops=WAITS),
+            "cudart": lambda: _Runtime,
+        }
+
+    def _make_stream(self, *_args: Any, priority: int = 0, **_kwargs: Any) -> Stream:
+        self._streams += 1
+        return Stream(self, f"stream {self._streams}", priority)
+
+
+class Stream:
+    """A queue of the device."""
+
+    def __init__(self, driver: Driver, name: str, priority: int = 0) -> None:
+        self.name = name
+        self.priority = priority
+        self._driver = driver
+
+    def wait_event(self, event: Event) -> None:
+        self._driver.note("cudaStreamWaitEvent", self.name)
+
+    def wait_stream(self, other: Stream) -> None:
+        self._driver.note("cudaStreamWaitEvent", self.name)
+
+    def synchronize(self) -> None:
+        self._driver.note("cudaStreamSynchronize", self.name, WAITS)
+
+    def query(self) -> bool:
+        self._driver.note("cudaStreamQuery", self.name)
+        return self._driver.reached
+
+
+class Event:
+    """A point in a queue."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._stream = ""
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._stream = (stream or self._driver.current).name
+        self._driver.note("cudaEventRecord", self._stream)
+
+    def query(self) -> bool:
+        self._driver.note("cudaEventQuery", self._stream, event=id(self))
+        return self._driver.reached
+
+    def synchronize(self) -> None:
+        self._driver.note("cudaEventSynchronize", self._stream, WAITS)
+
+
+class Graph:
+    """A captured graph, whose replay does nothing but what it is told to."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.on_replay: Callable[[], None] | None = None
+        """What the device would do that the host can see."""
+
+    def capture_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        self._driver.graph = self
+
+    def capture_end(self) -> None:
+        self._driver.graph = None
+
+    def replay(self) -> None:
+        self._driver.note("cudaGraphLaunch", self._driver.current.name)
+        if self.on_replay is not None:
+            self.on_replay()
+
+
+class _Entered:
+    """`with torch.cuda.stream(...)`."""
+
+    def __init__(self, driver: Driver, stream: Stream) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._before = driver.current
+
+    def __enter__(self) -> None:
+        self._driver.current = self._stream
+
+    def __exit__(self, *_error: object) -> None:
+        self._driver.current = self._before
+
+
+class _Runtime:
+    """`torch.cuda.cudart()`: registers any memory."""
+
+    @staticmethod
+    def cudaHostRegister(_start: int, _bytes: int, _flags: int) -> int:  # noqa: N802
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(_start: int) -> int:  # noqa: N802
+        return 0
+
+
+def _without_pinning(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        return empty(*args, **kwargs)
+
+    return make
+
+
+def _itself(tensor: Tensor, *_args: Any) -> Tensor:
+    return tensor
