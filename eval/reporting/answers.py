@@ -85,10 +85,10 @@ def _flips(found: Result) -> str:
 
 def _host_path(found: Result) -> str:
     return (
-        f"A MoE layer of a decoded token takes {found['layer_us_p50']:.0f} µs of the host's time, "
-        f"{found['decide_us_p50']:.0f} µs of it from the routing decision to the first launch, "
-        f"{found['decide_us_miss_p50']:.0f} µs with a demand load. A token that hits in every "
-        f"layer waits for the device {found['host_round_trips_per_hit_token']} times."
+        f"A MoE layer of a decoded token takes {found['layer_us_p50']:.0f} µs of host time in the "
+        f"worst case. The first launch comes {found['decide_us_p50']:.0f} µs after the routing "
+        f"decision, {found['decide_us_miss_p50']:.0f} µs with a demand load. A token that hits in "
+        f"every layer waits for the device {found['host_round_trips_per_hit_token']} times."
     )
 
 

@@ -49,7 +49,7 @@ SAID = {
     "cache": "18 % of the way",
     "prefetch": "71 % of the prefetched",
     "replay": "1.80x",
-    "host_path": "takes 84 µs of the host's time, 32 µs of it",
+    "host_path": "takes 84 µs of host time",
     "throughput": "llama.cpp was not measured",
     "fidelity": "96.8 % of positions",
     "lever": "3.02x",
