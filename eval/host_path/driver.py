@@ -138,7 +138,7 @@ class Graph:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self.on_replay: Callable[[], None] | None = None
+        self.on_replay: Callable[[], Any] | None = None
         """What the device would do that the host can see."""
 
     def capture_begin(self, *_args: Any, **_kwargs: Any) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 from typing import Any, NamedTuple
 
 import torch
 
 from eval.host_path import paths
 from eval.host_path.routing import Case, Script
-from eval.host_path.stopwatch import Stopwatch
+from eval.host_path.stopwatch import CALIBRATION, Stopwatch, replaced
 from eval.host_path.subject import DEVICE, Subject
 
 WHOLE = "whole call"
+TOKEN = "mean over a token, CPU time"
 DECIDE = "routing known to first launch"
 
 
@@ -25,6 +27,14 @@ class Times(NamedTuple):
     parts: dict[str, list[float]]
     others: int
     """Layer calls that were not: an earlier layer's prefetch had moved an expert, say."""
+
+    def add(self, found: Mapping[str, float]) -> None:
+        """Add samples by the name of their part."""
+        for name, us in found.items():
+            self.parts.setdefault(name, []).append(us)
+
+
+Take = Callable[[float], dict[str, float]]
 
 
 class Runner:
@@ -40,37 +50,41 @@ class Runner:
         self._hidden = torch.empty(1, 1, subject.engine.layers[0].spec.hidden, device=DEVICE)
         self._hidden = self._hidden.to(subject.model.dtype)
 
-    def tokens(self, case: Case, count: int, take: Callable[[float], dict[str, float]]) -> Times:
+    def tokens(
+        self, case: Case, count: int, take: Take, clock: Callable[[], int] = perf_counter_ns
+    ) -> Times:
         """Run tokens of a case.
 
         Args:
             take: gives the samples of a layer call, whose whole time in us it is given.
+            clock: in ns.
         """
         times = Times({}, 0)
         others = 0
+        turn = self._subject.model.hybrimoe.turns.run
         with torch.no_grad():
             for _ in range(count):
-                others += self._subject.model.hybrimoe.turns.run(self._token, case, take, times)
+                others += turn(self._token, case, take, clock, times)
         return times._replace(others=others)
 
-    def _token(self, case: Case, take: Callable[[float], dict[str, float]], times: Times) -> int:
+    def _token(self, case: Case, take: Take, clock: Callable[[], int], times: Times) -> int:
         subject, arguments = self._subject, self._step()
         counters = subject.engine.controller.counters
+        hidden = self._hidden
         others = 0
         self._script.begin(case)
         for index, layer in enumerate(subject.layers):
-            self._script.arrive(index, case)
+            self._script.arrive(index)
             before = counters.experts_cpu, counters.demand_loads
-            started = perf_counter_ns()
-            layer(self._hidden, **arguments)
-            spent_us = (perf_counter_ns() - started) / 1e3
-            found = take(spent_us)
+            started = clock()
+            hidden = layer(hidden, **arguments)
+            found = take((clock() - started) / 1e3)
             after = counters.experts_cpu, counters.demand_loads
-            if (after[0] - before[0], after[1] - before[1]) != (case.on_cpu, case.loads):
+            done = after[0] - before[0], after[1] - before[1]
+            if case.every == 1 and done != (case.on_cpu, case.loads):
                 others += 1
                 continue
-            for name, us in found.items():
-                times.parts.setdefault(name, []).append(us)
+            times.add(found)
         subject.rewind()
         return others
 
@@ -99,20 +113,48 @@ def whole_calls(runner: Runner, case: Case, tokens: int) -> Times:
     return runner.tokens(case, tokens, lambda us: {WHOLE: us})
 
 
+def token_means(runner: Runner, case: Case, tokens: int) -> Times:
+    """Mean time of a layer call, for each token, where they are not alike.
+
+    Time that the thread computes: a mean would contain the time that other programs take.
+    """
+    own_us = statistics.median(_two_looks_us() for _ in range(CALIBRATION))
+    means = []
+    spent: list[float] = []
+
+    def take(us: float) -> dict[str, float]:
+        spent.append(us - own_us)
+        return {}
+
+    for _ in range(tokens):
+        spent.clear()
+        runner.tokens(case, 1, take, thread_time_ns)
+        means.append(statistics.mean(spent))
+    return Times({TOKEN: means}, 0)
+
+
+def _two_looks_us() -> float:
+    started = thread_time_ns()
+    return (thread_time_ns() - started) / 1e3
+
+
 def decisions(subject: Subject, runner: Runner, case: Case, tokens: int) -> Times:
     """From the routing decision on the host to the first kernel or CPU task.
 
-    Copies of demand loads are no launches here: the time that queueing them takes counts.
+    Copies of demand loads are no launches here: the time that queueing them takes counts. A layer
+    call in which nothing is launched by the host gives no sample.
     """
     known_ns = first_ns = 0
-    engine: Any = subject.engine
-    read = engine._read
 
-    def reading(*args: Any) -> Any:
-        nonlocal known_ns
-        seen = read(*args)
-        known_ns = perf_counter_ns()
-        return seen
+    def knowing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def known(*args: Any) -> Any:
+            nonlocal known_ns
+            result = call(*args)
+            if not first_ns:
+                known_ns = perf_counter_ns()
+            return result
+
+        return known
 
     def launched() -> None:
         nonlocal first_ns
@@ -121,16 +163,15 @@ def decisions(subject: Subject, runner: Runner, case: Case, tokens: int) -> Time
 
     def take(_us: float) -> dict[str, float]:
         nonlocal first_ns
-        found = {DECIDE: (first_ns - known_ns) / 1e3}
+        found = {DECIDE: (first_ns - known_ns) / 1e3} if first_ns else {}
         first_ns = 0
         return found
 
-    engine._read = reading
     subject.kernels.launched = subject.cpu.submitted = launched
     try:
-        return runner.tokens(case, tokens, take)
+        with replaced(paths.where_routing_is_known(subject), knowing):
+            return runner.tokens(case, tokens, take)
     finally:
-        del engine._read
         subject.kernels.launched = subject.cpu.submitted = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from eval.host_path.stopwatch import Method
 from eval.host_path.subject import Subject
 from hybrimoe_plugin.config import Settings
 
@@ -26,8 +27,13 @@ def settings(path: str) -> dict[str, Any]:
     return {SETTING: path} if len(paths()) > 1 else {}
 
 
-def watched(subject: Subject) -> dict[str, tuple[Any, str]]:
-    """Part, as the table names it -> (object, method)."""
+def where_routing_is_known(subject: Subject) -> list[Method]:
+    """The methods that return when the host knows a layer's routing."""
+    return [(subject.engine, "_read")]
+
+
+def watched(subject: Subject) -> dict[str, list[Method]]:
+    """Part, as the table names it -> its methods."""
     engine: Any = subject.engine
     found = {
         "engine, all of it": (engine, "run"),
@@ -40,4 +46,4 @@ def watched(subject: Subject) -> dict[str, tuple[Any, str]]:
         "look ahead": (engine, "_look_ahead"),
         "finish": (engine.controller, "finish"),
     }
-    return {name: place for name, place in found.items() if hasattr(*place)}
+    return {name: [method] for name, method in found.items() if hasattr(*method)}

@@ -14,14 +14,25 @@ call of the driver, and the calls that make the host wait for the device are cou
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eval.host_path import onload, trace
-from eval.host_path.measure import DECIDE, WHOLE, Runner, decisions, parts, quiet, whole_calls
+from eval.host_path.measure import (
+    DECIDE,
+    TOKEN,
+    WHOLE,
+    Runner,
+    Times,
+    decisions,
+    parts,
+    quiet,
+    token_means,
+    whole_calls,
+)
 from eval.host_path.paths import WAIT, paths, settings
 from eval.host_path.routing import CASES, Case
 from eval.host_path.subject import Subject, subject
@@ -38,6 +49,8 @@ LAYERS = {False: 48, True: 8}
 ROUNDS = {False: 5, True: 1}
 TOKENS = {False: 4, True: 6}
 """In each round, for each case and each kind of measurement."""
+SETTLING = {False: 40, True: 20}
+"""Tokens before each case's measurements, in which averages of the case before fade."""
 ONLOADS = {False: 400, True: 100}
 CELL_S = {False: 40.0, True: 6.0}
 """Measured on 2 cores: model and measurements of one number of experts."""
@@ -105,17 +118,12 @@ def rows(made: Subject, quick: bool) -> list[Row]:
     runner = Runner(made)
     samples: dict[Case, dict[str, list[float]]] = {case: {} for case in CASES}
     others = dict.fromkeys(CASES, 0)
-    count = TOKENS[quick]
     with quiet():
-        whole_calls(runner, CASES[0], 2)
+        whole_calls(runner, CASES[0], 1)
         for _ in range(ROUNDS[quick]):
             for case in CASES:
-                whole_calls(runner, case, 1)  # the books settle after the case before
-                for times in (
-                    whole_calls(runner, case, count),
-                    decisions(made, runner, case, count),
-                    parts(made, runner, case, count),
-                ):
+                whole_calls(runner, case, SETTLING[quick])
+                for times in measured(made, runner, case, TOKENS[quick]):
                     others[case] += times.others
                     for name, us in times.parts.items():
                         samples[case].setdefault(name, []).extend(us)
@@ -124,6 +132,15 @@ def rows(made: Subject, quick: bool) -> list[Row]:
         for case, found in samples.items()
         for name, us in found.items()
     ]
+
+
+def measured(made: Subject, runner: Runner, case: Case, tokens: int) -> Iterator[Times]:
+    """Every kind of measurement of a case; of one with different layer calls only the mean."""
+    yield token_means(runner, case, tokens)
+    if case.every == 1:
+        yield whole_calls(runner, case, tokens)
+        yield decisions(made, runner, case, tokens)
+        yield parts(made, runner, case, tokens)
 
 
 def quantiles(us: Sequence[float]) -> Row:
@@ -191,21 +208,23 @@ def summary(found: Sequence[Row], onloads: Sequence[Row], tokens: Sequence[Row])
 def worst(found: Sequence[Row], tokens: Sequence[Row], path: str) -> Row:
     """The worst median among `JUDGED`, of the cases that each figure is about."""
 
-    def median(part: str, cases: Sequence[Case]) -> float | None:
+    def median(part: str, cases: Sequence[Case]) -> float:
         names = {case.name for case in cases}
         chosen = [
             row["p50_us"]
             for row in where(found, path=path, part=part)
             if row["experts"] in JUDGED and row["case"] in names
         ]
-        return max(chosen, default=None)
+        return max(chosen, default=0.0)
 
-    loading = [case for case in CASES if case.loads]
-    others = [case for case in CASES if not case.loads]
+    pure = [case for case in CASES if case.every == 1]
+    mixed = [case for case in CASES if case.every > 1]
+    loading = [case for case in pure if case.loads]
+    others = [case for case in pure if not case.loads]
     return {
         "decide_us_p50": median(DECIDE, others),
         "decide_us_miss_p50": median(DECIDE, loading),
-        "layer_us_p50": median(WHOLE, CASES),
+        "layer_us_p50": max(median(WHOLE, pure), median(TOKEN, mixed)),
         "host_round_trips_per_hit_token": max(
             row["round_trips"] for row in where(tokens, path=path)
         ),

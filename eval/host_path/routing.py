@@ -22,7 +22,7 @@ Ids = NDArray[np.int64]
 
 
 class Case(NamedTuple):
-    """What every layer call of a token is to be."""
+    """What the layer calls of a token are to be."""
 
     name: str
     misses: int
@@ -32,6 +32,8 @@ class Case(NamedTuple):
     on_cpu: int
     loads: int
     """What the plan then does."""
+    every: int = 1
+    """One in so many layer calls misses, by chance; the others hit."""
 
 
 HITS = Case("all hits", 0, 60.0, 0, 0)
@@ -39,6 +41,7 @@ CASES = (
     HITS,
     Case("one miss, on the CPU", 1, 1000.0, 1, 0),
     Case("one miss, a demand load", 1, 20.0, 0, 1),
+    Case("hits, 1 in 8 a CPU miss", 1, 1000.0, 1, 0, every=8),
 )
 
 
@@ -51,6 +54,13 @@ class Arrival(NamedTuple):
     """[K]"""
     scores: NDArray[np.float32]
     """[E]"""
+
+
+class Wanted(NamedTuple):
+    """A layer call of the running token."""
+
+    misses: int
+    arrival: Arrival
 
 
 class Script:
@@ -71,41 +81,51 @@ class Script:
         self._layers = range(len(subject.layers))
         self._liked = self._random.normal(size=(len(self._layers), self._experts))
         """[L, E] how much each layer likes each expert, whatever the token."""
-        self._token: list[Arrival] = []
+        self._token: list[Wanted] = []
         self._guesses: list[torch.Tensor] = []
         """[K] ids that each layer is predicted to choose."""
 
     def begin(self, case: Case) -> None:
         """Begin a token."""
         self._subject.engine.controller.costs.transfer_us = case.transfer_us
-        self._token = [self._made(layer, case) for layer in self._layers]
-        self._guesses = [torch.from_numpy(self._guess(arrival.ids)) for arrival in self._token]
+        self._token = [self._wanted(layer, self._share(case)) for layer in self._layers]
+        self._guesses = [torch.from_numpy(self._guess(call.arrival.ids)) for call in self._token]
 
-    def arrive(self, layer: int, case: Case) -> None:
-        """Let the device have routed this layer; anew if earlier layers have moved its experts."""
-        if self._misses(layer, self._token[layer].ids) != case.misses:
-            self._token[layer] = self._made(layer, case)
+    def arrive(self, layer: int) -> int:
+        """Let the device have routed this layer; anew if earlier layers have moved its experts.
+
+        Returns:
+            how many of its experts miss.
+        """
+        misses, arrival = self._token[layer]
+        if self._misses(layer, arrival.ids) != misses:
+            self._token[layer] = self._wanted(layer, misses)
         sent = self._subject.graph_break(layer)
-        for target, values in zip(sent.on_host[1:], self._token[layer], strict=True):
+        for target, values in zip(sent.on_host[1:], self._token[layer].arrival, strict=True):
             target[0].copy_(torch.from_numpy(values))
         for distance, target in enumerate(sent.predictions_on_host, 1):
             target[0].copy_(self._guesses[layer + distance])
         self._subject.clock.pass_by(LAYER_US)
+        return misses
 
-    def _made(self, layer: int, case: Case) -> Arrival:
-        ids = self._choose(layer, case)
+    def _share(self, case: Case) -> int:
+        """Misses of a layer call."""
+        return case.misses if self._random.integers(case.every) == 0 else 0
+
+    def _wanted(self, layer: int, misses: int) -> Wanted:
+        ids = self._choose(layer, misses)
         scores = self._scores(layer, ids)
-        return Arrival(ids, scores[ids] / scores[ids].sum(), scores)
+        return Wanted(misses, Arrival(ids, scores[ids] / scores[ids].sum(), scores))
 
-    def _choose(self, layer: int, case: Case) -> Ids:
+    def _choose(self, layer: int, misses: int) -> Ids:
         """Resident experts, by liking and chance, and as many others as are to miss."""
         ready = self._ready(layer, range(self._experts))
         liked = self._liked[layer] + self._random.gumbel(size=self._experts)
         order = np.argsort(-liked)
         resident = order[ready[order] == 0]
         absent = order[ready[order] == OFFLOADED]
-        hits = resident[: self._top_k - case.misses]
-        chosen = np.concatenate((hits, absent[: case.misses]))
+        hits = resident[: self._top_k - misses]
+        chosen = np.concatenate((hits, absent[:misses]))
         assert len(chosen) == self._top_k, "the cache holds too few experts for this case"
         self._random.shuffle(chosen)
         return chosen

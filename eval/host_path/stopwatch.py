@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from time import perf_counter_ns
 from typing import Any
 
+Method = tuple[Any, str]
+"""An object and the name of its method."""
+
 CALIBRATION = 2000
 """Calls by which a watch's own time is measured."""
+
+
+@contextmanager
+def replaced(
+    methods: Iterable[Method], make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While entered, these methods of these objects are what `make` makes of them."""
+    chosen = list(methods)
+    for owner, method in chosen:
+        setattr(owner, method, make(getattr(owner, method)))
+    try:
+        yield
+    finally:
+        for owner, method in chosen:
+            delattr(owner, method)
 
 
 class Stopwatch:
@@ -35,15 +54,13 @@ class Stopwatch:
         return found
 
     @contextmanager
-    def on(self, watched: dict[str, tuple[Any, str]]) -> Iterator[None]:
-        """Watch (object, method) under each name while entered."""
-        for name, (owner, method) in watched.items():
-            setattr(owner, method, self._watching(name, getattr(owner, method)))
-        try:
+    def on(self, watched: dict[str, list[Method]]) -> Iterator[None]:
+        """Watch methods under each name while entered."""
+        with ExitStack() as stack:
+            for name, methods in watched.items():
+                watching = functools.partial(self._watching, name)
+                stack.enter_context(replaced(methods, watching))
             yield
-        finally:
-            for owner, method in watched.values():
-                delattr(owner, method)
 
     def _watching(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         spent_ns, calls = self._spent_ns, self._calls

@@ -94,7 +94,7 @@ class Subject:
         assert found is not None
         return found
 
-    def on_routed(self, layer: int, call: Callable[[], None] | None) -> None:
+    def on_routed(self, layer: int, call: Callable[[], Any] | None) -> None:
         """What the device does at the end of a layer's first graph, as the host sees it."""
         calls = self.layers[layer].layer_call
         assert isinstance(calls, CudaLayer) and calls._graphs is not None

@@ -43,7 +43,7 @@ def hit_token(subject: Subject) -> HitToken:
     for _ in range(TRIES):
         script.begin(HITS)
         for layer in range(len(subject.layers)):
-            arrive = functools.partial(script.arrive, layer, HITS)
+            arrive = functools.partial(script.arrive, layer)
             subject.on_routed(layer, arrive)
         before = counters.snapshot()
         with Reads(subject.driver), subject.driver.recording() as calls:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ import torch
 
 from eval.host_path import question, trace
 from eval.host_path.driver import Driver, DriverCall
-from eval.host_path.measure import DECIDE, WHOLE, Runner, decisions, whole_calls
+from eval.host_path.measure import DECIDE, TOKEN, WHOLE, Runner, decisions, token_means, whole_calls
 from eval.host_path.reads import Reads
-from eval.host_path.routing import CASES
+from eval.host_path.routing import CASES, HITS
 from eval.host_path.stopwatch import Stopwatch
 from eval.host_path.subject import Subject, subject
 
@@ -108,7 +107,10 @@ def test_a_token_waits_once_for_every_layer(made: Subject, tmp_path: Path) -> No
     assert all(event["args"]["part"] == "forward" for event in stopping)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+PURE = [case for case in CASES if case.every == 1]
+
+
+@pytest.mark.parametrize("case", PURE, ids=[case.name for case in PURE])
 def test_layer_calls_are_what_their_case_wants(case: Any, made: Subject) -> None:
     runner = Runner(made)
     counters = made.engine.controller.counters
@@ -125,6 +127,18 @@ def test_layer_calls_are_what_their_case_wants(case: Any, made: Subject) -> None
     assert all(us > 0 for us in decided.parts[DECIDE])
 
 
+def test_a_part_of_the_layer_calls_can_miss(made: Subject) -> None:
+    (case,) = (case for case in CASES if case.every > 1)
+    counters = made.engine.controller.counters
+    before = counters.snapshot()
+    times = token_means(Runner(made), case, 40)
+    calls = 40 * LAYERS
+    assert counters.calls - before.calls >= calls
+    share = (counters.experts_cpu - before.experts_cpu) / calls
+    assert 0.3 / case.every < share < 2 / case.every
+    assert len(times.parts[TOKEN]) == 40 and min(times.parts[TOKEN]) > 0
+
+
 def test_a_slow_plan_shows_in_both_times(made: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(made)
     begin = made.engine.controller.begin
@@ -134,13 +148,11 @@ def test_a_slow_plan_shows_in_both_times(made: Subject, monkeypatch: pytest.Monk
         return begin(*args)
 
     monkeypatch.setattr(made.engine.controller, "begin", slow)
-    assert min(whole_calls(runner, CASES[0], 2).parts[WHOLE]) > 2000
-    assert min(decisions(made, runner, CASES[0], 2).parts[DECIDE]) > 2000
+    assert min(whole_calls(runner, HITS, 2).parts[WHOLE]) > 2000
+    assert min(decisions(made, runner, HITS, 2).parts[DECIDE]) > 2000
 
 
 def test_a_stopwatch_times_what_it_watches_and_leaves_it_as_it_was() -> None:
-    owner = SimpleNamespace()
-
     class Owner:
         def long(self) -> int:
             time.sleep(0.002)
@@ -151,7 +163,7 @@ def test_a_stopwatch_times_what_it_watches_and_leaves_it_as_it_was() -> None:
 
     owner = Owner()
     watch = Stopwatch()
-    with watch.on({"long": (owner, "long"), "short": (owner, "short")}):
+    with watch.on({"long": [(owner, "long")], "short": [(owner, "short")]}):
         assert owner.long() == 3
         found = watch.take()
         assert watch.take() == {"long": 0, "short": 0}
