@@ -12,7 +12,9 @@ from time import perf_counter_ns
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 Tensor = torch.Tensor
 
@@ -31,6 +33,25 @@ class DriverCall(NamedTuple):
     """Which event it asks, for queries."""
 
 
+class Number:
+    """A counter on the device, which is followed since graphs copy it to the host as a mark."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        """Kept alive, so that no other one gets its address."""
+        self.value = 0
+
+    def add(self, amount: int) -> None:
+        self.value += amount
+
+    def put(self, value: int) -> None:
+        self.value = value
+
+    def show(self, target: NDArray[np.int64]) -> None:
+        """Copy it to the host."""
+        target[0] = self.value
+
+
 class Driver:
     """The device as the host sees it.
 
@@ -46,7 +67,16 @@ class Driver:
         self.current = self.main
         self.graph: Graph | None = None
         """The graph that is being captured."""
+        self.numbers: dict[int, Number] = {}
+        """By the address of their memory."""
         self._streams = 0
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Let the device do what the host can see, now or whenever the graph is replayed."""
+        if self.graph is not None:
+            self.graph.works.append(work)
+        else:
+            work()
 
     def note(self, name: str, stream: str = "", stops: str = "", event: int = 0) -> None:
         """Record a call, if calls are recorded."""
@@ -134,12 +164,14 @@ class Event:
 
 
 class Graph:
-    """A captured graph, whose replay does nothing but what it is told to."""
+    """A captured graph, whose replay only moves the marks by which the host follows it."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self.on_replay: Callable[[], Any] | None = None
-        """What the device would do that the host can see."""
+        """Called at each replay, before anything else."""
+        self.works: list[Callable[[], None]] = []
+        """What the device does in it that the host can see."""
 
     def capture_begin(self, *_args: Any, **_kwargs: Any) -> None:
         self._driver.graph = self
@@ -151,6 +183,8 @@ class Graph:
         self._driver.note("cudaGraphLaunch", self._driver.current.name)
         if self.on_replay is not None:
             self.on_replay()
+        for work in self.works:
+            work()
 
 
 class _Entered:

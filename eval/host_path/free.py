@@ -31,6 +31,9 @@ class FreeKernels:
     def refusal(self, spec: ExpertSpec) -> str | None:
         return None
 
+    def capturable(self) -> FreeKernels:
+        return self
+
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
 

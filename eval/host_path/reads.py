@@ -7,13 +7,14 @@ is loaded, and in a recorded token, this mode answers such reads with zeros inst
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eval.host_path.driver import Driver
+from eval.host_path.driver import Driver, Number
 
 VALUES = ("_local_scalar_dense", "equal", "is_nonzero")
 """Operations that give the host a value."""
@@ -49,12 +50,31 @@ class Reads(TorchDispatchMode):
             return torch.empty(0, on_device[0].ndim, dtype=torch.int64, device="meta")
         if name not in VIEWS:
             self._note(name, "")
+        if name in ("add_", "fill_", "zero_"):
+            self._follow(name, *args)
         return func(*args, **kwargs)
+
+    def _follow(self, name: str, target: torch.Tensor, *values: Any) -> None:
+        """Keep the value of what may be a mark: one whole number."""
+        if target.numel() != 1 or target.dtype != torch.int64:
+            return
+        value = values[0] if values else 0
+        if isinstance(value, torch.Tensor):
+            return
+        number = self._driver.numbers.setdefault(_address(target), Number(target))
+        change = number.add if name == "add_" else number.put
+        self._driver.do(functools.partial(change, int(value)))
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, source, *more = args
         arrives = self._cross(source, target.is_meta, *more, **kwargs)
-        return target.zero_() if arrives else func(*args, **kwargs)
+        if not arrives:
+            return func(*args, **kwargs)
+        target.zero_()
+        number = self._driver.numbers.get(_address(source))
+        if number is not None:
+            self._driver.do(functools.partial(number.show, target.numpy()))
+        return target
 
     def _converted(self, func: Any, args: Any, kwargs: Any) -> Any:
         (source,) = args
@@ -81,6 +101,10 @@ class Reads(TorchDispatchMode):
                 raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
             return
         self._driver.note(name, self._driver.current.name, stops)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _zero(value: torch.Tensor) -> Any:

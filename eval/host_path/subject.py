@@ -94,6 +94,12 @@ class Subject:
         assert found is not None
         return found
 
+    @property
+    def chain(self) -> Any:
+        """What launches the layers ahead."""
+        call: Any = self.layers[0].layer_call
+        return call.chain._chain
+
     def on_routed(self, layer: int, call: Callable[[], Any] | None) -> None:
         """What the device does at the end of a layer's first graph, as the host sees it."""
         calls = self.layers[layer].layer_call
