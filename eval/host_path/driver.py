@@ -6,6 +6,7 @@ Streams, events and graphs cost what a Python call costs. Every call can be reco
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from time import perf_counter_ns
@@ -15,6 +16,8 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from hybrimoe_plugin.device import streams
 
 Tensor = torch.Tensor
 
@@ -69,7 +72,8 @@ class Driver:
         """The graph that is being captured."""
         self.numbers: dict[int, Number] = {}
         """By the address of their memory."""
-        self._streams = 0
+        self._names: dict[int, str] = {}
+        """Handle of a stream -> its name."""
 
     def do(self, work: Callable[[], None]) -> None:
         """Let the device do what the host can see, now or whenever the graph is replayed."""
@@ -101,6 +105,8 @@ class Driver:
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
             stack.enter_context(mock.patch.object(torch, "empty", _without_pinning(torch.empty)))
             stack.enter_context(mock.patch.object(Tensor, "pin_memory", _itself))
+            copy = mock.patch.object(streams, "loaded_copy", lambda: self._copy, create=True)
+            stack.enter_context(copy)
             yield
 
     def _stand_ins(self) -> dict[str, Any]:
@@ -111,15 +117,24 @@ class Driver:
             "stream": lambda stream: _Entered(self, stream),
             "device": lambda _device: nullcontext(),
             "current_stream": lambda _device=None: self.current,
+            "current_device": lambda: None,  # the index of the device that is played
             "graph_pool_handle": lambda: (0, 0),
             "synchronize": lambda _device=None: self.note("cudaDeviceSynchronize", stops=WAITS),
             "empty_cache": lambda: self.note("cudaFree", stops=WAITS),
             "cudart": lambda: _Runtime,
         }
 
+    def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> int:
+        """cudaMemcpyAsync, for what a foreign call costs."""
+        if self.calls is not None:
+            self.note("copy to the device", self._names[stream])
+        _foreign_call(target, source, nbytes, kind, stream)
+        return 0
+
     def _make_stream(self, *_args: Any, priority: int = 0, **_kwargs: Any) -> Stream:
-        self._streams += 1
-        return Stream(self, f"stream {self._streams}", priority)
+        made = Stream(self, f"stream {len(self._names) + 1}", priority)
+        self._names[made.cuda_stream] = made.name
+        return made
 
 
 class Stream:
@@ -128,6 +143,8 @@ class Stream:
     def __init__(self, driver: Driver, name: str, priority: int = 0) -> None:
         self.name = name
         self.priority = priority
+        self.cuda_stream = id(self)
+        """Its handle."""
         self._driver = driver
 
     def wait_event(self, event: Event) -> None:
@@ -212,6 +229,18 @@ class _Runtime:
     @staticmethod
     def cudaHostUnregister(_start: int) -> int:  # noqa: N802
         return 0
+
+
+def _make_foreign_call() -> Callable[..., None]:
+    """A C function that looks at none of its arguments; takes those of cudaMemcpyAsync."""
+    call = ctypes.PyDLL(None).Py_IsInitialized
+    pointer = ctypes.c_void_p
+    call.argtypes = pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer
+    call.restype = None
+    return call
+
+
+_foreign_call = _make_foreign_call()
 
 
 def _without_pinning(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:

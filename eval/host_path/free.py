@@ -40,6 +40,9 @@ class FreeKernels:
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
         """Nothing is rearranged."""
 
+    def repacker(self, parts: tuple[Part, ...]) -> Callable[..., None]:
+        return _nothing
+
     def gate_up(self, call: SlotCall) -> None:
         if self.launched is not None:
             self.launched()
@@ -47,6 +50,10 @@ class FreeKernels:
     def down(self, call: SlotCall, activations: None) -> torch.Tensor:
         hidden = call.hidden
         return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+
+
+def _nothing(arrived: Sequence[torch.Tensor], slot: torch.Tensor, stream: int) -> None:
+    """Nothing is rearranged."""
 
 
 class FreeCPU:

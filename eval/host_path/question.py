@@ -3,12 +3,14 @@
 Measured without a GPU. The plugin's own code for CUDA runs on a driver that does nothing: streams,
 events and graphs are fakes, tensors of the device hold no data, kernels and the CPU's experts
 compute nothing. So the times are those of Python and torch on the host alone. The device is always
-done when it is asked; what starting a real kernel or copy costs in the driver is not in them.
+done when it is asked; what starting a real kernel, copy or graph costs in Triton and in the driver
+is not in them.
 
 Each layer call of a token hits in all of its 8 experts, or misses one, which the plan computes on
 the CPU or loads. Whole calls are timed with nothing watched; times of parts come from other tokens,
 and what the watch costs is subtracted. One token in which all layers hit is recorded, with every
-call of the driver, and the calls that make the host wait for the device are counted in that trace.
+call of the driver, and the calls that make the host wait for the device are counted in that trace;
+then another one on a device whose events are never reached when they are asked.
 """
 
 from __future__ import annotations
@@ -91,7 +93,11 @@ def run(args: argparse.Namespace) -> Row:
                     for row in rows(made, args.quick)
                 ]
                 token = trace.hit_token(made)
-                tokens.append({**label, **token_row(token)})
+                late = trace.hit_token(made, late=True)
+                tokens += [
+                    {**label, "events": "reached", **token_row(token)},
+                    {**label, "events": "late", **token_row(late)},
+                ]
                 if not onloads:
                     onloads = onload_rows(made, ONLOADS[args.quick])
             if args.trace is not None and experts == EXPERTS[-1]:

@@ -32,8 +32,11 @@ class HitToken(NamedTuple):
         return len(stops(self.forward))
 
 
-def hit_token(subject: Subject) -> HitToken:
+def hit_token(subject: Subject, late: bool = False) -> HitToken:
     """Record a token; tried again where prefetches have moved an expert meanwhile.
+
+    Args:
+        late: no event is reached by the time that the host asks.
 
     Raises:
         RuntimeError: no token hit in every layer.
@@ -46,10 +49,12 @@ def hit_token(subject: Subject) -> HitToken:
             arrive = functools.partial(script.arrive, layer)
             subject.on_routed(layer, arrive)
         before = counters.snapshot()
+        subject.driver.reached = not late
         with Reads(subject.driver), subject.driver.recording() as calls:
             logits = subject.step()
             forward = list(calls)
             int(logits[0, -1].argmax())
+        subject.driver.reached = True
         for layer in range(len(subject.layers)):
             subject.on_routed(layer, None)
         subject.rewind()

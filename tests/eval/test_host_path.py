@@ -91,8 +91,9 @@ def test_outside_of_a_recorded_token_reads_of_the_device_fail() -> None:
             read()
 
 
-def test_a_token_waits_once_for_every_layer(made: Subject, tmp_path: Path) -> None:
-    token = trace.hit_token(made)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_token_waits_once_for_every_layer(late: bool, made: Subject, tmp_path: Path) -> None:
+    token = trace.hit_token(made, late)
     assert token.round_trips == LAYERS
     assert {call.name for call in trace.stops(token.forward)} == {"cudaEventSynchronize"}
     assert [call.name for call in trace.stops(token.sampling)] == ["_local_scalar_dense"]
