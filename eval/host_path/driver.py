@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eval.host_path.edges import HOST, Clock, Edges
 from hybrimoe_plugin.device import streams
 
 Tensor = torch.Tensor
@@ -61,11 +62,13 @@ class Driver:
     Attributes:
         calls: what was called, while `recording`; None otherwise.
         reached: whether events are reached when they are asked; the device is late otherwise.
+        edges: the order of what streams do, where it is checked; None otherwise.
     """
 
     def __init__(self) -> None:
         self.calls: list[DriverCall] | None = None
         self.reached = True
+        self.edges: Edges | None = None
         self.main = Stream(self, name="compute")
         self.current = self.main
         self.graph: Graph | None = None
@@ -81,6 +84,27 @@ class Driver:
             self.graph.works.append(work)
         else:
             work()
+
+    def use(self, start: int, nbytes: int, write: bool, stream: str = "") -> None:
+        """Check a use of the device's memory, if the order is checked.
+
+        Args:
+            stream: on which; default the current one.
+
+        Raises:
+            RuntimeError: another use may come at the same time.
+        """
+        if self.edges is not None and self.graph is None:
+            self.edges.use(stream or self.current.name, start, start + nbytes, write)
+
+    def named(self, stream: int) -> str:
+        """A stream by its handle."""
+        return self._names[stream]
+
+    def synchronize(self, _device: object = None) -> None:
+        self.note("cudaDeviceSynchronize", stops=WAITS)
+        if self.edges is not None:
+            self.edges.wait_for_all()
 
     def note(self, name: str, stream: str = "", stops: str = "", event: int = 0) -> None:
         """Record a call, if calls are recorded."""
@@ -119,7 +143,7 @@ class Driver:
             "current_stream": lambda _device=None: self.current,
             "current_device": lambda: None,  # the index of the device that is played
             "graph_pool_handle": lambda: (0, 0),
-            "synchronize": lambda _device=None: self.note("cudaDeviceSynchronize", stops=WAITS),
+            "synchronize": self.synchronize,
             "empty_cache": lambda: self.note("cudaFree", stops=WAITS),
             "cudart": lambda: _Runtime,
         }
@@ -127,7 +151,9 @@ class Driver:
     def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> int:
         """cudaMemcpyAsync, for what a foreign call costs."""
         if self.calls is not None:
-            self.note("copy to the device", self._names[stream])
+            self.note("copy to the device", self.named(stream))
+        if self.edges is not None:
+            self.use(target, nbytes, True, self.named(stream))
         _foreign_call(target, source, nbytes, kind, stream)
         return 0
 
@@ -148,13 +174,22 @@ class Stream:
         self._driver = driver
 
     def wait_event(self, event: Event) -> None:
-        self._driver.note("cudaStreamWaitEvent", self.name)
+        driver = self._driver
+        driver.note("cudaStreamWaitEvent", self.name)
+        if driver.edges is not None:
+            driver.edges.wait(self.name, event.point)
 
     def wait_stream(self, other: Stream) -> None:
-        self._driver.note("cudaStreamWaitEvent", self.name)
+        driver = self._driver
+        driver.note("cudaStreamWaitEvent", self.name)
+        if driver.edges is not None:
+            driver.edges.wait(self.name, driver.edges.point(other.name))
 
     def synchronize(self) -> None:
-        self._driver.note("cudaStreamSynchronize", self.name, WAITS)
+        driver = self._driver
+        driver.note("cudaStreamSynchronize", self.name, WAITS)
+        if driver.edges is not None:
+            driver.edges.wait(HOST, driver.edges.point(self.name))
 
     def query(self) -> bool:
         self._driver.note("cudaStreamQuery", self.name)
@@ -167,17 +202,30 @@ class Event:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._stream = ""
+        self.point: Clock = {}
+        """What has happened when it is reached, where the order is checked."""
 
     def record(self, stream: Stream | None = None) -> None:
-        self._stream = (stream or self._driver.current).name
-        self._driver.note("cudaEventRecord", self._stream)
+        driver = self._driver
+        self._stream = (stream or driver.current).name
+        driver.note("cudaEventRecord", self._stream)
+        if driver.edges is not None:
+            self.point = driver.edges.point(self._stream)
 
     def query(self) -> bool:
-        self._driver.note("cudaEventQuery", self._stream, event=id(self))
-        return self._driver.reached
+        driver = self._driver
+        driver.note("cudaEventQuery", self._stream, event=id(self))
+        if driver.edges is None:
+            return driver.reached
+        if driver.reached:
+            driver.edges.wait(HOST, self.point)
+        return driver.edges.known(self.point)
 
     def synchronize(self) -> None:
-        self._driver.note("cudaEventSynchronize", self._stream, WAITS)
+        driver = self._driver
+        driver.note("cudaEventSynchronize", self._stream, WAITS)
+        if driver.edges is not None:
+            driver.edges.wait(HOST, self.point)
 
 
 class Graph:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from eval.host_path.driver import Driver
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
 from hybrimoe_plugin.core import ExpertSpec
@@ -19,14 +20,18 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights
 class FreeKernels:
     """Kernels on the layout of the fused ones, which do nothing.
 
+    Args:
+        driver: is told what they read and write.
+
     Attributes:
         launched: called at the first stage of every launch; for measuring.
     """
 
     name = "free"
 
-    def __init__(self) -> None:
+    def __init__(self, driver: Driver) -> None:
         self.launched: Callable[[], None] | None = None
+        self._driver = driver
 
     def refusal(self, spec: ExpertSpec) -> str | None:
         return None
@@ -38,22 +43,45 @@ class FreeKernels:
         return slot_layout(spec, planar=True)
 
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        """Nothing is rearranged."""
+        if self._driver.edges is not None:
+            self._driver.use(raw.data_ptr(), part.size, write=False)
+            self._driver.use(target.data_ptr(), part.size, write=True)
 
     def repacker(self, parts: tuple[Part, ...]) -> Callable[..., None]:
-        return _nothing
+        def repack(arrived: Sequence[torch.Tensor], slot: torch.Tensor, stream: int) -> None:
+            if self._driver.edges is None:
+                return
+            name = self._driver.named(stream)
+            for part, raw in zip(parts, arrived, strict=True):
+                self._driver.use(raw.data_ptr(), part.size, False, name)
+                self._driver.use(slot.data_ptr() + part.offset, part.size, True, name)
+
+        return repack
 
     def gate_up(self, call: SlotCall) -> None:
         if self.launched is not None:
             self.launched()
+        if self._driver.edges is not None:
+            self._read(call, (call.layout.gate, call.layout.up))
 
     def down(self, call: SlotCall, activations: None) -> torch.Tensor:
+        if self._driver.edges is not None:
+            self._read(call, (call.layout.down,))
         hidden = call.hidden
         return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
+    def read_all(self, buffer: torch.Tensor, layout: SlotLayout, slots: Iterable[int]) -> None:
+        """As a captured launch does that finds its slots on the device."""
+        for slot in slots:
+            for part in layout.parts:
+                start = buffer[slot].data_ptr() + part.offset
+                self._driver.use(start, part.size, write=False)
 
-def _nothing(arrived: Sequence[torch.Tensor], slot: torch.Tensor, stream: int) -> None:
-    """Nothing is rearranged."""
+    def _read(self, call: SlotCall, parts: Sequence[Part]) -> None:
+        for slot in call.slots:
+            for part in parts:
+                start = call.buffer[slot].data_ptr() + part.offset
+                self._driver.use(start, part.size, write=False)
 
 
 class FreeCPU:

@@ -10,7 +10,8 @@ Each layer call of a token hits in all of its 8 experts, or misses one, which th
 the CPU or loads. Whole calls are timed with nothing watched; times of parts come from other tokens,
 and what the watch costs is subtracted. One token in which all layers hit is recorded, with every
 call of the driver, and the calls that make the host wait for the device are counted in that trace;
-then another one on a device whose events are never reached when they are asked.
+then another one on a device whose events are never reached when they are asked. On such a device
+it is checked, too, that events order all uses of the same bytes of a slot.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from eval.host_path import onload, trace
+from eval.host_path import onload, order, trace
 from eval.host_path.measure import (
     DECIDE,
     TOKEN,
@@ -103,10 +104,12 @@ def run(args: argparse.Namespace) -> Row:
             if args.trace is not None and experts == EXPERTS[-1]:
                 trace.write(trace_path(args.trace, path), token)
             progress.done("models")
+        checked = [{"path": path, "uses_in_order": order.checked(path)} for path in paths()]
     for experts in EXPERTS:
         report.show(f"{experts} experts: host time, us (measured)", side_by_side(found, experts))
     report.show("Sending one expert into a slot: host time, us (measured)", onloads)
     report.show("A token in which every layer hits: driver calls in its trace", tokens)
+    report.show("Uses of slots whose order events guarantee, on a late device", checked)
     verdict = noise.verdict()
     print(verdict or "The machine was quiet.")
     report.save_csv(args.out / "host_path.csv", found)

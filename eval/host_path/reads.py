@@ -68,6 +68,8 @@ class Reads(TorchDispatchMode):
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, source, *more = args
         arrives = self._cross(source, target.is_meta, *more, **kwargs)
+        if self._driver.edges is not None and target.is_meta and target.dtype == torch.uint8:
+            self._driver.use(target.data_ptr(), target.numel(), write=True)
         if not arrives:
             return func(*args, **kwargs)
         target.zero_()

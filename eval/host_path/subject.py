@@ -19,6 +19,7 @@ import torch
 
 from eval import loading
 from eval.host_path.driver import Driver
+from eval.host_path.edges import Addresses
 from eval.host_path.free import DeviceClock, FreeCPU, FreeKernels, quick_addition
 from eval.host_path.reads import Reads
 from eval.models import synthetic
@@ -114,16 +115,26 @@ class Subject:
 
 
 @contextmanager
-def subject(layers: int, experts: int, **settings: Any) -> Iterator[Subject]:
-    """Load it with all layers captured; the driver is in torch.cuda's place meanwhile."""
+def subject(
+    layers: int, experts: int, addresses: bool = False, down: str = "Q4_K", **settings: Any
+) -> Iterator[Subject]:
+    """Load it with all layers captured; the driver is in torch.cuda's place meanwhile.
+
+    Args:
+        addresses: give the device's tensors addresses, so that the order of uses can be checked.
+        down: type of the experts' last matrix; Q6_K is rearranged on arrival.
+        settings: of the engine.
+    """
     driver = Driver()
-    clock, cpu, kernels = DeviceClock(), FreeCPU(), FreeKernels()
+    clock, cpu, kernels = DeviceClock(), FreeCPU(), FreeKernels(driver)
     profile = SimpleNamespace(costs=lambda spec: costs(), cpu=SimpleNamespace(threads=1))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        model = _model(Path(folder), layers, experts, settings)
+        model = _model(Path(folder), layers, experts, down, settings)
         stack.enter_context(driver.installed())
         stack.enter_context(quick_addition())
+        if addresses:
+            stack.enter_context(Addresses().given())
         for place, name, value in (
             (accelerators, "cuda_refusal", lambda: None),
             (accelerators, "make_kernels", lambda *_args: (kernels, None)),
@@ -149,12 +160,12 @@ def subject(layers: int, experts: int, **settings: Any) -> Iterator[Subject]:
         yield Subject(model, engine, driver, clock, cpu, kernels, found, cache, held)
 
 
-def _model(folder: Path, layers: int, experts: int, settings: dict[str, Any]) -> Any:
+def _model(folder: Path, layers: int, experts: int, down: str, settings: dict[str, Any]) -> Any:
     """The model with its operators, as `load_model` makes it, but without a weight."""
     made = synthetic.config(MODEL, layers)
     made.num_experts = experts
     path = folder / "model.gguf"
-    loading.write_zeros(path, made, stacked=True)
+    loading.write_zeros(path, made, stacked=True, down=down)
     chosen = {
         "accelerator": "emulated",
         "dense": "dequantised",

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from eval.host_path import question, trace
+from eval.host_path import order, paths, question, trace
 from eval.host_path.driver import Driver, DriverCall
 from eval.host_path.measure import DECIDE, TOKEN, WHOLE, Runner, decisions, token_means, whole_calls
 from eval.host_path.reads import Reads
 from eval.host_path.routing import CASES, HITS
 from eval.host_path.stopwatch import Stopwatch
 from eval.host_path.subject import Subject, subject
+from hybrimoe_plugin.device.streams import COMPUTE, LINK, REPACK, CudaStreams
 
 LAYERS, EXPERTS = 3, 32
 
@@ -171,6 +172,25 @@ def test_a_stopwatch_times_what_it_watches_and_leaves_it_as_it_was() -> None:
     assert found["long"] > 2000 > found["short"]
     assert owner.__dict__ == {}
     assert 0 < watch.own_us < 100
+
+
+@pytest.mark.parametrize("missing", ["", LINK, REPACK, COMPUTE])
+def test_every_edge_between_streams_is_needed(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without those that one queue waits for, some use of a slot may come too early."""
+    wait = CudaStreams.wait
+    if not missing:
+        assert order.checked(paths.WAIT) > 100
+        return
+
+    def waits(self: CudaStreams, queue: str, event: Any) -> None:
+        if queue != missing:
+            wait(self, queue, event)
+
+    monkeypatch.setattr(CudaStreams, "wait", waits)
+    with pytest.raises(RuntimeError, match="nothing orders"):
+        order.checked(paths.WAIT)
 
 
 @pytest.mark.slow
