@@ -25,6 +25,7 @@ ATTENTION = ("auto", "torch")
 GRAPHS = ("auto", "off")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
+ACTIVATIONS = ("auto", "float", "int8")
 
 # What is chosen beside the engine's settings: for a chat and for the demo model.
 SAMPLERS = ("auto", "transformers")
@@ -131,6 +132,13 @@ class Settings:
         "auto",
         "kernels that compute cached experts: fused Triton kernels or torch operations",
         choices=KERNELS,
+        expert=True,
+    )
+    activations: str = setting(
+        "auto",
+        "what cached experts' matrices are multiplied with in decode: floats, int8, or int8 on a "
+        "GPU where that proves itself at load (auto)",
+        choices=ACTIVATIONS,
         expert=True,
     )
     context: int = setting(4096, "tokens whose KV cache must fit beside the experts", low=0)

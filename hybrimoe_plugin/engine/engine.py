@@ -1,4 +1,4 @@
-"""One MoE layer call: learn -> plan -> run -> look ahead.
+"""One MoE layer call: plan -> run -> learn -> look ahead.
 
 The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the
 backends and adds up the parts. It is owned by one model; several can live in one process.
@@ -33,7 +33,7 @@ from hybrimoe_plugin.engine.view import (
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
+from hybrimoe_plugin.policy.controller import Controller, Move, Scored, Step, loads
 from hybrimoe_plugin.policy.schedule import simulate
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -164,8 +164,8 @@ class Engine:
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
         ids = seen.ids.numpy()
-        self._learn(layer, ids, seen, now_us)
-        step = self.controller.begin(layer, loads(ids), len(ids), now_us)
+        scored = self._scored(layer, ids, seen, now_us)
+        step = self.controller.begin(layer, loads(ids), len(ids), now_us, scored)
         submitted = bool(step.plan.cpu)
         if submitted:
             self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
@@ -216,14 +216,17 @@ class Engine:
             return view_on_cpu(call, router if self.recorder is not None else None)
         return view_from_accelerator(call, router, self.later_routers(layer), self.accelerator)
 
-    def _learn(self, layer: int, ids: NDArray[np.int64], seen: HostView, now_us: float) -> None:
-        """Tell the controller what is known now: the time between layers, and what was scored."""
+    def _scored(
+        self, layer: int, ids: NDArray[np.int64], seen: HostView, now_us: float
+    ) -> Scored | None:
+        """What the controller learns from; it hears of the time between layers at once."""
         if self._inter_layer is not None:
             known = self._inter_layer.begin(layer, len(ids), now_us)
             if known is not None:
                 self.controller.take_between_layers(known)
-        if self.accelerator is not None:
-            self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
+        if self.accelerator is None:
+            return None
+        return Scored(ids, seen.weights.numpy(), seen.scores)
 
     def _to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         if self._waves is None:
@@ -258,7 +261,9 @@ class Engine:
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
         """Prefetch what the next layers are predicted to need, while this one is computed."""
-        found = seen.predicted(wait=self.recorder is not None)
+        found: tuple[NDArray[np.int64], ...] = ()
+        if self.recorder is not None or self.controller.looks_ahead:
+            found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
             self.recorder(seen.record(step.layer, found))
         if self._waves is None:

@@ -43,7 +43,7 @@ class SlotPool:
         self.on_cpu = frozenset(on_cpu)
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
-        cache_slots = sum(quotas)
+        cache_slots = self._cache_slots = sum(quotas)
         self._free = list(reversed(range(cache_slots)))
         """Cache slots without an expert, the next one last."""
         self._staging = list(range(cache_slots, cache_slots + staging))
@@ -55,6 +55,11 @@ class SlotPool:
     def slots(self) -> int:
         """All slots, staging included."""
         return sum(self.quotas) + self.staging
+
+    @property
+    def held(self) -> int:
+        """Cached experts of all layers, in flight ones included."""
+        return self._cache_slots - len(self._free)
 
     def slot_of(self, layer: int, expert: int) -> int | None:
         """The cached expert's slot, None for one that is not cached."""
@@ -129,9 +134,7 @@ class SlotPool:
     def lease(self, layer: int, experts: Collection[int]) -> None:
         """Hold the cached ones among `experts` until `release`."""
         cached = self.cached[layer]
-        for expert in experts:
-            if expert in cached:
-                self._leased.add(cached[expert])
+        self._leased.update([cached[expert] for expert in experts if expert in cached])
 
     def release(self) -> None:
         """End all leases: a pool serves one layer call at a time."""

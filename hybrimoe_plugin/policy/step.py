@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybrimoe_plugin.core import LayerPlan, Routed
 
 
@@ -32,6 +35,17 @@ class Step(NamedTuple):
     def many(self) -> bool:
         """Whether the call has more than one token (prefill)."""
         return self.tokens > 1
+
+
+class Scored(NamedTuple):
+    """What a cache learns from: the routing decision of one layer call."""
+
+    ids: NDArray[np.int64]
+    """[T, K]"""
+    weights: NDArray[np.float32]
+    """[T, K]"""
+    scores: NDArray[np.float32] | None
+    """[T, E]; None where the host does not show them."""
 
 
 class IdleTime(NamedTuple):

@@ -144,6 +144,23 @@ def test_triton_kernels_compute_the_form(model_type: str, tmp_path: Path) -> Non
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", FORMS)
+def test_int8_kernels_compute_the_form(model_type: str, tmp_path: Path) -> None:
+    """As the torch kernels do that see activations in int8."""
+    pytest.importorskip("triton")
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
+
+    module = experts_of(model_type)
+    form = read_form("layers.0.experts", module)
+    write(tmp_path / "experts.gguf", module, form, fused=False, kind="Q8_0")
+    weights = load(tmp_path / "experts.gguf", form)
+    kernels = TritonKernels(torch.device("cpu"), activations="int8")
+    hidden, ids, shares = call(form, 2)
+    found = in_slots(kernels, weights, hidden, ids, shares)
+    wanted = in_slots(TorchKernels(int8=True), weights, hidden, ids, shares)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def in_slots(
     kernels: Any,
     weights: LayerWeights,

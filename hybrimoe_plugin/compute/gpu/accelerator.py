@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
+from hybrimoe_plugin.compute.gpu.direct_proof import what_is_wrong
 from hybrimoe_plugin.compute.gpu.host_bytes import (
     HostBytes,
     PlainBytes,
@@ -21,9 +22,10 @@ from hybrimoe_plugin.compute.gpu.host_bytes import (
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
+from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
+from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
 from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
-from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.compute.gpu.transfer_executor import InlineExecutor, ThreadExecutor
 from hybrimoe_plugin.device.cuda_timer import cuda_timer
 from hybrimoe_plugin.device.machine import cuda_refusal
@@ -43,6 +45,8 @@ class SlotAccelerator:
         host: where transfers read from; by default the stored bytes themselves.
         fallback: the kernels for layers of which `kernels` refuse every one.
         ahead_depth: most prefetches that the device has at once, at least 1; see `AHEAD_DEPTH`.
+        direct: send experts by address where streams and host memory allow; False for the plain
+            twin, which makes every copy with torch.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class SlotAccelerator:
         host: HostBytes | None = None,
         fallback: Kernels | None = None,
         ahead_depth: int = AHEAD_DEPTH,
+        direct: bool = True,
     ) -> None:
         if ahead_depth < 1:
             raise ValueError(f"ahead_depth: expected at least 1, found {ahead_depth}")
@@ -64,6 +69,9 @@ class SlotAccelerator:
         self._host = host or PlainBytes()
         self._fallback = fallback
         self._ahead_depth = ahead_depth
+        self._direct = direct
+        self._paths: dict[int, LayerPath] = {}
+        """By the id of a layer's weights; empty where experts go the plain way."""
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
         self._allocated = False
@@ -115,6 +123,8 @@ class SlotAccelerator:
         self._host.prepare(layers)
         try:
             self._buffer = torch.empty(slots, size, dtype=torch.uint8, device=self.device)
+            if self._direct and slots and self.streams.takes_addresses:
+                self._paths = self._make_paths(layers)
             self._transfers = self._make_transfers(repack_bytes)
         except (RuntimeError, MemoryError) as error:  # CUDA out of memory is a RuntimeError
             self._drop()
@@ -122,8 +132,10 @@ class SlotAccelerator:
                 f"{slots} slots of {size} bytes and {REPACK_BUFFERS} repack buffers of "
                 f"{repack_bytes} do not fit on {self.device}: {error}"
             ) from error
-        if self.device.type == "cuda" and isinstance(self.kernels, Tunable):
-            self._tune(self.kernels, layers)
+        if self.device.type == "cuda":
+            self._prove(layers, repack_bytes)
+            if isinstance(self.kernels, Tunable):
+                self._tune(self.kernels, layers)
         self._allocated = True
 
     def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
@@ -132,6 +144,25 @@ class SlotAccelerator:
 
     def cancel(self, slot: int) -> bool:
         return self._transfers.cancel(slot)
+
+    def pump(self) -> None:
+        """Give the device waiting prefetches for which the link has room; `compute` does so too."""
+        self._transfers.pump()
+
+    def arrived(self, slot: int) -> bool:
+        """Whether a slot's bytes have all arrived; the host does not wait.
+
+        Raises:
+            BackendError: the slot's transfer has failed.
+        """
+        return self._transfers.arrived(slot)
+
+    def used_layer(self, weights: LayerWeights) -> None:
+        """Note that work queued so far may use every slot that holds an expert of this layer.
+
+        For work that looks its slots up on the device; to be called before the next `onload`.
+        """
+        self._transfers.used_layer(weights)
 
     def compute(
         self,
@@ -197,8 +228,37 @@ class SlotAccelerator:
         # Before the device is waited for: this gives it the last of its work.
         self._transfers.close()
         self.streams.synchronize()
+        self._paths = {}
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
+
+    def _make_paths(self, layers: Sequence[LayerWeights]) -> dict[int, LayerPath]:
+        """How the experts of each layer are sent by address."""
+        paths = {}
+        for weights in layers:
+            layout = self._layouts[id(weights)]
+            paths[id(weights)] = layer_path(weights, layout, self._host, self.kernels)
+        return paths
+
+    def _prove(self, layers: Sequence[LayerWeights], repack_bytes: int) -> None:
+        """Keep sending by address only if it brings the right bytes on this device.
+
+        One expert of each layout is tried. The slots are empty before and after.
+        """
+        if not self._paths:
+            return
+        first_of = {self._layouts[id(weights)]: weights for weights in reversed(layers)}
+        samples = [Transfer(0, layout, weights, 0) for layout, weights in first_of.items()]
+        wrong = what_is_wrong(self._transfers, self.streams, self._buffer, samples)
+        if wrong is None:
+            return
+        log.warning(
+            "experts are sent to %s with torch's own copies, which cost the host more: %s",
+            self.device,
+            wrong,
+        )
+        self._paths = {}
+        self._transfers = self._make_transfers(repack_bytes)
 
     def _make_transfers(self, repack_bytes: int) -> SlotTransfers:
         """Traffic for the buffer as it is now."""
@@ -212,18 +272,24 @@ class SlotAccelerator:
             repack_bytes,
             self._ahead_depth,
             executor,
+            self._paths,
         )
 
     def _tune(self, kernels: Tunable, layers: Sequence[LayerWeights]) -> None:
-        """Choose tile sizes for each shape among these layers."""
+        """Choose kernels for these layers, and tile sizes for each shape among them."""
         shapes = {(self._layouts[id(weights)], weights.spec.top_k) for weights in layers}
         with torch.cuda.device(self.device):
+            kernels.prove(tuple(shapes), self._buffer)
             for layout, top_k in shapes:
                 kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
 
 
 def make_accelerator(
-    name: str, device: torch.device, kernels: str = "auto", ahead_depth: int = AHEAD_DEPTH
+    name: str,
+    device: torch.device,
+    kernels: str = "auto",
+    ahead_depth: int = AHEAD_DEPTH,
+    activations: str = "auto",
 ) -> SlotAccelerator | None:
     """The accelerator of a setting; None for `none`.
 
@@ -232,6 +298,7 @@ def make_accelerator(
         device: where CUDA computes.
         kernels: `auto`, `triton` or `torch`.
         ahead_depth: as in `SlotAccelerator`.
+        activations: `auto`, `float` or `int8`.
 
     Raises:
         BackendError: the device or the kernels cannot be used, with the reason.
@@ -240,14 +307,14 @@ def make_accelerator(
         return None
     if name == "emulated":
         device = torch.device("cpu")
-        chosen, fallback = make_kernels(kernels, device)
+        chosen, fallback = make_kernels(kernels, device, activations=activations)
         return SlotAccelerator(
             device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth
         )
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")
-    chosen, fallback = make_kernels(kernels, device)
+    chosen, fallback = make_kernels(kernels, device, activations=activations)
     streams = CudaStreams(device)
     host = RegisteredBytes(device, StagedBytes(streams, slow=True))
     return SlotAccelerator(device, "cuda", chosen, streams, host, fallback, ahead_depth)

@@ -17,6 +17,18 @@ def tables(kinds: tuple[str, ...], unused: torch.Tensor) -> torch.Tensor:
     return unused
 
 
+def point_words(kind: str, unused: torch.Tensor) -> torch.Tensor:
+    """A type's points [32, 16] int8, a copy for each thread of a warp, or `unused` without any."""
+    if FORMATS[kind].int8_points:
+        return _points(FORMATS[kind].int8_points, unused.device)
+    return unused
+
+
+@cache
+def _points(points: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(points, dtype=torch.int8).repeat(32, 1).to(device)
+
+
 @cache
 def _grids(device: torch.device) -> torch.Tensor:
     """All of them one after another, in the order of the descriptions."""
