@@ -59,7 +59,7 @@ def costs() -> CostModel:
     )
 
 
-def make_free_accelerator(*_args: Any) -> SlotAccelerator:
+def make_free_accelerator(*_args: Any, **_kwargs: Any) -> SlotAccelerator:
     """The accelerator of a card, whatever was asked for."""
     made = accelerators.make_accelerator("cuda", DEVICE)
     assert made is not None
@@ -137,7 +137,7 @@ def subject(
             stack.enter_context(Addresses().given())
         for place, name, value in (
             (accelerators, "cuda_refusal", lambda: None),
-            (accelerators, "make_kernels", lambda *_args: (kernels, None)),
+            (accelerators, "make_kernels", lambda *_args, **_kwargs: (kernels, None)),
             (assemble, "make_accelerator", make_free_accelerator),
             (assemble, "choose_cpu", lambda *_args, **_kwargs: ("free", profile)),
             (assemble, "cpu_for", lambda *_args, **_kwargs: cpu),
