@@ -51,7 +51,7 @@ def _read_slots(made: Subject, layer: int) -> None:
     """As the graph does where all experts lie in slots, by the table that the device has."""
     graph_break: Any = made.graph_break(layer)
     _, ids, *_ = graph_break.on_host
-    slots = graph_break.link._table.shown[layer][ids.numpy()[0]]
+    slots = graph_break.link.table.shown[layer][ids.numpy()[0]]
     accelerator: Any = made.engine.accelerator
     if (slots >= 0).all():
         layout = accelerator._layouts[id(made.engine.layers[layer])]
