@@ -253,7 +253,7 @@ class CudaStreams:
         copies = []
         devices = set()
         for tensor in tensors:
-            if tensor.device.type == "cuda":
+            if tensor.device.type != "cpu":
                 # On the tensor's own device, after what made it.
                 devices.add(tensor.device)
                 tensor = self.pinned_like(tensor).copy_(tensor, non_blocking=True)
