@@ -23,6 +23,7 @@ WEIGHTS = ("auto", "mapped", "memory")
 VERIFY = ("off", "slots")
 ATTENTION = ("auto", "torch")
 GRAPHS = ("auto", "off")
+HOST_PATHS = ("auto", "wait")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
 ACTIVATIONS = ("auto", "float", "int8")
@@ -157,6 +158,13 @@ class Settings:
         "auto",
         "attention in CUDA graphs: flashinfer where it is faster (auto), or torch",
         choices=ATTENTION,
+    )
+    host_path: str = setting(
+        "auto",
+        "CUDA graphs whose experts are all cached: launch the layers behind at once, after a proof "
+        "at load (auto), or wait for the host in every layer",
+        choices=HOST_PATHS,
+        expert=True,
     )
     weights: str = setting(
         "auto",

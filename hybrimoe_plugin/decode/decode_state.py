@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,9 +13,19 @@ from hybrimoe_plugin.compute.attention.flashinfer_choice import (
     FlashinferShape,
     choose,
 )
+from hybrimoe_plugin.decode.chain.slot_table import SlotTable
 from hybrimoe_plugin.device.cuda_graphs import Capture
+from hybrimoe_plugin.engine import Engine
 
 log = logging.getLogger(__name__)
+
+
+class Settles(Protocol):
+    """A chain of layers (`decode.chain`)."""
+
+    def settle(self) -> None:
+        """Make the outputs right that it has given out."""
+        ...
 
 
 class DecodeState:
@@ -26,8 +36,11 @@ class DecodeState:
 
     Attributes:
         capture: records graphs.
+        device: of the layers.
         refusals: how many layers run eagerly from now on.
         position: [1] int64, the cache entry of this step's token.
+        hidden: [1, 1, H], the input of whichever layer runs; a layer leaves its output there for
+            the next one. None before the first capture.
         layers: how many layers share this.
     """
 
@@ -35,10 +48,14 @@ class DecodeState:
         self.capture = capture
         self.refusals = 0
         self.layers = 0
-        self._device = device
+        self.device = device
         with torch.inference_mode(False):
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.hidden: torch.Tensor | None = None
         self._kernels: dict[FlashinferShape, FlashinferKernel | None] = {}
+        self.chains: list[Settles] = []
+        """Of layers that may be launched before it is known that their input is right."""
+        self.tables: dict[Engine, SlotTable] = {}
         self._held = -1
         """The step's number of tokens held, which is its position; -1 where it is not known."""
         self._given: tuple[torch.Tensor, ...] = ()
@@ -68,6 +85,8 @@ class DecodeState:
             self._is_tuple = is_tuple
             with torch.inference_mode(False):
                 self._fixed = tuple(torch.zeros_like(part) for part in given)
+        if held != self._held or not _are_same(given, self._given):
+            self.settle()  # by the step that its layers were launched for
         if held != self._held:
             self._held = -1  # unknown until all of it is set: an interrupted step leaves a part
             self._set_position(held)
@@ -81,6 +100,19 @@ class DecodeState:
             fixed.copy_(part)
         self._given = given
         return True
+
+    def settle(self) -> None:
+        """Make every layer's output right that was given out so far."""
+        for chain in self.chains:
+            chain.settle()
+
+    def hidden_like(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The input's place at a fixed address, for hidden states of this kind; mutates."""
+        known = self.hidden
+        if known is None or known.shape != hidden.shape or known.dtype != hidden.dtype:
+            with torch.inference_mode(False):
+                self.hidden = known = torch.zeros_like(hidden)
+        return known
 
     def set_dummy_step(self, position: int) -> None:
         """Set inputs unlike any step's, so that a capture that freezes its own step's is found."""
@@ -99,7 +131,7 @@ class DecodeState:
                 for known, kernel in self._kernels.items()
                 if known.capacity >= shape.capacity
             }
-            self._kernels[shape] = choose(shape, self._device, self.capture, max(1, self.layers))
+            self._kernels[shape] = choose(shape, self.device, self.capture, max(1, self.layers))
             self._held = -1  # so that the next `set_step` plans for it too
         return self._kernels[shape]
 
@@ -112,7 +144,7 @@ class DecodeState:
         used = [shape for shape, kernel in self._kernels.items() if kernel is not None]
         if not used:
             return False
-        log.warning("flashinfer is not used on %s any more: %s", self._device, reason)
+        log.warning("flashinfer is not used on %s any more: %s", self.device, reason)
         for shape in used:
             self._kernels[shape] = None
         return True
@@ -124,7 +156,7 @@ class DecodeState:
         log.log(
             level,
             "CUDA graphs are not used on %s for a layer: %s; decoding goes on without its graphs",
-            self._device,
+            self.device,
             reason,
         )
 

@@ -80,7 +80,7 @@ class Streams(Protocol):
         ...
 
     def launch(self, queue: str, work: Callable[[int], None]) -> None:
-        """Append kernels to a queue that is not `COMPUTE`.
+        """Append kernels to a queue that is not `COMPUTE`; where `copy` can be called.
 
         Args:
             work: launches them on the stream whose handle it is given; 0 where there is none.
@@ -194,8 +194,10 @@ class CudaStreams:
             AHEAD: torch.cuda.Stream(device, priority=0),
             REPACK: torch.cuda.Stream(device, priority=-2),
         }
-        self._handles = {name: stream.cuda_stream for name, stream in self._streams.items()}
         self._copy = loaded_copy()
+        self._handles: dict[str, int] = {}
+        if self.takes_addresses:
+            self._handles = {name: stream.cuda_stream for name, stream in self._streams.items()}
         self._several = device.index is not None and torch.cuda.device_count() > 1
         self._spare: list[torch.cuda.Event] = []
         """Events of this device that nobody refers to any more."""

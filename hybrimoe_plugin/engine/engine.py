@@ -142,6 +142,55 @@ class Engine:
                     self._clean_up()
                 raise
 
+    @property
+    def gives_hits_to_accelerator(self) -> bool:
+        """Whether one token's experts, all in slots, are the accelerator's without planning."""
+        top_k = self.layers[0].spec.top_k
+        return not self.verify and self.controller.all_hit_on_accelerator(top_k)
+
+    def wants_predictions(self, layer: int) -> bool:
+        """Whether the later routers' choices at this layer can change anything."""
+        if self.recorder is not None:
+            return True
+        cached = self.controller.pool.cached
+        ahead = range(layer + 1, min(layer + 1 + self.look_ahead, len(self.layers)))
+        return any(len(cached[later]) < self.layers[later].spec.experts for later in ahead)
+
+    def note_hit(self, layer: int, sent: Sent) -> None:
+        """Do the bookkeeping of one token's call that the accelerator has computed by itself.
+
+        All of its experts lay in slots. As after a planned call the cache learns and prefetches.
+
+        Args:
+            sent: as for `run`; everything but the predictions must have arrived.
+        """
+        if self._unfinished:
+            self._clean_up()
+        try:
+            self._unfinished = True
+            now_us = self.clock.now_us()
+            seen = view_from_graph(sent)
+            ids = seen.ids.numpy()
+            scored = self._scored(layer, ids, seen, now_us)
+            step = self.controller.hit(layer, ids[0].tolist(), now_us, scored)
+            if step is None:  # an expert has lost its slot meanwhile
+                if scored is not None:
+                    self.controller.learn(layer, *scored)
+            else:
+                self._look_ahead(step, seen, now_us)
+                self.controller.finish(step)
+                self._pass_time(step, now_us)
+            self._unfinished = False
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._clean_up()
+            raise
+
+    def recover(self) -> None:
+        """After a pass that ended early: wait for the device, and trust its slots alone."""
+        self._unfinished = True
+        self._clean_up()
+
     def check_integrity(self) -> None:
         """Compare the cache's books, and every byte in its slots, with the file; slow.
 

@@ -83,14 +83,14 @@ class IdlePrefetch:
         """
         if self._prefetcher is None or not predictions:
             return []
-        moves: list[Move] = []
-        floor = SLACK if step.many else self._record.least_confidence()
         on_cpu = self._residency.pool.on_cpu
         wanting = [
             item for item in predictions if item.layer not in on_cpu and _is_missing_some(item)
         ]
         if not wanting:
             return []
+        moves: list[Move] = []
+        floor = SLACK if step.many else self._record.least_confidence()
         for request in self._prefetcher.choose(wanting, self._link.room(idle), floor):
             if self._link.free_us >= idle.until_us:
                 break  # It would not start before the next call, which knows what it needs.

@@ -187,6 +187,31 @@ class SlotAccelerator:
             transfers.used(slots)
         return output
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """As `ResidentExperts` says."""
+        return self._buffer
+
+    def refusal(self, weights: LayerWeights) -> str:
+        """As `ResidentExperts` says."""
+        if id(weights) in self._layouts:
+            return ""
+        return f"the experts of layer {weights.layer} stay on the CPU"
+
+    def resident(
+        self,
+        weights: LayerWeights,
+        hidden: torch.Tensor,
+        slot_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `ResidentExperts` says."""
+        kernels = self.kernels.capturable()
+        layout = self._layouts[id(weights)]
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            call = SlotCall(self._buffer, layout, (), hidden, slot_ids, topk_weights)
+            return kernels.down(call, kernels.gate_up(call))
+
     def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
         return self.streams.copy_to_host(tensors)
 

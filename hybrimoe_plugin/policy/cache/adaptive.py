@@ -76,7 +76,9 @@ class AdaptiveCache(RankedCache):
         """[F] evidence: features of the experts that were chosen."""
         # Buffers of one token: allocating and broadcasting cost more than these few numbers do.
         self._products = np.zeros((FEATURES, FEATURES))
+        self._sums = np.zeros(FEATURES)
         self._chosen = np.zeros(experts)
+        """[E] 1 for the experts of the present token, 0 for the others."""
         self._added = np.zeros((len(DECAYS), experts))
         self._change = np.zeros(experts)
         if popularity is not None:
@@ -101,10 +103,13 @@ class AdaptiveCache(RankedCache):
         features = self.features[layer]
         for token in range(early, tokens):
             ids = topk_ids[token]
+            self._chosen.fill(0.0)
+            self._chosen[ids] = 1.0
             if self._seen[layer]:
                 np.dot(features, features.T, self._products)
                 self._moments += self._products
-                self._targets += features[:, ids].sum(axis=1)
+                np.dot(features, self._chosen, self._sums)
+                self._targets += self._sums
             self._advance(layer, ids)
             if scores is None:
                 self._update_scores(features, topk_weights[token], ids)
@@ -118,14 +123,11 @@ class AdaptiveCache(RankedCache):
         """Update one layer's frequencies and ages for one token.
 
         Args:
-            ids: [K] its experts.
+            ids: [K] its experts, which `_chosen` holds too.
         """
         features = self.features[layer]
         frequencies, ages = features[:FREQUENCIES], features[FREQUENCIES:-2]
-        chosen = self._chosen
-        chosen.fill(0.0)
-        chosen[ids] = 1.0
-        np.multiply(STEPS, chosen, self._added)
+        np.multiply(STEPS, self._chosen, self._added)
         frequencies *= KEPT_SHARES
         frequencies += self._added
         self._seen[layer] += 1

@@ -22,6 +22,7 @@ C and then D); hits on the accelerator and misses on the CPU takes 80 us.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -74,9 +75,10 @@ class HybriMoEScheduler(Scheduler):
             # With weights in flight it can pay to leave the late ones to the CPU instead of the
             # light ones.
             by_arrival = sorted(present, key=soonest_first)
-            other = self._plan_uneven(missing, by_arrival, link_free_us)
-            if other.makespan_us < plan.makespan_us:
-                plan = other
+            if by_arrival != by_load:
+                other = self._plan_uneven(missing, by_arrival, link_free_us)
+                if other.makespan_us < plan.makespan_us:
+                    plan = other
         if len(routed) <= EXCHANGE_LIMIT:
             return exchange(plan, routed, self._costs, link_free_us)
         return plan
@@ -270,15 +272,20 @@ def _prefix_finish(present: Sequence[Routed], costs: CostModel) -> list[float]:
     """Accelerator finish when it keeps the first n of `present`, for every n; launch included."""
     finish = costs.accelerator_first_us
     finishes = [finish]
-    in_flight = False
-    for count, item in enumerate(present, 1):
-        if item.ready_us > 0.0:
-            in_flight = True
-        if in_flight:
-            finish = costs.accelerator_first_us
-            for kept in sorted(present[:count], key=soonest_first):
-                finish = max(finish, kept.ready_us) + costs.accelerator(kept.load)
+    cost = costs.accelerator
+    kept: list[Routed] = []
+    last = soonest_first(present[0]) if present else (0.0, 0)
+    for item in present:
+        order = soonest_first(item)
+        if order >= last:
+            # The accelerator computes it behind those before it.
+            kept.append(item)
+            last = order
+            finish = max(finish, item.ready_us) + cost(item.load)
         else:
-            finish += costs.accelerator(item.load)
+            insort(kept, item, key=soonest_first)
+            finish = costs.accelerator_first_us
+            for earlier in kept:
+                finish = max(finish, earlier.ready_us) + cost(earlier.load)
         finishes.append(finish)
     return finishes

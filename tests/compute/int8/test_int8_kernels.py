@@ -14,7 +14,8 @@ from eval.kernel_cases.shapes import ODD_SHAPES, TYPES, Shape
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, INTEGERS
-from hybrimoe_plugin.compute.gpu.kernels.formats.tables import point_words
+from hybrimoe_plugin.compute.gpu.kernels.formats.facts import points_start
+from hybrimoe_plugin.compute.gpu.kernels.formats.tables import point_tables
 from hybrimoe_plugin.compute.gpu.kernels.int8.activations import int8_codes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 
@@ -164,9 +165,10 @@ def some_words() -> list[int]:
 @pytest.mark.parametrize("kind", [kind for kind in INTEGERS if FORMATS[kind].int8_points])
 def test_the_assembly_that_looks_points_up(kind: str) -> None:
     """Run by a model of its four instructions: no interpreter of Triton's can."""
-    table = point_words(kind, torch.empty(0))
-    assert table.shape == (32, 16)
-    words = [int.from_bytes(bytes(part), "little") for part in table[31].view(torch.uint8).split(4)]
+    tables = point_tables((kind,), torch.empty(0))
+    start = points_start.fn(kind) + 31 * 16
+    own = tables.flatten()[start : start + 16].view(torch.uint8)
+    words = [int.from_bytes(bytes(part), "little") for part in own.split(4)]
     operands = {f"${3 + at}": word for at, word in enumerate(words)}
     points = [point & 255 for point in FORMATS[kind].int8_points]
     for packed in some_words():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.kernel_cases.shapes import Shape
+from eval.kernel_cases.shapes import MODEL_SHAPES, TYPE_SHAPES, Shape
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
@@ -26,7 +26,7 @@ SHAPE = Shape("small", ("Q4_K", "Q5_K", "Q8_0"), 256, 64, 3, 2)
 FLOATS = Shape("small", ("Q8_0", "BF16", "F16"), 64, 64, 3, 2)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a small tile as for a large one."""
     monkeypatch.setattr(
@@ -48,12 +48,14 @@ def proved(shape: Shape = SHAPE, activations: str = "auto") -> TritonKernels:
     return kernels
 
 
+@pytest.mark.usefixtures("large_tiles")
 def test_they_take_over_where_all_agree(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert proved()._uses_int8(slots(SHAPE)[0])
     assert "they are used" in caplog.text
 
 
+@pytest.mark.usefixtures("large_tiles")
 def test_without_being_asked_or_without_slots_nothing_is_proved() -> None:
     layout, buffer = slots(SHAPE)
     assert not proved(activations="float")._uses_int8(layout)
@@ -64,6 +66,7 @@ def test_without_being_asked_or_without_slots_nothing_is_proved() -> None:
     assert TritonKernels(CPU, activations="int8")._uses_int8(layout)
 
 
+@pytest.mark.usefixtures("large_tiles")
 def test_layers_without_int8_types_stay_as_they_are() -> None:
     layout, _ = slots(FLOATS)
     assert not proved(FLOATS)._uses_int8(layout)
@@ -97,6 +100,7 @@ gate_up, down = Int8Decode.gate_up, Int8Decode.down
 TWIN = Int8Decode(asm=False)
 
 
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize(
     ("stage", "fault", "message"),
     [
@@ -131,3 +135,13 @@ def test_random_experts_have_weights_of_a_usual_size(kind: str) -> None:
         values = dequantize(from_planes(found[1, part.span], kind), kind, (256, 256))
         assert values.isfinite().all()
         assert 0.03 < float(values.square().mean().sqrt()) < 0.12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [*MODEL_SHAPES, *TYPE_SHAPES], ids=lambda shape: str(shape[:2]))
+def test_a_card_proves_every_type_and_the_models_own_shapes(shape: Shape) -> None:
+    device = torch.device("cuda:0")
+    layout = slot_layout(shape.spec, planar=True)
+    buffer = torch.empty(shape.top_k, layout.size, dtype=torch.uint8, device=device)
+    proof.check([(layout, shape.top_k)], buffer, TritonKernels(device), Int8Decode(asm=True))

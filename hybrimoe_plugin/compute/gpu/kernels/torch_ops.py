@@ -68,6 +68,9 @@ class TorchKernels:
         known = ", ".join(supported())
         return f"no device dequantisation for GGML type {unknown}; there is for {known}"
 
+    def capturable(self) -> TorchKernels:
+        return self if self.captured else TorchKernels(captured=True)
+
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=False)
 

@@ -95,6 +95,9 @@ class TritonKernels:
                 return f"{columns} columns are no whole number of {kind} blocks"
         return None
 
+    def capturable(self) -> TritonKernels:
+        return self
+
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
 

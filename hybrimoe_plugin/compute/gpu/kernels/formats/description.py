@@ -187,6 +187,13 @@ SUPPORTED = tuple(FORMATS)
 INTEGERS = tuple(kind for kind, described in FORMATS.items() if described.integers)
 """Types whose decode kernels can take int8 activations."""
 
+POINTED = tuple(kind for kind, described in FORMATS.items() if described.int8_points)
+"""Types whose codes stand for points, in the order in which these lie in memory."""
+POINT_COPIES = 32
+"""Of each type's points: one for each thread of a warp."""
+POINT_STARTS = {kind: place * POINT_COPIES * 16 for place, kind in enumerate(POINTED)}
+"""Bytes before each type's points."""
+
 GRIDS = tuple(kind for kind, described in FORMATS.items() if described.entries)
 """Types with a grid, in the order in which the grids lie one after another in memory."""
 

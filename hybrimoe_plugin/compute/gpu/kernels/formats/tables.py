@@ -1,4 +1,4 @@
-"""The grids of the types whose codes stand for entries of one, in a device's memory."""
+"""What codes stand for, in a device's memory: entries of a grid, or points."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from functools import cache
 
 import torch
 
-from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, GRIDS
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import (
+    FORMATS,
+    GRIDS,
+    POINT_COPIES,
+    POINTED,
+)
 from hybrimoe_plugin.weights.blocks.codebook import grid
 
 
@@ -17,16 +22,21 @@ def tables(kinds: tuple[str, ...], unused: torch.Tensor) -> torch.Tensor:
     return unused
 
 
-def point_words(kind: str, unused: torch.Tensor) -> torch.Tensor:
-    """A type's points [32, 16] int8, a copy for each thread of a warp, or `unused` without any."""
-    if FORMATS[kind].int8_points:
-        return _points(FORMATS[kind].int8_points, unused.device)
+def point_tables(kinds: tuple[str, ...], unused: torch.Tensor) -> torch.Tensor:
+    """The points [types, 32, 16] int8 of all types with points, 32 copies of them each.
+
+    They lie on the device of `unused`, which is given back if none of `kinds` has points.
+    """
+    if any(FORMATS[kind].int8_points for kind in kinds):
+        return _point_tables(unused.device)
     return unused
 
 
 @cache
-def _points(points: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(points, dtype=torch.int8).repeat(32, 1).to(device)
+def _point_tables(device: torch.device) -> torch.Tensor:
+    """In the order of the descriptions."""
+    points = torch.tensor([FORMATS[kind].int8_points for kind in POINTED], dtype=torch.int8)
+    return points[:, None].repeat(1, POINT_COPIES, 1).to(device)
 
 
 @cache

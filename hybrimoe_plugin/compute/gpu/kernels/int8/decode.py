@@ -33,8 +33,7 @@ def gate_up_int8(
     slots,
     slot_ids,
     activations,
-    gate_points,
-    up_points,
+    tables,
     slot_bytes,
     up_offset,
     TOP_K: tl.constexpr,
@@ -67,13 +66,11 @@ def gate_up_int8(
             live = unit * 64 < HIDDEN
             matrices = own + units * 0
             dots = integer_dots(
-                GATE, matrices, gate_points, states, rows, unit, live, INNER, HIDDEN, ASM
+                GATE, matrices, states, tables, rows, unit, live, INNER, HIDDEN, ASM
             )
             gate += tl.where(live[None, :], dots, 0.0)
             matrices = own + up_offset + units * 0
-            dots = integer_dots(
-                UP, matrices, up_points, states, rows, unit, live, INNER, HIDDEN, ASM
-            )
+            dots = integer_dots(UP, matrices, states, tables, rows, unit, live, INNER, HIDDEN, ASM)
             up += tl.where(live[None, :], dots, 0.0)
         gate_sum = tl.sum(gate, axis=1)
         up_sum = tl.sum(up, axis=1)
@@ -92,7 +89,7 @@ def down_int8(
     slot_ids,
     weights,
     output,
-    points,
+    tables,
     slot_bytes,
     down_offset,
     TOP_K: tl.constexpr,
@@ -124,7 +121,7 @@ def down_int8(
         weight = tl.load(weights + pairs, live, 0.0).to(tl.float32)
         matrices = slots + slot.to(tl.int64) * slot_bytes + down_offset
         states = activations + pairs * state_bytes
-        dots = integer_dots(DOWN, matrices, points, states, rows, unit, live, HIDDEN, INNER, ASM)
+        dots = integer_dots(DOWN, matrices, states, tables, rows, unit, live, HIDDEN, INNER, ASM)
         if BIASES >= 0:
             # One unit of each expert adds its biases.
             own = slots + slot.to(tl.int64) * slot_bytes

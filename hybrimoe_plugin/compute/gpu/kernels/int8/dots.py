@@ -37,8 +37,8 @@ def weighted(first, second, steps_first, steps_second):
 def integer_dots(
     KIND: tl.constexpr,
     matrices,
-    points,
     states,
+    tables,
     rows,
     units,
     live,
@@ -49,7 +49,7 @@ def integer_dots(
     """[N, U] float32 dot products of rows [N] and units [U]; anything where `live` [U] is not.
 
     Each unit has its own matrix and vector: `matrices` and `states` [U] point at the starts of what
-    `units` count in, `points` at what the type's codes stand for. Rows must lie in the matrix.
+    `units` count in, `tables` at what codes stand for. Rows must lie in the matrix.
     """
     row = rows[:, None]
     unit = units[None, :]
@@ -59,12 +59,12 @@ def integer_dots(
     steps_first, steps_second = group_steps(KIND, states, units, live, COLUMNS)
     if fact(KIND, "int8_points") != ():
         tl.static_assert(fact(KIND, "step") == 16)
-        table = point_table(points, inside)
+        points = point_table(KIND, tables, inside)
         first = point_dots(
-            KIND, 0, base, table, row, unit, inside, low_a, high_a, ROWS, COLUMNS, ASM
+            KIND, 0, base, points, row, unit, inside, low_a, high_a, ROWS, COLUMNS, ASM
         )
         second = point_dots(
-            KIND, 1, base, table, row, unit, inside, low_b, high_b, ROWS, COLUMNS, ASM
+            KIND, 1, base, points, row, unit, inside, low_b, high_b, ROWS, COLUMNS, ASM
         )
     else:
         first_low, first_high = quarter_dots(

@@ -9,7 +9,7 @@ from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
-from hybrimoe_plugin.compute.gpu.kernels.formats.tables import point_words
+from hybrimoe_plugin.compute.gpu.kernels.formats.tables import point_tables
 from hybrimoe_plugin.compute.gpu.kernels.int8.decode import down_int8, gate_up_int8
 from hybrimoe_plugin.compute.gpu.kernels.int8.states import padded, quantise, state_bytes
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
@@ -80,8 +80,7 @@ class Int8Decode:
             call.buffer,
             call.slot_ids.contiguous(),
             activations,
-            point_words(layout.gate.type_name, call.slot_ids),
-            point_words(layout.up.type_name, call.slot_ids),
+            point_tables((layout.gate.type_name, layout.up.type_name), call.buffer),
             call.buffer.stride(0),
             layout.up.offset,
             call.slot_ids.shape[1],
@@ -109,7 +108,7 @@ class Int8Decode:
             call.slot_ids.contiguous(),
             call.topk_weights.contiguous(),
             output,
-            point_words(layout.down.type_name, call.slot_ids),
+            point_tables((layout.down.type_name,), call.buffer),
             call.buffer.stride(0),
             layout.down.offset,
             call.slot_ids.shape[1],

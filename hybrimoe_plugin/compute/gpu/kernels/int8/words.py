@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS
-from hybrimoe_plugin.compute.gpu.kernels.formats.facts import DESCRIPTIONS, fact
+from hybrimoe_plugin.compute.gpu.kernels.formats.facts import DESCRIPTIONS, fact, points_start
 from hybrimoe_plugin.compute.gpu.kernels.formats.fields import field
 from hybrimoe_plugin.compute.gpu.kernels.int8.arithmetic import (
     dots_of_four,
@@ -224,14 +224,15 @@ def split_words(words):
 
 
 @triton.jit
-def point_table(points, live):
+def point_table(KIND: tl.constexpr, tables, live):
     """A type's points as four uint32 words [1, U, 1].
 
-    Each of 32 threads reads its own copy (`formats.tables.point_words`). Of one that all share the
+    Each of 32 threads reads its own copy (`formats.tables.point_tables`). Of one that all share the
     compiler knows that all threads have the same, and copies it before every use.
     """
     thread = tl.arange(0, live.shape[1]) % 32
-    place = points.to(tl.pointer_type(tl.uint32), bitcast=True) + thread[None, :] * 4
+    place = (tables + points_start(KIND)).to(tl.pointer_type(tl.uint32), bitcast=True)
+    place += thread[None, :] * 4
     first, second, third, fourth = split_words(four_words(place, live))
     return (
         tl.expand_dims(first, -1),
