@@ -17,8 +17,8 @@ from eval.host_path.stopwatch import CALIBRATION, Stopwatch, replaced
 from eval.host_path.subject import DEVICE, Subject
 
 WHOLE = "whole call"
-TOKEN = "mean over a token, CPU time"
-DECIDE = "routing known to first launch"
+TOKEN = "token's mean, CPU time"
+DECIDE = "known to first launch"
 
 
 class Times(NamedTuple):

@@ -63,9 +63,9 @@ def watched(subject: Subject) -> dict[str, list[Method]]:
     if links:
         chain = subject.chain
         methods |= {
-            "launch a layer's graphs": [(chain, "_launch")],
-            "slots to the device, experts": [(link, "launch") for link in links],
-            "learn the routing, mend": [(chain, "_learn_next")],
+            "launch graphs": [(chain, "_launch")],
+            "slot table, experts": [(link, "launch") for link in links],
+            "learn routing, mend": [(chain, "_learn_next")],
             "books of hits": [(engine, "note_hit")],
         }
     return methods

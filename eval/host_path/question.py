@@ -49,13 +49,13 @@ EXPERTS = (64, 128, 256)
 JUDGED = EXPERTS[1:]
 """Those whose worst median is in the last line."""
 LAYERS = {False: 48, True: 8}
-ROUNDS = {False: 5, True: 1}
-TOKENS = {False: 4, True: 6}
+ROUNDS = {False: 3, True: 1}
+TOKENS = {False: 6, True: 6}
 """In each round, for each case and each kind of measurement."""
 SETTLING = {False: 40, True: 20}
 """Tokens before each case's measurements, in which averages of the case before fade."""
 ONLOADS = {False: 400, True: 100}
-CELL_S = {False: 40.0, True: 6.0}
+CELL_S = {False: 30.0, True: 5.0}
 """Measured on 2 cores: model and measurements of one number of experts."""
 
 Row = dict[str, Any]

@@ -39,9 +39,9 @@ class Case(NamedTuple):
 HITS = Case("all hits", 0, 60.0, 0, 0)
 CASES = (
     HITS,
-    Case("one miss, on the CPU", 1, 1000.0, 1, 0),
-    Case("one miss, a demand load", 1, 20.0, 0, 1),
-    Case("hits, 1 in 8 a CPU miss", 1, 1000.0, 1, 0, every=8),
+    Case("one miss: CPU", 1, 1000.0, 1, 0),
+    Case("one miss: load", 1, 20.0, 0, 1),
+    Case("1 in 8 misses: CPU", 1, 1000.0, 1, 0, every=8),
 )
 
 
