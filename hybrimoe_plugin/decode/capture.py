@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
+from hybrimoe_plugin.compute.attention.decode_attention import AttentionKernel
 from hybrimoe_plugin.compute.attention.kv_cache import Buffers, FixedCache
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.decode.decode_state import DecodeState
@@ -71,7 +71,7 @@ class LayerGraphs:
 
     buffers: Buffers
     """The KV cache that they read and write."""
-    kernel: FlashinferKernel | None
+    kernel: AttentionKernel
     """Their attention. Kept here, since its memory is in the graphs."""
     hidden: torch.Tensor
     """[1, 1, H]: their input."""
@@ -99,7 +99,7 @@ def record(
     hidden: torch.Tensor,
     buffers: Buffers,
     experts: HybriMoEExperts | None,
-    kernel: FlashinferKernel | None = None,
+    kernel: AttentionKernel,
 ) -> LayerGraphs:
     """Capture a layer.
 
