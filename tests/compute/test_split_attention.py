@@ -80,7 +80,7 @@ def named(shape: AttentionShape) -> str:
     return f"{shape.heads}x{shape.widths.main}"
 
 
-@pytest.mark.parametrize("ranges", [1, 4, 16])
+@pytest.mark.parametrize("ranges", [1, 3, 16])
 @pytest.mark.parametrize("held", [0, 1, 31, 63, 64, 100, 298, 299])
 def test_it_equals_float64_and_reads_nothing_behind_the_token(held: int, ranges: int) -> None:
     assert run(SHAPES[5], ranges, held) < LIMITS[torch.float32]
@@ -121,11 +121,11 @@ def test_ranges_fill_the_device_and_no_more_than_the_cache(monkeypatch: pytest.M
 
     grouped = GQAShape(32, 4, 128, 4096, torch.bfloat16, 0.1)
     latent = MLAShape(16, 512, 64, 4096, torch.bfloat16, 0.1)
-    assert ranges(grouped, 4096) == 64, "4 key heads: 256 programs on 132 multiprocessors"
-    assert ranges(grouped, 32768) == 128
-    assert ranges(grouped, 256) == 4, "tiles of 64 tokens"
+    assert ranges(grouped, 32768) == 66, "4 key heads: 264 programs on 132 multiprocessors"
+    assert ranges(grouped, 4096) == 64, "tiles of 64 tokens"
+    assert ranges(grouped, 256) == 4
     assert ranges(latent, 4096) == 128
-    assert ranges(latent._replace(heads=128), 4096) == 64, "8 programs for the heads"
+    assert ranges(latent._replace(heads=128), 4096) == 33, "8 programs for the heads"
 
 
 def test_strides_are_followed() -> None:

@@ -15,6 +15,7 @@ from hybrimoe_plugin.compute.gpu.kernels.linear import dot_type
 PROGRAMS = 2
 """Wanted for each multiprocessor, so that one loads while another computes."""
 MOST_RANGES = 128
+"""A constant of the kernels, which are compiled once for caches of all sizes."""
 COLUMNS = 64
 """Of the output, in one program that combines ranges."""
 SHORTEST_DOT = 16
@@ -42,7 +43,7 @@ class SplitAttention:
 
     Args:
         position: [1] int64 on the device: the entry of the token, read by every call.
-        ranges: into how many the keys are cut, a power of 2; by default as many as fill the device.
+        ranges: into how many the keys are cut; by default as many as fill the device.
     """
 
     name = "attention with split keys"
@@ -73,7 +74,7 @@ class SplitAttention:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         wanted = triton.cdiv(PROGRAMS * processors, self._programs)
         tiles = triton.cdiv(capacity, self._tiles.tokens)
-        return min(MOST_RANGES, triton.next_power_of_2(min(wanted, tiles)))
+        return min(MOST_RANGES, wanted, tiles)
 
     def plan(self, held: int) -> None:
         """Nothing to do: the position is read on the device."""
@@ -125,6 +126,7 @@ class SplitAttention:
             self._totals,
             output,
             ranges,
+            MOST_RANGES,
             tokens,
             widths.output,
             COLUMNS,

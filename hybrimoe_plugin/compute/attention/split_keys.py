@@ -25,13 +25,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _range_length(visible, RANGES: tl.constexpr, TOKENS: tl.constexpr):
+def _range_length(visible, ranges, TOKENS: tl.constexpr):
     """Entries of a range: whole tiles, as few as let all ranges hold what is visible."""
     tiles = tl.cdiv(visible, TOKENS)
-    return tl.cdiv(tiles, RANGES) * TOKENS
+    return tl.cdiv(tiles, ranges) * TOKENS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ranges"])
 def attend_ranges(
     query,
     keys,
@@ -46,7 +46,7 @@ def attend_ranges(
     value_head_stride,
     value_stride,
     scale,
-    RANGES: tl.constexpr,
+    ranges,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -58,15 +58,15 @@ def attend_ranges(
     VALUE_BLOCK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One range of one key head; grid (key heads x blocks of query heads, RANGES).
+    """One range of one key head; grid (key heads x blocks of query heads, ranges).
 
     query     [heads, MAIN + REST]
     keys      [key heads, capacity, MAIN + REST]
     values    [key heads, capacity, VALUES]; not read where the columns MAIN are the values too
     position  [1] int64: the entry of the token, which is the last one that it sees
-    sums      [heads, RANGES, VALUES] float32: values times weights
-    maxima    [heads, RANGES] float32: the largest score, in powers of 2
-    totals    [heads, RANGES] float32: sum of the weights
+    sums      [heads, ranges, VALUES] float32: values times weights
+    maxima    [heads, ranges] float32: the largest score, in powers of 2
+    totals    [heads, ranges] float32: sum of the weights
     scale     of the scores, times log2(e)
 
     GROUP     query heads of a key head
@@ -80,7 +80,7 @@ def attend_ranges(
     in_group = tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS)
     of_range = tl.program_id(1)
     visible = tl.load(position).to(tl.int32) + 1
-    length = _range_length(visible, RANGES, TOKENS)
+    length = _range_length(visible, ranges, TOKENS)
     first = of_range * length
     if first >= visible:
         return
@@ -133,20 +133,21 @@ def attend_ranges(
         maximum = larger
 
     width: tl.constexpr = VALUES if VALUES > 0 else MAIN
-    place = head * RANGES + of_range
+    place = head * ranges + of_range
     tl.store(maxima + place, maximum, in_group < GROUP)
     tl.store(totals + place, total, in_group < GROUP)
     there = sums + place[:, None] * width + column[None, :]
     tl.store(there, summed, ours & (column[None, :] < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ranges"])
 def combine_ranges(
     position,
     sums,
     maxima,
     totals,
     output,
+    ranges,
     RANGES: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -156,15 +157,17 @@ def combine_ranges(
 
         output [heads, WIDTH]
 
-    The others are as in `attend_ranges`; RANGES is a power of 2. Ranges without entries hold what
-    an earlier step left, and are not read.
+        RANGES at least `ranges`, and a power of 2
+
+    The others are as in `attend_ranges`. Ranges without entries hold what an earlier step left, and
+    are not read.
     """
     head = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     of_range = tl.arange(0, RANGES)
     visible = tl.load(position).to(tl.int32) + 1
-    used = of_range * _range_length(visible, RANGES, TOKENS) < visible
-    place = head * RANGES + of_range
+    used = of_range * _range_length(visible, ranges, TOKENS) < visible
+    place = head * ranges + of_range
     maximum = tl.load(maxima + place, used, other=float("-inf"))
     total = tl.load(totals + place, used, other=0.0)
     share = tl.exp2(maximum - tl.max(maximum, 0))

@@ -108,10 +108,10 @@ def _device_of_each(layers: nn.ModuleList, stack: str, known: Mapping[str, str])
 class Arrivals:
     """A hook before all modules of one device that brings their inputs there.
 
-    transformers calls layers with keyword arguments: masks, positions and position embeddings, which
-    are the same tensors for all layers of a pass. Their copies are kept for as long as they live,
-    and made anew when hidden states arrive from another device: whoever calls the model may have
-    written to a tensor of the last pass.
+    transformers calls layers with keyword arguments: masks, positions and position embeddings,
+    which are the same tensors for all layers of a pass. Their copies are kept for as long as they
+    live, and made anew when hidden states arrive from another device: whoever calls the model may
+    have written to a tensor of the last pass.
     """
 
     def __init__(self, device: torch.device) -> None:
