@@ -78,7 +78,8 @@ class Launches:
                 values[(place,)] = given
                 continue
             signature[name] = _type(given)
-            if isinstance(given, torch.Tensor) or (isinstance(given, int) and given % 16 == 0):
+            whole = isinstance(given, torch.Tensor) or given % 16 == 0
+            if whole and name not in self.kernel.do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, values, attributes)
         target = GPUTarget("cuda", arch, 32)
