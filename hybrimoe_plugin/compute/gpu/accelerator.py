@@ -10,7 +10,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.gpu.direct_proof import what_is_wrong
 from hybrimoe_plugin.compute.gpu.host_bytes import (
@@ -19,10 +21,12 @@ from hybrimoe_plugin.compute.gpu.host_bytes import (
     RegisteredBytes,
     StagedBytes,
 )
-from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, PromptKernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
+from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
 from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
+from hybrimoe_plugin.compute.gpu.prompt_call import PromptCall
 from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
 from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
@@ -211,6 +215,31 @@ class SlotAccelerator:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             call = SlotCall(self._buffer, layout, (), hidden, slot_ids, topk_weights)
             return kernels.down(call, kernels.gate_up(call))
+
+    def prompt_call(
+        self,
+        weights: LayerWeights,
+        waves: Sequence[Mapping[int, int]],
+        ids: NDArray[np.int64],
+        hidden: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> PromptCall | None:
+        kernels = self.kernels
+        if not isinstance(kernels, PromptKernels) or len(ids) <= kernels.decode_tokens:
+            return None
+        pairs = SortedPairs(ids, weights.spec.experts)
+        layout = self._layouts[id(weights)]
+        return PromptCall(
+            kernels,
+            self._transfers,
+            waves,
+            pairs,
+            self._buffer,
+            layout,
+            hidden,
+            topk_weights,
+            self.copy_to_device,
+        )
 
     def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
         return self.streams.copy_to_host(tensors)
