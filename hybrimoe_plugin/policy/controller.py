@@ -44,6 +44,7 @@ from hybrimoe_plugin.policy.step import IdleTime as IdleTime
 from hybrimoe_plugin.policy.step import Move as Move
 from hybrimoe_plugin.policy.step import Scored as Scored
 from hybrimoe_plugin.policy.step import Step as Step
+from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
 
@@ -348,11 +349,3 @@ class Controller:
         counters.experts_cpu += len(plan.cpu)
         counters.experts_accelerator += len(plan.accelerator)
         self.prefetch_record.use_all(step.layer, present)
-
-
-def loads(ids: NDArray[np.int64]) -> dict[int, int]:
-    """Expert -> number of tokens that chose it, for ids [T, K]."""
-    if len(ids) == 1:
-        return dict.fromkeys(ids[0].tolist(), 1)
-    counts = np.bincount(ids.ravel())
-    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}
