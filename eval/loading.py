@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for layout, stacked in LAYOUTS.items():
             path = Path(folder) / "model.gguf"
-            tensors = write_zeros(path, layers, stacked)
+            tensors = write_zeros(path, synthetic.config(MODEL, layers), stacked)
             for weights in WEIGHTS:
                 shown = tqdm(range(repetitions), desc=f"{layout}, {weights}", disable=None)
                 found = [load(path, weights) for _ in shown]
@@ -95,14 +95,17 @@ def row(
     }
 
 
-def write_zeros(path: Path, layers: int, stacked: bool) -> int:
-    """Write the file as holes behind its header; gives the number of its tensors."""
+def write_zeros(path: Path, made: Any, stacked: bool, down: str = "Q4_K") -> int:
+    """Write a model of this config as holes behind a header; gives the number of its tensors.
+
+    Args:
+        down: type of the experts' last matrix.
+    """
     from hybrimoe_plugin.families.gguf_metadata import metadata
     from hybrimoe_plugin.families.registry import family_of
     from hybrimoe_plugin.hosts.transformers.gguf_export import add_value, tensors
     from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 
-    made = synthetic.config(MODEL, layers)
     family = family_of(made.model_type)
     writer = GGUFWriter(str(path), family.architectures[0])
     for key, value in metadata(made, family).items():
@@ -112,7 +115,7 @@ def write_zeros(path: Path, layers: int, stacked: bool) -> int:
     total = 0
     for name, value in shown.items():
         shape = tuple(value.shape)
-        kind = GGMLQuantizationType[_kind(name, shape)]
+        kind = GGMLQuantizationType[_kind(name, shape, down)]
         block, block_bytes = GGML_QUANT_SIZES[kind]
         size = value.numel() // block * block_bytes
         if kind == GGMLQuantizationType.F32:
@@ -172,7 +175,9 @@ def _anonymous_mib() -> float:
     return 0.0
 
 
-def _kind(name: str, shape: tuple[int, ...]) -> str:
+def _kind(name: str, shape: tuple[int, ...], down: str) -> str:
+    if "ffn_down_exps" in name:
+        return down
     return "F32" if len(shape) == 1 or "ffn_gate_inp" in name else "Q4_K"
 
 

@@ -18,6 +18,7 @@ from eval.policies.systems import (
     ABLATION,
     BASELINES,
     KTRANSFORMERS,
+    LEARNING_FIRST,
     ORACLE,
     OURS,
     PUBLISHED,
@@ -56,9 +57,9 @@ MACHINES: dict[str, tuple[str, ...]] = {
 }
 SYSTEMS = (*BASELINES, OURS, ORACLE)
 BASELINE_NAMES = frozenset(system.name for system in BASELINES)
-STEPS = (*ABLATION, *SINGLE, PUBLISHED, ORACLE)
-"""The ablation: each step on top of the one before, then single parts on the static baseline, then
-the paper's own system.
+STEPS = (*ABLATION, LEARNING_FIRST, *SINGLE, PUBLISHED, ORACLE)
+"""The ablation: each step on top of the one before, the last one with every call learned from
+before it is planned, then single parts on the static baseline, then the paper's own system.
 """
 
 PHASES = ("decode", "prefill")

@@ -133,7 +133,7 @@ def planned_calls(trace: Trace, costs: CostModel, tokens: int) -> list[Call]:
     return listener.calls
 
 
-class Listener:
+class Listener(Scheduler):
     """A scheduler that remembers the calls it planned."""
 
     def __init__(self, scheduler: Scheduler) -> None:

@@ -23,8 +23,10 @@ WEIGHTS = ("auto", "mapped", "memory")
 VERIFY = ("off", "slots")
 ATTENTION = ("auto", "torch")
 GRAPHS = ("auto", "off")
+HOST_PATHS = ("auto", "wait")
 ACCELERATORS = ("auto", "none", "emulated", "cuda")
 KERNELS = ("auto", "triton", "torch")
+ACTIVATIONS = ("auto", "float", "int8")
 
 # What is chosen beside the engine's settings: for a chat and for the demo model.
 SAMPLERS = ("auto", "transformers")
@@ -133,6 +135,13 @@ class Settings:
         choices=KERNELS,
         expert=True,
     )
+    activations: str = setting(
+        "auto",
+        "what cached experts' matrices are multiplied with in decode: floats, int8, or int8 on a "
+        "GPU where that proves itself at load (auto)",
+        choices=ACTIVATIONS,
+        expert=True,
+    )
     context: int = setting(4096, "tokens whose KV cache must fit beside the experts", low=0)
     dense: str = setting(
         "auto",
@@ -147,8 +156,15 @@ class Settings:
     )
     attention: str = setting(
         "auto",
-        "attention in CUDA graphs: flashinfer where it is faster (auto), or torch",
+        "attention in CUDA graphs: the fastest kernel that is right (auto), or torch's",
         choices=ATTENTION,
+    )
+    host_path: str = setting(
+        "auto",
+        "CUDA graphs whose experts are all cached: launch the layers behind at once, after a proof "
+        "at load (auto), or wait for the host in every layer",
+        choices=HOST_PATHS,
+        expert=True,
     )
     weights: str = setting(
         "auto",

@@ -15,6 +15,7 @@ from eval.models.blocks import stored_bytes
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, Part
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.layer_path import WholeRepacks
 
 CARD = torch.device("cuda:0")
 
@@ -72,9 +73,12 @@ def _launch_experts(case: Case) -> None:
     layout = kernels.layout(shape.spec)
     used = shape.experts - 1
     buffer = _bytes((used + 1) * layout.size).view(used + 1, -1)
-    for part in layout.parts:
-        if part.planar:
-            _launch_repack(part.type_name, part.size)
+    planar = tuple(part for part in layout.parts if part.planar)
+    for part in planar:
+        _launch_repack(part.type_name, part.size)
+    if planar and isinstance(kernels, WholeRepacks):
+        # All of an expert in one launch, as transfers do.
+        kernels.repacker(planar)([_bytes(part.size) for part in planar], buffer[0], 0)
     places = torch.arange(case.tokens * shape.top_k)
     slot_ids = (places % used).view(case.tokens, -1)
     hidden = torch.empty(case.tokens, shape.hidden, dtype=case.dtype)

@@ -32,6 +32,8 @@ class System:
     """Whole layers on the accelerator instead of a share of every layer."""
     oracle: bool = False
     """Belady's cache and true predictions in place of the policies."""
+    deferred: bool = True
+    """Whether calls are learned from behind their launches."""
 
 
 def _system(
@@ -42,6 +44,7 @@ def _system(
 
 
 OURS = System("ours")
+LEARNING_FIRST = System("ours, learning before the launches", deferred=False)
 KTRANSFORMERS = _system("kTransformers-like static", "static", "static", "layer", "off")
 PUBLISHED = _system("HybriMoE as published", "greedy", "mrs", "layer", "impact")
 BASELINES = (
@@ -106,6 +109,7 @@ def build(
         cache,
         make_prefetcher(settings.prefetch, scheduler),
         header.expert_bytes,
+        system.deferred,
     )
 
 

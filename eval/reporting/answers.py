@@ -83,6 +83,15 @@ def _flips(found: Result) -> str:
     return f"{flips} of {tokens} tokens differ; the margins below show how close they were."
 
 
+def _host_path(found: Result) -> str:
+    return (
+        f"A MoE layer of a decoded token takes {found['layer_us_p50']:.0f} µs of host time in the "
+        f"worst case. The first launch comes {found['decide_us_p50']:.0f} µs after the routing "
+        f"decision, {found['decide_us_miss_p50']:.0f} µs with a demand load. A token that hits in "
+        f"every layer waits for the device {found['host_round_trips_per_hit_token']} times."
+    )
+
+
 def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
@@ -111,6 +120,12 @@ QUESTIONS = {
         "How long do prompts and tokens take under each system's policies, on the same machine "
         "model and with the same routing?",
         _replay,
+    ),
+    "host_path": Question(
+        "What does a GPU's decoding cost the host?",
+        "How long do Python and torch take for each part of a layer call, on a device that takes "
+        "no time itself?",
+        _host_path,
     ),
     "throughput": Question(
         "How fast is this machine's CPU alone?",

@@ -196,3 +196,42 @@ class Accelerator(Protocol):
     def close(self) -> None:
         """Give back threads and memory."""
         ...
+
+
+@runtime_checkable
+class ResidentExperts(Accelerator, Protocol):
+    """An accelerator that also computes slots which the device alone chooses, inside a graph."""
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The slots' memory: graphs that read it are void once it is another tensor."""
+        ...
+
+    def refusal(self, weights: LayerWeights) -> str:
+        """Why a layer's experts cannot be computed by `resident`; empty where they can."""
+        ...
+
+    def resident(
+        self,
+        weights: LayerWeights,
+        hidden: torch.Tensor,
+        slot_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `compute`, of slots that only the device knows; no operation depends on the host.
+
+        All bytes must be there. `used_layer` must follow whenever a graph of it is launched.
+        """
+        ...
+
+    def pump(self) -> None:
+        """Give the device waiting prefetches for which the link has room; `compute` does so too."""
+        ...
+
+    def used_layer(self, weights: LayerWeights) -> None:
+        """Note that the device's work so far may read any slot that holds an expert of a layer."""
+        ...
+
+    def arrived(self, slot: int) -> bool:
+        """Whether all bytes that were last sent to a slot are there; the host does not wait."""
+        ...

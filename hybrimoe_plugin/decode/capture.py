@@ -11,6 +11,10 @@ and the link do. It cannot be part of a graph, so the layer's code is cut there:
               | its output is copied to a fixed address
     graph 3   shared experts, + x: what the layer's code does after the experts' call
 
+Where a layer may be part of a chain (`decode.chain`), one more graph stands beside the engine: it
+computes the routed experts from the slots that a table on the device names, if all of them lie
+there. Graphs 1 and 2 then end by a mark that tells the host of their copies.
+
 A layer without routed experts is one graph. Which operations are before and behind the break
 depends on the model's code alone; nothing of it is written anew.
 """
@@ -20,11 +24,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
+from hybrimoe_plugin.compute.attention.decode_attention import AttentionKernel
 from hybrimoe_plugin.compute.attention.kv_cache import Buffers, FixedCache
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.decode.decode_state import DecodeState
@@ -34,6 +38,49 @@ from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
 CallLayer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
 """The model's own layer: (hidden states, cache, position embeddings) -> hidden states."""
+
+
+class Experts(Protocol):
+    """The experts' call of a replayed layer, which is the engine's `Sent` too."""
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, ids and weights, on the device."""
+        ...
+
+    def needed(self) -> PendingCopy:
+        """As `Sent` says."""
+        ...
+
+    def predicted(self) -> PendingCopy | None:
+        """As `Sent` says."""
+        ...
+
+
+class Link(Protocol):
+    """What the graphs of a layer in a chain hold besides (`decode.chain.link`)."""
+
+    def mark_routed(self) -> None:
+        """Tell the host that its copies of the routing are there."""
+        ...
+
+    def mark_predicted(self) -> None:
+        """The same of the later routers' choices."""
+        ...
+
+    def begin(self) -> None:
+        """The device is idle behind a capture: marks count from here on."""
+        ...
+
+    def replays(self, routed: bool) -> None:
+        """Graph 1, or graph 2, is about to be replayed."""
+        ...
+
+    def compute(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] of the experts that lie in slots; the device's work alone."""
+        ...
 
 
 @dataclass
@@ -54,15 +101,26 @@ class GraphBreak:
     """Asks the later routers; it runs while the host already plans."""
     predictions_on_host: list[torch.Tensor]
     """On the CPU: the ids that they would choose."""
+    link: Link | None = None
+    resident: Replay | None = None
+    """Computes the experts from slots, in the engine's place; leaves the result in `output`."""
 
     def needed(self) -> PendingCopy:
         return self.accelerator.pending_copy(self.on_host)
 
     def predicted(self) -> PendingCopy | None:
-        if self.look_ahead is None:
+        if not self.predict():
             return None
-        self.look_ahead()
         return self.accelerator.pending_copy(self.predictions_on_host)
+
+    def predict(self) -> bool:
+        """Ask the later routers, on the device; whether there are any."""
+        if self.look_ahead is None:
+            return False
+        if self.link is not None:
+            self.link.replays(routed=False)
+        self.look_ahead()
+        return True
 
 
 @dataclass
@@ -71,10 +129,10 @@ class LayerGraphs:
 
     buffers: Buffers
     """The KV cache that they read and write."""
-    kernel: FlashinferKernel | None
+    kernel: AttentionKernel
     """Their attention. Kept here, since its memory is in the graphs."""
     hidden: torch.Tensor
-    """[1, 1, H]: their input."""
+    """[1, 1, H]: their input. At their end their output lies there too, for the next layer."""
     before: Replay
     graph_break: GraphBreak | None
     after: Replay | None
@@ -82,15 +140,21 @@ class LayerGraphs:
     """[1, 1, H]. Valid until the layer's next call."""
 
     def run(
-        self, hidden: torch.Tensor, call_experts: Callable[[GraphBreak], torch.Tensor]
+        self, hidden: torch.Tensor, call_experts: Callable[[Experts], torch.Tensor]
     ) -> torch.Tensor:
         """Replay for hidden states [1, 1, H], with the experts' call in between."""
         self.hidden.copy_(hidden)
-        self.before()
+        self.route()
         if self.graph_break is not None and self.after is not None:
             self.graph_break.output.copy_(call_experts(self.graph_break))
             self.after()
         return self.output
+
+    def route(self) -> None:
+        """Replay up to the experts' call, or all where there is none; the input is in place."""
+        if self.graph_break is not None and self.graph_break.link is not None:
+            self.graph_break.link.replays(routed=True)
+        self.before()
 
 
 def record(
@@ -99,11 +163,15 @@ def record(
     hidden: torch.Tensor,
     buffers: Buffers,
     experts: HybriMoEExperts | None,
-    kernel: FlashinferKernel | None = None,
+    kernel: AttentionKernel,
+    link: Link | None = None,
 ) -> LayerGraphs:
     """Capture a layer.
 
     Nothing of the running step is used but shapes. The last entry of the buffers is overwritten.
+
+    Args:
+        link: of a layer that may be part of a chain.
 
     Raises:
         RuntimeError: something in the layer cannot be captured.
@@ -113,10 +181,11 @@ def record(
     capture = state.capture
     cache = FixedCache(buffers, state.position, kernel)
     state.set_dummy_step(buffers[0].shape[2] - 1)
+    fixed = state.hidden_like(hidden)
+    fixed.fill_(0.25)
     with torch.inference_mode(False):
-        fixed = torch.full_like(hidden, 0.25)
         experts_output = torch.zeros_like(hidden[0])
-    recorder = None if experts is None else _BreakRecorder(capture, experts, experts_output)
+    recorder = None if experts is None else _BreakRecorder(capture, experts, experts_output, link)
 
     def call() -> torch.Tensor:
         return call_layer(fixed, cache, state.position_embeddings)
@@ -129,10 +198,13 @@ def record(
         try:
             with nullcontext() if recorder is None else recorder.capturing():
                 output = call()
+                fixed.copy_(output)
             last = capture.end()
         except BaseException:
             capture.abandon()
             raise
+    if link is not None:
+        link.begin()
     if recorder is None or recorder.before is None:
         return LayerGraphs(buffers, kernel, fixed, last, None, None, output)
     return LayerGraphs(buffers, kernel, fixed, recorder.before, recorder.graph_break, last, output)
@@ -146,13 +218,20 @@ class _BreakRecorder:
         graph_break: the same call.
     """
 
-    def __init__(self, capture: Capture, experts: HybriMoEExperts, output: torch.Tensor) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        experts: HybriMoEExperts,
+        output: torch.Tensor,
+        link: Link | None,
+    ) -> None:
         assert experts.accelerator is not None, "cuda_layer() has checked it"
         self.before: Replay | None = None
         self.graph_break: GraphBreak | None = None
         self._capture = capture
         self._experts = experts
         self._output = output
+        self._link = link
         self._accelerator = experts.accelerator
         self._router, self._later_routers = experts.routers()
         self._on_host: list[torch.Tensor] = []
@@ -169,19 +248,30 @@ class _BreakRecorder:
         host_memory = self._accelerator.pinned_like
         self._on_host = [host_memory(tensor) for tensor in self._needed(inputs)]
         self._predictions_on_host = [host_memory(ids) for ids in self._predicted(inputs[0])]
+        if self._link is not None:
+            self._link.compute(*inputs)
         return self._output
 
     def _break(self, *inputs: torch.Tensor) -> torch.Tensor:
         """End the graph before the experts, capture look-ahead, and begin the graph behind."""
         needed = self._needed(inputs)
         _copy_to_host(needed, self._on_host)
+        link = self._link
+        if link is not None:
+            link.mark_routed()
         self.before = self._capture.end()
-        look_ahead = None
+        look_ahead = resident = None
         if self._later_routers:
             self._capture.begin()
             _copy_to_host(self._predicted(inputs[0]), self._predictions_on_host)
+            if link is not None:
+                link.mark_predicted()
             look_ahead = self._capture.end()
         hidden, ids, weights = needed[:3]
+        if link is not None:
+            self._capture.begin()
+            self._output.copy_(link.compute(hidden, ids, weights))
+            resident = self._capture.end()
         self.graph_break = GraphBreak(
             (hidden, ids, weights),
             self._output,
@@ -189,6 +279,8 @@ class _BreakRecorder:
             self._on_host,
             look_ahead,
             self._predictions_on_host,
+            link,
+            resident,
         )
         self._capture.begin()
         return self._output

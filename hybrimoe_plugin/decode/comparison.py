@@ -17,6 +17,12 @@ TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
 Kernels differ, and so does the order of sums.
 """
 
+UNDECIDED = 8
+"""Consecutive steps on which two ways to compute may choose other experts, by a near tie.
+
+Such a step proves nothing.
+"""
+
 HALF_TOLERANCE = 0.03
 """The same for 16-bit types: the layer's own rounding is 0.003 to 0.01 there."""
 
@@ -80,7 +86,7 @@ def difference(graphs: LayerGraphs, eager: EagerStep) -> Difference:
     if call is not None and graph_break is not None:
         same_choice, routing = _routing_pairs(graph_break, call)
         pairs += routing
-    error = max(_error(found, right) for found, right in pairs if right.numel())
+    error = max(relative_error(found, right) for found, right in pairs if right.numel())
     return Difference(error, same_choice)
 
 
@@ -112,7 +118,7 @@ def _routing_pairs(graph_break: GraphBreak, call: ExpertsCall) -> tuple[bool, li
     return same_choice, pairs
 
 
-def _error(found: torch.Tensor, right: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
     """Relative RMS error; infinite where a value is NaN."""
     right = right.float()
     distance = (found.float() - right).norm()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hybrimoe_plugin.compute.attention.rope import Rope
+from hybrimoe_plugin.decode.chain.connect import connect_chains, weakly
 from hybrimoe_plugin.decode.cpu_layer import CpuLayer
 from hybrimoe_plugin.decode.cpu_step import cpu_step
 from hybrimoe_plugin.decode.cuda_layer import cuda_layer
@@ -34,6 +34,7 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
     last_tokens: LastTokens | None = None
     ropes: dict[Rope, RopeMatrix] = {}
     states: dict[torch.device, DecodeState | None] = {}
+    chainable: list[GraphedLayer] = []
     for layer in model.modules():
         if not isinstance(layer, GraphedLayer):
             continue
@@ -42,29 +43,18 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
         step = cpu_step(layer, ropes)
         if step is not None:
             layer.layer_call = CpuLayer(layer.eager, step)
-        elif _use_cuda_graphs(layer, states) or _device(layer).type != "cpu":
+        elif _use_cuda_graphs(layer, states):
+            chainable.append(layer)
+            continue
+        elif _device(layer).type != "cpu":
             continue
         found = last_tokens_of(model, layer)
         if found is not None:
             last_tokens = found
             layer.layer_call = LastLayer(layer.layer_call, found)
-            turns.clean_up.append(_weakly(found.forget))
+            turns.clean_up.append(weakly(found.forget))
+    connect_chains(chainable, turns)
     return (lambda: None) if last_tokens is None else last_tokens.remove
-
-
-def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Call a method as long as its object lives.
-
-    The engine's threads end with the model, so nothing that outlives it, as turns do, may hold it.
-    """
-    found = weakref.WeakMethod(method)
-
-    def call() -> None:
-        alive = found()
-        if alive is not None:
-            alive()
-
-    return call
 
 
 def _device(layer: GraphedLayer) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
+from hybrimoe_plugin.compute.attention.decode_attention import AttentionKernel
 from hybrimoe_plugin.compute.attention.kv_cache import (
     CACHE_NAMES,
     Buffers,
@@ -19,8 +19,11 @@ from hybrimoe_plugin.compute.attention.kv_cache import (
     cache_name,
 )
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.decode.capture import CallLayer, GraphBreak, LayerGraphs, record
+from hybrimoe_plugin.decode.capture import CallLayer, Experts, LayerGraphs, record
+from hybrimoe_plugin.decode.chain.link import LayerLink, link_of
+from hybrimoe_plugin.decode.chain.proof import ChainCall, ProvenChain
 from hybrimoe_plugin.decode.comparison import (
+    UNDECIDED,
     EagerStep,
     ExpertsCall,
     difference,
@@ -44,12 +47,6 @@ PROOFS = 2
 The second one tells whether the graphs have frozen anything of the first.
 """
 
-UNDECIDED = 8
-"""Consecutive steps on which eager and replayed routers may choose other experts, by a near tie.
-
-Such a step proves nothing.
-"""
-
 
 class CudaLayer:
     """A decode step as graphs, any other call eagerly.
@@ -59,7 +56,7 @@ class CudaLayer:
 
         first step    runs eagerly and gives the result; captured, replayed, compared
         second step   runs eagerly and gives the result; replayed, compared
-        later steps   replayed
+        later steps   replayed, as a part of a chain once that has proved right (`decode.chain`)
 
     It begins anew when the cache is full and continues in new buffers. After a comparison that
     failed, this layer runs eagerly; the others are not concerned.
@@ -70,6 +67,7 @@ class CudaLayer:
         experts: the layer's, if it has any.
         hooks: of all modules inside the layer but the experts, which are called as a module.
         output_hooks: those on the layer itself; not empty where something may keep its output.
+        link: of a layer with experts that may be part of a chain.
     """
 
     def __init__(
@@ -82,6 +80,7 @@ class CudaLayer:
         output_hooks: Sized,
         state: DecodeState,
         settings: Settings,
+        link: LayerLink | None = None,
     ) -> None:
         self.experts = experts
         self.buffers = LayerBuffers(settings.context)
@@ -90,8 +89,14 @@ class CudaLayer:
         self._attention = attention
         self._hooks = hooks
         self._output_hooks = output_hooks
-        self._state = state
-        self._may_use_flashinfer = settings.attention != "torch"
+        self.state = state
+        self._link = link
+        self.chain: ProvenChain | None = None
+        """Of this layer and those beside it; None where each is replayed by itself."""
+        self.next_input_hooks: Sized | None = None
+        """Hooks that see this layer's output before the chain's next layer; None: it has no next.
+        """
+        self._plain_attention = settings.attention == "torch"
         self._graphs: LayerGraphs | None = None
         self._proofs = 0
         self._undecided = 0
@@ -102,20 +107,36 @@ class CudaLayer:
         return self._graphs is not None and self._proofs >= PROOFS
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._refused:
-            return self._eager(hidden_states, *args, **kwargs)
-        cache = None if args else self._cache_of(hidden_states, kwargs)
+        cache = None if args or self._refused else self._cache_of(hidden_states, kwargs)
         if cache is None:
+            self.state.settle()
             return self._eager(hidden_states, *args, **kwargs)
         self.buffers.take(cache)
-        if not self._state.set_step(cache.get_seq_length(), kwargs["position_embeddings"]):
+        if not self.state.set_step(cache.get_seq_length(), kwargs["position_embeddings"]):
+            self.state.settle()
             return self._eager(hidden_states, **kwargs)
         graphs = self._current_graphs()
         if graphs is None or self._proofs < PROOFS:
+            self.state.settle()
             return self._prove(cache, hidden_states, kwargs)
-        output = graphs.run(hidden_states, self._call_experts)
+        output = self._replay(graphs, hidden_states, cache.get_seq_length())
         cache.advance()
         return output.clone() if self._output_hooks else output
+
+    def join(self, chain: ProvenChain) -> None:
+        """Run as a part of a chain from now on."""
+        self.chain = chain
+        self.state.chains = list(dict.fromkeys((*self.state.chains, chain)))
+
+    def _replay(self, graphs: LayerGraphs, hidden: torch.Tensor, held: int) -> torch.Tensor:
+        """As part of the chain, or by itself."""
+        chained = self.experts is None or (self._link is not None and self._link.usable)
+        if self.chain is None or not chained:
+            self.state.settle()
+            return graphs.run(hidden, self._call_experts)
+        final = self.next_input_hooks is None or bool(self.next_input_hooks or self._output_hooks)
+        call = ChainCall(graphs, self._call_experts, self._link, held, final)
+        return self.chain.run(call, hidden)
 
     def _cache_of(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
         """This layer's cache; None if the call is not one that CUDA graphs serve."""
@@ -136,7 +157,9 @@ class CudaLayer:
         graphs = self._graphs
         if graphs is None:
             return None
-        if graphs.buffers is self.buffers.kv and self._state.still_plans(graphs.kernel):
+        same_slots = self._link is None or self._link.usable
+        same_buffers = graphs.buffers is self.buffers.kv
+        if same_slots and same_buffers and self.state.still_plans(graphs.kernel):
             return graphs
         self._discard()
         return None
@@ -146,9 +169,9 @@ class CudaLayer:
         self._proofs = 0
         self._undecided = 0
 
-    def _call_experts(self, graph_break: GraphBreak) -> torch.Tensor:
+    def _call_experts(self, call: Experts) -> torch.Tensor:
         assert self.experts is not None
-        output: torch.Tensor = self.experts(*graph_break.inputs, graph_break)
+        output: torch.Tensor = self.experts(*call.inputs, call)
         return output
 
     def _prove(
@@ -169,10 +192,10 @@ class CudaLayer:
         if problem:
             restore(buffers, eager.buffers)
             self._discard()
-            # Tried again without flashinfer, where that was used.
-            if not self._state.drop_kernels(problem):
+            # Tried again with torch's attention, where another kernel was used.
+            if not self.state.drop_kernels(problem):
                 self._refused = True
-                self._state.note_refusal(problem)
+                self.state.note_refusal(problem)
         return eager.output
 
     def _run_eagerly(
@@ -202,16 +225,19 @@ class CudaLayer:
             Exception: of any kind, if the layer cannot be captured.
         """
         if self._graphs is None:
-            kernel = self._flashinfer_kernel(buffers)
+            kernel = self._kernel_for(buffers)
             self._graphs = record(
-                self._state,
+                self.state,
                 self._with_fixed_cache(kwargs),
                 eager.hidden,
                 buffers,
                 self.experts,
                 kernel,
+                self._link,
             )
-        self._state.set_step(eager.held, kwargs["position_embeddings"])
+            if self.chain is not None:
+                self.chain.renew(self._link)
+        self.state.set_step(eager.held, kwargs["position_embeddings"])
         found = difference(self._graphs, eager)
         if found.same_choice:
             self._proofs += 1
@@ -227,11 +253,10 @@ class CudaLayer:
             return f"{self._key} chooses other experts than its eager twin when it is replayed"
         return ""
 
-    def _flashinfer_kernel(self, buffers: Buffers) -> FlashinferKernel | None:
-        if not self._may_use_flashinfer:
-            return None
+    def _kernel_for(self, buffers: Buffers) -> AttentionKernel:
         keys, _ = buffers
-        return self._state.kernel_for(self._attention.decode_shape(keys))
+        shape = self._attention.decode_shape(keys)
+        return self.state.kernel_for(shape, self._plain_attention)
 
     def _with_fixed_cache(self, kwargs: dict[str, Any]) -> CallLayer:
         """The eager layer, with a step's other arguments, on a fixed-address cache."""
@@ -242,7 +267,7 @@ class CudaLayer:
         def call(hidden: torch.Tensor, cache: FixedCache, embeddings: Any) -> torch.Tensor:
             fixed = {
                 keyword: cache,
-                "attention_mask": cache.visible,
+                "attention_mask": None,  # the cache's kernel knows what the token sees
                 "position_embeddings": embeddings,
             }
             return self._eager(hidden, **{**others, **fixed})
@@ -278,6 +303,7 @@ def cuda_layer(
         output_hooks,
         state,
         settings,
+        link_of(experts[0], state, settings) if experts else None,
     )
 
 

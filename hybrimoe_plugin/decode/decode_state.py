@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import (
-    FlashinferKernel,
-    FlashinferShape,
-    choose,
+from hybrimoe_plugin.compute.attention.decode_attention import (
+    AttentionKernel,
+    AttentionShape,
+    MaskedAttention,
 )
+from hybrimoe_plugin.compute.attention.kernel_choice import choose
+from hybrimoe_plugin.decode.chain.slot_table import SlotTable
 from hybrimoe_plugin.device.cuda_graphs import Capture
+from hybrimoe_plugin.engine import Engine
 
 log = logging.getLogger(__name__)
+
+
+class Settles(Protocol):
+    """A chain of layers (`decode.chain`)."""
+
+    def settle(self) -> None:
+        """Make the outputs right that it has given out."""
+        ...
 
 
 class DecodeState:
@@ -26,8 +37,11 @@ class DecodeState:
 
     Attributes:
         capture: records graphs.
+        device: of the layers.
         refusals: how many layers run eagerly from now on.
         position: [1] int64, the cache entry of this step's token.
+        hidden: [1, 1, H], the input of whichever layer runs; a layer leaves its output there for
+            the next one. None before the first capture.
         layers: how many layers share this.
     """
 
@@ -35,10 +49,15 @@ class DecodeState:
         self.capture = capture
         self.refusals = 0
         self.layers = 0
-        self._device = device
+        self.device = device
         with torch.inference_mode(False):
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._kernels: dict[FlashinferShape, FlashinferKernel | None] = {}
+        self.hidden: torch.Tensor | None = None
+        self.chains: list[Settles] = []
+        """Of layers that may be launched before it is known that their input is right."""
+        self.tables: dict[Engine, SlotTable] = {}
+        self._kernels: dict[tuple[AttentionShape, bool], AttentionKernel] = {}
+        """By shape, and whether it is to be torch's."""
         self._held = -1
         """The step's number of tokens held, which is its position; -1 where it is not known."""
         self._given: tuple[torch.Tensor, ...] = ()
@@ -68,6 +87,8 @@ class DecodeState:
             self._is_tuple = is_tuple
             with torch.inference_mode(False):
                 self._fixed = tuple(torch.zeros_like(part) for part in given)
+        if held != self._held or not _are_same(given, self._given):
+            self.settle()  # by the step that its layers were launched for
         if held != self._held:
             self._held = -1  # unknown until all of it is set: an interrupted step leaves a part
             self._set_position(held)
@@ -82,6 +103,19 @@ class DecodeState:
         self._given = given
         return True
 
+    def settle(self) -> None:
+        """Make every layer's output right that was given out so far."""
+        for chain in self.chains:
+            chain.settle()
+
+    def hidden_like(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The input's place at a fixed address, for hidden states of this kind; mutates."""
+        known = self.hidden
+        if known is None or known.shape != hidden.shape or known.dtype != hidden.dtype:
+            with torch.inference_mode(False):
+                self.hidden = known = torch.zeros_like(hidden)
+        return known
+
     def set_dummy_step(self, position: int) -> None:
         """Set inputs unlike any step's, so that a capture that freezes its own step's is found."""
         self._set_position(position)
@@ -90,32 +124,47 @@ class DecodeState:
         self._held = -1
         self._given = ()
 
-    def kernel_for(self, shape: FlashinferShape) -> FlashinferKernel | None:
-        """Attention that is faster than torch's for this shape; searched for once."""
-        if shape not in self._kernels:
+    def kernel_for(self, shape: AttentionShape, plain: bool = False) -> AttentionKernel:
+        """Attention for this shape, searched for once.
+
+        Args:
+            plain: torch's, whatever is faster.
+        """
+        key = shape, plain
+        if key not in self._kernels:
             # Caches of smaller capacity are full by now, in every layer.
             self._kernels = {
                 known: kernel
                 for known, kernel in self._kernels.items()
-                if known.capacity >= shape.capacity
+                if known[0].capacity >= shape.capacity
             }
-            self._kernels[shape] = choose(shape, self._device, self.capture, max(1, self.layers))
+            self._kernels[key] = self._new_kernel(shape, plain)
             self._held = -1  # so that the next `set_step` plans for it too
-        return self._kernels[shape]
+        return self._kernels[key]
 
-    def still_plans(self, kernel: FlashinferKernel | None) -> bool:
-        """Whether steps are planned for the kernel that a layer was captured with, if any."""
-        return kernel is None or any(kernel is known for known in self._kernels.values())
+    def _new_kernel(self, shape: AttentionShape, plain: bool) -> AttentionKernel:
+        if plain:
+            return MaskedAttention(shape, self.device)
+        return choose(shape, self.device, self.capture, self.position, max(1, self.layers))
+
+    def still_plans(self, kernel: AttentionKernel) -> bool:
+        """Whether steps are planned for the kernel that a layer was captured with."""
+        return any(kernel is known for known in self._kernels.values())
 
     def drop_kernels(self, reason: str) -> bool:
         """Use torch's attention from now on; returns whether there was any other."""
-        used = [shape for shape, kernel in self._kernels.items() if kernel is not None]
-        if not used:
-            return False
-        log.warning("flashinfer is not used on %s any more: %s", self._device, reason)
-        for shape in used:
-            self._kernels[shape] = None
-        return True
+        others = {
+            key: kernel.name
+            for key, kernel in self._kernels.items()
+            if not isinstance(kernel, MaskedAttention)
+        }
+        for name in sorted(set(others.values())):
+            log.warning("%s is not used on %s any more: %s", name, self.device, reason)
+        for key in others:
+            shape, _ = key
+            self._kernels[key] = MaskedAttention(shape, self.device)
+        self._held = -1
+        return bool(others)
 
     def note_refusal(self, reason: str) -> None:
         """Say once why a layer runs eagerly from now on."""
@@ -124,14 +173,14 @@ class DecodeState:
         log.log(
             level,
             "CUDA graphs are not used on %s for a layer: %s; decoding goes on without its graphs",
-            self._device,
+            self.device,
             reason,
         )
 
     def _set_position(self, position: int) -> None:
         self.position.fill_(position)
-        for shape, kernel in self._kernels.items():
-            if kernel is not None and position < shape.capacity:
+        for kernel in self._kernels.values():
+            if position < kernel.shape.capacity:
                 kernel.plan(position)
 
 

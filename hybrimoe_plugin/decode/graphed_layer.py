@@ -39,7 +39,7 @@ class GraphedLayer(DenseOperator):
     """
 
     by_proof = True
-    uses = ("graphs", "attention")
+    uses = ("graphs", "attention", "host_path")
 
     def __init__(
         self,

@@ -10,10 +10,14 @@ There are four queues:
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+
+from hybrimoe_plugin.device.raw_copies import HOST_TO_DEVICE, loaded_copy
+from hybrimoe_plugin.errors import BackendError
 
 LINK, AHEAD, REPACK, COMPUTE = "link", "ahead", "repack", "compute"
 QUEUES = (LINK, AHEAD, REPACK, COMPUTE)
@@ -52,8 +56,35 @@ class PendingCopy:
 class Streams(Protocol):
     """In-order queues: work of one queue runs in order, and only events order the queues."""
 
+    @property
+    def takes_addresses(self) -> bool:
+        """Whether `copy` can be called."""
+        ...
+
     def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         """Append work to a queue; it may only start device operations."""
+        ...
+
+    def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
+        """Append a copy between addresses to a queue that is not `COMPUTE`.
+
+        Nothing checks the addresses: the caller knows that both ranges are whole and stay so.
+
+        Args:
+            target: on this device.
+            source: in host memory that the device reads at full speed.
+
+        Raises:
+            BackendError: the device refuses.
+        """
+        ...
+
+    def launch(self, queue: str, work: Callable[[int], None]) -> None:
+        """Append kernels to a queue that is not `COMPUTE`; where `copy` can be called.
+
+        Args:
+            work: launches them on the stream whose handle it is given; 0 where there is none.
+        """
         ...
 
     def record(self, queue: str) -> Event:
@@ -96,8 +127,16 @@ class Streams(Protocol):
 class HostStreams:
     """The emulated device: all work runs at once, on the CPU."""
 
+    takes_addresses = True
+
     def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         work()
+
+    def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+
+    def launch(self, queue: str, work: Callable[[int], None]) -> None:
+        work(0)
 
     def record(self, queue: str) -> Event:
         return None
@@ -127,6 +166,22 @@ class HostStreams:
         """Nothing to do: everything queued before has run."""
 
 
+class _Recorded:
+    """One recording of a CUDA event, which can be recorded anew when this is forgotten.
+
+    Whatever was told to wait for it waits for the recording, not for the event.
+    """
+
+    __slots__ = ("_spare", "event")
+
+    def __init__(self, event: torch.cuda.Event, spare: list[torch.cuda.Event]) -> None:
+        self.event = event
+        self._spare = spare
+
+    def __del__(self) -> None:
+        self._spare.append(self.event)
+
+
 class CudaStreams:
     """One CUDA stream for each queue; `COMPUTE` is torch's current stream."""
 
@@ -139,6 +194,17 @@ class CudaStreams:
             AHEAD: torch.cuda.Stream(device, priority=0),
             REPACK: torch.cuda.Stream(device, priority=-2),
         }
+        self._copy = loaded_copy()
+        self._handles: dict[str, int] = {}
+        if self.takes_addresses:
+            self._handles = {name: stream.cuda_stream for name, stream in self._streams.items()}
+        self._several = device.index is not None and torch.cuda.device_count() > 1
+        self._spare: list[torch.cuda.Event] = []
+        """Events of this device that nobody refers to any more."""
+
+    @property
+    def takes_addresses(self) -> bool:
+        return self._copy is not None
 
     def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         if queue == COMPUTE:
@@ -147,35 +213,56 @@ class CudaStreams:
         with torch.cuda.stream(self._streams[queue]):
             work()
 
+    def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
+        assert self._copy is not None, "takes_addresses comes first"
+        if self._elsewhere():
+            # A copy follows its stream; but the runtime would take memory on the current device.
+            with torch.cuda.device(self._device):
+                self.copy(queue, target, source, nbytes)
+            return
+        status = self._copy(target, source, nbytes, HOST_TO_DEVICE, self._handles[queue])
+        if status:
+            raise BackendError(f"copy of {nbytes} bytes to {self._device}: CUDA error {status}")
+
+    def launch(self, queue: str, work: Callable[[int], None]) -> None:
+        if not self._elsewhere():
+            work(self._handles[queue])
+            return
+        with torch.cuda.device(self._device):
+            work(self._handles[queue])
+
     def record(self, queue: str) -> Event:
-        event = torch.cuda.Event()
+        try:
+            event = self._spare.pop()  # not asked before: another thread may take the last one
+        except IndexError:
+            event = torch.cuda.Event()
         event.record(self._stream(queue))
-        return event
+        return _Recorded(event, self._spare)
 
     def wait(self, queue: str, event: Event) -> None:
-        self._stream(queue).wait_event(event)
+        self._stream(queue).wait_event(event.event)
 
     def reached(self, event: Event) -> bool:
-        return bool(event.query())
+        return bool(event.event.query())
 
     def block(self, event: Event) -> None:
-        event.synchronize()
+        event.event.synchronize()
 
     def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
         """As the protocol says; a tensor may lie on any CUDA device or on the CPU."""
         copies = []
         devices = set()
         for tensor in tensors:
-            if tensor.device.type == "cuda":
+            if tensor.device.type != "cpu":
                 # On the tensor's own device, after what made it.
                 devices.add(tensor.device)
                 tensor = self.pinned_like(tensor).copy_(tensor, non_blocking=True)
             copies.append(tensor)
         events = []
         for device in devices:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # of that device, so it is not for the spare ones
             event.record(torch.cuda.current_stream(device))
-            events.append(event)
+            events.append(_Recorded(event, []))
         return PendingCopy(self, copies, events)
 
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -190,6 +277,10 @@ class CudaStreams:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
+
+    def _elsewhere(self) -> bool:
+        """Whether another device is current."""
+        return self._several and torch.cuda.current_device() != self._device.index
 
     def _stream(self, queue: str) -> torch.cuda.Stream:
         if queue == COMPUTE:

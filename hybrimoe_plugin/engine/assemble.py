@@ -66,7 +66,7 @@ def build_engine(
         ConfigError, BudgetError, BackendError: settings that cannot be met.
     """
     kind, device = accelerator_kind(settings, devices)
-    accelerator = make_accelerator(kind, device, settings.kernels)
+    accelerator = make_accelerator(kind, device, settings.kernels, activations=settings.activations)
     quotas = [0] * len(layers)
     on_cpu: dict[int, str] = {}
     if accelerator is not None:

@@ -1,4 +1,4 @@
-"""One MoE layer call: learn -> plan -> run -> look ahead.
+"""One MoE layer call: plan -> run -> learn -> look ahead.
 
 The engine owns no policy and no kernel. It asks the controller what to do, hands the answer to the
 backends and adds up the parts. It is owned by one model; several can live in one process.
@@ -33,7 +33,7 @@ from hybrimoe_plugin.engine.view import (
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
+from hybrimoe_plugin.policy.controller import Controller, Move, Scored, Step, loads
 from hybrimoe_plugin.policy.schedule import simulate
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -142,6 +142,56 @@ class Engine:
                     self._clean_up()
                 raise
 
+    @property
+    def gives_hits_to_accelerator(self) -> bool:
+        """Whether one token's experts, all in slots, are the accelerator's without planning."""
+        top_k = self.layers[0].spec.top_k
+        return not self.verify and self.controller.all_hit_on_accelerator(top_k)
+
+    @property
+    def wants_predictions(self) -> bool:
+        """Whether the later routers' choices can change anything, or somebody records them."""
+        if self.recorder is not None:
+            return True
+        return self.controller.looks_ahead
+
+    def note_hit(self, layer: int, sent: Sent) -> None:
+        """Do the bookkeeping of one token's call that the accelerator has computed by itself.
+
+        All of its experts lay in slots. As after a planned call the cache learns and prefetches.
+
+        Args:
+            sent: as for `run`; everything but the predictions must have arrived.
+        """
+        if self._unfinished:
+            self._clean_up()
+        try:
+            self._unfinished = True
+            now_us = self.clock.now_us()
+            seen = view_from_graph(sent)
+            ids = seen.ids.numpy()
+            scored = self._scored(layer, ids, seen, now_us)
+            if not self.controller.looks_ahead:
+                scored = None  # everything is cached: nobody asks for ranks
+            step = self.controller.hit(layer, ids[0].tolist(), now_us, scored)
+            if step is None:  # an expert has lost its slot meanwhile
+                if scored is not None:
+                    self.controller.learn(layer, *scored)
+            else:
+                self._look_ahead(step, seen, now_us)
+                self.controller.finish(step)
+                self._pass_time(step, now_us)
+            self._unfinished = False
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._clean_up()
+            raise
+
+    def recover(self) -> None:
+        """After a pass that ended early: wait for the device, and trust its slots alone."""
+        self._unfinished = True
+        self._clean_up()
+
     def check_integrity(self) -> None:
         """Compare the cache's books, and every byte in its slots, with the file; slow.
 
@@ -164,8 +214,8 @@ class Engine:
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
         ids = seen.ids.numpy()
-        self._learn(layer, ids, seen, now_us)
-        step = self.controller.begin(layer, loads(ids), len(ids), now_us)
+        scored = self._scored(layer, ids, seen, now_us)
+        step = self.controller.begin(layer, loads(ids), len(ids), now_us, scored)
         submitted = bool(step.plan.cpu)
         if submitted:
             self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
@@ -216,14 +266,17 @@ class Engine:
             return view_on_cpu(call, router if self.recorder is not None else None)
         return view_from_accelerator(call, router, self.later_routers(layer), self.accelerator)
 
-    def _learn(self, layer: int, ids: NDArray[np.int64], seen: HostView, now_us: float) -> None:
-        """Tell the controller what is known now: the time between layers, and what was scored."""
+    def _scored(
+        self, layer: int, ids: NDArray[np.int64], seen: HostView, now_us: float
+    ) -> Scored | None:
+        """What the controller learns from; it hears of the time between layers at once."""
         if self._inter_layer is not None:
             known = self._inter_layer.begin(layer, len(ids), now_us)
             if known is not None:
                 self.controller.take_between_layers(known)
-        if self.accelerator is not None:
-            self.controller.learn(layer, ids, seen.weights.numpy(), seen.scores)
+        if self.accelerator is None:
+            return None
+        return Scored(ids, seen.weights.numpy(), seen.scores)
 
     def _to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         if self._waves is None:
@@ -258,7 +311,9 @@ class Engine:
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
         """Prefetch what the next layers are predicted to need, while this one is computed."""
-        found = seen.predicted(wait=self.recorder is not None)
+        found: tuple[NDArray[np.int64], ...] = ()
+        if self.recorder is not None or self.controller.looks_ahead:
+            found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
             self.recorder(seen.record(step.layer, found))
         if self._waves is None:

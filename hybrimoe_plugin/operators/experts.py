@@ -24,7 +24,7 @@ from hybrimoe_plugin.weights.find_experts import find_experts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, expert_counts
 
-DENSE_SETTINGS = ("dense", "graphs", "attention")
+DENSE_SETTINGS = ("dense", "graphs", "attention", "host_path")
 """Settings of operators other than experts."""
 
 DEVICES = "cpu, cuda, cuda:N or auto"
@@ -188,6 +188,11 @@ class HybriMoEExperts(nn.Module):
     def accelerator(self) -> Accelerator | None:
         """The engine's. Raises: as `forward`."""
         return self._bound().accelerator
+
+    @property
+    def place(self) -> tuple[Engine, int]:
+        """The engine, and which of its layers this is. Raises: as `forward`."""
+        return self._bound(), self._position
 
     @property
     def unplanned(self) -> bool:

@@ -42,6 +42,8 @@ class CacheFill:
         Args:
             predictions: of the next layers, which a late fill would delay.
         """
+        if not (step.plan.cpu or step.many or self.postponed):
+            return []
         layer = step.layer
         missed = self._missing(layer, step.plan.cpu)
         moves = self._send_missed(step, missed, predictions, idle)

@@ -1,4 +1,4 @@
-"""The decision loop of one model: learn -> plan -> place -> look ahead, over pure policies.
+"""The decision loop of one model: plan -> place -> learn -> look ahead, over pure policies.
 
 The engine drives it with real backends, the replay simulator with a simulated clock: what is
 simulated is what runs. All times are microseconds on the caller's clock. Layers are numbered by
@@ -6,10 +6,15 @@ position among the MoE layers.
 
 One layer call:
 
-    learn        the cache policy sees the router's scores
     begin        the scheduler plans the call; its demand loads get slots and enter the link's queue
+                 (the caller launches what the plan says)
+    note         the cache policy sees the router's scores; predictions are checked; counters
     look_ahead   the link's idle time until the next layer: prefetches first, then cache fills
     finish       the call has been computed: demand loads have arrived, leases end
+
+A call that makes demand loads notes the scores in `begin`, since the cache then decides which of
+them it admits. So nothing is decided otherwise than if every call noted them first, which
+`deferred=False` does.
 """
 
 from __future__ import annotations
@@ -37,7 +42,9 @@ from hybrimoe_plugin.policy.slot_loans import SlotLoans
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.policy.step import IdleTime as IdleTime
 from hybrimoe_plugin.policy.step import Move as Move
+from hybrimoe_plugin.policy.step import Scored as Scored
 from hybrimoe_plugin.policy.step import Step as Step
+from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
 
@@ -51,6 +58,7 @@ class Controller:
         cache: ranks the experts.
         prefetcher: None for no prefetching.
         expert_bytes: bytes of one expert, for the counters.
+        deferred: note a call behind its launches; False to note it before them, the plain twin.
     """
 
     def __init__(
@@ -62,8 +70,10 @@ class Controller:
         cache: CachePolicy,
         prefetcher: Prefetcher | None,
         expert_bytes: int,
+        deferred: bool = True,
     ) -> None:
         self.costs = costs
+        self.deferred = deferred
         self.counters = Counters()
         self.schedulers = Schedulers(prefill, decode)
         self._cpu_only = CPUOnlyScheduler(costs)
@@ -84,6 +94,10 @@ class Controller:
             self.prompt_slots,
         )
         self.cache_fill = CacheFill(self.residency, self.link, gain, self.counters)
+        self._unnoted: tuple[Step, Scored | None] | None = None
+        """The running call, until `note` has done its part."""
+        self._all_hit: dict[int, tuple[int, bool]] = {}
+        """Experts of a token -> version of the costs, whether the accelerator computes them all."""
 
     @property
     def pool(self) -> SlotPool:
@@ -93,6 +107,11 @@ class Controller:
     @property
     def cache(self) -> CachePolicy:
         return self.residency.cache
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether anything is left to send; if not, predictions are of no use."""
+        return self.pool.held < self.residency.worth.size
 
     def warm_start(self) -> list[Move]:
         """Fill every layer's quota with the cache's first choice.
@@ -112,33 +131,106 @@ class Controller:
         topk_weights: NDArray[np.float32],
         scores: NDArray[np.float32] | None,
     ) -> None:
-        """Tell the cache what was scored: ids and weights [T, K], scores [T, E] or None."""
+        """Tell the cache at once what was scored: ids and weights [T, K], scores [T, E] or None.
+
+        For callers that do not hand `scored` to `begin` or `hit`.
+        """
         self.residency.cache.observe(layer, topk_ids, topk_weights, scores)
 
-    def begin(self, layer: int, loads: Mapping[int, int], tokens: int, now_us: float) -> Step:
+    def begin(
+        self,
+        layer: int,
+        loads: Mapping[int, int],
+        tokens: int,
+        now_us: float,
+        scored: Scored | None = None,
+    ) -> Step:
         """Plan one layer call and give its demand loads their slots.
 
         Args:
             loads: expert -> tokens of this call that chose it; only experts with a token.
             tokens: T of this call.
+            scored: what the cache learns from; None where the caller tells it by `learn`.
         """
         started = perf_counter_ns()
-        residency = self.residency
+        residency, pool = self.residency, self.residency.pool
         residency.land(now_us)
         self.loans.streak.follow(layer, loads, tokens)
         routed = residency.routed(layer, loads, now_us)
         busy_us = max(0.0, self.link.free_us - now_us)
-        on_cpu = layer in residency.pool.on_cpu
+        on_cpu = layer in pool.on_cpu
         scheduler = self._cpu_only if on_cpu else self.schedulers.for_call(tokens)
         plan = scheduler.plan(routed, busy_us)
-        residency.pool.lease(layer, plan.accelerator)
-        residency.revalue(layer)
-        moves = self._demand_loads(layer, plan.onload, tokens, now_us)
-        self._count(layer, routed, plan, tokens)
-        self.idle_prefetch.confidence.check(layer, loads)
-        self.link.note_call(tokens > 1, bool(moves))
+        pool.lease(layer, plan.accelerator)
+        moves: tuple[Move, ...] = ()
+        if plan.onload:
+            self._learn(layer, plan, scored)
+            moves = self._demand_loads(layer, plan.onload, tokens, now_us)
+        step = Step(layer, tokens, routed, plan, moves)
+        self._unnoted = step, scored
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
-        return Step(layer, tokens, routed, plan, moves)
+        if not self.deferred:
+            self.note(step)
+        return step
+
+    def hit(
+        self, layer: int, ids: Sequence[int], now_us: float, scored: Scored | None = None
+    ) -> Step | None:
+        """The books of one token's call that the accelerator has computed without asking.
+
+        The same as `begin` where the plan leaves all to the accelerator: `all_hit_on_accelerator`.
+
+        Args:
+            ids: [K] the token's experts.
+            scored: as in `begin`.
+
+        Returns:
+            None where an expert is not resident: such a call has to `begin`.
+        """
+        started = perf_counter_ns()
+        residency = self.residency
+        residency.land(now_us)
+        self.loans.streak.follow(layer, {}, 1)
+        routed = residency.hits(layer, ids)
+        if routed is None:
+            return None
+        costs, experts = self.costs, tuple(ids)
+        busy_us = costs.accelerator_first_us + len(experts) * costs.accelerator(1)
+        plan = LayerPlan((), experts, (), busy_us, 0.0, busy_us, 0.0)
+        residency.pool.lease(layer, experts)
+        step = Step(layer, 1, routed, plan, ())
+        self._unnoted = step, scored
+        self.counters.plan_us += (perf_counter_ns() - started) / 1e3
+        if not self.deferred:
+            self.note(step)
+        return step
+
+    def all_hit_on_accelerator(self, top_k: int) -> bool:
+        """Whether one token's experts, all resident, are all computed by the accelerator.
+
+        Follows the costs as they change; cheap enough to ask before every token.
+        """
+        version = self.costs.version
+        known = self._all_hit.get(top_k)
+        if known is None or known[0] != version:
+            routed = [Routed(expert, 1, 0.0) for expert in range(top_k)]
+            plan = self.schedulers.decode.plan(routed)
+            known = self._all_hit[top_k] = version, not plan.cpu
+        return known[1]
+
+    def note(self, step: Step) -> None:
+        """Learn from a call that has begun; `look_ahead` and `finish` do it where nobody has."""
+        if self._unnoted is None:
+            return
+        started = perf_counter_ns()
+        _, scored = self._unnoted
+        if not step.moves:
+            self._learn(step.layer, step.plan, scored)
+        self._count(step)
+        self.idle_prefetch.confidence.check(step.layer, {item.expert for item in step.routed})
+        self.link.note_call(step.many, bool(step.moves))
+        self._unnoted = None
+        self.counters.plan_us += (perf_counter_ns() - started) / 1e3
 
     def look_ahead(
         self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float
@@ -152,9 +244,12 @@ class Controller:
         Source: paper section 4.3 (impact-driven prefetching); confidence, admission and fills are
             ours.
         """
+        self.note(step)
         started = perf_counter_ns()
         spent_us = step.plan.makespan_us + self.costs.between_layers_us
         self.link.note_layer(spent_us)
+        if not self.looks_ahead:
+            return []
         idle = IdleTime(now_us, now_us + spent_us)
         predictions = self.idle_prefetch.predict(step, predicted, idle)
         moves = self.idle_prefetch.send(step, predictions, idle)
@@ -164,6 +259,7 @@ class Controller:
 
     def finish(self, step: Step) -> None:
         """The call has been computed: its demand loads have arrived, its slots may be taken."""
+        self.note(step)
         self.residency.settle(step.moves)
         self.prompt_slots.settle(step)
         self.residency.revalue(step.layer)
@@ -199,11 +295,18 @@ class Controller:
         Args:
             held: slot -> expert whose bytes are all there.
         """
+        self._unnoted = None
         self.residency.recover(held)
         self.link.free_us = 0.0
         self.loans.clear()
         self.idle_prefetch.confidence.forget()
         self.cache_fill.clear()
+
+    def _learn(self, layer: int, plan: LayerPlan, scored: Scored | None) -> None:
+        """Let the cache see what was scored, and take its ranks as what experts are worth."""
+        if scored is not None:
+            self.residency.cache.observe(layer, *scored)
+        self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(
         self, layer: int, experts: Sequence[int], tokens: int, now_us: float
@@ -236,22 +339,13 @@ class Controller:
         pool.lease(layer, (expert,))
         return move
 
-    def _count(self, layer: int, routed: Sequence[Routed], plan: LayerPlan, tokens: int) -> None:
-        counters = self.counters
+    def _count(self, step: Step) -> None:
+        counters, plan = self.counters, step.plan
+        present = [item.expert for item in step.routed if item.ready_us != OFFLOADED]
         counters.calls += 1
-        counters.tokens += tokens
-        counters.activations += len(routed)
+        counters.tokens += step.tokens
+        counters.activations += len(step.routed)
+        counters.cache_hits += len(present)
         counters.experts_cpu += len(plan.cpu)
         counters.experts_accelerator += len(plan.accelerator)
-        for item in routed:
-            if item.ready_us != OFFLOADED:
-                counters.cache_hits += 1
-                self.prefetch_record.use(ExpertRef(layer, item.expert))
-
-
-def loads(ids: NDArray[np.int64]) -> dict[int, int]:
-    """Expert -> number of tokens that chose it, for ids [T, K]."""
-    if len(ids) == 1:
-        return dict.fromkeys(ids[0].tolist(), 1)
-    counts = np.bincount(ids.ravel())
-    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}
+        self.prefetch_record.use_all(step.layer, present)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from hybrimoe_plugin.errors import ProfileError
 
@@ -83,6 +84,10 @@ class CostModel:
         link_latency_us: the share of `transfer_us` that does not depend on bytes.
         between_layers_us: attention and dense parts between two MoE layers; the link is free to
             prefetch then.
+
+    Attributes:
+        version: another number whenever a cost that plans depend on has been set, so all but
+            `between_layers_us`.
     """
 
     __slots__ = (
@@ -93,7 +98,9 @@ class CostModel:
         "cpu_first_us",
         "link_latency_us",
         "transfer_us",
+        "version",
     )
+    version: int
 
     def __init__(
         self,
@@ -112,6 +119,11 @@ class CostModel:
         self.transfer_us = transfer_us
         self.link_latency_us = link_latency_us
         self.between_layers_us = between_layers_us
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name not in ("between_layers_us", "version"):
+            object.__setattr__(self, "version", getattr(self, "version", 0) + 1)
 
     @property
     def miss_us(self) -> float:

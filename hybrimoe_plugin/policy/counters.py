@@ -56,6 +56,11 @@ class Counters:
     def snapshot(self) -> Counters:
         return replace(self)
 
+    def put(self, other: Counters) -> None:
+        """Take over another's counts. Mutates."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(other, item.name))
+
     def reset(self) -> None:
         """Begin to count anew. Mutates: whoever shares these counters goes on with them."""
         for item in fields(self):

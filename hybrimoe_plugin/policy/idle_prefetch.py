@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from hybrimoe_plugin.core import ExpertRef
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef
 from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch.confidence import Confidence
 from hybrimoe_plugin.policy.prefetch.prediction import Prediction, Prefetcher, PrefetchRequest
@@ -87,10 +87,14 @@ class IdlePrefetch:
         """
         if self._prefetcher is None or not predictions:
             return []
+        on_cpu = self._residency.pool.on_cpu
+        wanting = [
+            item for item in predictions if item.layer not in on_cpu and _is_missing_some(item)
+        ]
+        if not wanting:
+            return []
         moves: list[Move] = []
         floor = SLACK if step.many else self._record.least_confidence()
-        on_cpu = self._residency.pool.on_cpu
-        wanting = [item for item in predictions if item.layer not in on_cpu]
         for request in self._prefetcher.choose(wanting, self._link.room(idle), floor):
             if self._link.free_us >= idle.until_us:
                 break  # It would not start before the next call, which knows what it needs.
@@ -110,12 +114,15 @@ class IdlePrefetch:
 
         Only those that are still in flight.
         """
-        pool = self._residency.pool
-        cached = pool.cached[step.layer]
+        layer = step.layer
+        coming = self._residency.arriving(layer)
+        if not coming:
+            return []
         needed = {item.expert for item in step.routed}
+        cached = self._residency.pool.cached[layer]
         found = []
-        for expert in self._record.unused(step.layer):
-            if expert not in needed and pool.in_flight(step.layer, expert):
+        for expert in coming:
+            if expert not in needed and ExpertRef(layer, expert) in self._record:
                 found.append((expert, cached[expert]))
         return found
 
@@ -158,13 +165,16 @@ class IdlePrefetch:
         residency = self._residency
         lenders = residency.lenders(step.layer, step.many)
         layer, confidence = prediction.layer, prediction.confidence
+        cached = residency.pool.cached[layer]
+        if confidence.keys() <= cached.keys():
+            return []
         for expert in sorted(confidence, key=lambda expert: -confidence[expert]):
             sure = confidence[expert]
             if self._link.end_us(idle) > idle.until_us:
                 break
             if sure < self._record.least_confidence(CREDIT):
                 break
-            if residency.pool.slot_of(layer, expert) is not None:
+            if expert in cached:
                 continue
             victim = residency.replaced(layer, lenders)
             most = SAFE * sure
@@ -188,7 +198,8 @@ class IdlePrefetch:
         start_us = self._link.layer_start_us(prediction.distance, idle)
         ready_us = max(0.0, move.end_us - start_us)
         routed = with_arrival(prediction.routed, move.expert, ready_us)
-        return prediction._replace(routed=tuple(routed))
+        layer, distance, _, confidence = prediction
+        return Prediction(layer, distance, tuple(routed), confidence)
 
     def _may_try(self, request: PrefetchRequest, idle: IdleTime) -> bool:
         """Whether a prefetch for one token may be sent now.
@@ -204,3 +215,8 @@ class IdlePrefetch:
         if link.end_us(idle) <= idle.until_us:
             return True
         return link.demand_share[False] < RARE
+
+
+def _is_missing_some(prediction: Prediction) -> bool:
+    """Whether an expert of the predicted call is offloaded."""
+    return OFFLOADED in [item.ready_us for item in prediction.routed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,12 @@ class Residency:
         self.cache = cache
         self.worth = np.full(cache.ranks.shape, KEPT)
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
+        self._absent = np.full(cache.ranks.shape, KEPT)
+        """[L, E] 0 for resident experts, `KEPT` for all others: worth is rank plus this."""
+        # Each decode call names dozens of experts of one token: their values are made once.
+        experts = range(cache.ranks.shape[1])
+        self._hits = [Routed(expert, 1, 0.0) for expert in experts]
+        self._misses = [Routed(expert, 1, OFFLOADED) for expert in experts]
         self._costs = costs
         self._prefetched = prefetched
         self._counters = counters
@@ -67,7 +74,7 @@ class Residency:
         pool = self.pool
         self.pool = SlotPool(pool.quotas, pool.staging, pool.shared, pool.on_cpu)
         self.cache = cache
-        self._forget_transfers()
+        self._begin_anew()
 
     def shrink(self, share: float) -> list[Move]:
         """Keep that share of each layer's quota, best ranked experts first.
@@ -77,7 +84,7 @@ class Residency:
         old = self.pool
         quotas = [int(quota * share) for quota in old.quotas]
         self.pool = SlotPool(quotas, old.staging, old.shared, old.on_cpu)
-        self._forget_transfers()
+        self._begin_anew()
         moves = []
         for layer, quota in enumerate(quotas):
             ranks = self.cache.ranks[layer]
@@ -93,8 +100,9 @@ class Residency:
             held: slot -> expert whose bytes are all there.
         """
         self.pool = self.pool.keeping(held)
-        self._forget_transfers()
-        for layer in range(len(self.worth)):
+        self._begin_anew()
+        for layer, cached in enumerate(self.pool.cached):
+            self._absent[layer, list(cached)] = 0.0
             self.revalue(layer)
 
     def routed(self, layer: int, loads: Mapping[int, int], at_us: float) -> tuple[Routed, ...]:
@@ -103,17 +111,44 @@ class Residency:
         Args:
             loads: expert -> tokens of the call that choose it.
         """
-        ready_us = self._ready_us
-        return tuple(
-            [Routed(expert, load, ready_us(layer, expert, at_us)) for expert, load in loads.items()]
-        )
+        cached, hits, misses = self.pool.cached[layer], self._hits, self._misses
+        arriving = self.arriving(layer) if self._arrivals else None
+        found = []
+        for expert, load in loads.items():
+            if arriving and expert in arriving:
+                ready_us = max(0.0, arriving[expert] - at_us)
+                found.append(Routed(expert, load, ready_us))
+            elif load == 1:
+                found.append(hits[expert] if expert in cached else misses[expert])
+            else:
+                ready_us = 0.0 if expert in cached else OFFLOADED
+                found.append(Routed(expert, load, ready_us))
+        return tuple(found)
+
+    def hits(self, layer: int, experts: Sequence[int]) -> tuple[Routed, ...] | None:
+        """One token's experts, if all of them are resident; None if not."""
+        cached, hits = self.pool.cached[layer], self._hits
+        found = [hits[expert] for expert in experts if expert in cached]
+        if len(found) < len(experts):
+            return None
+        if self._arrivals and not self.arriving(layer).keys().isdisjoint(experts):
+            return None
+        return tuple(found)
+
+    def arriving(self, layer: int) -> dict[int, float]:
+        """Expert -> arrival of a layer's cached experts that are in flight."""
+        return {
+            ref.expert: arrival for ref, arrival in self._arrivals.items() if ref.layer == layer
+        }
 
     def land(self, now_us: float) -> None:
         """Mark as resident what the link has delivered by now."""
+        if not self._arrivals:
+            return
         landed = [ref for ref, arrival in self._arrivals.items() if arrival <= now_us]
         for ref in landed:
             del self._arrivals[ref]
-            self.pool.arrive(*ref)
+            self._arrive(ref)
             # What was prefetched is kept until its layer has run, then `revalue` judges it like all
             # others.
             if ref not in self._prefetched:
@@ -129,7 +164,7 @@ class Residency:
         for move in moves:
             ref = ExpertRef(move.layer, move.expert)
             if self._arrivals.pop(ref, None) is not None:
-                self.pool.arrive(*ref)
+                self._arrive(ref)
         self.pool.release()
 
     def withdraw(self, ref: ExpertRef) -> None:
@@ -138,12 +173,17 @@ class Residency:
         del self._arrivals[ref]
         self.worth[ref] = KEPT
 
-    def revalue(self, layer: int) -> None:
-        """Take the layer's present ranks as what its evictable experts are worth."""
+    def revalue(self, layer: int, leased: Sequence[int] = ()) -> None:
+        """Take the layer's present ranks as what its evictable experts are worth.
+
+        Args:
+            leased: experts that the running call needs.
+        """
         worth = self.worth[layer]
-        worth.fill(KEPT)
-        evictable = self.pool.evictable(layer)
-        worth[evictable] = self.cache.ranks[layer, evictable]
+        np.add(self.cache.ranks[layer], self._absent[layer], out=worth)
+        values: Any = memoryview(worth)  # its numbers are set in a third of an array's time
+        for expert in leased:
+            values[expert] = KEPT
 
     def protect(self, layer: int, confidence: Mapping[int, float]) -> None:
         """Raise the worth of predicted experts that are there, until their layer has run.
@@ -151,14 +191,16 @@ class Residency:
         Args:
             confidence: expert -> probability of being needed.
         """
-        worth = self.worth[layer]
+        worth: Any = memoryview(self.worth[layer])
+        probabilities = self.cache.probabilities
         for expert, probability in confidence.items():
-            if worth[expert] == KEPT:
+            held = worth[expert]
+            if held == KEPT:
                 continue
-            if self.cache.probabilities:
-                worth[expert] = max(worth[expert], probability)
-            else:
+            if not probabilities:
                 worth[expert] = KEPT
+            elif probability > held:
+                worth[expert] = probability
 
     def lenders(self, layer: int, many: bool) -> range:
         """Layers that may lose a slot to what is sent while `layer` runs, if layers share slots.
@@ -207,25 +249,21 @@ class Residency:
         """Keep an expert in the staging slot where it lies, in exchange for a cached one's slot."""
         self._forget(ExpertRef(layer, victim))
         self.pool.adopt(layer, expert, slot, victim)
+        self._absent[layer, expert] = 0.0
 
     def _hold(self, layer: int, experts: Sequence[int]) -> list[Move]:
         """Give experts slots at once, as if they had arrived."""
         moves = []
         for expert in experts:
             slot = self.pool.place(layer, expert)
-            self.pool.arrive(layer, expert)
+            self._arrive(ExpertRef(layer, expert))
             moves.append(Move(layer, expert, slot, 0.0, 0.0))
         self.revalue(layer)
         return moves
 
-    def _ready_us(self, layer: int, expert: int, at_us: float) -> float:
-        """How long after `at_us` the accelerator can use an expert; see `Routed.ready_us`."""
-        if expert not in self.pool.cached[layer]:
-            return OFFLOADED
-        if not self._arrivals:
-            return 0.0
-        arrival = self._arrivals.get(ExpertRef(layer, expert), at_us)
-        return max(0.0, arrival - at_us)
+    def _arrive(self, ref: ExpertRef) -> None:
+        self.pool.arrive(*ref)
+        self._absent[ref] = 0.0
 
     def _admits(self, layer: int, expert: int, victim: ExpertRef, gain_us: float | None) -> bool:
         """Whether a newcomer is worth more than its victim."""
@@ -249,10 +287,12 @@ class Residency:
 
     def _forget(self, victim: ExpertRef) -> None:
         """Count what loses its slot."""
-        self.worth[victim] = KEPT
+        self.worth[victim] = self._absent[victim] = KEPT
         self._counters.evictions += 1
         self._prefetched.evict(victim)
 
-    def _forget_transfers(self) -> None:
+    def _begin_anew(self) -> None:
+        """Forget what was there and what was being sent."""
+        self._absent.fill(KEPT)
         self._arrivals.clear()
         self._prefetched.clear()

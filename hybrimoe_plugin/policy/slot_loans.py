@@ -132,5 +132,5 @@ class SlotLoans:
             if expert == victim:
                 item = item._replace(ready_us=OFFLOADED)
             without.append(item)
-        plan = self._schedulers.prefill.plan
-        return plan(without).makespan_us - plan(needed).makespan_us
+        makespan_us = self._schedulers.prefill.makespan_us
+        return makespan_us(without) - makespan_us(needed)

@@ -47,7 +47,9 @@ class SlotPool:
         self.on_cpu = frozenset(on_cpu)
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
-        cache_slots = sum(quotas)
+        self.changed: list[set[int]] = [set() for _ in quotas]
+        """Experts of each layer that have been given a slot or lost one; a reader empties it."""
+        cache_slots = self._cache_slots = sum(quotas)
         self._free = list(reversed(range(cache_slots)))
         """Cache slots without an expert, the next one last."""
         self._staging = list(range(cache_slots, cache_slots + staging))
@@ -61,6 +63,11 @@ class SlotPool:
     def slots(self) -> int:
         """All slots, staging included."""
         return sum(self.quotas) + self.staging
+
+    @property
+    def held(self) -> int:
+        """Cached experts of all layers, in flight ones included."""
+        return self._cache_slots - len(self._free)
 
     @property
     def unlent_staging(self) -> int:
@@ -98,6 +105,7 @@ class SlotPool:
             raise ValueError(f"layer {layer}: no room for expert {expert}, or it is there already")
         slot = self._free.pop()
         self.cached[layer][expert] = slot
+        self.changed[layer].add(expert)
         self._in_flight.add(slot)
         return slot
 
@@ -112,6 +120,7 @@ class SlotPool:
         if busy:
             raise ValueError(f"layer {layer}: expert {expert} is in flight or leased")
         del self.cached[layer][expert]
+        self.changed[layer].add(expert)
         self._free.append(slot)
         return ExpertRef(layer, expert)
 
@@ -126,6 +135,7 @@ class SlotPool:
             raise ValueError(f"layer {layer}: expert {expert} is not in flight, or leased")
         self._in_flight.discard(slot)
         del self.cached[layer][expert]
+        self.changed[layer].add(expert)
         self._free.append(slot)
 
     def arrive(self, layer: int, expert: int) -> None:
@@ -140,9 +150,7 @@ class SlotPool:
     def lease(self, layer: int, experts: Collection[int]) -> None:
         """Hold the cached ones among `experts` until `release`."""
         cached = self.cached[layer]
-        for expert in experts:
-            if expert in cached:
-                self._leased.add(cached[expert])
+        self._leased.update([cached[expert] for expert in experts if expert in cached])
 
     def release(self) -> None:
         """End all leases: a pool serves one layer call at a time."""
@@ -220,6 +228,7 @@ class SlotPool:
         self.evict(layer, victim)
         self._staging[place] = self._free.pop()
         self.cached[layer][expert] = slot
+        self.changed[layer].add(expert)
 
     def keeping(self, held: Mapping[int, ExpertRef]) -> SlotPool:
         """A pool of the same size that keeps only experts which lie in their slots for certain.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybrimoe_plugin.core import LayerPlan, Routed
 
 
@@ -34,8 +37,27 @@ class Step(NamedTuple):
         return self.tokens > 1
 
 
+class Scored(NamedTuple):
+    """What a cache learns from: the routing decision of one layer call."""
+
+    ids: NDArray[np.int64]
+    """[T, K]"""
+    weights: NDArray[np.float32]
+    """[T, K]"""
+    scores: NDArray[np.float32] | None
+    """[T, E]; None where the host does not show them."""
+
+
 class IdleTime(NamedTuple):
     """The time from the start of the running call to the predicted start of the next layer's."""
 
     now_us: float
     until_us: float
+
+
+def loads(ids: NDArray[np.int64]) -> dict[int, int]:
+    """Expert -> number of tokens that chose it, for ids [T, K]."""
+    if len(ids) == 1:
+        return dict.fromkeys(ids[0].tolist(), 1)
+    counts = np.bincount(ids.ravel())
+    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}

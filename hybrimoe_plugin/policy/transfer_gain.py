@@ -64,12 +64,12 @@ class TransferGain:
         if late_us <= 0.0:
             return sure * request.impact_us - delay_us
         # It arrives while its own layer already runs: still sooner than a demand load would.
-        plan = self._schedulers.for_call(step.tokens).plan
+        makespan_us = self._schedulers.for_call(step.tokens).makespan_us
         routed = predictions[before].routed
         coming = with_arrival(routed, request.ref.expert, late_us)
-        now = plan(routed, max(0.0, late_us - self._costs.transfer_us)).makespan_us
-        right = plan(coming, late_us).makespan_us
-        wrong = plan(routed, late_us).makespan_us
+        now = makespan_us(routed, max(0.0, late_us - self._costs.transfer_us))
+        right = makespan_us(coming, late_us)
+        wrong = makespan_us(routed, late_us)
         # The sooner its layer is done, the sooner the layers behind it may want a link that is
         # still busy.
         after_us = late_us - right - self._costs.between_layers_us
@@ -103,7 +103,7 @@ class TransferGain:
         known = [item.routed for item in predictions if max(item.confidence.values()) > 0.0]
         if not known:
             known = [step.routed]
-        plan = self._schedulers.for_call(step.tokens).plan
+        makespan_us = self._schedulers.for_call(step.tokens).makespan_us
         transfer_us = self._costs.transfer_us
         layer_us = self._link.layer_us
         demand_share = self._link.demand_share[step.many]
@@ -111,7 +111,7 @@ class TransferGain:
         while late_us > 0.0 and (layers is None or distance < layers):
             routed = known[min(distance, len(known) - 1)]
             free_us = max(0.0, late_us - transfer_us)
-            predicted_us = plan(routed, late_us).makespan_us - plan(routed, free_us).makespan_us
+            predicted_us = makespan_us(routed, late_us) - makespan_us(routed, free_us)
             # Predictions err: at least the usual share of calls will want the link.
             usual_us = demand_share * (late_us - free_us)
             lost_us += max(predicted_us, usual_us)
@@ -122,4 +122,6 @@ class TransferGain:
 
 def with_arrival(routed: Sequence[Routed], expert: int, ready_us: float) -> list[Routed]:
     """The same call with one of its experts arriving at `ready_us`."""
-    return [item._replace(ready_us=ready_us) if item.expert == expert else item for item in routed]
+    return [
+        Routed(expert, item.load, ready_us) if item.expert == expert else item for item in routed
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hybrimoe_plugin.policy.controller import Controller, Step, loads
+from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.replay.trace import Call, Trace
 
@@ -75,8 +75,8 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
 def _run(call: Call, controller: Controller, now_us: float) -> Step:
     """One layer call, as `Engine.run` has it."""
     layer, tokens = call.layer, len(call.ids)
-    controller.learn(layer, call.ids, call.weights, call.scores)
-    step = controller.begin(layer, loads(call.ids), tokens, now_us)
+    scored = Scored(call.ids, call.weights, call.scores)
+    step = controller.begin(layer, loads(call.ids), tokens, now_us, scored)
     predicted = []
     for distance, ids in enumerate(call.predicted, 1):
         predicted.append((layer + distance, loads(ids)))

@@ -23,6 +23,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.blocks.codebook import CONVERSIONS
+from hybrimoe_plugin.weights.blocks.fields import constant
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -217,7 +218,7 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     halves = blocks[:, 0:128].reshape(-1, 2, 1, 64)
     low = _nibbles(halves, dim=2)
     low = low.reshape(-1, 8, 32)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)
+    shifts = constant((0, 2, 4, 6), torch.uint8, blocks.device)
     pairs = blocks[:, 128:192].reshape(-1, 2, 1, 32)
     high = (pairs >> shifts[:, None]) & 3
     high = high.reshape(-1, 8, 32)

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from hybrimoe_plugin.device import streams as module
 from hybrimoe_plugin.device.cuda_graphs import CudaCapture, capture_for
+from hybrimoe_plugin.device.raw_copies import HOST_TO_DEVICE
 from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, REPACK, CudaStreams
+from hybrimoe_plugin.errors import BackendError
 
 DEVICE = torch.device("cuda:0")
 
@@ -37,6 +40,7 @@ class FakeStream:
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
         self.priority = priority
+        self.cuda_stream = id(self)
         self.waits: list[Any] = []
         self.followed: list[Any] = []
 
@@ -87,6 +91,68 @@ def test_queues_are_streams_and_demand_loads_go_first(current: FakeStream) -> No
     assert FakeStream.stops == 0
     streams.block(streams.record(LINK))
     assert FakeStream.stops == 1
+
+
+def test_copies_and_launches_get_the_queues_handle(
+    current: FakeStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    status = 0
+
+    def copy(*args: int) -> int:
+        calls.append(args)
+        return status
+
+    assert not CudaStreams(DEVICE).takes_addresses, "no runtime is loaded here"
+    monkeypatch.setattr(module, "loaded_copy", lambda: copy)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    streams = CudaStreams(DEVICE)
+    assert streams.takes_addresses
+    link, repack = (streams._streams[name].cuda_stream for name in (LINK, REPACK))
+    streams.copy(LINK, 256, 4096, 10)
+    assert calls == [(256, 4096, 10, HOST_TO_DEVICE, link)]
+    status = 700
+    with pytest.raises(BackendError, match=r"copy of 10 bytes to cuda:0: CUDA error 700"):
+        streams.copy(LINK, 256, 4096, 10)
+
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def inside(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "current_device", lambda: device.index)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "device", inside)
+    handles: list[int] = []
+    status = 0
+    for index in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        streams.launch(REPACK, handles.append)
+        streams.copy(LINK, index, 0, 1)
+    assert handles == [repack, repack]
+    assert [call[0] for call in calls[2:]] == [0, 1]
+    assert entered == [DEVICE, DEVICE], "only where another device is current"
+    assert current.entered == [], "no stream is entered"
+
+
+@pytest.mark.usefixtures("current")
+def test_an_event_is_recorded_anew_only_when_nobody_refers_to_it() -> None:
+    streams = CudaStreams(DEVICE)
+    first = streams.record(LINK)
+    second = streams.record(LINK)
+    assert first.event is not second.event
+    freed = second.event
+    del second
+    third = streams.record(REPACK)
+    assert third.event is freed
+    assert first.event.stream is streams._streams[LINK], "the one that is kept is as it was"
+    copy = streams.pending_copy([])
+    kept = copy._events[0].event
+    del first, third
+    assert {streams.record(AHEAD).event is kept for _ in range(5)} == {False}
 
 
 def test_the_host_stops_once_for_all_tensors_and_only_in_wait(

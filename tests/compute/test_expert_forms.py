@@ -17,8 +17,8 @@ from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.kt_experts import refusal
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.operators.expert_form import read_form
 from hybrimoe_plugin.weights.expert_form import ExpertForm
@@ -142,6 +142,23 @@ def test_triton_kernels_compute_the_form(model_type: str, tmp_path: Path) -> Non
             wanted = module(hidden, ids, shares)
         found = in_slots(TritonKernels(device), weights, hidden, ids, shares)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FORMS)
+def test_int8_kernels_compute_the_form(model_type: str, tmp_path: Path) -> None:
+    """As the torch kernels do that see activations in int8."""
+    pytest.importorskip("triton")
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
+
+    module = experts_of(model_type)
+    form = read_form("layers.0.experts", module)
+    write(tmp_path / "experts.gguf", module, form, fused=False, kind="Q8_0")
+    weights = load(tmp_path / "experts.gguf", form)
+    kernels = TritonKernels(torch.device("cpu"), activations="int8")
+    hidden, ids, shares = call(form, 2)
+    found = in_slots(kernels, weights, hidden, ids, shares)
+    wanted = in_slots(TorchKernels(int8=True), weights, hidden, ids, shares)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def in_slots(

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kernel_cases import random_call, random_layer, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs, Tiles, cut_waves
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 
 EXPERTS = 6
 

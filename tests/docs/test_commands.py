@@ -38,6 +38,7 @@ RUN_BY = {
     "python -m eval.fidelity": "eval/reporting/answers.py",
     "python -m eval.flips": "eval/reporting/answers.py",
     "python -m eval.gpu_check": "Makefile",
+    "python -m eval.host_path": "eval/reporting/answers.py",
     "python -m eval.kernel_prebuild": "scripts/gpu_bundle.py",
     "python -m eval.ktransformers": "eval/ktransformers.py",
     "python -m eval.lever": "eval/reporting/answers.py",

@@ -10,6 +10,7 @@ import torch
 
 from hybrimoe_plugin.engine import WallClock
 from hybrimoe_plugin.engine.clock import InterLayerTime
+from hybrimoe_plugin.policy.controller import Step
 
 
 def test_only_neighbours_of_one_kind_are_compared() -> None:
@@ -49,13 +50,13 @@ def test_the_engine_plans_with_it() -> None:
     engine, routers = engines.build(clock=Scripted(), cache_ratio=0.5)
     assert engine.controller.costs.between_layers_us == 500.0, "the profile's"
     waited = []
-    learn = engine.controller.learn
+    begin = engine.controller.begin
 
-    def note(layer: int, *rest: object) -> None:
+    def note(*call: object) -> Step:
         waited.append(engine.controller.costs.between_layers_us)
-        learn(layer, *rest)  # type: ignore[arg-type]
+        return begin(*call)  # type: ignore[arg-type]
 
-    engine.controller.learn = note  # type: ignore[method-assign]
+    engine.controller.begin = note  # type: ignore[method-assign]
     hidden = torch.randn(1, engines.HIDDEN)
     for layer in range(3):
         ids, weights = routers[layer].route(hidden)

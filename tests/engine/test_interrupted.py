@@ -14,19 +14,21 @@ import pytest
 import tiny_experts
 import torch
 from engines import build, plain
-from fake_streams import SharedStreams
+from fake_streams import LazyStreams, SharedStreams
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from interrupts import ended, operations
+from watched import WatchedKernels
 
 from hybrimoe_plugin.compute.backends import CPUBackend
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.engine import Engine
 from hybrimoe_plugin.errors import BackendError
 
@@ -51,8 +53,8 @@ WHERE = (
     "submit",
     "sync",
     "predict",
-    "repack",
     "source",
+    *("copy", "enqueue", "launch", "record", "wait"),  # of the queues
 )
 
 
@@ -63,6 +65,14 @@ def late(seed: int | None, staged: bool) -> SlotAccelerator:
     streams = SharedStreams(seed)
     host = StagedBytes(streams, ring=3, pinned=False, slow=True) if staged else PlainBytes()
     return SlotAccelerator(torch.device("cpu"), "late", TorchKernels(), streams, host)
+
+
+def late_in_planes(direct: bool) -> SlotAccelerator:
+    """The same; experts are rearranged on arrival, and sent by address or the plain way."""
+    streams = LazyStreams(5)
+    return SlotAccelerator(
+        torch.device("cpu"), "late", WatchedKernels(streams), streams, direct=direct
+    )
 
 
 def emulated() -> SlotAccelerator:
@@ -76,6 +86,8 @@ DEVICES: dict[str, Callable[[], SlotAccelerator]] = {
     "late": lambda: late(None, staged=False),
     "sometimes late": lambda: late(3, staged=False),
     "staged": lambda: late(None, staged=True),
+    "late, in planes": lambda: late_in_planes(direct=True),
+    "late, in planes, plain": lambda: late_in_planes(direct=False),
 }
 
 
@@ -116,9 +128,10 @@ def fail(engine: Engine, where: str, nth: int, error: BaseException) -> Callable
         "submit": engine.cpu,
         "sync": engine.cpu,
         "predict": engine.routers[1],
-        "repack": device.kernels,
         "source": device._host,
     }.get(where, device)
+    if not hasattr(owner, where):
+        owner = device.streams
     real = getattr(owner, where)
     calls = itertools.count(1)
 

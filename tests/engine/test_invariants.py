@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
+from hybrimoe_plugin.policy.controller import Controller, Move, Scored, Step, loads
 from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -32,9 +32,16 @@ class TrafficMachine(RuleBasedStateMachine):
         prefetch=st.sampled_from(["expected", "impact", "score", "off"]),
         scheduler=st.sampled_from(["hybrimoe", "accelerator_only", "static", "greedy"]),
         on_cpu=st.sampled_from([(), (1,)]),
+        deferred=st.booleans(),
     )
     def start(
-        self, shared: bool, cache: str, prefetch: str, scheduler: str, on_cpu: tuple[int, ...]
+        self,
+        shared: bool,
+        cache: str,
+        prefetch: str,
+        scheduler: str,
+        on_cpu: tuple[int, ...],
+        deferred: bool,
     ) -> None:
         chosen = Settings(cache=cache)
         costs = tiny_experts.costs()
@@ -42,7 +49,7 @@ class TrafficMachine(RuleBasedStateMachine):
         policy = make_cache(cache, LAYERS, EXPERTS, TOP_K, chosen)
         pool = SlotPool([2, 0, 3], staging=4, shared=shared, on_cpu=on_cpu)
         prefetcher = make_prefetcher(prefetch, made)
-        self.controller = Controller(pool, costs, made, made, policy, prefetcher, 100)
+        self.controller = Controller(pool, costs, made, made, policy, prefetcher, 100, deferred)
         self.held: dict[int, tuple[int, int]] = {}
         self.now_us = 0.0
         self.play(self.controller.warm_start())
@@ -63,10 +70,10 @@ class TrafficMachine(RuleBasedStateMachine):
     ) -> None:
         topk = np.array(ids)
         weights = np.full(topk.shape, 0.5, np.float32)
-        self.controller.learn(layer, topk, weights, None)
+        scored = Scored(topk, weights, None)
         before = self.controller.counters.snapshot()
-        step = self.controller.begin(layer, loads(topk), len(topk), self.now_us)
-        self.check_plan(step, before.cache_hits)
+        step = self.controller.begin(layer, loads(topk), len(topk), self.now_us, scored)
+        self.check_plan(step)
         if cancel:
             for expert, slot in self.controller.stale(step):
                 assert self.held.pop(slot) == (layer, expert)
@@ -74,6 +81,8 @@ class TrafficMachine(RuleBasedStateMachine):
         self.play_waves(step)
         self.look_ahead(step, loads(np.array(predicted)))
         self.controller.finish(step)
+        counted = self.controller.counters.since(before)
+        assert counted.cache_hits <= len(step.routed) == counted.activations
         if not late:
             self.now_us += step.plan.makespan_us + 500.0
 
@@ -96,7 +105,7 @@ class TrafficMachine(RuleBasedStateMachine):
         assert not leased & filled, "a prefetch was given a slot that computes"
         self.play(moves)
 
-    def check_plan(self, step: Step, hits_before: int) -> None:
+    def check_plan(self, step: Step) -> None:
         routed = sorted(item.expert for item in step.routed)
         assert sorted(step.plan.cpu + step.plan.accelerator) == routed
         if step.layer in self.controller.pool.on_cpu:
@@ -107,7 +116,6 @@ class TrafficMachine(RuleBasedStateMachine):
             slot = self.controller.pool.slot_of(step.layer, expert)
             assert slot is not None
             assert self.held[slot] == (step.layer, expert)
-        assert self.controller.counters.cache_hits - hits_before <= len(routed)
 
     @rule(share=st.sampled_from([0.75, 0.5]))
     def shrink(self, share: float) -> None:

@@ -12,8 +12,8 @@ from kernel_cases import random_layer
 from watched import WatchedKernels, WatchedPrompts, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.policy import slots
 from hybrimoe_plugin.policy.slots import SlotPool
 

@@ -210,7 +210,7 @@ def test_sizing_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> 
 
     device = SimpleNamespace(name="cuda", on_cpu=lambda layers: {})
     monkeypatch.setattr(assemble, "quotas_beside", quotas)
-    monkeypatch.setattr(assemble, "make_accelerator", lambda *_: device)
+    monkeypatch.setattr(assemble, "make_accelerator", lambda *_, **__: device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 20_000_000))
     config = SimpleNamespace(
         num_attention_heads=2, num_key_value_heads=2, hidden_size=HIDDEN, num_hidden_layers=4
@@ -257,7 +257,10 @@ def test_attention_beside_a_gpu_is_kept_from_cudnn(
 
 def test_kernels_are_chosen_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert isinstance(make_accelerator("emulated", cpu).kernels, TorchKernels)
+    for activations in ("auto", "float", "int8"):
+        found = make_accelerator("emulated", cpu, activations=activations)
+        assert isinstance(found.kernels, TorchKernels)
+        assert found.kernels.int8 == (activations == "int8")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1|not installed"):
         make_accelerator("emulated", cpu, "triton")

@@ -14,8 +14,8 @@ from kernel_cases import random_layer
 from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
-from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
+from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.engine import Engine
 
@@ -76,17 +76,24 @@ def tokens(toy: Toy, rng: random.Random | None) -> list[int]:
 
 
 @pytest.mark.slow
-def test_stress_gives_the_plain_twins_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["direct", "plain", "staged"])
+def test_stress_gives_the_plain_twins_tokens(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"cache_ratio": 0.5, "prefetch": "score", "budget": "layer", "cache": "lru"}
     wanted = tokens(Toy(*build(weights=WEIGHTS, **settings)), None)
     assert len(set(wanted)) > 20, "a loop of few tokens would prove little"
 
     streams = LazyStreams(7)
     monkeypatch.setattr(slot_writer, "_copy_async", watched_copy(streams))
-    host = StagedBytes(streams, ring=4, pinned=False)
+    host = StagedBytes(streams, ring=4, pinned=False) if way == "staged" else PlainBytes()
     # At depth 1 most prefetches wait, so many are dropped.
     device = SlotAccelerator(
-        torch.device("cpu"), "fake", WatchedKernels(streams), streams, host, ahead_depth=1
+        torch.device("cpu"),
+        "fake",
+        WatchedKernels(streams),
+        streams,
+        host,
+        ahead_depth=1,
+        direct=way != "plain",
     )
     engine, routers = build(device, WEIGHTS, **settings)
     rng = random.Random(3)

@@ -13,6 +13,7 @@ from eval.policies.hits import POLICIES, hit_rate
 from eval.policies.systems import (
     ABLATION,
     BASELINES,
+    LEARNING_FIRST,
     ORACLE,
     OURS,
     SINGLE,
@@ -90,6 +91,25 @@ def test_every_system_runs(system: object) -> None:
     found = run(prepare(system, trace, 0.79), build(system, trace, costs, 0.25, None))  # type: ignore[arg-type]
     assert len(found.decode_us) == 6
     assert min(found.decode_us) > 0
+
+
+@pytest.mark.parametrize("name", traces.REAL)
+def test_learning_behind_the_launches_costs_no_time(name: str) -> None:
+    """With demand loads, prefetches and fills, behind a prompt."""
+    whole = traces.real(name)
+    trace = Trace(whole.header, whole.calls[: 12 * whole.header.layers])
+    costs = traces.costs_for("laptop-8gb", trace, name)
+    found = []
+    for system in (OURS, LEARNING_FIRST):
+        made = build(system, trace, costs, 0.25, None)
+        found.append(run(prepare(system, trace, 0.79), made))
+    deferred, first = found
+    assert deferred.decode_us == first.decode_us
+    assert deferred.prefill_us == first.prefill_us
+    first.counters.plan_us = deferred.counters.plan_us
+    assert deferred.counters == first.counters
+    assert deferred.counters.demand_loads
+    assert deferred.counters.prefetches
 
 
 def test_shipped_routing_is_what_its_readme_says() -> None:

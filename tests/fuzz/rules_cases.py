@@ -90,6 +90,7 @@ _KWARGS = (
     "linears",
     "accelerator",
     "kernels",
+    "activations",
     "prefill_device",
     "generate_device",
     "no_such",

@@ -21,6 +21,7 @@ def test_decode_makes_up_for_fills_that_a_prompt_had_no_time_for() -> None:
     assert fill.postponed == {layer: [4, 5] for layer in range(LAYERS)}
     made.link.free_us = now_us
     step = made.begin(0, {0: 1}, 1, now_us)
+    made.note(step)
     moves = fill.make_up(step, 1, IdleTime(now_us, now_us + 350.0))
     assert [(move.layer, move.expert) for move in moves] == [(1, 5)], "what fits, best first"
     assert fill.postponed[1] == [4]

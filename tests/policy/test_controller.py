@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS, Settings
 from hybrimoe_plugin.policy.cache import make_cache
-from hybrimoe_plugin.policy.controller import Controller, loads
+from hybrimoe_plugin.policy.controller import Controller, Scored, loads
 
 passes_of = st.lists(
     st.tuples(st.integers(1, 4), st.integers(0, 2**31)),
@@ -52,8 +52,8 @@ def checked_call(
     """One call with random routing and predictions; gives its makespan."""
     scores = rng.dirichlet(np.ones(EXPERTS), size=tokens).astype(np.float32)
     ids = np.argsort(-scores, axis=1)[:, :TOP_K]
-    made.learn(layer, ids, np.take_along_axis(scores, ids, axis=1), scores)
-    step = made.begin(layer, loads(ids), tokens, now_us)
+    scored = Scored(ids, np.take_along_axis(scores, ids, axis=1), scores)
+    step = made.begin(layer, loads(ids), tokens, now_us, scored)
     free_us = made.link.free_us
     ahead = []
     for later in range(layer + 1, LAYERS):

@@ -30,6 +30,7 @@ def spare_moves(
     made.warm_start()
     assert made.pool.slot_of(1, 7) is None
     step = begin(made, 0, [0, 1], 1, 0.0)
+    made.note(step)
     confidence = made.idle_prefetch.confidence
     for turn in range(50):
         confidence.predicted(1, 1, routed(7), many=False)
@@ -121,6 +122,7 @@ def test_predictions_know_what_was_sent() -> None:
     made = make_controller(2, 300.0, prefetch="impact")
     made.warm_start()
     step = begin(made, 0, [0, 1], 1, 0.0)
+    made.note(step)
     idle = IdleTime(0.0, 10_000.0)
     predictions = made.idle_prefetch.predict(step, [(1, {6: 4, 7: 4})], idle)
     moves = made.idle_prefetch.send(step, predictions, idle)

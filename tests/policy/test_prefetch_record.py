@@ -32,11 +32,11 @@ def test_each_is_counted_once() -> None:
     assert record.by_distance == {1: [2, 1], 2: [0, 0]}
 
 
-def test_unused_ones_are_known_by_layer() -> None:
+def test_unused_ones_are_known_until_their_layer_needs_them() -> None:
     record, _ = sent()
-    assert list(record.unused(1)) == [4, 5]
-    record.use(ONE)
-    assert list(record.unused(1)) == [5]
+    assert ONE in record
+    record.use_all(ONE.layer, [ONE.expert, 7])
+    record.use_all(TWO.layer + 1, [TWO.expert])
     assert ONE not in record
     assert TWO in record
 

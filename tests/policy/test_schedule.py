@@ -174,3 +174,22 @@ def test_the_worked_example() -> None:
         spans[kind.name] = kind(EXAMPLE).plan(routed).makespan_us
     assert plan.makespan_us == 50.0
     assert spans == {"cpu_only": 180.0, "accelerator_only": 90.0, "static": 80.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(missing=st.integers(0, 9), present=st.integers(0, 9), load=st.integers(1, 3))
+def test_makespans_are_those_of_plans(kind: type, missing: int, present: int, load: int) -> None:
+    """Also where they were remembered and the costs have changed since."""
+    costs = tiny_experts.costs()
+    scheduler = kind(costs)
+    ready = [OFFLOADED] * missing + [0.0] * present
+    routed = [Routed(expert, load, ready_us) for expert, ready_us in enumerate(ready)]
+    late = [item._replace(ready_us=70.0) for item in routed[missing:][:1]]
+    coming = [*late, *routed[:missing]]
+    for transfer_us in (300.0, 20.0):
+        costs.transfer_us = transfer_us
+        planned = scheduler.plan(routed).makespan_us
+        assert scheduler.makespan_us(routed) == planned
+        assert scheduler.even_makespan_us(missing, present, load) == planned
+        assert scheduler.makespan_us(routed, 50.0) == scheduler.plan(routed, 50.0).makespan_us
+        assert scheduler.makespan_us(coming) == scheduler.plan(coming).makespan_us

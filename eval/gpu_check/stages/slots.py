@@ -15,7 +15,8 @@ import torch
 from eval.gpu_check.place import Place, Row
 from eval.models.layers import layers_of
 from eval.models.shapes import MODELS, Model
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.engine.waves import wave_calls
 from hybrimoe_plugin.replay.trace import TraceHeader
 from hybrimoe_plugin.weights.layer_weights import LayerWeights

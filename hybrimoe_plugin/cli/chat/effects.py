@@ -157,7 +157,7 @@ IDLE = (
     Idle(
         (
             *("scheduler", "cache", "budget", "prefetch", "cache_ratio", "cache_bytes"),
-            *("look_ahead", "mrs_alpha", "mrs_p", "kernels", "attention", "verify"),
+            *("look_ahead", "mrs_alpha", "mrs_p", "kernels", "activations", "attention", "verify"),
         ),
         _cached_experts,
     ),

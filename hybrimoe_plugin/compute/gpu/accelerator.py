@@ -1,258 +1,24 @@
-"""An accelerator whose slots hold quantised experts: CUDA, or emulated on the CPU.
-
-Both run the same code; only streams and host memory differ. The emulated one has no clock: the
-engine advances time as the machine profile says, and labels every such number.
-"""
+"""The accelerator that a setting names."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from hybrimoe_plugin.compute.gpu.host_bytes import (
-    HostBytes,
-    PlainBytes,
-    RegisteredBytes,
-    StagedBytes,
-)
-from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, PromptKernels, SlotCall
-from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
-from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs
-from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
-from hybrimoe_plugin.compute.gpu.prompt_call import PromptCall
-from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
-from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
-from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
-from hybrimoe_plugin.compute.gpu.transfer_executor import InlineExecutor, ThreadExecutor
-from hybrimoe_plugin.device.cuda_timer import cuda_timer
+from hybrimoe_plugin.compute.gpu.host_bytes import RegisteredBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels
+from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.device.machine import cuda_refusal
-from hybrimoe_plugin.device.streams import CudaStreams, HostStreams, PendingCopy, Streams
-from hybrimoe_plugin.errors import BackendError, BudgetError
-from hybrimoe_plugin.weights.layer_weights import LayerWeights
-
-log = logging.getLogger(__name__)
-
-
-class SlotAccelerator:
-    """Slots of quantised experts on one device.
-
-    Args:
-        kernels: fused Triton kernels or the reference in torch operations.
-        streams: the device's queues; by default those of the emulated device.
-        host: where transfers read from; by default the stored bytes themselves.
-        fallback: the kernels for layers of which `kernels` refuse every one.
-        ahead_depth: most prefetches that the device has at once, at least 1; see `AHEAD_DEPTH`.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        name: str,
-        kernels: Kernels,
-        streams: Streams | None = None,
-        host: HostBytes | None = None,
-        fallback: Kernels | None = None,
-        ahead_depth: int = AHEAD_DEPTH,
-    ) -> None:
-        if ahead_depth < 1:
-            raise ValueError(f"ahead_depth: expected at least 1, found {ahead_depth}")
-        self.name = name
-        self.device = device
-        self.kernels = kernels
-        self.streams = streams or HostStreams()
-        self._host = host or PlainBytes()
-        self._fallback = fallback
-        self._ahead_depth = ahead_depth
-        self._buffer = torch.empty(0, 0, dtype=torch.uint8)
-        self._transfers = self._make_transfers(0)
-        self._allocated = False
-        self._layers: tuple[LayerWeights, ...] = ()
-        """Kept alive, so that no other layer gets the id of one of them."""
-        self._layouts: dict[int, SlotLayout] = {}
-        """By the id of a layer's weights.
-
-        Hashing or making a layout for every transfer would cost as much as the transfer.
-        """
-
-    @property
-    def cancelled(self) -> int:
-        """Prefetches that were superseded before they crossed the link."""
-        return self._transfers.cancelled
-
-    @property
-    def slots(self) -> int:
-        return len(self._buffer) if self._allocated else 0
-
-    def on_cpu(self, layers: Sequence[LayerWeights]) -> dict[int, str]:
-        """Positions of the layers that stay on the CPU, with the reasons: they get no slots.
-
-        Raises:
-            BackendError: no kernel takes any of the layers.
-        """
-        chosen, found = on_cpu(self.kernels, self._fallback, layers, str(self.device))
-        if chosen is not self.kernels:
-            reason = self.kernels.refusal(layers[0].spec)
-            log.warning("%s; experts on %s use torch operations", reason, self.device)
-            self.kernels = chosen
-        return found
-
-    def allocate(self, slots: int, layers: Sequence[LayerWeights]) -> None:
-        """As the protocol says.
-
-        Raises:
-            BackendError: no kernel takes any of the layers.
-            BudgetError: the memory is not there.
-        """
-        refused = self.on_cpu(layers)
-        layers = [weights for place, weights in enumerate(layers) if place not in refused]
-        self._layers = tuple(layers)
-        self._layouts = {id(weights): self.kernels.layout(weights.spec) for weights in layers}
-        layouts = self._layouts.values()
-        size = max(layout.size for layout in layouts)
-        repack_bytes = max(layout.largest_planar for layout in layouts)
-        self._drop()  # given back before the new slots are taken
-        self._host.prepare(layers)
-        try:
-            self._buffer = torch.empty(slots, size, dtype=torch.uint8, device=self.device)
-            self._transfers = self._make_transfers(repack_bytes)
-        except (RuntimeError, MemoryError) as error:  # CUDA out of memory is a RuntimeError
-            self._drop()
-            raise BudgetError(
-                f"{slots} slots of {size} bytes and {REPACK_BUFFERS} repack buffers of "
-                f"{repack_bytes} do not fit on {self.device}: {error}"
-            ) from error
-        if self.device.type == "cuda" and isinstance(self.kernels, Tunable):
-            self._tune(self.kernels, layers)
-        self._allocated = True
-
-    def onload(self, slot: int, weights: LayerWeights, expert: int, ahead: bool = False) -> None:
-        layout = self._layouts.get(id(weights)) or self.kernels.layout(weights.spec)
-        self._transfers.send(Transfer(slot, layout, weights, expert), ahead)
-
-    def cancel(self, slot: int) -> bool:
-        return self._transfers.cancel(slot)
-
-    def compute(
-        self,
-        slots: Sequence[int],
-        hidden: torch.Tensor,
-        slot_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        transfers = self._transfers
-        transfers.pump()
-        # Triton launches on the current device, which is another where a model lies on several.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            transfers.wait_gate_up(slots)
-            layout = transfers.held[slots[0]].layout
-            assert all(transfers.held[slot].layout == layout for slot in slots), (
-                "one call computes one layer"
-            )
-            call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
-            activations = self.kernels.gate_up(call)
-            transfers.wait_down(slots)
-            output = self.kernels.down(call, activations)
-            transfers.used(slots)
-        return output
-
-    def prompt_call(
-        self,
-        weights: LayerWeights,
-        waves: Sequence[Mapping[int, int]],
-        ids: NDArray[np.int64],
-        hidden: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> PromptCall | None:
-        kernels = self.kernels
-        if not isinstance(kernels, PromptKernels) or len(ids) <= kernels.decode_tokens:
-            return None
-        pairs = SortedPairs(ids, weights.spec.experts)
-        layout = self._layouts[id(weights)]
-        return PromptCall(
-            kernels,
-            self._transfers,
-            waves,
-            pairs,
-            self._buffer,
-            layout,
-            hidden,
-            topk_weights,
-            self.copy_to_device,
-        )
-
-    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> PendingCopy:
-        return self.streams.copy_to_host(tensors)
-
-    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.streams.pinned_like(tensor)
-
-    def pending_copy(self, tensors: list[torch.Tensor]) -> PendingCopy:
-        return self.streams.pending_copy(tensors)
-
-    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.streams.copy_to_device(tensor)
-
-    def synchronize(self) -> None:
-        """Make the host wait for everything. Raises: BackendError: a transfer has failed."""
-        self._transfers.drain()
-        self.streams.synchronize()
-        self._transfers.check()
-
-    def settle(self) -> dict[int, tuple[LayerWeights, int]]:
-        self._transfers.settle()
-        held = self._transfers.held
-        return {slot: (transfer.weights, transfer.expert) for slot, transfer in held.items()}
-
-    def wrong_slots(self, expected: Mapping[int, tuple[LayerWeights, int]]) -> list[int]:
-        self.synchronize()
-        wrong = []
-        for slot, (weights, expert) in expected.items():
-            if not self._transfers.holds(slot, weights, expert):
-                wrong.append(slot)
-        return wrong
-
-    def close(self) -> None:
-        self._drop()
-        self._host.release()
-
-    def _drop(self) -> None:
-        """Give the slots back."""
-        self._allocated = False
-        # Before the device is waited for: this gives it the last of its work.
-        self._transfers.close()
-        self.streams.synchronize()
-        self._buffer = torch.empty(0, 0, dtype=torch.uint8)
-        self._transfers = self._make_transfers(0)
-
-    def _make_transfers(self, repack_bytes: int) -> SlotTransfers:
-        """Traffic for the buffer as it is now."""
-        threaded = self._host.slow and len(self._buffer)
-        executor = ThreadExecutor() if threaded else InlineExecutor()
-        return SlotTransfers(
-            self.streams,
-            self.kernels,
-            self._host,
-            self._buffer,
-            repack_bytes,
-            self._ahead_depth,
-            executor,
-        )
-
-    def _tune(self, kernels: Tunable, layers: Sequence[LayerWeights]) -> None:
-        """Choose tile sizes for each shape among these layers."""
-        shapes = {(self._layouts[id(weights)], weights.spec.top_k) for weights in layers}
-        with torch.cuda.device(self.device):
-            for layout, top_k in shapes:
-                kernels.tune(layout, top_k, self._buffer, cuda_timer(self.device))
+from hybrimoe_plugin.device.streams import CudaStreams
+from hybrimoe_plugin.errors import BackendError
 
 
 def make_accelerator(
-    name: str, device: torch.device, kernels: str = "auto", ahead_depth: int = AHEAD_DEPTH
+    name: str,
+    device: torch.device,
+    kernels: str = "auto",
+    ahead_depth: int = AHEAD_DEPTH,
+    activations: str = "auto",
 ) -> SlotAccelerator | None:
     """The accelerator of a setting; None for `none`.
 
@@ -261,6 +27,7 @@ def make_accelerator(
         device: where CUDA computes.
         kernels: `auto`, `triton` or `torch`.
         ahead_depth: as in `SlotAccelerator`.
+        activations: `auto`, `float` or `int8`.
 
     Raises:
         BackendError: the device or the kernels cannot be used, with the reason.
@@ -269,14 +36,14 @@ def make_accelerator(
         return None
     if name == "emulated":
         device = torch.device("cpu")
-        chosen, fallback = make_kernels(kernels, device)
+        chosen, fallback = make_kernels(kernels, device, activations=activations)
         return SlotAccelerator(
             device, "emulated", chosen, fallback=fallback, ahead_depth=ahead_depth
         )
     reason = cuda_refusal()
     if reason is not None:
         raise BackendError(f"accelerator {name} on {device}: {reason}")
-    chosen, fallback = make_kernels(kernels, device)
+    chosen, fallback = make_kernels(kernels, device, activations=activations)
     streams = CudaStreams(device)
     host = RegisteredBytes(device, StagedBytes(streams, slow=True))
     return SlotAccelerator(device, "cuda", chosen, streams, host, fallback, ahead_depth)

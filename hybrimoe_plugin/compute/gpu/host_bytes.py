@@ -43,6 +43,13 @@ class HostBytes(Protocol):
         """Make the bytes of these layers, and of no others, ready to be read."""
         ...
 
+    def address(self, part: Bytes) -> int | None:
+        """Where the link reads these bytes at full speed; None where `source` must stage them.
+
+        Valid from `prepare` until `release`.
+        """
+        ...
+
     def source(self, part: Bytes) -> torch.Tensor:
         """[part.size] uint8; if `reuses` is true then, valid until the event passed to `sent`."""
         ...
@@ -77,6 +84,9 @@ class PlainBytes:
 
     def prepare(self, layers: Sequence[LayerWeights]) -> None:
         """Nothing to do: nothing is pinned."""
+
+    def address(self, part: Bytes) -> int | None:
+        return int(part.ctypes.data)
 
     def source(self, part: Bytes) -> torch.Tensor:
         return as_tensor(part)
@@ -120,6 +130,9 @@ class StagedBytes:
                 for _ in range(self._count)
             ]
             self._free = [None] * self._count
+
+    def address(self, part: Bytes) -> int | None:
+        return None
 
     def source(self, part: Bytes) -> torch.Tensor:
         self._last = (self._last + 1) % self._count
@@ -175,14 +188,15 @@ class RegisteredBytes:
         )
         self._staged.prepare(layers)
 
-    def source(self, part: Bytes) -> torch.Tensor:
-        start = part.ctypes.data
+    def address(self, part: Bytes) -> int | None:
+        start = int(part.ctypes.data)
         at = bisect_right(self._starts, start) - 1
         registered = at >= 0 and start + part.size <= self._ends[at]
-        self.reuses = not registered
-        if registered:
-            return as_tensor(part)
-        return self._staged.source(part)
+        return start if registered else None
+
+    def source(self, part: Bytes) -> torch.Tensor:
+        self.reuses = self.address(part) is None
+        return self._staged.source(part) if self.reuses else as_tensor(part)
 
     def sent(self, event: Event) -> None:
         if self.reuses:

@@ -54,13 +54,15 @@ def staying(found: Mapping[int, str], layers: Sequence[LayerWeights]) -> str:
 
 
 def make_kernels(
-    name: str, device: torch.device, tuned: bool = True
+    name: str, device: torch.device, tuned: bool = True, activations: str = "auto"
 ) -> tuple[Kernels, Kernels | None]:
     """(kernels, fallback for layers that they refuse).
 
     Args:
         name: `triton`, `torch`, or `auto`, which takes Triton on CUDA where it is installed.
         tuned: with the tile sizes that were measured on the device, which must be here then.
+        activations: `float`, `int8`, or `auto`, which is int8 where Triton's kernels for that prove
+            themselves (`Tunable.prove`). Torch operations emulate int8.
 
     Raises:
         BackendError: Triton was asked for and cannot be used.
@@ -68,7 +70,7 @@ def make_kernels(
     on_cuda = device.type == "cuda"
     installed = importlib.util.find_spec("triton") is not None
     if name == "torch" or (name == "auto" and not (on_cuda and installed)):
-        return TorchKernels(), None
+        return TorchKernels(int8=activations == "int8"), None
     if not installed:
         raise BackendError(
             "kernels: triton was asked for, but Triton is not installed: pip install triton"
@@ -82,8 +84,9 @@ def make_kernels(
 
     if on_cuda and tuned:
         usable_triton_cache()
-    fused = TritonKernels(device, tuned=_tuned_path(device) if tuned else None)
-    return fused, TorchKernels() if name == "auto" else None
+    path = _tuned_path(device) if tuned else None
+    fused = TritonKernels(device, tuned=path, activations=activations)
+    return fused, TorchKernels(int8=activations == "int8") if name == "auto" else None
 
 
 def _tuned_path(device: torch.device) -> Path | None:

@@ -7,6 +7,9 @@ that is kept in planes (`layout`) is copied into a repack buffer and rearranged 
     REPACK                             | 0 -> planes    | 1 -> planes      | 2 -> planes |
     COMPUTE                                                 gate and up ^         down ^
 
+That is the plain way (`slot_writer`). The direct one (`direct_writer`) costs the host a fraction of
+it; it rearranges a whole expert in one launch, and compute then waits for all of it.
+
 Prefetches wait here until the link has room for them; one that is superseded meanwhile never
 crosses it.
 
@@ -25,14 +28,18 @@ one; `settle` then finds the rest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
+from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout
+from hybrimoe_plugin.compute.gpu.layer_path import LayerPath
+from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
+from hybrimoe_plugin.compute.gpu.slot_uses import SlotUses
 from hybrimoe_plugin.compute.gpu.slot_writer import SlotWriter
 from hybrimoe_plugin.compute.gpu.transfer_executor import (
     DoneWork,
@@ -40,7 +47,7 @@ from hybrimoe_plugin.compute.gpu.transfer_executor import (
     QueuedWork,
     TransferExecutor,
 )
-from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, Event, Streams
+from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, Streams
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import Bytes, LayerWeights
 
@@ -82,6 +89,8 @@ class SlotTransfers:
         repack_bytes: of the largest matrix that is kept in planes, 0 for none.
         ahead_depth: most prefetches that the device has at once.
         executor: queues transfers on the device; this object closes it.
+        paths: id of a layer's weights -> how its experts go the direct way, where they can. Without
+            any, and with an executor that is a thread of its own, all go the plain way.
     """
 
     def __init__(
@@ -93,6 +102,7 @@ class SlotTransfers:
         repack_bytes: int,
         ahead_depth: int = AHEAD_DEPTH,
         executor: TransferExecutor | None = None,
+        paths: Mapping[int, LayerPath] | None = None,
     ) -> None:
         self.held: dict[int, Transfer] = {}
         self.cancelled = 0
@@ -101,7 +111,11 @@ class SlotTransfers:
         self._buffer = buffer
         self._ahead_depth = ahead_depth
         self._executor = executor or InlineExecutor()
-        self._writer = SlotWriter(streams, kernels, host, buffer, repack_bytes)
+        self._repack = RepackBuffers(streams, repack_bytes, buffer.device)
+        self._writer = SlotWriter(streams, kernels, host, buffer, self._repack)
+        self._direct: DirectWriter | None = None
+        if paths and isinstance(self._executor, InlineExecutor):
+            self._direct = DirectWriter(streams, buffer, self._repack, paths)
         self._waiting: dict[int, Transfer] = {}
         """Slot -> a prefetch that the device has not got yet, oldest first."""
         self._ahead: deque[QueuedWork] = deque()
@@ -109,7 +123,9 @@ class SlotTransfers:
         self._gate_up: dict[int, QueuedWork] = {}
         self._down: dict[int, QueuedWork] = {}
         """Slot -> what compute has not waited for yet."""
-        self._last_use: dict[int, Event] = {}
+        self._arriving: dict[int, tuple[QueuedWork, ...]] = {}
+        """Slot -> all of a transfer that the host has not seen the end of."""
+        self._uses = SlotUses()
         # Memory that compute gave back a moment ago may still be read there: nothing is written
         # before that is over.
         streams.synchronize()
@@ -138,8 +154,7 @@ class SlotTransfers:
         while self._waiting and len(self._ahead) < self._ahead_depth:
             oldest = next(iter(self._waiting))
             self._start(self._waiting.pop(oldest), AHEAD)
-            end = self._executor.submit(lambda: (self._streams.record(AHEAD),))
-            self._ahead.append(end)
+            self._ahead.append(self._arriving[oldest][-1])
 
     def wait_gate_up(self, slots: Iterable[int]) -> None:
         """Let compute go on only when these slots' gate and up have arrived.
@@ -161,9 +176,36 @@ class SlotTransfers:
 
     def used(self, slots: Sequence[int]) -> None:
         """Note that compute, as far as it is queued, contains these slots' last use."""
-        event = self._streams.record(COMPUTE)
-        for slot in slots:
-            self._last_use[slot] = event
+        self._uses.slots(slots, self._streams.record(COMPUTE))
+
+    def used_layer(self, weights: LayerWeights) -> None:
+        """Note that compute, as far as it is queued, used any slots that hold this layer's experts.
+
+        For work that looks its slots up on the device. To be called before the next `send`, which
+        may give one of them away. Costs the same however many slots there are.
+        """
+        self._uses.layer(weights, self._streams.record(COMPUTE))
+
+    def arrived(self, slot: int) -> bool:
+        """Whether all that the slot was last sent has arrived; the host does not wait.
+
+        False for a slot that was sent nothing, or whose prefetch still waits or was cancelled.
+
+        Raises:
+            BackendError: its transfer has failed.
+        """
+        if slot not in self.held:
+            return False
+        arriving = self._arriving.get(slot)
+        if arriving is None:
+            return True
+        if not all(self._reached(half) for half in arriving):
+            return False
+        # What is queued from now on comes after it without an edge.
+        self._gate_up.pop(slot, None)
+        self._down.pop(slot, None)
+        del self._arriving[slot]
+        return True
 
     def settle(self) -> None:
         """After an unfinished call: wait for what was submitted, drop the rest, keep what is sure.
@@ -183,8 +225,9 @@ class SlotTransfers:
         self._ahead.clear()
         self._gate_up.clear()
         self._down.clear()
-        self._last_use.clear()
-        self._writer.settle()
+        self._arriving.clear()
+        self._uses.forget()
+        self._repack.settle()
 
     def holds(self, slot: int, weights: LayerWeights, expert: int) -> bool:
         """Whether a slot has an expert's bytes as the file has them, or waits for them.
@@ -228,10 +271,14 @@ class SlotTransfers:
     def _wait(self, queued: dict[int, QueuedWork], slots: Iterable[int]) -> None:
         self._executor.check()
         for slot in slots:
-            if slot in queued:
-                for event in queued[slot].result():
-                    self._streams.wait(COMPUTE, event)
-                del queued[slot]  # only now: an interrupted wait must come again
+            work = queued.get(slot)
+            if work is None:
+                continue
+            for event in work.result():
+                self._streams.wait(COMPUTE, event)
+            if self._down.get(slot) is work:  # one event for both halves
+                del self._down[slot]
+            queued.pop(slot, None)  # only now: an interrupted wait must come again
 
     def _reached(self, work: QueuedWork) -> bool:
         if not work.done():
@@ -239,26 +286,45 @@ class SlotTransfers:
         return all(self._streams.reached(event) for event in work.result())
 
     def _start(self, transfer: Transfer, queue: str) -> None:
-        """Submit both halves of a transfer."""
-        slot = transfer.slot
+        """Submit all of a transfer."""
+        slot, _, weights, expert = transfer
         # Whatever writes this slot now comes after its last use, and after an older transfer that
-        # nobody waited for. That one has run when this one does: jobs keep their order.
+        # compute did not wait for. That one has been queued when this one is: jobs keep their
+        # order.
         older: list[QueuedWork] = []
-        for queued in (self._gate_up, self._down):
-            if slot in queued:
-                older.append(queued.pop(slot))
-        if slot in self._last_use:
-            older.append(DoneWork((self._last_use.pop(slot),)))
+        gate_up = self._gate_up.pop(slot, None)
+        down = self._down.pop(slot, None)
+        if gate_up is not None or down is not None:
+            older += self._arriving[slot]
+        last_use = self._uses.refill(slot, weights)
+        if last_use is not None:
+            older.append(DoneWork((last_use,)))
+        direct = self._direct
+        if direct is not None and direct.takes(weights, expert):
+            first, last = direct.write(slot, weights, expert, queue, older)
+            down = DoneWork((last,))
+            gate_up = down if first is last else DoneWork((first,))
+            self._arriving[slot] = (down,)
+        else:
+            gate_up, down = self._submit(transfer, queue, older)
+            self._arriving[slot] = gate_up, down
+        self._gate_up[slot] = gate_up
+        self._down[slot] = down
+        self.held[slot] = transfer
+
+    def _submit(
+        self, transfer: Transfer, queue: str, older: list[QueuedWork]
+    ) -> tuple[QueuedWork, QueuedWork]:
+        """Let the executor write both halves the plain way."""
+        slot = transfer.slot
         ordered: set[str] = set()
         gate, up, down, *biases = transfer.parts
         write = self._writer.write
-        self._gate_up[slot] = self._executor.submit(
+        first = self._executor.submit(
             lambda: write(slot, queue, (gate, up, *biases), older, ordered)
         )
-        self._down[slot] = self._executor.submit(
-            lambda: write(slot, queue, (down,), older, ordered)
-        )
-        self.held[slot] = transfer
+        second = self._executor.submit(lambda: write(slot, queue, (down,), older, ordered))
+        return first, second
 
 
 def _failed(work: QueuedWork) -> bool:

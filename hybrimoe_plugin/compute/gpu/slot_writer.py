@@ -1,4 +1,8 @@
-"""Queue the device work of one transfer: copies over the link and repacking into planes."""
+"""Queue the device work of one transfer: copies over the link and repacking into planes.
+
+One matrix at a time in torch's own operations, from wherever the host keeps its bytes. This is the
+plain twin of `direct_writer`, and its fallback.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,10 @@ import torch
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part
+from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
 from hybrimoe_plugin.compute.gpu.transfer_executor import Events, QueuedWork
-from hybrimoe_plugin.device.streams import REPACK, Event, Streams
+from hybrimoe_plugin.device.streams import REPACK, Streams
 from hybrimoe_plugin.weights.layer_weights import Bytes
-
-REPACK_BUFFERS = 4
-"""Buffers that matrices cross the link into before they are rearranged into planes."""
 
 
 class SlotWriter:
@@ -25,7 +27,7 @@ class SlotWriter:
         kernels: rearrange parts into planes.
         host: where bytes are read from.
         buffer: [slots, slot bytes] uint8 on the device.
-        repack_bytes: of the largest matrix that is kept in planes, 0 for none.
+        repack: what parts in planes cross the link into.
     """
 
     def __init__(
@@ -34,23 +36,13 @@ class SlotWriter:
         kernels: Kernels,
         host: HostBytes,
         buffer: torch.Tensor,
-        repack_bytes: int,
+        repack: RepackBuffers,
     ) -> None:
         self._streams = streams
         self._kernels = kernels
         self._host = host
         self._buffer = buffer
-        count = REPACK_BUFFERS if repack_bytes else 0
-        self._repack_buffers = [
-            torch.empty(repack_bytes, dtype=torch.uint8, device=buffer.device) for _ in range(count)
-        ]
-        self._free: list[Event | None] = [None] * count
-        """For each repack buffer, the event after which it may be written again."""
-        self._next = 0
-
-    def settle(self) -> None:
-        """Forget edges to older work, which the host has waited for."""
-        self._free = [None] * len(self._free)
+        self._repack = repack
 
     def write(
         self,
@@ -98,16 +90,12 @@ class SlotWriter:
 
     def _copy_and_repack(self, queue: str, part: Part, stored: Bytes, target: torch.Tensor) -> None:
         """Copy into a repack buffer, and rearrange from there into the slot."""
-        index = self._next
-        self._next = (index + 1) % REPACK_BUFFERS
-        arrived = self._repack_buffers[index][: part.size]
-        free = self._free[index]
-        if free is not None:
-            self._streams.wait(queue, free)  # edge: the buffer's last repacking -> next copy
+        taken = self._repack.take(queue, 1)
+        arrived = self._repack.buffers[taken[0]][: part.size]
         self._copy(queue, stored, arrived)
         self._streams.wait(REPACK, self._streams.record(queue))  # edge: copied -> repacking
         self._streams.enqueue(REPACK, lambda: self._kernels.repack(part, arrived, target))
-        self._free[index] = self._streams.record(REPACK)
+        self._repack.give_back(taken, self._streams.record(REPACK))
 
 
 def _copy_async(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -28,6 +28,10 @@ stand in for them.
 """
 FEATURES = len(DECAYS) + len(AGES) + 2
 """The last two are the newest router score and the decayed one."""
+FREQUENCIES = len(DECAYS)
+STEPS = DECAYS[:, None]
+KEPT_SHARES = 1 - STEPS
+OFFSETS = np.array(AGES)[:, None]
 START = np.array([1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0])
 """Weights before anything is learned: slow frequency and a bonus for recent use, the best fixed
 rule on real traces.
@@ -62,7 +66,7 @@ class AdaptiveCache(RankedCache):
         self.features = np.zeros((layers, FEATURES, experts))
         """[L, F, E] each expert's past: decayed frequencies, ages, scores."""
         self._top_k = top_k
-        self._seen = np.zeros(layers, dtype=np.int64)
+        self._seen = [0] * layers
         """[L] tokens so far."""
         self._last = np.full((layers, experts), -NEVER)
         """[L, E] number of the last token that chose the expert."""
@@ -70,6 +74,13 @@ class AdaptiveCache(RankedCache):
         """[F, F] evidence: products of features, summed over tokens and experts."""
         self._targets = np.zeros(FEATURES)
         """[F] evidence: features of the experts that were chosen."""
+        # Buffers of one token: allocating and broadcasting cost more than these few numbers do.
+        self._products = np.zeros((FEATURES, FEATURES))
+        self._sums = np.zeros(FEATURES)
+        self._chosen = np.zeros(experts)
+        """[E] 1 for the experts of the present token, 0 for the others."""
+        self._added = np.zeros((len(DECAYS), experts))
+        self._change = np.zeros(experts)
         if popularity is not None:
             frequencies = popularity[:, None] * top_k
             self.features[:, : len(DECAYS)] = frequencies
@@ -92,9 +103,13 @@ class AdaptiveCache(RankedCache):
         features = self.features[layer]
         for token in range(early, tokens):
             ids = topk_ids[token]
+            self._chosen.fill(0.0)
+            self._chosen[ids] = 1.0
             if self._seen[layer]:
-                self._moments += features @ features.T
-                self._targets += features[:, ids].sum(axis=1)
+                np.dot(features, features.T, self._products)
+                self._moments += self._products
+                np.dot(features, self._chosen, self._sums)
+                self._targets += self._sums
             self._advance(layer, ids)
             if scores is None:
                 self._update_scores(features, topk_weights[token], ids)
@@ -102,26 +117,26 @@ class AdaptiveCache(RankedCache):
                 self._update_scores(features, scores[token])
         if layer == len(self.ranks) - 1:
             self._solve(tokens)
-        self.ranks[layer] = self.weights @ features
+        np.dot(self.weights, features, self.ranks[layer])
 
     def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
         """Update one layer's frequencies and ages for one token.
 
         Args:
-            ids: [K] its experts.
+            ids: [K] its experts, which `_chosen` holds too.
         """
         features = self.features[layer]
-        decayed = len(DECAYS)
-        steps = DECAYS[:, None]
-        features[:decayed] *= 1 - steps
-        features[:decayed, ids] += steps
+        frequencies, ages = features[:FREQUENCIES], features[FREQUENCIES:-2]
+        np.multiply(STEPS, self._chosen, self._added)
+        frequencies *= KEPT_SHARES
+        frequencies += self._added
         self._seen[layer] += 1
         now = self._seen[layer]
         last = self._last[layer]
         last[ids] = now
-        age = now - last
-        for index, offset in enumerate(AGES, decayed):
-            np.divide(1.0, age + offset, out=features[index])
+        np.subtract(now, last, self._change)
+        np.add(self._change, OFFSETS, ages)
+        np.reciprocal(ages, ages)
 
     def _update_scores(
         self, features: Ranks, scores: Scores, ids: NDArray[np.int64] | None = None
@@ -139,7 +154,10 @@ class AdaptiveCache(RankedCache):
         else:
             newest[:] = 0.0
             newest[ids] = scores * scale
-        decayed += SCORE_STEP * (newest - decayed)
+        change = self._change
+        np.subtract(newest, decayed, change)
+        change *= SCORE_STEP
+        decayed += change
 
     def _skip(self, layer: int, ids: Ids) -> None:
         """Update frequencies and ages for many tokens at once; `ids` [T, K]."""

@@ -18,15 +18,12 @@ is predicted.
 """
 BORROWED = 4.0
 """Weight, in predictions, of all kinds of a distance in the estimate for one kind."""
-ANY = -1
-"""In place of the votes: all kinds of a distance together."""
-
 
 Kind = tuple[int, int, bool, bool, bool]
 """Predictions that are equally likely to come true.
 
 - distance
-- votes: how often the expert was predicted for the same call from further away, or `ANY`
+- votes: how often the expert was predicted for the same call from further away
 - many: whether the call has many tokens
 - offloaded: whether the expert was
 - leading: whether it is in the half that the router put first; calls of one token only
@@ -43,11 +40,10 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        self._evidence: dict[Kind, _Evidence] = {}
-        self._open: dict[int, dict[int, list[tuple[_Evidence, _Evidence]]]] = {}
-        """Layer -> expert -> evidence for each of its predictions: its own kind's, and that of all
-        of its distance.
-        """
+        self._pairs: dict[Kind, _Pair] = {}
+        self._wide: dict[tuple[int, bool, bool], _Evidence] = {}
+        self._open: dict[int, dict[int, list[_Pair]]] = {}
+        """Layer -> expert -> evidence for each of its predictions."""
 
     def of(self, kind: Kind) -> float:
         """Probability that an expert predicted in this way will be needed."""
@@ -67,40 +63,44 @@ class Confidence:
         """
         known = self._open.setdefault(layer, {})
         found = {}
-        for place, item in enumerate(routed):
-            pairs = known.setdefault(item.expert, [])
-            leading = not many and 2 * place < len(routed)
-            offloaded = item.ready_us == OFFLOADED
-            own, wide = pair = self._pair((distance, len(pairs), many, offloaded, leading))
-            pairs.append(pair)
-            found[item.expert] = _share(own, wide, many)
+        leading = 0 if many else (len(routed) + 1) // 2
+        # Most predictions are of few kinds: each kind's share is computed once.
+        shares: dict[tuple[int, bool, bool], tuple[_Pair, float]] = {}
+        for place, (expert, _, ready_us) in enumerate(routed):
+            pairs = known.get(expert)
+            if pairs is None:
+                pairs = known[expert] = []
+            kind = len(pairs), ready_us == OFFLOADED, place < leading
+            share = shares.get(kind)
+            if share is None:
+                votes, offloaded, first = kind
+                pair = self._pair((distance, votes, many, offloaded, first))
+                share = shares[kind] = pair, _share(*pair, many)
+            pairs.append(share[0])
+            found[expert] = share[1]
         return found
 
     def check(self, layer: int, needed: Collection[int]) -> None:
         """The layer runs: compare what was predicted for it with what it needs."""
         for expert, pairs in self._open.pop(layer, {}).items():
             hit = 1.0 if expert in needed else 0.0
-            for pair in pairs:
-                for evidence in pair:
-                    evidence.hits = evidence.hits * KEEP + hit
-                    evidence.checked = evidence.checked * KEEP + 1.0
+            for own, wide in pairs:
+                own.hits = own.hits * KEEP + hit
+                own.checked = own.checked * KEEP + 1.0
+                wide.hits = wide.hits * KEEP + hit
+                wide.checked = wide.checked * KEEP + 1.0
 
     def forget(self) -> None:
         """Drop the predictions that no layer has answered yet."""
         self._open.clear()
 
-    def _pair(self, kind: Kind) -> tuple[_Evidence, _Evidence]:
-        """Evidence of this kind, and of all kinds of its distance."""
-        evidence = self._evidence
-        own = evidence.get(kind)
-        if own is None:
-            own = evidence[kind] = _Evidence()
-        distance, _, many, offloaded, _ = kind
-        every = distance, ANY, many, offloaded, False
-        wide = evidence.get(every)
-        if wide is None:
-            wide = evidence[every] = _Evidence()
-        return own, wide
+    def _pair(self, kind: Kind) -> _Pair:
+        pair = self._pairs.get(kind)
+        if pair is None:
+            distance, _, many, offloaded, _ = kind
+            wide = self._wide.setdefault((distance, many, offloaded), _Evidence())
+            pair = self._pairs[kind] = _Evidence(), wide
+        return pair
 
 
 class _Evidence:
@@ -110,6 +110,10 @@ class _Evidence:
 
     def __init__(self) -> None:
         self.hits = self.checked = 0.0
+
+
+_Pair = tuple[_Evidence, _Evidence]
+"""Evidence of one kind, and of all kinds that share its distance, `many` and `offloaded`."""
 
 
 def _share(own: _Evidence, wide: _Evidence, many: bool) -> float:

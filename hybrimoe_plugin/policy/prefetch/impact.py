@@ -20,8 +20,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from hybrimoe_plugin.core import OFFLOADED, ExpertRef
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.prefetch.prediction import Prediction, PrefetchRequest
+from hybrimoe_plugin.policy.schedule.machine_model import even_counts
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler
 
 
@@ -48,7 +49,10 @@ class ImpactPrefetcher:
             return []
         heap: list[tuple[float, int, _Candidates]] = []
         for prediction in predictions:
-            candidates = _Candidates(prediction, self._scheduler, self.calibrated, floor)
+            waiting = _waiting(prediction, self.calibrated, floor)
+            if not waiting:
+                continue
+            candidates = _Candidates(prediction, waiting, self._scheduler, self.calibrated)
             if candidates.advance():
                 heap.append((-candidates.expected_us, prediction.distance, candidates))
         heapq.heapify(heap)
@@ -64,22 +68,27 @@ class ImpactPrefetcher:
 class _Candidates:
     """One layer's candidates, each with the impact it has once those before it are resident.
 
-    The heaviest come first. Calibrated, loads are weighed by their probability, and candidates
-    below `floor` are left out.
+    Args:
+        waiting: their positions in the prediction, the first one last.
     """
 
     def __init__(
-        self, prediction: Prediction, scheduler: Scheduler, calibrated: bool, floor: float
+        self,
+        prediction: Prediction,
+        waiting: list[int],
+        scheduler: Scheduler,
+        calibrated: bool,
     ) -> None:
         self._prediction = prediction
+        self._waiting = waiting
         self._scheduler = scheduler
         self._confidence = prediction.confidence if calibrated else None
         self._routed = list(prediction.routed)
         self._expert = -1
         self._impact_us = 0.0
-        self._waiting = self._order(floor)
-        """Positions in `_routed`, the next candidate last."""
-        self._makespan_us = scheduler.plan(self._routed).makespan_us if self._waiting else 0.0
+        self._even = even_counts(self._routed)
+        """Of an even call, as most are in decode, only counts have to be followed."""
+        self._makespan_us = self._plan_us()
 
     @property
     def expected_us(self) -> float:
@@ -101,21 +110,36 @@ class _Candidates:
             return False
         index = self._waiting.pop()
         item = self._routed[index]
-        self._routed[index] = item._replace(ready_us=0.0)
-        makespan_us = self._scheduler.plan(self._routed).makespan_us
+        self._routed[index] = Routed(item.expert, item.load, 0.0)
+        if self._even is not None:
+            missing, present, load = self._even
+            self._even = missing - 1, present + 1, load
+        makespan_us = self._plan_us()
         self._expert = item.expert
         self._impact_us = self._makespan_us - makespan_us
         self._makespan_us = makespan_us
         return self._impact_us > 0.0
 
-    def _order(self, floor: float) -> list[int]:
-        """Positions of the offloaded experts, by ascending load."""
-        routed, confidence = self._routed, self._confidence
-        offloaded = [index for index, item in enumerate(routed) if item.ready_us == OFFLOADED]
-        if confidence is None:
-            return sorted(offloaded, key=lambda index: routed[index].load)
-        sure = [index for index in offloaded if confidence[routed[index].expert] >= floor]
-        return sorted(sure, key=lambda index: routed[index].load * confidence[routed[index].expert])
+    def _plan_us(self) -> float:
+        """Makespan of the call as it stands."""
+        if self._even is not None:
+            return self._scheduler.even_makespan_us(*self._even)
+        return self._scheduler.makespan_us(self._routed)
 
     def __lt__(self, other: _Candidates) -> bool:
         return self._prediction.layer < other._prediction.layer
+
+
+def _waiting(prediction: Prediction, calibrated: bool, floor: float) -> list[int]:
+    """Positions of the offloaded experts, the heaviest last.
+
+    Calibrated, loads are weighed by their probability, and experts below `floor` are left out.
+    """
+    routed, confidence = prediction.routed, prediction.confidence
+    offloaded = [index for index, item in enumerate(routed) if item.ready_us == OFFLOADED]
+    if not calibrated:
+        return sorted(offloaded, key=lambda index: routed[index].load)
+    sure = [index for index in offloaded if confidence[routed[index].expert] >= floor]
+    if len(sure) > 1:
+        sure.sort(key=lambda index: routed[index].load * confidence[routed[index].expert])
+    return sure

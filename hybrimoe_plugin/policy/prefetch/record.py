@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from hybrimoe_plugin.core import ExpertRef
@@ -59,10 +59,6 @@ class PrefetchRecord:
         """Whether the expert was prefetched and has not been needed yet."""
         return ref in self._unused
 
-    def unused(self, layer: int) -> Iterator[int]:
-        """Experts of a layer that were prefetched and have not been needed yet."""
-        return (ref.expert for ref in self._unused if ref.layer == layer)
-
     def send(self, ref: ExpertRef, distance: int, decode: bool) -> None:
         """A prefetch is sent."""
         self._unused[ref] = Sent(distance, decode)
@@ -80,6 +76,13 @@ class PrefetchRecord:
         self.by_distance[sent.distance][1] += 1
         self.used += sent.decode
         self._counters.prefetches_used += 1
+
+    def use_all(self, layer: int, experts: Iterable[int]) -> None:
+        """These experts of a layer are needed."""
+        unused = self._unused
+        for expert in experts:
+            if (layer, expert) in unused:
+                self.use(ExpertRef(layer, expert))
 
     def evict(self, ref: ExpertRef) -> None:
         """The expert loses its slot; counts if nobody used its prefetch."""

@@ -15,9 +15,10 @@ from hybrimoe_plugin.policy.schedule.machine_model import (
     present_of,
     simulate,
 )
+from hybrimoe_plugin.policy.schedule.scheduler import Scheduler
 
 
-class CPUOnlyScheduler:
+class CPUOnlyScheduler(Scheduler):
     """Everything on the CPU: the only plan there is without an accelerator."""
 
     name = "cpu_only"
@@ -29,7 +30,7 @@ class CPUOnlyScheduler:
         return build_plan(routed, (), (), self._costs, link_free_us)
 
 
-class AcceleratorOnlyScheduler:
+class AcceleratorOnlyScheduler(Scheduler):
     """Everything on the accelerator; every miss crosses the link (AdapMoE, mixtral-offloading)."""
 
     name = "accelerator_only"
@@ -42,7 +43,7 @@ class AcceleratorOnlyScheduler:
         return assemble(routed, everything, self._costs, link_free_us)
 
 
-class StaticScheduler:
+class StaticScheduler(Scheduler):
     """Hits on the accelerator, misses on the CPU (kTransformers)."""
 
     name = "static"
@@ -55,7 +56,7 @@ class StaticScheduler:
         return assemble(routed, hits, self._costs, link_free_us)
 
 
-class RatioScheduler:
+class RatioScheduler(Scheduler):
     """Hits on the accelerator, a fixed share of the misses over the link, the others on the CPU.
 
     The share is `cpu / (cpu + transfer)` of one-token times, which is `pcie / (pcie + cpu)` of
@@ -79,7 +80,7 @@ class RatioScheduler:
         return assemble(routed, on_accelerator, self._costs, link_free_us)
 
 
-class GreedyScheduler:
+class GreedyScheduler(Scheduler):
     """The paper's three-queue simulation, as published; the plain twin of `HybriMoEScheduler`.
 
     Each step commits whichever of the three queues would finish its next expert first: the CPU its

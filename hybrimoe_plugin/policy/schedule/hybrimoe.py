@@ -22,6 +22,7 @@ C and then D); hits on the accelerator and misses on the CPU takes 80 us.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -30,20 +31,26 @@ from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.schedule.exchange import exchange
 from hybrimoe_plugin.policy.schedule.machine_model import (
     build_plan,
-    missing_of,
-    present_of,
+    even_counts,
     soonest_first,
 )
+from hybrimoe_plugin.policy.schedule.scheduler import Scheduler
 
 EXCHANGE_LIMIT = 12
 """Experts of a call up to which exchanges are tried: their number grows with the square."""
+
+KNOWN_LIMIT = 4096
+"""Even calls whose counts are remembered."""
+
+_Counts = tuple[int, int, float]
+"""(misses that cross the link, present experts on the accelerator, makespan in us)."""
 
 # Sort keys without tuples where possible: a prefill call sorts hundreds of experts several times.
 _load = attrgetter("load")
 _ready = attrgetter("ready_us")
 
 
-class HybriMoEScheduler:
+class HybriMoEScheduler(Scheduler):
     """Two-threshold search for the smallest makespan, then exchanges in small uneven calls.
 
     Never worse than either one-sided plan, since both are among the candidates. The module's
@@ -54,10 +61,13 @@ class HybriMoEScheduler:
 
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
+        self._known: dict[tuple[int, int, int], _Counts] = {}
+        """(missing, present, load) -> the best counts of an even call on an idle link."""
+        self._known_version = costs.version
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
-        missing, present = missing_of(routed), present_of(routed)
-        if _is_even(routed):
+        missing, present, even = _divided(routed)
+        if even:
             return self._plan_even(missing, present, link_free_us)
         by_load = sorted(present, key=_load, reverse=True)
         plan = self._plan_uneven(missing, by_load, link_free_us)
@@ -65,9 +75,10 @@ class HybriMoEScheduler:
             # With weights in flight it can pay to leave the late ones to the CPU instead of the
             # light ones.
             by_arrival = sorted(present, key=soonest_first)
-            other = self._plan_uneven(missing, by_arrival, link_free_us)
-            if other.makespan_us < plan.makespan_us:
-                plan = other
+            if by_arrival != by_load:
+                other = self._plan_uneven(missing, by_arrival, link_free_us)
+                if other.makespan_us < plan.makespan_us:
+                    plan = other
         if len(routed) <= EXCHANGE_LIMIT:
             return exchange(plan, routed, self._costs, link_free_us)
         return plan
@@ -82,9 +93,11 @@ class HybriMoEScheduler:
         costs = self._costs
         load = missing[0].load if missing else present[0].load
         cpu, accelerator = costs.cpu(load), costs.accelerator(load)
-        crossing, kept, makespan_us = self._even_counts(
-            len(missing), len(present), cpu, accelerator, link_free_us
-        )
+        crossing, kept, makespan_us = self._counts(len(missing), len(present), load, link_free_us)
+        if kept == total:
+            hits = tuple([item.expert for item in present])
+            busy_us = costs.accelerator_first_us + total * accelerator
+            return LayerPlan((), hits, (), makespan_us, 0.0, busy_us, 0.0)
         onload = [item.expert for item in missing[:crossing]]
         in_slots = [item.expert for item in present[:kept]]
         on_cpu = [item.expert for item in missing[crossing:]]
@@ -101,18 +114,32 @@ class HybriMoEScheduler:
             crossing * costs.transfer_us,
         )
 
-    def _even_counts(
-        self, missing: int, present: int, cpu: float, accelerator: float, link_free_us: float
-    ) -> tuple[int, int, float]:
-        """The best counts for equal loads.
+    def makespan_us(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> float:
+        counts = even_counts(routed)
+        if counts is None:
+            return self.plan(routed, link_free_us).makespan_us
+        return self._counts(*counts, link_free_us)[2]
 
-        Args:
-            cpu: microseconds of one expert on the CPU; `accelerator` likewise.
+    def even_makespan_us(self, missing: int, present: int, load: int) -> float:
+        return self._counts(missing, present, load, 0.0)[2]
 
-        Returns:
-            (misses that cross the link, present experts on the accelerator, makespan in us).
-        """
+    def _counts(self, missing: int, present: int, load: int, link_free_us: float) -> _Counts:
+        """The best counts for equal loads; those on an idle link are remembered."""
+        if link_free_us != 0.0:
+            return self._even_counts(missing, present, load, link_free_us)
+        known = self._known
+        if self._known_version != self._costs.version or len(known) > KNOWN_LIMIT:
+            known.clear()
+            self._known_version = self._costs.version
+        call = missing, present, load
+        counts = known.get(call)
+        if counts is None:
+            counts = known[call] = self._even_counts(*call, link_free_us)
+        return counts
+
+    def _even_counts(self, missing: int, present: int, load: int, link_free_us: float) -> _Counts:
         costs = self._costs
+        cpu, accelerator = costs.cpu(load), costs.accelerator(load)
         transfer = costs.transfer_us
         cpu_first, first = costs.cpu_first_us, costs.accelerator_first_us
         total = missing + present
@@ -217,30 +244,48 @@ class HybriMoEScheduler:
         return best_pair
 
 
-def _is_even(routed: Sequence[Routed]) -> bool:
-    """Whether all loads are equal and nothing is in flight."""
-    load = routed[0].load if routed else 0
+def _divided(routed: Sequence[Routed]) -> tuple[list[Routed], list[Routed], bool]:
+    """In one go, since every plan needs it.
+
+    Returns:
+        (the experts that are neither resident nor in flight, the others, whether all loads are
+        equal and nothing is in flight).
+    """
+    missing: list[Routed] = []
+    present: list[Routed] = []
+    even = True
+    first = routed[0].load if routed else 0
     for item in routed:
-        if item.load != load:
-            return False
-        if 0.0 < item.ready_us < OFFLOADED:
-            return False
-    return True
+        _, load, ready_us = item
+        if load != first:
+            even = False
+        if ready_us == OFFLOADED:
+            missing.append(item)
+            continue
+        present.append(item)
+        if ready_us > 0.0:
+            even = False
+    return missing, present, even
 
 
 def _prefix_finish(present: Sequence[Routed], costs: CostModel) -> list[float]:
     """Accelerator finish when it keeps the first n of `present`, for every n; launch included."""
     finish = costs.accelerator_first_us
     finishes = [finish]
-    in_flight = False
-    for count, item in enumerate(present, 1):
-        if item.ready_us > 0.0:
-            in_flight = True
-        if in_flight:
-            finish = costs.accelerator_first_us
-            for kept in sorted(present[:count], key=soonest_first):
-                finish = max(finish, kept.ready_us) + costs.accelerator(kept.load)
+    cost = costs.accelerator
+    kept: list[Routed] = []
+    last = soonest_first(present[0]) if present else (0.0, 0)
+    for item in present:
+        order = soonest_first(item)
+        if order >= last:
+            # The accelerator computes it behind those before it.
+            kept.append(item)
+            last = order
+            finish = max(finish, item.ready_us) + cost(item.load)
         else:
-            finish += costs.accelerator(item.load)
+            insort(kept, item, key=soonest_first)
+            finish = costs.accelerator_first_us
+            for earlier in kept:
+                finish = max(finish, earlier.ready_us) + cost(earlier.load)
         finishes.append(finish)
     return finishes

@@ -150,6 +150,22 @@ def build_plan(
     )
 
 
+def even_counts(routed: Sequence[Routed]) -> tuple[int, int, int] | None:
+    """(missing experts, resident ones, their load) where nothing else matters.
+
+    Returns:
+        None for no experts at all, where loads differ, or where an expert is in flight.
+    """
+    if not routed:
+        return None
+    _, loads, ready = zip(*routed, strict=True)
+    missing, total = ready.count(OFFLOADED), len(routed)
+    present = ready.count(0.0)
+    if missing + present < total or loads.count(loads[0]) < total:
+        return None
+    return missing, present, loads[0]
+
+
 def missing_of(routed: Sequence[Routed]) -> list[Routed]:
     """The experts that are neither resident nor in flight."""
     return [item for item in routed if item.ready_us == OFFLOADED]

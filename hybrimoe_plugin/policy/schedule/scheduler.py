@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hybrimoe_plugin.core import LayerPlan, Routed
+from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
 
 
 class Scheduler(Protocol):
@@ -22,6 +22,16 @@ class Scheduler(Protocol):
             link_free_us: the link is busy with earlier transfers until then.
         """
         ...
+
+    def makespan_us(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> float:
+        """Predicted time of the plan, where nobody needs to know who computes what."""
+        return self.plan(routed, link_free_us).makespan_us
+
+    def even_makespan_us(self, missing: int, present: int, load: int) -> float:
+        """The same for an idle link and so many offloaded and resident experts of equal load."""
+        routed = [Routed(expert, load, OFFLOADED) for expert in range(missing)]
+        routed += [Routed(missing + expert, load, 0.0) for expert in range(present)]
+        return self.makespan_us(routed)
 
 
 @dataclass

@@ -47,9 +47,15 @@ def sign_bytes() -> torch.Tensor:
     return torch.frombuffer(bytearray(kind.ksigns), dtype=torch.uint8)
 
 
+@cache
+def _beside(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """One of the tables above on a device, kept (see `fields.constant`)."""
+    return table.to(device)
+
+
 def _look_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """The table's entries, flat for each block: [N, values]."""
-    found = table.to(codes.device)[codes.long()]
+    found = _beside(table, codes.device)[codes.long()]
     return found.reshape(len(codes), -1)
 
 
@@ -165,7 +171,7 @@ def _iq3_s(blocks: torch.Tensor) -> torch.Tensor:
 def _shifted_grid(codes: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
     """[N, 256] IQ1 grid values of codes [N, 32], an eighth up or, where `minus`, down."""
     kind: Any = quants.IQ1_S
-    entries = grid("IQ1_S").to(codes.device)[codes]
+    entries = _beside(grid("IQ1_S"), codes.device)[codes]
     steps = kind.delta * (1 - 2 * minus.float())
     return (entries + steps.reshape(len(codes), 32, 1)).reshape(len(codes), -1)
 

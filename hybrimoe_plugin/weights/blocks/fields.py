@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+
+
+@cache
+def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[len(values)], kept: a CUDA graph that is being captured can copy nothing from the host."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def half(blocks: torch.Tensor, at: int) -> torch.Tensor:
@@ -13,14 +21,14 @@ def half(blocks: torch.Tensor, at: int) -> torch.Tensor:
 
 def shifted(packed: torch.Tensor, shifts: tuple[int, ...], mask: int) -> torch.Tensor:
     """[..., len(shifts)]: `mask` of each value shifted right by each of `shifts`."""
-    steps = torch.tensor(shifts, dtype=packed.dtype, device=packed.device)
+    steps = constant(shifts, packed.dtype, packed.device)
     return (packed[..., None] >> steps) & mask
 
 
 def strided(packed: torch.Tensor, run: int, shifts: tuple[int, ...], mask: int) -> torch.Tensor:
     """[N, values]: of each run of bytes first all at the first shift, then all at the next."""
     runs = packed.reshape(len(packed), -1, 1, run)
-    steps = torch.tensor(shifts, dtype=torch.uint8, device=packed.device)
+    steps = constant(shifts, torch.uint8, packed.device)
     return ((runs >> steps[:, None]) & mask).reshape(len(packed), -1)
 
 

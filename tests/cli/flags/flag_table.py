@@ -70,6 +70,7 @@ FLAGS = {
     "cpu_threads": Flag("3", ENGINE),
     "accelerator": Flag("emulated", ENGINE),
     "kernels": Flag("torch", ENGINE),
+    "activations": Flag("float", ENGINE),
     "context": Flag("128", ENGINE),
     "dense": Flag("plain", ENGINE),
     "graphs": Flag("off", ENGINE),

@@ -26,6 +26,12 @@ RESULTS = {
         "prefill_speedup_geomean": 2.78,
         "oracle_share_decode": 0.93,
     },
+    "host_path": {
+        "layer_us_p50": 84.2,
+        "decide_us_p50": 31.6,
+        "decide_us_miss_p50": 71.3,
+        "host_round_trips_per_hit_token": 0,
+    },
     "throughput": {
         "model": "demo",
         "threads": 2,
@@ -43,6 +49,7 @@ SAID = {
     "cache": "18 % of the way",
     "prefetch": "71 % of the prefetched",
     "replay": "1.80x",
+    "host_path": "takes 84 µs of host time",
     "throughput": "llama.cpp was not measured",
     "fidelity": "96.8 % of positions",
     "lever": "3.02x",

@@ -4,6 +4,7 @@ without a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 import threading
@@ -74,6 +75,23 @@ class LazyStreams:
 
         self._queues[queue].append(item)
 
+    @property
+    def takes_addresses(self) -> bool:
+        return True
+
+    def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
+        assert queue != COMPUTE
+
+        def work() -> None:
+            self._access(target, target + nbytes, write=True)
+            ctypes.memmove(target, source, nbytes)
+
+        self.enqueue(queue, work)
+
+    def launch(self, queue: str, work: Callable[[int], None]) -> None:
+        assert queue != COMPUTE
+        self.enqueue(queue, lambda: work(0))
+
     def record(self, queue: str) -> Point:
         point = Point(queue, dict(self._clocks[queue]), done=queue == COMPUTE)
         if queue != COMPUTE:
@@ -123,9 +141,12 @@ class LazyStreams:
         if compute:
             self._tick(COMPUTE)
             self._running = COMPUTE, dict(self._clocks[COMPUTE])
-        queue, clock = self._running
         start = tensor.data_ptr()
-        now = Access(queue, clock, write, start, start + tensor.numel() * tensor.element_size())
+        self._access(start, start + tensor.numel() * tensor.element_size(), write)
+
+    def _access(self, start: int, end: int, write: bool) -> None:
+        queue, clock = self._running
+        now = Access(queue, clock, write, start, end)
         kept = []
         for old in self._accesses:
             overlaps = old.start < now.end and now.start < old.end and (old.write or now.write)

@@ -80,6 +80,13 @@ class Kernels(Protocol):
         """Why these kernels cannot run experts of this shape and types, None if they can."""
         ...
 
+    def capturable(self) -> Kernels:
+        """Kernels of the same layout whose calls of one token depend on nothing but the device.
+
+        `SlotCall.slots` may be empty there, so that a CUDA graph may read other slots each time.
+        """
+        ...
+
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         """Where the matrices of such experts lie in a slot."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,23 @@ from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_deco
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.formats.tables import tables
-from hybrimoe_plugin.compute.gpu.kernels.layout import (
-    BLOCK_BYTES,
-    PLANES,
-    Part,
-    SlotLayout,
-    slot_layout,
-)
+from hybrimoe_plugin.compute.gpu.kernels.int8.launch import Int8Decode
+from hybrimoe_plugin.compute.gpu.kernels.int8.proof import agrees
+from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
 from hybrimoe_plugin.compute.gpu.kernels.prompt_ops import (
     down_tiles,
     gate_up_tiles,
     read_back,
 )
-from hybrimoe_plugin.compute.gpu.kernels.repack import blocks_to_planes
+from hybrimoe_plugin.compute.gpu.kernels.repack import (
+    REPACKED_BLOCKS,
+    ExpertRepacker,
+    blocks_to_planes,
+    part_shape,
+)
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
-
-_REPACKED_BLOCKS = 32
-"""Blocks that one program of the repacking kernel moves."""
 
 
 class TritonKernels:
@@ -45,6 +43,8 @@ class TritonKernels:
         blocks: tile sizes; by default tuned ones, or those that follow from the layer's shape.
         decode_tokens: calls of up to this many tokens take the decode kernels.
         tuned: file in which tuned sizes are kept; None for memory only.
+        activations: what decode kernels multiply, for the types that can: float, int8, or `auto`
+            for int8 once that has proved itself (`prove`).
     """
 
     name = "triton"
@@ -55,12 +55,15 @@ class TritonKernels:
         blocks: Blocks | None = None,
         decode_tokens: int = 8,
         tuned: Path | None = None,
+        activations: str = "float",
     ) -> None:
         self._device = device
+        self._activations = activations
         self._blocks = blocks
         self._tuned = Tuned(tuned)
         self.decode_tokens = decode_tokens
         self._interpreted = device.type == "cpu"
+        self._int8 = self._make_int8() if activations == "int8" else None
 
     def refusal(self, spec: ExpertSpec) -> str | None:
         matrices = (
@@ -75,28 +78,36 @@ class TritonKernels:
                 return f"{columns} columns are no whole number of {kind} blocks"
         return None
 
+    def capturable(self) -> TritonKernels:
+        return self
+
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
 
+    def repacker(self, parts: tuple[Part, ...]) -> ExpertRepacker:
+        """As `layer_path.WholeRepacks` says."""
+        return ExpertRepacker(parts)
+
     def repack(self, part: Part, raw: torch.Tensor, target: torch.Tensor) -> None:
-        block_bytes = BLOCK_BYTES[part.type_name]
-        blocks = part.size // block_bytes
-        planes = PLANES[part.type_name]
-        word = torch.uint8 if block_bytes % 2 else torch.int16
-        grid = (triton.cdiv(blocks, _REPACKED_BLOCKS),)
+        size, _, blocks, block_words, offsets, words = part_shape(part)
+        word = torch.int16 if size == 2 else torch.uint8
+        grid = (triton.cdiv(blocks, REPACKED_BLOCKS),)
         blocks_to_planes[grid](
-            raw.view(word),
-            target.view(word),
-            blocks,
-            block_bytes // word.itemsize,
-            tuple(offset // word.itemsize for offset, _ in planes),
-            tuple(size // word.itemsize for _, size in planes),
-            _REPACKED_BLOCKS,
+            *(raw.view(word), target.view(word), blocks),
+            *(block_words, offsets, words, REPACKED_BLOCKS),
         )
+
+    def prove(self, shapes: Sequence[tuple[SlotLayout, int]], buffer: torch.Tensor) -> None:
+        """As the protocol says (`Tunable`); only where activations are `auto`."""
+        if self._activations != "auto" or not len(buffer):
+            return
+        int8 = self._make_int8()
+        agree = agrees(shapes, buffer, TritonKernels(self._device), int8)
+        self._int8 = int8 if agree else None
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
         """As the protocol says (`Tunable`)."""
-        known = self._blocks or self._tuned.get(layout, top_k)
+        known = self._known_sizes(layout, top_k)
         if known is not None or len(buffer) < top_k:
             return
         hidden = torch.zeros(1, layout.gate.columns, dtype=torch.bfloat16, device=self._device)
@@ -114,8 +125,8 @@ class TritonKernels:
                 lambda: self._down_decode(next(turns), activations, blocks),
             )
 
-        best = tune(Blocks.of(layout, top_k), run, timer)
-        self._tuned.put(layout, top_k, best)
+        best = tune(self._first_sizes(layout, top_k), run, timer)
+        self._tuned.put(layout, top_k, best, self._uses_int8(layout))
 
     def gate_up(self, call: SlotCall) -> Any:
         """As the protocol says; for many tokens the host waits for the slot ids."""
@@ -141,12 +152,18 @@ class TritonKernels:
         down_tiles(wave, self._prompt_blocks(wave), self._interpreted)
 
     def _gate_up_decode(self, call: SlotCall, blocks: Blocks) -> torch.Tensor:
-        """[T * K, I] float32."""
+        """[T * K, I] float32, or bfloat16 on the way to int8."""
         layout = call.layout
         hidden = call.hidden.contiguous()
         inner = layout.gate.rows
         pairs = call.slot_ids.numel()
-        activations = torch.empty(pairs, inner, dtype=torch.float32, device=hidden.device)
+        int8 = self._int8
+        narrow = int8 is not None and int8.takes_down(layout) and hidden.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if narrow else torch.float32
+        activations = torch.empty(pairs, inner, dtype=dtype, device=hidden.device)
+        if int8 is not None and int8.takes_gate_up(layout):
+            int8.gate_up(call, activations, blocks)
+            return activations
         grid = (triton.cdiv(inner, blocks.gate_rows), pairs)
         gate_up_decode[grid](
             hidden,
@@ -176,6 +193,10 @@ class TritonKernels:
         tokens, width = call.hidden.shape
         top_k = call.slot_ids.shape[1]
         output = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
+        int8 = self._int8
+        if int8 is not None and int8.takes_down(layout):
+            int8.down(call, activations, output, blocks)
+            return output
         grid = (triton.cdiv(width, blocks.down_rows), tokens)
         down_decode[grid](
             activations,
@@ -206,4 +227,17 @@ class TritonKernels:
         return self._blocks_of(wave.layout, wave.topk_weights.shape[1])
 
     def _blocks_of(self, layout: SlotLayout, top_k: int) -> Blocks:
-        return self._blocks or self._tuned.get(layout, top_k) or Blocks.of(layout, top_k)
+        return self._known_sizes(layout, top_k) or self._first_sizes(layout, top_k)
+
+    def _known_sizes(self, layout: SlotLayout, top_k: int) -> Blocks | None:
+        return self._blocks or self._tuned.get(layout, top_k, self._uses_int8(layout))
+
+    def _first_sizes(self, layout: SlotLayout, top_k: int) -> Blocks:
+        sizes = Blocks.of(layout, top_k)
+        return sizes if self._int8 is None else self._int8.blocks(layout, top_k, sizes)
+
+    def _uses_int8(self, layout: SlotLayout) -> bool:
+        return self._int8 is not None and self._int8.takes(layout)
+
+    def _make_int8(self) -> Int8Decode:
+        return Int8Decode(asm=not self._interpreted)

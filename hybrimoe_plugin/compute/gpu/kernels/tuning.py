@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,7 +38,16 @@ LARGEST = 1024
 
 @runtime_checkable
 class Tunable(Protocol):
-    """Kernels whose speed depends on tile sizes."""
+    """Kernels that are fitted to the device: first which of them compute, then their tile sizes."""
+
+    def prove(self, shapes: Sequence[tuple[SlotLayout, int]], buffer: torch.Tensor) -> None:
+        """Let faster kernels take over if here they compute what the plain ones do.
+
+        Args:
+            shapes: (layout, top k) of all layers.
+            buffer: [slots, slot bytes] uint8; some of the slots are overwritten.
+        """
+        ...
 
     def tune(self, layout: SlotLayout, top_k: int, buffer: torch.Tensor, timer: Timer) -> None:
         """Try tile sizes for decode, unless this shape has been tuned before.
@@ -53,10 +62,11 @@ class Tunable(Protocol):
 def candidates(first: Blocks) -> list[Blocks]:
     """Tile sizes around a first guess: half and double the rows and the warps."""
     found = [first]
+    fewest = max(1, first.decode_warps // 2)
     for scale in (0.5, 1, 2, 4):
         gate_rows = max(1, int(first.gate_rows * scale))
         down_rows = max(1, int(first.down_rows * scale))
-        for warps in (2, 4, 8):
+        for warps in (fewest, 2 * fewest, 4 * fewest):
             found.append(
                 first._replace(
                     gate_rows=gate_rows,
@@ -111,6 +121,8 @@ def tune(first: Blocks, run: Run, timer: Timer) -> Blocks:
 class Tuned:
     """Tile sizes by shape, read from and written to a JSON file.
 
+    Those of kernels for int8 activations are others.
+
     Args:
         path: None to keep them in memory only.
     """
@@ -129,11 +141,11 @@ class Tuned:
                 "%s: cannot read the tuned tile sizes (%s); they are measured again", path, error
             )
 
-    def get(self, layout: SlotLayout, top_k: int) -> Blocks | None:
-        return self._known.get(_key(layout, top_k))
+    def get(self, layout: SlotLayout, top_k: int, int8: bool = False) -> Blocks | None:
+        return self._known.get(_key(layout, top_k, int8))
 
-    def put(self, layout: SlotLayout, top_k: int, blocks: Blocks) -> None:
-        self._known[_key(layout, top_k)] = blocks
+    def put(self, layout: SlotLayout, top_k: int, blocks: Blocks, int8: bool = False) -> None:
+        self._known[_key(layout, top_k, int8)] = blocks
         if self._path is None:
             return
         try:
@@ -153,8 +165,10 @@ def _blocks(sizes: Any) -> Blocks:
     return blocks
 
 
-def _key(layout: SlotLayout, top_k: int) -> str:
-    """Name of a shape in the file."""
+def _key(layout: SlotLayout, top_k: int, int8: bool) -> str:
+    """Name of a shape, and of the kernels that compute it, in the file."""
     parts = [f"{part.type_name} {part.rows}x{part.columns}" for part in layout.parts]
     parts.append(f"top {top_k}")
+    if int8:
+        parts.append("int8")
     return ", ".join(parts)

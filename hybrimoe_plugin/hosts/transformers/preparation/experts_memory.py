@@ -11,8 +11,8 @@ from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.repack import SLOW_TYPES, repacked_bytes
 from hybrimoe_plugin.compute.cpu.requantise import Requantised
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
 from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
-from hybrimoe_plugin.compute.gpu.slot_writer import REPACK_BUFFERS
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.engine.assemble import accelerator_kind

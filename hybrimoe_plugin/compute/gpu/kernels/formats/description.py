@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
+"""Twice what the codes of such a float without its sign stand for."""
 _NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -62,6 +64,11 @@ class Format(NamedTuple):
         """Whether there are minima beside the scales."""
         return any(name in ("m", "dmin") for name, _ in self.fields)
 
+    @property
+    def integers(self) -> bool:
+        """Whether codes stand for small integers: int8 activations then give integer sums."""
+        return self.code in ("nibbles", "pairs", "bytes")
+
     def size(self, field: str) -> int:
         """Bytes of a field in one block."""
         return dict(self.fields)[field]
@@ -83,9 +90,15 @@ class Format(NamedTuple):
         """Bytes in a slot from one block's field to the next one's."""
         return self.size(field) if self.planar else self.block_bytes
 
+    @property
+    def int8_points(self) -> tuple[int, ...]:
+        """`points`, or twice the floats that e2m1 codes are."""
+        return (*_E2M1, *(-point for point in _E2M1)) if self.e2m1 else self.points
+
     def points_word(self, upper: bool) -> int:
         """Eight of the points in one 64-bit word, the first one in its lowest byte."""
-        half = self.points[8:] if upper else self.points[:8]
+        points = self.int8_points
+        half = points[8:] if upper else points[:8]
         return int.from_bytes(bytes(point & 255 for point in half), "little")
 
     def _in_slot_order(self) -> list[tuple[str, int]]:
@@ -170,6 +183,16 @@ FORMATS: dict[str, Format] = {
 """Q4_K and Q5_K blocks have 16-byte aligned codes, so they stay as they are."""
 
 SUPPORTED = tuple(FORMATS)
+
+INTEGERS = tuple(kind for kind, described in FORMATS.items() if described.integers)
+"""Types whose decode kernels can take int8 activations."""
+
+POINTED = tuple(kind for kind, described in FORMATS.items() if described.int8_points)
+"""Types whose codes stand for points, in the order in which these lie in memory."""
+POINT_COPIES = 32
+"""Of each type's points: one for each thread of a warp."""
+POINT_STARTS = {kind: place * POINT_COPIES * 16 for place, kind in enumerate(POINTED)}
+"""Bytes before each type's points."""
 
 GRIDS = tuple(kind for kind, described in FORMATS.items() if described.entries)
 """Types with a grid, in the order in which the grids lie one after another in memory."""

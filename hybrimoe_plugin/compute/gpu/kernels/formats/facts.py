@@ -45,6 +45,13 @@ def points_word(kind, upper):
 
 
 @triton.constexpr_function
+def points_start(kind):
+    """As `description.POINT_STARTS`."""
+    assert DESCRIPTIONS
+    return description.POINT_STARTS[kind]
+
+
+@triton.constexpr_function
 def grid_start(kind):
     """As `description.GRID_STARTS`."""
     assert DESCRIPTIONS

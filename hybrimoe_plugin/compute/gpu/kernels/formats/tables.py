@@ -1,4 +1,4 @@
-"""The grids of the types whose codes stand for entries of one, in a device's memory."""
+"""What codes stand for, in a device's memory: entries of a grid, or points."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from functools import cache
 
 import torch
 
-from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, GRIDS
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import (
+    FORMATS,
+    GRIDS,
+    POINT_COPIES,
+    POINTED,
+)
 from hybrimoe_plugin.weights.blocks.codebook import grid
 
 
@@ -15,6 +20,23 @@ def tables(kinds: tuple[str, ...], unused: torch.Tensor) -> torch.Tensor:
     if any(FORMATS[kind].entries for kind in kinds):
         return _grids(unused.device)
     return unused
+
+
+def point_tables(kinds: tuple[str, ...], unused: torch.Tensor) -> torch.Tensor:
+    """The points [types, 32, 16] int8 of all types with points, 32 copies of them each.
+
+    They lie on the device of `unused`, which is given back if none of `kinds` has points.
+    """
+    if any(FORMATS[kind].int8_points for kind in kinds):
+        return _point_tables(unused.device)
+    return unused
+
+
+@cache
+def _point_tables(device: torch.device) -> torch.Tensor:
+    """In the order of the descriptions."""
+    points = torch.tensor([FORMATS[kind].int8_points for kind in POINTED], dtype=torch.int8)
+    return points[:, None].repeat(1, POINT_COPIES, 1).to(device)
 
 
 @cache

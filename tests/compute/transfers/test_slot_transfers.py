@@ -15,20 +15,42 @@ from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, REPACK
 from hybrimoe_plugin.errors import BackendError, BudgetError
+from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 Build = Callable[..., tuple[SlotAccelerator, LazyStreams]]
 
 EXPERTS, SLOTS = 6, 4
 WEIGHTS = random_layer(("Q4_0", "F16", "Q8_0"), 64, 32, experts=EXPERTS)
+AS_STORED = random_layer(("F16", "F16", "F32"), 64, 32, experts=EXPERTS)
+IN_PLANES = random_layer(("Q4_0", "Q8_0", "Q5_0"), 64, 32, experts=EXPERTS)
+EDGES = [
+    *[(False, WEIGHTS, edge) for edge in [(COMPUTE, REPACK), (COMPUTE, LINK), (COMPUTE, AHEAD)]],
+    *[(direct, WEIGHTS, (REPACK, queue)) for direct in (False, True) for queue in (LINK, AHEAD)],
+    *[(True, AS_STORED, (COMPUTE, queue)) for queue in (LINK, AHEAD)],
+    *[(True, kinds, (COMPUTE, REPACK)) for kinds in (WEIGHTS, IN_PLANES)],
+]
+"""(direct way or its twin, weights, an edge to new data that they need)"""
+LAST_USES = [
+    *[(False, WEIGHTS, queue) for queue in (LINK, AHEAD, REPACK)],
+    *[(True, weights, queue) for weights in (WEIGHTS, AS_STORED) for queue in (LINK, AHEAD)],
+    (True, IN_PLANES, REPACK),
+]
+"""(direct way or its twin, weights, a queue that writes slots)"""
+
+
+@pytest.fixture(params=[True, False], ids=["direct", "plain"])
+def direct(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+def build(monkeypatch: pytest.MonkeyPatch, direct: bool) -> Build:
     """Makes a device on lazy streams; its copies tell them what they write."""
 
     def make(
@@ -36,6 +58,8 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
         host: HostBytes | None = None,
         streams: LazyStreams | None = None,
         ahead_depth: int = AHEAD_DEPTH,
+        weights: LayerWeights = WEIGHTS,
+        direct: bool = direct,
     ) -> tuple[SlotAccelerator, LazyStreams]:
         streams = streams or LazyStreams(seed)
         monkeypatch.setattr(slot_writer, "_copy_async", watched_copy(streams))
@@ -47,25 +71,30 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
             streams,
             host or PlainBytes(),
             ahead_depth=ahead_depth,
+            direct=direct,
         )
-        device.allocate(SLOTS, [WEIGHTS])
+        device.allocate(SLOTS, [weights])
         return device, streams
 
     return make
 
 
-def compute(device: SlotAccelerator, held: dict[int, int], seed: int) -> None:
+def compute(
+    device: SlotAccelerator, held: dict[int, int], seed: int, weights: LayerWeights = WEIGHTS
+) -> None:
     """Compute slot -> expert and compare with the reference."""
     hidden, ids, routing = random_call(3, EXPERTS, 64, 2, seed)
     table = torch.full((EXPERTS,), -1)
     for slot, expert in held.items():
         table[expert] = slot
     found = device.compute(tuple(held), hidden, table[ids], routing)
-    wanted = reference(WEIGHTS, hidden, ids, routing, set(held.values()))
+    wanted = reference(weights, hidden, ids, routing, set(held.values()))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def traffic(device: SlotAccelerator, seed: int, steps: int) -> None:
+def traffic(
+    device: SlotAccelerator, seed: int, steps: int, weights: LayerWeights = WEIGHTS
+) -> None:
     """Random onloads, prefetches, cancellations and computes; slots are reused while work is
     queued.
     """
@@ -75,19 +104,22 @@ def traffic(device: SlotAccelerator, seed: int, steps: int) -> None:
         slot = rng.randrange(SLOTS)
         expert = rng.randrange(EXPERTS)
         held = {other: kept for other, kept in held.items() if kept != expert and other != slot}
-        device.onload(slot, WEIGHTS, expert, ahead=rng.random() < 0.5)
+        device.onload(slot, weights, expert, ahead=rng.random() < 0.5)
         held[slot] = expert
         if rng.random() < 0.2 and device.cancel(slot):
             del held[slot]
         if rng.random() < 0.5 and held:
             chosen = rng.sample(sorted(held), rng.randint(1, len(held)))
-            compute(device, {slot: held[slot] for slot in chosen}, step)
+            compute(device, {slot: held[slot] for slot in chosen}, step, weights)
 
 
+@pytest.mark.parametrize("weights", [WEIGHTS, AS_STORED, IN_PLANES], ids=["mixed", "as", "planes"])
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
-def test_random_traffic_is_right_and_without_races(build: Build, seed: int | None) -> None:
-    device, _ = build(seed)
-    traffic(device, seed or 0, 120)
+def test_random_traffic_is_right_and_without_races(
+    build: Build, seed: int | None, weights: LayerWeights
+) -> None:
+    device, _ = build(seed, weights=weights)
+    traffic(device, seed or 0, 120, weights)
     device.close()
 
 
@@ -99,10 +131,10 @@ def test_staging_buffers_are_reused_only_when_read(build: Build) -> None:
     device.close()
 
 
-@pytest.mark.parametrize(
-    "edge", [(COMPUTE, REPACK), (COMPUTE, LINK), (COMPUTE, AHEAD), (REPACK, LINK)]
-)
-def test_a_missing_edge_to_new_data_is_seen(build: Build, edge: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("direct", "weights", "edge"), EDGES)
+def test_a_missing_edge_to_new_data_is_seen(
+    build: Build, weights: LayerWeights, edge: tuple[str, str]
+) -> None:
     """The test's own test: without any one of the edges the traffic above fails."""
 
     class Leaky(LazyStreams):
@@ -110,30 +142,49 @@ def test_a_missing_edge_to_new_data_is_seen(build: Build, edge: tuple[str, str])
             if (queue, event.queue) != edge:
                 super().wait(queue, event)
 
-    device, _ = build(streams=Leaky())
+    device, _ = build(streams=Leaky(), weights=weights)
     with pytest.raises((AssertionError, IndexError)):
-        traffic(device, 0, 120)
+        traffic(device, 0, 120, weights)
 
 
-@pytest.mark.parametrize("queue", [LINK, AHEAD, REPACK])
-def test_a_missing_edge_from_the_last_use_is_seen(build: Build, queue: str) -> None:
+@pytest.mark.parametrize(("direct", "weights", "queue"), LAST_USES)
+def test_a_missing_edge_from_the_last_use_is_seen(
+    build: Build, weights: LayerWeights, queue: str
+) -> None:
     class Leaky(LazyStreams):
         def wait(self, waiting: str, event: Any) -> None:
             if (waiting, event.queue) != (queue, COMPUTE):
                 super().wait(waiting, event)
 
-    device, _ = build(streams=Leaky(1))
+    device, _ = build(streams=Leaky(1), weights=weights)
     with pytest.raises(AssertionError, match="race"):
-        traffic(device, 1, 200)
+        traffic(device, 1, 200, weights)
 
 
-def test_compute_starts_before_down_has_arrived(build: Build) -> None:
-    device, streams = build()
-    device.onload(0, WEIGHTS, 5)
+@pytest.mark.parametrize("queue", [LINK, AHEAD])
+def test_a_repack_buffer_that_is_written_too_early_is_seen(build: Build, queue: str) -> None:
+    class Leaky(LazyStreams):
+        def wait(self, waiting: str, event: Any) -> None:
+            if (waiting, event.queue) != (queue, REPACK):
+                super().wait(waiting, event)
+
+    device, _ = build(streams=Leaky(), weights=IN_PLANES)
+    with pytest.raises(AssertionError):
+        traffic(device, 1, 200, IN_PLANES)
+
+
+@pytest.mark.parametrize(
+    ("direct", "weights", "queue"), [(False, WEIGHTS, REPACK), (True, AS_STORED, LINK)]
+)
+def test_compute_starts_before_down_has_arrived(
+    build: Build, weights: LayerWeights, queue: str
+) -> None:
+    device, streams = build(weights=weights)
+    device.onload(0, weights, 5)
     streams.log.clear()
-    compute(device, {0: 5}, 0)
+    compute(device, {0: 5}, 0, weights)
     assert streams.log.index("stage 1") < streams.log.index(
-        "compute waits for repack", streams.log.index("stage 1")
+        f"compute waits for {queue}", streams.log.index("stage 1")
     )
     assert streams.log[-1] == "stage 2"
     assert streams.host_waits == 0

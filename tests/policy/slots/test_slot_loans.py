@@ -9,7 +9,7 @@ import tiny_experts
 from controllers import LAYERS, begin, make_controller
 
 from hybrimoe_plugin.core import ExpertRef
-from hybrimoe_plugin.policy.controller import Controller
+from hybrimoe_plugin.policy.controller import Controller, Move
 from hybrimoe_plugin.policy.prompt_streak import PromptStreak
 
 
@@ -27,8 +27,11 @@ def lopsided(passes: Sequence[int], lender: int = 0) -> Controller:
     for tokens in passes:
         a_pass(made, (0, 1), tokens)
     made.residency.evict(ExpertRef(lender, 1))
-    made.pool.place(2, 7)
-    made.pool.arrive(2, 7)
+    slot = made.residency.admit(2, 7, range(3))
+    assert slot is not None
+    move = Move(2, 7, slot, 0.0, 0.0)
+    made.residency.expect(move)
+    made.residency.settle([move])
     made.residency.revalue(2)
     return made
 

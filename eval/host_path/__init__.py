@@ -1,0 +1,1 @@
+"""What decoding on a GPU costs the host, measured without a GPU."""

@@ -1,0 +1,78 @@
+"""The ways in which a decode step can run, next to each other: which there are, what is watched."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from eval.host_path.stopwatch import Method
+from eval.host_path.subject import Subject
+from hybrimoe_plugin.config import Settings
+
+WAIT = "wait"
+"""The host reads each layer's routing before it goes on: the twin."""
+CHAIN = "chain"
+"""Layers are launched ahead, and the host puts right what missed."""
+SETTING = "host_path"
+
+
+def paths() -> tuple[str, ...]:
+    """The paths that this version has, the twin first."""
+    return (WAIT, CHAIN) if _values() else (WAIT,)
+
+
+def settings(path: str) -> dict[str, Any]:
+    """What selects a path."""
+    values = _values()
+    if not values:
+        return {}
+    ahead = CHAIN if CHAIN in values else "auto"
+    return {SETTING: ahead if path == CHAIN else path}
+
+
+def _values() -> tuple[str, ...]:
+    """What the setting may be; empty where there is none."""
+    found = [item for item in fields(Settings) if item.name == SETTING]
+    return tuple(found[0].metadata["choices"]) if found else ()
+
+
+def where_routing_is_known(subject: Subject) -> list[Method]:
+    """The methods that return when the host knows a layer's routing."""
+    links = _links(subject)
+    if links:
+        return [(link, "await_routing") for link in links]
+    return [(subject.engine, "_read")]
+
+
+def watched(subject: Subject) -> dict[str, list[Method]]:
+    """Part, as the table names it -> its methods."""
+    engine: Any = subject.engine
+    found = {
+        "engine, all of it": (engine, "run"),
+        "read the routing": (engine, "_read"),
+        "plan": (engine.controller, "begin"),
+        "CPU task": (subject.cpu, "submit"),
+        "launches, demand loads": (engine._waves, "compute"),
+        "onloads of all kinds": (engine._waves, "onload"),
+        "learn": (engine.controller, "note"),
+        "look ahead": (engine, "_look_ahead"),
+        "finish": (engine.controller, "finish"),
+    }
+    methods = {name: [method] for name, method in found.items() if hasattr(*method)}
+    links = _links(subject)
+    if links:
+        chain = subject.chain
+        methods |= {
+            "launch graphs": [(chain, "_launch")],
+            "slot table, experts": [(link, "launch") for link in links],
+            "learn routing, mend": [(chain, "_learn_next")],
+            "books of hits": [(engine, "note_hit")],
+        }
+    return methods
+
+
+def _links(subject: Subject) -> list[Any]:
+    """What the layers of a chain have; empty where there is none."""
+    layers = range(len(subject.layers))
+    found = [getattr(subject.graph_break(layer), "link", None) for layer in layers]
+    return [link for link in found if link is not None]

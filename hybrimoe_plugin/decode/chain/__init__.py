@@ -1,0 +1,1 @@
+"""Decode layers whose experts are all cached without the host in between; see `chain`."""

@@ -1,0 +1,217 @@
+"""Decoder layers launched one behind the other, ahead of what the host knows.
+
+A layer whose experts all lie in slots needs no plan: its graphs find the slots in a table on the
+device (`slot_table`), compute, and go on. The host launches the graphs of the next layers before it
+knows whether there was a miss, reads each routing decision from its own memory as it arrives
+(`stamp`), and does the bookkeeping of a hit while the device is at the layers behind:
+
+    host     launch 3 | launch 4 | launch 5, read 3: hit, note 3 | launch 6, read 4: hit, note 4
+    device   | layer 3            | layer 4            | layer 5            | layer 6
+
+Where an expert was missing the device has computed nothing of use from there on. The engine then
+computes that layer as it always does, and the layers behind are launched again:
+
+    host     launch 3 | launch 4 | read 3: miss | plan and compute 3 | launch 4 | ...
+    device   | layer 3  | layer 4: void |       | layer 3            | layer 4
+
+Nothing is lost by that: what a void layer writes (its entry of the KV cache, its output) is written
+again, and its input, the output of the layer before it, is still there. Where a layer often has
+misses, nothing is launched behind it before its routing is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hybrimoe_plugin.decode.capture import Experts, GraphBreak, LayerGraphs
+from hybrimoe_plugin.decode.chain.link import LayerLink
+from hybrimoe_plugin.device.streams import PendingCopy
+
+AHEAD = 2
+"""MoE layers that may be launched whose routing is not known yet.
+
+While the device is at one, the host launches the next one.
+"""
+
+CallExperts = Callable[[Experts], torch.Tensor]
+
+
+@dataclass
+class LayerCall:
+    """One launched layer; its experts' `Sent` where the engine computes them after all.
+
+    Attributes:
+        source: [1, 1, H], its input.
+        whole: whether all of its graphs were launched, before its routing was known.
+    """
+
+    graphs: LayerGraphs
+    source: torch.Tensor
+    call_experts: CallExperts
+    link: LayerLink | None
+    whole: bool = False
+    later: PendingCopy | None = None
+    """What the later routers would choose, if they were asked."""
+
+    @property
+    def graph_break(self) -> GraphBreak:
+        assert self.graphs.graph_break is not None
+        return self.graphs.graph_break
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `decode.capture.Experts` says; so do the two below."""
+        return self.graph_break.inputs
+
+    def needed(self) -> PendingCopy:
+        assert self.link is not None
+        return self.link.routing(self.graph_break)
+
+    def predicted(self) -> PendingCopy | None:
+        return self.later
+
+    def route(self) -> None:
+        """Launch what comes before the experts, and the later routers."""
+        self.graphs.route()
+        if self.link is None:
+            return
+        if self.link.engine.wants_predictions and self.graph_break.predict():
+            self.later = self.link.predictions(self.graph_break)
+
+    def finish(self) -> None:
+        """Launch the experts from their slots and what comes behind them."""
+        assert self.link is not None
+        assert self.graphs.after is not None
+        self.link.launch(self.graph_break)
+        self.graphs.after()
+        self.whole = True
+
+    def compute_missing(self) -> None:
+        """Let the engine compute the experts, then launch what comes behind them."""
+        assert self.link is not None
+        assert self.graphs.after is not None
+        chosen = self.link.chosen(self.graph_break)
+        if self.whole:
+            # What lies behind the experts may have overwritten what it reads, and the experts'
+            # inputs: once more from the beginning, while the engine plans.
+            self.graphs.hidden.copy_(self.source)
+            self.graphs.route()
+        output = self.call_experts(self)
+        if self.whole:
+            self.link.await_routing()
+            if self.link.chosen(self.graph_break) != chosen:
+                # A tie that fell otherwise: sums need not have one order on a device.
+                output = self.call_experts(self)
+        self.graph_break.output.copy_(output)
+        self.graphs.after()
+
+
+class Chain:
+    """The launched layers of one device's decode step whose routing is not known yet."""
+
+    def __init__(self) -> None:
+        self._open: list[LayerCall] = []
+        """From the first one whose routing is not known."""
+        self._hits: list[LayerCall] = []
+        """Known to have had no miss, not noted yet."""
+        self._last: torch.Tensor | None = None
+        """Output of the layer that was launched last, whose copy is the next one's input."""
+
+    def run(
+        self,
+        graphs: LayerGraphs,
+        hidden: torch.Tensor,
+        call_experts: CallExperts,
+        link: LayerLink | None,
+        final: bool,
+    ) -> torch.Tensor:
+        """Launch a layer; its output [1, 1, H] is right once it is computed, unless a layer missed.
+
+        Args:
+            hidden: [1, 1, H], the layer's input.
+            call_experts: computes the experts of a call that has a miss.
+            link: of a MoE layer, which must be usable; None for a layer without experts.
+            final: whether whatever reads the output does not ask `settle` first. Then the output
+                is right without exception.
+        """
+        if hidden is not self._last:
+            self.settle()
+            graphs.hidden.copy_(hidden)
+        call = LayerCall(graphs, hidden, call_experts, link)
+        self._last = None
+        while self._unknown() >= AHEAD:
+            self._learn_next()
+        self._open.append(call)
+        self._launch(call)
+        if final or not call.whole:
+            self._learn_all()
+        self._last = graphs.output
+        self._note_hits()
+        return graphs.output
+
+    def settle(self) -> None:
+        """Learn what every launched layer's routing was, and put right what missed."""
+        self._learn_all()
+        self._note_hits()
+        self._last = None
+
+    def forget(self) -> None:
+        """Drop what an interrupted pass has left."""
+        self._open.clear()
+        self._hits.clear()
+        self._last = None
+
+    def _unknown(self) -> int:
+        return sum(call.link is not None for call in self._open)
+
+    def _launch(self, call: LayerCall) -> None:
+        call.route()
+        if call.link is None:
+            call.whole = True
+        elif call.link.expects_hits:
+            call.finish()
+
+    def _learn_all(self) -> None:
+        while self._open:
+            self._learn_next()
+
+    def _learn_next(self) -> None:
+        """Learn the first unknown routing; where it has a miss, launch the rest again."""
+        call = self._open[0]
+        link = call.link
+        if link is None:
+            del self._open[0]
+            return
+        link.await_routing()
+        if call.whole:
+            hit = link.hits(call.graph_break)
+        else:
+            hit = link.may_skip_plan and link.look(call.graph_break)
+            if hit:
+                call.finish()
+        link.note(hit)
+        if hit:
+            del self._open[0]
+            self._hits.append(call)
+            return
+        self._note_hits()
+        call.compute_missing()
+        del self._open[0]
+        behind, self._open = self._open, []
+        for void in behind:
+            self._open.append(void)
+            void.whole = False
+            self._launch(void)
+            if not void.whole:
+                self._learn_all()
+
+    def _note_hits(self) -> None:
+        """Do the bookkeeping of hits, in the order of the layers."""
+        while self._hits:
+            call = self._hits[0]
+            assert call.link is not None
+            call.link.note_hit(call)
+            del self._hits[0]

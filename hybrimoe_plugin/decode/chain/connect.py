@@ -1,0 +1,70 @@
+"""Which layers of a model are launched one behind the other."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+from hybrimoe_plugin.decode.chain.proof import ProvenChain
+from hybrimoe_plugin.decode.cuda_layer import CudaLayer
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
+from hybrimoe_plugin.engine.turns import Turns
+from hybrimoe_plugin.operators.experts import layer_of
+
+
+def connect_chains(layers: Sequence[GraphedLayer], turns: Turns) -> None:
+    """Let captured layers that follow one another on a device run as a chain.
+
+    Args:
+        layers: whose calls are `CudaLayer`s, in the order of the model.
+        turns: of the model; what an interrupted turn leaves is cleared before the next one.
+
+    Mutates: `layers`, `turns`.
+    """
+    for run in _runs(layers):
+        first, last = run[0], run[-1]
+        chain = ProvenChain(first.key if first is last else f"{first.key} to {last.key}")
+        for layer in run:
+            _cuda(layer).join(chain)
+        for layer, follower in zip(run, run[1:], strict=False):
+            # The layer's own dict: hooks are removed from it and added to it, and it stays.
+            _cuda(layer).next_input_hooks = follower._forward_pre_hooks
+        turns.clean_up.append(weakly(chain.recover))
+
+
+def _runs(layers: Sequence[GraphedLayer]) -> Iterator[list[GraphedLayer]]:
+    """Layers in runs of which each is the model's next one, with the same state."""
+    run: list[GraphedLayer] = []
+    for layer in layers:
+        if run and not _follows(run[-1], layer):
+            yield run
+            run = []
+        run.append(layer)
+    if run:
+        yield run
+
+
+def _follows(one: GraphedLayer, other: GraphedLayer) -> bool:
+    same_list = one.key.rpartition(".")[0] == other.key.rpartition(".")[0]
+    is_next = layer_of(other.key) == layer_of(one.key) + 1
+    return same_list and is_next and _cuda(one).state is _cuda(other).state
+
+
+def _cuda(layer: GraphedLayer) -> CudaLayer:
+    assert isinstance(layer.layer_call, CudaLayer)
+    return layer.layer_call
+
+
+def weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Call a method as long as its object lives.
+
+    The engine's threads end with the model, so nothing that outlives it, as turns do, may hold it.
+    """
+    found = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = found()
+        if alive is not None:
+            alive()
+
+    return call
