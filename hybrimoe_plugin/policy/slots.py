@@ -67,7 +67,7 @@ class SlotPool:
     @property
     def held(self) -> int:
         """Cached experts of all layers, in flight ones included."""
-        return self._cache_slots - len(self._free)
+        return self._cache_slots - len(self._free) + sum(self._lent)
 
     @property
     def unlent_staging(self) -> int:
@@ -178,6 +178,7 @@ class SlotPool:
         self._next_stage %= len(self._staging)
         self._lent[layer] += 1
         self.cached[layer][expert] = slot
+        self.changed[layer].add(expert)
         self._in_flight.add(slot)
         return slot
 

@@ -95,7 +95,9 @@ class SlotMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="cached already"):
                 self.pool.lend(layer, expert)
             return
+        self.pool.changed[layer].clear()
         slot = self.pool.lend(layer, expert)
+        assert self.pool.changed[layer] == (set() if slot is None else {expert})
         assert (slot is None) == (left <= FEWEST_STAGING)
         if slot is not None:
             assert self.pool.slot_of(layer, expert) == slot
@@ -130,6 +132,7 @@ class SlotMachine(RuleBasedStateMachine):
     @invariant()
     def sound(self) -> None:
         self.pool.check_integrity()
+        assert self.pool.held == sum(map(len, self.pool.cached))
         for layer, expert in self.leased:
             assert self.pool.slot_of(layer, expert) is not None, "a leased expert was evicted"
 
