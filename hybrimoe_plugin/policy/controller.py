@@ -311,13 +311,11 @@ class Controller:
     def _demand_loads(
         self, layer: int, experts: Sequence[int], tokens: int, now_us: float
     ) -> tuple[Move, ...]:
-        """Queue the demand loads of a plan, in its order."""
+        """Queue the demand loads of a plan: in its order, but for a prompt's that may stay."""
         if not experts:
             return ()
-        # In a call of many tokens every layer needs most of its experts: none should live at
-        # another's cost.
         lenders = self.residency.lenders(layer, many=False)
-        if tokens > 1:
+        if tokens > 1:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = range(layer, layer + 1)
             experts = self.prompt_slots.ordered(layer, experts)
         return tuple([self._demand_load(layer, expert, lenders, now_us) for expert in experts])
