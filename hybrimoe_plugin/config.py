@@ -156,7 +156,7 @@ class Settings:
     )
     attention: str = setting(
         "auto",
-        "attention in CUDA graphs: flashinfer where it is faster (auto), or torch",
+        "attention in CUDA graphs: the fastest kernel that is right (auto), or torch's",
         choices=ATTENTION,
     )
     host_path: str = setting(

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
+from hybrimoe_plugin.compute.attention.decode_attention import AttentionKernel
 from hybrimoe_plugin.compute.attention.kv_cache import Buffers, FixedCache
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.decode.decode_state import DecodeState
@@ -129,7 +129,7 @@ class LayerGraphs:
 
     buffers: Buffers
     """The KV cache that they read and write."""
-    kernel: FlashinferKernel | None
+    kernel: AttentionKernel
     """Their attention. Kept here, since its memory is in the graphs."""
     hidden: torch.Tensor
     """[1, 1, H]: their input. At their end their output lies there too, for the next layer."""
@@ -163,7 +163,7 @@ def record(
     hidden: torch.Tensor,
     buffers: Buffers,
     experts: HybriMoEExperts | None,
-    kernel: FlashinferKernel | None = None,
+    kernel: AttentionKernel,
     link: Link | None = None,
 ) -> LayerGraphs:
     """Capture a layer.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel
+from hybrimoe_plugin.compute.attention.decode_attention import AttentionKernel
 from hybrimoe_plugin.compute.attention.kv_cache import (
     CACHE_NAMES,
     Buffers,
@@ -96,7 +96,7 @@ class CudaLayer:
         self.next_input_hooks: Sized | None = None
         """Hooks that see this layer's output before the chain's next layer; None: it has no next.
         """
-        self._may_use_flashinfer = settings.attention != "torch"
+        self._plain_attention = settings.attention == "torch"
         self._graphs: LayerGraphs | None = None
         self._proofs = 0
         self._undecided = 0
@@ -192,7 +192,7 @@ class CudaLayer:
         if problem:
             restore(buffers, eager.buffers)
             self._discard()
-            # Tried again without flashinfer, where that was used.
+            # Tried again with torch's attention, where another kernel was used.
             if not self.state.drop_kernels(problem):
                 self._refused = True
                 self.state.note_refusal(problem)
@@ -225,7 +225,7 @@ class CudaLayer:
             Exception: of any kind, if the layer cannot be captured.
         """
         if self._graphs is None:
-            kernel = self._flashinfer_kernel(buffers)
+            kernel = self._kernel_for(buffers)
             self._graphs = record(
                 self.state,
                 self._with_fixed_cache(kwargs),
@@ -253,11 +253,10 @@ class CudaLayer:
             return f"{self._key} chooses other experts than its eager twin when it is replayed"
         return ""
 
-    def _flashinfer_kernel(self, buffers: Buffers) -> FlashinferKernel | None:
-        if not self._may_use_flashinfer:
-            return None
+    def _kernel_for(self, buffers: Buffers) -> AttentionKernel:
         keys, _ = buffers
-        return self.state.kernel_for(self._attention.decode_shape(keys))
+        shape = self._attention.decode_shape(keys)
+        return self.state.kernel_for(shape, self._plain_attention)
 
     def _with_fixed_cache(self, kwargs: dict[str, Any]) -> CallLayer:
         """The eager layer, with a step's other arguments, on a fixed-address cache."""
@@ -268,7 +267,7 @@ class CudaLayer:
         def call(hidden: torch.Tensor, cache: FixedCache, embeddings: Any) -> torch.Tensor:
             fixed = {
                 keyword: cache,
-                "attention_mask": cache.visible,
+                "attention_mask": None,  # the cache's kernel knows what the token sees
                 "position_embeddings": embeddings,
             }
             return self._eager(hidden, **{**others, **fixed})

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import (
-    FlashinferKernel,
-    FlashinferShape,
-    choose,
+from hybrimoe_plugin.compute.attention.decode_attention import (
+    AttentionKernel,
+    AttentionShape,
+    MaskedAttention,
 )
+from hybrimoe_plugin.compute.attention.kernel_choice import choose
 from hybrimoe_plugin.decode.chain.slot_table import SlotTable
 from hybrimoe_plugin.device.cuda_graphs import Capture
 from hybrimoe_plugin.engine import Engine
@@ -52,10 +53,11 @@ class DecodeState:
         with torch.inference_mode(False):
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.hidden: torch.Tensor | None = None
-        self._kernels: dict[FlashinferShape, FlashinferKernel | None] = {}
         self.chains: list[Settles] = []
         """Of layers that may be launched before it is known that their input is right."""
         self.tables: dict[Engine, SlotTable] = {}
+        self._kernels: dict[tuple[AttentionShape, bool], AttentionKernel] = {}
+        """By shape, and whether it is to be torch's."""
         self._held = -1
         """The step's number of tokens held, which is its position; -1 where it is not known."""
         self._given: tuple[torch.Tensor, ...] = ()
@@ -122,32 +124,47 @@ class DecodeState:
         self._held = -1
         self._given = ()
 
-    def kernel_for(self, shape: FlashinferShape) -> FlashinferKernel | None:
-        """Attention that is faster than torch's for this shape; searched for once."""
-        if shape not in self._kernels:
+    def kernel_for(self, shape: AttentionShape, plain: bool = False) -> AttentionKernel:
+        """Attention for this shape, searched for once.
+
+        Args:
+            plain: torch's, whatever is faster.
+        """
+        key = shape, plain
+        if key not in self._kernels:
             # Caches of smaller capacity are full by now, in every layer.
             self._kernels = {
                 known: kernel
                 for known, kernel in self._kernels.items()
-                if known.capacity >= shape.capacity
+                if known[0].capacity >= shape.capacity
             }
-            self._kernels[shape] = choose(shape, self.device, self.capture, max(1, self.layers))
+            self._kernels[key] = self._new_kernel(shape, plain)
             self._held = -1  # so that the next `set_step` plans for it too
-        return self._kernels[shape]
+        return self._kernels[key]
 
-    def still_plans(self, kernel: FlashinferKernel | None) -> bool:
-        """Whether steps are planned for the kernel that a layer was captured with, if any."""
-        return kernel is None or any(kernel is known for known in self._kernels.values())
+    def _new_kernel(self, shape: AttentionShape, plain: bool) -> AttentionKernel:
+        if plain:
+            return MaskedAttention(shape, self.device)
+        return choose(shape, self.device, self.capture, self.position, max(1, self.layers))
+
+    def still_plans(self, kernel: AttentionKernel) -> bool:
+        """Whether steps are planned for the kernel that a layer was captured with."""
+        return any(kernel is known for known in self._kernels.values())
 
     def drop_kernels(self, reason: str) -> bool:
         """Use torch's attention from now on; returns whether there was any other."""
-        used = [shape for shape, kernel in self._kernels.items() if kernel is not None]
-        if not used:
-            return False
-        log.warning("flashinfer is not used on %s any more: %s", self.device, reason)
-        for shape in used:
-            self._kernels[shape] = None
-        return True
+        others = {
+            key: kernel.name
+            for key, kernel in self._kernels.items()
+            if not isinstance(kernel, MaskedAttention)
+        }
+        for name in sorted(set(others.values())):
+            log.warning("%s is not used on %s any more: %s", name, self.device, reason)
+        for key in others:
+            shape, _ = key
+            self._kernels[key] = MaskedAttention(shape, self.device)
+        self._held = -1
+        return bool(others)
 
     def note_refusal(self, reason: str) -> None:
         """Say once why a layer runs eagerly from now on."""
@@ -162,8 +179,8 @@ class DecodeState:
 
     def _set_position(self, position: int) -> None:
         self.position.fill_(position)
-        for shape, kernel in self._kernels.items():
-            if kernel is not None and position < shape.capacity:
+        for kernel in self._kernels.values():
+            if position < kernel.shape.capacity:
                 kernel.plan(position)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend as attend_heads
-from hybrimoe_plugin.compute.attention.flashinfer_gqa import GQAShape
+from hybrimoe_plugin.compute.attention.decode_attention import GQAShape
 from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, use_growing_layer
 from hybrimoe_plugin.compute.attention.rope import Rope, cos_sin, rotate_halves
 from hybrimoe_plugin.injection.moved import old_names
@@ -69,9 +69,7 @@ class FusedAttention(DenseOperator):
         self._projections = LinearGroup(self.ggml, self, ("q_proj", "k_proj", "v_proj"))
 
     def decode_shape(self, keys: torch.Tensor) -> GQAShape:
-        """flashinfer's case for decoding over a fixed-address cache with these keys [1, heads, S,
-        D].
-        """
+        """The case of decoding over a fixed-address cache with these keys [1, heads, S, D]."""
         _, key_heads, capacity, width = keys.shape
         return GQAShape(self.query_heads, key_heads, width, capacity, keys.dtype, self.scaling)
 
@@ -121,6 +119,6 @@ class FusedAttention(DenseOperator):
         if cache is not None:
             use_growing_layer(cache, self.layer_idx)
             key, value = cache.update(key, value, self.layer_idx)
-        if isinstance(cache, FixedCache) and cache.kernel is not None:
+        if isinstance(cache, FixedCache):
             return cache.kernel(query, key, value)
         return attend_heads(query, key, value, mask, self.scaling, self.grouped)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend, attend_latents
-from hybrimoe_plugin.compute.attention.flashinfer_mla import MLAShape
+from hybrimoe_plugin.compute.attention.decode_attention import MLAShape
 from hybrimoe_plugin.compute.attention.kv_b import AbsorbedKVB, DenseKVB, QuantizedKVB
 from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, use_growing_layer
 from hybrimoe_plugin.compute.attention.rope import (
@@ -119,7 +119,7 @@ class FusedMLA(DenseOperator):
         self.quantized_kv_b = QuantizedKVB(self.ggml, w_uk, w_uv)
 
     def decode_shape(self, compressed: torch.Tensor) -> MLAShape:
-        """flashinfer's case for decoding over a fixed-address cache [1, 1, S, latent + rope]."""
+        """The case of decoding over a fixed-address cache [1, 1, S, latent + rope]."""
         return MLAShape(
             self.heads,
             self.latent,
@@ -200,7 +200,7 @@ class FusedMLA(DenseOperator):
         cache: Any,
     ) -> torch.Tensor:
         """[B, heads, T, latent] from queries [B, heads, T, latent + rope]."""
-        if isinstance(cache, FixedCache) and cache.kernel is not None:
+        if isinstance(cache, FixedCache):
             return cache.kernel(query, compressed)
         return attend_latents(query, compressed, mask, self.scaling, self.latent)
 

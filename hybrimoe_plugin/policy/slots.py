@@ -43,8 +43,8 @@ class SlotPool:
         self.on_cpu = frozenset(on_cpu)
         self.cached: list[dict[int, int]] = [{} for _ in quotas]
         """Expert -> slot, for each layer; in flight ones included."""
-        self.changed = set(range(len(self.quotas)))
-        """Layers whose `cached` may differ from what a reader last took; readers take them out."""
+        self.changed: list[set[int]] = [set() for _ in quotas]
+        """Experts of each layer that have been given a slot or lost one; a reader empties it."""
         cache_slots = self._cache_slots = sum(quotas)
         self._free = list(reversed(range(cache_slots)))
         """Cache slots without an expert, the next one last."""
@@ -94,7 +94,7 @@ class SlotPool:
             raise ValueError(f"layer {layer}: no room for expert {expert}, or it is there already")
         slot = self._free.pop()
         self.cached[layer][expert] = slot
-        self.changed.add(layer)
+        self.changed[layer].add(expert)
         self._in_flight.add(slot)
         return slot
 
@@ -109,7 +109,7 @@ class SlotPool:
         if busy:
             raise ValueError(f"layer {layer}: expert {expert} is in flight or leased")
         del self.cached[layer][expert]
-        self.changed.add(layer)
+        self.changed[layer].add(expert)
         self._free.append(slot)
         return ExpertRef(layer, expert)
 
@@ -124,7 +124,7 @@ class SlotPool:
             raise ValueError(f"layer {layer}: expert {expert} is not in flight, or leased")
         self._in_flight.discard(slot)
         del self.cached[layer][expert]
-        self.changed.add(layer)
+        self.changed[layer].add(expert)
         self._free.append(slot)
 
     def arrive(self, layer: int, expert: int) -> None:
@@ -170,7 +170,7 @@ class SlotPool:
         self.evict(layer, victim)
         self._staging[place] = self._free.pop()
         self.cached[layer][expert] = slot
-        self.changed.add(layer)
+        self.changed[layer].add(expert)
 
     def keeping(self, held: Mapping[int, ExpertRef]) -> SlotPool:
         """A pool of the same size that keeps only experts which lie in their slots for certain.

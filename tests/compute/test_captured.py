@@ -108,3 +108,20 @@ def test_nothing_goes_between_host_and_device(kinds: tuple[str, str, str]) -> No
     assert noted.names
     for name in noted.names - {"_to_copy.default"}:  # dtypes are changed by it too
         assert not name.startswith(FROM_HOST), name
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_triton_decode_needs_no_slots_on_the_host(activations: str) -> None:
+    pytest.importorskip("triton")
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
+
+    shape = Shape("small", ("Q8_0", "Q8_0", "Q4_0"), 64, 64, 3, 2)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kernels = TritonKernels(device, activations=activations)
+    buffer, slot_of = fill(kernels, shape, random_matrices(shape, 3, device), device)
+    hidden, ids, routing = random_call(shape, 2, torch.float32, 2, device)
+    layout = kernels.layout(shape.spec)
+    call = SlotCall(buffer, layout, (0, 1, 2), hidden, slot_of[ids], routing)
+    wanted = kernels.down(call, kernels.gate_up(call))
+    call = call._replace(slots=())
+    assert torch.equal(kernels.down(call, kernels.gate_up(call)), wanted)

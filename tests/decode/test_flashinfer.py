@@ -18,11 +18,16 @@ from replayed import Replayed
 from steps import step
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.compute.attention import flashinfer_choice
+from hybrimoe_plugin.compute.attention import flashinfer_pages, kernel_choice
 from hybrimoe_plugin.compute.attention.attend import attend_latents
-from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE
-from hybrimoe_plugin.compute.attention.flashinfer_gqa import FlashinferGQA, GQAShape
-from hybrimoe_plugin.compute.attention.flashinfer_mla import FlashinferMLA, MLAShape
+from hybrimoe_plugin.compute.attention.decode_attention import (
+    AttentionKernel,
+    GQAShape,
+    MLAShape,
+)
+from hybrimoe_plugin.compute.attention.flashinfer_gqa import FlashinferGQA
+from hybrimoe_plugin.compute.attention.flashinfer_mla import FlashinferMLA
+from hybrimoe_plugin.compute.attention.flashinfer_pages import PAGE
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.decode import connect, layer_buffers
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
@@ -37,8 +42,8 @@ SECOND = 1e6
 @pytest.fixture
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = fake_flashinfer.make()
-    monkeypatch.setattr(flashinfer_choice, "WORKSPACE_BYTES", 1 << 10)
-    monkeypatch.setattr(flashinfer_choice, "installed", lambda: True)
+    monkeypatch.setattr(flashinfer_pages, "WORKSPACE_BYTES", 1 << 10)
+    monkeypatch.setattr(flashinfer_pages, "installed", lambda: True)
     monkeypatch.setitem(sys.modules, "flashinfer", made)
     return made
 
@@ -59,24 +64,28 @@ class Timed(Replayed):
         return self.times.pop(0)
 
 
+def choose(shape: Any, capture: Timed, layers: int = 1) -> AttentionKernel:
+    return kernel_choice.choose(shape, CPU, capture, torch.zeros(1, dtype=torch.int64), layers)
+
+
 @SHAPES
 def test_the_faster_one_is_chosen(
     shape: Any, flashinfer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = FlashinferGQA | FlashinferMLA
-    assert isinstance(flashinfer_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)), kinds)
-    assert flashinfer_choice.choose(shape, CPU, Timed(SECOND, 2 * SECOND)) is None
+    assert isinstance(choose(shape, Timed(2 * SECOND, SECOND)), kinds)
+    assert choose(shape, Timed(SECOND, 2 * SECOND)).name == "torch"
     if shape is SHAPE:
         assert [made.tensor_cores for made in flashinfer.decode.made] == [True, True], (
             "four heads share a key head"
         )
     for other in (shape._replace(dtype=torch.float32), shape._replace(capacity=PAGE * 3 + 1)):
-        assert flashinfer_choice.choose(other, CPU, Timed()) is None, "not tried"
+        assert choose(other, Timed()).name == "torch", "not tried"
     assert len(wrapper(flashinfer, shape).made) == 2
     # A step's plan is paid once and shared by the layers.
-    monkeypatch.setattr(flashinfer_choice, "plan_us", lambda _kernel: 30.0)
-    assert flashinfer_choice.choose(shape, CPU, Timed(20.0, 10.0), layers=2) is None
-    assert flashinfer_choice.choose(shape, CPU, Timed(20.0, 10.0), layers=4) is not None
+    monkeypatch.setattr(kernel_choice, "plan_us", lambda _kernel: 30.0)
+    assert choose(shape, Timed(20.0, 10.0), layers=2).name == "torch"
+    assert choose(shape, Timed(20.0, 10.0), layers=4).name == "flashinfer"
 
 
 @SHAPES
@@ -85,25 +94,25 @@ def test_what_is_wrong_or_fails_is_not_used(
 ) -> None:
     kind = wrapper(flashinfer, shape)
     kind.wrong = 0.5
-    assert flashinfer_choice.choose(shape, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert choose(shape, Timed(2 * SECOND, SECOND)).name == "torch"
     assert "differs from torch's attention" in caplog.text
     monkeypatch.setattr(kind, "run", lambda *_, **__: 1 / 0)
     capture = Timed(2 * SECOND, SECOND)
-    assert flashinfer_choice.choose(shape, CPU, capture) is None
+    assert choose(shape, capture).name == "torch"
     assert "division by zero" in caplog.text
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert flashinfer_choice.choose(shape, CPU, Timed()) is None
+    assert choose(shape, Timed()).name == "torch"
 
 
 def test_a_kernel_that_cannot_be_planned_again_is_not_used(
     flashinfer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flashinfer.latent.once = True
-    assert flashinfer_choice.choose(LATENT, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert choose(LATENT, Timed(2 * SECOND, SECOND)).name == "torch"
     assert "cannot replan" in caplog.text
     flashinfer.latent.once = False
     narrow = LATENT._replace(latent=32)
-    assert flashinfer_choice.choose(narrow, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert choose(narrow, Timed(2 * SECOND, SECOND)).name == "torch"
     assert "multiple of 128" in caplog.text
     # One whose graph keeps the numbers of the plan that it was captured with.
     plan = flashinfer.decode.plan
@@ -114,7 +123,7 @@ def test_a_kernel_that_cannot_be_planned_again_is_not_used(
 
     monkeypatch.setattr(flashinfer.decode, "plan", plan_once)
     caplog.clear()
-    assert flashinfer_choice.choose(SHAPE, CPU, Timed(2 * SECOND, SECOND)) is None
+    assert choose(SHAPE, Timed(2 * SECOND, SECOND)).name == "torch"
     assert "differs from torch's attention" in caplog.text
 
 
@@ -122,7 +131,7 @@ def test_a_kernel_that_cannot_be_planned_again_is_not_used(
 def test_pages_are_the_cache_by_its_strides(held: int, flashinfer: Any) -> None:
     kernel = FlashinferGQA(flashinfer, SHAPE, CPU)
     query, keys, values = SHAPE.example(CPU)
-    assert flashinfer_choice.pages(keys).data_ptr() == keys.data_ptr()
+    assert flashinfer_pages.pages(keys).data_ptr() == keys.data_ptr()
     kernel.plan(held)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query, keys[:, :, : held + 1], values[:, :, : held + 1], scale=0.25, enable_gqa=True
@@ -182,14 +191,14 @@ def test_a_model_decodes_with_it(
         monkeypatch.setattr(connect, "capture_for", lambda device: captures[-1])
         model, _ = load_model(None, path, progress=False, attention=attention, **choices)
         if breaks and attention == "auto":
-            compare = flashinfer_choice.compare
+            compare = kernel_choice.compare
 
             def spoiled(*given: Any, compare: Any = compare) -> tuple[float, float]:
                 times: tuple[float, float] = compare(*given)
                 kind.wrong = 0.5
                 return times
 
-            monkeypatch.setattr(flashinfer_choice, "compare", spoiled)
+            monkeypatch.setattr(kernel_choice, "compare", spoiled)
         answers.append(torch.tensor(decode(model)))
         assert all(
             module.captured for module in model.modules() if isinstance(module, GraphedLayer)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from eval.gpu_check.place import Place, Row
-from hybrimoe_plugin.compute.attention import flashinfer_choice as flash_choice
-from hybrimoe_plugin.compute.attention.flashinfer_choice import FlashinferKernel, FlashinferShape
-from hybrimoe_plugin.compute.attention.flashinfer_gqa import GQAShape
-from hybrimoe_plugin.compute.attention.flashinfer_mla import MLAShape
+from eval.gpu_check.stages.attention import CASES, Case, measured, named
+from hybrimoe_plugin.compute.attention import flashinfer_pages, kernel_choice
 from hybrimoe_plugin.device.cuda_graphs import Capture, capture_for
-from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.hosts.transformers import sampling
 from hybrimoe_plugin.hosts.transformers.sampling import Filters, FlashinferFilter
 
@@ -38,24 +34,9 @@ FILTERS = (
 )
 
 
-class Case(NamedTuple):
-    """The decode attention of one model; its room is set where it is used."""
-
-    model: str
-    layers: int
-    shape: GQAShape | MLAShape
-
-
-CASES = (
-    Case("Qwen3-30B-A3B", 48, GQAShape(32, 4, 128, 0, torch.bfloat16, 128**-0.5)),
-    Case("Mixtral-8x7B", 32, GQAShape(32, 8, 128, 0, torch.bfloat16, 128**-0.5)),
-    Case("DeepSeek-V2-Lite", 27, MLAShape(16, 512, 64, 0, torch.bfloat16, 192**-0.5)),
-)
-
-
 def run(place: Place) -> Iterator[Row]:
     """See `place.Run`."""
-    if not flash_choice.installed():
+    if not flashinfer_pages.installed():
         yield {"case": "flashinfer", "ok": None, "missing": HOW_TO_GET}
         return
     capture = capture_for(place.device)
@@ -75,48 +56,20 @@ def run(place: Place) -> Iterator[Row]:
 
 
 def _attention(case: Case, room: int, device: torch.device, capture: Capture) -> Row:
-    """One shape: right, how long either takes, and what the product would choose."""
-    shape = case.shape._replace(capacity=room)
-    name = f"attention, {case.model}, room of {room} tokens"
+    """One shape: right, how long either takes, and whether it is faster with its plans."""
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    row: Row = {"case": named(case, room), "layers": case.layers, "chosen": False}
     try:
-        kernel = shape.kernel(importlib.import_module("flashinfer"), device)
-        error = _error(kernel, shape, device)
-        if not error <= flash_choice.TOLERANCE:
-            return {"case": name, "ok": False, "relative_rms": error, "chosen": False}
-        torch_us, flash_us = flash_choice.compare(kernel, device, capture)
-        plan_us = flash_choice.plan_us(kernel)
-    except BackendError as problem:
-        # The graph does not give what the same call gives outside of one.
-        return {"case": name, "ok": False, "detail": _line(problem), "chosen": False}
+        kernel = kernel_choice.flashinfer(case.shape._replace(capacity=room), device)
+        row = {**row, **measured(kernel, device, capture, position)}
+        plan_us = kernel_choice.plan_us(kernel)
     except Exception as problem:  # it compiles at first use, and may raise anything
-        return {"case": name, "ok": None, "missing": _failure(problem)}
-    return {
-        "case": name,
-        "ok": True,
-        "relative_rms": error,
-        "torch_us": torch_us,
-        "flashinfer_us": flash_us,
-        "plan_us": plan_us,
-        "layers": case.layers,
-        "chosen": flash_choice.choose(shape, device, capture, case.layers) is not None,
-    }
-
-
-def _error(kernel: FlashinferKernel, shape: FlashinferShape, device: torch.device) -> float:
-    """Relative RMS difference from torch's attention in float32.
-
-    The larger one of a half-full and a full KV cache.
-    """
-    example = shape.example(device)
-    exact = [part.float() for part in example]
-    errors = []
-    for held in (shape.capacity // 2, shape.capacity - 1):
-        kernel.plan(held)
-        seen = (torch.arange(shape.capacity, device=device) <= held)[None, None, None]
-        right = shape.plain(seen, *exact)
-        found = kernel(*example).float()
-        errors.append(float((found - right).norm() / right.norm()))
-    return max(errors)
+        return {"case": row["case"], "ok": None, "missing": _failure(problem)}
+    if not row["ok"]:
+        return row
+    flash_us = row.pop("kernel_us")
+    chosen = flash_us + plan_us / case.layers < row["torch_us"]
+    return {**row, "flashinfer_us": flash_us, "plan_us": plan_us, "chosen": chosen}
 
 
 def _filters(filters: Filters, vocabulary: int, device: torch.device) -> Row:

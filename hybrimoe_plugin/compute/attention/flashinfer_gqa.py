@@ -7,44 +7,16 @@ lies in the wrapper's own device buffers; `plan` sets it, outside the graphs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from hybrimoe_plugin.compute.attention import flashinfer_choice
-from hybrimoe_plugin.compute.attention.attend import attend
-from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE, pages, table
+from hybrimoe_plugin.compute.attention import flashinfer_pages
+from hybrimoe_plugin.compute.attention.decode_attention import GQAShape
+from hybrimoe_plugin.compute.attention.flashinfer_pages import PAGE, pages, table
 
 TENSOR_CORES_FROM = 4
 """Query heads for each key head from which its documentation advises its tensor-core kernel."""
-
-
-class GQAShape(NamedTuple):
-    """Queries of several heads over keys and values [1, groups, capacity, width]."""
-
-    heads: int
-    groups: int
-    """Key heads."""
-    width: int
-    capacity: int
-    dtype: torch.dtype
-    scaling: float
-
-    def kernel(self, library: Any, device: torch.device) -> FlashinferGQA:
-        return FlashinferGQA(library, self, device)
-
-    def example(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        query = torch.randn(1, self.heads, 1, self.width, dtype=self.dtype, device=device)
-        keys, values = torch.randn(
-            2, 1, self.groups, self.capacity, self.width, dtype=self.dtype, device=device
-        )
-        return query, keys, values
-
-    def plain(
-        self, visible: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor
-    ) -> torch.Tensor:
-        keys, values = cache
-        return attend(query, keys, values, visible, self.scaling, self.heads != self.groups)
 
 
 class FlashinferGQA:
@@ -54,6 +26,8 @@ class FlashinferGQA:
         library: the flashinfer module.
     """
 
+    name = "flashinfer"
+
     def __init__(self, library: Any, shape: GQAShape, device: torch.device) -> None:
         self.shape = shape
 
@@ -62,7 +36,7 @@ class FlashinferGQA:
 
         with torch.inference_mode(False):
             self._wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-                torch.zeros(flashinfer_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+                torch.zeros(flashinfer_pages.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
                 "HND",
                 use_cuda_graph=True,
                 use_tensor_cores=shape.heads >= TENSOR_CORES_FROM * shape.groups,

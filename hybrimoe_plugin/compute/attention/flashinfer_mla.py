@@ -8,45 +8,15 @@ sets it, outside the graphs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from hybrimoe_plugin.compute.attention import flashinfer_choice
-from hybrimoe_plugin.compute.attention.attend import attend_latents
-from hybrimoe_plugin.compute.attention.flashinfer_choice import PAGE, pages, table
+from hybrimoe_plugin.compute.attention import flashinfer_pages
+from hybrimoe_plugin.compute.attention.decode_attention import MLAShape
+from hybrimoe_plugin.compute.attention.flashinfer_pages import PAGE, pages, table
 
 HOPPER = 9, 0
-
-
-class MLAShape(NamedTuple):
-    """Queries of several heads over a cache [1, 1, capacity, latent + rope].
-
-    As a whole it is the keys; its latents are the values.
-    """
-
-    heads: int
-    latent: int
-    rope: int
-    capacity: int
-    dtype: torch.dtype
-    scaling: float
-
-    def kernel(self, library: Any, device: torch.device) -> FlashinferMLA:
-        return FlashinferMLA(library, self, device)
-
-    def example(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        query = torch.randn(
-            1, self.heads, 1, self.latent + self.rope, dtype=self.dtype, device=device
-        )
-        return query, torch.randn(
-            1, 1, self.capacity, self.latent + self.rope, dtype=self.dtype, device=device
-        )
-
-    def plain(
-        self, visible: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor
-    ) -> torch.Tensor:
-        return attend_latents(query, cache[0], visible, self.scaling, self.latent)
 
 
 class FlashinferMLA:
@@ -56,6 +26,8 @@ class FlashinferMLA:
         library: the flashinfer module.
     """
 
+    name = "flashinfer"
+
     def __init__(self, library: Any, shape: MLAShape, device: torch.device) -> None:
         self.shape = shape
 
@@ -64,7 +36,7 @@ class FlashinferMLA:
 
         with torch.inference_mode(False):
             self._wrapper = library.mla.BatchMLAPagedAttentionWrapper(
-                torch.zeros(flashinfer_choice.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+                torch.zeros(flashinfer_pages.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
                 use_cuda_graph=True,
                 qo_indptr=buffer(2),
                 kv_indptr=buffer(2),

@@ -6,8 +6,8 @@ write and not a copy of the whole context:
     buffer [B, heads, capacity, D]   | t0 | t1 | t2 | t3 |    |    |    |    |
                                      |<-- keys, values ->|<-- spare capacity ->|
 
-`keys` and `values` are views of the filled part. A CUDA graph instead reads the whole buffer under
-a mask, through `FixedCache`: its addresses and shapes do not change from step to step.
+`keys` and `values` are views of the filled part. A CUDA graph instead takes the whole buffer,
+through `FixedCache`: its addresses and shapes do not change from step to step.
 """
 
 from __future__ import annotations
@@ -185,26 +185,18 @@ class FixedCache:
         buffers: keys and values [1, heads, capacity, D].
         position: [1] int64 on their device: the entry that the one token of a call is written to.
         kernel: attention of one token over the buffers, (queries, *buffers that are not empty) ->
-            output; None for torch's.
+            output. It knows which entries the token sees.
     """
 
     def __init__(
         self,
         buffers: Buffers,
         position: torch.Tensor,
-        kernel: Callable[..., torch.Tensor] | None = None,
+        kernel: Callable[..., torch.Tensor],
     ) -> None:
         self.buffers = buffers
         self.position = position
         self.kernel = kernel
-
-    @property
-    def visible(self) -> torch.Tensor:
-        """[1, 1, 1, capacity] bool: attention's mask, the entries up to the token's own."""
-        keys, _ = self.buffers
-        positions = torch.arange(keys.shape[2], device=self.position.device)
-        visible = positions <= self.position
-        return visible[None, None, None]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any

@@ -117,9 +117,7 @@ class LayerLink:
 
     def hits(self, graph_break: GraphBreak) -> bool:
         """Whether all experts of the call lay in slots, as its graphs saw them."""
-        _, ids, *_ = graph_break.on_host
-        row = self.table.shown[self.position]
-        return bool((row[ids.numpy()] != NOWHERE).all())
+        return self.table.present[self.position].issuperset(self.chosen(graph_break))
 
     def look(self, graph_break: GraphBreak) -> bool:
         """The same before its graphs are launched: brings the row up to date."""
@@ -129,7 +127,7 @@ class LayerLink:
     def chosen(self, graph_break: GraphBreak) -> list[int]:
         """The experts of the call, as the host knows them."""
         _, ids, *_ = graph_break.on_host
-        experts: list[int] = ids.flatten().tolist()
+        experts: list[int] = ids.tolist()[0]
         return experts
 
     def note_hit(self, call: Sent) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from hybrimoe_plugin.compute.backends import ResidentExperts
 from hybrimoe_plugin.engine import Engine
+from hybrimoe_plugin.policy.slots import SlotPool
 
 NOWHERE = -1
 """In place of a slot: the expert is not cached, or has not arrived."""
@@ -32,38 +32,62 @@ class SlotTable:
     def __init__(self, engine: Engine, accelerator: ResidentExperts) -> None:
         self._controller = engine.controller
         self._accelerator = accelerator
-        shape = len(engine.layers), max(weights.spec.experts for weights in engine.layers)
+        layers = len(engine.layers)
+        shape = layers, max(weights.spec.experts for weights in engine.layers)
         with torch.inference_mode(False):
             self.rows = torch.full(shape, NOWHERE, dtype=torch.int64, device=accelerator.device)
             self._on_host = accelerator.pinned_like(self.rows)
             self._on_host.fill_(NOWHERE)
-        self.shown = self._on_host.numpy()
+        self._shown = self._on_host.numpy()
         """[L, E] what graphs read that are launched now."""
-        self._awaited: list[dict[int, int]] = [{} for _ in engine.layers]
+        self.present: list[set[int]] = [set() for _ in range(layers)]
+        """Experts of each layer that have a slot in `rows`."""
+        self._awaited: list[dict[int, int]] = [{} for _ in range(layers)]
         """Expert -> slot of those on their way, for each layer."""
+        self._pool: SlotPool | None = None
+        """Whose changes are followed; None: all rows are to be made anew."""
 
     def update(self, layer: int) -> None:
-        """Bring a layer's row up to date, for graphs that are launched behind this."""
+        """Bring a layer's row up to date, for graphs that are launched behind this.
+
+        An interrupted update needs `forget`.
+        """
         pool = self._controller.pool
-        arrived = self._accelerator.arrived
-        if layer not in pool.changed and not any(map(arrived, self._awaited[layer].values())):
+        if pool is not self._pool:
+            self._begin(pool)
+        awaited, changed = self._awaited[layer], pool.changed[layer]
+        if not changed and not awaited:
             return
-        row = self.shown[layer]
-        before = row.copy()
-        awaited = {}
-        row.fill(NOWHERE)
-        for expert, slot in pool.cached[layer].items():
-            if arrived(slot):
-                row[expert] = slot
-            else:
-                awaited[expert] = slot
-        if not np.array_equal(row, before):
+        row, present, cached = self._shown[layer], self.present[layer], pool.cached[layer]
+        differs = False
+        for expert in changed:
+            if expert in present:
+                present.discard(expert)
+                row[expert] = NOWHERE
+                differs = True
+            awaited.pop(expert, None)
+            if expert in cached:
+                awaited[expert] = cached[expert]
+        changed.clear()
+        arrived = self._accelerator.arrived
+        for expert in [expert for expert, slot in awaited.items() if arrived(slot)]:
+            row[expert] = awaited.pop(expert)
+            present.add(expert)
+            differs = True
+        if differs:
             self.rows[layer].copy_(self._on_host[layer], non_blocking=True)
-        self._awaited[layer] = awaited
-        pool.changed.discard(layer)  # only now: an interrupted update comes again
 
     def forget(self) -> None:
-        """Make every row be sent again: an update may have been interrupted."""
-        self.shown.fill(NOWHERE)
-        self._controller.pool.changed.update(range(len(self.shown)))
+        """Make every row anew; the device must be idle."""
+        self._pool = None
+
+    def _begin(self, pool: SlotPool) -> None:
+        """Follow another pool, or the same one after an interrupt."""
+        self._shown.fill(NOWHERE)
         self.rows.fill_(NOWHERE)
+        for present in self.present:
+            present.clear()
+        self._awaited = [dict(cached) for cached in pool.cached]
+        for changed in pool.changed:
+            changed.clear()
+        self._pool = pool

@@ -1,4 +1,16 @@
-"""Several accelerators: each decoder layer is on its experts' device, and hidden states follow."""
+"""Several accelerators: each decoder layer is on its experts' device, and hidden states follow.
+
+Hidden states cross where a layer is on another device than the one before. What all layers read,
+masks, positions and position embeddings, crosses once for each device and pass:
+
+    device 0    embedding | layer 0 | layer 1 |                       logits
+                                              | hidden states,          |
+                                              | masks, positions        |
+    device 1                                  + layer 2 | layer 3 | head
+
+Between accelerators torch copies on the current stream of the source and lets the current stream of
+the target wait for an event behind the copy. The host waits for nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 Hook = Callable[..., Any]
 
@@ -35,8 +48,8 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
 
     A layer without experts goes with the next layer that has some, what comes before the layers
     with the first and what comes after with the last one. Inputs follow by a hook before each of
-    these modules; the head's result goes back to where the model's inputs are, since the host
-    samples there.
+    these modules, and cross as drawn above; the head's result goes back to where the model's inputs
+    are, since the host samples there.
 
     Args:
         experts: qualified name of every experts operator -> its device.
@@ -55,10 +68,11 @@ def spread(model: nn.Module, experts: Mapping[str, str]) -> Callable[[], None]:
             module.to(first)
     places = list(zip(layers, devices, strict=True))
     places += [(module, last) for module in after]
+    arrivals = {device: Arrivals(torch.device(device)) for _, device in places}
     handles = []
     for module, device in places:
         module.to(device)
-        handle = module.register_forward_pre_hook(_follow(device), with_kwargs=True)
+        handle = module.register_forward_pre_hook(arrivals[device], with_kwargs=True)
         handles.append(handle)
     head = _head(model)
     if head is not None:
@@ -91,30 +105,45 @@ def _device_of_each(layers: nn.ModuleList, stack: str, known: Mapping[str, str])
     return devices
 
 
-def moved(value: Any, device: str | torch.device) -> Any:
-    """The same value with its tensors on the device, also those in tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    kind = type(value)
-    if kind in (tuple, list):
-        return kind(moved(item, device) for item in value)
-    if kind is dict:
-        return {key: moved(item, device) for key, item in value.items()}
-    return value
+class Arrivals:
+    """A hook before all modules of one device that brings their inputs there.
 
-
-def _follow(device: str) -> Hook:
-    """A hook before a module that brings its inputs to its device.
-
-    transformers calls layers with keyword arguments: masks and position embeddings come with them.
+    transformers calls layers with keyword arguments: masks, positions and position embeddings,
+    which are the same tensors for all layers of a pass. Their copies are kept for as long as they
+    live, and made anew when hidden states arrive from another device: whoever calls the model may
+    have written to a tensor of the last pass.
     """
 
-    def hook(_module: Any, inputs: Any, named: Any) -> Any:
-        here = moved(inputs, device)
-        named_here = moved(named, device)
-        return here, named_here
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = WeakIdKeyDictionary()
 
-    return hook
+    def __call__(self, _module: nn.Module, inputs: Any, named: Any) -> Any:
+        hidden = inputs[0] if inputs else named.get("hidden_states")
+        if not isinstance(hidden, torch.Tensor) or hidden.device != self._device:
+            self._copies.clear()
+        return moved(inputs, self._bring), moved(named, self._bring)
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self._device:
+            return tensor
+        copy: torch.Tensor | None = self._copies.get(tensor)
+        if copy is None:
+            copy = tensor.to(self._device, non_blocking=True)
+            self._copies[tensor] = copy
+        return copy
+
+
+def moved(value: Any, bring: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same value with its tensors brought elsewhere, also those in tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return bring(value)
+    kind = type(value)
+    if kind in (tuple, list):
+        return kind(moved(item, bring) for item in value)
+    if kind is dict:
+        return {key: moved(item, bring) for key, item in value.items()}
+    return value
 
 
 def _give_back(device: str) -> Hook:
@@ -124,7 +153,7 @@ def _give_back(device: str) -> Hook:
     """
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        return moved(output, device)
+        return moved(output, lambda tensor: tensor.to(device, non_blocking=True))
 
     return hook
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.attention.flashinfer_choice import installed
+from hybrimoe_plugin.compute.attention.flashinfer_pages import installed
 from hybrimoe_plugin.errors import BackendError
 
 log = logging.getLogger(__name__)

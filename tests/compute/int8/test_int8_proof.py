@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from kernel_cases import random_layer
 
 from eval.kernel_cases.shapes import MODEL_SHAPES, TYPE_SHAPES, Shape
+from hybrimoe_plugin.compute.gpu import accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
@@ -134,7 +139,30 @@ def test_random_experts_have_weights_of_a_usual_size(kind: str) -> None:
     for part in (layout.gate, layout.up, layout.down):
         values = dequantize(from_planes(found[1, part.span], kind), kind, (256, 256))
         assert values.isfinite().all()
-        assert 0.03 < float(values.square().mean().sqrt()) < 0.12
+        size = float(values.square().mean().sqrt())
+        assert 0.03 < size < 0.12
+        # Four bits around 8 are -1/2 in the mean, of a spread of 4.6.
+        assert abs(float(values.mean())) < 0.15 * size
+
+
+def test_an_accelerator_proves_kernels_before_it_tunes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = make_accelerator("emulated", CPU)
+    assert device is not None
+    layer = random_layer(("Q8_0",) * 3, 64, 64)
+    device.allocate(2, [layer])
+    calls: list[Any] = []
+    kernels = SimpleNamespace(
+        prove=lambda shapes, buffer: calls.append((shapes, len(buffer))),
+        tune=lambda layout, *_: calls.append(layout),
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(accelerator, "cuda_timer", lambda _device: None)
+    device._tune(kernels, [layer])
+    layout = device.kernels.layout(layer.spec)
+    assert calls == [(((layout, layer.spec.top_k),), 2), layout]
+    device.close()
 
 
 @pytest.mark.gpu

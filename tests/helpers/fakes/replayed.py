@@ -1,5 +1,5 @@
-"""A CUDA graph's stand-in on the CPU: records every operation below Python and does it again on the
-same memory.
+"""A CUDA graph's stand-in on the CPU: records every operation below Python, and every launch of an
+interpreted Triton kernel, and does it again on the same memory.
 
 What a real graph freezes is frozen: numbers, shapes, control flow, which tensors are read and
 written. What a real capture forbids is an error: reading a value on the host, sizes that depend on
@@ -11,7 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +26,30 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.done: list[tuple[Any, Any, Any, list[tuple[int, torch.Tensor]]]] = []
+        self._launching = False
+        self._launches = _patched_launches(self)
+
+    def __enter__(self) -> Any:
+        self._launches.start()
+        return super().__enter__()
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)
+        self._launches.stop()
+
+    def launch(self, run: Any, args: Any, kwargs: Any) -> None:
+        """Record a Triton kernel and run it; what its interpreter does with tensors is no part."""
+        self._launching = True
+        try:
+            run(*args, **kwargs)
+        finally:
+            self._launching = False
+        self.done.append((run, args, kwargs, []))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._launching:
+            return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name.startswith(FORBIDDEN):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
@@ -44,6 +67,20 @@ class _Recorder(TorchDispatchMode):
         ]
         self.done.append((func, args, kwargs, made))
         return result
+
+
+def _patched_launches(recorder: _Recorder) -> Any:
+    """A patch under which launches of interpreted kernels go to the recorder."""
+    try:
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        return mock.patch.dict({})
+    interpret = GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+        recorder.launch(partial(interpret, executor), args, kwargs)
+
+    return mock.patch.object(GridExecutor, "__call__", launch)
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -8,8 +8,8 @@ from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, For
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, from_planes
 from hybrimoe_plugin.weights.dequant import dequantize
 
-_SCALES = ("d", "dmin", "m", "exponent")
-"""Fields whose random bytes would often not be finite."""
+_BITS = {"nibbles": 4, "pairs": 2, "bits": 1, "": 0}
+"""Field -> how many of a code's bits it holds."""
 
 
 def fill_randomly(slots: torch.Tensor, layout: SlotLayout) -> None:
@@ -44,12 +44,15 @@ def _set_scales(stored: torch.Tensor, part: Part, form: Format, size: float) -> 
     """Random scales of half to one and a half times `size`, or the power of two near it."""
     values = part.rows * part.columns
     count = values // form.values
+    mean_code = (2 ** (_BITS.get(form.code, 0) + _BITS[form.upper]) - 1) / 2
+    # With such minima weights have a mean of 0, and nothing hides behind it.
+    sizes = {"d": size, "exponent": size, "dmin": mean_code * size, "m": -mean_code * size}
     for name, width in form.fields:
-        if name not in _SCALES:
+        if name not in sizes:
             continue
         start, stride = form.start(name, values), form.stride(name)
         places = stored[:, start : start + (count - 1) * stride + width].unfold(1, width, stride)
-        drawn = size * (0.5 + torch.rand(len(stored), count, 1, device=stored.device))
+        drawn = sizes[name] * (0.5 + torch.rand(len(stored), count, 1, device=stored.device))
         if name == "exponent":
             places.copy_((drawn.log2().round() + 127).to(torch.uint8))
         else:
