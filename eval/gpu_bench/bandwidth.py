@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.tuning import CACHE_BYTES
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.cuda_timer import device_us
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.weights.layer_weights import LayerWeights

@@ -17,7 +17,8 @@ from eval.models.shapes import Model, fits
 from eval.policies.systems import System, quotas
 from hybrimoe_plugin.compute.backends import CPUBackend
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.memory import free_host_bytes
 from hybrimoe_plugin.engine import Engine, SimulatedClock, WallClock

@@ -25,7 +25,7 @@ from eval.host_path.reads import Reads
 from eval.models import synthetic
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name, cut_entries
 from hybrimoe_plugin.compute.gpu import accelerator as accelerators
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.decode import connect
 from hybrimoe_plugin.decode.capture import GraphBreak
 from hybrimoe_plugin.decode.cuda_layer import CudaLayer

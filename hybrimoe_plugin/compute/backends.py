@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.device.streams import PendingCopy
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
@@ -71,6 +73,18 @@ class WholeCalls(Protocol):
         ...
 
 
+class WaveCalls(Protocol):
+    """The accelerator's share of one layer call, wave by wave."""
+
+    def compute(self, index: int) -> None:
+        """Queue one wave. The device, not the host, waits for the slots that are used."""
+        ...
+
+    def output(self) -> torch.Tensor:
+        """[T, H] on the device: the weighted sums over each token's experts in all waves."""
+        ...
+
+
 class Accelerator(Protocol):
     """Computes experts whose bytes have been sent into its slots."""
 
@@ -120,6 +134,25 @@ class Accelerator(Protocol):
                 read back.
             hidden: [T, H] on `device`.
             slot_ids: [T, K] int64 on `device`; -1 for an expert that is computed elsewhere.
+            topk_weights: [T, K] floating point on `device`.
+        """
+        ...
+
+    def prompt_call(
+        self,
+        weights: LayerWeights,
+        waves: Sequence[Mapping[int, int]],
+        ids: NDArray[np.int64],
+        hidden: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> WaveCalls | None:
+        """A layer call of many tokens; None where each wave is to be given to `compute`.
+
+        Args:
+            weights: of the layer.
+            waves: expert -> slot of what is computed in one launch, in order; none of them empty.
+            ids: [T, K] on the host: the experts of each token.
+            hidden: [T, H] on `device`.
             topk_weights: [T, K] floating point on `device`.
         """
         ...

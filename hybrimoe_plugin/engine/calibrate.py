@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hybrimoe_plugin.compute.backends import CPUBackend
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.machine import hardware, versions
 from hybrimoe_plugin.device.noise import Median
 from hybrimoe_plugin.engine.calibrate_accelerator import LOADS, measure_accelerator

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.noise import Median
+from hybrimoe_plugin.engine.waves import wave_calls
 from hybrimoe_plugin.policy.profile import Link, Side
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -102,7 +104,7 @@ def measure_cuda(
     tokens, times = [], []
     first_us = 0.0
     for load in LOADS:
-        compute = _compute_calls(accelerator, spec, load, turns)
+        compute = _compute_calls(accelerator, weights, load, turns)
         one_us = _timed(accelerator, compute(1), median)
         many_us = _timed(accelerator, compute(many), median)
         each_us = _each_us(one_us, many_us, many)
@@ -114,18 +116,24 @@ def measure_cuda(
 
 
 def _compute_calls(
-    accelerator: SlotAccelerator, spec: ExpertSpec, load: int, turns: cycle[int]
+    accelerator: SlotAccelerator, weights: LayerWeights, load: int, turns: cycle[int]
 ) -> Callable[[int], Callable[[], object]]:
-    """Number of slots -> a call that computes `load` tokens with each of them."""
+    """Number of slots -> a call that computes `load` tokens with each of them.
+
+    Each slot holds the expert of its number.
+    """
     device = accelerator.device
-    hidden = torch.randn(load, spec.hidden, dtype=torch.bfloat16, device=device)
+    hidden = torch.randn(load, weights.spec.hidden, dtype=torch.bfloat16, device=device)
 
     def calls(count: int) -> Callable[[], object]:
         def compute() -> None:
-            group = tuple(islice(turns, count))
-            ids = torch.tensor([group]).expand(load, count).contiguous()
+            group = list(islice(turns, count))
+            ids = np.tile(group, (load, 1))
             routing = torch.ones(load, count, device=device)
-            accelerator.compute(group, hidden, accelerator.copy_to_device(ids), routing)
+            wave = {expert: expert for expert in group}
+            calls = wave_calls(accelerator, weights, [wave], ids, hidden, routing)
+            calls.compute(0)
+            calls.output()
 
         return compute
 

@@ -21,7 +21,7 @@ from hybrimoe_plugin.compute.cpu.requantise import (
 )
 from hybrimoe_plugin.compute.cpu.shared_experts import SharedCPU
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import hardware
 from hybrimoe_plugin.device.memory import check_host

@@ -148,13 +148,12 @@ class Engine:
         top_k = self.layers[0].spec.top_k
         return not self.verify and self.controller.all_hit_on_accelerator(top_k)
 
-    def wants_predictions(self, layer: int) -> bool:
-        """Whether the later routers' choices at this layer can change anything."""
+    @property
+    def wants_predictions(self) -> bool:
+        """Whether the later routers' choices can change anything, or somebody records them."""
         if self.recorder is not None:
             return True
-        cached = self.controller.pool.cached
-        ahead = range(layer + 1, min(layer + 1 + self.look_ahead, len(self.layers)))
-        return any(len(cached[later]) < self.layers[later].spec.experts for later in ahead)
+        return self.controller.looks_ahead
 
     def note_hit(self, layer: int, sent: Sent) -> None:
         """Do the bookkeeping of one token's call that the accelerator has computed by itself.
@@ -172,6 +171,8 @@ class Engine:
             seen = view_from_graph(sent)
             ids = seen.ids.numpy()
             scored = self._scored(layer, ids, seen, now_us)
+            if not self.controller.looks_ahead:
+                scored = None  # everything is cached: nobody asks for ranks
             step = self.controller.hit(layer, ids[0].tolist(), now_us, scored)
             if step is None:  # an expert has lost its slot meanwhile
                 if scored is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hybrimoe_plugin.cache_folder import cache_dir, write_atomic
 from hybrimoe_plugin.compute.backends import CPUBackend
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.machine import hardware, versions
 from hybrimoe_plugin.device.noise import Noise

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.compute.backends import Accelerator
+from hybrimoe_plugin.compute.backends import Accelerator, WaveCalls
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.policy.controller import Controller, Move, Step
@@ -36,7 +36,6 @@ class Waves:
         self._accelerator = accelerator
         self._layers = layers
         self._controller = controller
-        self._size = controller.pool.staging // 2
 
     def onload(self, moves: Iterable[Move], ahead: bool = False) -> None:
         """Queue transfers on the link; `ahead` for prefetches."""
@@ -69,16 +68,14 @@ class Waves:
         accelerator = self._accelerator
         states = self.to_device(hidden, accelerator.device)
         weights = self.to_device(topk_weights, accelerator.device)
-        experts = self._layers[0].spec.experts
-        slot_ids = accelerator.copy_to_device(_slot_ids(waves, ids, experts))
-        output: torch.Tensor | None = None
-        for index, wave in enumerate(waves):
+        layer = self._layers[step.layer]
+        calls = wave_calls(accelerator, layer, waves, ids, states, weights)
+        for index in range(len(waves)):
             if index >= len(present):
                 # Send a group before computing the one before it: link and accelerator overlap.
                 self.onload(next(unsent, ()))
-            part = accelerator.compute(tuple(wave.values()), states, slot_ids[index], weights)
-            output = part if output is None else output + part
-        assert output is not None
+            calls.compute(index)
+        output = calls.output()
         return output.to(hidden.device, hidden.dtype)
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -142,9 +139,70 @@ class Waves:
         return [wave for wave in (resident, in_flight) if wave]
 
     def _demand_groups(self, step: Step) -> list[Sequence[Move]]:
-        """Demand loads in link order, as many at a time as half the staging slots."""
-        starts = range(0, len(step.moves), self._size)
-        return [step.moves[start : start + self._size] for start in starts]
+        """Demand loads in link order, as many at a time as half the staging slots that are left."""
+        size = self._controller.pool.unlent_staging // 2
+        starts = range(0, len(step.moves), size)
+        return [step.moves[start : start + size] for start in starts]
+
+
+class SlotCalls:
+    """Waves that know nothing of one another: each has slot ids, and a sum that is added up.
+
+    Args:
+        ids: [T, K] on the host.
+        experts: number of experts E.
+        states: [T, H] on the device.
+        weights: [T, K] on the device.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        waves: Sequence[Wave],
+        ids: NDArray[np.int64],
+        experts: int,
+        states: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        self._accelerator = accelerator
+        self._waves = waves
+        self._states = states
+        self._weights = weights
+        self._slot_ids = accelerator.copy_to_device(_slot_ids(waves, ids, experts))
+        self._output: torch.Tensor | None = None
+
+    def compute(self, index: int) -> None:
+        part = self._accelerator.compute(
+            tuple(self._waves[index].values()), self._states, self._slot_ids[index], self._weights
+        )
+        self._output = part if self._output is None else self._output + part
+
+    def output(self) -> torch.Tensor:
+        assert self._output is not None
+        return self._output
+
+
+def wave_calls(
+    accelerator: Accelerator,
+    layer: LayerWeights,
+    waves: Sequence[Wave],
+    ids: NDArray[np.int64],
+    states: torch.Tensor,
+    weights: torch.Tensor,
+) -> WaveCalls:
+    """How waves are computed: together where there are many tokens, else each by itself.
+
+    Args:
+        waves: none of them empty.
+        ids: [T, K] on the host.
+        states: [T, H] floating point on the accelerator.
+        weights: [T, K] floating point on the accelerator.
+    """
+    if len(ids) > 1:
+        call = accelerator.prompt_call(layer, waves, ids, states, weights)
+        if call is not None:
+            return call
+    return SlotCalls(accelerator, waves, ids, layer.spec.experts, states, weights)
 
 
 def _wave(moves: Sequence[Move]) -> Wave:

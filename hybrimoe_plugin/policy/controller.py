@@ -34,6 +34,7 @@ from hybrimoe_plugin.policy.idle_prefetch import IdlePrefetch
 from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch.prediction import Prefetcher
 from hybrimoe_plugin.policy.prefetch.record import PrefetchRecord
+from hybrimoe_plugin.policy.prompt_slots import PromptSlots
 from hybrimoe_plugin.policy.residency import Residency
 from hybrimoe_plugin.policy.schedule.baselines import CPUOnlyScheduler
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler, Schedulers
@@ -43,6 +44,7 @@ from hybrimoe_plugin.policy.step import IdleTime as IdleTime
 from hybrimoe_plugin.policy.step import Move as Move
 from hybrimoe_plugin.policy.step import Scored as Scored
 from hybrimoe_plugin.policy.step import Step as Step
+from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
 
@@ -79,10 +81,17 @@ class Controller:
         self.residency = Residency(pool, costs, cache, self.prefetch_record, self.counters)
         self.link = LinkTime(costs, self.counters, expert_bytes)
         self.loans = SlotLoans(self.residency, self.schedulers)
+        self.prompt_slots = PromptSlots(self.residency, self.loans)
         calibrated = prefetcher is not None and prefetcher.calibrated
         gain = TransferGain(self.residency, self.link, self.schedulers, costs, calibrated)
         self.idle_prefetch = IdlePrefetch(
-            prefetcher, self.prefetch_record, self.residency, self.link, gain, self.loans
+            prefetcher,
+            self.prefetch_record,
+            self.residency,
+            self.link,
+            gain,
+            self.loans,
+            self.prompt_slots,
         )
         self.cache_fill = CacheFill(self.residency, self.link, gain, self.counters)
         self._unnoted: tuple[Step, Scored | None] | None = None
@@ -252,8 +261,7 @@ class Controller:
         """The call has been computed: its demand loads have arrived, its slots may be taken."""
         self.note(step)
         self.residency.settle(step.moves)
-        if self.loans.active:
-            self.loans.keep_heavier(step)
+        self.prompt_slots.settle(step)
         self.residency.revalue(step.layer)
         self.loans.forget(step.layer)
 
@@ -311,6 +319,7 @@ class Controller:
         lenders = self.residency.lenders(layer, many=False)
         if tokens > 1:
             lenders = range(layer, layer + 1)
+            experts = self.prompt_slots.ordered(layer, experts)
         return tuple([self._demand_load(layer, expert, lenders, now_us) for expert in experts])
 
     def _demand_load(self, layer: int, expert: int, lenders: range, now_us: float) -> Move:
@@ -340,11 +349,3 @@ class Controller:
         counters.experts_cpu += len(plan.cpu)
         counters.experts_accelerator += len(plan.accelerator)
         self.prefetch_record.use_all(step.layer, present)
-
-
-def loads(ids: NDArray[np.int64]) -> dict[int, int]:
-    """Expert -> number of tokens that chose it, for ids [T, K]."""
-    if len(ids) == 1:
-        return dict.fromkeys(ids[0].tolist(), 1)
-    counts = np.bincount(ids.ravel())
-    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}

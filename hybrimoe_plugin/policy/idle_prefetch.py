@@ -15,6 +15,7 @@ from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch.confidence import Confidence
 from hybrimoe_plugin.policy.prefetch.prediction import Prediction, Prefetcher, PrefetchRequest
 from hybrimoe_plugin.policy.prefetch.record import CREDIT, DOUBTFUL, SLACK, PrefetchRecord
+from hybrimoe_plugin.policy.prompt_slots import PromptSlots
 from hybrimoe_plugin.policy.residency import KEPT, SAFE, Residency
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
 from hybrimoe_plugin.policy.step import IdleTime, Move, Step
@@ -36,6 +37,7 @@ class IdlePrefetch:
         link: carries them.
         gain: weighs them.
         loans: gives them slots of other layers in a streak of prompts.
+        prompt_slots: gives them staging slots in any prompt.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class IdlePrefetch:
         link: LinkTime,
         gain: TransferGain,
         loans: SlotLoans,
+        prompt_slots: PromptSlots,
     ) -> None:
         self.confidence = Confidence()
         self._prefetcher = prefetcher
@@ -54,6 +57,7 @@ class IdlePrefetch:
         self._link = link
         self._gain = gain
         self._loans = loans
+        self._prompt_slots = prompt_slots
 
     def predict(
         self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], idle: IdleTime
@@ -141,9 +145,11 @@ class IdlePrefetch:
         gain_us = self._gain.prefetch_us(step, predictions, idle, request)
         if gain_us <= 0.0:
             return None
-        lenders = self._residency.lenders(step.layer, step.many)
-        take_slot = self._loans.borrow if self._loans.active else self._residency.admit
-        slot = take_slot(*request.ref, lenders, gain_us)
+        slot = self._prompt_slots.lend(*request.ref) if step.many else None
+        if slot is None:
+            lenders = self._residency.lenders(step.layer, step.many)
+            take_slot = self._loans.borrow if self._loans.active else self._residency.admit
+            slot = take_slot(*request.ref, lenders, gain_us)
         if slot is None:
             return None
         return self._send(request.ref, slot, request.distance, step, idle)

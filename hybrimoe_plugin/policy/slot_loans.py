@@ -2,12 +2,11 @@
 
 Where layers share slots, a layer may hold more or less than its quota. In an answer the ranks
 decide who holds how much. In a streak of prompts they cannot: every layer needs most of its experts
-in each pass, so all that is cached is in use when a demand load comes. Three rules replace them:
+in each pass, so all that is cached is in use when a demand load comes. Two rules replace them:
 
 - A prefetch may *borrow* the slot of a layer that has run, if it gains more than that layer loses
   in the next prompt.
 - A layer below its quota *reclaims* a slot from one above its quota.
-- A layer keeps a demand load instead of a cached expert with fewer tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.prompt_streak import PromptStreak
 from hybrimoe_plugin.policy.residency import KEPT, Residency
 from hybrimoe_plugin.policy.schedule.scheduler import Schedulers
-from hybrimoe_plugin.policy.step import Step
 
 NEEDED = 0.5
 """Average tokens above which an expert is needed by the next prompt: less rounds to none."""
@@ -112,25 +110,6 @@ class SlotLoans:
         if worth[victim] == KEPT:
             return None
         return self._residency.replace(victim, layer, expert)
-
-    def keep_heavier(self, step: Step) -> None:
-        """Keep demand loads where they lie, each in exchange for a cached expert of less load.
-
-        In a prompt all cached experts are in use when demand loads come, so the cache cannot admit
-        them. Without this rule it would never change while the streak lasts.
-        """
-        layer = step.layer
-        loads = self.streak.loads[layer]
-        pool = self._residency.pool
-        # Of the loads that went through one staging slot the last one lies there.
-        staged = {move.slot: move.expert for move in step.moves}
-        for slot, expert in staged.items():
-            evictable = pool.evictable(layer)
-            if expert in pool.cached[layer] or not evictable:
-                continue
-            victim = min(evictable, key=lambda other: loads[other])
-            if loads[expert] > loads[victim]:
-                self._residency.adopt(layer, expert, slot, victim)
 
     def forget(self, layer: int) -> None:
         """The layer has run: what it could lend is to be judged anew."""

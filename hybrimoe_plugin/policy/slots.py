@@ -3,7 +3,8 @@
 A slot is free, in flight (its weights are crossing the link) or resident. A leased slot is in use
 by a layer call. A slot that is leased or in flight cannot be evicted: `evictable` never lists it
 and `evict` refuses it. Staging slots lie beside the cache and hold an expert only for the call that
-demand-loads it.
+demand-loads it. In prompts some are lent to the next layer, which then holds more than its share
+until it has run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from hybrimoe_plugin.core import ExpertRef
+
+FEWEST_STAGING = 4
+"""Staging slots that are never lent: two waves of two demand loads."""
 
 
 class SlotPool:
@@ -50,6 +54,8 @@ class SlotPool:
         """Cache slots without an expert, the next one last."""
         self._staging = list(range(cache_slots, cache_slots + staging))
         self._next_stage = 0
+        self._lent = [0 for _ in quotas]
+        """Staging slots that each layer has to give back."""
         self._in_flight: set[int] = set()
         self._leased: set[int] = set()
 
@@ -62,6 +68,11 @@ class SlotPool:
     def held(self) -> int:
         """Cached experts of all layers, in flight ones included."""
         return self._cache_slots - len(self._free)
+
+    @property
+    def unlent_staging(self) -> int:
+        """Staging slots that demand loads can take turns in now."""
+        return len(self._staging)
 
     def slot_of(self, layer: int, expert: int) -> int | None:
         """The cached expert's slot, None for one that is not cached."""
@@ -148,8 +159,55 @@ class SlotPool:
     def stage(self) -> int:
         """The next staging slot, in turn; its last occupant must have been computed by then."""
         slot = self._staging[self._next_stage]
-        self._next_stage = (self._next_stage + 1) % self.staging
+        self._next_stage = (self._next_stage + 1) % len(self._staging)
         return slot
+
+    def lend(self, layer: int, expert: int) -> int | None:
+        """Give an expert the staging slot whose turn is next; as `place`, until `give_back`.
+
+        None where too few are left, or no slot can hold the layer's experts.
+
+        Raises:
+            ValueError: the expert is cached already.
+        """
+        if expert in self.cached[layer]:
+            raise ValueError(f"layer {layer}: expert {expert} is cached already")
+        if layer in self.on_cpu or len(self._staging) <= FEWEST_STAGING:
+            return None
+        slot = self._staging.pop(self._next_stage)
+        self._next_stage %= len(self._staging)
+        self._lent[layer] += 1
+        self.cached[layer][expert] = slot
+        self._in_flight.add(slot)
+        return slot
+
+    def stages(self, slot: int) -> bool:
+        """Whether a slot is a staging slot now."""
+        return slot in self._staging
+
+    def debt(self, layer: int) -> int:
+        """Staging slots that a layer has to give back."""
+        return self._lent[layer]
+
+    def can_give_back(self, layer: int) -> bool:
+        """Whether a debtor can do without a slot that is free now."""
+        if not self._lent[layer] or not self._free:
+            return False
+        return self.shared or len(self.cached[layer]) < self.quotas[layer] + self._lent[layer]
+
+    def give_back(self, layer: int) -> None:
+        """Make a free slot a staging slot again, the last in turn, for one that a layer owes.
+
+        Only between calls: during one, demand loads take turns.
+
+        Raises:
+            ValueError: not `can_give_back`.
+        """
+        if not self.can_give_back(layer):
+            raise ValueError(f"layer {layer}: owes no staging slot, or has none to give back")
+        self._lent[layer] -= 1
+        self._staging.insert(self._next_stage, self._free.pop())
+        self._next_stage = (self._next_stage + 1) % len(self._staging)
 
     def adopt(self, layer: int, expert: int, slot: int, victim: int) -> None:
         """Keep an expert in its staging slot; its victim's slot is for staging from now on.
@@ -185,6 +243,9 @@ class SlotPool:
                 if held.get(slot) == (layer, expert):
                     pool.cached[layer][expert] = slot
                     taken.add(slot)
+        for layer, cached in enumerate(pool.cached):  # what was lent is staging again
+            while cached and pool._holds_too_much(layer):
+                taken.remove(cached.popitem()[1])
         left = [slot for slot in range(self.slots) if slot not in taken]
         pool._staging = left[: self.staging]
         pool._free = left[self.staging :]
@@ -197,11 +258,19 @@ class SlotPool:
             AssertionError: naming what is wrong.
         """
         held = [slot for cached in self.cached for slot in cached.values()]
+        lent = sum(self._lent)
+        assert len(self._staging) + lent == self.staging, "a staging slot is lost"
         every = sorted(held + self._free + self._staging)
         assert every == list(range(self.slots)), "a slot is lost or held twice"
         assert not any(self.cached[layer] for layer in self.on_cpu), "a slot of a layer on the CPU"
         if not self.shared:
-            for cached, quota in zip(self.cached, self.quotas, strict=True):
-                assert len(cached) <= quota, "over quota"
+            for cached, quota, debt in zip(self.cached, self.quotas, self._lent, strict=True):
+                assert len(cached) <= quota + debt, "over quota"
         busy = self._in_flight | self._leased
         assert busy <= set(held), "a free slot is in flight or leased"
+
+    def _holds_too_much(self, layer: int) -> bool:
+        """Whether a layer, or all of them, hold more than their share."""
+        held = sum(map(len, self.cached))
+        over = not self.shared and len(self.cached[layer]) > self.quotas[layer]
+        return over or held > sum(self.quotas)

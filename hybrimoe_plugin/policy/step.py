@@ -53,3 +53,11 @@ class IdleTime(NamedTuple):
 
     now_us: float
     until_us: float
+
+
+def loads(ids: NDArray[np.int64]) -> dict[int, int]:
+    """Expert -> number of tokens that chose it, for ids [T, K]."""
+    if len(ids) == 1:
+        return dict.fromkeys(ids[0].tolist(), 1)
+    counts = np.bincount(ids.ravel())
+    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}

@@ -17,8 +17,8 @@ from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.kt_experts import refusal
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.errors import BackendError, WeightsError
 from hybrimoe_plugin.operators.expert_form import read_form
 from hybrimoe_plugin.weights.expert_form import ExpertForm

@@ -12,7 +12,7 @@ from graphed import Loader, cuda_layers_of, greedy
 from late_device import late_device
 from replayed import Replayed
 
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.decode.chain.chain import Chain, LayerCall
 from hybrimoe_plugin.decode.cuda_layer import CudaLayer

@@ -18,7 +18,7 @@ from interrupts import ended, operations
 from late_device import LateCapture, late_device
 from replayed import Replayed
 
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.decode.chain import stamp
 from hybrimoe_plugin.decode.chain.chain import LayerCall
 from hybrimoe_plugin.decode.chain.slot_table import NOWHERE

@@ -11,7 +11,6 @@ from engines import EXPERTS, HIDDEN, build
 from kernel_cases import random_layer
 
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
-from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.device.streams import HostStreams, PendingCopy
 
 STOPS = {
@@ -116,31 +115,15 @@ def test_the_counter_counts(stops: list[str]) -> None:
     assert stops == ["__bool__", "to", "tolist", "nonzero"]
 
 
-def test_sorting_tokens_by_slot_stops_nothing(stops: list[str]) -> None:
+def test_a_prompts_tiles_and_sum_stop_nothing(stops: list[str]) -> None:
     pytest.importorskip("triton")
     accelerator = make_accelerator("emulated", torch.device("cpu"), "triton")
     assert accelerator is not None
-    spec = random_layer(("Q8_0",) * 3, 64, 64, EXPERTS).spec
-    slots = (5, 2, 7)
-    ids = torch.randint(-1, 3, (50, 2), generator=torch.Generator().manual_seed(0))
-    slot_ids = torch.tensor([*slots, -1])[ids]
-    call = SlotCall(
-        torch.zeros(9, 16, dtype=torch.uint8),
-        accelerator.kernels.layout(spec),
-        slots,
-        torch.zeros(50, 64).as_subclass(OnDevice),
-        slot_ids.as_subclass(OnDevice),
-        torch.zeros(50, 2).as_subclass(OnDevice),
-    )
-    tiles = accelerator.kernels._tiles(call)  # type: ignore[attr-defined]
+    weights = random_layer(("Q8_0",) * 3, 64, 64, EXPERTS)
+    accelerator.allocate(2, [weights])
+    ids = torch.randint(0, EXPERTS, (50, 2), generator=torch.Generator().manual_seed(0))
+    states, shares = (torch.zeros(50, width).as_subclass(OnDevice) for width in (64, 2))
+    call = accelerator.prompt_call(weights, [{0: 1}, {2: 0}], ids.numpy(), states, shares)
+    assert call is not None
+    assert call.output().shape == (50, 64)
     assert not stops
-    seen = []
-    for slot, first, end in zip(
-        *(part.as_subclass(torch.Tensor).tolist() for part in tiles[1:4]), strict=True
-    ):
-        if slot >= 0:
-            pairs = tiles.order.as_subclass(torch.Tensor)[first:end]
-            assert 0 < len(pairs) <= tiles.tokens
-            assert (slot_ids.flatten()[pairs] == slot).all()
-            seen += pairs.tolist()
-    assert sorted(seen) == (slot_ids.flatten() >= 0).nonzero().flatten().tolist()

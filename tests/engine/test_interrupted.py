@@ -25,9 +25,10 @@ from hybrimoe_plugin.compute.backends import CPUBackend
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts
 from hybrimoe_plugin.compute.cpu.torch_experts import TorchExperts
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.engine import Engine
 from hybrimoe_plugin.errors import BackendError
 

@@ -84,3 +84,28 @@ def test_the_engine_on_triton_kernels() -> None:
     for seed, tokens in enumerate((1, 1, 10)):
         run(engine, routers, tokens, seed, rtol=1e-4, atol=1e-5)
     assert engine.controller.counters.experts_accelerator > 0
+
+
+def test_a_prompts_waves_together_and_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared tiles, rows and one sum give what slot ids for each wave, added up, give."""
+    pytest.importorskip("triton")
+    weights = [random_layer(("Q8_0", "Q8_0", "Q4_0"), 64, 64, EXPERTS)]
+    hidden = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
+    found, waves = [], []
+    for together in (True, False):
+        device = make_accelerator("emulated", torch.device("cpu"), "triton")
+        assert device is not None
+        real = device.prompt_call
+
+        def noted(
+            layer: Any, given: Any, *args: Any, real: Any = real, give: bool = together
+        ) -> Any:
+            waves.append(given)
+            return real(layer, given, *args) if give else None
+
+        monkeypatch.setattr(device, "prompt_call", noted)
+        engine, (router,) = build(device, weights, cache_ratio=0.25, scheduler="accelerator_only")
+        found.append(engine.run(0, hidden, *router.route(hidden)))
+    assert waves[0] == waves[1]
+    assert len(waves[0]) > 2
+    torch.testing.assert_close(*found)

@@ -14,8 +14,8 @@ from kernel_cases import random_layer
 from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.engine import Engine
 

@@ -18,7 +18,7 @@ from eval.host_path.reads import Reads
 from eval.host_path.routing import CASES, HITS, SETTLING, Case
 from eval.host_path.stopwatch import Stopwatch
 from eval.host_path.subject import Subject, subject
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.streams import COMPUTE, LINK, REPACK, CudaStreams
 
 LAYERS, EXPERTS = 3, 32

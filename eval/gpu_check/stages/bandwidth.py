@@ -19,9 +19,10 @@ from eval.kernel_cases.shapes import TYPES, Shape
 from eval.models.layers import layers_of
 from eval.models.routing import published_costs
 from eval.models.shapes import MODELS, Model
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.replay.trace import TraceHeader
 from hybrimoe_plugin.weights.layer_weights import LayerWeights, Matrix

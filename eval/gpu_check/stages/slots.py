@@ -15,7 +15,9 @@ import torch
 from eval.gpu_check.place import Place, Row
 from eval.models.layers import layers_of
 from eval.models.shapes import MODELS, Model
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
+from hybrimoe_plugin.engine.waves import wave_calls
 from hybrimoe_plugin.replay.trace import TraceHeader
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -135,12 +137,16 @@ def _call(
     count = min(len(held), draw.randint(1, 2 * top_k))
     chosen = draw.sample(sorted(held), count)
     places = torch.randint(len(chosen), (tokens, top_k), generator=generator)
-    ids = torch.tensor(chosen)[places]
+    experts = torch.tensor([held[slot] for slot in chosen])
+    ids = experts[places]
     on_cpu = accelerator.device.type == "cpu"
     dtype = torch.float32 if on_cpu else torch.bfloat16
     hidden = torch.randn(tokens, layer.spec.hidden, generator=generator).to(dtype)
     weights = torch.rand(tokens, top_k, generator=generator)
-    used = tuple(sorted(set(ids.flatten().tolist())))
+    routed = set(ids.flatten().tolist())
+    wave = {held[slot]: slot for slot in sorted(chosen) if held[slot] in routed}
     # `place` does not stop the host, so the queues run as far apart as they do in a model.
     place = accelerator.copy_to_device
-    return accelerator.compute(used, place(hidden), place(ids), place(weights))
+    calls = wave_calls(accelerator, layer, [wave], ids.numpy(), place(hidden), place(weights))
+    calls.compute(0)
+    return calls.output()

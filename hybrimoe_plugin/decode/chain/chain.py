@@ -78,7 +78,7 @@ class LayerCall:
         self.graphs.route()
         if self.link is None:
             return
-        if self.link.engine.wants_predictions(self.link.position) and self.graph_break.predict():
+        if self.link.engine.wants_predictions and self.graph_break.predict():
             self.later = self.link.predictions(self.graph_break)
 
     def finish(self) -> None:

@@ -17,11 +17,12 @@ from hybrimoe_plugin.operators.experts import HybriMoEExperts
 NEWEST = 0.05
 """Weight of the newest call in a layer's share of calls without a miss."""
 
-SURE = 0.85
+SURE = 0.5
 """Share of calls without a miss from which on the layers behind are launched before it is known.
 
-To be right saves the 10 to 15 us in which the device would wait for the host. To be wrong costs
-what was launched behind, of which planning hides a half: 50 to 80 us of device work.
+To be right saves the time in which the device would wait for the host. To be wrong costs what was
+launched behind, most of which runs while the host plans. In a model of both (`docs/LOG.md`) values
+of 0.5 to 0.7 are alike, and higher ones slower.
 """
 
 

@@ -19,11 +19,11 @@ from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.direct_writer import DirectWriter
 from hybrimoe_plugin.compute.gpu.host_bytes import PlainBytes, StagedBytes
 from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.repack_buffers import RepackBuffers
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.streams import LINK, HostStreams
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.layer_weights import Bytes, LayerWeights

@@ -15,8 +15,9 @@ from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
+from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, PlainBytes, StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK, REPACK
 from hybrimoe_plugin.errors import BackendError, BudgetError

@@ -21,8 +21,8 @@ from kernel_cases import random_call, random_layer, reference
 from watched import WatchedKernels, watched_copy
 
 from hybrimoe_plugin.compute.gpu import slot_writer
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.host_bytes import StagedBytes
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.transfer_executor import DoneWork, InlineExecutor, ThreadExecutor
 from hybrimoe_plugin.device.streams import AHEAD, LINK, HostStreams
 from hybrimoe_plugin.errors import BackendError

@@ -11,8 +11,8 @@ import torch
 from eval.gpu_check.place import Place
 from eval.gpu_check.stages import slots
 from eval.gpu_check.stages.where import _union_us
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.streams import HostStreams
 
 

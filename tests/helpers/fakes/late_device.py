@@ -19,8 +19,8 @@ from replayed import Replayed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
+from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.decode.chain import stamp
 from hybrimoe_plugin.device.streams import COMPUTE, PendingCopy
 from hybrimoe_plugin.engine import assemble

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 
-from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
+from hybrimoe_plugin.compute.gpu.kernels.base import PromptWave, SlotCall, token_sums
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.decode import down_decode, gate_up_decode
 from hybrimoe_plugin.compute.gpu.kernels.epilogue import Epilogue
@@ -19,8 +19,11 @@ from hybrimoe_plugin.compute.gpu.kernels.formats.tables import tables
 from hybrimoe_plugin.compute.gpu.kernels.int8.launch import Int8Decode
 from hybrimoe_plugin.compute.gpu.kernels.int8.proof import agrees
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
-from hybrimoe_plugin.compute.gpu.kernels.linear import dot_type
-from hybrimoe_plugin.compute.gpu.kernels.prefill import down_prefill, gate_up_prefill
+from hybrimoe_plugin.compute.gpu.kernels.prompt_ops import (
+    down_tiles,
+    gate_up_tiles,
+    read_back,
+)
 from hybrimoe_plugin.compute.gpu.kernels.repack import (
     REPACKED_BLOCKS,
     ExpertRepacker,
@@ -30,26 +33,6 @@ from hybrimoe_plugin.compute.gpu.kernels.repack import (
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
-
-
-class _Tiles(NamedTuple):
-    """Routed pairs sorted by slot and cut into tiles that each belong to one slot.
-
-    slots of pairs 0 to 5     7 2 7 -1 2 7
-    order                     1 4 | 0 2 5 | 3     pairs of slot 2, of slot 7, without a slot
-    tiles of 2 pairs          slot 2: 1 4    slot 7: 0 2    slot 7: 5    slot -1: unused
-    """
-
-    order: torch.Tensor
-    """[T * K] pair numbers, sorted by slot."""
-    slots: torch.Tensor
-    """[tiles] slot, -1 for a tile without pairs."""
-    firsts: torch.Tensor
-    """[tiles] place in `order` at which a tile begins."""
-    ends: torch.Tensor
-    """[tiles] place before which it ends."""
-    tokens: int
-    """Most pairs of a tile."""
 
 
 class TritonKernels:
@@ -146,14 +129,27 @@ class TritonKernels:
         self._tuned.put(layout, top_k, best, self._uses_int8(layout))
 
     def gate_up(self, call: SlotCall) -> Any:
+        """As the protocol says; for many tokens the host waits for the slot ids."""
         if len(call.hidden) <= self.decode_tokens:
             return self._gate_up_decode(call, self._sizes(call))
-        return self._gate_up_prefill(call)
+        wave = read_back(call, self)
+        self.gate_up_prompt(wave)
+        return wave
 
     def down(self, call: SlotCall, activations: Any) -> torch.Tensor:
         if isinstance(activations, torch.Tensor):
             return self._down_decode(call, activations, self._sizes(call))
-        return self._down_prefill(call, *activations)
+        self.down_prompt(activations)
+        return token_sums(activations.parts, len(call.hidden))
+
+    def tile_tokens(self, layout: SlotLayout, top_k: int, pairs: int, slots: int) -> int:
+        return self._blocks_of(layout, top_k).tile_tokens(pairs, slots)
+
+    def gate_up_prompt(self, wave: PromptWave) -> None:
+        gate_up_tiles(wave, self._prompt_blocks(wave), self._interpreted)
+
+    def down_prompt(self, wave: PromptWave) -> None:
+        down_tiles(wave, self._prompt_blocks(wave), self._interpreted)
 
     def _gate_up_decode(self, call: SlotCall, blocks: Blocks) -> torch.Tensor:
         """[T * K, I] float32, or bfloat16 on the way to int8."""
@@ -223,114 +219,15 @@ class TritonKernels:
         )
         return output
 
-    def _gate_up_prefill(self, call: SlotCall) -> tuple[torch.Tensor, _Tiles]:
-        """[T * K, I] of hidden's dtype, sorted by slot, and the tiles."""
-        layout = call.layout
-        blocks = self._sizes(call)
-        hidden = call.hidden.contiguous()
-        tiles = self._tiles(call)
-        inner = layout.gate.rows
-        pairs = call.slot_ids.numel()
-        activations = torch.empty(pairs, inner, dtype=hidden.dtype, device=hidden.device)
-        grid = (triton.cdiv(inner, blocks.rows), len(tiles.slots))
-        gate_up_prefill[grid](
-            hidden,
-            call.buffer,
-            *tiles[:4],
-            activations,
-            tables((layout.gate.type_name, layout.up.type_name), call.buffer),
-            call.buffer.stride(0),
-            layout.up.offset,
-            call.slot_ids.shape[1],
-            layout.gate.type_name,
-            layout.up.type_name,
-            layout.gate.columns,
-            inner,
-            tiles.tokens,
-            blocks.rows,
-            dot_type(hidden.dtype, self._interpreted),
-            *Epilogue.of(layout),
-            num_warps=blocks.prefill_warps,
-        )
-        return activations, tiles
-
-    def _down_prefill(
-        self, call: SlotCall, activations: torch.Tensor, tiles: _Tiles
-    ) -> torch.Tensor:
-        """[T, H]."""
-        layout = call.layout
-        blocks = self._sizes(call)
-        hidden = call.hidden
-        tokens, width = hidden.shape
-        pairs = call.slot_ids.numel()
-        # Pairs without a slot keep their zeros.
-        parts = torch.zeros(pairs, width, dtype=hidden.dtype, device=hidden.device)
-        grid = (triton.cdiv(width, blocks.rows), len(tiles.slots))
-        down_prefill[grid](
-            activations,
-            call.buffer,
-            *tiles[:4],
-            call.topk_weights.contiguous(),
-            parts,
-            tables((layout.down.type_name,), call.buffer),
-            call.buffer.stride(0),
-            layout.down.offset,
-            layout.down.type_name,
-            width,
-            layout.down.columns,
-            tiles.tokens,
-            blocks.rows,
-            dot_type(hidden.dtype, self._interpreted),
-            Epilogue.of(layout).bias_offset,
-            num_warps=blocks.prefill_warps,
-        )
-        return parts.view(tokens, -1, width).sum(dim=1)
-
-    def _tiles(self, call: SlotCall) -> _Tiles:
-        """Sort and cut on the device, by its own operations only: nothing is read back."""
-        device = call.hidden.device
-        count = len(call.slots)
-        pairs = call.slot_ids.numel()
-        size = self._sizes(call).tile_tokens(pairs, count)
-        places, slots = self._slot_places(call)
-        # -1, for a pair without a slot, reads the last entry: `count`.
-        keys = places[call.slot_ids.flatten()]
-        sorted_keys, order = keys.sort(stable=True)
-        bounds = torch.searchsorted(sorted_keys, torch.arange(count + 1, device=device))
-        begin = bounds[:-1]
-        end = bounds[1:]
-        tiles_of_slot = (end - begin + size - 1) // size
-        last_tiles = tiles_of_slot.cumsum(0)
-        # Never fewer than needed: one part-filled tile for each slot.
-        most_tiles = triton.cdiv(pairs, size) + count
-        tile = torch.arange(most_tiles, device=device)
-        owner = torch.searchsorted(last_tiles, tile, right=True)
-        owner.clamp_(max=count - 1)
-        tiles_before = torch.where(owner > 0, last_tiles[owner - 1], 0)
-        firsts = begin[owner] + (tile - tiles_before) * size
-        ends = torch.minimum(firsts + size, end[owner])
-        used = tile < last_tiles[-1]
-        tile_slots = torch.where(used, slots[owner], -1)
-        return _Tiles(order, tile_slots, firsts, ends, size)
-
-    def _slot_places(self, call: SlotCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slot -> its place in `call.slots`, the slots).
-
-        The place of all other slots, and of -1, is `len(call.slots)`.
-        """
-        device = call.hidden.device
-        count = len(call.slots)
-        slots = torch.tensor(call.slots)
-        places = torch.full((len(call.buffer) + 1,), count)
-        places[slots] = torch.arange(count)
-        if device.type == "cuda":
-            places, slots = places.pin_memory(), slots.pin_memory()
-        return places.to(device, non_blocking=True), slots.to(device, non_blocking=True)
-
     def _sizes(self, call: SlotCall) -> Blocks:
-        """Tile sizes for a call."""
-        shape = (call.layout, call.slot_ids.shape[1])
-        return self._known_sizes(*shape) or self._first_sizes(*shape)
+        """Tile sizes for a call of few tokens."""
+        return self._blocks_of(call.layout, call.slot_ids.shape[1])
+
+    def _prompt_blocks(self, wave: PromptWave) -> Blocks:
+        return self._blocks_of(wave.layout, wave.topk_weights.shape[1])
+
+    def _blocks_of(self, layout: SlotLayout, top_k: int) -> Blocks:
+        return self._known_sizes(layout, top_k) or self._first_sizes(layout, top_k)
 
     def _known_sizes(self, layout: SlotLayout, top_k: int) -> Blocks | None:
         return self._blocks or self._tuned.get(layout, top_k, self._uses_int8(layout))

@@ -121,18 +121,3 @@ def test_a_prompt_alone_borrows_without_asking_for_the_next_one() -> None:
     made.warm_start()
     made.loans.streak.follow(0, {0: 40, 1: 40}, 8)
     assert not made.loans.active
-
-
-@pytest.mark.parametrize(("light", "kept"), [(1, {0, 7}), (30, {0, 1})])
-def test_prompts_in_a_row_keep_the_heavier_demand_load(light: int, kept: set[int]) -> None:
-    """All that is cached is in use, so a demand load finds no slot; it is kept where it lies."""
-    made = make_controller(2, 50.0, accelerator_us=5.0, prefetch="off")
-    made.warm_start()
-    for _ in range(4):
-        for layer in range(LAYERS):
-            step = made.begin(layer, {0: 40, 1: light, 7: 20}, 61, made.link.free_us)
-            loaded = [move.expert for move in step.moves]
-            assert loaded == [7] or 7 in made.pool.cached[layer]
-            made.finish(step)
-            made.pool.check_integrity()
-    assert [set(cached) for cached in made.pool.cached] == [kept] * LAYERS

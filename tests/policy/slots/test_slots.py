@@ -7,15 +7,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.core import ExpertRef
+from hybrimoe_plugin.policy.slots import FEWEST_STAGING, SlotPool
 
 LAYERS, EXPERTS = 3, 6
 
 
 class SlotMachine(RuleBasedStateMachine):
+    shared = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = SlotPool([2, 0, 3], staging=2)
+        self.pool = SlotPool([2, 0, 3], FEWEST_STAGING + 2, self.shared)
         self.leased: set[tuple[int, int]] = set()
 
     @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
@@ -78,12 +81,51 @@ class SlotMachine(RuleBasedStateMachine):
                 layer, expert
             )
             assert victim == expert or self.pool.slot_of(layer, victim) is None
-            assert [self.pool.stage() for _ in range(self.pool.staging)][-1] == gone, (
+            assert [self.pool.stage() for _ in range(self.pool.unlent_staging)][-1] == gone, (
                 "in the same place of the turn"
             )
         elif gone is not None:
             with pytest.raises(ValueError, match="cached already|in flight or leased"):
                 self.pool.adopt(layer, expert, slot, victim)
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def lend(self, layer: int, expert: int) -> None:
+        left = self.pool.unlent_staging
+        if self.pool.slot_of(layer, expert) is not None:
+            with pytest.raises(ValueError, match="cached already"):
+                self.pool.lend(layer, expert)
+            return
+        slot = self.pool.lend(layer, expert)
+        assert (slot is None) == (left <= FEWEST_STAGING)
+        if slot is not None:
+            assert self.pool.slot_of(layer, expert) == slot
+            assert self.pool.in_flight(layer, expert)
+            assert not self.pool.stages(slot)
+
+    @rule(layer=st.integers(0, LAYERS - 1))
+    def give_back(self, layer: int) -> None:
+        debt = self.pool.debt(layer)
+        if self.pool.can_give_back(layer):
+            self.pool.give_back(layer)
+            assert self.pool.debt(layer) == debt - 1
+            return
+        with pytest.raises(ValueError, match="owes no staging slot"):
+            self.pool.give_back(layer)
+
+    @rule()
+    def recover(self) -> None:
+        """Everything had arrived: what was lent is staging again."""
+        held = {
+            slot: ExpertRef(layer, expert)
+            for layer, cached in enumerate(self.pool.cached)
+            for expert, slot in cached.items()
+        }
+        self.pool = self.pool.keeping(held)
+        self.leased.clear()
+        assert self.pool.unlent_staging == self.pool.staging
+        assert sum(map(len, self.pool.cached)) == min(len(held), sum(self.pool.quotas)) or (
+            not self.shared
+        )
 
     @invariant()
     def sound(self) -> None:
@@ -94,6 +136,14 @@ class SlotMachine(RuleBasedStateMachine):
 
 SlotMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSlotPool = SlotMachine.TestCase
+
+
+class SharedSlotMachine(SlotMachine):
+    shared = True
+
+
+SharedSlotMachine.TestCase.settings = SlotMachine.TestCase.settings
+TestSharedSlotPool = SharedSlotMachine.TestCase
 
 
 def test_staging_slots_take_turns() -> None:
