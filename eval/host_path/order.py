@@ -50,9 +50,10 @@ def _watch_captured(made: Subject) -> None:
 def _read_slots(made: Subject, layer: int) -> None:
     """As the graph does where all experts lie in slots, by the table that the device has."""
     graph_break: Any = made.graph_break(layer)
-    _, ids, *_ = graph_break.on_host
-    slots = graph_break.link.table.shown[layer][ids.numpy()[0]]
     accelerator: Any = made.engine.accelerator
-    if (slots >= 0).all():
+    _, ids, *_ = graph_break.on_host
+    chosen = ids.tolist()[0]
+    if graph_break.link.table.present[layer].issuperset(chosen):
+        cached = made.engine.controller.pool.cached[layer]
         layout = accelerator._layouts[id(made.engine.layers[layer])]
-        made.kernels.read_all(accelerator.memory, layout, slots.tolist())
+        made.kernels.read_all(accelerator.memory, layout, [cached[expert] for expert in chosen])

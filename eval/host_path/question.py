@@ -37,7 +37,7 @@ from eval.host_path.measure import (
     whole_calls,
 )
 from eval.host_path.paths import WAIT, paths, settings
-from eval.host_path.routing import CASES, Case
+from eval.host_path.routing import CASES, SETTLING, Case
 from eval.host_path.subject import Subject, subject
 from eval.reporting import plots, report
 from eval.reporting.progress import Planned, Progress
@@ -52,8 +52,6 @@ LAYERS = {False: 48, True: 8}
 ROUNDS = {False: 3, True: 1}
 TOKENS = {False: 6, True: 6}
 """In each round, for each case and each kind of measurement."""
-SETTLING = {False: 40, True: 20}
-"""Tokens before each case's measurements, in which averages of the case before fade."""
 ONLOADS = {False: 400, True: 100}
 CELL_S = {False: 30.0, True: 5.0}
 """Measured on 2 cores: model and measurements of one number of experts."""
@@ -128,10 +126,10 @@ def rows(made: Subject, quick: bool) -> list[Row]:
     samples: dict[Case, dict[str, list[float]]] = {case: {} for case in CASES}
     others = dict.fromkeys(CASES, 0)
     with quiet():
-        whole_calls(runner, CASES[0], 1)
+        whole_calls(runner, CASES[0], SETTLING)
         for _ in range(ROUNDS[quick]):
             for case in CASES:
-                whole_calls(runner, case, SETTLING[quick])
+                whole_calls(runner, case, case.settling)
                 for times in measured(made, runner, case, TOKENS[quick]):
                     others[case] += times.others
                     for name, us in times.parts.items():

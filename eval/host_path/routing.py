@@ -21,6 +21,10 @@ LAYER_US = 100.0
 Ids = NDArray[np.int64]
 
 
+SETTLING = 40
+"""Tokens after which a chain expects hits, behind a case in which everything missed."""
+
+
 class Case(NamedTuple):
     """What the layer calls of a token are to be."""
 
@@ -34,6 +38,9 @@ class Case(NamedTuple):
     """What the plan then does."""
     every: int = 1
     """One in so many layer calls misses, by chance; the others hit."""
+    settling: int = 12
+    """Tokens after which a chain expects what it gets, behind a case that misses as often or more.
+    """
 
 
 HITS = Case("all hits", 0, 60.0, 0, 0)
@@ -41,7 +48,7 @@ CASES = (
     HITS,
     Case("one miss: CPU", 1, 1000.0, 1, 0),
     Case("one miss: load", 1, 20.0, 0, 1),
-    Case("1 in 8 misses: CPU", 1, 1000.0, 1, 0, every=8),
+    Case("1 in 8 misses: CPU", 1, 1000.0, 1, 0, every=8, settling=SETTLING),
 )
 
 

@@ -15,17 +15,13 @@ from eval.host_path import order, paths, question, trace
 from eval.host_path.driver import Driver, DriverCall
 from eval.host_path.measure import DECIDE, TOKEN, WHOLE, Runner, decisions, token_means, whole_calls
 from eval.host_path.reads import Reads
-from eval.host_path.routing import CASES, HITS, Case
+from eval.host_path.routing import CASES, HITS, SETTLING, Case
 from eval.host_path.stopwatch import Stopwatch
 from eval.host_path.subject import Subject, subject
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.streams import COMPUTE, LINK, REPACK, CudaStreams
 
 LAYERS, EXPERTS = 3, 32
-
-
-SETTLING = 40
-"""Tokens after which a chain expects of a case what it is."""
 
 
 @pytest.fixture(scope="module", params=paths.paths())

@@ -11,14 +11,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from eval.host_path.edges import Access, Clock
 from hybrimoe_plugin.device.streams import COMPUTE, QUEUES, PendingCopy
-
-Clock = dict[str, int]
-"""How much of each queue has happened before something (vector clock)."""
 
 
 @dataclass
@@ -28,17 +26,6 @@ class Point:
     queue: str
     clock: Clock
     done: bool = False
-
-
-class Access(NamedTuple):
-    queue: str
-    clock: Clock
-    write: bool
-    start: int
-    end: int
-
-    def before(self, other: Access) -> bool:
-        return self.clock[self.queue] <= other.clock.get(self.queue, 0)
 
 
 class LazyStreams:
@@ -149,13 +136,12 @@ class LazyStreams:
         now = Access(queue, clock, write, start, end)
         kept = []
         for old in self._accesses:
-            overlaps = old.start < now.end and now.start < old.end and (old.write or now.write)
-            if overlaps:
+            if old.meets(now):
                 assert old.before(now) or now.before(old), f"race: {old} and {now}"
             # What this access covers need not be kept: whatever comes after it comes after the old
             # one too.
             covered = now.start <= old.start and old.end <= now.end and old.before(now)
-            if not (covered and (write or (not old.write and old.queue == queue))):
+            if not (covered and (write or (not old.write and old.stream == queue))):
                 kept.append(old)
         self._accesses = [*kept, now]
 
