@@ -92,7 +92,7 @@ STAGES = (
     ),
     Stage(
         "attention",
-        20,
+        30,
         "decode attention with split keys against torch's, up to 32,768 tokens",
         quiet=True,
     ),
@@ -117,7 +117,7 @@ STAGES = (
     ),
 )
 
-TOTAL_S = 470.0
+TOTAL_S = 480.0
 """All stages that are not on demand, on a card."""
 CORE_S = 240.0
 DRY_LIMIT_S = 60.0

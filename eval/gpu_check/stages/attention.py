@@ -19,7 +19,7 @@ from hybrimoe_plugin.device.cuda_graphs import Capture, capture_for
 from hybrimoe_plugin.errors import BackendError
 
 ROOMS = (1024, 4096, 32_768)
-DRY_ROOMS = (64, 128)
+DRY_ROOMS = (48,)
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ from hybrimoe_plugin.hosts.transformers.skeleton import meta_model
 from hybrimoe_plugin.injection.match import plan_injection
 from hybrimoe_plugin.injection.rules import load_rules
 
-RULES = Path(__file__).parents[2] / "optimize_rules" / "multi-gpu"
+RULES = Path(__file__).parents[3] / "optimize_rules" / "multi-gpu"
 
 
 def model(layers: int = 3) -> MixtralForCausalLM:
