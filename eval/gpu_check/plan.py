@@ -69,18 +69,20 @@ STAGES = (
     Stage(
         "model",
         95,
-        "the Qwen3-shaped model, half of its experts cached: three systems",
+        "the Qwen3-shaped model, half of its experts cached: four systems",
         core=True,
         quiet=True,
         model=True,
     ),
     Stage(
-        "systems",
-        70,
-        "the same model: all experts cached, no graphs, long prompts",
+        "path",
+        60,
+        "a decoder layer all in: with the host ahead, and waiting in every layer",
         quiet=True,
         model=True,
     ),
+    Stage("prefill", 20, "prompts against the card's matrix products", quiet=True),
+    Stage("systems", 60, "the same model: no graphs, long prompts", quiet=True, model=True),
     Stage(
         "graphs",
         65,
@@ -91,6 +93,7 @@ STAGES = (
         "layers", 50, "Mixtral and DeepSeek layers at half the experts: four systems", quiet=True
     ),
     Stage("where", 25, "where a decode step's time goes", quiet=True, model=True),
+    Stage("devices", 25, "two cards: the same tokens as on one, and the hop between them"),
     Stage(
         "flashinfer",
         60,
@@ -111,7 +114,7 @@ STAGES = (
     ),
 )
 
-TOTAL_S = 450.0
+TOTAL_S = 570.0
 """All stages that are not on demand, on a card."""
 CORE_S = 240.0
 DRY_LIMIT_S = 60.0

@@ -19,6 +19,7 @@ from eval.kernel_cases.shapes import TYPES, Shape
 from eval.models.layers import layers_of
 from eval.models.routing import published_costs
 from eval.models.shapes import MODELS, Model
+from eval.reporting.quantiles import percentiles
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator, make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
 from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
@@ -30,6 +31,8 @@ PAGEABLE_BYTES = 1 << 28
 DEPTHS = (1, 2, 4)
 AHEAD = 8
 """Prefetches that are waiting when a demand load comes."""
+ONLOADS = 8
+"""Experts that are sent one behind the other, as a layer that misses them does."""
 REPEATS = 20
 SMALL, LARGE = MODELS[0], MODELS[2]
 KINDS = ("Q4_K", "Q4_K with Q6_K down")
@@ -47,6 +50,8 @@ def run(place: Place) -> Iterator[Row]:
         for number, kind in enumerate(KINDS):
             weights = layer(model, place, number)
             yield _shares(place, measured, f"{model.name}, {kind}", weights)
+    for model in (SMALL, LARGE):
+        yield _onload_cost(place, model)
     for depth in DEPTHS:
         yield _demand(place, depth)
     if place.dry:
@@ -102,6 +107,31 @@ def _shares(
         # Emulated times are the CPU's, the assumed bandwidths are not: ratios would mean nothing.
         return row
     return {**row, "link_share": link, "kernel_share": kernel}
+
+
+def _onload_cost(place: Place, model: Model) -> Row:
+    """What the host spends on an expert that is sent to its slot, whatever the link does then."""
+    weights = layer(model, place)
+    made = _accelerator(place)
+    slots = min(ONLOADS, weights.spec.experts)
+    times: list[float] = []
+    try:
+        made.allocate(slots, [weights])
+        for _ in range(REPEATS + 2):  # the first two warm up
+            made.synchronize()
+            started = time.perf_counter_ns()
+            for slot in range(slots):
+                made.onload(slot, weights, slot)
+            times.append((time.perf_counter_ns() - started) / 1e3 / slots)
+    finally:
+        made.close()
+    low, middle, high = percentiles(times[2:])
+    return {
+        "case": f"{model.name}: the host's part of an onload",
+        "onload_us_p20": low,
+        "onload_us_p50": middle,
+        "onload_us_p80": high,
+    }
 
 
 def _demand(place: Place, depth: int) -> Row:
