@@ -13,7 +13,16 @@ import triton.language as tl
 
 from hybrimoe_plugin.compute.gpu.kernels import decode, linear, prefill, repack
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
-from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
+from hybrimoe_plugin.compute.gpu.kernels.int8 import states
+from hybrimoe_plugin.compute.gpu.kernels.int8.decode import down_int8, gate_up_int8
+from hybrimoe_plugin.compute.gpu.kernels.int8.launch import Int8Decode
+from hybrimoe_plugin.compute.gpu.kernels.layout import (
+    BLOCK_BYTES,
+    PLANES,
+    SlotLayout,
+    slot_layout,
+)
 from hybrimoe_plugin.core import ExpertSpec
 
 HIDDEN, INNER, TOP_K = 2048, 768, 8
@@ -62,12 +71,13 @@ class Sizes(NamedTuple):
 
     hidden: int
     inner: int
+    top_k: int
     blocks: Blocks
 
 
 def decode_builds(kind: str) -> list[Build]:
     """Gate and up, and down, of few tokens at the model's shape, for each kind of activations."""
-    return _decode(kind, _sizes(kind))
+    return _decode(kind, _sizes(kind), _int8_sizes(kind))
 
 
 def other_builds(kind: str) -> list[Build]:
@@ -76,24 +86,44 @@ def other_builds(kind: str) -> list[Build]:
     found = [*_prefill(kind, sizes), _linear_decode(kind), _linear_prefill(kind, sizes)]
     if kind in PLANES:
         found.append(_repack(kind))
+    if kind in INTEGERS:
+        found.append(_quantise())
     return found
 
 
 def repeated(kind: str, passes: int) -> list[Build]:
-    """`decode_builds` with the same tiles, and columns for so many passes of each loop."""
-    blocks = _sizes(kind).blocks
-    hidden = passes * blocks.gate_units * UNIT
-    inner = passes * blocks.down_units * UNIT
-    return _decode(kind, Sizes(hidden, inner, blocks))
+    """`decode_builds` with the same tiles, for matrices of which each loop takes so many passes."""
+    sizes, int8 = _sizes(kind), _int8_sizes(kind)
+    blocks = sizes.blocks
+    sizes = sizes._replace(
+        hidden=passes * blocks.gate_units * UNIT, inner=passes * blocks.down_units * UNIT
+    )
+    blocks = int8.blocks
+    # Its down goes through the units of all of a token's experts.
+    experts = max(1, passes * blocks.down_units * UNIT // int8.inner)
+    int8 = int8._replace(hidden=passes * blocks.gate_units * UNIT, top_k=experts)
+    return _decode(kind, sizes, int8)
 
 
-def _decode(kind: str, sizes: Sizes) -> list[Build]:
-    return [_gate_up_decode(kind, sizes), _down_decode(kind, sizes)]
+def _decode(kind: str, sizes: Sizes, int8: Sizes) -> list[Build]:
+    found = [_gate_up_decode(kind, sizes), _down_decode(kind, sizes)]
+    if kind in INTEGERS:
+        found += [_gate_up_int8(kind, int8), _down_int8(kind, int8)]
+    return found
 
 
 def _sizes(kind: str) -> Sizes:
+    return Sizes(HIDDEN, INNER, TOP_K, Blocks.of(_layout(kind), TOP_K))
+
+
+def _int8_sizes(kind: str) -> Sizes:
+    sizes = _sizes(kind)
+    return sizes._replace(blocks=Int8Decode(asm=True).blocks(_layout(kind), TOP_K, sizes.blocks))
+
+
+def _layout(kind: str) -> SlotLayout:
     spec = ExpertSpec(HIDDEN, INNER, 128, TOP_K, kind, kind, kind, 4096, 4096, 4096)
-    return Sizes(HIDDEN, INNER, Blocks.of(slot_layout(spec, planar=True), TOP_K))
+    return slot_layout(spec, planar=True)
 
 
 def _epilogue(kind: str) -> dict[str, Any]:
@@ -101,9 +131,21 @@ def _epilogue(kind: str) -> dict[str, Any]:
 
 
 def _gate_up_decode(kind: str, sizes: Sizes) -> Build:
+    types = {**_SLOTS, "hidden": _STATES, "slot_ids": _INTS, "activations": "*fp32"}
+    return _gate_up(Build("gate_up_decode", decode.gate_up_decode, types, {}, 0), kind, sizes)
+
+
+def _gate_up_int8(kind: str, sizes: Sizes) -> Build:
+    types = {**_SLOTS, "hidden": _BYTES, "slot_ids": _INTS, "activations": _STATES}
+    build = Build("gate_up_decode", gate_up_int8, types, {"ASM": True}, 0, INT8)
+    return _gate_up(build, kind, sizes)
+
+
+def _gate_up(build: Build, kind: str, sizes: Sizes) -> Build:
+    """With what both kinds of activations have in common."""
     blocks = sizes.blocks
     constants = {
-        "TOP_K": TOP_K,
+        "TOP_K": sizes.top_k,
         "GATE": kind,
         "UP": kind,
         "HIDDEN": sizes.hidden,
@@ -111,14 +153,12 @@ def _gate_up_decode(kind: str, sizes: Sizes) -> Build:
         "BLOCK_ROWS": blocks.gate_rows,
         "BLOCK_UNITS": blocks.gate_units,
         **_epilogue(kind),
+        **build.constants,
     }
     columns = blocks.gate_units * UNIT
-    return Build(
-        "gate_up_decode",
-        decode.gate_up_decode,
-        {**_SLOTS, "hidden": _STATES, "slot_ids": _INTS, "activations": "*fp32"},
-        constants,
-        blocks.decode_warps,
+    return build._replace(
+        constants=constants,
+        warps=blocks.decode_warps,
         pass_weights=2 * blocks.gate_rows * columns,
         passes=-(-sizes.hidden // columns),
         weights=2 * blocks.gate_rows * sizes.hidden,
@@ -126,35 +166,45 @@ def _gate_up_decode(kind: str, sizes: Sizes) -> Build:
 
 
 def _down_decode(kind: str, sizes: Sizes) -> Build:
+    types = {**_DOWN, "activations": "*fp32"}
+    build = Build("down_decode", decode.down_decode, types, {"PLACES": TOP_K}, 0)
+    columns = sizes.blocks.down_units * UNIT
+    return _down(build, kind, sizes)._replace(
+        pass_weights=TOP_K * sizes.blocks.down_rows * columns,
+        passes=-(-sizes.inner // columns),
+    )
+
+
+def _down_int8(kind: str, sizes: Sizes) -> Build:
+    types = {**_DOWN, "activations": _BYTES}
+    build = Build("down_decode", down_int8, types, {"ASM": True}, 0, INT8)
+    blocks = sizes.blocks
+    return _down(build, kind, sizes)._replace(
+        pass_weights=blocks.down_rows * blocks.down_units * UNIT,
+        passes=-(-sizes.top_k * sizes.inner // (blocks.down_units * UNIT)),
+    )
+
+
+_DOWN = {**_SLOTS, "slot_ids": _INTS, "weights": _STATES, "output": _STATES}
+
+
+def _down(build: Build, kind: str, sizes: Sizes) -> Build:
+    """With what both kinds of activations have in common."""
     blocks = sizes.blocks
     constants = {
-        "TOP_K": TOP_K,
-        "PLACES": TOP_K,
+        "TOP_K": sizes.top_k,
         "DOWN": kind,
         "HIDDEN": sizes.hidden,
         "INNER": sizes.inner,
         "BLOCK_ROWS": blocks.down_rows,
         "BLOCK_UNITS": blocks.down_units,
         "BIASES": _epilogue(kind)["BIASES"],
+        **build.constants,
     }
-    types = {
-        **_SLOTS,
-        "activations": "*fp32",
-        "slot_ids": _INTS,
-        "weights": _STATES,
-        "output": _STATES,
-    }
-    rows = TOP_K * blocks.down_rows
-    columns = blocks.down_units * UNIT
-    return Build(
-        "down_decode",
-        decode.down_decode,
-        types,
-        constants,
-        blocks.down_warps,
-        pass_weights=rows * columns,
-        passes=-(-sizes.inner // columns),
-        weights=rows * sizes.inner,
+    return build._replace(
+        constants=constants,
+        warps=blocks.down_warps,
+        weights=blocks.down_rows * sizes.top_k * sizes.inner,
     )
 
 
@@ -218,3 +268,9 @@ def _repack(kind: str) -> Build:
     }
     types = {"source": pointer, "target": pointer, "blocks": "i32"}
     return Build("blocks_to_planes", repack.blocks_to_planes, types, constants, 4)
+
+
+def _quantise() -> Build:
+    """The kernel that brings activations to int8 at the start of a stage; of no type."""
+    types = {"states": _STATES, "found": _BYTES}
+    return Build("quantise", states.quantise, types, {"COLUMNS": HIDDEN, "GROUPS": 4}, 1, INT8)

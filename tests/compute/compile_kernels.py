@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from eval.kernels.catalogue import Build, decode_builds, other_builds
+from eval.kernels.catalogue import FLOAT, Build, decode_builds, other_builds
 from eval.kernels.compiled import compiled, resources
 from hybrimoe_plugin.compute.gpu.kernels.formats.description import GRIDS, SUPPORTED
 
@@ -31,7 +31,7 @@ LOADS = {
     "linear_decode": (12, 6),
     "linear_prefill": (12, 2),
 }
-"""Stage -> most loads of one or two bytes, fewest of 16."""
+"""Stage -> most loads of one or two bytes, fewest of 16, with activations in floating point."""
 GRID_LOADS = (60, 4)
 """Codes of types with grids are loaded once for four or eight values, not in rows of 16 bytes."""
 
@@ -44,11 +44,13 @@ def check(build: Build, kind: str, arch: int) -> None:
     code = compiled(build, arch)
     ptx = code.ptx
     name = f"{build.stage} {kind}"
+    if build.activations != FLOAT:
+        name += f" {build.activations}"
     small = len(re.findall(r"ld\.global\.(?:\w+\.)*b(?:8|16) ", ptx))
     large = len(
         re.findall(r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.cg\.shared\.global .*0x10", ptx)
     )
-    if arch == 90 and build.stage in LOADS:
+    if arch == 90 and build.stage in LOADS and build.activations == FLOAT:
         narrow, wide = GRID_LOADS if kind in GRIDS else LOADS[build.stage]
         assert small <= narrow, f"{name}: {small} narrow loads"
         assert large >= wide, f"{name}: {large} wide loads"
