@@ -61,8 +61,8 @@ STAGES = (
     ),
     Stage(
         "bandwidth",
-        40,
-        "links, decode kernels, demand loads behind prefetches",
+        35,
+        "links, decode kernels, onloads, demand loads behind prefetches",
         core=True,
         quiet=True,
     ),
@@ -81,8 +81,14 @@ STAGES = (
         quiet=True,
         model=True,
     ),
+    Stage(
+        "int8",
+        35,
+        "decode kernels of every type: int8 activations proven, share of the memory's speed",
+        quiet=True,
+    ),
     Stage("prefill", 20, "prompts against the card's matrix products", quiet=True),
-    Stage("systems", 60, "the same model: no graphs, long prompts", quiet=True, model=True),
+    Stage("systems", 55, "the same model: no graphs, long prompts", quiet=True, model=True),
     Stage(
         "graphs",
         65,

@@ -84,6 +84,7 @@ def summary(
     return {
         "correct": _correct(lines, judges),
         "kernel_share": min(_figures(lines, "kernel_share"), default=None),
+        "int8_share": min(_figures(lines, "int8_share"), default=None),
         "link_share": min(_figures(lines, "link_share"), default=None),
         "host_us_per_layer": next(iter(_figures(lines, "host_us_per_layer")), None),
         "decode_tok_s": 1e3 / decode_ms if decode_ms is not None else None,

@@ -105,7 +105,8 @@ def test_the_verdict_is_of_what_was_measured() -> None:
     ]
     lines += [
         line("bandwidth", "Q4_K", kernel_share=0.4),
-        line("bandwidth", "Q8_0", kernel_share=0.7),
+        line("int8", "Q8_0", kernel_share=0.7, int8_share=0.75),
+        line("int8", "Q4_K", kernel_share=0.45, int8_share=0.65),
     ]
     lines += [line("bandwidth", "small", link_share=0.8, kernel_share="nan")]
     lines += [line("where", "step", host_us_per_layer=120.0)]
@@ -118,6 +119,7 @@ def test_the_verdict_is_of_what_was_measured() -> None:
     assert found == {
         "correct": None,
         "kernel_share": 0.4,
+        "int8_share": 0.65,
         "link_share": 0.8,
         "host_us_per_layer": 120.0,
         "decode_tok_s": 250.0,

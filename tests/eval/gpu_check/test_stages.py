@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eval.gpu_check.place import Place
-from eval.gpu_check.stages import devices, path, slots
+from eval.gpu_check.stages import devices, int8, path, slots
 from eval.gpu_check.stages.where import _union_us
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
@@ -91,3 +91,20 @@ def test_one_card_says_why_two_were_not_tried(tmp_path: Path) -> None:
     (row,) = devices.run(Place(tmp_path, tmp_path, dry=True))
     assert row["ok"] is None
     assert "a second GPU" in row["missing"]
+
+
+def test_int8_kernels_that_differ_are_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hybrimoe_plugin.compute.gpu.kernels.int8 import proof
+
+    place = Place(tmp_path, tmp_path, dry=True)
+
+    def differ(*_: object) -> None:
+        raise proof.Disagreement("down of Q8_0: not the bits of plain arithmetic")
+
+    monkeypatch.setattr(proof, "check", differ)
+    (row,) = int8.run(place)
+    assert row["ok"] is False
+    assert "not the bits" in row["detail"]
