@@ -28,7 +28,7 @@ class Int8Case(NamedTuple):
     @property
     def name(self) -> str:
         """The case in words."""
-        return f"int8, {self.shape.kinds[0]}"
+        return f"int8, {self.shape.name} {'/'.join(self.shape.kinds)}"
 
 
 AnyCase = Case | LinearCase | RepackCase | Int8Case
@@ -79,8 +79,8 @@ def wanted() -> list[tuple[str, list[AnyCase]]]:
     for linear in linear_cases():
         groups.add(f"linears, {linear.model}", linear)
     groups.add("repacking", *repack_cases())
-    for shape in (MODEL_SHAPES[0], *TYPE_SHAPES):
-        if shape.kinds[0] in INTEGERS:
+    for shape in (*recorded, *qwen, *padded, *mixtral, *TYPE_SHAPES):
+        if set(shape.kinds) <= set(INTEGERS):
             int8 = Int8Case(shape)
             groups.add(int8.name, int8)
     for shape in (*recorded, *padded, *mixtral):
