@@ -40,6 +40,7 @@ class Stage(NamedTuple):
 
 
 PREPARE = "prepare"
+SPEED = f"{__package__}.stages.speed"
 
 # Ordered by value, so that a run that is cut off loses the least.
 STAGES = (
@@ -76,18 +77,26 @@ STAGES = (
     ),
     Stage(
         "path",
-        60,
+        50,
         "a decoder layer all in: with the host ahead, and waiting in every layer",
         quiet=True,
         model=True,
+        module=f"{SPEED}.path",
     ),
     Stage(
         "int8",
         35,
         "decode kernels of every type: int8 activations proven, share of the memory's speed",
         quiet=True,
+        module=f"{SPEED}.int8",
     ),
-    Stage("prefill", 20, "prompts against the card's matrix products", quiet=True),
+    Stage(
+        "prefill",
+        20,
+        "prompts against the card's matrix products",
+        quiet=True,
+        module=f"{SPEED}.prefill",
+    ),
     Stage("systems", 55, "the same model: no graphs, long prompts", quiet=True, model=True),
     Stage(
         "graphs",
@@ -99,7 +108,12 @@ STAGES = (
         "layers", 50, "Mixtral and DeepSeek layers at half the experts: four systems", quiet=True
     ),
     Stage("where", 25, "where a decode step's time goes", quiet=True, model=True),
-    Stage("devices", 25, "two cards: the same tokens as on one, and the hop between them"),
+    Stage(
+        "devices",
+        15,
+        "two cards: the same tokens as on one, and the hop between them",
+        module=f"{SPEED}.devices",
+    ),
     Stage(
         "flashinfer",
         60,

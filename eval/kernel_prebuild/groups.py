@@ -21,7 +21,7 @@ from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
 
 
 class Int8Case(NamedTuple):
-    """One token's decode with int8 activations, and what proves it (`gpu_check.stages.int8`)."""
+    """One token's decode with int8 activations, and what proves it (the check's stage `int8`)."""
 
     shape: Shape
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from eval.gpu_check.place import Place
-from eval.gpu_check.stages import devices, int8, path, slots
+from eval.gpu_check.stages import slots
+from eval.gpu_check.stages.speed import devices, int8, path
 from eval.gpu_check.stages.where import _union_us
 from hybrimoe_plugin.compute.gpu.accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
