@@ -4,6 +4,10 @@ Measured on text that ships with Python (`pydoc_data.topics`): the share of posi
 find the same next token likeliest, and the difference in perplexity. The plain model is
 transformers' own, every weight dequantised, in float32; what differs is the rounding of activations
 in the quantised kernels.
+
+The last two rows have the arithmetic of a GPU's decode kernels: activations in floating point, and
+rounded to int8 as they may do. On a GPU prompts keep floating point; here every position has them,
+so that all of them tell something.
 """
 
 from __future__ import annotations
@@ -33,8 +37,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     KT_KERNEL: {"cpu_backend": "kt", "dtype": "float32"},
 }
 """Injected models that are compared with the plain one, by settings."""
+GPU_FLOAT, GPU_INT8 = "GPU arithmetic, float", "GPU arithmetic, int8"
+ON_GPU: dict[str, Any] = {
+    "accelerator": "emulated",
+    "kernels": "torch",
+    "cache_ratio": 1.0,
+    "scheduler": "accelerator_only",
+    "prefetch": "off",
+    "profile": "a6000-deepseek-v2-lite",  # any will do: nothing is timed
+    "dense": "dequantised",
+    "dtype": "float32",
+}
+"""All experts on an emulated GPU, all else as in the plain model."""
 IN_RESULT = ("token_agreement", "perplexity_difference", "logits_relative_rms")
-"""Figures of the first variant in the JSON line."""
+"""Figures of the first variant in the JSON line; with `int8_` before them, of int8 activations
+against floating point in the same arithmetic.
+"""
 TOPICS = ("for", "exceptions", "numbers", "strings", "class", "lambda", "naming", "assignment")
 
 
@@ -63,11 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append({"model": name, **compare(chunks, wanted, found)})
         model.hybrimoe.close()
         del model
+    plain_logits, int8_logits = on_gpu(args.model_path, gguf, chunks)
+    for name, found in ((GPU_FLOAT, plain_logits), (GPU_INT8, int8_logits)):
+        rows.append({"model": name, **compare(chunks, wanted, found)})
     text = f"{len(chunks)} x {CHUNK_TOKENS} tokens of pydoc's topics"
     report.show(f"Against the plain model in float32, {text}", rows)
     report.save_csv(args.out / "fidelity.csv", rows)
     report.save_figure(args.out / "fidelity.png", lambda axes: draw(axes, rows), height=2.6)
+    rounded = compare(chunks, plain_logits, int8_logits)
     result = {name: rows[0][name] for name in IN_RESULT}
+    result |= {f"int8_{name}": rounded[name] for name in IN_RESULT}
     report.finish(result)
     return result
 
@@ -88,10 +111,30 @@ def texts(tokenizer: Any, count: int) -> list[torch.Tensor]:
     return list(ids[None, :needed].split(CHUNK_TOKENS, dim=1))
 
 
+def on_gpu(
+    model_path: Path | None, gguf: Path, chunks: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each chunk's logits with activations in floating point and in int8, by GPU arithmetic."""
+    model, _ = _load(model_path, gguf, ON_GPU)
+    found = []
+    engines = model.hybrimoe.engines
+    try:
+        for int8 in (False, True):
+            for engine in engines:
+                engine.accelerator.kernels.int8 = int8
+            found.append([logits(model, chunk, decoded=0) for chunk in chunks])
+        on_cpu = sum(engine.controller.counters.experts_cpu for engine in engines)
+        assert not on_cpu, f"{on_cpu} experts were computed on the CPU, which rounds by itself"
+    finally:
+        model.hybrimoe.close()
+    float_logits, int8_logits = found
+    return float_logits, int8_logits
+
+
 @torch.inference_mode()
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] float32: one prefill, then the last `DECODED` positions one by one, as in answers."""
-    first = max(1, ids.shape[1] - DECODED)
+def logits(model: Any, ids: torch.Tensor, decoded: int = DECODED) -> torch.Tensor:
+    """[T, V] float32: one prefill, then the last `decoded` positions one by one, as in answers."""
+    first = max(1, ids.shape[1] - decoded)
     keyword = cache_name(model)
     out = model(ids[:, :first], use_cache=True)
     parts = [out.logits[0]]

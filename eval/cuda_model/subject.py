@@ -111,6 +111,8 @@ class Timing(NamedTuple):
     prefill_us: list[float]
     decode_us: list[float]
     hit_rate: float
+    first_hit_rate: float
+    """Of the decode steps right behind a prompt, which do not count otherwise."""
     captured: int
 
 
@@ -125,13 +127,15 @@ def measure(subject: Subject, given: Routing) -> Timing:
         prefill.append(us)
     counters = subject.engine.controller.counters
     before = counters.snapshot()
+    first = 0.0
     for number, calls in enumerate(given.decode):
         us, cache = subject.run(calls, cache)
         if number == WARM_UP - 1:
+            first = counters.since(before).hit_rate
             before = counters.snapshot()
         decode.append(us)
     counts = counters.since(before)
-    return Timing(prefill[1:], decode[WARM_UP:], counts.hit_rate, subject.captured)
+    return Timing(prefill[1:], decode[WARM_UP:], counts.hit_rate, first, subject.captured)
 
 
 def _machine_settings(dry: bool) -> dict[str, Any]:

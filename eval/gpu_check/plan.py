@@ -40,6 +40,7 @@ class Stage(NamedTuple):
 
 
 PREPARE = "prepare"
+SPEED = f"{__package__}.stages.speed"
 
 # Ordered by value, so that a run that is cut off loses the least.
 STAGES = (
@@ -61,26 +62,42 @@ STAGES = (
     ),
     Stage(
         "bandwidth",
-        40,
-        "links, decode kernels, demand loads behind prefetches",
+        35,
+        "links, decode kernels, onloads, demand loads behind prefetches",
         core=True,
         quiet=True,
     ),
     Stage(
         "model",
         95,
-        "the Qwen3-shaped model, half of its experts cached: three systems",
+        "the Qwen3-shaped model, half of its experts cached: four systems",
         core=True,
         quiet=True,
         model=True,
     ),
     Stage(
-        "systems",
-        70,
-        "the same model: all experts cached, no graphs, long prompts",
+        "path",
+        50,
+        "a decoder layer all in: with the host ahead, and waiting in every layer",
         quiet=True,
         model=True,
+        module=f"{SPEED}.path",
     ),
+    Stage(
+        "int8",
+        35,
+        "decode kernels of every type: int8 activations proven, share of the memory's speed",
+        quiet=True,
+        module=f"{SPEED}.int8",
+    ),
+    Stage(
+        "prefill",
+        20,
+        "prompts against the card's matrix products",
+        quiet=True,
+        module=f"{SPEED}.prefill",
+    ),
+    Stage("systems", 55, "the same model: no graphs, long prompts", quiet=True, model=True),
     Stage(
         "graphs",
         65,
@@ -97,6 +114,12 @@ STAGES = (
         quiet=True,
     ),
     Stage("where", 25, "where a decode step's time goes", quiet=True, model=True),
+    Stage(
+        "devices",
+        15,
+        "two cards: the same tokens as on one, and the hop between them",
+        module=f"{SPEED}.devices",
+    ),
     Stage(
         "flashinfer",
         60,
@@ -117,7 +140,7 @@ STAGES = (
     ),
 )
 
-TOTAL_S = 480.0
+TOTAL_S = 570.0
 """All stages that are not on demand, on a card."""
 CORE_S = 240.0
 DRY_LIMIT_S = 60.0

@@ -1,4 +1,4 @@
-"""Is the product right on a GPU, how fast is it, and what limits it? Answered in 7.5 minutes.
+"""Is the product right on a GPU, how fast is it, and what limits it? Answered in 9.5 minutes.
 
 Each stage runs in a process of its own with a time limit, so that one that hangs or dies costs only
 itself. Every result is appended to `results.jsonl` in `--out` as soon as it is known, with device,

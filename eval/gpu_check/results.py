@@ -12,6 +12,7 @@ END = "end"
 OURS = "ours"
 STATIC = "kTransformers-like static"
 LOAD_EVERY_MISS = "load every miss, LRU"
+PUBLISHED = "HybriMoE as published"
 
 
 def merged(lines: Iterable[Line]) -> list[Line]:
@@ -77,16 +78,24 @@ def summary(
     ours = _times(lines, OURS)
     static = _times(lines, STATIC)
     load_every_miss = _times(lines, LOAD_EVERY_MISS)
+    published = _times(lines, PUBLISHED)
+    hits = _all_hits(lines)
     decode_ms = ours.get("decode_ms_p50")
     return {
         "correct": _correct(lines, judges),
         "kernel_share": min(_figures(lines, "kernel_share"), default=None),
+        "int8_share": min(_figures(lines, "int8_share"), default=None),
         "link_share": min(_figures(lines, "link_share"), default=None),
         "host_us_per_layer": next(iter(_figures(lines, "host_us_per_layer")), None),
         "decode_tok_s": 1e3 / decode_ms if decode_ms is not None else None,
         "decode_vs_static": _ratio(static, ours, "decode_ms_p50"),
         "decode_vs_load_every_miss": _ratio(load_every_miss, ours, "decode_ms_p50"),
+        "decode_vs_published": _ratio(published, ours, "decode_ms_p50"),
         "prefill_vs_static": _ratio(static, ours, "prefill_ms_p50"),
+        "layer_us": hits.get("us_per_layer"),
+        "layer_roofline_share": hits.get("roofline_share"),
+        "waits_per_hit_token": hits.get("waits_per_token"),
+        "onload_us": max(_figures(lines, "onload_us_p50"), default=None),
         "emulated": any(line.get("emulated") for line in lines),
         "stages_failed": sorted(failed),
         "stages_missing": sorted(missing),
@@ -150,6 +159,12 @@ def _times(lines: Sequence[Line], system: str) -> Line:
     """The core model's times of one system; empty if it was not measured."""
     found = [line for line in rows(lines, "model") if line.get("system") == system]
     return found[-1] if found else {}
+
+
+def _all_hits(lines: Sequence[Line]) -> Line:
+    """The first row of the stage `path`: ours as it is, all experts cached; empty without one."""
+    found = [line for line in rows(lines, "path") if line.get("cache") == 1.0]
+    return found[0] if found else {}
 
 
 def _ratio(theirs: Line, ours: Line, name: str) -> float | None:

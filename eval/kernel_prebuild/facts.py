@@ -8,22 +8,18 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
+from hybrimoe_plugin import compute
 
-KERNEL_FILES = (
-    "decode",
-    "epilogue",
-    "formats/codes",
-    "formats/description",
-    "formats/facts",
-    "formats/fields",
-    "formats/grids",
-    "formats/scales",
-    "linear",
-    "prefill",
-    "repack",
-)
-"""Modules that hold the kernels' source."""
+DESCRIPTION = "gpu/kernels/formats/description.py"
+"""What the kernels are made of besides; it holds none."""
+
+
+def kernel_files() -> list[Path]:
+    """Modules that hold the kernels' source, in an order of their own."""
+    folder = Path(inspect.getfile(compute)).parent
+    found = {folder / DESCRIPTION}
+    found |= {path for path in folder.rglob("*.py") if "@triton." in path.read_text("utf-8")}
+    return sorted(found)
 
 
 def facts(arch: int) -> dict[str, Any]:
@@ -32,8 +28,7 @@ def facts(arch: int) -> dict[str, Any]:
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
 
-    folder = Path(inspect.getfile(Kernels)).parent
-    sources = [(folder / f"{name}.py").read_bytes() for name in KERNEL_FILES]
+    sources = [path.read_bytes() for path in kernel_files()]
     return {
         "arch": arch,
         "triton": __version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +16,22 @@ from eval.kernel_cases.cases import (
     linear_cases,
     repack_cases,
 )
-from eval.kernel_cases.shapes import MODEL_SHAPES, Shape
+from eval.kernel_cases.shapes import MODEL_SHAPES, TYPE_SHAPES, Shape
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
 
-AnyCase = Case | LinearCase | RepackCase
+
+class Int8Case(NamedTuple):
+    """One token's decode with int8 activations, and what proves it (the check's stage `int8`)."""
+
+    shape: Shape
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return f"int8, {self.shape.name} {'/'.join(self.shape.kinds)}"
+
+
+AnyCase = Case | LinearCase | RepackCase | Int8Case
 
 TINY = Shape("tiny model", ("Q8_0", "Q8_0", "Q8_0"), 64, 256, 8, 2, rounded_routing=True)
 """The check's tiny model that runs on these kernels (`eval.gpu_check.stages.graphs`)."""
@@ -65,6 +79,10 @@ def wanted() -> list[tuple[str, list[AnyCase]]]:
     for linear in linear_cases():
         groups.add(f"linears, {linear.model}", linear)
     groups.add("repacking", *repack_cases())
+    for shape in (*recorded, *qwen, *padded, *mixtral, *TYPE_SHAPES):
+        if set(shape.kinds) <= set(INTEGERS):
+            int8 = Int8Case(shape)
+            groups.add(int8.name, int8)
     for shape in (*recorded, *padded, *mixtral):
         for tokens in PROMPTS:
             groups.add_experts("prompts", Case(shape, tokens))

@@ -34,7 +34,7 @@ from eval.kernel_cases.reference import poisoned, reference
 from eval.kernel_cases.runs import product_kernels, run_case, run_linear, run_repack
 from eval.kernel_cases.shapes import MODEL_SHAPES, ODD_SHAPES, SMALL_SHAPES, TYPES, Shape
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
-from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, SUPPORTED
+from hybrimoe_plugin.compute.gpu.kernels.formats.description import FORMATS, INTEGERS, SUPPORTED
 from hybrimoe_plugin.compute.gpu.kernels.layout import BLOCK_BYTES, PLANES, slot_layout, to_planes
 from hybrimoe_plugin.compute.gpu.kernels.torch_ops import TorchKernels
 from hybrimoe_plugin.core import ExpertSpec
@@ -263,4 +263,6 @@ def test_kernels_compile_for_a_gpu() -> None:
         [sys.executable, str(program)], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("ok") == 6 * len(SUPPORTED) + len(PLANES)
+    float_kernels = 6 * len(SUPPORTED) + len(PLANES)
+    # Two stages, and what brings activations to int8.
+    assert run.stdout.count("ok") == float_kernels + 3 * len(INTEGERS)

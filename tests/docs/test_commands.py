@@ -40,6 +40,7 @@ RUN_BY = {
     "python -m eval.gpu_check": "Makefile",
     "python -m eval.host_path": "eval/reporting/answers.py",
     "python -m eval.kernel_prebuild": "scripts/gpu_bundle.py",
+    "python -m eval.kernels": "tests/eval/test_kernels_eval.py",
     "python -m eval.ktransformers": "eval/ktransformers.py",
     "python -m eval.lever": "eval/reporting/answers.py",
     "python -m eval.loading": "tests/eval/test_loading.py",

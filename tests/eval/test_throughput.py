@@ -209,6 +209,20 @@ def test_fidelity_counts_what_it_says() -> None:
     )
 
 
+def test_int8_activations_are_compared_with_floating_point_ones(tmp_path: Path) -> None:
+    """Experts alone differ: the rest is the plain model's arithmetic."""
+    path = tiny.write(tmp_path, "mixtral", types="Q8_0")
+    chunk = tiny.tokens(20)
+    plain, _ = fidelity._load(None, path, None)
+    wanted = [fidelity.logits(plain, chunk, decoded=0)]
+    in_float, in_int8 = fidelity.on_gpu(None, path, [chunk])
+    same = fidelity.compare([chunk], wanted, in_float)
+    assert same["token_agreement"] == 1
+    assert same["logits_relative_rms"] < 1e-5
+    rounded = fidelity.compare([chunk], in_float, in_int8)
+    assert 1e-4 < rounded["logits_relative_rms"] < 0.05
+
+
 def test_the_report_survives_a_question_that_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

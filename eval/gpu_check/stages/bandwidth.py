@@ -15,13 +15,13 @@ from eval.gpu_bench import bandwidth
 from eval.gpu_bench.bandwidth import Bandwidths, layer_shares
 from eval.gpu_check.place import Place, Row
 from eval.kernel_cases.data import random_matrices
-from eval.kernel_cases.shapes import TYPES, Shape
+from eval.kernel_cases.shapes import Shape
 from eval.models.layers import layers_of
 from eval.models.routing import published_costs
 from eval.models.shapes import MODELS, Model
+from eval.reporting.quantiles import percentiles
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
-from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
-from hybrimoe_plugin.compute.gpu.kernels.layout import slot_layout
+from hybrimoe_plugin.compute.gpu.kernels.base import Kernels
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH
 from hybrimoe_plugin.replay.trace import TraceHeader
@@ -31,6 +31,8 @@ PAGEABLE_BYTES = 1 << 28
 DEPTHS = (1, 2, 4)
 AHEAD = 8
 """Prefetches that are waiting when a demand load comes."""
+ONLOADS = 8
+"""Experts that are sent one behind the other, as a layer that misses them does."""
 REPEATS = 20
 SMALL, LARGE = MODELS[0], MODELS[2]
 KINDS = ("Q4_K", "Q4_K with Q6_K down")
@@ -38,7 +40,7 @@ KINDS = ("Q4_K", "Q4_K with Q6_K down")
 
 
 def run(place: Place) -> Iterator[Row]:
-    """See `place.Run`. Decode kernels of the usual types come first, then the link, then others."""
+    """See `place.Run`. The stage `int8` has kernels of all types."""
     device = None if place.dry else place.device
     expert_bytes = layer(SMALL, place).spec.expert_bytes
     measured = bandwidth.bandwidths(published_costs(SMALL), expert_bytes, device)
@@ -47,13 +49,11 @@ def run(place: Place) -> Iterator[Row]:
     for model in (SMALL, LARGE):
         for number, kind in enumerate(KINDS):
             weights = layer(model, place, number)
-            yield _shares(place, measured, f"{model.name}, {kind}", weights)
+            yield _row(place, measured, f"{model.name}, {kind}", weights)
+    for model in (SMALL, LARGE):
+        yield _onload_cost(place, model)
     for depth in DEPTHS:
         yield _demand(place, depth)
-    if place.dry:
-        return
-    for kind in TYPES:
-        yield _shares(place, measured, f"{SMALL.name}, all {kind}", _one_type(kind), tuned=False)
 
 
 def layer(model: Model, place: Place, number: int = 0) -> LayerWeights:
@@ -63,7 +63,7 @@ def layer(model: Model, place: Place, number: int = 0) -> LayerWeights:
     return layers_of(model, header, number + 1, place.dry)[number]
 
 
-def _one_type(kind: str) -> LayerWeights:
+def one_type(kind: str) -> LayerWeights:
     """A layer of the small model's shape in one type, with more experts than any cache holds."""
     shape = Shape(SMALL.name, (kind,) * 3, SMALL.hidden, SMALL.intermediate, experts=8, top_k=8)
     more = 2 * bandwidth.L2_BYTES // shape.spec.expert_bytes
@@ -76,33 +76,55 @@ def _one_type(kind: str) -> LayerWeights:
     return LayerWeights(0, shape.spec, gate, up, down)
 
 
-def _shares(
-    place: Place,
-    measured: Bandwidths,
-    name: str,
-    weights: LayerWeights,
-    tuned: bool = True,
-) -> Row:
-    """Shares of one layer.
-
-    Args:
-        tuned: False takes the tiles that follow from the shape: tuning compiles for long.
-    """
-    made = _accelerator(place)
-    if not tuned:
-        from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
-
-        layout = slot_layout(weights.spec, planar=True)
-        made.kernels = TritonKernels(place.device, Blocks.of(layout, weights.spec.top_k))
-    try:
-        link, kernel = layer_shares(made, weights, measured)
-    finally:
-        made.close()
+def _row(place: Place, measured: Bandwidths, name: str, weights: LayerWeights) -> Row:
+    """Shares of one layer, with tuned tiles."""
+    link, kernel = shares(place, measured, weights)
     row = {"case": name, "expert_kb": weights.spec.expert_bytes / 1e3}
     if place.dry:
         # Emulated times are the CPU's, the assumed bandwidths are not: ratios would mean nothing.
         return row
     return {**row, "link_share": link, "kernel_share": kernel}
+
+
+def shares(
+    place: Place, measured: Bandwidths, weights: LayerWeights, kernels: Kernels | None = None
+) -> tuple[float, float]:
+    """As `layer_shares`, on an accelerator of its own.
+
+    Args:
+        kernels: in place of the product's.
+    """
+    made = _accelerator(place)
+    made.kernels = kernels or made.kernels
+    try:
+        return layer_shares(made, weights, measured)
+    finally:
+        made.close()
+
+
+def _onload_cost(place: Place, model: Model) -> Row:
+    """What the host spends on an expert that is sent to its slot, whatever the link does then."""
+    weights = layer(model, place)
+    made = _accelerator(place)
+    slots = min(ONLOADS, weights.spec.experts)
+    times: list[float] = []
+    try:
+        made.allocate(slots, [weights])
+        for _ in range(REPEATS + 2):  # the first two warm up
+            made.synchronize()
+            started = time.perf_counter_ns()
+            for slot in range(slots):
+                made.onload(slot, weights, slot)
+            times.append((time.perf_counter_ns() - started) / 1e3 / slots)
+    finally:
+        made.close()
+    low, middle, high = percentiles(times[2:])
+    return {
+        "case": f"{model.name}: the host's part of an onload",
+        "onload_us_p20": low,
+        "onload_us_p50": middle,
+        "onload_us_p80": high,
+    }
 
 
 def _demand(place: Place, depth: int) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 from eval.gpu_bench.baselines import LOAD_EVERY_MISS
 from eval.gpu_check import results
 from eval.gpu_check.check import UNKNOWN, Check
-from eval.policies.systems import KTRANSFORMERS, OURS
+from eval.policies.systems import KTRANSFORMERS, OURS, PUBLISHED
 from eval.reporting.journal import Journal
 
 
@@ -92,10 +92,12 @@ def test_the_verdict_is_of_what_was_measured() -> None:
     assert OURS.name == results.OURS
     assert KTRANSFORMERS.name == results.STATIC
     assert LOAD_EVERY_MISS.name == results.LOAD_EVERY_MISS
+    assert PUBLISHED.name == results.PUBLISHED
     times = {
         OURS.name: (4.0, 20.0),
         KTRANSFORMERS.name: (6.0, 30.0),
         LOAD_EVERY_MISS.name: (8.0, 25.0),
+        PUBLISHED.name: (5.0, 25.0),
     }
     lines = [
         line("model", name, system=name, decode_ms_p50=decode, prefill_ms_p50=prefill)
@@ -103,20 +105,32 @@ def test_the_verdict_is_of_what_was_measured() -> None:
     ]
     lines += [
         line("bandwidth", "Q4_K", kernel_share=0.4),
-        line("bandwidth", "Q8_0", kernel_share=0.7),
+        line("int8", "Q8_0", kernel_share=0.7, int8_share=0.75),
+        line("int8", "Q4_K", kernel_share=0.45, int8_share=0.65),
     ]
     lines += [line("bandwidth", "small", link_share=0.8, kernel_share="nan")]
     lines += [line("where", "step", host_us_per_layer=120.0)]
+    lines += [line("bandwidth", name, onload_us_p50=us) for name, us in (("a", 9.0), ("b", 8.0))]
+    for name, us, waits in (("auto", 110.0, 0.0), ("wait", 300.0, 12.0)):
+        more = {"us_per_layer": us, "waits_per_token": waits, "roofline_share": 11 / us}
+        lines += [line("path", f"{name}, all", system=name, cache=1.0, **more)]
+        lines += [line("path", f"{name}, half", system=name, cache=0.5, us_per_layer=400.0)]
     found = results.summary(lines, [], ["kernels"])
     assert found == {
         "correct": None,
         "kernel_share": 0.4,
+        "int8_share": 0.65,
         "link_share": 0.8,
         "host_us_per_layer": 120.0,
         "decode_tok_s": 250.0,
         "decode_vs_static": 1.5,
         "decode_vs_load_every_miss": 2.0,
+        "decode_vs_published": 1.25,
         "prefill_vs_static": 1.5,
+        "layer_us": 110.0,
+        "layer_roofline_share": 0.1,
+        "waits_per_hit_token": 0.0,
+        "onload_us": 9.0,
         "emulated": False,
         "stages_failed": [],
         "stages_missing": [],

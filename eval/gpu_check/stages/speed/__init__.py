@@ -1,0 +1,1 @@
+"""Stages on what bounds speed: the host, instructions, arithmetic, the hop between cards."""
