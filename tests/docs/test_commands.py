@@ -34,7 +34,7 @@ RUN_BY = {
     "hybrimoe patches": "tests/cli/test_ktransformers.py",
     "hybrimoe translate_rules": "tests/hosts/classic_host/test_translated_rules.py",
     "python -m eval.cache": "eval/reporting/answers.py",
-    "python -m eval.cuda_model": "tests/eval/test_cuda_model.py",
+    "python -m eval.cuda_model": "tests/eval/cuda/test_cuda_model.py",
     "python -m eval.fidelity": "eval/reporting/answers.py",
     "python -m eval.flips": "eval/reporting/answers.py",
     "python -m eval.gpu_check": "Makefile",
