@@ -211,6 +211,13 @@ class ResidentExperts(Accelerator, Protocol):
         """Why a layer's experts cannot be computed by `resident`; empty where they can."""
         ...
 
+    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[1, K] int64: the slots of one token's experts [1, K] by row [E] of a table; all or none.
+
+        All are -1 if one is -1 in the row. The device's work alone.
+        """
+        ...
+
     def resident(
         self,
         weights: LayerWeights,

@@ -7,7 +7,7 @@ import torch
 from hybrimoe_plugin.compute.backends import ResidentExperts
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.capture import GraphBreak
-from hybrimoe_plugin.decode.chain.slot_table import NOWHERE, SlotTable
+from hybrimoe_plugin.decode.chain.slot_table import SlotTable
 from hybrimoe_plugin.decode.chain.stamp import ArrivedCopy, Stamp, StampedCopy
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.device.streams import PendingCopy
@@ -100,8 +100,7 @@ class LayerLink:
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As the protocol says; nothing is computed where an expert of the call is missing."""
-        slots = self._row[ids.to(torch.int64)]
-        slots = torch.where((slots != NOWHERE).all(), slots, NOWHERE)
+        slots = self._accelerator.find_slots(self._row, ids)
         output = self._accelerator.resident(self._weights, hidden, slots, weights)
         return output.to(hidden.dtype)
 
