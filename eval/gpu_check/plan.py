@@ -109,7 +109,7 @@ STAGES = (
     ),
     Stage(
         "attention",
-        30,
+        20,
         "decode attention with split keys against torch's, up to 32,768 tokens",
         quiet=True,
     ),

@@ -36,7 +36,7 @@ def read_position(
 
 
 def no_replay(number: int, _done: Any, replay: Callable[[], None]) -> Callable[[], None]:
-    return (lambda: None) if number == 3 else replay
+    return (lambda: None) if number == 4 else replay
 
 
 def late_replay(number: int, done: Any, replay: Callable[[], None]) -> Callable[[], None]:
@@ -49,10 +49,10 @@ def late_replay(number: int, done: Any, replay: Callable[[], None]) -> Callable[
 @pytest.mark.parametrize(
     ("spoil", "update", "reason", "captured", "served"),
     [
-        # The first layer's only: 3 pieces of it, and 2 of the other one in each of two caches.
-        (no_replay, None, "differs from its eager twin", 7, [False, True]),
-        (late_replay, None, "differs from its eager twin", 7, [False, True]),
-        (None, frozen_position, "differs from its eager twin", 5, [False, False]),
+        # The first layer's only: 4 pieces of it, and 3 of the other one in each of two caches.
+        (no_replay, None, "differs from its eager twin", 10, [False, True]),
+        (late_replay, None, "differs from its eager twin", 10, [False, True]),
+        (None, frozen_position, "differs from its eager twin", 7, [False, False]),
         (None, read_position, "not permitted when stream is capturing", 0, [False, False]),
     ],
 )

@@ -161,7 +161,7 @@ IDLE = (
         ),
         _cached_experts,
     ),
-    Idle(("attention",), _cuda_graphs),
+    Idle(("attention", "host_path"), _cuda_graphs),
     Idle(("look_ahead",), _looking_ahead),
     Idle(("mrs_alpha", "mrs_p"), _mrs),
 )

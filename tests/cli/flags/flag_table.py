@@ -75,6 +75,7 @@ FLAGS = {
     "dense": Flag("plain", ENGINE),
     "graphs": Flag("off", ENGINE),
     "attention": Flag("torch", ENGINE),
+    "host_path": Flag("wait", ENGINE),
     "weights": Flag("mapped", ENGINE),
     "verify": Flag("slots", ENGINE),
     "profile": Flag("name", ENGINE),
