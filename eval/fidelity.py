@@ -6,8 +6,11 @@ transformers' own, every weight dequantised, in float32; what differs is the rou
 in the quantised kernels.
 
 The last two rows have the arithmetic of a GPU's decode kernels: activations in floating point, and
-rounded to int8 as they may do. On a GPU prompts keep floating point; here every position has them,
-so that all of them tell something.
+rounded to int8 as they may do. On a GPU activations of prompts are not rounded to int8; here those
+of every position are, so that each of them tells something.
+
+Differences are shares: 0.01 is 1 %. In the last line, figures that begin with `int8_` compare the
+last row with the one before it.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ TOPICS = ("for", "exceptions", "numbers", "strings", "class", "lambda", "naming"
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the question; gives the contents of the JSON line."""
-    parser = report.parser(__doc__ or "")
+    parser = report.parser(__doc__ or "", "python -m eval.fidelity")
     parser.add_argument("--gguf_path", type=Path, help="a model's file; default the demo model")
     parser.add_argument(
         "--model_path", type=Path, help="directory with its config and tokenizer, if it has one"

@@ -162,7 +162,7 @@ class Settings:
     host_path: str = setting(
         "auto",
         "CUDA graphs whose experts are all cached: launch the layers behind at once, after a proof "
-        "at load (auto), or wait for the host in every layer",
+        "in the first steps (auto), or wait for the host in every layer",
         choices=HOST_PATHS,
         expert=True,
     )

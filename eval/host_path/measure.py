@@ -18,7 +18,7 @@ from eval.host_path.subject import DEVICE, Subject
 
 WHOLE = "whole call"
 TOKEN = "token's mean, CPU time"
-DECIDE = "known to first launch"
+DECIDE = "routing to first launch"
 
 
 class Times(NamedTuple):

@@ -65,8 +65,8 @@ def watched(subject: Subject) -> dict[str, list[Method]]:
         methods |= {
             "launch graphs": [(chain, "_launch")],
             "slot table, experts": [(link, "launch") for link in links],
-            "learn routing, mend": [(chain, "_learn_next")],
-            "books of hits": [(engine, "note_hit")],
+            "learn routing, redo": [(chain, "_learn_next")],
+            "bookkeeping of hits": [(engine, "note_hit")],
         }
     return methods
 

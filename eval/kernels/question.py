@@ -10,7 +10,10 @@ with many columns. The loop is found in the code by its branch backwards; instru
 predicated off count, since they are issued too.
 
 `memory_share_at_most` is how much of the memory's speed one card of the generation can use if it
-issues an instruction in every cycle: calculated from its data sheet, not measured.
+issues an instruction in every cycle: calculated from its data sheet, not measured. Where the table
+has no room for it, it is in the CSV.
+
+The last line has the most instructions of all stages and architectures, for each type.
 """
 
 from __future__ import annotations

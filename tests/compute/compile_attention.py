@@ -21,11 +21,12 @@ from unittest import mock
 
 import torch
 import triton
-from compile_kernels import resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from eval.kernels.compiled import disassembled, resources
+from eval.kernels.sass import listing
 from hybrimoe_plugin.compute.attention import split_attention
 from hybrimoe_plugin.compute.attention.decode_attention import AttentionShape, GQAShape, MLAShape
 from hybrimoe_plugin.compute.attention.split_attention import SplitAttention, Tiles
@@ -107,26 +108,6 @@ def _dot_type(dtype: torch.dtype, interpreted: bool) -> Any:
     return dot_type(dtype, interpreted=False)
 
 
-def loop_instructions(sass: str) -> int:
-    """Instructions of the longest loop, from Triton's disassembly with labels."""
-    labels: dict[str, int] = {}
-    longest = count = 0
-    for line in sass.splitlines():
-        label = re.match(r"\.?(L\w+):?$", line.strip())
-        if label:
-            labels[label[1]] = count
-            continue
-        count += "\t" in line
-        target = re.search(r"BRA\S* .*?(L\w+|0x[0-9a-f]+)", line)
-        if target is None:
-            continue
-        # A label, or an address: instructions are 16 bytes long.
-        address = target[1].startswith("0x")
-        begin = int(target[1], 16) // 16 if address else labels.get(target[1], count)
-        longest = max(longest, count - begin)
-    return longest
-
-
 def check(name: str, shape: AttentionShape, arch: int) -> None:
     """Both kernels of a shape."""
     attend, combine = launches(shape)
@@ -145,13 +126,13 @@ def check(name: str, shape: AttentionShape, arch: int) -> None:
 
 
 def _instructions(shape: AttentionShape, code: Any) -> float:
-    """Of all threads together, in the loop, for each value that a tile holds."""
+    """Of all threads together, in the longest loop, for each value that a tile holds."""
     widths = shape.widths
     tile = Tiles.of(widths, shape.dtype).tokens * (widths.main + widths.rest + widths.values)
     threads = 32 * code.metadata.num_warps
-    loop = loop_instructions(code.asm["sass"])
-    assert loop, "no loop found"
-    return loop * threads / tile
+    loops = listing(disassembled(code.asm["cubin"])).loops
+    assert loops, "no loop found"
+    return len(loops[0]) * threads / tile
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -69,6 +69,16 @@ def test_one_token_has_the_same_bits_where_slots_come_in_its_order(
     assert torch.equal(computed(call, captured=True), computed(call, captured=False))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_is_captured_sees_the_same_activations(int8: bool) -> None:
+    plain = TorchKernels(int8=int8)
+    captured = plain.capturable()
+    call = call_of(KINDS[0], 1, torch.float32)
+    call = call._replace(slots=tuple(slot for slot in call.slot_ids[0].tolist() if slot >= 0))
+    found = captured.down(call, captured.gate_up(call))
+    assert torch.equal(found, plain.down(call, plain.gate_up(call)))
+
+
 def test_a_token_does_not_depend_on_the_others() -> None:
     call = call_of(KINDS[0], 8, torch.bfloat16)
     whole = computed(call, captured=True)

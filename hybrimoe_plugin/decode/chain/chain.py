@@ -5,8 +5,8 @@ device (`slot_table`), compute, and go on. The host launches the graphs of the n
 knows whether there was a miss, reads each routing decision from its own memory as it arrives
 (`stamp`), and does the bookkeeping of a hit while the device is at the layers behind:
 
-    host     launch 3 | launch 4 | launch 5, read 3: hit, note 3 | launch 6, read 4: hit, note 4
-    device   | layer 3            | layer 4            | layer 5            | layer 6
+    host     launch 3 | launch 4 | read 3: hit, launch 5, note 3 | read 4: hit, launch 6, note 4
+    device   | layer 3                | layer 4                     | layer 5
 
 Where an expert was missing the device has computed nothing of use from there on. The engine then
 computes that layer as it always does, and the layers behind are launched again:

@@ -69,7 +69,7 @@ class TorchKernels:
         return f"no device dequantisation for GGML type {unknown}; there is for {known}"
 
     def capturable(self) -> TorchKernels:
-        return self if self.captured else TorchKernels(captured=True)
+        return self if self.captured else TorchKernels(captured=True, int8=self.int8)
 
     def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         slots = row[ids.to(torch.int64)]
