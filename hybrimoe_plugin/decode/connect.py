@@ -53,8 +53,14 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
             last_tokens = found
             layer.layer_call = LastLayer(layer.layer_call, found)
             turns.clean_up.append(weakly(found.forget))
-    connect_chains(chainable, turns)
-    return (lambda: None) if last_tokens is None else last_tokens.remove
+    remove_settling = connect_chains(model, chainable, turns)
+
+    def remove() -> None:
+        remove_settling()
+        if last_tokens is not None:
+            last_tokens.remove()
+
+    return remove
 
 
 def _device(layer: GraphedLayer) -> torch.device:

@@ -88,6 +88,7 @@ class CudaLayer:
         self._eager = eager
         self._attention = attention
         self._hooks = hooks
+        self._experts_hooks = ForeignHooks([] if experts is None else experts.modules())
         self._output_hooks = output_hooks
         self.state = state
         self._link = link
@@ -131,7 +132,8 @@ class CudaLayer:
     def _replay(self, graphs: LayerGraphs, hidden: torch.Tensor, held: int) -> torch.Tensor:
         """As part of the chain, or by itself."""
         chained = self.experts is None or (self._link is not None and self._link.usable)
-        if self.chain is None or not chained:
+        # A chain does not call the experts where nothing misses.
+        if self.chain is None or not chained or self._experts_hooks.present():
             self.state.settle()
             return graphs.run(hidden, self._call_experts)
         final = self.next_input_hooks is None or bool(self.next_input_hooks or self._output_hooks)

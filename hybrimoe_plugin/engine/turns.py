@@ -30,6 +30,7 @@ class Turns:
         before: called at the beginning of each turn; they refuse it by raising.
         clean_up: clear what an interrupted or failed turn has left on the model; called before the
             next one.
+        complete: called at the end of each turn, so that its result is right.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class Turns:
         self.lock = threading.RLock()
         self.before: list[Callable[[], None]] = []
         self.clean_up: list[Callable[[], None]] = []
+        self.complete: list[Callable[[], None]] = []
         self._unfinished = False
         self._ended = ""
         self._process = os.getpid()
@@ -68,6 +70,8 @@ class Turns:
                     part()
             self._unfinished = True
             result = call(*args, **kwargs)
+            for part in self.complete:
+                part()
             self._unfinished = False
             return result
 

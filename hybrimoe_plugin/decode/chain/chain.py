@@ -118,7 +118,10 @@ class Chain:
         self._hits: list[LayerCall] = []
         """Known to have had no miss, not noted yet."""
         self._last: torch.Tensor | None = None
-        """Output of the layer that was launched last, whose copy is the next one's input."""
+        """Output of the layer that was launched last, whose copy is the next one's input.
+
+        None where anyone may have read it, or changed it in place.
+        """
 
     def run(
         self,
@@ -148,15 +151,24 @@ class Chain:
         self._launch(call)
         if final or not call.whole:
             self._learn_all()
-        self._last = graphs.output
+        self._last = None if final else graphs.output
         self._note_hits()
         return graphs.output
 
-    def settle(self) -> None:
-        """Learn what every launched layer's routing was, and put right what missed."""
-        self._learn_all()
+    def was_read(self, hidden: torch.Tensor) -> bool:
+        """Whether the layer before this input gave its output to someone who did not `settle`."""
+        return self._last is not None and hidden is not self._last
+
+    def settle(self) -> bool:
+        """Learn what every launched layer's routing was, and put right what missed.
+
+        Returns:
+            whether every output was right when it was given out.
+        """
+        right = self._learn_all()
         self._note_hits()
         self._last = None
+        return right
 
     def forget(self) -> None:
         """Drop what an interrupted pass has left."""
@@ -174,17 +186,24 @@ class Chain:
         elif call.link.expects_hits:
             call.finish()
 
-    def _learn_all(self) -> None:
+    def _learn_all(self) -> bool:
+        """Learn every unknown routing; whether none of them had a miss."""
+        hits = True
         while self._open:
-            self._learn_next()
+            hits &= self._learn_next()
+        return hits
 
-    def _learn_next(self) -> None:
-        """Learn the first unknown routing; where it has a miss, launch the rest again."""
+    def _learn_next(self) -> bool:
+        """Learn the first unknown routing; where it has a miss, launch the rest again.
+
+        Returns:
+            whether it had none.
+        """
         call = self._open[0]
         link = call.link
         if link is None:
             del self._open[0]
-            return
+            return True
         link.await_routing()
         if call.whole:
             hit = link.hits(call.graph_break)
@@ -196,7 +215,7 @@ class Chain:
         if hit:
             del self._open[0]
             self._hits.append(call)
-            return
+            return True
         self._note_hits()
         call.compute_missing()
         del self._open[0]
@@ -207,6 +226,7 @@ class Chain:
             self._launch(void)
             if not void.whole:
                 self._learn_all()
+        return False
 
     def _note_hits(self) -> None:
         """Do the bookkeeping of hits, in the order of the layers."""

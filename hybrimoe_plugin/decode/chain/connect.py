@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
 
 from hybrimoe_plugin.decode.chain.proof import ProvenChain
 from hybrimoe_plugin.decode.cuda_layer import CudaLayer
@@ -12,15 +15,26 @@ from hybrimoe_plugin.engine.turns import Turns
 from hybrimoe_plugin.operators.experts import layer_of
 
 
-def connect_chains(layers: Sequence[GraphedLayer], turns: Turns) -> None:
+def connect_chains(
+    model: nn.Module, layers: Sequence[GraphedLayer], turns: Turns
+) -> Callable[[], None]:
     """Let captured layers that follow one another on a device run as a chain.
 
+    The layer behind the last one is not the only one that may read an output: a pass may leave the
+    last layers out, and a layer may be called by itself. So the chain is also settled before every
+    module outside the layers, and at the end of each turn.
+
     Args:
-        layers: whose calls are `CudaLayer`s, in the order of the model.
+        layers: of the model, whose calls are `CudaLayer`s, in its order.
         turns: of the model; what an interrupted turn leaves is cleared before the next one.
 
-    Mutates: `layers`, `turns`.
+    Returns:
+        Takes off what this leaves on the model.
+
+    Mutates: `model`, `layers`, `turns`.
     """
+    readers = _outside(model, layers)
+    handles = []
     for run in _runs(layers):
         first, last = run[0], run[-1]
         chain = ProvenChain(first.key if first is last else f"{first.key} to {last.key}")
@@ -30,6 +44,29 @@ def connect_chains(layers: Sequence[GraphedLayer], turns: Turns) -> None:
             # The layer's own dict: hooks are removed from it and added to it, and it stays.
             _cuda(layer).next_input_hooks = follower._forward_pre_hooks
         turns.clean_up.append(weakly(chain.recover))
+        settle = weakly(chain.settle)
+        turns.complete.append(settle)
+        handles += [reader.register_forward_pre_hook(_before(settle)) for reader in readers]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _outside(model: nn.Module, layers: Sequence[GraphedLayer]) -> list[nn.Module]:
+    """The model's modules that are no part of a layer and have none inside."""
+    inside = {part for layer in layers for part in layer.modules()}
+    parts = (part for part in model.modules() if part not in inside)
+    return [part for part in parts if inside.isdisjoint(part.modules())]
+
+
+def _before(settle: Callable[[], None]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        settle()
+
+    return hook
 
 
 def _runs(layers: Sequence[GraphedLayer]) -> Iterator[list[GraphedLayer]]:

@@ -14,12 +14,16 @@ from hybrimoe_plugin.decode.chain.chain import CallExperts, Chain
 from hybrimoe_plugin.decode.chain.link import LayerLink
 from hybrimoe_plugin.decode.comparison import UNDECIDED, relative_error, tolerance
 from hybrimoe_plugin.engine import Engine
+from hybrimoe_plugin.errors import BackendError
 
 log = logging.getLogger(__name__)
 
 PROOFS = 2
 """Decode steps that run both ways and are compared; in the first the host runs ahead in any case.
 """
+
+
+READ = "the model computes something from a layer's output before the next layer does"
 
 
 class ChainCall(NamedTuple):
@@ -66,6 +70,8 @@ class ProvenChain:
         self._proofs = 0
         self._undecided = 0
         self._refused = False
+        self._settled = False
+        """Whether the outputs so far were asked for: then anyone may have read them."""
         self._links: set[LayerLink] = set()
 
     @property
@@ -85,15 +91,25 @@ class ProvenChain:
             self._links.add(link)
 
     def run(self, call: ChainCall, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output [1, 1, H] for its input; as `Chain.run` says."""
+        """The layer's output [1, 1, H] for its input; as `Chain.run` says.
+
+        Raises:
+            BackendError: something has read an output before it was right.
+        """
         if self._refused:
             return _plainly(call, hidden)
         if self._proofs < PROOFS:
             return self._watch(call, hidden)
+        if self._chain.was_read(hidden):
+            self._refuse(READ)
+            if not self._chain.settle():
+                raise BackendError(f"{self._name}: {READ}, and read what was not computed yet")
+            return _plainly(call, hidden)
         return self._chain.run(call.graphs, hidden, call.call_experts, call.link, call.final)
 
     def settle(self) -> None:
         """Make every output that was given out right."""
+        self._settled = True
         self._chain.settle()
 
     def recover(self) -> None:
@@ -110,13 +126,18 @@ class ProvenChain:
     def _watch(self, call: ChainCall, hidden: torch.Tensor) -> torch.Tensor:
         """Run a layer plainly and keep what a chain must give too; compare behind the last one."""
         if self._steps and hidden is not self._steps[-1].call.graphs.output:
-            self._steps.clear()  # something else than the layer before has given the input
+            if not self._settled:
+                self._steps.clear()
+                self._refuse(READ)
+                return _plainly(call, hidden)
+            self._steps.clear()  # a pass that ended early, or a layer that was called by itself
         before = hidden.clone()
         output = _plainly(call, hidden)
         chosen = [] if call.link is None else call.link.chosen(_broken(call.graphs))
         self._steps.append(
             _Seen(call, before, output.clone(), chosen, _entry(call.graphs, call.held))
         )
+        self._settled = False
         if call.final:
             steps, self._steps = self._steps, []
             self._prove(steps)
@@ -133,10 +154,13 @@ class ProvenChain:
             _put_entry(step)
         steps[-1].call.graphs.output.copy_(steps[-1].output)
         if problem:
-            self._refused = True
-            log.warning("%s: decode waits for the host in every layer: %s", self._name, problem)
+            self._refuse(problem)
         elif self.proven:
             log.info("%s: decode runs ahead of the host", self._name)
+
+    def _refuse(self, problem: str) -> None:
+        self._refused = True
+        log.warning("%s: decode waits for the host in every layer: %s", self._name, problem)
 
     def _compare(self, steps: list[_Seen]) -> str:
         """Run the step as a chain; the problem, "" where there is none."""
