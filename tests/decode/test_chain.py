@@ -27,10 +27,10 @@ class Watched:
         self.missed = self.void = self.hits = 0
         compute, note = LayerCall.compute_missing, Chain._note_hits
 
-        def compute_missing(call: LayerCall) -> None:
+        def compute_missing(call: LayerCall, chosen: list[int]) -> None:
             self.missed += 1
             self.void += call.whole
-            compute(call)
+            compute(call, chosen)
 
         def note_hits(chain: Chain) -> None:
             self.hits += len(chain._hits)

@@ -65,6 +65,7 @@ def test_an_expert_is_in_its_row_once_it_has_arrived(late: tuple[Any, LateCaptur
     table, pool = link.table, engine.controller.pool
     capture._streams.synchronize()
     table.update(0)
+    table.push(0)
     (victim, slot), *_ = pool.cached[0].items()
     assert victim in table.present[0]
     assert table.rows[0, victim] == slot
@@ -74,12 +75,15 @@ def test_an_expert_is_in_its_row_once_it_has_arrived(late: tuple[Any, LateCaptur
     assert pool.place(0, newcomer) == slot
     engine.accelerator.onload(slot, engine.layers[0], newcomer, ahead=True)
     table.update(0)
+    table.push(0)
     assert not table.present[0] & {victim, newcomer}
     assert table.rows[0, victim] == table.rows[0, newcomer] == NOWHERE
     table.update(0)
+    table.push(0)
     assert newcomer not in table.present[0], "still on its way"
     capture._streams.synchronize()
     table.update(0)
+    table.push(0)
     assert newcomer in table.present[0]
     assert table.rows[0, newcomer] == slot
     # And the same slot back, which has been written twice since.
@@ -91,6 +95,7 @@ def test_an_expert_is_in_its_row_once_it_has_arrived(late: tuple[Any, LateCaptur
     assert pool.place(0, newcomer) == slot
     engine.accelerator.onload(slot, engine.layers[0], newcomer, ahead=True)
     table.update(0)
+    table.push(0)
     assert newcomer not in table.present[0]
     assert table.rows[0, newcomer] == NOWHERE
 
@@ -134,7 +139,9 @@ def test_graphs_share_memory_with_those_of_later_layers(
     void = []
     compute = LayerCall.compute_missing
     monkeypatch.setattr(
-        LayerCall, "compute_missing", lambda call: (void.append(call.whole), compute(call))[1]
+        LayerCall,
+        "compute_missing",
+        lambda call, chosen: (void.append(call.whole), compute(call, chosen))[1],
     )
     model = load_captured("mixtral", Replayed(_numbered()), cache_ratio=0.5, prefetch="off")
     for link in links_of(model):

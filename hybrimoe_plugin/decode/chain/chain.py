@@ -89,11 +89,14 @@ class LayerCall:
         self.graphs.after()
         self.whole = True
 
-    def compute_missing(self) -> None:
-        """Let the engine compute the experts, then launch what comes behind them."""
+    def compute_missing(self, chosen: list[int]) -> None:
+        """Let the engine compute the experts, then launch what comes behind them.
+
+        Args:
+            chosen: the experts, as the host knows them.
+        """
         assert self.link is not None
         assert self.graphs.after is not None
-        chosen = self.link.chosen(self.graph_break)
         if self.whole:
             # What lies behind the experts may have overwritten what it reads, and the experts'
             # inputs: once more from the beginning, while the engine plans.
@@ -205,10 +208,11 @@ class Chain:
             del self._open[0]
             return True
         link.await_routing()
+        chosen = link.chosen(call.graph_break)
         if call.whole:
-            hit = link.hits(call.graph_break)
+            hit = link.hits(chosen)
         else:
-            hit = link.may_skip_plan and link.look(call.graph_break)
+            hit = link.may_skip_plan and link.would_hit(chosen)
             if hit:
                 call.finish()
         link.note(hit)
@@ -217,7 +221,7 @@ class Chain:
             self._hits.append(call)
             return True
         self._note_hits()
-        call.compute_missing()
+        call.compute_missing(chosen)
         del self._open[0]
         behind, self._open = self._open, []
         for void in behind:

@@ -108,6 +108,7 @@ class LayerLink:
         """Compute the experts from slots, behind what the device has to do."""
         assert graph_break.resident is not None
         self.table.update(self.position)
+        self.table.push(self.position)
         graph_break.resident()
         self._accelerator.used_layer(self._weights)
 
@@ -115,14 +116,14 @@ class LayerLink:
         """Look at the host's memory until the routing decision is there."""
         self._routed.wait()
 
-    def hits(self, graph_break: GraphBreak) -> bool:
-        """Whether all experts of the call lay in slots, as its graphs saw them."""
-        return self.table.present[self.position].issuperset(self.chosen(graph_break))
+    def hits(self, chosen: list[int]) -> bool:
+        """Whether these experts all lay in slots as the last launched graphs saw them."""
+        return self.table.present[self.position].issuperset(chosen)
 
-    def look(self, graph_break: GraphBreak) -> bool:
-        """The same before its graphs are launched: brings the row up to date."""
+    def would_hit(self, chosen: list[int]) -> bool:
+        """Whether graphs that are launched now will find these experts."""
         self.table.update(self.position)
-        return self.hits(graph_break)
+        return self.hits(chosen)
 
     def chosen(self, graph_break: GraphBreak) -> list[int]:
         """The experts of the call, as the host knows them."""

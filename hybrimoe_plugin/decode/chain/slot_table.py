@@ -44,11 +44,13 @@ class SlotTable:
         """Experts of each layer that have a slot in `rows`."""
         self._awaited: list[dict[int, int]] = [{} for _ in range(layers)]
         """Expert -> slot of those on their way, for each layer."""
+        self._differs = [False] * layers
+        """Whether a layer's row is not what the device has."""
         self._pool: SlotPool | None = None
         """Whose changes are followed; None: all rows are to be made anew."""
 
     def update(self, layer: int) -> None:
-        """Bring a layer's row up to date, for graphs that are launched behind this.
+        """Bring the host's side of a layer's row up to date: `present`, and what `push` sends.
 
         An interrupted update needs `forget`.
         """
@@ -59,7 +61,7 @@ class SlotTable:
         if not changed and not awaited:
             return
         row, present, cached = self._shown[layer], self.present[layer], pool.cached[layer]
-        differs = False
+        differs = self._differs[layer]
         for expert in changed:
             if expert in present:
                 present.discard(expert)
@@ -74,8 +76,13 @@ class SlotTable:
             row[expert] = awaited.pop(expert)
             present.add(expert)
             differs = True
-        if differs:
+        self._differs[layer] = differs
+
+    def push(self, layer: int) -> None:
+        """Send a layer's row, as `update` left it, for graphs that are launched behind this."""
+        if self._differs[layer]:
             self.rows[layer].copy_(self._on_host[layer], non_blocking=True)
+            self._differs[layer] = False
 
     def forget(self) -> None:
         """Make every row anew; the device must be idle."""
@@ -90,4 +97,5 @@ class SlotTable:
         self._awaited = [dict(cached) for cached in pool.cached]
         for changed in pool.changed:
             changed.clear()
+        self._differs = [False] * len(self.present)
         self._pool = pool
