@@ -12,7 +12,7 @@ import torch
 from kernel_cases import random_layer
 
 from eval.kernel_cases.shapes import MODEL_SHAPES, TYPE_SHAPES, Shape
-from hybrimoe_plugin.compute.gpu import accelerator
+from hybrimoe_plugin.compute.gpu import slot_accelerator
 from hybrimoe_plugin.compute.gpu.accelerator import make_accelerator
 from hybrimoe_plugin.compute.gpu.kernels.base import SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.blocks import Blocks
@@ -158,7 +158,7 @@ def test_an_accelerator_proves_kernels_before_it_tunes_them(
         tune=lambda layout, *_: calls.append(layout),
     )
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
-    monkeypatch.setattr(accelerator, "cuda_timer", lambda _device: None)
+    monkeypatch.setattr(slot_accelerator, "cuda_timer", lambda _device: None)
     device._tune(kernels, [layer])
     layout = device.kernels.layout(layer.spec)
     assert calls == [(((layout, layer.spec.top_k),), 2), layout]
