@@ -25,10 +25,12 @@ class EngineSettings(TypedDict, total=False):
     cpu_threads: int | None
     accelerator: Literal["auto", "none", "emulated", "cuda"]
     kernels: Literal["auto", "triton", "torch"]
+    activations: Literal["auto", "float", "int8"]
     context: int
     dense: Literal["auto", "quantised", "dequantised", "plain"]
     graphs: Literal["auto", "off"]
     attention: Literal["auto", "torch"]
+    host_path: Literal["auto", "wait"]
     weights: Literal["auto", "mapped", "memory"]
     verify: Literal["off", "slots"]
     profile: str | None
