@@ -124,6 +124,11 @@ class CudaLayer:
         cache.advance()
         return output.clone() if self._output_hooks else output
 
+    @property
+    def can_join(self) -> bool:
+        """Whether it may be part of a chain: the host need not plan every call."""
+        return self.experts is None or self._link is not None
+
     def join(self, chain: ProvenChain) -> None:
         """Run as a part of a chain from now on."""
         self.chain = chain

@@ -174,13 +174,9 @@ class Engine:
             if not self.controller.looks_ahead:
                 scored = None  # everything is cached: nobody asks for ranks
             step = self.controller.hit(layer, ids[0].tolist(), now_us, scored)
-            if step is None:  # an expert has lost its slot meanwhile
-                if scored is not None:
-                    self.controller.learn(layer, *scored)
-            else:
-                self._look_ahead(step, seen, now_us)
-                self.controller.finish(step)
-                self._pass_time(step, now_us)
+            self._look_ahead(step, seen, now_us)
+            self.controller.finish(step)
+            self._pass_time(step, now_us)
             self._unfinished = False
         except BaseException:
             with contextlib.suppress(Exception):

@@ -175,25 +175,22 @@ class Controller:
 
     def hit(
         self, layer: int, ids: Sequence[int], now_us: float, scored: Scored | None = None
-    ) -> Step | None:
+    ) -> Step:
         """The books of one token's call that the accelerator has computed without asking.
 
         The same as `begin` where the plan leaves all to the accelerator: `all_hit_on_accelerator`.
+        All experts lay in slots then. One may have lost its slot since, or have come before the
+        link was expected to bring it; the call counts the same.
 
         Args:
             ids: [K] the token's experts.
             scored: as in `begin`.
-
-        Returns:
-            None where an expert is not resident: such a call has to `begin`.
         """
         started = perf_counter_ns()
         residency = self.residency
         residency.land(now_us)
         self.loans.streak.follow(layer, {}, 1)
-        routed = residency.hits(layer, ids)
-        if routed is None:
-            return None
+        routed = residency.hits(ids)
         costs, experts = self.costs, tuple(ids)
         busy_us = costs.accelerator_first_us + len(experts) * costs.accelerator(1)
         plan = LayerPlan((), experts, (), busy_us, 0.0, busy_us, 0.0)

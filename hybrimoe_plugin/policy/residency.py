@@ -125,15 +125,10 @@ class Residency:
                 found.append(Routed(expert, load, ready_us))
         return tuple(found)
 
-    def hits(self, layer: int, experts: Sequence[int]) -> tuple[Routed, ...] | None:
-        """One token's experts, if all of them are resident; None if not."""
-        cached, hits = self.pool.cached[layer], self._hits
-        found = [hits[expert] for expert in experts if expert in cached]
-        if len(found) < len(experts):
-            return None
-        if self._arrivals and not self.arriving(layer).keys().isdisjoint(experts):
-            return None
-        return tuple(found)
+    def hits(self, experts: Sequence[int]) -> tuple[Routed, ...]:
+        """One token's experts, all of which were resident when it was computed."""
+        hits = self._hits
+        return tuple([hits[expert] for expert in experts])
 
     def arriving(self, layer: int) -> dict[int, float]:
         """Expert -> arrival of a layer's cached experts that are in flight."""

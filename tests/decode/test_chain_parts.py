@@ -58,6 +58,37 @@ def late(load_captured: Loader, monkeypatch: pytest.MonkeyPatch) -> Any:
         yield model, capture
 
 
+class UnmadeCopies:
+    """Rows on a device that makes no copy yet; keeps what each copy will read."""
+
+    def __init__(self) -> None:
+        self.sources: list[torch.Tensor] = []
+
+    def __getitem__(self, layer: int) -> UnmadeCopies:
+        return self
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+        assert non_blocking
+        self.sources.append(source)
+
+
+def test_a_change_on_the_host_leaves_the_copy_before_it(late: tuple[Any, LateCapture]) -> None:
+    model, capture = late
+    (engine,) = model.hybrimoe.engines
+    table, pool = links_of(model)[0].table, engine.controller.pool
+    capture._streams.synchronize()
+    table.update(0)
+    table.rows = copies = UnmadeCopies()
+    one, other, *_ = pool.cached[0]
+    pool.evict(0, one)
+    table.update(0)
+    pool.evict(0, other)
+    table.update(0)
+    first, second = copies.sources
+    assert first[one] == second[one] == second[other] == NOWHERE
+    assert first[other] != NOWHERE, "graphs that are launched already read it there"
+
+
 def test_an_expert_is_in_its_row_once_it_has_arrived(late: tuple[Any, LateCapture]) -> None:
     model, capture = late
     (engine,) = model.hybrimoe.engines

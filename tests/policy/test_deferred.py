@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS
+from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.costs import CostCurve
 
@@ -136,10 +137,10 @@ def test_a_hit_leaves_the_books_that_begin_leaves(seed: int, quota: int, **choic
         guess = rng.choice(EXPERTS, TOP_K, replace=False).tolist()
         step = asked.begin(layer, loads(routing.ids), 1, now_us, routing)
         resident = all(item.ready_us == 0.0 for item in step.routed)
-        other = unasked.hit(layer, routing.ids[0].tolist(), now_us, routing)
-        assert (other is not None) == resident, "only a call whose experts are all there"
         hits += resident
-        if other is None:
+        if resident:
+            other = unasked.hit(layer, routing.ids[0].tolist(), now_us, routing)
+        else:
             other = unasked.begin(layer, loads(routing.ids), 1, now_us, routing)
         assert in_router_order(other) == in_router_order(step)
         assert rest(asked, step, guess, now_us) == rest(unasked, other, guess, now_us)
@@ -148,16 +149,27 @@ def test_a_hit_leaves_the_books_that_begin_leaves(seed: int, quota: int, **choic
     assert hits or quota < 4
 
 
-def test_an_expert_that_is_still_coming_is_no_hit() -> None:
+def test_a_hit_on_an_expert_that_came_early_counts() -> None:
     made = fast_accelerator(3)
     slot = made.residency.admit(0, 3, range(LAYERS), 1e9)
     assert slot is not None
     made.residency.expect(Move(0, 3, slot, 0.0, 500.0))
     resident = next(expert for expert in made.pool.cached[0] if expert != 3)
-    assert made.hit(0, [resident, 3], 400.0) is None
-    step = made.hit(0, [resident, 3], 500.0)
-    assert step is not None
+    step = made.hit(0, [resident, 3], 400.0)
+    made.finish(step)
     assert step.plan.accelerator == (resident, 3)
+    assert made.counters.calls == 1 and made.counters.cache_hits == 2
+    assert made.residency.arriving(0) == {3: 500.0}, "the books' own time of arrival"
+
+
+def test_a_hit_on_an_expert_that_lost_its_slot_counts() -> None:
+    made = fast_accelerator(3)
+    first, second, *_ = made.pool.cached[0]
+    made.residency.evict(ExpertRef(0, first))
+    made.finish(made.hit(0, [first, second], 0.0))
+    assert made.counters.calls == 1 and made.counters.cache_hits == 2
+    assert first not in made.pool.cached[0]
+    made.pool.check_integrity()
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

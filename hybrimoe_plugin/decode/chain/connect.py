@@ -70,15 +70,22 @@ def _before(settle: Callable[[], None]) -> Callable[..., None]:
 
 
 def _runs(layers: Sequence[GraphedLayer]) -> Iterator[list[GraphedLayer]]:
-    """Layers in runs of which each is the model's next one, with the same state."""
+    """Layers in runs of which each is the model's next one, with the same state.
+
+    A layer that cannot join ends a run: those before it are proved by themselves.
+    """
     run: list[GraphedLayer] = []
-    for layer in layers:
+    for layer in filter(_can_join, layers):
         if run and not _follows(run[-1], layer):
             yield run
             run = []
         run.append(layer)
     if run:
         yield run
+
+
+def _can_join(layer: GraphedLayer) -> bool:
+    return _cuda(layer).can_join
 
 
 def _follows(one: GraphedLayer, other: GraphedLayer) -> bool:

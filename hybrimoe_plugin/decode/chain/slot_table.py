@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hybrimoe_plugin.compute.backends import ResidentExperts
@@ -36,9 +37,15 @@ class SlotTable:
         shape = layers, max(weights.spec.experts for weights in engine.layers)
         with torch.inference_mode(False):
             self.rows = torch.full(shape, NOWHERE, dtype=torch.int64, device=accelerator.device)
-            self._on_host = accelerator.pinned_like(self.rows)
-            self._on_host.fill_(NOWHERE)
-        self._shown = self._on_host.numpy()
+            self._on_host = [accelerator.pinned_like(self.rows) for _ in range(2)]
+        """What copies to the device read, which may come after the next change on the host.
+
+        In turns: a layer's routing is known before its row is changed twice, so the copy before
+        has been made by then.
+        """
+        self._written = [memory.numpy() for memory in self._on_host]
+        self._turn = [0] * layers
+        self._shown = np.full(shape, NOWHERE, dtype=np.int64)
         """[L, E] what graphs read that are launched now."""
         self.present: list[set[int]] = [set() for _ in range(layers)]
         """Experts of each layer that have a slot in `rows`."""
@@ -80,9 +87,13 @@ class SlotTable:
 
     def push(self, layer: int) -> None:
         """Send a layer's row, as `update` left it, for graphs that are launched behind this."""
-        if self._differs[layer]:
-            self.rows[layer].copy_(self._on_host[layer], non_blocking=True)
-            self._differs[layer] = False
+        if not self._differs[layer]:
+            return
+        self._turn[layer] ^= 1
+        turn = self._turn[layer]
+        self._written[turn][layer] = self._shown[layer]
+        self.rows[layer].copy_(self._on_host[turn][layer], non_blocking=True)
+        self._differs[layer] = False
 
     def forget(self) -> None:
         """Make every row anew; the device must be idle."""
