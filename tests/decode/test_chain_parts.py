@@ -78,12 +78,15 @@ def test_a_change_on_the_host_leaves_the_copy_before_it(late: tuple[Any, LateCap
     table, pool = links_of(model)[0].table, engine.controller.pool
     capture._streams.synchronize()
     table.update(0)
+    table.push(0)
     table.rows = copies = UnmadeCopies()
     one, other, *_ = pool.cached[0]
     pool.evict(0, one)
     table.update(0)
+    table.push(0)
     pool.evict(0, other)
     table.update(0)
+    table.push(0)
     first, second = copies.sources
     assert first[one] == second[one] == second[other] == NOWHERE
     assert first[other] != NOWHERE, "graphs that are launched already read it there"
