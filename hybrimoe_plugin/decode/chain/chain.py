@@ -21,12 +21,11 @@ misses, nothing is launched behind it before its routing is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from hybrimoe_plugin.decode.capture import Experts, GraphBreak, LayerGraphs
+from hybrimoe_plugin.decode.capture import GraphBreak, LayerGraphs
 from hybrimoe_plugin.decode.chain.link import LayerLink
 from hybrimoe_plugin.device.streams import PendingCopy
 
@@ -35,8 +34,6 @@ AHEAD = 2
 
 While the device is at one, the host launches the next one.
 """
-
-CallExperts = Callable[[Experts], torch.Tensor]
 
 
 @dataclass
@@ -50,7 +47,6 @@ class LayerCall:
 
     graphs: LayerGraphs
     source: torch.Tensor
-    call_experts: CallExperts
     link: LayerLink | None
     whole: bool = False
     later: PendingCopy | None = None
@@ -102,12 +98,12 @@ class LayerCall:
             # inputs: once more from the beginning, while the engine plans.
             self.graphs.hidden.copy_(self.source)
             self.graphs.route()
-        output = self.call_experts(self)
+        output = self.link.plan_and_compute(self)
         if self.whole:
             self.link.await_routing()
             if self.link.chosen(self.graph_break) != chosen:
                 # A tie that fell otherwise: sums need not have one order on a device.
-                output = self.call_experts(self)
+                output = self.link.plan_and_compute(self)
         self.graph_break.output.copy_(output)
         self.graphs.after()
 
@@ -130,7 +126,6 @@ class Chain:
         self,
         graphs: LayerGraphs,
         hidden: torch.Tensor,
-        call_experts: CallExperts,
         link: LayerLink | None,
         final: bool,
     ) -> torch.Tensor:
@@ -138,7 +133,6 @@ class Chain:
 
         Args:
             hidden: [1, 1, H], the layer's input.
-            call_experts: computes the experts of a call that has a miss.
             link: of a MoE layer, which must be usable; None for a layer without experts.
             final: whether whatever reads the output does not ask `settle` first. Then the output
                 is right without exception.
@@ -146,7 +140,7 @@ class Chain:
         if hidden is not self._last:
             self.settle()
             graphs.hidden.copy_(hidden)
-        call = LayerCall(graphs, hidden, call_experts, link)
+        call = LayerCall(graphs, hidden, link)
         self._last = None
         while self._unknown() >= AHEAD:
             self._learn_next()

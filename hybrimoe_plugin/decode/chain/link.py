@@ -6,7 +6,7 @@ import torch
 
 from hybrimoe_plugin.compute.backends import ResidentExperts
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.decode.capture import GraphBreak
+from hybrimoe_plugin.decode.capture import Experts, GraphBreak
 from hybrimoe_plugin.decode.chain.slot_table import SlotTable
 from hybrimoe_plugin.decode.chain.stamp import ArrivedCopy, Stamp, StampedCopy
 from hybrimoe_plugin.decode.decode_state import DecodeState
@@ -130,6 +130,13 @@ class LayerLink:
         _, ids, *_ = graph_break.on_host
         experts: list[int] = ids.tolist()[0]
         return experts
+
+    def plan_and_compute(self, call: Experts) -> torch.Tensor:
+        """[1, H]: the experts of a call with a miss, by the engine.
+
+        Not through the experts' module: a layer with hooks on it is launched the plain way.
+        """
+        return self.engine.run(self.position, *call.inputs, call)
 
     def note_hit(self, call: Sent) -> None:
         """Do the bookkeeping of a call without a miss, and let waiting prefetches go."""

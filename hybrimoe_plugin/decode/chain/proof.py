@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.decode.capture import GraphBreak, LayerGraphs
-from hybrimoe_plugin.decode.chain.chain import CallExperts, Chain
+from hybrimoe_plugin.decode.capture import Experts, GraphBreak, LayerGraphs
+from hybrimoe_plugin.decode.chain.chain import Chain
 from hybrimoe_plugin.decode.chain.link import LayerLink
 from hybrimoe_plugin.decode.comparison import UNDECIDED, relative_error, tolerance
 from hybrimoe_plugin.engine import Engine
@@ -30,7 +30,7 @@ class ChainCall(NamedTuple):
     """A layer's call of one token, as a chain needs it."""
 
     graphs: LayerGraphs
-    call_experts: CallExperts
+    call_experts: Callable[[Experts], torch.Tensor]
     link: LayerLink | None
     held: int
     """Tokens that the cache holds before the step."""
@@ -105,7 +105,7 @@ class ProvenChain:
             if not self._chain.settle():
                 raise BackendError(f"{self._name}: {READ}, and read what was not computed yet")
             return _plainly(call, hidden)
-        return self._chain.run(call.graphs, hidden, call.call_experts, call.link, call.final)
+        return self._chain.run(call.graphs, hidden, call.link, call.final)
 
     def settle(self) -> None:
         """Make every output that was given out right."""
@@ -166,7 +166,7 @@ class ProvenChain:
         """Run the step as a chain; the problem, "" where there is none."""
         chain, hidden = self._chain, steps[0].hidden
         for call, *_ in steps:
-            hidden = chain.run(call.graphs, hidden, call.call_experts, call.link, call.final)
+            hidden = chain.run(call.graphs, hidden, call.link, call.final)
         for call, _, _, chosen, _ in steps:
             if call.link is not None and call.link.chosen(_broken(call.graphs)) != chosen:
                 self._undecided += 1
