@@ -19,7 +19,7 @@ them it admits. So nothing is decided otherwise than if every call noted them fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 
 import numpy as np
@@ -42,6 +42,7 @@ from hybrimoe_plugin.policy.slot_loans import SlotLoans
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.policy.step import IdleTime as IdleTime
 from hybrimoe_plugin.policy.step import Move as Move
+from hybrimoe_plugin.policy.step import Predicted as Predicted
 from hybrimoe_plugin.policy.step import Scored as Scored
 from hybrimoe_plugin.policy.step import Step as Step
 from hybrimoe_plugin.policy.step import loads as loads
@@ -229,13 +230,11 @@ class Controller:
         self._unnoted = None
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
 
-    def look_ahead(
-        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], now_us: float
-    ) -> list[Move]:
+    def look_ahead(self, step: Step, predicted: Predicted, now_us: float) -> list[Move]:
         """Spend the link's idle time until the next MoE layer: prefetches first, then fills.
 
         Args:
-            predicted: (layer, expert -> predicted load) of the next layers, nearest first.
+            predicted: of the next layers.
             now_us: the start of the running call.
 
         Source: paper section 4.3 (impact-driven prefetching); confidence, admission and fills are
@@ -246,6 +245,8 @@ class Controller:
         spent_us = step.plan.makespan_us + self.costs.between_layers_us
         self.link.note_layer(spent_us)
         if not self.looks_ahead:
+            return []
+        if not self.cache_fill.postponed and self.idle_prefetch.needs_nothing(step, predicted):
             return []
         idle = IdleTime(now_us, now_us + spent_us)
         predictions = self.idle_prefetch.predict(step, predicted, idle)

@@ -8,7 +8,7 @@ enough prefetches have been used, and only where they delay nothing. Source: pap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef
 from hybrimoe_plugin.policy.link_time import LinkTime
@@ -18,7 +18,7 @@ from hybrimoe_plugin.policy.prefetch.record import CREDIT, DOUBTFUL, SLACK, Pref
 from hybrimoe_plugin.policy.prompt_slots import PromptSlots
 from hybrimoe_plugin.policy.residency import KEPT, SAFE, Residency
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
-from hybrimoe_plugin.policy.step import IdleTime, Move, Step
+from hybrimoe_plugin.policy.step import IdleTime, Move, Predicted, Step
 from hybrimoe_plugin.policy.transfer_gain import TransferGain, with_arrival
 
 RARE = 0.1
@@ -59,9 +59,18 @@ class IdlePrefetch:
         self._loans = loans
         self._prompt_slots = prompt_slots
 
-    def predict(
-        self, step: Step, predicted: Iterable[tuple[int, Mapping[int, int]]], idle: IdleTime
-    ) -> list[Prediction]:
+    def needs_nothing(self, step: Step, predicted: Predicted) -> bool:
+        """Whether a token has missed nothing here and is predicted to miss nothing further on.
+
+        Then nothing is to be sent, and what is predicted is not protected from eviction either:
+        hardly any call evicts, and no replay took longer (`docs/LOG.md`).
+        """
+        if step.many or step.plan.cpu or step.moves:
+            return False
+        cached = self._residency.pool.cached
+        return all(loads.keys() <= cached[layer].keys() for layer, loads in predicted)
+
+    def predict(self, step: Step, predicted: Predicted, idle: IdleTime) -> list[Prediction]:
         """The later layers as they will stand at their own start if nothing more is sent.
 
         Predicted experts that are there are kept until their layer has run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,10 @@ class Step(NamedTuple):
     def many(self) -> bool:
         """Whether the call has more than one token (prefill)."""
         return self.tokens > 1
+
+
+Predicted = Sequence[tuple[int, Mapping[int, int]]]
+"""(layer, expert -> predicted load) of the next layers, nearest first."""
 
 
 class Scored(NamedTuple):
