@@ -33,8 +33,6 @@ QUICK_TYPES = ("Q4_K", "Q8_0")
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it; gives the contents of the JSON line."""
-    # Interpreted kernels cannot be compiled; the processes that compile import Triton after this.
-    os.environ.pop("TRITON_INTERPRET", None)
     from hybrimoe_plugin.compute.gpu.kernels.formats.description import SUPPORTED
 
     parser = report.parser(__doc__ or "", "python -m eval.kernels")
@@ -52,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     architectures = args.arch or (QUICK_ARCHITECTURES if args.quick else ARCHITECTURES)
     types = args.types or (QUICK_TYPES if args.quick else SUPPORTED)
-    # Imports Triton, which has to see the environment as it is now.
+    # Interpreted kernels cannot be compiled. This and the processes that compile import Triton, which
+    # has to see the environment as it is now.
+    os.environ.pop("TRITON_INTERPRET", None)
     from eval.kernels.rows import Job, rows
 
     jobs = [Job(kind, arch, args.quick) for arch in architectures for kind in types]
