@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     architectures = args.arch or (QUICK_ARCHITECTURES if args.quick else ARCHITECTURES)
     types = args.types or (QUICK_TYPES if args.quick else SUPPORTED)
-    # Interpreted kernels cannot be compiled. What imports Triton from here on, and the processes that
-    # compile, must see the environment as it is now.
+    # Interpreted kernels cannot be compiled. Triton is imported from here on, and by the processes
+    # that compile.
     os.environ.pop("TRITON_INTERPRET", None)
     from eval.kernels.rows import Job, rows
 
