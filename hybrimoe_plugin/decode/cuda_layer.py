@@ -31,7 +31,7 @@ from hybrimoe_plugin.decode.comparison import (
     tolerance,
 )
 from hybrimoe_plugin.decode.decode_state import DecodeState
-from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
+from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks, hooks_on_all
 from hybrimoe_plugin.decode.layer_buffers import LayerBuffers
 from hybrimoe_plugin.decode.layer_call import EagerLayer, is_decode_step
 from hybrimoe_plugin.operators.attention import FusedAttention
@@ -141,7 +141,8 @@ class CudaLayer:
         if self.chain is None or not chained or self._experts_hooks.present():
             self.state.settle()
             return graphs.run(hidden, self._call_experts)
-        final = self.next_input_hooks is None or bool(self.next_input_hooks or self._output_hooks)
+        final = self.next_input_hooks is None or hooks_on_all()
+        final = final or bool(self.next_input_hooks or self._output_hooks)
         call = ChainCall(graphs, self._call_experts, self._link, held, final)
         return self.chain.run(call, hidden)
 

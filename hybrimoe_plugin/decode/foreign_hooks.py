@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sized
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 
 class ForeignHooks:
@@ -26,3 +27,9 @@ class ForeignHooks:
 
     def present(self) -> bool:
         return list(map(len, self._hooks)) != self._known
+
+
+def hooks_on_all() -> bool:
+    """Whether anything watches every module of the process, as torch's global hooks do."""
+    # torch has no public way to ask.
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)

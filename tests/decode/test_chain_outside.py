@@ -182,3 +182,35 @@ def scaled(call: Any) -> Any:
         return call(*args, **kwargs) * -3.0
 
     return forward
+
+
+def test_a_hook_on_all_modules_sees_what_is_right(
+    load_captured: Loader, voids: list[LayerCall]
+) -> None:
+    model, plain = load_captured("mixtral", Replayed(), cache_ratio=0.5), tiny.model("mixtral")
+    eager_to_launch(model)
+    sequences = Sequence(model, 1), Sequence(plain, 1)
+    for _ in range(8):
+        for sequence in sequences:
+            sequence.step()
+    assert proven(model)
+    layers = {*layers_of(model), *plain.model.layers}
+    seen: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        if module in layers:
+            seen.append(output.clone())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(keep)
+    try:
+        for _ in range(16):
+            for sequence in sequences:
+                sequence.step()
+    finally:
+        handle.remove()
+    found = [seen[at : at + 2] for at in range(0, len(seen), 4)]
+    wanted = [seen[at + 2 : at + 4] for at in range(0, len(seen), 4)]
+    assert len(found) == 16
+    torch.testing.assert_close(found, wanted)
+    assert sequences[0].tokens == sequences[1].tokens
+    assert voids
