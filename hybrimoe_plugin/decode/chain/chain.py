@@ -134,8 +134,8 @@ class Chain:
         Args:
             hidden: [1, 1, H], the layer's input.
             link: of a MoE layer, which must be usable; None for a layer without experts.
-            final: whether whatever reads the output does not ask `settle` first. Then the output
-                is right without exception.
+            final: whether whatever reads the output does not ask `make_right` first. Then the
+                output is right without exception.
         """
         if hidden is not self._last:
             self.settle()
@@ -149,22 +149,28 @@ class Chain:
         if final or not call.whole:
             self._learn_all()
         self._last = None if final else graphs.output
-        self._note_hits()
+        if not final:  # what comes behind the last layer is launched first
+            self._note_hits()
         return graphs.output
 
     def was_read(self, hidden: torch.Tensor) -> bool:
-        """Whether the layer before this input gave its output to someone who did not `settle`."""
+        """Whether somebody was given the output before this input without asking `make_right`."""
         return self._last is not None and hidden is not self._last
 
-    def settle(self) -> bool:
+    def make_right(self) -> bool:
         """Learn what every launched layer's routing was, and put right what missed.
 
         Returns:
             whether every output was right when it was given out.
         """
         right = self._learn_all()
-        self._note_hits()
         self._last = None
+        return right
+
+    def settle(self) -> bool:
+        """As `make_right`, and do the bookkeeping of what had no miss."""
+        right = self.make_right()
+        self._note_hits()
         return right
 
     def forget(self) -> None:

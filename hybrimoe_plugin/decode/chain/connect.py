@@ -21,8 +21,9 @@ def connect_chains(
     """Let captured layers that follow one another on a device run as a chain.
 
     The layer behind the last one is not the only one that may read an output: a pass may leave the
-    last layers out, and a layer may be called by itself. So the chain is also settled before every
-    module outside the layers, and at the end of each turn.
+    last layers out, and a layer may be called by itself. So outputs are also made right before
+    every module outside the layers, and at the end of each turn. The bookkeeping of the last layers
+    comes at the end, when the device has all of the turn's work.
 
     Args:
         layers: of the model, whose calls are `CudaLayer`s, in its order.
@@ -44,9 +45,9 @@ def connect_chains(
             # The layer's own dict: hooks are removed from it and added to it, and it stays.
             _cuda(layer).next_input_hooks = follower._forward_pre_hooks
         turns.clean_up.append(weakly(chain.recover))
-        settle = weakly(chain.settle)
-        turns.complete.append(settle)
-        handles += [reader.register_forward_pre_hook(_before(settle)) for reader in readers]
+        turns.complete.append(weakly(chain.settle))
+        hook = _before(weakly(chain.make_right))
+        handles += [reader.register_forward_pre_hook(hook) for reader in readers]
 
     def remove() -> None:
         for handle in handles:
@@ -62,9 +63,9 @@ def _outside(model: nn.Module, layers: Sequence[GraphedLayer]) -> list[nn.Module
     return [part for part in parts if inside.isdisjoint(part.modules())]
 
 
-def _before(settle: Callable[[], None]) -> Callable[..., None]:
+def _before(make_right: Callable[[], None]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        settle()
+        make_right()
 
     return hook
 

@@ -107,8 +107,13 @@ class ProvenChain:
             return _plainly(call, hidden)
         return self._chain.run(call.graphs, hidden, call.link, call.final)
 
+    def make_right(self) -> None:
+        """Make every output that was given out right, for something that reads one now."""
+        self._settled = True
+        self._chain.make_right()
+
     def settle(self) -> None:
-        """Make every output that was given out right."""
+        """Make every output that was given out right, and do the bookkeeping that is left."""
         self._settled = True
         self._chain.settle()
 
@@ -167,6 +172,7 @@ class ProvenChain:
         chain, hidden = self._chain, steps[0].hidden
         for call, *_ in steps:
             hidden = chain.run(call.graphs, hidden, call.link, call.final)
+        chain.settle()
         for call, _, _, chosen, _ in steps:
             if call.link is not None and call.link.chosen(_broken(call.graphs)) != chosen:
                 self._undecided += 1
