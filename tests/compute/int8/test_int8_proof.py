@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from kernel_cases import random_layer
 
 from eval.kernel_cases.shapes import MODEL_SHAPES, TYPE_SHAPES, Shape
@@ -132,6 +133,8 @@ def test_faults_keep_activations_in_floating_point(
 
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_random_experts_have_weights_of_a_usual_size(kind: str) -> None:
+    if kind not in GGMLQuantizationType.__members__:
+        pytest.skip(f"this gguf release does not know {kind}")
     torch.manual_seed(0)
     layout = slot_layout(Shape("small", (kind, kind, kind), 256, 256, 3, 2).spec, planar=True)
     found = torch.zeros(2, layout.size, dtype=torch.uint8)
