@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from eval.host_path.stopwatch import Method
 from eval.host_path.subject import Subject
-from hybrimoe_plugin.config import Settings
 
 WAIT = "wait"
 """The host reads each layer's routing before it goes on: the twin."""
 CHAIN = "chain"
 """Layers are launched ahead, and the host puts right what missed."""
-SETTING = "host_path"
-
-
-def paths() -> tuple[str, ...]:
-    """The paths that this version has, the twin first."""
-    return (WAIT, CHAIN) if _values() else (WAIT,)
+PATHS = (WAIT, CHAIN)
 
 
 def settings(path: str) -> dict[str, Any]:
     """What selects a path."""
-    values = _values()
-    if not values:
-        return {}
-    ahead = CHAIN if CHAIN in values else "auto"
-    return {SETTING: ahead if path == CHAIN else path}
-
-
-def _values() -> tuple[str, ...]:
-    """What the setting may be; empty where there is none."""
-    found = [item for item in fields(Settings) if item.name == SETTING]
-    return tuple(found[0].metadata["choices"]) if found else ()
+    return {"host_path": "auto" if path == CHAIN else path}
 
 
 def where_routing_is_known(subject: Subject) -> list[Method]:

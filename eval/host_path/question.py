@@ -47,7 +47,7 @@ from eval.host_path.measure import (
     token_means,
     whole_calls,
 )
-from eval.host_path.paths import WAIT, paths, settings
+from eval.host_path.paths import CHAIN, PATHS, WAIT, settings
 from eval.host_path.routing import CASES, SETTLING, Case
 from eval.host_path.subject import Subject, subject
 from eval.reporting import plots, report
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> Row:
     tokens: list[Row] = []
     onloads: list[Row] = []
     noise = Noise()
-    cells = [(path, experts) for experts in EXPERTS for path in paths()]
+    cells = [(path, experts) for experts in EXPERTS for path in PATHS]
     with Progress({"models": Planned(len(cells), CELL_S[args.quick])}, 0) as progress:
         for path, experts in cells:
             label: Row = {"path": path, "experts": experts, "layers": layers}
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> Row:
             if args.trace is not None and experts == EXPERTS[-1]:
                 trace.write(trace_path(args.trace, path), token)
             progress.done("models")
-        checked = [{"path": path, "uses_in_order": order.checked(path)} for path in paths()]
+        checked = [{"path": path, "uses_in_order": order.checked(path)} for path in PATHS]
     for experts in EXPERTS:
         report.show(f"{experts} experts: host time, us (measured)", side_by_side(found, experts))
     report.show("Sending one expert into a slot: host time, us (measured)", onloads)
@@ -183,14 +183,14 @@ def token_row(token: trace.HitToken) -> Row:
 
 
 def trace_path(path: Path, name: str) -> Path:
-    """One file for each path that there is."""
-    return path if len(paths()) == 1 else path.with_stem(f"{path.stem}_{name}")
+    """One file for each path."""
+    return path.with_stem(f"{path.stem}_{name}")
 
 
 def side_by_side(found: Sequence[Row], experts: int) -> list[Row]:
     """The table of one number of experts: a row for each part, the paths beside each other."""
     shown: dict[tuple[str, str], Row] = {}
-    blank = {f"{path}_p{share}": "" for path in paths() for share in (20, 50, 80)}
+    blank = {f"{path}_p{share}": "" for path in PATHS for share in (20, 50, 80)}
     for row in where(found, experts=experts):
         key = row["case"], row["part"]
         made = shown.setdefault(key, {"case": key[0], "part": key[1], **blank})
@@ -204,9 +204,9 @@ def draw(axes: Any, found: Sequence[Row]) -> None:
     whole = where(found, part=WHOLE)
     places = distinct(whole, "place")
     series = []
-    for path in paths():
+    for path in PATHS:
         medians = [where(whole, path=path, place=place)[0]["p50_us"] for place in places]
-        colour = plots.OURS if path == paths()[-1] else plots.OTHER
+        colour = plots.OURS if path == CHAIN else plots.OTHER
         series.append(plots.Series(path, medians, colour))
     plots.dots(axes, places, series)
     most = max(row["p50_us"] for row in whole)
@@ -215,12 +215,10 @@ def draw(axes: Any, found: Sequence[Row]) -> None:
 
 
 def summary(found: Sequence[Row], onloads: Sequence[Row], tokens: Sequence[Row]) -> Row:
-    """The last line: the worst medians of the newest path, and of the twin where there is one."""
-    newest = paths()[-1]
-    result: Row = {"path": newest, **worst(found, tokens, newest)}
+    """The last line: the worst medians of the chain, and of its twin."""
+    result: Row = {"path": CHAIN, **worst(found, tokens, CHAIN)}
     result["onload_us"] = round(max(row["p50_us"] for row in onloads), 1)
-    if newest != WAIT:
-        result |= {f"{WAIT}_{name}": us for name, us in worst(found, tokens, WAIT).items()}
+    result |= {f"{WAIT}_{name}": us for name, us in worst(found, tokens, WAIT).items()}
     return result
 
 

@@ -22,9 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
 from hybrimoe_plugin.policy.cache.ranked import CachePolicy
 from hybrimoe_plugin.policy.cache_fill import CacheFill
@@ -125,19 +122,6 @@ class Controller:
         """Use this time between two MoE layers, as it was measured, from now on."""
         self.costs.between_layers_us = us
 
-    def learn(
-        self,
-        layer: int,
-        topk_ids: NDArray[np.int64],
-        topk_weights: NDArray[np.float32],
-        scores: NDArray[np.float32] | None,
-    ) -> None:
-        """Tell the cache at once what was scored: ids and weights [T, K], scores [T, E] or None.
-
-        For callers that do not hand `scored` to `begin` or `hit`.
-        """
-        self.residency.cache.observe(layer, topk_ids, topk_weights, scores)
-
     def begin(
         self,
         layer: int,
@@ -151,7 +135,7 @@ class Controller:
         Args:
             loads: expert -> tokens of this call that chose it; only experts with a token.
             tokens: T of this call.
-            scored: what the cache learns from; None where the caller tells it by `learn`.
+            scored: what the cache learns from; None for nothing.
         """
         started = perf_counter_ns()
         residency, pool = self.residency, self.residency.pool

@@ -24,7 +24,7 @@ from hybrimoe_plugin.device.streams import COMPUTE, LINK, REPACK, CudaStreams
 LAYERS, EXPERTS = 3, 32
 
 
-@pytest.fixture(scope="module", params=paths.paths())
+@pytest.fixture(scope="module", params=paths.PATHS)
 def made(request: pytest.FixtureRequest) -> Iterator[Subject]:
     """A model on each path."""
     with subject(LAYERS, EXPERTS, **paths.settings(request.param)) as found:
@@ -189,7 +189,7 @@ def test_a_stopwatch_times_what_it_watches_and_leaves_it_as_it_was() -> None:
     assert 0 < watch.own_us < 100
 
 
-@pytest.mark.parametrize("path", paths.paths())
+@pytest.mark.parametrize("path", paths.PATHS)
 def test_events_order_all_uses_of_slots(path: str) -> None:
     assert order.checked(path) > 100
 
@@ -210,7 +210,6 @@ def test_every_edge_between_streams_is_needed(
         order.checked(paths.WAIT)
 
 
-@pytest.mark.skipif(paths.CHAIN not in paths.paths(), reason="there is one path only")
 def test_what_graphs_read_by_themselves_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotAccelerator, "used_layer", lambda self, weights: None)
     with pytest.raises(RuntimeError, match="nothing orders"):
@@ -225,12 +224,9 @@ def test_the_question_prints_its_figures(tmp_path: Path, monkeypatch: pytest.Mon
     found = question.main(
         ["--quick", "--layers", "3", "--out", str(tmp_path), "--trace", str(path)]
     )
-    trips = found["host_round_trips_per_hit_token"]
-    if paths.CHAIN in paths.paths():
-        assert trips == 0
-        trips = found["wait_host_round_trips_per_hit_token"]
-        path = path.with_stem("trace_chain")
-    assert trips == LAYERS
+    assert found["host_round_trips_per_hit_token"] == 0
+    assert found["wait_host_round_trips_per_hit_token"] == LAYERS
+    path = path.with_stem("trace_chain")
     assert found["onload_us"] > 0
     assert 0 < found["decide_us_p50"] < found["layer_us_p50"]
     assert 0 < found["decide_us_miss_p50"] < found["layer_us_p50"]

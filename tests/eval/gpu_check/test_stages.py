@@ -55,10 +55,10 @@ def test_overlapping_work_on_the_device_counts_once() -> None:
     assert _union_us([]) == 0
 
 
-def test_the_chain_is_compared_with_its_twin_where_it_is_a_setting() -> None:
+def test_the_chain_is_compared_with_its_twin() -> None:
     found = path.systems()
     names = {item.name for item in dataclasses.fields(Settings)}
-    assert len(found) == (2 if "host_path" in names else 1)
+    assert len(found) == 2
     for system in found:
         assert set(system.settings) <= names
 
