@@ -151,9 +151,7 @@ class Engine:
     @property
     def wants_predictions(self) -> bool:
         """Whether the later routers' choices can change anything, or somebody records them."""
-        if self.recorder is not None:
-            return True
-        return self.controller.looks_ahead
+        return self.recorder is not None or self.controller.looks_ahead
 
     def note_hit(self, layer: int, sent: Sent) -> None:
         """Do the bookkeeping of one token's call that the accelerator has computed by itself.
@@ -308,7 +306,7 @@ class Engine:
     def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
         """Prefetch what the next layers are predicted to need, while this one is computed."""
         found: tuple[NDArray[np.int64], ...] = ()
-        if self.recorder is not None or self.controller.looks_ahead:
+        if self.wants_predictions:
             found = seen.predicted(wait=self.recorder is not None)
         if self.recorder is not None:
             self.recorder(seen.record(step.layer, found))

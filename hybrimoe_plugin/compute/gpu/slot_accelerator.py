@@ -15,10 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.gpu.direct_proof import what_is_wrong
-from hybrimoe_plugin.compute.gpu.host_bytes import (
-    HostBytes,
-    PlainBytes,
-)
+from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, PlainBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, PromptKernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
 from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs
