@@ -90,6 +90,7 @@ def _fresh(stamp: Path) -> bool:
         ROOT / "pyproject.toml",
         Path(__file__),
         Path(extras.__file__),
+        *ROOT.glob("hybrimoe_plugin/**/*.c"),
         *locks(),
     )
     return stamp.exists() and all(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from copy import deepcopy
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybrimoe_plugin.config import Settings
-from hybrimoe_plugin.policy.cache import make_cache
+from hybrimoe_plugin.policy.cache import adaptive, make_cache
 from hybrimoe_plugin.policy.cache.adaptive import AGES, DECAYS, SCORE_STEP, STEPWISE, AdaptiveCache
 from hybrimoe_plugin.replay.sources import synthetic
 from hybrimoe_plugin.replay.trace import Trace
@@ -108,3 +115,85 @@ def test_popularity_is_where_it_starts() -> None:
 def test_wrong_popularity_is_refused() -> None:
     with pytest.raises(ValueError, match="popularity"):
         AdaptiveCache(3, 8, 2, np.ones((2, 8)))
+
+
+def tokens(seed: int, count: int, layers: int, experts: int, top_k: int) -> list[tuple[int, Any]]:
+    """(layer, arguments of `observe`) of calls of one token and some of many."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        width = int(rng.choice([1, 1, 1, 1, 3, STEPWISE + 5]))
+        for layer in range(layers):
+            scores = rng.random((width, experts), dtype=np.float32) * rng.integers(0, 2)
+            ids = np.argsort(-scores, axis=1)[:, :top_k]
+            shown = scores if rng.integers(0, 4) else None
+            found.append((layer, (ids, np.take_along_axis(scores, ids, axis=1), shown)))
+    return found
+
+
+@pytest.mark.skipif(adaptive.one_token is None, reason="no C compiler at installation")
+class TestNative:
+    """The C function does what numpy does, but for the order of sums."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        layers=st.integers(1, 4),
+        experts=st.sampled_from([3, 8, 13, 60, 128]),
+        known=st.booleans(),
+    )
+    def test_it_learns_what_its_twin_learns(
+        self, seed: int, layers: int, experts: int, known: bool
+    ) -> None:
+        popularity = None
+        if known:
+            popularity = np.random.default_rng(seed).dirichlet(np.ones(experts), layers)
+        native, plain = (
+            AdaptiveCache(layers, experts, 2, popularity, native=native) for native in (True, False)
+        )
+        for layer, arguments in tokens(seed, 12, layers, experts, 2):
+            for each in (native, plain):
+                each.observe(layer, *arguments)
+            np.testing.assert_allclose(native.ranks, plain.ranks, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(native.features, plain.features, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(native.weights, plain.weights, rtol=1e-6, atol=1e-8)
+
+    def test_a_copy_has_memory_of_its_own(self) -> None:
+        cache = AdaptiveCache(2, 16, 2)
+        feed(cache, routing(20))
+        before = cache.ranks.copy()
+        copied = deepcopy(cache)
+        feed(copied, routing(5))
+        np.testing.assert_array_equal(cache.ranks, before)
+        feed(cache, routing(5))
+        np.testing.assert_array_equal(cache.ranks, copied.ranks)
+
+    @pytest.mark.parametrize("ids", [[[0, 16]], [[-1, 3]]])
+    def test_an_expert_that_is_not_there_changes_nothing(self, ids: list[list[int]]) -> None:
+        cache = AdaptiveCache(2, 16, 2)
+        feed(cache, routing(5))
+        before = cache.features.copy(), cache.ranks.copy()
+        with pytest.raises(IndexError):
+            cache.observe(0, np.array(ids), np.ones((1, 2), np.float32), np.ones((1, 16), "f"))
+        np.testing.assert_array_equal(cache.features, before[0])
+        np.testing.assert_array_equal(cache.ranks, before[1])
+
+    def test_a_call_with_other_arguments_is_refused(self) -> None:
+        learn: Any = adaptive.one_token.learn_token
+        for arguments in ((), (0, 1, 1, 1.0, 0.0), ("a", 1, 1, 1.0, 0.0), (1, 1, 1, "a", 0.0)):
+            with pytest.raises((TypeError, ValueError)):
+                learn(*arguments)
+
+
+def test_it_works_without_a_compiler() -> None:
+    program = """
+import sys
+sys.modules["hybrimoe_plugin.policy.cache.one_token"] = None
+import numpy as np
+from hybrimoe_plugin.policy.cache.adaptive import AdaptiveCache, one_token
+assert one_token is None
+cache = AdaptiveCache(1, 4, 2)
+cache.observe(0, np.array([[2, 3]]), np.ones((1, 2), np.float32), None)
+assert set(np.argsort(-cache.ranks[0])[:2].tolist()) == {2, 3}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

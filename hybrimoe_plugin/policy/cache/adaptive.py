@@ -5,14 +5,25 @@ weighed by a ridge regression that all layers share and that forgets slowly. No 
 everywhere: recency wins where routing follows the topic closely, frequency where it is flat, scores
 where they drift slowly. The regression finds out which. Ranks are probabilities, so they compare
 across layers, with a prefetch's confidence, and with costs in microseconds.
+
+One token changes a few hundred numbers of a layer. `one_token.c` does it in one call where it was
+compiled at installation, else numpy in some fifteen, each of which takes longer to begin than to
+compute.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
+
+try:
+    from hybrimoe_plugin.policy.cache import one_token
+except ImportError:  # there was no C compiler
+    one_token = None  # type: ignore[assignment]
 
 DECAYS = np.array([0.07, 0.15, 0.3])
 """Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where
@@ -52,13 +63,20 @@ class AdaptiveCache(RankedCache):
     Args:
         top_k: scales router scores, so that their sum is the number of experts chosen.
         popularity: [L, E] shares of earlier text to start from, each row summing to 1.
+        native: learn from a token in one call of C where that was compiled; False for the plain
+            twin.
     """
 
     name = "adaptive"
     probabilities = True
 
     def __init__(
-        self, layers: int, experts: int, top_k: int, popularity: Ranks | None = None
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        popularity: Ranks | None = None,
+        native: bool = True,
     ) -> None:
         super().__init__(layers, experts, popularity)
         self.weights = START.copy()
@@ -75,6 +93,10 @@ class AdaptiveCache(RankedCache):
         self._targets = np.zeros(FEATURES)
         """[F] evidence: features of the experts that were chosen."""
         # Buffers of one token: allocating and broadcasting cost more than these few numbers do.
+        self._ids = np.zeros(top_k, np.int64)
+        """[K] its experts."""
+        self._shown = np.zeros(experts)
+        """[E] its router scores."""
         self._products = np.zeros((FEATURES, FEATURES))
         self._sums = np.zeros(FEATURES)
         self._chosen = np.zeros(experts)
@@ -84,7 +106,16 @@ class AdaptiveCache(RankedCache):
         if popularity is not None:
             frequencies = popularity[:, None] * top_k
             self.features[:, : len(DECAYS)] = frequencies
-            self.ranks = np.tensordot(self.weights, self.features, (0, 1))
+            self.ranks[:] = np.tensordot(self.weights, self.features, (0, 1))
+        self._native = native and one_token is not None
+        self._memory: Any = None
+        """[L, 12] addresses for `one_token`; None until they are needed."""
+        self._starts: list[int] = []
+        """[L] address of each row of `_memory`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy has memory of its own."""
+        return {**self.__dict__, "_memory": None, "_starts": []}
 
     def observe(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
@@ -100,23 +131,64 @@ class AdaptiveCache(RankedCache):
         early = max(0, tokens - STEPWISE)
         if early:
             self._skip(layer, topk_ids[:early])
-        features = self.features[layer]
+        learn = self._learn_natively if self._native else self._learn_token
         for token in range(early, tokens):
             ids = topk_ids[token]
-            self._chosen.fill(0.0)
-            self._chosen[ids] = 1.0
-            if self._seen[layer]:
-                np.dot(features, features.T, self._products)
-                self._moments += self._products
-                np.dot(features, self._chosen, self._sums)
-                self._targets += self._sums
-            self._advance(layer, ids)
-            if scores is None:
-                self._update_scores(features, topk_weights[token], ids)
+            if len(ids) != len(self._ids):
+                self._ids, self._memory = np.zeros(len(ids), np.int64), None
+            self._ids[:] = ids
+            if scores is not None:
+                self._shown[:] = scores[token]
             else:
-                self._update_scores(features, scores[token])
+                self._shown.fill(0.0)
+                self._shown[ids] = topk_weights[token]
+            learn(layer)
+            self._seen[layer] += 1
         if layer == len(self.ranks) - 1:
             self._solve(tokens)
+            np.dot(self.weights, self.features[layer], self.ranks[layer])
+
+    def _learn_natively(self, layer: int) -> None:
+        """`_learn_token` in C."""
+        assert one_token is not None
+        if self._memory is None:
+            self._give_addresses()
+        one_token.learn_token(
+            self._starts[layer],
+            len(self._shown),
+            len(self._ids),
+            float(self._top_k),
+            float(self._seen[layer]),
+        )
+
+    def _give_addresses(self) -> None:
+        """Collect what one_token.c reads and writes, in its order."""
+        shared: list[NDArray[Any]] = [DECAYS, np.array(AGES), np.array([SCORE_STEP]), self.weights]
+        shared += [self._moments, self._targets, self._chosen]
+        token: list[NDArray[Any]] = [self._shown, self._ids]
+        rows = []
+        for layer in range(len(self.ranks)):
+            own = self.features[layer], self._last[layer], self.ranks[layer]
+            arrays = [*shared, *own, *token]
+            assert all(array.flags.c_contiguous for array in arrays)
+            rows.append([array.ctypes.data for array in arrays])
+        # Kept alive, whatever becomes of this object's other attributes.
+        self._addressed = [*shared, *token, self.features, self._last, self.ranks]
+        self._memory = np.array(rows, np.uintp)
+        self._starts = [row.ctypes.data for row in self._memory]
+
+    def _learn_token(self, layer: int) -> None:
+        """Learn from the token in the buffers, update its layer's features, and rank anew."""
+        ids, features = self._ids, self.features[layer]
+        self._chosen.fill(0.0)
+        self._chosen[ids] = 1.0
+        if self._seen[layer]:
+            np.dot(features, features.T, self._products)
+            self._moments += self._products
+            np.dot(features, self._chosen, self._sums)
+            self._targets += self._sums
+        self._advance(layer, ids)
+        self._update_scores(features)
         np.dot(self.weights, features, self.ranks[layer])
 
     def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
@@ -130,30 +202,19 @@ class AdaptiveCache(RankedCache):
         np.multiply(STEPS, self._chosen, self._added)
         frequencies *= KEPT_SHARES
         frequencies += self._added
-        self._seen[layer] += 1
-        now = self._seen[layer]
+        now = self._seen[layer] + 1
         last = self._last[layer]
         last[ids] = now
         np.subtract(now, last, self._change)
         np.add(self._change, OFFSETS, ages)
         np.reciprocal(ages, ages)
 
-    def _update_scores(
-        self, features: Ranks, scores: Scores, ids: NDArray[np.int64] | None = None
-    ) -> None:
-        """Update one layer's two score features, scaled to a sum of top-k.
-
-        Args:
-            scores: of all experts, or of `ids` alone.
-        """
-        total = float(scores.sum())
+    def _update_scores(self, features: Ranks) -> None:
+        """Update one layer's two score features, scaled to a sum of top-k."""
+        total = float(self._shown.sum())
         scale = self._top_k / total if total > 0.0 else 0.0
         newest, decayed = features[-2], features[-1]
-        if ids is None:
-            np.multiply(scores, scale, out=newest)
-        else:
-            newest[:] = 0.0
-            newest[ids] = scores * scale
+        np.multiply(self._shown, scale, newest)
         change = self._change
         np.subtract(newest, decayed, change)
         change *= SCORE_STEP
@@ -182,7 +243,7 @@ class AdaptiveCache(RankedCache):
         prior = PRIOR * np.eye(FEATURES)
         moments = self._moments + prior
         targets = self._targets + PRIOR * START
-        self.weights = np.linalg.solve(moments, targets)
+        self.weights[:] = np.linalg.solve(moments, targets)
         keep = FORGET ** min(tokens, STEPWISE)
         self._moments *= keep
         self._targets *= keep

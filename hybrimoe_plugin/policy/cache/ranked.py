@@ -72,7 +72,7 @@ class RankedCache:
         if popularity is None:
             self.ranks = np.zeros((layers, experts))
         else:
-            self.ranks = np.array(popularity, dtype=np.float64)
+            self.ranks = np.array(popularity, dtype=np.float64, order="C")
         if self.ranks.shape != (layers, experts):
             raise ValueError(
                 f"popularity must be [{layers}, {experts}], found {list(self.ranks.shape)}"
