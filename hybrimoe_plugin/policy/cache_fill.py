@@ -141,7 +141,8 @@ class CacheFill:
         gain_us = self._gain.fill_us(step.layer, expert, lenders)
         if gain_us <= 0.0:
             return False
-        return gain_us > self._gain.delay_us(step, predictions, late_us)
+        delay_us = self._gain.delay_us(step, predictions, late_us, most_us=gain_us)
+        return gain_us > delay_us
 
     def _send(self, layer: int, expert: int, slot: int, idle: IdleTime) -> Move:
         """Queue the transfer of an expert that has a cache slot."""

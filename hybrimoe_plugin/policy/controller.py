@@ -209,7 +209,7 @@ class Controller:
         if not step.moves:
             self._learn(step.layer, step.plan, scored)
         self._count(step)
-        self.idle_prefetch.confidence.check(step.layer, {item.expert for item in step.routed})
+        self.idle_prefetch.confidence.check(step.layer, step.routed)
         self.link.note_call(step.many, bool(step.moves))
         self._unnoted = None
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
@@ -321,11 +321,12 @@ class Controller:
 
     def _count(self, step: Step) -> None:
         counters, plan = self.counters, step.plan
-        present = [item.expert for item in step.routed if item.ready_us != OFFLOADED]
+        needed = len(step.routed)
+        missing = [item.ready_us for item in step.routed].count(OFFLOADED)
         counters.calls += 1
         counters.tokens += step.tokens
-        counters.activations += len(step.routed)
-        counters.cache_hits += len(present)
+        counters.activations += needed
+        counters.cache_hits += needed - missing
         counters.experts_cpu += len(plan.cpu)
         counters.experts_accelerator += len(plan.accelerator)
-        self.prefetch_record.use_all(step.layer, present)
+        self.prefetch_record.use_all(step.layer, step.routed)

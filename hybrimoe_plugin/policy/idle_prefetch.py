@@ -73,20 +73,30 @@ class IdlePrefetch:
     def predict(self, step: Step, predicted: Predicted, idle: IdleTime) -> list[Prediction]:
         """The later layers as they will stand at their own start if nothing more is sent.
 
-        Predicted experts that are there are kept until their layer has run.
+        Predicted experts that are there are kept until their layer has run. Not for one token where
+        layers share slots: an eviction hardly ever takes what the next layers need, and no replay
+        took longer (`docs/LOG.md`). Then only predictions of offloaded experts are followed.
 
         Args:
             predicted: (layer, expert -> predicted load) of the next layers, nearest first.
         """
         if self._prefetcher is None:
             return []
+        residency = self._residency
+        offloaded_only = residency.pool.shared and not step.many
         found = []
         for distance, (layer, loads) in enumerate(predicted, 1):
+            if offloaded_only and loads.keys() <= residency.pool.cached[layer].keys():
+                found.append(Prediction(layer, distance, (), {}))
+                continue
             start_us = self._link.layer_start_us(distance, idle)
-            routed = self._residency.routed(layer, loads, start_us)
-            confidence = self.confidence.predicted(layer, distance, routed, step.many)
+            routed = residency.routed(layer, loads, start_us)
+            confidence = self.confidence.predicted(
+                layer, distance, routed, step.many, offloaded_only
+            )
             found.append(Prediction(layer, distance, routed, confidence))
-            self._residency.protect(layer, confidence)
+            if not offloaded_only:
+                residency.protect(layer, confidence)
         return found
 
     def send(self, step: Step, predictions: list[Prediction], idle: IdleTime) -> list[Move]:

@@ -91,6 +91,7 @@ class TransferGain:
         predictions: Sequence[Prediction],
         late_us: float,
         layers: int | None = None,
+        most_us: float = KEPT,
     ) -> float:
         """What the next layers lose if one more transfer keeps the link busy.
 
@@ -99,8 +100,9 @@ class TransferGain:
             predictions: of the next layers, nearest first.
             late_us: how far into the next layers' time the link stays busy.
             layers: how many layers count; None for all.
+            most_us: a loss beyond which nobody cares how great it is.
         """
-        known = [item.routed for item in predictions if max(item.confidence.values()) > 0.0]
+        known = [item.routed for item in predictions if item.trusted]
         if not known:
             known = [step.routed]
         makespan_us = self._schedulers.for_call(step.tokens).makespan_us
@@ -108,7 +110,7 @@ class TransferGain:
         layer_us = self._link.layer_us
         demand_share = self._link.demand_share[step.many]
         lost_us, distance = 0.0, 0
-        while late_us > 0.0 and (layers is None or distance < layers):
+        while late_us > 0.0 and (layers is None or distance < layers) and lost_us <= most_us:
             routed = known[min(distance, len(known) - 1)]
             free_us = max(0.0, late_us - transfer_us)
             predicted_us = makespan_us(routed, late_us) - makespan_us(routed, free_us)

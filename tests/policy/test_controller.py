@@ -115,7 +115,7 @@ def test_nothing_is_queued_that_would_start_after_the_next_call(busy_us: float, 
     confidence = made.idle_prefetch.confidence
     for _ in range(50):
         confidence.predicted(1, 1, routed(0, 1, ready_us=0.0), many=False)
-        confidence.check(1, {0, 1})
+        confidence.check(1, routed(0, 1))
     made.link.free_us = 1e5
     step = begin(made, 0, [4, 5], 1, 0.0)
     assert step.plan.cpu == (4, 5)

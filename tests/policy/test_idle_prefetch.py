@@ -35,7 +35,7 @@ def spare_moves(
     for turn in range(50):
         confidence.predicted(1, 1, routed(7), many=False)
         true = turn * hits // 50 < (turn + 1) * hits // 50
-        confidence.check(1, {7} if true else ())
+        confidence.check(1, routed(7) if true else ())
     held = made.residency.worth
     held[held < np.inf] = worth
     moves = made.look_ahead(step, [(1, {7: 1})], 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from controllers import routed
 
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.counters import Counters
@@ -35,8 +36,10 @@ def test_each_is_counted_once() -> None:
 def test_unused_ones_are_known_until_their_layer_needs_them() -> None:
     record, _ = sent()
     assert ONE in record
-    record.use_all(ONE.layer, [ONE.expert, 7])
-    record.use_all(TWO.layer + 1, [TWO.expert])
+    record.use_all(ONE.layer, routed(ONE.expert))
+    assert ONE in record, "offloaded: the prefetch is not what brought it"
+    record.use_all(ONE.layer, routed(ONE.expert, 7, ready_us=0.0))
+    record.use_all(TWO.layer + 1, routed(TWO.expert, ready_us=0.0))
     assert ONE not in record
     assert TWO in record
 

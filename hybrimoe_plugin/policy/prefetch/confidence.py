@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from hybrimoe_plugin.core import OFFLOADED, Routed
 
@@ -51,22 +51,32 @@ class Confidence:
         return _share(own, wide, many=kind[2])
 
     def predicted(
-        self, layer: int, distance: int, routed: Sequence[Routed], many: bool
+        self,
+        layer: int,
+        distance: int,
+        routed: Sequence[Routed],
+        many: bool,
+        offloaded_only: bool = False,
     ) -> dict[int, float]:
         """Remember a prediction until its layer runs.
 
         Args:
             routed: of one token, the router's first choice first.
+            offloaded_only: pass over the experts that have a slot.
 
         Returns:
             Expert -> probability of being needed.
         """
-        known = self._open.setdefault(layer, {})
+        known = self._open.get(layer)
+        if known is None:
+            known = self._open[layer] = {}
         found = {}
         leading = 0 if many else (len(routed) + 1) // 2
         # Most predictions are of few kinds: each kind's share is computed once.
         shares: dict[tuple[int, bool, bool], tuple[_Pair, float]] = {}
         for place, (expert, _, ready_us) in enumerate(routed):
+            if offloaded_only and ready_us != OFFLOADED:
+                continue
             pairs = known.get(expert)
             if pairs is None:
                 pairs = known[expert] = []
@@ -80,9 +90,13 @@ class Confidence:
             found[expert] = share[1]
         return found
 
-    def check(self, layer: int, needed: Collection[int]) -> None:
+    def check(self, layer: int, routed: Sequence[Routed]) -> None:
         """The layer runs: compare what was predicted for it with what it needs."""
-        for expert, pairs in self._open.pop(layer, {}).items():
+        known = self._open.pop(layer, None)
+        if not known:
+            return
+        needed = {item.expert for item in routed}
+        for expert, pairs in known.items():
             hit = 1.0 if expert in needed else 0.0
             for own, wide in pairs:
                 own.hits = own.hits * KEEP + hit

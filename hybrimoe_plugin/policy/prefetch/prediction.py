@@ -15,9 +15,17 @@ class Prediction(NamedTuple):
     distance: int
     """1 for the next MoE layer."""
     routed: tuple[Routed, ...]
-    """The predicted experts, with their loads and with when they can be used."""
+    """The predicted experts, with their loads and with when they can be used.
+
+    Empty where all have slots and nobody asks further.
+    """
     confidence: Mapping[int, float]
-    """Expert -> measured share of such predictions that come true."""
+    """Expert -> measured share of such predictions that come true; of those that are followed."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether such predictions have come true at all."""
+        return not self.confidence or max(self.confidence.values()) > 0.0
 
 
 class PrefetchRequest(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hybrimoe_plugin.core import ExpertRef
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.counters import Counters
 
 DOUBTFUL = 0.6
@@ -77,11 +77,13 @@ class PrefetchRecord:
         self.used += sent.decode
         self._counters.prefetches_used += 1
 
-    def use_all(self, layer: int, experts: Iterable[int]) -> None:
-        """These experts of a layer are needed."""
+    def use_all(self, layer: int, routed: Iterable[Routed]) -> None:
+        """These experts of a layer are needed; those that are offloaded do not count."""
         unused = self._unused
-        for expert in experts:
-            if (layer, expert) in unused:
+        if not unused:
+            return
+        for expert, _, ready_us in routed:
+            if ready_us != OFFLOADED and (layer, expert) in unused:
                 self.use(ExpertRef(layer, expert))
 
     def evict(self, ref: ExpertRef) -> None:
