@@ -131,7 +131,7 @@ def tokens(seed: int, count: int, layers: int, experts: int, top_k: int) -> list
     return found
 
 
-@pytest.mark.skipif(adaptive.one_token is None, reason="no C compiler at installation")
+@pytest.mark.skipif(adaptive.learn_token is None, reason="no C compiler at installation")
 class TestNative:
     """The C function does what numpy does, but for the order of sums."""
 
@@ -179,7 +179,7 @@ class TestNative:
         np.testing.assert_array_equal(cache.ranks, before[1])
 
     def test_a_call_with_other_arguments_is_refused(self) -> None:
-        learn: Any = adaptive.one_token.learn_token
+        learn: Any = adaptive.learn_token
         for arguments in ((), (0, 1, 1, 1.0, 0.0), ("a", 1, 1, 1.0, 0.0), (1, 1, 1, "a", 0.0)):
             with pytest.raises((TypeError, ValueError)):
                 learn(*arguments)
@@ -190,8 +190,8 @@ def test_it_works_without_a_compiler() -> None:
 import sys
 sys.modules["hybrimoe_plugin.policy.cache.one_token"] = None
 import numpy as np
-from hybrimoe_plugin.policy.cache.adaptive import AdaptiveCache, one_token
-assert one_token is None
+from hybrimoe_plugin.policy.cache.adaptive import AdaptiveCache, learn_token
+assert learn_token is None
 cache = AdaptiveCache(1, 4, 2)
 cache.observe(0, np.array([[2, 3]]), np.ones((1, 2), np.float32), None)
 assert set(np.argsort(-cache.ranks[0])[:2].tolist()) == {2, 3}

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
 
 try:
-    from hybrimoe_plugin.policy.cache import one_token
+    from hybrimoe_plugin.policy.cache.one_token import learn_token
 except ImportError:  # there was no C compiler
-    one_token = None  # type: ignore[assignment]
+    learn_token = None  # type: ignore[assignment]
 
 DECAYS = np.array([0.07, 0.15, 0.3])
 """Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where
@@ -107,7 +107,7 @@ class AdaptiveCache(RankedCache):
             frequencies = popularity[:, None] * top_k
             self.features[:, : len(DECAYS)] = frequencies
             self.ranks[:] = np.tensordot(self.weights, self.features, (0, 1))
-        self._native = native and one_token is not None
+        self._native = native and learn_token is not None
         self._memory: Any = None
         """[L, 12] addresses for `one_token`; None until they are needed."""
         self._starts: list[int] = []
@@ -150,10 +150,9 @@ class AdaptiveCache(RankedCache):
 
     def _learn_natively(self, layer: int) -> None:
         """`_learn_token` in C."""
-        assert one_token is not None
         if self._memory is None:
             self._give_addresses()
-        one_token.learn_token(
+        learn_token(
             self._starts[layer],
             len(self._shown),
             len(self._ids),

@@ -124,9 +124,10 @@ class HybriMoEScheduler(Scheduler):
         return self._counts(missing, present, load, 0.0)[2]
 
     def _counts(self, missing: int, present: int, load: int, link_free_us: float) -> _Counts:
-        """The best counts for equal loads; those on an idle link are remembered."""
-        if link_free_us != 0.0:
-            return self._even_counts(missing, present, load, link_free_us)
+        """The best counts for equal loads; those on an idle link are remembered.
+
+        Where nothing should cross an idle link, nothing should cross a busy one.
+        """
         known = self._known
         if self._known_version != self._costs.version or len(known) > KNOWN_LIMIT:
             known.clear()
@@ -134,7 +135,9 @@ class HybriMoEScheduler(Scheduler):
         call = missing, present, load
         counts = known.get(call)
         if counts is None:
-            counts = known[call] = self._even_counts(*call, link_free_us)
+            counts = known[call] = self._even_counts(*call, 0.0)
+        if link_free_us > 0.0 and counts[0]:
+            return self._even_counts(*call, link_free_us)
         return counts
 
     def _even_counts(self, missing: int, present: int, load: int, link_free_us: float) -> _Counts:
