@@ -23,6 +23,7 @@ from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
 from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.prompt_call import PromptCall
 from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
+from hybrimoe_plugin.compute.gpu.slot_ids import SlotIds
 from hybrimoe_plugin.compute.gpu.slot_kernels import on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
 from hybrimoe_plugin.compute.gpu.transfer_executor import InlineExecutor, ThreadExecutor
@@ -72,6 +73,7 @@ class SlotAccelerator:
         """By the id of a layer's weights; empty where experts go the plain way."""
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
+        self._slot_ids = SlotIds(self.streams, device)
         self._allocated = False
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
@@ -252,6 +254,9 @@ class SlotAccelerator:
     def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.streams.copy_to_device(tensor)
 
+    def send_slot_ids(self, ids: Sequence[int], waves: int) -> Sequence[torch.Tensor]:
+        return self._slot_ids.send(ids, waves)
+
     def synchronize(self) -> None:
         """Make the host wait for everything. Raises: BackendError: a transfer has failed."""
         self._transfers.drain()
@@ -284,6 +289,7 @@ class SlotAccelerator:
         self._paths = {}
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
+        self._slot_ids = SlotIds(self.streams, self.device)
 
     def _make_paths(self, layers: Sequence[LayerWeights]) -> dict[int, LayerPath]:
         """How the experts of each layer are sent by address."""
