@@ -73,7 +73,8 @@ class SlotAccelerator:
         """By the id of a layer's weights; empty where experts go the plain way."""
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
-        self._slot_ids = SlotIds(self.streams, device)
+        self._slot_ids: dict[tuple[int, int, int], SlotIds] = {}
+        """By the shape of what they send."""
         self._allocated = False
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
@@ -171,20 +172,18 @@ class SlotAccelerator:
         slot_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
+        # Triton launches on the current device, which is another where a model lies on several.
+        if self.streams.elsewhere():
+            with torch.cuda.device(self.device):
+                return self.compute(slots, hidden, slot_ids, topk_weights)
         transfers = self._transfers
         transfers.pump()
-        # Triton launches on the current device, which is another where a model lies on several.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            transfers.wait_gate_up(slots)
-            layout = transfers.held[slots[0]].layout
-            assert all(transfers.held[slot].layout == layout for slot in slots), (
-                "one call computes one layer"
-            )
-            call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
-            activations = self.kernels.gate_up(call)
-            transfers.wait_down(slots)
-            output = self.kernels.down(call, activations)
-            transfers.used(slots)
+        layout = transfers.wait_gate_up(slots)
+        call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
+        activations = self.kernels.gate_up(call)
+        transfers.wait_down(slots)
+        output = self.kernels.down(call, activations)
+        transfers.used(slots)
         return output
 
     @property
@@ -255,7 +254,11 @@ class SlotAccelerator:
         return self.streams.copy_to_device(tensor)
 
     def send_slot_ids(self, ids: Sequence[int], waves: int) -> Sequence[torch.Tensor]:
-        return self._slot_ids.send(ids, waves)
+        shape = waves, 1, len(ids) // waves
+        sender = self._slot_ids.get(shape)
+        if sender is None:
+            sender = self._slot_ids[shape] = SlotIds(self.streams, self.device, shape)
+        return sender.send(ids)
 
     def synchronize(self) -> None:
         """Make the host wait for everything. Raises: BackendError: a transfer has failed."""
@@ -289,7 +292,7 @@ class SlotAccelerator:
         self._paths = {}
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
-        self._slot_ids = SlotIds(self.streams, self.device)
+        self._slot_ids = {}
 
     def _make_paths(self, layers: Sequence[LayerWeights]) -> dict[int, LayerPath]:
         """How the experts of each layer are sent by address."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from hybrimoe_plugin.device.streams import COMPUTE, Event, Streams
@@ -28,51 +27,39 @@ class SlotIds:
     Args:
         streams: the device's queues.
         device: where the ids go.
+        shape: of what is sent, [W, 1, K].
     """
 
-    def __init__(self, streams: Streams, device: torch.device) -> None:
-        self._streams = streams
-        self._device = device
-        self._rings: dict[tuple[int, int], _Ring] = {}
-        """(waves, experts of a token) -> the memory for them."""
-
-    def send(self, ids: Sequence[int], waves: int) -> tuple[torch.Tensor, ...]:
-        """As `Accelerator.send_slot_ids` says."""
-        shape = waves, len(ids) // waves
-        ring = self._rings.get(shape)
-        if ring is None:
-            ring = self._rings[shape] = _Ring(self._streams, self._device, *shape)
-        return ring.send(ids)
-
-
-class _Ring:
-    """Pinned memory for ids of one shape, [W, 1, K]."""
-
-    def __init__(self, streams: Streams, device: torch.device, waves: int, top_k: int) -> None:
+    def __init__(self, streams: Streams, device: torch.device, shape: tuple[int, int, int]) -> None:
         self._streams = streams
         with torch.inference_mode(False):
-            self._there = torch.empty(waves, 1, top_k, dtype=torch.int64, device=device)
-            places = torch.empty(2 * HALF, waves, 1, top_k, dtype=torch.int64)
-            pinned = streams.pinned_like(places)
-            self._waves = self._there.unbind()
-            self._here = pinned.unbind()
-        self._written = pinned.numpy().view(np.uint8).ravel()
-        self._format = struct.Struct(f"{waves * top_k}q")
-        self._next = 0
+            self._there = torch.empty(shape, dtype=torch.int64, device=device)
+            here = streams.pinned_like(torch.empty(2 * HALF, *shape, dtype=torch.int64))
+        self._waves = self._there.unbind()
+        self._here = here.unbind()
+        self._written = memoryview(here.numpy()).cast("B")
+        self._format = struct.Struct(f"{self._there.numel()}q")
+        self._sent = 0
         self._left: list[Event | None] = [None, None]
         """For each half, an event behind every copy that was made from it before it was left."""
 
     def send(self, ids: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        place = self._next
-        if place % HALF == 0:
-            self._enter(place // HALF)
+        """[1, K] on the device for each wave. Valid until the next call.
+
+        Args:
+            ids: K for each wave, one wave after the other.
+        """
+        sent = self._sent
+        if sent and sent % HALF == 0:
+            self._cross(sent // HALF % 2)
         # Before the copy: its place is used up, wherever this ends.
-        self._next = (place + 1) % (2 * HALF)
+        self._sent = sent + 1
+        place = sent % (2 * HALF)
         self._format.pack_into(self._written, place * self._format.size, *ids)
         self._there.copy_(self._here[place], non_blocking=True)
         return self._waves
 
-    def _enter(self, half: int) -> None:
+    def _cross(self, half: int) -> None:
         """Leave the other half for this one, once the device has read what was written here."""
         streams = self._streams
         self._left[1 - half] = streams.record(COMPUTE)
