@@ -60,9 +60,11 @@ class Waves:
         if not step.plan.accelerator:
             return None
         self._cancel_stale(step)
-        present = self._present(step)
-        groups = self._demand_groups(step)
-        waves = present + [_wave(group) for group in groups]
+        waves = self._present(step)
+        present = len(waves)
+        groups = self._demand_groups(step) if step.moves else ()
+        for group in groups:
+            waves.append({move.expert: move.slot for move in group})
         unsent = iter(groups)
         self.onload(next(unsent, ()))
         accelerator = self._accelerator
@@ -74,7 +76,7 @@ class Waves:
         layer = self._layers[step.layer]
         calls = wave_calls(accelerator, layer, waves, ids, states, weights)
         for index in range(len(waves)):
-            if index >= len(present):
+            if index >= present:
                 # Send a group before computing the one before it: link and accelerator overlap.
                 self.onload(next(unsent, ()))
             calls.compute(index)
@@ -130,10 +132,7 @@ class Waves:
     def _present(self, step: Step) -> list[Wave]:
         """The resident experts, then those in flight; without empty waves."""
         slots = self._controller.pool.cached[step.layer]
-        later = {}
-        for expert, _, ready_us in step.routed:
-            if ready_us > 0:
-                later[expert] = ready_us
+        later = {expert: ready_us for expert, _, ready_us in step.routed if ready_us > 0}
         resident: Wave = {}
         in_flight: Wave = {}
         for expert in step.plan.accelerator:
@@ -145,8 +144,6 @@ class Waves:
 
     def _demand_groups(self, step: Step) -> list[Sequence[Move]]:
         """Demand loads in link order, as many at a time as half the staging slots that are left."""
-        if not step.moves:
-            return []
         size = self._controller.pool.unlent_staging // 2
         starts = range(0, len(step.moves), size)
         return [step.moves[start : start + size] for start in starts]
@@ -210,10 +207,6 @@ def wave_calls(
         if call is not None:
             return call
     return SlotCalls(accelerator, waves, ids, layer.spec.experts, states, weights)
-
-
-def _wave(moves: Sequence[Move]) -> Wave:
-    return {move.expert: move.slot for move in moves}
 
 
 def _slot_ids(

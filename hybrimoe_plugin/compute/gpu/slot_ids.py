@@ -1,11 +1,13 @@
 """Slot ids of one token on their way to the device: the same few numbers in every layer call.
 
 They are written into pinned memory that is kept, and copied with one call. The device may read that
-memory long after the call, so copies are made from its places in turn:
+memory long after the call, so the host writes to its places in turn. When it goes from one half of
+them to the other, it leaves an event behind all copies from the first, and looks at the one that it
+left behind the second half's last copies:
 
-    places      | first half ... | second half ... |
-    host        writes here      ^ on crossing: an event behind all copies from the half it leaves,
-                                   and a look at the one from when it last left the other half
+    host       | first half | second half   | first half                        | ...
+    COMPUTE    | copies     | E1 | copies   | E2 | copies
+    asked                                   ^ E1                                ^ E2
 """
 
 from __future__ import annotations
