@@ -69,6 +69,8 @@ class Driver:
         self.calls: list[DriverCall] | None = None
         self.reached = True
         self.edges: Edges | None = None
+        self.waited: dict[str, int] = {}
+        """Stream -> the last call of `calls` that the host knows to be over, by an event."""
         self.main = Stream(self, name="compute")
         self.current = self.main
         self.graph: Graph | None = None
@@ -116,6 +118,7 @@ class Driver:
         """Record every call of the block."""
         calls: list[DriverCall] = []
         self.calls = calls
+        self.waited.clear()
         try:
             yield calls
         finally:
@@ -202,6 +205,8 @@ class Event:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._stream = ""
+        self._place = 0
+        """Among the recorded calls; 0 where none are recorded."""
         self.point: Clock = {}
         """What has happened when it is reached, where the order is checked."""
 
@@ -209,6 +214,7 @@ class Event:
         driver = self._driver
         self._stream = (stream or driver.current).name
         driver.note("cudaEventRecord", self._stream)
+        self._place = len(driver.calls or ())
         if driver.edges is not None:
             self.point = driver.edges.point(self._stream)
 
@@ -216,7 +222,7 @@ class Event:
         driver = self._driver
         driver.note("cudaEventQuery", self._stream, event=id(self))
         if driver.edges is None:
-            return driver.reached
+            return driver.reached or self._place <= driver.waited.get(self._stream, -1)
         if driver.reached:
             driver.edges.wait(HOST, self.point)
         return driver.edges.known(self.point)
@@ -224,6 +230,7 @@ class Event:
     def synchronize(self) -> None:
         driver = self._driver
         driver.note("cudaEventSynchronize", self._stream, WAITS)
+        driver.waited[self._stream] = self._place
         if driver.edges is not None:
             driver.edges.wait(HOST, self.point)
 

@@ -173,6 +173,16 @@ class Accelerator(Protocol):
         """A CPU tensor on `device`; the host does not wait."""
         ...
 
+    def send_slot_ids(self, ids: Sequence[int], waves: int) -> Sequence[torch.Tensor]:
+        """[1, K] int64 on `device` for each wave of one token's call; the host does not wait.
+
+        Valid until the next call.
+
+        Args:
+            ids: K for each wave, one wave after the other.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Make the host wait for everything."""
         ...

@@ -61,6 +61,10 @@ class Streams(Protocol):
         """Whether `copy` can be called."""
         ...
 
+    def elsewhere(self) -> bool:
+        """Whether another device than this one is current; kernels are launched on that one."""
+        ...
+
     def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         """Append work to a queue; it may only start device operations."""
         ...
@@ -128,6 +132,9 @@ class HostStreams:
     """The emulated device: all work runs at once, on the CPU."""
 
     takes_addresses = True
+
+    def elsewhere(self) -> bool:
+        return False
 
     def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         work()
@@ -206,6 +213,9 @@ class CudaStreams:
     def takes_addresses(self) -> bool:
         return self._copy is not None
 
+    def elsewhere(self) -> bool:
+        return self._several and torch.cuda.current_device() != self._device.index
+
     def enqueue(self, queue: str, work: Callable[[], None]) -> None:
         if queue == COMPUTE:
             work()
@@ -215,7 +225,7 @@ class CudaStreams:
 
     def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
         assert self._copy is not None, "takes_addresses comes first"
-        if self._elsewhere():
+        if self._several and self.elsewhere():
             # A copy follows its stream; but the runtime would take memory on the current device.
             with torch.cuda.device(self._device):
                 self.copy(queue, target, source, nbytes)
@@ -225,7 +235,7 @@ class CudaStreams:
             raise BackendError(f"copy of {nbytes} bytes to {self._device}: CUDA error {status}")
 
     def launch(self, queue: str, work: Callable[[int], None]) -> None:
-        if not self._elsewhere():
+        if not self.elsewhere():
             work(self._handles[queue])
             return
         with torch.cuda.device(self._device):
@@ -236,11 +246,11 @@ class CudaStreams:
             event = self._spare.pop()  # not asked before: another thread may take the last one
         except IndexError:
             event = torch.cuda.Event()
-        event.record(self._stream(queue))
+        event.record(self._streams.get(queue) or self._current())
         return _Recorded(event, self._spare)
 
     def wait(self, queue: str, event: Event) -> None:
-        self._stream(queue).wait_event(event.event)
+        (self._streams.get(queue) or self._current()).wait_event(event.event)
 
     def reached(self, event: Event) -> bool:
         return bool(event.event.query())
@@ -278,11 +288,6 @@ class CudaStreams:
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
 
-    def _elsewhere(self) -> bool:
-        """Whether another device is current."""
-        return self._several and torch.cuda.current_device() != self._device.index
-
-    def _stream(self, queue: str) -> torch.cuda.Stream:
-        if queue == COMPUTE:
-            return torch.cuda.current_stream(self._device)
-        return self._streams[queue]
+    def _current(self) -> torch.cuda.Stream:
+        """The stream of `COMPUTE`."""
+        return torch.cuda.current_stream(self._device)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.backends import Accelerator, WaveCalls
-from hybrimoe_plugin.core import ExpertRef
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.policy.controller import Controller, Move, Step
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
@@ -39,8 +39,8 @@ class Waves:
 
     def onload(self, moves: Iterable[Move], ahead: bool = False) -> None:
         """Queue transfers on the link; `ahead` for prefetches."""
-        for move in moves:
-            self._accelerator.onload(move.slot, self._layers[move.layer], move.expert, ahead)
+        for layer, expert, slot, *_ in moves:
+            self._accelerator.onload(slot, self._layers[layer], expert, ahead)
 
     def compute(
         self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], topk_weights: torch.Tensor
@@ -60,23 +60,28 @@ class Waves:
         if not step.plan.accelerator:
             return None
         self._cancel_stale(step)
-        present = self._present(step)
-        groups = self._demand_groups(step)
-        waves = present + [_wave(group) for group in groups]
+        waves = self._present(step)
+        present = len(waves)
+        groups = self._demand_groups(step) if step.moves else ()
+        for group in groups:
+            waves.append({move.expert: move.slot for move in group})
         unsent = iter(groups)
         self.onload(next(unsent, ()))
         accelerator = self._accelerator
-        states = self.to_device(hidden, accelerator.device)
-        weights = self.to_device(topk_weights, accelerator.device)
+        states, weights = hidden, topk_weights
+        apart = hidden.device != accelerator.device  # asked once: each comparison costs the host
+        if apart:
+            states = self.to_device(hidden, accelerator.device)
+            weights = self.to_device(topk_weights, accelerator.device)
         layer = self._layers[step.layer]
         calls = wave_calls(accelerator, layer, waves, ids, states, weights)
         for index in range(len(waves)):
-            if index >= len(present):
+            if index >= present:
                 # Send a group before computing the one before it: link and accelerator overlap.
                 self.onload(next(unsent, ()))
             calls.compute(index)
         output = calls.output()
-        return output.to(hidden.device, hidden.dtype)
+        return output.to(hidden.device) if apart else output
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor on the device; from the CPU to the accelerator without stopping the host."""
@@ -127,15 +132,14 @@ class Waves:
     def _present(self, step: Step) -> list[Wave]:
         """The resident experts, then those in flight; without empty waves."""
         slots = self._controller.pool.cached[step.layer]
-        demanded = {move.expert for move in step.moves}
-        arriving = {routed.expert for routed in step.routed if routed.ready_us > 0}
+        later = {expert: ready_us for expert, _, ready_us in step.routed if ready_us > 0}
         resident: Wave = {}
         in_flight: Wave = {}
         for expert in step.plan.accelerator:
-            if expert in demanded:
-                continue
-            wave = in_flight if expert in arriving else resident
-            wave[expert] = slots[expert]
+            if expert not in later:
+                resident[expert] = slots[expert]
+            elif later[expert] < OFFLOADED:  # others are demand loads
+                in_flight[expert] = slots[expert]
         return [wave for wave in (resident, in_flight) if wave]
 
     def _demand_groups(self, step: Step) -> list[Sequence[Move]]:
@@ -168,7 +172,7 @@ class SlotCalls:
         self._waves = waves
         self._states = states
         self._weights = weights
-        self._slot_ids = accelerator.copy_to_device(_slot_ids(waves, ids, experts))
+        self._slot_ids = _slot_ids(accelerator, waves, ids, experts)
         self._output: torch.Tensor | None = None
 
     def compute(self, index: int) -> None:
@@ -205,26 +209,24 @@ def wave_calls(
     return SlotCalls(accelerator, waves, ids, layer.spec.experts, states, weights)
 
 
-def _wave(moves: Sequence[Move]) -> Wave:
-    return {move.expert: move.slot for move in moves}
+def _slot_ids(
+    accelerator: Accelerator, waves: Sequence[Wave], ids: NDArray[np.int64], experts: int
+) -> Sequence[torch.Tensor] | torch.Tensor:
+    """[T, K] int64 for each wave, on the accelerator: the slot of each routed expert.
 
-
-def _slot_ids(waves: Sequence[Wave], ids: NDArray[np.int64], experts: int) -> torch.Tensor:
-    """[W, T, K] int64: the slot of each routed expert in each wave.
-
-    It is -1 where the wave does not compute the expert.
+    It is -1 where the wave does not compute the expert. For one token valid until the next call.
 
     Args:
         experts: number of experts E.
     """
     if len(ids) == 1:
-        chosen = ids[0].tolist()
-        rows = []
+        (chosen,) = ids.tolist()
+        slot_ids = []
         for wave in waves:
-            row = [wave.get(expert, -1) for expert in chosen]
-            rows.append([row])
-        return torch.from_numpy(np.array(rows))
+            for expert in chosen:
+                slot_ids.append(wave.get(expert, -1))
+        return accelerator.send_slot_ids(slot_ids, len(waves))
     slots = np.full((len(waves), experts), -1, dtype=np.int64)
     for slot_of_expert, wave in zip(slots, waves, strict=True):
         slot_of_expert[list(wave)] = list(wave.values())
-    return torch.from_numpy(slots[:, ids])
+    return accelerator.copy_to_device(torch.from_numpy(slots[:, ids]))

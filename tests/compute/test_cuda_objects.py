@@ -132,6 +132,7 @@ def test_copies_and_launches_get_the_queues_handle(
         monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
         streams.launch(REPACK, handles.append)
         streams.copy(LINK, index, 0, 1)
+        assert streams.elsewhere() == bool(index)
     assert handles == [repack, repack]
     assert [call[0] for call in calls[2:]] == [0, 1]
     assert entered == [DEVICE, DEVICE], "only where another device is current"

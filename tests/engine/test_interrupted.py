@@ -50,6 +50,7 @@ WHERE = (
     "compute",
     "copy_to_host",
     "copy_to_device",
+    "send_slot_ids",
     "submit",
     "sync",
     "predict",

@@ -91,6 +91,25 @@ def test_asking_an_event_until_it_is_reached_stops_the_host() -> None:
     assert len(trace.stops(recorded(ask))) == 1
 
 
+def test_what_comes_before_an_event_that_was_waited_for_is_reached_however_late_the_device_is() -> (
+    None
+):
+    driver = Driver()
+    driver.reached = False
+    with driver.installed(), driver.recording():
+        before, waited, behind, other = (torch.cuda.Event() for _ in range(4))
+        before.record()
+        other.record(torch.cuda.Stream())
+        waited.record()
+        behind.record()
+        assert not before.query()
+        waited.synchronize()
+        assert [event.query() for event in (before, waited, behind, other)] == [
+            *(True, True),
+            *(False, False),
+        ]
+
+
 def test_outside_of_a_recorded_token_reads_of_the_device_fail() -> None:
     """So that no timed call can contain one."""
     for read in (lambda: on_device().sum().item(), lambda: on_device().cpu()):

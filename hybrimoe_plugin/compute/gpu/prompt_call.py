@@ -75,10 +75,8 @@ class PromptCall:
         # Triton launches on the current device, which is another where a model lies on several.
         device = wave.hidden.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            transfers.wait_gate_up(slots)
-            assert all(transfers.held[slot].layout == wave.layout for slot in slots), (
-                "one call computes one layer"
-            )
+            layout = transfers.wait_gate_up(slots)
+            assert layout == wave.layout, "these slots hold experts of another layer"
             self._kernels.gate_up_prompt(wave)
             transfers.wait_down(slots)
             self._kernels.down_prompt(wave)

@@ -23,6 +23,7 @@ from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
 from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.prompt_call import PromptCall
 from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
+from hybrimoe_plugin.compute.gpu.slot_ids import SlotIds
 from hybrimoe_plugin.compute.gpu.slot_kernels import on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
 from hybrimoe_plugin.compute.gpu.transfer_executor import InlineExecutor, ThreadExecutor
@@ -72,6 +73,8 @@ class SlotAccelerator:
         """By the id of a layer's weights; empty where experts go the plain way."""
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
+        self._slot_ids: dict[tuple[int, int, int], SlotIds] = {}
+        """By the shape of what they send."""
         self._allocated = False
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
@@ -169,20 +172,18 @@ class SlotAccelerator:
         slot_ids: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
+        # Triton launches on the current device, which is another where a model lies on several.
+        if self.streams.elsewhere():
+            with torch.cuda.device(self.device):
+                return self.compute(slots, hidden, slot_ids, topk_weights)
         transfers = self._transfers
         transfers.pump()
-        # Triton launches on the current device, which is another where a model lies on several.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            transfers.wait_gate_up(slots)
-            layout = transfers.held[slots[0]].layout
-            assert all(transfers.held[slot].layout == layout for slot in slots), (
-                "one call computes one layer"
-            )
-            call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
-            activations = self.kernels.gate_up(call)
-            transfers.wait_down(slots)
-            output = self.kernels.down(call, activations)
-            transfers.used(slots)
+        layout = transfers.wait_gate_up(slots)
+        call = SlotCall(self._buffer, layout, tuple(slots), hidden, slot_ids, topk_weights)
+        activations = self.kernels.gate_up(call)
+        transfers.wait_down(slots)
+        output = self.kernels.down(call, activations)
+        transfers.used(slots)
         return output
 
     @property
@@ -252,6 +253,13 @@ class SlotAccelerator:
     def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.streams.copy_to_device(tensor)
 
+    def send_slot_ids(self, ids: Sequence[int], waves: int) -> Sequence[torch.Tensor]:
+        shape = waves, 1, len(ids) // waves
+        sender = self._slot_ids.get(shape)
+        if sender is None:
+            sender = self._slot_ids[shape] = SlotIds(self.streams, self.device, shape)
+        return sender.send(ids)
+
     def synchronize(self) -> None:
         """Make the host wait for everything. Raises: BackendError: a transfer has failed."""
         self._transfers.drain()
@@ -284,6 +292,7 @@ class SlotAccelerator:
         self._paths = {}
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
+        self._slot_ids = {}
 
     def _make_paths(self, layers: Sequence[LayerWeights]) -> dict[int, LayerPath]:
         """How the experts of each layer are sent by address."""

@@ -125,17 +125,19 @@ class SlotTransfers:
         """Slot -> what compute has not waited for yet."""
         self._arriving: dict[int, tuple[QueuedWork, ...]] = {}
         """Slot -> all of a transfer that the host has not seen the end of."""
-        self._uses = SlotUses()
+        self._uses = SlotUses(len(buffer))
         # Memory that compute gave back a moment ago may still be read there: nothing is written
         # before that is over.
         streams.synchronize()
 
     def send(self, transfer: Transfer, ahead: bool = False) -> None:
         """Fill a slot; `ahead` for a prefetch, which may wait and be superseded."""
-        self.held.pop(transfer.slot, None)
-        self.cancel(transfer.slot)
+        slot = transfer.slot
+        self.held.pop(slot, None)
+        if slot in self._waiting:
+            self.cancel(slot)
         if ahead:
-            self._waiting[transfer.slot] = transfer
+            self._waiting[slot] = transfer
             self.pump()
         else:
             self._start(transfer, LINK)
@@ -149,6 +151,8 @@ class SlotTransfers:
 
     def pump(self) -> None:
         """Give the device as many waiting prefetches as it should have."""
+        if not self._waiting:
+            return
         while self._ahead and self._reached(self._ahead[0]):
             self._ahead.popleft()
         while self._waiting and len(self._ahead) < self._ahead_depth:
@@ -156,19 +160,28 @@ class SlotTransfers:
             self._start(self._waiting.pop(oldest), AHEAD)
             self._ahead.append(self._arriving[oldest][-1])
 
-    def wait_gate_up(self, slots: Iterable[int]) -> None:
-        """Let compute go on only when these slots' gate and up have arrived.
+    def wait_gate_up(self, slots: Sequence[int]) -> SlotLayout:
+        """Let compute go on only when gate and up of these slots, all of one layer, have arrived.
+
+        Returns:
+            their layout.
 
         Raises:
             BackendError: a slot was never filled, its transfer was cancelled, or any transfer has
                 failed.
         """
+        held = self.held
+        layouts = []
         for slot in slots:
             if slot in self._waiting:  # needed now: it goes before the other prefetches
                 self._start(self._waiting.pop(slot), LINK)
-            elif slot not in self.held:
+            if slot not in held:
                 raise BackendError(f"slot {slot} was never onloaded")
+            layouts.append(held[slot].layout)
+        layout = layouts[0]
+        assert layouts.count(layout) == len(slots), "one call computes one layer"
         self._wait(self._gate_up, slots)  # edge: gate and up have arrived -> stage 1
+        return layout
 
     def wait_down(self, slots: Iterable[int]) -> None:
         """The same for down. Raises: BackendError: any transfer has failed."""
@@ -270,6 +283,8 @@ class SlotTransfers:
 
     def _wait(self, queued: dict[int, QueuedWork], slots: Iterable[int]) -> None:
         self._executor.check()
+        if queued.keys().isdisjoint(slots):
+            return
         for slot in slots:
             work = queued.get(slot)
             if work is None:
@@ -291,14 +306,14 @@ class SlotTransfers:
         # Whatever writes this slot now comes after its last use, and after an older transfer that
         # compute did not wait for. That one has been queued when this one is: jobs keep their
         # order.
-        older: list[QueuedWork] = []
+        older: tuple[QueuedWork, ...] = ()
         gate_up = self._gate_up.pop(slot, None)
         down = self._down.pop(slot, None)
         if gate_up is not None or down is not None:
-            older += self._arriving[slot]
+            older = self._arriving[slot]
         last_use = self._uses.refill(slot, weights)
         if last_use is not None:
-            older.append(DoneWork((last_use,)))
+            older = *older, DoneWork((last_use,))
         direct = self._direct
         if direct is not None and direct.takes(weights, expert):
             first, last = direct.write(slot, weights, expert, queue, older)
@@ -313,7 +328,7 @@ class SlotTransfers:
         self.held[slot] = transfer
 
     def _submit(
-        self, transfer: Transfer, queue: str, older: list[QueuedWork]
+        self, transfer: Transfer, queue: str, older: Sequence[QueuedWork]
     ) -> tuple[QueuedWork, QueuedWork]:
         """Let the executor write both halves the plain way."""
         slot = transfer.slot

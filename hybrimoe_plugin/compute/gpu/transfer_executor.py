@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hybrimoe_plugin.device.streams import Event
 from hybrimoe_plugin.errors import BackendError
@@ -56,16 +56,16 @@ class TransferExecutor(Protocol):
         ...
 
 
-class DoneWork(NamedTuple):
-    """A job that has run."""
+class DoneWork(tuple[Event, ...]):
+    """A job that has run: its events."""
 
-    events: Events
+    __slots__ = ()
 
     def done(self) -> bool:
         return True
 
     def result(self) -> Events:
-        return self.events
+        return self
 
 
 class InlineExecutor:

@@ -5,7 +5,8 @@ belong.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -256,3 +257,42 @@ def test_memory_that_is_not_there_is_a_budget_error(
     device.allocate(2, [WEIGHTS])
     device.onload(1, WEIGHTS, 0)
     compute(device, {1: 0}, 0)
+
+
+def test_compute_makes_its_device_the_current_one_where_another_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels are launched on the current device, which is another where a model has several."""
+
+    class Several(LazyStreams):
+        away = True
+
+        def elsewhere(self) -> bool:
+            return self.away
+
+    streams = Several()
+    entered = []
+
+    @contextmanager
+    def inside(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        streams.away = False
+        yield
+        streams.away = True
+
+    class Placed(WatchedKernels):
+        def gate_up(self, call: Any) -> Any:
+            assert not streams.away
+            return super().gate_up(call)
+
+        def down(self, call: Any, activations: Any) -> torch.Tensor:
+            assert not streams.away
+            return super().down(call, activations)
+
+    monkeypatch.setattr(torch.cuda, "device", inside)
+    device = SlotAccelerator(torch.device("cpu"), "fake", Placed(streams), streams)
+    device.allocate(SLOTS, [AS_STORED])
+    device.onload(2, AS_STORED, 4)
+    compute(device, {2: 4}, 0, AS_STORED)
+    assert entered == [torch.device("cpu")]
+    assert streams.away

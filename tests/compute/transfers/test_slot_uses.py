@@ -18,7 +18,7 @@ from watched import WatchedKernels, watched_copy
 from hybrimoe_plugin.compute.gpu import slot_writer
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, StagedBytes
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
-from hybrimoe_plugin.compute.gpu.slot_uses import SlotUses
+from hybrimoe_plugin.compute.gpu.slot_uses import KEPT, SlotUses
 from hybrimoe_plugin.device.streams import AHEAD, LINK, REPACK
 from hybrimoe_plugin.errors import BackendError
 
@@ -129,7 +129,7 @@ def test_every_queue_that_writes_waits_for_the_layer(
 
 
 def test_the_later_use_of_the_slot_and_of_its_owner_counts() -> None:
-    uses = SlotUses()
+    uses = SlotUses(1)
     first, second = LAYERS
     assert uses.refill(0, first) is None
     uses.layer(first, "layer 1")
@@ -148,6 +148,14 @@ def test_the_later_use_of_the_slot_and_of_its_owner_counts() -> None:
     assert uses.refill(0, first) == "layer 7", "owners outlast what was forgotten"
 
 
+def test_the_oldest_event_that_is_kept_stands_for_all_before_it() -> None:
+    uses = SlotUses(2)
+    for number in range(1, KEPT + 3):
+        uses.slots([0 if number == 1 else 1], f"use {number}")
+    assert uses.refill(0, LAYERS[0]) == "use 3"
+    assert uses.refill(1, LAYERS[0]) == f"use {KEPT + 2}"
+
+
 def test_a_cancelled_prefetch_leaves_the_slot_to_its_owners_event(make: Make) -> None:
     streams = LazyStreams()
     device = make(streams)
@@ -159,7 +167,7 @@ def test_a_cancelled_prefetch_leaves_the_slot_to_its_owners_event(make: Make) ->
     device.onload(2, LAYERS[1], 2, ahead=True)
     device.onload(0, LAYERS[1], 0, ahead=True)  # two are under way: it waits
     assert device.cancel(0)
-    device._transfers._uses._of_slot.clear()  # only the layer's event is left
+    device._transfers._uses._of_slot[0] = 0  # only the layer's event is left
     streams.log.clear()
     device.onload(0, LAYERS[1], 3)
     assert streams.log.count("link waits for compute") == 1

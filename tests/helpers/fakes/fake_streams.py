@@ -66,6 +66,9 @@ class LazyStreams:
     def takes_addresses(self) -> bool:
         return True
 
+    def elsewhere(self) -> bool:
+        return False
+
     def copy(self, queue: str, target: int, source: int, nbytes: int) -> None:
         assert queue != COMPUTE
 

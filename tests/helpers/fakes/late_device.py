@@ -2,7 +2,9 @@
 
 What the host launches is only noted. It runs, in the order of its queue and behind the events it
 waits for, when the host waits, now and then while the host looks at its own memory, and before any
-operation of torch that is not part of a graph (which would be queued behind it on a device).
+operation of torch that is not part of a graph (which would be queued behind it on a device). Copies
+from pinned memory that the host need not wait for are late as well: what it writes there too early
+is what the device reads.
 """
 
 from __future__ import annotations
@@ -106,8 +108,10 @@ class LateCapture(Replayed):
         super().abandon()
 
 
-class _InOrder(TorchDispatchMode):
-    """Runs what is queued on compute before any other operation on the device's memory."""
+class InOrder(TorchDispatchMode):
+    """Runs what is queued on compute before any other operation on the device's memory; queues
+    copies from pinned memory.
+    """
 
     def __init__(self, streams: LateStreams) -> None:
         super().__init__()
@@ -117,9 +121,22 @@ class _InOrder(TorchDispatchMode):
         if not self._streams.running and not _is_view(func):
             used = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
             memories = {tensor.untyped_storage()._cdata for tensor in used}
+            if _is_late_copy(func, args, kwargs) and self._pinned(args[1]) > self._pinned(args[0]):
+                self._streams.enqueue(COMPUTE, lambda: func(*args, **(kwargs or {})))
+                return args[0]
             if not memories <= self._streams.host_memory:
                 self._streams.run_compute()
         return func(*args, **(kwargs or {}))
+
+    def _pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._streams.host_memory
+
+
+def _is_late_copy(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation copies into a tensor and lets the host go on."""
+    if func is not torch.ops.aten.copy_.default:
+        return False
+    return bool(args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking", False))
 
 
 def _is_view(func: Any) -> bool:
@@ -138,5 +155,5 @@ def late_device(patch: pytest.MonkeyPatch, seed: int) -> Iterator[LateCapture]:
 
     patch.setattr(assemble, "make_accelerator", make)
     patch.setattr(stamp.time, "sleep", lambda _seconds: streams.look())
-    with _InOrder(streams):
+    with InOrder(streams):
         yield LateCapture(streams)

@@ -1,0 +1,70 @@
+"""Slot ids of one token on their way to the device: the same few numbers in every layer call.
+
+They are written into pinned memory that is kept, and copied with one call. The device may read that
+memory long after the call, so the host writes to its places in turn. When it goes from one half of
+them to the other, it leaves an event behind all copies from the first, and looks at the one that it
+left behind the second half's last copies:
+
+    host       | first half | second half   | first half                        | ...
+    COMPUTE    | copies     | E1 | copies   | E2 | copies
+    asked                                   ^ E1                                ^ E2
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from hybrimoe_plugin.device.streams import COMPUTE, Event, Streams
+
+HALF = 32
+"""Places of one half: so many copies to one event, which the device has reached long since."""
+
+
+class SlotIds:
+    """Sends the slot ids of one token's waves.
+
+    Args:
+        streams: the device's queues.
+        device: where the ids go.
+        shape: of what is sent, [W, 1, K].
+    """
+
+    def __init__(self, streams: Streams, device: torch.device, shape: tuple[int, int, int]) -> None:
+        self._streams = streams
+        with torch.inference_mode(False):
+            self._there = torch.empty(shape, dtype=torch.int64, device=device)
+            here = streams.pinned_like(torch.empty(2 * HALF, *shape, dtype=torch.int64))
+        self._waves = self._there.unbind()
+        self._here = here.unbind()
+        self._written = memoryview(here.numpy()).cast("B")
+        self._format = struct.Struct(f"{self._there.numel()}q")
+        self._sent = 0
+        self._left: list[Event | None] = [None, None]
+        """For each half, an event behind every copy that was made from it before it was left."""
+
+    def send(self, ids: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """[1, K] on the device for each wave. Valid until the next call.
+
+        Args:
+            ids: K for each wave, one wave after the other.
+        """
+        sent = self._sent
+        if sent and sent % HALF == 0:
+            self._cross(sent // HALF % 2)
+        # Before the copy: its place is used up, wherever this ends.
+        self._sent = sent + 1
+        place = sent % (2 * HALF)
+        self._format.pack_into(self._written, place * self._format.size, *ids)
+        self._there.copy_(self._here[place], non_blocking=True)
+        return self._waves
+
+    def _cross(self, half: int) -> None:
+        """Leave the other half for this one, once the device has read what was written here."""
+        streams = self._streams
+        self._left[1 - half] = streams.record(COMPUTE)
+        last = self._left[half]
+        if last is not None and not streams.reached(last):
+            streams.block(last)  # edge: the last copies from this half -> the host writes there
