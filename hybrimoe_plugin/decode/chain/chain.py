@@ -21,13 +21,13 @@ misses, nothing is launched behind it before its routing is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from hybrimoe_plugin.decode.capture import GraphBreak, LayerGraphs
 from hybrimoe_plugin.decode.chain.link import LayerLink
-from hybrimoe_plugin.device.streams import PendingCopy
+from hybrimoe_plugin.engine.view import HostView, Predictions
 
 AHEAD = 2
 """MoE layers that may be launched whose routing is not known yet.
@@ -49,7 +49,9 @@ class LayerCall:
     source: torch.Tensor
     link: LayerLink | None
     whole: bool = False
-    later: PendingCopy | None = None
+    chosen: list[int] = field(default_factory=list)
+    """[K] the experts, once they are known."""
+    later: Predictions | None = None
     """What the later routers would choose, if they were asked."""
 
     @property
@@ -59,15 +61,11 @@ class LayerCall:
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `decode.capture.Experts` says; so do the two below."""
+        """As `decode.capture.Experts` says; so does the one below."""
         return self.graph_break.inputs
 
-    def needed(self) -> PendingCopy:
-        assert self.link is not None
-        return self.link.routing(self.graph_break)
-
-    def predicted(self) -> PendingCopy | None:
-        return self.later
+    def seen(self) -> HostView:
+        return self.graph_break.memory.view(self.chosen, self.later)
 
     def route(self) -> None:
         """Launch what comes before the experts, and the later routers."""
@@ -75,7 +73,7 @@ class LayerCall:
         if self.link is None:
             return
         if self.link.engine.wants_predictions and self.graph_break.predict():
-            self.later = self.link.predictions(self.graph_break)
+            self.later = self.graph_break.marked
 
     def finish(self) -> None:
         """Launch the experts from their slots and what comes behind them."""
@@ -85,12 +83,8 @@ class LayerCall:
         self.graphs.after()
         self.whole = True
 
-    def compute_missing(self, chosen: list[int]) -> None:
-        """Let the engine compute the experts, then launch what comes behind them.
-
-        Args:
-            chosen: the experts, as the host knows them.
-        """
+    def compute_missing(self) -> None:
+        """Let the engine compute the experts, then launch what comes behind them."""
         assert self.link is not None
         assert self.graphs.after is not None
         if self.whole:
@@ -101,8 +95,10 @@ class LayerCall:
         output = self.link.plan_and_compute(self)
         if self.whole:
             self.link.await_routing()
-            if self.link.chosen(self.graph_break) != chosen:
+            chosen = self.link.chosen(self.graph_break)
+            if chosen != self.chosen:
                 # A tie that fell otherwise: sums need not have one order on a device.
+                self.chosen = chosen
                 output = self.link.plan_and_compute(self)
         self.graph_break.output.copy_(output)
         self.graphs.after()
@@ -208,7 +204,7 @@ class Chain:
             del self._open[0]
             return True
         link.await_routing()
-        chosen = link.chosen(call.graph_break)
+        call.chosen = chosen = link.chosen(call.graph_break)
         if call.whole:
             hit = link.hits(chosen)
         else:
@@ -221,7 +217,7 @@ class Chain:
             self._hits.append(call)
             return True
         self._note_hits()
-        call.compute_missing(chosen)
+        call.compute_missing()
         del self._open[0]
         behind, self._open = self._open, []
         for void in behind:

@@ -8,7 +8,7 @@ from hybrimoe_plugin.compute.backends import ResidentExperts
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.capture import Experts, GraphBreak
 from hybrimoe_plugin.decode.chain.slot_table import SlotTable
-from hybrimoe_plugin.decode.chain.stamp import ArrivedCopy, Stamp, StampedCopy
+from hybrimoe_plugin.decode.chain.stamp import Stamp, StampedCopy
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.device.streams import PendingCopy
 from hybrimoe_plugin.engine import Engine, Sent
@@ -96,6 +96,9 @@ class LayerLink:
     def replays(self, routed: bool) -> None:
         (self._routed if routed else self._predicted).count()
 
+    def predictions(self, on_host: list[torch.Tensor]) -> PendingCopy:
+        return StampedCopy(self._predicted, on_host)
+
     def compute(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
@@ -127,9 +130,7 @@ class LayerLink:
 
     def chosen(self, graph_break: GraphBreak) -> list[int]:
         """The experts of the call, as the host knows them."""
-        _, ids, *_ = graph_break.on_host
-        experts: list[int] = ids.tolist()[0]
-        return experts
+        return graph_break.memory.chosen()
 
     def plan_and_compute(self, call: Experts) -> torch.Tensor:
         """[1, H]: the experts of a call with a miss, by the engine.
@@ -146,13 +147,6 @@ class LayerLink:
     def note(self, hit: bool) -> None:
         """Learn how often nothing misses."""
         self._hit_share += NEWEST * (hit - self._hit_share)
-
-    def routing(self, graph_break: GraphBreak) -> PendingCopy:
-        """What the engine must know of the call; `await_routing` comes first."""
-        return ArrivedCopy(graph_break.on_host)
-
-    def predictions(self, graph_break: GraphBreak) -> PendingCopy:
-        return StampedCopy(self._predicted, graph_break.predictions_on_host)
 
     def recover(self) -> None:
         """After an unfinished pass; waits for the device."""

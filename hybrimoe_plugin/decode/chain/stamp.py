@@ -115,16 +115,3 @@ class StampedCopy(PendingCopy):
     def wait(self) -> list[torch.Tensor]:
         self._stamp.wait()
         return self._tensors
-
-
-class ArrivedCopy(PendingCopy):
-    """Tensors on the host that have arrived."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def poll(self) -> list[torch.Tensor] | None:
-        return self._tensors
-
-    def wait(self) -> list[torch.Tensor]:
-        return self._tensors
