@@ -100,6 +100,13 @@ class Predictions:
         return tuple([ids.to(torch.int64).numpy() for ids in tensors])
 
 
+def loads_of_each(predicted: Sequence[NDArray[np.int64]]) -> list[dict[int, int]]:
+    """Expert -> number of tokens that are predicted to choose it, for each ids [T, K]."""
+    if predicted and len(predicted[0]) == 1:  # as `loads` does it, without its calls
+        return [dict.fromkeys(ids.tolist()[0], 1) for ids in predicted]
+    return [loads(ids) for ids in predicted]
+
+
 class HostView(NamedTuple):
     """What the host must know of a layer call.
 

@@ -298,7 +298,7 @@ def cache_name(module: Any) -> str:
 
 def cache_in(found: Any) -> Any:
     """The KV cache in a call's keyword arguments or in a model's output; None without one."""
-    is_mapping = isinstance(found, Mapping)
+    is_mapping = type(found) is dict or isinstance(found, Mapping)
     for name in CACHE_NAMES:
         cache = found.get(name) if is_mapping else getattr(found, name, None)
         if cache is not None:

@@ -75,12 +75,14 @@ class LayerLink:
     @property
     def may_skip_plan(self) -> bool:
         """Whether a call without a miss is the accelerator's alone, as its plan would say."""
-        return self.usable and self.engine.gives_hits_to_accelerator
+        # `usable`, without its call: this is asked in every layer of every token.
+        same_slots = self.memory is self._accelerator.memory
+        return same_slots and self.engine.gives_hits_to_accelerator
 
     @property
     def expects_hits(self) -> bool:
         """Whether the layers behind should be launched before it is known that nothing misses."""
-        return self.may_skip_plan and self._hit_share >= self.sure
+        return self._hit_share >= self.sure and self.may_skip_plan
 
     def mark_routed(self) -> None:
         self._routed.mark()
@@ -94,7 +96,7 @@ class LayerLink:
         self._predicted.reset()
 
     def replays(self, routed: bool) -> None:
-        (self._routed if routed else self._predicted).count()
+        (self._routed if routed else self._predicted).expected += 1
 
     def predictions(self, on_host: list[torch.Tensor]) -> PendingCopy:
         return StampedCopy(self._predicted, on_host)
@@ -110,8 +112,9 @@ class LayerLink:
     def launch(self, graph_break: GraphBreak) -> None:
         """Compute the experts from slots, behind what the device has to do."""
         assert graph_break.resident is not None
-        self.table.update(self.position)
-        self.table.push(self.position)
+        table, layer = self.table, self.position
+        if table.update(layer):
+            table.push(layer)
         graph_break.resident()
         self._accelerator.used_layer(self._weights)
 
@@ -125,8 +128,11 @@ class LayerLink:
 
     def would_hit(self, chosen: list[int]) -> bool:
         """Whether graphs that are launched now will find these experts."""
-        self.table.update(self.position)
-        return self.hits(chosen)
+        table, layer = self.table, self.position
+        if table.would_miss(layer, chosen):
+            return False  # the row may wait: only launched graphs need it
+        table.update(layer)
+        return table.present[layer].issuperset(chosen)
 
     def chosen(self, graph_break: GraphBreak) -> list[int]:
         """The experts of the call, as the host knows them."""
