@@ -125,12 +125,12 @@ class DecodeState:
 
     def set_dummy_step(self, position: int) -> None:
         """Set inputs unlike any step's, so that a capture that freezes its own step's is found."""
+        self._held = -1  # first: an interrupt leaves a step that is not known
+        self._given = ()
+        self._given_as = None
         self._set_position(position)
         for part in self._fixed:
             part.fill_(0.5)
-        self._held = -1
-        self._given = ()
-        self._given_as = None
 
     def kernel_for(self, shape: AttentionShape, plain: bool = False) -> AttentionKernel:
         """Attention for this shape, searched for once.
