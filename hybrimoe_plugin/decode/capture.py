@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,7 @@ from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.device.cuda_graphs import Capture, Replay
 from hybrimoe_plugin.device.streams import PendingCopy
+from hybrimoe_plugin.engine.view import GraphMemory, HostView, Predictions
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
 CallLayer = Callable[[torch.Tensor, FixedCache, Any], torch.Tensor]
@@ -48,11 +49,7 @@ class Experts(Protocol):
         """Hidden states, ids and weights, on the device."""
         ...
 
-    def needed(self) -> PendingCopy:
-        """As `Sent` says."""
-        ...
-
-    def predicted(self) -> PendingCopy | None:
+    def seen(self) -> HostView:
         """As `Sent` says."""
         ...
 
@@ -74,6 +71,10 @@ class Link(Protocol):
 
     def replays(self, routed: bool) -> None:
         """Graph 1, or graph 2, is about to be replayed."""
+        ...
+
+    def predictions(self, on_host: list[torch.Tensor]) -> PendingCopy:
+        """The later routers' choices, which have arrived once their mark has."""
         ...
 
     def compute(
@@ -104,14 +105,30 @@ class GraphBreak:
     link: Link | None = None
     resident: Replay | None = None
     """Computes the experts from slots, in the engine's place; leaves the result in `output`."""
+    memory: GraphMemory = field(init=False)
+    """`on_host` and `predictions_on_host`, as the engine wants them."""
+    marked: Predictions | None = field(init=False, default=None)
+    """What `memory` has of the later routers, once `link` has marked it."""
+
+    def __post_init__(self) -> None:
+        self.memory = GraphMemory(self.on_host, self.predictions_on_host)
+        if self.link is not None:
+            copy = self.link.predictions(self.predictions_on_host)
+            self.marked = Predictions(copy, self.memory.predicted)
 
     def needed(self) -> PendingCopy:
+        """`on_host`, as the graph before leaves it."""
         return self.accelerator.pending_copy(self.on_host)
 
-    def predicted(self) -> PendingCopy | None:
-        if not self.predict():
-            return None
-        return self.accelerator.pending_copy(self.predictions_on_host)
+    def seen(self) -> HostView:
+        memory = self.memory
+        routed = self.needed()
+        predictions = None
+        if self.predict():
+            copy = self.accelerator.pending_copy(self.predictions_on_host)
+            predictions = Predictions(copy, memory.predicted)
+        routed.wait()
+        return memory.view(memory.chosen(), predictions)
 
     def predict(self) -> bool:
         """Ask the later routers, on the device; whether there are any."""

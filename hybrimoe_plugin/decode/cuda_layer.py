@@ -33,7 +33,7 @@ from hybrimoe_plugin.decode.comparison import (
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks, hooks_on_all
 from hybrimoe_plugin.decode.layer_buffers import LayerBuffers
-from hybrimoe_plugin.decode.layer_call import EagerLayer, is_decode_step
+from hybrimoe_plugin.decode.layer_call import EagerLayer, is_plain
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.mla import FusedMLA
@@ -98,6 +98,8 @@ class CudaLayer:
         """Hooks that see this layer's output before the chain's next layer; None: it has no next.
         """
         self._plain_attention = settings.attention == "torch"
+        self._source: torch.Tensor | None = None
+        """An output of the layer before in the chain, of the kind that the graphs take."""
         self._graphs: LayerGraphs | None = None
         self._proofs = 0
         self._undecided = 0
@@ -113,14 +115,15 @@ class CudaLayer:
             self.state.settle()
             return self._eager(hidden_states, *args, **kwargs)
         self.buffers.take(cache)
-        if not self.state.set_step(cache.get_seq_length(), kwargs["position_embeddings"]):
+        held = cache.get_seq_length()
+        if not self.state.set_step(held, kwargs["position_embeddings"]):
             self.state.settle()
             return self._eager(hidden_states, **kwargs)
         graphs = self._current_graphs()
         if graphs is None or self._proofs < PROOFS:
             self.state.settle()
             return self._prove(cache, hidden_states, kwargs)
-        output = self._replay(graphs, hidden_states, cache.get_seq_length())
+        output = self._replay(graphs, hidden_states, held)
         cache.advance()
         return output.clone() if self._output_hooks else output
 
@@ -135,30 +138,36 @@ class CudaLayer:
         self.state.chains = list(dict.fromkeys((*self.state.chains, chain)))
 
     def _replay(self, graphs: LayerGraphs, hidden: torch.Tensor, held: int) -> torch.Tensor:
-        """As part of the chain, or by itself."""
-        chained = self.experts is None or (self._link is not None and self._link.usable)
+        """As part of the chain, or by itself; of present slots, as `_current_graphs` has seen."""
+        chain = self.chain
         # A chain does not call the experts where nothing misses.
-        if self.chain is None or not chained or self._experts_hooks.present():
+        if chain is None or not self.can_join or self._experts_hooks.present():
             self.state.settle()
             return graphs.run(hidden, self._call_experts)
+        if hidden is not self._source:
+            self._source = hidden if chain.gave(hidden) else None
         final = self.next_input_hooks is None or hooks_on_all()
         final = final or bool(self.next_input_hooks or self._output_hooks)
         call = ChainCall(graphs, self._call_experts, self._link, held, final)
-        return self.chain.run(call, hidden)
+        return chain.run(call, hidden)
 
     def _cache_of(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
         """This layer's cache; None if the call is not one that CUDA graphs serve."""
-        if not is_decode_step(hidden_states, kwargs) or self._hooks.present():
+        if not is_plain(kwargs) or not self._is_ours(hidden_states) or self._hooks.present():
             return None
         layers = getattr(cache_in(kwargs), "layers", ())
         index = self._attention.layer_idx
         cache = layers[index] if index < len(layers) else None
-        if type(cache) is not GrowingLayer or cache.get_seq_length() == 0:
-            return None
-        graphs = self._graphs
-        if graphs is not None and _kind(hidden_states) != _kind(graphs.hidden):
-            return None
-        return cache
+        holds_some = type(cache) is GrowingLayer and cache.get_seq_length() > 0
+        return cache if holds_some else None
+
+    def _is_ours(self, hidden_states: torch.Tensor) -> bool:
+        """Whether hidden states are one token's, and of the kind that the graphs take."""
+        if hidden_states is self._source:
+            return True
+        if self._graphs is None:
+            return hidden_states.shape[:2] == (1, 1)
+        return _kind(hidden_states) == _kind(self._graphs.hidden)
 
     def _current_graphs(self) -> LayerGraphs | None:
         """The graphs, if they are of the present buffers and kernel; else they are discarded."""
@@ -173,7 +182,7 @@ class CudaLayer:
         return None
 
     def _discard(self) -> None:
-        self._graphs = None
+        self._graphs = self._source = None
         self._proofs = 0
         self._undecided = 0
 

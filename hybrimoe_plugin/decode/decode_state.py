@@ -62,6 +62,8 @@ class DecodeState:
         """The step's number of tokens held, which is its position; -1 where it is not known."""
         self._given: tuple[torch.Tensor, ...] = ()
         """The step's position embeddings, as the model gave them."""
+        self._given_as: Any = None
+        """The tuple or tensor in which it gave them; None where it is of another kind."""
         self._fixed: tuple[torch.Tensor, ...] = ()
         """Their copies at fixed addresses."""
         self._is_tuple = True
@@ -81,6 +83,8 @@ class DecodeState:
         Returns:
             whether they are of the kind that graphs were made for.
         """
+        if held == self._held and position_embeddings is self._given_as:
+            return True
         is_tuple = not isinstance(position_embeddings, torch.Tensor)
         given = tuple(position_embeddings) if is_tuple else (position_embeddings,)
         if not self._fixed:
@@ -95,12 +99,15 @@ class DecodeState:
             self._held = held
         if _are_same(given, self._given):
             return True
+        self._given_as = None
         if not _are_alike(given, self._fixed):
             return False
         self._given = ()
         for fixed, part in zip(self._fixed, given, strict=True):
             fixed.copy_(part)
         self._given = given
+        if not is_tuple or type(position_embeddings) is tuple:
+            self._given_as = position_embeddings
         return True
 
     def settle(self) -> None:
@@ -118,11 +125,12 @@ class DecodeState:
 
     def set_dummy_step(self, position: int) -> None:
         """Set inputs unlike any step's, so that a capture that freezes its own step's is found."""
+        self._held = -1  # first: an interrupt leaves a step that is not known
+        self._given = ()
+        self._given_as = None
         self._set_position(position)
         for part in self._fixed:
             part.fill_(0.5)
-        self._held = -1
-        self._given = ()
 
     def kernel_for(self, shape: AttentionShape, plain: bool = False) -> AttentionKernel:
         """Attention for this shape, searched for once.
@@ -149,7 +157,7 @@ class DecodeState:
 
     def still_plans(self, kernel: AttentionKernel) -> bool:
         """Whether steps are planned for the kernel that a layer was captured with."""
-        return any(kernel is known for known in self._kernels.values())
+        return any([kernel is known for known in self._kernels.values()])  # noqa: C419 - faster
 
     def drop_kernels(self, reason: str) -> bool:
         """Use torch's attention from now on; returns whether there was any other."""

@@ -39,7 +39,8 @@ class LayerBuffers:
     def take(self, cache: GrowingLayer) -> None:
         """Move a sequence into the buffers, or into new ones if they are full. Mutates: `cache`."""
         held = cache.get_seq_length()
-        if self._has_space(held) and cache.lies_in(self.kv):
+        kv = self.kv
+        if kv is not None and held < kv[0].shape[2] and cache.lies_in(kv):
             return
         self._move_others_out(cache)
         if self.kv is None or not self._has_space(held) or not _fits(self.kv, cache):

@@ -40,8 +40,11 @@ class EagerLayer:
 
 def is_decode_step(hidden_states: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
     """Whether graphs serve a call: one token of one sequence, without padding or gradients."""
-    if hidden_states.shape[:2] != (1, 1):
-        return False
+    return hidden_states.shape[:2] == (1, 1) and is_plain(kwargs)
+
+
+def is_plain(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call's other arguments are of the kind that graphs serve."""
     if kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
         return False
     return kwargs.get("position_embeddings") is not None

@@ -27,13 +27,13 @@ from hybrimoe_plugin.engine.view import (
     Router,
     Routing,
     Sent,
+    loads_of_each,
     view_from_accelerator,
-    view_from_graph,
     view_on_cpu,
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.policy.controller import Controller, Move, Scored, Step, loads
+from hybrimoe_plugin.policy.controller import Controller, Move, Step
 from hybrimoe_plugin.policy.schedule import simulate
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -166,14 +166,16 @@ class Engine:
         try:
             self._unfinished = True
             now_us = self.clock.now_us()
-            seen = view_from_graph(sent)
-            ids = seen.ids.numpy()
-            scored = self._scored(layer, ids, seen, now_us)
-            if not self.controller.looks_ahead:
-                scored = None  # everything is cached: nobody asks for ranks
-            step = self.controller.hit(layer, ids[0].tolist(), now_us, scored)
-            self._look_ahead(step, seen, now_us)
-            self.controller.finish(step)
+            seen = sent.seen()
+            assert seen.chosen is not None, "a graph's call has one token"
+            self._note_time_between(layer, 1, now_us)
+            controller = self.controller
+            # Where everything is cached, nobody asks for ranks.
+            looks_ahead = controller.looks_ahead
+            scored = seen.routing.scored if looks_ahead else None
+            step = controller.hit(layer, seen.chosen, now_us, scored)
+            self._look_ahead(step, seen, now_us, looks_ahead)
+            controller.finish(step)
             self._pass_time(step, now_us)
             self._unfinished = False
         except BaseException:
@@ -207,15 +209,17 @@ class Engine:
         hidden = call.hidden
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
-        ids = seen.ids.numpy()
-        scored = self._scored(layer, ids, seen, now_us)
-        step = self.controller.begin(layer, loads(ids), len(ids), now_us, scored)
+        states, ids, weights, scored = seen.routing
+        tokens = len(scored.ids)
+        self._note_time_between(layer, tokens, now_us)
+        learned = None if self.accelerator is None else scored
+        step = self.controller.begin(layer, seen.loads(), tokens, now_us, learned)
         submitted = bool(step.plan.cpu)
         if submitted:
-            self.cpu.submit(layer, seen.hidden, seen.ids, seen.weights, step.plan.cpu)
+            self.cpu.submit(layer, states, ids, weights, step.plan.cpu)
         output = None
         if self._waves is not None:
-            output = self._waves.compute(step, hidden, ids, call.weights)
+            output = self._waves.compute(step, hidden, scored.ids, call.weights)
         self._look_ahead(step, seen, now_us)
         from_cpu = self.cpu.sync() if submitted else None
         self.controller.finish(step)
@@ -254,23 +258,18 @@ class Engine:
     def _read(self, layer: int, call: Routing, sent: Sent | None) -> HostView:
         """The routing decision on the host; the one host synchronisation of a call."""
         if sent is not None:
-            return view_from_graph(sent)
+            return sent.seen()
         router = self.routers[layer]
         if self.accelerator is None:
             return view_on_cpu(call, router if self.recorder is not None else None)
         return view_from_accelerator(call, router, self.later_routers(layer), self.accelerator)
 
-    def _scored(
-        self, layer: int, ids: NDArray[np.int64], seen: HostView, now_us: float
-    ) -> Scored | None:
-        """What the controller learns from; it hears of the time between layers at once."""
-        if self._inter_layer is not None:
-            known = self._inter_layer.begin(layer, len(ids), now_us)
-            if known is not None:
-                self.controller.take_between_layers(known)
-        if self.accelerator is None:
-            return None
-        return Scored(ids, seen.weights.numpy(), seen.scores)
+    def _note_time_between(self, layer: int, tokens: int, now_us: float) -> None:
+        """Tell the controller how long layers are apart, as soon as a call begins."""
+        between = self._inter_layer
+        known = None if between is None else between.begin(layer, tokens, now_us)
+        if known is not None:
+            self.controller.take_between_layers(known)
 
     def _to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         if self._waves is None:
@@ -303,17 +302,24 @@ class Engine:
             left,
         )
 
-    def _look_ahead(self, step: Step, seen: HostView, now_us: float) -> None:
-        """Prefetch what the next layers are predicted to need, while this one is computed."""
+    def _look_ahead(self, step: Step, seen: HostView, now_us: float, wanted: bool = False) -> None:
+        """Prefetch what the next layers are predicted to need, while this one is computed.
+
+        Args:
+            wanted: whether predictions are known to be wanted; if not, it is asked.
+        """
         found: tuple[NDArray[np.int64], ...] = ()
-        if self.wants_predictions:
-            found = seen.predicted(wait=self.recorder is not None)
-        if self.recorder is not None:
-            self.recorder(seen.record(step.layer, found))
+        recorder, layer = self.recorder, step.layer
+        if seen.predictions is not None and (wanted or self.wants_predictions):
+            found = seen.predictions.arrived(wait=recorder is not None)
+        if recorder is not None:
+            recorder(seen.record(layer, found))
         if self._waves is None:
             return
-        predicted = [(step.layer + distance, loads(ids)) for distance, ids in enumerate(found, 1)]
+        predicted = list(enumerate(loads_of_each(found), layer + 1))
         moves = self.controller.look_ahead(step, predicted, now_us)
+        if not moves:
+            return
         self._waves.onload(moves, ahead=True)
         if self.timeline is not None:
             self._draw_transfers(self.timeline, moves)

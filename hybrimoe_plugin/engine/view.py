@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.device.streams import PendingCopy
+from hybrimoe_plugin.policy.step import Scored, loads
 
 
 class Router(Protocol):
@@ -57,16 +58,53 @@ class CallRecord:
     """[T, K] ids for the next layers, nearest first."""
 
 
-class Sent(Protocol):
-    """What a CUDA graph copies to the host for a layer call; asked for in this order, once."""
+class HostRouting(NamedTuple):
+    """A routing decision on the host: tensors for the CPU's experts, arrays for the policies.
 
-    def needed(self) -> PendingCopy:
-        """Hidden states, ids, weights, and scores where the router shows any."""
-        ...
+    The arrays are views of the tensors.
+    """
 
-    def predicted(self) -> PendingCopy | None:
-        """Ids that the later routers would choose, nearest first."""
-        ...
+    hidden: torch.Tensor
+    """[T, H] on the CPU."""
+    ids: torch.Tensor
+    """[T, K] int64"""
+    weights: torch.Tensor
+    """[T, K] float32"""
+    scored: Scored
+    """Ids and weights as arrays, and the scores where the router shows any."""
+
+
+class Predictions:
+    """What the later routers would choose, on its way to the host while the layer is planned.
+
+    Args:
+        copy: [T, K] integer ids for each of the next layers, nearest first.
+        arrays: the same memory as int64 arrays; None where these are to be made once it arrived.
+    """
+
+    def __init__(self, copy: PendingCopy, arrays: tuple[NDArray[np.int64], ...] | None = None):
+        self._copy = copy
+        self._arrays = arrays
+
+    def arrived(self, wait: bool = False) -> tuple[NDArray[np.int64], ...]:
+        """The ids [T, K] for the next layers, if they have arrived: all or none.
+
+        Args:
+            wait: stop the host until they have.
+        """
+        tensors = self._copy.wait() if wait else self._copy.poll()
+        if tensors is None:
+            return ()
+        if self._arrays is not None:
+            return self._arrays
+        return tuple([ids.to(torch.int64).numpy() for ids in tensors])
+
+
+def loads_of_each(predicted: Sequence[NDArray[np.int64]]) -> list[dict[int, int]]:
+    """Expert -> number of tokens that are predicted to choose it, for each ids [T, K]."""
+    if predicted and len(predicted[0]) == 1:  # as `loads` does it, without its calls
+        return [dict.fromkeys(ids.tolist()[0], 1) for ids in predicted]
+    return [loads(ids) for ids in predicted]
 
 
 class HostView(NamedTuple):
@@ -75,39 +113,88 @@ class HostView(NamedTuple):
     All but the predictions is copied in one synchronisation; they arrive behind it.
     """
 
-    hidden: torch.Tensor
-    """[T, H] on the CPU, for the CPU's experts."""
-    ids: torch.Tensor
-    """[T, K] int64"""
-    weights: torch.Tensor
-    """[T, K] float32"""
-    scores: NDArray[np.float32] | None
-    """[T, E]"""
-    predictions: PendingCopy | None
-    """[T, K] ids for the next layers, nearest first; copied while the layer is planned."""
+    routing: HostRouting
+    chosen: list[int] | None
+    """[K] the experts of a call of one token, where they are known already."""
+    predictions: Predictions | None
 
-    def predicted(self, wait: bool = False) -> tuple[NDArray[np.int64], ...]:
-        """The predictions, if they have arrived: all or none.
-
-        Args:
-            wait: stop the host until they have.
-        """
-        if self.predictions is None:
-            return ()
-        tensors = self.predictions.wait() if wait else self.predictions.poll()
-        if tensors is None:
-            return ()
-        return tuple(ids.to(torch.int64).numpy() for ids in tensors)
+    def loads(self) -> dict[int, int]:
+        """Expert -> number of tokens that chose it."""
+        if self.chosen is not None:
+            return dict.fromkeys(self.chosen, 1)
+        return loads(self.routing.scored.ids)
 
     def record(self, layer: int, predicted: Sequence[NDArray[np.int64]]) -> CallRecord:
         """A record with copies: a CUDA graph uses the same memory again at the next token."""
+        ids, weights, scores = self.routing.scored
         return CallRecord(
             layer,
-            self.ids.numpy().copy(),
-            self.weights.numpy().copy(),
-            None if self.scores is None else self.scores.copy(),
+            ids.copy(),
+            weights.copy(),
+            None if scores is None else scores.copy(),
             tuple(ids.copy() for ids in predicted),
         )
+
+
+class Sent(Protocol):
+    """What a CUDA graph copies to the host for a layer call."""
+
+    def seen(self) -> HostView:
+        """What it has copied, once that is there; asked for once in a call.
+
+        Valid until the graph's next replay, which writes to the same memory.
+        """
+        ...
+
+
+class GraphMemory:
+    """The host's memory that the graphs of one layer copy each token's routing to.
+
+    It never moves, so the tensors and arrays that are views of it are made once. What has another
+    dtype than the host wants is converted for each token, into memory that does not move either.
+
+    Args:
+        tensors: hidden states [1, H], ids and weights [1, K], and scores [1, E] where the router
+            shows any; of any integer and floating point dtypes.
+        predicted: [1, K] ids that the later routers would choose, nearest first.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], predicted: Sequence[torch.Tensor]) -> None:
+        hidden, ids, *floating = tensors
+        self._chosen = ids[0].numpy()
+        self._conversions: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """(target, source) of what has another dtype."""
+        found = [self._as(ids, torch.int64)]
+        found += [self._as(part, torch.float32) for part in floating]
+        self._routing = _routing([hidden, *found])
+        self.predicted: tuple[NDArray[np.int64], ...] | None = None
+        """[1, K] for each of the next layers; None where they have another dtype."""
+        if all(ids.dtype == torch.int64 for ids in predicted):
+            self.predicted = tuple(ids.numpy() for ids in predicted)
+
+    def chosen(self) -> list[int]:
+        """[K] the token's experts, as they are there now."""
+        experts: list[int] = self._chosen.tolist()
+        return experts
+
+    def view(self, chosen: list[int], predictions: Predictions | None) -> HostView:
+        """What is there now; valid until the next token.
+
+        Args:
+            chosen: as `chosen()` gave it.
+        """
+        for target, source in self._conversions:
+            target.copy_(source)
+        return HostView(self._routing, chosen, predictions)
+
+    def _as(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor, or what it is converted into."""
+        if tensor.dtype == dtype:
+            return tensor
+        with torch.inference_mode(False):
+            target = torch.empty(tensor.shape, dtype=dtype)
+        self._conversions.append((target, tensor))
+        return target
 
 
 def view_from_accelerator(
@@ -123,22 +210,16 @@ def view_from_accelerator(
     needed = accelerator.copy_to_host(_with_scores(call, router.scores()))
     predictions = None
     if later:
-        predictions = accelerator.copy_to_host([other.predict(call.hidden) for other in later])
-    return _view(needed.wait(), predictions)
-
-
-def view_from_graph(sent: Sent) -> HostView:
-    """What a CUDA graph copies to the host."""
-    needed = sent.needed()
-    predictions = sent.predicted()
-    return _view(needed.wait(), predictions)
+        asked = [other.predict(call.hidden) for other in later]
+        predictions = Predictions(accelerator.copy_to_host(asked))
+    return HostView(_routing(needed.wait()), None, predictions)
 
 
 def view_on_cpu(call: Routing, router: Router | None) -> HostView:
     """The same without an accelerator; scores only where a router is given."""
     scores = None if router is None else router.scores()
     tensors = [tensor.to("cpu") for tensor in _with_scores(call, scores)]
-    return _view(tensors, None)
+    return HostView(_routing(tensors), None, None)
 
 
 def _with_scores(call: Routing, scores: torch.Tensor | None) -> list[torch.Tensor]:
@@ -147,7 +228,9 @@ def _with_scores(call: Routing, scores: torch.Tensor | None) -> list[torch.Tenso
     return [*call, scores]
 
 
-def _view(tensors: Sequence[torch.Tensor], predictions: PendingCopy | None) -> HostView:
+def _routing(tensors: Sequence[torch.Tensor]) -> HostRouting:
+    """Of what lies on the host: hidden states, ids, weights, and scores if there are any."""
     hidden, ids, weights, *shown = tensors
+    ids, weights = ids.to(torch.int64), weights.to(torch.float32)
     scores = shown[0].to(torch.float32).numpy() if shown else None
-    return HostView(hidden, ids.to(torch.int64), weights.to(torch.float32), scores, predictions)
+    return HostRouting(hidden, ids, weights, Scored(ids.numpy(), weights.numpy(), scores))

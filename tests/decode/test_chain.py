@@ -27,10 +27,10 @@ class Watched:
         self.missed = self.void = self.hits = 0
         compute, note = LayerCall.compute_missing, Chain._note_hits
 
-        def compute_missing(call: LayerCall, chosen: list[int]) -> None:
+        def compute_missing(call: LayerCall) -> None:
             self.missed += 1
             self.void += call.whole
-            compute(call, chosen)
+            compute(call)
 
         def note_hits(chain: Chain) -> None:
             self.hits += len(chain._hits)

@@ -33,10 +33,10 @@ def voids(monkeypatch: pytest.MonkeyPatch) -> list[LayerCall]:
     found: list[LayerCall] = []
     compute = LayerCall.compute_missing
 
-    def compute_missing(call: LayerCall, chosen: list[int]) -> None:
+    def compute_missing(call: LayerCall) -> None:
         if call.whole:
             found.append(call)
-        compute(call, chosen)
+        compute(call)
 
     monkeypatch.setattr(LayerCall, "compute_missing", compute_missing)
     return found

@@ -37,21 +37,59 @@ class GrowingLayer(DynamicLayer):
     Entries that were returned are not overwritten: after a `crop` the next token goes to new
     buffers. `cut` is a crop for callers who know that nobody holds those entries. Layers that are
     replayed as CUDA graphs own the buffers; the sequence in them may change.
+
+    A replay reads no view of the buffers, so views are made when somebody asks for them.
     """
 
     is_initialized: bool
-    keys: torch.Tensor
-    values: torch.Tensor
 
     def __init__(self) -> None:
-        super().__init__()
         self._buffers: Buffers | None = None
         self._shown = 0
         """Tokens in the buffers of which keys and values were returned."""
+        self._held: int | None = None
+        """Tokens at the beginning of the buffers that are keys and values.
+
+        None where `_keys` and `_values` say what these are: others have put them there.
+        """
+        self._keys: torch.Tensor
+        self._values: torch.Tensor
+        self._viewed: tuple[Buffers, int] | None = None
+        """Of which buffers, and of how many tokens, `_keys` and `_values` are views."""
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[B, heads, T, D]; None before the first update."""
+        self._make_views()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor) -> None:
+        self._leave_views()
+        self._keys = keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[B, heads, T, D]; None before the first update."""
+        self._make_views()
+        return self._values
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        self._leave_views()
+        self._values = values
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Tokens held."""
+        held = self._held
+        if held is None:
+            held = super().get_seq_length(*args, **kwargs)
+        return held
 
     def __copy__(self) -> GrowingLayer:
         made = type(self).__new__(type(self))
-        made.__dict__.update(self.__dict__, _buffers=None)
+        made.__dict__.update(self.__dict__, _buffers=None, _held=None, _viewed=None)
         if self.is_initialized:
             # The buffers are written to: by this sequence, and in CUDA graphs by others.
             made.keys = self.keys.clone()
@@ -84,8 +122,11 @@ class GrowingLayer(DynamicLayer):
 
     def cut(self, total: int) -> None:
         """Keep the first tokens; the next ones overwrite the others, which nobody may hold."""
-        self.keys = self.keys[:, :, :total]
-        self.values = self.values[:, :, :total]
+        if self._held is None:
+            self.keys = self.keys[:, :, :total]
+            self.values = self.values[:, :, :total]
+        else:
+            self._held = min(self._held, total)
         self._shown = total
 
     def lies_in(self, buffers: Buffers | None) -> bool:
@@ -95,6 +136,8 @@ class GrowingLayer(DynamicLayer):
         """
         if buffers is None or self._buffers is not buffers or not self.is_initialized:
             return False
+        if self._held is not None:
+            return True
         # Not `_base`, which inference mode does not keep. What replaces keys replaces values too.
         same_address: bool = self.keys.data_ptr() == buffers[0].data_ptr()
         same_batch = self.keys.shape[0] == buffers[0].shape[0]
@@ -143,11 +186,29 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
     def _show(self, total: int) -> None:
-        assert self._buffers is not None
-        keys, values = self._buffers
         self._shown = total
-        self.keys = keys.narrow(2, 0, total)
-        self.values = values.narrow(2, 0, total)
+        self._held = total
+        viewed = self._viewed
+        if viewed is None or viewed[0] is not self._buffers:
+            self._make_views()  # at once: the old ones keep other memory alive
+
+    def _make_views(self) -> None:
+        """Make `_keys` and `_values` what they are to be."""
+        buffers, held, viewed = self._buffers, self._held, self._viewed
+        if held is None or buffers is None:
+            return
+        if viewed is not None and viewed[0] is buffers and viewed[1] == held:
+            return
+        self._viewed = None  # an interrupt between the two leaves one of each
+        keys, values = buffers
+        self._keys = keys.narrow(2, 0, held)
+        self._values = values.narrow(2, 0, held)
+        self._viewed = buffers, held
+
+    def _leave_views(self) -> None:
+        """From now on `_keys` and `_values` say what is held."""
+        self._make_views()
+        self._held = self._viewed = None
 
     def _fits(self, held: int, total: int) -> bool:
         buffers = self._buffers
@@ -237,7 +298,7 @@ def cache_name(module: Any) -> str:
 
 def cache_in(found: Any) -> Any:
     """The KV cache in a call's keyword arguments or in a model's output; None without one."""
-    is_mapping = isinstance(found, Mapping)
+    is_mapping = type(found) is dict or isinstance(found, Mapping)
     for name in CACHE_NAMES:
         cache = found.get(name) if is_mapping else getattr(found, name, None)
         if cache is not None:

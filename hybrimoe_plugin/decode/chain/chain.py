@@ -21,13 +21,11 @@ misses, nothing is launched behind it before its routing is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from hybrimoe_plugin.decode.capture import GraphBreak, LayerGraphs
 from hybrimoe_plugin.decode.chain.link import LayerLink
-from hybrimoe_plugin.device.streams import PendingCopy
+from hybrimoe_plugin.engine.view import HostView, Predictions
 
 AHEAD = 2
 """MoE layers that may be launched whose routing is not known yet.
@@ -36,46 +34,53 @@ While the device is at one, the host launches the next one.
 """
 
 
-@dataclass
 class LayerCall:
     """One launched layer; its experts' `Sent` where the engine computes them after all.
 
     Attributes:
         source: [1, 1, H], its input.
+        graph_break: of a layer with experts.
         whole: whether all of its graphs were launched, before its routing was known.
+        chosen: [K] the experts, once they are known.
+        later: what the later routers would choose, if they were asked.
     """
 
-    graphs: LayerGraphs
-    source: torch.Tensor
-    link: LayerLink | None
-    whole: bool = False
-    later: PendingCopy | None = None
-    """What the later routers would choose, if they were asked."""
+    __slots__ = ("chosen", "graph_break", "graphs", "later", "link", "source", "whole")
+    graph_break: GraphBreak
 
-    @property
-    def graph_break(self) -> GraphBreak:
-        assert self.graphs.graph_break is not None
-        return self.graphs.graph_break
+    def __init__(self, graphs: LayerGraphs, source: torch.Tensor, link: LayerLink | None) -> None:
+        self.graphs = graphs
+        self.source = source
+        self.link = link
+        self.whole = False
+        self.chosen: list[int] = []
+        self.later: Predictions | None = None
+        if link is not None:
+            assert graphs.graph_break is not None
+            self.graph_break = graphs.graph_break
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `decode.capture.Experts` says; so do the two below."""
+        """As `decode.capture.Experts` says; so does the one below."""
         return self.graph_break.inputs
 
-    def needed(self) -> PendingCopy:
-        assert self.link is not None
-        return self.link.routing(self.graph_break)
-
-    def predicted(self) -> PendingCopy | None:
-        return self.later
+    def seen(self) -> HostView:
+        return self.graph_break.memory.view(self.chosen, self.later)
 
     def route(self) -> None:
         """Launch what comes before the experts, and the later routers."""
-        self.graphs.route()
-        if self.link is None:
+        link = self.link
+        if link is None:
+            self.graphs.before()
             return
-        if self.link.engine.wants_predictions and self.graph_break.predict():
-            self.later = self.link.predictions(self.graph_break)
+        link.replays(routed=True)
+        self.graphs.before()
+        graph_break = self.graph_break
+        look_ahead = graph_break.look_ahead
+        if look_ahead is not None and link.engine.wants_predictions:
+            link.replays(routed=False)
+            look_ahead()
+            self.later = graph_break.marked
 
     def finish(self) -> None:
         """Launch the experts from their slots and what comes behind them."""
@@ -85,12 +90,8 @@ class LayerCall:
         self.graphs.after()
         self.whole = True
 
-    def compute_missing(self, chosen: list[int]) -> None:
-        """Let the engine compute the experts, then launch what comes behind them.
-
-        Args:
-            chosen: the experts, as the host knows them.
-        """
+    def compute_missing(self) -> None:
+        """Let the engine compute the experts, then launch what comes behind them."""
         assert self.link is not None
         assert self.graphs.after is not None
         if self.whole:
@@ -101,8 +102,10 @@ class LayerCall:
         output = self.link.plan_and_compute(self)
         if self.whole:
             self.link.await_routing()
-            if self.link.chosen(self.graph_break) != chosen:
+            chosen = self.graph_break.memory.chosen()
+            if chosen != self.chosen:
                 # A tie that fell otherwise: sums need not have one order on a device.
+                self.chosen = chosen
                 output = self.link.plan_and_compute(self)
         self.graph_break.output.copy_(output)
         self.graphs.after()
@@ -116,7 +119,7 @@ class Chain:
         """From the first one whose routing is not known."""
         self._hits: list[LayerCall] = []
         """Known to have had no miss, not noted yet."""
-        self._last: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
         """Output of the layer that was launched last, whose copy is the next one's input.
 
         None where anyone may have read it, or changed it in place.
@@ -137,25 +140,24 @@ class Chain:
             final: whether whatever reads the output does not ask `make_right` first. Then the
                 output is right without exception.
         """
-        if hidden is not self._last:
+        if hidden is not self.last:
             self.settle()
             graphs.hidden.copy_(hidden)
         call = LayerCall(graphs, hidden, link)
-        self._last = None
-        while self._unknown() >= AHEAD:
+        self.last = None
+        while len(self._open) >= AHEAD and self._unknown() >= AHEAD:
             self._learn_next()
         self._open.append(call)
         self._launch(call)
         if final or not call.whole:
             self._learn_all()
-        self._last = None if final else graphs.output
-        if not final:  # what comes behind the last layer is launched first
+        output = graphs.output
+        if final:
+            return output
+        self.last = output
+        if self._hits:  # what comes behind the last layer is launched first
             self._note_hits()
-        return graphs.output
-
-    def was_read(self, hidden: torch.Tensor) -> bool:
-        """Whether somebody was given the output before this input without asking `make_right`."""
-        return self._last is not None and hidden is not self._last
+        return output
 
     def make_right(self) -> bool:
         """Learn what every launched layer's routing was, and put right what missed.
@@ -164,7 +166,7 @@ class Chain:
             whether every output was right when it was given out.
         """
         right = self._learn_all()
-        self._last = None
+        self.last = None
         return right
 
     def settle(self) -> bool:
@@ -177,7 +179,7 @@ class Chain:
         """Drop what an interrupted pass has left."""
         self._open.clear()
         self._hits.clear()
-        self._last = None
+        self.last = None
 
     def _unknown(self) -> int:
         return sum(call.link is not None for call in self._open)
@@ -208,7 +210,7 @@ class Chain:
             del self._open[0]
             return True
         link.await_routing()
-        chosen = link.chosen(call.graph_break)
+        call.chosen = chosen = call.graph_break.memory.chosen()
         if call.whole:
             hit = link.hits(chosen)
         else:
@@ -220,8 +222,9 @@ class Chain:
             del self._open[0]
             self._hits.append(call)
             return True
-        self._note_hits()
-        call.compute_missing(chosen)
+        if self._hits:
+            self._note_hits()
+        call.compute_missing()
         del self._open[0]
         behind, self._open = self._open, []
         for void in behind:

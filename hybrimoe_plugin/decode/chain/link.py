@@ -8,7 +8,7 @@ from hybrimoe_plugin.compute.backends import ResidentExperts
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.capture import Experts, GraphBreak
 from hybrimoe_plugin.decode.chain.slot_table import SlotTable
-from hybrimoe_plugin.decode.chain.stamp import ArrivedCopy, Stamp, StampedCopy
+from hybrimoe_plugin.decode.chain.stamp import Stamp, StampedCopy
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.device.streams import PendingCopy
 from hybrimoe_plugin.engine import Engine, Sent
@@ -75,12 +75,14 @@ class LayerLink:
     @property
     def may_skip_plan(self) -> bool:
         """Whether a call without a miss is the accelerator's alone, as its plan would say."""
-        return self.usable and self.engine.gives_hits_to_accelerator
+        # `usable`, without its call: this is asked in every layer of every token.
+        same_slots = self.memory is self._accelerator.memory
+        return same_slots and self.engine.gives_hits_to_accelerator
 
     @property
     def expects_hits(self) -> bool:
         """Whether the layers behind should be launched before it is known that nothing misses."""
-        return self.may_skip_plan and self._hit_share >= self.sure
+        return self._hit_share >= self.sure and self.may_skip_plan
 
     def mark_routed(self) -> None:
         self._routed.mark()
@@ -94,7 +96,10 @@ class LayerLink:
         self._predicted.reset()
 
     def replays(self, routed: bool) -> None:
-        (self._routed if routed else self._predicted).count()
+        (self._routed if routed else self._predicted).expected += 1
+
+    def predictions(self, on_host: list[torch.Tensor]) -> PendingCopy:
+        return StampedCopy(self._predicted, on_host)
 
     def compute(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -107,8 +112,9 @@ class LayerLink:
     def launch(self, graph_break: GraphBreak) -> None:
         """Compute the experts from slots, behind what the device has to do."""
         assert graph_break.resident is not None
-        self.table.update(self.position)
-        self.table.push(self.position)
+        table, layer = self.table, self.position
+        if table.update(layer):
+            table.push(layer)
         graph_break.resident()
         self._accelerator.used_layer(self._weights)
 
@@ -122,14 +128,15 @@ class LayerLink:
 
     def would_hit(self, chosen: list[int]) -> bool:
         """Whether graphs that are launched now will find these experts."""
-        self.table.update(self.position)
-        return self.hits(chosen)
+        table, layer = self.table, self.position
+        if table.would_miss(layer, chosen):
+            return False  # the row may wait: only launched graphs need it
+        table.update(layer)
+        return table.present[layer].issuperset(chosen)
 
     def chosen(self, graph_break: GraphBreak) -> list[int]:
         """The experts of the call, as the host knows them."""
-        _, ids, *_ = graph_break.on_host
-        experts: list[int] = ids.tolist()[0]
-        return experts
+        return graph_break.memory.chosen()
 
     def plan_and_compute(self, call: Experts) -> torch.Tensor:
         """[1, H]: the experts of a call with a miss, by the engine.
@@ -146,13 +153,6 @@ class LayerLink:
     def note(self, hit: bool) -> None:
         """Learn how often nothing misses."""
         self._hit_share += NEWEST * (hit - self._hit_share)
-
-    def routing(self, graph_break: GraphBreak) -> PendingCopy:
-        """What the engine must know of the call; `await_routing` comes first."""
-        return ArrivedCopy(graph_break.on_host)
-
-    def predictions(self, graph_break: GraphBreak) -> PendingCopy:
-        return StampedCopy(self._predicted, graph_break.predictions_on_host)
 
     def recover(self) -> None:
         """After an unfinished pass; waits for the device."""

@@ -82,6 +82,10 @@ class ProvenChain:
     def proven(self) -> bool:
         return self._proofs >= PROOFS and not self._refused
 
+    def gave(self, hidden: torch.Tensor) -> bool:
+        """Whether hidden states are the output of the layer before, as the chain gave it."""
+        return hidden is self._chain.last
+
     def renew(self, link: LayerLink | None) -> None:
         """A layer was captured anew: prove again."""
         self.settle()
@@ -100,7 +104,8 @@ class ProvenChain:
             return _plainly(call, hidden)
         if self._proofs < PROOFS:
             return self._watch(call, hidden)
-        if self._chain.was_read(hidden):
+        last = self._chain.last
+        if last is not None and hidden is not last:
             self._refuse(READ)
             if not self._chain.settle():
                 raise BackendError(f"{self._name}: {READ}, and read what was not computed yet")

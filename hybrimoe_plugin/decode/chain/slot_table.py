@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -56,17 +58,20 @@ class SlotTable:
         self._pool: SlotPool | None = None
         """Whose changes are followed; None: all rows are to be made anew."""
 
-    def update(self, layer: int) -> None:
+    def update(self, layer: int) -> bool:
         """Bring the host's side of a layer's row up to date: `present`, and what `push` sends.
 
         An interrupted update needs `forget`.
+
+        Returns:
+            whether `push` has something to send.
         """
         pool = self._controller.pool
         if pool is not self._pool:
             self._begin(pool)
         awaited, changed = self._awaited[layer], pool.changed[layer]
         if not changed and not awaited:
-            return
+            return self._differs[layer]
         row, present, cached = self._shown[layer], self.present[layer], pool.cached[layer]
         differs = self._differs[layer]
         for expert in changed:
@@ -84,6 +89,12 @@ class SlotTable:
             present.add(expert)
             differs = True
         self._differs[layer] = differs
+        return differs
+
+    def would_miss(self, layer: int, experts: Iterable[int]) -> bool:
+        """Whether one of these experts is not `present` in any case, even after an `update`."""
+        cached = self._controller.pool.cached[layer]
+        return not all(map(cached.__contains__, experts))
 
     def push(self, layer: int) -> None:
         """Send a layer's row, as `update` left it, for graphs that are launched behind this."""
