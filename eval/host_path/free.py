@@ -39,9 +39,6 @@ class FreeKernels:
     def capturable(self) -> FreeKernels:
         return self
 
-    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
 

@@ -156,6 +156,15 @@ def decisions(subject: Subject, runner: Runner, case: Case, tokens: int) -> Time
 
         return known
 
+    def launching(call: Callable[..., Any]) -> Callable[..., Any]:
+        def launches(*args: Any) -> Any:
+            result = call(*args)
+            if result:
+                launched()
+            return result
+
+        return launches
+
     def launched() -> None:
         nonlocal first_ns
         if not first_ns:
@@ -169,7 +178,10 @@ def decisions(subject: Subject, runner: Runner, case: Case, tokens: int) -> Time
 
     subject.kernels.launched = subject.cpu.submitted = launched
     try:
-        with replaced(paths.where_routing_is_known(subject), knowing):
+        with (
+            replaced(paths.where_routing_is_known(subject), knowing),
+            replaced(paths.where_graphs_compute_misses(subject), launching),
+        ):
             return runner.tokens(case, tokens, take)
     finally:
         subject.kernels.launched = subject.cpu.submitted = None

@@ -48,12 +48,13 @@ def _watch_captured(made: Subject) -> None:
 
 
 def _read_slots(made: Subject, layer: int) -> None:
-    """As the graph does where all experts lie in slots, by the table that the device has."""
+    """As the graph does: of the experts that the device's table has."""
     graph_break: Any = made.graph_break(layer)
     accelerator: Any = made.engine.accelerator
     _, ids, *_ = graph_break.on_host
     chosen = ids.tolist()[0]
-    if graph_break.link.table.present[layer].issuperset(chosen):
-        cached = made.engine.controller.pool.cached[layer]
-        layout = accelerator._layouts[id(made.engine.layers[layer])]
-        made.kernels.read_all(accelerator.memory, layout, [cached[expert] for expert in chosen])
+    present = graph_break.link.table.present[layer]
+    cached = made.engine.controller.pool.cached[layer]
+    layout = accelerator._layouts[id(made.engine.layers[layer])]
+    slots = [cached[expert] for expert in chosen if expert in present]
+    made.kernels.read_all(accelerator.memory, layout, slots)

@@ -27,6 +27,11 @@ def where_routing_is_known(subject: Subject) -> list[Method]:
     return [(subject.engine, "_read")]
 
 
+def where_graphs_compute_misses(subject: Subject) -> list[Method]:
+    """The methods that launch the experts in slots of a call with a miss, and say which."""
+    return [(link, "compute_slots") for link in _links(subject)]
+
+
 def watched(subject: Subject) -> dict[str, list[Method]]:
     """Part, as the table names it -> its methods."""
     engine: Any = subject.engine

@@ -221,13 +221,6 @@ class ResidentExperts(Accelerator, Protocol):
         """Why a layer's experts cannot be computed by `resident`; empty where they can."""
         ...
 
-    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[1, K] int64: the slots of one token's experts [1, K] by row [E] of a table; all or none.
-
-        All are -1 if one is -1 in the row. The device's work alone.
-        """
-        ...
-
     def resident(
         self,
         weights: LayerWeights,
@@ -238,6 +231,14 @@ class ResidentExperts(Accelerator, Protocol):
         """As `compute`, of slots that only the device knows; no operation depends on the host.
 
         All bytes must be there. `used_layer` must follow whenever a graph of it is launched.
+        """
+        ...
+
+    def wait_for(self, slots: Sequence[int]) -> None:
+        """Let what is launched from now on come after the arrival of these slots' bytes.
+
+        Raises:
+            BackendError: a slot was never filled, or any transfer has failed.
         """
         ...
 

@@ -12,7 +12,7 @@ and the link do. It cannot be part of a graph, so the layer's code is cut there:
     graph 3   shared experts, + x: what the layer's code does after the experts' call
 
 Where a layer may be part of a chain (`decode.chain`), one more graph stands beside the engine: it
-computes the routed experts from the slots that a table on the device names, if all of them lie
+computes the routed experts from the slots that a table on the device names, as far as they lie
 there. Graphs 1 and 2 then end by a mark that tells the host of their copies.
 
 A layer without routed experts is one graph. Which operations are before and behind the break
@@ -21,7 +21,7 @@ depends on the model's code alone; nothing of it is written anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,6 +53,10 @@ class Experts(Protocol):
         """As `Sent` says."""
         ...
 
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor | None:
+        """As `Sent` says."""
+        ...
+
 
 class Link(Protocol):
     """What the graphs of a layer in a chain hold besides (`decode.chain.link`)."""
@@ -80,7 +84,7 @@ class Link(Protocol):
     def compute(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] of the experts that lie in slots; the device's work alone."""
+        """[T, H] the sum over the experts that lie in slots; the device's work alone."""
         ...
 
 
@@ -129,6 +133,9 @@ class GraphBreak:
             predictions = Predictions(copy, memory.predicted)
         routed.wait()
         return memory.view(memory.chosen(), predictions)
+
+    def from_slots(self, slots: Mapping[int, int]) -> None:
+        """Nothing: where the host waits in every layer, the engine computes all of them."""
 
     def predict(self) -> bool:
         """Ask the later routers, on the device; whether there are any."""

@@ -219,7 +219,7 @@ class Engine:
             self.cpu.submit(layer, states, ids, weights, step.plan.cpu)
         output = None
         if self._waves is not None:
-            output = self._waves.compute(step, hidden, scored.ids, call.weights)
+            output = self._waves.compute(step, hidden, scored.ids, call.weights, sent)
         self._look_ahead(step, seen, now_us)
         from_cpu = self.cpu.sync() if submitted else None
         self.controller.finish(step)

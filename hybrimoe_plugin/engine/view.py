@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -143,6 +143,17 @@ class Sent(Protocol):
         """What it has copied, once that is there; asked for once in a call.
 
         Valid until the graph's next replay, which writes to the same memory.
+        """
+        ...
+
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor | None:
+        """Compute experts of the call by a graph, behind the arrival of their bytes.
+
+        Args:
+            slots: expert -> slot of those that it is to compute.
+
+        Returns:
+            [1, H] their weighted sum; None where there is no such graph.
         """
         ...
 

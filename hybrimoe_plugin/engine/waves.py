@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.backends import Accelerator, WaveCalls
 from hybrimoe_plugin.core import OFFLOADED, ExpertRef
+from hybrimoe_plugin.engine.view import Sent
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.policy.controller import Controller, Move, Step
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 Wave = dict[int, int]
 """Expert -> slot of what is computed in one launch."""
+
+WAVE_US = 50.0
+"""What one more wave of one token costs the host, two launches by Triton included."""
 
 
 class Waves:
@@ -43,7 +47,12 @@ class Waves:
             self._accelerator.onload(slot, self._layers[layer], expert, ahead)
 
     def compute(
-        self, step: Step, hidden: torch.Tensor, ids: NDArray[np.int64], topk_weights: torch.Tensor
+        self,
+        step: Step,
+        hidden: torch.Tensor,
+        ids: NDArray[np.int64],
+        topk_weights: torch.Tensor,
+        sent: Sent | None = None,
     ) -> torch.Tensor | None:
         """Compute the accelerator's experts of one layer call.
 
@@ -52,6 +61,7 @@ class Waves:
             hidden: [T, H] floating point, on the device of the model's dense part.
             ids: [T, K] on the host.
             topk_weights: [T, K] floating point, beside `hidden`.
+            sent: of a graph, which may compute experts in slots by itself.
 
         Returns:
             [T, H] like `hidden`: the weighted sum over each token's experts; None where the plan
@@ -67,6 +77,14 @@ class Waves:
             waves.append({move.expert: move.slot for move in group})
         unsent = iter(groups)
         self.onload(next(unsent, ()))
+        output, done = None, 0
+        if sent is not None:
+            done = len(waves) if self._join(step, waves, groups) else 1
+            output = sent.from_slots(_joined(waves[:done]))
+            if output is None:
+                done = 0
+            elif done == len(waves):
+                return output
         accelerator = self._accelerator
         states, weights = hidden, topk_weights
         apart = hidden.device != accelerator.device  # asked once: each comparison costs the host
@@ -75,13 +93,15 @@ class Waves:
             weights = self.to_device(topk_weights, accelerator.device)
         layer = self._layers[step.layer]
         calls = wave_calls(accelerator, layer, waves, ids, states, weights)
-        for index in range(len(waves)):
+        for index in range(done, len(waves)):
             if index >= present:
                 # Send a group before computing the one before it: link and accelerator overlap.
                 self.onload(next(unsent, ()))
             calls.compute(index)
-        output = calls.output()
-        return output.to(hidden.device) if apart else output
+        found = calls.output()
+        if apart:
+            found = found.to(hidden.device)
+        return found if output is None else output + found
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor on the device; from the CPU to the accelerator without stopping the host."""
@@ -128,6 +148,17 @@ class Waves:
         for expert, slot in self._controller.stale(step):
             if self._accelerator.cancel(slot):
                 self._controller.withdraw(step.layer, expert)
+
+    def _join(self, step: Step, waves: Sequence[Wave], groups: Sequence[Sequence[Move]]) -> bool:
+        """Whether one launch behind the last arrival is sooner done than a launch for each wave.
+
+        It is where the host takes longer for a wave than the accelerator for what is there.
+        """
+        if len(waves) == 1:
+            return True
+        costs = self._controller.costs
+        there_us = costs.accelerator_first_us + len(waves[0]) * costs.accelerator(1)
+        return len(groups) <= 1 and there_us <= WAVE_US
 
     def _present(self, step: Step) -> list[Wave]:
         """The resident experts, then those in flight; without empty waves."""
@@ -207,6 +238,12 @@ def wave_calls(
         if call is not None:
             return call
     return SlotCalls(accelerator, waves, ids, layer.spec.experts, states, weights)
+
+
+def _joined(waves: Sequence[Wave]) -> Wave:
+    if len(waves) == 1:
+        return waves[0]
+    return {expert: slot for wave in waves for expert, slot in wave.items()}
 
 
 def _slot_ids(

@@ -134,16 +134,12 @@ class IdlePrefetch:
         Only those that are still in flight.
         """
         layer = step.layer
-        coming = self._residency.arriving(layer)
+        coming = self._record.among(self._residency.arriving(layer), layer)
         if not coming:
             return []
         needed = {item.expert for item in step.routed}
         cached = self._residency.pool.cached[layer]
-        found = []
-        for expert in coming:
-            if expert not in needed and ExpertRef(layer, expert) in self._record:
-                found.append((expert, cached[expert]))
-        return found
+        return [(expert, cached[expert]) for expert in coming if expert not in needed]
 
     def withdraw(self, ref: ExpertRef) -> None:
         """Forget a prefetch that the link never carried: its slot is free again."""

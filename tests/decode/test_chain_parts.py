@@ -59,13 +59,10 @@ def late(load_captured: Loader, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class UnmadeCopies:
-    """Rows on a device that makes no copy yet; keeps what each copy will read."""
+    """A row on a device that makes no copy yet; keeps what each copy will read."""
 
     def __init__(self) -> None:
         self.sources: list[torch.Tensor] = []
-
-    def __getitem__(self, layer: int) -> UnmadeCopies:
-        return self
 
     def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
         assert non_blocking
@@ -79,17 +76,53 @@ def test_a_change_on_the_host_leaves_the_copy_before_it(late: tuple[Any, LateCap
     capture._streams.synchronize()
     table.update(0)
     table.push(0)
-    table.rows = copies = UnmadeCopies()
-    one, other, *_ = pool.cached[0]
-    pool.evict(0, one)
-    table.update(0)
+    copies = UnmadeCopies()
+    table._copies[0] = copies, table._copies[0][1]
+    one, other, last, *_ = pool.cached[0]
+    for expert in (one, other):
+        pool.evict(0, expert)
+        table.update(0)
+        table.push(0)
+    table.show(0, [last], {})
     table.push(0)
-    pool.evict(0, other)
-    table.update(0)
-    table.push(0)
-    first, second = copies.sources
-    assert first[one] == second[one] == second[other] == NOWHERE
+    first, second, third = copies.sources
+    assert first[one] == second[one] == second[other] == third[last] == NOWHERE
     assert first[other] != NOWHERE, "graphs that are launched already read it there"
+    assert second[last] != NOWHERE
+
+
+def test_what_is_shown_for_a_call_passes_with_it(late: tuple[Any, LateCapture]) -> None:
+    model, capture = late
+    (engine,) = model.hybrimoe.engines
+    table, pool = links_of(model)[0].table, engine.controller.pool
+    capture._streams.synchronize()
+    table.update(0)
+    before = table._shown[0].copy()
+    cached, hidden, *_ = pool.cached[0]
+    missing = next(e for e in range(len(before)) if e not in pool.cached[0])
+    staged = pool.stage()
+    table.show(0, [cached, hidden, missing], {cached: int(before[cached]), missing: staged})
+    assert table._shown[0][[cached, hidden, missing]].tolist() == [before[cached], NOWHERE, staged]
+    assert table.present[0].isdisjoint({hidden, missing})
+    table.update(0)
+    assert table._shown[0].tolist() == before.tolist()
+    assert table.present[0] == set(pool.cached[0])
+
+
+def test_what_was_loaded_anew_is_waited_for(late: tuple[Any, LateCapture]) -> None:
+    """Also where it lies in the slot that it had before."""
+    model, capture = late
+    (engine,) = model.hybrimoe.engines
+    table, pool = links_of(model)[0].table, engine.controller.pool
+    capture._streams.synchronize()
+    table.update(0)
+    one, other, *_ = pool.cached[0]
+    assert table.coming(0, pool.cached[0]) == []
+    slot = pool.cached[0][one]
+    pool.evict(0, one)
+    assert pool.place(0, one) == slot
+    assert table.coming(0, {one: slot, other: pool.cached[0][other]}) == [slot]
+    pool.arrive(0, one)
 
 
 def test_an_expert_is_in_its_row_once_it_has_arrived(late: tuple[Any, LateCapture]) -> None:
@@ -171,7 +204,7 @@ def test_a_slot_is_not_written_before_graphs_that_may_read_it(
     streams.synchronize()
 
 
-def test_nothing_is_computed_where_an_expert_is_missing(late: tuple[Any, LateCapture]) -> None:
+def test_experts_without_a_slot_are_left_out(late: tuple[Any, LateCapture]) -> None:
     model, _ = late
     link = links_of(model)[0]
     row = link.table.rows[0]
@@ -181,7 +214,9 @@ def test_nothing_is_computed_where_an_expert_is_missing(late: tuple[Any, LateCap
     weights = torch.tensor([[0.5, 0.5]])
     assert link.compute(hidden, present[None, :2], weights).any()
     mixed = torch.stack((present[0], missing[0]))[None]
-    assert not link.compute(hidden, mixed, weights).any()
+    alone = link.compute(hidden, present[None, :2], torch.tensor([[0.5, 0.0]]))
+    assert torch.equal(link.compute(hidden, mixed, weights), alone)
+    assert not link.compute(hidden, missing[None, :2], weights).any()
 
 
 def test_graphs_share_memory_with_those_of_later_layers(

@@ -197,10 +197,8 @@ class SlotAccelerator:
             return ""
         return f"the experts of layer {weights.layer} stay on the CPU"
 
-    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """As `ResidentExperts` says."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self.kernels.find_slots(row, ids)
+    def wait_for(self, slots: Sequence[int]) -> None:
+        self._transfers.wait_all(slots)
 
     def resident(
         self,

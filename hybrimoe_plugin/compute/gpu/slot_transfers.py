@@ -107,7 +107,6 @@ class SlotTransfers:
         self.held: dict[int, Transfer] = {}
         self.cancelled = 0
         self._streams = streams
-        self._kernels = kernels
         self._buffer = buffer
         self._ahead_depth = ahead_depth
         self._executor = executor or InlineExecutor()
@@ -170,14 +169,7 @@ class SlotTransfers:
             BackendError: a slot was never filled, its transfer was cancelled, or any transfer has
                 failed.
         """
-        held = self.held
-        layouts = []
-        for slot in slots:
-            if slot in self._waiting:  # needed now: it goes before the other prefetches
-                self._start(self._waiting.pop(slot), LINK)
-            if slot not in held:
-                raise BackendError(f"slot {slot} was never onloaded")
-            layouts.append(held[slot].layout)
+        layouts = self._sent(slots)
         layout = layouts[0]
         assert layouts.count(layout) == len(slots), "one call computes one layer"
         self._wait(self._gate_up, slots)  # edge: gate and up have arrived -> stage 1
@@ -186,6 +178,16 @@ class SlotTransfers:
     def wait_down(self, slots: Iterable[int]) -> None:
         """The same for down. Raises: BackendError: any transfer has failed."""
         self._wait(self._down, slots)  # edge: down has arrived -> stage 2
+
+    def wait_all(self, slots: Sequence[int]) -> None:
+        """Let compute go on only when all of these slots' bytes have arrived.
+
+        Raises:
+            BackendError: as `wait_gate_up`.
+        """
+        self._sent(slots)
+        self._wait(self._gate_up, slots)
+        self._wait(self._down, slots)  # edge: all has arrived -> both stages
 
     def used(self, slots: Sequence[int]) -> None:
         """Note that compute, as far as it is queued, contains these slots' last use."""
@@ -251,7 +253,7 @@ class SlotTransfers:
         transfer = self._waiting[slot] if waits else self.held.get(slot)
         if transfer is None or transfer.weights is not weights or transfer.expert != expert:
             return False
-        return waits or not self._differs(transfer)
+        return waits or self._writer.has_written(slot, transfer.parts)
 
     def drain(self) -> None:
         """Wait until the device has got everything submitted so far.
@@ -268,18 +270,16 @@ class SlotTransfers:
         """As `drain`; nothing can be sent any more."""
         self._executor.close()
 
-    def _differs(self, transfer: Transfer) -> bool:
-        """Whether a slot's bytes are not those that the transfer brought."""
-        for part, stored in transfer.parts:
-            found = self._buffer[transfer.slot, part.span]
-            wanted = torch.from_numpy(stored.copy()).to(found.device)
-            if part.planar:
-                raw = wanted
-                wanted = torch.empty_like(found)
-                self._kernels.repack(part, raw, wanted)
-            if not torch.equal(found, wanted):
-                return True
-        return False
+    def _sent(self, slots: Iterable[int]) -> list[SlotLayout]:
+        """The layouts of slots that have been sent their bytes, now at the latest."""
+        layouts = []
+        for slot in slots:
+            if slot in self._waiting:  # needed now: it goes before the other prefetches
+                self._start(self._waiting.pop(slot), LINK)
+            if slot not in self.held:
+                raise BackendError(f"slot {slot} was never onloaded")
+            layouts.append(self.held[slot].layout)
+        return layouts
 
     def _wait(self, queued: dict[int, QueuedWork], slots: Iterable[int]) -> None:
         self._executor.check()

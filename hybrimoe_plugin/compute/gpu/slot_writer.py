@@ -44,6 +44,19 @@ class SlotWriter:
         self._buffer = buffer
         self._repack = repack
 
+    def has_written(self, slot: int, parts: Sequence[tuple[Part, Bytes]]) -> bool:
+        """Whether a slot holds these parts as they should lie there; waits for the device."""
+        for part, stored in parts:
+            found = self._buffer[slot, part.span]
+            wanted = torch.from_numpy(stored.copy()).to(found.device)
+            if part.planar:
+                raw = wanted
+                wanted = torch.empty_like(found)
+                self._kernels.repack(part, raw, wanted)
+            if not torch.equal(found, wanted):
+                return False
+        return True
+
     def write(
         self,
         slot: int,

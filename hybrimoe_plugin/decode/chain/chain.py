@@ -9,7 +9,8 @@ knows whether there was a miss, reads each routing decision from its own memory 
     device   | layer 3                | layer 4                     | layer 5
 
 Where an expert was missing the device has computed nothing of use from there on. The engine then
-computes that layer as it always does, and the layers behind are launched again:
+plans that layer; the experts in slots are again the graphs' part, and the engine computes the
+others. The layers behind are launched again:
 
     host     launch 3 | launch 4 | read 3: miss | plan and compute 3 | launch 4 | ...
     device   | layer 3  | layer 4: void |       | layer 3            | layer 4
@@ -20,6 +21,8 @@ misses, nothing is launched behind it before its routing is known.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -61,11 +64,17 @@ class LayerCall:
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `decode.capture.Experts` says; so does the one below."""
+        """As `decode.capture.Experts` says; so do the two below."""
         return self.graph_break.inputs
 
     def seen(self) -> HostView:
         return self.graph_break.memory.view(self.chosen, self.later)
+
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor | None:
+        link = self.link
+        assert link is not None
+        done = link.compute_slots(self.graph_break, self.chosen, slots)
+        return self.graph_break.output if done else None
 
     def route(self) -> None:
         """Launch what comes before the experts, and the later routers."""
@@ -107,7 +116,8 @@ class LayerCall:
                 # A tie that fell otherwise: sums need not have one order on a device.
                 self.chosen = chosen
                 output = self.link.plan_and_compute(self)
-        self.graph_break.output.copy_(output)
+        if output is not self.graph_break.output:
+            self.graph_break.output.copy_(output)
         self.graphs.after()
 
 

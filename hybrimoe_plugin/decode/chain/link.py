@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hybrimoe_plugin.compute.backends import ResidentExperts
@@ -104,19 +106,37 @@ class LayerLink:
     def compute(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """As the protocol says; nothing is computed where an expert of the call is missing."""
-        slots = self._accelerator.find_slots(self._row, ids)
+        """As the protocol says: of those that the table has a slot for."""
+        slots = self._row[ids.to(torch.int64)]
         output = self._accelerator.resident(self._weights, hidden, slots, weights)
         return output.to(hidden.dtype)
 
     def launch(self, graph_break: GraphBreak) -> None:
         """Compute the experts from slots, behind what the device has to do."""
-        assert graph_break.resident is not None
-        table, layer = self.table, self.position
-        if table.update(layer):
-            table.push(layer)
-        graph_break.resident()
-        self._accelerator.used_layer(self._weights)
+        self.table.update(self.position)
+        self._replay(graph_break)
+
+    def compute_slots(
+        self, graph_break: GraphBreak, chosen: list[int], slots: Mapping[int, int]
+    ) -> bool:
+        """Launch the experts of a call that lie in these slots, behind their arrival.
+
+        Args:
+            chosen: the call's experts.
+            slots: expert -> slot of those that are to be computed.
+
+        Returns:
+            whether it was done; not where the cache has shrunk in this call.
+        """
+        if not self.usable:
+            return False
+        coming = self.table.coming(self.position, slots)
+        if coming:
+            self._accelerator.wait_for(coming)
+        self.table.show(self.position, chosen, slots)
+        self._replay(graph_break)
+        self._accelerator.pump()
+        return True
 
     def await_routing(self) -> None:
         """Look at the host's memory until the routing decision is there."""
@@ -153,6 +173,13 @@ class LayerLink:
     def note(self, hit: bool) -> None:
         """Learn how often nothing misses."""
         self._hit_share += NEWEST * (hit - self._hit_share)
+
+    def _replay(self, graph_break: GraphBreak) -> None:
+        """Compute what the layer's row shows now."""
+        assert graph_break.resident is not None
+        self.table.push(self.position)
+        graph_break.resident()
+        self._accelerator.used_layer(self._weights)
 
     def recover(self) -> None:
         """After an unfinished pass; waits for the device."""

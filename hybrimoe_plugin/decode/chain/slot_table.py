@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +13,15 @@ from hybrimoe_plugin.policy.slots import SlotPool
 
 NOWHERE = -1
 """In place of a slot: the expert is not cached, or has not arrived."""
+
+
+PLACES = 3
+"""Of each row in the host's memory, in turns.
+
+A row is sent at most three times between two of its layer's routing decisions that the host has
+read (for a call launched ahead, its miss, and once more where the routing came out otherwise). The
+device has made what it was sent before the first of the two.
+"""
 
 
 class SlotTable:
@@ -39,20 +48,25 @@ class SlotTable:
         shape = layers, max(weights.spec.experts for weights in engine.layers)
         with torch.inference_mode(False):
             self.rows = torch.full(shape, NOWHERE, dtype=torch.int64, device=accelerator.device)
-            self._on_host = [accelerator.pinned_like(self.rows) for _ in range(2)]
-        """What copies to the device read, which may come after the next change on the host.
-
-        In turns: a layer's routing is known before its row is changed twice, so the copy before
-        has been made by then.
+            on_host = [accelerator.pinned_like(self.rows) for _ in range(PLACES)]
+            self._copies = [
+                (row, [memory[i] for memory in on_host]) for i, row in enumerate(self.rows)
+            ]
+        """For each layer its row and what copies to it read in turns: the device may make a copy
+        behind the next change on the host.
         """
-        self._written = [memory.numpy() for memory in self._on_host]
+        self._written = [memory.numpy() for memory in on_host]
         self._turn = [0] * layers
         self._shown = np.full(shape, NOWHERE, dtype=np.int64)
         """[L, E] what graphs read that are launched now."""
+        self._values = [memoryview(row) for row in self._shown]
+        """The same; a single number is read and written in a fraction of an array's time."""
         self.present: list[set[int]] = [set() for _ in range(layers)]
         """Experts of each layer that have a slot in `rows`."""
         self._awaited: list[dict[int, int]] = [{} for _ in range(layers)]
         """Expert -> slot of those on their way, for each layer."""
+        self._passing: list[set[int]] = [set() for _ in range(layers)]
+        """Experts of each layer that were shown for one call alone."""
         self._differs = [False] * layers
         """Whether a layer's row is not what the device has."""
         self._pool: SlotPool | None = None
@@ -69,27 +83,59 @@ class SlotTable:
         pool = self._controller.pool
         if pool is not self._pool:
             self._begin(pool)
-        awaited, changed = self._awaited[layer], pool.changed[layer]
-        if not changed and not awaited:
+        awaited, changed, passing = self._awaited[layer], pool.changed[layer], self._passing[layer]
+        if not changed and not awaited and not passing:
             return self._differs[layer]
-        row, present, cached = self._shown[layer], self.present[layer], pool.cached[layer]
-        differs = self._differs[layer]
-        for expert in changed:
-            if expert in present:
-                present.discard(expert)
-                row[expert] = NOWHERE
-                differs = True
-            awaited.pop(expert, None)
-            if expert in cached:
-                awaited[expert] = cached[expert]
-        changed.clear()
+        present, cached = self.present[layer], pool.cached[layer]
         arrived = self._accelerator.arrived
+        for expert in changed | passing:
+            present.discard(expert)
+            awaited.pop(expert, None)
+            slot = cached.get(expert)
+            if slot is None or not arrived(slot):
+                self._set(layer, expert, NOWHERE)
+            if slot is not None:
+                awaited[expert] = slot
+        changed.clear()
+        passing.clear()
         for expert in [expert for expert, slot in awaited.items() if arrived(slot)]:
-            row[expert] = awaited.pop(expert)
+            self._set(layer, expert, awaited.pop(expert))
             present.add(expert)
-            differs = True
-        self._differs[layer] = differs
-        return differs
+        return self._differs[layer]
+
+    def coming(self, layer: int, slots: Mapping[int, int]) -> list[int]:
+        """Those of a layer's slots that are not known to hold all bytes of these experts.
+
+        Args:
+            slots: expert -> slot, as the books have it now.
+        """
+        pool = self._controller.pool
+        if pool is not self._pool:
+            return list(slots.values())
+        present, changed = self.present[layer], pool.changed[layer]
+        return [
+            slot for expert, slot in slots.items() if expert not in present or expert in changed
+        ]
+
+    def show(self, layer: int, chosen: Iterable[int], slots: Mapping[int, int]) -> None:
+        """Let graphs that are launched next find these slots for a call's experts, and no others.
+
+        What is shown passes with the call: `update` judges these experts anew.
+
+        Args:
+            chosen: the call's experts.
+            slots: expert -> slot of some of them, whose bytes are there before the graphs run.
+        """
+        if self._controller.pool is not self._pool:
+            self._begin(self._controller.pool)
+        row = self._values[layer]
+        for expert in chosen:
+            slot = slots.get(expert, NOWHERE)
+            if row[expert] != slot:
+                self._passing[layer].add(expert)
+                self.present[layer].discard(expert)
+                row[expert] = slot
+                self._differs[layer] = True
 
     def would_miss(self, layer: int, experts: Iterable[int]) -> bool:
         """Whether one of these experts is not `present` in any case, even after an `update`."""
@@ -100,11 +146,17 @@ class SlotTable:
         """Send a layer's row, as `update` left it, for graphs that are launched behind this."""
         if not self._differs[layer]:
             return
-        self._turn[layer] ^= 1
-        turn = self._turn[layer]
+        turn = self._turn[layer] = (self._turn[layer] + 1) % PLACES
+        target, sources = self._copies[layer]
         self._written[turn][layer] = self._shown[layer]
-        self.rows[layer].copy_(self._on_host[turn][layer], non_blocking=True)
+        target.copy_(sources[turn], non_blocking=True)
         self._differs[layer] = False
+
+    def _set(self, layer: int, expert: int, slot: int) -> None:
+        row = self._values[layer]
+        if row[expert] != slot:
+            self._differs[layer] = True
+            row[expert] = slot
 
     def forget(self) -> None:
         """Make every row anew; the device must be idle."""
@@ -117,7 +169,7 @@ class SlotTable:
         for present in self.present:
             present.clear()
         self._awaited = [dict(cached) for cached in pool.cached]
-        for changed in pool.changed:
-            changed.clear()
+        for experts in (*pool.changed, *self._passing):
+            experts.clear()
         self._differs = [False] * len(self.present)
         self._pool = pool

@@ -86,6 +86,11 @@ class PrefetchRecord:
             if ready_us != OFFLOADED and (layer, expert) in unused:
                 self.use(ExpertRef(layer, expert))
 
+    def among(self, experts: Iterable[int], layer: int) -> list[int]:
+        """Those of a layer's experts that were prefetched and have not been needed yet."""
+        unused = self._unused
+        return [expert for expert in experts if (layer, expert) in unused] if unused else []
+
     def evict(self, ref: ExpertRef) -> None:
         """The expert loses its slot; counts if nobody used its prefetch."""
         if self._unused.pop(ref, None) is not None:

@@ -87,10 +87,6 @@ class Kernels(Protocol):
         """
         ...
 
-    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """As `slot_lookup.find_slots`."""
-        ...
-
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         """Where the matrices of such experts lie in a slot."""
         ...

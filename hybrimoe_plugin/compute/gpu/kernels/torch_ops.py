@@ -71,10 +71,6 @@ class TorchKernels:
     def capturable(self) -> TorchKernels:
         return self if self.captured else TorchKernels(captured=True, int8=self.int8)
 
-    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        slots = row[ids.to(torch.int64)]
-        return torch.where((slots >= 0).all(), slots, -1)
-
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=False)
 

@@ -30,7 +30,6 @@ from hybrimoe_plugin.compute.gpu.kernels.repack import (
     blocks_to_planes,
     part_shape,
 )
-from hybrimoe_plugin.compute.gpu.kernels.slot_lookup import find_slots
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
@@ -81,9 +80,6 @@ class TritonKernels:
 
     def capturable(self) -> TritonKernels:
         return self
-
-    def find_slots(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return find_slots(row, ids)
 
     def layout(self, spec: ExpertSpec) -> SlotLayout:
         return slot_layout(spec, planar=True)
