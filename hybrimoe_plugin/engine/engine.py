@@ -211,7 +211,6 @@ class Engine:
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
         states, ids, weights, scored = seen.routing
         tokens = len(scored.ids)
-        self._note_time_between(layer, tokens, now_us)
         learned = None if self.accelerator is None else scored
         step = self.controller.begin(layer, seen.loads(), tokens, now_us, learned)
         submitted = bool(step.plan.cpu)
@@ -220,6 +219,7 @@ class Engine:
         output = None
         if self._waves is not None:
             output = self._waves.compute(step, hidden, scored.ids, call.weights, sent)
+        self._note_time_between(layer, tokens, now_us)
         self._look_ahead(step, seen, now_us)
         from_cpu = self.cpu.sync() if submitted else None
         self.controller.finish(step)

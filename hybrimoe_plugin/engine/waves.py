@@ -70,21 +70,22 @@ class Waves:
         if not step.plan.accelerator:
             return None
         self._cancel_stale(step)
-        waves = self._present(step)
-        present = len(waves)
         groups = self._demand_groups(step) if step.moves else ()
-        for group in groups:
-            waves.append({move.expert: move.slot for move in group})
         unsent = iter(groups)
         self.onload(next(unsent, ()))
-        output, done = None, 0
-        if sent is not None:
-            done = len(waves) if self._join(step, waves, groups) else 1
-            output = sent.from_slots(_joined(waves[:done]))
-            if output is None:
-                done = 0
-            elif done == len(waves):
+        joined = self._joined(step) if sent is not None else {}
+        if sent is not None and joined:
+            output = sent.from_slots(joined)
+            if output is not None:
                 return output
+        waves = self._present(step)
+        present = len(waves)
+        for group in groups:
+            waves.append({move.expert: move.slot for move in group})
+        output, first = None, 0
+        if sent is not None and not joined:
+            output = sent.from_slots(waves[0])
+            first = 0 if output is None else 1
         accelerator = self._accelerator
         states, weights = hidden, topk_weights
         apart = hidden.device != accelerator.device  # asked once: each comparison costs the host
@@ -93,7 +94,7 @@ class Waves:
             weights = self.to_device(topk_weights, accelerator.device)
         layer = self._layers[step.layer]
         calls = wave_calls(accelerator, layer, waves, ids, states, weights)
-        for index in range(done, len(waves)):
+        for index in range(first, len(waves)):
             if index >= present:
                 # Send a group before computing the one before it: link and accelerator overlap.
                 self.onload(next(unsent, ()))
@@ -149,16 +150,21 @@ class Waves:
             if self._accelerator.cancel(slot):
                 self._controller.withdraw(step.layer, expert)
 
-    def _join(self, step: Step, waves: Sequence[Wave], groups: Sequence[Sequence[Move]]) -> bool:
-        """Whether one launch behind the last arrival is sooner done than a launch for each wave.
+    def _joined(self, step: Step) -> Wave:
+        """All waves as one, behind the last arrival, where that is done sooner; else empty.
 
-        It is where the host takes longer for a wave than the accelerator for what is there.
+        It is where the host takes longer for one more wave than the accelerator for what is there.
         """
-        if len(waves) == 1:
-            return True
-        costs = self._controller.costs
-        there_us = costs.accelerator_first_us + len(waves[0]) * costs.accelerator(1)
-        return len(groups) <= 1 and there_us <= WAVE_US
+        moves, mine = step.moves, step.plan.accelerator
+        there = [item.ready_us for item in step.routed].count(0.0)
+        if there < len(mine):
+            costs = self._controller.costs
+            there_us = costs.accelerator_first_us + there * costs.accelerator(1)
+            if there_us > WAVE_US or len(moves) > self._group_size():
+                return {}
+        cached = self._controller.pool.cached[step.layer]
+        demanded = {move.expert: move.slot for move in moves}
+        return {e: demanded[e] if e in demanded else cached[e] for e in mine}
 
     def _present(self, step: Step) -> list[Wave]:
         """The resident experts, then those in flight; without empty waves."""
@@ -175,9 +181,12 @@ class Waves:
 
     def _demand_groups(self, step: Step) -> list[Sequence[Move]]:
         """Demand loads in link order, as many at a time as half the staging slots that are left."""
-        size = self._controller.pool.unlent_staging // 2
+        size = self._group_size()
         starts = range(0, len(step.moves), size)
         return [step.moves[start : start + size] for start in starts]
+
+    def _group_size(self) -> int:
+        return self._controller.pool.unlent_staging // 2
 
 
 class SlotCalls:
@@ -238,12 +247,6 @@ def wave_calls(
         if call is not None:
             return call
     return SlotCalls(accelerator, waves, ids, layer.spec.experts, states, weights)
-
-
-def _joined(waves: Sequence[Wave]) -> Wave:
-    if len(waves) == 1:
-        return waves[0]
-    return {expert: slot for wave in waves for expert, slot in wave.items()}
 
 
 def _slot_ids(

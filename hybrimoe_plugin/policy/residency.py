@@ -55,8 +55,8 @@ class Residency:
         self._costs = costs
         self._prefetched = prefetched
         self._counters = counters
-        self._arrivals: dict[ExpertRef, float] = {}
-        """When the cached experts that are in flight will have arrived."""
+        self._arrivals: dict[int, dict[int, float]] = {}
+        """Layer -> expert -> when those that are in flight will have arrived; none empty."""
 
     def warm_start(self) -> list[Move]:
         """Fill every layer's quota with the cache's first choice.
@@ -112,7 +112,7 @@ class Residency:
             loads: expert -> tokens of the call that choose it.
         """
         cached, hits, misses = self.pool.cached[layer], self._hits, self._misses
-        arriving = self.arriving(layer) if self._arrivals else None
+        arriving = self._arrivals.get(layer)
         found = []
         for expert, load in loads.items():
             if arriving and expert in arriving:
@@ -130,19 +130,22 @@ class Residency:
         hits = self._hits
         return tuple([hits[expert] for expert in experts])
 
-    def arriving(self, layer: int) -> dict[int, float]:
-        """Expert -> arrival of a layer's cached experts that are in flight."""
-        return {
-            ref.expert: arrival for ref, arrival in self._arrivals.items() if ref.layer == layer
-        }
+    def arriving(self, layer: int) -> Iterable[int]:
+        """A layer's cached experts that are in flight."""
+        return self._arrivals.get(layer, ())
 
     def land(self, now_us: float) -> None:
         """Mark as resident what the link has delivered by now."""
         if not self._arrivals:
             return
-        landed = [ref for ref, arrival in self._arrivals.items() if arrival <= now_us]
+        landed = [
+            ExpertRef(layer, expert)
+            for layer, arriving in self._arrivals.items()
+            for expert, arrival in arriving.items()
+            if arrival <= now_us
+        ]
         for ref in landed:
-            del self._arrivals[ref]
+            self._leave_link(ref)
             self._arrive(ref)
             # What was prefetched is kept until its layer has run, then `revalue` judges it like all
             # others.
@@ -151,21 +154,21 @@ class Residency:
 
     def expect(self, move: Move) -> None:
         """A transfer into a cache slot is under way."""
-        ref = ExpertRef(move.layer, move.expert)
-        self._arrivals[ref] = move.end_us
+        self._arrivals.setdefault(move.layer, {})[move.expert] = move.end_us
 
     def settle(self, moves: Iterable[Move]) -> None:
         """A call has been computed: its demand loads have arrived, its leases end."""
         for move in moves:
             ref = ExpertRef(move.layer, move.expert)
-            if self._arrivals.pop(ref, None) is not None:
+            if ref.expert in self._arrivals.get(ref.layer, ()):
+                self._leave_link(ref)
                 self._arrive(ref)
         self.pool.release()
 
     def withdraw(self, ref: ExpertRef) -> None:
         """Free the slot of a cached expert that the link never carried."""
         self.pool.withdraw(*ref)
-        del self._arrivals[ref]
+        self._leave_link(ref)
         self.worth[ref] = KEPT
 
     def revalue(self, layer: int, leased: Sequence[int] = ()) -> None:
@@ -256,6 +259,13 @@ class Residency:
         self.revalue(layer)
         return moves
 
+    def _leave_link(self, ref: ExpertRef) -> None:
+        """An expert is in flight no longer."""
+        arriving = self._arrivals[ref.layer]
+        del arriving[ref.expert]
+        if not arriving:
+            del self._arrivals[ref.layer]
+
     def _arrive(self, ref: ExpertRef) -> None:
         self.pool.arrive(*ref)
         self._absent[ref] = 0.0
@@ -275,10 +285,12 @@ class Residency:
         first, last = layer, layer + 1
         if self.pool.shared:
             first, last = lenders.start, lenders.stop
-        place = int(self.worth[first:last].argmin())
-        offset, expert = divmod(place, len(self.worth[layer]))
-        victim = ExpertRef(first + offset, expert)
-        return None if self.worth[victim] == KEPT else victim
+        worth = self.worth[first:last]
+        place = int(worth.argmin())
+        if worth.item(place) == KEPT:
+            return None
+        offset, expert = divmod(place, worth.shape[1])
+        return ExpertRef(first + offset, expert)
 
     def _forget(self, victim: ExpertRef) -> None:
         """Count what loses its slot."""

@@ -7,11 +7,10 @@ that is kept in planes (`layout`) is copied into a repack buffer and rearranged 
     REPACK                             | 0 -> planes    | 1 -> planes      | 2 -> planes |
     COMPUTE                                                 gate and up ^         down ^
 
-That is the plain way (`slot_writer`). The direct one (`direct_writer`) costs the host a fraction of
-it; it rearranges a whole expert in one launch, and compute then waits for all of it.
+That is the plain way (`slot_writer`). The direct one (`direct_writer`), a fraction of the host's
+time, rearranges a whole expert in one launch, for which compute then waits.
 
-Prefetches wait here until the link has room for them; one that is superseded meanwhile never
-crosses it.
+Prefetches wait here until the link has room; one that is superseded by then never crosses it.
 
 Transfers may be queued by another thread (`transfer_executor`). Then the bytes, the repack buffers
 and the queues that write slots belong to that thread alone; which slot holds what, and what
@@ -180,14 +179,15 @@ class SlotTransfers:
         self._wait(self._down, slots)  # edge: down has arrived -> stage 2
 
     def wait_all(self, slots: Sequence[int]) -> None:
-        """Let compute go on only when all of these slots' bytes have arrived.
-
-        Raises:
-            BackendError: as `wait_gate_up`.
-        """
+        """The same for all of their bytes. Raises: BackendError: as `wait_gate_up`."""
         self._sent(slots)
-        self._wait(self._gate_up, slots)
-        self._wait(self._down, slots)  # edge: all has arrived -> both stages
+        self._executor.check()
+        for slot in slots:
+            for work in self._arriving.get(slot, ()):
+                for event in work.result():
+                    self._streams.wait(COMPUTE, event)  # edge: all has arrived -> both stages
+            for queued in (self._gate_up, self._down):
+                queued.pop(slot, None)  # only now, as in `_wait`
 
     def used(self, slots: Sequence[int]) -> None:
         """Note that compute, as far as it is queued, contains these slots' last use."""
@@ -267,7 +267,7 @@ class SlotTransfers:
         self._executor.check()
 
     def close(self) -> None:
-        """As `drain`; nothing can be sent any more."""
+        """As `drain`, for good."""
         self._executor.close()
 
     def _sent(self, slots: Iterable[int]) -> list[SlotLayout]:
