@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from chained import proven
 from graphed import Loader, Sequence, cuda_layers_of, greedy, layers_of
 from late_device import late_device
 from replayed import Replayed
@@ -21,10 +22,6 @@ def eager_to_launch(model: Any) -> None:
     for layer in cuda_layers_of(model):
         if layer._link is not None:
             layer._link.sure = 0.0
-
-
-def proven(model: Any) -> bool:
-    return all(layer.chain is not None and layer.chain.proven for layer in cuda_layers_of(model))
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from graphed import Loader, cuda_layers_of, greedy
+from chained import links_of, proven
+from graphed import Loader, greedy
 from late_device import late_device
 from replayed import Replayed
 
@@ -43,14 +44,6 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched(monkeypatch)
-
-
-def links_of(model: Any) -> list[Any]:
-    return [layer._link for layer in cuda_layers_of(model) if layer._link is not None]
-
-
-def proven(model: Any) -> bool:
-    return all(layer.chain is not None and layer.chain.proven for layer in cuda_layers_of(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
