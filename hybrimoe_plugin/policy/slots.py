@@ -67,7 +67,7 @@ class SlotPool:
     @property
     def held(self) -> int:
         """Cached experts of all layers, in flight ones included."""
-        return self._cache_slots - len(self._free) + sum(self._lent)
+        return self._cache_slots + self.staging - len(self._free) - len(self._staging)
 
     @property
     def unlent_staging(self) -> int:
