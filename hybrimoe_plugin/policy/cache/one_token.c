@@ -30,7 +30,10 @@ static double dot(const double *a, const double *b, int64_t count)
     return sum;
 }
 
-/* Addresses, in the order in which adaptive.py lists them. */
+/* Addresses, in the order in which adaptive.py lists them. Whoever changes them, the arguments or
+ * the arithmetic gives `learn_token_1` the next number, here and in adaptive.py: a checkout may
+ * still hold what was compiled from older sources, which is then not used.
+ */
 typedef struct {
     /* [DECAYS], [AGES], [1]: of the rule */
     const double *steps, *offsets, *score_step;
@@ -119,7 +122,7 @@ static PyObject *learn_token(PyObject *module, PyObject *const *args, Py_ssize_t
 }
 
 static PyMethodDef methods[] = {
-    {"learn_token", (PyCFunction)(void (*)(void))learn_token, METH_FASTCALL, NULL},
+    {"learn_token_1", (PyCFunction)(void (*)(void))learn_token, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "one_token", NULL, 0, methods, NULL, NULL, NULL, NULL};
