@@ -13,9 +13,9 @@ That sets PYTHONPATH and TRITON_CACHE_DIR, and says on stderr whether the compil
 Triton there.
 
 A bundle holds `site/` (kt-kernel stripped to what is used, gguf, and what they need that such a
-machine has not got) and `triton/` (kernels compiled by eval.kernel_prebuild). Needs pip, and for
-the kernels Python 3.12 with the GPU machine's Triton; where there is none it is installed into a
-temporary environment.
+machine has not got), `compiled/` (what set-up compiled in the checkout) and `triton/` (kernels
+compiled by eval.kernel_prebuild). Needs pip, and for the kernels Python 3.12 with the GPU machine's
+Triton; where there is none it is installed into a temporary environment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import setup_env
-from bundle_parts import classic, imports, kernels, machine, parts, wheels
+from bundle_parts import classic, compiled, imports, kernels, machine, parts, wheels
 from bundle_parts.parts import PYTHON, BundleError, Part, say
 from setup_env import ROOT
 
@@ -71,6 +71,7 @@ def build(out: Path, args: argparse.Namespace) -> list[Part]:
         if not args.no_kernels:
             python, why = kernels.find_python(args.python, folder)
         made.append(imports.checked(args.python or python, site))
+        made.append(compiled.carry(out))
         if python is None:
             say(f"no compiled kernels: {why}")
             made.append(Part("triton", 0, f"left out: {why}"))

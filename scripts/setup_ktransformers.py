@@ -40,6 +40,7 @@ def main() -> int:
         Path(__file__),
         ROOT / "pyproject.toml",
         ROOT / "hybrimoe_plugin/hosts/ktransformers/release.py",
+        *ROOT.glob("hybrimoe_plugin/**/*.c"),
         *locks(),
     )
     if stamp.exists() and all(

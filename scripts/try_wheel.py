@@ -28,6 +28,7 @@ from hybrimoe_plugin import extras
 PACKAGES = ("hybrimoe_plugin", "lever_ext", "optimize_rules")
 QUESTION = "What is the capital of France?"
 ANSWER = "Paris"
+_CACHE = "from hybrimoe_plugin.policy.cache.adaptive import learn_token; print(learn_token)"
 TESTS = ("tests/policy", "tests/injection", "tests/weights", "tests/compute/test_backends.py")
 """What differs between versions of Python shows in these, in some minutes."""
 
@@ -79,7 +80,7 @@ def build(folder: Path) -> Path:
     """
     source = folder / "source"
     source.mkdir()
-    ignore = shutil.ignore_patterns("__pycache__")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")  # the build compiles its own
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=ignore)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
@@ -99,6 +100,12 @@ def build(folder: Path) -> Path:
     if missing:
         raise Failure(f"the wheel lacks {', '.join(missing)}")
     return wheel
+
+
+def _holds_compiled(wheel: Path) -> bool:
+    """Whether there was a C compiler."""
+    with zipfile.ZipFile(wheel) as archive:
+        return any(name.endswith(".so") for name in archive.namelist())
 
 
 def version_of(python: str) -> str | None:
@@ -125,6 +132,9 @@ def try_wheel(python: str, version: str, wheel: Path, folder: Path, *, tests: bo
     step("wheel", [*install, f"{wheel}[test]" if tests else str(wheel)], folder)
     step("pip check", [own, "-m", "pip", "check"], folder)
     hybrimoe = str(commands / "hybrimoe")
+    if _holds_compiled(wheel):
+        # It is compiled once, and loads in every Python that the wheel is for.
+        expect("built-in function", step("compiled cache", [own, "-c", _CACHE], folder))
     for extra in extras.EXTRAS:
         _fix(hybrimoe, extra, version, folder)
     chat = [hybrimoe, "local_chat", "--demo", "--prompt", QUESTION]

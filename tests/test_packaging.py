@@ -5,8 +5,10 @@ users need.
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
@@ -130,6 +132,22 @@ def test_sizes_and_density_keep_their_limits() -> None:
     program = [sys.executable, "scripts/code_figures.py", "--check"]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+HEADERS = Path(sysconfig.get_path("include"))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.skipif(not (HEADERS / "Python.h").exists(), reason="no headers of Python")
+def test_c_compiles_without_a_warning() -> None:
+    for source in (ROOT / "hybrimoe_plugin").rglob("*.c"):
+        lines = source.read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if len(line) > 100] == []
+        command = ["cc", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
+        done = subprocess.run(
+            [*command, f"-I{HEADERS}", str(source)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_importing_starts_nothing() -> None:

@@ -103,6 +103,7 @@ def examine(gguf_path: str | None = None, model_path: str | None = None) -> Sect
             backends.cuda,
             backends.triton,
             backends.flashinfer,
+            backends.cache_learning,
             backends.emulated,
         ),
         "classic ktransformers host": (backends.ktransformers, backends.patches),

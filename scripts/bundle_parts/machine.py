@@ -12,6 +12,7 @@ from typing import Any
 
 from setup_env import ROOT
 
+from bundle_parts import compiled
 from bundle_parts.kernels import relocate
 from bundle_parts.parts import BundleError, say, shown
 
@@ -34,6 +35,8 @@ def use(bundle: Path) -> None:
         raise BundleError(f"{bundle} holds no bundle: there is no {site.name} in it")
     paths = f"{shlex.quote(str(site))}:{shlex.quote(str(ROOT))}"
     print(f"export PYTHONPATH={paths}${{PYTHONPATH:+:$PYTHONPATH}}")
+    for name in compiled.place(bundle):
+        say(f"{name} put into the checkout")
     if cache.is_dir() and manifest.exists():
         say(f"{relocate(cache)} compiled kernels in {shown(cache)}")
         print(f"export TRITON_CACHE_DIR={shlex.quote(str(cache))}")

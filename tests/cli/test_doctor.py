@@ -13,6 +13,7 @@ from hybrimoe_plugin.cli import doctor
 from hybrimoe_plugin.cli.checks import backends, kept
 from hybrimoe_plugin.cli.checks.check import Check
 from hybrimoe_plugin.cli.main import main
+from hybrimoe_plugin.policy.cache import adaptive
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,17 @@ def test_nobody_reads_it(ending: str, code: str) -> None:
     command = ["bash", "-c", script, "bash", sys.executable, "-m", "hybrimoe_plugin"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == f"{code}\n"
+
+
+def test_it_says_whether_the_cache_learns_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "learn_token", print)
+    assert backends.cache_learning() in doctor.examine()["backends"]
+    assert backends.cache_learning().ok is True
+    monkeypatch.setattr(adaptive, "learn_token", None)
+    for found, reason in ((None, "not compiled"), (object(), "compiled from other sources")):
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name, found=found: found)
+        check = backends.cache_learning()
+        assert check.ok is False and check.detail.startswith(f"{reason}; optional: numpy")
 
 
 def test_broken_check_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,22 @@ def test_another_triton_is_named(bundle: ModuleType) -> None:
     assert "cannot be asked" in bundle.machine.fits(made, {})
 
 
+def test_what_set_up_compiled_travels_into_the_other_checkout(
+    bundle: ModuleType,
+    tmp_path: Path,
+) -> None:
+    built, there = tmp_path / "built", tmp_path / "there"
+    library = Path("hybrimoe_plugin/policy/cache/one_token.abi3.so")
+    assert "no C compiler" in bundle.compiled.carry(tmp_path / "b", built).note
+    assert bundle.compiled.place(tmp_path / "b", there) == []
+    (built / library).parent.mkdir(parents=True)
+    (built / library).write_text("new")
+    assert bundle.compiled.carry(tmp_path / "b", built) == bundle.Part("compiled", 3)
+    for _ in range(2):  # once more over what is there
+        assert bundle.compiled.place(tmp_path / "b", there) == ["one_token.abi3.so"]
+        assert (there / library).read_text() == "new"
+
+
 def test_use_prints_what_the_shell_has_to_know(
     bundle: ModuleType,
     tmp_path: Path,

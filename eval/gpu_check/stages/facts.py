@@ -25,6 +25,7 @@ from hybrimoe_plugin.compute.gpu.host_bytes import (
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import free_host_bytes, huge_pages
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.policy.cache import adaptive
 
 REGISTERED_BYTES = 1 << 30
 _FLAGS = {"read-only": READ_ONLY_PORTABLE, "read and write": PORTABLE}
@@ -43,6 +44,7 @@ def run(place: Place) -> Iterator[Row]:
     yield {"case": "host memory", "free_gb": free_host_bytes() / _GB}
     yield {"case": "scratch folder", "free_gb": shutil.disk_usage(place.scratch).free / _GB}
     yield _kt_kernel()
+    yield _cache_learning()
     if place.dry:
         yield {"case": "page registration", "ok": None, "missing": "a CUDA driver"}
         return
@@ -68,6 +70,16 @@ def _kt_kernel() -> Row:
             "missing": f"kt-kernel ({error}): experts on the CPU would be slow",
         }
     return {"case": "kt-kernel", "ok": True, "detail": Path(str(module.__file__)).name}
+
+
+def _cache_learning() -> Row:
+    if adaptive.learn_token is None:
+        return {
+            "case": "cache learning",
+            "ok": None,
+            "missing": "one_token.c, compiled: the cache learns in numpy, 20 us a layer slower",
+        }
+    return {"case": "cache learning", "ok": True, "detail": "in C"}
 
 
 def _registration(place: Place, what: str, make: Callable[[], mmap.mmap]) -> Row:

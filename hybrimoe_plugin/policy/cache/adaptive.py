@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
 
 try:
-    from hybrimoe_plugin.policy.cache.one_token import learn_token
-except ImportError:  # there was no C compiler
-    learn_token = None  # type: ignore[assignment]
+    from hybrimoe_plugin.policy.cache.one_token import learn_token_1
+except ImportError:  # there was no C compiler, or it compiled other sources
+    learn_token: Any = None
+else:
+    learn_token = learn_token_1
 
 DECAYS = np.array([0.07, 0.15, 0.3])
 """Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where

@@ -30,7 +30,10 @@ static double dot(const double *a, const double *b, int64_t count)
     return sum;
 }
 
-/* Addresses, in the order in which adaptive.py lists them. */
+/* Addresses, in the order in which adaptive.py lists them. Whoever changes them, the arguments or
+ * the arithmetic gives `learn_token_1` the next number, here and in adaptive.py: a checkout may
+ * still hold what was compiled from older sources, which is then not used.
+ */
 typedef struct {
     /* [DECAYS], [AGES], [1]: of the rule */
     const double *steps, *offsets, *score_step;
@@ -113,14 +116,16 @@ static PyObject *learn_token(PyObject *module, PyObject *const *args, Py_ssize_t
             return PyErr_Format(PyExc_IndexError, "expert %lld of %lld",
                                 (long long)memory->ids[k], (long long)experts);
     learn(memory, experts, chosen_count, top_k, seen);
-    Py_RETURN_NONE;
+    /* Not Py_RETURN_NONE: in headers of 3.12 it counts no reference, of which 3.11 runs out. */
+    Py_IncRef(Py_None);
+    return Py_None;
 }
 
 static PyMethodDef methods[] = {
-    {"learn_token", (PyCFunction)(void (*)(void))learn_token, METH_FASTCALL, NULL},
+    {"learn_token_1", (PyCFunction)(void (*)(void))learn_token, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL}};
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "one_token", NULL, 0, methods, NULL, NULL,
-                                      NULL, NULL};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "one_token", NULL, 0, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit_one_token(void)
 {
