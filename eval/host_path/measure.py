@@ -158,10 +158,8 @@ def decisions(subject: Subject, runner: Runner, case: Case, tokens: int) -> Time
 
     def launching(call: Callable[..., Any]) -> Callable[..., Any]:
         def launches(*args: Any) -> Any:
-            result = call(*args)
-            if result:
-                launched()
-            return result
+            call(*args)
+            launched()
 
         return launches
 

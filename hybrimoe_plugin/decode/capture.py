@@ -53,7 +53,12 @@ class Experts(Protocol):
         """As `Sent` says."""
         ...
 
-    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor | None:
+    @property
+    def finds_slots(self) -> bool:
+        """As `Sent` says."""
+        ...
+
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor:
         """As `Sent` says."""
         ...
 
@@ -134,8 +139,13 @@ class GraphBreak:
         routed.wait()
         return memory.view(memory.chosen(), predictions)
 
-    def from_slots(self, slots: Mapping[int, int]) -> None:
-        """Nothing: where the host waits in every layer, the engine computes all of them."""
+    @property
+    def finds_slots(self) -> bool:
+        """Where the host waits in every layer, the engine computes all experts."""
+        return False
+
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor:
+        raise AssertionError("not asked for: finds_slots is False")
 
     def predict(self) -> bool:
         """Ask the later routers, on the device; whether there are any."""

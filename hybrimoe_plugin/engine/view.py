@@ -146,14 +146,19 @@ class Sent(Protocol):
         """
         ...
 
-    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor | None:
+    @property
+    def finds_slots(self) -> bool:
+        """Whether `from_slots` can be called: not once the cache has shrunk in this call."""
+        ...
+
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor:
         """Compute experts of the call by a graph, behind the arrival of their bytes.
 
         Args:
             slots: expert -> slot of those that it is to compute.
 
         Returns:
-            [1, H] their weighted sum; None where there is no such graph.
+            [1, H] their weighted sum.
         """
         ...
 

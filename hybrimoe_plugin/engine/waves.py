@@ -70,39 +70,56 @@ class Waves:
         if not step.plan.accelerator:
             return None
         self._cancel_stale(step)
-        groups = self._demand_groups(step) if step.moves else ()
-        unsent = iter(groups)
-        self.onload(next(unsent, ()))
-        joined = self._joined(step) if sent is not None else {}
-        if sent is not None and joined:
-            output = sent.from_slots(joined)
-            if output is not None:
-                return output
+        if sent is not None and sent.finds_slots:
+            joined = self._joined(step)
+            if joined:
+                self.onload(step.moves)
+                return sent.from_slots(joined)
+        else:
+            sent = None
+        return self._compute_waves(step, hidden, ids, topk_weights, sent)
+
+    def _compute_waves(
+        self,
+        step: Step,
+        hidden: torch.Tensor,
+        ids: NDArray[np.int64],
+        topk_weights: torch.Tensor,
+        first: Sent | None,
+    ) -> torch.Tensor:
+        """As `compute`, in waves.
+
+        Args:
+            first: of a graph that computes the first wave; None where the others are like it.
+        """
         waves = self._present(step)
         present = len(waves)
+        groups = self._demand_groups(step)
         for group in groups:
             waves.append({move.expert: move.slot for move in group})
-        output, first = None, 0
-        if sent is not None and not joined:
-            output = sent.from_slots(waves[0])
-            first = 0 if output is None else 1
+        unsent = iter(groups)
+        self.onload(next(unsent, ()))
         accelerator = self._accelerator
         states, weights = hidden, topk_weights
         apart = hidden.device != accelerator.device  # asked once: each comparison costs the host
         if apart:
             states = self.to_device(hidden, accelerator.device)
             weights = self.to_device(topk_weights, accelerator.device)
+        by_graph = None if first is None else first.from_slots(waves[0])
+        if by_graph is not None and len(waves) == 1:
+            return by_graph
         layer = self._layers[step.layer]
         calls = wave_calls(accelerator, layer, waves, ids, states, weights)
-        for index in range(first, len(waves)):
+        for index in range(len(waves)):
             if index >= present:
                 # Send a group before computing the one before it: link and accelerator overlap.
                 self.onload(next(unsent, ()))
-            calls.compute(index)
-        found = calls.output()
+            if index or by_graph is None:
+                calls.compute(index)
+        output = calls.output()
         if apart:
-            found = found.to(hidden.device)
-        return found if output is None else output + found
+            output = output.to(hidden.device)
+        return output if by_graph is None else by_graph + output
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor on the device; from the CPU to the accelerator without stopping the host."""

@@ -64,17 +64,20 @@ class LayerCall:
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `decode.capture.Experts` says; so do the two below."""
+        """As `decode.capture.Experts` says; so do the three below."""
         return self.graph_break.inputs
 
     def seen(self) -> HostView:
         return self.graph_break.memory.view(self.chosen, self.later)
 
-    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor | None:
-        link = self.link
-        assert link is not None
-        done = link.compute_slots(self.graph_break, self.chosen, slots)
-        return self.graph_break.output if done else None
+    @property
+    def finds_slots(self) -> bool:
+        return self.link is not None and self.link.usable
+
+    def from_slots(self, slots: Mapping[int, int]) -> torch.Tensor:
+        assert self.link is not None
+        self.link.compute_slots(self.graph_break, self.chosen, slots)
+        return self.graph_break.output
 
     def route(self) -> None:
         """Launch what comes before the experts, and the later routers."""

@@ -118,25 +118,19 @@ class LayerLink:
 
     def compute_slots(
         self, graph_break: GraphBreak, chosen: list[int], slots: Mapping[int, int]
-    ) -> bool:
+    ) -> None:
         """Launch the experts of a call that lie in these slots, behind their arrival.
 
         Args:
             chosen: the call's experts.
             slots: expert -> slot of those that are to be computed.
-
-        Returns:
-            whether it was done; not where the cache has shrunk in this call.
         """
-        if not self.usable:
-            return False
         coming = self.table.coming(self.position, slots)
         if coming:
             self._accelerator.wait_for(coming)
         self.table.show(self.position, chosen, slots)
         self._replay(graph_break)
         self._accelerator.pump()
-        return True
 
     def await_routing(self) -> None:
         """Look at the host's memory until the routing decision is there."""
