@@ -10,7 +10,7 @@ import torch
 
 from hybrimoe_plugin.engine import WallClock
 from hybrimoe_plugin.engine.clock import InterLayerTime
-from hybrimoe_plugin.policy.controller import Step
+from hybrimoe_plugin.policy.controller import Move
 
 
 def test_only_neighbours_of_one_kind_are_compared() -> None:
@@ -50,13 +50,13 @@ def test_the_engine_plans_with_it() -> None:
     engine, routers = engines.build(clock=Scripted(), cache_ratio=0.5)
     assert engine.controller.costs.between_layers_us == 500.0, "the profile's"
     waited = []
-    begin = engine.controller.begin
+    look_ahead = engine.controller.look_ahead
 
-    def note(*call: object) -> Step:
+    def note(*call: object) -> list[Move]:
         waited.append(engine.controller.costs.between_layers_us)
-        return begin(*call)  # type: ignore[arg-type]
+        return look_ahead(*call)  # type: ignore[arg-type]
 
-    engine.controller.begin = note  # type: ignore[method-assign]
+    engine.controller.look_ahead = note  # type: ignore[method-assign]
     hidden = torch.randn(1, engines.HIDDEN)
     for layer in range(3):
         ids, weights = routers[layer].route(hidden)
