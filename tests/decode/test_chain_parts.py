@@ -24,6 +24,7 @@ from hybrimoe_plugin.decode.chain.chain import LayerCall
 from hybrimoe_plugin.decode.chain.slot_table import NOWHERE
 from hybrimoe_plugin.decode.chain.stamp import Stamp
 from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK
+from hybrimoe_plugin.engine import engine as engine_module
 from hybrimoe_plugin.errors import BackendError
 
 TIMES = int(os.environ.get("HYBRIMOE_LONG", 6))
@@ -334,6 +335,22 @@ def test_memory_that_runs_out_is_given_back(
     assert answer(model) == right
     assert proven(model)
     assert links_of(model)[0].memory is not before
+
+
+def test_a_capture_reads_no_slots_that_are_gone(
+    load_captured: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row still names them when a layer is captured anew for fewer slots."""
+    monkeypatch.setattr(engine_module, "SHRINK_TO", 0.25)
+    model = load_captured("mixtral", Replayed(), cache_ratio=0.9)
+    right = plain()
+    assert answer(model) == right
+    assert proven(model)
+    (engine,) = model.hybrimoe.engines
+    engine._shrink(torch.OutOfMemoryError("out of memory"))
+    assert links_of(model)[0].table.rows.max() >= engine.accelerator.slots
+    assert answer(model) == right
+    assert proven(model)
 
 
 def test_threads_take_turns(load_captured: Loader) -> None:
