@@ -24,7 +24,6 @@ from hybrimoe_plugin.decode.chain.chain import LayerCall
 from hybrimoe_plugin.decode.chain.slot_table import NOWHERE
 from hybrimoe_plugin.decode.chain.stamp import Stamp
 from hybrimoe_plugin.device.streams import AHEAD, COMPUTE, LINK
-from hybrimoe_plugin.engine import engine as engine_module
 from hybrimoe_plugin.errors import BackendError
 
 TIMES = int(os.environ.get("HYBRIMOE_LONG", 6))
@@ -309,48 +308,6 @@ def test_the_next_answer_after_an_error(
                 assert found == right
         assert answer(model) == right
         model.hybrimoe.check_integrity()
-
-
-def test_memory_that_runs_out_is_given_back(
-    load_captured: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The slots move: what was captured is captured anew."""
-    model = load_captured("mixtral", Replayed(), cache_ratio=0.6)
-    right = plain()
-    assert answer(model) == right
-    assert proven(model)
-    (engine,) = model.hybrimoe.engines
-    before = links_of(model)[0].memory
-    compute, once = SlotAccelerator.compute, []
-
-    def failing(self: Any, *args: Any) -> Any:
-        if not once:
-            once.append(1)
-            raise torch.OutOfMemoryError("out of memory")
-        return compute(self, *args)
-
-    monkeypatch.setattr(SlotAccelerator, "compute", failing)
-    assert answer(model) == right
-    assert once and sum(engine.controller.pool.quotas) < 0.6 * 16
-    assert answer(model) == right
-    assert proven(model)
-    assert links_of(model)[0].memory is not before
-
-
-def test_a_capture_reads_no_slots_that_are_gone(
-    load_captured: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The row still names them when a layer is captured anew for fewer slots."""
-    monkeypatch.setattr(engine_module, "SHRINK_TO", 0.25)
-    model = load_captured("mixtral", Replayed(), cache_ratio=0.9)
-    right = plain()
-    assert answer(model) == right
-    assert proven(model)
-    (engine,) = model.hybrimoe.engines
-    engine._shrink(torch.OutOfMemoryError("out of memory"))
-    assert links_of(model)[0].table.rows.max() >= engine.accelerator.slots
-    assert answer(model) == right
-    assert proven(model)
 
 
 def test_threads_take_turns(load_captured: Loader) -> None:
