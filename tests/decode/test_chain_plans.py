@@ -74,6 +74,7 @@ def test_tokens_are_the_plain_models(
         (engine,) = model.hybrimoe.engines
         engine.controller.schedulers.decode = AnyPlan(rng, rng.choice((0.0, 0.3)))
         for layer in cuda_layers_of(model):
+            assert layer._link is not None and layer.chain is not None
             layer._link.sure = rng.choice((0.0, 2.0))
         ours = Sequence(model, 1)
         for _ in range(STEPS):
@@ -81,5 +82,5 @@ def test_tokens_are_the_plain_models(
             plain.step()
         assert ours.tokens == plain.tokens
         assert missed
-        assert all(layer.chain.proven for layer in cuda_layers_of(model))
+        assert all(layer.chain and layer.chain.proven for layer in cuda_layers_of(model))
         model.hybrimoe.check_integrity()
