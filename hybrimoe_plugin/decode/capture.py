@@ -66,6 +66,10 @@ class Experts(Protocol):
 class Link(Protocol):
     """What the graphs of a layer in a chain hold besides (`decode.chain.link`)."""
 
+    def prepare(self) -> None:
+        """Make ready for a capture: what is read meanwhile must be there."""
+        ...
+
     def mark_routed(self) -> None:
         """Tell the host that its copies of the routing are there."""
         ...
@@ -224,6 +228,8 @@ def record(
     def call() -> torch.Tensor:
         return call_layer(fixed, cache, state.position_embeddings)
 
+    if link is not None:
+        link.prepare()
     with capture.aside():
         # First calls load kernels and make handles, which a capture must not.
         with nullcontext() if recorder is None else recorder.warming_up():

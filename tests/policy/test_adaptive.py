@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import ended, operations
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.policy.cache import adaptive, make_cache
@@ -185,6 +187,15 @@ class TestNative:
         before = sys.getrefcount(None)
         feed(cache, trace)
         assert sys.getrefcount(None) > before - 100
+
+    def test_addresses_are_whole_after_an_interrupt(self) -> None:
+        def observe(cache: AdaptiveCache) -> None:
+            cache.observe(0, np.array([[2, 3]]), np.ones((1, 2), np.float32), None)
+
+        for at in range(1, operations(lambda: observe(AdaptiveCache(2, 16, 2)))):
+            cache = AdaptiveCache(2, 16, 2)
+            ended(partial(observe, cache), at, KeyboardInterrupt())
+            observe(cache)
 
     def test_a_call_with_other_arguments_is_refused(self) -> None:
         learn: Any = adaptive.learn_token

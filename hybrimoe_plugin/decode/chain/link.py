@@ -86,6 +86,11 @@ class LayerLink:
         """Whether the layers behind should be launched before it is known that nothing misses."""
         return self._hit_share >= self.sure and self.may_skip_plan
 
+    def prepare(self) -> None:
+        # The row may name slots that were given back, and the first call reads what it names.
+        self.table.update(self.position)
+        self.table.push(self.position)
+
     def mark_routed(self) -> None:
         self._routed.mark()
 

@@ -18,9 +18,15 @@ NOWHERE = -1
 PLACES = 3
 """Of each row in the host's memory, in turns.
 
-A row is sent at most three times between two of its layer's routing decisions that the host has
-read (for a call launched ahead, its miss, and once more where the routing came out otherwise). The
-device has made what it was sent before the first of the two.
+Where the host has read a routing decision, the device has made every copy that was queued before
+that decision's graph. So at most three copies of a row may wait when the host writes to the next
+place, that one among them (the last of at most two MoE layers, whose miss came out otherwise):
+
+    token t       | miss: send 1, routed again | otherwise: send 2
+    token t + 1   | launched ahead: send 3 | its routing is read: 1 and 2 have been made
+
+Send 1 comes behind the second routing of its token: to have read that tells nothing of it. With
+more MoE layers the routing of others is read in between.
 """
 
 

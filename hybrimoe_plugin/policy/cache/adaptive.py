@@ -175,8 +175,9 @@ class AdaptiveCache(RankedCache):
             rows.append([array.ctypes.data for array in arrays])
         # Kept alive, whatever becomes of this object's other attributes.
         self._addressed = [*shared, *token, self.features, self._last, self.ranks]
-        self._memory = np.array(rows, np.uintp)
-        self._starts = [row.ctypes.data for row in self._memory]
+        memory = np.array(rows, np.uintp)
+        self._starts = [row.ctypes.data for row in memory]
+        self._memory = memory  # last: it says that the starts are known
 
     def _learn_token(self, layer: int) -> None:
         """Learn from the token in the buffers, update its layer's features, and rank anew."""

@@ -155,32 +155,6 @@ def test_the_next_answer_after_an_error(
         model.hybrimoe.check_integrity()
 
 
-def test_memory_that_runs_out_is_given_back(
-    load_captured: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The slots move: what was captured is captured anew."""
-    model = load_captured("mixtral", Replayed(), cache_ratio=0.6)
-    right = plain()
-    assert answer(model) == right
-    assert proven(model)
-    (engine,) = model.hybrimoe.engines
-    before = links_of(model)[0].memory
-    compute, once = SlotAccelerator.compute, []
-
-    def failing(self: Any, *args: Any) -> Any:
-        if not once:
-            once.append(1)
-            raise torch.OutOfMemoryError("out of memory")
-        return compute(self, *args)
-
-    monkeypatch.setattr(SlotAccelerator, "compute", failing)
-    assert answer(model) == right
-    assert once and sum(engine.controller.pool.quotas) < 0.6 * 16
-    assert answer(model) == right
-    assert proven(model)
-    assert links_of(model)[0].memory is not before
-
-
 def test_threads_take_turns(load_captured: Loader) -> None:
     model = load_captured("mixtral", Replayed(), cache_ratio=0.5)
     right = plain()
