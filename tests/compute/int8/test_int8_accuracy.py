@@ -69,7 +69,7 @@ def test_errors_are_those_of_the_page(kind: str) -> None:
     floats, int8 = error(shape, int8=False), error(shape, int8=True)
     line = f"| {kind} | {floats:.0e} | {100 * int8:.2f} % |"
     said_floats, said_int8 = stated().get(kind, (0.0, 0.0))
-    # Rounding alone, which processors differ in: AVX-512 of AMD leaves twice as much as Intel's AMX.
+    # Rounding alone: one processor leaves twice as much as another.
     assert floats < 1e-6, line
     assert said_floats / 4 < floats < 4 * said_floats, line
     assert said_int8 == pytest.approx(int8, rel=0.02), line
