@@ -180,9 +180,10 @@ class SlotTransfers:
 
     def wait_all(self, slots: Sequence[int]) -> None:
         """The same for all of their bytes. Raises: BackendError: as `wait_gate_up`."""
-        self._sent(slots)
         self._executor.check()
         for slot in slots:
+            if slot in self._waiting or slot not in self.held:
+                self._sent((slot,))
             for work in self._arriving.get(slot, ()):
                 for event in work.result():
                     self._streams.wait(COMPUTE, event)  # edge: all has arrived -> both stages
@@ -256,10 +257,7 @@ class SlotTransfers:
         return waits or self._writer.has_written(slot, transfer.parts)
 
     def drain(self) -> None:
-        """Wait until the device has got everything submitted so far.
-
-        `synchronize` of its queues may follow.
-        """
+        """Wait until the device has got everything; `synchronize` of its queues may follow."""
         self._executor.drain()
 
     def check(self) -> None:

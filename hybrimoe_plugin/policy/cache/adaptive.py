@@ -85,8 +85,8 @@ class AdaptiveCache(RankedCache):
         """[F] weights of the features."""
         self.features = np.zeros((layers, FEATURES, experts))
         """[L, F, E] each expert's past: decayed frequencies, ages, scores."""
-        self._top_k = top_k
-        self._seen = [0] * layers
+        self._top_k = float(top_k)
+        self._seen = [0.0] * layers
         """[L] tokens so far."""
         self._last = np.full((layers, experts), -NEVER)
         """[L, E] number of the last token that chose the expert."""
@@ -129,9 +129,9 @@ class AdaptiveCache(RankedCache):
             topk_weights: [T, K].
             scores: [T, E] where the host shows them.
         """
-        tokens = len(topk_ids)
-        early = max(0, tokens - STEPWISE)
-        if early:
+        tokens, early = len(topk_ids), 0
+        if tokens > STEPWISE:
+            early = tokens - STEPWISE
             self._skip(layer, topk_ids[:early])
         learn = self._learn_natively if self._native else self._learn_token
         for token in range(early, tokens):
@@ -158,8 +158,8 @@ class AdaptiveCache(RankedCache):
             self._starts[layer],
             len(self._shown),
             len(self._ids),
-            float(self._top_k),
-            float(self._seen[layer]),
+            self._top_k,
+            self._seen[layer],
         )
 
     def _give_addresses(self) -> None:
