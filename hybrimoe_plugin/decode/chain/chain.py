@@ -85,6 +85,7 @@ class LayerCall:
         if link is None:
             self.graphs.before()
             return
+        self.later = None
         link.replays(routed=True)
         self.graphs.before()
         graph_break = self.graph_break
