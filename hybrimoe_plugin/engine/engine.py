@@ -209,13 +209,13 @@ class Engine:
         hidden = call.hidden
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
-        states, ids, weights, scored = seen.routing
+        scored = seen.routing.scored
         tokens = len(scored.ids)
         learned = None if self.accelerator is None else scored
         step = self.controller.begin(layer, seen.loads(), tokens, now_us, learned)
         submitted = bool(step.plan.cpu)
         if submitted:
-            self.cpu.submit(layer, states, ids, weights, step.plan.cpu)
+            self.cpu.submit(layer, *seen.for_cpu(), step.plan.cpu)
         output = None
         if self._waves is not None:
             output = self._waves.compute(step, hidden, scored.ids, call.weights, sent)

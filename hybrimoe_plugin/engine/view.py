@@ -117,6 +117,15 @@ class HostView(NamedTuple):
     chosen: list[int] | None
     """[K] the experts of a call of one token, where they are known already."""
     predictions: Predictions | None
+    weights_as_sent: torch.Tensor | None = None
+    """What `routing.weights` is yet to be made from; None where it is there already."""
+
+    def for_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, ids and weights for the CPU's experts."""
+        hidden, ids, weights, _ = self.routing
+        if self.weights_as_sent is not None:
+            weights.copy_(self.weights_as_sent)
+        return hidden, ids, weights
 
     def loads(self) -> dict[int, int]:
         """Expert -> number of tokens that chose it."""
@@ -126,6 +135,7 @@ class HostView(NamedTuple):
 
     def record(self, layer: int, predicted: Sequence[NDArray[np.int64]]) -> CallRecord:
         """A record with copies: a CUDA graph uses the same memory again at the next token."""
+        self.for_cpu()
         ids, weights, scores = self.routing.scored
         return CallRecord(
             layer,
@@ -167,7 +177,8 @@ class GraphMemory:
     """The host's memory that the graphs of one layer copy each token's routing to.
 
     It never moves, so the tensors and arrays that are views of it are made once. What has another
-    dtype than the host wants is converted for each token, into memory that does not move either.
+    dtype than the host wants is converted for each token, into memory that does not move either. Where
+    scores are shown, no cache looks at the weights: they are converted when the CPU needs them.
 
     Args:
         tensors: hidden states [1, H], ids and weights [1, K], and scores [1, E] where the router
@@ -183,6 +194,12 @@ class GraphMemory:
         found = [self._as(ids, torch.int64)]
         found += [self._as(part, torch.float32) for part in floating]
         self._routing = _routing([hidden, *found])
+        weights, *scores = floating
+        self._weights: torch.Tensor | None = None
+        """As the graph leaves them, where they are converted when somebody asks."""
+        if scores and weights.dtype != torch.float32:
+            self._weights = weights
+            self._conversions = [pair for pair in self._conversions if pair[1] is not weights]
         self.predicted: tuple[NDArray[np.int64], ...] | None = None
         """[1, K] for each of the next layers; None where they have another dtype."""
         if all(ids.dtype == torch.int64 for ids in predicted):
@@ -201,7 +218,7 @@ class GraphMemory:
         """
         for target, source in self._conversions:
             target.copy_(source)
-        return HostView(self._routing, chosen, predictions)
+        return HostView(self._routing, chosen, predictions, self._weights)
 
     def _as(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor, or what it is converted into."""

@@ -69,14 +69,16 @@ class Waves:
         """
         if not step.plan.accelerator:
             return None
-        self._cancel_stale(step)
         if sent is not None and sent.finds_slots:
             joined = self._joined(step)
             if joined:
                 self.onload(step.moves)
-                return sent.from_slots(joined)
+                output = sent.from_slots(joined)
+                self._cancel_stale(step)
+                return output
         else:
             sent = None
+        self._cancel_stale(step)
         return self._compute_waves(step, hidden, ids, topk_weights, sent)
 
     def _compute_waves(

@@ -56,7 +56,8 @@ def test_it_is_what_the_last_token_left(
         with torch.inference_mode(inference):
             token.write(first)
         seen = token.memory.view(token.memory.chosen(), token.predictions)
-        hidden, chosen, weights, scored = seen.routing
+        hidden, chosen, weights = seen.for_cpu()
+        scored = seen.routing.scored
         assert hidden is token.hidden
         assert (chosen.dtype, weights.dtype) == (torch.int64, torch.float32)
         assert scored.scores is not None
@@ -96,10 +97,14 @@ def test_a_record_stays_as_it_was(ids: torch.dtype, floating: torch.dtype) -> No
     assert [item.tolist() for item in record.predicted] == [[[2, 1]], [[3, 1]]]
 
 
-def test_a_router_that_shows_no_scores() -> None:
-    tensors = [torch.zeros(1, 8), torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.5]])]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_router_that_shows_no_scores(dtype: torch.dtype) -> None:
+    """Then caches look at the weights."""
+    tensors = [torch.zeros(1, 8), torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.5]], dtype=dtype)]
     memory = GraphMemory(tensors, [])
-    assert memory.view(memory.chosen(), None).routing.scored.scores is None
+    scored = memory.view(memory.chosen(), None).routing.scored
+    assert scored.scores is None
+    assert scored.weights.tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

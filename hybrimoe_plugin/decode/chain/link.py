@@ -135,7 +135,6 @@ class LayerLink:
             self._accelerator.wait_for(coming)
         self.table.show(self.position, chosen, slots)
         self._replay(graph_break)
-        self._accelerator.pump()
 
     def await_routing(self) -> None:
         """Look at the host's memory until the routing decision is there."""
@@ -162,7 +161,9 @@ class LayerLink:
 
         Not through the experts' module: a layer with hooks on it is launched the plain way.
         """
-        return self.engine.run(self.position, *call.inputs, call)
+        output = self.engine.run(self.position, *call.inputs, call)
+        self._accelerator.pump()
+        return output
 
     def note_hit(self, call: Sent) -> None:
         """Do the bookkeeping of a call without a miss, and let waiting prefetches go."""
