@@ -177,8 +177,9 @@ class GraphMemory:
     """The host's memory that the graphs of one layer copy each token's routing to.
 
     It never moves, so the tensors and arrays that are views of it are made once. What has another
-    dtype than the host wants is converted for each token, into memory that does not move either. Where
-    scores are shown, no cache looks at the weights: they are converted when the CPU needs them.
+    dtype than the host wants is converted for each token, into memory that does not move either.
+    Where scores are shown, no cache looks at the weights: they are converted when the CPU needs
+    them.
 
     Args:
         tensors: hidden states [1, H], ids and weights [1, K], and scores [1, E] where the router
