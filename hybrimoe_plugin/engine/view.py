@@ -266,5 +266,7 @@ def _routing(tensors: Sequence[torch.Tensor]) -> HostRouting:
     """Of what lies on the host: hidden states, ids, weights, and scores if there are any."""
     hidden, ids, weights, *shown = tensors
     ids, weights = ids.to(torch.int64), weights.to(torch.float32)
-    scores = shown[0].to(torch.float32).numpy() if shown else None
-    return HostRouting(hidden, ids, weights, Scored(ids.numpy(), weights.numpy(), scores))
+    # Policies read numbers alone: gradients are between the model and the CPU's experts.
+    scores = shown[0].detach().to(torch.float32).numpy() if shown else None
+    scored = Scored(ids.numpy(), weights.detach().numpy(), scores)
+    return HostRouting(hidden, ids, weights, scored)
