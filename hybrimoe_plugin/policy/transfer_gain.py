@@ -113,7 +113,9 @@ class TransferGain:
         while late_us > 0.0 and (layers is None or distance < layers) and lost_us <= most_us:
             routed = known[min(distance, len(known) - 1)]
             free_us = max(0.0, late_us - transfer_us)
-            predicted_us = makespan_us(routed, late_us) - makespan_us(routed, free_us)
+            predicted_us = 0.0
+            if routed:  # else all have slots, and the call wants nothing of the link
+                predicted_us = makespan_us(routed, late_us) - makespan_us(routed, free_us)
             # Predictions err: at least the usual share of calls will want the link.
             usual_us = demand_share * (late_us - free_us)
             lost_us += max(predicted_us, usual_us)
