@@ -265,7 +265,7 @@ class Engine:
         return view_from_accelerator(call, router, self.later_routers(layer), self.accelerator)
 
     def _note_time_between(self, layer: int, tokens: int, now_us: float) -> None:
-        """Tell the controller how long layers are apart, as soon as a call begins."""
+        """Tell the controller how long layers are apart, before it looks ahead."""
         between = self._inter_layer
         known = None if between is None else between.begin(layer, tokens, now_us)
         if known is not None:

@@ -81,19 +81,11 @@ class LayerCall:
 
     def route(self) -> None:
         """Launch what comes before the experts, and the later routers."""
-        link = self.link
-        if link is None:
-            self.graphs.before()
-            return
         self.later = None
-        link.replays(routed=True)
-        self.graphs.before()
-        graph_break = self.graph_break
-        look_ahead = graph_break.look_ahead
-        if look_ahead is not None and link.engine.wants_predictions:
-            link.replays(routed=False)
-            look_ahead()
-            self.later = graph_break.marked
+        self.graphs.route()
+        link = self.link
+        if link is not None and link.engine.wants_predictions and self.graph_break.predict():
+            self.later = self.graph_break.marked
 
     def finish(self) -> None:
         """Launch the experts from their slots and what comes behind them."""
