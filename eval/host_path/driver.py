@@ -35,6 +35,8 @@ class DriverCall(NamedTuple):
     """Why it makes the host wait for the device; empty where it does not."""
     event: int = 0
     """Which event it asks, for queries."""
+    reached: bool = False
+    """The answer, for queries."""
 
 
 class Number:
@@ -108,10 +110,16 @@ class Driver:
         if self.edges is not None:
             self.edges.wait_for_all()
 
-    def note(self, name: str, stream: str = "", stops: str = "", event: int = 0) -> None:
+    def note(self, name: str, stream: str = "", stops: str = "") -> None:
         """Record a call, if calls are recorded."""
         if self.calls is not None:
-            self.calls.append(DriverCall(name, stream, perf_counter_ns() / 1e3, stops, event))
+            self.calls.append(DriverCall(name, stream, perf_counter_ns() / 1e3, stops))
+
+    def note_query(self, name: str, stream: str, reached: bool, event: int = 0) -> None:
+        """Record a question and its answer, if calls are recorded."""
+        if self.calls is not None:
+            asked = DriverCall(name, stream, perf_counter_ns() / 1e3, "", event, reached)
+            self.calls.append(asked)
 
     @contextmanager
     def recording(self) -> Iterator[list[DriverCall]]:
@@ -195,8 +203,9 @@ class Stream:
             driver.edges.wait(HOST, driver.edges.point(self.name))
 
     def query(self) -> bool:
-        self._driver.note("cudaStreamQuery", self.name)
-        return self._driver.reached
+        reached = self._driver.reached
+        self._driver.note_query("cudaStreamQuery", self.name, reached)
+        return reached
 
 
 class Event:
@@ -220,12 +229,9 @@ class Event:
 
     def query(self) -> bool:
         driver = self._driver
-        driver.note("cudaEventQuery", self._stream, event=id(self))
-        if driver.edges is None:
-            return driver.reached or self._place <= driver.waited.get(self._stream, -1)
-        if driver.reached:
-            driver.edges.wait(HOST, self.point)
-        return driver.edges.known(self.point)
+        reached = self._is_reached()
+        driver.note_query("cudaEventQuery", self._stream, reached, id(self))
+        return reached
 
     def synchronize(self) -> None:
         driver = self._driver
@@ -233,6 +239,14 @@ class Event:
         driver.waited[self._stream] = self._place
         if driver.edges is not None:
             driver.edges.wait(HOST, self.point)
+
+    def _is_reached(self) -> bool:
+        driver = self._driver
+        if driver.edges is None:
+            return driver.reached or self._place <= driver.waited.get(self._stream, -1)
+        if driver.reached:
+            driver.edges.wait(HOST, self.point)
+        return driver.edges.known(self.point)
 
 
 class Graph:

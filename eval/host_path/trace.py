@@ -69,22 +69,23 @@ def hit_token(subject: Subject, late: bool = False) -> HitToken:
 def stops(calls: Sequence[DriverCall]) -> list[DriverCall]:
     """The calls by which the host waits for the device.
 
-    One question whether an event is reached does not wait. Asking the same again, with nothing
-    else done between, does.
+    One question whether an event is reached does not wait. Where the answer was no, asking the same
+    again, with nothing else done between, does.
     """
     found = []
     last: DriverCall | None = None
     for call in calls:
         if call.stops:
             found.append(call)
-        elif call.name in QUERIES and last is not None and _same_question(call, last):
+        elif call.name in QUERIES and last is not None and _asks_again(call, last):
             found.append(call._replace(stops=LOOP))
         last = call
     return found
 
 
-def _same_question(call: DriverCall, last: DriverCall) -> bool:
-    return (call.name, call.stream, call.event) == (last.name, last.stream, last.event)
+def _asks_again(call: DriverCall, last: DriverCall) -> bool:
+    same = (call.name, call.stream, call.event) == (last.name, last.stream, last.event)
+    return same and not last.reached
 
 
 def write(path: Path, token: HitToken) -> None:

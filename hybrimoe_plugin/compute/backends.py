@@ -251,5 +251,8 @@ class ResidentExperts(Accelerator, Protocol):
         ...
 
     def arrived(self, slot: int) -> bool:
-        """Whether all bytes that were last sent to a slot are there; the host does not wait."""
+        """Whether all that a slot was last sent is there for what is launched from now on.
+
+        The host does not wait.
+        """
         ...

@@ -235,8 +235,9 @@ class Residency:
 
     def replace(self, victim: ExpertRef, layer: int, expert: int) -> int:
         """Evict one expert for another; gives the slot."""
-        self.evict(victim)
-        return self.pool.place(layer, expert)
+        slot = self.pool.exchange(victim, layer, expert)
+        self._forget(victim)
+        return slot
 
     def evict(self, victim: ExpertRef) -> None:
         """Take an expert's slot; it must be neither leased nor in flight."""
@@ -272,8 +273,8 @@ class Residency:
 
     def _admits(self, layer: int, expert: int, victim: ExpertRef, gain_us: float | None) -> bool:
         """Whether a newcomer is worth more than its victim."""
-        newcomer = float(self.cache.ranks[layer, expert])
-        worth = float(self.worth[victim])
+        newcomer = self.cache.ranks.item(layer, expert)
+        worth = self.worth.item(*victim)
         if gain_us is None or self.cache.name == "static":
             return self.cache.prefers(newcomer, worth)
         if not self.cache.probabilities:

@@ -124,6 +124,27 @@ class SlotPool:
         self._free.append(slot)
         return ExpertRef(layer, expert)
 
+    def exchange(self, victim: ExpertRef, layer: int, expert: int) -> int:
+        """`evict` one expert and `place` another in its slot.
+
+        Raises:
+            ValueError: the victim is in flight or leased, or the other is there already.
+        """
+        lender, evicted = victim
+        slot = self.cached[lender][evicted]
+        busy = slot in self._in_flight or slot in self._leased
+        if busy or expert in self.cached[layer]:
+            raise ValueError(
+                f"layer {layer}: expert {expert} is there already, or expert {evicted} of layer "
+                f"{lender} is in flight or leased"
+            )
+        del self.cached[lender][evicted]
+        self.changed[lender].add(evicted)
+        self.cached[layer][expert] = slot
+        self.changed[layer].add(expert)
+        self._in_flight.add(slot)
+        return slot
+
     def withdraw(self, layer: int, expert: int) -> None:
         """Free the slot of an expert that is in flight and will not arrive.
 

@@ -82,6 +82,7 @@ def test_what_does_not_is_not(name: str) -> None:
 
 def test_asking_an_event_until_it_is_reached_stops_the_host() -> None:
     def ask(driver: Driver) -> None:
+        driver.reached = False
         one, other = torch.cuda.Event(), torch.cuda.Event()
         one.query()
         other.query()
@@ -89,6 +90,14 @@ def test_asking_an_event_until_it_is_reached_stops_the_host() -> None:
         one.query()
 
     assert len(trace.stops(recorded(ask))) == 1
+
+
+def test_asking_twice_whether_a_reached_event_is_reached_does_not() -> None:
+    def ask(_driver: Driver) -> None:
+        event = torch.cuda.Event()
+        assert event.query() and event.query()
+
+    assert trace.stops(recorded(ask)) == []
 
 
 def test_what_comes_before_an_event_that_was_waited_for_is_reached_however_late_the_device_is() -> (

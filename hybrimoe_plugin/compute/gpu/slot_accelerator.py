@@ -151,7 +151,9 @@ class SlotAccelerator:
         self._transfers.pump()
 
     def arrived(self, slot: int) -> bool:
-        """Whether a slot's bytes have all arrived; the host does not wait.
+        """Whether a slot's bytes are all there for what is launched from now on.
+
+        They have arrived, or compute waits for them already. The host does not wait.
 
         Raises:
             BackendError: the slot's transfer has failed.

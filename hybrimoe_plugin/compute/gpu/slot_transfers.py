@@ -187,8 +187,7 @@ class SlotTransfers:
             for work in self._arriving.get(slot, ()):
                 for event in work.result():
                     self._streams.wait(COMPUTE, event)  # edge: all has arrived -> both stages
-            for queued in (self._gate_up, self._down):
-                queued.pop(slot, None)  # only now, as in `_wait`
+            self._forget_arrival(slot)  # only now, as in `_wait`
 
     def used(self, slots: Sequence[int]) -> None:
         """Note that compute, as far as it is queued, contains these slots' last use."""
@@ -203,9 +202,10 @@ class SlotTransfers:
         self._uses.layer(weights, self._streams.record(COMPUTE))
 
     def arrived(self, slot: int) -> bool:
-        """Whether all that the slot was last sent has arrived; the host does not wait.
+        """Whether all that the slot was last sent is there for what compute is given from now on.
 
-        False for a slot that was sent nothing, or whose prefetch still waits or was cancelled.
+        It has arrived, or compute waits for it already (`wait_all`). The host does not wait. False
+        for a slot that was sent nothing, or whose prefetch still waits or was cancelled.
 
         Raises:
             BackendError: its transfer has failed.
@@ -217,10 +217,7 @@ class SlotTransfers:
             return True
         if not all(self._reached(half) for half in arriving):
             return False
-        # What is queued from now on comes after it without an edge.
-        self._gate_up.pop(slot, None)
-        self._down.pop(slot, None)
-        del self._arriving[slot]
+        self._forget_arrival(slot)
         return True
 
     def settle(self) -> None:
@@ -297,6 +294,12 @@ class SlotTransfers:
         if not work.done():
             return False
         return all(self._streams.reached(event) for event in work.result())
+
+    def _forget_arrival(self, slot: int) -> None:
+        """What compute is given from now on comes after the slot's transfer without an edge."""
+        self._gate_up.pop(slot, None)
+        self._down.pop(slot, None)
+        self._arriving.pop(slot, None)  # last: `_start` looks here for what is left of the others
 
     def _start(self, transfer: Transfer, queue: str) -> None:
         """Submit all of a transfer."""

@@ -204,6 +204,25 @@ def test_arrivals_are_told_without_stopping_the_host(make: Make) -> None:
     assert streams.host_waits == 0
 
 
+def test_compute_waits_for_all_of_a_slot_once(make: Make) -> None:
+    streams = LazyStreams()
+    device = make(streams)
+    device.onload(0, LAYERS[0], 1)
+    device.wait_for([0])
+    waits = [entry for entry in streams.log if entry.startswith("compute waits")]
+    assert waits
+    assert device.arrived(0), "whatever is launched now comes behind it"
+    streams.log.clear()
+    device.wait_for([0])
+    compute(device, 0, {0: (0, 1)}, 0)
+    assert not any(entry.startswith("compute waits") for entry in streams.log)
+    device.onload(0, LAYERS[1], 2)
+    assert not device.arrived(0), "the slot's next content is on its way"
+    device.wait_for([0])
+    compute(device, 1, {0: (0, 2)}, 1)
+    assert streams.host_waits == 0
+
+
 def test_what_waits_or_was_dropped_has_not_arrived(make: Make) -> None:
     streams = LazyStreams()
     device = make(streams)

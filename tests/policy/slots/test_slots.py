@@ -152,3 +152,34 @@ TestSharedSlotPool = SharedSlotMachine.TestCase
 def test_staging_slots_take_turns() -> None:
     pool = SlotPool([1], staging=3)
     assert [pool.stage() for _ in range(4)] == [1, 2, 3, 1]
+
+
+def test_an_exchange_is_an_eviction_and_a_placement() -> None:
+    plain, fast = (SlotPool([2, 2], shared=True) for _ in range(2))
+    for pool in (plain, fast):
+        for layer, expert in ((0, 1), (0, 2), (1, 5), (1, 6)):
+            pool.place(layer, expert)
+            pool.arrive(layer, expert)
+    plain.evict(0, 2)
+    assert fast.exchange(ExpertRef(0, 2), 1, 7) == plain.place(1, 7)
+    fast.check_integrity()
+    assert (fast.cached, fast.changed) == (plain.cached, plain.changed)
+    assert fast.in_flight(1, 7)
+
+
+@pytest.mark.parametrize(
+    ("victim", "expert"), [(ExpertRef(0, 1), 7), (ExpertRef(0, 2), 7), (ExpertRef(1, 5), 6)]
+)
+def test_an_exchange_takes_no_slot_in_use_and_places_nothing_twice(
+    victim: ExpertRef, expert: int
+) -> None:
+    pool = SlotPool([2, 2], shared=True)
+    for layer, placed in ((0, 1), (0, 2), (1, 5), (1, 6)):
+        pool.place(layer, placed)
+    for ref in ((0, 2), (1, 5), (1, 6)):
+        pool.arrive(*ref)
+    pool.lease(0, (2,))
+    before = [dict(cached) for cached in pool.cached]
+    with pytest.raises(ValueError, match="in flight or leased"):
+        pool.exchange(victim, 1, expert)
+    assert pool.cached == before
