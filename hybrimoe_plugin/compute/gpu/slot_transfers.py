@@ -181,9 +181,8 @@ class SlotTransfers:
     def wait_all(self, slots: Sequence[int]) -> None:
         """The same for all of their bytes. Raises: BackendError: as `wait_gate_up`."""
         self._executor.check()
+        self._sent([slot for slot in slots if slot in self._waiting or slot not in self.held])
         for slot in slots:
-            if slot in self._waiting or slot not in self.held:
-                self._sent((slot,))
             for work in self._arriving.get(slot, ()):
                 for event in work.result():
                     self._streams.wait(COMPUTE, event)  # edge: all has arrived -> both stages
@@ -215,10 +214,10 @@ class SlotTransfers:
         arriving = self._arriving.get(slot)
         if arriving is None:
             return True
-        if not all(self._reached(half) for half in arriving):
-            return False
-        self._forget_arrival(slot)
-        return True
+        reached = all(self._reached(half) for half in arriving)
+        if reached:
+            self._forget_arrival(slot)
+        return reached
 
     def settle(self) -> None:
         """After an unfinished call: wait for what was submitted, drop the rest, keep what is sure.
@@ -307,11 +306,9 @@ class SlotTransfers:
         # Whatever writes this slot now comes after its last use, and after an older transfer that
         # compute did not wait for. That one has been queued when this one is: jobs keep their
         # order.
-        older: tuple[QueuedWork, ...] = ()
-        gate_up = self._gate_up.pop(slot, None)
-        down = self._down.pop(slot, None)
-        if gate_up is not None or down is not None:
-            older = self._arriving[slot]
+        gate_up, down = self._gate_up.pop(slot, None), self._down.pop(slot, None)
+        unseen = gate_up is not None or down is not None
+        older = self._arriving[slot] if unseen else ()
         last_use = self._uses.refill(slot, weights)
         if last_use is not None:
             older = *older, DoneWork((last_use,))
