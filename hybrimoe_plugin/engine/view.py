@@ -136,7 +136,7 @@ class HostView(NamedTuple):
     def record(self, layer: int, predicted: Sequence[NDArray[np.int64]]) -> CallRecord:
         """A record with copies: a CUDA graph uses the same memory again at the next token."""
         self.for_cpu()
-        ids, weights, scores = self.routing.scored
+        ids, weights, scores, _ = self.routing.scored
         return CallRecord(
             layer,
             ids.copy(),

@@ -42,6 +42,21 @@ Predicted = Sequence[tuple[int, Mapping[int, int]]]
 """(layer, expert -> predicted load) of the next layers, nearest first."""
 
 
+FEW_ROWS = 32
+"""Most rows of a call that counts as a step of several conversations, or of a draft's tree; those
+of more are prompts.
+"""
+
+
+class Rows(NamedTuple):
+    """Whose rows a call of a few has."""
+
+    owners: NDArray[np.int64]
+    """[T] the conversation that each row continues, by any number."""
+    sure: NDArray[np.bool_]
+    """[T] False for a draft's tokens, which may be rejected once the pass is done."""
+
+
 class Scored(NamedTuple):
     """What a cache learns from: the routing decision of one layer call."""
 
@@ -51,6 +66,8 @@ class Scored(NamedTuple):
     """[T, K]"""
     scores: NDArray[np.float32] | None
     """[T, E]; None where the host does not show them."""
+    rows: Rows | None = None
+    """None where each row is a conversation of its own, or a prompt's token."""
 
 
 class IdleTime(NamedTuple):

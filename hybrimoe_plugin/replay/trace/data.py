@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.policy.step import Rows
+
 MAX_SIZE = 1 << 15
 """Layers, experts and top-k are stored in 16 bits."""
 MAX_EXPERT_BYTES = 1 << 40
@@ -45,6 +47,12 @@ class Call(NamedTuple):
     """[T, E]; only the P highest of each token are kept, the others are 0."""
     predicted: tuple[NDArray[np.int64], ...]
     """[T, K] each, for the next layers, nearest first."""
+    rows: Rows | None = None
+    """Whose rows these are, where several conversations or a draft's tree make a call; not kept in
+    files.
+    """
+    accepted: NDArray[np.bool_] | None = None
+    """[T] which rows of a draft's tree the pass turned out to accept; not kept in files."""
 
 
 class Trace(NamedTuple):
