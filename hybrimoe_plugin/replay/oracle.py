@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores
-from hybrimoe_plugin.replay.trace import Trace
+from hybrimoe_plugin.replay.trace import Call, Trace
 
 
 class BeladyCache(RankedCache):
     """Evicts what is needed latest and admits nothing that is needed later than its victim.
 
-    An expert that its layer needs again in n tokens ranks 1 / n, so the next token's experts rank 1
-    in every layer.
+    An expert that its layer needs again in n steps ranks 1 / n, so the next step's experts rank 1
+    in every layer. A step is a token, or all rows of a call that has some of several conversations
+    or of a draft's tree: such a call needs the experts of all its rows at once.
     """
 
     name = "belady"
@@ -22,18 +23,18 @@ class BeladyCache(RankedCache):
         layers, experts = trace.header.layers, trace.header.experts
         super().__init__(layers, experts)
         self._next: list[list[Ranks]] = [[] for _ in range(layers)]
-        """For each layer, the ranks after each of its tokens."""
+        """For each layer, the ranks after each of its tokens; rows of one step have the same."""
         self._token = [0] * layers
         """Tokens of each layer so far."""
-        # The trace is read backwards: `left` counts each layer's tokens from the end, and `later`
+        # The trace is read backwards: `left` counts each layer's steps from the end, and `later`
         # holds that count at each expert's next use.
         left = np.zeros(layers)
         later = np.full((layers, experts), np.inf)
         for call in reversed(trace.calls):
             layer = call.layer
-            for chosen in call.ids[::-1]:
+            for chosen in _steps(call):
                 ranks = _nearness(left[layer], later[layer])
-                self._next[layer].append(ranks)
+                self._next[layer] += [ranks] * (chosen.size // trace.header.top_k)
                 left[layer] += 1
                 later[layer, chosen] = left[layer]
         for layer in range(layers):
@@ -49,14 +50,21 @@ class BeladyCache(RankedCache):
         self.ranks[layer] = self._next[layer][last]
 
 
+def _steps(call: Call) -> list[Ids]:
+    """The experts of each step of a call, last step first."""
+    if call.rows is not None:
+        return [call.ids.ravel()]
+    return list(call.ids[::-1])
+
+
 def _nearness(left: float, later: Ranks) -> Ranks:
-    """1 / tokens until the next use, 0 for never.
+    """1 / steps until the next use, 0 for never.
 
     Args:
-        left: tokens from now to the end of the trace.
+        left: steps from now to the end of the trace.
         later: [E] the same count at each expert's next use; infinite for never.
     """
     known = later < np.inf
     count = np.where(known, later, 0.0)
-    tokens = left - count + 1.0
-    return np.where(known, 1.0 / tokens, 0.0)
+    steps = left - count + 1.0
+    return np.where(known, 1.0 / steps, 0.0)

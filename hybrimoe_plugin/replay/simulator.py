@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
 from hybrimoe_plugin.policy.counters import Counters
+from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.replay.trace import Call, Trace
 
 
@@ -14,9 +15,11 @@ class Outcome:
     """What one system did on one trace."""
 
     prefill_us: list[float] = field(default_factory=list)
-    """Simulated MoE time of each pass with more than one token, gaps between layers included."""
+    """Simulated MoE time of each prompt's pass, gaps between layers included."""
     decode_us: list[float] = field(default_factory=list)
-    """The same for passes of one token."""
+    """The same for the judged decode passes: of one token, of one for each of a few conversations,
+    or of a draft's tree.
+    """
     counters: Counters = field(default_factory=Counters)
     decode_counters: Counters = field(default_factory=Counters)
     """Counts of the judged decode passes alone."""
@@ -55,7 +58,8 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
             now_us += step.plan.makespan_us + between_us
             for item in step.routed:
                 ready += item.ready_us == 0.0
-        if len(group[0].ids) > 1:
+        _verify(controller, group[0])
+        if is_prompt(group[0]):
             outcome.prefill_us.append(now_us - started)
         elif skip > 0:
             skip -= 1
@@ -72,10 +76,19 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
     return outcome
 
 
+def is_prompt(call: Call) -> bool:
+    """Whether a call's rows are a prompt's tokens.
+
+    Not those of a few conversations or of a draft's tree.
+    """
+    tokens = len(call.ids)
+    return tokens > 1 and (call.rows is None or tokens > FEW_ROWS)
+
+
 def _run(call: Call, controller: Controller, now_us: float) -> Step:
     """One layer call, as `Engine.run` has it."""
     layer, tokens = call.layer, len(call.ids)
-    scored = Scored(call.ids, call.weights, call.scores)
+    scored = Scored(call.ids, call.weights, call.scores, call.rows)
     step = controller.begin(layer, loads(call.ids), tokens, now_us, scored)
     predicted = []
     for distance, ids in enumerate(call.predicted, 1):
@@ -84,3 +97,10 @@ def _run(call: Call, controller: Controller, now_us: float) -> Step:
     controller.finish(step)
     controller.counters.moe_us += step.plan.makespan_us
     return step
+
+
+def _verify(controller: Controller, call: Call) -> None:
+    """Tell the controller which rows of a draft's tree were accepted, once the pass is done."""
+    verified = getattr(controller, "verified", None)
+    if verified is not None and call.accepted is not None:
+        verified(call.accepted)
