@@ -60,6 +60,11 @@ def recorded_names() -> tuple[str, ...]:
 
 @cache
 def flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
+    """Flat routing in the shape of one of the paper's models, made once and kept."""
+    return make_flat(name, prompt_tokens, decode_tokens, text)
+
+
+def make_flat(name: str, prompt_tokens: int, decode_tokens: int, text: int) -> Trace:
     """Flat routing in the shape of one of the paper's models.
 
     Mixtral's long-run popularity is the measured one.

@@ -50,6 +50,15 @@ def _replay(found: Result) -> str:
     )
 
 
+def _rows(found: Result) -> str:
+    return (
+        f"Calls of 8 rows are {found['speedup_over_static_8_rows']:.2f}x as fast as with a fixed "
+        f"placement, {_percent(found['oracle_share_8_rows'])} of the speed of an oracle. In the "
+        f"worst cell of any row count, ours is {found['worst_cell_vs_any_baseline']:.4f}x as fast "
+        f"as the best baseline."
+    )
+
+
 def _throughput(found: Result) -> str:
     text = (
         f"The {found['model']} model decodes {found['decode_tok_s']:.1f} tokens/s and reads "
@@ -120,6 +129,12 @@ QUESTIONS = {
         "How long do prompts and tokens take under each system's policies, on the same machine "
         "model and with the same routing?",
         _replay,
+    ),
+    "rows": Question(
+        "How fast are calls of a few rows?",
+        "How long do layer calls take that have rows of several conversations, or of a draft's "
+        "token tree, under each system's policies?",
+        _rows,
     ),
     "host_path": Question(
         "What does a GPU's decoding cost the host?",

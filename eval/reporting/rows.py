@@ -8,12 +8,12 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def where(rows: Sequence[Row], **values: Any) -> list[Row]:
+def where(rows: Sequence[Row], /, **values: Any) -> list[Row]:
     """The rows that have all of these values, by column."""
     return [row for row in rows if has(row, **values)]
 
 
-def has(row: Row, **values: Any) -> bool:
+def has(row: Row, /, **values: Any) -> bool:
     """Whether a row has all of these values; a column that it lacks counts as None."""
     same = [row.get(name) == value for name, value in values.items()]
     return all(same)

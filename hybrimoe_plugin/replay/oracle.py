@@ -7,13 +7,17 @@ import numpy as np
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores
 from hybrimoe_plugin.replay.trace import Call, Trace
 
+FEWER = 0.01
+"""Steps by which an expert counts as needed later if only few of a step's rows need it."""
+
 
 class BeladyCache(RankedCache):
     """Evicts what is needed latest and admits nothing that is needed later than its victim.
 
     An expert that its layer needs again in n steps ranks 1 / n, so the next step's experts rank 1
     in every layer. A step is a token, or all rows of a call that has some of several conversations
-    or of a draft's tree: such a call needs the experts of all its rows at once.
+    or of a draft's tree: such a call needs the experts of all its rows at once. Of those, the ones
+    that more rows need rank a little higher.
     """
 
     name = "belady"
@@ -26,17 +30,18 @@ class BeladyCache(RankedCache):
         """For each layer, the ranks after each of its tokens; rows of one step have the same."""
         self._token = [0] * layers
         """Tokens of each layer so far."""
-        # The trace is read backwards: `left` counts each layer's steps from the end, and `later`
-        # holds that count at each expert's next use.
+        # The trace is read backwards: `left` counts each layer's steps from the end, `later` holds
+        # that count at each expert's next use, a little less where few rows need it.
         left = np.zeros(layers)
         later = np.full((layers, experts), np.inf)
         for call in reversed(trace.calls):
             layer = call.layer
             for chosen in _steps(call):
                 ranks = _nearness(left[layer], later[layer])
-                self._next[layer] += [ranks] * (chosen.size // trace.header.top_k)
+                self._next[layer] += [ranks] * len(chosen)
                 left[layer] += 1
-                later[layer, chosen] = left[layer]
+                needed, loads = np.unique(chosen, return_counts=True)
+                later[layer, needed] = left[layer] - FEWER * (1.0 - loads / len(chosen))
         for layer in range(layers):
             self._next[layer].reverse()
             self.ranks[layer] = _nearness(left[layer], later[layer])
@@ -51,10 +56,10 @@ class BeladyCache(RankedCache):
 
 
 def _steps(call: Call) -> list[Ids]:
-    """The experts of each step of a call, last step first."""
+    """[R, K] ids of each step of a call, last step first."""
     if call.rows is not None:
-        return [call.ids.ravel()]
-    return list(call.ids[::-1])
+        return [call.ids]
+    return [call.ids[row : row + 1] for row in reversed(range(len(call.ids)))]
 
 
 def _nearness(left: float, later: Ranks) -> Ranks:

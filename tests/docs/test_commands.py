@@ -46,6 +46,7 @@ RUN_BY = {
     "python -m eval.loading": "tests/eval/test_loading.py",
     "python -m eval.prefetch": "eval/reporting/answers.py",
     "python -m eval.replay": "eval/reporting/answers.py",
+    "python -m eval.rows": "eval/reporting/answers.py",
     "python -m eval.schedule": "eval/reporting/answers.py",
     "python -m eval.throughput": "tests/eval/test_throughput.py",
     "python -m tests.fuzz": "Makefile",
