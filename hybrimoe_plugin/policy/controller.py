@@ -25,7 +25,7 @@ from time import perf_counter_ns
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
+from hybrimoe_plugin.core import ExpertRef, LayerPlan, Routed
 from hybrimoe_plugin.policy.cache.ranked import CachePolicy
 from hybrimoe_plugin.policy.cache_fill import CacheFill
 from hybrimoe_plugin.policy.costs import CostModel
@@ -48,11 +48,8 @@ from hybrimoe_plugin.policy.step import Step as Step
 from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
-
 MOST = 0.5
-"""Share of a layer's experts that a call of a few rows needs beyond which its demand loads take
-slots of their own layer alone, as a prompt's do.
-"""
+"""Share of a layer's experts beyond which a call of a few rows takes slots as a prompt does."""
 
 
 class Controller:
@@ -162,7 +159,7 @@ class Controller:
         moves: tuple[Move, ...] = ()
         if plan.onload:
             self._learn(layer, plan, scored)
-            crowded = many or (few and len(loads) > MOST * residency.worth.shape[1])
+            crowded = many or (few and len(loads) > MOST * residency.cache.ranks.shape[1])
             moves = self._demand_loads(layer, plan.onload, many, crowded, now_us)
         step = Step(layer, tokens, routed, plan, moves, few)
         self._unnoted = step, scored
@@ -221,7 +218,8 @@ class Controller:
         _, scored = self._unnoted
         if not step.moves:
             self._learn(step.layer, step.plan, scored)
-        self._count(step)
+        self.counters.count(step.tokens, step.routed, step.plan)
+        self.prefetch_record.use_all(step.layer, step.routed)
         self.idle_prefetch.confidence.check(step.layer, step.routed)
         self.link.note_call(step.many, bool(step.moves))
         self._unnoted = None
@@ -261,15 +259,13 @@ class Controller:
         self.loans.forget(step.layer)
 
     def verified(self, accepted: NDArray[np.bool_]) -> None:
-        """A draft's tree has been verified: what its pass taught the cache is corrected.
-
-        Call it between that pass and the next one; without it the draft's rows count as rejected.
+        """A draft's tree has been verified: what its pass, the last one, taught is corrected.
 
         Args:
             accepted: [T] for each row of the pass, whether its token is part of the text.
 
         Raises:
-            ValueError: the pass had another number of rows.
+            InputError: the pass had another number of rows.
         """
         started = perf_counter_ns()
         self.residency.cache.verified(accepted)
@@ -330,8 +326,7 @@ class Controller:
             crowded: whether the call needs most of the layer's experts.
         """
         lenders = self.residency.lenders(layer, many=False)
-        if crowded:
-            # Every layer needs most of its experts: none should live at another's cost.
+        if crowded:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = range(layer, layer + 1)
         if many:
             experts = self.prompt_slots.ordered(layer, experts)
@@ -353,15 +348,3 @@ class Controller:
         residency.expect(move)
         pool.lease(layer, (expert,))
         return move
-
-    def _count(self, step: Step) -> None:
-        counters, plan = self.counters, step.plan
-        needed = len(step.routed)
-        missing = [item.ready_us for item in step.routed].count(OFFLOADED)
-        counters.calls += 1
-        counters.tokens += step.tokens
-        counters.activations += needed
-        counters.cache_hits += needed - missing
-        counters.experts_cpu += len(plan.cpu)
-        counters.experts_accelerator += len(plan.accelerator)
-        self.prefetch_record.use_all(step.layer, step.routed)

@@ -111,7 +111,7 @@ class AdaptiveCache(RankedCache):
         self._products = np.zeros((FEATURES, FEATURES))
         self._sums = np.zeros(FEATURES)
         self._chosen = np.zeros(experts)
-        """[E] 1 for the experts of the present token, 0 for the others; of a few rows their shares."""
+        """[E] 1 for the experts of the present token; of a few rows, the shares that chose each."""
         self._added = np.zeros((len(DECAYS), experts))
         self._change = np.zeros(experts)
         if popularity is not None:
@@ -150,6 +150,8 @@ class AdaptiveCache(RankedCache):
         if rows is not None and len(topk_ids) > 1:
             self._observe_rows(layer, topk_ids, topk_weights, scores, rows)
             return
+        if self._draft.before is not None:
+            self._draft.clear()  # what is learned now builds on it
         tokens, early = len(topk_ids), 0
         if tokens > STEPWISE:
             early = tokens - STEPWISE
@@ -175,7 +177,7 @@ class AdaptiveCache(RankedCache):
         """Learn from the last pass anew, now that its sure rows are known.
 
         Raises:
-            ValueError: it had another number of rows.
+            InputError: it had another number of rows.
         """
         before, calls = self._draft.taken(accepted)
         if before is None:
@@ -194,7 +196,9 @@ class AdaptiveCache(RankedCache):
         self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
     ) -> None:
         """A call of a few rows; if some may be rejected, what is needed to learn from it anew."""
-        if not rows.sure.all():
+        if rows.sure.all():
+            self._draft.clear()
+        else:
             before = self.weights, self._moments, self._targets
             call = Drafted(
                 layer, ids, weights, scores, rows, self.features[layer], self._last[layer]

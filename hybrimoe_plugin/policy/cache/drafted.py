@@ -1,4 +1,4 @@
-"""The calls of a pass that verifies a draft's tree: kept until it is known which rows it accepts."""
+"""The calls of a pass that verifies a draft's tree, kept until its accepted rows are known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.cache.ranked import Ids, Ranks, Scores
 from hybrimoe_plugin.policy.step import Rows
 
@@ -73,14 +74,14 @@ class DraftedPass:
             accepted: [T]
 
         Raises:
-            ValueError: the pass had another number of rows; it is kept.
+            InputError: the pass had another number of rows; it is kept.
         """
         calls = self._calls
         if not calls:
             return None, []
         rows = calls[0].rows
         if accepted.shape != rows.sure.shape:
-            raise ValueError(
+            raise InputError(
                 f"verified: expected one truth value for each of the pass's {len(rows.sure)} rows, "
                 f"found the shape {list(accepted.shape)}"
             )

@@ -8,9 +8,7 @@ from hybrimoe_plugin.policy.cache.ranked import Shares
 from hybrimoe_plugin.policy.step import Rows
 
 REJECTED = 0.25
-"""What a draft's token counts, of an accepted one, unless the verification accepts it. The next tree
-has such tokens too, so they are not worthless.
-"""
+"""What a draft's rejected token counts, of an accepted one: the next tree has such tokens too."""
 
 
 def row_shares(rows: Rows) -> Shares:
