@@ -49,7 +49,7 @@ from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
 MOST = 0.5
-"""Share of a layer's experts beyond which a call of a few rows takes slots as a prompt does."""
+"""Share of a layer's experts beyond which a call of a few rows treats slots as a prompt does."""
 
 
 class Controller:
@@ -149,6 +149,7 @@ class Controller:
         residency.land(now_us)
         few = scored is not None and scored.few
         many = tokens > 1 and not few
+        crowded = many or (few and len(loads) > MOST * residency.cache.ranks.shape[1])
         self.loans.streak.follow(layer, loads, tokens if many else 1)
         routed = residency.routed(layer, loads, now_us)
         busy_us = max(0.0, self.link.free_us - now_us)
@@ -159,9 +160,8 @@ class Controller:
         moves: tuple[Move, ...] = ()
         if plan.onload:
             self._learn(layer, plan, scored)
-            crowded = many or (few and len(loads) > MOST * residency.cache.ranks.shape[1])
-            moves = self._demand_loads(layer, plan.onload, many, crowded, now_us)
-        step = Step(layer, tokens, routed, plan, moves, few)
+            moves = self._demand_loads(layer, plan.onload, crowded, now_us)
+        step = Step(layer, tokens, routed, plan, moves, few, crowded)
         self._unnoted = step, scored
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
         if not self.deferred:
@@ -318,17 +318,12 @@ class Controller:
         self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(
-        self, layer: int, experts: Sequence[int], many: bool, crowded: bool, now_us: float
+        self, layer: int, experts: Sequence[int], crowded: bool, now_us: float
     ) -> tuple[Move, ...]:
-        """Queue the demand loads of a plan: in its order, but for a prompt's that may stay.
-
-        Args:
-            crowded: whether the call needs most of the layer's experts.
-        """
+        """Queue the demand loads of a plan: in its order, but for a crowded call's that may stay."""
         lenders = self.residency.lenders(layer, many=False)
         if crowded:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = range(layer, layer + 1)
-        if many:
             experts = self.prompt_slots.ordered(layer, experts)
         return tuple([self._demand_load(layer, expert, lenders, now_us) for expert in experts])
 

@@ -33,6 +33,8 @@ class Step(NamedTuple):
     """The demand loads, in link order."""
     few: bool = False
     """Whether the call has a few rows, of several conversations or of a draft's tree."""
+    crowded: bool = False
+    """Whether the call needs most of its layer's experts: a prompt's does, a few rows' may."""
 
     @property
     def many(self) -> bool:

@@ -1,5 +1,5 @@
-/* What AdaptiveCache does for one step of one layer, a token or a few rows, in one call: see adaptive.py, whose
- * `_learn_token` is the plain twin in numpy.
+/* What AdaptiveCache does for one step of one layer, a token or a few rows, in one call: see
+ * adaptive.py, whose `_learn_token` is the plain twin in numpy.
  *
  * numpy takes some fifteen calls for these few hundred numbers, and each takes longer to begin than
  * to compute. The caller owns all memory and passes addresses: this module knows nothing of Python

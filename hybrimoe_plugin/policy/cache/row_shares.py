@@ -7,7 +7,7 @@ import numpy as np
 from hybrimoe_plugin.policy.cache.ranked import Shares
 from hybrimoe_plugin.policy.step import Rows
 
-REJECTED = 0.25
+REJECTED = 0.5
 """What a draft's rejected token counts, of an accepted one: the next tree has such tokens too."""
 
 
