@@ -320,7 +320,7 @@ class Controller:
     def _demand_loads(
         self, layer: int, experts: Sequence[int], crowded: bool, now_us: float
     ) -> tuple[Move, ...]:
-        """Queue the demand loads of a plan: in its order, but for a crowded call's that may stay."""
+        """Queue a plan's demand loads: in its order, but for what may stay of a crowded one."""
         lenders = self.residency.lenders(layer, many=False)
         if crowded:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = range(layer, layer + 1)
