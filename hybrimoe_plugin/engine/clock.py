@@ -5,6 +5,8 @@ from __future__ import annotations
 from time import perf_counter_ns
 from typing import NamedTuple
 
+from hybrimoe_plugin.policy.step import FEW_ROWS
+
 
 class WallClock:
     """Real time; the hardware decides when a call ends."""
@@ -32,8 +34,7 @@ class SimulatedClock:
 
 class _EndedCall(NamedTuple):
     layer: int
-    many: bool
-    """Whether it had more than one token."""
+    kind: int
     at_us: float
 
 
@@ -48,9 +49,8 @@ class InterLayerTime:
     """Weight of the newest measurement in the moving average."""
 
     def __init__(self) -> None:
-        self._single_us: float | None = None
-        self._many_us: float | None = None
-        """Averages for calls of one token, and of many."""
+        self._known_us: dict[int, float] = {}
+        """Averages by kind of call: of one token, of a few rows, of many."""
         self._last: _EndedCall | None = None
 
     def begin(self, layer: int, tokens: int, now_us: float) -> float | None:
@@ -60,18 +60,15 @@ class InterLayerTime:
             The average time between layers for calls of this kind; None before the first
             measurement.
         """
-        many = tokens > 1
-        known = self._many_us if many else self._single_us
+        kind = _kind(tokens)
+        known = self._known_us.get(kind)
         last = self._last
         self._last = None
-        if last is None or last.layer != layer - 1 or last.many != many:
+        if last is None or last.layer != layer - 1 or last.kind != kind:
             return known
         spent_us = max(0.0, now_us - last.at_us)
         known = spent_us if known is None else known + self.NEWEST * (spent_us - known)
-        if many:
-            self._many_us = known
-        else:
-            self._single_us = known
+        self._known_us[kind] = known
         return known
 
     def end(self, layer: int, tokens: int, planned_us: float) -> None:
@@ -79,4 +76,9 @@ class InterLayerTime:
 
         The device may still compute when the host is done.
         """
-        self._last = _EndedCall(layer, tokens > 1, planned_us)
+        self._last = _EndedCall(layer, _kind(tokens), planned_us)
+
+
+def _kind(tokens: int) -> int:
+    """0 for one token, 1 for a few rows, 2 for many."""
+    return (tokens > 1) + (tokens > FEW_ROWS)

@@ -27,14 +27,16 @@ from hybrimoe_plugin.engine.view import (
     Router,
     Routing,
     Sent,
+    check_rows,
     loads_of_each,
     view_from_accelerator,
     view_on_cpu,
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.policy.controller import Controller, Move, Step
+from hybrimoe_plugin.policy.controller import Controller, Step
 from hybrimoe_plugin.policy.schedule import simulate
+from hybrimoe_plugin.policy.step import Rows
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Engine:
         self.look_ahead = look_ahead if accelerator is not None else 0
         self.timeline: Timeline | None = None
         self.recorder: Callable[[CallRecord], None] | None = None
+        self.rows: Rows | None = None
+        """Whose rows the calls have; set for a pass by whoever makes it of several."""
         self.verify = verify
         self._unfinished = False
         """Whether a call has begun and not come to its end."""
@@ -123,6 +127,8 @@ class Engine:
         """
         if hidden.shape[0] == 0:
             return torch.zeros_like(hidden)
+        if self.rows is not None:
+            check_rows(self.rows, hidden.shape[0])
         call = Routing(hidden, topk_ids, topk_weights)
         if self.unplanned:
             return self._compute_whole(layer, call)
@@ -183,6 +189,10 @@ class Engine:
                 self._clean_up()
             raise
 
+    def verified(self, accepted: NDArray[np.bool_]) -> None:
+        """Say which rows of the last pass, a draft's tree, belong to the text; see `Controller`."""
+        self.controller.verified(accepted)
+
     def recover(self) -> None:
         """After a pass that ended early: wait for the device, and trust its slots alone."""
         self._unfinished = True
@@ -209,7 +219,7 @@ class Engine:
         hidden = call.hidden
         seen = self._read(layer, call, sent)
         now_us = self.clock.now_us()  # the host has waited for the device: the call begins here
-        scored = seen.routing.scored
+        scored = seen.scored(self.rows)
         tokens = len(scored.ids)
         learned = None if self.accelerator is None else scored
         step = self.controller.begin(layer, seen.loads(), tokens, now_us, learned)
@@ -295,12 +305,8 @@ class Engine:
                     raise
         self._waves.onload(moves)
         left = sum(self.controller.pool.quotas)
-        log.warning(
-            "out of memory on %s: the cache shrinks from %d to %d experts",
-            self.accelerator.device,
-            before,
-            left,
-        )
+        what = "out of memory on %s: the cache shrinks from %d to %d experts"
+        log.warning(what, self.accelerator.device, before, left)
 
     def _look_ahead(self, step: Step, seen: HostView, now_us: float, wanted: bool = False) -> None:
         """Prefetch what the next layers are predicted to need, while this one is computed.
@@ -322,7 +328,7 @@ class Engine:
             return
         self._waves.onload(moves, ahead=True)
         if self.timeline is not None:
-            self._draw_transfers(self.timeline, moves)
+            self.timeline.transfers(moves)
 
     def _pass_time(self, step: Step, now_us: float) -> None:
         """Advance the clock over this call and draw it."""
@@ -339,12 +345,6 @@ class Engine:
         self.controller.counters.moe_us += spent_us
         if self.timeline is not None:
             run = simulate(plan, step.routed, costs, 0.0)
-            self.timeline.layer_call(
-                step.layer, now_us, spent_us, run, emulated=self.clock.emulated
-            )
-            self._draw_transfers(self.timeline, step.moves)
-
-    @staticmethod
-    def _draw_transfers(timeline: Timeline, moves: Sequence[Move]) -> None:
-        for move in moves:
-            timeline.transfer(move.layer, move.expert, move.start_us, move.end_us)
+            emulated = self.clock.emulated
+            self.timeline.layer_call(step.layer, now_us, spent_us, run, emulated=emulated)
+            self.timeline.transfers(step.moves)

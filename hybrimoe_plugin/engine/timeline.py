@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from hybrimoe_plugin.engine.run_limits import RunLimits
 from hybrimoe_plugin.policy.schedule import Simulation
+from hybrimoe_plugin.policy.step import Move
 
 _TRACKS = ("cpu", "accelerator", "link")
 
@@ -66,9 +67,10 @@ class Timeline:
             piece_us = (piece.end_us - piece.start_us) * scale
             self._slice(piece.lane, layer, piece.expert, begin_us, piece_us, label)
 
-    def transfer(self, layer: int, expert: int, start_us: float, end_us: float) -> None:
-        """Draw one expert crossing the link, at the predicted time."""
-        self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
+    def transfers(self, moves: Iterable[Move]) -> None:
+        """Draw experts crossing the link, at the predicted times."""
+        for layer, expert, _, start_us, end_us in moves:
+            self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
 
     def summary(self) -> str:
         """One line on what limited the run, and where the file is."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.backends import Accelerator
 from hybrimoe_plugin.device.streams import PendingCopy
-from hybrimoe_plugin.policy.step import Scored, loads
+from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.policy.step import Rows, Scored, loads
 
 
 class Router(Protocol):
@@ -107,6 +108,20 @@ def loads_of_each(predicted: Sequence[NDArray[np.int64]]) -> list[dict[int, int]
     return [loads(ids) for ids in predicted]
 
 
+def check_rows(rows: Rows, tokens: int) -> None:
+    """Whose rows a call has must be said for each of them.
+
+    Raises:
+        InputError: for more or fewer.
+    """
+    owners, sure = rows.owners.shape, rows.sure.shape
+    if owners != (tokens,) or sure != (tokens,):
+        raise InputError(
+            f"rows: a call of {tokens} rows needs as many owners and truth values, found "
+            f"{list(owners)} and {list(sure)}"
+        )
+
+
 class HostView(NamedTuple):
     """What the host must know of a layer call.
 
@@ -126,6 +141,15 @@ class HostView(NamedTuple):
         if self.weights_as_sent is not None:
             weights.copy_(self.weights_as_sent)
         return hidden, ids, weights
+
+    def scored(self, rows: Rows | None) -> Scored:
+        """What the cache learns from.
+
+        Args:
+            rows: whose rows the call has, where it has several conversations' or a draft's.
+        """
+        scored = self.routing.scored
+        return scored if rows is None else scored._replace(rows=rows)
 
     def loads(self) -> dict[int, int]:
         """Expert -> number of tokens that chose it."""

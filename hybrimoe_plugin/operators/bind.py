@@ -6,8 +6,11 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from hybrimoe_plugin.config import Settings
@@ -23,9 +26,12 @@ from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.routers import NAMES, GateRouter, router_beside
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.policy.profile import MachineProfile
+from hybrimoe_plugin.policy.step import Rows
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CLOSED = (
     "this model was closed, its threads and memory are given back: load it again with load_model"
@@ -121,6 +127,41 @@ class HybriMoE:
         with self.turns.lock:
             for engine in self.engines:
                 engine.recorder = recorder
+
+    def run_rows(self, rows: Rows, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Make one forward pass that several conversations share, or that verifies a draft's tree.
+
+        Policies take each of its layer calls for one step of them all, not for a prompt's; those of
+        more than 32 rows are prompts all the same. Returns what `call` returns.
+
+        Args:
+            rows: whose rows the pass has, in the order in which experts get them.
+            call: makes the pass with the other arguments, usually the model itself.
+
+        Raises:
+            InputError: an experts layer is called with another number of rows.
+        """
+        return self.turns.run(self._with_rows, rows, call, args, kwargs)
+
+    def _with_rows(self, rows: Rows, call: Callable[..., T], args: Any, kwargs: Any) -> T:
+        rows = Rows(np.array(rows.owners), np.array(rows.sure, bool))  # its own: kept for a while
+        try:
+            for engine in self.engines:
+                engine.rows = rows
+            return call(*args, **kwargs)
+        finally:
+            for engine in self.engines:
+                engine.rows = None
+
+    def verified(self, accepted: Sequence[bool] | NDArray[np.bool_]) -> None:
+        """Say which rows [T] of the last `run_rows` belong to the text; the others were rejected.
+
+        Raises:
+            InputError: the pass had another number of rows.
+        """
+        with self.turns.lock:
+            for engine in self.engines:
+                engine.verified(np.asarray(accepted, bool))
 
     def check_integrity(self) -> None:
         """Compare every cached expert on the accelerator with the file's bytes; slow.

@@ -22,7 +22,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 
-from hybrimoe_plugin.core import OFFLOADED, ExpertRef, LayerPlan, Routed
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrimoe_plugin.core import ExpertRef, LayerPlan, Routed
 from hybrimoe_plugin.policy.cache.ranked import CachePolicy
 from hybrimoe_plugin.policy.cache_fill import CacheFill
 from hybrimoe_plugin.policy.costs import CostModel
@@ -45,6 +48,9 @@ from hybrimoe_plugin.policy.step import Step as Step
 from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
+MOST = 0.5
+"""Share of a layer's experts beyond which a call of a few rows treats slots as a prompt does."""
+
 
 class Controller:
     """Asks the policies what to do and keeps the books of one model's slots and link.
@@ -52,7 +58,7 @@ class Controller:
     Args:
         pool: slots, empty at first.
         costs: read at each call, so measured values may be put in as the model runs.
-        prefill: scheduler for calls with more than one token; `decode` for the others.
+        prefill: scheduler for prompts; `decode` for the others.
         cache: ranks the experts.
         prefetcher: None for no prefetching.
         expert_bytes: bytes of one expert, for the counters.
@@ -135,23 +141,27 @@ class Controller:
         Args:
             loads: expert -> tokens of this call that chose it; only experts with a token.
             tokens: T of this call.
-            scored: what the cache learns from; None for nothing.
+            scored: what the cache learns from; None for nothing. It says too whether several rows
+                are a prompt's.
         """
         started = perf_counter_ns()
         residency, pool = self.residency, self.residency.pool
         residency.land(now_us)
-        self.loans.streak.follow(layer, loads, tokens)
+        few = scored is not None and scored.few
+        many = tokens > 1 and not few
+        crowded = many or (few and len(loads) > MOST * residency.cache.ranks.shape[1])
+        self.loans.streak.follow(layer, loads, tokens if many else 1)
         routed = residency.routed(layer, loads, now_us)
         busy_us = max(0.0, self.link.free_us - now_us)
         on_cpu = layer in pool.on_cpu
-        scheduler = self._cpu_only if on_cpu else self.schedulers.for_call(tokens)
+        scheduler = self._cpu_only if on_cpu else self.schedulers.for_call(many)
         plan = scheduler.plan(routed, busy_us)
         pool.lease(layer, plan.accelerator)
         moves: tuple[Move, ...] = ()
         if plan.onload:
             self._learn(layer, plan, scored)
-            moves = self._demand_loads(layer, plan.onload, tokens, now_us)
-        step = Step(layer, tokens, routed, plan, moves)
+            moves = self._demand_loads(layer, plan.onload, crowded, now_us)
+        step = Step(layer, tokens, routed, plan, moves, few, crowded)
         self._unnoted = step, scored
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
         if not self.deferred:
@@ -208,7 +218,8 @@ class Controller:
         _, scored = self._unnoted
         if not step.moves:
             self._learn(step.layer, step.plan, scored)
-        self._count(step)
+        self.counters.count(step.tokens, step.routed, step.plan)
+        self.prefetch_record.use_all(step.layer, step.routed)
         self.idle_prefetch.confidence.check(step.layer, step.routed)
         self.link.note_call(step.many, bool(step.moves))
         self._unnoted = None
@@ -247,6 +258,20 @@ class Controller:
         self.residency.revalue(step.layer)
         self.loans.forget(step.layer)
 
+    def verified(self, accepted: NDArray[np.bool_]) -> None:
+        """A draft's tree has been verified: what its pass, the last one, taught is corrected.
+
+        Args:
+            accepted: [T] for each row of the pass, whether its token is part of the text.
+
+        Raises:
+            InputError: the pass had another number of rows.
+        """
+        started = perf_counter_ns()
+        self.residency.cache.verified(accepted)
+        self.residency.revalue_all()
+        self.counters.plan_us += (perf_counter_ns() - started) / 1e3
+
     def stale(self, step: Step) -> list[tuple[int, int]]:
         """(expert, slot) of prefetches for the running layer that it does not need after all.
 
@@ -278,6 +303,7 @@ class Controller:
             held: slot -> expert whose bytes are all there.
         """
         self._unnoted = None
+        self.residency.cache.forget_draft()
         self.residency.recover(held)
         self.link.free_us = 0.0
         self.loans.clear()
@@ -287,17 +313,16 @@ class Controller:
     def _learn(self, layer: int, plan: LayerPlan, scored: Scored | None) -> None:
         """Let the cache see what was scored, and take its ranks as what experts are worth."""
         if scored is not None:
-            self.residency.cache.observe(layer, scored.ids, scored.weights, scored.scores)
+            rows = scored.rows if scored.few else None
+            self.residency.cache.observe(layer, scored.ids, scored.weights, scored.scores, rows)
         self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(
-        self, layer: int, experts: Sequence[int], tokens: int, now_us: float
+        self, layer: int, experts: Sequence[int], crowded: bool, now_us: float
     ) -> tuple[Move, ...]:
-        """Queue the demand loads of a plan: in its order, but for a prompt's that may stay."""
-        if not experts:
-            return ()
+        """Queue a plan's demand loads: in its order, but for what may stay of a crowded one."""
         lenders = self.residency.lenders(layer, many=False)
-        if tokens > 1:  # Every layer needs most of its experts: none should live at another's cost.
+        if crowded:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = range(layer, layer + 1)
             experts = self.prompt_slots.ordered(layer, experts)
         return tuple([self._demand_load(layer, expert, lenders, now_us) for expert in experts])
@@ -318,15 +343,3 @@ class Controller:
         residency.expect(move)
         pool.lease(layer, (expert,))
         return move
-
-    def _count(self, step: Step) -> None:
-        counters, plan = self.counters, step.plan
-        needed = len(step.routed)
-        missing = [item.ready_us for item in step.routed].count(OFFLOADED)
-        counters.calls += 1
-        counters.tokens += step.tokens
-        counters.activations += needed
-        counters.cache_hits += needed - missing
-        counters.experts_cpu += len(plan.cpu)
-        counters.experts_accelerator += len(plan.accelerator)
-        self.prefetch_record.use_all(step.layer, step.routed)

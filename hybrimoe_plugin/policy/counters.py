@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+
+from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
 
 
 @dataclass
@@ -52,6 +55,17 @@ class Counters:
     def transferred(self) -> int:
         """Experts that crossed the link, by any cause."""
         return self.demand_loads + self.prefetches + self.fills
+
+    def count(self, tokens: int, routed: Sequence[Routed], plan: LayerPlan) -> None:
+        """A layer call. Mutates."""
+        needed = len(routed)
+        missing = [item.ready_us for item in routed].count(OFFLOADED)
+        self.calls += 1
+        self.tokens += tokens
+        self.activations += needed
+        self.cache_hits += needed - missing
+        self.experts_cpu += len(plan.cpu)
+        self.experts_accelerator += len(plan.accelerator)
 
     def snapshot(self) -> Counters:
         return replace(self)

@@ -92,7 +92,7 @@ class IdlePrefetch:
             start_us = self._link.layer_start_us(distance, idle)
             routed = residency.routed(layer, loads, start_us)
             confidence = self.confidence.predicted(
-                layer, distance, routed, step.many, offloaded_only
+                layer, distance, routed, step.many, offloaded_only, step.few
             )
             found.append(Prediction(layer, distance, routed, confidence))
             if not offloaded_only:

@@ -8,6 +8,8 @@ rules keep the link busy and leave behind what the answer will need:
 - Of all the experts that lie in a layer's slots and in the staging slots when it has run, it keeps
   those of the highest ranks. Demand loads of high ranks go last, so that they still lie there.
 
+The second rule holds too for calls of a few rows that need most of a layer's experts.
+
 Both hold where layers share slots and ranks are probabilities. Elsewhere prefetches evict, and what
 is demand-loaded in a prompt is not kept: `budget: layer` is the plain twin.
 """
@@ -64,7 +66,7 @@ class PromptSlots:
     def settle(self, step: Step) -> None:
         """A layer has run and its leases have ended: keep the best of a prompt, and pay debts."""
         residency, pool = self._residency, self._residency.pool
-        if step.many and self.active:
+        if step.crowded and self.active:
             self._keep_best(step)
         while pool.debt(step.layer):
             if not pool.can_give_back(step.layer):

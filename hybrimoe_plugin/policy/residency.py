@@ -183,6 +183,10 @@ class Residency:
         for expert in leased:
             values[expert] = KEPT
 
+    def revalue_all(self) -> None:
+        """The same for all layers, between two passes: no call needs anything."""
+        np.add(self.cache.ranks, self._absent, out=self.worth)
+
     def protect(self, layer: int, confidence: Mapping[int, float]) -> None:
         """Raise the worth of predicted experts that are there, until their layer has run.
 

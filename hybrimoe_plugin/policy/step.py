@@ -31,11 +31,15 @@ class Step(NamedTuple):
     plan: LayerPlan
     moves: tuple[Move, ...]
     """The demand loads, in link order."""
+    few: bool = False
+    """Whether the call has a few rows, of several conversations or of a draft's tree."""
+    crowded: bool = False
+    """Whether the call needs most of its layer's experts: a prompt's does, a few rows' may."""
 
     @property
     def many(self) -> bool:
-        """Whether the call has more than one token (prefill)."""
-        return self.tokens > 1
+        """Whether the call is a prompt's."""
+        return self.tokens > 1 and not self.few
 
 
 Predicted = Sequence[tuple[int, Mapping[int, int]]]
@@ -67,7 +71,12 @@ class Scored(NamedTuple):
     scores: NDArray[np.float32] | None
     """[T, E]; None where the host does not show them."""
     rows: Rows | None = None
-    """None where each row is a conversation of its own, or a prompt's token."""
+    """None for one conversation: a token, or a prompt's."""
+
+    @property
+    def few(self) -> bool:
+        """Whether the call has a few rows, of several conversations or of a draft's tree."""
+        return self.rows is not None and 1 < len(self.ids) <= FEW_ROWS
 
 
 class IdleTime(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores
+from hybrimoe_plugin.policy.step import Rows
 from hybrimoe_plugin.replay.trace import Call, Trace
 
 FEWER = 0.01
@@ -47,7 +48,12 @@ class BeladyCache(RankedCache):
             self.ranks[layer] = _nearness(left[layer], later[layer])
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         """Go on to what comes after this call."""
         self._token[layer] += len(topk_ids)

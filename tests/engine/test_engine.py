@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engines import EXPERTS, HIDDEN, WEIGHTS, build, plain, run
@@ -13,6 +14,8 @@ from engines import EXPERTS, HIDDEN, WEIGHTS, build, plain, run
 from hybrimoe_plugin.config import CACHES, PREFETCHERS
 from hybrimoe_plugin.engine import CallRecord
 from hybrimoe_plugin.engine.timeline import Timeline
+from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.policy.step import Rows
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
@@ -107,3 +110,38 @@ def test_timeline_is_a_trace_with_one_slice_per_expert(tmp_path: Path) -> None:
     assert len(computed) == counts.activations
     assert len(events) - len(computed) == counts.transferred
     assert all(event["dur"] >= 0 for event in events)
+
+
+def whose(owners: list[int], sure: bool = True) -> Rows:
+    rows = Rows(np.array(owners), np.full(len(owners), sure))
+    rows.sure[0] = True
+    return rows
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 32])
+def test_rows_of_several_conversations_change_no_result(rows: int) -> None:
+    engine, routers = build(cache_ratio=0.5)
+    engine.rows = whose(list(range(rows)))
+    for seed in range(6):
+        run(engine, routers, rows, seed)
+    assert not engine.controller.loans.streak.active
+
+
+def test_a_drafts_rows_are_verified() -> None:
+    engine, routers = build(cache_ratio=0.5)
+    for seed in range(3):
+        engine.rows = whose([0] * 6, sure=False)
+        run(engine, routers, 6, seed)
+        before = engine.controller.cache.ranks.copy()
+        engine.verified(np.arange(6) < 3)
+        assert (engine.controller.cache.ranks != before).any()
+
+
+@pytest.mark.parametrize("accelerator", ["emulated", "none"])
+def test_rows_must_be_said_of_every_row(accelerator: str) -> None:
+    engine, routers = build(accelerator, cache_ratio=0.5 if accelerator == "emulated" else 0.0)
+    engine.rows = whose([0, 1, 2])
+    with pytest.raises(InputError, match="4 rows"):
+        run(engine, routers, 4, 0)
+    engine.rows = None
+    run(engine, routers, 4, 0)

@@ -6,6 +6,10 @@ everywhere: recency wins where routing follows the topic closely, frequency wher
 where they drift slowly. The regression finds out which. Ranks are probabilities, so they compare
 across layers, with a prefetch's confidence, and with costs in microseconds.
 
+A call of a few rows, of several conversations or of a draft's tree, is one step as a token is. Each
+expert was then not chosen or left but chosen by a share of the rows, and its rank is the share that
+is expected of the next call.
+
 One token changes a few hundred numbers of a layer. `one_token.c` does it in one call where it was
 compiled at installation, else numpy in some fifteen, each of which takes longer to begin than to
 compute.
@@ -18,14 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
+from hybrimoe_plugin.policy.cache.drafted import Drafted, DraftedPass
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, Shares, fading
+from hybrimoe_plugin.policy.cache.row_shares import row_shares
+from hybrimoe_plugin.policy.step import Rows
 
 try:
-    from hybrimoe_plugin.policy.cache.one_token import learn_token_1
+    from hybrimoe_plugin.policy.cache.one_token import learn_token_2
 except ImportError:  # there was no C compiler, or it compiled other sources
     learn_token: Any = None
 else:
-    learn_token = learn_token_1
+    learn_token = learn_token_2
 
 DECAYS = np.array([0.07, 0.15, 0.3])
 """Steps of the decayed frequencies: memories of about 14, 7 and 3 tokens; longer ones lose where
@@ -35,6 +42,8 @@ AGES = (2.0, 20.0)
 """Features `1 / (offset + tokens since the last use)`: one for very recent use, one for longer
 ago. Chosen together with `DECAYS` and `FORGET`, leave-one-out over seven traces.
 """
+NEAR = AGES[0]
+"""A use by a share of the rows moves the first of these features by that share; its age follows."""
 SCORE_STEP = 0.3
 """Step of the decayed router score; where the host shows no scores, the chosen experts' weights
 stand in for them.
@@ -102,13 +111,16 @@ class AdaptiveCache(RankedCache):
         self._products = np.zeros((FEATURES, FEATURES))
         self._sums = np.zeros(FEATURES)
         self._chosen = np.zeros(experts)
-        """[E] 1 for the experts of the present token, 0 for the others."""
+        """[E] 1 for the experts of the present token; of a few rows, the shares that chose each."""
         self._added = np.zeros((len(DECAYS), experts))
         self._change = np.zeros(experts)
         if popularity is not None:
             frequencies = popularity[:, None] * top_k
             self.features[:, : len(DECAYS)] = frequencies
             self.ranks[:] = np.tensordot(self.weights, self.features, (0, 1))
+        self._draft = DraftedPass()
+        self._known_shares: tuple[Rows | None, Shares] = None, np.zeros(0)
+        """The last call's rows and their shares."""
         self._native = native and learn_token is not None
         self._memory: Any = None
         """[L, 12] addresses for `one_token`; None until they are needed."""
@@ -120,7 +132,12 @@ class AdaptiveCache(RankedCache):
         return {**self.__dict__, "_memory": None, "_starts": []}
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         """Learn from what was predicted for these tokens, then predict the next one. Mutates.
 
@@ -128,7 +145,13 @@ class AdaptiveCache(RankedCache):
             topk_ids: [T, K].
             topk_weights: [T, K].
             scores: [T, E] where the host shows them.
+            rows: of a call of a few rows.
         """
+        if rows is not None and len(topk_ids) > 1:
+            self._observe_rows(layer, topk_ids, topk_weights, scores, rows)
+            return
+        if self._draft.before is not None:
+            self._draft.clear()  # what is learned now builds on it
         tokens, early = len(topk_ids), 0
         if tokens > STEPWISE:
             early = tokens - STEPWISE
@@ -150,14 +173,74 @@ class AdaptiveCache(RankedCache):
             self._solve(tokens)
             np.dot(self.weights, self.features[layer], self.ranks[layer])
 
-    def _learn_natively(self, layer: int) -> None:
+    def verified(self, accepted: NDArray[np.bool_]) -> None:
+        """Learn from the last pass anew, now that its sure rows are known.
+
+        Raises:
+            InputError: it had another number of rows.
+        """
+        before, calls = self._draft.taken(accepted)
+        if before is None:
+            return
+        self.weights[:], self._moments[:], self._targets[:] = before
+        for call in calls:
+            layer = call.layer
+            self.features[layer], self._last[layer] = call.features, call.last
+            self._seen[layer] -= 1
+            self._learn_rows(layer, call.ids, call.weights, call.scores, call.rows)
+
+    def forget_draft(self) -> None:
+        self._draft.clear()
+
+    def _observe_rows(
+        self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
+    ) -> None:
+        """A call of a few rows; if some may be rejected, what is needed to learn from it anew."""
+        if rows.sure.all():
+            self._draft.clear()
+        else:
+            before = self.weights, self._moments, self._targets
+            call = Drafted(
+                layer, ids, weights, scores, rows, self.features[layer], self._last[layer]
+            )
+            self._draft.add(call, before)
+        self._learn_rows(layer, ids, weights, scores, rows)
+
+    def _learn_rows(
+        self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
+    ) -> None:
+        """One step of several rows: what each expert's use, and its score, is on average."""
+        shares = self._shares(rows)
+        experts, chosen = len(self._shown), ids.ravel()
+        counted = np.repeat(shares, ids.shape[1])
+        self._chosen[:] = np.bincount(chosen, counted, experts)
+        if scores is not None:
+            np.dot(shares, scores, self._shown)
+        else:
+            self._shown[:] = np.bincount(chosen, counted * weights.ravel(), experts)
+        learn = self._learn_natively if self._native else self._learn_token
+        learn(layer, at_once=True)
+        self._seen[layer] += 1
+        if layer == len(self.ranks) - 1:
+            self._solve(1)
+            np.dot(self.weights, self.features[layer], self.ranks[layer])
+
+    def _shares(self, rows: Rows) -> Shares:
+        """`row_shares`, computed once in a pass: its calls have the same rows."""
+        known, shares = self._known_shares
+        if known is not rows:
+            shares = row_shares(rows)
+            self._known_shares = rows, shares
+        return shares
+
+    def _learn_natively(self, layer: int, at_once: bool = False) -> None:
         """`_learn_token` in C."""
         if self._memory is None:
             self._give_addresses()
         learn_token(
             self._starts[layer],
             len(self._shown),
-            len(self._ids),
+            0 if at_once else len(self._ids),
             self._top_k,
             self._seen[layer],
         )
@@ -179,25 +262,30 @@ class AdaptiveCache(RankedCache):
         self._starts = [row.ctypes.data for row in memory]
         self._memory = memory  # last: it says that the starts are known
 
-    def _learn_token(self, layer: int) -> None:
-        """Learn from the token in the buffers, update its layer's features, and rank anew."""
+    def _learn_token(self, layer: int, at_once: bool = False) -> None:
+        """Learn from the token in the buffers, update its layer's features, and rank anew.
+
+        Args:
+            at_once: whether `_chosen` holds the shares of a few rows instead.
+        """
         ids, features = self._ids, self.features[layer]
-        self._chosen.fill(0.0)
-        self._chosen[ids] = 1.0
+        if not at_once:
+            self._chosen.fill(0.0)
+            self._chosen[ids] = 1.0
         if self._seen[layer]:
             np.dot(features, features.T, self._products)
             self._moments += self._products
             np.dot(features, self._chosen, self._sums)
             self._targets += self._sums
-        self._advance(layer, ids)
+        self._advance(layer, None if at_once else ids)
         self._update_scores(features)
         np.dot(self.weights, features, self.ranks[layer])
 
-    def _advance(self, layer: int, ids: NDArray[np.int64]) -> None:
-        """Update one layer's frequencies and ages for one token.
+    def _advance(self, layer: int, ids: NDArray[np.int64] | None) -> None:
+        """Update one layer's frequencies and ages for one step.
 
         Args:
-            ids: [K] its experts, which `_chosen` holds too.
+            ids: [K] a token's experts, which `_chosen` holds too; None for a few rows.
         """
         features = self.features[layer]
         frequencies, ages = features[:FREQUENCIES], features[FREQUENCIES:-2]
@@ -206,7 +294,12 @@ class AdaptiveCache(RankedCache):
         frequencies += self._added
         now = self._seen[layer] + 1
         last = self._last[layer]
-        last[ids] = now
+        if ids is None:
+            used = np.flatnonzero(self._chosen)
+            share, age = self._chosen[used], now - last[used]
+            last[used] = now - (1 / (share / NEAR + (1 - share) / (age + NEAR)) - NEAR)
+        else:
+            last[ids] = now
         np.subtract(now, last, self._change)
         np.add(self._change, OFFSETS, ages)
         np.reciprocal(ages, ages)

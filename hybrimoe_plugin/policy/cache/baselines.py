@@ -5,27 +5,38 @@ from __future__ import annotations
 import numpy as np
 
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
+from hybrimoe_plugin.policy.cache.row_shares import row_shares
+from hybrimoe_plugin.policy.step import Rows
 
 EMA_STEP = 0.1
 """Share of the newest token in `EMACache`: a memory of about 10 tokens."""
 
 
 class LRUCache(RankedCache):
-    """Least recently used: rank is the number of the last token that chose the expert."""
+    """Least recently used: rank is the number of the last step that chose the expert.
+
+    A step is a token, or a call of a few rows.
+    """
 
     name = "lru"
 
     def __init__(self, layers: int, experts: int, popularity: Ranks | None = None) -> None:
         super().__init__(layers, experts, popularity)
-        self._tokens = np.zeros(layers, dtype=np.int64)
+        self._steps = np.zeros(layers, dtype=np.int64)
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         ranks = self.ranks[layer]
-        for chosen in topk_ids[-ranks.size :]:
-            self._tokens[layer] += 1
-            ranks[chosen] = self._tokens[layer]
+        steps = topk_ids[-ranks.size :] if rows is None else topk_ids[None]
+        for chosen in steps:
+            self._steps[layer] += 1
+            ranks[chosen] = self._steps[layer]
 
     def prefers(self, newcomer: float, victim: float) -> bool:
         """Always: LRU has no admission rule."""
@@ -38,23 +49,37 @@ class LFUCache(RankedCache):
     name = "lfu"
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         np.add.at(self.ranks[layer], topk_ids.ravel(), 1.0)
 
 
 class EMACache(RankedCache):
-    """Decayed frequency: rank is the share of recent tokens that chose the expert."""
+    """Decayed frequency: rank is the share of recent tokens that chose the expert.
+
+    Of a call of a few rows, their share is one step.
+    """
 
     name = "ema"
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
-        tokens = len(topk_ids)
-        shares = EMA_STEP * fading(EMA_STEP, tokens)
+        steps = len(topk_ids) if rows is None else 1
+        shares = fading(EMA_STEP, steps) if rows is None else row_shares(rows)
+        shares = EMA_STEP * shares
         ranks = self.ranks[layer]
-        ranks *= (1 - EMA_STEP) ** tokens
+        ranks *= (1 - EMA_STEP) ** steps
         np.add.at(ranks, topk_ids, shares[:, None])
 
 
@@ -64,7 +89,12 @@ class StaticCache(RankedCache):
     name = "static"
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         """Nothing to learn."""
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
+from hybrimoe_plugin.policy.step import Rows
 
 NOISE = 1e-9
 """Share of a score that no longer matters: below the precision of the float32 scores."""
@@ -17,7 +18,8 @@ class MRSCache(RankedCache):
     """Minus recent score: `S <- alpha * TopP(s) + (1 - alpha) * S` for each token of a call.
 
     TopP keeps the `p` highest scores of a token and counts the others as 0. Without full scores the
-    routing weights of the chosen experts stand in for them. Source: paper section 4.4.
+    routing weights of the chosen experts stand in for them. A call of a few rows is one step, with
+    the mean over its rows. Source: paper section 4.4.
 
     Args:
         alpha: weight of the newest token, 0 to 1.
@@ -36,12 +38,25 @@ class MRSCache(RankedCache):
         self._horizon = _horizon(alpha)
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
-        if len(topk_ids) == 1:
+        tokens = len(topk_ids)
+        if tokens == 1:
             self._observe_token(layer, topk_ids, topk_weights, scores)
+        elif rows is None:
+            first = max(0, tokens - self._horizon)
+            fade = fading(self.alpha, tokens - first)
+            shown = None if scores is None else scores[first:]
+            self._observe_many(layer, topk_ids[first:], topk_weights[first:], shown, fade, tokens)
         else:
-            self._observe_many(layer, topk_ids, topk_weights, scores)
+            self._observe_many(
+                layer, topk_ids, topk_weights, scores, np.full(tokens, 1.0 / tokens), 1
+            )
 
     def _observe_token(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
@@ -60,22 +75,29 @@ class MRSCache(RankedCache):
         ranks[ids] += added
 
     def _observe_many(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        counted: Ranks,
+        steps: int,
     ) -> None:
-        """Many tokens at once: each counts as if they came one by one."""
-        tokens = len(topk_ids)
-        first = max(0, tokens - self._horizon)
-        ids: NDArray[np.integer] = topk_ids[first:]
-        values = topk_weights[first:]
+        """Several rows at once.
+
+        Args:
+            counted: [T] how much each row counts, of a step of its own.
+            steps: how many the call is.
+        """
+        ids: NDArray[np.integer] = topk_ids
+        values = topk_weights
         if scores is not None:
-            shown = scores[first:]
-            order = np.argpartition(shown, -self.p, axis=1)
+            order = np.argpartition(scores, -self.p, axis=1)
             ids = order[:, -self.p :]
-            values = np.take_along_axis(shown, ids, axis=1)
-        fade = fading(self.alpha, len(ids))
-        added = self.alpha * fade[:, None] * values
+            values = np.take_along_axis(scores, ids, axis=1)
+        added = self.alpha * counted[:, None] * values
         ranks = self.ranks[layer]
-        ranks *= (1 - self.alpha) ** tokens
+        ranks *= (1 - self.alpha) ** steps
         np.add.at(ranks, ids, added)
 
 

@@ -1,5 +1,5 @@
-/* What AdaptiveCache does for one token of one layer, in one call: see adaptive.py, whose
- * `_learn_token` is the plain twin in numpy.
+/* What AdaptiveCache does for one step of one layer, a token or a few rows, in one call: see
+ * adaptive.py, whose `_learn_token` is the plain twin in numpy.
  *
  * numpy takes some fifteen calls for these few hundred numbers, and each takes longer to begin than
  * to compute. The caller owns all memory and passes addresses: this module knows nothing of Python
@@ -31,7 +31,7 @@ static double dot(const double *a, const double *b, int64_t count)
 }
 
 /* Addresses, in the order in which adaptive.py lists them. Whoever changes them, the arguments or
- * the arithmetic gives `learn_token_1` the next number, here and in adaptive.py: a checkout may
+ * the arithmetic gives `learn_token_2` the next number, here and in adaptive.py: a checkout may
  * still hold what was compiled from older sources, which is then not used.
  */
 typedef struct {
@@ -40,11 +40,11 @@ typedef struct {
     /* [FEATURES]; evidence: [FEATURES, FEATURES], [FEATURES] */
     const double *weights;
     double *moments, *targets;
-    /* [E] for work */
+    /* [E] of a few rows the shares that chose each expert; of a token for work */
     double *chosen;
     /* of the layer: [FEATURES, E], [E], [E] */
     double *features, *last, *ranks;
-    /* of the token: [E] router scores, [K] */
+    /* of the step: [E] router scores; of a token its experts: [K] */
     const double *shown;
     const int64_t *ids;
 } Memory;
@@ -54,10 +54,12 @@ static void learn(const Memory *m, int64_t experts, int64_t chosen_count, double
     double *row[FEATURES];
     for (int feature = 0; feature < FEATURES; feature++)
         row[feature] = m->features + feature * experts;
-    for (int64_t e = 0; e < experts; e++)
-        m->chosen[e] = 0.0;
-    for (int64_t k = 0; k < chosen_count; k++)
-        m->chosen[m->ids[k]] = 1.0;
+    if (chosen_count > 0) { /* else `chosen` holds shares */
+        for (int64_t e = 0; e < experts; e++)
+            m->chosen[e] = 0.0;
+        for (int64_t k = 0; k < chosen_count; k++)
+            m->chosen[m->ids[k]] = 1.0;
+    }
 
     if (seen > 0.0) /* evidence: what was predicted for this token, and what it chose */
         for (int i = 0; i < FEATURES; i++) {
@@ -70,9 +72,14 @@ static void learn(const Memory *m, int64_t experts, int64_t chosen_count, double
             m->targets[i] += dot(row[i], m->chosen, experts);
         }
 
-    double now = seen + 1.0, total = 0.0;
+    double now = seen + 1.0, near = m->offsets[0], total = 0.0;
     for (int64_t k = 0; k < chosen_count; k++)
         m->last[m->ids[k]] = now;
+    for (int64_t e = 0; e < experts && chosen_count == 0; e++)
+        if (m->chosen[e] > 0.0) {
+            double share = m->chosen[e], age = now - m->last[e];
+            m->last[e] = now - (1.0 / (share / near + (1.0 - share) / (age + near)) - near);
+        }
     for (int64_t e = 0; e < experts; e++)
         total += m->shown[e];
     double scale = total > 0.0 ? top_k / total : 0.0;
@@ -122,7 +129,7 @@ static PyObject *learn_token(PyObject *module, PyObject *const *args, Py_ssize_t
 }
 
 static PyMethodDef methods[] = {
-    {"learn_token_1", (PyCFunction)(void (*)(void))learn_token, METH_FASTCALL, NULL},
+    {"learn_token_2", (PyCFunction)(void (*)(void))learn_token, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "one_token", NULL, 0, methods, NULL, NULL, NULL, NULL};

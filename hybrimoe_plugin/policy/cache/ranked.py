@@ -8,9 +8,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.policy.step import Rows
+
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
 Ranks = NDArray[np.float64]
+Shares = NDArray[np.float64]
 
 
 class CachePolicy(Protocol):
@@ -24,7 +27,12 @@ class CachePolicy(Protocol):
     """
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         """Learn from one layer call. Mutates.
 
@@ -32,7 +40,21 @@ class CachePolicy(Protocol):
             topk_ids: [T, K].
             topk_weights: [T, K].
             scores: [T, E] where the host shows them.
+            rows: whose rows a call of a few has; such a call is one step. None for one token, and
+                for a prompt, whose tokens are steps one after the other.
         """
+        ...
+
+    def verified(self, accepted: NDArray[np.bool_]) -> None:
+        """The last pass verified a draft: be as if it had been known what is accepted. Mutates.
+
+        Args:
+            accepted: [T]
+        """
+        ...
+
+    def forget_draft(self) -> None:
+        """The last pass will not be verified: what was learned from it stays."""
         ...
 
     def victim(self, layer: int, candidates: Sequence[int]) -> int:
@@ -79,10 +101,21 @@ class RankedCache:
             )
 
     def observe(
-        self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None
+        self,
+        layer: int,
+        topk_ids: Ids,
+        topk_weights: Scores,
+        scores: Scores | None,
+        rows: Rows | None = None,
     ) -> None:
         """Learn from one layer call; each policy has its own rule. Mutates `ranks`."""
         raise AssertionError("a policy without a rule")
+
+    def verified(self, accepted: NDArray[np.bool_]) -> None:
+        """Nothing: rules that were published for accepted tokens alone count all rows."""
+
+    def forget_draft(self) -> None:
+        """Nothing was kept."""
 
     def victim(self, layer: int, candidates: Sequence[int]) -> int:
         ranks = self.ranks[layer]

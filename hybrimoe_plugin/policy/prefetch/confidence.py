@@ -16,17 +16,20 @@ PROMPT_HITS = 0.5 * DOUBT
 """Those of them that count as successes in calls of many tokens, which need most experts whatever
 is predicted.
 """
+HEAVY = 3
+"""Rows beyond which it no longer matters for how many an expert is predicted."""
 BORROWED = 4.0
 """Weight, in predictions, of all kinds of a distance in the estimate for one kind."""
 
-Kind = tuple[int, int, bool, bool, bool]
+Kind = tuple[int, int, bool, bool, int]
 """Predictions that are equally likely to come true.
 
 - distance
 - votes: how often the expert was predicted for the same call from further away
 - many: whether the call has many tokens
 - offloaded: whether the expert was
-- leading: whether it is in the half that the router put first; calls of one token only
+- grade: calls of one token, whether it is in the half that the router put first; of a few rows,
+  for how many rows it was predicted
 """
 
 
@@ -35,7 +38,8 @@ class Confidence:
 
     Each part of a `Kind` is there for a reason. Agreement (votes) tells true predictions from
     chance ones. What is resident is there because it is needed often, so predicting it is easier.
-    The router's first choices come true more often than its last. Predictions for calls of one
+    The router's first choices come true more often than its last, and what is predicted for several
+    rows is needed if one of them comes true. Predictions for calls of one
     token are not trusted before such ones were checked, so bad ones cost nothing but their making.
     """
 
@@ -57,11 +61,13 @@ class Confidence:
         routed: Sequence[Routed],
         many: bool,
         offloaded_only: bool = False,
+        few: bool = False,
     ) -> dict[int, float]:
         """Remember a prediction until its layer runs.
 
         Args:
             routed: of one token, the router's first choice first.
+            many, few: as in `Step`.
             offloaded_only: pass over the experts that have a slot.
 
         Returns:
@@ -71,20 +77,21 @@ class Confidence:
         if known is None:
             known = self._open[layer] = {}
         found = {}
-        leading = 0 if many else (len(routed) + 1) // 2
+        leading = 0 if many or few else (len(routed) + 1) // 2
         # Most predictions are of few kinds: each kind's share is computed once.
-        shares: dict[tuple[int, bool, bool], tuple[_Pair, float]] = {}
-        for place, (expert, _, ready_us) in enumerate(routed):
+        shares: dict[tuple[int, bool, int], tuple[_Pair, float]] = {}
+        for place, (expert, load, ready_us) in enumerate(routed):
             if offloaded_only and ready_us != OFFLOADED:
                 continue
             pairs = known.get(expert)
             if pairs is None:
                 pairs = known[expert] = []
-            kind = len(pairs), ready_us == OFFLOADED, place < leading
+            grade = 1 + min(load, HEAVY) if few else int(place < leading)
+            kind = len(pairs), ready_us == OFFLOADED, grade
             share = shares.get(kind)
             if share is None:
-                votes, offloaded, first = kind
-                pair = self._pair((distance, votes, many, offloaded, first))
+                votes, offloaded, _ = kind
+                pair = self._pair((distance, votes, many, offloaded, grade))
                 share = shares[kind] = pair, _share(*pair, many)
             pairs.append(share[0])
             found[expert] = share[1]

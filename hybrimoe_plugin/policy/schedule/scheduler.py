@@ -39,9 +39,9 @@ class Schedulers:
     """The two schedulers of a model; they differ where only one kind of call has an accelerator."""
 
     prefill: Scheduler
-    """For calls with more than one token."""
+    """For prompts."""
     decode: Scheduler
-    """For calls with one token."""
+    """For calls of one token, or of a few rows."""
 
-    def for_call(self, tokens: int) -> Scheduler:
-        return self.decode if tokens == 1 else self.prefill
+    def for_call(self, many: bool) -> Scheduler:
+        return self.prefill if many else self.decode

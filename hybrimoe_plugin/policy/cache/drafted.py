@@ -1,0 +1,96 @@
+"""The calls of a pass that verifies a draft's tree, kept until its accepted rows are known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.policy.cache.ranked import Ids, Ranks, Scores
+from hybrimoe_plugin.policy.step import Rows
+
+
+class Drafted(NamedTuple):
+    """One layer call, and what was known of the layer before it."""
+
+    layer: int
+    ids: Ids
+    """[T, K]"""
+    weights: Scores
+    """[T, K]"""
+    scores: Scores | None
+    """[T, E]"""
+    rows: Rows
+    features: Ranks
+    """[F, E]"""
+    last: Ranks
+    """[E]"""
+
+
+Evidence = tuple[Ranks, Ranks, Ranks]
+"""Weights [F], moments [F, F] and targets [F]."""
+
+
+class DraftedPass:
+    """Collects copies: engines use the memory of a call again, caches change theirs in place."""
+
+    def __init__(self) -> None:
+        self.before: Evidence | None = None
+        """Before the pass; None where there is none."""
+        self._calls: list[Drafted] = []
+
+    def add(self, call: Drafted, before: Evidence) -> None:
+        """A call is about to be learned from. Mutates.
+
+        One of the same layer as the call before it, or of an earlier one, begins a new pass.
+
+        Args:
+            call: of a layer as it is now.
+            before: what is known now.
+        """
+        if not self._calls or call.layer <= self._calls[-1].layer:
+            self.clear()
+            weights, moments, targets = before
+            self.before = weights.copy(), moments.copy(), targets.copy()
+        shown = None if call.scores is None else call.scores.copy()
+        self._calls.append(
+            call._replace(
+                ids=call.ids.copy(),
+                weights=call.weights.copy(),
+                scores=shown,
+                features=call.features.copy(),
+                last=call.last.copy(),
+            )
+        )
+
+    def taken(self, accepted: NDArray[np.bool_]) -> tuple[Evidence | None, list[Drafted]]:
+        """What was known before the pass, and its calls with the accepted rows sure. Mutates.
+
+        Nothing is kept.
+
+        Args:
+            accepted: [T]
+
+        Raises:
+            InputError: the pass had another number of rows; it is kept.
+        """
+        calls = self._calls
+        if not calls:
+            return None, []
+        rows = calls[0].rows
+        if accepted.shape != rows.sure.shape:
+            raise InputError(
+                f"verified: expected one truth value for each of the pass's {len(rows.sure)} rows, "
+                f"found the shape {list(accepted.shape)}"
+            )
+        known = Rows(rows.owners, rows.sure | accepted)
+        before = self.before
+        self.clear()
+        return before, [call._replace(rows=known) for call in calls]
+
+    def clear(self) -> None:
+        """Keep nothing. Mutates."""
+        self._calls = []
+        self.before = None
