@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
 from hybrimoe_plugin.policy.counters import Counters
-from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.replay.trace import Call, Trace
 
 
@@ -58,7 +57,9 @@ def replay(trace: Trace, controller: Controller, skip: int = 0) -> Outcome:
             now_us += step.plan.makespan_us + between_us
             for item in step.routed:
                 ready += item.ready_us == 0.0
-        _verify(controller, group[0])
+        accepted = group[0].accepted
+        if accepted is not None:
+            controller.verified(accepted)
         if is_prompt(group[0]):
             outcome.prefill_us.append(now_us - started)
         elif skip > 0:
@@ -81,15 +82,13 @@ def is_prompt(call: Call) -> bool:
 
     Not those of a few conversations or of a draft's tree.
     """
-    tokens = len(call.ids)
-    return tokens > 1 and (call.rows is None or tokens > FEW_ROWS)
+    return len(call.ids) > 1 and not _scored(call).few
 
 
 def _run(call: Call, controller: Controller, now_us: float) -> Step:
     """One layer call, as `Engine.run` has it."""
     layer, tokens = call.layer, len(call.ids)
-    scored = Scored(call.ids, call.weights, call.scores, call.rows)
-    step = controller.begin(layer, loads(call.ids), tokens, now_us, scored)
+    step = controller.begin(layer, loads(call.ids), tokens, now_us, _scored(call))
     predicted = []
     for distance, ids in enumerate(call.predicted, 1):
         predicted.append((layer + distance, loads(ids)))
@@ -99,8 +98,5 @@ def _run(call: Call, controller: Controller, now_us: float) -> Step:
     return step
 
 
-def _verify(controller: Controller, call: Call) -> None:
-    """Tell the controller which rows of a draft's tree were accepted, once the pass is done."""
-    verified = getattr(controller, "verified", None)
-    if verified is not None and call.accepted is not None:
-        verified(call.accepted)
+def _scored(call: Call) -> Scored:
+    return Scored(call.ids, call.weights, call.scores, call.rows)
