@@ -18,12 +18,34 @@ from itertools import accumulate
 
 from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.policy.costs import CostModel
+from hybrimoe_plugin.policy.schedule.machine_model import assemble
 
 LEAST_GAIN = 1e-9
 """Share of the makespan that another split must gain: less is rounding."""
 
 _State = tuple[float, float, int]
 """(time of the CPU, finish of the accelerator, bits of the experts on the accelerator)."""
+
+
+def optimum_us(
+    routed: Sequence[Routed],
+    costs: CostModel,
+    link_free_us: float = 0.0,
+    known_us: float = OFFLOADED,
+) -> float:
+    """The smallest makespan there is: the oracle for calls too large for `exact_plan`.
+
+    Args:
+        link_free_us: the link is busy with earlier transfers until then.
+        known_us: makespan of a plan that is known; the nearer to the optimum, the faster.
+    """
+    best = known_us
+    for side in (set(), {item.expert for item in routed}):
+        best = min(best, assemble(routed, side, costs, link_free_us).makespan_us)
+    chosen = better_split(routed, costs, link_free_us, best)
+    if chosen is None:
+        return best
+    return assemble(routed, chosen, costs, link_free_us).makespan_us
 
 
 def better_split(

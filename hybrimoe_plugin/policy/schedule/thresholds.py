@@ -53,8 +53,11 @@ class Split(NamedTuple):
         """Build the plan."""
         missing, present = self.missing, self.present
         misses, hits = len(missing) - self.crossing, len(present) - self.kept
-        on_cpu = missing[:misses] + present[:hits] + self.late
-        on_cpu.sort(key=load_of)
+        on_cpu = missing[:misses]
+        if hits or self.late:
+            on_cpu += present[:hits]
+            on_cpu += self.late
+            on_cpu.sort(key=load_of)
         # The heaviest first, and those in slots by arrival.
         in_slots, crossing = present[hits:], missing[misses:]
         in_slots.reverse()
@@ -87,6 +90,8 @@ def best_split(
         in_flight: whether any of them is in flight.
         link_free_us: the link is busy with earlier transfers until then.
     """
+    if in_flight:  # Of equal loads the CPU takes the latest ones first.
+        present = sorted(present, key=ready_of, reverse=True)
     missing, present = sorted(missing, key=load_of), sorted(present, key=load_of)
     missing_loads = [item[1] for item in missing]
     loads = [item[1] for item in present]
