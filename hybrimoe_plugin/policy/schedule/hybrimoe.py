@@ -25,7 +25,11 @@ from collections.abc import Sequence
 from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
 from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.schedule.frontier import better_split
-from hybrimoe_plugin.policy.schedule.machine_model import assemble
+from hybrimoe_plugin.policy.schedule.machine_model import (
+    assemble,
+    build_plan,
+    ready_of,
+)
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler
 from hybrimoe_plugin.policy.schedule.sweep import swept_plan
 from hybrimoe_plugin.policy.schedule.thresholds import Split, best_split
@@ -68,37 +72,51 @@ class HybriMoEScheduler(Scheduler):
             return self._plan_even(missing, present, link_free_us)
         if self._swept:
             return swept_plan(routed, costs, link_free_us)
+        if len(routed) > SMALL:
+            split = self._large(missing, present, in_flight, link_free_us)
+            return split.plan(costs.transfer_us)
         split = best_split(missing, present, in_flight, costs, link_free_us)
-        return self._exact(routed, split, in_flight, link_free_us) or split.plan(costs.transfer_us)
+        exact = self._exact(routed, split, in_flight, link_free_us)
+        # One token's calls are summed as even ones and those of `sweep` are: prefetching compares
+        # their makespans, where rounding would count as a gain.
+        return exact or build_plan(*split.sides(), costs, link_free_us)
 
     def makespan_us(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> float:
         missing, present, even, in_flight = _divided(routed)
         if even:
             load = routed[0].load if routed else 0
             return self._counts(len(missing), len(present), load, link_free_us)[2]
-        if self._swept:
-            return swept_plan(routed, self._costs, link_free_us).makespan_us
-        split = best_split(missing, present, in_flight, self._costs, link_free_us)
-        exact = self._exact(routed, split, in_flight, link_free_us)
-        return split.makespan_us if exact is None else exact.makespan_us
+        if self._swept or len(routed) <= SMALL:
+            return self.plan(routed, link_free_us).makespan_us
+        return self._large(missing, present, in_flight, link_free_us).makespan_us
 
     def even_makespan_us(self, missing: int, present: int, load: int) -> float:
         return self._counts(missing, present, load, 0.0)[2]
 
+    def _large(
+        self,
+        missing: list[Routed],
+        present: list[Routed],
+        in_flight: bool,
+        link_free_us: float,
+    ) -> Split:
+        """A split near the optimum."""
+        if in_flight:  # Of equal loads the CPU takes the latest ones first.
+            present.sort(key=ready_of)
+        return best_split(missing, present, in_flight, self._costs, link_free_us)
+
     def _exact(
         self, routed: Sequence[Routed], split: Split, in_flight: bool, link_free_us: float
     ) -> LayerPlan | None:
-        """The optimum of a small call; None where `split` is it, or close to it, or for large ones.
+        """The optimum of a small call; None where `split` is it, or close to it.
 
         Thresholds see the optimum where the accelerator takes the same time for every load and
         waits for nothing in flight.
         """
-        if len(routed) > SMALL:
-            return None
         costs = self._costs
         loads = [item[1] for item in routed]
         lightest, heaviest = min(loads), max(loads)
-        if lightest == heaviest:
+        if lightest == heaviest and sum([0.0 < item[2] < OFFLOADED for item in routed]) < 2:
             return None
         if not in_flight:
             slope_us = costs.accelerator(heaviest) - costs.accelerator(lightest)

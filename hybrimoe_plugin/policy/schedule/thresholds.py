@@ -49,8 +49,8 @@ class Split(NamedTuple):
     late: list[Routed]
     """Experts in flight that the CPU computes in any case; not in `present`."""
 
-    def plan(self, transfer_us: float) -> LayerPlan:
-        """Build the plan."""
+    def sides(self) -> tuple[list[Routed], list[Routed], list[Routed]]:
+        """(what the CPU computes, what the accelerator does from slots, what crosses), ordered."""
         missing, present = self.missing, self.present
         misses, hits = len(missing) - self.crossing, len(present) - self.kept
         on_cpu = missing[:misses]
@@ -61,9 +61,15 @@ class Split(NamedTuple):
         # The heaviest first, and those in slots by arrival.
         in_slots, crossing = present[hits:], missing[misses:]
         in_slots.reverse()
+        crossing.reverse()
         if self.in_flight:
             in_slots.sort(key=ready_of)
         crossing.sort(key=load_of, reverse=True)
+        return on_cpu, in_slots, crossing
+
+    def plan(self, transfer_us: float) -> LayerPlan:
+        """Build the plan."""
+        on_cpu, in_slots, crossing = self.sides()
         onload = tuple([item[0] for item in crossing])
         return LayerPlan(
             tuple([item[0] for item in on_cpu]),
@@ -77,22 +83,24 @@ class Split(NamedTuple):
 
 
 def best_split(
-    missing: Sequence[Routed],
-    present: Sequence[Routed],
+    missing: list[Routed],
+    present: list[Routed],
     in_flight: bool,
     costs: CostModel,
     link_free_us: float,
 ) -> Split:
     """The split with the smallest makespan among those by two thresholds.
 
+    Mutates: sorts both lists by load. Of equal loads the CPU takes the last ones first.
+
     Args:
         present: resident and in-flight experts.
         in_flight: whether any of them is in flight.
         link_free_us: the link is busy with earlier transfers until then.
     """
-    if in_flight:  # Of equal loads the CPU takes the latest ones first.
-        present = sorted(present, key=ready_of, reverse=True)
-    missing, present = sorted(missing, key=load_of), sorted(present, key=load_of)
+    for items in (missing, present):
+        items.reverse()
+        items.sort(key=load_of)
     missing_loads = [item[1] for item in missing]
     loads = [item[1] for item in present]
     times = _Times(costs, sorted({*missing_loads, *loads}))
