@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.policies import traces
+from eval.policies import schedule_rows, traces
 from eval.policies.calls import Call, decode_calls, in_flight_calls, prefill_calls, random_call
 from eval.policies.systems import OURS as OURS_SYSTEM
 from eval.policies.systems import build, prepare
@@ -77,18 +77,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     gaps = gap_rows(60 if args.quick else 400)
     gaps += recorded_rows(30 if args.quick else 400)
     plan_times = time_rows(300 if args.quick else 3000)
+    few_gaps = schedule_rows.gap_rows(6 if args.quick else 100)
+    few_times = schedule_rows.time_rows(24 if args.quick else 240)
     report.show("Gap to the exact optimum (simulated, as a fraction), up to 9 experts", gaps)
     report.show("Plan time (measured, microseconds)", plan_times)
+    report.show("Gap to the optimum of calls of a few rows (simulated, as a fraction)", few_gaps)
+    report.show("Time to plan calls of 16 rows (measured, microseconds)", few_times)
     report.save_csv(args.out / "schedule_gap.csv", gaps)
     report.save_csv(args.out / "schedule_time.csv", plan_times)
+    report.save_csv(args.out / "schedule_few_rows_gap.csv", few_gaps)
+    report.save_csv(args.out / "schedule_few_rows_time.csv", few_times)
     report.save_figure(args.out / "schedule.png", lambda axes: draw(axes, gaps))
     ours = where(gaps, scheduler=OURS)
     decode, prefill = plan_times[:2]
+    few = where(few_gaps, planner="ours")
+    few_plans = where(few_times, planner="ours", asked="plan")
     result = {
         "plan_us_decode_p50": decode["p50"],
         "plan_us_prefill_p50": prefill["p50"],
         "gap_mean": statistics.mean(column(ours, "gap_mean")),
         "gap_max": max(column(ours, "gap_max")),
+        "plan_us_p50_16_rows": max(column(few_plans, "p50")),
+        "gap_few_rows_mean": statistics.mean(column(few, "gap_mean")),
+        "gap_few_rows_worst": max(column(few, "gap_worst")),
     }
     report.finish(result)
     return result

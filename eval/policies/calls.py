@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.core import OFFLOADED, Routed
+from hybrimoe_plugin.policy.step import loads
 
 EXPERTS, TOP_K = 256, 8
 VARIANTS = 3
@@ -73,3 +75,43 @@ def prefill_calls(rng: np.random.Generator) -> list[list[Routed]]:
             routed.append(Routed(expert, load, 0.0 if resident else OFFLOADED))
         calls.append(routed)
     return calls
+
+
+def few_row_call(
+    rng: np.random.Generator,
+    ids: NDArray[np.int64],
+    cached: Collection[int],
+    coming: int,
+    transfer_us: float,
+    busy_us: float = 0.0,
+) -> Call:
+    """A call of a few rows.
+
+    Args:
+        ids: [T, K] the experts of each row.
+        cached: resident experts.
+        coming: how many of the others are in flight, one transfer behind another.
+        busy_us: until when the link is busy besides.
+    """
+    found = loads(ids)
+    missing = [expert for expert in found if expert not in cached]
+    arrival = float(rng.uniform(0.0, transfer_us))
+    ready = {}
+    for expert in rng.permutation(missing)[:coming].tolist():
+        ready[expert] = arrival
+        arrival += transfer_us
+    routed = []
+    for expert, load in found.items():
+        ready_us = ready.get(expert, 0.0 if expert in cached else OFFLOADED)
+        routed.append(Routed(expert, load, ready_us))
+    return Call(routed, max(busy_us, *ready.values(), 0.0))
+
+
+def union_call(rng: np.random.Generator, size: int, rows: int, top_k: int) -> list[Routed]:
+    """So many rows that choose so many different experts, about half of them resident."""
+    extra = rng.multinomial(rows * top_k - size, [1 / size] * size)
+    resident = rng.random(size) < 0.5
+    routed = []
+    for expert, (more, there) in enumerate(zip(extra.tolist(), resident.tolist(), strict=True)):
+        routed.append(Routed(expert, 1 + more, 0.0 if there else OFFLOADED))
+    return routed

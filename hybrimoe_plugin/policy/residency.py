@@ -14,7 +14,7 @@ from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.policy.prefetch.record import PrefetchRecord
 from hybrimoe_plugin.policy.slots import SlotPool
-from hybrimoe_plugin.policy.step import Move
+from hybrimoe_plugin.policy.step import FEW_ROWS, Move
 
 KEPT = math.inf
 """Worth of an expert that cannot or must not be evicted."""
@@ -48,10 +48,12 @@ class Residency:
         """[L, E] what each evictable expert is worth in its slot; `KEPT` for all others."""
         self._absent = np.full(cache.ranks.shape, KEPT)
         """[L, E] 0 for resident experts, `KEPT` for all others: worth is rank plus this."""
-        # Each decode call names dozens of experts of one token: their values are made once.
-        experts = range(cache.ranks.shape[1])
-        self._hits = [Routed(expert, 1, 0.0) for expert in experts]
-        self._misses = [Routed(expert, 1, OFFLOADED) for expert in experts]
+        # Calls of a few rows name dozens of experts: their values are made once.
+        self._hits: dict[int, list[Routed]] = {}
+        """Load -> each expert as a resident one."""
+        self._misses: dict[int, list[Routed]] = {}
+        """The same as an offloaded one."""
+        self._make_values(1)
         self._costs = costs
         self._prefetched = prefetched
         self._counters = counters
@@ -112,6 +114,7 @@ class Residency:
             loads: expert -> tokens of the call that choose it.
         """
         cached, hits, misses = self.pool.cached[layer], self._hits, self._misses
+        one_hits, one_misses = hits[1], misses[1]
         arriving = self._arrivals.get(layer)
         found = []
         for expert, load in loads.items():
@@ -119,7 +122,11 @@ class Residency:
                 ready_us = max(0.0, arriving[expert] - at_us)
                 found.append(Routed(expert, load, ready_us))
             elif load == 1:
-                found.append(hits[expert] if expert in cached else misses[expert])
+                found.append(one_hits[expert] if expert in cached else one_misses[expert])
+            elif load <= FEW_ROWS:
+                if load not in hits:
+                    self._make_values(load)
+                found.append((hits if expert in cached else misses)[load][expert])
             else:
                 ready_us = 0.0 if expert in cached else OFFLOADED
                 found.append(Routed(expert, load, ready_us))
@@ -127,7 +134,7 @@ class Residency:
 
     def hits(self, experts: Sequence[int]) -> tuple[Routed, ...]:
         """One token's experts, all of which were resident when it was computed."""
-        hits = self._hits
+        hits = self._hits[1]
         return tuple([hits[expert] for expert in experts])
 
     def arriving(self, layer: int) -> Iterable[int]:
@@ -253,6 +260,12 @@ class Residency:
         self._forget(ExpertRef(layer, victim))
         self.pool.adopt(layer, expert, slot, victim)
         self._absent[layer, expert] = 0.0
+
+    def _make_values(self, load: int) -> None:
+        """Make what `routed` gives for each expert with this load."""
+        experts = range(self.cache.ranks.shape[1])
+        self._misses[load] = [Routed(expert, load, OFFLOADED) for expert in experts]
+        self._hits[load] = [Routed(expert, load, 0.0) for expert in experts]
 
     def _hold(self, layer: int, experts: Sequence[int]) -> list[Move]:
         """Give experts slots at once, as if they had arrived."""

@@ -91,4 +91,5 @@ def loads(ids: NDArray[np.int64]) -> dict[int, int]:
     if len(ids) == 1:
         return dict.fromkeys(ids[0].tolist(), 1)
     counts = np.bincount(ids.ravel())
-    return {int(expert): int(counts[expert]) for expert in np.flatnonzero(counts)}
+    experts = np.flatnonzero(counts)
+    return dict(zip(experts.tolist(), counts[experts].tolist(), strict=True))

@@ -1,6 +1,7 @@
 """Intra-layer scheduling: the CPU computes some routed experts, the accelerator the others."""
 
 from hybrimoe_plugin.policy.schedule.exact import exact_plan
+from hybrimoe_plugin.policy.schedule.frontier import optimum_us
 from hybrimoe_plugin.policy.schedule.hybrimoe import HybriMoEScheduler
 from hybrimoe_plugin.policy.schedule.machine_model import (
     Simulation,
@@ -20,5 +21,6 @@ __all__ = [
     "assemble",
     "exact_plan",
     "make_scheduler",
+    "optimum_us",
     "simulate",
 ]

@@ -18,10 +18,15 @@ stages).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from hybrimoe_plugin.core import OFFLOADED, LayerPlan, Routed
 from hybrimoe_plugin.policy.costs import CostModel
+
+# Sort keys without tuples: a call of many experts sorts them several times.
+load_of = attrgetter("load")
+ready_of = attrgetter("ready_us")
 
 
 class Slice(NamedTuple):
