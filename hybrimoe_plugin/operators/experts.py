@@ -40,9 +40,9 @@ class HybriMoEExperts(nn.Module):
         orig_module: the module that this one replaces, whose form is taken over; kept by the
             injection, not here. Without one, or with a list of experts as older models have it,
             experts are SwiGLU and of the config's sizes.
-        prefill_device: where experts may run when a call has more than one token: cpu, cuda, cuda:N
-            or auto.
-        generate_device: the same for calls of one token.
+        prefill_device: where experts may run when a call is a prompt's: cpu, cuda, cuda:N or auto.
+        generate_device: the same for calls of one token, or of a few rows of several conversations
+            or of a draft's tree.
         settings: fields of `Settings`.
 
     Raises:

@@ -1,0 +1,60 @@
+"""`model.hybrimoe.run_rows`: a pass of several conversations, or of a draft's tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from hybrimoe_plugin import load_model
+from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.policy.step import Rows
+
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder: Path = tmp_path_factory.mktemp("rows")
+    path = tiny.write(folder, "mixtral", types=lambda name: "F32")
+    choices: dict[str, Any] = {"accelerator": "emulated", "cache_ratio": 0.5}
+    choices |= {"dtype": "float32", "cpu_backend": "torch"}
+    made = load_model(None, path, progress=False, **choices)[0]
+    yield made
+    made.hybrimoe.close()
+
+
+def conversations(count: int) -> Rows:
+    return Rows(np.arange(count), np.ones(count, bool))
+
+
+@torch.no_grad()
+def test_it_gives_what_the_model_gives(model: Any) -> None:
+    ids = tiny.tokens(ROWS).reshape(ROWS, 1)
+    wanted = model(ids).logits
+    found = model.hybrimoe.run_rows(conversations(ROWS), model, input_ids=ids).logits
+    torch.testing.assert_close(found, wanted)
+    assert all(engine.rows is None for engine in model.hybrimoe.engines)
+
+
+@torch.no_grad()
+def test_another_number_of_rows_is_refused_and_forgotten(model: Any) -> None:
+    ids = tiny.tokens(ROWS)
+    with pytest.raises(InputError, match=f"{ROWS} rows"):
+        model.hybrimoe.run_rows(conversations(ROWS - 1), model, ids)
+    model(ids)
+
+
+@torch.no_grad()
+def test_a_verification_corrects_what_was_learned(model: Any) -> None:
+    cache = model.hybrimoe.engines[0].controller.cache
+    tree = Rows(np.zeros(ROWS, np.int64), np.arange(ROWS) == 0)
+    model.hybrimoe.run_rows(tree, model, tiny.tokens(ROWS))
+    before = cache.ranks.copy()
+    model.hybrimoe.verified([True, True, False, False])
+    assert (cache.ranks != before).any()
