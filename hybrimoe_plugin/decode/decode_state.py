@@ -30,20 +30,23 @@ class Settles(Protocol):
 
 
 class DecodeState:
-    """What the captured layers of one device share.
+    """What the captured layers of one device share in steps of one sequence.
 
     Graphs read a step's inputs at fixed addresses. Every layer sets them before its replay, and
     only a step's first layer has work to do.
 
     Attributes:
+        batch: sequences that have one token each in a step.
         capture: records graphs.
         device: of the layers.
         refusals: how many layers run eagerly from now on.
         position: [1] int64, the cache entry of this step's token.
-        hidden: [1, 1, H], the input of whichever layer runs; a layer leaves its output there for
-            the next one. None before the first capture.
+        hidden: [batch, 1, H], the input of whichever layer runs; a layer leaves its output there
+            for the next one. None before the first capture.
         layers: how many layers share this.
     """
+
+    batch = 1
 
     def __init__(self, capture: Capture, device: torch.device) -> None:
         self.capture = capture
@@ -189,7 +192,10 @@ class DecodeState:
         self.position.fill_(position)
         for kernel in self._kernels.values():
             if position < kernel.shape.capacity:
-                kernel.plan(position)
+                self._plan(kernel, position)
+
+    def _plan(self, kernel: AttentionKernel, position: int) -> None:
+        kernel.plan(position)
 
 
 def _are_same(given: tuple[torch.Tensor, ...], before: tuple[torch.Tensor, ...]) -> bool:
