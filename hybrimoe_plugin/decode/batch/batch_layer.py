@@ -61,7 +61,7 @@ class BatchLayer(CudaLayer):
     def _cache_of(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> GrowingLayer | None:
         """This layer's cache; None if the call is not one that CUDA graphs serve."""
         cache = super()._cache_of(hidden_states, {**kwargs, "attention_mask": None})
-        if cache is None or len(cache.keys) != self.state.batch:
+        if cache is None:
             return None
         mask = kwargs.get("attention_mask")
         return cache if self.state.takes_mask(mask, cache.get_seq_length()) else None
@@ -72,9 +72,12 @@ class BatchLayer(CudaLayer):
             self.buffers.take(cache)
         except torch.OutOfMemoryError:
             self._discard()
-            self._refuse(f"{self._key} has no memory for the KV cache of {self.state.batch} tokens")
+            self._refuse(f"{self._key} has no memory for their KV cache")
             return False
         return True
+
+    def _refuse(self, problem: str) -> None:
+        super()._refuse(f"in steps of {self.state.batch} sequences {problem}")
 
     def _set_step_of(self, cache: GrowingLayer, kwargs: dict[str, Any]) -> bool:
         return self._set_step(cache.get_seq_length(), kwargs)

@@ -58,7 +58,7 @@ class BatchState(DecodeState):
 
     def takes_mask(self, mask: Any, held: int) -> bool:
         """Whether a step's mask is of the kind that `set_step` takes."""
-        if mask is None:
+        if mask is None or (mask is self._mask and held == self._held):
             return True
         if not isinstance(mask, torch.Tensor) or mask.device != self.device:
             return False

@@ -48,7 +48,13 @@ class FewRows:
 
     @property
     def captured(self) -> bool:
-        return self.batch is not None and self.batch.captured
+        return self.captured_rows > 0
+
+    @property
+    def captured_rows(self) -> int:
+        """The number of sequences whose steps are replayed; 0 if there is none."""
+        batch = self.batch
+        return batch.state.batch if batch is not None and batch.captured else 0
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         batch = None if args else self._batch_of(hidden_states)

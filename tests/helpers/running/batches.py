@@ -28,8 +28,7 @@ def batches_of(model: Any) -> list[Any]:
 
 def sizes_of(model: Any) -> list[int]:
     """The number of sequences for which each layer has graphs that are proved; 0 without."""
-    found = batches_of(model)
-    return [batch.state.batch if batch and batch.captured else 0 for batch in found]
+    return [layer.others.captured_rows for layer in cuda_layers_of(model)]  # type: ignore[attr-defined]
 
 
 class Batch:
