@@ -93,7 +93,7 @@ class DecodeState:
         if not self._fixed:
             self._is_tuple = is_tuple
             with torch.inference_mode(False):
-                self._fixed = tuple(torch.zeros_like(part) for part in given)
+                self._fixed = tuple(map(self._place_for, given))
         if held != self._held or not _are_same(given, self._given):
             self.settle()  # by the step that its layers were launched for
         if held != self._held:
@@ -194,6 +194,12 @@ class DecodeState:
             if position < kernel.shape.capacity:
                 self._plan(kernel, position)
 
+    def _place_for(self, part: torch.Tensor) -> torch.Tensor:
+        """Memory for a part of position embeddings, at the address that graphs read."""
+        if part.ndim == 3 and len(part) == 1:  # [1, 1, D]: the same position for all sequences
+            part = part.expand(self.batch, -1, -1)
+        return torch.zeros_like(part, memory_format=torch.contiguous_format)
+
     def _plan(self, kernel: AttentionKernel, position: int) -> None:
         kernel.plan(position)
 
@@ -207,4 +213,11 @@ def _are_alike(given: tuple[torch.Tensor, ...], fixed: tuple[torch.Tensor, ...])
     if len(given) != len(fixed):
         return False
     pairs = zip(given, fixed, strict=True)
-    return all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
+    return all(_is_alike(one, other) for one, other in pairs)
+
+
+def _is_alike(given: torch.Tensor, fixed: torch.Tensor) -> bool:
+    """Whether position embeddings can be copied there: each sequence's, or one for all."""
+    if given.dtype != fixed.dtype or given.shape[1:] != fixed.shape[1:]:
+        return False
+    return len(given) == len(fixed) or (given.ndim == 3 and len(given) == 1)

@@ -163,6 +163,18 @@ def test_another_mask_is_another_step() -> None:
     assert kernel._mask[0, 0, 0, 0] != 0
 
 
+@pytest.mark.parametrize("order", [(2, 1, 2), (1, 2, 1)])
+def test_positions_of_each_sequence_or_one_for_all(order: tuple[int, ...]) -> None:
+    state = BatchState(Replayed(), CPU, 2)
+    for held, rows in enumerate(order, 3):
+        given = torch.arange(rows * 4.0).view(rows, 1, 4) + held
+        assert state.set_step(held, (given, given + 1))
+        cos, sin = state.position_embeddings
+        assert torch.equal(cos, given.expand(2, 1, 4)) and torch.equal(sin, cos + 1)
+    for other in (torch.zeros(3, 1, 4), torch.zeros(2, 1, 5), torch.zeros(2, 4)):
+        assert not state.set_step(9, (other, other))
+
+
 def test_padded_prompts_differ() -> None:
     _, mask = padded(8)
     assert len({int(row.sum()) for row in mask}) == 7
