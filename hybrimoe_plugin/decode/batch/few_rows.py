@@ -16,8 +16,9 @@ BATCHES = (2, 4, 8, 16)
 STEADY = 4
 """Steps of the same number of sequences before it is captured.
 
-To capture a layer and to prove it costs the host about as much as four eager steps. So at worst,
-if the number changes right behind that, twice the time is spent that eager steps would have taken.
+To capture a layer and to prove it costs the host about as much as three more eager steps. So at
+worst, if the number changes right behind that, steps take twice the time that they would have taken
+eagerly.
 """
 
 
