@@ -1,4 +1,4 @@
-"""Recording a decoder layer's one-token call as CUDA graphs, with a graph break at the experts.
+"""Recording a decoder layer's step as CUDA graphs, with a graph break at the experts.
 
 The routed experts' call goes to the engine, which plans on the host what the CPU, the accelerator
 and the link do. It cannot be part of a graph, so the layer's code is cut there:
@@ -141,7 +141,7 @@ class GraphBreak:
             copy = self.accelerator.pending_copy(self.predictions_on_host)
             predictions = Predictions(copy, memory.predicted)
         routed.wait()
-        return memory.view(memory.chosen(), predictions)
+        return memory.view(memory.chosen() if memory.tokens == 1 else None, predictions)
 
     @property
     def finds_slots(self) -> bool:
@@ -170,17 +170,17 @@ class LayerGraphs:
     kernel: AttentionKernel
     """Their attention. Kept here, since its memory is in the graphs."""
     hidden: torch.Tensor
-    """[1, 1, H]: their input. At their end their output lies there too, for the next layer."""
+    """[R, 1, H]: their input. At their end their output lies there too, for the next layer."""
     before: Replay
     graph_break: GraphBreak | None
     after: Replay | None
     output: torch.Tensor
-    """[1, 1, H]. Valid until the layer's next call."""
+    """[R, 1, H]. Valid until the layer's next call."""
 
     def run(
         self, hidden: torch.Tensor, call_experts: Callable[[Experts], torch.Tensor]
     ) -> torch.Tensor:
-        """Replay for hidden states [1, 1, H], with the experts' call in between."""
+        """Replay for hidden states [R, 1, H], with the experts' call in between."""
         self.hidden.copy_(hidden)
         self.route()
         if self.graph_break is not None and self.after is not None:
@@ -222,7 +222,7 @@ def record(
     fixed = state.hidden_like(hidden)
     fixed.fill_(0.25)
     with torch.inference_mode(False):
-        experts_output = torch.zeros_like(hidden[0])
+        experts_output = torch.zeros_like(hidden[:, 0])
     recorder = None if experts is None else _BreakRecorder(capture, experts, experts_output, link)
 
     def call() -> torch.Tensor:

@@ -48,8 +48,6 @@ class EagerStep(NamedTuple):
     experts_call: ExpertsCall | None
     held: int
     """Tokens that the cache held before the step; the step's token is the entry of this number."""
-    buffers: Buffers
-    """Copies of the KV cache as the step left it."""
 
 
 class Difference(NamedTuple):
@@ -64,23 +62,26 @@ class Difference(NamedTuple):
     """
 
 
-def difference(graphs: LayerGraphs, eager: EagerStep) -> Difference:
+def difference(graphs: LayerGraphs, eager: EagerStep, saved: Buffers) -> Difference:
     """Replay a step that the eager twin has just run, and compare what the two leave.
 
-    The replay gets the experts' output of the eager step. It must write the token's cache entry
+    The replay gets the experts' output of the eager step. It must write the step's cache entries
     anew and leave the others alone. Look-ahead is left out: its predictions are only hints.
+
+    Args:
+        saved: copies of the KV cache as the eager step left it.
 
     Mutates: the graphs' KV buffers.
     """
-    restore(graphs.buffers, eager.buffers)
+    restore(graphs.buffers, saved)
     for buffer in graphs.buffers:
         buffer.narrow(2, eager.held, 1).zero_()
     call = eager.experts_call
-    experts_output = eager.hidden[0] if call is None else call.output
+    experts_output = eager.hidden[:, 0] if call is None else call.output
     output = graphs.run(eager.hidden, lambda _graph_break: experts_output)
 
     pairs: list[Pair] = [(output, eager.output)]
-    pairs += zip(graphs.buffers, eager.buffers, strict=True)
+    pairs += zip(graphs.buffers, saved, strict=True)
     same_choice = True
     graph_break = graphs.graph_break
     if call is not None and graph_break is not None:

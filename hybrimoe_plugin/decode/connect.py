@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.rope import Rope
+from hybrimoe_plugin.decode.batch.connect import States, cuda_layer
 from hybrimoe_plugin.decode.chain.connect import connect_chains, weakly
 from hybrimoe_plugin.decode.cpu_layer import CpuLayer
 from hybrimoe_plugin.decode.cpu_step import cpu_step
-from hybrimoe_plugin.decode.cuda_layer import cuda_layer
-from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.last_tokens import LastLayer, LastTokens, last_tokens_of
 from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
@@ -33,7 +32,7 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
     """
     last_tokens: LastTokens | None = None
     ropes: dict[Rope, RopeMatrix] = {}
-    states: dict[torch.device, DecodeState | None] = {}
+    states: dict[torch.device, States | None] = {}
     chainable: list[GraphedLayer] = []
     for layer in model.modules():
         if not isinstance(layer, GraphedLayer):
@@ -67,7 +66,7 @@ def _device(layer: GraphedLayer) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _use_cuda_graphs(layer: GraphedLayer, states: dict[torch.device, DecodeState | None]) -> bool:
+def _use_cuda_graphs(layer: GraphedLayer, states: dict[torch.device, States | None]) -> bool:
     """Whether the layer's steps are captured from now on.
 
     Mutates: `layer`; `states`, one for each device, None where nothing can be captured.
@@ -75,13 +74,13 @@ def _use_cuda_graphs(layer: GraphedLayer, states: dict[torch.device, DecodeState
     device = _device(layer)
     if device not in states:
         capture = capture_for(device)
-        states[device] = None if capture is None else DecodeState(capture, device)
-    state = states[device]
-    if state is None:
+        states[device] = None if capture is None else States(capture, device)
+    found = states[device]
+    if found is None:
         return False
     # The operator's own hooks: hooks are removed from this dict and added to it, and it stays.
     output_hooks = layer._forward_hooks
-    on_cuda = cuda_layer(layer.key, layer.eager, output_hooks, state, layer.settings)
+    on_cuda = cuda_layer(layer.key, layer.eager, output_hooks, found, layer.settings)
     if on_cuda is not None:
         layer.layer_call = on_cuda
     return on_cuda is not None

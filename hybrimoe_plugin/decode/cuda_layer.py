@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sized
 from typing import Any
 
 import torch
-from torch import nn
 
 from hybrimoe_plugin.compute.attention.decode_attention import AttentionKernel
 from hybrimoe_plugin.compute.attention.kv_cache import (
@@ -20,7 +18,7 @@ from hybrimoe_plugin.compute.attention.kv_cache import (
 )
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.capture import CallLayer, Experts, LayerGraphs, record
-from hybrimoe_plugin.decode.chain.link import LayerLink, link_of
+from hybrimoe_plugin.decode.chain.link import LayerLink
 from hybrimoe_plugin.decode.chain.proof import ChainCall, ProvenChain
 from hybrimoe_plugin.decode.comparison import (
     UNDECIDED,
@@ -33,13 +31,10 @@ from hybrimoe_plugin.decode.comparison import (
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks, hooks_on_all
 from hybrimoe_plugin.decode.layer_buffers import LayerBuffers
-from hybrimoe_plugin.decode.layer_call import EagerLayer, is_plain
+from hybrimoe_plugin.decode.layer_call import EagerLayer, LayerCall, is_plain
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.mla import FusedMLA
-from hybrimoe_plugin.operators.routers import GateRouter
-
-log = logging.getLogger(__name__)
 
 PROOFS = 2
 """Steps that run both eagerly and as graphs, and are compared.
@@ -68,6 +63,9 @@ class CudaLayer:
         hooks: of all modules inside the layer but the experts, which are called as a module.
         output_hooks: those on the layer itself; not empty where something may keep its output.
         link: of a layer with experts that may be part of a chain.
+
+    Attributes:
+        others: what serves calls of another form than one token's.
     """
 
     def __init__(
@@ -84,6 +82,7 @@ class CudaLayer:
     ) -> None:
         self.experts = experts
         self.buffers = LayerBuffers(settings.context)
+        self.others: LayerCall = eager
         self._key = key
         self._eager = eager
         self._attention = attention
@@ -113,7 +112,7 @@ class CudaLayer:
         cache = None if args or self._refused else self._cache_of(hidden_states, kwargs)
         if cache is None:
             self.state.settle()
-            return self._eager(hidden_states, *args, **kwargs)
+            return self.others(hidden_states, *args, **kwargs)
         self.buffers.take(cache)
         held = cache.get_seq_length()
         if not self.state.set_step(held, kwargs["position_embeddings"]):
@@ -162,11 +161,11 @@ class CudaLayer:
         return cache if holds_some else None
 
     def _is_ours(self, hidden_states: torch.Tensor) -> bool:
-        """Whether hidden states are one token's, and of the kind that the graphs take."""
+        """Whether hidden states are a step's, and of the kind that the graphs take."""
         if hidden_states is self._source:
             return True
         if self._graphs is None:
-            return hidden_states.shape[:2] == (1, 1)
+            return hidden_states.shape[:2] == (self.state.batch, 1)
         return _kind(hidden_states) == _kind(self._graphs.hidden)
 
     def _current_graphs(self) -> LayerGraphs | None:
@@ -200,24 +199,29 @@ class CudaLayer:
         """
         buffers = self.buffers.kv
         assert buffers is not None, "a sequence lies there"
-        eager = self._run_eagerly(cache.get_seq_length(), hidden, buffers, kwargs)
+        eager = self._run_eagerly(cache.get_seq_length(), hidden, kwargs)
+        saved: Buffers | None = None
         try:
-            problem = self._compare(eager, buffers, kwargs)
+            keys, values = buffers
+            saved = keys.clone(), values.clone()
+            problem = self._compare(eager, saved, kwargs)
         except Exception as raised:  # CUDA, Triton and torch raise many kinds
-            reason = " ".join(str(raised).split())[:200]
-            problem = f"{self._key} cannot be captured: {reason}"
+            problem = _reason(self._key, raised)
         if problem:
-            restore(buffers, eager.buffers)
+            if saved is not None:
+                restore(buffers, saved)
             self._discard()
             # Tried again with torch's attention, where another kernel was used.
             if not self.state.drop_kernels(problem):
-                self._refused = True
-                self.state.note_refusal(problem)
+                self._refuse(problem)
         return eager.output
 
-    def _run_eagerly(
-        self, held: int, hidden: torch.Tensor, buffers: Buffers, kwargs: dict[str, Any]
-    ) -> EagerStep:
+    def _refuse(self, problem: str) -> None:
+        """Run eagerly from now on."""
+        self._refused = True
+        self.state.note_refusal(problem)
+
+    def _run_eagerly(self, held: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> EagerStep:
         """The step as the eager twin runs it, with what goes in and out of the experts."""
         calls: list[ExpertsCall] = []
 
@@ -231,17 +235,20 @@ class CudaLayer:
         finally:
             if hook is not None:
                 hook.remove()
-        keys, values = buffers
-        saved = keys.clone(), values.clone()
-        return EagerStep(hidden, output, calls[0] if calls else None, held, saved)
+        return EagerStep(hidden, output, calls[0] if calls else None, held)
 
-    def _compare(self, eager: EagerStep, buffers: Buffers, kwargs: dict[str, Any]) -> str:
+    def _compare(self, eager: EagerStep, saved: Buffers, kwargs: dict[str, Any]) -> str:
         """Capture where needed, replay an eager step, and count it; the problem, "" without one.
+
+        Args:
+            saved: copies of the KV cache as the eager step left it.
 
         Raises:
             Exception: of any kind, if the layer cannot be captured.
         """
         if self._graphs is None:
+            buffers = self.buffers.kv
+            assert buffers is not None, "a sequence lies there"
             kernel = self._kernel_for(buffers)
             self._graphs = record(
                 self.state,
@@ -254,8 +261,8 @@ class CudaLayer:
             )
             if self.chain is not None:
                 self.chain.renew(self._link)
-        self.state.set_step(eager.held, kwargs["position_embeddings"])
-        found = difference(self._graphs, eager)
+        self._set_step(eager.held, kwargs)
+        found = difference(self._graphs, eager, saved)
         if found.same_choice:
             self._proofs += 1
             self._undecided = 0
@@ -269,6 +276,10 @@ class CudaLayer:
         if self._undecided > UNDECIDED:
             return f"{self._key} chooses other experts than its eager twin when it is replayed"
         return ""
+
+    def _set_step(self, held: int, kwargs: dict[str, Any]) -> bool:
+        """As `DecodeState.set_step`, from a call's arguments."""
+        return self.state.set_step(held, kwargs["position_embeddings"])
 
     def _kernel_for(self, buffers: Buffers) -> AttentionKernel:
         keys, _ = buffers
@@ -284,7 +295,7 @@ class CudaLayer:
         def call(hidden: torch.Tensor, cache: FixedCache, embeddings: Any) -> torch.Tensor:
             fixed = {
                 keyword: cache,
-                "attention_mask": None,  # the cache's kernel knows what the token sees
+                "attention_mask": None,  # the cache's kernel knows what a token sees
                 "position_embeddings": embeddings,
             }
             return self._eager(hidden, **{**others, **fixed})
@@ -292,58 +303,9 @@ class CudaLayer:
         return call
 
 
-def cuda_layer(
-    key: str, eager: EagerLayer, output_hooks: Sized, state: DecodeState, settings: Settings
-) -> CudaLayer | None:
-    """A decoder layer's graphs; None if its attention or router cannot be captured.
-
-    Args: as for `CudaLayer`.
-
-    Mutates: `state`, which counts its layers.
-    """
-    inside = [module for module in eager.module.modules() if module is not eager.module]
-    experts = [module for module in inside if isinstance(module, HybriMoEExperts)]
-    attention = _dense_attention(eager.module)
-    if attention is None or len(experts) > 1 or not all(map(_can_be_captured, experts)):
-        log.info(
-            "%s: not captured: needs fused attention, a transformers router and an accelerator",
-            key,
-        )
-        return None
-    state.layers += 1
-    return CudaLayer(
-        key,
-        eager,
-        attention,
-        experts[0] if experts else None,
-        _hooks_around(experts, inside),
-        output_hooks,
-        state,
-        settings,
-        link_of(experts[0], state, settings) if experts else None,
-    )
-
-
-def _dense_attention(layer: nn.Module) -> FusedAttention | FusedMLA | None:
-    """The layer's attention, if it runs on the device."""
-    fused = [part for part in layer.modules() if isinstance(part, FusedAttention | FusedMLA)]
-    return fused[0] if len(fused) == 1 and fused[0].ggml is None else None
-
-
-def _can_be_captured(experts: HybriMoEExperts) -> bool:
-    router, _ = experts.routers()
-    return experts.accelerator is not None and isinstance(router, GateRouter)
-
-
-def _hooks_around(experts: list[HybriMoEExperts], inside: list[nn.Module]) -> ForeignHooks:
-    """The hooks of a layer's modules but its experts."""
-    apart = {module for operator in experts for module in operator.modules()}
-    gates = []
-    for operator in experts:
-        router, _ = operator.routers()
-        assert isinstance(router, GateRouter)
-        gates.append(router.gate)
-    return ForeignHooks((module for module in inside if module not in apart), gates)
+def _reason(key: str, raised: Exception) -> str:
+    reason = " ".join(str(raised).split())[:200]
+    return f"{key} cannot be captured: {reason}"
 
 
 def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -30,20 +30,23 @@ class Settles(Protocol):
 
 
 class DecodeState:
-    """What the captured layers of one device share.
+    """What the captured layers of one device share in steps of one sequence.
 
     Graphs read a step's inputs at fixed addresses. Every layer sets them before its replay, and
     only a step's first layer has work to do.
 
     Attributes:
+        batch: sequences that have one token each in a step.
         capture: records graphs.
         device: of the layers.
         refusals: how many layers run eagerly from now on.
         position: [1] int64, the cache entry of this step's token.
-        hidden: [1, 1, H], the input of whichever layer runs; a layer leaves its output there for
-            the next one. None before the first capture.
+        hidden: [batch, 1, H], the input of whichever layer runs; a layer leaves its output there
+            for the next one. None before the first capture.
         layers: how many layers share this.
     """
+
+    batch = 1
 
     def __init__(self, capture: Capture, device: torch.device) -> None:
         self.capture = capture
@@ -90,7 +93,7 @@ class DecodeState:
         if not self._fixed:
             self._is_tuple = is_tuple
             with torch.inference_mode(False):
-                self._fixed = tuple(torch.zeros_like(part) for part in given)
+                self._fixed = tuple(map(self._place_for, given))
         if held != self._held or not _are_same(given, self._given):
             self.settle()  # by the step that its layers were launched for
         if held != self._held:
@@ -189,7 +192,16 @@ class DecodeState:
         self.position.fill_(position)
         for kernel in self._kernels.values():
             if position < kernel.shape.capacity:
-                kernel.plan(position)
+                self._plan(kernel, position)
+
+    def _place_for(self, part: torch.Tensor) -> torch.Tensor:
+        """Memory for a part of position embeddings, at the address that graphs read."""
+        if part.ndim == 3 and len(part) == 1:  # [1, 1, D]: the same position for all sequences
+            part = part.expand(self.batch, -1, -1)
+        return torch.zeros_like(part, memory_format=torch.contiguous_format)
+
+    def _plan(self, kernel: AttentionKernel, position: int) -> None:
+        kernel.plan(position)
 
 
 def _are_same(given: tuple[torch.Tensor, ...], before: tuple[torch.Tensor, ...]) -> bool:
@@ -201,4 +213,11 @@ def _are_alike(given: tuple[torch.Tensor, ...], fixed: tuple[torch.Tensor, ...])
     if len(given) != len(fixed):
         return False
     pairs = zip(given, fixed, strict=True)
-    return all(one.shape == other.shape and one.dtype == other.dtype for one, other in pairs)
+    return all(_is_alike(one, other) for one, other in pairs)
+
+
+def _is_alike(given: torch.Tensor, fixed: torch.Tensor) -> bool:
+    """Whether position embeddings can be copied there: each sequence's, or one for all."""
+    if given.dtype != fixed.dtype or given.shape[1:] != fixed.shape[1:]:
+        return False
+    return len(given) == len(fixed) or (given.ndim == 3 and len(given) == 1)

@@ -59,6 +59,11 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._newest: torch.cuda.CUDAGraph | None = None
+        """The last one that was captured.
+
+        Without a living graph torch's allocator refuses the pool to the next one ("use_count > 0").
+        """
         self._broken: list[torch.cuda.CUDAGraph] = []
         """Graphs whose capture failed.
 
@@ -95,6 +100,7 @@ class CudaCapture:
         except BaseException:
             self._keep(graph)
             raise
+        self._newest = graph
         return graph.replay
 
     def abandon(self) -> None:

@@ -192,27 +192,31 @@ class Sent(Protocol):
             slots: expert -> slot of those that it is to compute.
 
         Returns:
-            [1, H] their weighted sum.
+            [T, H] their weighted sum.
         """
         ...
 
 
 class GraphMemory:
-    """The host's memory that the graphs of one layer copy each token's routing to.
+    """The host's memory that the graphs of one layer copy each step's routing to.
 
     It never moves, so the tensors and arrays that are views of it are made once. What has another
-    dtype than the host wants is converted for each token, into memory that does not move either.
+    dtype than the host wants is converted for each step, into memory that does not move either.
     Where scores are shown, no cache looks at the weights: they are converted when the CPU needs
     them.
 
     Args:
-        tensors: hidden states [1, H], ids and weights [1, K], and scores [1, E] where the router
+        tensors: hidden states [T, H], ids and weights [T, K], and scores [T, E] where the router
             shows any; of any integer and floating point dtypes.
-        predicted: [1, K] ids that the later routers would choose, nearest first.
+        predicted: [T, K] ids that the later routers would choose, nearest first.
+
+    Attributes:
+        tokens: T, one for each sequence.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], predicted: Sequence[torch.Tensor]) -> None:
         hidden, ids, *floating = tensors
+        self.tokens = len(ids)
         self._chosen = ids[0].numpy()
         self._conversions: list[tuple[torch.Tensor, torch.Tensor]] = []
         """(target, source) of what has another dtype."""
@@ -226,20 +230,20 @@ class GraphMemory:
             self._weights = weights
             self._conversions = [pair for pair in self._conversions if pair[1] is not weights]
         self.predicted: tuple[NDArray[np.int64], ...] | None = None
-        """[1, K] for each of the next layers; None where they have another dtype."""
+        """[T, K] for each of the next layers; None where they have another dtype."""
         if all(ids.dtype == torch.int64 for ids in predicted):
             self.predicted = tuple(ids.numpy() for ids in predicted)
 
     def chosen(self) -> list[int]:
-        """[K] the token's experts, as they are there now."""
+        """[K] the first token's experts, as they are there now."""
         experts: list[int] = self._chosen.tolist()
         return experts
 
-    def view(self, chosen: list[int], predictions: Predictions | None) -> HostView:
-        """What is there now; valid until the next token.
+    def view(self, chosen: list[int] | None, predictions: Predictions | None) -> HostView:
+        """What is there now; valid until the next step.
 
         Args:
-            chosen: as `chosen()` gave it.
+            chosen: as `chosen()` gave it; None where there are several tokens.
         """
         for target, source in self._conversions:
             target.copy_(source)

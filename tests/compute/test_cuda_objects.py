@@ -254,6 +254,22 @@ def test_graphs_are_captured_aside_and_replayed_where_the_model_runs(current: Fa
 
 
 @pytest.mark.usefixtures("graphs")
+def test_the_pool_outlives_all_graphs_that_are_dropped() -> None:
+    """As those are with which attention kernels are compared."""
+    capture = capture_for(DEVICE)
+    assert isinstance(capture, CudaCapture)
+    found = []
+    with capture.aside():
+        for _ in range(2):
+            capture.begin()
+            found.append(weakref.ref(capture._graph))
+            capture.end()
+            gc.collect()
+            assert found[-1]() is not None
+    assert found[0]() is None, "one is enough"
+
+
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("abandoned", [False, True])
 @pytest.mark.parametrize("public_only", [False, True])
 def test_a_graph_whose_capture_failed_is_kept_and_the_next_one_has_its_own_pool(

@@ -119,7 +119,7 @@ def test_prompts_into_a_cache_in_use_and_cropping(load_captured: Loader) -> None
 def test_other_calls_run_eagerly(load_captured: Loader) -> None:
     capture = Replayed()
     model, plain = load_captured("qwen2_moe", capture), tiny.model("qwen2_moe")
-    prompt = tiny.tokens(6, batch=2)
+    prompt = tiny.tokens(6, batch=3)
     assert greedy(model, prompt, 6) == greedy(plain, prompt, 6)
     padded = torch.ones_like(prompt)
     padded[1, :3] = 0

@@ -78,7 +78,8 @@ def test_nothing_is_made_for_a_token_where_types_are_the_hosts() -> None:
     first = token.memory.view([0, 0], None).routing
     assert token.memory.view([0, 0], None).routing is first
     assert (first.ids, first.weights) == (token.ids, token.weights)
-    for array, tensor in zip(first.scored, (token.ids, token.weights, token.scores), strict=True):
+    arrays = first.scored.ids, first.scored.weights, first.scored.scores
+    for array, tensor in zip(arrays, (token.ids, token.weights, token.scores), strict=True):
         assert array is not None and np.shares_memory(array, tensor.numpy())
 
 

@@ -13,7 +13,7 @@ import torch
 
 from eval.gpu_bench.bandwidth import attention_us
 from eval.gpu_check.place import Place, Row
-from eval.gpu_check.tiny_model import FUSED, PROMPT, compared, greedy, load
+from eval.gpu_check.tiny_model import FUSED, PROMPT, compared, greedy, load, together
 from eval.models import tiny
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.hosts.transformers.load import load_plain_model
@@ -23,6 +23,7 @@ LOGITS_LIMIT = 1e-5
 differs.
 """
 LENGTHS = range(130, 138)
+BATCHES = 4, 16
 
 
 def run(place: Place) -> Iterator[Row]:
@@ -35,6 +36,7 @@ def run(place: Place) -> Iterator[Row]:
         yield tokens(place, family, path, "float32")
     if not place.dry:
         yield tokens(place, FUSED, path, "bfloat16")
+    yield from batches(place, path)
     yield from attention(place)
 
 
@@ -66,6 +68,17 @@ def tokens(place: Place, family: str, path: Path, dtype: str) -> Row:
     graphed = greedy(place, family, path, dtype, graphs="auto")
     plain = greedy(place, family, path, dtype, graphs="off")
     return compared(case, graphed, plain, judged=dtype == "float32")
+
+
+def batches(place: Place, path: Path) -> Iterator[Row]:
+    """Greedy tokens of several sequences with graphs and without, and the time of a step."""
+    sizes = BATCHES[:1] if place.dry else BATCHES
+    graphed = together(place, path, sizes, graphs="auto")
+    plain = together(place, path, sizes, graphs="off")
+    for batch, one, other in zip(sizes, graphed, plain, strict=True):
+        case = f"{FUSED}: {batch} sequences with graphs and without, float32"
+        row = compared(case, one, other, judged=True)
+        yield {**row, "step_ms": one.step_ms, "step_ms_without_graphs": other.step_ms}
 
 
 def attention(place: Place) -> Iterator[Row]:

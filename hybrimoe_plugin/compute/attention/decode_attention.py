@@ -1,4 +1,4 @@
-"""Attention of one token in CUDA graphs: kernels and shapes; torch's as the plain twin.
+"""Attention of a decode step in CUDA graphs: kernels and shapes; torch's as the plain twin.
 
 A graph reads the whole buffers of a fixed-address cache. Which entries its token sees changes with
 every step, so it must lie on the device: `plan` puts it there, once for all layers of a shape.
@@ -60,7 +60,7 @@ class AttentionShape(Protocol):
         ...
 
     def plain(self, mask: torch.Tensor, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-        """torch's attention under a mask [1, 1, 1, capacity], bool or added to the scores."""
+        """torch's attention under a mask [B, 1, 1, capacity], bool or added to the scores."""
         ...
 
 
@@ -92,18 +92,32 @@ class MaskedAttention:
 
     The mask is one that is added, in the type of the scores: torch makes such a one of a bool mask,
     in every layer.
+
+    Args:
+        batch: sequences that have one token each in a step.
     """
 
     name = "torch"
 
-    def __init__(self, shape: AttentionShape, device: torch.device) -> None:
+    def __init__(self, shape: AttentionShape, device: torch.device, batch: int = 1) -> None:
         self.shape = shape
         with torch.inference_mode(False):
-            self._mask = torch.zeros(1, 1, 1, shape.capacity, dtype=shape.dtype, device=device)
+            self._mask = torch.zeros(batch, 1, 1, shape.capacity, dtype=shape.dtype, device=device)
 
-    def plan(self, held: int) -> None:
-        """Mutates: the mask that all graphs of this shape read."""
-        self._mask[..., : held + 1].zero_()
+    def plan(self, held: int, given: torch.Tensor | None = None) -> None:
+        """As the protocol says. Mutates: the mask that all graphs of this shape read.
+
+        Args:
+            given: [B or 1, 1, 1, held + 1] which entries each sequence sees, bool or added to the
+                scores; None where each sees all.
+        """
+        seen = self._mask[..., : held + 1]
+        if given is None:
+            seen.zero_()
+        elif given.dtype == torch.bool:
+            seen.zero_().masked_fill_(~given, float("-inf"))
+        else:
+            seen.copy_(given)
         self._mask[..., held + 1 :].fill_(float("-inf"))
 
     def __call__(self, query: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:

@@ -243,8 +243,9 @@ class FixedCache:
     """What attention sees of a growing layer in a CUDA graph: whole buffers and a position.
 
     Attributes:
-        buffers: keys and values [1, heads, capacity, D].
-        position: [1] int64 on their device: the entry that the one token of a call is written to.
+        buffers: keys and values [B, heads, capacity, D].
+        position: [1] int64 on their device: the entry that the one token that a call has of each
+            sequence is written to.
         kernel: attention of one token over the buffers, (queries, *buffers that are not empty) ->
             output. It knows which entries the token sees.
     """
@@ -262,7 +263,7 @@ class FixedCache:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [1, heads, 1, D] and return the whole buffers. Mutates: the buffers."""
+        """Write [B, heads, 1, D] and return the whole buffers. Mutates: the buffers."""
         keys, values = self.buffers
         keys.index_copy_(2, self.position, key_states)
         if values.shape[3]:

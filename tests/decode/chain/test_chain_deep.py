@@ -13,7 +13,7 @@ from replayed import Replayed
 
 from eval.models import tiny as tiny_models
 from hybrimoe_plugin.core import ExpertRef
-from hybrimoe_plugin.decode import cuda_layer
+from hybrimoe_plugin.decode.batch import connect
 from hybrimoe_plugin.decode.chain.proof import ProvenChain
 from hybrimoe_plugin.decode.cuda_layer import CudaLayer
 from hybrimoe_plugin.policy.controller import Controller
@@ -78,12 +78,12 @@ def test_a_layer_that_the_host_plans_parts_a_chain(
 ) -> None:
     """What lies before it is proved too."""
     monkeypatch.setitem(tiny_models._BASE, "num_hidden_layers", DEPTH)
-    find = cuda_layer.link_of
+    find = connect.link_of
 
     def link_of(experts: Any, *rest: Any) -> Any:
         return None if experts.layer_index == 2 else find(experts, *rest)
 
-    monkeypatch.setattr(cuda_layer, "link_of", link_of)
+    monkeypatch.setattr(connect, "link_of", link_of)
     proved: list[str] = []
     prove = ProvenChain._prove
 
