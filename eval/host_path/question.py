@@ -34,14 +34,16 @@ from typing import Any
 
 import torch
 
-from eval.host_path import few_rows, onload, order, trace
+from eval.host_path import onload, order, trace
 from eval.host_path.measure import (
     DECIDE,
+    ROWS,
     TOKEN,
     WHOLE,
     Runner,
     Times,
     decisions,
+    few_rows,
     parts,
     quiet,
     token_means,
@@ -182,8 +184,8 @@ def few_rows_of(made: Subject, experts: int, quick: bool) -> list[Row]:
     """A row for each number of rows; whole calls, the routing read already."""
     found = []
     with quiet():
-        for rows in few_rows.ROWS:
-            us = few_rows.times(made, rows, TOKENS[quick])
+        for rows in ROWS:
+            us = few_rows(made, rows, TOKENS[quick])
             found.append({"experts": experts, "rows": rows, **quantiles(us)})
     return found
 

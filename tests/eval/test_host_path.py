@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from eval.host_path import few_rows, order, paths, question, trace
+from eval.host_path import order, paths, question, trace
 from eval.host_path.driver import Driver, DriverCall
-from eval.host_path.measure import DECIDE, TOKEN, WHOLE, Runner, decisions, token_means, whole_calls
+from eval.host_path.measure import (
+    DECIDE,
+    TOKEN,
+    WHOLE,
+    Runner,
+    decisions,
+    few_rows,
+    token_means,
+    whole_calls,
+)
 from eval.host_path.reads import Reads
 from eval.host_path.routing import CASES, HITS, SETTLING, Case
 from eval.host_path.stopwatch import Stopwatch
@@ -263,7 +272,7 @@ def test_the_question_prints_its_figures(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_calls_of_a_few_rows_are_timed(made: Subject) -> None:
     before = made.engine.controller.counters.snapshot()
-    found = few_rows.times(made, 4, 2)
+    found = few_rows(made, 4, 2)
     counts = made.engine.controller.counters
     assert len(found) == 2 * LAYERS and min(found) > 0
     calls = counts.calls - before.calls
