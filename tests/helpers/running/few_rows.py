@@ -27,8 +27,6 @@ chosen.
 
 Run = Callable[..., list[torch.Tensor]]
 """`conversations` or `trees`."""
-Told = Callable[[Any, torch.Tensor], None]
-"""Tells a model [T] bool which rows of its last call were accepted."""
 
 
 class Batch:
@@ -146,28 +144,16 @@ class Tree:
         logits: torch.Tensor = out.logits[0]
         return logits
 
-    def told(self) -> torch.Tensor:
-        """[R] bool: the accepted rows."""
-        marks = torch.zeros(self.ids.shape[1], dtype=torch.bool)
-        marks[self.accepted] = True
-        return marks
-
 
 @torch.no_grad()
-def trees(model: Any, rows: int, seed: int = 0, tell: Told | None = None) -> list[torch.Tensor]:
-    """Logits of every call: a prompt, two trees, one token.
-
-    Args:
-        tell: called behind each tree.
-    """
+def trees(model: Any, rows: int, seed: int = 0) -> list[torch.Tensor]:
+    """Logits of every call: a prompt, two trees, one token."""
     out = model(tiny.tokens(5, seed), use_cache=True)
     cache = cache_in(out)
     found = [out.logits[0]]
     for turn in range(2):
         tree = Tree(rows, seed + 50 * turn)
         found.append(tree.call(model, cache))
-        if tell is not None:
-            tell(model, tree.told())
     found.append(step(model, tiny.tokens(1, seed + 400), cache).logits[0])
     return found
 
