@@ -9,16 +9,26 @@ from contextlib import contextmanager
 from time import perf_counter_ns, thread_time_ns
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from eval.host_path import paths
-from eval.host_path.routing import Case, Script
+from eval.host_path.routing import LAYER_US, Case, Script
 from eval.host_path.stopwatch import CALIBRATION, Stopwatch, replaced
 from eval.host_path.subject import DEVICE, Subject
+from hybrimoe_plugin.engine.view import HostRouting, HostView
+from hybrimoe_plugin.policy.step import Scored
 
 WHOLE = "whole call"
 TOKEN = "token's mean, CPU time"
 DECIDE = "routing to first launch"
+
+ROWS = (4, 16)
+ROWS_SETTLING = 8
+"""Steps of all layers before the first that counts."""
+ROWS_TRANSFER_US = 60.0
+"""Of one expert: some misses are loaded, some computed on the CPU."""
 
 
 class Times(NamedTuple):
@@ -201,3 +211,56 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+class Arrived:
+    """A call's routing, which the host has read."""
+
+    finds_slots = False
+
+    def __init__(self, view: HostView) -> None:
+        self._view = view
+
+    def seen(self) -> HostView:
+        return self._view
+
+
+def few_rows(subject: Subject, rows: int, steps: int) -> list[float]:
+    """Times in us of single layer calls of a few rows, without graphs.
+
+    The routing has been read already: it is the engine's call from the plan to the sum. What is
+    missing is loaded or computed on the CPU, as the plan wants.
+    """
+    engine = subject.engine
+    engine.controller.costs.transfer_us = ROWS_TRANSFER_US
+    spec = engine.layers[0].spec
+    random = np.random.default_rng(0)
+    liked = random.normal(size=(len(engine.layers), spec.experts))
+    states = torch.empty(rows, spec.hidden, dtype=torch.bfloat16, device=DEVICE)
+    ids = torch.empty(rows, spec.top_k, dtype=torch.int64, device=DEVICE)
+    shares = torch.empty(rows, spec.top_k, device=DEVICE)
+    found: list[float] = []
+
+    def step(views: list[HostView]) -> None:
+        for layer, view in enumerate(views):
+            sent: Any = Arrived(view)
+            started = perf_counter_ns()
+            engine.run(layer, states, ids, shares, sent)
+            found.append((perf_counter_ns() - started) / 1e3)
+            subject.clock.pass_by(LAYER_US)
+
+    with torch.no_grad():
+        for _ in range(ROWS_SETTLING + steps):
+            logits = liked[:, None] + random.gumbel(size=(len(liked), rows, spec.experts))
+            views = [_view(layer, spec.top_k, spec.hidden) for layer in logits]
+            subject.model.hybrimoe.turns.run(step, views)
+    return found[ROWS_SETTLING * len(liked) :]
+
+
+def _view(logits: NDArray[np.float64], top_k: int, hidden: int) -> HostView:
+    """What the host has read of a call with these logits [T, E]."""
+    scores = torch.from_numpy(logits).float().softmax(1)
+    weights, ids = scores.topk(top_k)
+    states = torch.zeros(len(logits), hidden, dtype=torch.bfloat16)
+    scored = Scored(ids.numpy(), weights.numpy(), scores.numpy())
+    return HostView(HostRouting(states, ids, weights, scored), None, None)

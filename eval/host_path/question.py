@@ -37,11 +37,13 @@ import torch
 from eval.host_path import onload, order, trace
 from eval.host_path.measure import (
     DECIDE,
+    ROWS,
     TOKEN,
     WHOLE,
     Runner,
     Times,
     decisions,
+    few_rows,
     parts,
     quiet,
     token_means,
@@ -93,6 +95,7 @@ def run(args: argparse.Namespace) -> Row:
     found: list[Row] = []
     tokens: list[Row] = []
     onloads: list[Row] = []
+    several: list[Row] = []
     noise = Noise()
     cells = [(path, experts) for experts in EXPERTS for path in PATHS]
     with Progress({"models": Planned(len(cells), CELL_S[args.quick])}, 0) as progress:
@@ -109,6 +112,8 @@ def run(args: argparse.Namespace) -> Row:
                     {**label, "events": "reached", **token_row(token)},
                     {**label, "events": "late", **token_row(late)},
                 ]
+                if path == WAIT:
+                    several += few_rows_of(made, experts, args.quick)
                 if not onloads:
                     onloads = onload_rows(made, ONLOADS[args.quick])
             if args.trace is not None and experts == EXPERTS[-1]:
@@ -118,12 +123,14 @@ def run(args: argparse.Namespace) -> Row:
     for experts in EXPERTS:
         report.show(f"{experts} experts: host time, us (measured)", side_by_side(found, experts))
     report.show("Sending one expert into a slot: host time, us (measured)", onloads)
+    report.show("A layer call of a few rows, without graphs: host time, us (measured)", several)
     report.show("A token in which every layer hits: driver calls in its trace", tokens)
     report.show("Uses of slots whose order events guarantee, on a late device", checked)
     verdict = noise.verdict()
     print(verdict or "The machine was quiet.")
     report.save_csv(args.out / "host_path.csv", found)
     report.save_csv(args.out / "host_path_onload.csv", onloads)
+    report.save_csv(args.out / "host_path_rows.csv", several)
     report.save_csv(args.out / "host_path_token.csv", tokens)
     report.save_figure(args.out / "host_path.png", lambda axes: draw(axes, found))
     result = summary(found, onloads, tokens)
@@ -171,6 +178,16 @@ def quantiles(us: Sequence[float]) -> Row:
 def onload_rows(made: Subject, count: int) -> list[Row]:
     """A row for each type."""
     return [{"type": name, **quantiles(onload.times(made, name, count))} for name in onload.TYPES]
+
+
+def few_rows_of(made: Subject, experts: int, quick: bool) -> list[Row]:
+    """A row for each number of rows; whole calls, the routing read already."""
+    found = []
+    with quiet():
+        for rows in ROWS:
+            us = few_rows(made, rows, TOKENS[quick])
+            found.append({"experts": experts, "rows": rows, **quantiles(us)})
+    return found
 
 
 def token_row(token: trace.HitToken) -> Row:

@@ -27,11 +27,12 @@ from hybrimoe_plugin.weights.dequant import dequantize
 def product_kernels(case: Case, device: torch.device) -> Kernels:
     """What the product computes these types with on a GPU.
 
-    Those are Triton's kernels, or torch's where Triton's refuse.
+    Those are Triton's kernels, or torch's where Triton's refuse. Cases of more than 8 tokens meet
+    the prompt kernels.
     """
     from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
 
-    kernels = TritonKernels(device, case.blocks)
+    kernels = TritonKernels(device, case.blocks, decode_tokens=8)
     return TorchKernels() if kernels.refusal(case.shape.spec) else kernels
 
 

@@ -103,18 +103,21 @@ def _title(profile: MachineProfile) -> str:
 
 
 def _table(profile: MachineProfile, backend: str) -> Table:
+    """A row for each load, and one for what the first expert of a layer costs more."""
     from rich.table import Table
 
     loads = profile.cpu.tokens
     threads = profile.cpu.threads or "?"
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("us per expert")
-    for load in loads:
-        table.add_column(f"{load} tok", justify="right")
-    table.add_column("first expert", justify="right")
-    table.add_row(f"CPU by {backend}, {threads} thread(s)", *_cells(profile.cpu, loads))
+    table.add_column(f"CPU by {backend}, {threads} thread(s)", justify="right")
+    columns = [_cells(profile.cpu, loads)]
     if profile.accelerator is not None:
-        table.add_row("accelerator", *_cells(profile.accelerator, loads))
+        table.add_column("accelerator", justify="right")
+        columns.append(_cells(profile.accelerator, loads))
+    names = [f"{load} token{'s' * (load > 1)}" for load in loads]
+    for row in zip([*names, "first expert"], *columns, strict=True):
+        table.add_row(*row)
     return table
 
 

@@ -183,6 +183,16 @@ class Accelerator(Protocol):
         """
         ...
 
+    def send_slot_table(self, ids: NDArray[np.int64]) -> Sequence[torch.Tensor]:
+        """[T, K] int64 on `device` for each wave of a call of few tokens; the host does not wait.
+
+        Valid until the next call.
+
+        Args:
+            ids: [W, T, K].
+        """
+        ...
+
     def synchronize(self) -> None:
         """Make the host wait for everything."""
         ...

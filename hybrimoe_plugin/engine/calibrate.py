@@ -16,14 +16,25 @@ from hybrimoe_plugin.compute.backends import CPUBackend
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.machine import hardware, versions
 from hybrimoe_plugin.device.noise import Median
-from hybrimoe_plugin.engine.calibrate_accelerator import LOADS, measure_accelerator
+from hybrimoe_plugin.engine.calibrate_accelerator import (
+    LOADS,
+    UNION_ROWS,
+    by_load,
+    measure_accelerator,
+    union_ids,
+    union_note,
+)
 from hybrimoe_plugin.engine.threads import thread_candidates
 from hybrimoe_plugin.policy.profile import MachineProfile, Side
+from hybrimoe_plugin.policy.step import loads
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 REPEATS = 5
+UNION_REPEATS = 3
+FEW_TOKENS = 8
+"""Experts of larger loads are measured half as many at a time, for they take longer."""
 BUDGET_S = 4.0
-"""Time for one sweep of measurements; what is not reached by then is left to extrapolation."""
+"""Time for one sweep of measurements; what is not reached by then is left to interpolation."""
 
 
 def calibrate(
@@ -49,6 +60,7 @@ def calibrate(
         try:
             with _quiet_torch(cpu):
                 side = _measure_cpu(weights, cpu, best, median)
+                union = _check_union(weights, cpu, side, median)
         finally:
             cpu.close()
         bar.update()
@@ -67,7 +79,7 @@ def calibrate(
         between_layers_us=0.0,
         hardware=hardware(),
         versions=versions(),
-        notes=accelerated.notes,
+        notes=(union, *accelerated.notes),
     )
 
 
@@ -115,29 +127,47 @@ def _choose_threads(
 def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int, median: Median) -> Side:
     """Time per expert at each load, and what the first expert costs beyond it.
 
-    One call of n experts takes `first + n * expert`: two values of n give both.
+    One call of n experts takes `first + n * expert`: two values of n give both. `first` is that of
+    decode for all loads, so one call tells what an expert takes at each of the others.
     """
     spec = weights.spec
     few = 1
     many = max(2, min(8, spec.experts))
-    tokens: list[int] = []
-    times: list[float] = []
+    each: dict[int, float] = {}
     first_us = 0.0
     started = time.perf_counter()
     for load in LOADS:
-        # In decode it is one token with its experts.
-        most = min(many, spec.top_k) if load == 1 < spec.top_k else many
-        small_us = _cpu_call(weights, cpu, few, load, median)
-        large_us = _cpu_call(weights, cpu, most, load, median)
-        # Noise may not make each more cost less than a twentieth of the first.
-        each_us = max((large_us - small_us) / (most - few), 0.05 * small_us / few)
         if load == 1:
+            # In decode it is one token with its experts.
+            most = min(many, spec.top_k) if spec.top_k > 1 else many
+            small_us = _cpu_call(weights, cpu, few, load, median)
+            large_us = _cpu_call(weights, cpu, most, load, median)
+            # Noise may not make each more cost less than a twentieth of the first.
+            each_us = max((large_us - small_us) / (most - few), 0.05 * small_us / few)
             first_us = max(0.0, small_us - few * each_us)
-        tokens.append(load)
-        times.append(each_us)
+        else:
+            most = many if load <= FEW_TOKENS else max(2, many // 2)
+            large_us = _cpu_call(weights, cpu, most, load, median)
+            each_us = max((large_us - first_us) / most, 0.05 * large_us / most)
+        each[load] = each_us
         if time.perf_counter() - started > BUDGET_S:
             break
-    return Side(first_us, tuple(tokens), tuple(times), threads)
+    return Side(first_us, *by_load(each), threads)
+
+
+def _check_union(weights: LayerWeights, cpu: CPUBackend, side: Side, median: Median) -> str:
+    """What a call of a few rows takes whose experts differ in load."""
+    spec = weights.spec
+    ids = union_ids(spec.experts, spec.top_k)
+    hidden = torch.randn(UNION_ROWS, spec.hidden, dtype=torch.bfloat16)
+    routing = torch.ones(ids.shape)
+    times = []
+    for _ in range(UNION_REPEATS + 1):
+        start = time.perf_counter_ns()
+        cpu.submit(0, hidden, torch.from_numpy(ids), routing, list(loads(ids)))
+        cpu.sync()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return union_note("CPU", side, ids, median(times[1:]))
 
 
 def _cpu_call(

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.noise import Median
 from hybrimoe_plugin.engine.waves import wave_calls
+from hybrimoe_plugin.policy.costs import CostCurve
 from hybrimoe_plugin.policy.profile import Link, Side
+from hybrimoe_plugin.policy.step import loads
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
-LOADS = (1, 2, 4, 16, 64)
-"""Tokens of an expert whose time is measured."""
+LOADS = (1, 2, 4, 16, 64, 8, 3, 32, 6, 12, 24)
+"""Tokens of an expert whose time is measured, those first that tell most.
+
+Calls of a few rows give most experts one to eight, where kernels change over.
+"""
+UNION_ROWS = 16
+"""Of the call by which the sum of single experts' times is checked."""
 WARM_UPS = 5
 REPEATS = 15
 
@@ -58,7 +66,7 @@ def measure_accelerator(
     if accelerator.name == "emulated":
         return _assumed(weights.spec)
     side, link = measure_cuda(weights, accelerator, median)
-    return AcceleratorTimes(side, link)
+    return AcceleratorTimes(side, link, (_check_union(weights, accelerator, side, median),))
 
 
 def _assumed(spec: ExpertSpec) -> AcceleratorTimes:
@@ -101,18 +109,65 @@ def measure_cuda(
     transfer_us = _each_us(one_us, many_us, many)
     link = Link(spec.expert_bytes / (transfer_us * 1e3), 0.0)
 
-    tokens, times = [], []
+    each: dict[int, float] = {}
     first_us = 0.0
     for load in LOADS:
         compute = _compute_calls(accelerator, weights, load, turns)
         one_us = _timed(accelerator, compute(1), median)
         many_us = _timed(accelerator, compute(many), median)
         each_us = _each_us(one_us, many_us, many)
-        tokens.append(load)
-        times.append(each_us)
+        each[load] = each_us
         if load == 1:
             first_us = max(0.0, one_us - each_us)
-    return Side(first_us, tuple(tokens), tuple(times)), link
+    return Side(first_us, *by_load(each)), link
+
+
+def by_load(each: Mapping[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(loads, times), both in the order of loads."""
+    loads = sorted(each)
+    return tuple(loads), tuple(each[load] for load in loads)
+
+
+def _check_union(
+    weights: LayerWeights, accelerator: SlotAccelerator, side: Side, median: Median
+) -> str:
+    """What a call of a few rows takes in one wave, of experts that fit the slots together."""
+    spec, device = weights.spec, accelerator.device
+    ids = union_ids(accelerator.slots, spec.top_k)
+    hidden = torch.randn(UNION_ROWS, spec.hidden, dtype=torch.bfloat16, device=device)
+    routing = torch.ones(ids.shape, device=device)
+    wave = {expert: expert for expert in loads(ids)}
+
+    def compute() -> None:
+        calls = wave_calls(accelerator, weights, [wave], ids, hidden, routing)
+        calls.compute(0)
+        calls.output()
+
+    return union_note("accelerator", side, ids, _timed(accelerator, compute, median))
+
+
+def union_ids(experts: int, top_k: int) -> NDArray[np.int64]:
+    """[UNION_ROWS, K] experts of a call of a few rows: any, but no row the same one twice."""
+    scores = np.random.default_rng(0).random((UNION_ROWS, experts))
+    return np.argsort(scores, axis=1)[:, :top_k]
+
+
+def union_note(name: str, side: Side, ids: NDArray[np.int64], took_us: float) -> str:
+    """The time that plans assume for such a call beside the one that it took.
+
+    Args:
+        name: of the processor.
+        side: its times.
+        ids: [T, K] of the call, all computed there.
+        took_us: as measured.
+    """
+    curve = CostCurve(side.tokens, side.us)
+    union = loads(ids)
+    expected_us = side.first_us + sum(map(curve, union.values()))
+    return (
+        f"{name}: {UNION_ROWS} rows with {len(union)} experts took {took_us:.0f} us, by the times "
+        f"of single experts {expected_us:.0f} us"
+    )
 
 
 def _compute_calls(

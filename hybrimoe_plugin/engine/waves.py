@@ -22,6 +22,7 @@ from hybrimoe_plugin.core import OFFLOADED, ExpertRef
 from hybrimoe_plugin.engine.view import Sent
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.policy.controller import Controller, Move, Step
+from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 Wave = dict[int, int]
@@ -175,10 +176,10 @@ class Waves:
         It is where the host takes longer for one more wave than the accelerator for what is there.
         """
         moves, mine = step.moves, step.plan.accelerator
-        there = [item.ready_us for item in step.routed].count(0.0)
-        if there < len(mine):
+        there = [item.load for item in step.routed if item.ready_us == 0]
+        if len(there) < len(mine):
             costs = self._controller.costs
-            there_us = costs.accelerator_first_us + there * costs.accelerator(1)
+            there_us = costs.accelerator_first_us + sum(map(costs.accelerator, there))
             if there_us > WAVE_US or len(moves) > self._group_size():
                 return {}
         cached = self._controller.pool.cached[step.layer]
@@ -253,7 +254,7 @@ def wave_calls(
     states: torch.Tensor,
     weights: torch.Tensor,
 ) -> WaveCalls:
-    """How waves are computed: together where there are many tokens, else each by itself.
+    """How waves are computed: together where experts have many tokens, else each by itself.
 
     Args:
         waves: none of them empty.
@@ -273,7 +274,7 @@ def _slot_ids(
 ) -> Sequence[torch.Tensor] | torch.Tensor:
     """[T, K] int64 for each wave, on the accelerator: the slot of each routed expert.
 
-    It is -1 where the wave does not compute the expert. For one token valid until the next call.
+    It is -1 where the wave does not compute the expert. For few tokens valid until the next call.
 
     Args:
         experts: number of experts E.
@@ -288,4 +289,7 @@ def _slot_ids(
     slots = np.full((len(waves), experts), -1, dtype=np.int64)
     for slot_of_expert, wave in zip(slots, waves, strict=True):
         slot_of_expert[list(wave)] = list(wave.values())
-    return accelerator.copy_to_device(torch.from_numpy(slots[:, ids]))
+    found = slots.take(ids, axis=1)
+    if len(ids) <= FEW_ROWS:
+        return accelerator.send_slot_table(found)
+    return accelerator.copy_to_device(torch.from_numpy(found))

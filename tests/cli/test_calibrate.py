@@ -43,8 +43,11 @@ def test_numbers_and_path_are_shown(
     assert (asked[0][:2], asked[0][2].cpu_threads) == ((None, "g"), 2)
     lines = capsys.readouterr().out.splitlines()
     assert "64 x 32 in Q8_0/Q6_K" in lines[0]
-    assert ["CPU", "by", "kt,", "2", "thread(s)", "100", "250", "+5"] in [
-        line.split() for line in lines
+    assert [line.split() for line in lines[1:5]] == [
+        ["us", "per", "expert", "CPU", "by", "kt,", "2", "thread(s)", "accelerator"],
+        ["1", "token", "100", "12"],
+        ["16", "tokens", "250", "17"],
+        ["first", "expert", "+5", "+20"],
     ]
     assert lines[-3:] == [
         "link: 3.0 GB/s, latency 15 us, 16 us per expert",

@@ -50,7 +50,7 @@ def computed(call: SlotCall, captured: bool) -> torch.Tensor:
         return kernels.down(call, kernels.gate_up(call))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 32])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_they_equal_the_reference(kinds: tuple[str, str, str], tokens: int) -> None:
     case = Case(Shape("small", kinds, 256, 256, 5, 3), tokens, torch.float32)

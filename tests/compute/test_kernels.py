@@ -128,7 +128,7 @@ def test_candidates_are_what_tuning_tries() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernels", [TritonKernels(CPU, LARGE), TorchKernels()], ids=["triton", "torch"]
+    "kernels", [TritonKernels(CPU, LARGE, decode_tokens=8), TorchKernels()], ids=["triton", "torch"]
 )
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 @pytest.mark.parametrize("tokens", [1, 12])
@@ -147,6 +147,15 @@ def test_a_kernel_that_leaves_outputs_out_is_found(
 
     monkeypatch.setattr(kernels, "down", short)
     assert not run_case(case, kernels, CPU) < case.limit
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_decode_kernels_take_more_than_8_rows(activations: str) -> None:
+    case = Case(SMALL_SHAPES[0], 12, torch.float32)
+    kernels = TritonKernels(CPU, LARGE, activations=activations)
+    limit = case.limit if activations == "float" else 0.02
+    assert run_case(case, kernels, CPU) < limit
 
 
 def test_memory_that_nobody_wrote_reads_as_nan() -> None:

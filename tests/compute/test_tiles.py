@@ -184,11 +184,37 @@ class Counted:
         return lambda *_, **__: None
 
 
-def test_few_tokens_are_no_prompt(triton_device: SlotAccelerator) -> None:
+def calls_prompt_kernels(device: SlotAccelerator, tokens: int, experts: int) -> bool:
+    """Whether they take a call of tokens that choose two of so many experts evenly."""
+    weights = random_layer(("Q8_0",) * 3, 64, 64, experts)
+    device.allocate(1, [weights])
+    hidden, _, routing = random_call(tokens, experts, 64, 2, 0)
+    ids = np.arange(2 * tokens).reshape(tokens, 2) % experts
+    wave = dict.fromkeys(range(min(experts, 2 * tokens)), 0)
+    return device.prompt_call(weights, [wave], ids, hidden, routing) is not None
+
+
+def test_a_few_rows_take_decode_kernels_while_experts_have_few_tokens(
+    triton_device: SlotAccelerator,
+) -> None:
+    assert not calls_prompt_kernels(triton_device, 4, 8)
+    assert not calls_prompt_kernels(triton_device, 32, 64)
+    assert calls_prompt_kernels(triton_device, 4, 4), "two tokens each"
+    assert calls_prompt_kernels(triton_device, 32, 32)
+    assert calls_prompt_kernels(triton_device, 33, 66), "no few rows"
+
+
+def test_int8_decode_kernels_take_more(triton_device: SlotAccelerator) -> None:
+    from hybrimoe_plugin.compute.gpu.kernels.triton_ops import TritonKernels
+
+    triton_device.kernels = TritonKernels(torch.device("cpu"), activations="int8")
+    assert not calls_prompt_kernels(triton_device, 32, 22)
+    assert calls_prompt_kernels(triton_device, 32, 16)
+    assert calls_prompt_kernels(triton_device, 33, 66)
+
+
+def test_torch_operations_know_no_prompts() -> None:
     weights = random_layer(("Q8_0",) * 3, 64, 64, EXPERTS)
-    triton_device.allocate(EXPERTS, [weights])
-    hidden, ids, routing = random_call(8, EXPERTS, 64, 2, 0)
-    assert triton_device.prompt_call(weights, [{0: 0}], ids.numpy(), hidden, routing) is None
     plain = make_accelerator("emulated", torch.device("cpu"), "torch")
     assert plain is not None
     hidden, ids, routing = random_call(20, EXPERTS, 64, 2, 0)

@@ -51,6 +51,7 @@ WHERE = (
     "copy_to_host",
     "copy_to_device",
     "send_slot_ids",
+    "send_slot_table",
     "submit",
     "sync",
     "predict",

@@ -13,7 +13,16 @@ import torch
 
 from eval.host_path import order, paths, question, trace
 from eval.host_path.driver import Driver, DriverCall
-from eval.host_path.measure import DECIDE, TOKEN, WHOLE, Runner, decisions, token_means, whole_calls
+from eval.host_path.measure import (
+    DECIDE,
+    TOKEN,
+    WHOLE,
+    Runner,
+    decisions,
+    few_rows,
+    token_means,
+    whole_calls,
+)
 from eval.host_path.reads import Reads
 from eval.host_path.routing import CASES, HITS, SETTLING, Case
 from eval.host_path.stopwatch import Stopwatch
@@ -259,3 +268,13 @@ def test_the_question_prints_its_figures(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < found["decide_us_p50"] < found["layer_us_p50"]
     assert 0 < found["decide_us_miss_p50"] < found["layer_us_p50"]
     assert {item.name for item in tmp_path.iterdir()} >= {"host_path.csv", path.name}
+
+
+def test_calls_of_a_few_rows_are_timed(made: Subject) -> None:
+    before = made.engine.controller.counters.snapshot()
+    found = few_rows(made, 4, 2)
+    counts = made.engine.controller.counters
+    assert len(found) == 2 * LAYERS and min(found) > 0
+    calls = counts.calls - before.calls
+    assert counts.tokens - before.tokens == 4 * calls
+    assert counts.demand_loads > before.demand_loads

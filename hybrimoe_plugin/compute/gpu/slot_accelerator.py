@@ -18,12 +18,12 @@ from hybrimoe_plugin.compute.gpu.direct_proof import what_is_wrong
 from hybrimoe_plugin.compute.gpu.host_bytes import HostBytes, PlainBytes
 from hybrimoe_plugin.compute.gpu.kernels.base import Kernels, PromptKernels, SlotCall
 from hybrimoe_plugin.compute.gpu.kernels.layout import SlotLayout
-from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs
+from hybrimoe_plugin.compute.gpu.kernels.tiles import SortedPairs, mean_load
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tunable
 from hybrimoe_plugin.compute.gpu.layer_path import LayerPath, layer_path
 from hybrimoe_plugin.compute.gpu.prompt_call import PromptCall
 from hybrimoe_plugin.compute.gpu.repack_buffers import REPACK_BUFFERS
-from hybrimoe_plugin.compute.gpu.slot_ids import SlotIds
+from hybrimoe_plugin.compute.gpu.slot_ids import SlotIdSenders
 from hybrimoe_plugin.compute.gpu.slot_kernels import on_cpu
 from hybrimoe_plugin.compute.gpu.slot_transfers import AHEAD_DEPTH, SlotTransfers, Transfer
 from hybrimoe_plugin.compute.gpu.transfer_executor import InlineExecutor, ThreadExecutor
@@ -73,8 +73,9 @@ class SlotAccelerator:
         """By the id of a layer's weights; empty where experts go the plain way."""
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
-        self._slot_ids: dict[tuple[int, int, int], SlotIds] = {}
-        """By the shape of what they send."""
+        self._slot_ids = SlotIdSenders(self.streams, device)
+        self._prompt_kernels: PromptKernels | None = None
+        """`kernels`, where they are some: asked once, since each question costs the host 10 us."""
         self._allocated = False
         self._layers: tuple[LayerWeights, ...] = ()
         """Kept alive, so that no other layer gets the id of one of them."""
@@ -117,6 +118,7 @@ class SlotAccelerator:
         layers = [weights for place, weights in enumerate(layers) if place not in refused]
         self._layers = tuple(layers)
         self._layouts = {id(weights): self.kernels.layout(weights.spec) for weights in layers}
+        self._prompt_kernels = self.kernels if isinstance(self.kernels, PromptKernels) else None
         layouts = self._layouts.values()
         size = max(layout.size for layout in layouts)
         repack_bytes = max(layout.largest_planar for layout in layouts)
@@ -224,11 +226,13 @@ class SlotAccelerator:
         hidden: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> PromptCall | None:
-        kernels = self.kernels
-        if not isinstance(kernels, PromptKernels) or len(ids) <= kernels.decode_tokens:
+        kernels = self._prompt_kernels
+        if kernels is None:
+            return None
+        layout = self._layouts[id(weights)]
+        if not kernels.tiles(layout, len(ids), mean_load(ids, waves)):
             return None
         pairs = SortedPairs(ids, weights.spec.experts)
-        layout = self._layouts[id(weights)]
         return PromptCall(
             kernels,
             self._transfers,
@@ -254,11 +258,10 @@ class SlotAccelerator:
         return self.streams.copy_to_device(tensor)
 
     def send_slot_ids(self, ids: Sequence[int], waves: int) -> Sequence[torch.Tensor]:
-        shape = waves, 1, len(ids) // waves
-        sender = self._slot_ids.get(shape)
-        if sender is None:
-            sender = self._slot_ids[shape] = SlotIds(self.streams, self.device, shape)
-        return sender.send(ids)
+        return self._slot_ids.of(waves, 1, len(ids) // waves).send(ids)
+
+    def send_slot_table(self, ids: NDArray[np.int64]) -> Sequence[torch.Tensor]:
+        return self._slot_ids.of(*ids.shape).send_table(ids)
 
     def synchronize(self) -> None:
         """Make the host wait for everything. Raises: BackendError: a transfer has failed."""
@@ -292,7 +295,7 @@ class SlotAccelerator:
         self._paths = {}
         self._buffer = torch.empty(0, 0, dtype=torch.uint8)
         self._transfers = self._make_transfers(0)
-        self._slot_ids = {}
+        self._slot_ids = SlotIdSenders(self.streams, self.device)
 
     def _make_paths(self, layers: Sequence[LayerWeights]) -> dict[int, LayerPath]:
         """How the experts of each layer are sent by address."""

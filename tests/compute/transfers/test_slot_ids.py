@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from fake_streams import Point
 from interrupts import ended, operations
 from late_device import InOrder, LateStreams
 
-from hybrimoe_plugin.compute.gpu.slot_ids import HALF, SlotIds
+from hybrimoe_plugin.compute.gpu.slot_ids import HALF, SlotIds, SlotIdSenders
 from hybrimoe_plugin.device.streams import COMPUTE, HostStreams
 
 CPU = torch.device("cpu")
@@ -75,6 +76,24 @@ def test_without_a_device_they_are_there_at_once() -> None:
     ids = SlotIds(HostStreams(), CPU, SHAPE)
     for turn in range(COUNT):
         assert torch.cat(ids.send(numbers(turn))).flatten().tolist() == numbers(turn)
+
+
+def test_a_late_device_reads_what_it_was_sent_for_a_few_rows() -> None:
+    """Calls of three and of four tokens share a sender."""
+    streams = NeverBefore(0)
+    found: list[list[list[list[int]]]] = []
+    sent = []
+    with InOrder(streams):
+        senders = SlotIdSenders(streams, CPU)
+        for turn in range(COUNT):
+            tokens = 3 + turn % 2
+            ids = turn * 100 + np.arange(WAVES * tokens * TOP_K).reshape(WAVES, tokens, TOP_K)
+            sent.append(ids.tolist())
+            rows = senders.of(*ids.shape).send_table(ids)
+            streams.enqueue(COMPUTE, lambda rows=rows: found.append(torch.stack(rows).tolist()))
+        streams.synchronize()
+    assert found == sent
+    assert streams.host_waits == COUNT // HALF - 1
 
 
 @pytest.mark.parametrize("turn", [0, 1, HALF, 2 * HALF])

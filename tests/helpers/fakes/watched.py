@@ -68,7 +68,8 @@ class WatchedKernels(TorchKernels):
 class WatchedPrompts(WatchedKernels):
     """The same, which computes prompts in tiles that the host has cut."""
 
-    decode_tokens = 1
+    def tiles(self, layout: SlotLayout, tokens: int, load: float) -> bool:
+        return True
 
     def tile_tokens(self, layout: SlotLayout, top_k: int, pairs: int, slots: int) -> int:
         return 2

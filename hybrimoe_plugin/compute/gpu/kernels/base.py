@@ -111,8 +111,15 @@ class Kernels(Protocol):
 class PromptKernels(Protocol):
     """Kernels that compute many tokens in tiles which the host has cut."""
 
-    decode_tokens: int
-    """Calls of up to this many tokens are none of theirs."""
+    def tiles(self, layout: SlotLayout, tokens: int, load: float) -> bool:
+        """Whether a layer call is theirs.
+
+        Args:
+            layout: of the layer's experts.
+            tokens: T of the call, at least 2.
+            load: mean number of tokens of the experts that are computed here.
+        """
+        ...
 
     def tile_tokens(self, layout: SlotLayout, top_k: int, pairs: int, slots: int) -> int:
         """Most pairs of a tile, for a wave of so many pairs and slots."""

@@ -83,6 +83,18 @@ class SortedPairs:
         return slots, firsts, ends
 
 
+def mean_load(ids: NDArray[np.integer], waves: Sequence[Mapping[int, int]]) -> float:
+    """Mean number of tokens of the experts in a call's waves.
+
+    Args:
+        ids: [T, K].
+        waves: expert -> slot, of experts that are in `ids`; none of them empty.
+    """
+    experts = [expert for wave in waves for expert in wave]
+    counts = np.bincount(ids.ravel())
+    return float(counts[experts].mean())
+
+
 def cut_waves(
     pairs: SortedPairs,
     waves: Sequence[Mapping[int, int]],

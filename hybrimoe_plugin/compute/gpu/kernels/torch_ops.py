@@ -16,6 +16,7 @@ from hybrimoe_plugin.compute.gpu.kernels.formats.description import INTEGERS
 from hybrimoe_plugin.compute.gpu.kernels.int8.activations import quantise_activations
 from hybrimoe_plugin.compute.gpu.kernels.layout import Part, SlotLayout, slot_layout
 from hybrimoe_plugin.core import ExpertSpec
+from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.weights.dequant import dequantize, supported
 
 _DENSE_TOKENS = 16
@@ -23,7 +24,7 @@ _DENSE_TOKENS = 16
 
 Choosing rows would make the host wait for the device.
 """
-_CAPTURED_TOKENS = 8
+_CAPTURED_TOKENS = FEW_ROWS
 """Calls of up to so many tokens can be captured, where that is asked for."""
 
 
@@ -43,7 +44,7 @@ class TorchKernels:
     """Dequantises one slot's matrix at a time to hidden's dtype.
 
     Args:
-        captured: compute calls of up to 8 tokens from `slot_ids` alone, pair by pair, so that a
+        captured: compute calls of few tokens from `slot_ids` alone, pair by pair, so that a
             CUDA graph can hold them and read other slots each time. A token's experts are then
             summed in the order of its `slot_ids`, as the Triton kernels do, and no longer in that
             of `SlotCall.slots`; the products of one token are the same to the last bit.

@@ -33,6 +33,17 @@ from hybrimoe_plugin.compute.gpu.kernels.repack import (
 from hybrimoe_plugin.compute.gpu.kernels.tuning import Tuned, slot_groups, tune
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.device.cuda_timer import Timer
+from hybrimoe_plugin.policy.step import FEW_ROWS
+
+DECODE_LOAD, INT8_DECODE_LOAD = 1.5, 3.0
+"""Most tokens that experts have on average in a call of few rows that the decode kernels take.
+
+They unpack an expert's weights for each of its tokens, the prompt kernels once for 16. Counted in
+what is compiled for sm_90 at Qwen3-30B-A3B's shape, instructions a weight of gate and up: Q4_K 9.6
+for a token in floating point, 1.7 in int8, and 9.2 for a tile; Q8_0 6.5, 1.0 and 6.1. In
+floating point the half is for the host, which cuts and sends no tiles then. In int8 instructions
+alone would allow 5, but each token reads the weights anew, at best from the device's cache.
+"""
 
 
 class TritonKernels:
@@ -41,7 +52,8 @@ class TritonKernels:
     Args:
         device: a CUDA device, or the CPU under Triton's interpreter.
         blocks: tile sizes; by default tuned ones, or those that follow from the layer's shape.
-        decode_tokens: calls of up to this many tokens take the decode kernels.
+        decode_tokens: calls of up to this many tokens may take the decode kernels, and do where
+            the host does not know their routing.
         tuned: file in which tuned sizes are kept; None for memory only.
         activations: what decode kernels multiply, for the types that can: float, int8, or `auto`
             for int8 once that has proved itself (`prove`).
@@ -53,7 +65,7 @@ class TritonKernels:
         self,
         device: torch.device,
         blocks: Blocks | None = None,
-        decode_tokens: int = 8,
+        decode_tokens: int = FEW_ROWS,
         tuned: Path | None = None,
         activations: str = "float",
     ) -> None:
@@ -141,6 +153,11 @@ class TritonKernels:
             return self._down_decode(call, activations, self._sizes(call))
         self.down_prompt(activations)
         return token_sums(activations.parts, len(call.hidden))
+
+    def tiles(self, layout: SlotLayout, tokens: int, load: float) -> bool:
+        if tokens > self.decode_tokens:
+            return True
+        return load > (INT8_DECODE_LOAD if self._uses_int8(layout) else DECODE_LOAD)
 
     def tile_tokens(self, layout: SlotLayout, top_k: int, pairs: int, slots: int) -> int:
         return self._blocks_of(layout, top_k).tile_tokens(pairs, slots)
