@@ -21,6 +21,7 @@ from hybrimoe_plugin.compute.cpu.expert_inputs import (
 )
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_layer import GgmlLayer
+from hybrimoe_plugin.compute.cpu.ggml_union import Unions
 from hybrimoe_plugin.compute.cpu.requantise import readable_types, supported_weights
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
@@ -51,6 +52,7 @@ class GgmlExperts:
         """
         self._ggml = Ggml()
         self._layers: list[GgmlLayer] = []
+        self._unions = Unions()
         self._worker = ThreadPoolExecutor(1, "cpu-experts") if beside else None
         self._pending: Callable[[], torch.Tensor] | None = None
 
@@ -65,7 +67,8 @@ class GgmlExperts:
     def add_layer(self, weights: LayerWeights) -> None:
         """Types without a kernel are requantised. Raises: BackendError: values out of range."""
         supported = supported_weights(weights, readable_types())
-        self._layers.append(GgmlLayer(self._ggml, self.threads, supported, self.repack))
+        layer = GgmlLayer(self._ggml, self.threads, supported, self.repack, self._unions)
+        self._layers.append(layer)
 
     def submit(
         self,
