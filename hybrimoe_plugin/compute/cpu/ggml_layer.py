@@ -36,6 +36,8 @@ class GgmlLayer:
         self.stored = StoredExperts.of(ggml, threads, weights, repack)
         self._unions = unions
         self._addresses = addresses_of(self.stored)
+        self._plain = self.stored.plain
+        self._rows_for_plain = self.stored.rows_for_plain if self._plain else 0.0
         self._single: dict[int, SingleTokenGraph] = {}
         """By K."""
 
@@ -91,16 +93,18 @@ class GgmlLayer:
         kept: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """[T, H] by the kept graphs; None where they compute wrongly, or others are faster."""
-        if not self.stored.plain:
+        if not self._plain:
             return None
         rows = UnionRows.of(ids, kept)
         # A plain product takes about the same time for one row as for two.
-        if len(rows.choices) < self.stored.rows_for_plain * len(rows.experts):
+        if len(rows.choices) < self._rows_for_plain * len(rows.experts):
             return None
         if not len(rows.choices):
             return torch.zeros_like(hidden)
         outputs = self._unions.compute(self.stored, self._addresses, hidden, rows, ids)
-        by_choice = torch.zeros(ids.numel(), outputs.shape[1])
+        by_choice = outputs.new_empty(ids.numel(), outputs.shape[1])
+        if kept is not None:
+            by_choice.zero_()  # choices that do not count keep their zeros
         by_choice.index_copy_(0, torch.from_numpy(rows.choices), outputs)
         return weighted_sum(by_choice.view(*ids.shape, -1), weights, hidden.dtype)
 

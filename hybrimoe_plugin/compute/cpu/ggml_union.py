@@ -27,6 +27,8 @@ from hybrimoe_plugin.policy.step import FEW_ROWS
 _LEAST_PLACES = 8
 """Of the smallest graph; each next one has twice as many."""
 
+_FROM_THE_FIRST = np.zeros(1, np.int64)
+
 Integers = NDArray[np.int64]
 
 
@@ -102,14 +104,18 @@ class UnionGraph:
         downs, down_weights, inner_rows = self._products(last, 2, buffers.gates, buffers.outputs)
         last.finish(*steps, *downs)
         self._graphs = graphs
-        self._weights = [
-            Pointed(graph, gate_weights),
-            Pointed(graph, up_weights),
-            Pointed(last, down_weights),
-        ]
-        self._rows = [Resized(graph, part) for part in (x, gates, ups)]
-        self._rows += [Resized(last, part) for part in (inner_rows, downs)]
-        self._whole = Resized(graph, whole) if whole else None
+        first_rows, last_rows = [x, gates, ups], [inner_rows, downs]
+        first_weights, last_weights = [gate_weights, up_weights], [down_weights]
+        if last is graph:
+            first_rows += last_rows
+            first_weights += last_weights
+        self._weights = [(Pointed(graph, first_weights), slice(len(first_weights)))]
+        """And which of the three matrices they are."""
+        self._rows = [Resized(graph, first_rows)]
+        if last is not graph:
+            self._weights.append((Pointed(last, last_weights), slice(2, 3)))
+            self._rows.append(Resized(last, last_rows))
+        self._whole = Resized(graph, [[tensor] for tensor in whole]) if whole else None
 
     def compute(
         self, stored: StoredExperts, addresses: Integers, ids: torch.Tensor, rows: UnionRows
@@ -126,12 +132,13 @@ class UnionGraph:
         loads = np.zeros(self._places, np.int64)
         loads[: len(rows.loads)] = rows.loads
         starts = np.cumsum(loads) - loads
-        for weights, found in zip(self._weights, addresses, strict=True):
-            weights.set(found[rows.experts])
+        chosen = addresses[:, rows.experts]
+        for weights, which in self._weights:
+            weights.set(chosen[which])
         for part in self._rows:
             part.set(loads, starts)
         if self._whole is not None:
-            self._whole.set(count)
+            self._whole.set(np.array([count]), _FROM_THE_FIRST)
         first, *second = self._graphs
         first.run()
         for graph in second:
@@ -143,7 +150,7 @@ class UnionGraph:
             (self._x_is_rounded, buffers.x[:count]),
             (self._inner_is_rounded, buffers.gates[:count]),
         ):
-            if rounded and not math.isfinite(values.sum()):
+            if rounded and not math.isfinite(values.sum().item()):
                 outputs[~values.isfinite().all(dim=-1)] = math.nan
         return outputs
 
