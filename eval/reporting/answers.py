@@ -63,7 +63,7 @@ def _throughput(found: Result) -> str:
 
 def _batches(found: Result) -> str:
     speeds = found["conversations_tok_s"]
-    first, last = list(speeds)[0], list(speeds)[-1]
+    first, *_, last = speeds
     text = (
         f"The {found['model']} model decodes {speeds[first]:.1f} tokens/s in calls of {first} row "
         f"and {speeds[last]:.1f} in calls of {last} rows, with {found['threads']} threads"

@@ -1,4 +1,4 @@
-"""eval.batches: a table of the right shape, bytes, and which counts are slower; nothing is timed."""
+"""eval.batches: a table of the right shape, bytes, which counts are slower; nothing is timed."""
 
 from __future__ import annotations
 
