@@ -70,6 +70,19 @@ def _throughput(found: Result) -> str:
     return f"{text}: {decode:.2f}x and {prefill:.2f}x the speed of llama.cpp."
 
 
+def _batches(found: Result) -> str:
+    speeds = found["conversations_tok_s"]
+    first, *_, last = speeds
+    text = (
+        f"The {found['model']} model decodes {speeds[first]:.1f} tokens/s in calls of {first} row "
+        f"and {speeds[last]:.1f} in calls of {last} rows, with {found['threads']} threads"
+    )
+    slower = found["slower_with_more_rows"]
+    if not slower:
+        return f"{text}. No number of rows is slower than a smaller one."
+    return f"{text}. Slower than fewer rows: {', '.join(slower)}."
+
+
 def _fidelity(found: Result) -> str:
     return (
         f"Our operators choose the plain model's token in "
@@ -147,6 +160,12 @@ QUESTIONS = {
         "How many tokens per second does the CPU manage without any accelerator, beside llama.cpp "
         "on the same file?",
         _throughput,
+    ),
+    "batches": Question(
+        "Do more conversations at once give more tokens?",
+        "How many tokens per second does the CPU compute in calls of 1 to 32 rows, as a server of "
+        "several conversations makes them, or a draft's verification?",
+        _batches,
     ),
     "fidelity": Question(
         "Are the answers right?",

@@ -1,4 +1,4 @@
-"""One token through a decoder layer on the CPU in two ggml graphs."""
+"""A few tokens through a decoder layer on the CPU in two ggml graphs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from hybrimoe_plugin.operators.linear import GgmlLinear
 from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.operators.mlp import FusedMLP
 from hybrimoe_plugin.operators.norm import FusedRMSNorm
+from hybrimoe_plugin.policy.step import FEW_ROWS
 
 
 class CpuStep:
-    """A layer's call for one token [1, 1, H] float32; gives what the layer gives.
+    """A layer's call for a few tokens [B, T, H] float32; gives what the layer gives.
 
     On the CPU a small operation costs more than its arithmetic. So everything around attention that
     needs no decision is two graphs, where the modules would be some twenty calls:
@@ -34,6 +35,9 @@ class CpuStep:
                   normed -- dense MLP or shared experts, if there are any --> dense
         modules   normed -- router, routed experts --> output
         torch     output + dense + total
+
+    That is for one token. With several, each has a position of its own, and what lies between the
+    projections and the output projection is torch's, as the attention operator has it.
 
     Router and experts are called as modules, with their hooks, and so is a whole block of experts
     that is of another form. A layer without experts ends with dense + total.
@@ -52,6 +56,7 @@ class CpuStep:
         assert glue is not None, "cpu_step() has checked it"
         attention = getattr(layer, glue.attention)
         ggml = attention.ggml
+        self._operator = attention
         self._attention = step_attention(attention)
         self._attention_scale = glue.attention_scale
         self._input_norm: FusedRMSNorm = getattr(layer, glue.input_norm)
@@ -73,11 +78,13 @@ class CpuStep:
             self.called = tuple(f"{glue.mlp}.{name}." for name in (block.router, "experts"))
 
         width = len(self._input_norm.weight)
-        self._x = buffer(1, width)
-        """[1, H]: the layer's input, which both graphs read."""
+        self._x = buffer(FEW_ROWS, width)
+        """[FEW_ROWS, H]: the layer's input, whose first rows both graphs read."""
         self._rope = rope
-        self._before = GgmlFunction(ggml, self._build_before, single_input=self._x)
+        self._before = GgmlFunction(ggml, self._build_before, input_rows=self._x)
         self._after = GgmlFunction(ggml, self._build_after)
+        self._rows_before = GgmlFunction(ggml, self._build_rows_before, input_rows=self._x)
+        self._rows_after = GgmlFunction(ggml, self._build_rows_after)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
         """[1, 1, H]. Mutates: the cache."""
@@ -86,15 +93,37 @@ class CpuStep:
         attended = self._attention.attend(inputs, cache)
         if self._attention_scale != 1:
             attended = attended * self._attention_scale  # the projection behind it is linear
-        total, normed, *dense = self._after(attended, 1)
-        output = self._mlp_output(normed, dense)
+        return self._output(self._after(attended, 1), hidden.shape)
+
+    def rows(
+        self, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any
+    ) -> torch.Tensor:
+        """[B, T, H] of several tokens, at most `FEW_ROWS` in all. Mutates: the cache.
+
+        Args:
+            mask: as attention takes it; None for causal attention.
+        """
+        count = hidden.shape[0] * hidden.shape[1]
+        parts = self._rows_before(hidden.reshape(count, -1), count)
+        attended = self._operator.attend_parts(parts, hidden, embeddings, mask, cache)
+        if self._attention_scale != 1:
+            attended = attended * self._attention_scale  # the projection behind it is linear
+        outputs = self._rows_after(attended.view(count, -1), count)
+        return self._output(outputs, hidden.shape)
+
+    def _output(self, outputs: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        """[B, T, H] from the outputs of the second graph."""
+        total, normed, *dense = outputs
+        output = self._mlp_output(normed, dense, shape)
         if self._mlp_scale != 1:
             output = output * self._mlp_scale
         output = output + total
-        return output[None]
+        return output.view(shape)
 
-    def _mlp_output(self, normed: torch.Tensor, dense: list[torch.Tensor]) -> torch.Tensor:
-        """[1, H] of the layer's MLP or experts, of which `dense` is there already."""
+    def _mlp_output(
+        self, normed: torch.Tensor, dense: list[torch.Tensor], shape: torch.Size
+    ) -> torch.Tensor:
+        """[R, H] of the layer's MLP or experts, of which `dense` is there already."""
         if self._router is not None and self._experts is not None:
             normed = normed.clone()  # hooks may keep it
             _, weights, ids = self._router(normed)
@@ -102,8 +131,8 @@ class CpuStep:
             return output + self._gated(normed, dense[0]) if dense else output
         if dense:
             return dense[0]
-        whole: torch.Tensor = self._mlp(normed.clone()[None])
-        return whole[0]
+        whole: torch.Tensor = self._mlp(normed.clone().view(shape))
+        return whole.view(normed.shape)
 
     def _gated(self, normed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """Qwen2-MoE scales its shared experts by a gate of their own."""
@@ -118,8 +147,20 @@ class CpuStep:
         return self._attention.build_inputs(graph, normed, rope)
 
     def _build_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
-        x = graph.wrap(self._x)
-        attention = self._attention.build_output(graph, attended)
+        return self._build_behind(graph, self._attention.build_output(graph, attended))
+
+    def _build_rows_before(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
+        normed = self._input_norm.build(graph, x)
+        projections: list[GraphTensor] = self._operator.projections.build(graph, normed)
+        return projections
+
+    def _build_rows_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
+        return self._build_behind(graph, self._operator.o_proj.build(graph, attended))
+
+    def _build_behind(self, graph: Graph, attention: GraphTensor) -> list[GraphTensor]:
+        """What follows attention [R, H]."""
+        rows = attention.shape[0]
+        x = graph.wrap(self._x[:rows])
         total = graph.add(attention, x)
         normed = self._mlp_norm.build(graph, total)
         outputs = [total, normed]

@@ -250,7 +250,7 @@ class Engine:
         counters = self.controller.counters
         tokens, chosen = call.ids.shape
         if tokens > 1:
-            chosen = len(np.unique(call.ids.numpy()))
+            chosen = int(np.count_nonzero(np.bincount(call.ids.numpy().reshape(-1))))
         counters.calls += 1
         counters.tokens += tokens
         counters.activations += chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class FusedAttention(DenseOperator):
         scaling: factor of the scores.
         query_heads: how many there are; `grouped` where they share fewer key heads.
         rope: the rotary embedding of queries and keys.
+        projections: what reads the hidden states: Q, K and V.
         normed: whether there are norms of each head, `q_norm` and `k_norm` (Qwen3).
     """
 
@@ -66,7 +68,7 @@ class FusedAttention(DenseOperator):
                 original = getattr(orig_module, name)
                 norm = FusedRMSNorm(f"{key}.{name}", gguf_loader, config, original, **kwargs)
                 setattr(self, name, norm)
-        self._projections = LinearGroup(self.ggml, self, ("q_proj", "k_proj", "v_proj"))
+        self.projections = LinearGroup(self.ggml, self, ("q_proj", "k_proj", "v_proj"))
 
     def decode_shape(self, keys: torch.Tensor) -> GQAShape:
         """The case of decoding over a fixed-address cache with these keys [1, heads, S, D]."""
@@ -84,9 +86,29 @@ class FusedAttention(DenseOperator):
 
         Mutates: the cache.
         """
-        batch, count, width = hidden_states.shape
+        width = hidden_states.shape[-1]
+        parts = self.projections(hidden_states.reshape(-1, width))
+        cache = cache_in(kwargs)
+        out = self.attend_parts(parts, hidden_states, position_embeddings, attention_mask, cache)
+        return self.o_proj(out), None
+
+    def attend_parts(
+        self,
+        parts: Sequence[torch.Tensor],
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        attention_mask: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor:
+        """What the output projection reads, [B, T, heads x D], from what `projections` gave.
+
+        Args:
+            hidden_states: [B, T, H], of which only shape and type count.
+
+        Mutates: the cache.
+        """
+        batch, count, _ = hidden_states.shape
         dtype = hidden_states.dtype
-        parts = self._projections(hidden_states.reshape(-1, width))
         # Each [B, T, its heads, D].
         query, key, value = (part.view(batch, count, -1, self.head_dim) for part in parts)
         if self.normed:
@@ -99,10 +121,9 @@ class FusedAttention(DenseOperator):
         query = heads[:, : self.query_heads]
         key = heads[:, self.query_heads :]
         value = value.transpose(1, 2).to(dtype)
-        out = self.attend(query, key, value, attention_mask, cache_in(kwargs))
+        out = self.attend(query, key, value, attention_mask, cache)
         # [B, heads, T, D] -> [B, T, heads x D]
-        out = out.transpose(1, 2).reshape(batch, count, -1)
-        return self.o_proj(out), None
+        return out.transpose(1, 2).reshape(batch, count, -1)
 
     def attend(
         self,

@@ -121,7 +121,7 @@ class LinearGroup:
         self._names = tuple(names)
         self._function: GgmlFunction | None = None
         if ggml is not None:
-            self._function = GgmlFunction(ggml, self._build, learned=self._biases)
+            self._function = GgmlFunction(ggml, self.build, learned=self._biases)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One output [N, M_i] for each linear from x [N, M], float32 or of x's dtype.
@@ -132,7 +132,8 @@ class LinearGroup:
             return [linear(x) for linear in self._linears()]
         return self._function(x, len(x))
 
-    def _build(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
+    def build(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
+        """The outputs in a graph, from [N, M]; every linear must be a `GgmlLinear`."""
         return [linear.build(graph, x) for linear in self._linears()]
 
     def _linears(self) -> list[Any]:

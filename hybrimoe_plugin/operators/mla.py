@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class FusedMLA(DenseOperator):
             original = getattr(orig_module, name)
             norm = FusedRMSNorm(f"{key}.{name}", gguf_loader, config, original, **kwargs)
             setattr(self, name, norm)
-        self._inputs = LinearGroup(self.ggml, self, (queries[0], "kv_a_proj_with_mqa"))
+        self.projections = LinearGroup(self.ggml, self, (queries[0], "kv_a_proj_with_mqa"))
 
         self.quantized_kv_b: QuantizedKVB | None = None
         self._dense_kv_b: DenseKVB | None = None
@@ -140,9 +141,29 @@ class FusedMLA(DenseOperator):
 
         Mutates: the cache.
         """
-        batch, count, width = hidden_states.shape
+        width = hidden_states.shape[-1]
+        parts = self.projections(hidden_states.reshape(-1, width))
+        cache = cache_in(kwargs)
+        out = self.attend_parts(parts, hidden_states, position_embeddings, attention_mask, cache)
+        return self.o_proj(out), None
+
+    def attend_parts(
+        self,
+        parts: Sequence[torch.Tensor],
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        attention_mask: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor:
+        """What the output projection reads, [B, T, heads x values], from what `projections` gave.
+
+        Args:
+            hidden_states: [B, T, H], of which only shape and type count.
+
+        Mutates: the cache.
+        """
+        batch, count, _ = hidden_states.shape
         dtype = hidden_states.dtype
-        parts = self._inputs(hidden_states.reshape(-1, width))
         query, compressed = (part.to(dtype) for part in parts)
         if self.low_rank_query:
             query = self.q_b_proj(self.q_a_layernorm(query))
@@ -161,7 +182,6 @@ class FusedMLA(DenseOperator):
 
         # The entries of the new tokens, and then of all so far.
         compressed = torch.cat((self.kv_a_layernorm(latent), key_rope), dim=-1)
-        cache = cache_in(kwargs)
         compressed = self.cached(compressed, cache)
         if self._dense_kv_b is not None and count > 1:
             query = torch.cat((query_nope, query_rope), dim=-1)
@@ -172,8 +192,7 @@ class FusedMLA(DenseOperator):
             latents = self.attend_absorbed(query, compressed, attention_mask, cache)
             out = kv_b.out_of_latent(latents)
         # [B, heads, T, values] -> [B, T, heads x values]
-        out = out.transpose(1, 2).reshape(batch, count, -1)
-        return self.o_proj(out), None
+        return out.transpose(1, 2).reshape(batch, count, -1)
 
     def cached(self, compressed: torch.Tensor, cache: Any) -> torch.Tensor:
         """Append entries [B, 1, T, latent + rope] and return those of all tokens so far.

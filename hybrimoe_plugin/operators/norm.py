@@ -12,12 +12,13 @@ from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.policy.step import FEW_ROWS
 
 __getattr__ = old_names(__name__)
 
 
 class FusedRMSNorm(DenseOperator):
-    """`x / rms(x) * weight`: by ggml in float32 for a single vector on the CPU, else by torch.
+    """`x / rms(x) * weight`: by ggml in float32 for a few tokens on the CPU, else by torch.
 
     torch's kernel keeps the precision of its input. On the CPU it is six operations again, which
     between other work take 25 to 40 us instead of 10.
@@ -53,10 +54,11 @@ class FusedRMSNorm(DenseOperator):
             raise InputError(
                 f"{self.key}: expected values of width {len(self.weight)}, found {list(x.shape)}"
             )
-        single = x.numel() == x.shape[-1]
-        if self._function is None or not single or x.dtype != torch.float32:
+        rows = x.numel() // x.shape[-1]
+        few = rows == 1 or (x.ndim <= 3 and 1 < rows <= FEW_ROWS)  # others are of every head
+        if self._function is None or not few or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        (y,) = self._function(x.reshape(1, -1), 1)
+        (y,) = self._function(x.reshape(rows, -1), rows)
         return y.clone().view(x.shape)
 
     def build(self, graph: Graph, x: GraphTensor, out: torch.Tensor | None = None) -> GraphTensor:

@@ -33,6 +33,7 @@ RUN_BY = {
     "hybrimoe local_chat": "tests/cli/test_local_chat.py",
     "hybrimoe patches": "tests/cli/test_ktransformers.py",
     "hybrimoe translate_rules": "tests/hosts/classic_host/test_translated_rules.py",
+    "python -m eval.batches": "eval/reporting/answers.py",
     "python -m eval.cache": "eval/reporting/answers.py",
     "python -m eval.cuda_model": "tests/eval/cuda/test_cuda_model.py",
     "python -m eval.fidelity": "eval/reporting/answers.py",

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from hybrimoe_plugin.compute.cpu.expert_inputs import (
@@ -21,9 +22,11 @@ from hybrimoe_plugin.compute.cpu.expert_inputs import (
 )
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_layer import GgmlLayer
+from hybrimoe_plugin.compute.cpu.ggml_union import Unions
 from hybrimoe_plugin.compute.cpu.requantise import readable_types, supported_weights
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 
@@ -51,6 +54,7 @@ class GgmlExperts:
         """
         self._ggml = Ggml()
         self._layers: list[GgmlLayer] = []
+        self._unions = Unions()
         self._worker = ThreadPoolExecutor(1, "cpu-experts") if beside else None
         self._pending: Callable[[], torch.Tensor] | None = None
 
@@ -65,7 +69,8 @@ class GgmlExperts:
     def add_layer(self, weights: LayerWeights) -> None:
         """Types without a kernel are requantised. Raises: BackendError: values out of range."""
         supported = supported_weights(weights, readable_types())
-        self._layers.append(GgmlLayer(self._ggml, self.threads, supported, self.repack))
+        layer = GgmlLayer(self._ggml, self.threads, supported, self.repack, self._unions)
+        self._layers.append(layer)
 
     def submit(
         self,
@@ -138,6 +143,10 @@ def _checked(
         chosen = ids[0].tolist()
         low, high = min(chosen), max(chosen)
         repeated = len(set(chosen)) < len(chosen)
+    elif len(ids) <= FEW_ROWS:  # and numpy's operations than torch's
+        in_order = np.sort(ids.numpy(), axis=1)
+        low, high = int(in_order[:, 0].min()), int(in_order[:, -1].max())
+        repeated = bool((in_order[:, 1:] == in_order[:, :-1]).any())
     else:
         low, high = (int(value) for value in torch.aminmax(ids))
         repeated = ids.shape[1] > 1 and _repeats(ids)

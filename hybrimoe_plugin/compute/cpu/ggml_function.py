@@ -10,6 +10,13 @@ import torch
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import InputError
+from hybrimoe_plugin.policy.step import FEW_ROWS
+
+KEPT_ROWS = 64
+"""Most rows of the kept graphs for several tokens: room for 2, 4, 8, 16 and 32.
+
+With Qwen3-30B-A3B a row takes 53 KB in each layer and 0.6 MB in the head: 200 MB at most.
+"""
 
 Build = Callable[[Graph, GraphTensor], Sequence[GraphTensor]]
 """Adds the operations of a function to a graph: input node -> output nodes."""
@@ -26,14 +33,16 @@ class BuiltGraph(NamedTuple):
 class GgmlFunction:
     """A function computed by ggml graphs, one graph for each number of tokens.
 
-    The graph for a single token is kept, since decode runs it again at every step. Others are built
-    for the call: building one costs little next to the products of many tokens.
+    The graph for a single token is kept, since decode runs it again at every step. So are those for
+    a few tokens, the last used of them, as long as their buffers have no more than `KEPT_ROWS` rows
+    together. Others are built for the call: building one costs little next to the products of many
+    tokens.
 
     Args:
         build: adds the operations to a graph with the given input, and returns the outputs.
         threads: by default torch's number, whose OpenMP pool it is; 1 for work that is too small to
             be shared.
-        single_input: [1, M] float32, the memory in which graphs for a single token read their
+        input_rows: [FEW_ROWS, M] float32, the memory in whose first rows kept graphs read their
             input; by default each graph has its own.
         ids: the input is integers, else floating point.
         learned: returns the parameters that the graphs hold as constants; no gradients flow to
@@ -45,19 +54,19 @@ class GgmlFunction:
         ggml: Ggml,
         build: Build,
         threads: int | None = None,
-        single_input: torch.Tensor | None = None,
+        input_rows: torch.Tensor | None = None,
         ids: bool = False,
         learned: Callable[[], Sequence[torch.Tensor | None]] = tuple,
     ) -> None:
         self._ggml = ggml
         self._build = build
         self._threads = threads
-        self._single_input = single_input
+        self._input_rows = input_rows
         self._ids = ids
         self._learned = learned
-        self._kept: dict[int, BuiltGraph] = {}
-        """The graph for a single token, for each number of threads: torch has a number for every
-        thread that calls it.
+        self._kept: dict[tuple[int, int], BuiltGraph] = {}
+        """By number of threads and of tokens, the last used one last: torch has a number of threads
+        for every thread that calls it.
         """
 
     def __call__(self, x: torch.Tensor, tokens: int) -> list[torch.Tensor]:
@@ -90,17 +99,33 @@ class GgmlFunction:
 
     def _graph_for(self, x: torch.Tensor, tokens: int) -> BuiltGraph:
         threads = self._threads or torch.get_num_threads()
-        if tokens != 1:
-            return self._built(x, threads, kept=False)
-        built = self._kept.get(threads)
+        if tokens > FEW_ROWS:
+            return self._built(x, threads, tokens)
+        key = threads, tokens
+        built = self._kept.get(key)
         if built is None:
-            built = self._kept[threads] = self._built(x, threads, kept=True)
+            built = self._built(x, threads, tokens)
+        if tokens != 1:
+            self._kept.pop(key, None)  # from here to the end: it is the last used one
+            self._make_room(tokens)
+        self._kept[key] = built
         return built
 
-    def _built(self, x: torch.Tensor, threads: int, kept: bool) -> BuiltGraph:
+    def _make_room(self, tokens: int) -> None:
+        """Drop what was not used for longest until a graph for so many tokens may be kept."""
+        several = [key for key in self._kept if key[1] > 1]
+        rows = tokens + sum(count for _, count in several)
+        for key in several:
+            if rows <= KEPT_ROWS:
+                break
+            del self._kept[key]
+            rows -= key[1]
+
+    def _built(self, x: torch.Tensor, threads: int, tokens: int) -> BuiltGraph:
+        kept = tokens <= FEW_ROWS
         graph = Graph(self._ggml, threads, kept=kept)
-        if kept and self._single_input is not None:
-            node = graph.wrap(self._single_input)
+        if kept and self._input_rows is not None:
+            node = graph.wrap(self._input_rows[:tokens])
         else:
             dtype = torch.int32 if self._ids else torch.float32
             node = graph.input(*x.shape, dtype=dtype)

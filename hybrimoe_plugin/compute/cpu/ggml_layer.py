@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
-from hybrimoe_plugin.compute.cpu.ggml_many_tokens import by_expert, by_index
+from hybrimoe_plugin.compute.cpu.ggml_many_tokens import by_expert, by_index, weighted_sum
 from hybrimoe_plugin.compute.cpu.ggml_single_token import SingleTokenGraph
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
+from hybrimoe_plugin.compute.cpu.ggml_union import UnionRows, Unions, addresses_of
+from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 _ROWS_FOR_TILES = 6
@@ -20,15 +22,22 @@ class GgmlLayer:
     """One layer's stored matrices, and its graphs for one token.
 
     Args:
+        unions: the graphs for a few tokens, which layers share.
         repack: whether matrices may be copied into a type with faster kernels.
 
     Raises:
         BackendError: a type without a kernel.
     """
 
-    def __init__(self, ggml: Ggml, threads: int, weights: LayerWeights, repack: bool) -> None:
+    def __init__(
+        self, ggml: Ggml, threads: int, weights: LayerWeights, repack: bool, unions: Unions
+    ) -> None:
         self.spec = weights.spec
         self.stored = StoredExperts.of(ggml, threads, weights, repack)
+        self._unions = unions
+        self._addresses = addresses_of(self.stored)
+        self._plain = self.stored.plain
+        self._rows_for_plain = self.stored.rows_for_plain if self._plain else 0.0
         self._single: dict[int, SingleTokenGraph] = {}
         """By K."""
 
@@ -45,6 +54,10 @@ class GgmlLayer:
             if graph is None:
                 graph = self._single[top_k] = SingleTokenGraph(self.stored, top_k)
             return graph.compute(hidden, ids, weights)
+        if len(hidden) <= FEW_ROWS:
+            few = self._few(hidden, ids, weights)
+            if few is not None:
+                return few
         parts = [self._many(hidden[part], ids[part], weights[part]) for part in _parts(len(hidden))]
         if len(parts) == 1:
             return parts[0]
@@ -62,11 +75,38 @@ class GgmlLayer:
             if not ids.shape[1]:
                 return torch.zeros_like(hidden)
             return self.compute(hidden, ids, weights)
+        if len(hidden) <= FEW_ROWS:
+            few = self._few(hidden, ids, weights, kept)
+            if few is not None:
+                return few
         outputs = []
         for part in _parts(len(hidden)):
             output = by_expert(self.stored, hidden[part], ids[part], weights[part], kept[part])
             outputs.append(output)
         return torch.cat(outputs)
+
+    def _few(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        kept: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """[T, H] by the kept graphs; None where they compute wrongly, or others are faster."""
+        if not self._plain:
+            return None
+        rows = UnionRows.of(ids, kept)
+        # A plain product takes about the same time for one row as for two.
+        if len(rows.choices) < self._rows_for_plain * len(rows.experts):
+            return None
+        if not len(rows.choices):
+            return torch.zeros_like(hidden)
+        outputs = self._unions.compute(self.stored, self._addresses, hidden, rows, ids)
+        by_choice = outputs.new_empty(ids.numel(), outputs.shape[1])
+        if kept is not None:
+            by_choice.zero_()  # choices that do not count keep their zeros
+        by_choice.index_copy_(0, torch.from_numpy(rows.choices), outputs)
+        return weighted_sum(by_choice.view(*ids.shape, -1), weights, hidden.dtype)
 
     def _many(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         loads = torch.bincount(ids.reshape(-1))

@@ -70,7 +70,7 @@ def by_index(
     if spoiled:
         finite = _finite_rows(x.value) & _finite_rows(inner.value)
         out.value[~finite] = math.nan
-    return _weighted_sum(out.value, weights, hidden.dtype)
+    return weighted_sum(out.value, weights, hidden.dtype)
 
 
 def by_expert(
@@ -125,7 +125,7 @@ def by_expert(
     if kept is not None:
         by_choice.zero_()  # choices that do not count keep their zeros
     by_choice.index_copy_(0, order, outputs)
-    return _weighted_sum(by_choice.view(*ids.shape, width), weights, hidden.dtype)
+    return weighted_sum(by_choice.view(*ids.shape, width), weights, hidden.dtype)
 
 
 def _sorted_choices(flat_ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
@@ -169,7 +169,7 @@ def _finite_rows(values: torch.Tensor) -> torch.Tensor:
     return values.isfinite().all(dim=-1)
 
 
-def _weighted_sum(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[T, H] from experts' outputs [T, K, H] and weights [T, K]."""
     sums = torch.bmm(weights.float()[:, None], outputs)
     return sums[:, 0].to(dtype)

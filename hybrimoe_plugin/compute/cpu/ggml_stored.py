@@ -27,6 +27,10 @@ The kernels of one product and of indexed products agree in them.
 """
 
 
+_EQUAL = 1.2
+"""Ratio of times up to which kernels count as equally fast for one row."""
+
+
 class ApartExperts(NamedTuple):
     """One projection of experts that do not lie evenly in the file."""
 
@@ -74,6 +78,20 @@ class StoredExperts(NamedTuple):
         """Whether plain products of several rows are right in all three types."""
         parts = self.gate, self.up, self.down
         return all(self.ggml.forms(part.type_name).rows for part in parts)
+
+    @property
+    def plain(self) -> bool:
+        """Whether plain products of any number of rows are right in all three types."""
+        parts = self.gate, self.up, self.down
+        return self.tiled and all(self.ggml.forms(part.type_name).row for part in parts)
+
+    @property
+    def rows_for_plain(self) -> float:
+        """Average rows of an expert from which plain products are faster than indexed ones."""
+        parts = self.gate, self.up, self.down
+        speeds = (self.ggml.kernel_speed(part.type_name, self.threads) for part in parts)
+        factor = max(speed.plain_factor for speed in speeds)
+        return factor if factor > _EQUAL else 0.0
 
     @property
     def is_swiglu(self) -> bool:

@@ -78,6 +78,7 @@ class GgmlBinding:
         except AttributeError as error:
             raise BackendError(f"kt-kernel {version} does not export ggml: {error}") from error
         self.data_offset = self._find_data()
+        self.sizes_offset = self._find_sizes()
 
     def _declare(self, library: ctypes.PyDLL) -> None:
         """Raises: AttributeError: a function is not exported."""
@@ -155,6 +156,19 @@ class GgmlBinding:
         if len(found) != 1:
             raise BackendError("ggml in kt-kernel keeps its tensors in an unknown way")
         return found[0]
+
+    def _find_sizes(self) -> int:
+        """Where a tensor keeps its four sizes, innermost first, and then its four strides."""
+        memory = np.zeros(1 << 16, np.uint8)
+        context = self.new_context(memory)
+        tensor = self.new_tensor(context, F32, (3, 5, 7, 11))
+        words = list((_Int64 * 40).from_address(tensor))
+        self.free(context)
+        wanted = [11, 7, 5, 3, 4, 44, 308, 1540]
+        found = [at for at in range(32) if words[at : at + 8] == wanted]
+        if len(found) != 1:
+            raise BackendError("ggml in kt-kernel keeps its tensors in an unknown way")
+        return 8 * found[0]
 
 
 def _function(symbol: Any, result: Any, *arguments: Any) -> Any:

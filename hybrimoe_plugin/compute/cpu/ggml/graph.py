@@ -36,6 +36,7 @@ class Graph(GraphTensors):
         threads: the calling thread and this many less one of OpenMP's.
         kept: it will run often; then its times tell whether the team is disturbed.
         nodes: most tensors that it may have, inputs and weights included.
+        watched: whether runs look for what a product rounds, at all memory that products read.
 
     Attributes:
         spoiled: whether a product of the last run rounded a NaN or an infinity; the outputs that
@@ -43,12 +44,18 @@ class Graph(GraphTensors):
     """
 
     def __init__(
-        self, ggml: GraphRuntime, threads: int, kept: bool = False, nodes: int = 48
+        self,
+        ggml: GraphRuntime,
+        threads: int,
+        kept: bool = False,
+        nodes: int = 48,
+        watched: bool = True,
     ) -> None:
         super().__init__(ggml, nodes)
         self.spoiled = False
         self._threads = threads
         self._runs_often = kept
+        self._watched = watched
         self._watch = RoundingWatch()
         self._counts: dict[tuple[int, int], GraphTensor] = {}
         """Ids for `matmul_id` of products that have none of their own, by their shape."""
@@ -128,10 +135,18 @@ class Graph(GraphTensors):
     def silu_mul(self, gate: GraphTensor, up: GraphTensor) -> GraphTensor:
         """silu(gate) * up, in gate's buffer. Raises: BackendError: different shapes."""
         require(gate.shape == up.shape, "a gated product", gate, up)
-        activated = self._binding.silu(self._context, gate.pointer)
-        self._set_data(activated, gate.value.data_ptr())
-        pointer = self._binding.mul(self._context, activated, up.pointer)
-        return self._result(pointer, gate.shape, gate.value)
+        return self.multiply(self.silu(gate), up)
+
+    def silu(self, x: GraphTensor) -> GraphTensor:
+        """silu(x), in x's buffer."""
+        pointer = self._binding.silu(self._context, x.pointer)
+        return self._result(pointer, x.shape, x.value)
+
+    def multiply(self, x: GraphTensor, y: GraphTensor) -> GraphTensor:
+        """x * y, in x's buffer. Raises: BackendError: different shapes."""
+        require(x.shape == y.shape, "a product of each value", x, y)
+        pointer = self._binding.mul(self._context, x.pointer, y.pointer)
+        return self._result(pointer, x.shape, x.value)
 
     def add(self, x: GraphTensor, y: GraphTensor) -> GraphTensor:
         """x + y, in x's buffer, for x [..., M] and y [..., M] or [1, M].
@@ -201,7 +216,7 @@ class Graph(GraphTensors):
 
     def _watch_input(self, weight: GraphTensor, x: GraphTensor) -> None:
         """Look at x after every run, if products with this weight round it."""
-        if weight.type_name not in FLOATS:
+        if self._watched and weight.type_name not in FLOATS:
             self._watch.add(x.value)
 
     def _counted(self, tokens: int, batch: int) -> GraphTensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.cpu.ggml.binding import F32, I32
 from hybrimoe_plugin.compute.cpu.ggml.runtime import GraphRuntime
@@ -82,6 +84,25 @@ class GraphTensors:
     def pointer(self, tensor: GraphTensor) -> ctypes.c_uint64:
         """Where a tensor's data pointer is kept; set its `value` to let the next run read there."""
         return ctypes.c_uint64.from_address(tensor.pointer + self._binding.data_offset)
+
+    @property
+    def data_at(self) -> int:
+        """Word of a tensor's structure that holds its address."""
+        return self._binding.data_offset // 8
+
+    @property
+    def sizes_at(self) -> int:
+        """First of the four words with its sizes, innermost first; four strides follow."""
+        return self._binding.sizes_offset // 8
+
+    def structures(
+        self, tensors: Sequence[GraphTensor]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(the graph's structures as words, the first word of each tensor's)."""
+        offsets = [tensor.pointer - self._memory.ctypes.data for tensor in tensors]
+        assert not any(offset % 8 for offset in offsets)
+        words = self._memory[: len(self._memory) // 8 * 8].view(np.int64)
+        return words, np.array(offsets, np.int64) // 8
 
     def view(self, tensor: GraphTensor, part: torch.Tensor) -> GraphTensor:
         """A part of a tensor's buffer, given as torch's view of it.

@@ -8,6 +8,7 @@ loop (docs/LOG.md). So both are measured, of those that are right (`accuracy`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 from typing import NamedTuple
@@ -42,6 +43,10 @@ class KernelSpeed(NamedTuple):
     """
     ns: float
     """The faster kernel's time for one value of the matrix."""
+    plain_factor: float = 1.0
+    """The plain product's time in times of the indexed one; infinite where the plain one is wrong,
+    and 0 where it alone is right.
+    """
 
 
 def measured_matrix(type_name: str) -> QuantizedMatrix:
@@ -65,7 +70,13 @@ def fastest(products: Mapping[bool, RunProduct], values: int) -> KernelSpeed:
         for indexed, run in products.items():
             ns[indexed] = min(ns[indexed], _spent_ns(run))
     indexed = True in ns and (False not in ns or ns[True] < _EQUAL * ns[False])
-    return KernelSpeed(indexed, ns[indexed] / values)
+    return KernelSpeed(indexed, ns[indexed] / values, _plain_factor(ns))
+
+
+def _plain_factor(ns: Mapping[bool, int]) -> float:
+    if len(ns) == 2:
+        return ns[False] / ns[True]
+    return math.inf if True in ns else 0.0
 
 
 def _spent_ns(run: RunProduct) -> int:

@@ -1,0 +1,50 @@
+"""eval.batches: a table of the right shape, bytes, which counts are slower; nothing is timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import needs
+import pytest
+import tiny
+
+from eval import batches
+from eval.peers import roofline
+from eval.reporting.rows import column
+from hybrimoe_plugin.weights.gguf_store import GGUFStore
+
+needs.kt_kernel()
+
+
+def test_batches_on_a_tiny_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "read_gbps", lambda threads: 1.0)
+    path = tiny.write(tmp_path, "mixtral", types="Q8_0")
+    arguments = ["--gguf_path", str(path), "--out", str(tmp_path), "--rows", "1", "3"]
+    result = batches.main([*arguments, "--turns", "1", "--context", "4", "--threads", "1"])
+    assert set(result["chain_tok_s"]) == {1, 3}
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert said["slower_with_more_rows"] == result["slower_with_more_rows"]
+    rows = batches.report.read_csv(tmp_path / "batches_model.csv")
+    assert column(rows, "kind") == ["conversations", "chain"] * 2
+    assert column(rows, "rows") == [1, 1, 3, 3]
+    assert rows[0]["experts_a_layer"] == 2 and 2 <= rows[2]["experts_a_layer"] <= 6
+    assert (tmp_path / "batches_model.png").stat().st_size > 1000
+
+
+def test_a_row_reads_what_a_token_reads(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path, "mixtral", types="Q8_0")
+    config = tiny.config("mixtral")
+    weights = batches.Weights.of(path, config)
+    routed = config.num_experts_per_tok * weights.layers * weights.expert_bytes
+    assert weights.dense_bytes + routed == pytest.approx(roofline.token_bytes(path, config), abs=1)
+    tensors = GGUFStore.open(path).tensors.values()
+    assert weights.dense_bytes < sum(info.nbytes for info in tensors)
+
+
+def test_slower_ones_are_those_below_the_best_of_fewer_rows() -> None:
+    speeds = {1: 30.0, 2: 29.0, 4: 50.0, 8: 70.0, 16: 60.0, 32: 65.0}
+    rows = [{"rows": count, "tok_s": speed} for count, speed in speeds.items()]
+    assert batches.slower(rows) == [2, 16, 32]
