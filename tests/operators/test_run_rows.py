@@ -58,3 +58,25 @@ def test_a_verification_corrects_what_was_learned(model: Any) -> None:
     before = cache.ranks.copy()
     model.hybrimoe.verified([True, True, False, False])
     assert (cache.ranks != before).any()
+
+
+@torch.no_grad()
+def test_a_batch_s_decode_step_has_rows_and_a_prompt_has_none(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    engine = model.hybrimoe.engines[0]
+    run = engine.run
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.append(None if engine.rows is None else engine.rows.owners.tolist())
+        result: torch.Tensor = run(*args)
+        return result
+
+    monkeypatch.setattr(engine, "run", watched)
+    ids = tiny.tokens(2 * ROWS).reshape(ROWS, 2)
+    model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    layers = len(engine.layers)
+    steps = [list(range(ROWS))] * layers * 2
+    assert seen == [None] * layers + steps
+    assert engine.rows is None

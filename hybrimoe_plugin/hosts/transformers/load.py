@@ -18,6 +18,7 @@ from hybrimoe_plugin.engine.turns import Turns, take_turns
 from hybrimoe_plugin.errors import BudgetError, ConfigError, WeightsError
 from hybrimoe_plugin.families.registry import names_of
 from hybrimoe_plugin.hosts.transformers.as_usual import Guard
+from hybrimoe_plugin.hosts.transformers.batches import follow_batches
 from hybrimoe_plugin.hosts.transformers.complete import check_complete
 from hybrimoe_plugin.hosts.transformers.config import model_config
 from hybrimoe_plugin.hosts.transformers.devices import spread
@@ -133,13 +134,15 @@ def load_model(
         turns.before.append(store.check_unchanged)
         unhook_rows = connect_layers(model, turns)
         guard = Guard(model)
-        unhook_turns = take_turns(model, turns)
+        unfollow = _all() if model.hybrimoe is None else follow_batches(model, model.hybrimoe)
+        unhook_turns = take_turns(model, turns)  # last: a pass's turn covers all of the above
     except BaseException:
         injection.restore()
         raise
     if model.hybrimoe is not None:
         model.hybrimoe.on_restore = _all(
-            unhook_turns, guard.remove, unhook, unhook_rows, injection.restore, guard.restored
+            *(unhook_turns, unfollow, guard.remove, unhook, unhook_rows),
+            *(injection.restore, guard.restored),
         )
     log.info("memory left on the host: %d bytes", free_host_bytes())
     return model, tokenizer

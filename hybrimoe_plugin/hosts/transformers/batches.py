@@ -1,0 +1,49 @@
+"""A batch's decode step, as `model.generate` makes it: one row of each conversation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hybrimoe_plugin.injection.own_attributes import give_own
+from hybrimoe_plugin.operators.bind import HybriMoE
+from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
+
+
+def follow_batches(model: nn.Module, handle: HybriMoE) -> Callable[[], None]:
+    """Say whose rows a pass has where its shape tells: one token of each of 2 to 32 sequences.
+
+    What `run_rows` says goes before it.
+
+    Returns:
+        A function that restores the model's `forward`.
+
+    Mutates: `model`.
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)  # transformers reads names of arguments off a model's `forward`
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        count = _sequences(args, kwargs)
+        told = any(engine.rows is not None for engine in handle.engines)
+        if told or not 1 < count <= FEW_ROWS:
+            return plain(*args, **kwargs)
+        rows = Rows(np.arange(count), np.ones(count, bool))
+        return handle.run_rows(rows, plain, *args, **kwargs)
+
+    return give_own(model, {"forward": forward})
+
+
+def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many sequences have one token each in this pass; 0 for any other pass."""
+    given = args[0] if args else kwargs.get("input_ids")
+    if given is None:
+        given = kwargs.get("inputs_embeds")
+    if not isinstance(given, torch.Tensor) or given.ndim < 2 or given.shape[1] != 1:
+        return 0
+    return len(given)
