@@ -32,7 +32,7 @@ from hybrimoe_plugin.weights.layer_weights import LayerWeights
 REPEATS = 5
 UNION_REPEATS = 3
 FEW_TOKENS = 8
-"""Experts of larger loads are measured half as many at a time, for they take longer."""
+"""Load above which half as many experts are measured at a time, since each takes longer."""
 BUDGET_S = 4.0
 """Time for one sweep of measurements; what is not reached by then is left to interpolation."""
 
@@ -127,8 +127,8 @@ def _choose_threads(
 def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int, median: Median) -> Side:
     """Time per expert at each load, and what the first expert costs beyond it.
 
-    One call of n experts takes `first + n * expert`: two values of n give both. `first` is that of
-    decode for all loads, so one call tells what an expert takes at each of the others.
+    One call of n experts takes `first + n * expert`: two values of n give both. `first` is measured
+    at load 1 and taken to be the same for all loads, so one call is enough for each other load.
     """
     spec = weights.spec
     few = 1
@@ -156,7 +156,7 @@ def _measure_cpu(weights: LayerWeights, cpu: CPUBackend, threads: int, median: M
 
 
 def _check_union(weights: LayerWeights, cpu: CPUBackend, side: Side, median: Median) -> str:
-    """What a call of a few rows takes whose experts differ in load."""
+    """Time a call of a few rows, whose experts differ in load."""
     spec = weights.spec
     ids = union_ids(spec.experts, spec.top_k)
     hidden = torch.randn(UNION_ROWS, spec.hidden, dtype=torch.bfloat16)

@@ -26,12 +26,12 @@ from hybrimoe_plugin.policy.step import loads
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 LOADS = (1, 2, 4, 16, 64, 8, 3, 32, 6, 12, 24)
-"""Tokens of an expert whose time is measured, those first that tell most.
+"""Tokens of an expert whose time is measured, the most telling ones first: time may run out.
 
-Calls of a few rows give most experts one to eight, where kernels change over.
+Calls of a few rows give most experts one to eight tokens, where one kernel takes over from another.
 """
 UNION_ROWS = 16
-"""Of the call by which the sum of single experts' times is checked."""
+"""Rows of the call that checks whether single experts' times add up."""
 WARM_UPS = 5
 REPEATS = 15
 
@@ -131,7 +131,7 @@ def by_load(each: Mapping[int, float]) -> tuple[tuple[int, ...], tuple[float, ..
 def _check_union(
     weights: LayerWeights, accelerator: SlotAccelerator, side: Side, median: Median
 ) -> str:
-    """What a call of a few rows takes in one wave, of experts that fit the slots together."""
+    """Time a call of a few rows in one wave; its experts fit into the slots together."""
     spec, device = weights.spec, accelerator.device
     ids = union_ids(accelerator.slots, spec.top_k)
     hidden = torch.randn(UNION_ROWS, spec.hidden, dtype=torch.bfloat16, device=device)
@@ -153,7 +153,7 @@ def union_ids(experts: int, top_k: int) -> NDArray[np.int64]:
 
 
 def union_note(name: str, side: Side, ids: NDArray[np.int64], took_us: float) -> str:
-    """The time that plans assume for such a call beside the one that it took.
+    """Compare the measured time of such a call with the time that plans assume.
 
     Args:
         name: of the processor.
@@ -165,8 +165,8 @@ def union_note(name: str, side: Side, ids: NDArray[np.int64], took_us: float) ->
     union = loads(ids)
     expected_us = side.first_us + sum(map(curve, union.values()))
     return (
-        f"{name}: {UNION_ROWS} rows with {len(union)} experts took {took_us:.0f} us, by the times "
-        f"of single experts {expected_us:.0f} us"
+        f"{name}: {UNION_ROWS} rows with {len(union)} experts took {took_us:.0f} us; the times of "
+        f"single experts add up to {expected_us:.0f} us"
     )
 
 
