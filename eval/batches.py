@@ -7,9 +7,9 @@ Two kinds of call are measured at each number of rows R, over a KV cache of the 
 
 Row counts and kinds take turns in one run, so that a change in the machine's speed affects all of
 them alike; each number is a median over the turns. Every turn has other random tokens. Random rows
-choose experts that have little in common, most of all on a synthetic file, whose router is random:
-this is the hard case. A call reads its dense matrices once and each expert that a row has chosen
-once; the share of the bandwidth is of those bytes.
+have few experts in common, fewest on a synthetic file, whose router is random: this is the hard
+case. The share of the bandwidth counts what a call has to read: the dense matrices once, and once
+each expert that any row has chosen.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from eval.models import synthetic
@@ -140,7 +141,10 @@ class Subject:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the question; gives the contents of the JSON line."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if min(*args.rows, args.context, args.threads, 1 if args.turns is None else args.turns) < 1:
+        parser.error("--rows, --context, --threads and --turns are at least 1")
     torch.set_num_threads(args.threads)
     gguf = _gguf(args)
     name = gguf.stem if args.gguf_path else args.model
@@ -162,9 +166,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--model_path", type=Path, help="directory with its config, if it has one")
     parser.add_argument("--layers", type=int, help="layers of the synthetic file")
     parser.add_argument("--quantisation", choices=synthetic.QUANTISATIONS, default="Q4_K_M")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="row counts to measure")
-    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in the cache")
     parser.add_argument("--turns", type=int, help="calls of each cell (default 15, quick 7)")
     parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="off: plain twin")
     return parser
@@ -172,15 +176,18 @@ def _parser() -> ArgumentParser:
 
 def measure(args: Namespace, gguf: Path) -> list[dict[str, Any]]:
     """One row for each kind of call and number of rows. Sets `turns` where it is not given."""
-    args.turns = args.turns or (7 if args.quick else 15)
+    if args.turns is None:
+        args.turns = 7 if args.quick else 15
     gbps = roofline.read_gbps(args.threads)
     print(f"main memory is read at {gbps:.1f} GB/s with {args.threads} threads", flush=True)
     cells = [Cell(kind, rows) for rows in sorted(set(args.rows)) for kind in KINDS]
+    print(f"{len(cells)} kinds of call are warmed up, then timed in {args.turns} turns", flush=True)
     subject = Subject(args, gguf, max(args.rows), args.context)
     weights = Weights.of(gguf, subject.model.config)
-    experts = {cell: _experts(subject, cell) for cell in cells}
+    warmed = tqdm(cells, desc="warm-up", disable=None)
+    experts = {cell: _experts(subject, cell) for cell in warmed}
     spent: dict[Cell, list[Spent]] = {cell: [] for cell in cells}
-    for _ in range(args.turns):
+    for _ in tqdm(range(args.turns), desc="turns", disable=None):
         for cell in cells:
             spent[cell].append(subject.call(cell))
     subject.close()

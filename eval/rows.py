@@ -24,7 +24,7 @@ from eval.reporting.rows import column, distinct, where, within
 from hybrimoe_plugin.replay.simulator import replay
 
 STEPS = {1: 48, 2: 32, 4: 32, 8: 24, 16: 16, 32: 16}
-"""Row counts -> steps, half of which are judged: many rows teach a cache more in each of them."""
+"""Rows a call -> steps, half of which are judged; each step of many rows teaches a cache more."""
 QUICK_STEPS = 8
 RATIOS = (0.25, 0.5)
 NEAR = 0.01
@@ -36,7 +36,7 @@ STARTS = 5
 text, and other errors of the predictions.
 """
 BEHIND = 0.002
-"""A difference that counts as level."""
+"""Largest difference that counts as level."""
 RECORDED_MACHINES = ("a6000", "rtx4090-desktop", "laptop-8gb")
 TRACES = (*traces.FLAT, *traces.REAL, *traces.RECORDED)
 PROFILES = ("a6000", "constants", "rtx4090-desktop", "laptop-8gb")
@@ -67,12 +67,13 @@ class Timed(NamedTuple):
     call_us: float
     """Mean time of a judged layer call."""
     token_us: float
-    """Mean time of a judged pass for a token that one of the texts gains."""
+    """Mean time of a judged pass, divided by `tokens`."""
     tokens: float
-    """Mean tokens that the texts gain in a pass, judged or not."""
+    """Mean number of tokens by which all texts together grow in a pass, judged or not."""
     resident: float
+    """Share of the needed experts that were resident, in judged passes."""
     link_bytes: float
-    """For a token that one of the texts gains."""
+    """Bytes across the link in judged passes, for each token by which a text grows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -83,12 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     add("--kinds", nargs="+", default=KINDS, choices=KINDS, help="whose rows")
     add("--traces", nargs="+", default=TRACES, choices=TRACES, help="routing to replay")
     add("--profiles", nargs="+", default=PROFILES, choices=PROFILES, help="machines to replay")
-    add("--ratios", nargs="+", type=float, default=RATIOS, help="shares of the experts cached")
+    add("--ratios", nargs="+", type=float, default=RATIOS, choices=RATIOS, help="shares cached")
     args = parser.parse_args(arguments)
     if args.quick:
         trace, profile, ratio = QUICK
         args.traces, args.profiles, args.ratios, args.rows = [trace], [profile], [ratio], QUICK_ROWS
     jobs = [cell for cell in all_cells(args.quick) if _is_asked(cell, args)]
+    if not jobs:
+        parser.error("no cell has these traces, profiles, ratios, kinds and rows together")
     found = mapped(compared, jobs, "cells")
     rows = [row for part in found for row in part]
     summed = [summary_of(part) for part in found]

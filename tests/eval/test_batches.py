@@ -48,3 +48,10 @@ def test_slower_ones_are_those_below_the_best_of_fewer_rows() -> None:
     speeds = {1: 30.0, 2: 29.0, 4: 50.0, 8: 70.0, 16: 60.0, 32: 65.0}
     rows = [{"rows": count, "tok_s": speed} for count, speed in speeds.items()]
     assert batches.slower(rows) == [2, 16, 32]
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--context", "--threads", "--turns"])
+def test_counts_below_one_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        batches.main([flag, "0"])
+    assert "at least 1" in capsys.readouterr().err

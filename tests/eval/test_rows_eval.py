@@ -110,3 +110,11 @@ def test_a_filtered_run_answers_for_its_cells(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert result["comparisons"] == len(BASELINES)
     assert (tmp_path / "rows.csv").is_file()
+
+
+def test_filters_that_leave_no_cell_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        rows.main(
+            ["--traces", "mixtral-8x7b", "--profiles", "a6000", "--kinds", "tree", "--rows", "1"]
+        )
+    assert "no cell" in capsys.readouterr().err
