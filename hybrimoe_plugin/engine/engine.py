@@ -78,7 +78,7 @@ class Engine:
         self.timeline: Timeline | None = None
         self.recorder: Callable[[CallRecord], None] | None = None
         self.rows: Rows | None = None
-        """Whose rows the calls have; set for a pass by whoever makes it of several."""
+        """Those of the pass that is running, as `HybriMoE.run_rows` was told; None without them."""
         self.verify = verify
         self._unfinished = False
         """Whether a call has begun and not come to its end."""
@@ -190,7 +190,7 @@ class Engine:
             raise
 
     def verified(self, accepted: NDArray[np.bool_]) -> None:
-        """Say which rows of the last pass, a draft's tree, belong to the text; see `Controller`."""
+        """Say which rows [T] of the last pass were accepted; see `Controller.verified`."""
         self.controller.verified(accepted)
 
     def recover(self) -> None:

@@ -109,10 +109,13 @@ def loads_of_each(predicted: Sequence[NDArray[np.int64]]) -> list[dict[int, int]
 
 
 def check_rows(rows: Rows, tokens: int) -> None:
-    """Whose rows a call has must be said for each of them.
+    """Check that a call's rows are described one by one.
+
+    Args:
+        tokens: T of the call.
 
     Raises:
-        InputError: for more or fewer.
+        InputError: `rows` is of more rows than T, or of fewer.
     """
     owners, sure = rows.owners.shape, rows.sure.shape
     if owners != (tokens,) or sure != (tokens,):
@@ -146,7 +149,7 @@ class HostView(NamedTuple):
         """What the cache learns from.
 
         Args:
-            rows: whose rows the call has, where it has several conversations' or a draft's.
+            rows: of a pass that several conversations share, or that verifies a draft's tree.
         """
         scored = self.routing.scored
         return scored if rows is None else scored._replace(rows=rows)

@@ -131,11 +131,12 @@ class HybriMoE:
     def run_rows(self, rows: Rows, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Make one forward pass that several conversations share, or that verifies a draft's tree.
 
-        Policies take each of its layer calls for one step of them all, not for a prompt's; those of
-        more than 32 rows are prompts all the same. Returns what `call` returns.
+        Policies treat each of its layer calls as one step, not as a prompt; calls of more than 32
+        rows are prompts all the same. Returns what `call` returns.
 
         Args:
-            rows: whose rows the pass has, in the order in which experts get them.
+            rows: an entry for each token of the pass, in the order of its ids [B, T] read row by
+                row.
             call: makes the pass with the other arguments, usually the model itself.
 
         Raises:
@@ -144,7 +145,8 @@ class HybriMoE:
         return self.turns.run(self._with_rows, rows, call, args, kwargs)
 
     def _with_rows(self, rows: Rows, call: Callable[..., T], args: Any, kwargs: Any) -> T:
-        rows = Rows(np.array(rows.owners), np.array(rows.sure, bool))  # its own: kept for a while
+        # Copies, since a cache keeps them until `verified`.
+        rows = Rows(np.array(rows.owners), np.array(rows.sure, bool))
         try:
             for engine in self.engines:
                 engine.rows = rows
@@ -154,10 +156,15 @@ class HybriMoE:
                 engine.rows = None
 
     def verified(self, accepted: Sequence[bool] | NDArray[np.bool_]) -> None:
-        """Say which rows [T] of the last `run_rows` belong to the text; the others were rejected.
+        """Say which rows of the last `run_rows` were accepted; the others were rejected.
+
+        Nothing happens if all rows were sure, or if this was said before.
+
+        Args:
+            accepted: [T] for each row of that pass, whether its token is part of the text.
 
         Raises:
-            InputError: the pass had another number of rows.
+            InputError: the pass had another number of rows; then nothing has changed.
         """
         with self.turns.lock:
             for engine in self.engines:

@@ -48,7 +48,7 @@ from hybrimoe_plugin.policy.step import Step as Step
 from hybrimoe_plugin.policy.step import loads as loads
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
-MOST = 0.5
+CROWDED = 0.5
 """Share of a layer's experts beyond which a call of a few rows treats slots as a prompt does."""
 
 
@@ -141,15 +141,15 @@ class Controller:
         Args:
             loads: expert -> tokens of this call that chose it; only experts with a token.
             tokens: T of this call.
-            scored: what the cache learns from; None for nothing. It says too whether several rows
-                are a prompt's.
+            scored: what the cache learns from, and whether several rows are a few or a prompt's;
+                None for nothing to learn, and then several rows are a prompt.
         """
         started = perf_counter_ns()
         residency, pool = self.residency, self.residency.pool
         residency.land(now_us)
         few = scored is not None and scored.few
         many = tokens > 1 and not few
-        crowded = many or (few and len(loads) > MOST * residency.cache.ranks.shape[1])
+        crowded = many or (few and len(loads) > CROWDED * residency.cache.ranks.shape[1])
         self.loans.streak.follow(layer, loads, tokens if many else 1)
         routed = residency.routed(layer, loads, now_us)
         busy_us = max(0.0, self.link.free_us - now_us)
@@ -259,13 +259,15 @@ class Controller:
         self.loans.forget(step.layer)
 
     def verified(self, accepted: NDArray[np.bool_]) -> None:
-        """A draft's tree has been verified: what its pass, the last one, taught is corrected.
+        """A draft's tree has been verified: correct what the cache learned from its pass.
+
+        That is the last pass. Nothing happens if all its rows were sure, or if it was said before.
 
         Args:
             accepted: [T] for each row of the pass, whether its token is part of the text.
 
         Raises:
-            InputError: the pass had another number of rows.
+            InputError: the pass had another number of rows; then nothing has changed.
         """
         started = perf_counter_ns()
         self.residency.cache.verified(accepted)
@@ -320,7 +322,7 @@ class Controller:
     def _demand_loads(
         self, layer: int, experts: Sequence[int], crowded: bool, now_us: float
     ) -> tuple[Move, ...]:
-        """Queue a plan's demand loads: in its order, but for what may stay of a crowded one."""
+        """Queue a plan's demand loads in its order; in a crowded call, what may stay goes last."""
         lenders = self.residency.lenders(layer, many=False)
         if crowded:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = range(layer, layer + 1)

@@ -34,7 +34,9 @@ class Step(NamedTuple):
     few: bool = False
     """Whether the call has a few rows, of several conversations or of a draft's tree."""
     crowded: bool = False
-    """Whether the call needs most of its layer's experts: a prompt's does, a few rows' may."""
+    """Whether the call counts as needing most of its layer's experts: a prompt always does, a call
+    of a few rows if it needs more than half of them.
+    """
 
     @property
     def many(self) -> bool:
@@ -47,16 +49,16 @@ Predicted = Sequence[tuple[int, Mapping[int, int]]]
 
 
 FEW_ROWS = 32
-"""Most rows of a call that counts as a step of several conversations, or of a draft's tree; those
-of more are prompts.
+"""Most rows of a call that counts as one step of several conversations, or of a draft's tree; calls
+of more rows are prompts.
 """
 
 
 class Rows(NamedTuple):
-    """Whose rows a call of a few has."""
+    """Which conversation each row of a call continues, and which rows may yet be rejected."""
 
     owners: NDArray[np.int64]
-    """[T] the conversation that each row continues, by any number."""
+    """[T] a number for the conversation that each row continues: equal numbers, same one."""
     sure: NDArray[np.bool_]
     """[T] False for a draft's tokens, which may be rejected once the pass is done."""
 
@@ -71,7 +73,7 @@ class Scored(NamedTuple):
     scores: NDArray[np.float32] | None
     """[T, E]; None where the host does not show them."""
     rows: Rows | None = None
-    """None for one conversation: a token, or a prompt's."""
+    """None for a single token and for a prompt."""
 
     @property
     def few(self) -> bool:

@@ -16,9 +16,9 @@ from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
 
 
 def follow_batches(model: nn.Module, handle: HybriMoE) -> Callable[[], None]:
-    """Say whose rows a pass has where its shape tells: one token of each of 2 to 32 sequences.
+    """Run passes of one token for each of 2 to 32 sequences as `run_rows` does, each its own owner.
 
-    What `run_rows` says goes before it.
+    A pass that `run_rows` itself makes keeps the rows that it was given.
 
     Returns:
         A function that restores the model's `forward`.

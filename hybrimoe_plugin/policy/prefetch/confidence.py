@@ -17,7 +17,7 @@ PROMPT_HITS = 0.5 * DOUBT
 is predicted.
 """
 HEAVY = 3
-"""Rows beyond which it no longer matters for how many an expert is predicted."""
+"""Rows from which on it no longer matters for how many an expert is predicted."""
 BORROWED = 4.0
 """Weight, in predictions, of all kinds of a distance in the estimate for one kind."""
 

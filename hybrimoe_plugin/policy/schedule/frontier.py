@@ -63,7 +63,7 @@ def better_split(
         None where no such plan is shorter.
     """
     bound = makespan_us * (1 - LEAST_GAIN)
-    ordered = sorted(routed, key=_turn)
+    ordered = sorted(routed, key=_computing_order)
     cpu_times = [costs.cpu(item.load) for item in ordered]
     accelerator_times = [costs.accelerator(item.load) for item in ordered]
     # The CPU's time for what follows each expert, and the most of it that one microsecond of the
@@ -111,7 +111,7 @@ def better_split(
     return {item.expert for place, item in enumerate(ordered) if best >> place & 1}
 
 
-def _turn(item: Routed) -> tuple[float, int, int]:
+def _computing_order(item: Routed) -> tuple[float, int, int]:
     """Sort key: the accelerator's order, then the expert's number."""
     return item.ready_us, -item.load, item.expert
 

@@ -35,9 +35,9 @@ from hybrimoe_plugin.policy.schedule.sweep import swept_plan
 from hybrimoe_plugin.policy.schedule.thresholds import Split, best_split
 
 SMALL = 12
-"""Experts of a call up to which all splits are weighed: it takes some 20 us, of 40 ones 100."""
+"""Most experts of a call for which all splits are weighed: takes some 20 us, for 40 experts 100."""
 SLOPE = 1e-3
-"""Share of the makespan up to which the accelerator's times count as the same for all loads."""
+"""Share of the makespan up to which the accelerator is taken to need the same for all loads."""
 
 KNOWN_LIMIT = 4096
 """Even calls whose counts are remembered."""

@@ -133,7 +133,7 @@ def stacked(passes: Sequence[Pass], rows: Rows) -> Pass:
 
 
 def _seated(conversations: Sequence[Trace], rows: int) -> Iterator[tuple[list[int], list[Pass]]]:
-    """For each step the conversations that have a row, and the token of each."""
+    """For each step, the number of the conversation in each row, and its token's calls."""
     texts = [decode_steps(conversation) for conversation in conversations]
     waiting = [number for number, text in enumerate(texts) if text]
     if len(waiting) < rows:
