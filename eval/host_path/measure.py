@@ -18,7 +18,7 @@ from eval.host_path.routing import LAYER_US, Case, Script
 from eval.host_path.stopwatch import CALIBRATION, Stopwatch, replaced
 from eval.host_path.subject import DEVICE, Subject
 from hybrimoe_plugin.engine.view import HostRouting, HostView
-from hybrimoe_plugin.policy.step import Scored
+from hybrimoe_plugin.policy.step import Rows, Scored
 
 WHOLE = "whole call"
 TOKEN = "token's mean, CPU time"
@@ -226,7 +226,7 @@ class Arrived:
 
 
 def few_rows(subject: Subject, rows: int, steps: int) -> list[float]:
-    """Times in us of single layer calls of a few rows, without graphs.
+    """Times in us of single layer calls of a few rows, one of each conversation, without graphs.
 
     The routing has been read already: it is the engine's call from the plan to the sum. What is
     missing is loaded or computed on the CPU, as the plan wants.
@@ -239,6 +239,7 @@ def few_rows(subject: Subject, rows: int, steps: int) -> list[float]:
     states = torch.empty(rows, spec.hidden, dtype=torch.bfloat16, device=DEVICE)
     ids = torch.empty(rows, spec.top_k, dtype=torch.int64, device=DEVICE)
     shares = torch.empty(rows, spec.top_k, device=DEVICE)
+    conversations = Rows(np.arange(rows), np.ones(rows, bool))
     found: list[float] = []
 
     def step(views: list[HostView]) -> None:
@@ -253,7 +254,7 @@ def few_rows(subject: Subject, rows: int, steps: int) -> list[float]:
         for _ in range(ROWS_SETTLING + steps):
             logits = liked[:, None] + random.gumbel(size=(len(liked), rows, spec.experts))
             views = [_view(layer, spec.top_k, spec.hidden) for layer in logits]
-            subject.model.hybrimoe.turns.run(step, views)
+            subject.model.hybrimoe.run_rows(conversations, step, views)
     return found[ROWS_SETTLING * len(liked) :]
 
 

@@ -29,6 +29,7 @@ from eval.host_path.stopwatch import Stopwatch
 from eval.host_path.subject import Subject, subject
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.device.streams import COMPUTE, LINK, REPACK, CudaStreams
+from hybrimoe_plugin.policy.step import Step
 
 LAYERS, EXPERTS = 3, 32
 
@@ -270,7 +271,17 @@ def test_the_question_prints_its_figures(tmp_path: Path, monkeypatch: pytest.Mon
     assert {item.name for item in tmp_path.iterdir()} >= {"host_path.csv", path.name}
 
 
-def test_calls_of_a_few_rows_are_timed(made: Subject) -> None:
+def test_calls_of_a_few_rows_are_timed_as_such(
+    made: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Step] = []
+    finish = made.engine.controller.finish
+
+    def noted(step: Step) -> None:
+        steps.append(step)
+        finish(step)
+
+    monkeypatch.setattr(made.engine.controller, "finish", noted)
     before = made.engine.controller.counters.snapshot()
     found = few_rows(made, 4, 2)
     counts = made.engine.controller.counters
@@ -278,3 +289,4 @@ def test_calls_of_a_few_rows_are_timed(made: Subject) -> None:
     calls = counts.calls - before.calls
     assert counts.tokens - before.tokens == 4 * calls
     assert counts.demand_loads > before.demand_loads
+    assert len(steps) == calls and all(step.few for step in steps)
