@@ -135,8 +135,7 @@ class HybriMoE:
         rows are prompts all the same. Returns what `call` returns.
 
         Args:
-            rows: an entry for each token of the pass, in the order of its ids [B, T] read row by
-                row.
+            rows: one entry for each token of the pass, in the order of its flattened ids.
             call: makes the pass with the other arguments, usually the model itself.
 
         Raises:
@@ -145,8 +144,7 @@ class HybriMoE:
         return self.turns.run(self._with_rows, rows, call, args, kwargs)
 
     def _with_rows(self, rows: Rows, call: Callable[..., T], args: Any, kwargs: Any) -> T:
-        # Copies, since a cache keeps them until `verified`.
-        rows = Rows(np.array(rows.owners), np.array(rows.sure, bool))
+        rows = Rows(np.array(rows.owners), np.array(rows.sure, bool))  # copies: caches keep them
         try:
             for engine in self.engines:
                 engine.rows = rows
@@ -156,15 +154,12 @@ class HybriMoE:
                 engine.rows = None
 
     def verified(self, accepted: Sequence[bool] | NDArray[np.bool_]) -> None:
-        """Say which rows of the last `run_rows` were accepted; the others were rejected.
+        """Say which rows [T] of the last `run_rows` belong to the text; the others were rejected.
 
         Nothing happens if all rows were sure, or if this was said before.
 
-        Args:
-            accepted: [T] for each row of that pass, whether its token is part of the text.
-
         Raises:
-            InputError: the pass had another number of rows; then nothing has changed.
+            InputError: the pass had another number of rows.
         """
         with self.turns.lock:
             for engine in self.engines:

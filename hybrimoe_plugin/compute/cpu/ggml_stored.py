@@ -28,7 +28,7 @@ The kernels of one product and of indexed products agree in them.
 
 
 _EQUAL = 1.2
-"""Ratio of times up to which kernels count as equally fast for one row."""
+"""Ratio of times up to which plain and indexed kernels count as equally fast for one row."""
 
 
 class ApartExperts(NamedTuple):
@@ -87,7 +87,7 @@ class StoredExperts(NamedTuple):
 
     @property
     def rows_for_plain(self) -> float:
-        """Average rows of an expert from which plain products are faster than indexed ones."""
+        """Mean rows of an expert from which plain products are used; 0 for always."""
         parts = self.gate, self.up, self.down
         speeds = (self.ggml.kernel_speed(part.type_name, self.threads) for part in parts)
         factor = max(speed.plain_factor for speed in speeds)

@@ -21,8 +21,8 @@ from hybrimoe_plugin.operators.mla import FusedMLA
 class BatchLayer(CudaLayer):
     """One token of each of R sequences as graphs, any other call eagerly.
 
-    Captured and proved as a step of one sequence is, with graphs, a KV cache and a state of its
-    own. The host reads the routing of the R tokens in every layer before it goes on.
+    It is captured and proved as a step of one sequence is, but has its own graphs, KV cache and
+    state. In every layer the host reads the routing of all R tokens before it goes on.
 
     Args: as for `CudaLayer`.
     """
@@ -49,7 +49,9 @@ class BatchLayer(CudaLayer):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         cache = None if args or self._refused else self._cache_of(hidden_states, kwargs)
-        if cache is None or not self._take(cache) or not self._set_step_of(cache, kwargs):
+        if cache is None or not self._take(cache):
+            return self._eager(hidden_states, *args, **kwargs)
+        if not self._set_step(cache.get_seq_length(), kwargs):
             return self._eager(hidden_states, *args, **kwargs)
         graphs = self._current_graphs()
         if graphs is None or self._proofs < PROOFS:
@@ -78,9 +80,6 @@ class BatchLayer(CudaLayer):
 
     def _refuse(self, problem: str) -> None:
         super()._refuse(f"in steps of {self.state.batch} sequences {problem}")
-
-    def _set_step_of(self, cache: GrowingLayer, kwargs: dict[str, Any]) -> bool:
-        return self._set_step(cache.get_seq_length(), kwargs)
 
     def _set_step(self, held: int, kwargs: dict[str, Any]) -> bool:
         embeddings, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")

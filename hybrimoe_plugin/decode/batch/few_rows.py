@@ -25,15 +25,15 @@ eagerly.
 class FewRows:
     """A layer's calls that are not one token's: `BatchLayer` where the calls are steady.
 
-    Graphs and a KV cache are kept for one number of sequences at a time, that of the steps that
-    were captured last: a cache for 16 sequences takes 16 times the memory of one. Prompts, and
-    steps of one token or of other numbers than `BATCHES`, change nothing of that.
+    Graphs and a KV cache are kept for one number of sequences at a time, the last that was
+    captured: a cache for 16 sequences takes 16 times the memory of one. Prompts, and steps of one
+    sequence or of numbers that are not in `BATCHES`, leave them as they are.
 
     Args:
-        make: a layer's graphs for a number of sequences.
+        make: makes the layer's graphs for a number of sequences.
 
     Attributes:
-        batch: those that are kept; None before the first ones.
+        batch: the graphs that are kept; None before the first ones.
     """
 
     def __init__(self, eager: EagerLayer, make: Callable[[int], BatchLayer]) -> None:

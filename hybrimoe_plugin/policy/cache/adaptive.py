@@ -6,9 +6,9 @@ everywhere: recency wins where routing follows the topic closely, frequency wher
 where they drift slowly. The regression finds out which. Ranks are probabilities, so they compare
 across layers, with a prefetch's confidence, and with costs in microseconds.
 
-A call of a few rows, of several conversations or of a draft's tree, is one step as a token is. Each
-expert was then not chosen or left but chosen by a share of the rows, and its rank is the share that
-is expected of the next call.
+A call of a few rows, of several conversations or of a draft's tree, is one step as a token is. An
+expert is then chosen by a share of the rows instead of by all or none, and its rank is the share
+that is expected to choose it in the next call.
 
 One token changes a few hundred numbers of a layer. `one_token.c` does it in one call where it was
 compiled at installation, else numpy in some fifteen, each of which takes longer to begin than to
@@ -43,7 +43,7 @@ AGES = (2.0, 20.0)
 ago. Chosen together with `DECAYS` and `FORGET`, leave-one-out over seven traces.
 """
 NEAR = AGES[0]
-"""A use by a share of the rows moves the first of these features by that share; its age follows."""
+"""Offset of the feature that use by a share of the rows moves by that share; the age follows."""
 SCORE_STEP = 0.3
 """Step of the decayed router score; where the host shows no scores, the chosen experts' weights
 stand in for them.
@@ -195,7 +195,7 @@ class AdaptiveCache(RankedCache):
     def _observe_rows(
         self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
     ) -> None:
-        """A call of a few rows; if some may be rejected, what is needed to learn from it anew."""
+        """Learn from a call of a few rows; if some may be rejected, keep what `verified` needs."""
         if rows.sure.all():
             self._draft.clear()
         else:
@@ -209,7 +209,7 @@ class AdaptiveCache(RankedCache):
     def _learn_rows(
         self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
     ) -> None:
-        """One step of several rows: what each expert's use, and its score, is on average."""
+        """Learn one step from several rows: the weighted mean of their choices and scores."""
         shares = self._shares(rows)
         experts, chosen = len(self._shown), ids.ravel()
         counted = np.repeat(shares, ids.shape[1])
@@ -219,7 +219,7 @@ class AdaptiveCache(RankedCache):
         else:
             self._shown[:] = np.bincount(chosen, counted * weights.ravel(), experts)
         learn = self._learn_natively if self._native else self._learn_token
-        learn(layer, at_once=True)
+        learn(layer, shares_given=True)
         self._seen[layer] += 1
         if layer == len(self.ranks) - 1:
             self._solve(1)
@@ -233,14 +233,14 @@ class AdaptiveCache(RankedCache):
             self._known_shares = rows, shares
         return shares
 
-    def _learn_natively(self, layer: int, at_once: bool = False) -> None:
+    def _learn_natively(self, layer: int, shares_given: bool = False) -> None:
         """`_learn_token` in C."""
         if self._memory is None:
             self._give_addresses()
         learn_token(
             self._starts[layer],
             len(self._shown),
-            0 if at_once else len(self._ids),
+            0 if shares_given else len(self._ids),
             self._top_k,
             self._seen[layer],
         )
@@ -262,14 +262,14 @@ class AdaptiveCache(RankedCache):
         self._starts = [row.ctypes.data for row in memory]
         self._memory = memory  # last: it says that the starts are known
 
-    def _learn_token(self, layer: int, at_once: bool = False) -> None:
+    def _learn_token(self, layer: int, shares_given: bool = False) -> None:
         """Learn from the token in the buffers, update its layer's features, and rank anew.
 
         Args:
-            at_once: whether `_chosen` holds the shares of a few rows instead.
+            shares_given: whether `_chosen` holds the shares of a few rows; then `_ids` is not read.
         """
         ids, features = self._ids, self.features[layer]
-        if not at_once:
+        if not shares_given:
             self._chosen.fill(0.0)
             self._chosen[ids] = 1.0
         if self._seen[layer]:
@@ -277,7 +277,7 @@ class AdaptiveCache(RankedCache):
             self._moments += self._products
             np.dot(features, self._chosen, self._sums)
             self._targets += self._sums
-        self._advance(layer, None if at_once else ids)
+        self._advance(layer, None if shares_given else ids)
         self._update_scores(features)
         np.dot(self.weights, features, self.ranks[layer])
 
