@@ -238,11 +238,11 @@ def _row(
         "call_ms_p50": middle,
         "call_ms_p80": high,
         "tok_s": 1e3 * cell.rows / middle,
+        "bandwidth_share": needed / gbps / 1e6 / middle,
         "layers_ms": layers_ms,
         "layers_tok_s": 1e3 * cell.rows / layers_ms,
         "experts_a_layer": experts / weights.layers,
         "read_mb": needed / 1e6,
-        "bandwidth_share": needed / gbps / 1e6 / middle,
     }
 
 
