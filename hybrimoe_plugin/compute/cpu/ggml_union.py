@@ -182,7 +182,7 @@ class UnionGraph:
 class Unions:
     """The graphs of all layers that compute on one thread, one call at a time.
 
-    A model has a graph for each power of two of experts, of some 6 KB a place, and buffers of
+    A model has a graph for each power of two of experts, of some 9 KB a place, and buffers of
     `FEW_ROWS` x K rows: 6 MB at most for Qwen3-30B-A3B, of which only what calls use is touched.
     """
 
