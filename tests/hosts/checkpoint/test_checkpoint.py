@@ -34,19 +34,22 @@ def saved(folder: Path, family: str, dtype: torch.dtype, apart: bool = True, **k
 def by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # torch's grouped products, transformers' first choice, have no float64.
+    grouped = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **grouped)
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "stacked"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_says_what_transformers_says(tmp_path: Path, family: str, apart: bool) -> None:
+    """In float64: in float32 transformers' own rounding takes up half of the tolerance."""
     folder = saved(tmp_path, family, torch.float32, apart)
-    right = by_transformers(folder)
     prompt, steps = tiny.tokens(21, batch=1), tiny.tokens(4, seed=1)
-    check_same(plain(folder), right, prompt)
+    check_same(plain(folder), by_transformers(folder), prompt)
+    wanted = logits(by_transformers(folder, torch.float64), prompt, steps).float()
     for settings in ({"cpu_backend": "ggml"}, {"accelerator": "emulated", "cache_ratio": 0.25}):
         model = injected(folder, **settings)
-        check_same(model, right, prompt, steps)
+        torch.testing.assert_close(logits(model, prompt, steps), wanted)
         model.hybrimoe.close()
 
 
