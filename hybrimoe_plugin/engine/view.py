@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -106,6 +106,35 @@ def loads_of_each(predicted: Sequence[NDArray[np.int64]]) -> list[dict[int, int]
     if predicted and len(predicted[0]) == 1:  # as `loads` does it, without its calls
         return [dict.fromkeys(ids.tolist()[0], 1) for ids in predicted]
     return [loads(ids) for ids in predicted]
+
+
+def own_rows(rows: Rows) -> Rows:
+    """A copy, which its caller cannot change while it is kept.
+
+    Raises:
+        InputError: no `Rows`, or of other kinds of values.
+    """
+    if not isinstance(rows, Rows):
+        raise InputError(f"rows: expected Rows(owners, sure), found {type(rows).__name__}")
+    owners = _array("owners", rows.owners)
+    if owners.size and owners.dtype.kind not in "biuf":
+        raise InputError(f"rows: owners must be numbers, found {owners.dtype}")
+    return Rows(owners, truth_values("rows: sure", rows.sure))
+
+
+def truth_values(name: str, values: object) -> NDArray[np.bool_]:
+    """A copy as an array. Raises: InputError: anything but truth values."""
+    found = _array(name, values)
+    if found.size and found.dtype != np.bool_:
+        raise InputError(f"{name}: expected truth values, found {found.dtype}")
+    return found.astype(np.bool_)
+
+
+def _array(name: str, values: Any) -> NDArray[Any]:
+    try:
+        return np.array(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged; a tensor on a device
+        raise InputError(f"{name}: no array: {error}") from error
 
 
 def check_rows(rows: Rows, tokens: int) -> None:

@@ -20,6 +20,7 @@ from hybrimoe_plugin.engine.cpu_choice import pool_of, share_cores
 from hybrimoe_plugin.engine.sizing import kv_cache_bytes
 from hybrimoe_plugin.engine.timeline import Timeline
 from hybrimoe_plugin.engine.turns import Turns
+from hybrimoe_plugin.engine.view import own_rows, truth_values
 from hybrimoe_plugin.errors import BackendError, ConfigError
 from hybrimoe_plugin.operators.dense import DenseOperator, shared_kernels
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -139,19 +140,23 @@ class HybriMoE:
             call: makes the pass with the other arguments, usually the model itself.
 
         Raises:
-            InputError: an experts layer is called with another number of rows.
+            InputError: no `Rows`, or an experts layer is called with another number of them.
         """
-        return self.turns.run(self._with_rows, rows, call, args, kwargs)
+        return self.turns.run(self._with_rows, own_rows(rows), call, args, kwargs)
 
     def _with_rows(self, rows: Rows, call: Callable[..., T], args: Any, kwargs: Any) -> T:
-        rows = Rows(np.array(rows.owners), np.array(rows.sure, bool))  # copies: caches keep them
+        before = self.engines[0].rows  # a pass may be made within another
         try:
             for engine in self.engines:
                 engine.rows = rows
             return call(*args, **kwargs)
+        except BaseException:
+            for engine in self.engines:
+                engine.controller.cache.forget_draft()  # a part of it was not learned
+            raise
         finally:
             for engine in self.engines:
-                engine.rows = None
+                engine.rows = before
 
     def verified(self, accepted: Sequence[bool] | NDArray[np.bool_]) -> None:
         """Say which rows [T] of the last `run_rows` belong to the text; the others were rejected.
@@ -159,18 +164,15 @@ class HybriMoE:
         Nothing happens if all rows were sure, or if this was said before.
 
         Raises:
-            InputError: the pass had another number of rows.
+            InputError: the pass had another number of rows, or these are no truth values.
         """
+        known = truth_values("verified", accepted)
         with self.turns.lock:
             for engine in self.engines:
-                engine.verified(np.asarray(accepted, bool))
+                engine.verified(known)
 
     def check_integrity(self) -> None:
-        """Compare every cached expert on the accelerator with the file's bytes; slow.
-
-        Raises:
-            BackendError: they differ.
-        """
+        """Compare every cached expert with the file's bytes; slow. Raises: BackendError: they differ."""
         with self.turns.lock:
             for engine in self.engines:
                 engine.check_integrity()
@@ -320,10 +322,8 @@ def leave_cudnn_attention() -> None:
 
 
 def _any_cuda(engines: Sequence[Engine]) -> bool:
-    return any(
-        engine.accelerator is not None and engine.accelerator.device.type == "cuda"
-        for engine in engines
-    )
+    devices = [engine.accelerator.device for engine in engines if engine.accelerator is not None]
+    return any(device.type == "cuda" for device in devices)
 
 
 def _close_all(engines: Sequence[Engine], turns: Turns) -> None:

@@ -180,6 +180,7 @@ class HybriMoEExperts(nn.Module):
     def recover(self) -> None:
         """Clear what an interrupted or failed pass has left."""
         self.override = None
+        self._bound().rows = None
         router, _ = self.routers()
         if isinstance(router, GateRouter):
             router.recover()
@@ -196,8 +197,12 @@ class HybriMoEExperts(nn.Module):
 
     @property
     def unplanned(self) -> bool:
-        """Whether nothing but the result depends on the tokens of a call. Raises: as `forward`."""
-        return self._bound().unplanned
+        """Whether nothing but the result depends on the tokens of a call. Raises: as `forward`.
+
+        A call whose rows are told must have all of them.
+        """
+        engine = self._bound()
+        return engine.unplanned and engine.rows is None
 
     def _bound(self) -> Engine:
         if self._engine is None:

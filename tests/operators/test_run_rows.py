@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from loading import injected, plain
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import InputError
@@ -51,6 +52,44 @@ def test_another_number_of_rows_is_refused_and_forgotten(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_pass_within_another_has_its_own_rows(model: Any) -> None:
+    ids, engine = tiny.tokens(ROWS), model.hybrimoe.engines[0]
+
+    def outer() -> Rows:
+        model.hybrimoe.run_rows(conversations(ROWS - 1), model, ids[:, 1:])
+        rows: Rows = engine.rows
+        return rows
+
+    assert len(model.hybrimoe.run_rows(conversations(ROWS), outer).owners) == ROWS
+    assert engine.rows is None
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        (np.arange(ROWS), np.ones(ROWS, bool)),
+        Rows(np.array(["a", "b", "c", "d"]), np.ones(ROWS, bool)),
+        Rows(np.arange(ROWS), np.array(["no"] * ROWS)),
+        Rows([[1, 2], 3, 4, 5], np.ones(ROWS, bool)),  # type: ignore[arg-type]
+    ],
+)
+@torch.no_grad()
+def test_what_are_no_rows_is_refused_before_the_pass(model: Any, rows: Any) -> None:
+    with pytest.raises(InputError, match="owners|sure"):
+        model.hybrimoe.run_rows(rows, pytest.fail, "the pass was made")
+
+
+@torch.no_grad()
+def test_rows_may_change_once_the_pass_is_made(model: Any) -> None:
+    ids, tree = tiny.tokens(ROWS), Rows(np.zeros(ROWS, np.int64), np.arange(ROWS) == 0)
+    model.hybrimoe.run_rows(tree, model, ids)
+    tree.sure[:] = True
+    draft = model.hybrimoe.engines[0].controller.cache._draft
+    assert draft.taken(np.zeros(ROWS, bool))[1][0].rows.sure.tolist() == [True] + [False] * 3
+
+
+@torch.no_grad()
 def test_a_verification_corrects_what_was_learned(model: Any) -> None:
     cache = model.hybrimoe.engines[0].controller.cache
     tree = Rows(np.zeros(ROWS, np.int64), np.arange(ROWS) == 0)
@@ -58,6 +97,39 @@ def test_a_verification_corrects_what_was_learned(model: Any) -> None:
     before = cache.ranks.copy()
     model.hybrimoe.verified([True, True, False, False])
     assert (cache.ranks != before).any()
+
+
+def test_a_verification_takes_truth_values_alone(model: Any) -> None:
+    with pytest.raises(InputError, match="truth values"):
+        model.hybrimoe.verified([0, 2, 3, 1])
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_is_not_verified(model: Any) -> None:
+    cache = model.hybrimoe.engines[0].controller.cache
+    tree = Rows(np.zeros(ROWS, np.int64), np.arange(ROWS) == 0)
+
+    def fails() -> None:
+        model(tiny.tokens(ROWS))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        model.hybrimoe.run_rows(tree, fails)
+    before = cache.ranks.copy()
+    model.hybrimoe.verified([True, True, False, False])
+    assert (cache.ranks == before).all()
+
+
+@torch.no_grad()
+def test_on_the_cpu_alone_all_rows_are_computed_where_fewer_logits_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    path = tiny.write(tmp_path, "qwen3_moe", types=lambda name: "F32")
+    made = injected(path, accelerator="none", cpu_backend="ggml")
+    ids = tiny.tokens(ROWS)
+    found = made.hybrimoe.run_rows(conversations(ROWS), made, ids, logits_to_keep=1).logits
+    torch.testing.assert_close(found, plain(path)(ids).logits[:, -1:], rtol=1e-4, atol=1e-4)
+    made.hybrimoe.close()
 
 
 @torch.no_grad()

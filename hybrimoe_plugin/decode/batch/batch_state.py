@@ -45,7 +45,8 @@ class BatchState(DecodeState):
         Args:
             mask: [batch or 1, 1, 1, held + 1] as `MaskedAttention.plan` takes it.
         """
-        if mask is not self._mask:
+        # A new pass has new embeddings: its mask may be the same tensor with other entries.
+        if mask is not self._mask or position_embeddings is not self._given_as:
             self._held = -1  # first: an interrupt leaves a step that is not known
             self._mask = mask
         return super().set_step(held, position_embeddings)

@@ -198,7 +198,7 @@ def _by_order(
         spent = [accelerator[load] for load in loads]
         work = list(accumulate(spent, initial=times.costs.accelerator_first_us))
         finishes = _with_waits(work, spent, present[::-1]) if in_flight else work
-        makespan_us, count, kept = _thresholds(crossing, finishes, moved)
+        makespan_us, count, kept = _thresholds(crossing, finishes, moved, bool(late))
         misses, hits = len(missing) - count, len(present) - kept
         split = Split(
             makespan_us,
@@ -265,7 +265,7 @@ def _held_up_by(split: Split, times: _Times, queued_us: float) -> Routed | None:
 
 
 def _thresholds(
-    crossing: _Crossing, finishes: Sequence[float], moved: Sequence[float]
+    crossing: _Crossing, finishes: Sequence[float], moved: Sequence[float], cpu_begins: bool
 ) -> tuple[float, int, int]:
     """The best of all pairs of counts.
 
@@ -275,6 +275,7 @@ def _thresholds(
     Args:
         finishes: when the accelerator has computed n present experts, launch included.
         moved: of n present experts on the CPU, and of what it computes in any case.
+        cpu_begins: whether it computes anything in any case.
 
     Returns:
         (makespan, how many missing experts cross, how many present ones stay).
@@ -320,7 +321,7 @@ def _thresholds(
             if end <= cpu_us or not kept:
                 break
             kept -= 1
-    if not on_cpu:  # All on the accelerator, where the CPU does not even begin.
+    if not cpu_begins:  # All on the accelerator, where the CPU does not even begin.
         wait = finishes[hits]
         if misses:
             last = free_us + misses * transfer_us - queued[misses] + shortest[misses - 1]

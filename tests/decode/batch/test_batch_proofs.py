@@ -163,6 +163,17 @@ def test_another_mask_is_another_step() -> None:
     assert kernel._mask[0, 0, 0, 0] != 0
 
 
+def test_a_mask_may_change_in_place_before_a_step_is_run_again() -> None:
+    state = BatchState(Replayed(), CPU, 2)
+    kernel = state.kernel_for(GQAShape(4, 2, 8, 12, torch.float32, 1.0))
+    assert isinstance(kernel, MaskedAttention)
+    mask = torch.ones(2, 1, 1, 4, dtype=torch.bool)
+    for seen in (True, False, True):
+        mask[0, ..., 0] = seen
+        state.set_step(3, (torch.zeros(2, 1, 8), torch.zeros(2, 1, 8)), mask)
+        assert (kernel._mask[0, 0, 0, 0] == 0) == seen
+
+
 @pytest.mark.parametrize("order", [(2, 1, 2), (1, 2, 1)])
 def test_positions_of_each_sequence_or_one_for_all(order: tuple[int, ...]) -> None:
     state = BatchState(Replayed(), CPU, 2)

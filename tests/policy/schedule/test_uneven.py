@@ -151,6 +151,16 @@ def test_few_rows_are_near_the_optimum_on_every_profile(profile: str) -> None:
     assert statistics.mean(gaps) <= NEAR / 5
 
 
+def test_experts_that_cost_the_cpu_nothing_begin_it_all_the_same() -> None:
+    costs = CostModel(CostCurve((1,), (0.0,)), 1e6, CostCurve((1,), (5.0,)), 10.0, 30.0)
+    call = [Routed(expert, 1 + expert % 2, 50.0 + expert) for expert in range(SMALL + 8)]
+    for routed in (call, call[:2]):
+        found = HybriMoEScheduler(costs).plan(routed)
+        run = simulate(found, routed, costs, 0.0)
+        assert found.makespan_us == pytest.approx(run.makespan_us)
+        assert not found.cpu
+
+
 def test_an_expert_goes_where_it_gains_most_at_its_load() -> None:
     """The CPU takes heavy experts where it computes many tokens cheaply and the other side not."""
     cpu, accelerator = CostCurve((1, 4), (100.0, 110.0)), CostCurve((1, 4), (25.0, 100.0))
