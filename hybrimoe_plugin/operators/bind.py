@@ -172,7 +172,7 @@ class HybriMoE:
                 engine.verified(known)
 
     def check_integrity(self) -> None:
-        """Compare every cached expert with the file's bytes; slow. Raises: BackendError: they differ."""
+        """Compare cached experts with the file; slow. Raises: BackendError: they differ."""
         with self.turns.lock:
             for engine in self.engines:
                 engine.check_integrity()
