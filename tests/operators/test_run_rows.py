@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from interrupts import ended, operations
 from loading import injected, plain
 
 from hybrimoe_plugin import load_model
@@ -62,6 +63,20 @@ def test_a_pass_within_another_has_its_own_rows(model: Any) -> None:
 
     assert len(model.hybrimoe.run_rows(conversations(ROWS), outer).owners) == ROWS
     assert engine.rows is None
+
+
+def test_an_interrupt_anywhere_leaves_no_rows_for_the_next_pass(model: Any) -> None:
+    handle, engine = model.hybrimoe, model.hybrimoe.engines[0]
+
+    def call() -> None:
+        handle.run_rows(conversations(ROWS), int)
+
+    left = 0
+    for at in range(1, operations(call)):
+        ended(call, at, KeyboardInterrupt())
+        left += engine.rows is not None
+        assert handle.turns.run(lambda: engine.rows) is None
+    assert left, "interrupts fall on the end of a pass too"
 
 
 @pytest.mark.parametrize(
