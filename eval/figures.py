@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from eval import cache, fidelity, prefetch, replay, schedule, throughput
+from eval import batches, cache, fidelity, prefetch, replay, schedule, throughput
 from eval.lever import figures as lever
 from eval.reporting import plots, report
-from eval.reporting.rows import distinct, where
+from eval.reporting.rows import column, distinct, where
 
 
 class Draw(Protocol):
@@ -33,6 +33,7 @@ MODELS = ("demo", "deepseek-v2-lite", "qwen3-30b-a3b")
 CPU = tuple(
     f"throughput_{model}{length}.csv" for model in MODELS for length in ("", "_2048-tokens")
 )
+BATCHES = {f"batches_{model}": model for model in MODELS}
 LLAMA = "llama.cpp"
 
 
@@ -76,12 +77,31 @@ def _place(row: dict[str, Any]) -> str:
     return f"{name}, {row['prompt_tokens']:,} prompt tokens"
 
 
+def draw_batches(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Tokens per second over the conversations that a call decodes together, a line for a model."""
+    ends = []
+    for source, model in BATCHES.items():
+        mine = where(rows, source=source, kind=batches.CONVERSATIONS)
+        counts, speeds = column(mine, "rows"), column(mine, "tok_s")
+        colour = plots.OURS if model == "demo" else plots.OTHER
+        axes.plot(counts, speeds, color=colour, marker="o")
+        ends.append(("demo model" if model == "demo" else model, speeds[-1], colour))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_ylim(bottom=0)
+    plots.label_ends(axes, ends)
+    axes.set_title("More conversations a call give more tokens per second on two CPU cores")
+    axes.set_xlabel("conversations decoded together")
+    axes.set_ylabel("tokens per second (measured)")
+
+
 FIGURES = {
     "schedule_gap": Figure(("schedule_gap.csv",), schedule.draw),
     "cache": Figure(("cache.csv",), cache.draw),
     "prefetch": Figure(("prefetch.csv",), prefetch.draw),
     "replay": Figure(("replay.csv",), replay.draw, height=4.6),
     "cpu_decode": Figure(CPU, draw_cpu),
+    "batches": Figure(tuple(f"{name}.csv" for name in BATCHES), draw_batches),
     "throughput_demo": Figure(("throughput_demo.csv",), throughput.draw, height=3.2),
     "fidelity": Figure(("fidelity.csv",), fidelity.draw, height=2.6),
     "lever": Figure(("lever.csv",), lever.draw_speedups, height=4.6),
