@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from eval import batches, cache, fidelity, prefetch, replay, schedule, throughput
+from eval import rows as rows_question
 from eval.lever import figures as lever
 from eval.reporting import plots, report
 from eval.reporting.rows import column, distinct, where
@@ -100,6 +101,7 @@ FIGURES = {
     "cache": Figure(("cache.csv",), cache.draw),
     "prefetch": Figure(("prefetch.csv",), prefetch.draw),
     "replay": Figure(("replay.csv",), replay.draw, height=4.6),
+    "rows": Figure(("rows_cells.csv",), rows_question.draw),
     "cpu_decode": Figure(CPU, draw_cpu),
     "batches": Figure(tuple(f"{name}.csv" for name in BATCHES), draw_batches),
     "throughput_demo": Figure(("throughput_demo.csv",), throughput.draw, height=3.2),

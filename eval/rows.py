@@ -263,17 +263,17 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return result
 
 
-def draw(axes: Any, cells: Sequence[Row]) -> None:
+def draw(axes: Any, rows: Sequence[Row]) -> None:
     """Speed over static by row count: ours and the oracle, a line for each kind.
 
     Args:
-        cells: a line for each cell, as `summary_of` makes them.
+        rows: one for each cell, as `summary_of` makes them.
     """
     ends = []
     gains: list[float] = []
     for kind, dash in zip(KINDS, plots.DASHES, strict=False):
         # One row is the same for both kinds.
-        chosen = [cell for cell in cells if cell["rows"] == 1 or cell["kind"] == kind]
+        chosen = [cell for cell in rows if cell["rows"] == 1 or cell["kind"] == kind]
         counts = distinct(chosen, "rows")
         some = [where(chosen, rows=count) for count in counts]
         ours = [mean(column(part, "over static")) for part in some]
@@ -285,7 +285,7 @@ def draw(axes: Any, cells: Sequence[Row]) -> None:
             ends += [(f"{name}, {kind}", value, colour) for value in speeds[-1:]]
     axes.axhline(1.0, color=plots.OTHER, linestyle=":")
     axes.set_xscale("log", base=2)
-    ticks = distinct(cells, "rows")
+    ticks = distinct(rows, "rows")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     plots.label_ends(axes, ends)
