@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 import torch
 
 from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
-from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.batch.batch_state import BatchState
 from hybrimoe_plugin.decode.cuda_layer import PROOFS, CudaLayer
-from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
-from hybrimoe_plugin.decode.layer_call import EagerLayer
-from hybrimoe_plugin.operators.attention import FusedAttention
-from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.mla import FusedMLA
 
 
 class BatchLayer(CudaLayer):
@@ -28,19 +21,6 @@ class BatchLayer(CudaLayer):
     """
 
     state: BatchState
-
-    def __init__(
-        self,
-        key: str,
-        eager: EagerLayer,
-        attention: FusedAttention | FusedMLA,
-        experts: HybriMoEExperts | None,
-        hooks: ForeignHooks,
-        output_hooks: Sized,
-        state: BatchState,
-        settings: Settings,
-    ) -> None:
-        super().__init__(key, eager, attention, experts, hooks, output_hooks, state, settings)
 
     @property
     def refused(self) -> bool:
