@@ -17,8 +17,12 @@ TOKENS = 4
 """Of each case, one case after the other, twice: with events that are reached, and late ones."""
 
 
-def checked(path: str) -> int:
+def checked(path: str, tokens: int = TOKENS) -> int:
     """Pairs of uses whose order events guarantee, with events reached and late.
+
+    Args:
+        tokens: of each case. What the plans do depends a little on measured times, so a rare kind
+            of use may need more of them to occur.
 
     Raises:
         RuntimeError: two uses of the same memory may come at the same time.
@@ -33,7 +37,7 @@ def checked(path: str) -> int:
                 made.driver.reached = reached
                 for case in CASES:
                     with Reads(made.driver):
-                        whole_calls(runner, case, TOKENS)
+                        whole_calls(runner, case, tokens)
         finally:
             made.driver.edges = None
         return edges.checked

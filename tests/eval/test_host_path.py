@@ -236,7 +236,10 @@ def test_events_order_all_uses_of_slots(path: str) -> None:
 def test_every_edge_between_streams_is_needed(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without those that one queue waits for, some use of a slot may come too early."""
+    """Without those that one queue waits for, some use of a slot may come too early.
+
+    A load into a slot that the same call has used is rare: it came after 2 to 10 tokens.
+    """
     wait = CudaStreams.wait
 
     def waits(self: CudaStreams, queue: str, event: Any) -> None:
@@ -245,7 +248,7 @@ def test_every_edge_between_streams_is_needed(
 
     monkeypatch.setattr(CudaStreams, "wait", waits)
     with pytest.raises(RuntimeError, match="nothing orders"):
-        order.checked(paths.WAIT)
+        order.checked(paths.WAIT, tokens=40)
 
 
 def test_what_graphs_read_by_themselves_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
