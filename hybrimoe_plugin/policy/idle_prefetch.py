@@ -162,12 +162,26 @@ class IdlePrefetch:
             return None
         slot = self._prompt_slots.lend(*request.ref) if step.many else None
         if slot is None:
-            lenders = self._residency.lenders(step.layer, step.many)
+            lenders = self._lenders(step, idle, request)
             take_slot = self._loans.borrow if self._loans.active else self._residency.admit
             slot = take_slot(*request.ref, lenders, gain_us)
         if slot is None:
             return None
         return self._send(request.ref, slot, request.distance, step, idle)
+
+    def _lenders(self, step: Step, idle: IdleTime, request: PrefetchRequest) -> Sequence[int]:
+        """Layers that may lose a slot to a prefetch.
+
+        In a crowded call of a few rows, every layer is about to need most of what it has, and a
+        late transfer takes the time of a demand load: it only moves a miss from one layer to
+        another. Such a prefetch may only even out what layers hold.
+        """
+        lenders = self._residency.lenders(step.layer, step.many)
+        if step.few and step.crowded:
+            start_us = self._link.layer_start_us(request.distance, idle)
+            if self._link.end_us(idle) > start_us:
+                return self._residency.above_quota(lenders)
+        return lenders
 
     def _send_spare(self, step: Step, prediction: Prediction, idle: IdleTime) -> list[Move]:
         """Use leftover link time for prefetches of the next layer without impact or confidence.

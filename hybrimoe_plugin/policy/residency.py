@@ -218,8 +218,13 @@ class Residency:
         """
         return range(layer + 1 if many else len(self.worth))
 
+    def above_quota(self, lenders: range) -> list[int]:
+        """Those that hold more experts than their own quota of slots."""
+        pool = self.pool
+        return [layer for layer in lenders if len(pool.cached[layer]) > pool.quotas[layer]]
+
     def admit(
-        self, layer: int, expert: int, lenders: range, gain_us: float | None = None
+        self, layer: int, expert: int, lenders: Sequence[int], gain_us: float | None = None
     ) -> int | None:
         """A cache slot for a newcomer, or None where nothing may go for it.
 
@@ -238,7 +243,7 @@ class Residency:
             return None
         return self.replace(victim, layer, expert)
 
-    def replaced(self, layer: int, lenders: range) -> ExpertRef | None:
+    def replaced(self, layer: int, lenders: Sequence[int]) -> ExpertRef | None:
         """Whom a newcomer would replace; None where there is room, or nobody can go."""
         if self.pool.has_room(layer):
             return None
@@ -298,17 +303,21 @@ class Residency:
             return True
         return gain_us > (worth - newcomer) * self._costs.miss_us
 
-    def _victim(self, layer: int, lenders: range) -> ExpertRef | None:
+    def _victim(self, layer: int, lenders: Sequence[int]) -> ExpertRef | None:
         """The least worthy evictable expert of the layer, or of all lenders if slots are shared."""
-        first, last = layer, layer + 1
-        if self.pool.shared:
-            first, last = lenders.start, lenders.stop
-        worth = self.worth[first:last]
+        if not self.pool.shared:
+            lenders = range(layer, layer + 1)
+        if not lenders:
+            return None
+        if isinstance(lenders, range):  # a view, where a list would make a copy
+            worth = self.worth[lenders.start : lenders.stop]
+        else:
+            worth = self.worth[lenders]
         place = int(worth.argmin())
         if worth.item(place) == KEPT:
             return None
         offset, expert = divmod(place, worth.shape[1])
-        return ExpertRef(first + offset, expert)
+        return ExpertRef(lenders[offset], expert)
 
     def _forget(self, victim: ExpertRef) -> None:
         """Count what loses its slot."""

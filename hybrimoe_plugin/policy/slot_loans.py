@@ -11,6 +11,7 @@ in each pass, so all that is cached is in use when a demand load comes. Two rule
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ class SlotLoans:
         residency = self._residency
         return residency.pool.shared and residency.cache.probabilities
 
-    def borrow(self, layer: int, expert: int, lenders: range, gain_us: float) -> int | None:
+    def borrow(self, layer: int, expert: int, lenders: Sequence[int], gain_us: float) -> int | None:
         """A slot for a prompt's prefetch; None where it gains too little.
 
         Args:

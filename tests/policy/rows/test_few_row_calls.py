@@ -10,11 +10,13 @@ from controllers import EXPERTS, LAYERS, books, make_controller, token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_plugin.core import OFFLOADED, Routed
+from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
+from hybrimoe_plugin.policy.prefetch import Prediction
 from hybrimoe_plugin.policy.prefetch.confidence import Confidence
-from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
+from hybrimoe_plugin.policy.residency import KEPT
+from hybrimoe_plugin.policy.step import FEW_ROWS, IdleTime, Move, Rows
 
 GIVES_WAY = 16
 """Calls of a layer within which an ended conversation's experts have lost their slots."""
@@ -166,3 +168,40 @@ def test_what_is_predicted_for_more_rows_is_trusted_more_where_it_comes_true_mor
         trust.check(0, [heavy] if number % 2 else [light, heavy])
     found = trust.predicted(0, 1, [light, heavy], many=False, few=True)
     assert found[2] > found[1] + 0.2
+
+
+def prefetched(monkeypatch: pytest.MonkeyPatch, above: bool, transfer_us: float) -> set[int]:
+    """Layers that lose an expert to a prefetch for layer 1 behind a crowded call of layer 0.
+
+    Args:
+        above: whether layer 2 holds more experts than its quota, at layer 1's cost.
+    """
+    made = make_controller(quota=4, transfer_us=transfer_us, prefetch="expected")
+    made.warm_start()
+    if above:
+        victim = next(iter(made.pool.cached[1]))
+        made.residency.replace(ExpertRef(1, victim), 2, 7)
+        made.residency.settle([Move(2, 7, 0, 0.0, 0.0)])
+    held = [set(cached) for cached in made.pool.cached]
+    ids = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
+    scored = Scored(ids, np.full(ids.shape, 0.5, np.float32), None, conversations(0, 1, 2, 3))
+    step = made.begin(0, loads(ids), len(ids), 0.0, scored)
+    assert step.few and step.crowded
+    made.note(step)
+    made.residency.worth[1] = KEPT
+    gain = made.idle_prefetch._gain
+    monkeypatch.setattr(gain, "prefetch_us", lambda *_: 1e9)
+    wanted = next(expert for expert in range(EXPERTS) if expert not in held[1])
+    routed = (Routed(wanted, 4, OFFLOADED),)
+    made.idle_prefetch.send(
+        step, [Prediction(1, 1, routed, {wanted: 1.0})], IdleTime(made.link.free_us, 1e4)
+    )
+    return {layer for layer in range(LAYERS) if held[layer] - set(made.pool.cached[layer])}
+
+
+def test_a_late_prefetch_only_evens_out_what_crowded_layers_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert prefetched(monkeypatch, above=False, transfer_us=2e4) == set()
+    assert prefetched(monkeypatch, above=True, transfer_us=2e4) == {2}
+    assert prefetched(monkeypatch, above=False, transfer_us=1.0) == {2}
