@@ -27,7 +27,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from eval.models import synthetic
+from eval.models import files
 from eval.peers import roofline
 from eval.reporting import plots, report
 from eval.reporting.quantiles import percentiles
@@ -36,9 +36,13 @@ from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name, cut
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
-MODELS = ("demo", *synthetic.SHAPES)
-LAYERS = {"deepseek-v2-lite": 4, "qwen2-57b-a14b": 2, "qwen3-30b-a3b": 4, "mixtral-8x7b": 1}
-"""Of the synthetic files. A layer keeps all its experts, so that calls read what the model's do."""
+SLICES: files.Slices = {
+    # A layer keeps all its experts, so that calls read what the model's do.
+    "deepseek-v2-lite": (4, None),
+    "qwen2-57b-a14b": (2, None),
+    "qwen3-30b-a3b": (4, None),
+    "mixtral-8x7b": (1, None),
+}
 ROWS = (1, 2, 4, 8, 16, 32)
 CONTEXT = 96
 """Tokens in the KV cache of each conversation."""
@@ -146,12 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if min(*args.rows, args.context, args.threads, 1 if args.turns is None else args.turns) < 1:
         parser.error("--rows, --context, --threads and --turns are at least 1")
     torch.set_num_threads(args.threads)
-    gguf = _gguf(args)
-    name = gguf.stem if args.gguf_path else args.model
+    name, gguf = files.chosen(args, SLICES)
     rows = measure(args, gguf)
-    report.show(f"{name}: {args.turns} turns, {args.context} tokens of context (measured)", rows)
-    report.save_csv(args.out / f"batches_{name}.csv", rows)
-    report.save_figure(args.out / f"batches_{name}.png", lambda axes: draw(axes, rows))
+    title = f"{name}: {args.turns} turns, {args.context} tokens of context (measured)"
+    report.publish(title, rows, args.out / f"batches_{name}", draw)
     result = summary(name, rows, args.threads)
     report.finish(result)
     return result
@@ -159,14 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _parser() -> ArgumentParser:
     parser = report.parser(__doc__ or "")
-    parser.add_argument(
-        "--model", choices=MODELS, default="demo", help="demo, or a synthetic file of that shape"
-    )
-    parser.add_argument("--gguf_path", type=Path, help="a model's own file instead")
-    parser.add_argument("--model_path", type=Path, help="directory with its config, if it has one")
-    parser.add_argument("--layers", type=int, help="layers of the synthetic file")
-    parser.add_argument("--quantisation", choices=synthetic.QUANTISATIONS, default="Q4_K_M")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    files.add_options(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="row counts to measure")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in the cache")
     parser.add_argument("--turns", type=int, help="calls of each cell (default 15, quick 7)")
@@ -278,17 +273,6 @@ def slower(rows: Sequence[dict[str, Any]], speed: str = "tok_s") -> list[int]:
             found.append(row["rows"])
         best = max(best, row[speed])
     return found
-
-
-def _gguf(args: Namespace) -> Path:
-    if args.gguf_path is not None:
-        found: Path = args.gguf_path
-        return found
-    if args.model == "demo":
-        from hybrimoe_plugin.demo.build import build_demo_model
-
-        return build_demo_model("mixtral")
-    return synthetic.build(args.model, args.layers or LAYERS[args.model], args.quantisation)
 
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

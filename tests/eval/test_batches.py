@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 
 import needs
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from eval import batches
+from eval.models import files
 from eval.peers import roofline
 from eval.reporting.rows import column
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
@@ -32,6 +34,29 @@ def test_batches_on_a_tiny_file(
     assert column(rows, "rows") == [1, 1, 3, 3]
     assert rows[0]["experts_a_layer"] == 2 and 2 <= rows[2]["experts_a_layer"] <= 6
     assert (tmp_path / "batches_model.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "slice_"),
+    [
+        ([], (4, 16)),
+        (["--layers", "2"], (2, None)),
+        (["--experts", "8"], (4, 8)),
+        (["--layers", "2", "--experts", "8"], (2, 8)),
+    ],
+)
+def test_layers_that_were_asked_for_have_all_their_experts(
+    flags: list[str], slice_: tuple[int, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(model: str, layers: int, quantisation: str, experts: int | None) -> Path:
+        return Path(f"{layers} {experts}")
+
+    monkeypatch.setattr(files.synthetic, "build", build)
+    parser = ArgumentParser()
+    files.add_options(parser)
+    args = parser.parse_args(["--model", "mixtral-8x7b", *flags])
+    name, path = files.chosen(args, {"mixtral-8x7b": (4, 16)})
+    assert (name, str(path)) == ("mixtral-8x7b", "{} {}".format(*slice_))
 
 
 def test_a_row_reads_what_a_token_reads(tmp_path: Path) -> None:
