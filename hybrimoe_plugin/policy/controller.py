@@ -262,6 +262,7 @@ class Controller:
         """A draft's tree has been verified: correct what the cache learned from its pass.
 
         That is the last pass. Nothing happens if all its rows were sure, or if it was said before.
+        An interrupt leaves ranks that are a mixture of both, and is made good by saying it again.
 
         Args:
             accepted: [T] for each row of the pass, whether its token is part of the text.

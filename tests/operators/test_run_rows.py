@@ -101,7 +101,7 @@ def test_rows_may_change_once_the_pass_is_made(model: Any) -> None:
     model.hybrimoe.run_rows(tree, model, ids)
     tree.sure[:] = True
     draft = model.hybrimoe.engines[0].controller.cache._draft
-    assert draft.taken(np.zeros(ROWS, bool))[1][0].rows.sure.tolist() == [True] + [False] * 3
+    assert draft.corrected(np.zeros(ROWS, bool))[1][0].rows.sure.tolist() == [True] + [False] * 3
 
 
 @torch.no_grad()

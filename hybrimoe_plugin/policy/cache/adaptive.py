@@ -176,18 +176,21 @@ class AdaptiveCache(RankedCache):
     def verified(self, accepted: NDArray[np.bool_]) -> None:
         """Learn from the last pass anew, now that its sure rows are known.
 
+        An interrupt leaves some layers corrected and others not. Called again, it begins anew.
+
         Raises:
             InputError: it had another number of rows.
         """
-        before, calls = self._draft.taken(accepted)
+        before, calls = self._draft.corrected(accepted)
         if before is None:
             return
         self.weights[:], self._moments[:], self._targets[:] = before
         for call in calls:
             layer = call.layer
             self.features[layer], self._last[layer] = call.features, call.last
-            self._seen[layer] -= 1
+            self._seen[layer] = call.seen
             self._learn_rows(layer, call.ids, call.weights, call.scores, call.rows)
+        self._draft.clear()  # last: until here all of it can be done again
 
     def forget_draft(self) -> None:
         self._draft.clear()
@@ -200,10 +203,8 @@ class AdaptiveCache(RankedCache):
             self._draft.clear()
         else:
             before = self.weights, self._moments, self._targets
-            call = Drafted(
-                layer, ids, weights, scores, rows, self.features[layer], self._last[layer]
-            )
-            self._draft.add(call, before)
+            known = self.features[layer], self._last[layer], self._seen[layer]
+            self._draft.add(Drafted(layer, ids, weights, scores, rows, *known), before)
         self._learn_rows(layer, ids, weights, scores, rows)
 
     def _learn_rows(

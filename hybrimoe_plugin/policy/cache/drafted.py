@@ -27,6 +27,7 @@ class Drafted(NamedTuple):
     """[F, E]"""
     last: Ranks
     """[E]"""
+    seen: float
 
 
 Evidence = tuple[Ranks, Ranks, Ranks]
@@ -65,16 +66,14 @@ class DraftedPass:
             )
         )
 
-    def taken(self, accepted: NDArray[np.bool_]) -> tuple[Evidence | None, list[Drafted]]:
-        """What was known before the pass, and its calls with the accepted rows sure. Mutates.
-
-        Nothing is kept.
+    def corrected(self, accepted: NDArray[np.bool_]) -> tuple[Evidence | None, list[Drafted]]:
+        """What was known before the pass, and its calls with the accepted rows sure.
 
         Args:
             accepted: [T]
 
         Raises:
-            InputError: the pass had another number of rows; it is kept.
+            InputError: the pass had another number of rows.
         """
         calls = self._calls
         if not calls:
@@ -86,9 +85,7 @@ class DraftedPass:
                 f"found the shape {list(accepted.shape)}"
             )
         known = Rows(rows.owners, rows.sure | accepted)
-        before = self.before
-        self.clear()
-        return before, [call._replace(rows=known) for call in calls]
+        return self.before, [call._replace(rows=known) for call in calls]
 
     def clear(self) -> None:
         """Keep nothing. Mutates."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import ended, operations
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import InputError
@@ -194,6 +197,23 @@ class TestVerified:
         other.verified(accepted)
         for a, b in zip(before, state(other), strict=True):
             np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_after_an_interrupt_it_can_be_said_again(self, native: bool) -> None:
+        begun = AdaptiveCache(2, EXPERTS, TOP_K, native=native)
+        for layer in range(2):
+            begun.observe(layer, *drawn(layer, 8), self.drafted())
+        accepted = np.arange(8) < 3
+        whole = deepcopy(begun)
+        for at in range(1, operations(lambda: whole.verified(accepted))):
+            cache = deepcopy(begun)
+            ended(partial(cache.verified, accepted), at, KeyboardInterrupt())
+            going_on = deepcopy(cache)
+            for layer in range(2):
+                going_on.observe(layer, *drawn(layer, 8), self.drafted())
+            assert np.isfinite(going_on.ranks).all()
+            cache.verified(accepted)
+            same(cache, whole)
 
     def test_what_was_learned_since_is_kept(self) -> None:
         """A token of another conversation between a pass and its verification."""
