@@ -15,16 +15,22 @@ from hybrimoe_plugin.operators.bind import HybriMoE
 from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
 
 
-def follow_batches(model: nn.Module, handle: HybriMoE) -> Callable[[], None]:
+def follow_batches(model: nn.Module, handle: HybriMoE | None) -> Callable[[], None]:
     """Run passes of one token for each of 2 to 32 sequences as `run_rows` does, each its own owner.
 
-    A pass that `run_rows` itself makes keeps the rows that it was given.
+    A pass that `run_rows` itself makes keeps the rows that it was given. Without an accelerator no
+    decision depends on rows, and the model is left as it is.
+
+    Args:
+        handle: the model's; None where it has no experts operators.
 
     Returns:
         A function that restores the model's `forward`.
 
     Mutates: `model`.
     """
+    if handle is None or all(engine.accelerator is None for engine in handle.engines):
+        return lambda: None
     plain = model.forward
 
     @functools.wraps(plain)  # transformers reads names of arguments off a model's `forward`
