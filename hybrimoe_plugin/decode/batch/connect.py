@@ -11,7 +11,7 @@ from torch import nn
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.batch.batch_layer import BatchLayer
 from hybrimoe_plugin.decode.batch.batch_state import BatchState
-from hybrimoe_plugin.decode.batch.few_rows import FewRows
+from hybrimoe_plugin.decode.batch.steady_batches import SteadyBatches
 from hybrimoe_plugin.decode.chain.link import link_of
 from hybrimoe_plugin.decode.cuda_layer import CudaLayer
 from hybrimoe_plugin.decode.decode_state import DecodeState
@@ -75,7 +75,7 @@ def cuda_layer(
     )
     link = link_of(experts[0], states.one, settings) if experts else None
     made = CudaLayer(*parts, states.one, settings, link)
-    made.others = FewRows(eager, lambda batch: BatchLayer(*parts, states.of(batch), settings))
+    made.others = SteadyBatches(eager, lambda batch: BatchLayer(*parts, states.of(batch), settings))
     return made
 
 

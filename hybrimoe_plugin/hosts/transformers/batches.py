@@ -1,4 +1,4 @@
-"""A batch's decode step, as `model.generate` makes it: one row of each conversation."""
+"""A batch's decode step, as `model.generate` makes it: one token of each sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
 
 
 def follow_batches(model: nn.Module, handle: HybriMoE | None) -> Callable[[], None]:
-    """Run passes of one token for each of 2 to 32 sequences as `run_rows` does, each its own owner.
+    """Run passes of one token for each of 2 to 32 sequences as `run_rows` does.
+
+    Each sequence counts as a conversation of its own.
 
     A pass that `run_rows` itself makes keeps the rows that it was given. Without an accelerator no
     decision depends on rows, and the model is left as it is.
