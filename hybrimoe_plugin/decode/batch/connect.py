@@ -18,9 +18,8 @@ from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
 from hybrimoe_plugin.decode.layer_call import EagerLayer
 from hybrimoe_plugin.device.cuda_graphs import Capture
-from hybrimoe_plugin.operators.attention import FusedAttention
+from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.operators.routers import GateRouter
 
 log = logging.getLogger(__name__)
@@ -79,9 +78,9 @@ def cuda_layer(
     return made
 
 
-def _dense_attention(layer: nn.Module) -> FusedAttention | FusedMLA | None:
+def _dense_attention(layer: nn.Module) -> AttentionOperator | None:
     """The layer's attention, if it runs on the device."""
-    fused = [part for part in layer.modules() if isinstance(part, FusedAttention | FusedMLA)]
+    fused = [part for part in layer.modules() if isinstance(part, AttentionOperator)]
     return fused[0] if len(fused) == 1 and fused[0].ggml is None else None
 
 
