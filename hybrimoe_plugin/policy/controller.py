@@ -316,8 +316,7 @@ class Controller:
     def _learn(self, layer: int, plan: LayerPlan, scored: Scored | None) -> None:
         """Let the cache see what was scored, and take its ranks as what experts are worth."""
         if scored is not None:
-            rows = scored.rows if scored.few else None
-            self.residency.cache.observe(layer, scored.ids, scored.weights, scored.scores, rows)
+            self.residency.cache.observe(layer, scored)
         self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(

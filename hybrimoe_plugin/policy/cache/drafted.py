@@ -8,20 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import InputError
-from hybrimoe_plugin.policy.cache.ranked import Ids, Ranks, Scores
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.cache.ranked import Ranks
+from hybrimoe_plugin.policy.step import Rows, Scored
 
 
 class Drafted(NamedTuple):
     """One layer call, and what was known of the layer before it."""
 
     layer: int
-    ids: Ids
-    """[T, K]"""
-    weights: Scores
-    """[T, K]"""
-    scores: Scores | None
-    """[T, E]"""
+    scored: Scored
+    """Of what was chosen; whose rows these are is kept in `rows`."""
     rows: Rows
     features: Ranks
     """[F, E]"""
@@ -55,12 +51,11 @@ class DraftedPass:
             self.clear()
             weights, moments, targets = before
             self.before = weights.copy(), moments.copy(), targets.copy()
-        shown = None if call.scores is None else call.scores.copy()
+        ids, chosen_weights, scores, _ = call.scored
+        shown = None if scores is None else scores.copy()
         self._calls.append(
             call._replace(
-                ids=call.ids.copy(),
-                weights=call.weights.copy(),
-                scores=shown,
+                scored=Scored(ids.copy(), chosen_weights.copy(), shown),
                 features=call.features.copy(),
                 last=call.last.copy(),
             )
