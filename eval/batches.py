@@ -10,12 +10,15 @@ them alike; each number is a median over the turns. Every turn has other random 
 have few experts in common, fewest on a synthetic file, whose router is random: this is the hard
 case. The share of the bandwidth counts what a call has to read: the dense matrices once, and once
 each expert that any row has chosen.
+
+A number of rows is called slower than a smaller one only if their times lie apart: its 20th
+percentile gives fewer tokens per second than the other's 80th. The JSON line says whether the
+machine was quiet.
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -27,18 +30,23 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from eval.models import synthetic
+from eval.models import files
 from eval.peers import roofline
 from eval.reporting import plots, report
 from eval.reporting.quantiles import percentiles
 from eval.reporting.rows import column, where
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name, cut_entries
+from hybrimoe_plugin.device.noise import Noise
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 
-MODELS = ("demo", *synthetic.SHAPES)
-LAYERS = {"deepseek-v2-lite": 4, "qwen2-57b-a14b": 2, "qwen3-30b-a3b": 4, "mixtral-8x7b": 1}
-"""Of the synthetic files. A layer keeps all its experts, so that calls read what the model's do."""
+SLICES: files.Slices = {
+    # A layer keeps all its experts, so that calls read what the model's do.
+    "deepseek-v2-lite": (4, None),
+    "qwen2-57b-a14b": (2, None),
+    "qwen3-30b-a3b": (4, None),
+    "mixtral-8x7b": (1, None),
+}
 ROWS = (1, 2, 4, 8, 16, 32)
 CONTEXT = 96
 """Tokens in the KV cache of each conversation."""
@@ -146,27 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if min(*args.rows, args.context, args.threads, 1 if args.turns is None else args.turns) < 1:
         parser.error("--rows, --context, --threads and --turns are at least 1")
     torch.set_num_threads(args.threads)
-    gguf = _gguf(args)
-    name = gguf.stem if args.gguf_path else args.model
-    rows = measure(args, gguf)
-    report.show(f"{name}: {args.turns} turns, {args.context} tokens of context (measured)", rows)
-    report.save_csv(args.out / f"batches_{name}.csv", rows)
-    report.save_figure(args.out / f"batches_{name}.png", lambda axes: draw(axes, rows))
-    result = summary(name, rows, args.threads)
+    name, gguf = files.chosen(args, SLICES)
+    rows, noise = measure(args, gguf)
+    title = f"{name}: {args.turns} turns, {args.context} tokens of context (measured)"
+    report.publish(title, rows, args.out / f"batches_{name}", draw)
+    print(noise or "The machine was quiet.")
+    result = summary(name, rows, args.threads) | {"quiet": not noise}
     report.finish(result)
     return result
 
 
 def _parser() -> ArgumentParser:
     parser = report.parser(__doc__ or "")
-    parser.add_argument(
-        "--model", choices=MODELS, default="demo", help="demo, or a synthetic file of that shape"
-    )
-    parser.add_argument("--gguf_path", type=Path, help="a model's own file instead")
-    parser.add_argument("--model_path", type=Path, help="directory with its config, if it has one")
-    parser.add_argument("--layers", type=int, help="layers of the synthetic file")
-    parser.add_argument("--quantisation", choices=synthetic.QUANTISATIONS, default="Q4_K_M")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    files.add_options(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="row counts to measure")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in the cache")
     parser.add_argument("--turns", type=int, help="calls of each cell (default 15, quick 7)")
@@ -174,8 +174,11 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def measure(args: Namespace, gguf: Path) -> list[dict[str, Any]]:
-    """One row for each kind of call and number of rows. Sets `turns` where it is not given."""
+def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], str]:
+    """(one row for each kind of call and number of rows, what disturbed them if anything did).
+
+    Sets `turns` where it is not given.
+    """
     if args.turns is None:
         args.turns = 7 if args.quick else 15
     gbps = roofline.read_gbps(args.threads)
@@ -187,11 +190,15 @@ def measure(args: Namespace, gguf: Path) -> list[dict[str, Any]]:
     warmed = tqdm(cells, desc="warm-up", disable=None)
     experts = {cell: _experts(subject, cell) for cell in warmed}
     spent: dict[Cell, list[Spent]] = {cell: [] for cell in cells}
+    noise = Noise()
     for _ in tqdm(range(args.turns), desc="turns", disable=None):
         for cell in cells:
             spent[cell].append(subject.call(cell))
+    for calls in spent.values():
+        noise.median([call.call_ms for call in calls])  # it remembers the spread
+    verdict = noise.verdict()  # before `close` ends threads, whose waits count
     subject.close()
-    return [_row(cell, spent[cell], experts[cell], weights, gbps) for cell in cells]
+    return [_row(cell, spent[cell], experts[cell], weights, gbps) for cell in cells], verdict
 
 
 def _experts(subject: Subject, cell: Cell, calls: int = 2) -> float:
@@ -229,7 +236,7 @@ def _row(
     cell: Cell, spent: Sequence[Spent], experts: float, weights: Weights, gbps: float
 ) -> dict[str, Any]:
     low, middle, high = percentiles([call.call_ms for call in spent])
-    layers_ms = statistics.median(call.layers_ms for call in spent)
+    layers_low, layers, layers_high = percentiles([call.layers_ms for call in spent])
     needed = weights.dense_bytes + experts * weights.expert_bytes
     return {
         "kind": cell.kind,
@@ -239,8 +246,10 @@ def _row(
         "call_ms_p80": high,
         "tok_s": 1e3 * cell.rows / middle,
         "bandwidth_share": needed / gbps / 1e6 / middle,
-        "layers_ms": layers_ms,
-        "layers_tok_s": 1e3 * cell.rows / layers_ms,
+        "layers_ms_p20": layers_low,
+        "layers_ms_p50": layers,
+        "layers_ms_p80": layers_high,
+        "layers_tok_s": 1e3 * cell.rows / layers,
         "experts_a_layer": experts / weights.layers,
         "read_mb": needed / 1e6,
     }
@@ -255,40 +264,30 @@ def summary(name: str, rows: Sequence[dict[str, Any]], threads: int) -> dict[str
         found[f"{kind}_tok_s"] = dict(zip(counts, column(mine, "tok_s"), strict=True))
         shares = column(mine, "bandwidth_share")
         found[f"{kind}_bandwidth_share"] = dict(zip(counts, shares, strict=True))
-    for column_name in ("tok_s", "layers_tok_s"):
-        key = column_name.replace("tok_s", "slower_with_more_rows")
+    for key, time_ms in (
+        ("slower_with_more_rows", "call_ms"),
+        ("layers_slower_with_more_rows", "layers_ms"),
+    ):
         found[key] = [
-            f"{kind} {count}"
-            for kind in KINDS
-            for count in slower(where(rows, kind=kind), column_name)
+            f"{kind} {count}" for kind in KINDS for count in slower(where(rows, kind=kind), time_ms)
         ]
     return found
 
 
-def slower(rows: Sequence[dict[str, Any]], speed: str = "tok_s") -> list[int]:
-    """The row counts that give fewer tokens per second than some smaller one.
+def slower(rows: Sequence[dict[str, Any]], time_ms: str = "call_ms") -> list[int]:
+    """The row counts that give fewer tokens per second than some smaller one, beyond the spread.
 
     Args:
         rows: of one kind of call, by rising number of rows.
+        time_ms: columns whose 20th and 80th percentiles are compared.
     """
-    best = 0.0
+    surely = 0.0  # tokens per ms that some smaller count gives in four turns out of five
     found = []
     for row in rows:
-        if row[speed] < best:
+        if row["rows"] / row[f"{time_ms}_p20"] < surely:
             found.append(row["rows"])
-        best = max(best, row[speed])
+        surely = max(surely, row["rows"] / row[f"{time_ms}_p80"])
     return found
-
-
-def _gguf(args: Namespace) -> Path:
-    if args.gguf_path is not None:
-        found: Path = args.gguf_path
-        return found
-    if args.model == "demo":
-        from hybrimoe_plugin.demo.build import build_demo_model
-
-        return build_demo_model("mixtral")
-    return synthetic.build(args.model, args.layers or LAYERS[args.model], args.quantisation)
 
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

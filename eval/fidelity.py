@@ -88,9 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, found in ((GPU_FLOAT, plain_logits), (GPU_INT8, int8_logits)):
         rows.append({"model": name, **compare(chunks, wanted, found)})
     text = f"{len(chunks)} x {CHUNK_TOKENS} tokens of pydoc's topics"
-    report.show(f"Against the plain model in float32, {text}", rows)
-    report.save_csv(args.out / "fidelity.csv", rows)
-    report.save_figure(args.out / "fidelity.png", lambda axes: draw(axes, rows), height=2.6)
+    title = f"Against the plain model in float32, {text}"
+    report.publish(title, rows, args.out / "fidelity", draw, height=2.6)
     rounded = compare(chunks, plain_logits, int8_logits)
     result = {name: rows[0][name] for name in IN_RESULT}
     result |= {f"int8_{name}": rounded[name] for name in IN_RESULT}

@@ -61,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             result[f"{name}_{tree}_flips"] = len(found.flips)
             result[f"{name}_{tree}_tokens"] = found.tokens
     lab.close()
-    report.show("Greedy tokens that differ from plain decoding (measured)", rows)
-    report.save_csv(args.out / "flips.csv", rows)
-    report.save_figure(args.out / "flips.png", lambda axes: draw(axes, rows), height=2.4)
+    title = "Greedy tokens that differ from plain decoding (measured)"
+    report.publish(title, rows, args.out / "flips", draw, height=2.4)
     report.finish(result)
     return result
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from eval.models import synthetic
+from eval.models import files
 from eval.peers import peer, roofline
 from eval.peers.interpreters import can_import
 from eval.reporting import plots, report
@@ -32,9 +32,8 @@ from hybrimoe_plugin.errors import BackendError
 PROMPT_TOKENS = 128
 CONTEXT = 2048
 """Tokens that llama.cpp has room for at least."""
-MODELS = ("demo", *synthetic.SHAPES)
-SLICES: dict[str, tuple[int, int | None]] = {
-    # (layers, routed experts) by default: llama.cpp takes DeepSeek-V2-Lite by its 27 layers alone,
+SLICES: files.Slices = {
+    # llama.cpp takes DeepSeek-V2-Lite by its 27 layers alone,
     # so that slice is one of experts; a token's work is the whole model's.
     "deepseek-v2-lite": (27, 16),
     "qwen2-57b-a14b": (2, None),
@@ -77,16 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         answer: dict[str, Any] = cuda.run(args)
         return answer
     torch.set_num_threads(args.threads)
-    gguf = _gguf(args)
+    name, gguf = files.chosen(args, SLICES)
     rows, note = measure(args, gguf)
-    name = gguf.stem if args.gguf_path else args.model
     file = f"throughput_{name}"
     if args.prompt_tokens != PROMPT_TOKENS:
         file += f"_{args.prompt_tokens}-tokens"
     work = f"{args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns"
-    report.show(f"{name}: {work} (measured)", rows)
-    report.save_csv(args.out / f"{file}.csv", rows)
-    report.save_figure(args.out / f"{file}.png", lambda axes: draw(axes, rows), height=3.2)
+    report.publish(f"{name}: {work} (measured)", rows, args.out / file, draw, height=3.2)
     result = summary(name, rows, args.threads, note)
     report.finish(result)
     return result
@@ -94,21 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _parser() -> ArgumentParser:
     parser = report.parser(__doc__ or "")
-    parser.add_argument(
-        "--model", choices=MODELS, default="demo", help="demo, or a synthetic file of that shape"
-    )
-    parser.add_argument("--gguf_path", type=Path, help="a model's own file instead")
-    parser.add_argument("--model_path", type=Path, help="directory with its config, if it has one")
-    parser.add_argument("--layers", type=int, help="layers of the synthetic file")
-    parser.add_argument(
-        "--experts", type=int, help="routed experts in each layer of the synthetic file"
-    )
-    parser.add_argument("--quantisation", choices=synthetic.QUANTISATIONS, default="Q4_K_M")
+    files.add_options(parser)
     parser.add_argument(
         "--trace", type=Path, help="take the routing from a recorded trace (without llama.cpp then)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="for every system alike"
     )
     parser.add_argument("--prompt_tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument(
@@ -272,22 +256,6 @@ def summary(name: str, rows: Sequence[dict[str, Any]], threads: int, note: str) 
         "decode_vs_plain_operators": ratio(PLAIN, "decode_tok_s"),
         "llama_cpp": note,
     }
-
-
-def _gguf(args: Namespace) -> Path:
-    if args.gguf_path is not None:
-        found: Path = args.gguf_path
-        return found
-    if args.model == "demo":
-        from hybrimoe_plugin.demo.build import build_demo_model
-
-        return build_demo_model("mixtral")
-    layers, experts = SLICES[args.model]
-    if args.experts is not None:
-        experts = args.experts
-    elif args.layers is not None:
-        experts = None  # layers that were asked for have all their experts
-    return synthetic.build(args.model, args.layers or layers, args.quantisation, experts)
 
 
 def _config(args: Namespace, gguf: Path) -> Any:

@@ -14,7 +14,7 @@ import torch
 from eval.gpu_check.place import Place, Row
 from eval.models import tiny
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.decode.batch.few_rows import FewRows
+from hybrimoe_plugin.decode.batch.steady_batches import SteadyBatches
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.layer_buffers import FIRST_CAPACITY
 
@@ -90,7 +90,7 @@ def together(place: Place, path: Path, batches: Sequence[int], **settings: Any) 
                 eos_token_id=None,
                 stopping_criteria=[ended],
             )
-            captured = sum(_captured_rows(layer) == batch for layer in layers)
+            captured = sum(_captured_sequences(layer) == batch for layer in layers)
             tokens = answer[:, PROMPT:].flatten().cpu()
             answers.append(Answer(tokens, captured, len(layers), ended.step_ms()))
     finally:
@@ -98,9 +98,9 @@ def together(place: Place, path: Path, batches: Sequence[int], **settings: Any) 
     return answers
 
 
-def _captured_rows(layer: GraphedLayer) -> int:
+def _captured_sequences(layer: GraphedLayer) -> int:
     others = getattr(layer.layer_call, "others", None)
-    return others.captured_rows if isinstance(others, FewRows) else 0
+    return others.captured_sequences if isinstance(others, SteadyBatches) else 0
 
 
 class _Ended:

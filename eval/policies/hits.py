@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.cache.ranked import CachePolicy
+from hybrimoe_plugin.policy.step import Scored
 from hybrimoe_plugin.replay.oracle import BeladyCache
 from hybrimoe_plugin.replay.trace import Trace
 
@@ -39,7 +40,7 @@ def hit_rate(trace: Trace, name: str, ratio: float, shared: bool) -> float:
         for token, ids in enumerate(call.ids):
             row = slice(token, token + 1)
             scores = None if call.scores is None else call.scores[row]
-            policy.observe(layer, call.ids[row], call.weights[row], scores)
+            policy.observe(layer, Scored(call.ids[row], call.weights[row], scores))
             cached.admit(layer, ids)
     return hits / needed
 

@@ -78,8 +78,10 @@ def _batches(found: Result) -> str:
         f"and {speeds[last]:.1f} in calls of {last} rows, with {found['threads']} threads"
     )
     slower = found["slower_with_more_rows"]
+    if not found["quiet"]:
+        return f"{text}. The machine was not quiet, so no number of rows is called slower."
     if not slower:
-        return f"{text}. No number of rows is slower than a smaller one."
+        return f"{text}. No number of rows is slower than a smaller one beyond the spread."
     return f"{text}. Slower than fewer rows: {', '.join(slower)}."
 
 

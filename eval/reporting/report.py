@@ -162,6 +162,21 @@ def save_figure(path: Path, draw: Any, width: float = 8.0, height: float = 4.0) 
         pyplot.close(figure)
 
 
+def publish(
+    title: str, rows: Sequence[Row], place: Path, draw: Callable[..., None], height: float = 4.0
+) -> None:
+    """Print a question's one table and save it, and the figure of it.
+
+    Args:
+        place: path of both files, without their suffixes.
+        draw: takes the axes and the rows.
+        height: of the figure, in inches.
+    """
+    show(title, rows)
+    save_csv(place.parent / f"{place.name}.csv", rows)  # a name may have dots of its own
+    save_figure(place.parent / f"{place.name}.png", lambda axes: draw(axes, rows), height=height)
+
+
 def finish(result: Mapping[str, Any]) -> None:
     """The last line of stdout: one JSON object."""
     print(json.dumps(dict(result)), flush=True)

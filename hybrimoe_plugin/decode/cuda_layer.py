@@ -32,9 +32,8 @@ from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks, hooks_on_all
 from hybrimoe_plugin.decode.layer_buffers import LayerBuffers
 from hybrimoe_plugin.decode.layer_call import EagerLayer, LayerCall, is_plain
-from hybrimoe_plugin.operators.attention import FusedAttention
+from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.mla import FusedMLA
 
 PROOFS = 2
 """Steps that run both eagerly and as graphs, and are compared.
@@ -72,7 +71,7 @@ class CudaLayer:
         self,
         key: str,
         eager: EagerLayer,
-        attention: FusedAttention | FusedMLA,
+        attention: AttentionOperator,
         experts: HybriMoEExperts | None,
         hooks: ForeignHooks,
         output_hooks: Sized,

@@ -1,4 +1,4 @@
-"""Attention with grouped queries (Llama, Mixtral, Qwen) in few operations."""
+"""The base of attention operators, and attention with grouped queries (Llama, Mixtral, Qwen)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.attend import attend as attend_heads
-from hybrimoe_plugin.compute.attention.decode_attention import GQAShape
+from hybrimoe_plugin.compute.attention.decode_attention import AttentionShape, GQAShape
 from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, use_growing_layer
 from hybrimoe_plugin.compute.attention.rope import Rope, cos_sin, rotate_halves
 from hybrimoe_plugin.injection.moved import old_names
@@ -19,26 +19,88 @@ from hybrimoe_plugin.operators.norm import FusedRMSNorm
 __getattr__ = old_names(__name__)
 
 
-class FusedAttention(DenseOperator):
+class AttentionOperator(DenseOperator):
+    """Projections in one graph, what each kind of attention makes of them, the output projection.
+
+    Attributes:
+        layer_idx: the layer's number, under which the cache keeps its entries.
+        scaling: factor of the scores.
+        projections: what reads the hidden states.
+    """
+
+    by_proof = True
+    projections: LinearGroup
+    o_proj: Any
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(key, gguf_loader, config, orig_module, **kwargs)
+        self.layer_idx = int(orig_module.layer_idx)
+        self.scaling = float(orig_module.scaling)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """([B, T, H], None) from [B, T, H].
+
+        Args:
+            position_embeddings: the model's cos and sin [B or 1, T, D], or complex ones.
+
+        Mutates: the cache.
+        """
+        width = hidden_states.shape[-1]
+        parts = self.projections(hidden_states.reshape(-1, width))
+        cache = cache_in(kwargs)
+        out = self.attend_parts(parts, hidden_states, position_embeddings, attention_mask, cache)
+        return self.o_proj(out), None
+
+    def attend_parts(
+        self,
+        parts: Sequence[torch.Tensor],
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        attention_mask: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor:
+        """What the output projection reads, [B, T, heads x width], from what `projections` gave.
+
+        Args:
+            hidden_states: [B, T, H], of which only shape and type count.
+
+        Mutates: the cache.
+        """
+        raise NotImplementedError
+
+    def decode_shape(self, keys: torch.Tensor) -> AttentionShape:
+        """The case of decoding over a fixed-address cache with these keys, or latents."""
+        raise NotImplementedError
+
+
+class FusedAttention(AttentionOperator):
     """Attention with one graph for Q, K and V, a cache that grows in place, and fused attention.
 
     Gives what the module that it replaces gives with `sdpa`; attention weights are not returned.
 
     Attributes:
-        layer_idx: the layer's number, under which the cache keeps its keys and values.
         head_dim: D, the width of a head.
-        scaling: factor of the scores.
         query_heads: how many there are; `grouped` where they share fewer key heads.
         rope: the rotary embedding of queries and keys.
-        projections: what reads the hidden states: Q, K and V.
         normed: whether there are norms of each head, `q_norm` and `k_norm` (Qwen3).
     """
 
-    by_proof = True
     q_proj: Any
     k_proj: Any
     v_proj: Any
-    o_proj: Any
     q_norm: Any
     k_norm: Any
 
@@ -51,9 +113,7 @@ class FusedAttention(DenseOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        self.layer_idx = int(orig_module.layer_idx)
         self.head_dim = int(orig_module.head_dim)
-        self.scaling = float(orig_module.scaling)
         self.rope = Rope(rotate_halves, self.head_dim)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear = getattr(orig_module, name)
@@ -75,23 +135,6 @@ class FusedAttention(DenseOperator):
         _, key_heads, capacity, width = keys.shape
         return GQAShape(self.query_heads, key_heads, width, capacity, keys.dtype, self.scaling)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """([B, T, H], None) from [B, T, H] and the model's cos and sin [B or 1, T, D].
-
-        Mutates: the cache.
-        """
-        width = hidden_states.shape[-1]
-        parts = self.projections(hidden_states.reshape(-1, width))
-        cache = cache_in(kwargs)
-        out = self.attend_parts(parts, hidden_states, position_embeddings, attention_mask, cache)
-        return self.o_proj(out), None
-
     def attend_parts(
         self,
         parts: Sequence[torch.Tensor],
@@ -100,13 +143,7 @@ class FusedAttention(DenseOperator):
         attention_mask: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
-        """What the output projection reads, [B, T, heads x D], from what `projections` gave.
-
-        Args:
-            hidden_states: [B, T, H], of which only shape and type count.
-
-        Mutates: the cache.
-        """
+        """[B, T, heads x D] from Q, K and V; see the base."""
         batch, count, _ = hidden_states.shape
         dtype = hidden_states.dtype
         # Each [B, T, its heads, D].

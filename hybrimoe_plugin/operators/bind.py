@@ -161,7 +161,8 @@ class HybriMoE:
     def verified(self, accepted: Sequence[bool] | NDArray[np.bool_]) -> None:
         """Say which rows [T] of the last `run_rows` belong to the text; the others were rejected.
 
-        Nothing happens if all rows were sure, or if this was said before.
+        Nothing happens if all rows were sure, or if this was said before. After an interrupt it may
+        be said again; only the cache's ranks depend on it.
 
         Raises:
             InputError: the pass had another number of rows, or these are no truth values.

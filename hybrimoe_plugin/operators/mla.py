@@ -10,7 +10,7 @@ import torch
 from hybrimoe_plugin.compute.attention.attend import attend, attend_latents
 from hybrimoe_plugin.compute.attention.decode_attention import MLAShape
 from hybrimoe_plugin.compute.attention.kv_b import AbsorbedKVB, DenseKVB, QuantizedKVB
-from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, use_growing_layer
+from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, use_growing_layer
 from hybrimoe_plugin.compute.attention.rope import (
     Rope,
     RotaryFunction,
@@ -20,7 +20,7 @@ from hybrimoe_plugin.compute.attention.rope import (
 )
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
-from hybrimoe_plugin.operators.dense import DenseOperator
+from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.linear import LinearGroup, keep_quantized
 from hybrimoe_plugin.operators.norm import FusedRMSNorm
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
@@ -28,7 +28,7 @@ from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 __getattr__ = old_names(__name__)
 
 
-class FusedMLA(DenseOperator):
+class FusedMLA(AttentionOperator):
     """Multi-head latent attention; absorbed for quantised matrices, and for one token in any case.
 
     transformers expands keys and values of the whole context at every step. Absorbed (DeepSeek-V2,
@@ -43,8 +43,6 @@ class FusedMLA(DenseOperator):
         query [nope + rope]         =  | part without positions | rotary part |
 
     Attributes:
-        layer_idx: the layer's number, under which the cache keeps its entries.
-        scaling: factor of the scores.
         heads: number of heads.
         latent: width of a latent (`kv_lora_rank`).
         values: width of a head's value (`v_head_dim`).
@@ -55,12 +53,10 @@ class FusedMLA(DenseOperator):
         quantized_kv_b: kv_b as stored; None where the model's own linear is used.
     """
 
-    by_proof = True
     keeps_latents = True
     q_b_proj: Any
     q_a_layernorm: Any
     kv_a_layernorm: Any
-    o_proj: Any
     q_proj: Any
     q_a_proj: Any
     kv_a_proj_with_mqa: Any
@@ -74,8 +70,6 @@ class FusedMLA(DenseOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(key, gguf_loader, config, orig_module, **kwargs)
-        self.layer_idx = int(orig_module.layer_idx)
-        self.scaling = float(orig_module.scaling)
         self.heads = int(orig_module.num_heads)
         self.latent = int(orig_module.kv_lora_rank)
         self.values = int(orig_module.v_head_dim)
@@ -130,23 +124,6 @@ class FusedMLA(DenseOperator):
             self.scaling,
         )
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """([B, T, H], None) from [B, T, H]; position embeddings are (cos, sin) or complex.
-
-        Mutates: the cache.
-        """
-        width = hidden_states.shape[-1]
-        parts = self.projections(hidden_states.reshape(-1, width))
-        cache = cache_in(kwargs)
-        out = self.attend_parts(parts, hidden_states, position_embeddings, attention_mask, cache)
-        return self.o_proj(out), None
-
     def attend_parts(
         self,
         parts: Sequence[torch.Tensor],
@@ -155,13 +132,7 @@ class FusedMLA(DenseOperator):
         attention_mask: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
-        """What the output projection reads, [B, T, heads x values], from what `projections` gave.
-
-        Args:
-            hidden_states: [B, T, H], of which only shape and type count.
-
-        Mutates: the cache.
-        """
+        """[B, T, heads x values] from queries, or their latents, and new entries; see the base."""
         batch, count, _ = hidden_states.shape
         dtype = hidden_states.dtype
         query, compressed = (part.to(dtype) for part in parts)

@@ -262,6 +262,7 @@ class Controller:
         """A draft's tree has been verified: correct what the cache learned from its pass.
 
         That is the last pass. Nothing happens if all its rows were sure, or if it was said before.
+        An interrupt leaves ranks that are a mixture of both, and is made good by saying it again.
 
         Args:
             accepted: [T] for each row of the pass, whether its token is part of the text.
@@ -315,8 +316,7 @@ class Controller:
     def _learn(self, layer: int, plan: LayerPlan, scored: Scored | None) -> None:
         """Let the cache see what was scored, and take its ranks as what experts are worth."""
         if scored is not None:
-            rows = scored.rows if scored.few else None
-            self.residency.cache.observe(layer, scored.ids, scored.weights, scored.scores, rows)
+            self.residency.cache.observe(layer, scored)
         self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks
+from hybrimoe_plugin.policy.step import Scored
 from hybrimoe_plugin.replay.trace import Call, Trace
 
 FEWER = 0.01
@@ -47,16 +47,9 @@ class BeladyCache(RankedCache):
             self._next[layer].reverse()
             self.ranks[layer] = _nearness(left[layer], later[layer])
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
+    def observe(self, layer: int, scored: Scored) -> None:
         """Go on to what comes after this call."""
-        self._token[layer] += len(topk_ids)
+        self._token[layer] += len(scored.ids)
         last = self._token[layer] - 1
         self.ranks[layer] = self._next[layer][last]
 

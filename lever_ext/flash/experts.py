@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.cache import CachePolicy
 from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.policy.step import Scored
 from lever_ext.flash.expert_buffers import ExpertBuffers, ExpertCounters, ExpertRead
 from lever_ext.flash.pack import FlashPack, Tensors
 from lever_ext.flash.reader import Buffer
@@ -107,7 +108,7 @@ class FlashExpertCache:
         ids = topk_ids.cpu().numpy()
         self.chosen[layer] = ids
         shown = None if scores is None else scores.float().cpu().numpy()
-        self.policy.observe(layer, ids, topk_weights.float().cpu().numpy(), shown)
+        self.policy.observe(layer, Scored(ids, topk_weights.float().cpu().numpy(), shown))
         order = _busiest_first(ids)
         hits = [expert for expert in order if self.pool.slot_of(layer, expert) is not None]
         misses = [expert for expert in order if expert not in hits]

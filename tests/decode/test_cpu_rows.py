@@ -66,8 +66,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @torch.no_grad()
-def conversations(model: Any, rows: int, steps: int = 2) -> torch.Tensor:
-    """Logits of the next tokens of some conversations, [rows, steps, V]."""
+def sequences(model: Any, rows: int, steps: int = 2) -> torch.Tensor:
+    """Logits of the next tokens of some sequences, [rows, steps, V]."""
     cache = prefill(model, tiny.tokens(5, batch=rows))
     tokens = tiny.tokens(steps, seed=1, batch=rows)
     found = [step(model, tokens[:, at : at + 1], cache).logits for at in range(steps)]
@@ -84,7 +84,7 @@ def chain(model: Any, rows: int) -> torch.Tensor:
 def test_logits_are_the_plain_twins(pair: Pair, taken: list[int]) -> None:
     """Counts go up and down, so that kept graphs are used again."""
     for rows in (*ROWS, 2, 16):
-        for call in (conversations, chain):
+        for call in (sequences, chain):
             found = call(pair.model, rows)
             assert taken.count(rows) >= len(pair.model.model.layers), "every layer"
             torch.testing.assert_close(found, call(pair.twin, rows), rtol=1e-4, atol=1e-4)
@@ -117,7 +117,7 @@ def test_the_call_after_an_interrupted_one_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(tmp_path, "deepseek_v2_lite")
-    wanted = conversations(pair.model, 4)
+    wanted = sequences(pair.model, 4)
     run, left = Graph.run, [7]
 
     def interrupted(graph: Graph) -> None:
@@ -129,8 +129,8 @@ def test_the_call_after_an_interrupted_one_is_right(
     with monkeypatch.context() as patch:
         patch.setattr(Graph, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            conversations(pair.model, 4)
-    torch.testing.assert_close(conversations(pair.model, 4), wanted)
+            sequences(pair.model, 4)
+    torch.testing.assert_close(sequences(pair.model, 4), wanted)
     pair.close()
 
 

@@ -101,7 +101,7 @@ def test_rows_may_change_once_the_pass_is_made(model: Any) -> None:
     model.hybrimoe.run_rows(tree, model, ids)
     tree.sure[:] = True
     draft = model.hybrimoe.engines[0].controller.cache._draft
-    assert draft.taken(np.zeros(ROWS, bool))[1][0].rows.sure.tolist() == [True] + [False] * 3
+    assert draft.corrected(np.zeros(ROWS, bool))[1][0].rows.sure.tolist() == [True] + [False] * 3
 
 
 @torch.no_grad()
@@ -148,9 +148,8 @@ def test_on_the_cpu_alone_all_rows_are_computed_where_fewer_logits_are_asked_for
 
 
 @torch.no_grad()
-def test_a_batch_s_decode_step_has_rows_and_a_prompt_has_none(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def owners_in_generate(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int] | None]:
+    """The owners of rows that every layer call is told; a prompt and two steps are made."""
     seen = []
     engine = model.hybrimoe.engines[0]
     run = engine.run
@@ -163,7 +162,22 @@ def test_a_batch_s_decode_step_has_rows_and_a_prompt_has_none(
     monkeypatch.setattr(engine, "run", watched)
     ids = tiny.tokens(2 * ROWS).reshape(ROWS, 2)
     model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    layers = len(engine.layers)
-    steps = [list(range(ROWS))] * layers * 2
-    assert seen == [None] * layers + steps
     assert engine.rows is None
+    return seen
+
+
+def test_a_batch_s_decode_step_has_rows_and_a_prompt_has_none(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = len(model.hybrimoe.engines[0].layers)
+    steps = [list(range(ROWS))] * layers * 2
+    assert owners_in_generate(model, monkeypatch) == [None] * layers + steps
+
+
+def test_on_the_cpu_alone_nobody_is_told_of_a_batch_s_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = injected(tiny.write(tmp_path, "mixtral"), accelerator="none", cpu_backend="torch")
+    layers = len(made.hybrimoe.engines[0].layers)
+    assert owners_in_generate(made, monkeypatch) == [None] * layers * 3
+    made.hybrimoe.close()

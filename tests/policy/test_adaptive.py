@@ -17,13 +17,14 @@ from interrupts import ended, operations
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.policy.cache import adaptive, make_cache
 from hybrimoe_plugin.policy.cache.adaptive import AGES, DECAYS, SCORE_STEP, STEPWISE, AdaptiveCache
+from hybrimoe_plugin.policy.step import Scored
 from hybrimoe_plugin.replay.sources import synthetic
 from hybrimoe_plugin.replay.trace import Trace
 
 
 def feed(cache: AdaptiveCache, trace: Trace) -> None:
     for call in trace.calls:
-        cache.observe(call.layer, call.ids, call.weights, call.scores)
+        cache.observe(call.layer, Scored(call.ids, call.weights, call.scores))
 
 
 def routing(tokens: int = 200, **statistics: float) -> Trace:
@@ -43,7 +44,7 @@ def test_features_follow_their_definitions() -> None:
     rows = np.array([[0, 1], [2, 1], [0, 3], [0, 1]])
     cache = AdaptiveCache(1, 5, 2)
     for row in rows:
-        cache.observe(0, row[None], np.ones((1, 2), np.float32), None)
+        cache.observe(0, Scored(row[None], np.ones((1, 2), np.float32), None))
     features = cache.features[0]
     for index, step in enumerate(DECAYS):
         for expert in range(5):
@@ -62,8 +63,8 @@ def test_a_long_call_ends_where_single_tokens_end() -> None:
     ids = np.concatenate([call.ids for call in trace.calls if call.layer == 0])
     single, whole = AdaptiveCache(1, 16, 2), AdaptiveCache(1, 16, 2)
     for row in ids:
-        single.observe(0, row[None], np.ones((1, 2), np.float32), None)
-    whole.observe(0, ids, np.ones(ids.shape, np.float32), None)
+        single.observe(0, Scored(row[None], np.ones((1, 2), np.float32), None))
+    whole.observe(0, Scored(ids, np.ones(ids.shape, np.float32), None))
     np.testing.assert_allclose(whole.features[:, :-1], single.features[:, :-1], atol=1e-9)
     forgotten = (1 - SCORE_STEP) ** STEPWISE
     np.testing.assert_allclose(whole.features[:, -1], single.features[:, -1], atol=2 * forgotten)
@@ -75,12 +76,12 @@ def test_weights_stand_in_for_scores() -> None:
     scores = np.zeros((1, 5), np.float32)
     np.put_along_axis(scores, ids, weights, axis=1)
     shown, hidden = AdaptiveCache(1, 5, 2), AdaptiveCache(1, 5, 2)
-    shown.observe(0, ids, weights, scores)
-    hidden.observe(0, ids, weights, None)
+    shown.observe(0, Scored(ids, weights, scores))
+    hidden.observe(0, Scored(ids, weights, None))
     np.testing.assert_allclose(hidden.features, shown.features, rtol=1e-6)
     np.testing.assert_allclose(hidden.features[0, -2], [0.0, 0.5, 0.0, 1.5, 0.0], rtol=1e-6)
     assert hidden.features[0, -1, 3] == pytest.approx(1.5 * SCORE_STEP)
-    hidden.observe(0, ids, np.zeros((1, 2), np.float32), None)
+    hidden.observe(0, Scored(ids, np.zeros((1, 2), np.float32), None))
     assert np.isfinite(hidden.ranks).all(), "weights of zero"
 
 
@@ -91,7 +92,7 @@ def test_ranks_are_calibrated_probabilities() -> None:
         if index > 200:
             expected.append(cache.ranks[call.layer].sum())
             happened.append(cache.ranks[call.layer, call.ids[0]].sum())
-        cache.observe(call.layer, call.ids, call.weights, call.scores)
+        cache.observe(call.layer, Scored(call.ids, call.weights, call.scores))
     assert np.mean(expected) == pytest.approx(2.0, rel=0.15), "two experts are chosen"
     assert np.mean(happened) > 1.3 * 2 * np.mean(expected) / 16, (
         "the chosen ones ranked above chance"
@@ -120,7 +121,7 @@ def test_wrong_popularity_is_refused() -> None:
 
 
 def tokens(seed: int, count: int, layers: int, experts: int, top_k: int) -> list[tuple[int, Any]]:
-    """(layer, arguments of `observe`) of calls of one token and some of many."""
+    """(layer, parts of `Scored`) of calls of one token and some of many."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -155,7 +156,7 @@ class TestNative:
         )
         for layer, arguments in tokens(seed, 12, layers, experts, 2):
             for each in (native, plain):
-                each.observe(layer, *arguments)
+                each.observe(layer, Scored(*arguments))
             np.testing.assert_allclose(native.ranks, plain.ranks, rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(native.features, plain.features, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(native.weights, plain.weights, rtol=1e-6, atol=1e-8)
@@ -176,7 +177,9 @@ class TestNative:
         feed(cache, routing(5))
         before = cache.features.copy(), cache.ranks.copy()
         with pytest.raises(IndexError):
-            cache.observe(0, np.array(ids), np.ones((1, 2), np.float32), np.ones((1, 16), "f"))
+            cache.observe(
+                0, Scored(np.array(ids), np.ones((1, 2), np.float32), np.ones((1, 16), "f"))
+            )
         np.testing.assert_array_equal(cache.features, before[0])
         np.testing.assert_array_equal(cache.ranks, before[1])
 
@@ -190,7 +193,7 @@ class TestNative:
 
     def test_addresses_are_whole_after_an_interrupt(self) -> None:
         def observe(cache: AdaptiveCache) -> None:
-            cache.observe(0, np.array([[2, 3]]), np.ones((1, 2), np.float32), None)
+            cache.observe(0, Scored(np.array([[2, 3]]), np.ones((1, 2), np.float32), None))
 
         for at in range(1, operations(lambda: observe(AdaptiveCache(2, 16, 2)))):
             cache = AdaptiveCache(2, 16, 2)
@@ -210,9 +213,10 @@ import sys
 sys.modules["hybrimoe_plugin.policy.cache.one_token"] = None
 import numpy as np
 from hybrimoe_plugin.policy.cache.adaptive import AdaptiveCache, learn_token
+from hybrimoe_plugin.policy.step import Scored
 assert learn_token is None
 cache = AdaptiveCache(1, 4, 2)
-cache.observe(0, np.array([[2, 3]]), np.ones((1, 2), np.float32), None)
+cache.observe(0, Scored(np.array([[2, 3]]), np.ones((1, 2), np.float32), None))
 assert set(np.argsort(-cache.ranks[0])[:2].tolist()) == {2, 3}
 """
     subprocess.run([sys.executable, "-c", program], check=True)

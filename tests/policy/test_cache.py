@@ -9,6 +9,7 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.cache.mrs import MRSCache
+from hybrimoe_plugin.policy.step import Scored
 
 
 def plain_mrs(scores: np.ndarray, alpha: float, p: int) -> np.ndarray:
@@ -31,21 +32,21 @@ def test_mrs_counts_every_token_of_a_call(alpha: float, cuts: list[int]) -> None
     for cut in cuts:
         part = scores[start : start + cut]
         ids = np.argsort(-part, axis=1)[:, :2]
-        cache.observe(0, ids, np.take_along_axis(part, ids, axis=1), part)
+        cache.observe(0, Scored(ids, np.take_along_axis(part, ids, axis=1), part))
         start += cut
     np.testing.assert_allclose(cache.ranks[0], plain_mrs(scores, alpha, 4), rtol=1e-5, atol=1e-7)
 
 
 def test_mrs_without_scores_takes_the_routing_weights() -> None:
     cache = MRSCache(1, 4, 0.5, p=2)
-    cache.observe(0, np.array([[2, 0]]), np.array([[0.75, 0.25]], np.float32), None)
+    cache.observe(0, Scored(np.array([[2, 0]]), np.array([[0.75, 0.25]], np.float32), None))
     np.testing.assert_allclose(cache.ranks[0], [0.125, 0, 0.375, 0])
 
 
 def observed(name: str, *ids: list[int]) -> object:
     cache = make_cache(name, 1, 6, 2, Settings())
     for row in ids:
-        cache.observe(0, np.array([row]), np.ones((1, len(row)), np.float32), None)
+        cache.observe(0, Scored(np.array([row]), np.ones((1, len(row)), np.float32), None))
     return cache
 
 

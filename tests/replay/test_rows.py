@@ -9,7 +9,7 @@ import pytest
 
 from eval.policies import traces
 from eval.policies.systems import BASELINES, ORACLE, OURS, System, build, prepare
-from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
+from hybrimoe_plugin.policy.step import FEW_ROWS, Rows, Scored
 from hybrimoe_plugin.replay.oracle import BeladyCache
 from hybrimoe_plugin.replay.simulator import Outcome, is_prompt, replay
 from hybrimoe_plugin.replay.sources import (
@@ -191,7 +191,7 @@ def test_belady_knows_the_next_step_of_all_rows() -> None:
     steps = [[call.ids for call in made.calls if call.layer == layer] for layer in range(LAYERS)]
     seen = [0] * LAYERS
     for call in made.calls:
-        cache.observe(call.layer, call.ids, call.weights, call.scores)
+        cache.observe(call.layer, Scored(call.ids, call.weights, call.scores))
         seen[call.layer] += 1
         later = steps[call.layer][seen[call.layer] :]
         for expert in range(EXPERTS):

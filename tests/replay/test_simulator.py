@@ -18,6 +18,7 @@ from hybrimoe_plugin.policy.controller import Controller
 from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
 from hybrimoe_plugin.policy.slots import SlotPool
+from hybrimoe_plugin.policy.step import Scored
 from hybrimoe_plugin.replay.oracle import BeladyCache
 from hybrimoe_plugin.replay.simulator import replay
 from hybrimoe_plugin.replay.sources import synthetic, with_predictions
@@ -154,7 +155,7 @@ def test_belady_knows_the_next_use() -> None:
         layer: np.concatenate([c.ids for c in made.calls if c.layer == layer]) for layer in range(4)
     }
     for call in made.calls:
-        cache.observe(call.layer, call.ids, call.weights, call.scores)
+        cache.observe(call.layer, Scored(call.ids, call.weights, call.scores))
         seen[call.layer] += len(call.ids)
         later = rows[call.layer][seen[call.layer] :]
         for expert in range(16):

@@ -11,16 +11,15 @@ from torch import nn
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.decode.batch.batch_layer import BatchLayer
 from hybrimoe_plugin.decode.batch.batch_state import BatchState
-from hybrimoe_plugin.decode.batch.few_rows import FewRows
+from hybrimoe_plugin.decode.batch.steady_batches import SteadyBatches
 from hybrimoe_plugin.decode.chain.link import link_of
 from hybrimoe_plugin.decode.cuda_layer import CudaLayer
 from hybrimoe_plugin.decode.decode_state import DecodeState
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
 from hybrimoe_plugin.decode.layer_call import EagerLayer
 from hybrimoe_plugin.device.cuda_graphs import Capture
-from hybrimoe_plugin.operators.attention import FusedAttention
+from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
-from hybrimoe_plugin.operators.mla import FusedMLA
 from hybrimoe_plugin.operators.routers import GateRouter
 
 log = logging.getLogger(__name__)
@@ -75,13 +74,13 @@ def cuda_layer(
     )
     link = link_of(experts[0], states.one, settings) if experts else None
     made = CudaLayer(*parts, states.one, settings, link)
-    made.others = FewRows(eager, lambda batch: BatchLayer(*parts, states.of(batch), settings))
+    made.others = SteadyBatches(eager, lambda batch: BatchLayer(*parts, states.of(batch), settings))
     return made
 
 
-def _dense_attention(layer: nn.Module) -> FusedAttention | FusedMLA | None:
+def _dense_attention(layer: nn.Module) -> AttentionOperator | None:
     """The layer's attention, if it runs on the device."""
-    fused = [part for part in layer.modules() if isinstance(part, FusedAttention | FusedMLA)]
+    fused = [part for part in layer.modules() if isinstance(part, AttentionOperator)]
     return fused[0] if len(fused) == 1 and fused[0].ggml is None else None
 
 

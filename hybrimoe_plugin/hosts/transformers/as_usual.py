@@ -15,9 +15,8 @@ from torch import nn
 
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.own_attributes import give_own
-from hybrimoe_plugin.operators.attention import FusedAttention
+from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.dense import DenseOperator
-from hybrimoe_plugin.operators.mla import FusedMLA
 
 _SAVING = (
     "the checkpoint would lack every weight that is read from the file as it is stored: "
@@ -74,7 +73,7 @@ class _Guard:
         self._model = model
         self._plain = plain
         operators = [module for module in model.modules() if isinstance(module, DenseOperator)]
-        self._attention = any(isinstance(module, FusedAttention | FusedMLA) for module in operators)
+        self._attention = any(isinstance(module, AttentionOperator) for module in operators)
         self._real = {
             name: getattr(model, name)
             for name in ("_apply", "set_attn_implementation", "state_dict")

@@ -1,4 +1,4 @@
-"""A batch's decode step, as `model.generate` makes it: one row of each conversation."""
+"""A batch's decode step, as `model.generate` makes it: one token of each sequence."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from hybrimoe_plugin.operators.bind import HybriMoE
 from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
 
 
-def follow_batches(model: nn.Module, handle: HybriMoE) -> Callable[[], None]:
-    """Run passes of one token for each of 2 to 32 sequences as `run_rows` does, each its own owner.
+def follow_batches(model: nn.Module, handle: HybriMoE | None) -> Callable[[], None]:
+    """Run passes of one token for each of 2 to 32 sequences as `run_rows` does.
 
-    A pass that `run_rows` itself makes keeps the rows that it was given.
+    Each sequence counts as a conversation of its own.
+
+    A pass that `run_rows` itself makes keeps the rows that it was given. Without an accelerator no
+    decision depends on rows, and the model is left as it is.
+
+    Args:
+        handle: the model's; None where it has no experts operators.
 
     Returns:
         A function that restores the model's `forward`.
 
     Mutates: `model`.
     """
+    if handle is None or all(engine.accelerator is None for engine in handle.engines):
+        return lambda: None
     plain = model.forward
 
     @functools.wraps(plain)  # transformers reads names of arguments off a model's `forward`

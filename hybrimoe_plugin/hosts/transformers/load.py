@@ -134,7 +134,7 @@ def load_model(
         turns.before.append(store.check_unchanged)
         unhook_rows = connect_layers(model, turns)
         guard = Guard(model)
-        unfollow = _all() if model.hybrimoe is None else follow_batches(model, model.hybrimoe)
+        unfollow = follow_batches(model, model.hybrimoe)
         unhook_turns = take_turns(model, turns)  # last: a pass's turn covers all of the above
     except BaseException:
         injection.restore()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrimoe_plugin.operators.attention import FusedAttention
-from hybrimoe_plugin.operators.mla import FusedMLA
+from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.proof.stage import Stage, place_of
 from hybrimoe_plugin.operators.proof.twin import twin
 
@@ -101,7 +100,7 @@ class Proofs:
             unused = _names(right) - _names(ours)
             if unused:
                 return f"it does not use {', '.join(sorted(unused))}"
-            if issubclass(operator, FusedAttention | FusedMLA):
+            if issubclass(operator, AttentionOperator):
                 return self._attention_differs(name, ours, right)
             return _function_differs(ours, right)
         except Exception as error:  # modules of any kind may be named, and raise anything

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.policy.cache.drafted import Drafted, DraftedPass
-from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, Shares, fading
+from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Shares, fading
 from hybrimoe_plugin.policy.cache.row_shares import row_shares
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.step import Rows, Scored
 
 try:
     from hybrimoe_plugin.policy.cache.one_token import learn_token_2
@@ -131,24 +131,11 @@ class AdaptiveCache(RankedCache):
         """Without addresses: a copy has memory of its own."""
         return {**self.__dict__, "_memory": None, "_starts": []}
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
-        """Learn from what was predicted for these tokens, then predict the next one. Mutates.
-
-        Args:
-            topk_ids: [T, K].
-            topk_weights: [T, K].
-            scores: [T, E] where the host shows them.
-            rows: of a call of a few rows.
-        """
-        if rows is not None and len(topk_ids) > 1:
-            self._observe_rows(layer, topk_ids, topk_weights, scores, rows)
+    def observe(self, layer: int, scored: Scored) -> None:
+        """Learn from what was predicted for these tokens, then predict the next one. Mutates."""
+        topk_ids, topk_weights, scores, rows = scored
+        if rows is not None and scored.few:
+            self._observe_rows(layer, scored, rows)
             return
         if self._draft.before is not None:
             self._draft.clear()  # what is learned now builds on it
@@ -176,40 +163,38 @@ class AdaptiveCache(RankedCache):
     def verified(self, accepted: NDArray[np.bool_]) -> None:
         """Learn from the last pass anew, now that its sure rows are known.
 
+        An interrupt leaves some layers corrected and others not. Called again, it begins anew.
+
         Raises:
             InputError: it had another number of rows.
         """
-        before, calls = self._draft.taken(accepted)
+        before, calls = self._draft.corrected(accepted)
         if before is None:
             return
         self.weights[:], self._moments[:], self._targets[:] = before
         for call in calls:
             layer = call.layer
             self.features[layer], self._last[layer] = call.features, call.last
-            self._seen[layer] -= 1
-            self._learn_rows(layer, call.ids, call.weights, call.scores, call.rows)
+            self._seen[layer] = call.seen
+            self._learn_rows(layer, call.scored, call.rows)
+        self._draft.clear()  # last: until here all of it can be done again
 
     def forget_draft(self) -> None:
         self._draft.clear()
 
-    def _observe_rows(
-        self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
-    ) -> None:
+    def _observe_rows(self, layer: int, scored: Scored, rows: Rows) -> None:
         """Learn from a call of a few rows; if some may be rejected, keep what `verified` needs."""
         if rows.sure.all():
             self._draft.clear()
         else:
             before = self.weights, self._moments, self._targets
-            call = Drafted(
-                layer, ids, weights, scores, rows, self.features[layer], self._last[layer]
-            )
-            self._draft.add(call, before)
-        self._learn_rows(layer, ids, weights, scores, rows)
+            known = self.features[layer], self._last[layer], self._seen[layer]
+            self._draft.add(Drafted(layer, scored, rows, *known), before)
+        self._learn_rows(layer, scored, rows)
 
-    def _learn_rows(
-        self, layer: int, ids: Ids, weights: Scores, scores: Scores | None, rows: Rows
-    ) -> None:
+    def _learn_rows(self, layer: int, scored: Scored, rows: Rows) -> None:
         """Learn one step from several rows: the weighted mean of their choices and scores."""
+        ids, weights, scores, _ = scored
         shares = self._shares(rows)
         experts, chosen = len(self._shown), ids.ravel()
         counted = np.repeat(shares, ids.shape[1])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
+from hybrimoe_plugin.policy.cache.ranked import RankedCache, Ranks, fading
 from hybrimoe_plugin.policy.cache.row_shares import row_shares
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.step import Scored
 
 EMA_STEP = 0.1
 """Share of the newest token in `EMACache`: a memory of about 10 tokens."""
@@ -24,16 +24,9 @@ class LRUCache(RankedCache):
         super().__init__(layers, experts, popularity)
         self._steps = np.zeros(layers, dtype=np.int64)
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
+    def observe(self, layer: int, scored: Scored) -> None:
         ranks = self.ranks[layer]
-        steps = topk_ids[-ranks.size :] if rows is None else topk_ids[None]
+        steps = scored.ids[None] if scored.few else scored.ids[-ranks.size :]
         for chosen in steps:
             self._steps[layer] += 1
             ranks[chosen] = self._steps[layer]
@@ -48,15 +41,8 @@ class LFUCache(RankedCache):
 
     name = "lfu"
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
-        np.add.at(self.ranks[layer], topk_ids.ravel(), 1.0)
+    def observe(self, layer: int, scored: Scored) -> None:
+        np.add.at(self.ranks[layer], scored.ids.ravel(), 1.0)
 
 
 class EMACache(RankedCache):
@@ -67,20 +53,14 @@ class EMACache(RankedCache):
 
     name = "ema"
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
-        steps = len(topk_ids) if rows is None else 1
+    def observe(self, layer: int, scored: Scored) -> None:
+        ids, rows = scored.ids, scored.rows if scored.few else None
+        steps = len(ids) if rows is None else 1
         shares = fading(EMA_STEP, steps) if rows is None else row_shares(rows)
         shares = EMA_STEP * shares
         ranks = self.ranks[layer]
         ranks *= (1 - EMA_STEP) ** steps
-        np.add.at(ranks, topk_ids, shares[:, None])
+        np.add.at(ranks, ids, shares[:, None])
 
 
 class StaticCache(RankedCache):
@@ -88,14 +68,7 @@ class StaticCache(RankedCache):
 
     name = "static"
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
+    def observe(self, layer: int, scored: Scored) -> None:
         """Nothing to learn."""
 
     def prefers(self, newcomer: float, victim: float) -> bool:

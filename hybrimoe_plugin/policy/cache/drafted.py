@@ -8,25 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.errors import InputError
-from hybrimoe_plugin.policy.cache.ranked import Ids, Ranks, Scores
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.cache.ranked import Ranks
+from hybrimoe_plugin.policy.step import Rows, Scored
 
 
 class Drafted(NamedTuple):
     """One layer call, and what was known of the layer before it."""
 
     layer: int
-    ids: Ids
-    """[T, K]"""
-    weights: Scores
-    """[T, K]"""
-    scores: Scores | None
-    """[T, E]"""
+    scored: Scored
+    """Of what was chosen; whose rows these are is kept in `rows`."""
     rows: Rows
     features: Ranks
     """[F, E]"""
     last: Ranks
     """[E]"""
+    seen: float
 
 
 Evidence = tuple[Ranks, Ranks, Ranks]
@@ -54,27 +51,24 @@ class DraftedPass:
             self.clear()
             weights, moments, targets = before
             self.before = weights.copy(), moments.copy(), targets.copy()
-        shown = None if call.scores is None else call.scores.copy()
+        ids, chosen_weights, scores, _ = call.scored
+        shown = None if scores is None else scores.copy()
         self._calls.append(
             call._replace(
-                ids=call.ids.copy(),
-                weights=call.weights.copy(),
-                scores=shown,
+                scored=Scored(ids.copy(), chosen_weights.copy(), shown),
                 features=call.features.copy(),
                 last=call.last.copy(),
             )
         )
 
-    def taken(self, accepted: NDArray[np.bool_]) -> tuple[Evidence | None, list[Drafted]]:
-        """What was known before the pass, and its calls with the accepted rows sure. Mutates.
-
-        Nothing is kept.
+    def corrected(self, accepted: NDArray[np.bool_]) -> tuple[Evidence | None, list[Drafted]]:
+        """What was known before the pass, and its calls with the accepted rows sure.
 
         Args:
             accepted: [T]
 
         Raises:
-            InputError: the pass had another number of rows; it is kept.
+            InputError: the pass had another number of rows.
         """
         calls = self._calls
         if not calls:
@@ -86,9 +80,7 @@ class DraftedPass:
                 f"found the shape {list(accepted.shape)}"
             )
         known = Rows(rows.owners, rows.sure | accepted)
-        before = self.before
-        self.clear()
-        return before, [call._replace(rows=known) for call in calls]
+        return self.before, [call._replace(rows=known) for call in calls]
 
     def clear(self) -> None:
         """Keep nothing. Mutates."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.policy.cache.ranked import Ids, RankedCache, Ranks, Scores, fading
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.step import Scored
 
 NOISE = 1e-9
 """Share of a score that no longer matters: below the precision of the float32 scores."""
@@ -37,26 +37,18 @@ class MRSCache(RankedCache):
         self.p = min(p, experts)
         self._horizon = _horizon(alpha)
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
-        tokens = len(topk_ids)
+    def observe(self, layer: int, scored: Scored) -> None:
+        ids, weights, scores, _ = scored
+        tokens = len(ids)
         if tokens == 1:
-            self._observe_token(layer, topk_ids, topk_weights, scores)
-        elif rows is None:
+            self._observe_token(layer, ids, weights, scores)
+        elif scored.few:
+            self._observe_many(layer, ids, weights, scores, np.full(tokens, 1.0 / tokens), 1)
+        else:
             first = max(0, tokens - self._horizon)
             fade = fading(self.alpha, tokens - first)
             shown = None if scores is None else scores[first:]
-            self._observe_many(layer, topk_ids[first:], topk_weights[first:], shown, fade, tokens)
-        else:
-            self._observe_many(
-                layer, topk_ids, topk_weights, scores, np.full(tokens, 1.0 / tokens), 1
-            )
+            self._observe_many(layer, ids[first:], weights[first:], shown, fade, tokens)
 
     def _observe_token(
         self, layer: int, topk_ids: Ids, topk_weights: Scores, scores: Scores | None

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.step import Scored
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -26,22 +26,10 @@ class CachePolicy(Protocol):
     """[L, E]; the lowest goes first. Rows of layers that share slots are compared with one another.
     """
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
+    def observe(self, layer: int, scored: Scored) -> None:
         """Learn from one layer call. Mutates.
 
-        Args:
-            topk_ids: [T, K].
-            topk_weights: [T, K].
-            scores: [T, E] where the host shows them.
-            rows: whose rows a call of a few has; such a call is one step. None for one token, and
-                for a prompt, whose tokens are steps one after the other.
+        A call of a few rows is one step. A prompt's tokens are steps one after the other.
         """
         ...
 
@@ -100,14 +88,7 @@ class RankedCache:
                 f"popularity must be [{layers}, {experts}], found {list(self.ranks.shape)}"
             )
 
-    def observe(
-        self,
-        layer: int,
-        topk_ids: Ids,
-        topk_weights: Scores,
-        scores: Scores | None,
-        rows: Rows | None = None,
-    ) -> None:
+    def observe(self, layer: int, scored: Scored) -> None:
         """Learn from one layer call; each policy has its own rule. Mutates `ranks`."""
         raise AssertionError("a policy without a rule")
 

@@ -13,7 +13,7 @@ All sums over experts are made at C speed, before the search. Two bounds leave i
 - It ends where the arrivals alone are as late as the best plan.
 
 An expert in flight can hold up the accelerator. Where it does, the same search is made again with
-that expert on the CPU.
+that expert on the CPU. `WEIGHED` bounds both how often that is done and what a search takes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from itertools import accumulate
+from math import inf
 from typing import NamedTuple
 
 from hybrimoe_plugin.core import LayerPlan, Routed
@@ -29,6 +30,11 @@ from hybrimoe_plugin.policy.schedule.machine_model import load_of, ready_of
 
 ROUNDING = 1e-9
 """Share of a time below which a difference is rounding."""
+
+WEIGHED = 32
+"""Experts in flight of which any number may be left to the accelerator; of twice as many, every
+second number. Links have fewer on their way at once, but odd settings could keep a plan waiting.
+"""
 
 
 class Split(NamedTuple):
@@ -216,7 +222,7 @@ def _by_order(
         if not in_flight:
             return best
         held_up = _held_up_by(split, times, queued[count])
-        if held_up is None:
+        if held_up is None or len(late) == WEIGHED:
             return best
         present = [item for item in present if item is not held_up]
         loads = [item[1] for item in present]
@@ -228,22 +234,29 @@ def _with_waits(
 ) -> list[float]:
     """When the accelerator has computed the first n of `order`, for every n.
 
+    Infinite for what is not weighed.
+
     Args:
         work: what it takes without experts in flight, launch included.
         spent: on each one.
     """
     finishes = list(work)
     coming: list[tuple[float, float]] = []
+    left = sum([item[2] > 0.0 for item in order])
+    stride = 1 + (left - 1) // WEIGHED
+    end = 0.0  # of what is in flight
     for count, item in enumerate(order, start=1):
-        if item[2] <= 0.0:
-            continue
-        insort(coming, (item[2], spent[count - 1]))
-        end = 0.0
-        for ready_us, us in coming:
-            end = (end if end >= ready_us else ready_us) + us
-        while count < len(finishes) and finishes[count] < end:
+        if item[2] > 0.0:
+            insort(coming, (item[2], spent[count - 1]))
+            left -= 1
+            if left % stride:
+                end = inf
+            else:
+                end = 0.0
+                for ready_us, us in coming:
+                    end = (end if end >= ready_us else ready_us) + us
+        if finishes[count] < end:
             finishes[count] = end
-            count += 1
     return finishes
 
 

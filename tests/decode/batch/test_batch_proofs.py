@@ -18,7 +18,7 @@ from hybrimoe_plugin.compute.attention.decode_attention import GQAShape, MaskedA
 from hybrimoe_plugin.compute.attention.kv_cache import cut_entries
 from hybrimoe_plugin.decode import layer_buffers
 from hybrimoe_plugin.decode.batch.batch_state import BatchState
-from hybrimoe_plugin.decode.batch.few_rows import STEADY
+from hybrimoe_plugin.decode.batch.steady_batches import STEADY
 
 PROVED = STEADY + 3
 CPU = torch.device("cpu")

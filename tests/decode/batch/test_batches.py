@@ -13,7 +13,7 @@ from graphed import Loader, Sequence, cuda_layers_of, greedy
 from late_device import late_device
 from replayed import Replayed
 
-from hybrimoe_plugin.decode.batch.few_rows import BATCHES, STEADY
+from hybrimoe_plugin.decode.batch.steady_batches import BATCHES, STEADY
 from hybrimoe_plugin.engine import CallRecord
 
 PROVED = STEADY + 3
@@ -23,7 +23,7 @@ PROVED = STEADY + 3
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_logits_are_the_plain_models(family: str, rows: int, load_captured: Loader) -> None:
-    """Conversations of different lengths; 7 to 20 tokens: capacities of 16 and 32."""
+    """Sequences of different lengths; 7 to 20 tokens: capacities of 16 and 32."""
     capture = Replayed()
     model, plain = load_captured(family, capture), tiny.model(family)
     both = Both(model, plain, rows)
@@ -82,7 +82,7 @@ def test_the_engine_sees_what_it_sees_without_graphs(load_captured: Loader) -> N
         assert all((a == b).all() for a, b in zip(ours.predicted, theirs.predicted, strict=True))
 
 
-def test_a_conversation_ends_and_another_one_comes(load_captured: Loader) -> None:
+def test_a_sequence_ends_and_another_one_comes(load_captured: Loader) -> None:
     """4 -> 3 -> 4: three run eagerly, and the graphs of four are still there."""
     capture = Replayed()
     model, plain = load_captured("mixtral", capture, context=64), tiny.model("mixtral")

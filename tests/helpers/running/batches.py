@@ -1,4 +1,4 @@
-"""Conversations that are decoded together, padded on the left to one length."""
+"""Sequences that are decoded together, padded on the left to one length."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batches_of(model: Any) -> list[Any]:
 
 def sizes_of(model: Any) -> list[int]:
     """The number of sequences for which each layer has graphs that are proved; 0 without."""
-    return [layer.others.captured_rows for layer in cuda_layers_of(model)]  # type: ignore[attr-defined]
+    return [layer.others.captured_sequences for layer in cuda_layers_of(model)]  # type: ignore[attr-defined]
 
 
 class Batch:
@@ -56,7 +56,7 @@ class Batch:
         return logits
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these conversations, each of which may be there more than once."""
+        """Go on with these sequences, each of which may be there more than once."""
         chosen = torch.tensor(rows)
         self.ids, self.mask = self.ids[chosen], self.mask[chosen]
         self.cache.reorder_cache(chosen)

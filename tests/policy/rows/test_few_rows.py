@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import ended, operations
 
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.cache import AdaptiveCache, adaptive, make_cache
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.step import Rows, Scored
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 2
 PARTS = ("features", "ranks", "weights", "_last", "_moments", "_targets")
@@ -30,7 +33,7 @@ def drawn(seed: int, rows: int, scores: bool = True) -> Call:
 
 def one_pass(cache: AdaptiveCache, seed: int, rows: Rows | None, count: int = 1) -> None:
     for layer in range(LAYERS):
-        cache.observe(layer, *drawn(seed * LAYERS + layer, count), rows)
+        cache.observe(layer, Scored(*drawn(seed * LAYERS + layer, count), rows))
 
 
 def conversations(count: int) -> Rows:
@@ -65,8 +68,8 @@ def test_rows_that_agree_are_one_token(native: bool) -> None:
         for layer in range(LAYERS):
             ids, weights, scores = drawn(seed * LAYERS + layer, 1)
             tiled = [np.tile(part, (4, 1)) for part in (ids, weights, scores)]
-            many.observe(layer, *tiled, conversations(4))
-            one.observe(layer, ids, weights, scores)
+            many.observe(layer, Scored(*tiled, conversations(4)))
+            one.observe(layer, Scored(ids, weights, scores))
     same(many, one, rtol=1e-6, atol=1e-8)
 
 
@@ -80,8 +83,8 @@ def test_the_order_of_rows_does_not_matter() -> None:
     ids, weights, scores = drawn(3, 8)
     turned, plain = (AdaptiveCache(LAYERS, EXPERTS, TOP_K) for _ in range(2))
     assert scores is not None
-    plain.observe(0, ids, weights, scores, conversations(8))
-    turned.observe(0, ids[::-1], weights[::-1], scores[::-1], conversations(8))
+    plain.observe(0, Scored(ids, weights, scores, conversations(8)))
+    turned.observe(0, Scored(ids[::-1], weights[::-1], scores[::-1], conversations(8)))
     same(turned, plain, rtol=1e-12, atol=1e-12)
 
 
@@ -91,7 +94,7 @@ def test_a_tree_does_not_outweigh_a_conversation_of_one_row() -> None:
     ids = np.array([[0, 1]] + [[8, 9]] * 15)
     rows = Rows(np.array([0] + [1] * 15), np.array([True, True] + [False] * 14))
     for _ in range(10):
-        cache.observe(0, ids, np.ones(ids.shape, np.float32), None, rows)
+        cache.observe(0, Scored(ids, np.ones(ids.shape, np.float32), None, rows))
     np.testing.assert_allclose(cache.ranks[0, [0, 1]], cache.ranks[0, [8, 9]], rtol=1e-9)
     assert cache.ranks[0, 0] > 0.3
 
@@ -107,7 +110,9 @@ def test_native_learns_what_its_twin_learns(seed: int, count: int, scores: bool)
         accepted = rng.random(count) < 0.5
         for cache in (native, plain):
             for layer in range(LAYERS):
-                cache.observe(layer, *drawn(seed + number * LAYERS + layer, count, scores), rows)
+                cache.observe(
+                    layer, Scored(*drawn(seed + number * LAYERS + layer, count, scores), rows)
+                )
             cache.verified(accepted)
     same(native, plain, rtol=1e-6, atol=1e-8)
 
@@ -119,14 +124,14 @@ def test_a_fixed_rule_takes_a_call_for_one_step(name: str) -> None:
     for seed in range(3):
         ids, weights, scores = drawn(seed, 4)
         assert scores is not None
-        plain.observe(0, ids, weights, scores, conversations(4))
-        turned.observe(0, ids[::-1], weights[::-1], scores[::-1], conversations(4))
+        plain.observe(0, Scored(ids, weights, scores, conversations(4)))
+        turned.observe(0, Scored(ids[::-1], weights[::-1], scores[::-1], conversations(4)))
     np.testing.assert_allclose(turned.ranks, plain.ranks, rtol=1e-6)
     if name != "lfu":  # which counts rows
         tiled = [np.tile(part, (4, 1)) for part in drawn(9, 1)]
         agreeing = make_cache(name, 1, EXPERTS, TOP_K, Settings())
-        agreeing.observe(0, *tiled, conversations(4))
-        single.observe(0, *drawn(9, 1))
+        agreeing.observe(0, Scored(*tiled, conversations(4)))
+        single.observe(0, Scored(*drawn(9, 1)))
         np.testing.assert_allclose(agreeing.ranks, single.ranks, rtol=1e-6)
 
 
@@ -153,7 +158,7 @@ class TestVerified:
         cache = AdaptiveCache(1, EXPERTS, TOP_K)
         ids = np.array([[0, 1], [2, 3], [4, 5]])
         for _ in range(10):
-            cache.observe(0, ids, np.ones(ids.shape, np.float32), None, self.drafted(3))
+            cache.observe(0, Scored(ids, np.ones(ids.shape, np.float32), None, self.drafted(3)))
             cache.verified(np.array([True, True, False]))
         assert cache.ranks[0, 2] > 1.3 * cache.ranks[0, 4] > 0.0
 
@@ -165,7 +170,7 @@ class TestVerified:
             for layer in range(LAYERS):
                 ids, weights, scores = drawn(layer, 8)
                 assert scores is not None
-                cache.observe(layer, ids, weights, scores, self.drafted())
+                cache.observe(layer, Scored(ids, weights, scores, self.drafted()))
                 if cache is reused:
                     ids[:], weights[:], scores[:] = 0, 0.0, 0.0
             cache.verified(accepted)
@@ -185,8 +190,8 @@ class TestVerified:
         cache, other = (AdaptiveCache(LAYERS, EXPERTS, TOP_K) for _ in range(2))
         accepted = np.arange(8) < 3
         for each in (cache, other):
-            each.observe(0, *drawn(1, 8), self.drafted())  # the pass ends here
-            each.observe(0, *drawn(1, 8), self.drafted()) if each is cache else None
+            each.observe(0, Scored(*drawn(1, 8), self.drafted()))  # the pass ends here
+            each.observe(0, Scored(*drawn(1, 8), self.drafted())) if each is cache else None
         # The next one begins at the first layer again, and only that one is corrected.
         assert len(cache._draft._calls) == 1
         other.forget_draft()
@@ -194,6 +199,23 @@ class TestVerified:
         other.verified(accepted)
         for a, b in zip(before, state(other), strict=True):
             np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_after_an_interrupt_it_can_be_said_again(self, native: bool) -> None:
+        begun = AdaptiveCache(2, EXPERTS, TOP_K, native=native)
+        for layer in range(2):
+            begun.observe(layer, Scored(*drawn(layer, 8), self.drafted()))
+        accepted = np.arange(8) < 3
+        whole = deepcopy(begun)
+        for at in range(1, operations(lambda: whole.verified(accepted))):
+            cache = deepcopy(begun)
+            ended(partial(cache.verified, accepted), at, KeyboardInterrupt())
+            going_on = deepcopy(cache)
+            for layer in range(2):
+                going_on.observe(layer, Scored(*drawn(layer, 8), self.drafted()))
+            assert np.isfinite(going_on.ranks).all()
+            cache.verified(accepted)
+            same(cache, whole)
 
     def test_what_was_learned_since_is_kept(self) -> None:
         """A token of another conversation between a pass and its verification."""

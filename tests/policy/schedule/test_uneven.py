@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import operations
 
 from eval.policies.calls import few_row_call
 from hybrimoe_plugin.core import OFFLOADED, Routed
@@ -18,6 +19,7 @@ from hybrimoe_plugin.policy.schedule import (
     exact_plan,
     optimum_us,
     simulate,
+    thresholds,
 )
 from hybrimoe_plugin.policy.schedule.baselines import (
     AcceleratorOnlyScheduler,
@@ -26,6 +28,7 @@ from hybrimoe_plugin.policy.schedule.baselines import (
 )
 from hybrimoe_plugin.policy.schedule.frontier import better_split
 from hybrimoe_plugin.policy.schedule.hybrimoe import SLOPE, SMALL
+from hybrimoe_plugin.policy.schedule.thresholds import WEIGHED
 from hybrimoe_plugin.replay.profile_files import load_profile, shipped
 
 ROUNDING = 1 + 1e-8
@@ -61,13 +64,16 @@ def calls(draw: st.DrawFn, least: int, most: int) -> tuple[list[Routed], float]:
     return routed, max(coming, default=0.0) + draw(st.sampled_from([0.0, 300.0]))
 
 
-@given(call=calls(0, 30), costs=costs_of_any_shape())
+@given(call=calls(0, 30), costs=costs_of_any_shape(), weighed=st.sampled_from([2, WEIGHED]))
 def test_each_expert_once_and_times_as_simulated(
-    call: tuple[list[Routed], float], costs: CostModel
+    call: tuple[list[Routed], float], costs: CostModel, weighed: int
 ) -> None:
     routed, link_free = call
     scheduler = HybriMoEScheduler(costs)
-    plan = scheduler.plan(routed, link_free)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "WEIGHED", weighed)
+        plan = scheduler.plan(routed, link_free)
+        makespan_us = scheduler.makespan_us(routed, link_free)
     assert sorted(plan.cpu + plan.accelerator) == [item.expert for item in routed]
     offloaded = {item.expert for item in routed if item.ready_us == OFFLOADED}
     assert set(plan.onload) == offloaded & set(plan.accelerator)
@@ -75,15 +81,17 @@ def test_each_expert_once_and_times_as_simulated(
     assert plan.makespan_us == pytest.approx(run.makespan_us, rel=1e-9)
     assert plan.cpu_us == pytest.approx(run.cpu_us, rel=1e-9)
     assert plan.accelerator_us == pytest.approx(run.accelerator_us, rel=1e-9)
-    assert scheduler.makespan_us(routed, link_free) == plan.makespan_us
+    assert makespan_us == plan.makespan_us
 
 
-@given(call=calls(2, 30), costs=costs_of_any_shape())
+@given(call=calls(2, 30), costs=costs_of_any_shape(), weighed=st.sampled_from([2, WEIGHED]))
 def test_never_worse_than_one_sided_plans(
-    call: tuple[list[Routed], float], costs: CostModel
+    call: tuple[list[Routed], float], costs: CostModel, weighed: int
 ) -> None:
     routed, link_free = call
-    ours = HybriMoEScheduler(costs).plan(routed, link_free).makespan_us
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "WEIGHED", weighed)
+        ours = HybriMoEScheduler(costs).plan(routed, link_free).makespan_us
     for other in (CPUOnlyScheduler, AcceleratorOnlyScheduler, StaticScheduler):
         assert ours <= other(costs).plan(routed, link_free).makespan_us * ROUNDING
 
@@ -181,3 +189,27 @@ def test_a_late_expert_in_flight_does_not_hold_up_the_others() -> None:
     plan = HybriMoEScheduler(costs).plan([late, *others])
     assert 0 in plan.cpu
     assert plan.makespan_us < 200.0
+
+
+def all_in_flight(count: int) -> list[Routed]:
+    """Each arrives long after the one before it, so that each may hold up the others."""
+    return [Routed(expert, 1 + expert % 3, 50.0 * (expert + 1)) for expert in range(count)]
+
+
+QUICK_CPU = CostModel(CostCurve((1, 4), (10.0, 13.0)), 0.0, CostCurve((1,), (10.0,)), 0.0, 1e6)
+
+
+def test_work_grows_with_the_experts_in_flight_not_with_their_square() -> None:
+    def work(count: int) -> int:
+        return operations(lambda: HybriMoEScheduler(QUICK_CPU).plan(all_in_flight(count)))
+
+    assert work(6 * WEIGHED) < 2.5 * work(3 * WEIGHED)
+
+
+@pytest.mark.parametrize("count", [WEIGHED // 2, WEIGHED])
+def test_what_a_link_can_have_in_flight_is_weighed_in_full(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = HybriMoEScheduler(QUICK_CPU).plan(all_in_flight(count))
+    monkeypatch.setattr(thresholds, "WEIGHED", 2 * count)
+    assert HybriMoEScheduler(QUICK_CPU).plan(all_in_flight(count)) == found

@@ -22,7 +22,7 @@ eagerly.
 """
 
 
-class FewRows:
+class SteadyBatches:
     """A layer's calls that are not one token's: `BatchLayer` where the calls are steady.
 
     Graphs and a KV cache are kept for one number of sequences at a time, the last that was
@@ -49,10 +49,10 @@ class FewRows:
 
     @property
     def captured(self) -> bool:
-        return self.captured_rows > 0
+        return self.captured_sequences > 0
 
     @property
-    def captured_rows(self) -> int:
+    def captured_sequences(self) -> int:
         """The number of sequences whose steps are replayed; 0 if there is none."""
         batch = self.batch
         return batch.state.batch if batch is not None and batch.captured else 0
@@ -69,18 +69,18 @@ class FewRows:
 
     def _batch_of(self, hidden_states: torch.Tensor) -> BatchLayer | None:
         """The graphs for hidden states [R, T, H]; None if there are to be none."""
-        rows, tokens, _ = hidden_states.shape
-        if tokens != 1 or rows not in BATCHES or rows in self._refused:
+        sequences, tokens, _ = hidden_states.shape
+        if tokens != 1 or sequences not in BATCHES or sequences in self._refused:
             return None
-        if self.batch is not None and self.batch.state.batch == rows:
+        if self.batch is not None and self.batch.state.batch == sequences:
             self._steps = 0
             return self.batch
-        if rows != self._counted:
+        if sequences != self._counted:
             self._steps = 0
-            self._counted = rows
+            self._counted = sequences
         self._steps += 1
         if self._steps <= STEADY:
             return None
         self.batch = None  # first: its memory may be needed
-        self.batch = made = self._make(rows)
+        self.batch = made = self._make(sequences)
         return made
