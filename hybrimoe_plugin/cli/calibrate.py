@@ -106,12 +106,17 @@ def _table(profile: MachineProfile, backend: str) -> Table:
     """A row for each load, and one for what the first expert of a layer costs more."""
     from rich.table import Table
 
+    from hybrimoe_plugin.policy.step import FEW_ROWS
+
     loads = profile.cpu.tokens
     threads = profile.cpu.threads or "?"
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("us per expert")
     table.add_column(f"CPU by {backend}, {threads} thread(s)", justify="right")
     columns = [_cells(profile.cpu, loads)]
+    if profile.cpu_few_rows is not None:
+        table.add_column(f"CPU, 2 to {FEW_ROWS} rows", justify="right")
+        columns.append(_cells(profile.cpu_few_rows, loads, FEW_ROWS))
     if profile.accelerator is not None:
         table.add_column("accelerator", justify="right")
         columns.append(_cells(profile.accelerator, loads))
@@ -121,10 +126,10 @@ def _table(profile: MachineProfile, backend: str) -> Table:
     return table
 
 
-def _cells(side: Side, loads: tuple[int, ...]) -> list[str]:
-    """Time of an expert for each load, and what the first expert of a layer costs more."""
+def _cells(side: Side, loads: tuple[int, ...], most: int | None = None) -> list[str]:
+    """Time of an expert for each load up to `most`, and what a layer's first one costs more."""
     from hybrimoe_plugin.policy.costs import CostCurve
 
     curve = CostCurve(side.tokens, side.us)
-    cells = [f"{curve(load):.0f}" for load in loads]
+    cells = ["" if most is not None and load > most else f"{curve(load):.0f}" for load in loads]
     return [*cells, f"+{side.first_us:.0f}"]

@@ -166,7 +166,7 @@ def union_note(name: str, side: Side, ids: NDArray[np.int64], took_us: float) ->
     expected_us = side.first_us + sum(map(curve, union.values()))
     return (
         f"{name}: {UNION_ROWS} rows with {len(union)} experts took {took_us:.0f} us; the times of "
-        f"single experts add up to {expected_us:.0f} us"
+        f"single experts add up to {expected_us:.0f} us, {expected_us / took_us:.2f} of it"
     )
 
 

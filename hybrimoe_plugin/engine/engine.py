@@ -344,7 +344,7 @@ class Engine:
                 self._inter_layer.end(step.layer, step.tokens, planned_us)
         self.controller.counters.moe_us += spent_us
         if self.timeline is not None:
-            run = simulate(plan, step.routed, costs, 0.0)
+            run = simulate(plan, step.routed, costs.for_rows(step.few), 0.0)
             emulated = self.clock.emulated
             self.timeline.layer_call(step.layer, now_us, spent_us, run, emulated=emulated)
             self.timeline.transfers(step.moves)

@@ -36,7 +36,7 @@ from hybrimoe_plugin.policy.prefetch.prediction import Prefetcher
 from hybrimoe_plugin.policy.prefetch.record import PrefetchRecord
 from hybrimoe_plugin.policy.prompt_slots import PromptSlots
 from hybrimoe_plugin.policy.residency import Residency
-from hybrimoe_plugin.policy.schedule.baselines import CPUOnlyScheduler
+from hybrimoe_plugin.policy.schedule.make import make_scheduler
 from hybrimoe_plugin.policy.schedule.scheduler import Scheduler, Schedulers
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
 from hybrimoe_plugin.policy.slots import SlotPool
@@ -80,7 +80,7 @@ class Controller:
         self.deferred = deferred
         self.counters = Counters()
         self.schedulers = Schedulers(prefill, decode)
-        self._cpu_only = CPUOnlyScheduler(costs)
+        self._cpu_only = make_scheduler("cpu_only", costs, has_accelerator=False)
         self.prefetch_record = PrefetchRecord(self.counters)
         self.residency = Residency(pool, costs, cache, self.prefetch_record, self.counters)
         self.link = LinkTime(costs, self.counters, expert_bytes)
@@ -155,7 +155,7 @@ class Controller:
         busy_us = max(0.0, self.link.free_us - now_us)
         on_cpu = layer in pool.on_cpu
         scheduler = self._cpu_only if on_cpu else self.schedulers.for_call(many)
-        plan = scheduler.plan(routed, busy_us)
+        plan = scheduler.for_rows(few).plan(routed, busy_us)
         pool.lease(layer, plan.accelerator)
         moves: tuple[Move, ...] = ()
         if plan.onload:

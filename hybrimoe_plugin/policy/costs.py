@@ -84,6 +84,8 @@ class CostModel:
         link_latency_us: the share of `transfer_us` that does not depend on bytes.
         between_layers_us: attention and dense parts between two MoE layers; the link is free to
             prefetch then.
+        few_rows: the costs of calls of a few rows, where those were measured by themselves: other
+            graphs compute such calls. What is set later is to be set there too.
 
     Attributes:
         version: another number whenever a cost that plans depend on has been set, so all but
@@ -96,6 +98,7 @@ class CostModel:
         "between_layers_us",
         "cpu",
         "cpu_first_us",
+        "few_rows",
         "link_latency_us",
         "transfer_us",
         "version",
@@ -111,6 +114,7 @@ class CostModel:
         transfer_us: float,
         link_latency_us: float = 0.0,
         between_layers_us: float = 0.0,
+        few_rows: CostModel | None = None,
     ) -> None:
         self.cpu = cpu
         self.cpu_first_us = cpu_first_us
@@ -119,11 +123,16 @@ class CostModel:
         self.transfer_us = transfer_us
         self.link_latency_us = link_latency_us
         self.between_layers_us = between_layers_us
+        self.few_rows = few_rows
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
         if name not in ("between_layers_us", "version"):
             object.__setattr__(self, "version", getattr(self, "version", 0) + 1)
+
+    def for_rows(self, few: bool) -> CostModel:
+        """The costs of a call, which may be one of a few rows."""
+        return self.few_rows if few and self.few_rows is not None else self
 
     @property
     def miss_us(self) -> float:

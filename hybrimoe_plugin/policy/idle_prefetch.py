@@ -94,7 +94,7 @@ class IdlePrefetch:
             confidence = self.confidence.predicted(
                 layer, distance, routed, step.many, offloaded_only, step.few
             )
-            found.append(Prediction(layer, distance, routed, confidence))
+            found.append(Prediction(layer, distance, routed, confidence, step.few))
             if not offloaded_only:
                 residency.protect(layer, confidence)
         return found
@@ -227,8 +227,7 @@ class IdlePrefetch:
         start_us = self._link.layer_start_us(prediction.distance, idle)
         ready_us = max(0.0, move.end_us - start_us)
         routed = with_arrival(prediction.routed, move.expert, ready_us)
-        layer, distance, _, confidence = prediction
-        return Prediction(layer, distance, tuple(routed), confidence)
+        return prediction._replace(routed=tuple(routed))
 
     def _may_try(self, request: PrefetchRequest, idle: IdleTime) -> bool:
         """Whether a prefetch for one token may be sent now.

@@ -67,12 +67,15 @@ class MachineProfile:
     created: str
     spec: ExpertSpec
     cpu: Side
+    """Calls of one token, and prompts."""
     accelerator: Side | None = None
     link: Link | None = None
     between_layers_us: float = 0.0
     hardware: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    cpu_few_rows: Side | None = None
+    """Calls of a few rows; None where they were not measured, and `cpu` stands for them too."""
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
@@ -107,6 +110,7 @@ class MachineProfile:
         if label not in LABELS:
             raise ValueError(f"label must be one of {', '.join(LABELS)}, found {label!r}")
         accelerator, link = data.get("accelerator"), data.get("link")
+        few_rows = data.get("cpu_few_rows")
         if (accelerator is None) != (link is None):
             raise ValueError("accelerator and link must both be given or both be null")
         return cls(
@@ -121,6 +125,7 @@ class MachineProfile:
             hardware=_texts(data.get("hardware", {})),
             versions=_texts(data.get("versions", {})),
             notes=tuple(map(str, data.get("notes", ()))),
+            cpu_few_rows=None if few_rows is None else _side(few_rows),
         )
 
     def costs(self, spec: ExpertSpec) -> CostModel:
@@ -137,15 +142,21 @@ class MachineProfile:
             latency_us = self.link.latency_us
             bytes_per_us = self.link.gbps * BYTES_PER_US
             transfer_us = latency_us + spec.expert_bytes / bytes_per_us
-        return CostModel(
-            cpu=CostCurve(self.cpu.tokens, self.cpu.us).scaled(factor),
-            cpu_first_us=self.cpu.first_us,
-            accelerator=CostCurve(accelerator.tokens, accelerator.us).scaled(factor),
-            accelerator_first_us=accelerator.first_us,
-            transfer_us=transfer_us,
-            link_latency_us=latency_us,
-            between_layers_us=self.between_layers_us,
-        )
+
+        def with_cpu(cpu: Side, few_rows: CostModel | None = None) -> CostModel:
+            return CostModel(
+                cpu=CostCurve(cpu.tokens, cpu.us).scaled(factor),
+                cpu_first_us=cpu.first_us,
+                accelerator=CostCurve(accelerator.tokens, accelerator.us).scaled(factor),
+                accelerator_first_us=accelerator.first_us,
+                transfer_us=transfer_us,
+                link_latency_us=latency_us,
+                between_layers_us=self.between_layers_us,
+                few_rows=few_rows,
+            )
+
+        few_rows = None if self.cpu_few_rows is None else with_cpu(self.cpu_few_rows)
+        return with_cpu(self.cpu, few_rows)
 
 
 def _spec(data: dict[str, Any]) -> ExpertSpec:

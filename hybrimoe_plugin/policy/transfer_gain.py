@@ -64,7 +64,7 @@ class TransferGain:
         if late_us <= 0.0:
             return sure * request.impact_us - delay_us
         # It arrives while its own layer already runs: still sooner than a demand load would.
-        makespan_us = self._schedulers.for_call(step.many).makespan_us
+        makespan_us = self._schedulers.for_call(step.many).for_rows(step.few).makespan_us
         routed = predictions[before].routed
         coming = with_arrival(routed, request.ref.expert, late_us)
         now = makespan_us(routed, max(0.0, late_us - self._costs.transfer_us))
@@ -105,7 +105,7 @@ class TransferGain:
         known = [item.routed for item in predictions if item.trusted]
         if not known:
             known = [step.routed]
-        makespan_us = self._schedulers.for_call(step.many).makespan_us
+        makespan_us = self._schedulers.for_call(step.many).for_rows(step.few).makespan_us
         transfer_us = self._costs.transfer_us
         layer_us = self._link.layer_us
         demand_share = self._link.demand_share[step.many]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def test_numbers_and_path_are_shown(
         str(kept),
     ]
     assert load_profile(out) == PROFILE
+
+
+def test_times_in_calls_of_a_few_rows_have_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    few_rows = Side(9.0, (1, 16), (80.0, 200.0), 2)
+    cpu = Side(5.0, (1, 64), (100.0, 250.0), 2)
+    calibrate._show(replace(PROFILE, cpu=cpu, cpu_few_rows=few_rows), "kt")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["1", "token", "100", "80", "12"] in lines
+    assert ["64", "tokens", "250", "33"] in lines, "no such load"
+    assert ["first", "expert", "+5", "+9", "+20"] in lines
 
 
 def test_without_a_model_the_demo_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

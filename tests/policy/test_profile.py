@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ PROFILE = MachineProfile(
     notes=("none",),
 )
 
+FEW_ROWS_TOO = replace(PROFILE, cpu_few_rows=Side(300.0, (1, 2), (80.0, 90.0), 2))
+
 
 def test_round_trip(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(PROFILE.to_json())
@@ -44,6 +47,28 @@ def test_costs_of_its_own_shape_are_exact_and_others_scale_with_bytes() -> None:
     double = PROFILE.costs(ExpertSpec(128, 256, 8, 2, "Q8_0", "Q8_0", "Q8_0", 34816, 34816, 34816))
     assert double.cpu(4) == pytest.approx(300)
     assert double.cpu_first_us == costs.cpu_first_us
+
+
+def test_costs_of_a_few_rows_are_those_of_one_where_they_were_not_measured() -> None:
+    old = json.loads(PROFILE.to_json())
+    del old["cpu_few_rows"]
+    profile = MachineProfile.from_json(json.dumps(old))
+    assert profile == PROFILE
+    costs = profile.costs(SPEC)
+    assert costs.for_rows(few=True) is costs
+
+
+def test_costs_of_a_few_rows_differ_on_the_cpu_alone(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(FEW_ROWS_TOO.to_json())
+    profile = load_profile(tmp_path / "p.json")
+    assert profile == FEW_ROWS_TOO
+    costs, plain = profile.costs(SPEC), PROFILE.costs(SPEC)
+    few = costs.for_rows(few=True)
+    assert (few.cpu_first_us, few.cpu(1), few.cpu(2)) == (300.0, 80.0, 90.0)
+    for made in (costs.for_rows(few=False), few):
+        assert made.accelerator.us == plain.accelerator.us
+        assert made.transfer_us == plain.transfer_us
+    assert (costs.cpu_first_us, costs.cpu.us) == (plain.cpu_first_us, plain.cpu.us)
 
 
 def test_noise_cannot_make_more_tokens_cheaper() -> None:
@@ -61,6 +86,8 @@ def test_noise_cannot_make_more_tokens_cheaper() -> None:
         ("cpu", {"first_us": -1, "tokens": [1], "us": [1]}),
         ("cpu", {"first_us": 0, "tokens": [2, 1], "us": [1, 2]}),
         ("cpu", {"first_us": 0, "tokens": [1], "us": [1, 2]}),
+        ("cpu_few_rows", {"first_us": 0, "tokens": [1], "us": [-1]}),
+        ("cpu_few_rows", 5),
         ("link", None),
         ("link", {"gbps": 0, "latency_us": 1}),
         ("between_layers_us", "soon"),

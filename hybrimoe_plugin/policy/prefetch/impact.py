@@ -52,7 +52,8 @@ class ImpactPrefetcher:
             waiting = _waiting(prediction, self.calibrated, floor)
             if not waiting:
                 continue
-            candidates = _Candidates(prediction, waiting, self._scheduler, self.calibrated)
+            scheduler = self._scheduler.for_rows(prediction.few)
+            candidates = _Candidates(prediction, waiting, scheduler, self.calibrated)
             if candidates.advance():
                 heap.append((-candidates.expected_us, prediction.distance, candidates))
         heapq.heapify(heap)

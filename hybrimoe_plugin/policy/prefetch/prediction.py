@@ -21,6 +21,8 @@ class Prediction(NamedTuple):
     """
     confidence: Mapping[int, float]
     """Expert -> measured share of such predictions that come true; of those that are followed."""
+    few: bool = False
+    """Whether the call has a few rows, of several conversations or of a draft's tree."""
 
     @property
     def trusted(self) -> bool:

@@ -35,4 +35,6 @@ def make_scheduler(name: str, costs: CostModel, has_accelerator: bool) -> Schedu
         raise ConfigError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, found {name!r}")
     kind = by_name[name if has_accelerator else CPUOnlyScheduler.name]
     scheduler: Scheduler = kind(costs)
+    if costs.few_rows is not None:
+        scheduler.few_rows = kind(costs.few_rows)
     return scheduler

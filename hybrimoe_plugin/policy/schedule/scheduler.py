@@ -13,6 +13,12 @@ class Scheduler(Protocol):
     """Decides which side computes each routed expert of one layer call."""
 
     name: str
+    few_rows: Scheduler | None = None
+    """The same one with the costs of calls of a few rows, where they are others."""
+
+    def for_rows(self, few: bool) -> Scheduler:
+        """The scheduler of a call, which may be one of a few rows."""
+        return self.few_rows if few and self.few_rows is not None else self
 
     def plan(self, routed: Sequence[Routed], link_free_us: float = 0.0) -> LayerPlan:
         """Assign every routed expert exactly once.

@@ -11,6 +11,7 @@ from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.core import OFFLOADED, Routed
 from hybrimoe_plugin.policy.cache import make_cache
 from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
+from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch import make_prefetcher
 from hybrimoe_plugin.policy.schedule import make_scheduler
@@ -20,10 +21,15 @@ LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
 def make_controller(
-    quota: int = 2, transfer_us: float = 300.0, accelerator_us: float = 50.0, **choices: str
+    quota: int = 2,
+    transfer_us: float = 300.0,
+    accelerator_us: float = 50.0,
+    costs: CostModel | None = None,
+    **choices: str,
 ) -> Controller:
     settings = Settings.of(choices)
-    costs = tiny_experts.costs(transfer_us=transfer_us, accelerator_us=accelerator_us)
+    if costs is None:
+        costs = tiny_experts.costs(transfer_us=transfer_us, accelerator_us=accelerator_us)
     scheduler = make_scheduler(settings.scheduler, costs, True)
     return Controller(
         SlotPool([quota] * LAYERS, 4, settings.budget == "shared"),
