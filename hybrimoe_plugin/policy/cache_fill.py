@@ -12,7 +12,7 @@ from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch.prediction import Prediction
 from hybrimoe_plugin.policy.residency import SAFE, Residency
-from hybrimoe_plugin.policy.step import IdleTime, Move, Step
+from hybrimoe_plugin.policy.step import IdleTime, Lenders, Move, Step
 from hybrimoe_plugin.policy.transfer_gain import TransferGain
 
 
@@ -69,7 +69,7 @@ class CacheFill:
         """
         moves: list[Move] = []
         residency = self._residency
-        lenders = residency.lenders(step.layer, step.many)
+        lenders = residency.lenders(step.layer, step.many, step.few)
         ranks = residency.cache.ranks[layer]
         left = self.postponed.pop(layer, [])
         left.sort(key=lambda expert: ranks[expert])
@@ -111,7 +111,7 @@ class CacheFill:
         """Fills of this call's misses, best ranked first, while they pay."""
         moves: list[Move] = []
         layer = step.layer
-        lenders = self._residency.lenders(layer, step.many)
+        lenders = self._residency.lenders(layer, step.many, step.few)
         ranks = self._residency.cache.ranks[layer]
         best_first = sorted(missed, key=lambda expert: -ranks[expert])
         for expert in best_first:
@@ -128,7 +128,7 @@ class CacheFill:
         self,
         step: Step,
         expert: int,
-        lenders: range,
+        lenders: Lenders,
         predictions: Sequence[Prediction],
         idle: IdleTime,
     ) -> bool:

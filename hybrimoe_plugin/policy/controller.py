@@ -41,6 +41,7 @@ from hybrimoe_plugin.policy.schedule.scheduler import Scheduler, Schedulers
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
 from hybrimoe_plugin.policy.slots import SlotPool
 from hybrimoe_plugin.policy.step import IdleTime as IdleTime
+from hybrimoe_plugin.policy.step import Lenders
 from hybrimoe_plugin.policy.step import Move as Move
 from hybrimoe_plugin.policy.step import Predicted as Predicted
 from hybrimoe_plugin.policy.step import Scored as Scored
@@ -160,7 +161,7 @@ class Controller:
         moves: tuple[Move, ...] = ()
         if plan.onload:
             self._learn(layer, plan, scored)
-            moves = self._demand_loads(layer, plan.onload, crowded, now_us)
+            moves = self._demand_loads(layer, plan.onload, few, crowded, now_us)
         step = Step(layer, tokens, routed, plan, moves, few, crowded)
         self._unnoted = step, scored
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
@@ -320,16 +321,16 @@ class Controller:
         self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(
-        self, layer: int, experts: Sequence[int], crowded: bool, now_us: float
+        self, layer: int, experts: Sequence[int], few: bool, crowded: bool, now_us: float
     ) -> tuple[Move, ...]:
         """Queue a plan's demand loads in its order; in a crowded call, what may stay goes last."""
-        lenders = self.residency.lenders(layer, many=False)
+        lenders = self.residency.lenders(layer, False, few)
         if crowded:  # Every layer needs most of its experts: none should live at another's cost.
-            lenders = range(layer, layer + 1)
+            lenders = Lenders(range(layer, layer + 1))
             experts = self.prompt_slots.ordered(layer, experts)
         return tuple([self._demand_load(layer, expert, lenders, now_us) for expert in experts])
 
-    def _demand_load(self, layer: int, expert: int, lenders: range, now_us: float) -> Move:
+    def _demand_load(self, layer: int, expert: int, lenders: Lenders, now_us: float) -> Move:
         """Queue one demand load.
 
         Into the cache where it admits the expert, else through a staging slot.

@@ -18,7 +18,7 @@ from hybrimoe_plugin.policy.prefetch.record import CREDIT, DOUBTFUL, SLACK, Pref
 from hybrimoe_plugin.policy.prompt_slots import PromptSlots
 from hybrimoe_plugin.policy.residency import KEPT, SAFE, Residency
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
-from hybrimoe_plugin.policy.step import IdleTime, Move, Predicted, Step
+from hybrimoe_plugin.policy.step import IdleTime, Lenders, Move, Predicted, Step
 from hybrimoe_plugin.policy.transfer_gain import TransferGain, with_arrival
 
 RARE = 0.1
@@ -113,7 +113,7 @@ class IdlePrefetch:
         if not wanting:
             return []
         moves: list[Move] = []
-        floor = SLACK if step.many else self._record.least_confidence()
+        floor = self._least_confidence(step)
         for request in self._prefetcher.choose(wanting, self._link.room(idle), floor):
             if self._link.free_us >= idle.until_us:
                 break  # It would not start before the next call, which knows what it needs.
@@ -169,14 +169,25 @@ class IdlePrefetch:
             return None
         return self._send(request.ref, slot, request.distance, step, idle)
 
-    def _lenders(self, step: Step, idle: IdleTime, request: PrefetchRequest) -> Sequence[int]:
+    def _least_confidence(self, step: Step, credit: float = 0.0) -> float:
+        """How sure a prediction must be to be sent.
+
+        Only for a single token it follows what became of earlier prefetches. A call of a few rows
+        needs several times as many experts: more of its misses stay unhidden, and an attempt that
+        delays nothing pays even if most of them fail.
+        """
+        if step.many or step.few:
+            return SLACK
+        return self._record.least_confidence(credit)
+
+    def _lenders(self, step: Step, idle: IdleTime, request: PrefetchRequest) -> Lenders:
         """Layers that may lose a slot to a prefetch.
 
         In a crowded call of a few rows, every layer is about to need most of what it has, and a
         late transfer takes the time of a demand load: it only moves a miss from one layer to
         another. Such a prefetch may only even out what layers hold.
         """
-        lenders = self._residency.lenders(step.layer, step.many)
+        lenders = self._residency.lenders(step.layer, step.many, step.few)
         if step.few and step.crowded:
             start_us = self._link.layer_start_us(request.distance, idle)
             if self._link.end_us(idle) > start_us:
@@ -192,7 +203,7 @@ class IdlePrefetch:
         """
         moves: list[Move] = []
         residency = self._residency
-        lenders = residency.lenders(step.layer, step.many)
+        lenders = residency.lenders(step.layer, step.many, step.few)
         layer, confidence = prediction.layer, prediction.confidence
         cached = residency.pool.cached[layer]
         if confidence.keys() <= cached.keys():
@@ -201,7 +212,7 @@ class IdlePrefetch:
             sure = confidence[expert]
             if self._link.end_us(idle) > idle.until_us:
                 break
-            if sure < self._record.least_confidence(CREDIT):
+            if sure < self._least_confidence(step, CREDIT):
                 break
             if expert in cached:
                 continue
@@ -217,7 +228,7 @@ class IdlePrefetch:
         return moves
 
     def _send(self, ref: ExpertRef, slot: int, distance: int, step: Step, idle: IdleTime) -> Move:
-        self._record.send(ref, distance, decode=not step.many)
+        self._record.send(ref, distance, decode=not (step.many or step.few))
         move = self._link.send(ref.layer, ref.expert, slot, idle.now_us)
         self._residency.expect(move)
         return move

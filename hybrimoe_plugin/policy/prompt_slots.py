@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.residency import Residency
 from hybrimoe_plugin.policy.slot_loans import SlotLoans
-from hybrimoe_plugin.policy.step import Step
+from hybrimoe_plugin.policy.step import Lenders, Step
 
 
 class PromptSlots:
@@ -98,8 +98,8 @@ class PromptSlots:
 
         In a streak of prompts no layer should pay for another.
         """
-        lenders = range(step.layer, step.layer + 1)
+        lenders = Lenders(range(step.layer, step.layer + 1))
         if not self._loans.active:
-            lenders = self._residency.lenders(step.layer, step.many)
+            lenders = self._residency.lenders(step.layer, step.many, step.few)
         self._residency.revalue(step.layer)
         return self._residency.replaced(step.layer, lenders)

@@ -14,7 +14,7 @@ from hybrimoe_plugin.policy.costs import CostModel
 from hybrimoe_plugin.policy.counters import Counters
 from hybrimoe_plugin.policy.prefetch.record import PrefetchRecord
 from hybrimoe_plugin.policy.slots import SlotPool
-from hybrimoe_plugin.policy.step import FEW_ROWS, Move
+from hybrimoe_plugin.policy.step import FEW_ROWS, Lenders, Move
 
 KEPT = math.inf
 """Worth of an expert that cannot or must not be evicted."""
@@ -22,6 +22,8 @@ SAFE = 0.5
 """Share of a newcomer's probability of use below which the worth of its victim must lie, where the
 newcomer gains little by itself: estimates err, and each exchange costs a transfer.
 """
+EVENNESS = 0.002
+"""How much less an expert counts as worth where its layer holds twice its quota of slots."""
 
 
 class Residency:
@@ -211,25 +213,29 @@ class Residency:
             elif probability > held:
                 worth[expert] = probability
 
-    def lenders(self, layer: int, many: bool) -> range:
-        """Layers that may lose a slot to what is sent while `layer` runs, if layers share slots.
+    def lenders(self, layer: int, many: bool, few: bool = False) -> Lenders:
+        """Layers that may lose a slot to what is sent while `layer` runs.
 
-        In a call of many tokens the layers ahead are about to need all they have.
+        In a call of many tokens the layers ahead are about to need all they have. In a call of a
+        few rows, most cached experts may never have been chosen and be worth the same: were one
+        layer emptied first, its calls would soon miss several experts at once, and only a single
+        miss is hidden by the CPU.
         """
-        return range(layer + 1 if many else len(self.worth))
+        return Lenders(range(layer + 1 if many else len(self.worth)), few)
 
-    def above_quota(self, lenders: range) -> list[int]:
+    def above_quota(self, lenders: Lenders) -> Lenders:
         """Those that hold more experts than their own quota of slots."""
-        pool = self.pool
-        return [layer for layer in lenders if len(pool.cached[layer]) > pool.quotas[layer]]
+        cached, quotas = self.pool.cached, self.pool.quotas
+        layers = [layer for layer in lenders.layers if len(cached[layer]) > quotas[layer]]
+        return lenders._replace(layers=layers)
 
     def admit(
-        self, layer: int, expert: int, lenders: Sequence[int], gain_us: float | None = None
+        self, layer: int, expert: int, lenders: Lenders, gain_us: float | None = None
     ) -> int | None:
         """A cache slot for a newcomer, or None where nothing may go for it.
 
         Args:
-            lenders: where layers share slots, those that may lose one.
+            lenders: who may lose one.
             gain_us: expected gain of a prefetch; None for an expert that comes for its own rank.
         """
         if layer in self.pool.on_cpu:
@@ -243,7 +249,7 @@ class Residency:
             return None
         return self.replace(victim, layer, expert)
 
-    def replaced(self, layer: int, lenders: Sequence[int]) -> ExpertRef | None:
+    def replaced(self, layer: int, lenders: Lenders) -> ExpertRef | None:
         """Whom a newcomer would replace; None where there is room, or nobody can go."""
         if self.pool.has_room(layer):
             return None
@@ -303,21 +309,24 @@ class Residency:
             return True
         return gain_us > (worth - newcomer) * self._costs.miss_us
 
-    def _victim(self, layer: int, lenders: Sequence[int]) -> ExpertRef | None:
+    def _victim(self, layer: int, lenders: Lenders) -> ExpertRef | None:
         """The least worthy evictable expert of the layer, or of all lenders if slots are shared."""
+        layers, even = lenders
         if not self.pool.shared:
-            lenders = range(layer, layer + 1)
-        if not lenders:
+            layers, even = range(layer, layer + 1), False
+        if not layers:
             return None
-        if isinstance(lenders, range):  # a view, where a list would make a copy
-            worth = self.worth[lenders.start : lenders.stop]
+        if isinstance(layers, range):  # a view, where a list would make a copy
+            worth = self.worth[layers.start : layers.stop]
         else:
-            worth = self.worth[lenders]
+            worth = self.worth[layers]
+        if even:
+            worth = worth - EVENNESS * self.pool.excess(layers)[:, None]
         place = int(worth.argmin())
         if worth.item(place) == KEPT:
             return None
         offset, expert = divmod(place, worth.shape[1])
-        return ExpertRef(lenders[offset], expert)
+        return ExpertRef(layers[offset], expert)
 
     def _forget(self, victim: ExpertRef) -> None:
         """Count what loses its slot."""

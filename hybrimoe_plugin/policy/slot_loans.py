@@ -11,7 +11,6 @@ in each pass, so all that is cached is in use when a demand load comes. Two rule
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from hybrimoe_plugin.core import OFFLOADED, ExpertRef, Routed
 from hybrimoe_plugin.policy.prompt_streak import PromptStreak
 from hybrimoe_plugin.policy.residency import KEPT, Residency
 from hybrimoe_plugin.policy.schedule.scheduler import Schedulers
+from hybrimoe_plugin.policy.step import Lenders
 
 NEEDED = 0.5
 """Average tokens above which an expert is needed by the next prompt: less rounds to none."""
@@ -52,7 +52,7 @@ class SlotLoans:
         residency = self._residency
         return residency.pool.shared and residency.cache.probabilities
 
-    def borrow(self, layer: int, expert: int, lenders: Sequence[int], gain_us: float) -> int | None:
+    def borrow(self, layer: int, expert: int, lenders: Lenders, gain_us: float) -> int | None:
         """A slot for a prompt's prefetch; None where it gains too little.
 
         Args:
@@ -65,7 +65,7 @@ class SlotLoans:
         if residency.pool.has_room(layer):
             return residency.pool.place(layer, expert)
         cheapest: Loan | None = None
-        for lender in lenders:
+        for lender in lenders.layers:
             loan = self.offer(lender)
             if loan is None:
                 continue

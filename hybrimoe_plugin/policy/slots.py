@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hybrimoe_plugin.core import ExpertRef
 
 FEWEST_STAGING = 4
@@ -202,6 +205,11 @@ class SlotPool:
         self.changed[layer].add(expert)
         self._in_flight.add(slot)
         return slot
+
+    def excess(self, layers: Sequence[int]) -> NDArray[np.float64]:
+        """[N] what each layer holds above its quota, as a share of that; negative below it."""
+        shares = [len(self.cached[layer]) / max(1, self.quotas[layer]) for layer in layers]
+        return np.array(shares) - 1.0
 
     def stages(self, slot: int) -> bool:
         """Whether a slot is a staging slot now."""

@@ -44,6 +44,14 @@ class Step(NamedTuple):
         return self.tokens > 1 and not self.few
 
 
+class Lenders(NamedTuple):
+    """Layers that may lose a slot to a newcomer, if layers share slots."""
+
+    layers: Sequence[int]
+    even: bool = False
+    """Whether the layer that holds most loses an expert where several are worth about the same."""
+
+
 Predicted = Sequence[tuple[int, Mapping[int, int]]]
 """(layer, expert -> predicted load) of the next layers, nearest first."""
 

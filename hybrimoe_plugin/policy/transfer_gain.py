@@ -14,7 +14,7 @@ from hybrimoe_plugin.policy.link_time import LinkTime
 from hybrimoe_plugin.policy.prefetch.prediction import Prediction, PrefetchRequest
 from hybrimoe_plugin.policy.residency import KEPT, Residency
 from hybrimoe_plugin.policy.schedule.scheduler import Schedulers
-from hybrimoe_plugin.policy.step import IdleTime, Step
+from hybrimoe_plugin.policy.step import IdleTime, Lenders, Step
 
 
 class TransferGain:
@@ -76,7 +76,7 @@ class TransferGain:
         delay_us += self.delay_us(step, predictions[request.distance :], after_us)
         return now - sure * right - (1.0 - sure) * wrong - delay_us
 
-    def fill_us(self, layer: int, expert: int, lenders: range) -> float:
+    def fill_us(self, layer: int, expert: int, lenders: Lenders) -> float:
         """What the next token gains by having one expert in the cache instead of its victim."""
         residency = self._residency
         if not residency.cache.probabilities:

@@ -14,6 +14,7 @@ from hybrimoe_plugin.config import BUDGETS, CACHES, PREFETCHERS, SCHEDULERS
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.controller import Controller, Move, Step, loads
 from hybrimoe_plugin.policy.costs import CostCurve
+from hybrimoe_plugin.policy.step import Lenders
 
 passes_of = st.lists(st.sampled_from([1, 1, 1, 5]), min_size=2, max_size=10)
 
@@ -151,7 +152,7 @@ def test_a_hit_leaves_the_books_that_begin_leaves(seed: int, quota: int, **choic
 
 def test_a_hit_on_an_expert_that_came_early_counts() -> None:
     made = fast_accelerator(3)
-    slot = made.residency.admit(0, 3, range(LAYERS), 1e9)
+    slot = made.residency.admit(0, 3, Lenders(range(LAYERS)), 1e9)
     assert slot is not None
     made.residency.expect(Move(0, 3, slot, 0.0, 500.0))
     resident = next(expert for expert in made.pool.cached[0] if expert != 3)

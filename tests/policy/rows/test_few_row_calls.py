@@ -15,6 +15,7 @@ from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.controller import Controller, Scored, Step, loads
 from hybrimoe_plugin.policy.prefetch import Prediction
 from hybrimoe_plugin.policy.prefetch.confidence import Confidence
+from hybrimoe_plugin.policy.prefetch.record import SLACK
 from hybrimoe_plugin.policy.residency import KEPT
 from hybrimoe_plugin.policy.step import FEW_ROWS, IdleTime, Move, Rows
 
@@ -205,3 +206,32 @@ def test_a_late_prefetch_only_evens_out_what_crowded_layers_hold(
     assert prefetched(monkeypatch, above=False, transfer_us=2e4) == set()
     assert prefetched(monkeypatch, above=True, transfer_us=2e4) == {2}
     assert prefetched(monkeypatch, above=False, transfer_us=1.0) == {2}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_of_equally_worthy_experts_the_fullest_layer_loses_one(rows: int) -> None:
+    """For a single token the first layer does."""
+    made = make_controller(quota=4)
+    made.warm_start()
+    made.residency.replace(ExpertRef(0, next(iter(made.pool.cached[0]))), 2, 7)
+    made.residency.settle([Move(2, 7, 0, 0.0, 0.0)])
+    worth = made.residency.worth
+    worth[worth != KEPT] = 0.001
+    few = rows > 1
+    victim = made.residency.replaced(1, made.residency.lenders(1, False, few))
+    assert victim is not None and victim.layer == (2 if few else 0)
+    worth[1][worth[1] != KEPT] = 0.0
+    victim = made.residency.replaced(1, made.residency.lenders(1, False, few))
+    assert victim is not None and victim.layer == 1, "what experts are worth comes first"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_unused_prefetches_hold_back_those_of_single_tokens_only(rows: int) -> None:
+    made = make_controller(quota=4, prefetch="expected")
+    made.prefetch_record.issued = 100.0
+    few = conversations(*range(rows)) if rows > 1 else None
+    ids = np.array([[0, 1]] * rows)
+    scored = Scored(ids, np.full(ids.shape, 0.5, np.float32), None, few)
+    step = made.begin(0, loads(ids), rows, 0.0, scored)
+    least = made.idle_prefetch._least_confidence(step)
+    assert (least == SLACK) == (rows > 1)

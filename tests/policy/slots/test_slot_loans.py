@@ -11,6 +11,7 @@ from controllers import LAYERS, begin, make_controller
 from hybrimoe_plugin.core import ExpertRef
 from hybrimoe_plugin.policy.controller import Controller, Move
 from hybrimoe_plugin.policy.prompt_streak import PromptStreak
+from hybrimoe_plugin.policy.step import Lenders
 
 
 def a_pass(made: Controller, experts: Sequence[int], tokens: int, layers: int = LAYERS) -> None:
@@ -27,7 +28,7 @@ def lopsided(passes: Sequence[int], lender: int = 0) -> Controller:
     for tokens in passes:
         a_pass(made, (0, 1), tokens)
     made.residency.evict(ExpertRef(lender, 1))
-    slot = made.residency.admit(2, 7, range(3))
+    slot = made.residency.admit(2, 7, Lenders(range(3)))
     assert slot is not None
     move = Move(2, 7, slot, 0.0, 0.0)
     made.residency.expect(move)
@@ -89,7 +90,7 @@ def borrowed(lent_load: int, gain_us: float) -> bool:
     for _ in range(2):
         made.loans.streak.follow(0, {0: 40, 1: lent_load}, 8)
     assert made.loans.active
-    slot = made.loans.borrow(1, 7, range(1), gain_us)
+    slot = made.loans.borrow(1, 7, Lenders(range(1)), gain_us)
     return slot is not None and made.pool.slot_of(0, 1) is None
 
 
