@@ -316,16 +316,17 @@ class Residency:
             layers, even = range(layer, layer + 1), False
         if not layers:
             return None
-        if isinstance(layers, range):  # a view, where a list would make a copy
-            worth = self.worth[layers.start : layers.stop]
-        else:
-            worth = self.worth[layers]
+        # A range makes a view, a list a copy.
+        chosen: Any = slice(layers.start, layers.stop) if isinstance(layers, range) else layers
+        worth = self.worth[chosen]
         if even:
-            worth = worth - EVENNESS * self.pool.excess(layers)[:, None]
-        place = int(worth.argmin())
-        if worth.item(place) == KEPT:
+            lowest = worth.min(axis=1) - EVENNESS * self.pool.excess()[chosen]
+            offset = int(lowest.argmin())
+            expert = int(worth[offset].argmin())
+        else:
+            offset, expert = divmod(int(worth.argmin()), worth.shape[1])
+        if worth.item(offset, expert) == KEPT:
             return None
-        offset, expert = divmod(place, worth.shape[1])
         return ExpertRef(layers[offset], expert)
 
     def _forget(self, victim: ExpertRef) -> None:

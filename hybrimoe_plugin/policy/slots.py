@@ -52,6 +52,8 @@ class SlotPool:
         """Expert -> slot, for each layer; in flight ones included."""
         self.changed: list[set[int]] = [set() for _ in quotas]
         """Experts of each layer that have been given a slot or lost one; a reader empties it."""
+        self._at_least_one = np.maximum(1.0, quotas)
+        """[L] the quotas, as something to divide by."""
         cache_slots = self._cache_slots = sum(quotas)
         self._free = list(reversed(range(cache_slots)))
         """Cache slots without an expert, the next one last."""
@@ -206,10 +208,10 @@ class SlotPool:
         self._in_flight.add(slot)
         return slot
 
-    def excess(self, layers: Sequence[int]) -> NDArray[np.float64]:
-        """[N] what each layer holds above its quota, as a share of that; negative below it."""
-        shares = [len(self.cached[layer]) / max(1, self.quotas[layer]) for layer in layers]
-        return np.array(shares) - 1.0
+    def excess(self) -> NDArray[np.float64]:
+        """[L] what each layer holds above its quota, as a share of that; negative below it."""
+        held = np.fromiter(map(len, self.cached), np.float64, len(self.cached))
+        return held / self._at_least_one - 1.0
 
     def stages(self, slot: int) -> bool:
         """Whether a slot is a staging slot now."""
