@@ -84,7 +84,10 @@ class PromptSlots:
         # Of the loads that went through one staging slot the last one lies there, unless the slot
         # was lent since.
         staged = {move.slot: move.expert for move in step.moves if pool.stages(move.slot)}
-        best_first = sorted(staged, key=lambda slot: -ranks[staged[slot]])
+        # A prompt's postponed fill may have given it a slot of its own in the meantime.
+        cached = pool.cached[layer]
+        left = [slot for slot, expert in staged.items() if expert not in cached]
+        best_first = sorted(left, key=lambda slot: -ranks[staged[slot]])
         worst_first = sorted(pool.evictable(layer), key=lambda expert: ranks[expert])
         for slot, victim in zip(best_first, worst_first, strict=False):
             expert = staged[slot]

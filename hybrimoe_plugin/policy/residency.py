@@ -337,6 +337,7 @@ class Residency:
 
     def _begin_anew(self) -> None:
         """Forget what was there and what was being sent."""
+        self.worth.fill(KEPT)
         self._absent.fill(KEPT)
         self._arrivals.clear()
         self._prefetched.clear()

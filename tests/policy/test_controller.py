@@ -139,6 +139,16 @@ def test_another_cache_begins_with_empty_slots() -> None:
     made.pool.check_integrity()
 
 
+def test_with_empty_slots_nothing_is_left_to_evict() -> None:
+    """One layer's experts take all slots before the others have run."""
+    made = make_controller(1, transfer_us=1.0, accelerator_us=1.0, budget="shared")
+    made.warm_start()
+    made.restart(make_cache("adaptive", LAYERS, EXPERTS, TOP_K, Settings()))
+    for experts in ([0, 1], [2, 3], [4, 5]):
+        made.finish(begin(made, 0, experts, 1, made.link.free_us))
+        made.pool.check_integrity()
+
+
 def test_counters_begin_anew_for_all_who_count() -> None:
     made = make_controller(2, transfer_us=50.0, accelerator_us=5.0)
     made.warm_start()

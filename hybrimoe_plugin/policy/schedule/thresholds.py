@@ -13,7 +13,8 @@ All sums over experts are made at C speed, before the search. Two bounds leave i
 - It ends where the arrivals alone are as late as the best plan.
 
 An expert in flight can hold up the accelerator. Where it does, the same search is made again with
-that expert on the CPU. `WEIGHED` bounds both how often that is done and what a search takes.
+that expert on the CPU, and where very many are in flight with the latest others as well. `WEIGHED`
+bounds both how often that is done and what a search takes.
 """
 
 from __future__ import annotations
@@ -197,6 +198,7 @@ def _by_order(
     left, queued = crossing.left, crossing.queued
     best: Split | None = None
     late: list[Routed] = []
+    others = (sum([item[2] > 0.0 for item in present]) - 1) // WEIGHED if in_flight else 0
     while True:
         on_cpu_us = sum([cpu[item[1]] for item in late]) if late else 0.0
         moved = list(accumulate(map(cpu.__getitem__, loads), initial=on_cpu_us))
@@ -222,11 +224,15 @@ def _by_order(
         if not in_flight:
             return best
         held_up = _held_up_by(split, times, queued[count])
-        if held_up is None or len(late) == WEIGHED:
+        if held_up is None:
             return best
         present = [item for item in present if item is not held_up]
-        loads = [item[1] for item in present]
         late.append(held_up)
+        if others:
+            coming = sorted([item for item in present if item[2] > 0.0], key=ready_of)[-others:]
+            present = [item for item in present if item not in coming]
+            late += coming
+        loads = [item[1] for item in present]
 
 
 def _with_waits(

@@ -213,3 +213,16 @@ def test_what_a_link_can_have_in_flight_is_weighed_in_full(
     found = HybriMoEScheduler(QUICK_CPU).plan(all_in_flight(count))
     monkeypatch.setattr(thresholds, "WEIGHED", 2 * count)
     assert HybriMoEScheduler(QUICK_CPU).plan(all_in_flight(count)) == found
+
+
+@pytest.mark.parametrize("apart", [1.0, 6.0])
+@pytest.mark.parametrize("cpu_us", [10.0, 50.0, 200.0])
+def test_more_than_that_is_weighed_nearly_as_well(
+    cpu_us: float, apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = CostCurve((1, 4), (cpu_us, 1.3 * cpu_us))
+    costs = CostModel(cpu, 0.0, CostCurve((1,), (10.0,)), 0.0, 1e6)
+    routed = [item._replace(ready_us=apart * item.ready_us) for item in all_in_flight(4 * WEIGHED)]
+    found = HybriMoEScheduler(costs).plan(routed).makespan_us
+    monkeypatch.setattr(thresholds, "WEIGHED", len(routed))
+    assert found <= 1.05 * HybriMoEScheduler(costs).plan(routed).makespan_us

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from controllers import EXPERTS, LAYERS, make_controller
 
-from hybrimoe_plugin.policy.controller import Controller
+from hybrimoe_plugin.policy.controller import Controller, Scored, loads
 from hybrimoe_plugin.policy.slots import SlotPool
-from hybrimoe_plugin.policy.step import Step
+from hybrimoe_plugin.policy.step import Rows, Step
 
 ALL = dict.fromkeys(range(EXPERTS), 20)
 
@@ -96,6 +96,27 @@ def test_a_layer_keeps_the_experts_that_rank_highest(prompts: int) -> None:
             made.finish(step)
             made.pool.check_integrity()
     assert [set(cached) for cached in made.pool.cached] == [{6, 7}] * LAYERS
+
+
+def test_a_prompts_postponed_fill_may_send_what_a_few_rows_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The expert lies in a staging slot, and has been given one of its own."""
+    made = make(staging=4)
+    monkeypatch.setattr(made.cache, "observe", lambda layer, scored: None)
+    made.cache.ranks[0] = np.linspace(0.1, 0.9, EXPERTS)
+    made.cache.ranks[1:] = 0.0
+    made.residency.revalue_all()
+    made.cache_fill.postponed = {0: [7]}
+    ids = np.arange(EXPERTS).reshape(4, 2)
+    rows = Rows(np.arange(4), np.ones(4, bool))
+    scored = Scored(ids, np.full(ids.shape, 0.5, np.float32), None, rows)
+    step = made.begin(0, loads(ids), 4, 0.0, scored)
+    assert step.moves[-1].expert == 7
+    assert [move.expert for move in made.look_ahead(step, [], 0.0)] == [7]
+    made.finish(step)
+    made.pool.check_integrity()
+    assert made.pool.cached[0].keys() == {5, 6, 7}
 
 
 def test_without_shared_slots_prompts_keep_nothing() -> None:
