@@ -161,7 +161,7 @@ class Controller:
         moves: tuple[Move, ...] = ()
         if plan.onload:
             self._learn(layer, plan, scored)
-            moves = self._demand_loads(layer, plan.onload, few, crowded, now_us)
+            moves = self._demand_loads(layer, plan.onload, crowded, now_us)
         step = Step(layer, tokens, routed, plan, moves, few, crowded)
         self._unnoted = step, scored
         self.counters.plan_us += (perf_counter_ns() - started) / 1e3
@@ -321,10 +321,10 @@ class Controller:
         self.residency.revalue(layer, plan.accelerator)
 
     def _demand_loads(
-        self, layer: int, experts: Sequence[int], few: bool, crowded: bool, now_us: float
+        self, layer: int, experts: Sequence[int], crowded: bool, now_us: float
     ) -> tuple[Move, ...]:
         """Queue a plan's demand loads in its order; in a crowded call, what may stay goes last."""
-        lenders = self.residency.lenders(layer, False, few)
+        lenders = self.residency.lenders(layer, many=False)
         if crowded:  # Every layer needs most of its experts: none should live at another's cost.
             lenders = Lenders(range(layer, layer + 1))
             experts = self.prompt_slots.ordered(layer, experts)

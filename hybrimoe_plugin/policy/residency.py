@@ -219,7 +219,7 @@ class Residency:
         In a call of many tokens the layers ahead are about to need all they have. In a call of a
         few rows, most cached experts may never have been chosen and be worth the same: were one
         layer emptied first, its calls would soon miss several experts at once, and only a single
-        miss is hidden by the CPU.
+        miss is hidden by the CPU. Demand loads do without: launches wait for them.
         """
         return Lenders(range(layer + 1 if many else len(self.worth)), few)
 
