@@ -232,7 +232,8 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     ticks = (1, 1.5, 2, 3, 4, 6)
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    ours = statistics.mean(column(where(rows, scheduler=OURS), "gap_mean"))
+    # Rounding can give less than nothing.
+    ours = max(0.0, statistics.mean(column(where(rows, scheduler=OURS), "gap_mean")))
     axes.set_title(f"Our plans are within {100 * ours:.4f} % of the best possible ones")
     axes.set_xlabel("time of a layer over that of the exact optimum, mean over calls (simulated)")
 

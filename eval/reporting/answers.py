@@ -18,8 +18,9 @@ class Question(NamedTuple):
 
 
 def _schedule(found: Result) -> str:
+    gap = max(0.0, found["gap_mean"])  # rounding can give less than nothing
     return (
-        f"Our plans take {_percent(found['gap_mean'], 4)} longer than the best possible ones on "
+        f"Our plans take {_percent(gap, 4)} longer than the best possible ones on "
         f"average and {_percent(found['gap_max'], 1)} at worst. Planning takes "
         f"{found['plan_us_decode_p50']:.1f} µs for a token of decode and "
         f"{found['plan_us_prefill_p50']:.0f} µs for a prompt."
