@@ -94,23 +94,12 @@ class SlotLoans:
 
     def reclaim(self, layer: int, expert: int) -> int | None:
         """A slot for a layer below its quota, from those above theirs; None without any."""
-        worth = self._residency.worth
-        pool = self._residency.pool
-        quotas = pool.quotas
-        if pool.has_room(layer) or len(pool.cached[layer]) >= quotas[layer]:
+        residency, pool = self._residency, self._residency.pool
+        if pool.has_room(layer) or len(pool.cached[layer]) >= pool.quotas[layer]:
             return None
-        debtors = []
-        for other, cached in enumerate(pool.cached):
-            if len(cached) > quotas[other]:
-                debtors.append(other)
-        if not debtors:
-            return None
-        place = int(worth[debtors].argmin())
-        debtor, lent = divmod(place, len(worth[layer]))
-        victim = ExpertRef(debtors[debtor], lent)
-        if worth[victim] == KEPT:
-            return None
-        return self._residency.replace(victim, layer, expert)
+        debtors = residency.above_quota(residency.lenders(layer, many=False))
+        victim = residency.replaced(layer, debtors)
+        return None if victim is None else residency.replace(victim, layer, expert)
 
     def forget(self, layer: int) -> None:
         """The layer has run: what it could lend is to be judged anew."""
