@@ -38,7 +38,12 @@ def wanted() -> dict[str, list[str]]:
     That is what pyproject.toml and the set-up scripts ask for.
     """
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    run = [*_listed(project, "dependencies"), *TORCH_NEEDS, *BUILD]
+    run = [
+        *_listed(project, "dependencies"),
+        *_listed(project, "serve"),
+        *TORCH_NEEDS,
+        *BUILD,
+    ]
     extras = [entry for extra in ("figures", "test", "dev") for entry in _listed(project, extra)]
     classic = [*LIBRARIES, *TORCH_NEEDS]
     return {

@@ -33,6 +33,7 @@ ROOMS = (
     ("decode",),
     ("hosts",),
     ("demo",),
+    ("serve",),
     ("cli",),
 )
 """Rooms of hybrimoe_plugin from the ground up. A room imports only from those below it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrimoe_plugin.cli.chat.text import AnswerText
+from hybrimoe_plugin.hosts.transformers.chat.text import AnswerText
 
 
 @dataclass

@@ -16,11 +16,11 @@ from hybrimoe_plugin.cli.chat.options import ChatOptions as ChatOptions
 from hybrimoe_plugin.cli.chat.options import check_length
 from hybrimoe_plugin.cli.chat.progress import prompt_bar
 from hybrimoe_plugin.cli.chat.prompt import Messages, Prompts
-from hybrimoe_plugin.cli.chat.text import AnswerText
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import well_formed
 from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
 from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
+from hybrimoe_plugin.hosts.transformers.chat.text import AnswerText
 from hybrimoe_plugin.hosts.transformers.sampling import FlashinferSampling
 
 

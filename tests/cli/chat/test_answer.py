@@ -12,7 +12,7 @@ from scripted_chat import Model, Tokenizer, chat
 
 from hybrimoe_plugin.cli.chat.answer import TimedStreamer, Timing
 from hybrimoe_plugin.cli.chat.report import EngineReport
-from hybrimoe_plugin.cli.chat.text import AnswerText
+from hybrimoe_plugin.hosts.transformers.chat.text import AnswerText
 from hybrimoe_plugin.policy.counters import Counters
 
 

@@ -1,0 +1,67 @@
+"""Errors as clients of the OpenAI and Anthropic APIs expect them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrimoe_plugin.errors import HybriMoEError
+from hybrimoe_plugin.serve.requests import ClosingError, PromptError, QueueFullError
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Status -> what both APIs call it; the others are `api_error`."""
+
+
+class ApiError(HybriMoEError):
+    """A request that is refused.
+
+    Attributes:
+        status: of the HTTP answer.
+        param: the field of the body that is at fault, if it is one.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error: the project's own are said, others are not shown."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error))
+    if isinstance(error, ClosingError):
+        return ApiError(503, str(error))
+    if isinstance(error, PromptError):
+        return ApiError(400, str(error))
+    if isinstance(error, HybriMoEError):
+        return ApiError(500, str(error))
+    return ApiError(500, f"the answer could not be computed ({type(error).__name__})")
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """The body of OpenAI's endpoints."""
+    return {
+        "error": {
+            "message": str(error),
+            "type": _TYPES.get(error.status, "api_error"),
+            "param": error.param,
+            "code": error.status,
+        }
+    }
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The body of Anthropic's endpoints."""
+    kind = _TYPES.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
