@@ -13,7 +13,6 @@ from graphed import Loader
 from interrupts import ended, operations
 from one_thread import one_torch_thread
 from replayed import Replayed
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 
@@ -169,11 +168,3 @@ def test_caches_that_cannot_be_cut_are_not_kept(
     monkeypatch.setitem(rope, "rope_type", "dynamic")
     assert talk.kept.arguments(prompt) == {}
     monkeypatch.undo()
-
-    sliding = DynamicCache()
-    sliding.layers = [DynamicSlidingWindowLayer(sliding_window=4)]
-    monkeypatch.setattr(
-        "hybrimoe_plugin.hosts.transformers.chat.kept_cache._new_cache", lambda _model: sliding
-    )
-    assert talk.kept.arguments(prompt) == {}
-    assert talk.ask(prompt) == right
