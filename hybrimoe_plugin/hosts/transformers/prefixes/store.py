@@ -252,6 +252,8 @@ def _is_covered(old: Ids, new: Ids, in_part: bool) -> bool:
     """
     if len(old) > len(new) or (len(old) < len(new) and not in_part):
         return False
+    if old[-1] != new[len(old) - 1]:
+        return False
     return bool((old == new[: len(old)]).all())
 
 
