@@ -19,7 +19,7 @@ from hybrimoe_plugin.cli.imports import import_libraries
 from hybrimoe_plugin.cli.main import FLASH_CHAT, INTERRUPTED, find_module
 from hybrimoe_plugin.cli.reading import read_prompt_file, well_formed
 from hybrimoe_plugin.cli.setting_flags import add_settings, given_settings
-from hybrimoe_plugin.config import DEMO_FORMS
+from hybrimoe_plugin.config import DEMO_FORMS, parse_bytes
 from hybrimoe_plugin.device.choice import placed
 from hybrimoe_plugin.errors import ConfigError, HybriMoEError
 from hybrimoe_plugin.files import printable
@@ -213,7 +213,8 @@ def _talk(
         piece = flags.CPU_PIECE if on_cpu_alone(model.hybrimoe) else flags.PIECE
     report = EngineReport(model)
     options = options_of(args, piece)
-    chat = Chat(model, tokenizer, options, report, kept=KeptCache(model))
+    kept = KeptCache(model, parse_bytes(args.prefix_cache_bytes))
+    chat = Chat(model, tokenizer, options, report, kept=kept)
     chat.system = system
     if prompt is not None:
         return _answer(chat, prompt)
@@ -237,8 +238,8 @@ def _talk_flash(args: argparse.Namespace, system: str, prompt: str | None) -> in
         _seed(args)
         model = flash.target.model
         options = options_of(args, None)
-        kept = KeptCache(model)
-        chat = Chat(model, flash.tokenizer, options, flash.report, flash.decoder, kept)
+        kept = KeptCache(model, parse_bytes(args.prefix_cache_bytes))
+        chat = Chat(model, flash.tokenizer, options, flash.report, flash.decoder, kept=kept)
         chat.system = system
         if prompt is not None:
             return _answer(chat, prompt)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut, cut_entries
-from hybrimoe_plugin.hosts.transformers.prefixes.entry import as_ids, shared_part
+from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut
+from hybrimoe_plugin.hosts.transformers.prefixes.entry import Ids, as_ids, shared_part
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on
-from hybrimoe_plugin.hosts.transformers.prefixes.layers import bytes_of, held_by
+from hybrimoe_plugin.hosts.transformers.prefixes.layers import bytes_of, held_by, trim
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
+
+
+class _Mark(NamedTuple):
+    """A place in the present conversation that can be gone back to."""
+
+    ids: Ids
+    entries: KeptEntries
 
 
 class KeptCache:
@@ -22,14 +30,12 @@ class KeptCache:
         prompt  | system | question | answer | next question |
                 |<-------- shared --------->|<-- computed -->|
 
-    The present conversation stays where it is computed, and is cut where a prompt branches off late
-    in it. Others, and those parts of it, come from a store.
+    The present conversation stays where it is computed, and goes back to where a prompt branches
+    off late in it: anywhere if its layers can be cut, else to one of two marks, at its end and
+    before its last pass. Other conversations come from a store.
 
-    The entries of the first `len(ids)` tokens are right in every layer, at any time. Where layers
-    can be cut, a forward pass only appends behind them, so whatever interrupts it, at worst a rest
-    is left that the next call cuts off. Other layers are spoilt by an interrupted pass: there are
-    no `ids` while one may run. That is why `commit` comes after `generate`, and nothing is undone
-    after an exception.
+    What a mark names can be had again at any time, whatever interrupts the passes behind it. That
+    is why `commit` comes after `generate`, and nothing is undone after an exception.
 
     One conversation at a time: calls of several threads need a cache each.
 
@@ -39,15 +45,16 @@ class KeptCache:
 
     Attributes:
         shared: tokens of the last prompt that were not computed again.
+        store: the conversations beside the present one.
     """
 
     def __init__(self, model: Any, nbytes: int = 0) -> None:
         self.shared = 0
         self._model = model
-        self._store = PrefixStore(model, nbytes)
+        self.store = PrefixStore(model, nbytes)
         self._cache: Any = None
-        self._ids: list[int] = []
-        """The tokens whose entries are in the cache."""
+        self._marks: tuple[_Mark, ...] = ()
+        """Of the present conversation, the last one last; one where the cache can be cut."""
 
     def arguments(self, prompt: Sequence[int], config: Any = None) -> dict[str, Any]:
         """`generate`'s argument for a prompt, which must be given to it whole.
@@ -63,19 +70,12 @@ class KeptCache:
         if not _takes_cache(config) or not can_go_on(self._model):
             self.drop()
             return {}
-        shared = self._shared_with_present(prompt)
-        if shared:
-            # Before the cut, which may be interrupted: the promise about `ids` must hold then too.
-            self._ids = self._ids[:shared]
-            if self._can_be_cut():
-                for layer in self._cache.layers:
-                    cut_entries(layer, shared)
-        else:
+        shared = self._go_back(prompt)
+        if not shared:
             self.put_aside()
-            self._cache, shared = self._store.begin(prompt)
-            self._ids = list(prompt[:shared])
+            self._cache, shared = self.store.begin(prompt)
+            self._marks = (_Mark(as_ids(prompt[:shared]), KeptEntries(self._cache, shared)),)
         self.shared = shared
-        self._begin_pass()
         return {cache_name(self._model): self._cache}
 
     @torch.no_grad()
@@ -101,12 +101,10 @@ class KeptCache:
         done = self.shared
         while len(prompt) - done > piece:
             ids = torch.tensor([prompt[done : done + piece]], device=device)
-            self._begin_pass()
             self._model(input_ids=ids, **options)
             done += piece
             self.commit(prompt[:done])
             computed(piece)
-        self._begin_pass()
 
     def commit(self, sequence: Sequence[int]) -> None:
         """Note what the cache holds, once a call has returned.
@@ -116,47 +114,60 @@ class KeptCache:
         """
         if self._cache is None:
             return
-        held = held_by(self._cache.layers)
+        layers = self._cache.layers
+        held = held_by(layers)
         if not held or (held > len(sequence) and not self._can_be_cut()):
             self._leave()
             return
-        self._ids = list(sequence[:held])
+        for layer in layers:
+            trim(layer)
+        count = min(held, len(sequence))
+        mark = _Mark(as_ids(sequence[:count]), KeptEntries(self._cache, count))
+        self._marks = (mark,) if self._can_be_cut() else (*self._marks[-1:], mark)
 
     def drop(self) -> None:
         """Forget all conversations and give their memory back."""
         self._leave()
-        self._store.clear()
+        self.store.clear()
 
     def put_aside(self) -> None:
         """Hand the present conversation over to the store: it may come back."""
-        ids, cache = self._ids, self._cache
+        marks, cache = self._marks, self._cache
         self._leave()
-        if ids:
-            self._store.end(ids, cache)
+        if marks and len(marks[-1].ids):
+            marks[-1].entries.drop_rest()
+            self.store.end(marks[-1].ids, cache)
 
-    def _shared_with_present(self, prompt: Sequence[int]) -> int:
-        """Tokens to go on behind in the present conversation; 0 where the store is the better way.
+    @torch.no_grad()
+    def _go_back(self, prompt: Sequence[int]) -> int:
+        """Go back to where a prompt leaves the present conversation.
 
-        Not behind few of them where the store has room for all: the others would be lost.
+        Returns:
+            Tokens that it holds then; 0 where the store is the better way, and nothing was done.
         """
-        if not self._ids:
+        if not self._marks:
             return 0
         in_part = self._can_be_cut()
-        has_room = bytes_of(self._cache.layers) <= self._store.limit
-        least = len(self._ids) // 2 if in_part and has_room else 0
+        # Not far back where the store has room for all that would be lost.
+        has_room = bytes_of(self._cache.layers) <= self.store.limit
+        least = len(self._marks[-1].ids) // 2 if has_room else 0
         # The last token is always computed: its logits give the first of the answer.
-        shared = shared_part(as_ids(self._ids), as_ids(prompt[:-1]), least, in_part)
-        return shared if shared >= self._store.longest(prompt) else 0
+        wanted = as_ids(prompt[:-1])
+        for number, mark in reversed(list(enumerate(self._marks))):
+            shared = shared_part(mark.ids, wanted, least, in_part)
+            if shared and shared >= self.store.longest(prompt):
+                # First: an interrupt may come before, in or after each of the following.
+                self._marks = (*self._marks[:number], _Mark(mark.ids[:shared], mark.entries))
+                if in_part:
+                    mark.entries.keep(shared)
+                mark.entries.drop_rest()
+                return shared
+        return 0
 
     def _leave(self) -> None:
-        self._ids = []
+        self._marks = ()
         self._cache = None
         self.shared = 0
-
-    def _begin_pass(self) -> None:
-        """Promise nothing that a pass may break."""
-        if not self._can_be_cut():
-            self._ids = []
 
     def _can_be_cut(self) -> bool:
         return all(map(can_be_cut, self._cache.layers))

@@ -22,6 +22,9 @@ from hybrimoe_plugin.hosts.transformers.prefixes.layers import (
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 """Token ids [T]."""
 
+Tokens = Sequence[int] | Ids
+"""Token ids as callers have them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -67,7 +70,7 @@ def copied_entry(ids: Ids, layers: Sequence[Any]) -> Entry:
     return Entry(ids, copies, [device_of(layer) for layer in layers])
 
 
-def as_ids(tokens: Sequence[int]) -> Ids:
+def as_ids(tokens: Tokens) -> Ids:
     """Token ids as an array."""
     return np.asarray(tokens, dtype=np.int64)
 

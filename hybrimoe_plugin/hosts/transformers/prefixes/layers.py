@@ -73,6 +73,15 @@ def put_aside(layer: Any, count: int) -> Any:
     return made
 
 
+def trim(layer: Any) -> None:
+    """Give back what a sliding window has left behind. Mutates.
+
+    Its entries are a part of those that the last pass saw.
+    """
+    if type(layer) is DynamicSlidingWindowLayer and _is_wasteful(layer.keys):
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+
 def copy_of(layer: Any, count: int, device: torch.device) -> Any:
     """A layer of its own memory with the first entries of another, on a device.
 
@@ -135,9 +144,11 @@ def _trimmed(tensor: torch.Tensor) -> torch.Tensor:
 
 def _is_fitting(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies in main memory and keeps little more of it than it needs."""
-    if tensor.device != HOST:
-        return False
-    return tensor.untyped_storage().nbytes() <= _MOST_WASTE * tensor.nbytes
+    return tensor.device == HOST and not _is_wasteful(tensor)
+
+
+def _is_wasteful(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > _MOST_WASTE * tensor.nbytes
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
 from hybrimoe_plugin.hosts.transformers.prefixes.entry import (
     Entry,
     Ids,
+    Tokens,
     as_ids,
     copied_entry,
     entry_of,
@@ -66,10 +68,13 @@ class PrefixStore:
         self.hits = 0
         self.hit_tokens = 0
         self._model = model
-        self._can_go_on = can_go_on(model)
         self._entries: tuple[Entry, ...] = ()
         """The last used one last. Replaced, not changed: it is whole at any time."""
         self._lock = threading.Lock()
+
+    @cached_property
+    def _can_go_on(self) -> bool:
+        return can_go_on(self._model)
 
     @property
     def nbytes(self) -> int:
@@ -86,15 +91,13 @@ class PrefixStore:
         with self._lock:
             self._entries = ()
 
-    def longest(self, prompt: Sequence[int]) -> int:
+    def longest(self, prompt: Tokens) -> int:
         """Tokens of a prompt that `begin` would find among the sequences kept."""
         source = self._find(as_ids(prompt[:-1]), ())
         return 0 if source is None else source.shared
 
     @torch.no_grad()
-    def begin(
-        self, prompt: Sequence[int], running: Iterable[tuple[Sequence[int], Any]] = ()
-    ) -> tuple[Any, int]:
+    def begin(self, prompt: Tokens, running: Iterable[tuple[Tokens, Any]] = ()) -> tuple[Any, int]:
         """A cache for a prompt, with what is known of it.
 
         Args:
@@ -121,7 +124,7 @@ class PrefixStore:
         return cache, shared
 
     @torch.no_grad()
-    def end(self, ids: Sequence[int], cache: Any) -> None:
+    def end(self, ids: Tokens, cache: Any) -> None:
         """Keep the cache of a sequence that is done, if it can be of use and fits.
 
         Args:
@@ -136,7 +139,7 @@ class PrefixStore:
                 self._add(entry_of(as_ids(ids[:count]), cache.layers))
 
     @torch.no_grad()
-    def save(self, ids: Sequence[int], cache: Any) -> None:
+    def save(self, ids: Tokens, cache: Any) -> None:
         """Keep a copy of the cache of a sequence that goes on, between two passes.
 
         For caches that cannot be cut: other prompts can branch off here, and nowhere else.
@@ -148,7 +151,7 @@ class PrefixStore:
             if count:
                 self._add(copied_entry(as_ids(ids[:count]), cache.layers))
 
-    def _count_to_keep(self, ids: Sequence[int], cache: Any) -> int:
+    def _count_to_keep(self, ids: Tokens, cache: Any) -> int:
         """How many tokens of a sequence are worth an entry; 0 where it is of no use."""
         count = self._usable(ids, cache) if self.limit else 0
         if not count:
@@ -171,7 +174,7 @@ class PrefixStore:
         ]
         self._entries = self._fitting((*others, entry))
 
-    def _usable(self, ids: Sequence[int], cache: Any) -> int:
+    def _usable(self, ids: Tokens, cache: Any) -> int:
         """Tokens whose entries a cache holds, as far as others can go on behind them."""
         if not self._can_go_on:
             return 0
@@ -180,7 +183,7 @@ class PrefixStore:
             return 0
         return min(held, len(ids))
 
-    def _find(self, wanted: Ids, running: Iterable[tuple[Sequence[int], Any]]) -> _Source | None:
+    def _find(self, wanted: Ids, running: Iterable[tuple[Tokens, Any]]) -> _Source | None:
         """What shares most tokens with a prompt but for its last; of equals the last used."""
         best: _Source | None = None
         for entry in reversed(self._entries):
@@ -196,7 +199,7 @@ class PrefixStore:
                 best = _Source(layers, [device_of(layer) for layer in layers], shared)
         return best
 
-    def _shared_with_running(self, ids: Sequence[int], cache: Any, wanted: Ids, least: int) -> int:
+    def _shared_with_running(self, ids: Tokens, cache: Any, wanted: Ids, least: int) -> int:
         if least >= min(len(ids), len(wanted)) or ids[least] != wanted[least]:
             return 0
         held = self._usable(ids, cache)
