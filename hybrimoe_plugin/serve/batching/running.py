@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import BackendError, HybriMoEError
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
 from hybrimoe_plugin.serve.batching.passes import Passes
 from hybrimoe_plugin.serve.batching.pieces import PieceSize
 from hybrimoe_plugin.serve.batching.sequence import Sequence
-from hybrimoe_plugin.serve.requests import End, Observer, Reason, Token
-from hybrimoe_plugin.serve.sampling.sampler import draw
+from hybrimoe_plugin.serve.requests import End, Observer, Reason
+from hybrimoe_plugin.serve.sampling.sampler import Drawn, draw
 
 log = logging.getLogger(__name__)
 
@@ -150,32 +150,37 @@ class Running:
 
     def _take(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Draw the next token of each and hand it over."""
-        drawn = draw([each.sampler for each in sequences], logits)
-        for sequence, token in zip(sequences, drawn, strict=True):
-            if isinstance(token, Exception):
-                self.end(sequence, Reason.FAILED, token)
-            else:
-                self._hand_over(sequence, token)
+        found = draw([each.sampler for each in sequences], logits)
+        for sequence, drawn in zip(sequences, found, strict=True):
+            if isinstance(drawn, HybriMoEError):
+                self.end(sequence, Reason.FAILED, drawn)
+                continue
+            if drawn.kept and not self._hand_over(sequence, drawn):
+                continue
+            if drawn.last:
+                self.end(sequence, Reason.STOP)
 
-    def _hand_over(self, sequence: Sequence, token: Token) -> None:
-        if token.id in sequence.sampler.ends:
-            self.end(sequence, Reason.STOP)
-            return
+    def _hand_over(self, sequence: Sequence, drawn: Drawn) -> bool:
+        """Give a token to whoever waits for it; whether the answer goes on."""
         now = time.monotonic()
         if sequence.given:
             self._observer.next_token(sequence.request, now - sequence.last_at)
         else:
             self._observer.first_token(sequence.request, now - sequence.queued_at)
         sequence.last_at = now
-        sequence.ids.append(token.id)
+        sequence.ids.append(drawn.token.id)
         sequence.given += 1
-        goes_on = self._tell(sequence, lambda: sequence.sink.put(token))
+        goes_on = self._tell(sequence, lambda: sequence.sink.put(drawn.token))
         if sequence not in self.sequences:
-            return  # the sink has failed
+            return False  # the sink has failed
         if not goes_on:
             self.end(sequence, Reason.STOP)
-        elif sequence.given == sequence.request.max_tokens or self._is_full(sequence):
+            return False
+        is_last = sequence.given == sequence.request.max_tokens or self._is_full(sequence)
+        if is_last and not drawn.last:
             self.end(sequence, Reason.LENGTH)
+            return False
+        return True
 
     def _is_full(self, sequence: Sequence) -> bool:
         return self._context is not None and len(sequence.ids) >= self._context

@@ -44,7 +44,6 @@ class Scheduler:
 
     Args:
         model: a causal language model of transformers, injected or not.
-        tokenizer: of the model.
         batch: most answers that are computed at once.
         queue: most requests that wait.
         kv_bytes: most memory for the caches of running answers; None for a share of what is free.
@@ -60,7 +59,6 @@ class Scheduler:
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
         *,
         batch: int,
         queue: int,
@@ -70,7 +68,6 @@ class Scheduler:
         observer: Observer | None = None,
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
         self._observer = observer or Observer()
         self._memory = KVMemory(model, kv_bytes)
         positions = getattr(model.config, "max_position_embeddings", None)
@@ -99,7 +96,7 @@ class Scheduler:
     def submit(self, request: Request, sink: Sink) -> Sequence:
         """As `Scheduling.submit`."""
         self._check(request)
-        sampler = Sampler(self._model, self._tokenizer, request)
+        sampler = Sampler(self._model, request)
         sequence = Sequence(request, sink, sampler, self._wake)
         with self._changed:
             if self.failed is not None:
