@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
+from hybrimoe_plugin.serve.batching.delivery import Delivery, finish
 from hybrimoe_plugin.serve.batching.memory import KVMemory
-from hybrimoe_plugin.serve.batching.running import Running, finish
+from hybrimoe_plugin.serve.batching.running import Running
 from hybrimoe_plugin.serve.batching.sequence import Sequence
+from hybrimoe_plugin.serve.batching.speculating import Speculating
 from hybrimoe_plugin.serve.requests import (
     ClosingError,
     Load,
@@ -50,6 +52,8 @@ class Scheduler:
         prefix_bytes: most memory for prefixes of former answers.
         piece: most tokens of a prompt in one pass.
         observer: is told what happens.
+        decoder: a custom decoding method for `generate`, with an attribute `streamer`; answers are
+            then computed one after the other.
 
     Attributes:
         context: most tokens of prompt and answer: the model's limit, or the memory's.
@@ -66,6 +70,7 @@ class Scheduler:
         prefix_bytes: int,
         piece: int,
         observer: Observer | None = None,
+        decoder: Any = None,
     ) -> None:
         self._model = model
         self._observer = observer or Observer()
@@ -73,10 +78,13 @@ class Scheduler:
         positions = getattr(model.config, "max_position_embeddings", None)
         self.context: int | None = min(positions or self._memory.tokens, self._memory.tokens)
         self._prefixes = PrefixStore(model, prefix_bytes)
-        self._running = Running(
-            model, self._prefixes, self.context, piece, self._requeue, self._observer
+        self._delivery = Delivery(self._prefixes, self.context, self._requeue, self._observer)
+        self._answers: Running | Speculating = (
+            Running(model, self._delivery, piece, self._observer)
+            if decoder is None
+            else Speculating(model, self._delivery, decoder)
         )
-        self._most_running = min(batch, self._running.most_rows)
+        self._most_running = min(batch, self._answers.most)
         self._most_waiting = queue
         self._waiting: deque[Sequence] = deque()
         self._changed = threading.Condition()
@@ -113,7 +121,7 @@ class Scheduler:
     def load(self) -> Load:
         """As `Scheduling.load`."""
         return Load(
-            running=len(self._running.sequences),
+            running=len(self._delivery.sequences),
             waiting=len(self._waiting),
             kv_bytes=self._used(),
             kv_limit=self._memory.limit,
@@ -127,7 +135,7 @@ class Scheduler:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(seconds)
-        for sequence in list(self._running.sequences):
+        for sequence in list(self._delivery.sequences):
             sequence.cancel()
         self._thread.join()
 
@@ -154,10 +162,8 @@ class Scheduler:
             while self._has_work():
                 self._end_cancelled()
                 self._admit()
-                self._running.compute_piece()
-                self._running.compute_tokens()
-                while len(self._running.sequences) > 1 and self._used() > self._memory.limit:
-                    self._running.send_last_back()
+                self._answers.compute()
+                self._make_room()
         except BaseException as error:
             log.exception("the scheduler has failed")
             self._fail(error)
@@ -165,12 +171,12 @@ class Scheduler:
     def _has_work(self) -> bool:
         """Wait for something to do; False when the server is closed and all is done."""
         with self._changed:
-            while not (self._closing or self._waiting or self._running.sequences):
+            while not (self._closing or self._waiting or self._delivery.sequences):
                 self._changed.wait()
             refused = self._take_waiting() if self._closing else []
         for sequence in refused:
             finish(sequence, Reason.FAILED, ClosingError(_SHUT_DOWN), self._observer)
-        return bool(self._waiting or self._running.sequences)
+        return bool(self._waiting or self._delivery.sequences)
 
     def _take_waiting(self) -> list[Sequence]:
         """Those that have not begun leave the queue; the caller holds it."""
@@ -186,25 +192,32 @@ class Scheduler:
                 self._waiting.remove(sequence)
         for sequence in left:
             finish(sequence, Reason.CANCELLED, None, self._observer)
-        self._running.end_cancelled()
+        self._delivery.end_cancelled()
 
     def _admit(self) -> None:
         """Let those begin whose turn it is and for whom there is room."""
-        while len(self._running.sequences) < self._most_running:
+        while len(self._delivery.sequences) < self._most_running:
             with self._changed:
                 if not self._waiting or not self._has_room(self._waiting[0]):
                     return
                 sequence = self._waiting.popleft()
-            self._running.begin(sequence)
+            self._answers.begin(sequence)
+
+    def _make_room(self) -> None:
+        """Send the answers that began last back, until the others have room."""
+        running = self._delivery.sequences
+        while len(running) > 1 and self._used() > self._memory.limit:
+            log.info("%s: waits for KV memory", running[-1].request.id)
+            self._delivery.send_back(running[-1])
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether a sequence fits beside those that run; alone, every one does."""
         needed = self._memory.of(len(sequence.ids))
-        return not self._running.sequences or self._used() + needed <= self._memory.limit
+        return not self._delivery.sequences or self._used() + needed <= self._memory.limit
 
     def _used(self) -> int:
         """Bytes of the running answers' caches."""
-        return sum(self._memory.of(len(each.ids)) for each in list(self._running.sequences))
+        return sum(self._memory.of(len(each.ids)) for each in list(self._delivery.sequences))
 
     def _requeue(self, sequence: Sequence) -> None:
         with self._changed:
@@ -218,9 +231,9 @@ class Scheduler:
         """End everything: no answer can be computed any more."""
         with self._changed:
             self.failed = error
-            left = [*self._waiting, *self._running.sequences]
+            left = [*self._waiting, *self._delivery.sequences]
             self._waiting.clear()
-            self._running.sequences.clear()
+            self._delivery.sequences.clear()
         for sequence in left:
             told = ClosingError(f"the server has failed: {type(error).__name__}: {error}")
             finish(sequence, Reason.FAILED, told, self._observer)
