@@ -1,22 +1,20 @@
 """Temperature, top-k, top-p and min-p, as transformers applies them, and drawing.
 
 The filters of transformers keep rows as long as the vocabulary, and sort all of it for top-p.
-Here a row is narrowed to the few tokens that can be drawn as early as possible.
+Here top-k narrows a row to its few tokens first, and top-p alone sorts in a faster way.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hybrimoe_plugin.serve.requests import Sampling
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it count as 0: logits would overflow when they are divided by it."""
-
-SORTED = 4096
-"""Tokens among which top-p finds its border by sorting; of more it first sets halves apart."""
 
 
 class Candidates(NamedTuple):
@@ -68,49 +66,38 @@ class Filters:
         Of tokens with the same logit at the border of top-p it may keep others, and rounding may
         decide about one there.
         """
-        # Divided by a small temperature, large logits would overflow.
+        # Below the largest one, as large logits would overflow at a small temperature.
         scores = _run(self._temperature, scores - scores.max())
+        ids = None
         if 0 < self._top_k < len(scores):
             ids = _best(scores, self._top_k)
-            return Candidates(ids, _run([*self._nucleus, *self._floor], scores[ids]))
-        if not self._nucleus:
-            return Candidates(None, _run(self._floor, scores))
-        ids = likeliest(scores, self._top_p)
-        return Candidates(ids, _run(self._floor, scores[ids]))
+            scores = scores[ids]
+        if self._nucleus:
+            scores = scores.masked_fill(~likeliest(scores, self._top_p), -torch.inf)
+        return Candidates(ids, _run(self._floor, scores))
 
 
-def likeliest(scores: torch.Tensor, mass: float, few: int = SORTED) -> torch.Tensor:
-    """The fewest tokens whose probabilities reach a sum, at least one; ids, ascending.
+def likeliest(scores: torch.Tensor, mass: float) -> torch.Tensor:
+    """The fewest tokens whose probabilities reach a sum, at least one: [V] bool.
 
-    Where the border lies is found as in quickselect: halves are set apart, and one sum tells in
-    which of them to go on. At 151,936 tokens a sort of all takes ten times as long.
+    numpy sorts values by vector instructions, where torch moves indices along: 0.4 and 10 ms for
+    151,936 tokens. So values alone are sorted, and the border among them tells the tokens.
 
     Args:
-        scores: [V] float32.
+        scores: [V] float32, on the CPU.
         mass: at least 0 and below 1.
-        few: so many are sorted.
     """
-    rest = scores.softmax(dim=-1)
-    ids = torch.arange(len(rest))
-    kept = torch.zeros(len(rest), dtype=torch.bool)
-    missing = mass * float(rest.sum(dtype=torch.float64))
-    while len(rest) > few:
-        middle = rest[:: len(rest) // 256 or 1].median()
-        is_upper = rest > middle
-        upper = rest[is_upper]
-        if len(upper) == 0:  # nothing can be set apart from so many equal ones
-            break
-        found = float(upper.sum(dtype=torch.float64))
-        if found < missing:  # all of these are needed, and more
-            kept[ids[is_upper]] = True
-            missing -= found
-            is_upper = ~is_upper
-        rest, ids = rest[is_upper], ids[is_upper]
-    rest, order = rest.sort(descending=True)
+    chances = scores.softmax(dim=-1)
+    falling = torch.from_numpy(np.sort(chances.numpy())).flip(0)
+    sums = falling.cumsum(dim=-1, dtype=torch.float64)
     # A token is needed if those above it do not reach the sum yet.
-    count = 1 + int((rest[:-1].cumsum(dim=-1, dtype=torch.float64) < missing).sum())
-    kept[ids[order[:count]]] = True
-    return kept.nonzero()[:, 0]
+    count = 1 + int(torch.searchsorted(sums[:-1], sums[-1] * mass))
+    border = falling[count - 1]
+    kept = chances > border
+    # Of those that tie at the border, as many as it takes.
+    ties = (chances == border).nonzero()[:, 0]
+    kept[ties[: count - int(kept.sum())]] = True
+    return kept
 
 
 def drawn(candidates: Candidates, number: float) -> int:

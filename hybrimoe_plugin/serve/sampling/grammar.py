@@ -96,7 +96,7 @@ class Matcher:
 def compile_grammar(kind: str, spec: Any, tokenizer: Any) -> Grammar:
     """Compile a grammar. Takes up to seconds; other Python threads run meanwhile.
 
-    The first call with a tokenizer converts it, which takes a second for 50,000 tokens.
+    The first call with a tokenizer converts it; better call `convert` before, when a server starts.
 
     Args:
         kind: one of `KINDS`.
@@ -133,6 +133,8 @@ def compile_grammar(kind: str, spec: Any, tokenizer: Any) -> Grammar:
 @functools.lru_cache(maxsize=4)
 def convert(tokenizer: Any) -> Any:
     """llguidance's form of a tokenizer; kept, so that a second call costs nothing.
+
+    Takes a second for 50,000 tokens, in which no other Python thread runs.
 
     Raises:
         GrammarError: llguidance cannot read this kind of tokenizer.

@@ -143,7 +143,7 @@ class Sampler:
             raise DrawError(f"the model computed logits that are no numbers ({highest})")
         if self._is_plain:
             return Token(likeliest)
-        logits = row.float().cpu()
+        logits = row.detach().cpu().float()
         scores = self._scores(logits)
         top, best = scores.max(dim=-1)
         if not math.isfinite(float(top)):
