@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import logging
 import shlex
@@ -20,10 +19,9 @@ from hybrimoe_plugin.cli.chat.records import Records
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import Parser
 from hybrimoe_plugin.cli.main import FLASH_CHAT, find_module
-from hybrimoe_plugin.cli.serve import flags
+from hybrimoe_plugin.cli.serve import flags, libraries
 from hybrimoe_plugin.cli.setting_flags import add_settings
 from hybrimoe_plugin.config import parse_bytes
-from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.files import printable
 
 COMMON = (
@@ -35,9 +33,6 @@ COMMON = (
     *("flash_pack", "draft", "dram_budget"),
 )
 """Flags that most people need: `--help` shows these, `--help_all` shows all."""
-
-LIBRARIES = ("fastapi", "llguidance", "openai", "prometheus_client", "uvicorn")
-"""Of the extra `serve`."""
 
 
 class Loaded(NamedTuple):
@@ -79,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         HybriMoEError: what is asked for cannot be done; before the model is loaded, where that can
             be known.
     """
-    check_libraries()
+    libraries.check()
     loading.be_quiet(args)
     flags.place_model(args)
     choice = loading.chosen(args)
@@ -94,20 +89,6 @@ def run(args: argparse.Namespace) -> int:
         with _loaded(args, choice) as loaded:
             _serve(args, loaded, name, access, port)
     return 0
-
-
-def check_libraries() -> None:
-    """Raises: ConfigError: the server's libraries are not installed."""
-    missing = missing_libraries()
-    if missing:
-        raise ConfigError(
-            f"the server needs {', '.join(missing)}: pip install 'ktransformers-hybrimoe[serve]'"
-        )
-
-
-def missing_libraries() -> list[str]:
-    """Those of the extra `serve` that are not there."""
-    return [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 
 
 def make_scheduler(loaded: Loaded, **options: Any) -> Any:
