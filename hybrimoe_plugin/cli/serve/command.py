@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from hybrimoe_plugin.serve.http.server import listen
 
     access = Access(args.host, keys, origins)
-    with listen(args.host, args.port) as port, _access_log(args):
+    with listen(args.host, args.port) as port, _logging(args):
         loading.check_machine(choice)
         with _loaded(args, choice) as loaded:
             _serve(args, loaded, name, access, port)
@@ -104,15 +104,21 @@ def make_scheduler(loaded: Loaded, **options: Any) -> Any:
 
 
 @contextmanager
-def _access_log(args: argparse.Namespace) -> Iterator[None]:
+def _logging(args: argparse.Namespace) -> Iterator[None]:
     """Let each request have its line, unless that is turned off."""
-    access = logging.getLogger("hybrimoe_plugin.serve.access")
-    before = access.level
-    access.setLevel(logging.INFO if args.log_requests and not args.quiet else logging.WARNING)
+    is_logged = args.log_requests and not args.quiet
+    levels = {
+        "hybrimoe_plugin.serve.access": logging.INFO if is_logged else logging.WARNING,
+        "uvicorn.error": logging.ERROR if args.quiet else logging.WARNING,
+    }
+    before = {name: logging.getLogger(name).level for name in levels}
     try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         yield
     finally:
-        access.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager
@@ -158,7 +164,8 @@ def _serve(
         observer=metrics,
     )
     try:
-        limits = Limits(parse_bytes(args.max_body_bytes), seconds=args.request_timeout)
+        body_bytes = parse_bytes(args.max_body_bytes)
+        limits = Limits(body_bytes=body_bytes, seconds=args.request_timeout)
         service = Service(loaded.model, loaded.tokenizer, name, scheduler, limits)
         service.metrics = metrics
         app = build_app(service, all_routers(service))

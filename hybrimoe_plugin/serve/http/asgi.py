@@ -8,10 +8,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrimoe_plugin.serve.api.errors import ApiError, error_answer
 
-__all__ = ["ASGIApp", "Message", "Receive", "Scope", "Send", "headers_of", "refuse"]
+__all__ = ["ASGIApp", "Message", "Receive", "Scope", "Send", "headers_of", "is_open", "refuse"]
 
-OPEN = ("/", "/health")
-"""Paths that are answered without a key, and while the server closes."""
+_OPEN = ("/", "/health")
+_OPEN_BELOW = "/page/"
+"""The page's own files, which hold no secret."""
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether a request is answered without a key, and while the server closes."""
+    path: str = scope["path"]
+    return path in _OPEN or path.startswith(_OPEN_BELOW)
 
 
 def headers_of(scope: Scope) -> dict[bytes, bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrimoe_plugin.serve.api.errors import ApiError
-from hybrimoe_plugin.serve.http.asgi import OPEN, ASGIApp, Receive, Scope, Send, refuse
+from hybrimoe_plugin.serve.http.asgi import ASGIApp, Receive, Scope, Send, is_open, refuse
 from hybrimoe_plugin.serve.service import Service
 
 
@@ -15,7 +15,7 @@ class Closing:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_new = scope["type"] == "http" and scope["path"] not in OPEN
+        is_new = scope["type"] == "http" and not is_open(scope)
         if is_new and self._service.closing:
             error = ApiError(503, "the server is being shut down")
             await refuse(scope, receive, send, error, {"connection": "close"})

@@ -9,6 +9,8 @@ import traceback
 import uuid
 from collections.abc import Mapping
 
+from starlette.requests import ClientDisconnect
+
 from hybrimoe_plugin.files import one_line
 from hybrimoe_plugin.serve.api.errors import as_api_error
 from hybrimoe_plugin.serve.http.asgi import (
@@ -65,6 +67,8 @@ class RequestIds:
 
         try:
             await self.app(scope, receive, named)
+        except ClientDisconnect:
+            pass
         except Exception as error:
             _report(known, error)
             if status is None:

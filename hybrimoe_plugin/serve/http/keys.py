@@ -7,7 +7,15 @@ import hmac
 from collections.abc import Sequence
 
 from hybrimoe_plugin.serve.api.errors import ApiError
-from hybrimoe_plugin.serve.http.asgi import OPEN, ASGIApp, Receive, Scope, Send, headers_of, refuse
+from hybrimoe_plugin.serve.http.asgi import (
+    ASGIApp,
+    Receive,
+    Scope,
+    Send,
+    headers_of,
+    is_open,
+    refuse,
+)
 
 
 class Keys:
@@ -22,7 +30,7 @@ class Keys:
         self._known = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and not is_open(scope):
             headers = headers_of(scope)
             if not self._is_known(headers):
                 error = ApiError(401, "this server needs a key: send one as Authorization: Bearer")

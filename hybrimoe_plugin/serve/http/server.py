@@ -105,7 +105,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise ConfigError(f"--host {host}: {reason}") from None
-    family, kind, protocol, _, address = found[0]
+    # Of a name that has both, such as localhost, the address that more clients try.
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     taken = socket.socket(family, kind, protocol)
     try:
         # Without this, a port is taken for a minute after a server has ended.

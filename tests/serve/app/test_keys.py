@@ -57,8 +57,10 @@ def test_without_a_key_no_body_is_read_and_no_path_is_told_from_another(port: in
         assert ask(port, path, body=b"x" * 10_000).status == 401
 
 
-def test_health_needs_none(port: int) -> None:
+def test_health_and_the_pages_files_need_none(port: int) -> None:
     assert ask(port, "/health").status == 200
+    for path in ("/", "/page/page.js"):
+        assert ask(port, path).status in (200, 404)
 
 
 def test_the_anthropic_path_has_the_anthropic_form(port: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from asking import ask
@@ -81,6 +83,17 @@ def test_requests_are_counted_under_vllms_names() -> None:
         assert found[f"{name}_sum"] == pytest.approx(value), name
 
 
+def all_shown() -> dict[str, float]:
+    """With a request that ended, and with counters of an engine."""
+    metrics = Metrics("m", lambda: COUNTERS)
+    metrics.ended(Request("r", (1,)), End(Reason.STOP, 1), 0.1)
+    return shown(metrics)
+
+
+def text_of_page() -> str:
+    return (Path(__file__).resolve().parents[3] / "docs" / "serving.md").read_text("utf-8")
+
+
 def test_every_end_has_a_reason() -> None:
     assert set(REASONS) == set(Reason)
 
@@ -107,6 +120,13 @@ def test_the_engine_shows_its_counters() -> None:
     assert found["hybrimoe_link_bytes_total"] == 1024
     assert found["hybrimoe_prefetches_used_total"] == 2
     assert found["hybrimoe_plan_seconds_total"] == 0.5
+
+
+def test_the_documented_names_are_those_that_are_served() -> None:
+    documented = set(re.findall(r"^\| `((?:vllm:|hybrimoe_)\w+)` \|", text_of_page(), re.MULTILINE))
+    ending = re.compile(r"(_bucket|_sum|_count)?(\{.*)?$")
+    found = {ending.sub("", name, 1) for name in all_shown()}
+    assert documented == {name for name in found if "_created" not in name}
 
 
 def test_openmetrics_is_spoken_where_it_is_asked_for() -> None:

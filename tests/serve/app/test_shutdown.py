@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import JSON, ask
+from asking import JSON, ask, raw
 from serving import DONE, TEXT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -122,5 +122,6 @@ def test_an_idle_server_ends_by_itself_and_said_what_it_serves() -> None:
 def test_quiet_prints_the_address_alone() -> None:
     with process(0.0, "--quiet") as server:
         ask(server.port, "/health")
+        assert raw(server.port, b"no HTTP\r\n\r\n").startswith(b"HTTP/1.1 400")
         server.signal(signal.SIGTERM)
         assert server.ended() == (0, "")
