@@ -68,7 +68,6 @@ def test_only_plain_json_is_taken(headers: dict[str, str], port: int) -> None:
     "sent",
     [
         b"\x00\x01\x02\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000,
         head("/v1/echo", JSON, "content-length: -1"),

@@ -67,8 +67,11 @@ def begun(port: int) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_running_answer_is_finished_and_new_ones_are_refused(number: int) -> None:
-    with process(0.1) as server:
+def test_a_running_answer_is_finished_and_new_ones_are_refused(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLD_UNTIL", str(tmp_path / "go"))
+    with process(0.0) as server:
         connection, answer = begun(server.port)
         server.signal(number)
         health = ask(server.port, "/health")
@@ -77,6 +80,7 @@ def test_a_running_answer_is_finished_and_new_ones_are_refused(number: int) -> N
         assert (health.status, health.json["status"]) == (503, "closing")
         refused = ask(server.port, "/v1/stream", body={})
         assert refused.status == 503 and refused.headers["connection"] == "close"
+        (tmp_path / "go").touch()
         text = answer.read().decode()
         assert text.count("data: ") == len(TEXT) - 1 + 2
         assert text.endswith(f"data: stop\n\ndata: {DONE}\n\n")
