@@ -173,10 +173,10 @@ def keys(args: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         ConfigError: one that no client could send in a header.
     """
-    found = [(f"--api_key {key!r}", key) for key in args.api_key or ()]
+    found = [("--api_key", key) for key in args.api_key or ()]
     for key in os.environ.get(KEY_VARIABLE, "").split(","):
         if key.strip():
-            found.append((f"a key in {KEY_VARIABLE}", key.strip()))
+            found.append((KEY_VARIABLE, key.strip()))
     for where, key in found:
         is_plain = key.isascii() and key.isprintable() and " " not in key
         if not key or not is_plain:

@@ -41,7 +41,11 @@ def address() -> Iterator[str]:
         pytest.skip(str(missing))
     command = [sys.executable, "-m", "hybrimoe_plugin", "serve", "--demo", "--port", "0"]
     command += ["--served_model_name", "demo", "--shutdown_seconds", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    environment = {**os.environ}
+    environment.pop("HYBRIMOE_API_KEY", None)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
         process.terminate()

@@ -31,6 +31,7 @@ class Process:
     def __init__(self, per_token: float, *flags: str) -> None:
         command = [sys.executable, str(PROGRAM), str(per_token), "serve", "--port", "0", *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment.pop("HYBRIMOE_API_KEY", None)
         self.running = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
