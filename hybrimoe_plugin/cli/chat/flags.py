@@ -157,6 +157,7 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     add_chat_flag(group, "seed")
     add_switch(group, "force_think", "begin every answer with <think>")
     add_piece(group)
+    add_prefix_cache(group)
 
 
 def add_piece(group: argparse._ArgumentGroup) -> None:
@@ -169,6 +170,10 @@ def add_piece(group: argparse._ArgumentGroup) -> None:
         help="compute longer prompts in pieces of this many tokens "
         f"(default {PIECE}, or {CPU_PIECE} where only the CPU computes)",
     )
+
+
+def add_prefix_cache(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for conversations that may come back."""
     add_flag(
         group,
         "prefix_cache_bytes",
