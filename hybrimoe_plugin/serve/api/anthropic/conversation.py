@@ -1,0 +1,84 @@
+"""The conversation and the tools of Anthropic's Messages, as chat templates take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrimoe_plugin.serve.api.errors import ApiError
+from hybrimoe_plugin.serve.api.shapes import object_at, objects_at, refuse, text_at, tool_at
+from hybrimoe_plugin.serve.api.turns import Turns
+
+_ROLES = ("user", "assistant", "system")
+
+
+def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """`system` and `messages` of a body.
+
+    Raises:
+        ApiError: something in them is malformed, or is not text.
+    """
+    turns = Turns()
+    system = body.get("system")
+    if system is not None and system != "":
+        turns.text("system", _text("system", system))
+    messages = objects_at("messages", body.get("messages"))
+    if not messages:
+        raise ApiError(400, "messages must not be empty", "messages")
+    for where, message in messages:
+        role = message.get("role")
+        if role not in _ROLES:
+            raise ApiError(400, f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
+        _add(turns, role, f"{where}.content", message.get("content"))
+    return turns.messages
+
+
+def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """`tools` of a body, in OpenAI's shape.
+
+    Raises:
+        ApiError: one is malformed, or is a tool of Anthropic's own.
+    """
+    if body.get("tools") is None:
+        return None
+    tools = []
+    for where, tool in objects_at("tools", body["tools"]):
+        if tool.get("type") not in (None, "custom"):
+            raise refuse(f"{where}.type", tool["type"])
+        tools.append(tool_at(where, tool, "input_schema"))
+    return tools
+
+
+def _add(turns: Turns, role: str, where: str, content: object) -> None:
+    if isinstance(content, str):
+        turns.text(role, content)
+        return
+    for at, block in objects_at(where, content):
+        kind = block.get("type")
+        if kind == "text":
+            turns.text(role, text_at(f"{at}.text", block.get("text")))
+        elif kind == "tool_result" and role == "user":
+            call_id = text_at(f"{at}.tool_use_id", block.get("tool_use_id"))
+            text = _text(f"{at}.content", block.get("content", ""))
+            turns.result(call_id, f"Error: {text}" if block.get("is_error") is True else text)
+        elif kind == "tool_use" and role == "assistant":
+            turns.call(
+                text_at(f"{at}.id", block.get("id")),
+                text_at(f"{at}.name", block.get("name")),
+                object_at(f"{at}.input", block.get("input")),
+            )
+        elif kind == "thinking" and role == "assistant":
+            turns.reasoning(text_at(f"{at}.thinking", block.get("thinking")))
+        elif kind != "redacted_thinking" or role != "assistant":  # which nobody here can read
+            raise refuse(f"{at}.type", kind)
+
+
+def _text(where: str, content: object) -> str:
+    """Content that is text alone, in one string or in blocks."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for at, block in objects_at(where, content):
+        if block.get("type") != "text":
+            raise refuse(f"{at}.type", block.get("type"))
+        texts.append(text_at(f"{at}.text", block.get("text")))
+    return "\n".join(texts)
