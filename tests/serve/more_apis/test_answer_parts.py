@@ -15,7 +15,9 @@ def test_blocks_of_an_answer() -> None:
         *blocks.thinking("sum."),
         *blocks.text("Let me "),
         *blocks.text("add."),
-        *blocks.tool_use("c1", "add", {"a": 1}),
+        *blocks.tool_use("c1", "add"),
+        *blocks.arguments('{"a":'),
+        *blocks.arguments(" 1}"),
         *blocks.close(),
     ]
     assert blocks.content == [
@@ -26,7 +28,7 @@ def test_blocks_of_an_answer() -> None:
     assert [(event["type"].removeprefix("content_block_"), event["index"]) for event in events] == [
         *(("start", 0), ("delta", 0), ("delta", 0), ("delta", 0), ("stop", 0)),
         *(("start", 1), ("delta", 1), ("delta", 1), ("stop", 1)),
-        *(("start", 2), ("delta", 2), ("stop", 2)),
+        *(("start", 2), ("delta", 2), ("delta", 2), ("stop", 2)),
     ]
 
 
@@ -44,7 +46,9 @@ def test_items_of_an_answer() -> None:
         *output.reasoning("sum."),
         *output.text("Let me "),
         *output.text("add."),
-        *output.call("c1", "add", '{"a": 1}'),
+        *output.call("c1", "add"),
+        *output.arguments('{"a":'),
+        *output.arguments(" 1}"),
         *output.close(),
     ]
     assert [item["type"] for item in output.items] == ["reasoning", "message", "function_call"]
@@ -60,7 +64,7 @@ def test_items_of_an_answer() -> None:
 
 def test_every_event_names_its_item() -> None:
     output = Output("1")
-    events = [*output.reasoning("x"), *output.text("y"), *output.call("c", "n", "{}")]
+    events = [*output.reasoning("x"), *output.text("y"), *output.call("c", "n"), *output.close()]
     named: dict[int, set[Any]] = {}
     for event in events:
         item_id = event.get("item_id") or event["item"]["id"]
@@ -73,3 +77,11 @@ def test_an_item_that_was_cut_off_says_so() -> None:
     output.text("Let")
     assert output.close("incomplete")[-1]["item"]["status"] == "incomplete"
     assert output.close() == []
+
+
+def test_arguments_that_were_cut_off_are_none() -> None:
+    blocks = Blocks()
+    blocks.tool_use("c1", "add")
+    blocks.arguments('{"a":')
+    blocks.close()
+    assert blocks.content[0]["input"] == {}

@@ -22,59 +22,69 @@ class Blocks:
 
     def __init__(self) -> None:
         self.content: list[dict[str, Any]] = []
-        self._kind: str | None = None
+        self._open: dict[str, Any] | None = None
         self._pieces: list[str] = []
 
     def text(self, piece: str) -> list[Event]:
         """The events of some more text."""
-        return self._more("text", {}, piece)
+        return self._more({"type": "text", "text": ""}, "text", piece)
 
     def thinking(self, piece: str, shown: bool = True) -> list[Event]:
         """The events of some more thinking; where it is not shown, of an empty block."""
-        return self._more("thinking", {"signature": ""}, piece if shown else "")
+        block = {"type": "thinking", "thinking": "", "signature": ""}
+        return self._more(block, "thinking", piece if shown else "")
 
-    def tool_use(self, call_id: str, name: str, arguments: dict[str, Any]) -> list[Event]:
-        """The events of one complete call of a tool."""
-        block = {"type": "tool_use", "id": call_id, "name": name}
-        delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}
-        events = [*self.close(), self._start({**block, "input": {}}), self._delta(delta)]
-        events.append(self._stop({**block, "input": arguments}))
-        return events
+    def tool_use(self, call_id: str, name: str) -> list[Event]:
+        """The events of the beginning of a tool's call."""
+        block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+        return [*self.close(), self._start(block)]
+
+    def arguments(self, piece: str) -> list[Event]:
+        """The events of some more arguments of the call that has begun, as JSON."""
+        return [self._piece("input_json_delta", "partial_json", piece)] if piece else []
 
     def close(self) -> list[Event]:
         """The events of the end of the block that is open, if one is."""
-        if self._kind is None:
+        if self._open is None:
             return []
-        kind, self._kind = self._kind, None
-        block = {"type": kind, kind: "".join(self._pieces)}
+        block, self._open = self._open, None
+        whole = "".join(self._pieces)
         events = []
-        if kind == "thinking":
-            block["signature"] = UNSIGNED
+        if block["type"] == "tool_use":
+            block = {**block, "input": _object(whole)}
+        elif block["type"] == "thinking":
+            block = {**block, "thinking": whole, "signature": UNSIGNED}
             events.append(self._delta({"type": "signature_delta", "signature": UNSIGNED}))
-        events.append(self._stop(block))
-        return events
+        else:
+            block = {**block, "text": whole}
+        self.content.append(block)
+        return [*events, {"type": "content_block_stop", "index": len(self.content) - 1}]
 
-    def _more(self, kind: str, beside: dict[str, str], piece: str) -> list[Event]:
+    def _more(self, block: dict[str, Any], key: str, piece: str) -> list[Event]:
         events = []
-        if self._kind != kind:
-            events += self.close()
-            self._kind, self._pieces = kind, []
-            events.append(self._start({"type": kind, kind: "", **beside}))
+        if self._open is None or self._open["type"] != block["type"]:
+            events += [*self.close(), self._start(block)]
         if piece:
-            self._pieces.append(piece)
-            events.append(self._delta({"type": f"{kind}_delta", kind: piece}))
+            events.append(self._piece(f"{key}_delta", key, piece))
         return events
 
     def _start(self, block: dict[str, Any]) -> Event:
-        return {
-            "type": "content_block_start",
-            "index": len(self.content),
-            "content_block": block,
-        }
+        self._open, self._pieces = block, []
+        index = len(self.content)
+        return {"type": "content_block_start", "index": index, "content_block": block}
+
+    def _piece(self, kind: str, key: str, piece: str) -> Event:
+        self._pieces.append(piece)
+        return self._delta({"type": kind, key: piece})
 
     def _delta(self, delta: dict[str, str]) -> Event:
         return {"type": "content_block_delta", "index": len(self.content), "delta": delta}
 
-    def _stop(self, block: dict[str, Any]) -> Event:
-        self.content.append(block)
-        return {"type": "content_block_stop", "index": len(self.content) - 1}
+
+def _object(text: str) -> dict[str, Any]:
+    """Arguments, which were cut off where they are no JSON object: then there are none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

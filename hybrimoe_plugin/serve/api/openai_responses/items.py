@@ -48,7 +48,8 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     for where, tool in objects_at("tools", body["tools"]):
         if tool.get("type") != "function":
             raise refuse(f"{where}.type", tool.get("type"))
-        tools.append(tool_at(where, tool, "parameters"))
+        whole = {**tool, "parameters": tool.get("parameters") or {}}
+        tools.append(tool_at(where, whole, "parameters"))
     return tools
 
 

@@ -1,0 +1,64 @@
+"""What is around the items of an answer: its state, its usage, and what was asked."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from hybrimoe_plugin.serve.api.errors import ApiError
+from hybrimoe_plugin.serve.requests import Sampling
+
+
+def envelope(answer_id: str, name: str, body: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+    """A response that has just begun, as OpenAI writes it.
+
+    Args:
+        name: the model's.
+        body: of the request, which is told again where it was followed.
+    """
+    return {
+        "id": f"resp_{answer_id}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.get("instructions"),
+        "max_output_tokens": body.get("max_output_tokens"),
+        "metadata": body.get("metadata") or {},
+        "model": name,
+        "output": [],
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
+        "previous_response_id": None,
+        "reasoning": body.get("reasoning") or {"effort": None, "summary": None},
+        "service_tier": "default",
+        "store": False,
+        "temperature": sampling.temperature,
+        "text": body.get("text") or {"format": {"type": "text"}},
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
+        "top_logprobs": sampling.logprobs or 0,
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.get("user"),
+    }
+
+
+def usage(prompt: int, cached: int, answer: int, reasoning: int) -> dict[str, Any]:
+    """Tokens, as OpenAI counts them: the prompt's include those that were cached."""
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": answer,
+        "output_tokens_details": {"reasoning_tokens": reasoning},
+        "total_tokens": prompt + answer,
+    }
+
+
+def failed(begun: dict[str, Any], error: ApiError) -> dict[str, Any]:
+    """The response whose answer could not be computed."""
+    code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+    return {**begun, "status": "failed", "error": {"code": code, "message": str(error)}}
