@@ -37,6 +37,7 @@ class Service:
         tokenizer: of the model.
         name: the model's, as clients see it.
         created: when the server began, in seconds since 1970.
+        language: `serve.text.language.Language`, made when it is first needed.
     """
 
     model: Any
@@ -45,3 +46,4 @@ class Service:
     scheduler: Scheduling
     limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
+    language: Any = field(default=None, repr=False)
