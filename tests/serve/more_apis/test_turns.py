@@ -19,6 +19,7 @@ WHOLE = [
         "role": "assistant",
         "content": "Let me add.",
         "reasoning_content": "A sum.",
+        "thinking": "A sum.",
         "tool_calls": [CALL],
     },
     {"role": "tool", "tool_call_id": "c1", "content": "2", "name": "add"},
@@ -93,7 +94,7 @@ def test_reasoning_after_calls_begins_a_turn() -> None:
     thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "So."}]}
     first, second = items.messages_of({"input": [call, thought]})
     assert "tool_calls" in first
-    assert second == {"role": "assistant", "content": "", "reasoning_content": "So."}
+    assert second == {"role": "assistant", "content": "", "reasoning_content": "So.", "thinking": "So."}
 
 
 def test_reasoning_that_nobody_can_read_is_left_out() -> None:
@@ -116,13 +117,13 @@ def test_tools_of_both_apis_become_the_same() -> None:
         ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "x"}, "messages"),
-        ({"messages": [3]}, "messages.0"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0"),
-        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages.0.content.0"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0"),
-        ({"system": [{"type": "image"}], "messages": []}, "system.0"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+        ({"system": [{"type": "image"}], "messages": []}, "system[0]"),
         ({"system": 3, "messages": []}, "system"),
     ],
 )
@@ -138,19 +139,19 @@ def test_malformed_messages_are_refused_by_name(body: dict[str, Any], param: str
     [
         (None, "input"),
         ([], "input"),
-        ([None], "input.0"),
-        ([{"type": "item_reference", "id": "x"}], "input.0.type"),
-        ([{"type": {}, "id": "x"}], "input.0.type"),
-        ([{"role": "judge", "content": "x"}], "input.0.role"),
-        ([{"role": {}, "content": "x"}], "input.0.role"),
-        ([{"role": "user", "content": [{"type": "input_image"}]}], "input.0.content.0"),
-        ([{"role": "user", "content": [{"type": []}]}], "input.0.content.0"),
-        ([{"type": "function_call", "call_id": "c", "name": "n", "arguments": "{"}], "input.0"),
+        ([None], "input[0]"),
+        ([{"type": "item_reference", "id": "x"}], "input[0].type"),
+        ([{"type": {}, "id": "x"}], "input[0].type"),
+        ([{"role": "judge", "content": "x"}], "input[0].role"),
+        ([{"role": {}, "content": "x"}], "input[0].role"),
+        ([{"role": "user", "content": [{"type": "input_image"}]}], "input[0].content[0]"),
+        ([{"role": "user", "content": [{"type": []}]}], "input[0].content[0]"),
+        ([{"type": "function_call", "call_id": "c", "name": "n", "arguments": "{"}], "input[0]"),
         (
             [{"type": "function_call", "call_id": "c", "name": "n", "arguments": "[" * 9999}],
             "input",
         ),
-        ([{"type": "function_call_output", "output": "2"}], "input.0.call_id"),
+        ([{"type": "function_call_output", "output": "2"}], "input[0].call_id"),
     ],
 )
 def test_malformed_items_are_refused_by_name(told: object, param: str) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrimoe_plugin.serve.api.errors import ApiError
-from hybrimoe_plugin.serve.api.shapes import object_at, objects_at, refuse, text_at, tool_at
-from hybrimoe_plugin.serve.api.turns import Turns
+from hybrimoe_plugin.serve.api.checks import mapping, one_of, text
+from hybrimoe_plugin.serve.api.conversations.turns import Turns, objects, tool, unsupported
 
 _ROLES = ("user", "assistant", "system")
 
@@ -21,13 +20,8 @@ def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     system = body.get("system")
     if system is not None and system != "":
         turns.text("system", _text("system", system))
-    messages = objects_at("messages", body.get("messages"))
-    if not messages:
-        raise ApiError(400, "messages must not be empty", "messages")
-    for where, message in messages:
-        role = message.get("role")
-        if role not in _ROLES:
-            raise ApiError(400, f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
+    for where, message in objects("messages", body.get("messages"), fewest=1):
+        role = one_of(*_ROLES)(f"{where}.role", message.get("role"))
         _add(turns, role, f"{where}.content", message.get("content"))
     return turns.messages
 
@@ -41,10 +35,10 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     if body.get("tools") is None:
         return None
     tools = []
-    for where, tool in objects_at("tools", body["tools"]):
+    for where, tool in objects("tools", body["tools"]):
         if tool.get("type") not in (None, "custom"):
-            raise refuse(f"{where}.type", tool["type"])
-        tools.append(tool_at(where, tool, "input_schema"))
+            raise unsupported(f"{where}.type", tool["type"])
+        tools.append(tool(where, tool, "input_schema"))
     return tools
 
 
@@ -52,24 +46,24 @@ def _add(turns: Turns, role: str, where: str, content: object) -> None:
     if isinstance(content, str):
         turns.text(role, content)
         return
-    for at, block in objects_at(where, content):
+    for at, block in objects(where, content):
         kind = block.get("type")
         if kind == "text":
-            turns.text(role, text_at(f"{at}.text", block.get("text")))
+            turns.text(role, text(f"{at}.text", block.get("text")))
         elif kind == "tool_result" and role == "user":
-            call_id = text_at(f"{at}.tool_use_id", block.get("tool_use_id"))
-            text = _text(f"{at}.content", block.get("content", ""))
-            turns.result(call_id, f"Error: {text}" if block.get("is_error") is True else text)
+            call_id = text(f"{at}.tool_use_id", block.get("tool_use_id"))
+            told = _text(f"{at}.content", block.get("content", ""))
+            turns.result(call_id, f"Error: {told}" if block.get("is_error") is True else told)
         elif kind == "tool_use" and role == "assistant":
             turns.call(
-                text_at(f"{at}.id", block.get("id")),
-                text_at(f"{at}.name", block.get("name")),
-                object_at(f"{at}.input", block.get("input")),
+                text(f"{at}.id", block.get("id")),
+                text(f"{at}.name", block.get("name")),
+                mapping(f"{at}.input", block.get("input")),
             )
         elif kind == "thinking" and role == "assistant":
-            turns.reasoning(text_at(f"{at}.thinking", block.get("thinking")))
+            turns.reasoning(text(f"{at}.thinking", block.get("thinking")))
         elif kind != "redacted_thinking" or role != "assistant":  # which nobody here can read
-            raise refuse(f"{at}.type", kind)
+            raise unsupported(f"{at}.type", kind)
 
 
 def _text(where: str, content: object) -> str:
@@ -77,8 +71,8 @@ def _text(where: str, content: object) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for at, block in objects_at(where, content):
+    for at, block in objects(where, content):
         if block.get("type") != "text":
-            raise refuse(f"{at}.type", block.get("type"))
-        texts.append(text_at(f"{at}.text", block.get("text")))
+            raise unsupported(f"{at}.type", block.get("type"))
+        texts.append(text(f"{at}.text", block.get("text")))
     return "\n".join(texts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from hybrimoe_plugin.serve.api.body import parse
+from hybrimoe_plugin.serve.api.checks import mapping, one_of, text, wrong
 from hybrimoe_plugin.serve.api.errors import ApiError
-from hybrimoe_plugin.serve.api.shapes import object_at, objects_at, refuse, text_at, tool_at
-from hybrimoe_plugin.serve.api.turns import Turns
+from hybrimoe_plugin.serve.api.conversations.turns import Turns, objects, tool, unsupported
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal", "text": "text"}
@@ -23,15 +23,12 @@ def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     """
     turns = Turns()
     if body.get("instructions") is not None:
-        turns.text("system", text_at("instructions", body["instructions"]))
+        turns.text("system", text("instructions", body["instructions"]))
     told = body.get("input")
     if isinstance(told, str):
         turns.text("user", told)
         return turns.messages
-    items = objects_at("input", told)
-    if not items:
-        raise ApiError(400, "input must not be empty", "input")
-    for where, item in items:
+    for where, item in objects("input", told, fewest=1):
         _add(turns, where, item)
     return turns.messages
 
@@ -45,29 +42,27 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     if body.get("tools") is None:
         return None
     tools = []
-    for where, tool in objects_at("tools", body["tools"]):
+    for where, tool in objects("tools", body["tools"]):
         if tool.get("type") != "function":
-            raise refuse(f"{where}.type", tool.get("type"))
+            raise unsupported(f"{where}.type", tool.get("type"))
         whole = {**tool, "parameters": tool.get("parameters") or {}}
-        tools.append(tool_at(where, whole, "parameters"))
+        tools.append(tool(where, whole, "parameters"))
     return tools
 
 
 def _add(turns: Turns, where: str, item: dict[str, Any]) -> None:
     kind = item.get("type", "message")
     if kind == "message":
-        role = item.get("role")
-        if not isinstance(role, str) or role not in _ROLES:
-            raise ApiError(400, f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
+        role = one_of(*_ROLES)(f"{where}.role", item.get("role"))
         turns.text(_ROLES[role], _text(f"{where}.content", item.get("content"), _TEXTS))
     elif kind == "function_call":
         turns.call(
-            text_at(f"{where}.call_id", item.get("call_id")),
-            text_at(f"{where}.name", item.get("name")),
+            text(f"{where}.call_id", item.get("call_id")),
+            text(f"{where}.name", item.get("name")),
             _arguments(f"{where}.arguments", item.get("arguments")),
         )
     elif kind == "function_call_output":
-        call_id = text_at(f"{where}.call_id", item.get("call_id"))
+        call_id = text(f"{where}.call_id", item.get("call_id"))
         turns.result(call_id, _text(f"{where}.output", item.get("output"), _TEXTS))
     elif kind == "reasoning":
         # What comes from other servers may hold nothing that can be read here.
@@ -75,7 +70,7 @@ def _add(turns: Turns, where: str, item: dict[str, Any]) -> None:
         if thought:
             turns.reasoning(thought)
     else:
-        raise refuse(f"{where}.type", kind)
+        raise unsupported(f"{where}.type", kind)
 
 
 def _text(where: str, content: object, kinds: dict[str, str]) -> str:
@@ -83,16 +78,17 @@ def _text(where: str, content: object, kinds: dict[str, str]) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for at, part in objects_at(where, content):
+    for at, part in objects(where, content):
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in kinds:
-            raise refuse(f"{at}.type", kind)
-        texts.append(text_at(f"{at}.{kinds[kind]}", part.get(kinds[kind])))
+            raise unsupported(f"{at}.type", kind)
+        texts.append(text(f"{at}.{kinds[kind]}", part.get(kinds[kind])))
     return "\n".join(texts)
 
 
-def _arguments(where: str, text: object) -> dict[str, Any]:
+def _arguments(where: str, value: object) -> dict[str, Any]:
+    """Templates go through them as an object; clients send the JSON that they were given."""
     try:
-        return object_at(where, json.loads(text_at(where, text) or "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"{where} must be a JSON object in a string", where) from error
+        return parse((text(where, value) or "{}").encode())
+    except ApiError as error:
+        raise wrong(where, "a JSON object, written as a string") from error
