@@ -20,10 +20,13 @@ def sampling_of(model: Any, given: Mapping[str, Any]) -> Sampling:
         given: fields of `Sampling`.
     """
     config = getattr(model, "generation_config", None)
-    found = {name: getattr(config, name, None) for name in _NAMES}
+    found: dict[str, Any] = {}
+    for name in _NAMES:
+        value = getattr(config, name, None)
+        if value is not None:
+            found[name] = value
     if getattr(config, "do_sample", None) is False:
         found["temperature"] = 0.0
-    found = {name: value for name, value in found.items() if value is not None}
     found.update(given)
     if found.get("temperature", 1.0) < COLDEST_TEMPERATURE:
         found["temperature"] = 0.0

@@ -30,11 +30,13 @@ class Format:
 
     Attributes:
         template: transformers' `ResponseTemplate`.
-        has_tool_calls: whether tool calls are among them.
+        without_calls: the same, where nothing may be called: the signs of a call are text.
+        has_tool_calls: whether tool calls are among the signs.
         hidden: special tokens that are none of the signs.
     """
 
     template: Any
+    without_calls: Any
     has_tool_calls: bool
     hidden: frozenset[int]
 
@@ -42,15 +44,18 @@ class Format:
         """A `ResponseParser` for an answer, which has read the answer's beginning in the prompt.
 
         Args:
-            tools: by whose schemas arguments that are written as text become numbers.
+            tools: by whose schemas arguments that are written as text become numbers; None where
+                nothing may be called.
         """
         from transformers.utils.chat_parsing import ResponseParser
 
         end = prompt[-_LONGEST_OPENING:]
         # Without the sign, transformers would take the whole prompt for the answer's beginning.
         opening = end if self.template.start_anchor_re.search(end) else ""
+        if tools is None:
+            return ResponseParser(self.without_calls, prefix=opening)
         try:
-            return ResponseParser(self.template, prefix=opening, tools=list(tools or ()) or None)
+            return ResponseParser(self.template, prefix=opening, tools=list(tools))
         except TypeError:  # older releases know no schemas
             return ResponseParser(self.template, prefix=opening)
 
@@ -78,10 +83,13 @@ def format_of(model: Any, tokenizer: Any, chat_template: str) -> Format | None:
         if described is None:
             return None
         template = load_response_template(described)
+        fields = {**described["fields"]}
+        has_tool_calls = fields.pop("tool_calls", None) is not None
+        without_calls = load_response_template({**described, "fields": fields})
     except Exception as error:  # a tokenizer's files may hold anything
         log.warning("the model's response template cannot be used: %s", error)
         return None
-    return Format(template, "tool_calls" in template.fields, _hidden(tokenizer, described))
+    return Format(template, without_calls, has_tool_calls, _hidden(tokenizer, described))
 
 
 def _hidden(tokenizer: Any, described: Any) -> frozenset[int]:
