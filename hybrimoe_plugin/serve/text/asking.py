@@ -50,6 +50,8 @@ class Delta:
     Attributes:
         index: of the answer.
         cached_tokens: of the prompt; told once.
+        reasoning_tokens: those of the tokens that were reasoning.
+        stop: the stop string that has ended the text; "" where none has.
         end: set in the answer's last delta.
     """
 
@@ -57,6 +59,8 @@ class Delta:
     parts: list[Part] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     cached_tokens: int | None = None
+    reasoning_tokens: int = 0
+    stop: str = ""
     end: End | None = None
 
 
@@ -73,6 +77,8 @@ class Answers:
         self._questions = questions
         self._channel = Channel()
         self._tickets: list[Ticket] = []
+        self._reasons: dict[int, bool] = {}
+        """Whether what an answer said last was reasoning."""
         seconds = service.limits.seconds
         self._seconds = seconds
         self._until = None if seconds is None else time.monotonic() + seconds
@@ -139,9 +145,14 @@ class Answers:
         if isinstance(item, Started):
             delta.cached_tokens = item.cached_tokens
         elif isinstance(item, Piece):
-            delta.parts += parts.feed(item.text) if item.text else []
+            found = parts.feed(item.text) if item.text else []
+            delta.parts += found
+            delta.stop = item.stop
+            if found:
+                self._reasons[delta.index] = isinstance(found[-1], Reasoning)
             if item.token is not None:
                 delta.tokens.append(item.token)
+                delta.reasoning_tokens += self._reasons.get(delta.index, False)
         else:
             delta.parts += parts.end()
             delta.end = item

@@ -28,6 +28,14 @@ WHOLE = [
 """What both APIs' conversations below become."""
 
 
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _said(content: Any, role: Any = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}]}
+
+
 def test_a_conversation_of_messages() -> None:
     body = {
         "system": [_text("Be kind."), {**_text("Be short."), "cache_control": {"type": "x"}}],
@@ -94,7 +102,12 @@ def test_reasoning_after_calls_begins_a_turn() -> None:
     thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "So."}]}
     first, second = items.messages_of({"input": [call, thought]})
     assert "tool_calls" in first
-    assert second == {"role": "assistant", "content": "", "reasoning_content": "So.", "thinking": "So."}
+    assert second == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "So.",
+        "thinking": "So.",
+    }
 
 
 def test_reasoning_that_nobody_can_read_is_left_out() -> None:
@@ -118,11 +131,12 @@ def test_tools_of_both_apis_become_the_same() -> None:
         ({"messages": []}, "messages"),
         ({"messages": "x"}, "messages"),
         ({"messages": [3]}, "messages[0]"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+        (_said("x", role=["user"]), "messages[0].role"),
+        (_said(None), "messages[0].content"),
+        (_said([{"type": "image"}]), "messages[0].content[0]"),
+        (_said([{"type": []}]), "messages[0].content[0]"),
+        (_said([{"type": "text"}]), "messages[0].content[0]"),
+        (_said([{"type": "tool_use", "id": "c", "name": "n"}], "assistant"), "messages[0]"),
         ({"system": [{"type": "image"}], "messages": []}, "system[0]"),
         ({"system": 3, "messages": []}, "system"),
     ],
@@ -176,7 +190,3 @@ def test_other_tools_are_refused(tool: object) -> None:
     for of in (conversation.tools_of, items.tools_of):
         with pytest.raises(ApiError):
             of({"tools": [tool]})
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}

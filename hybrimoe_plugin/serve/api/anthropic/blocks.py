@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-Event = dict[str, Any]
-"""A server-sent event; `type` is its name too."""
+from hybrimoe_plugin.serve.api.conversations.exchange import Event
 
 UNSIGNED = "unsigned"
 """The signature of every thinking block. Clients that find none leave the block out when they

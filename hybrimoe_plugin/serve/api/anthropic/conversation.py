@@ -35,10 +35,10 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     if body.get("tools") is None:
         return None
     tools = []
-    for where, tool in objects("tools", body["tools"]):
-        if tool.get("type") not in (None, "custom"):
-            raise unsupported(f"{where}.type", tool["type"])
-        tools.append(tool(where, tool, "input_schema"))
+    for where, told in objects("tools", body["tools"]):
+        if told.get("type") not in (None, "custom"):
+            raise unsupported(f"{where}.type", told["type"])
+        tools.append(tool(where, told, "input_schema"))
     return tools
 
 
@@ -52,8 +52,8 @@ def _add(turns: Turns, role: str, where: str, content: object) -> None:
             turns.text(role, text(f"{at}.text", block.get("text")))
         elif kind == "tool_result" and role == "user":
             call_id = text(f"{at}.tool_use_id", block.get("tool_use_id"))
-            told = _text(f"{at}.content", block.get("content", ""))
-            turns.result(call_id, f"Error: {told}" if block.get("is_error") is True else told)
+            found = _text(f"{at}.content", block.get("content", ""))
+            turns.result(call_id, f"Error: {found}" if block.get("is_error") is True else found)
         elif kind == "tool_use" and role == "assistant":
             turns.call(
                 text(f"{at}.id", block.get("id")),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from hybrimoe_plugin.serve.api.anthropic.blocks import Blocks, Event
+from hybrimoe_plugin.serve.api.anthropic.blocks import Blocks
+from hybrimoe_plugin.serve.api.conversations.exchange import Event
 from hybrimoe_plugin.serve.api.errors import ApiError, anthropic_body
 from hybrimoe_plugin.serve.requests import End, Reason
 from hybrimoe_plugin.serve.text.asking import Delta

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+import uuid
 from typing import Any
 
-from hybrimoe_plugin.serve.api.errors import ApiError
 from hybrimoe_plugin.serve.requests import Sampling
 
 
-def envelope(answer_id: str, name: str, body: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+def envelope(name: str, body: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
     """A response that has just begun, as OpenAI writes it.
 
     Args:
@@ -17,7 +17,7 @@ def envelope(answer_id: str, name: str, body: dict[str, Any], sampling: Sampling
         body: of the request, which is told again where it was followed.
     """
     return {
-        "id": f"resp_{answer_id}",
+        "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,
@@ -47,7 +47,7 @@ def envelope(answer_id: str, name: str, body: dict[str, Any], sampling: Sampling
     }
 
 
-def usage(prompt: int, cached: int, answer: int, reasoning: int) -> dict[str, Any]:
+def usage_of(prompt: int, cached: int, answer: int, reasoning: int) -> dict[str, Any]:
     """Tokens, as OpenAI counts them: the prompt's include those that were cached."""
     return {
         "input_tokens": prompt,
@@ -56,9 +56,3 @@ def usage(prompt: int, cached: int, answer: int, reasoning: int) -> dict[str, An
         "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": prompt + answer,
     }
-
-
-def failed(begun: dict[str, Any], error: ApiError) -> dict[str, Any]:
-    """The response whose answer could not be computed."""
-    code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-    return {**begun, "status": "failed", "error": {"code": code, "message": str(error)}}

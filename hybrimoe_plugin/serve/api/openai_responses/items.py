@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hybrimoe_plugin.serve.api.body import parse
-from hybrimoe_plugin.serve.api.checks import mapping, one_of, text, wrong
-from hybrimoe_plugin.serve.api.errors import ApiError
+from hybrimoe_plugin.serve.api.checks import one_of, text, wrong
 from hybrimoe_plugin.serve.api.conversations.turns import Turns, objects, tool, unsupported
+from hybrimoe_plugin.serve.api.errors import ApiError
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal", "text": "text"}
@@ -42,10 +42,10 @@ def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     if body.get("tools") is None:
         return None
     tools = []
-    for where, tool in objects("tools", body["tools"]):
-        if tool.get("type") != "function":
-            raise unsupported(f"{where}.type", tool.get("type"))
-        whole = {**tool, "parameters": tool.get("parameters") or {}}
+    for where, told in objects("tools", body["tools"]):
+        if told.get("type") != "function":
+            raise unsupported(f"{where}.type", told.get("type"))
+        whole = {**told, "parameters": told.get("parameters") or {}}
         tools.append(tool(where, whole, "parameters"))
     return tools
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Event = dict[str, Any]
-"""A server-sent event without its number; `type` is its name too."""
+from hybrimoe_plugin.serve.api.conversations.exchange import Event
 
 _PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
