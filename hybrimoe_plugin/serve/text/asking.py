@@ -50,7 +50,7 @@ class Delta:
     Attributes:
         index: of the answer.
         cached_tokens: of the prompt; told once.
-        reasoning_tokens: those of the tokens that were reasoning.
+        steps: the same tokens, each with those of the parts that it made certain.
         stop: the stop string that has ended the text; "" where none has.
         end: set in the answer's last delta.
     """
@@ -59,7 +59,7 @@ class Delta:
     parts: list[Part] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     cached_tokens: int | None = None
-    reasoning_tokens: int = 0
+    steps: list[tuple[Token | None, list[Part]]] = field(default_factory=list)
     stop: str = ""
     end: End | None = None
 
@@ -77,8 +77,6 @@ class Answers:
         self._questions = questions
         self._channel = Channel()
         self._tickets: list[Ticket] = []
-        self._reasons: dict[int, bool] = {}
-        """Whether what an answer said last was reasoning."""
         seconds = service.limits.seconds
         self._seconds = seconds
         self._until = None if seconds is None else time.monotonic() + seconds
@@ -148,13 +146,13 @@ class Answers:
             found = parts.feed(item.text) if item.text else []
             delta.parts += found
             delta.stop = item.stop
-            if found:
-                self._reasons[delta.index] = isinstance(found[-1], Reasoning)
+            delta.steps.append((item.token, found))
             if item.token is not None:
                 delta.tokens.append(item.token)
-                delta.reasoning_tokens += self._reasons.get(delta.index, False)
         else:
-            delta.parts += parts.end()
+            rest = parts.end()
+            delta.parts += rest
+            delta.steps.append((None, rest))
             delta.end = item
 
 

@@ -6,6 +6,7 @@ import uuid
 from typing import Any
 
 from hybrimoe_plugin.serve.api.anthropic.blocks import Blocks
+from hybrimoe_plugin.serve.api.conversations.counts import Counts
 from hybrimoe_plugin.serve.api.conversations.exchange import Event
 from hybrimoe_plugin.serve.api.errors import ApiError, anthropic_body
 from hybrimoe_plugin.serve.requests import End, Reason
@@ -24,22 +25,19 @@ class Message:
     """
 
     def __init__(self, model: str, prompt: int, max_tokens: int, shows_thinking: bool) -> None:
-        self.tokens = (prompt, 0)
+        self.counts = Counts(prompt)
         self._model = model
         self._max_tokens = max_tokens
         self._shows_thinking = shows_thinking
         self._id = f"msg_{uuid.uuid4().hex}"
         self._blocks = Blocks()
         self._has_begun = False
-        self._cached = 0
-        self._thinking_tokens = 0
         self._stop: str | None = None
         self._reason: str | None = None
 
     def take(self, delta: Delta) -> list[Event]:
         """The events of what is new."""
-        self._cached += delta.cached_tokens or 0
-        self._thinking_tokens += delta.reasoning_tokens
+        self.counts.add(delta)
         self._stop = delta.stop or self._stop
         events = []
         if not self._has_begun:
@@ -83,7 +81,6 @@ class Message:
         return events + self._blocks.arguments(part.arguments)
 
     def _end(self, end: End) -> list[Event]:
-        self.tokens = (self.tokens[0], end.tokens)
         self._reason = self._stop_reason(end)
         delta = {"stop_reason": self._reason, "stop_sequence": self._stop}
         return [
@@ -102,11 +99,11 @@ class Message:
 
     def _usage(self) -> dict[str, Any]:
         """Anthropic counts cached tokens apart from the others of the prompt."""
-        prompt, answer = self.tokens
+        counts = self.counts
         return {
-            "input_tokens": prompt - self._cached,
+            "input_tokens": counts.prompt - counts.cached,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": self._cached,
-            "output_tokens": answer,
-            "output_tokens_details": {"thinking_tokens": self._thinking_tokens},
+            "cache_read_input_tokens": counts.cached,
+            "output_tokens": counts.answer,
+            "output_tokens_details": {"thinking_tokens": counts.reasoning},
         }

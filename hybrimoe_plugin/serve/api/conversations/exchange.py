@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from hybrimoe_plugin.serve.api.conversations.counts import Counts
 from hybrimoe_plugin.serve.api.errors import ApiError, as_api_error
 from hybrimoe_plugin.serve.api.streams import EventStream, batching_header, while_connected
 from hybrimoe_plugin.serve.service import Service
@@ -23,13 +24,9 @@ QUIET_SECONDS = 15.0
 
 
 class Telling(Protocol):
-    """Tells one answer in an API's own way.
+    """Tells one answer in an API's own way."""
 
-    Attributes:
-        tokens: of prompt and answer.
-    """
-
-    tokens: tuple[int, int]
+    counts: Counts
 
     def take(self, delta: Delta) -> list[Event]:
         """The events of what is new."""
@@ -62,7 +59,7 @@ async def exchange(
         answers = Answers(service, [question])
         return EventStream(_events(request, answers, telling), answers.close, headers)
     await while_connected(request, _read(service, question, telling))
-    request.state.tokens = telling.tokens  # for the log
+    _log(request, telling)
     return JSONResponse(telling.whole(), headers=headers)
 
 
@@ -83,7 +80,7 @@ async def _events(request: Request, answers: Answers, telling: Telling) -> Async
                 yield "".join(map(_written, told))
     except Exception as error:  # the status has been sent: this is how clients learn of it
         yield "".join(map(_written, telling.failed(as_api_error(error))))
-    request.state.tokens = telling.tokens
+    _log(request, telling)
 
 
 async def _or_none(deltas: AsyncIterator[Delta], seconds: float) -> AsyncIterator[Delta | None]:
@@ -106,6 +103,11 @@ async def _or_none(deltas: AsyncIterator[Delta], seconds: float) -> AsyncIterato
     finally:
         if coming is not None:
             coming.cancel()
+
+
+def _log(request: Request, telling: Telling) -> None:
+    """Leave for the log how many tokens there were."""
+    request.state.tokens = (telling.counts.prompt, telling.counts.answer)
 
 
 def _written(event: Event) -> str:

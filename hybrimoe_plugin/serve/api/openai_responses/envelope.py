@@ -6,6 +6,7 @@ import time
 import uuid
 from typing import Any
 
+from hybrimoe_plugin.serve.api.conversations.counts import Counts
 from hybrimoe_plugin.serve.requests import Sampling
 
 
@@ -47,12 +48,12 @@ def envelope(name: str, body: dict[str, Any], sampling: Sampling) -> dict[str, A
     }
 
 
-def usage_of(prompt: int, cached: int, answer: int, reasoning: int) -> dict[str, Any]:
+def usage_of(counts: Counts) -> dict[str, Any]:
     """Tokens, as OpenAI counts them: the prompt's include those that were cached."""
     return {
-        "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": answer,
-        "output_tokens_details": {"reasoning_tokens": reasoning},
-        "total_tokens": prompt + answer,
+        "input_tokens": counts.prompt,
+        "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},
+        "output_tokens": counts.answer,
+        "output_tokens_details": {"reasoning_tokens": counts.reasoning},
+        "total_tokens": counts.prompt + counts.answer,
     }

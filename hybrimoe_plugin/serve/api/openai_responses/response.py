@@ -6,6 +6,7 @@ import time
 import uuid
 from typing import Any
 
+from hybrimoe_plugin.serve.api.conversations.counts import Counts
 from hybrimoe_plugin.serve.api.conversations.exchange import Event
 from hybrimoe_plugin.serve.api.errors import ApiError
 from hybrimoe_plugin.serve.api.openai_completions.told import chat_logprobs
@@ -27,25 +28,24 @@ class Response:
     """
 
     def __init__(self, begun: dict[str, Any], prompt: int, spelling: Spelling | None) -> None:
-        self.tokens = (prompt, 0)
+        self.counts = Counts(prompt)
         self._told = begun
         self._spelling = spelling
         self._output = Output(uuid.uuid4().hex)
         self._has_begun = False
         self._number = 0
-        self._cached = 0
-        self._reasoning_tokens = 0
         self._untold: list[Token] = []
         """Tokens whose text has not come yet."""
 
     def take(self, delta: Delta) -> list[Event]:
         """The events of what is new."""
-        self._cached += delta.cached_tokens or 0
-        self._reasoning_tokens += delta.reasoning_tokens
-        self._untold += delta.tokens
+        self.counts.add(delta)
         events = self._begin()
-        for part in delta.parts:
-            events += self._part(part)
+        for token, parts in delta.steps:
+            if token is not None:
+                self._untold.append(token)
+            for part in parts:
+                events += self._part(part)
         if delta.end is not None:
             events += self._end(delta.end)
         return self._numbered(events)
@@ -89,9 +89,7 @@ class Response:
         return [one.model_dump() for one in chat_logprobs(tokens, self._spelling)]
 
     def _end(self, end: End) -> list[Event]:
-        prompt = self.tokens[0]
-        self.tokens = (prompt, end.tokens)
-        self._told["usage"] = usage_of(prompt, self._cached, end.tokens, self._reasoning_tokens)
+        self._told["usage"] = usage_of(self.counts)
         self._told["completed_at"] = int(time.time())
         state = "completed"
         if end.reason is Reason.LENGTH:
