@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import anthropic
-import httpx2 as httpx
 from openai_server import NAME, Talk, talking
 
 from hybrimoe_plugin.serve.api import messages, responses
@@ -47,9 +46,16 @@ class Served(Talk):
         made: Any = self.client.responses
         return made.create(**{"model": NAME, "input": "hello", **options})
 
-    def send(self, path: str, body: Any) -> httpx.Response:
-        """A body as JSON, without the server's model or with it."""
-        return self.post(path, json.dumps(body).encode())
+    def send(self, path: str, body: Any) -> tuple[int, str]:
+        """Status and text of the answer to any JSON, or to bytes."""
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection = self.connection()
+        try:
+            connection.request("POST", path, sent, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from typing import Any
 
@@ -60,7 +59,7 @@ def test_the_first_event_tells_the_prompts_tokens() -> None:
 
 def test_events_are_named_as_they_are_typed() -> None:
     with serving("hello") as served:
-        text = served.send("/v1/messages", {**served.asked(), "stream": True}).text
+        _, text = served.send("/v1/messages", {**served.asked(), "stream": True})
     for event in text.strip().split("\n\n"):
         name, data = event.split("\n")
         assert name.removeprefix("event: ") == json.loads(data.removeprefix("data: "))["type"]
@@ -69,7 +68,7 @@ def test_events_are_named_as_they_are_typed() -> None:
 def test_quiet_connections_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "QUIET_SECONDS", 0.01)
     with serving("ab", seconds_per_token=0.2) as served:
-        text = served.send("/v1/messages", {**served.asked(), "stream": True}).text
+        _, text = served.send("/v1/messages", {**served.asked(), "stream": True})
         assert "event: ping" in text
         assert _final(served).content[0].text == "ab"
 
@@ -103,8 +102,7 @@ def test_a_full_queue_is_told_by_the_status() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_answer(path: str, stream: bool) -> None:
     with serving("x" * 99999, seconds_per_token=0.01) as served:
-        host = served.url.removeprefix("http://")
-        connection = http.client.HTTPConnection(host, timeout=30)
+        connection = served.connection()
         body = {**served.asked(), "input": "hello", "stream": stream}
         connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
         if stream:

@@ -99,7 +99,8 @@ def test_an_answer_can_be_sent_back(caller: Served) -> None:
 
 
 def test_log_probabilities_are_those_of_the_text(caller: Served) -> None:
-    response = caller.respond(top_logprobs=2, include=["message.output_text.logprobs"])
+    include = ["message.output_text.logprobs"]
+    response = caller.respond(top_logprobs=2, include=include, tools=[ADD_FUNCTION])
     (text,) = response.output[1].content
     told = bytes(byte for one in text.logprobs for byte in one.bytes).decode()
     assert told.split("</think>")[-1].strip() == "Let me add."
