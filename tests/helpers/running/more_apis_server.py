@@ -46,6 +46,12 @@ class Served(Talk):
         made: Any = self.client.responses
         return made.create(**{"model": NAME, "input": "hello", **options})
 
+    def calm(self) -> None:
+        """Undo what a test did to the scheduler."""
+        self.scheduler.full = False
+        self.scheduler.error = None
+        self.scheduler.cached_tokens = 0
+
     def send(self, path: str, body: Any) -> tuple[int, str]:
         """Status and text of the answer to any JSON, or to bytes."""
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -13,6 +14,25 @@ from openai_server import wait_until
 from hybrimoe_plugin.errors import HybriMoEError
 from hybrimoe_plugin.serve.api.conversations import exchange
 from hybrimoe_plugin.serve.service import Limits
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with serving("hello") as made:
+        yield made
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    yield server
+    server.calm()
+
+
+@pytest.fixture(scope="module")
+def caller() -> Iterator[Served]:
+    with serving(THINKS_AND_CALLS) as made:
+        made.scheduler.cached_tokens = 3
+        yield made
 
 
 def _final(served: Served, **options: Any) -> Any:
@@ -40,26 +60,22 @@ def _plain(message: Any) -> dict[str, Any]:
         {"thinking": {"type": "enabled", "budget_tokens": 9999, "display": "omitted"}},
     ],
 )
-def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any]) -> None:
-    with serving(THINKS_AND_CALLS) as served:
-        served.scheduler.cached_tokens = 3
-        assert _plain(_final(served, **options)) == _plain(served.message(**options))
+def test_a_stream_says_what_the_whole_answer_says(caller: Served, options: dict[str, Any]) -> None:
+    assert _plain(_final(caller, **options)) == _plain(caller.message(**options))
 
 
-def test_the_first_event_tells_the_prompts_tokens() -> None:
-    with serving("hello") as served:
-        served.scheduler.cached_tokens = 5
-        events: Any = list(served.anthropic.messages.create(**served.asked(), stream=True))
-        usage = events[0].message.usage
-        prompt = len(served.scheduler.requests[-1].prompt)
-        assert (usage.input_tokens, usage.cache_read_input_tokens) == (prompt - 5, 5)
-        assert [event.type for event in events[-2:]] == ["message_delta", "message_stop"]
-        assert events[-2].usage.output_tokens == 5
+def test_the_first_event_tells_the_prompts_tokens(served: Served) -> None:
+    served.scheduler.cached_tokens = 5
+    events: Any = list(served.anthropic.messages.create(**served.asked(), stream=True))
+    usage = events[0].message.usage
+    prompt = len(served.scheduler.requests[-1].prompt)
+    assert (usage.input_tokens, usage.cache_read_input_tokens) == (prompt - 5, 5)
+    assert [event.type for event in events[-2:]] == ["message_delta", "message_stop"]
+    assert events[-2].usage.output_tokens == 5
 
 
-def test_events_are_named_as_they_are_typed() -> None:
-    with serving("hello") as served:
-        _, text = served.send("/v1/messages", {**served.asked(), "stream": True})
+def test_events_are_named_as_they_are_typed(served: Served) -> None:
+    _, text = served.send("/v1/messages", {**served.asked(), "stream": True})
     for event in text.strip().split("\n\n"):
         name, data = event.split("\n")
         assert name.removeprefix("event: ") == json.loads(data.removeprefix("data: "))["type"]
@@ -73,14 +89,13 @@ def test_quiet_connections_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> Non
         assert _final(served).content[0].text == "ab"
 
 
-def test_a_failure_ends_the_stream_by_an_error() -> None:
-    with serving("hello") as served:
-        served.scheduler.error = HybriMoEError("no memory left")
-        with (
-            served.anthropic.messages.stream(**served.asked()) as stream,
-            pytest.raises(anthropic.APIStatusError, match="no memory left"),
-        ):
-            stream.get_final_message()
+def test_a_failure_ends_the_stream_by_an_error(served: Served) -> None:
+    served.scheduler.error = HybriMoEError("no memory left")
+    with (
+        served.anthropic.messages.stream(**served.asked()) as stream,
+        pytest.raises(anthropic.APIStatusError, match="no memory left"),
+    ):
+        stream.get_final_message()
 
 
 def test_an_answer_that_takes_too_long_ends_the_stream() -> None:
@@ -91,11 +106,10 @@ def test_an_answer_that_takes_too_long_ends_the_stream() -> None:
         wait_until(lambda: served.scheduler.tickets[-1].cancelled.is_set())
 
 
-def test_a_full_queue_is_told_by_the_status() -> None:
-    with serving("hello") as served:
-        served.scheduler.full = True
-        with pytest.raises(anthropic.RateLimitError):
-            _final(served)
+def test_a_full_queue_is_told_by_the_status(served: Served) -> None:
+    served.scheduler.full = True
+    with pytest.raises(anthropic.RateLimitError):
+        _final(served)
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])

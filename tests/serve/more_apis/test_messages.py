@@ -13,12 +13,19 @@ from openai_server import NAME
 from hybrimoe_plugin.serve.service import Limits
 
 ANSWER = "Grüße, world"
+CALL = {"type": "tool_use", "id": "c", "name": "add", "input": {}}
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def server() -> Iterator[Served]:
     with serving(ANSWER) as made:
         yield made
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    yield server
+    server.calm()
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +53,7 @@ def test_the_prompt_is_the_templates(served: Served) -> None:
 
 def test_usage_tells_cached_tokens_apart(served: Served) -> None:
     served.scheduler.cached_tokens = 5
-    try:
-        usage = served.message().usage
-    finally:
-        served.scheduler.cached_tokens = 0
+    usage = served.message().usage
     assert usage.cache_read_input_tokens == 5
     assert usage.input_tokens == len(served.scheduler.requests[-1].prompt) - 5
     assert usage.output_tokens == len(ANSWER.encode())
@@ -153,6 +157,7 @@ def test_cache_control_changes_nothing(served: Served) -> None:
         ({"tools": [ADD], "tool_choice": {"type": "tool", "name": "sub"}}, "sub"),
         ({"extra_body": {"stop": ["x"]}}, "stop_sequences"),
         ({"extra_body": {"mcp_servers": [{}]}}, "mcp_servers"),
+        ({"messages": [{"role": "assistant", "content": [CALL]}]}, "its result"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
     ],
 )
@@ -165,6 +170,11 @@ def test_what_is_not_supported_is_refused_by_name(
     assert refused.value.type == "invalid_request_error"
 
 
+def test_the_beta_client_is_answered_too(served: Served) -> None:
+    made: Any = served.anthropic.beta.messages
+    assert made.create(**served.asked(), betas=["x-2026-01-01"]).content[0].text == ANSWER
+
+
 def test_another_model_is_not_found(served: Served) -> None:
     with pytest.raises(anthropic.NotFoundError, match="some-other"):
         served.message(model="some-other")
@@ -172,11 +182,8 @@ def test_another_model_is_not_found(served: Served) -> None:
 
 def test_a_full_queue_says_so(served: Served) -> None:
     served.scheduler.full = True
-    try:
-        with pytest.raises(anthropic.RateLimitError):
-            served.message()
-    finally:
-        served.scheduler.full = False
+    with pytest.raises(anthropic.RateLimitError):
+        served.message()
 
 
 def test_an_answer_that_takes_too_long_fails() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -10,6 +11,25 @@ from more_apis_server import ADD_FUNCTION, THINKS_AND_CALLS, Served, serving
 from openai_server import NAME
 
 from hybrimoe_plugin.errors import HybriMoEError
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with serving("hello") as made:
+        yield made
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    yield server
+    server.calm()
+
+
+@pytest.fixture(scope="module")
+def caller() -> Iterator[Served]:
+    with serving(THINKS_AND_CALLS) as made:
+        made.scheduler.cached_tokens = 3
+        yield made
 
 
 def _events(served: Served, **options: Any) -> list[Any]:
@@ -35,12 +55,10 @@ def _plain(response: Any) -> dict[str, Any]:
     "options",
     [{}, {"tools": [ADD_FUNCTION]}, {"top_logprobs": 1, "temperature": 0.5}],
 )
-def test_a_stream_says_what_the_whole_answer_says(options: dict[str, Any]) -> None:
-    with serving(THINKS_AND_CALLS) as served:
-        served.scheduler.cached_tokens = 3
-        events = _events(served, **options)
-        assert events[-1].type == "response.completed"
-        assert _plain(events[-1].response) == _plain(served.respond(**options))
+def test_a_stream_says_what_the_whole_answer_says(caller: Served, options: dict[str, Any]) -> None:
+    events = _events(caller, **options)
+    assert events[-1].type == "response.completed"
+    assert _plain(events[-1].response) == _plain(caller.respond(**options))
 
 
 def test_events_are_numbered_and_in_order() -> None:
@@ -63,9 +81,8 @@ def test_events_are_numbered_and_in_order() -> None:
     ]
 
 
-def test_pieces_make_up_the_whole() -> None:
-    with serving(THINKS_AND_CALLS) as served:
-        events = _events(served, tools=[ADD_FUNCTION])
+def test_pieces_make_up_the_whole(caller: Served) -> None:
+    events = _events(caller, tools=[ADD_FUNCTION])
     for kind, whole in (
         ("response.reasoning_text.delta", "A sum."),
         ("response.output_text.delta", "Let me add."),
@@ -74,24 +91,21 @@ def test_pieces_make_up_the_whole() -> None:
         assert "".join(event.delta for event in events if event.type == kind) == whole
 
 
-def test_an_answer_that_was_cut_off_is_incomplete() -> None:
-    with serving("hello") as served:
-        last = _events(served, max_output_tokens=2)[-1]
+def test_an_answer_that_was_cut_off_is_incomplete(served: Served) -> None:
+    last = _events(served, max_output_tokens=2)[-1]
     assert last.type == "response.incomplete"
     assert last.response.output[0].content[0].text == "he"
 
 
-def test_a_failure_ends_the_stream() -> None:
-    with serving("hello") as served:
-        served.scheduler.error = HybriMoEError("no memory left")
-        last = _events(served)[-1]
+def test_a_failure_ends_the_stream(served: Served) -> None:
+    served.scheduler.error = HybriMoEError("no memory left")
+    last = _events(served)[-1]
     assert (last.type, last.response.status) == ("response.failed", "failed")
     assert last.response.error.message == "no memory left"
     assert last.response.output[0].content[0].text == "hello"
 
 
-def test_a_full_queue_is_told_by_the_status() -> None:
-    with serving("hello") as served:
-        served.scheduler.full = True
-        with pytest.raises(openai.RateLimitError):
-            _events(served)
+def test_a_full_queue_is_told_by_the_status(served: Served) -> None:
+    served.scheduler.full = True
+    with pytest.raises(openai.RateLimitError):
+        _events(served)

@@ -14,9 +14,15 @@ ANSWER = "Grüße, world"
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def server() -> Iterator[Served]:
     with serving(ANSWER) as made:
         yield made
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    yield server
+    server.calm()
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +49,7 @@ def test_the_prompt_is_the_templates(served: Served) -> None:
 
 def test_usage_tells_cached_tokens(served: Served) -> None:
     served.scheduler.cached_tokens = 5
-    try:
-        usage = served.respond().usage
-    finally:
-        served.scheduler.cached_tokens = 0
+    usage = served.respond().usage
     assert usage.input_tokens_details.cached_tokens == 5
     assert usage.input_tokens == len(served.scheduler.requests[-1].prompt)
     assert usage.output_tokens == len(ANSWER.encode())
@@ -130,6 +133,7 @@ def test_effort_is_the_templates_to_do(served: Served, effort: str, end: str) ->
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tool_choice": {"type": "mcp", "server_label": "x"}}, "tool_choice.type"),
         ({"tool_choice": {"type": "function", "name": "sub"}}, "sub"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"reasoning": {"effort": "some"}}, "reasoning.effort"),
@@ -146,8 +150,5 @@ def test_what_is_not_supported_is_refused_by_name(
 
 def test_a_full_queue_says_so(served: Served) -> None:
     served.scheduler.full = True
-    try:
-        with pytest.raises(openai.RateLimitError):
-            served.respond()
-    finally:
-        served.scheduler.full = False
+    with pytest.raises(openai.RateLimitError):
+        served.respond()

@@ -23,7 +23,7 @@ def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     for where, message in objects("messages", body.get("messages"), fewest=1):
         role = one_of(*_ROLES)(f"{where}.role", message.get("role"))
         _add(turns, role, f"{where}.content", message.get("content"))
-    return turns.messages
+    return turns.messages()
 
 
 def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:

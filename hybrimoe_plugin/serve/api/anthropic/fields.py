@@ -18,6 +18,7 @@ from hybrimoe_plugin.serve.api.checks import (
     wrong,
 )
 from hybrimoe_plugin.serve.api.conversations.asked import Asked, structure_in
+from hybrimoe_plugin.serve.api.errors import ApiError
 from hybrimoe_plugin.serve.api.openai_completions import messages as chat
 from hybrimoe_plugin.serve.api.openai_completions.fields import COMMON, options_of
 from hybrimoe_plugin.serve.service import Service
@@ -73,13 +74,16 @@ def read(body: dict[str, Any], service: Service) -> Body:
         where = "output_config.format"
         structure = structure_in(where, mapping(where, output["format"]))
     messages = messages_of(body)
+    continues = messages[-1]["role"] == "assistant"
+    if continues and "tool_calls" in messages[-1]:
+        raise ApiError(400, "messages end with a tool's call: its result must follow", "messages")
     asked = Asked(
         "messages",
         messages,
         _tools(body, given.get("tool_choice")),
         {**variables, **given.get("chat_template_kwargs", {})},
         replace(options.wanted, stops=_stops(body, service)),
-        messages[-1]["role"] == "assistant",
+        continues,
         structure,
     )
     return Body(asked, options.stream, shows_thinking)

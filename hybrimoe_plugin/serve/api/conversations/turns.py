@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybrimoe_plugin.serve.api.checks import list_of, mapping, text
 from hybrimoe_plugin.serve.api.errors import ApiError
+
+
+@dataclass
+class _Turn:
+    role: str
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
+
+    def message(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"role": self.role, "content": _lines(self.texts), **self.about}
+        if self.thoughts:
+            # Templates know it by either name.
+            found["reasoning_content"] = found["thinking"] = _lines(self.thoughts)
+        if self.calls:
+            found["tool_calls"] = self.calls
+        return found
 
 
 class Turns:
@@ -13,51 +32,48 @@ class Turns:
 
     Templates expect one message for each turn, so neighbours of one role become one message, and
     an assistant's reasoning, text and tool calls become one.
-
-    Attributes:
-        messages: as of `serve.text.prompts.Conversation`.
     """
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self._turns: list[_Turn] = []
         self._names: dict[str, str] = {}
 
+    def messages(self) -> list[dict[str, Any]]:
+        """As of `serve.text.prompts.Conversation`; pieces of a turn stand on lines of their own."""
+        return [turn.message() for turn in self._turns]
+
     def text(self, role: str, text: str) -> None:
-        """What somebody says; pieces of one turn stand on lines of their own."""
-        _add(self._turn(role), "content", text)
+        """What somebody says."""
+        self._turn(role).texts.append(text)
 
     def reasoning(self, text: str) -> None:
         """What the assistant thought. After its tool calls it begins another turn."""
-        last = self.messages[-1] if self.messages else {}
-        if "tool_calls" in last:
-            self.messages.append({"role": "assistant", "content": ""})
-        turn = self._turn("assistant")
-        for name in ("reasoning_content", "thinking"):  # as templates call it
-            _add(turn, name, text)
+        if self._turns and self._turns[-1].calls:
+            self._turns.append(_Turn("assistant"))
+        self._turn("assistant").thoughts.append(text)
 
     def call(self, call_id: str, name: str, arguments: dict[str, Any]) -> None:
         """A tool that the assistant calls."""
         self._names[call_id] = name
         function = {"name": name, "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
-        self._turn("assistant").setdefault("tool_calls", []).append(call)
+        self._turn("assistant").calls.append(call)
 
     def result(self, call_id: str, text: str) -> None:
         """What a tool answered. Templates that tell it by name find the name of its call."""
-        message = {"role": "tool", "tool_call_id": call_id, "content": text}
+        about = {"tool_call_id": call_id}
         if call_id in self._names:
-            message["name"] = self._names[call_id]
-        self.messages.append(message)
+            about["name"] = self._names[call_id]
+        self._turns.append(_Turn("tool", [text], about=about))
 
-    def _turn(self, role: str) -> dict[str, Any]:
-        if not self.messages or self.messages[-1]["role"] != role:
-            self.messages.append({"role": role, "content": ""})
-        return self.messages[-1]
+    def _turn(self, role: str) -> _Turn:
+        if not self._turns or self._turns[-1].role != role:
+            self._turns.append(_Turn(role))
+        return self._turns[-1]
 
 
-def _add(message: dict[str, Any], key: str, text: str) -> None:
-    before = message.get(key)
-    message[key] = f"{before}\n{text}" if before else text
+def _lines(pieces: list[str]) -> str:
+    return "\n".join(filter(None, pieces))
 
 
 def objects(where: str, value: object, fewest: int = 0) -> list[tuple[str, dict[str, Any]]]:

@@ -22,6 +22,7 @@ from hybrimoe_plugin.serve.api.conversations.asked import Asked, structure_in
 from hybrimoe_plugin.serve.api.conversations.turns import unsupported
 from hybrimoe_plugin.serve.api.openai_completions import messages as chat
 from hybrimoe_plugin.serve.api.openai_completions.fields import options_of
+from hybrimoe_plugin.serve.api.openai_completions.structure import Structure
 from hybrimoe_plugin.serve.api.openai_responses.items import messages_of, tools_of
 from hybrimoe_plugin.serve.service import Service
 from hybrimoe_plugin.serve.text.tools import Tools
@@ -80,18 +81,23 @@ def read(body: dict[str, Any], service: Service) -> Body:
     told = {name: value for name, value in body.items() if name != "max_tokens"}
     most = own.get("max_output_tokens")
     options = options_of(told, _FIELDS, service, _logprobs(own), most)
-    structure = None
-    if own.get("text", {}).get("format") is not None:
-        structure = structure_in("text.format", mapping("text.format", own["text"]["format"]))
     asked = Asked(
         "input",
         messages_of(body),
         _tools(body, own),
         {**_variables(own), **own.get("chat_template_kwargs", {})},
         options.wanted,
-        structure=structure,
+        structure=_structure(own.get("text", {})),
     )
     return Body(asked, options.stream)
+
+
+def _structure(told: Mapping[str, Any]) -> Structure | None:
+    if told.get("verbosity") is not None:
+        refused(("medium",))("text.verbosity", told["verbosity"])
+    if told.get("format") is None:
+        return None
+    return structure_in("text.format", mapping("text.format", told["format"]))
 
 
 def _logprobs(own: Mapping[str, Any]) -> int | None:

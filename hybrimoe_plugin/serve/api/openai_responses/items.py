@@ -27,10 +27,10 @@ def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     told = body.get("input")
     if isinstance(told, str):
         turns.text("user", told)
-        return turns.messages
+        return turns.messages()
     for where, item in objects("input", told, fewest=1):
         _add(turns, where, item)
-    return turns.messages
+    return turns.messages()
 
 
 def tools_of(body: dict[str, Any]) -> list[dict[str, Any]] | None:
