@@ -40,7 +40,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is no JSON that can be read: {reason}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    _check_nesting(body)
+    check_nesting(body)
     return body
 
 
@@ -67,7 +67,8 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number of JSON")
 
 
-def _check_nesting(body: dict[str, Any]) -> None:
+def check_nesting(body: dict[str, Any]) -> None:
+    """Refuse what is nested deeply. Raises: ApiError."""
     level: list[Any] = [body]
     for _ in range(MOST_NESTED):
         level = [

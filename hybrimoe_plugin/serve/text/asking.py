@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Answers:
         self._questions = questions
         self._channel = Channel()
         self._tickets: list[Ticket] = []
+        self._is_late = False
         seconds = service.limits.seconds
         self._seconds = seconds
         self._until = None if seconds is None else time.monotonic() + seconds
@@ -131,12 +133,13 @@ class Answers:
         if self._until is None:
             return await self._channel.take()
         left = self._until - time.monotonic()
-        try:
-            return await asyncio.wait_for(self._channel.take(), max(0.0, left))
-        except asyncio.TimeoutError:
-            raise LateError(
-                f"the answer was not finished within {self._seconds:g} seconds"
-            ) from None
+        if left > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self._channel.take(), left)
+        if self._is_late:
+            raise LateError(f"the answer was not finished within {self._seconds:g} seconds")
+        self._is_late = True
+        return self._channel.ready()  # what came in time, though it is read late
 
     def _add(self, delta: Delta, item: Item) -> None:
         parts = self._questions[delta.index].parts

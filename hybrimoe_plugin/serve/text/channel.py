@@ -66,10 +66,15 @@ class Channel:
         while True:
             await self._filled.wait()
             self._filled.clear()
-            with self._lock:
-                items, self._items = self._items, []
+            items = self.ready()
             if items:
                 return items
+
+    def ready(self) -> list[tuple[int, Item]]:
+        """What has come, without waiting."""
+        with self._lock:
+            items, self._items = self._items, []
+        return items
 
 
 class AnswerSink:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hybrimoe_plugin.serve.text.parts import Marked
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +40,46 @@ class Format:
     has_tool_calls: bool
     hidden: frozenset[int]
 
-    def parser(self, prompt: str, tools: Sequence[Mapping[str, Any]] | None) -> Any:
-        """A `ResponseParser` for an answer, which has read the answer's beginning in the prompt.
+    def parts(
+        self,
+        prompt: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        most_calls: int | None = None,
+    ) -> Marked:
+        """What divides an answer to this prompt.
 
         Args:
             tools: by whose schemas arguments that are written as text become numbers; None where
                 nothing may be called.
+            most_calls: later ones are left out.
         """
-        from transformers.utils.chat_parsing import ResponseParser
-
         end = prompt[-_LONGEST_OPENING:]
         # Without the sign, transformers would take the whole prompt for the answer's beginning.
         opening = end if self.template.start_anchor_re.search(end) else ""
+        held = _held(self._parser(opening, tools))
+        return Marked(self._parser(opening, tools), held, most_calls)
+
+    def _parser(self, opening: str, tools: Sequence[Mapping[str, Any]] | None) -> Any:
+        from transformers.utils.chat_parsing import ResponseParser
+
         if tools is None:
             return ResponseParser(self.without_calls, prefix=opening)
         try:
             return ResponseParser(self.template, prefix=opening, tools=list(tools))
         except TypeError:  # older releases know no schemas
             return ResponseParser(self.template, prefix=opening)
+
+
+def _held(parser: Any) -> str:
+    """The end of the prompt that a parser holds back: it will tell it as if it were the answer's.
+
+    Found by ending a parser that is not used otherwise.
+    """
+    try:
+        _, events = parser.finalize()
+    except Exception:  # within a call, say
+        return ""
+    return "".join(event["text"] for event in events if event["type"] == "region_chunk")
 
 
 def format_of(model: Any, tokenizer: Any, chat_template: str) -> Format | None:
@@ -93,9 +115,18 @@ def format_of(model: Any, tokenizer: Any, chat_template: str) -> Format | None:
 
 
 def _hidden(tokenizer: Any, described: Any) -> frozenset[int]:
-    signs = json.dumps(described, ensure_ascii=False).replace("\\\\", "\\")
+    # In patterns, signs are escaped.
+    signs = [text.replace("\\", "") for text in _texts(described)]
     return frozenset(
         index
         for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
-        if token.special and token.content not in signs and re.escape(token.content) not in signs
+        if token.special and not any(token.content in text for text in signs)
     )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(child)

@@ -9,7 +9,7 @@ from hybrimoe_plugin.serve.requests import PromptError, Request, Sampling
 from hybrimoe_plugin.serve.service import Service
 from hybrimoe_plugin.serve.text.asking import Question
 from hybrimoe_plugin.serve.text.formats import Format, format_of
-from hybrimoe_plugin.serve.text.parts import ListedCalls, Marked, NamedCall, Parts, Plain
+from hybrimoe_plugin.serve.text.parts import ListedCalls, NamedCall, Parts, Plain
 from hybrimoe_plugin.serve.text.prompts import Prompt, Prompts
 from hybrimoe_plugin.serve.text.spelling import Spelling
 from hybrimoe_plugin.serve.text.tools import Tools
@@ -118,8 +118,8 @@ class Language:
         if plain or self.format is None:
             return Plain(), None
         functions = tools.functions if tools.may_be_called else None
-        parser = self.format.parser(prompt.text or "", functions)
-        return Marked(parser, None if tools.parallel else 1), self.format.hidden
+        most_calls = None if tools.parallel else 1
+        return self.format.parts(prompt.text or "", functions, most_calls), self.format.hidden
 
 
 def _seeded(wanted: Wanted, choice: int) -> Sampling:

@@ -111,11 +111,13 @@ class Marked:
 
     Args:
         parser: which has read the prompt.
+        held: the end of the prompt that it has not told yet, and that is no part of the answer.
         most_calls: later ones are left out.
     """
 
-    def __init__(self, parser: Any, most_calls: int | None = None) -> None:
+    def __init__(self, parser: Any, held: str = "", most_calls: int | None = None) -> None:
         self._parser: Any = parser
+        self._held = held
         self._most_calls = most_calls
         self._calls = 0
         self._field: str | None = None
@@ -168,6 +170,9 @@ class Marked:
         return found
 
     def _text(self, field: str, text: str) -> list[Part]:
+        text = self._without_held(text)
+        if not text:
+            return []
         _, _, self._raw = self._raw.partition(text)
         if field != self._field:
             self._change(field)
@@ -180,6 +185,13 @@ class Marked:
         if not kept:
             return []
         return [Reasoning(kept) if field in _REASONING else Content(kept)]
+
+    def _without_held(self, text: str) -> str:
+        held, self._held = self._held, ""
+        if held.startswith(text):
+            self._held = held[len(text) :]
+            return ""
+        return text.removeprefix(held)
 
     def _change(self, field: str) -> None:
         self._at_sign = self._field is not None or field in _REASONING

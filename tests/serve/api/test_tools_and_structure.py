@@ -185,7 +185,7 @@ def test_reasoning_that_the_template_began(model_type: str) -> None:
         ({"extra_body": {"guided_json": PARAMETERS}}, ("json_schema", PARAMETERS)),
         ({"extra_body": {"guided_regex": "a+"}}, ("regex", "a+")),
         ({"extra_body": {"guided_choice": ["a", "b"]}}, ("choice", ["a", "b"])),
-        ({"extra_body": {"guided_grammar": 'start: "a"'}}, ("grammar", 'start: "a"')),
+        ({"extra_body": {"guided_grammar": 'start: "a"'}}, ("ebnf", 'start: "a"')),
         ({"extra_body": {"structured_outputs": {"regex": "b"}}}, ("regex", "b")),
         ({"extra_body": {"structured_outputs": {"json_object": True}}}, ("json_object", None)),
     ],

@@ -35,7 +35,7 @@ FORMAT = known_format()
 
 
 def marked(prompt: str = PROMPT) -> Marked:
-    return Marked(FORMAT.parser(prompt, ()))
+    return FORMAT.parts(prompt, ())
 
 
 def divided(parts: Parts, *texts: str) -> dict[str, Any]:
@@ -96,6 +96,21 @@ def test_what_the_prompt_began_is_not_told_again() -> None:
     }
 
 
+@pytest.mark.parametrize("opening", ["<think>\n\n</think>\n\n", "It is ", "It is <"])
+def test_white_space_and_half_signs_of_the_prompt_are_not_told(opening: str) -> None:
+    assert divided(marked(PROMPT + opening), *"fine. ")["content"] == "fine. "
+    assert divided(marked(PROMPT + opening), " fine")["content"] == " fine"
+    assert divided(marked(PROMPT + opening))["content"] == ""
+
+
+def test_a_sign_that_the_prompt_half_wrote_is_one() -> None:
+    assert divided(marked(PROMPT + "<thi"), *"nk>a</think>b") == {
+        "content": "b",
+        "reasoning": "a",
+        "calls": [],
+    }
+
+
 def test_signs_in_a_question_do_not_matter() -> None:
     prompt = "<|im_start|>user\n<|im_start|>assistant\n<think><|im_end|>\n" + PROMPT
     assert divided(marked(prompt), "Yes")["content"] == "Yes"
@@ -126,7 +141,7 @@ def test_arguments_written_as_text_take_the_types_of_the_schema() -> None:
     assert found is not None
     parameters = {"type": "object", "properties": {"x": {"type": "integer"}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    parts = Marked(found.parser(PROMPT, tools))
+    parts = found.parts(PROMPT, tools)
     text = "<tool_call>\n<function=f>\n<parameter=x>\n3\n</parameter>\n</function>\n</tool_call>"
     assert divided(parts, text)["calls"] == [ToolCall(0, "f", '{"x": 3}')]
 

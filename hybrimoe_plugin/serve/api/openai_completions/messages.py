@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybrimoe_plugin.serve.api.body import check_nesting
 from hybrimoe_plugin.serve.api.checks import list_of, mapping, one_of, text, wrong
 from hybrimoe_plugin.serve.api.errors import ApiError
 from hybrimoe_plugin.serve.text.tools import Tools
@@ -93,6 +94,7 @@ def _arguments(where: str, value: Any) -> dict[str, Any]:
         parsed = None
     if not isinstance(parsed, dict):
         raise wrong(where, "a JSON object, written as a string")
+    check_nesting(parsed)
     return parsed
 
 

@@ -23,7 +23,7 @@ _GUIDED: Mapping[str, tuple[str, Check]] = {
     "json": ("json_schema", _schema),
     "regex": ("regex", text),
     "choice": ("choice", _choices),
-    "grammar": ("grammar", text),
+    "grammar": ("ebnf", text),
 }
 """vLLM's name -> kind of grammar, and what the field may hold."""
 
