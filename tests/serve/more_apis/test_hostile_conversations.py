@@ -104,3 +104,14 @@ def test_no_body_fails_the_server(served: Served, changed: dict[str, Any], path:
     status, text = served.send(path, body)
     assert status in (200, 400, 404), (body, text)
     json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("add", '{"a": "\\ud800"}'), ("add", '{"a": NaN}'), ("a\\ud800", "{}"), ("add", "[")],
+)
+def test_calls_that_json_cannot_write_are_text(name: str, arguments: str) -> None:
+    call = f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+    with serving(call) as served:
+        assert [block.type for block in served.message(tools=[ADD]).content] == ["text"]
+        assert [item.type for item in served.respond(tools=[ADD_FUNCTION]).output] == ["message"]

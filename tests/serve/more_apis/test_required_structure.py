@@ -130,3 +130,13 @@ def test_a_grammar_that_cannot_be_compiled_is_the_clients(
     form = {"type": "json_schema", "name": "x", "schema": SCHEMA}
     with pytest.raises(openai.BadRequestError, match="text.format: too large"):
         served.respond(text={"format": form})
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": NaN}', '{"a": 1e999}', "[]", "{"])
+def test_arguments_that_json_cannot_write_fail_nothing(arguments: str) -> None:
+    choice = {"type": "tool", "name": "add"}
+    with serving(arguments) as served:
+        body = {**served.asked(), "tools": [ADD], "tool_choice": choice}
+        for stream in (True, False):
+            status, text = served.send("/v1/messages", {**body, "stream": stream})
+            assert (status, "tool_use" in text) == (200, True)

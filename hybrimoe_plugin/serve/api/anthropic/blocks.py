@@ -84,6 +84,7 @@ def _object(text: str) -> dict[str, Any]:
     """Arguments, which were cut off where they are no JSON object: then there are none."""
     try:
         found = json.loads(text)
+        json.dumps(found, allow_nan=False)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from hybrimoe_plugin.serve.api.conversations.counts import Counts
 from hybrimoe_plugin.serve.api.errors import ApiError, as_api_error
@@ -60,7 +59,9 @@ async def exchange(
         return EventStream(_events(request, answers, telling), answers.close, headers)
     await while_connected(request, _read(service, question, telling))
     _log(request, telling)
-    return JSONResponse(telling.whole(), headers=headers)
+    # ASCII: what a model writes as JSON may hold halves of characters.
+    whole = json.dumps(telling.whole())
+    return Response(whole, headers=headers, media_type="application/json")
 
 
 async def _read(service: Service, question: Question, telling: Telling) -> None:
