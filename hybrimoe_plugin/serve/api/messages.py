@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -23,7 +24,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/messages")
     async def messages(request: Request) -> Response:
-        body = read(await read_body(request, service), service)
+        told = await read_body(request, service)
+        body = await run_sync(read, told, service)  # a large one takes seconds
         id = _id(request)
         question = await question_of(service, body.asked, id)
         most = body.asked.wanted.max_tokens or 0
@@ -35,7 +37,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
         told = {**await read_body(request, service), "max_tokens": 1}
-        prompt = await prompt_of(service, read(told, service).asked)
+        body = await run_sync(read, told, service)
+        prompt = await prompt_of(service, body.asked)
         headers = {"request-id": _id(request)}
         return JSONResponse({"input_tokens": len(prompt.ids)}, headers=headers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi import Response as HttpResponse
 
@@ -25,7 +26,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/responses")
     async def responses(request: Request) -> HttpResponse:
         told = await read_body(request, service)
-        body = read(told, service)
+        body = await run_sync(read, told, service)  # a large one takes seconds
         id = getattr(request.state, "request_id", None) or f"resp-{uuid.uuid4().hex}"
         question = await question_of(service, body.asked, id)
         sampling = body.asked.wanted.sampling
