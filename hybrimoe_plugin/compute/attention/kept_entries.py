@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer
 
 from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
 
@@ -59,7 +59,7 @@ def _replaces(layer: Any) -> bool:
     """Whether a pass gives a layer new tensors; else it may write into those that are there, as
     linear attention does with its states.
     """
-    return can_be_cut(layer) or type(layer) is DynamicSlidingWindowLayer
+    return can_be_cut(layer) or type(layer) in (DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 
 def _attributes(layer: Any) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
 __all__ = ["one_torch_thread"]  # a fixture of this module
 
 PLENTY = 2**30
-WHOLE = ("gpt_oss", "qwen3_next")
-"""Sliding windows; linear attention."""
+WHOLE: dict[str, dict[str, Any]] = {
+    "gpt_oss": CHANGES["gpt_oss"],  # sliding windows
+    "qwen3_next": CHANGES["qwen3_next"],  # linear attention
+    "deepseek_v32": {"index_n_heads": 16},  # indexed attention
+}
 
 
 @pytest.fixture(scope="module", params=[*WHOLE, "qwen3_moe"])
@@ -29,7 +32,7 @@ def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     path: Path = tmp_path_factory.mktemp(request.param) / "model.gguf"
-    export_gguf(shrunk_model(request.param, **CHANGES.get(request.param, {})), path)
+    export_gguf(shrunk_model(request.param, **WHOLE.get(request.param, {})), path)
     found = injected(path, cpu_backend="torch", accelerator="none")
     yield found
     found.hybrimoe.close()

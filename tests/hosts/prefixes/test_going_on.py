@@ -24,9 +24,14 @@ SLIDING = {
     "llama4_text": {},  # chunks
     "phimoe": {"sliding_window": 8},
 }
-WHOLE = {**SLIDING, **{key: {} for key in kinds._LINEAR}}
+INDEXED: dict[str, dict[str, Any]] = {
+    # So many heads that no two tokens score 0: which of them are chosen would be undecided.
+    "deepseek_v32": {"index_n_heads": 16},
+    "glm_moe_dsa": {"index_n_heads": 16},
+}
+WHOLE = {**SLIDING, **INDEXED, **{key: {} for key in kinds._LINEAR}}
 CUT = ("deepseek_v3", "mixtral", "qwen3_moe")
-REFUSED = ("deepseek_v32", "deepseek_v4", "jamba", "zaya")
+REFUSED = ("deepseek_v4", "jamba", "zaya")
 """Wrong behind a state in transformers 5.24, or nothing is known of what their layers keep."""
 
 

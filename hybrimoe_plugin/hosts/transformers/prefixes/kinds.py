@@ -37,7 +37,6 @@ def can_go_on(model: Any) -> bool:
 
 
 def _goes_on(layer: Any, model_type: str | None) -> bool:
-    # Not indexed layers: transformers 5.24 computes several tokens behind theirs wrongly.
     if type(layer) is LinearAttentionLayer:
         return model_type in _LINEAR
     return can_be_cut(layer) or type(layer) in WHOLE

@@ -3,7 +3,8 @@
 Two forms of layers are known:
 
     cut       full attention: entries of every token, so that those behind any can be dropped
-    whole     sliding windows, linear attention: good for going on behind all that was computed
+    whole     sliding windows, linear and indexed attention: good for going on behind all that was
+              computed
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
 
-WHOLE = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+WHOLE = (DynamicSlidingWindowLayer, DynamicIndexedLayer, LinearAttentionLayer)
 """Types of layers of the second form; exactly these, as a subclass may keep more."""
 
 _MOST_WASTE = 1.5
@@ -111,7 +116,7 @@ def _length(layer: Any) -> int | None:
     """Tokens that a layer has seen; None where it does not know."""
     if type(layer) is DynamicSlidingWindowLayer:
         return int(layer.cumulative_length)
-    if can_be_cut(layer):
+    if can_be_cut(layer) or type(layer) is DynamicIndexedLayer:
         return int(min(layer.keys.shape[2], layer.values.shape[2]))
     return None
 
@@ -119,7 +124,7 @@ def _length(layer: Any) -> int | None:
 def _tensors(layer: Any) -> Iterator[torch.Tensor]:
     """What a layer holds of the sequence."""
     if hasattr(layer, "keys"):
-        states = (layer.keys, layer.values)
+        states = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
     else:
         states = (*layer.conv_states.values(), *layer.recurrent_states.values())
     return (state for state in states if state is not None)
