@@ -160,6 +160,7 @@ def _serve(
         queue=args.max_queue,
         kv_bytes=_bytes(args.kv_bytes),
         prefix_bytes=kept,
+        context=getattr(args, "context", None),
         observer=metrics,
     )
     try:

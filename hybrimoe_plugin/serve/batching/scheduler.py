@@ -51,12 +51,14 @@ class Scheduler:
         kv_bytes: most memory for the caches of running answers; None for a share of what is free.
         prefix_bytes: most memory for prefixes of former answers.
         piece: most tokens of a prompt in one pass.
+        context: most tokens of prompt and answer; None for the model's own limit.
         observer: is told what happens.
         decoder: a custom decoding method for `generate`, with an attribute `streamer`; answers are
             then computed one after the other.
 
     Attributes:
-        context: most tokens of prompt and answer: the model's limit, or the memory's.
+        context: most tokens of prompt and answer: what was asked for, or less where the model or
+            the memory sets a lower limit.
         failed: what ended the thread, if anything did.
     """
 
@@ -69,6 +71,7 @@ class Scheduler:
         kv_bytes: int | None,
         prefix_bytes: int,
         piece: int,
+        context: int | None = None,
         observer: Observer | None = None,
         decoder: Any = None,
     ) -> None:
@@ -76,7 +79,8 @@ class Scheduler:
         self._observer = observer or Observer()
         self._memory = KVMemory(model, kv_bytes)
         positions = getattr(model.config, "max_position_embeddings", None)
-        self.context: int | None = min(positions or self._memory.tokens, self._memory.tokens)
+        limits = [self._memory.tokens, *(limit for limit in (positions, context) if limit)]
+        self.context: int | None = min(limits)
         self._prefixes = PrefixStore(model, prefix_bytes)
         self._delivery = Delivery(self._prefixes, self.context, self._requeue, self._observer)
         self._answers: Running | Speculating = (
