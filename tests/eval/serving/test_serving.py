@@ -27,7 +27,7 @@ from hybrimoe_plugin.device.noise import Noise
 
 
 def app() -> FastAPI:
-    """Answers with as many letters as are asked for; refuses the prompt [12], breaks off at [13]."""
+    """Answers with as many letters as asked; refuses the prompt [12], breaks off at [13]."""
     made = FastAPI()
 
     @made.get("/v1/models")
