@@ -16,7 +16,7 @@ from tests.serve.load.world import CHAT, LENGTH, Question, World
 
 LOST_S = 240.0
 """A request without an answer after so long is lost."""
-SEEDS = range(4)
+SEEDS = range(2)
 
 
 @dataclass

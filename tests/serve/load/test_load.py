@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -12,7 +11,7 @@ from serving import wait_until
 
 from tests.serve.load import crowd, kinds
 from tests.serve.load.kinds import GREEDY, SHARES
-from tests.serve.load.world import World, world
+from tests.serve.load.world import EMULATED, Prepared, World, prepare, world
 
 CLIENTS, REQUESTS = 64, 500
 GROWTH = 96 << 20
@@ -25,8 +24,13 @@ Loaded = tuple[World, crowd.Report]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    with world(tmp_path_factory.mktemp("load")) as made:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("load"))
+
+
+@pytest.fixture(scope="module")
+def loaded(prepared: Prepared) -> Iterator[Loaded]:
+    with world(prepared) as made:
         yield made, crowd.run(made, CLIENTS, REQUESTS)
 
 
@@ -60,8 +64,14 @@ def test_the_server_is_well_afterwards(loaded: Loaded) -> None:
             assert kinds.texts(answer.json()) == [question.text]
 
 
-def test_a_full_queue_refuses_and_answers_the_others(tmp_path: Path) -> None:
-    with world(tmp_path, questions=12, batch=2, queue=4) as made:
+def test_experts_on_an_accelerator(prepared: Prepared) -> None:
+    with world(prepared, **EMULATED) as made:
+        report = crowd.run(made, CLIENTS, REQUESTS // 4, seed=1)
+    assert report.wrong == []
+
+
+def test_a_full_queue_refuses_and_answers_the_others(prepared: Prepared) -> None:
+    with world(prepared, batch=2, queue=4) as made:
         found = asyncio.run(_ask_all(made, 40))
     statuses = [status for status, _ in found]
     assert set(statuses) == {200, 429}

@@ -19,18 +19,21 @@ from serving import served
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
+from hybrimoe_plugin.serve.metrics.metrics import Metrics
 from hybrimoe_plugin.serve.service import Service
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 NAME = "load/tiny"
-LENGTH = 40
+LENGTH = 24
 """Tokens of a whole answer."""
-CLEAR = 1e-2
+CLEAR = 1e-3
 """How far a token's logit is above all others at least.
 
-Rows of a batch are rounded differently than a row alone: by less than 1e-4 here.
+Rows of a batch are rounded differently than a row alone: by about 1e-6 here.
 """
 CONTEXT = 512
+EMULATED: dict[str, Any] = {"accelerator": "emulated", "cache_ratio": 0.5}
+"""Settings by which half of the experts lie on an accelerator that this process plays."""
 
 
 @dataclass(frozen=True)
@@ -64,33 +67,59 @@ class World:
         return f"http://127.0.0.1:{self.port}"
 
 
-@contextmanager
-def world(
-    folder: Path, questions: int = 40, batch: int = 8, queue: int = 256, prefix_bytes: int = 4 << 20
-) -> Iterator[World]:
-    """Serve, and end the server afterwards."""
+@dataclass(frozen=True)
+class Prepared:
+    """A model's file, and questions whose answers transformers alone has given."""
+
+    path: Path
+    questions: list[Question]
+
+
+def prepare(folder: Path, questions: int = 24) -> Prepared:
+    """Write a model into a folder, and ask it."""
     tokenizer = byte_tokenizer()
     plain = printing_model(tokenizer)
-    asked = clear_questions(plain, tokenizer, questions)
     path = folder / "model.gguf"
     export_gguf(plain, path)
-    model, _ = load_model(
-        None, path, dtype="float32", accelerator="none", cpu_backend="torch", progress=False
-    )
+    return Prepared(path, clear_questions(plain, tokenizer, questions))
+
+
+@contextmanager
+def world(
+    prepared: Prepared,
+    batch: int = 8,
+    queue: int = 256,
+    kv_bytes: int = 1 << 20,
+    prefix_bytes: int = 4 << 20,
+    **settings: Any,
+) -> Iterator[World]:
+    """Serve, and end the server afterwards.
+
+    Args:
+        kv_bytes: by default, less than `batch` answers need.
+        prefix_bytes: by default, less than all answers leave behind.
+        settings: of the engine, such as `accelerator`.
+    """
+    tokenizer = byte_tokenizer()
+    exact = {"dtype": "float32", "cpu_backend": "torch", "progress": False}
+    model, _ = load_model(None, prepared.path, **{"accelerator": "none", **exact, **settings})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    metrics = Metrics(NAME, model.hybrimoe.stats)
     scheduler = Scheduler(
         model,
         tokenizer,
         batch=batch,
         queue=queue,
-        kv_bytes=16 << 20,
+        kv_bytes=kv_bytes,
         prefix_bytes=prefix_bytes,
         piece=64,
+        observer=metrics,
     )
     service = Service(model, tokenizer, NAME, scheduler)
+    service.metrics = metrics
     try:
         with served(service, Access("127.0.0.1")) as port:
-            yield World(port, service, asked)
+            yield World(port, service, prepared.questions)
     finally:
         scheduler.close(0)
         model.hybrimoe.close()
@@ -127,7 +156,7 @@ def clear_questions(model: Any, tokenizer: Any, count: int) -> list[Question]:
                 messages, add_generation_prompt=True, return_dict=False
             )
         text = clear_answer(model, tokenizer, ids)
-        if text is not None:
+        if text is not None and all(text != other.text for other in found):
             found.append(Question(path, {"model": NAME, **body}, text))
     return found
 
