@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 from hybrimoe_plugin.errors import HybriMoEError
-from hybrimoe_plugin.serve.requests import ClosingError, PromptError, QueueFullError
+from hybrimoe_plugin.serve.requests import (
+    ClosingError,
+    LateError,
+    PromptError,
+    QueueFullError,
+)
 
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     422: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 """Status -> what both APIs call it; the others are `api_error`."""
 
@@ -26,12 +37,16 @@ class ApiError(HybriMoEError):
     Attributes:
         status: of the HTTP answer.
         param: the field of the body that is at fault, if it is one.
+        code: OpenAI's name for what is wrong, where it has one.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -42,6 +57,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error))
     if isinstance(error, ClosingError):
         return ApiError(503, str(error))
+    if isinstance(error, LateError):
+        return ApiError(504, str(error))
     if isinstance(error, PromptError):
         return ApiError(400, str(error))
     if isinstance(error, HybriMoEError):
@@ -56,7 +73,7 @@ def openai_body(error: ApiError) -> dict[str, Any]:
             "message": str(error),
             "type": _TYPES.get(error.status, "api_error"),
             "param": error.param,
-            "code": error.status,
+            "code": error.status if error.code is None else error.code,
         }
     }
 
@@ -65,3 +82,12 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     """The body of Anthropic's endpoints."""
     kind = _TYPES.get(error.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+def error_answer(path: str, error: ApiError) -> JSONResponse:
+    """The whole answer, in the form of the API that the path belongs to."""
+    is_anthropic = path.startswith("/v1/messages")
+    body = anthropic_body(error) if is_anthropic else openai_body(error)
+    # Clients of both APIs try again by themselves.
+    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    return JSONResponse(body, status_code=error.status, headers=headers)
