@@ -13,12 +13,12 @@ from typing import Any
 import tiny
 import torch
 from byte_language import byte_tokenizer
-from hybrimoe_plugin.serve.batching.scheduler import Scheduler
-from hybrimoe_plugin.serve.http.layers import Access
 from serving import served
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
+from hybrimoe_plugin.serve.batching.scheduler import Scheduler
+from hybrimoe_plugin.serve.http.layers import Access
 from hybrimoe_plugin.serve.metrics.metrics import Metrics
 from hybrimoe_plugin.serve.service import Service
 
@@ -107,7 +107,6 @@ def world(
     metrics = Metrics(NAME, model.hybrimoe.stats)
     scheduler = Scheduler(
         model,
-        tokenizer,
         batch=batch,
         queue=queue,
         kv_bytes=kv_bytes,
