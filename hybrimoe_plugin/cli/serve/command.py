@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import shlex
@@ -93,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
 def make_scheduler(loaded: Loaded, **options: Any) -> Any:
     """The scheduler of one model (`serve.requests.Scheduling`); tests put another one here."""
-    module = importlib.import_module("hybrimoe_plugin.serve.batching.scheduler")
-    return module.Scheduler(
+    from hybrimoe_plugin.serve.batching.scheduler import Scheduler
+
+    return Scheduler(
         loaded.model,
         piece=loaded.piece,
         decoder=loaded.decoder,

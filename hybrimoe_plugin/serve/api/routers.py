@@ -6,12 +6,22 @@ from collections.abc import Callable
 
 from fastapi import APIRouter
 
-from hybrimoe_plugin.serve.api import chat_completions, completions, metrics, models, status
+from hybrimoe_plugin.serve.api import (
+    chat_completions,
+    completions,
+    messages,
+    metrics,
+    models,
+    responses,
+    status,
+)
 from hybrimoe_plugin.serve.service import Service
 
 ENDPOINTS: tuple[Callable[[Service], APIRouter], ...] = (
     chat_completions.router,
     completions.router,
+    messages.router,
+    responses.router,
     models.router,
     status.router,
     metrics.router,

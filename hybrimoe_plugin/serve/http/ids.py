@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 access = logging.getLogger("hybrimoe_plugin.serve.access")
 """One line for each request, on level INFO: never prompts, answers or keys."""
 
+_NAMES = (b"x-request-id", b"request-id")
+"""As OpenAI and Anthropic call it."""
+
 _SANE = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _LONGEST_PATH = 200
 
@@ -61,7 +64,7 @@ class RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", known.encode()), *self._headers]
+                own = [(name, known.encode()) for name in _NAMES] + self._headers
                 message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
 

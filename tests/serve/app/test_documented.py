@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -21,15 +20,6 @@ PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (curl .*)$", PAGE, re.MULTILINE)
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 KEY = "a-key-of-the-test"
-
-_PARTS = ("hybrimoe_plugin.serve.batching", "hybrimoe_plugin.serve.api.messages")
-
-
-def _lacks(module: str) -> bool:
-    return importlib.util.find_spec(module) is None
-
-
-pytestmark = pytest.mark.skipif(any(map(_lacks, _PARTS)), reason="the server is not complete")
 
 
 @pytest.fixture(scope="module")
