@@ -17,6 +17,7 @@ from serving import served
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
+from hybrimoe_plugin.serve.api.routers import all_routers
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
 from hybrimoe_plugin.serve.http.layers import Access
 from hybrimoe_plugin.serve.metrics.metrics import Metrics
@@ -117,7 +118,8 @@ def world(
     service = Service(model, tokenizer, NAME, scheduler)
     service.metrics = metrics
     try:
-        with served(service, Access("127.0.0.1")) as port:
+        routers = all_routers(service)
+        with served(service, Access("127.0.0.1"), routers=routers) as port:
             yield World(port, service, prepared.questions)
     finally:
         scheduler.close(0)
