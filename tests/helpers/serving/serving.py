@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -111,9 +111,14 @@ def scripted(seconds_per_token: float = 0.0) -> Service:
 
 
 @contextmanager
-def served(service: Service, access: Access, seconds: float = 5.0) -> Iterator[int]:
-    """The port of a server in a thread."""
-    app = build_app(service, light_routers(service))
+def served(
+    service: Service,
+    access: Access,
+    seconds: float = 5.0,
+    routers: Sequence[APIRouter] | None = None,
+) -> Iterator[int]:
+    """The port of a server in a thread; of light endpoints, where no others are given."""
+    app = build_app(service, light_routers(service) if routers is None else routers)
     surround(app, service, access)
     port = listen("127.0.0.1", 0)
     ready = threading.Event()
