@@ -42,9 +42,9 @@ class Window:
         self._samples: deque[tuple[float, Counted]] = deque()
 
     def add(self, at_s: float, counted: Counted) -> None:
-        """Take a sample, and leave old ones out."""
+        """Take a sample, and leave old ones out; the window begins with the first that is left."""
         self._samples.append((at_s, counted))
-        while self._samples[0][0] < at_s - WINDOW_S:
+        while len(self._samples) > 2 and self._samples[1][0] <= at_s - WINDOW_S:
             self._samples.popleft()
 
     def rates(self) -> Rates:

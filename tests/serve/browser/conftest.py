@@ -75,8 +75,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A tiny model whose accelerator is emulated."""
-    path = write(tmp_path_factory.mktemp("tiny"), "mixtral")
+    """A tiny model whose accelerator is emulated; for pictures one with more experts."""
+    changes = None
+    if os.environ.get("HYBRIMOE_SCREENSHOTS"):
+        changes = {"num_hidden_layers": 24, "num_experts": 64, "moe_intermediate_size": 128}
+    path = write(tmp_path_factory.mktemp("tiny"), "qwen3_moe", changes=changes)
     made = injected(path, accelerator="emulated", cache_ratio=0.25)
     yield made
     made.hybrimoe.close()

@@ -28,5 +28,4 @@ async function greet() {
 }
 
 window.addEventListener("pagehide", () => chat.conversation.save());
-await greet();
-chat.composer.focus();
+greet();

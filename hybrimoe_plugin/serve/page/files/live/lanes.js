@@ -3,7 +3,11 @@
 import { byId, element, themed } from "../dom.js";
 import { bytes } from "./bits.js";
 
-const COLOURS = { cpu: "--place-cpu", accelerator: "--place-accelerator", link: "--place-flight" };
+const COLOURS = {
+  cpu: "--cpu-used",
+  accelerator: "--accelerator-used",
+  link: "--in_flight-used",
+};
 const NAMES = { cpu: "CPU", accelerator: "Accelerator", link: "Link" };
 
 /** The strips on the page. */

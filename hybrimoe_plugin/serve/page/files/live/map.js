@@ -5,6 +5,7 @@ import { HEATS, NAMES, PLACES, palette } from "./palette.js";
 
 const LARGEST = 16; // a cell's height in CSS pixels
 const SMALLEST = 4;
+const TALL = 1.3; // of its width, between these
 const COOLING = 0.62; // from sample to sample
 const CALM = 0.2; // how far a cell moves towards its use where less motion is wished for
 
@@ -59,7 +60,7 @@ export class ExpertMap {
     const width = this.canvas.clientWidth;
     if (!width) return; // behind a tab
     const scale = devicePixelRatio;
-    const cell = Math.min(LARGEST, Math.max(SMALLEST, width / this.columns));
+    const cell = Math.min(LARGEST, Math.max(SMALLEST, (TALL * width) / this.columns));
     const height = Math.round(cell * this.rows);
     this.canvas.style.height = `${height}px`;
     this.canvas.width = Math.round(width * scale);
@@ -93,7 +94,9 @@ export class ExpertMap {
     const top = Math.round((row * height) / this.rows);
     const bottom = Math.round(((row + 1) * height) / this.rows);
     this.pen.fillStyle = colour;
-    this.pen.fillRect(left, top, right - left - gap(right - left), bottom - top - gap(bottom - top));
+    const across = right - left;
+    const down = bottom - top;
+    this.pen.fillRect(left, top, across - gap(across), down - gap(down));
   }
 
   cellOf(at) {

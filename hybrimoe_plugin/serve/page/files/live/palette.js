@@ -1,4 +1,4 @@
-// The map's colours: each place, and on the way to the colour of use.
+// The map's colours: each place has one at rest and one in use, and steps between them.
 
 import { themed } from "../dom.js";
 
@@ -9,15 +9,13 @@ export const NAMES = {
   cpu: "CPU",
   flash: "flash",
 };
-const THEME = ["--place-cpu", "--place-accelerator", "--place-flight", "--place-flash"];
 export const HEATS = 5; // from at rest to just used
 
 /** [place * HEATS + heat] colours of the theme as it is now. */
 export function palette() {
-  const spark = channels(themed("--spark"));
-  return THEME.flatMap((name) => {
-    const rest = channels(themed(name));
-    return Array.from({ length: HEATS }, (_, heat) => mixed(rest, spark, heat / (HEATS - 1)));
+  return PLACES.flatMap((name) => {
+    const [rest, used] = [`--${name}`, `--${name}-used`].map((found) => channels(themed(found)));
+    return Array.from({ length: HEATS }, (_, heat) => mixed(rest, used, heat / (HEATS - 1)));
   });
 }
 
@@ -26,6 +24,6 @@ function channels(colour) {
 }
 
 function mixed(from, to, share) {
-  const part = from.map((value, at) => Math.round(value + (to[at] - value) * share * 0.85));
+  const part = from.map((value, at) => Math.round(value + (to[at] - value) * share));
   return `rgb(${part.join(" ")})`;
 }

@@ -63,8 +63,8 @@ export class Panel {
     this.model = model;
     const { layers, experts, accelerator } = model;
     const [across, down] = experts >= layers.length ? ["experts", "layers"] : ["layers", "experts"];
-    byId("map-note").textContent = `${layers.length} layers of ${experts}; ${across} from left `
-      + `to right, ${down} from top to bottom.`;
+    const size = `${layers.length} layers of ${experts} experts`;
+    byId("map-note").textContent = `${size}: ${across} across, ${down} down.`;
     this.legend(model);
     this.map.begin(model);
     this.lanes.begin(model);
@@ -79,7 +79,7 @@ export class Panel {
     this.counts = Object.fromEntries(names.map((name) => [name, element("span")]));
     const item = (name) => element("li", {}, swatch(name), NAMES[name], this.counts[name]);
     const items = names.map(item);
-    items.push(element("li", {}, swatch("used"), "just used"));
+    items.push(element("li", { class: "note" }, "The stronger shade: just used."));
     byId("legend").replaceChildren(...items);
   }
 
@@ -92,8 +92,13 @@ export class Panel {
     }
     const shares = this.lanes.take(sample.lanes);
     this.figures.take({ ...sample, ...shares });
-    work(`${sample.running} answering${sample.waiting ? `, ${sample.waiting} waiting` : ""}`);
+    work(load(sample));
   }
+}
+
+function load({ running, waiting }) {
+  if (!running && !waiting) return "idle";
+  return `${running} answering${waiting ? `, ${waiting} waiting` : ""}`;
 }
 
 function work(text) {
