@@ -28,6 +28,10 @@ class ClosingError(HybriMoEError):
     """The server is being shut down, or has failed, and takes no more requests."""
 
 
+class LateError(HybriMoEError):
+    """An answer took longer than it may take."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How each token is drawn.

@@ -39,6 +39,7 @@ class Service:
         created: when the server began, in seconds since 1970.
         closing: whether the server is being shut down: no new requests; endless answers, such as
             live feeds, end.
+        language: `serve.text.language.Language`, made when it is first needed.
     """
 
     model: Any
@@ -48,3 +49,4 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
     closing: bool = False
+    language: Any = field(default=None, repr=False)

@@ -10,6 +10,7 @@ import torch
 
 from hybrimoe_plugin.cli.chat.options import ChatOptions
 from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.hosts.transformers.chat.encode import encode
 from hybrimoe_plugin.hosts.transformers.chat.template import ChatTemplate
 
 THINK = "<think>\n"
@@ -97,28 +98,5 @@ class Prompts:
             text = "\n".join(message["content"] for message in messages)
         # Templates of models that always think begin the answer themselves.
         opening = THINK if force_think and not text.rstrip().endswith(THINK.strip()) else ""
-        try:
-            encoded = self._tokenizer(
-                text + opening, add_special_tokens=not has_template, return_tensors="pt"
-            )
-            ids = encoded.input_ids
-        except Exception as error:  # tokenizers raise many kinds
-            kind = type(error).__name__
-            raise ConfigError(f"the tokenizer cannot read the prompt ({kind}: {error})") from error
-        assert isinstance(ids, torch.Tensor)
-        if ids.shape[1] == 0:
-            raise ConfigError("the message has no tokens")
-        self._check_known(ids)
+        ids = encode(self._model, self._tokenizer, text + opening, not has_template)
         return Prompt(ids, left_out, opening)
-
-    def _check_known(self, ids: torch.Tensor) -> None:
-        """Raise ConfigError for ids beyond the embedding; native code would read past its end."""
-        table = getattr(self._model, "get_input_embeddings", lambda: None)()
-        rows = getattr(table, "num_embeddings", None)
-        largest = int(ids.max())
-        if rows is not None and largest >= rows:
-            text = self._tokenizer.decode([largest])
-            raise ConfigError(
-                f"the tokenizer gives token {largest} ({text!r}), and the model's embedding has "
-                f"{rows} rows: the tokenizer is another model's"
-            )

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hybrimoe_plugin.errors import HybriMoEError
-from hybrimoe_plugin.serve.requests import ClosingError, PromptError, QueueFullError
+from hybrimoe_plugin.serve.requests import (
+    ClosingError,
+    LateError,
+    PromptError,
+    QueueFullError,
+)
 
 _TYPES = {
     400: "invalid_request_error",
@@ -16,6 +21,7 @@ _TYPES = {
     422: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 """Status -> what both APIs call it; the others are `api_error`."""
 
@@ -26,12 +32,16 @@ class ApiError(HybriMoEError):
     Attributes:
         status: of the HTTP answer.
         param: the field of the body that is at fault, if it is one.
+        code: OpenAI's name for what is wrong, where it has one.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -42,6 +52,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error))
     if isinstance(error, ClosingError):
         return ApiError(503, str(error))
+    if isinstance(error, LateError):
+        return ApiError(504, str(error))
     if isinstance(error, PromptError):
         return ApiError(400, str(error))
     if isinstance(error, HybriMoEError):
@@ -56,7 +68,7 @@ def openai_body(error: ApiError) -> dict[str, Any]:
             "message": str(error),
             "type": _TYPES.get(error.status, "api_error"),
             "param": error.param,
-            "code": error.status,
+            "code": error.status if error.code is None else error.code,
         }
     }
 

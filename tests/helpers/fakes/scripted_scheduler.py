@@ -25,6 +25,7 @@ class ScriptedScheduler:
         requests: all that were submitted.
         full: whether the queue refuses.
         together, context, failed: as of a scheduler.
+        tickets, threads: of the requests.
     """
 
     def __init__(self, tokenizer: Any, text: str, seconds_per_token: float = 0.0) -> None:
@@ -39,6 +40,8 @@ class ScriptedScheduler:
         self._ids = tokenizer.encode(text, add_special_tokens=False)
         self._seconds = seconds_per_token
         self._closed = False
+        self.tickets: list[ScriptedTicket] = []
+        self.threads: list[threading.Thread] = []
 
     def submit(self, request: Request, sink: Sink) -> ScriptedTicket:
         if self._closed:
@@ -48,6 +51,8 @@ class ScriptedScheduler:
         self.requests.append(request)
         ticket = ScriptedTicket()
         thread = threading.Thread(target=self._answer, args=(request, sink, ticket), daemon=True)
+        self.tickets.append(ticket)
+        self.threads.append(thread)
         thread.start()
         return ticket
 

@@ -54,6 +54,53 @@ def test_the_text_is_that_of_transformers(text: str) -> None:
     assert template(text).render(MESSAGES) == right
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_tools_variables_and_a_last_message_to_continue(continues: bool) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    text = (
+        "{{ tools | tojson }}{{ mood }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
+        "{{ add_generation_prompt }}"
+    )
+    (right,), _ = render_jinja_template(
+        [MESSAGES],
+        tools=TOOLS,
+        chat_template=text,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        mood="good",
+    )
+    found = template(text).render(
+        MESSAGES, TOOLS, {"mood": "good"}, not continues, continue_final_message=continues
+    )
+    assert found == right
+
+
+def test_what_the_template_does_not_show_cannot_be_continued() -> None:
+    with pytest.raises(ConfigError, match="cannot be continued"):
+        template("{{ messages[0].content }}").render(MESSAGES, continue_final_message=True)
+
+
+def test_no_message_can_hold_the_place_where_it_is_continued() -> None:
+    made = template("{% for m in messages %}{{ m.content }}{% endfor %}!")
+    doubled = [*MESSAGES, {"role": "user", "content": "x" * 100}]
+    assert made.render(doubled, continue_final_message=True).endswith("x" * 100)
+
+
+def test_variables_do_not_replace_the_conversation() -> None:
+    made = template("{{ messages | length }}{{ tools is none }}")
+    assert made.render(MESSAGES, None, {"messages": [], "tools": 1}) == "2True"
+
+
+def test_conversations_with_tools_may_have_a_template_of_their_own() -> None:
+    made = template({"default": "plain", "tool_use": "tools"})
+    assert (made.render(MESSAGES), made.render(MESSAGES, TOOLS)) == ("plain", "tools")
+    assert made.source == "tools"
+
+
 def test_several_in_a_row_and_named_ones() -> None:
     one = template(
         {"default": "{{ messages | length }}", "tool_use": "{{ raise_exception('no') }}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -43,25 +44,54 @@ class ChatTemplate:
     def exists(self) -> bool:
         return bool(getattr(self._tokenizer, "chat_template", None))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation, with the beginning of the next answer.
+    @property
+    def source(self) -> str:
+        """The template's own text, for conversations with tools; "" without one.
 
         Raises:
-            ConfigError: the template refuses the conversation, is damaged, or exceeds its limits.
+            ConfigError: there are several and none is the default.
+        """
+        return self._source(with_tools=True) if self.exists else ""
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The text of a conversation, with the beginning of the next answer.
+
+        Args:
+            tools: functions that the model may call, each as JSON schema.
+            variables: more that the template may ask for, such as `enable_thinking`.
+            continue_final_message: the text ends where the last message's content does, and the
+                answer continues it.
+
+        Raises:
+            ConfigError: the template refuses the conversation, is damaged, exceeds its limits, or
+                does not show the message that is to be continued.
         """
         special = getattr(self._tokenizer, "special_tokens_map", {})
-        variables = {
+        # Unguessable: no message can hold it.
+        end = secrets.token_hex(16) if continue_final_message else ""
+        if end:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": f"{last.get('content') or ''}{end}"}]
+        values = {
             **{name: str(value) for name, value in special.items() if not isinstance(value, list)},
+            **(variables or {}),
             "messages": list(messages),
-            "tools": None,
+            "tools": None if tools is None else list(tools),
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt and not end,
         }
         with self._lock:
-            found = self._ask({"template": self._source(), "variables": variables})
+            found = self._ask({"template": self._source(bool(tools)), "variables": values})
         if "text" not in found:
             raise ConfigError(self._reason(found))
-        return found["text"]
+        return _before(found["text"], end) if end else found["text"]
 
     def close(self) -> None:
         """End the process. A later rendering starts another."""
@@ -69,10 +99,11 @@ class ChatTemplate:
         if process is not None:
             _end(process)
 
-    def _source(self) -> str:
+    def _source(self, with_tools: bool) -> str:
         template = self._tokenizer.chat_template
         if isinstance(template, Mapping):
-            template = template.get("default")
+            named = template.get("tool_use") if with_tools else None
+            template = template.get("default") if named is None else named
         if not isinstance(template, str):
             raise ConfigError(
                 "the tokenizer has several chat templates and none of them is called default"
@@ -129,6 +160,16 @@ class ChatTemplate:
             "memory": "the model's chat template takes more than the "
             f"{self._nbytes >> 20} MiB of memory that it may take",
         }[found["kind"]]
+
+
+def _before(text: str, end: str) -> str:
+    place = text.rfind(end)
+    if place < 0:
+        raise ConfigError(
+            "the model's chat template does not show the last message as it is: it cannot be "
+            "continued"
+        )
+    return text[:place]
 
 
 def _end(process: subprocess.Popen[str]) -> None:

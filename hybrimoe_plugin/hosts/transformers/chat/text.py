@@ -7,6 +7,10 @@ from typing import Any
 
 _INCOMPLETE = "\ufffd"
 """What a decoder gives for a character of which bytes are missing."""
+_MOST_WAITING = 8
+"""Tokens without text of their own that are decoded again with each new one. A character has four
+bytes at most; without a bound, an answer of broken characters alone would take quadratic time.
+"""
 
 
 class AnswerText:
@@ -19,6 +23,8 @@ class AnswerText:
         tokenizer: of the model.
         write: takes each part of the text, once it is certain.
         stops: strings that end the answer; it ends before them.
+        keep_stop: whether it ends behind them instead.
+        skip_special_tokens: whether tokens that control the model are left out.
 
     Attributes:
         opening: written before the first token; no stop string is looked for in it.
@@ -27,7 +33,12 @@ class AnswerText:
     """
 
     def __init__(
-        self, tokenizer: Any, write: Callable[[str], object], stops: Sequence[str] = ()
+        self,
+        tokenizer: Any,
+        write: Callable[[str], object],
+        stops: Sequence[str] = (),
+        keep_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.opening = ""
         self.text = ""
@@ -35,6 +46,8 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._write = write
         self._stops = tuple(stops)
+        self._keep_stop = keep_stop
+        self._skip_special_tokens = skip_special_tokens
         self._held = ""
         """Decoded and not yet written: it may be the beginning of a stop string."""
         self._ids: list[int] = []
@@ -48,6 +61,9 @@ class AnswerText:
         self._emit(opening)
         self._ids += ids
         self._take(self._decoded(whole_characters=True))
+        if len(self._ids) - self._given > _MOST_WAITING:
+            self._take(self._decoded(whole_characters=False))
+            del self._ids[self._given :]  # those that still have no text never will
 
     def end(self) -> None:
         """Write what was held back."""
@@ -70,15 +86,20 @@ class AnswerText:
         return text[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=self._skip_special_tokens))
 
     def _take(self, text: str) -> None:
         if self.stopped or not text:
             return
         held = self._held + text
-        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
-        self.stopped = bool(places)
-        certain = min(places) if places else len(held) - self._beginning(held)
+        # The first to begin; of several there, the longest.
+        found = [(place, -len(stop)) for stop in self._stops if (place := held.find(stop)) >= 0]
+        self.stopped = bool(found)
+        if found:
+            place, length = min(found)
+            certain = place - length if self._keep_stop else place
+        else:
+            certain = len(held) - self._beginning(held)
         self._held = held[certain:]
         self._emit(held[:certain])
 
