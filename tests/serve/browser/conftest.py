@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import streamed_chat
 import uvicorn
+from byte_language import byte_tokenizer, named_model
+from fastapi import APIRouter
 from loading import injected
-from playwright.sync_api import Browser, Page, sync_playwright
-from scripted_scheduler import ScriptedScheduler, ScriptedTicket
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from scripted_scheduler import ScriptedScheduler
 from tiny import write
 
+from hybrimoe_plugin.serve.api import chat_completions
 from hybrimoe_plugin.serve.api.app import build_app
 from hybrimoe_plugin.serve.live import routes as live
 from hybrimoe_plugin.serve.page import routes as page_routes
-from hybrimoe_plugin.serve.requests import Request, Sink
 from hybrimoe_plugin.serve.service import Service
+
+expect.set_options(timeout=30_000)  # two cores and many tests at once
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (
@@ -32,24 +35,19 @@ FLAGS = (
 
 
 class Told(ScriptedScheduler):
-    """Answers each request with the text that a test has set, and keeps its ticket."""
+    """Answers each request with the text that a test has set."""
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, "", seconds_per_token=0.001)
+        super().__init__(tokenizer, "")
         self.tokenizer = tokenizer
-        self.tickets: list[ScriptedTicket] = []
 
-    def say(self, text: str, seconds_per_token: float = 0.001) -> None:
-        self._ids = self.tokenizer.encode(text)
+    def say(self, text: str, seconds_per_token: float = 0.0) -> None:
+        """A token is a byte."""
+        self._ids = self.tokenizer.encode(text, add_special_tokens=False)
         self._seconds = seconds_per_token
 
-    def submit(self, request: Request, sink: Sink) -> ScriptedTicket:
-        ticket = super().submit(request, sink)
-        self.tickets.append(ticket)
-        return ticket
-
     def asked(self) -> str:
-        """What the newest request's messages are, as JSON."""
+        """The newest request's prompt."""
         return str(self.tokenizer.decode(list(self.requests[-1].prompt)))
 
 
@@ -76,9 +74,9 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A tiny model whose accelerator is emulated; for pictures one with more experts."""
-    changes = None
+    changes = {"vocab_size": 264}
     if os.environ.get("HYBRIMOE_SCREENSHOTS"):
-        changes = {"num_hidden_layers": 24, "num_experts": 64, "moe_intermediate_size": 128}
+        changes |= {"num_hidden_layers": 24, "num_experts": 64, "moe_intermediate_size": 128}
     path = write(tmp_path_factory.mktemp("tiny"), "qwen3_moe", changes=changes)
     made = injected(path, accelerator="emulated", cache_ratio=0.25)
     yield made
@@ -87,22 +85,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def site(model: Any) -> Iterator[Site]:
-    """A server of the page, the feed and a stand-in for the chat."""
+    """A server of the page, the feed and the chat."""
     yield from served(model)
 
 
 @pytest.fixture
 def plain_site() -> Iterator[Site]:
     """The same of a model without experts."""
-    yield from served(object())
+    yield from served(named_model())
+
+
+def models(service: Service) -> APIRouter:
+    """A stand-in: the model's name."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": service.name, "object": "model"}]}
+
+    return routes
 
 
 def served(model: Any) -> Iterator[Site]:
-    tokenizer = streamed_chat.PieceTokenizer()
+    tokenizer = byte_tokenizer()
     scheduler = Told(tokenizer)
     service = Service(model, tokenizer, "tiny-moe", scheduler)
-    routers = [part.router(service) for part in (streamed_chat, live, page_routes)]
-    config = uvicorn.Config(build_app(service, routers), log_level="warning")
+    parts = (models, chat_completions.router, live.router, page_routes.router)
+    app = build_app(service, [part(service) for part in parts])
+    config = uvicorn.Config(app, log_level="warning")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -28,7 +28,7 @@ HOSTILE = {
 
 
 def answered(site: Any, page: Page, text: str) -> Any:
-    site.scheduler._ids = site.scheduler.tokenizer.encode(text + "\n\nend of it")
+    site.scheduler.say(text)
     page.get_by_label("Message").fill("Go")
     page.get_by_label("Message").press("Enter")
     expect(page.locator(".assistant .facts")).to_contain_text("tokens", timeout=60_000)
@@ -37,7 +37,6 @@ def answered(site: Any, page: Page, text: str) -> Any:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_markup_of_an_answer_is_text(site: Any, opened: Open, name: str) -> None:
-    site.scheduler.say("")
     page = opened(site.url)
     outside: list[str] = []
     page.on("request", lambda sent: sent.url.startswith(site.url) or outside.append(sent.url))
@@ -51,7 +50,6 @@ def test_markup_of_an_answer_is_text(site: Any, opened: Open, name: str) -> None
 
 
 def test_characters_that_reorder_text_are_named(site: Any, opened: Open) -> None:
-    site.scheduler.say("")
     page = opened(site.url)
     body = answered(
         site, page, "safe \u202egnp.exe\u202c and \u2066more\u2069\n\n```\n\u202ex\n```"
@@ -62,11 +60,11 @@ def test_characters_that_reorder_text_are_named(site: Any, opened: Open) -> None
 
 
 HUGE = {
-    "a line": "x" * 300_000,
-    "emphasis": "*a _b " * 20_000,
-    "ticks": "`" * 5_000 + "a`" * 5_000,
+    "a line": "x" * 30_000,
+    "emphasis": "*a _b " * 3_000,
+    "ticks": "`" * 5_000 + "a`" * 4_000,
     "quotes": "> " * 3_000 + "deep",
-    "brackets": "[" * 20_000,
+    "brackets": "[" * 15_000,
     "lists": "- " * 4_000 + "x",
     "cells": "|" * 4_000 + "\n" + "|-" * 2_000,
     "empty lines": "- x" + "\n" * 5_000 + "  y",
@@ -77,16 +75,8 @@ HUGE = {
 def test_a_huge_answer_is_shown_and_the_page_stays_usable(
     site: Any, opened: Open, name: str
 ) -> None:
-    text = HUGE[name]
-    site.scheduler.say("", 0.0)
     page = opened(site.url)
-    pieces = [text[at : at + 2_000] for at in range(0, len(text), 2_000)]
-    tokenizer = site.scheduler.tokenizer
-    tokenizer._pieces += pieces
-    site.scheduler._ids = list(range(len(tokenizer._pieces) - len(pieces), len(tokenizer._pieces)))
-    page.get_by_label("Message").fill("Go")
-    page.get_by_label("Message").press("Enter")
-    expect(page.locator(".assistant .facts")).to_contain_text("tokens", timeout=60_000)
+    answered(site, page, HUGE[name])
     assert page.evaluate(WIDTH) <= page.evaluate("innerWidth")
     page.get_by_label("Message").fill("still here")
     expect(page.get_by_label("Message")).to_have_value("still here")

@@ -1,7 +1,7 @@
 // The conversation: asking, stopping, asking again.
 
 import { byId, element } from "../dom.js";
-import { answer } from "../net/api.js";
+import { answer, modelName } from "../net/api.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { Answer, question } from "./message.js";
@@ -17,7 +17,7 @@ const SUGGESTIONS = [
 export class Chat {
   constructor(settings) {
     this.settings = settings;
-    this.model = "default";
+    this.model = ""; // until the server has said
     this.running = null; // AbortController of the answer that is being written
     this.conversation = new Conversation();
     this.composer = new Composer((text) => this.ask(text), () => this.stop());
@@ -54,8 +54,7 @@ export class Chat {
     shown.busy = this.composer.busy = true;
     this.scroll.toEnd();
     this.say("Answering.");
-    const body = { model: this.model, messages, ...settings.sampling() };
-    await this.write(turn, shown, body, running);
+    await this.write(turn, shown, { messages, ...settings.sampling() }, running);
     shown.busy = false;
     conversation.save();
     if (this.running !== running) return; // another one has begun
@@ -75,6 +74,7 @@ export class Chat {
       shown.grow(() => this.scroll.grown());
     };
     try {
+      body.model = this.model || await modelName();
       const { finish, usage } = await answer(body, running.signal, heard);
       if (finish === "length") turn.note = "cut off: the limit of tokens is reached";
       turn.facts = facts(usage, asked, first);
