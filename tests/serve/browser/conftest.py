@@ -17,6 +17,8 @@ from fastapi import APIRouter
 from loading import injected
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from scripted_scheduler import ScriptedScheduler
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from tiny import write
 
 from hybrimoe_plugin.serve.api import chat_completions
@@ -90,6 +92,28 @@ def site(model: Any) -> Iterator[Site]:
 
 
 @pytest.fixture
+def locked_site(model: Any) -> Iterator[Site]:
+    """The same where all but the page itself needs a key."""
+    yield from served(model, Locked)
+
+
+class Locked:
+    """Wants the key `secret`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "/")
+        has_key = (b"authorization", b"Bearer secret") in scope.get("headers", ())
+        if has_key or path == "/" or path.startswith("/page/"):
+            await self.app(scope, receive, send)
+            return
+        error = {"error": {"message": "this server needs a key"}}
+        await JSONResponse(error, 401)(scope, receive, send)
+
+
+@pytest.fixture
 def plain_site() -> Iterator[Site]:
     """The same of a model without experts."""
     yield from served(named_model())
@@ -106,13 +130,13 @@ def models(service: Service) -> APIRouter:
     return routes
 
 
-def served(model: Any) -> Iterator[Site]:
+def served(model: Any, around: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> Iterator[Site]:
     tokenizer = byte_tokenizer()
     scheduler = Told(tokenizer)
     service = Service(model, tokenizer, "tiny-moe", scheduler)
     parts = (models, chat_completions.router, live.router, page_routes.router)
     app = build_app(service, [part(service) for part in parts])
-    config = uvicorn.Config(app, log_level="warning")
+    config = uvicorn.Config(around(app), log_level="warning")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -131,14 +155,18 @@ def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
     errors: list[str] = []
     contexts = []
 
-    def make(url: str, **options: Any) -> Page:
+    def make(url: str, forgiven: str = "", **options: Any) -> Page:
+        def heard(text: str) -> None:
+            if not forgiven or forgiven not in text:
+                errors.append(text)
+
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-        page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
+        page.on("pageerror", lambda error: heard(str(error)))
+        page.on("console", lambda said: said.type == "error" and heard(said.text))
+        page.on("dialog", lambda dialog: (heard(dialog.message), dialog.dismiss()))
         page.goto(url)
         return page
 

@@ -144,3 +144,23 @@ def test_thinking_is_folded_away(site: Any, opened: Open) -> None:
     expect(page.get_by_text("Let me see.")).to_be_hidden()
     page.get_by_text("Thinking").click()
     expect(page.get_by_text("Let me see.")).to_be_visible()
+
+
+def test_a_server_with_a_key_asks_for_it(locked_site: Any, opened: Open) -> None:
+    locked_site.scheduler.say(ANSWER)
+    page = opened(locked_site.url, forgiven="401")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.keyboard.type("secret")
+    page.keyboard.press("Enter")
+    expect(page.locator("#greeting")).to_have_text("Ask tiny-moe")
+    expect(page.locator("#legend li").first).to_be_visible()
+    ask(page, "Hello")
+    expect(page.locator(".assistant .body")).to_have_text("The capital is Paris.")
+
+
+def test_a_wrong_key_is_asked_for_again(locked_site: Any, opened: Open) -> None:
+    page = opened(locked_site.url, forgiven="401")
+    page.get_by_label("API key").fill("wrong")
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_label("API key")).to_be_focused()
+    assert page.locator("dialog[open]").count() == 1
