@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.policy.step import Computed
 
+Times = NDArray[np.float64]
 NAMES = ("cpu", "accelerator", "link")
 PIECES = 100
 """Of the window."""
@@ -18,7 +19,8 @@ class Lanes:
     """Adds up calls on an engine's clock.
 
     A measured call knows when it began and ended, but not when each part of the machine was done:
-    as in a timeline, planned times are scaled to the measured one. Transfers have predicted times.
+    planned times are scaled to the measured one. Where the accelerator computes alone, nobody waits
+    for it, so its times are as planned; those of transfers always are.
 
     Args:
         window_us: what is shown, up to now.
@@ -26,7 +28,7 @@ class Lanes:
 
     def __init__(self, window_us: float) -> None:
         self._piece_us = window_us / PIECES
-        self._busy = np.zeros((len(NAMES), 2 * PIECES))
+        self._busy: Times = np.zeros((len(NAMES), 2 * PIECES))
         """Microseconds in each piece of time: the window, then what is predicted behind it."""
         self._first = 0
         """Number of the first of these pieces, counted from the clock's zero."""
@@ -41,7 +43,8 @@ class Lanes:
         makespans, cpu, accelerator = np.array(plans).T
         begun = np.array([call.start_us for call in calls])
         spent = np.array([call.spent_us for call in calls])
-        scales = np.divide(spent, makespans, out=np.zeros_like(spent), where=makespans > 0)
+        waited = (cpu > 0) & (makespans > 0)
+        scales = np.divide(spent, makespans, out=np.ones_like(spent), where=waited)
         sent = [
             move[3:] for call in calls for moves in (call.step.moves, call.ahead) for move in moves
         ]
@@ -50,9 +53,10 @@ class Lanes:
         self._busy[1] += self._in_pieces(begun, begun + accelerator * scales)
         self._busy[2] += self._in_pieces(from_us, until_us)
 
-    def shares(self) -> NDArray[np.float64]:
+    def shares(self) -> Times:
         """[3, 100] busy share of each piece, oldest first, 0 to 1."""
-        return np.minimum(self._busy[:, :PIECES] / self._piece_us, 1.0)
+        shares: Times = np.minimum(self._busy[:, :PIECES] / self._piece_us, 1.0)
+        return shares
 
     def _move(self, first: int) -> None:
         by = first - self._first
@@ -62,20 +66,19 @@ class Lanes:
         kept = self._busy[:, by:]
         self._busy = np.pad(kept, ((0, 0), (0, self._busy.shape[1] - kept.shape[1])))
 
-    def _in_pieces(
-        self, starts: NDArray[np.float64], ends: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _in_pieces(self, starts: Times, ends: Times) -> Times:
         """[200] microseconds that spans of time [N] have in each piece."""
         origin_us = self._first * self._piece_us  # small numbers lose no digits in sums
-        edges = np.arange(self._busy.shape[1] + 1) * self._piece_us
+        edges: Times = np.arange(self._busy.shape[1] + 1) * self._piece_us
         # What lies before an edge, summed over all spans; its growth from edge to edge.
-        return np.diff(_since(starts - origin_us, edges) - _since(ends - origin_us, edges))
+        before: Times = _since(starts - origin_us, edges) - _since(ends - origin_us, edges)
+        return np.diff(before)
 
 
-def _since(times: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+def _since(times: Times, edges: Times) -> Times:
     """For each edge, the sum of how long ago all earlier times are."""
     times = np.sort(times)
     sums = np.concatenate([[0.0], np.cumsum(times)])
     earlier = np.searchsorted(times, edges)
-    since: NDArray[np.float64] = earlier * edges - sums[earlier]
+    since: Times = earlier * edges - sums[earlier]
     return since

@@ -82,13 +82,10 @@ class EngineSource:
         names = [engine.accelerator.name for engine in engines if engine.accelerator is not None]
         self.accelerator = names[0] if names else "none"
         self.window_us = EMULATED_WINDOW_US if emulated else WINDOW_US
-        self.begin()
-        self.end()
+        self._begin_anew()
 
     def begin(self) -> None:
-        self._window = Window()
-        self._lanes = [Lanes(self.window_us) for _ in self._engines]
-        self._counters = [engine.controller.counters.snapshot() for engine in self._engines]
+        self._begin_anew()
         for engine, log in zip(self._engines, self._logs, strict=True):
             log.clear()
             engine.watcher = log.append
@@ -108,6 +105,11 @@ class EngineSource:
             lanes=np.max([lanes.shares() for lanes in self._lanes], axis=0),
             rates=self._window.rates(),
         )
+
+    def _begin_anew(self) -> None:
+        self._window = Window()
+        self._lanes = [Lanes(self.window_us) for _ in self._engines]
+        self._counters = [engine.controller.counters.snapshot() for engine in self._engines]
 
     def _used(self, news: Sequence[Sequence[Computed]]) -> NDArray[np.bool_]:
         experts: list[set[int]] = [set() for _ in self.layers]

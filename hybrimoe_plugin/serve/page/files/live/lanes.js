@@ -25,8 +25,8 @@ export class Lanes {
     const span = window >= 1000 ? "second" : `${window} ms`;
     byId("lanes-note").textContent = emulated
       ? `Last ${span} of emulated time: there is no such accelerator here.`
-      : `Experts alone, last ${span}: measured per call${
-        names.length > 1 ? ", shared out as planned; the link as predicted" : ""}.`;
+      : `Experts alone, last ${span}: the CPU measured per call${
+        names.length > 1 ? ", accelerator and link as planned" : ""}.`;
   }
 
   /** Show a sample; gives each lane's share of the window. */
