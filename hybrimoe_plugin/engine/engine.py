@@ -34,9 +34,8 @@ from hybrimoe_plugin.engine.view import (
 )
 from hybrimoe_plugin.engine.waves import Waves
 from hybrimoe_plugin.errors import BudgetError
-from hybrimoe_plugin.policy.controller import Controller, Step
-from hybrimoe_plugin.policy.schedule import simulate
-from hybrimoe_plugin.policy.step import Rows
+from hybrimoe_plugin.policy.controller import Controller, Move, Step
+from hybrimoe_plugin.policy.step import Computed, Rows, whole_call
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
@@ -77,6 +76,8 @@ class Engine:
         self.look_ahead = look_ahead if accelerator is not None else 0
         self.timeline: Timeline | None = None
         self.recorder: Callable[[CallRecord], None] | None = None
+        self.watcher: Callable[[Computed], None] | None = None
+        """Told of every call; unlike a recorder it changes nothing. Quick, and never raises."""
         self.rows: Rows | None = None
         """Those of the pass that is running, as `HybriMoE.run_rows` was told; None without them."""
         self.verify = verify
@@ -180,9 +181,9 @@ class Engine:
             looks_ahead = controller.looks_ahead
             scored = seen.routing.scored if looks_ahead else None
             step = controller.hit(layer, seen.chosen, now_us, scored)
-            self._look_ahead(step, seen, now_us, looks_ahead)
+            ahead = self._look_ahead(step, seen, now_us, looks_ahead)
             controller.finish(step)
-            self._pass_time(step, now_us)
+            self._pass_time(step, ahead, now_us)
             self._unfinished = False
         except BaseException:
             with contextlib.suppress(Exception):
@@ -230,14 +231,14 @@ class Engine:
         if self._waves is not None:
             output = self._waves.compute(step, hidden, scored.ids, call.weights, sent)
         self._note_time_between(layer, tokens, now_us)
-        self._look_ahead(step, seen, now_us)
+        ahead = self._look_ahead(step, seen, now_us)
         from_cpu = self.cpu.sync() if submitted else None
         self.controller.finish(step)
         if from_cpu is not None:
             from_cpu = self._to_device(from_cpu.to(hidden.dtype), hidden.device)
             output = from_cpu if output is None else output + from_cpu
         assert output is not None, "a plan covers every routed expert"
-        self._pass_time(step, now_us)
+        self._pass_time(step, ahead, now_us)
         return output
 
     def _compute_whole(self, layer: int, call: Routing) -> torch.Tensor:
@@ -247,15 +248,14 @@ class Engine:
         """
         now_us = self.clock.now_us()
         output: torch.Tensor = self.cpu.compute(layer, *call)  # type: ignore[attr-defined]
-        counters = self.controller.counters
         tokens, chosen = call.ids.shape
         if tokens > 1:
             chosen = int(np.count_nonzero(np.bincount(call.ids.numpy().reshape(-1))))
-        counters.calls += 1
-        counters.tokens += tokens
-        counters.activations += chosen
-        counters.experts_cpu += chosen
-        counters.moe_us += self.clock.now_us() - now_us
+        spent_us = self.clock.now_us() - now_us
+        self.controller.counters.count_whole(tokens, chosen, spent_us)
+        watcher = self.watcher  # another thread may take it away
+        if watcher is not None:
+            watcher(whole_call(layer, call.ids.numpy(), now_us, spent_us))
         return output
 
     def _clean_up(self) -> None:
@@ -308,7 +308,9 @@ class Engine:
         what = "out of memory on %s: the cache shrinks from %d to %d experts"
         log.warning(what, self.accelerator.device, before, left)
 
-    def _look_ahead(self, step: Step, seen: HostView, now_us: float, wanted: bool = False) -> None:
+    def _look_ahead(
+        self, step: Step, seen: HostView, now_us: float, wanted: bool = False
+    ) -> Sequence[Move]:
         """Prefetch what the next layers are predicted to need, while this one is computed.
 
         Args:
@@ -321,17 +323,14 @@ class Engine:
         if recorder is not None:
             recorder(seen.record(layer, found))
         if self._waves is None:
-            return
+            return ()
         predicted = list(enumerate(loads_of_each(found), layer + 1))
         moves = self.controller.look_ahead(step, predicted, now_us)
-        if not moves:
-            return
         self._waves.onload(moves, ahead=True)
-        if self.timeline is not None:
-            self.timeline.transfers(moves)
+        return moves
 
-    def _pass_time(self, step: Step, now_us: float) -> None:
-        """Advance the clock over this call and draw it."""
+    def _pass_time(self, step: Step, ahead: Sequence[Move], now_us: float) -> None:
+        """Advance the clock over this call and show it."""
         costs, plan = self.controller.costs, step.plan
         if isinstance(self.clock, SimulatedClock):
             spent_us = plan.makespan_us
@@ -343,8 +342,9 @@ class Engine:
                 planned_us = max(ended_us, now_us + plan.makespan_us)
                 self._inter_layer.end(step.layer, step.tokens, planned_us)
         self.controller.counters.moe_us += spent_us
+        call = Computed(step, ahead, now_us, spent_us)
         if self.timeline is not None:
-            run = simulate(plan, step.routed, costs.for_rows(step.few), 0.0)
-            emulated = self.clock.emulated
-            self.timeline.layer_call(step.layer, now_us, spent_us, run, emulated=emulated)
-            self.timeline.transfers(step.moves)
+            self.timeline.layer_call(call, costs, self.clock.emulated)
+        watcher = self.watcher
+        if watcher is not None:
+            watcher(call)

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import IO
 
 from hybrimoe_plugin.engine.run_limits import RunLimits
-from hybrimoe_plugin.policy.schedule import Simulation
-from hybrimoe_plugin.policy.step import Move
+from hybrimoe_plugin.policy.costs import CostModel
+from hybrimoe_plugin.policy.schedule import simulate
+from hybrimoe_plugin.policy.step import Computed, Move
 
 _TRACKS = ("cpu", "accelerator", "link")
 
@@ -49,10 +50,11 @@ class Timeline:
                 {"ph": "M", "name": "thread_name", "pid": 1, "tid": track, "args": {"name": name}}
             )
 
-    def layer_call(
-        self, layer: int, start_us: float, spent_us: float, run: Simulation, emulated: bool
-    ) -> None:
-        """Draw the experts of one call on the tracks of CPU and accelerator."""
+    def layer_call(self, call: Computed, costs: CostModel, emulated: bool) -> None:
+        """Draw one call: its experts on CPU and accelerator, and all that was sent meanwhile."""
+        step, ahead, start_us, spent_us = call
+        layer = step.layer
+        run = simulate(step.plan, step.routed, costs.for_rows(step.few), 0.0)
         with self._lock:
             if self._file is None:
                 return
@@ -66,11 +68,8 @@ class Timeline:
             begin_us = start_us + piece.start_us * scale
             piece_us = (piece.end_us - piece.start_us) * scale
             self._slice(piece.lane, layer, piece.expert, begin_us, piece_us, label)
-
-    def transfers(self, moves: Iterable[Move]) -> None:
-        """Draw experts crossing the link, at the predicted times."""
-        for layer, expert, _, start_us, end_us in moves:
-            self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
+        self._transfers(step.moves)
+        self._transfers(ahead)
 
     def summary(self) -> str:
         """One line on what limited the run, and where the file is."""
@@ -99,6 +98,11 @@ class Timeline:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _transfers(self, moves: Iterable[Move]) -> None:
+        """Draw experts crossing the link, at the predicted times."""
+        for layer, expert, _, start_us, end_us in moves:
+            self._slice("link", layer, expert, start_us, end_us - start_us, "predicted")
 
     def _slice(
         self, track: str, layer: int, expert: int, start_us: float, spent_us: float, label: str

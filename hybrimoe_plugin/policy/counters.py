@@ -67,6 +67,14 @@ class Counters:
         self.experts_cpu += len(plan.cpu)
         self.experts_accelerator += len(plan.accelerator)
 
+    def count_whole(self, tokens: int, needed: int, spent_us: float) -> None:
+        """A layer call that the CPU has computed unplanned. Mutates."""
+        self.calls += 1
+        self.tokens += tokens
+        self.activations += needed
+        self.experts_cpu += needed
+        self.moe_us += spent_us
+
     def snapshot(self) -> Counters:
         return replace(self)
 

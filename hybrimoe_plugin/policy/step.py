@@ -44,6 +44,18 @@ class Step(NamedTuple):
         return self.tokens > 1 and not self.few
 
 
+class Computed(NamedTuple):
+    """A layer call that has been computed, for whoever watches."""
+
+    step: Step
+    """With an empty `routed` where nothing was planned."""
+    ahead: Sequence[Move]
+    """What was sent for later layers meanwhile."""
+    start_us: float
+    """On the engine's clock."""
+    spent_us: float
+
+
 class Lenders(NamedTuple):
     """Layers that may lose a slot to a newcomer, if layers share slots."""
 
@@ -103,3 +115,15 @@ def loads(ids: NDArray[np.int64]) -> dict[int, int]:
     counts = np.bincount(ids.ravel())
     experts = np.flatnonzero(counts)
     return dict(zip(experts.tolist(), counts[experts].tolist(), strict=True))
+
+
+def whole_call(layer: int, ids: NDArray[np.int64], start_us: float, spent_us: float) -> Computed:
+    """A call that the CPU has computed unplanned.
+
+    Args:
+        ids: [T, K]
+    """
+    experts = tuple(loads(ids))
+    plan = LayerPlan(experts, (), (), spent_us, spent_us, 0.0, 0.0)
+    step = Step(layer, len(ids), (), plan, (), few=1 < len(ids) <= FEW_ROWS)
+    return Computed(step, (), start_us, spent_us)

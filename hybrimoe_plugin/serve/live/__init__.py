@@ -1,0 +1,1 @@
+"""The engine as it works, for whoever watches: places of experts, busy lanes, rates."""
