@@ -15,6 +15,8 @@ from hybrimoe_plugin.serve.api import (
     responses,
     status,
 )
+from hybrimoe_plugin.serve.live import routes as live
+from hybrimoe_plugin.serve.page import routes as page
 from hybrimoe_plugin.serve.service import Service
 
 ENDPOINTS: tuple[Callable[[Service], APIRouter], ...] = (
@@ -25,6 +27,8 @@ ENDPOINTS: tuple[Callable[[Service], APIRouter], ...] = (
     models.router,
     status.router,
     metrics.router,
+    live.router,
+    page.router,
 )
 
 
