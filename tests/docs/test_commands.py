@@ -70,10 +70,10 @@ BY_HAND = {
 }
 """Make targets that CI does not call."""
 
-BY_SERVER = {"curl": "tests/serve/app/test_documented.py"}
-"""Programs that talk to a server, and what runs all such lines."""
+BY_SERVER = {"curl": ("tests/serve/app/test_documented.py", ".ci/run")}
+"""Programs that talk to a server, and what runs all such lines of a page."""
 
-SHELL = (".", "cd", "export", "git", "pre-commit", "source")
+SHELL = (".", "cd", "export", "git", "kill", "pre-commit", "source")
 """Not this project's."""
 
 
@@ -84,7 +84,7 @@ class Command(NamedTuple):
     @property
     def words(self) -> list[str]:
         """Without comment, redirection, environment and the environment's folder."""
-        words = shlex.split(self.text, comments=True)
+        words = [word for word in shlex.split(self.text, comments=True) if word != "&"]
         if ">" in words:
             words = words[: words.index(">")]
         words[0] = re.sub(r"^\.venv[\w-]*/bin/", "", words[0])
@@ -153,7 +153,8 @@ def test_a_command_is_run_somewhere(command: Command, monkeypatch: pytest.Monkey
     if words[0] == "pip":
         check_pins(command)
     elif words[0] in BY_SERVER:
-        assert command.page in (ROOT / BY_SERVER[words[0]]).read_text(encoding="utf-8")
+        runners = BY_SERVER[words[0]]
+        assert any(command.page in (ROOT / name).read_text(encoding="utf-8") for name in runners)
     elif words[0] == "make":
         # CI types the README's commands.
         called = [(ROOT / name).read_text(encoding="utf-8") for name in (".ci/run", "README.md")]
