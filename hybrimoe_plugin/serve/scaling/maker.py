@@ -1,0 +1,48 @@
+"""How a replica comes by its application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+
+from starlette.types import ASGIApp
+
+from hybrimoe_plugin.errors import ConfigError
+
+MakeApp = Callable[[Sequence[str], int], AbstractContextManager[ASGIApp]]
+"""(command line, threads) -> the application, within `with`; the model is loaded for so long.
+
+The command line's own number of threads goes first. Called once in each replica's process.
+"""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A function that makes the application, by name: replicas run in other processes.
+
+    Attributes:
+        function: `module:name` of a `MakeApp`.
+        arguments: what `hybrimoe serve` would be given.
+    """
+
+    function: str
+    arguments: tuple[str, ...] = ()
+
+    def find(self) -> MakeApp:
+        """Import the function.
+
+        Raises:
+            ConfigError: there is no such function.
+        """
+        module, _, name = self.function.partition(":")
+        try:
+            found: MakeApp = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"no function {self.function}: {error}") from None
+        return found
+
+    def make(self, threads: int) -> AbstractContextManager[ASGIApp]:
+        """The application, with the model loaded."""
+        return self.find()(self.arguments, threads)
