@@ -33,6 +33,10 @@ ROUTER = "hybrimoe_plugin.serve.scaling.router.ConversationRouter"
 HEALTH = Call("GET", "/health", b"", ((b"host", b"localhost"),), b"")
 ASK_S = 5.0
 """Most that a replica may take to answer for its health or its metrics."""
+SPARE = 8
+"""Questions for health or metrics that a busy replica answers at once."""
+OPEN = 1000
+"""Requests that an ingress refuses, or answers for all replicas, while as many wait as may."""
 HEALTH_S = 5.0
 """Between two such questions of Ray; after three that failed, the replica is replaced."""
 QUIET = {"enable_access_log": False}
@@ -108,10 +112,13 @@ class RayReplicas:
 
     async def ask_all(self, call: Call) -> list[Answer]:
         asked = self._handle.broadcast("answer_whole", call)
-        try:
-            told = await asked.results_async(timeout_s=ASK_S, return_exceptions=True)
-        except TimeoutError:
-            raise ApiError(503, f"a replica did not answer within {ASK_S:g} s") from None
+        task = asyncio.ensure_future(asked.results_async(return_exceptions=True))
+        # Its own time limit does not hold: it waits for what it has cancelled.
+        await asyncio.wait({task}, timeout=ASK_S)
+        if not task.done():
+            task.cancel()
+            raise ApiError(503, f"a replica did not answer within {ASK_S:g} s")
+        told = task.result()
         return [answer for answer in told if isinstance(answer, Answer)]
 
 
@@ -119,10 +126,14 @@ def application(maker: Maker, scale: Scale, placement: Placement) -> Any:
     """What `serve.run` takes."""
     replicas = serve.deployment(Replica).options(
         **_numbers(scale, placement),
-        max_ongoing_requests=scale.requests,
+        max_ongoing_requests=scale.requests + SPARE,
         max_queued_requests=scale.queue,
         ray_actor_options={"num_cpus": placement.cpus, "num_gpus": placement.gpus},
-        request_router_config={"request_router_class": ROUTER, "max_backoff_s": 0.1},
+        request_router_config={
+            "request_router_class": ROUTER,
+            "request_router_kwargs": {"requests": scale.requests},
+            "max_backoff_s": 0.1,
+        },
         graceful_shutdown_timeout_s=scale.drain_s,
         health_check_period_s=HEALTH_S,
         max_constructor_retry_count=2,
@@ -130,7 +141,7 @@ def application(maker: Maker, scale: Scale, placement: Placement) -> Any:
     )
     ingress = serve.deployment(Ingress).options(
         num_replicas=scale.ingresses,
-        max_ongoing_requests=scale.queue + scale.requests * placement.most,
+        max_ongoing_requests=OPEN + scale.queue + scale.requests * placement.most,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=scale.drain_s,
         logging_config=QUIET,

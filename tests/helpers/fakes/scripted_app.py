@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -43,11 +44,13 @@ class Waiting:
 
 @contextmanager
 def make_app(arguments: Sequence[str], threads: int) -> Iterator[FastAPI]:
-    """A `MakeApp`: answers `arguments[0]`, a token each `arguments[1]` seconds."""
-    text, seconds = arguments
-    scheduler = ScriptedScheduler(Letters(), text, float(seconds))
+    """A `MakeApp`: answers `arguments[0]`.
+
+    A request with the field `hold` goes on after its first token when a file of this name is there.
+    """
+    scheduler = ScriptedScheduler(Letters(), arguments[0])
     app = FastAPI()
-    state: dict[str, Any] = {"healthy": True, "cancelled": 0, "answers": 0}
+    state: dict[str, Any] = {"healthy": True, "running": 0, "cancelled": 0}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -78,7 +81,7 @@ def make_app(arguments: Sequence[str], threads: int) -> Iterator[FastAPI]:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
         body = await request.json()
-        pieces = _answer(scheduler, state)
+        pieces = _held(body.get("hold"), _answer(scheduler, state))
         if body.get("stream"):
             return StreamingResponse(pieces, media_type="text/event-stream")
         whole = [piece async for piece in pieces]
@@ -87,16 +90,28 @@ def make_app(arguments: Sequence[str], threads: int) -> Iterator[FastAPI]:
     yield app
 
 
-async def _answer(scheduler: ScriptedScheduler, state: dict[str, Any]) -> AsyncIterator[str]:
+async def _held(gate: str | None, pieces: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    try:
+        async for piece in pieces:
+            yield piece
+            while gate and not Path(gate).exists():
+                await asyncio.sleep(0.01)
+    finally:
+        await pieces.aclose()
+
+
+async def _answer(scheduler: ScriptedScheduler, state: dict[str, Any]) -> AsyncGenerator[str, None]:
     sink = Waiting()
     ticket = scheduler.submit(Asked("1", (1,), sampling=Sampling()), sink)
+    state["running"] += 1
     ended = False
     try:
         while isinstance(item := await sink.items.get(), Token):
-            yield f"data: {json.dumps(chr(item.id))}\n\n"
+            chunk = {"choices": [{"index": 0, "delta": {"content": chr(item.id)}}]}
+            yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
-        state["answers"] += 1
         ended = True
     finally:
         ticket.cancel()
+        state["running"] -= 1
         state["cancelled"] += not ended
