@@ -37,6 +37,9 @@ class Service:
         tokenizer: of the model.
         name: the model's, as clients see it.
         created: when the server began, in seconds since 1970.
+        metrics: a `serve.metrics.Metrics`, which the scheduler tells; None for none.
+        closing: whether the server is being shut down: no new requests; endless answers, such as
+            live feeds, end.
     """
 
     model: Any
@@ -45,3 +48,5 @@ class Service:
     scheduler: Scheduling
     limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
+    metrics: Any = None
+    closing: bool = False

@@ -1,4 +1,4 @@
-"""Flags of `hybrimoe local_chat` that are neither the engine's nor those for targets on flash."""
+"""Flags of chat and server that are neither the engine's nor those for targets on flash."""
 
 from __future__ import annotations
 
@@ -151,6 +151,11 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     )
     add_chat_flag(group, "seed")
     add_switch(group, "force_think", "begin every answer with <think>")
+    add_piece(group)
+
+
+def add_piece(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for the pieces of long prompts."""
     add_flag(
         group,
         "chunk_prefill_size",
@@ -250,5 +255,5 @@ def asks_for_greedy(args: argparse.Namespace) -> str | None:
 def fill_in(args: argparse.Namespace) -> None:
     """Give the flags that were left out their defaults. Mutates."""
     for name, value in _UNLESS_GIVEN.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)

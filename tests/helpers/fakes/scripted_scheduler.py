@@ -39,6 +39,8 @@ class ScriptedScheduler:
         self._ids = tokenizer.encode(text, add_special_tokens=False)
         self._seconds = seconds_per_token
         self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._tickets: list[ScriptedTicket] = []
 
     def submit(self, request: Request, sink: Sink) -> ScriptedTicket:
         if self._closed:
@@ -48,6 +50,8 @@ class ScriptedScheduler:
         self.requests.append(request)
         ticket = ScriptedTicket()
         thread = threading.Thread(target=self._answer, args=(request, sink, ticket), daemon=True)
+        self._threads.append(thread)
+        self._tickets.append(ticket)
         thread.start()
         return ticket
 
@@ -56,6 +60,13 @@ class ScriptedScheduler:
 
     def close(self, seconds: float) -> None:
         self._closed = True
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        for ticket in self._tickets:
+            ticket.cancel()
+        for thread in self._threads:
+            thread.join()
 
     def _answer(self, request: Request, sink: Sink, ticket: ScriptedTicket) -> None:
         sink.started(self.cached_tokens)
