@@ -10,13 +10,13 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from hybrimoe_plugin.serve.api.errors import ApiError
+from hybrimoe_plugin.serve.http.layers import surround_ingress
 from hybrimoe_plugin.serve.requests import QueueFullError
 from hybrimoe_plugin.serve.scaling import in_process
-from hybrimoe_plugin.serve.scaling.forwarding import Forwarding, forward
+from hybrimoe_plugin.serve.scaling.forwarding import Forwarding, ingress
 from hybrimoe_plugin.serve.scaling.maker import Maker
 from hybrimoe_plugin.serve.scaling.messages import (
     Accepted,
@@ -27,7 +27,7 @@ from hybrimoe_plugin.serve.scaling.messages import (
     ReplicaLostError,
     Start,
 )
-from hybrimoe_plugin.serve.scaling.placement import Placement, Scale
+from hybrimoe_plugin.serve.scaling.placement import Front, Placement, Scale
 
 ROUTER = "hybrimoe_plugin.serve.scaling.router.ConversationRouter"
 HEALTH = Call("GET", "/health", b"", ((b"host", b"localhost"),), b"")
@@ -81,12 +81,13 @@ class Replica:
 class Ingress:
     """Takes requests of clients; any number of them agree on where each belongs."""
 
-    def __init__(self, replicas: Any, limits: Forwarding) -> None:
-        self._replicas = RayReplicas(replicas)
-        self._limits = limits
+    def __init__(self, replicas: Any, front: Front) -> None:
+        self._app = ingress(RayReplicas(replicas), Forwarding(wait_s=front.wait_s))
+        surround_ingress(self._app, front.body_bytes, front.access)
 
-    async def __call__(self, request: Request) -> Response:
-        return await forward(request, self._replicas, self._limits)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Ray after the constructor."""
+        return self._app
 
 
 class RayReplicas:
@@ -122,7 +123,7 @@ class RayReplicas:
         return [answer for answer in told if isinstance(answer, Answer)]
 
 
-def application(maker: Maker, scale: Scale, placement: Placement) -> Any:
+def application(maker: Maker, front: Front, scale: Scale, placement: Placement) -> Any:
     """What `serve.run` takes."""
     replicas = serve.deployment(Replica).options(
         **_numbers(scale, placement),
@@ -139,15 +140,15 @@ def application(maker: Maker, scale: Scale, placement: Placement) -> Any:
         max_constructor_retry_count=2,
         logging_config=QUIET,
     )
-    ingress = serve.deployment(Ingress).options(
+    entrance = serve.deployment(serve.ingress()(Ingress)).options(
+        name="Ingress",
         num_replicas=scale.ingresses,
         max_ongoing_requests=OPEN + scale.queue + scale.requests * placement.most,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=scale.drain_s,
         logging_config=QUIET,
     )
-    limits = Forwarding(wait_s=scale.wait_s)
-    return ingress.bind(replicas.bind(maker, placement.cpus), limits)
+    return entrance.bind(replicas.bind(maker, placement.cpus), front)
 
 
 def _numbers(scale: Scale, placement: Placement) -> dict[str, Any]:

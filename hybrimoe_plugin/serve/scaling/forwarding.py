@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
+from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from hybrimoe_plugin.errors import HybriMoEError
-from hybrimoe_plugin.serve.api.errors import ApiError, anthropic_body, as_api_error, openai_body
+from hybrimoe_plugin.serve.api.errors import (
+    ApiError,
+    anthropic_body,
+    as_api_error,
+    error_answer,
+    openai_body,
+)
 from hybrimoe_plugin.serve.scaling import metrics
 from hybrimoe_plugin.serve.scaling.affinity import conversation_key
 from hybrimoe_plugin.serve.scaling.messages import (
@@ -29,6 +37,9 @@ from hybrimoe_plugin.serve.scaling.messages import (
 
 SESSION = "x-session-id"
 """Header by which a client may name its conversation."""
+REQUEST_ID = b"x-request-id"
+"""Ray's proxy chooses it where the client has not, and adds it to answers itself."""
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REPLICA = b"x-replica"
 """Header that says which replica has answered."""
 ASKED_OF_ALL = ("/health", "/metrics", "/v1/models")
@@ -42,42 +53,41 @@ class Forwarding:
     """How much is forwarded, and how hard it is tried.
 
     Attributes:
-        body_bytes: of a request's body.
         attempts: replicas that are tried; with two, a request that kills them kills no third.
         wait_s: how long a request waits for a replica that is free.
     """
 
-    body_bytes: int = 8 << 20
     attempts: int = 2
     wait_s: float = 60.0
 
 
-async def forward(request: Request, replicas: Replicas, limits: Forwarding) -> Response:
-    """Answer a request of a client."""
+def ingress(replicas: Replicas, limits: Forwarding) -> Starlette:
+    """The application that takes requests of clients, without the layers around it."""
+
+    async def forwarded(request: Request) -> Response:
+        return await _forward(request, replicas, limits)
+
+    return Starlette(routes=[Route("/{path:path}", forwarded, methods=METHODS)])
+
+
+async def _forward(request: Request, replicas: Replicas, limits: Forwarding) -> Response:
     try:
-        call = await _read(request, limits.body_bytes)
+        call = await _read(request)
         if call.method == "GET" and call.path in ASKED_OF_ALL:
             return _from_all(call.path, await replicas.ask_all(call))
         key = conversation_key(call.body, request.headers.get(SESSION))
         return await _answer(call, key, replicas, limits)
     except HybriMoEError as error:
-        return _refusal(request.url.path, as_api_error(error))
+        return error_answer(request.url.path, as_api_error(error))
 
 
-async def _read(request: Request, limit: int) -> Call:
-    pieces: list[bytes] = []
-    size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > limit:
-            raise ApiError(413, f"the request's body has more than {limit} bytes")
-        pieces.append(piece)
+async def _read(request: Request) -> Call:
     return Call(
         method=request.method,
         path=request.url.path,
         query=request.scope.get("query_string", b""),
         headers=tuple(request.headers.raw),
-        body=b"".join(pieces),
+        body=await request.body(),
         client=None if request.client is None else (request.client.host, request.client.port),
     )
 
@@ -103,7 +113,8 @@ async def _begun(call: Call, parts: Parts, wait_s: float) -> Response:
     if not isinstance(start, Start):
         raise TypeError(f"expected the start of an answer, got {type(start).__name__}")
     first = await _next(parts)
-    headers = (*start.headers, (REPLICA, accepted.replica.encode()))
+    headers = [(name, value) for name, value in start.headers if name != REQUEST_ID]
+    headers.append((REPLICA, accepted.replica.encode()))
     if first is None:
         return _raw(Response(status_code=start.status), headers)
     body = _body(call.path, start.headers, first, parts)
@@ -175,14 +186,7 @@ def _from_all(path: str, answers: list[Answer]) -> Response:
     return _raw(Response(chosen.body, status_code=chosen.start.status), chosen.start.headers)
 
 
-def _raw(response: Response, headers: Headers) -> Response:
+def _raw(response: Response, headers: Iterable[tuple[bytes, bytes]]) -> Response:
     """The same with these headers, which may hold one name twice."""
     response.raw_headers = list(headers)
     return response
-
-
-def _refusal(path: str, error: ApiError) -> Response:
-    is_anthropic = path.startswith("/v1/messages")
-    body = anthropic_body(error) if is_anthropic else openai_body(error)
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
-    return JSONResponse(body, status_code=error.status, headers=headers)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.serve.scaling.maker import Maker
-from hybrimoe_plugin.serve.scaling.placement import Machine, Scale, place
+from hybrimoe_plugin.serve.scaling.placement import Front, Machine, Scale, place
 
 NAME = "hybrimoe"
 """Of the application, in Ray's lists."""
@@ -20,12 +21,16 @@ STORE_BYTES = 128 << 20
 """Memory of a local cluster's object store; requests of up to 8 MiB pass through it."""
 
 
-def application(maker: Maker, scale: Scale) -> Any:
-    """The application for the cluster that this process is connected to."""
+def application(maker: Maker, front: Front, scale: Scale) -> Any:
+    """The application for the cluster that this process is connected to.
+
+    Raises:
+        ConfigError: the cluster has not what the replicas need.
+    """
     from hybrimoe_plugin.serve.scaling import deployments
 
     maker.find()
-    return deployments.application(maker, scale, place(scale, machines()))
+    return deployments.application(maker, front, scale, place(scale, machines()))
 
 
 def machines() -> list[Machine]:
@@ -36,33 +41,39 @@ def machines() -> list[Machine]:
     return [Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in found]
 
 
-def run(maker: Maker, scale: Scale, host: str, port: int, address: str | None = None) -> None:
-    """Serve until Ctrl-C or SIGTERM, then finish the answers.
+def run(
+    make: Callable[[], Any], host: str, port: int, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, then finish the answers. Within `Cluster`.
 
     Args:
-        address: of a cluster; None for the one that `RAY_ADDRESS` names. Without either, a cluster
-            of this machine alone is started, and stopped at the end.
-
-    Raises:
-        BackendError: Ray is not installed.
-        ConfigError: the cluster has not what the replicas need.
+        make: gives the application.
+        ready: called when all replicas answer.
     """
-    with Cluster(address):
-        from ray import serve
+    from ray import serve
 
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray's would end this process at once
-        serve.start(http_options={"host": host, "port": port})
-        try:
-            serve.run(application(maker, scale), name=NAME)
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            serve.delete(NAME)
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray's would end this process at once
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.run(make(), name=NAME)
+        ready()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        serve.delete(NAME)
 
 
 class Cluster:
-    """A connection to a cluster; leaving it stops what was started for it."""
+    """A connection to a cluster; leaving it stops what was started for it.
+
+    Args:
+        address: None for the cluster that `RAY_ADDRESS` names. Without either, one of this machine
+            alone is started.
+
+    Raises:
+        BackendError: Ray is not installed.
+    """
 
     def __init__(self, address: str | None = None) -> None:
         if find_spec("ray") is None:

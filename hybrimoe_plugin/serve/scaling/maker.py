@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from starlette.types import ASGIApp
 
 from hybrimoe_plugin.errors import ConfigError
 
-MakeApp = Callable[[Sequence[str], int], AbstractContextManager[ASGIApp]]
-"""(command line, threads) -> the application, within `with`; the model is loaded for so long.
+MakeApp = Callable[[Any, int], AbstractContextManager[ASGIApp]]
+"""(arguments, threads) -> the application, within `with`; the model is loaded for so long.
 
-The command line's own number of threads goes first. Called once in each replica's process.
+A number of threads in the arguments goes first. Called once in each replica's process.
 """
 
 
@@ -24,11 +25,11 @@ class Maker:
 
     Attributes:
         function: `module:name` of a `MakeApp`.
-        arguments: what `hybrimoe serve` would be given.
+        arguments: for the function; they are pickled.
     """
 
     function: str
-    arguments: tuple[str, ...] = ()
+    arguments: Any
 
     def find(self) -> MakeApp:
         """Import the function.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
 from hybrimoe_plugin.errors import ConfigError
+from hybrimoe_plugin.serve.http.layers import Access
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,6 @@ class Scale:
         requests: that a replica is given at once; with so many it is busy, and requests go to
             another.
         queue: requests that may wait for a replica that is free, in each ingress.
-        wait_s: how long each waits.
         target: requests of a replica, running and waiting, above which one is added and below
             which one is taken away; None for half of `requests`.
         drain_s: how long a replica that is taken away may finish its answers.
@@ -31,7 +31,6 @@ class Scale:
     max_replicas: int | None = None
     requests: int = 16
     queue: int = 256
-    wait_s: float = 60.0
     target: float | None = None
     drain_s: float = 60.0
     ingresses: int = 1
@@ -41,7 +40,7 @@ class Scale:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, not {number}")
-        for name in ("wait_s", "target", "drain_s"):
+        for name in ("target", "drain_s"):
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise ConfigError(f"{name} must be above 0, not {number}")
@@ -49,6 +48,20 @@ class Scale:
             raise ConfigError(
                 f"max_replicas ({self.max_replicas}) is below replicas ({self.replicas})"
             )
+
+
+@dataclass(frozen=True)
+class Front:
+    """What an ingress lets in.
+
+    Attributes:
+        body_bytes: of a request's body.
+        wait_s: how long a request waits for a replica that is free.
+    """
+
+    access: Access = field(default_factory=Access)
+    body_bytes: int = 8 << 20
+    wait_s: float = 60.0
 
 
 class Machine(NamedTuple):

@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_refused(scale: Scale, machines: list[Machine], tol
     "values",
     [
         *({"replicas": 0}, {"max_replicas": 0}, {"requests": 0}, {"queue": 0}, {"ingresses": 0}),
-        *({"wait_s": 0.0}, {"wait_s": float("nan")}, {"target": -1.0}, {"drain_s": 0.0}),
+        *({"target": float("nan")}, {"target": -1.0}, {"drain_s": 0.0}),
         {"replicas": 3, "max_replicas": 2},
     ],
 )

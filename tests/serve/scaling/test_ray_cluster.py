@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,12 +20,19 @@ from typing import Any
 
 import pytest
 
+from hybrimoe_plugin.serve.http.layers import Access
 from hybrimoe_plugin.serve.scaling import launch
 from hybrimoe_plugin.serve.scaling.maker import Maker
-from hybrimoe_plugin.serve.scaling.placement import Scale
+from hybrimoe_plugin.serve.scaling.placement import Front, Scale
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
 
 ROOT = Path(__file__).resolve().parents[3]
 FAKES = ROOT / "tests" / "helpers" / "fakes"
@@ -32,8 +40,9 @@ ANSWER = "x" * 20
 REQUESTS = 4
 """Of one replica at once."""
 QUEUE = 4
-PORT = 18125
+PORT = free_port()
 CHAT = "/v1/chat/completions"
+ID = {"x-request-id": "mine"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,12 +51,14 @@ def cluster() -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, FAKES))))  # of the replicas
         patch.setenv("RAY_ADDRESS", launch.LOCAL)
         maker = Maker("scripted_app:make_app", (ANSWER,))
+        front = Front(Access("127.0.0.1", ["key"]), body_bytes=10_000)
         scale = Scale(replicas=2, requests=REQUESTS, queue=QUEUE)
         with launch.Cluster():
             from ray import serve
 
             serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-            serve.run(launch.application(maker, scale), name=launch.NAME)
+            serve.run(launch.application(maker, front, scale), name=launch.NAME)
+            until(both_run)  # so far as the ingress knows
             yield
             serve.delete(launch.NAME)
 
@@ -55,12 +66,13 @@ def cluster() -> Iterator[None]:
 @contextmanager
 def asked(path: str, fields: Any = None, session: str = "") -> Iterator[HTTPResponse]:
     """The answer to a request; without fields it is a GET."""
-    headers = {"content-type": "application/json", "x-session-id": session}
+    headers = {"authorization": "Bearer key", "x-session-id": session, **ID}
     connection = HTTPConnection("127.0.0.1", PORT, timeout=60)
     try:
         if fields is None:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=headers)
         else:
+            headers["content-type"] = "application/json"
             connection.request("POST", path, json.dumps(fields), headers)
         yield connection.getresponse()
     finally:
@@ -104,6 +116,16 @@ def test_a_conversation_stays_on_its_replica_and_all_are_used() -> None:
         assert len(homes) == 1
         used |= homes
     assert len(used) == 2
+
+
+def test_requests_pass_the_same_layers_as_without_ray() -> None:
+    with asked(CHAT, turn("a")) as answer:
+        assert answer.headers.get_all("x-request-id") == [ID["x-request-id"]]
+    assert ask(CHAT, turn("a" * 10_000))[0] == 413
+    connection = HTTPConnection("127.0.0.1", PORT, timeout=60)
+    connection.request("GET", "/v1/models")
+    assert connection.getresponse().status == 401
+    connection.close()
 
 
 def test_a_replica_knows_its_share_of_the_machine() -> None:
