@@ -119,7 +119,10 @@ class RayReplicas:
         if not task.done():
             task.cancel()
             raise ApiError(503, f"a replica did not answer within {ASK_S:g} s")
-        told = task.result()
+        try:
+            told = task.result()
+        except DeploymentUnavailableError:
+            return []
         return [answer for answer in told if isinstance(answer, Answer)]
 
 
