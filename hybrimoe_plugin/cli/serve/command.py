@@ -155,7 +155,7 @@ def replica(args: argparse.Namespace, threads: int) -> Iterator[Any]:
         threads: that compute experts, unless `args` says otherwise.
     """
     keep_off_hubs()
-    if not hasattr(args, "cpu_threads"):
+    if not hasattr(args, "cpu_threads") and args.cpu_infer is None:  # two names of one thing
         args.cpu_threads = threads
     loading.be_quiet(args)
     choice = loading.chosen(args)
