@@ -154,6 +154,12 @@ def test_a_replicas_threads_are_its_share_unless_given(
         assert loaded["cpu_threads"] == threads
 
 
+def test_rays_own_tools_make_the_same_replicas(cluster: Cluster, loaded: dict[str, Any]) -> None:
+    ray_app.app({"gguf_path": "m.gguf"})
+    with command.replica(cluster.maker.arguments, 3):
+        assert loaded["cpu_threads"] == 3
+
+
 def test_a_replica_answers_without_a_key_and_closes_its_scheduler(
     cluster: Cluster, loaded: dict[str, Any]
 ) -> None:

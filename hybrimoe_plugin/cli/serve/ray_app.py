@@ -25,6 +25,7 @@ def app(arguments: dict[str, Any]) -> Any:
     from hybrimoe_plugin.serve.http.layers import Access
 
     parser = Parser(prog="hybrimoe serve", allow_abbrev=False)
+    parser.set_defaults(verbose=False)  # a flag of all commands
     command.add_arguments(parser)
     given = [f"--{name}={value}" for name, value in arguments.items()]
     args = parser.parse_args(underscored(given))

@@ -34,9 +34,15 @@ def application(maker: Maker, front: Front, scale: Scale) -> Any:
 
 
 def machines() -> list[Machine]:
-    """The machines of the cluster."""
+    """The machines of the cluster; `serve run` asks before it is connected to it."""
     import ray
 
+    if not ray.is_initialized():
+        ray.init()
+        try:
+            return machines()
+        finally:
+            ray.shutdown()
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Machine(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in found]
 
