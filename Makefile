@@ -8,7 +8,7 @@ OLDEST := tests/hosts tests/families tests/decode tests/operators tests/compute 
 PYTHONS ?= python3.10 python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers peers-server clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers peers-server clean setup setup-dev setup-oldest test-oldest setup-ray test-ray setup-ktransformers setup-ktransformers-dev
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '%-19s %s\n' "$$name" "$$about"; done
@@ -31,6 +31,9 @@ test-ktransformers: setup-dev setup-ktransformers-dev  ## tests of the classic h
 	@$(BIN)/hybrimoe demo_model > /dev/null
 	@.venv-ktransformers/bin/python -m pytest -q tests/hosts/ktransformers
 	@$(BIN)/python -m pytest -q tests/hosts/ktransformers/test_against_default.py
+
+test-ray: setup-ray  ## two replicas on a Ray cluster of this machine, one killed; 1 minute
+	@.venv-ray/bin/python -m pytest -q -W ignore tests/serve/scaling/test_ray_cluster.py
 
 test-oldest: setup-oldest  ## what depends on other libraries, with the oldest that are allowed
 	@.venv-oldest/bin/python -m pytest -q -n 2 $(OLDEST)
@@ -83,10 +86,13 @@ setup-ktransformers-dev:
 setup-dev:  ## .venv with what tests and lint need
 	@$(PYTHON) scripts/setup_env.py --dev
 
+setup-ray: setup-dev
+	@$(BIN)/python scripts/setup_ray.py
+
 setup-oldest:
 	@$(PYTHON) scripts/setup_env.py --oldest
 
 clean:  ## remove environments and builds; says what stays in the cache folder
-	rm -rf .venv .venv-oldest .venv-ktransformers build dist *.egg-info hybrimoe_plugin/policy/cache/*.so
+	rm -rf .venv .venv-oldest .venv-ray .venv-ktransformers build dist *.egg-info hybrimoe_plugin/policy/cache/*.so
 	@$(PYTHON) -m hybrimoe_plugin cache
 	@echo "These files stay. With no environment left, remove them by: $(PYTHON) -m hybrimoe_plugin cache clear"

@@ -222,7 +222,7 @@ def _dispatch(argv: list[str], commands: Sequence[Command]) -> int:
     argv, chosen = _find_command(argv, commands)
     may_fetch = not any(os.environ.get(name) for name in _OFFLINE)
     if chosen is None or not chosen.online:
-        _keep_off_hubs()
+        keep_off_hubs()
     module = None
     for command in commands:
         about = f"{_capitalised(command.help)}."
@@ -318,7 +318,7 @@ def _tolerant_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
-def _keep_off_hubs() -> None:
+def keep_off_hubs() -> None:
     """Only `pull` and names of models reach the hub.
 
     Set before the libraries that read these variables are imported.

@@ -8,7 +8,7 @@ import logging
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ from hybrimoe_plugin.cli.chat import loading
 from hybrimoe_plugin.cli.chat.records import Records
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import Parser
-from hybrimoe_plugin.cli.main import FLASH_CHAT, find_module
-from hybrimoe_plugin.cli.serve import flags, libraries
+from hybrimoe_plugin.cli.main import FLASH_CHAT, find_module, keep_off_hubs
+from hybrimoe_plugin.cli.serve import flags, libraries, scaling
 from hybrimoe_plugin.cli.setting_flags import add_settings
 from hybrimoe_plugin.config import parse_bytes
 from hybrimoe_plugin.files import printable
@@ -27,7 +27,7 @@ COMMON = (
     *("gguf_path", "model_path", "rules", "demo", "device"),
     *("host", "port", "api_key", "served_model_name", "cors"),
     *("max_batch", "max_queue", "kv_bytes", "prefix_cache_bytes"),
-    *("request_timeout", "shutdown_seconds", "log_requests", "quiet"),
+    *("request_timeout", "shutdown_seconds", "log_requests", "quiet", "ray"),
     *("cache_ratio", "cache_bytes", "cpu_threads", "context"),
     *("flash_pack", "draft", "dram_budget"),
 )
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("requests")
     flags.add_limits(limits)
     chat_flags.add_piece(limits)
+    scaling.add_arguments(parser.add_argument_group("several machines or GPUs"))
     add_settings(parser)
     find_module(FLASH_CHAT).add_arguments(parser)
     chat_flags.add_records(parser.add_argument_group("records"))
@@ -83,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
     from hybrimoe_plugin.serve.http.server import listen
 
     access = Access(args.host, keys, origins)
+    if args.ray:
+        with listen(args.host, args.port) as port:
+            args.port = port.getsockname()[1]
+        scaling.run(args, access, lambda: _announce(args, [], name, _address(args), access))
+        return 0
     with listen(args.host, args.port) as port, _logging(args):
         loading.check_machine(choice)
         with _loaded(args, choice) as loaded:
@@ -139,15 +145,49 @@ def _loaded(args: argparse.Namespace, choice: loading.Chosen) -> Iterator[Loaded
         yield Loaded(model, tokenizer, loading.piece(args, model), None, banner(model))
 
 
+@contextmanager
+def replica(args: argparse.Namespace, threads: int) -> Iterator[Any]:
+    """A `MakeApp`: what a replica of `--ray` serves.
+
+    Args:
+        args: of `hybrimoe serve`.
+        threads: that compute experts, unless `args` says otherwise.
+    """
+    keep_off_hubs()
+    if not hasattr(args, "cpu_threads") and args.cpu_infer is None:  # two names of one thing
+        args.cpu_threads = threads
+    loading.be_quiet(args)
+    choice = loading.chosen(args)
+    loading.check_machine(choice)
+
+    from hybrimoe_plugin.serve.http.layers import Access
+
+    name = flags.served_name(args)
+    with _logging(args), _loaded(args, choice) as loaded, _served(args, loaded, name) as service:
+        # The ingress has asked for keys already.
+        yield _application(service, Access())
+
+
 def _serve(
     args: argparse.Namespace, loaded: Loaded, name: str, access: Any, port: socket.socket
 ) -> None:
     """Answer requests until a signal."""
-    from hybrimoe_plugin.device.memory import free_host_bytes
-    from hybrimoe_plugin.serve.api.app import build_app
-    from hybrimoe_plugin.serve.api.routers import all_routers
-    from hybrimoe_plugin.serve.http.layers import surround
     from hybrimoe_plugin.serve.http.server import Server
+
+    args.port = port.getsockname()[1]
+    with _served(args, loaded, name) as service:
+
+        def ready() -> None:
+            _announce(args, loaded.banner, name, _address(args), access)
+
+        app = _application(service, access)
+        Server(app, service, args.shutdown_seconds, ready).run([port])
+
+
+@contextmanager
+def _served(args: argparse.Namespace, loaded: Loaded, name: str) -> Iterator[Any]:
+    """The service of a loaded model, with a scheduler that runs."""
+    from hybrimoe_plugin.device.memory import free_host_bytes
     from hybrimoe_plugin.serve.metrics.metrics import Metrics
     from hybrimoe_plugin.serve.service import Limits, Service
 
@@ -168,38 +208,40 @@ def _serve(
         limits = Limits(body_bytes=body_bytes, seconds=args.request_timeout)
         service = Service(loaded.model, loaded.tokenizer, name, scheduler, limits)
         service.metrics = metrics
-        app = build_app(service, all_routers(service))
-        surround(app, service, access)
-        address = _address(args.host, port)
-
-        def ready() -> None:
-            _announce(args, loaded, name, address, access)
-
-        Server(app, service, args.shutdown_seconds, ready).run([port])
+        yield service
     finally:
         scheduler.close(0.0)
+
+
+def _application(service: Any, access: Any) -> Any:
+    from hybrimoe_plugin.serve.api.app import build_app
+    from hybrimoe_plugin.serve.api.routers import all_routers
+    from hybrimoe_plugin.serve.http.layers import surround
+
+    app = build_app(service, all_routers(service))
+    surround(app, service, access)
+    return app
 
 
 def _bytes(text: str | None) -> int | None:
     return None if text is None else parse_bytes(text)
 
 
-def _address(host: str, port: socket.socket) -> str:
+def _address(args: argparse.Namespace) -> str:
     """What to type into a browser on this machine."""
-    if host in ("", "0.0.0.0", "::"):
-        host = "localhost"
+    host = "localhost" if args.host in ("", "0.0.0.0", "::") else args.host
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port.getsockname()[1]}"
+    return f"http://{shown}:{args.port}"
 
 
 def _announce(
-    args: argparse.Namespace, loaded: Loaded, name: str, address: str, access: Any
+    args: argparse.Namespace, banner: Sequence[str], name: str, address: str, access: Any
 ) -> None:
     """Say what is served, where, and how to try it. The address alone goes to stdout."""
     from hybrimoe_plugin.serve.http.hosts import is_local
 
     if not args.quiet:
-        print(*map(printable, loaded.banner), sep="\n", file=sys.stderr, flush=True)
+        print(*map(printable, banner), sep="\n", file=sys.stderr, flush=True)
         if not is_local(args.host) and not access.keys:
             notice(
                 f"warning: everybody who reaches {args.host} can use this model: give --api_key, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from hybrimoe_plugin.serve.http.bodies import Bodies
@@ -32,7 +32,7 @@ class Access:
     origins: Sequence[str] = ()
 
 
-def surround(app: FastAPI, service: Service, access: Access) -> None:
+def surround(app: Starlette, service: Service, access: Access) -> None:
     """Put the layers around an application. Mutates it.
 
     They are plain ASGI: streams pass through them as they are, and so does the news that a client
@@ -41,6 +41,22 @@ def surround(app: FastAPI, service: Service, access: Access) -> None:
     # The last that is added is the outermost.
     app.add_middleware(Bodies, most_bytes=service.limits.body_bytes)
     app.add_middleware(Closing, service=service)
+    _admit(app, access)
+    headers = {} if service.scheduler.together else {"x-hybrimoe-batching": "off"}
+    app.add_middleware(RequestIds, headers=headers)
+
+
+def surround_ingress(app: Starlette, body_bytes: int, access: Access) -> None:
+    """Put layers around an application that hands requests to servers. Mutates it.
+
+    Ids are made by what is in front of it.
+    """
+    app.add_middleware(Bodies, most_bytes=body_bytes)
+    _admit(app, access)
+
+
+def _admit(app: Starlette, access: Access) -> None:
+    """Let in who may use the server."""
     if access.keys:
         app.add_middleware(Keys, keys=access.keys)
     if access.origins:
@@ -54,5 +70,3 @@ def surround(app: FastAPI, service: Service, access: Access) -> None:
         )
     if access.host is not None and is_local(access.host):
         app.add_middleware(LocalHosts, host=access.host)
-    headers = {} if service.scheduler.together else {"x-hybrimoe-batching": "off"}
-    app.add_middleware(RequestIds, headers=headers)
