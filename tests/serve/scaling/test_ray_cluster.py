@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 ROOT = Path(__file__).resolve().parents[3]
-FAKES = ROOT / "tests" / "helpers" / "fakes"
+FAKES = ROOT / "tests" / "helpers" / "serving"
 ANSWER = "x" * 20
 REQUESTS = 4
 """Of one replica at once."""
