@@ -8,7 +8,7 @@ OLDEST := tests/hosts tests/families tests/decode tests/operators tests/compute 
 PYTHONS ?= python3.10 python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
+.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers peers-server clean setup setup-dev setup-oldest test-oldest setup-ktransformers setup-ktransformers-dev
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '%-19s %s\n' "$$name" "$$about"; done
@@ -58,6 +58,10 @@ figures: setup-dev  ## the figures of docs/benchmarks.md from the committed CSVs
 
 peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes
 	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
+
+peers-server: setup-dev  ## llama.cpp's own server, for eval.serving; compiles for 10 minutes
+	@$(BIN)/python -m pip install -q cmake==4.4.5
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python scripts/llama_server.py
 
 fuzz: setup-dev  ## damaged files of every kind, for hours; CASES=... GGUF files
 	@$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,11 +27,20 @@ PARTS = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "models/")
 
 def main() -> int:
     """Fetch unless it is there; gives the exit status."""
-    if not FOLDER.exists():
-        with tempfile.TemporaryDirectory(prefix="hybrimoe-") as folder:
-            _extract(_download(Path(folder)))
+    fetch(FOLDER, PARTS)
     print(FOLDER)
     return 0
+
+
+def fetch(folder: Path, parts: Sequence[str]) -> None:
+    """Have some of llama.cpp's sources in a folder, unless it is there already.
+
+    Args:
+        parts: beginnings of the paths to extract, as llama.cpp has them; "" is all of them.
+    """
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(prefix="hybrimoe-") as downloads:
+            _extract(_download(Path(downloads)), folder, parts)
 
 
 def _download(folder: Path) -> Path:
@@ -43,14 +53,14 @@ def _download(folder: Path) -> Path:
     return found
 
 
-def _extract(archive: Path) -> None:
-    partial = FOLDER.with_name(FOLDER.name + ".partial")
+def _extract(archive: Path, folder: Path, parts: Sequence[str]) -> None:
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    wanted = tuple(INSIDE + part for part in PARTS)
+    wanted = tuple(INSIDE + part for part in parts)
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.name.startswith(wanted)]
         tar.extractall(partial, members, filter="data")
-    (partial / INSIDE).rename(FOLDER)
+    (partial / INSIDE).rename(folder)
     shutil.rmtree(partial)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # `import tiny` in every test folder.
-for folder in ("fakes", "models", "running"):
+for folder in ("fakes", "models", "running", "serving"):
     sys.path.insert(0, str(Path(__file__).parent / "helpers" / folder))
 
 # Triton decides when it is first imported whether kernels are interpreted, and libraries import it

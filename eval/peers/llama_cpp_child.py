@@ -61,7 +61,7 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction))]
 
 
-def _withhold_amx() -> None:
+def withhold_amx() -> None:
     """Let the kernel refuse this process the permission for AMX.
 
     A seccomp filter on one system call does it.
@@ -82,5 +82,5 @@ def _withhold_amx() -> None:
 
 if __name__ == "__main__":
     if "--no-amx" in sys.argv:
-        _withhold_amx()
+        withhold_amx()
     _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -86,6 +86,31 @@ def _batches(found: Result) -> str:
     return f"{text}. Slower than fewer rows: {', '.join(slower)}."
 
 
+def _serving(found: Result) -> str:
+    speeds = found["tok_s"]
+    first, *_, last = speeds
+    text = (
+        f"The server of the {found['model']} model gives {_clients(first)} {speeds[first]:.1f} "
+        f"tokens/s and {_clients(last)} {speeds[last]:.1f} together, with {found['threads']} "
+        f"threads. A second turn's first token takes {_percent(found['second_turn_share'])} of "
+        f"the first turn's."
+    )
+    ratios = found["vs_llama_cpp"]
+    if ratios is None:
+        text = f"{text} llama.cpp's server was not measured beside it."
+    else:
+        text = (
+            f"{text} With {_clients(last)} it has {ratios[last]:.2f}x the speed of llama.cpp's "
+            f"server, which takes {_percent(found['llama_cpp_second_turn_share'])} for a second "
+            f"turn."
+        )
+    return text if found["quiet"] else f"{text} The machine was not quiet."
+
+
+def _clients(count: Any) -> str:
+    return "1 client" if str(count) == "1" else f"{count} clients"
+
+
 def _fidelity(found: Result) -> str:
     return (
         f"Our operators choose the plain model's token in "
@@ -169,6 +194,12 @@ QUESTIONS = {
         "How many tokens per second does the CPU compute in calls of 1 to 32 rows, as a server of "
         "several conversations makes them, or a draft's verification?",
         _batches,
+    ),
+    "serving": Question(
+        "How many clients can a server answer at once?",
+        "How many tokens per second do 1 to 8 clients get together over HTTP, how long do they "
+        "wait for a first token, and does a second turn wait again, beside llama.cpp's server?",
+        _serving,
     ),
     "fidelity": Question(
         "Are the answers right?",

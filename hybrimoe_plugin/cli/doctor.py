@@ -105,6 +105,7 @@ def examine(gguf_path: str | None = None, model_path: str | None = None) -> Sect
             backends.flashinfer,
             backends.cache_learning,
             backends.emulated,
+            backends.server,
         ),
         "classic ktransformers host": (backends.ktransformers, backends.patches),
         "memory": (memory.host, memory.accelerator),

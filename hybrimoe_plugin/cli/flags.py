@@ -35,7 +35,7 @@ class Help(argparse.HelpFormatter):
 
     Args:
         prog: name of the command.
-        common: names of the flags to show; None shows all of them.
+        common: names of the flags to show, besides arguments without one; None shows all.
     """
 
     def __init__(self, prog: str, common: Collection[str] | None = None) -> None:
@@ -44,7 +44,8 @@ class Help(argparse.HelpFormatter):
         self._common = common
 
     def add_argument(self, action: argparse.Action) -> None:
-        if self._common is None or is_named(action, self._common):
+        is_flag = bool(action.option_strings)
+        if self._common is None or not is_flag or is_named(action, self._common):
             super().add_argument(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -241,7 +242,7 @@ def add_chat_flag(arguments: Arguments, name: str) -> None:
             "nargs": "?",
             "const": DEMO_FORMS[0],
             "choices": DEMO_FORMS,
-            "help": "chat with the demo model, built on first use",
+            "help": "take the demo model, built on first use",
         },
     }
     add_flag(arguments, name, **options[name])

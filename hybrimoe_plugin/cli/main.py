@@ -52,6 +52,11 @@ COMMANDS = (
         "hybrimoe_plugin.cli.local_chat",
     ),
     Command(
+        "serve",
+        "serve a model to the clients of the OpenAI and Anthropic APIs",
+        "hybrimoe_plugin.cli.serve.command",
+    ),
+    Command(
         "explain",
         "show which module each rule replaces, without loading weights",
         "hybrimoe_plugin.cli.explain",
@@ -293,8 +298,8 @@ def _capitalised(text: str) -> str:
 
 
 _DESCRIPTION = (
-    "Chat with mixture-of-experts models that are larger than the GPU's memory: each layer's work "
-    "is shared between GPU and CPU."
+    "Chat with or serve mixture-of-experts models that are larger than the GPU's memory: each "
+    "layer's work is shared between GPU and CPU."
 )
 
 

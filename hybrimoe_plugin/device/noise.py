@@ -25,12 +25,18 @@ MOST_SPREAD_CALLS = 1 / 3
 
 
 class Noise:
-    """Watches one measurement, which begins when this object is made."""
+    """Watches one measurement, which begins when this object is made.
 
-    def __init__(self) -> None:
+    Args:
+        lost_seconds: how much processor time other programs have taken so far; None if that is
+            unknown. Without it, the time for which this process's threads waited for a core.
+    """
+
+    def __init__(self, lost_seconds: Callable[[], float | None] | None = None) -> None:
+        self._lost_seconds = lost_seconds or _waited_seconds
         self._spreads: list[float] = []
         self._began = time.monotonic()
-        self._waited = _waited_seconds()
+        self._lost = self._lost_seconds()
 
     def median(self, times: Sequence[float]) -> float:
         """The median of a call's repetitions; remembers their spread."""
@@ -42,11 +48,10 @@ class Noise:
 
     def verdict(self) -> str:
         """What disturbed the finished measurement; empty if nothing did."""
-        waited = _waited_seconds()
-        if waited is not None and self._waited is not None:
+        lost = self._lost_seconds()
+        if lost is not None and self._lost is not None:
             elapsed = max(1e-9, time.monotonic() - self._began)
-            share = (waited - self._waited) / elapsed
-            if share > MOST_WAITING:
+            if (lost - self._lost) / elapsed > MOST_WAITING:
                 return "other programs used the processor while the machine was measured"
         differing = sum(spread > MOST_SPREAD for spread in self._spreads)
         if differing > MOST_SPREAD_CALLS * len(self._spreads):

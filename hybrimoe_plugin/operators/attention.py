@@ -11,6 +11,7 @@ from hybrimoe_plugin.compute.attention.attend import attend as attend_heads
 from hybrimoe_plugin.compute.attention.decode_attention import AttentionShape, GQAShape
 from hybrimoe_plugin.compute.attention.kv_cache import FixedCache, cache_in, use_growing_layer
 from hybrimoe_plugin.compute.attention.rope import Rope, cos_sin, rotate_halves
+from hybrimoe_plugin.compute.attention.sequences import attend_rows, rows_of
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
 from hybrimoe_plugin.operators.linear import LinearGroup, keep_quantized
@@ -174,9 +175,18 @@ class FusedAttention(AttentionOperator):
 
         Mutates: the cache.
         """
+        rows = rows_of(cache, self.layer_idx)
+        if rows is not None:
+            return attend_rows(rows, query, key, value, self._attend_alone)
         if cache is not None:
             use_growing_layer(cache, self.layer_idx)
             key, value = cache.update(key, value, self.layer_idx)
         if isinstance(cache, FixedCache):
             return cache.kernel(query, key, value)
         return attend_heads(query, key, value, mask, self.scaling, self.grouped)
+
+    def _attend_alone(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """One sequence's new token over all its keys and values."""
+        return attend_heads(query, key, value, None, self.scaling, self.grouped)

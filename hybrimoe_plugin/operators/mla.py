@@ -18,6 +18,7 @@ from hybrimoe_plugin.compute.attention.rope import (
     rotate_halves,
     rotate_interleaved,
 )
+from hybrimoe_plugin.compute.attention.sequences import attend_rows, rows_of
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.attention import AttentionOperator
@@ -170,8 +171,8 @@ class FusedMLA(AttentionOperator):
 
         Mutates: the cache.
         """
-        if cache is None:
-            return compressed
+        if cache is None or rows_of(cache, self.layer_idx) is not None:
+            return compressed  # rows are appended where they attend
         use_growing_layer(cache, self.layer_idx)
         no_values = compressed[..., :0]
         everything, _ = cache.update(compressed, no_values, self.layer_idx)
@@ -192,7 +193,17 @@ class FusedMLA(AttentionOperator):
         """[B, heads, T, latent] from queries [B, heads, T, latent + rope]."""
         if isinstance(cache, FixedCache):
             return cache.kernel(query, compressed)
+        rows = rows_of(cache, self.layer_idx)
+        if rows is not None:
+            no_values = compressed[..., :0]
+            return attend_rows(rows, query, compressed, no_values, self._attend_alone)
         return attend_latents(query, compressed, mask, self.scaling, self.latent)
+
+    def _attend_alone(
+        self, query: torch.Tensor, compressed: torch.Tensor, _no_values: torch.Tensor
+    ) -> torch.Tensor:
+        """One sequence's new token over all its entries."""
+        return attend_latents(query, compressed, None, self.scaling, self.latent)
 
     def _attend_expanded(
         self,

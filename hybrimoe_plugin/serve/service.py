@@ -37,9 +37,10 @@ class Service:
         tokenizer: of the model.
         name: the model's, as clients see it.
         created: when the server began, in seconds since 1970.
+        language: `serve.text.language.Language`, made when it is first needed.
+        metrics: a `serve.metrics.Metrics`, which the scheduler tells; None for none.
         closing: whether the server is being shut down: no new requests; endless answers, such as
             live feeds, end.
-        language: `serve.text.language.Language`, made when it is first needed.
     """
 
     model: Any
@@ -48,5 +49,6 @@ class Service:
     scheduler: Scheduling
     limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
-    closing: bool = False
     language: Any = field(default=None, repr=False)
+    metrics: Any = None
+    closing: bool = False

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 from hybrimoe_plugin.errors import SpeculationError
-from lever_ext.speculation.kept_entries import KeptEntries
 from lever_ext.speculation.stats import SpeculationStats
 
 

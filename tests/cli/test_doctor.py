@@ -13,6 +13,7 @@ from hybrimoe_plugin.cli import doctor
 from hybrimoe_plugin.cli.checks import backends, kept
 from hybrimoe_plugin.cli.checks.check import Check
 from hybrimoe_plugin.cli.main import main
+from hybrimoe_plugin.cli.serve import libraries
 from hybrimoe_plugin.policy.cache import adaptive
 
 
@@ -68,6 +69,14 @@ def test_it_says_whether_the_cache_learns_in_c(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name, found=found: found)
         check = backends.cache_learning()
         assert check.ok is False and check.detail.startswith(f"{reason}; optional: numpy")
+
+
+def test_it_says_whether_there_can_be_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.server() in doctor.examine()["backends"] and backends.server().ok is True
+    monkeypatch.setattr(libraries, "LIBRARIES", ("json", "no_such_library"))
+    check = backends.server()
+    assert check.ok is False
+    assert check.detail.startswith("no_such_library not installed: pip install")
 
 
 def test_broken_check_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

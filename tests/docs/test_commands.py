@@ -32,6 +32,7 @@ RUN_BY = {
     "hybrimoe lever_train": "tests/cli/test_flash.py",
     "hybrimoe local_chat": "tests/cli/test_local_chat.py",
     "hybrimoe patches": "tests/cli/test_ktransformers.py",
+    "hybrimoe serve": "tests/cli/test_serve.py",
     "hybrimoe translate_rules": "tests/hosts/classic_host/test_translated_rules.py",
     "python -m eval.batches": "eval/reporting/answers.py",
     "python -m eval.cache": "eval/reporting/answers.py",
@@ -68,6 +69,9 @@ BY_HAND = {
     "test-pythons": "may download gigabytes of CUDA",
 }
 """Make targets that CI does not call."""
+
+BY_SERVER = {"curl": "tests/serve/app/test_documented.py"}
+"""Programs that talk to a server, and what runs all such lines."""
 
 SHELL = (".", "cd", "export", "git", "pre-commit", "source")
 """Not this project's."""
@@ -148,6 +152,8 @@ def test_a_command_is_run_somewhere(command: Command, monkeypatch: pytest.Monkey
         return  # and its activation behind it; test_shell.py types both
     if words[0] == "pip":
         check_pins(command)
+    elif words[0] in BY_SERVER:
+        assert command.page in (ROOT / BY_SERVER[words[0]]).read_text(encoding="utf-8")
     elif words[0] == "make":
         # CI types the README's commands.
         called = [(ROOT / name).read_text(encoding="utf-8") for name in (".ci/run", "README.md")]

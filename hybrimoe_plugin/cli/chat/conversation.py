@@ -129,7 +129,7 @@ class Chat:
         self.messages = []
         self.timing = None
         if self._kept is not None:
-            self._kept.drop()
+            self._kept.put_aside()
 
     def _ask(self, messages: Messages) -> str:
         """The answer to the last message."""

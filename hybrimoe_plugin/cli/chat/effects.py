@@ -85,6 +85,12 @@ def beside_prompt(asked: Asked) -> str | None:
     return 'a single --prompt is answered without it: write --prompt "$(cat FILE)" instead'
 
 
+def _other_conversations(asked: Asked) -> str | None:
+    if not asked.given("prompt"):
+        return None
+    return "a single --prompt leaves no conversation; leave it out"
+
+
 def _mode(asked: Asked) -> str | None:
     if asked.value("mode") != "long_context":
         return None
@@ -150,6 +156,7 @@ IDLE = (
     Idle(("demo",), _demo),
     Idle(("trust_rules",), _trust),
     Idle(("prompt_file",), beside_prompt),
+    Idle(("prefix_cache_bytes",), _other_conversations),
     Idle(("mode",), _mode),
     Idle(("temperature",), _temperature),
     Idle(("top_p", "top_k", "min_p"), _filters),

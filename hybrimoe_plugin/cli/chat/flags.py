@@ -1,4 +1,4 @@
-"""Flags of `hybrimoe local_chat` that are neither the engine's nor those for targets on flash."""
+"""Flags of chat and server that are neither the engine's nor those for targets on flash."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hybrimoe_plugin.cli.flags import (
     add_switch,
     device,
     number,
+    size,
     whole,
 )
 from hybrimoe_plugin.cli.reading import well_formed
@@ -23,6 +24,9 @@ PIECE = 8192
 """Tokens of a prompt that are computed at once."""
 CPU_PIECE = 512
 """The same where only the CPU computes: Ctrl-C waits for the piece to end."""
+
+PREFIX_CACHE = "1GiB"
+"""Kept of conversations beside the present one."""
 
 _THREADS = next(item.metadata for item in fields(Settings) if item.name == "cpu_threads")
 
@@ -51,6 +55,7 @@ _UNLESS_GIVEN = {
     "sampler": "auto",
     "trust_rules": False,
     "greedy": False,
+    "prefix_cache_bytes": PREFIX_CACHE,
 }
 """Flags that are None until `fill_in`, so that one that was typed can be told from one that was
 not.
@@ -151,6 +156,12 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
     )
     add_chat_flag(group, "seed")
     add_switch(group, "force_think", "begin every answer with <think>")
+    add_piece(group)
+    add_prefix_cache(group)
+
+
+def add_piece(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for the pieces of long prompts."""
     add_flag(
         group,
         "chunk_prefill_size",
@@ -158,6 +169,18 @@ def add_answers(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="compute longer prompts in pieces of this many tokens "
         f"(default {PIECE}, or {CPU_PIECE} where only the CPU computes)",
+    )
+
+
+def add_prefix_cache(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for conversations that may come back."""
+    add_flag(
+        group,
+        "prefix_cache_bytes",
+        type=size,
+        metavar="BYTES",
+        help="main memory for what was computed of conversations that you left, which may come "
+        f"back; 0 keeps the present one alone (default {PREFIX_CACHE})",
     )
 
 
@@ -250,5 +273,5 @@ def asks_for_greedy(args: argparse.Namespace) -> str | None:
 def fill_in(args: argparse.Namespace) -> None:
     """Give the flags that were left out their defaults. Mutates."""
     for name, value in _UNLESS_GIVEN.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)

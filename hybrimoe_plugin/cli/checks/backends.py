@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hybrimoe_plugin import __version__, extras
 from hybrimoe_plugin.cli.checks.check import Check
+from hybrimoe_plugin.cli.serve import libraries
 
 PACKAGES = ("torch", "transformers", "gguf", "numpy", "psutil", "triton", "flashinfer-python")
 _TRY_SECONDS = 60
@@ -48,6 +49,14 @@ def ggml() -> Check:
         "CPU experts by ggml",
         "from hybrimoe_plugin.compute.cpu.ggml import Ggml; Ggml(); print('in kt-kernel')",
     )
+
+
+def server() -> Check:
+    """Whether `hybrimoe serve` has its libraries."""
+    absent = libraries.missing()
+    if absent:
+        return Check("server", False, f"{', '.join(absent)} not installed: {libraries.REMEDY}")
+    return Check("server", True, ", ".join(libraries.LIBRARIES))
 
 
 def _native(name: str, code: str) -> Check:

@@ -8,11 +8,11 @@ import os
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.errors import ConfigError
 
-_FLAGS = ("gguf_path", "model_path")
+_FLAGS = ("model", "gguf_path", "model_path")
 
 
 def resolve(args: argparse.Namespace, may_fetch: bool) -> None:
-    """Put paths in the place of names. Mutates `args`.
+    """Put paths in the place of names, and the name into `hub_name`. Mutates `args`.
 
     A path that exists, or whose folder does, is no name.
 
@@ -27,6 +27,7 @@ def resolve(args: argparse.Namespace, may_fetch: bool) -> None:
         if isinstance(text, str) and _is_name(text):
             from hybrimoe_plugin.hosts.hub.fetch import find_model
 
+            args.hub_name = text
             setattr(args, flag, str(find_model(text, notice, may_fetch=may_fetch)))
 
 

@@ -56,6 +56,8 @@ class GrowingLayer(DynamicLayer):
         self._values: torch.Tensor
         self._viewed: tuple[Buffers, int] | None = None
         """Of which buffers, and of how many tokens, `_keys` and `_values` are views."""
+        self.is_lent = False
+        """Whether the buffers are others', who may let this sequence `leave` at any time."""
         super().__init__()
 
     @property
@@ -89,7 +91,7 @@ class GrowingLayer(DynamicLayer):
 
     def __copy__(self) -> GrowingLayer:
         made = type(self).__new__(type(self))
-        made.__dict__.update(self.__dict__, _buffers=None, _held=None, _viewed=None)
+        made.__dict__.update(self.__dict__, _buffers=None, _held=None, _viewed=None, is_lent=False)
         if self.is_initialized:
             # The buffers are written to: by this sequence, and in CUDA graphs by others.
             made.keys = self.keys.clone()
@@ -162,6 +164,7 @@ class GrowingLayer(DynamicLayer):
         held = self.get_seq_length()
         for buffer, old in zip(buffers, (self.keys, self.values), strict=True):
             buffer.narrow(2, 0, held).copy_(old)
+        self.is_lent = True
         self._buffers = buffers
         self._show(held)
 
@@ -226,6 +229,7 @@ class GrowingLayer(DynamicLayer):
             keys.narrow(2, 0, held).copy_(self.keys)
             values.narrow(2, 0, held).copy_(self.values)
         self._buffers = keys, values
+        self.is_lent = False
 
     def _check_alike(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if _alike(self.keys, key_states) and _alike(self.values, value_states):

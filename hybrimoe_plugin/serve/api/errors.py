@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 from hybrimoe_plugin.errors import HybriMoEError
 from hybrimoe_plugin.serve.requests import (
     ClosingError,
@@ -17,7 +19,10 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     422: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -77,3 +82,12 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     """The body of Anthropic's endpoints."""
     kind = _TYPES.get(error.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+def error_answer(path: str, error: ApiError) -> JSONResponse:
+    """The whole answer, in the form of the API that the path belongs to."""
+    is_anthropic = path.startswith("/v1/messages")
+    body = anthropic_body(error) if is_anthropic else openai_body(error)
+    # Clients of both APIs try again by themselves.
+    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    return JSONResponse(body, status_code=error.status, headers=headers)

@@ -51,6 +51,8 @@ class Delta:
     Attributes:
         index: of the answer.
         cached_tokens: of the prompt; told once.
+        steps: the same tokens, each with those of the parts that it made certain.
+        stop: the stop string that has ended the text; "" where none has.
         end: set in the answer's last delta.
     """
 
@@ -58,6 +60,8 @@ class Delta:
     parts: list[Part] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     cached_tokens: int | None = None
+    steps: list[tuple[Token | None, list[Part]]] = field(default_factory=list)
+    stop: str = ""
     end: End | None = None
 
 
@@ -142,11 +146,16 @@ class Answers:
         if isinstance(item, Started):
             delta.cached_tokens = item.cached_tokens
         elif isinstance(item, Piece):
-            delta.parts += parts.feed(item.text) if item.text else []
+            found = parts.feed(item.text) if item.text else []
+            delta.parts += found
+            delta.stop = item.stop
+            delta.steps.append((item.token, found))
             if item.token is not None:
                 delta.tokens.append(item.token)
         else:
-            delta.parts += parts.end()
+            rest = parts.end()
+            delta.parts += rest
+            delta.steps.append((None, rest))
             delta.end = item
 
 

@@ -29,10 +29,12 @@ class Piece:
 
     Attributes:
         token: None where only text that was held back comes, at the end.
+        stop: the stop string that has ended the text; "" where none has.
     """
 
     text: str
     token: Token | None
+    stop: str = ""
 
 
 Item = Started | Piece | End
@@ -119,4 +121,4 @@ class AnswerSink:
     def _push(self, token: Token | None) -> None:
         text = "".join(self._new)
         self._new.clear()
-        self._channel.push(self._index, Piece(text, token))
+        self._channel.push(self._index, Piece(text, token, self._text.stop))

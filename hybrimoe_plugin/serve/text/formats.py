@@ -64,10 +64,7 @@ class Format:
 
         if tools is None:
             return ResponseParser(self.without_calls, prefix=opening)
-        try:
-            return ResponseParser(self.template, prefix=opening, tools=list(tools))
-        except TypeError:  # older releases know no schemas
-            return ResponseParser(self.template, prefix=opening)
+        return ResponseParser(self.template, prefix=opening, tools=list(tools))
 
 
 def _held(parser: Any) -> str:

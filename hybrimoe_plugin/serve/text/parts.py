@@ -199,12 +199,13 @@ class Marked:
 
     def _call(self, value: Any) -> list[Part]:
         try:
-            name, arguments = value["function"]["name"], value["function"]["arguments"]
-        except (TypeError, KeyError):
+            name, arguments = str(value["function"]["name"]), value["function"]["arguments"]
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            f"{name}{arguments}".encode()  # models may write halves of characters too
+        except (TypeError, KeyError, ValueError):
             return [Content(value if isinstance(value, str) else json.dumps(value))]
         self._calls += 1
         if self._most_calls is not None and self._calls > self._most_calls:
             return []
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return [ToolCall(self._calls - 1, str(name), arguments)]
+        return [ToolCall(self._calls - 1, name, arguments)]

@@ -13,8 +13,7 @@ import pytest
 from at_terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, UP, Terminal
 from scripted_chat import Model, session
 
-from hybrimoe_plugin.cli import local_chat
-from hybrimoe_plugin.cli.chat import progress
+from hybrimoe_plugin.cli.chat import loading, progress
 from hybrimoe_plugin.cli.chat.typed import loop, terminal
 from hybrimoe_plugin.cli.chat.typed.history import HISTORY, MAX_BYTES, history
 from hybrimoe_plugin.cli.main import INTERRUPTED, main
@@ -202,7 +201,7 @@ def test_waiting_is_explained_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
             bar.refresh()
         raise ConfigError("the end")
 
-    monkeypatch.setattr(local_chat, "import_libraries", import_nothing)
+    monkeypatch.setattr(loading, "import_libraries", import_nothing)
     at = Terminal(lambda: main(["local_chat", "--prompt", "hi"]))
     at.expect("hybrimoe: loading libraries ...")
     at.expect("512/2048")

@@ -53,6 +53,7 @@ FLAGS = {
     "seed": Flag("5", ALL),
     "force_think": Flag("True", ALL),
     "chunk_prefill_size": Flag("5", ENGINE),
+    "prefix_cache_bytes": Flag("2GiB", ALL),
     "timeline": Flag("t.json", ENGINE),
     "record_trace": Flag("t.bin", ENGINE),
     "cpu_infer": Flag("3", ENGINE),

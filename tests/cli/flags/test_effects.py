@@ -40,8 +40,11 @@ class Recorder:
 
         return call
 
-    def chat(self, _model: Any, _tokenizer: Any, options: Any, *_: Any, **__: Any) -> Any:
+    def chat(
+        self, _model: Any, _tokenizer: Any, options: Any, *_: Any, kept: Any, **__: Any
+    ) -> Any:
         self.seen["options"] = options
+        self.seen["kept"] = kept.store.limit
         self.seen["chat"] = found = _Chat()
         return found
 

@@ -54,7 +54,7 @@ def test_no_flag_for_a_path_takes_the_empty_one() -> None:
         parser = Parser(prog=command.name)
         find_module(command.module).add_arguments(parser)
         for action in parser._actions:
-            if action.metavar in ("DIR", "FILE", "NAME|FILE", "PATH", "YAML", "RULES"):
+            if action.metavar in ("DIR", "FILE", "MODEL", "NAME|FILE", "PATH", "YAML", "RULES"):
                 name = action.option_strings[:1]
                 with pytest.raises(ConfigError, match="expected a path"):
                     parser.parse_args([*name, ""])

@@ -77,7 +77,7 @@ def test_help_of_every_command_is_short_and_narrow(
 
 
 VALUES = re.compile(
-    r"N|BYTES|FILE|DIR|PATH|TEXT|YAML|RULES|DEVICE|KIND|NAME\|FILE|NAME\|GB/s|ORG/REPO|True\|False"
+    r"N|BYTES|SECONDS|FILE|DIR|PATH|MODEL|TEXT|YAML|RULES|DEVICE|KIND|NAME\|FILE|NAME\|GB/s|ORG/REPO|True\|False"
     r"|[\d.]+\.\.[\d.]+"
 )
 """What help calls the values of flags."""
@@ -108,6 +108,7 @@ def test_help_reads_well_on_a_narrow_terminal(
         ("explain", "[RULES] [flags]"),
         ("flash_pack", "--output DIR [flags]"),
         ("doctor", "[flags]"),
+        ("serve", "[MODEL] [flags]"),
         ("local_chat", "[--gguf_path PATH] [--prompt TEXT] [flags]"),
     ],
 )

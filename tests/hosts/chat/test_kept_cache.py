@@ -7,58 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
-import torch
 from graphed import Loader
 from interrupts import ended, operations
 from one_thread import one_torch_thread
 from replayed import Replayed
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
-
-from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
+from talks import TOKENS, Talk, words
 
 __all__ = ["one_torch_thread"]  # a fixture of this module
 
-TOKENS = 4
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "max_new_tokens": TOKENS,
-    "min_new_tokens": TOKENS,
-    "pad_token_id": 0,
-}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "cpu": ("qwen3_moe", {"cpu_backend": "torch"}),
     "latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
     "graphs": ("mixtral", {}),
 }
-
-
-class Talk:
-    """Asks a model with a kept cache, and counts the tokens that it computes."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.kept = KeptCache(model)
-        self.computed = 0
-        model.register_forward_hook(self._count, with_kwargs=True)
-
-    def _count(self, _model: Any, _args: Any, kwargs: Any, _output: Any) -> None:
-        self.computed += kwargs["input_ids"].shape[1]
-
-    def ask(self, prompt: list[int], piece: int = 10_000) -> list[int]:
-        """The whole sequence."""
-        self.computed = 0
-        cache = self.kept.arguments(prompt)
-        self.kept.compute(prompt, piece)
-        output = self.model.generate(torch.tensor([prompt]), **cache, **GREEDY)
-        found: list[int] = output[0].tolist()
-        self.kept.commit(found)
-        return found
-
-    def anew(self, prompt: list[int]) -> list[int]:
-        """The same without a cache from before."""
-        found: list[int] = self.model.generate(torch.tensor([prompt]), **GREEDY)[0].tolist()
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +35,6 @@ def talk(request: pytest.FixtureRequest, loader: Loader) -> Talk:
     family, settings = KINDS[request.param]
     capture = Replayed() if request.param == "graphs" else None
     return Talk(loader(family, capture, **settings))
-
-
-def words(count: int, seed: int) -> list[int]:
-    found: list[int] = tiny.tokens(count, seed)[0].tolist()
-    return found
 
 
 def test_every_turn_is_what_it_is_without(talk: Talk) -> None:
@@ -108,6 +64,23 @@ def test_every_turn_is_what_it_is_without(talk: Talk) -> None:
     talk.kept.drop()  # /clear
     assert talk.ask(dropped) == talk.anew(dropped)
     assert talk.kept.shared == 0
+
+
+def test_conversations_come_back_from_the_store(talk: Talk) -> None:
+    stored = Talk(talk.model, 2**30)
+    one, two = stored.ask(words(20, 1)), stored.ask(words(18, 2))
+    for number in range(3):  # so often that graphs are replayed
+        one = check_longer(stored, one, 3 + number)
+        two = check_longer(stored, two, 6 + number)
+    assert stored.kept.store.hits == 6
+
+
+def check_longer(talk: Talk, before: list[int], seed: int) -> list[int]:
+    prompt = before + words(4, seed)
+    found = talk.ask(prompt)
+    assert found == talk.anew(prompt)
+    assert talk.kept.shared == len(before) - 1
+    return found
 
 
 def test_prompts_in_pieces(talk: Talk) -> None:
@@ -169,11 +142,3 @@ def test_caches_that_cannot_be_cut_are_not_kept(
     monkeypatch.setitem(rope, "rope_type", "dynamic")
     assert talk.kept.arguments(prompt) == {}
     monkeypatch.undo()
-
-    sliding = DynamicCache()
-    sliding.layers = [DynamicSlidingWindowLayer(sliding_window=4)]
-    monkeypatch.setattr(
-        "hybrimoe_plugin.hosts.transformers.chat.kept_cache._new_cache", lambda _model: sliding
-    )
-    assert talk.kept.arguments(prompt) == {}
-    assert talk.ask(prompt) == right

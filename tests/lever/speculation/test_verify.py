@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lever_ext.speculation.kept_entries import KeptEntries
+from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries
 from lever_ext.speculation.verify import Verified, Verifier
 from lever_ext.target import load_target
 from lever_ext.tree.token_tree import TokenTree

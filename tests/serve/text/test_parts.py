@@ -125,6 +125,18 @@ def test_special_tokens_that_are_no_signs_are_hidden() -> None:
     assert texts == ["<|other|>"]
 
 
+def test_signs_that_hold_quotes_are_not_hidden() -> None:
+    tokenizer = byte_tokenizer()
+    signs = ['<|"|>', "<|tool_call>", "<tool_call|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": signs})
+    found = format_of(named_model("gemma4"), tokenizer, CHATML)
+    assert found is not None
+    assert not found.hidden.intersection(tokenizer.convert_tokens_to_ids(signs))
+    text = '<|tool_call>call:f{x:1,s:<|"|>a b<|"|>}<tool_call|>'
+    parts = found.parts("<|turn>model\n", ())
+    assert divided(parts, *text)["calls"] == [ToolCall(0, "f", '{"x": 1, "s": "a b"}')]
+
+
 def test_models_of_which_nothing_is_known_have_no_format() -> None:
     assert format_of(named_model("mixtral"), byte_tokenizer(), "{{ messages }}") is None
 

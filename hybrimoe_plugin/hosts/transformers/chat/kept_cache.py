@@ -1,18 +1,26 @@
-"""The KV cache of a conversation, kept from one call of `generate` to the next."""
+"""The KV caches of conversations, kept from one call of `generate` to the next."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache
 
-from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut, cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut
+from hybrimoe_plugin.hosts.transformers.prefixes.entry import Ids, as_ids, shared_part
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on
+from hybrimoe_plugin.hosts.transformers.prefixes.layers import bytes_of, held_by, trim
+from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
 
-_MOVING_ROPES = ("dynamic", "longrope")
-"""Rotations that depend on the length of the whole sequence, as no kept key can."""
+
+class _Mark(NamedTuple):
+    """A place in the present conversation that can be gone back to."""
+
+    ids: Ids
+    entries: KeptEntries
 
 
 class KeptCache:
@@ -22,25 +30,31 @@ class KeptCache:
         prompt  | system | question | answer | next question |
                 |<-------- shared --------->|<-- computed -->|
 
-    The entries of the first `len(ids)` tokens are right in every layer, at any time. A forward pass
-    only appends behind them, so whatever interrupts it, at worst a rest is left that the next call
-    cuts off. That is why `commit` comes after `generate`, and nothing is undone after an exception.
+    The present conversation stays where it is computed, and goes back to where a prompt branches
+    off late in it: anywhere if its layers can be cut, else to one of two marks, at its end and
+    before its last pass. Other conversations come from a store.
+
+    What a mark names can be had again at any time, whatever interrupts the passes behind it. That
+    is why `commit` comes after `generate`, and nothing is undone after an exception.
 
     One conversation at a time: calls of several threads need a cache each.
 
     Args:
         model: a causal language model of transformers, injected or not.
+        nbytes: memory for conversations beside the present one.
 
     Attributes:
         shared: tokens of the last prompt that were not computed again.
+        store: the conversations beside the present one.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, nbytes: int = 0) -> None:
         self.shared = 0
         self._model = model
+        self.store = PrefixStore(model, nbytes)
         self._cache: Any = None
-        self._ids: list[int] = []
-        """The tokens whose entries are in the cache."""
+        self._marks: tuple[_Mark, ...] = ()
+        """Of the present conversation, the last one last; one where the cache can be cut."""
 
     def arguments(self, prompt: Sequence[int], config: Any = None) -> dict[str, Any]:
         """`generate`'s argument for a prompt, which must be given to it whole.
@@ -50,22 +64,18 @@ class KeptCache:
             config: the generation config of the call, which may ask for another kind of cache.
 
         Returns:
-            The cache, cut to what the prompt shares with it; nothing where none can be kept:
+            The cache, with what the prompt shares with those kept; nothing where none can be kept:
             `generate` then makes its own.
         """
-        if not self._can_be_kept(config):
+        if not _takes_cache(config) or not can_go_on(self._model):
             self.drop()
             return {}
-        # The last token is always computed: its logits give the first of the answer.
-        shared = _common(self._ids, prompt[:-1])
-        # Before the cut, which may be interrupted: the promise about `ids` must hold then too.
-        self._ids = self._ids[:shared]
+        shared = self._go_back(prompt)
+        if not shared:
+            self.put_aside()
+            self._cache, shared = self.store.begin(prompt)
+            self._marks = (_Mark(as_ids(prompt[:shared]), KeptEntries(self._cache, shared)),)
         self.shared = shared
-        if shared:
-            for layer in self._cache.layers:
-                cut_entries(layer, shared)
-        else:
-            self._cache = _new_cache(self._model)
         return {cache_name(self._model): self._cache}
 
     @torch.no_grad()
@@ -105,58 +115,68 @@ class KeptCache:
         if self._cache is None:
             return
         layers = self._cache.layers
-        if not layers or not all(map(_is_kept, layers)):
-            self.drop()
+        held = held_by(layers)
+        if not held or (held > len(sequence) and not self._can_be_cut()):
+            self._leave()
             return
-        self._ids = list(sequence[: min(map(_length, layers))])
+        for layer in layers:
+            trim(layer)
+        count = min(held, len(sequence))
+        mark = _Mark(as_ids(sequence[:count]), KeptEntries(self._cache, count))
+        self._marks = (mark,) if self._can_be_cut() else (*self._marks[-1:], mark)
 
     def drop(self) -> None:
-        """Forget the conversation and give its memory back."""
-        self._ids = []
+        """Forget all conversations and give their memory back."""
+        self._leave()
+        self.store.clear()
+
+    def put_aside(self) -> None:
+        """Hand the present conversation over to the store: it may come back."""
+        marks, cache = self._marks, self._cache
+        self._leave()
+        if marks and len(marks[-1].ids):
+            marks[-1].entries.drop_rest()
+            self.store.end(marks[-1].ids, cache)
+
+    @torch.no_grad()
+    def _go_back(self, prompt: Sequence[int]) -> int:
+        """Go back to where a prompt leaves the present conversation.
+
+        Returns:
+            Tokens that it holds then; 0 where the store is the better way, and nothing was done.
+        """
+        if not self._marks:
+            return 0
+        in_part = self._can_be_cut()
+        # Not far back where the store has room for all that would be lost.
+        has_room = bytes_of(self._cache.layers) <= self.store.limit
+        least = len(self._marks[-1].ids) // 2 if has_room else 0
+        # The last token is always computed: its logits give the first of the answer.
+        wanted = as_ids(prompt[:-1])
+        for number, mark in reversed(list(enumerate(self._marks))):
+            shared = shared_part(mark.ids, wanted, least, in_part)
+            if shared and shared >= self.store.longest(prompt):
+                # First: an interrupt may come before, in or after each of the following.
+                self._marks = (*self._marks[:number], _Mark(mark.ids[:shared], mark.entries))
+                if in_part:
+                    mark.entries.keep(shared)
+                mark.entries.drop_rest()
+                return shared
+        return 0
+
+    def _leave(self) -> None:
+        self._marks = ()
         self._cache = None
         self.shared = 0
 
-    def _can_be_kept(self, config: Any) -> bool:
-        if config is not None:
-            if getattr(config, "cache_implementation", None) is not None:
-                return False
-            if getattr(config, "use_cache", None) is False:
-                return False
-        if _rope_kinds(self._model.config) & set(_MOVING_ROPES):
-            return False
-        # Sliding windows and linear attention have lost what a shorter prefix would need.
-        cache = _new_cache(self._model) if self._cache is None else self._cache
-        return all(map(can_be_cut, cache.layers))
+    def _can_be_cut(self) -> bool:
+        return all(map(can_be_cut, self._cache.layers))
 
 
-def _new_cache(model: Any) -> Any:
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _is_kept(layer: Any) -> bool:
-    """Whether a layer can be cut and holds entries of one sequence."""
-    return can_be_cut(layer) and layer.is_initialized and layer.keys.shape[0] == 1
-
-
-def _length(layer: Any) -> int:
-    """Entries of which both key and value are there."""
-    return int(min(layer.keys.shape[2], layer.values.shape[2]))
-
-
-def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for ours, theirs in zip(held, prompt, strict=False):
-        if ours != theirs:
-            break
-        count += 1
-    return count
-
-
-def _rope_kinds(config: Any) -> set[str]:
-    """Kinds of rotation that a config names, for all layers or for each kind of layer."""
-    found = getattr(config.get_text_config(decoder=True), "rope_parameters", None)
-    if not isinstance(found, dict):
-        return set()
-    parts = [found, *(part for part in found.values() if isinstance(part, dict))]
-    return {str(part.get("rope_type")) for part in parts}
+def _takes_cache(config: Any) -> bool:
+    """Whether a generation config leaves the choice of the cache to us."""
+    if config is None:
+        return True
+    if getattr(config, "cache_implementation", None) is not None:
+        return False
+    return getattr(config, "use_cache", None) is not False

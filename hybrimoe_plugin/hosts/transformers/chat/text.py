@@ -30,6 +30,7 @@ class AnswerText:
         opening: written before the first token; no stop string is looked for in it.
         text: what was written so far.
         stopped: whether a stop string was found. What comes after it is ignored.
+        stop: the one that was found; "" where none was.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class AnswerText:
     ) -> None:
         self.opening = ""
         self.text = ""
+        self.stop = ""
         self.stopped = False
         self._tokenizer = tokenizer
         self._write = write
@@ -97,6 +99,7 @@ class AnswerText:
         self.stopped = bool(found)
         if found:
             place, length = min(found)
+            self.stop = held[place : place - length]
             certain = place - length if self._keep_stop else place
         else:
             certain = len(held) - self._beginning(held)

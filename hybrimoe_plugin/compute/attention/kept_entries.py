@@ -1,11 +1,11 @@
-"""Which entries of a KV cache an answer keeps, whatever interrupts it."""
+"""Which entries of a KV cache are kept, whatever interrupts the passes behind them."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer
 
 from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
 
@@ -20,14 +20,15 @@ class KeptEntries:
         `keep(count)` moves the mark to the right; `drop_rest` cuts there
 
     Args:
-        cache: a `DynamicCache`, with which an answer begins; what it holds is kept.
+        cache: a `DynamicCache`, with which an answer begins.
+        count: entries to keep; all that it holds if left out.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, count: int | None = None) -> None:
         self.cache = cache
         self._kept: tuple[int, list[tuple[Any, dict[str, Any] | None]]] = 0, []
         """(entries, [(layer, attributes that it had)]); None where the layer can be cut."""
-        self.keep(int(cache.get_seq_length()))
+        self.keep(int(cache.get_seq_length()) if count is None else count)
 
     def keep(self, count: int) -> None:
         """Keep the first `count` entries from now on; every layer has them. Mutates."""
@@ -58,7 +59,7 @@ def _replaces(layer: Any) -> bool:
     """Whether a pass gives a layer new tensors; else it may write into those that are there, as
     linear attention does with its states.
     """
-    return can_be_cut(layer) or type(layer) is DynamicSlidingWindowLayer
+    return can_be_cut(layer) or type(layer) in (DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 
 def _attributes(layer: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,13 +74,14 @@ def talking(
     model: Any = None,
     tokenizer: Any = None,
     limits: Limits | None = None,
+    endpoints: Sequence[Any] = (chat_completions, completions),
 ) -> Iterator[Talk]:
-    """A server whose every answer is this text."""
+    """A server whose every answer is this text, with the routers of these modules."""
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     model = named_model() if model is None else model
     scheduler = ScriptedScheduler(tokenizer, text, seconds_per_token)
     service = Service(model, tokenizer, NAME, scheduler, limits or Limits())
-    app = build_app(service, [chat_completions.router(service), completions.router(service)])
+    app = build_app(service, [endpoint.router(service) for endpoint in endpoints])
     with socket.create_server(("127.0.0.1", 0)) as port:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [port]}, daemon=True)

@@ -61,6 +61,13 @@ class ScriptedScheduler:
 
     def close(self, seconds: float) -> None:
         self._closed = True
+        until = time.monotonic() + seconds
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        for ticket in self.tickets:
+            ticket.cancel()
+        for thread in self.threads:
+            thread.join()
 
     def _answer(self, request: Request, sink: Sink, ticket: ScriptedTicket) -> None:
         sink.started(self.cached_tokens)

@@ -1,0 +1,169 @@
+"""One token of each of several sequences in one pass, over a KV cache of each sequence's own.
+
+A batch in transformers is one cache, in which shorter sequences are padded. Here every sequence
+keeps the cache that it has when it is computed alone. It can join and leave between two passes
+without a copy, and nothing is computed for padding:
+
+    pass        | new token of A | new token of B | new token of C |     [3, 1, H]
+    attention   over A's entries | over B's       | over C's
+    the rest    one call of three tokens
+
+Attention operators of this project go row by row over `RowsLayer.append`. The model's own attention
+modules get the same entries side by side, padded on the left, from `RowsLayer.update`: a copy in
+every pass, right for any kind of attention that takes transformers' masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
+
+_PLAIN = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)
+_LINEAR = getattr(cache_utils, "LinearAttentionLayer", None)
+"""Not in every release of transformers that is allowed."""
+
+
+class RowsLayer(DynamicLayer):
+    """A layer's keys and values of several sequences.
+
+    Args:
+        layers: of the sequences, in the order of the pass; each has entries already.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.layers = list(layers)
+        self.is_sliding = bool(getattr(layers[0], "is_sliding", False))
+        self._longest = max(self.layers, key=lambda layer: int(layer.get_seq_length()))
+
+    def append(
+        self, row: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [1, heads, 1, D] to one sequence: all of its keys and values, as it is alone."""
+        found: tuple[torch.Tensor, torch.Tensor] = self.layers[row].update(key, value)
+        return found
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [R, heads, 1, D]: all keys and values [R, heads, longest, D], padded on the left.
+
+        A mask must hide the padding, which is zeros.
+        """
+        found = [
+            self.append(row, key_states[row : row + 1], value_states[row : row + 1])
+            for row in range(len(self.layers))
+        ]
+        return _side_by_side([keys for keys, _ in found]), _side_by_side([v for _, v in found])
+
+    def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._longest.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As for a padded batch: of the longest sequence."""
+        sizes: tuple[int, int] = self._longest.get_mask_sizes(query_length)
+        return sizes
+
+
+class SequencesCache(Cache):
+    """What a pass of one token of each of several sequences takes for its KV cache.
+
+    Linear attention keeps a state of constant size instead of entries. The states of all sequences
+    lie side by side in a layer of this cache as long as it is used: `settle` hands them back.
+
+    Args:
+        caches: of the sequences, each of one sequence, with entries. `can_share` says of which
+            kinds. Mutates: them, in every pass.
+    """
+
+    def __init__(self, caches: Sequence[Any]) -> None:
+        self.caches = list(caches)
+        layers = [_joined(each) for each in zip(*(cache.layers for cache in caches), strict=True)]
+        super().__init__(layers=layers)
+
+    def settle(self) -> None:
+        """Give every sequence its own states back; before its own cache is used again."""
+        for number, layer in enumerate(self.layers):
+            if _is_linear(layer):
+                for row, cache in enumerate(self.caches):
+                    _copy_state(layer, row, cache.layers[number])
+
+
+def can_share(cache: Any) -> bool:
+    """Whether a cache's layers are of kinds that `SequencesCache` knows."""
+    # Exact types: what a subclass keeps besides keys and values is unknown here.
+    return all(type(layer) in _PLAIN or _is_linear(layer) for layer in cache.layers)
+
+
+def rows_of(cache: Any, layer: int) -> RowsLayer | None:
+    """A layer's rows in a pass over several sequences; None in any other."""
+    if type(cache) is not SequencesCache:
+        return None
+    found: RowsLayer = cache.layers[layer]
+    return found
+
+
+def attend_rows(
+    rows: RowsLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """[R, heads, 1, D] from new queries, keys and values of R sequences.
+
+    Args:
+        attend: attention of one sequence's token over all its keys and values.
+
+    Mutates: the caches.
+    """
+    found = []
+    for row in range(len(rows.layers)):
+        one = slice(row, row + 1)
+        keys, values = rows.append(row, key[one], value[one])
+        found.append(attend(query[one], keys, values))
+    return torch.cat(found)
+
+
+def _side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([F.pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows])
+
+
+def _is_linear(layer: Any) -> bool:
+    return _LINEAR is not None and type(layer) is _LINEAR
+
+
+def _joined(layers: Sequence[Any]) -> Any:
+    """One layer of a pass, from the layers of its sequences."""
+    if not _is_linear(layers[0]):
+        return RowsLayer(layers)
+    first = layers[0]
+    made = type(first)(first.number_of_states)
+    for name in ("is_conv_states_initialized", "is_recurrent_states_initialized"):
+        setattr(made, name, dict(getattr(first, name)))
+    made.has_previous_state = dict(first.has_previous_state)
+    made.conv_kernel_size = dict(first.conv_kernel_size)
+    made.device, made.dtype = first.device, first.dtype
+    for name in ("conv_states", "recurrent_states"):
+        for index, state in getattr(first, name).items():
+            if state is not None:
+                joined = torch.cat([getattr(layer, name)[index] for layer in layers])
+                getattr(made, name)[index] = joined
+    return made
+
+
+def _copy_state(layer: Any, row: int, own: Any) -> None:
+    for name in ("conv_states", "recurrent_states"):
+        for index, state in getattr(layer, name).items():
+            if state is not None:
+                getattr(own, name)[index].copy_(state[row : row + 1])

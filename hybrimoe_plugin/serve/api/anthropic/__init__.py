@@ -1,0 +1,1 @@
+"""What Anthropic's endpoints say, in this server's words and back."""

@@ -1,0 +1,1 @@
+"""What endpoints for conversations have in common, besides OpenAI's chat completions."""

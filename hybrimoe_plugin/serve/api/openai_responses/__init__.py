@@ -1,0 +1,1 @@
+"""What OpenAI's Responses say, in this server's words and back."""

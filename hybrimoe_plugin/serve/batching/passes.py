@@ -1,0 +1,129 @@
+"""Passes through the model: a piece of one prompt, or the next token of several answers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name
+from hybrimoe_plugin.compute.attention.sequences import SequencesCache, can_share
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache
+from hybrimoe_plugin.operators.attention import AttentionOperator
+from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
+
+
+class Passes:
+    """Computes logits of sequences that each have a KV cache of their own.
+
+    Args:
+        model: a causal language model of transformers, injected or not.
+
+    Attributes:
+        most_rows: sequences that one pass can take; 1 where the model cannot take several.
+        takes_pieces: whether prompts may be computed in pieces.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._name = cache_name(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        cache = new_cache(model)
+        operators = [part for part in model.modules() if isinstance(part, AttentionOperator)]
+        self._needs_mask = len(operators) < len(cache.layers)
+        self.takes_pieces = can_go_on(model)
+        self.most_rows = FEW_ROWS if self.takes_pieces and can_share(cache) else 1
+        self._together: SequencesCache | None = None
+        """Of the last pass over several sequences."""
+
+    @torch.no_grad()
+    def piece(self, ids: Sequence[int], cache: Any) -> torch.Tensor:
+        """Logits [V] behind the last of these tokens, which continue what the cache holds.
+
+        Mutates: the cache.
+        """
+        self._leave(cache)
+        given = torch.tensor([list(ids)], device=self._model.device)
+        arguments = {self._name: cache, "use_cache": True, **self._last_only}
+        output = self._model(input_ids=given, **arguments)
+        last: torch.Tensor = output.logits[0, -1]
+        return last
+
+    @torch.no_grad()
+    def step(
+        self, tokens: Sequence[int], caches: Sequence[Any], owners: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits [R, V] behind one more token of each of R sequences.
+
+        Args:
+            tokens: the newest of each, which has no entry yet.
+            owners: a number for each sequence, under which policies know its conversation.
+
+        Mutates: the caches.
+        """
+        if len(tokens) == 1:
+            return self.piece(tokens, caches[0])[None]
+        together = self._joined(caches)
+        device = self._model.device
+        lengths = torch.tensor([_length(cache) for cache in caches], device=device)
+        arguments: dict[str, Any] = {
+            "input_ids": torch.tensor(tokens, device=device)[:, None],
+            "position_ids": lengths[:, None],
+            self._name: together,
+            "use_cache": True,
+            **self._last_only,
+        }
+        if self._needs_mask:
+            arguments["attention_mask"] = _padding(lengths)
+        output = self._run(Rows(np.asarray(owners), np.ones(len(owners), bool)), arguments)
+        last: torch.Tensor = output.logits[:, -1]
+        return last
+
+    def settle(self) -> None:
+        """Give every sequence all that belongs to it, as before the first pass with others."""
+        together, self._together = self._together, None
+        if together is not None:
+            together.settle()
+
+    def forget(self) -> None:
+        """After a pass that failed: nothing of it is of use, and its sequences have no caches."""
+        self._together = None
+
+    def _leave(self, cache: Any) -> None:
+        """Let a sequence be computed alone."""
+        if self._together is not None and any(each is cache for each in self._together.caches):
+            self.settle()
+
+    def _joined(self, caches: Sequence[Any]) -> SequencesCache:
+        """The cache of a pass over these sequences, kept while they are the same."""
+        known = self._together
+        if known is not None and _same(known.caches, caches):
+            return known
+        self.settle()
+        self._together = made = SequencesCache(caches)
+        return made
+
+    def _run(self, rows: Rows, arguments: dict[str, Any]) -> Any:
+        handle = getattr(self._model, "hybrimoe", None)
+        if handle is None or all(engine.accelerator is None for engine in handle.engines):
+            return self._model(**arguments)  # no decision depends on rows
+        return handle.run_rows(rows, self._model, **arguments)
+
+
+def _length(cache: Any) -> int:
+    return int(cache.get_seq_length())
+
+
+def _padding(lengths: torch.Tensor) -> torch.Tensor:
+    """The mask [R, longest + 1] of a batch that is padded on the left; 1 for a token."""
+    longest = int(lengths.max())
+    places = torch.arange(longest + 1, device=lengths.device)
+    return (places >= (longest - lengths)[:, None]).long()
+
+
+def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,1 @@
+"""What is around every request, and the process that answers them."""
