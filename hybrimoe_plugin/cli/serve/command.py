@@ -145,10 +145,10 @@ def _serve(
     """Answer requests until a signal."""
     from hybrimoe_plugin.device.memory import free_host_bytes
     from hybrimoe_plugin.serve.api.app import build_app
-    from hybrimoe_plugin.serve.api.routers import all_routers
     from hybrimoe_plugin.serve.http.layers import surround
     from hybrimoe_plugin.serve.http.server import Server
     from hybrimoe_plugin.serve.metrics.metrics import Metrics
+    from hybrimoe_plugin.serve.routers import all_routers
     from hybrimoe_plugin.serve.service import Limits, Service
 
     handle = getattr(loaded.model, "hybrimoe", None)
