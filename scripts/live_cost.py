@@ -2,9 +2,9 @@
 
     python scripts/live_cost.py [--accelerator emulated] [--cache_ratio 0.25] [--seconds 60]
 
-Decodes with the demo model while a server in the same process has no watcher, or one in a process
-of its own. Beside the medians it prints what watching takes by the count of processor time: noise
-of other programs hides one per cent of tokens/s, but not that.
+Decodes with the demo model, on one thread, while a server in the same process has no watcher, or
+one in a process of its own. Other programs' noise can hide one per cent of tokens/s. So it prints
+the process's time on processors for each token too, and that of the samples alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -81,12 +81,20 @@ def served(model: Any) -> Iterator[tuple[str, Timed]]:
             thread.join()
 
 
-def decode(model: Any, tokens: int) -> float:
-    """Tokens per second."""
+class Speed(NamedTuple):
+    """Of one piece."""
+
+    tokens_s: float
+    cpu_ms: float
+    """Time on processors for each token, of all threads of this process."""
+
+
+def decode(model: Any, tokens: int) -> Speed:
     prompt = torch.arange(3, 11).reshape(1, -1)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return tokens / (time.perf_counter() - began)
+    cpu_s = time.process_time() - cpu_began
+    return Speed(tokens / (time.perf_counter() - began), 1e3 * cpu_s / tokens)
 
 
 def hook_us(engine: Any) -> float:
@@ -110,12 +118,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--tokens", type=int, default=16, help="of each piece")
     asked = parser.parse_args()
-    settings = {"cache_ratio": asked.cache_ratio} if asked.accelerator != "none" else {}
+    torch.set_num_threads(1)
+    settings: dict[str, Any] = {"cpu_threads": 1}
+    if asked.accelerator != "none":
+        settings["cache_ratio"] = asked.cache_ratio
     model, _ = load_model(
         None, build_demo_model(), accelerator=asked.accelerator, progress=False, **settings
     )
-    speeds: dict[bool, list[float]] = {False: [], True: []}
-    watched_s = 0.0
+    speeds: dict[bool, list[Speed]] = {False: [], True: []}
     with served(model) as (url, source):
         decode(model, asked.tokens)
         end = time.monotonic() + asked.seconds
@@ -126,20 +136,24 @@ def main() -> None:
                 samples = source.samples
                 while source.samples == samples:
                     time.sleep(0.01)
-                began = time.monotonic()
                 speeds[True].append(decode(model, asked.tokens))
-                watched_s += time.monotonic() - began
                 watcher.terminate()
-    alone, watched = (statistics.median(speeds[is_watched]) for is_watched in (False, True))
+    alone, watched = (
+        Speed(*map(statistics.median, zip(*speeds[is_watched], strict=True)))
+        for is_watched in (False, True)
+    )
     per_sample_us = 1e6 * source.sample_s / source.samples
     engine = model.hybrimoe.engines[0]
-    hooks_us = hook_us(engine) * len(engine.layers) * watched
+    hooks_us = hook_us(engine) * len(engine.layers) * watched.tokens_s
     row = {
         "accelerator": asked.accelerator,
         "pieces": len(speeds[True]),
-        "tokens_s": round(alone, 2),
-        "tokens_s_watched": round(watched, 2),
-        "ratio_of_medians": round(watched / alone, 4),
+        "tokens_s": round(alone.tokens_s, 2),
+        "tokens_s_watched": round(watched.tokens_s, 2),
+        "ratio_of_tokens_s": round(watched.tokens_s / alone.tokens_s, 4),
+        "cpu_ms_per_token": round(alone.cpu_ms, 2),
+        "cpu_ms_per_token_watched": round(watched.cpu_ms, 2),
+        "ratio_of_cpu_ms": round(watched.cpu_ms / alone.cpu_ms, 4),
         "sample_us": round(per_sample_us, 1),
         "share_of_samples": round(per_sample_us * 5 / 1e6, 5),
         "share_of_hooks": round(hooks_us / 1e6, 6),

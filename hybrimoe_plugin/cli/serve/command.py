@@ -215,8 +215,8 @@ def _served(args: argparse.Namespace, loaded: Loaded, name: str) -> Iterator[Any
 
 def _application(service: Any, access: Any) -> Any:
     from hybrimoe_plugin.serve.api.app import build_app
-    from hybrimoe_plugin.serve.api.routers import all_routers
     from hybrimoe_plugin.serve.http.layers import surround
+    from hybrimoe_plugin.serve.routers import all_routers
 
     app = build_app(service, all_routers(service))
     surround(app, service, access)

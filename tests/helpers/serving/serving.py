@@ -157,7 +157,7 @@ def main() -> int:
     patched._loaded = no_model
     patched.make_scheduler = scheduler
     vars(loading)["check_machine"] = lambda _choice: None
-    routers = ModuleType("hybrimoe_plugin.serve.api.routers")
+    routers = ModuleType("hybrimoe_plugin.serve.routers")
     vars(routers)["all_routers"] = light_routers
     sys.modules[routers.__name__] = routers
     return hybrimoe(sys.argv[2:])

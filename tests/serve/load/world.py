@@ -17,10 +17,10 @@ from serving import served
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf
-from hybrimoe_plugin.serve.api.routers import all_routers
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
 from hybrimoe_plugin.serve.http.layers import Access
 from hybrimoe_plugin.serve.metrics.metrics import Metrics
+from hybrimoe_plugin.serve.routers import all_routers
 from hybrimoe_plugin.serve.service import Service
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -91,7 +91,9 @@ export class Panel {
       place.textContent = String(sample.counts[name]);
     }
     const shares = this.lanes.take(sample.lanes);
-    this.figures.take({ ...sample, ...shares });
+    // Emulated time stands still without calls, and so do its lanes.
+    const rests = this.model.accelerator === "emulated" && !sample.tokens_s && !sample.prompt_s;
+    this.figures.take({ ...sample, ...(rests ? {} : shares) });
     work(load(sample));
   }
 }
