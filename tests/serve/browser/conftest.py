@@ -62,7 +62,7 @@ class Site:
     service: Service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop runs until then: no other test could have one
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
         assert not os.environ.get("CI"), f"{CHROMIUM} is not there"
