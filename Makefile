@@ -8,7 +8,7 @@ OLDEST := tests/hosts tests/families tests/decode tests/operators tests/compute 
 PYTHONS ?= python3.10 python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz eval figures peers peers-server clean setup setup-dev setup-oldest test-oldest setup-ray test-ray setup-ktransformers setup-ktransformers-dev
+.PHONY: help oracle chat chat-ktransformers test gpu-check-dry gpu-bundle test-ktransformers test-wheel test-pythons lint fuzz load eval figures peers peers-server clean setup setup-dev setup-oldest test-oldest setup-ray test-ray setup-ktransformers setup-ktransformers-dev
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name about; do printf '%-19s %s\n' "$$name" "$$about"; done
@@ -68,6 +68,9 @@ peers-server: setup-dev  ## llama.cpp's own server, for eval.serving; compiles f
 
 fuzz: setup-dev  ## damaged files of every kind, for hours; CASES=... GGUF files
 	@$(BIN)/python -m tests.fuzz --cases $(or $(CASES),20000)
+
+load: setup-dev  ## the server's load test for longer, REQUESTS=...
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.load --requests $(or $(REQUESTS),20000)
 
 lint: setup-dev  ## ruff and mypy
 	@$(BIN)/ruff check .

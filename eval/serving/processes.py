@@ -99,8 +99,11 @@ class Process:
         raise ServerError(f"no answer within {START_S:.0f} s; {self.state()}: {self.said()}")
 
 
-def ours(gguf: Path, model_path: Path | None, threads: int) -> Process:
+def ours(gguf: Path, model_path: Path | None, threads: int, slots: int) -> Process:
     """Our server, on the CPU alone.
+
+    Args:
+        slots: most answers that it decodes together.
 
     Raises:
         ServerError: it did not start.
@@ -108,7 +111,7 @@ def ours(gguf: Path, model_path: Path | None, threads: int) -> Process:
     command = [sys.executable, "-m", "hybrimoe_plugin", "serve", "--gguf_path", str(gguf)]
     if model_path is not None:
         command += ["--model_path", str(model_path)]
-    command += ["--device", "cpu", "--cpu_threads", str(threads)]
+    command += ["--device", "cpu", "--cpu_threads", str(threads), "--max_batch", str(slots)]
     return Process(command, {"OMP_NUM_THREADS": str(threads)})
 
 

@@ -117,11 +117,12 @@ def _servers(args: Namespace, gguf: Path) -> Iterator[tuple[dict[str, Server], s
     """(servers by name, a note on llama.cpp's); ended afterwards, unless they ran before."""
     started: list[processes.Process] = []
     servers: dict[str, Server] = {}
+    slots = max(args.clients)
     try:
         if args.url is not None:
             servers[OURS] = Server(args.url)
         else:
-            started.append(processes.ours(gguf, args.model_path, args.threads))
+            started.append(processes.ours(gguf, args.model_path, args.threads, slots))
             servers[OURS] = started[-1].server
         path = processes.find_llama(args.llama_server)
         if path is None:
@@ -129,7 +130,6 @@ def _servers(args: Namespace, gguf: Path) -> Iterator[tuple[dict[str, Server], s
             yield servers, processes.HOW_TO_GET
             return
         context = max(CONTEXT, args.prompt_tokens + args.answer_tokens, 2 * args.talk_tokens)
-        slots = max(args.clients)
         process, note = processes.llama(path, gguf, args.threads, slots, context)
         started.append(process)
         servers[LLAMA] = process.server
@@ -145,6 +145,7 @@ def measure(
     """(rows of clients, rows of conversations, what disturbed them if anything did)."""
     prompts = Prompts(vocabulary)
     cells = [Cell(name, clients) for clients in args.clients for name in servers]
+    print(f"{len(cells)} cells are warmed up, then measured in {args.turns} turns", flush=True)
     _warm_up(args, servers, prompts)
     rounds: dict[Cell, list[Round]] = {cell: [] for cell in cells}
     talks: dict[str, list[Talk]] = {name: [] for name in servers}
