@@ -46,15 +46,15 @@ class Delivery:
 
     def begin(self, sequence: Sequence) -> None:
         """Give a sequence its cache, with what others have computed of its prompt."""
+        taken = {each.owner for each in self.sequences}
+        sequence.owner = next(number for number in range(len(taken) + 1) if number not in taken)
+        self.sequences.append(sequence)
         self.settle()
         others = [
             (each.ids[: each.computed], each.cache)
             for each in self.sequences
             if each.cache is not None
         ]
-        taken = {each.owner for each in self.sequences}
-        sequence.owner = next(number for number in range(len(taken) + 1) if number not in taken)
-        self.sequences.append(sequence)
         sequence.cache, sequence.computed = self._prefixes.begin(sequence.ids, others)
         if not sequence.was_started:
             sequence.was_started = True
@@ -65,6 +65,7 @@ class Delivery:
     def take(self, sequence: Sequence, drawn: Drawn | HybriMoEError) -> bool:
         """Hand the next token over, or end the answer; whether it goes on."""
         if isinstance(drawn, HybriMoEError):
+            sequence.forget_cache()  # it may be what is wrong: nobody else must get it
             self.end(sequence, Reason.FAILED, drawn)
             return False
         if drawn.kept and not self._hand_over(sequence, drawn):
@@ -98,6 +99,7 @@ class Delivery:
     def keep(self, ids: list[int], cache: Any) -> None:
         """Keep a cache that nobody uses any more, for prompts that begin with the same tokens."""
         try:
+            self.settle()
             self._prefixes.end(ids, cache)
         except Exception as error:  # out of memory: only time is lost
             log.warning("a prefix was not kept: %s: %s", type(error).__name__, error)
@@ -134,7 +136,6 @@ class Delivery:
     def _give_back(self, sequence: Sequence) -> None:
         cache, sequence.cache = sequence.cache, None
         if cache is not None:
-            self.settle()
             self.keep(sequence.ids[: sequence.computed], cache)
 
 

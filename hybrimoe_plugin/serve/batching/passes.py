@@ -63,7 +63,7 @@ class Passes:
             tokens: the newest of each, which has no entry yet.
             owners: a number for each sequence, under which policies know its conversation.
 
-        Mutates: the caches.
+        Mutates: the caches. After an error they are of no use; other sequences' are as before.
         """
         if len(tokens) == 1:
             return self.piece(tokens, caches[0])[None]
@@ -79,19 +79,19 @@ class Passes:
         }
         if self._needs_mask:
             arguments["attention_mask"] = _padding(lengths)
-        output = self._run(Rows(np.asarray(owners), np.ones(len(owners), bool)), arguments)
+        try:
+            output = self._run(Rows(np.asarray(owners), np.ones(len(owners), bool)), arguments)
+        except BaseException:
+            self._together = None  # what it holds of these sequences is of no use
+            raise
         last: torch.Tensor = output.logits[:, -1]
         return last
 
     def settle(self) -> None:
         """Give every sequence all that belongs to it, as before the first pass with others."""
-        together, self._together = self._together, None
-        if together is not None:
-            together.settle()
-
-    def forget(self) -> None:
-        """After a pass that failed: nothing of it is of use, and its sequences have no caches."""
-        self._together = None
+        if self._together is not None:
+            self._together.settle()
+        self._together = None  # last: interrupted, it is done again
 
     def _leave(self, cache: Any) -> None:
         """Let a sequence be computed alone."""

@@ -112,7 +112,6 @@ class Running:
 
     def _failed(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """A pass failed, and what its caches hold is unknown: compute once more from the tokens."""
-        self._passes.forget()
         kind = type(error).__name__
         log.warning("a pass failed: %s: %s", kind, error)
         for sequence in sequences:

@@ -30,6 +30,7 @@ from hybrimoe_plugin.serve.sampling.sampler import Sampler
 log = logging.getLogger(__name__)
 
 _SHUT_DOWN = "the server is being shut down"
+_POLL_SECONDS = 0.1
 
 
 class Scheduler:
@@ -86,7 +87,7 @@ class Scheduler:
         self._answers: Running | Speculating = (
             Running(model, self._delivery, piece, self._observer)
             if decoder is None
-            else Speculating(model, self._delivery, decoder)
+            else Speculating(model, self._delivery, decoder, self._clear_queue)
         )
         self._most_running = min(batch, self._answers.most)
         self._most_waiting = queue
@@ -139,9 +140,13 @@ class Scheduler:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(seconds)
-        for sequence in list(self._delivery.sequences):
-            sequence.cancel()
-        self._thread.join()
+        while self._thread.is_alive():
+            # Again and again: one may be on its way between those that wait and those that run.
+            with self._changed:
+                left = [*self._waiting, *self._delivery.sequences]
+            for sequence in left:
+                sequence.cancel()
+            self._thread.join(_POLL_SECONDS)
 
     def _check(self, request: Request) -> None:
         """Refuse a prompt that can never be answered. Raises: PromptError."""
@@ -164,7 +169,7 @@ class Scheduler:
         torch.set_num_threads(threads)  # a new thread begins with torch's default
         try:
             while self._has_work():
-                self._end_cancelled()
+                self._delivery.end_cancelled()
                 self._admit()
                 self._answers.compute()
                 self._make_room()
@@ -177,26 +182,24 @@ class Scheduler:
         with self._changed:
             while not (self._closing or self._waiting or self._delivery.sequences):
                 self._changed.wait()
-            refused = self._take_waiting() if self._closing else []
-        for sequence in refused:
-            finish(sequence, Reason.FAILED, ClosingError(_SHUT_DOWN), self._observer)
+        self._clear_queue()
         return bool(self._waiting or self._delivery.sequences)
 
-    def _take_waiting(self) -> list[Sequence]:
-        """Those that have not begun leave the queue; the caller holds it."""
-        taken = [sequence for sequence in self._waiting if not sequence.was_started]
-        for sequence in taken:
-            self._waiting.remove(sequence)
-        return taken
-
-    def _end_cancelled(self) -> None:
+    def _clear_queue(self) -> None:
+        """End those that wait in vain: nobody wants them, or they will not begin any more."""
         with self._changed:
-            left = [sequence for sequence in self._waiting if sequence.is_cancelled]
+            left = [
+                sequence
+                for sequence in self._waiting
+                if sequence.is_cancelled or (self._closing and not sequence.was_started)
+            ]
             for sequence in left:
                 self._waiting.remove(sequence)
         for sequence in left:
-            finish(sequence, Reason.CANCELLED, None, self._observer)
-        self._delivery.end_cancelled()
+            if sequence.is_cancelled:
+                finish(sequence, Reason.CANCELLED, None, self._observer)
+            else:
+                finish(sequence, Reason.FAILED, ClosingError(_SHUT_DOWN), self._observer)
 
     def _admit(self) -> None:
         """Let those begin whose turn it is and for whom there is room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Speculating:
         model: a causal language model of transformers.
         delivery: takes the tokens.
         decoder: a callable for `custom_generate`, with an attribute `streamer`.
+        between: called between two tokens, as an answer holds the thread until it ends.
 
     Attributes:
         most: answers at once.
@@ -32,10 +34,13 @@ class Speculating:
 
     most = 1
 
-    def __init__(self, model: Any, delivery: Delivery, decoder: Any) -> None:
+    def __init__(
+        self, model: Any, delivery: Delivery, decoder: Any, between: Callable[[], object]
+    ) -> None:
         self._model = model
         self._delivery = delivery
         self._decoder = decoder
+        self._between = between
 
     def begin(self, sequence: Sequence) -> None:
         """Let a sequence run."""
@@ -56,7 +61,7 @@ class Speculating:
 
     def _generate(self, sequence: Sequence) -> None:
         prompt = torch.tensor([sequence.ids], device=self._model.device)
-        progress = _Progress(sequence, self._delivery)
+        progress = _Progress(sequence, self._delivery, self._between)
         # Not the sequence's while the method runs: it holds drafted tokens too, and the text may
         # end before these are dropped.
         cache, sequence.cache = sequence.cache, None
@@ -106,9 +111,12 @@ class Speculating:
 class _Progress:
     """Draws an answer's tokens and hands them over, as `generate` asks and tells."""
 
-    def __init__(self, sequence: Sequence, delivery: Delivery) -> None:
+    def __init__(
+        self, sequence: Sequence, delivery: Delivery, between: Callable[[], object]
+    ) -> None:
         self._sequence = sequence
         self._delivery = delivery
+        self._between = between
         self._drawn: Drawn | None = None
         self._goes_on = True
 
@@ -133,6 +141,7 @@ class _Progress:
         """All tokens are there."""
 
     def stopped(self, ids: torch.Tensor, _scores: object, **_: Any) -> torch.Tensor:
-        """Whether to go on, [1] bool."""
+        """Whether to end, [1] bool."""
+        self._between()
         over = not self._goes_on or self._sequence.is_cancelled
         return torch.full((len(ids),), over, dtype=torch.bool, device=ids.device)
