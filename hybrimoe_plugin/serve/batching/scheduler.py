@@ -184,10 +184,11 @@ class Scheduler:
                 while not (self._closing or self._waiting or self._delivery.sequences):
                     self._changed.wait()
             self._clear_queue()
-            if self._waiting or self._delivery.sequences:
-                return True
-            if self._closing:
-                return False
+            with self._changed:
+                if self._waiting or self._delivery.sequences:
+                    return True
+                if self._closing:
+                    return False
 
     def _clear_queue(self) -> None:
         """End those that wait in vain: nobody wants them, or they will not begin any more."""
