@@ -179,11 +179,16 @@ class Scheduler:
 
     def _has_work(self) -> bool:
         """Wait for something to do; False when the server is closed and all is done."""
-        with self._changed:
-            while not (self._closing or self._waiting or self._delivery.sequences):
-                self._changed.wait()
-        self._clear_queue()
-        return bool(self._waiting or self._delivery.sequences)
+        while True:
+            with self._changed:
+                while not (self._closing or self._waiting or self._delivery.sequences):
+                    self._changed.wait()
+            self._clear_queue()
+            with self._changed:
+                if self._waiting or self._delivery.sequences:
+                    return True
+                if self._closing:
+                    return False
 
     def _clear_queue(self) -> None:
         """End those that wait in vain: nobody wants them, or they will not begin any more."""

@@ -17,7 +17,7 @@ from hybrimoe_plugin.serve.requests import PromptError, Request, Token
 from hybrimoe_plugin.serve.sampling.checks import check_sampling
 from hybrimoe_plugin.serve.sampling.errors import DrawError
 from hybrimoe_plugin.serve.sampling.filters import GREEDY_BELOW, Filters, drawn
-from hybrimoe_plugin.serve.sampling.penalties import AnswerPenalties
+from hybrimoe_plugin.serve.sampling.penalties import AnswerPenalties, Biases
 
 _SEEDS = 1 << 64
 """torch's generators take so many seeds; other integers are taken modulo it."""
@@ -88,8 +88,7 @@ class Sampler:
         sampling = request.sampling
         made: list[Any] = []
         if sampling.logit_bias:
-            biases = {(token,): float(bias) for token, bias in sampling.logit_bias.items()}
-            made.append(processors.SequenceBiasLogitsProcessor(biases))
+            made.append(Biases(sampling.logit_bias))
         if sampling.repetition_penalty != 1.0:
             seen = torch.tensor(request.prompt, dtype=torch.long).unique()
             if len(seen) and not (seen[0] >= 0 and seen[-1] < self.vocabulary):

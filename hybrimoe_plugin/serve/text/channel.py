@@ -113,10 +113,12 @@ class AnswerSink:
         return not self._text.stopped
 
     def end(self, end: End) -> None:
-        self._text.end()
-        if self._new:
-            self._push(None)
-        self._channel.push(self._index, end)
+        try:
+            self._text.end()
+            if self._new:
+                self._push(None)
+        finally:  # whatever a tokenizer does, the reader must learn that nothing more comes
+            self._channel.push(self._index, end)
 
     def _push(self, token: Token | None) -> None:
         text = "".join(self._new)

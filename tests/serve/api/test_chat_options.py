@@ -152,6 +152,7 @@ def test_harmless_and_unknown_fields_are_ignored(talk: Talk) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"logit_bias": {"264": 1}}, "logit_bias"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),
         ({"stop_token_ids": [264]}, "stop_token_ids"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

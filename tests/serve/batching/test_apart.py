@@ -140,6 +140,18 @@ def second_is_cancelled(scheduler: Scheduler) -> bool:
     return all(each.is_cancelled for each in scheduler._waiting)
 
 
+def test_cancelling_all_that_waits_leaves_the_server_running(model: Any) -> None:
+    scheduler = Scheduler(model, **OPTIONS)
+    with scheduler._changed:  # the thread sees both at once
+        sink = Collected()
+        scheduler.submit(Request("a", prompt(5), 5, GREEDY), sink).cancel()
+    assert sink.wait().reason is Reason.CANCELLED
+    again = Collected()
+    scheduler.submit(Request("b", prompt(5), 5, GREEDY), again)
+    assert again.wait().reason is Reason.LENGTH
+    scheduler.close(10)
+
+
 class TestSpeculated:
     """A whole answer is computed at a time."""
 

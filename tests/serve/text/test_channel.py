@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
 from byte_language import byte_tokenizer
 
 from hybrimoe_plugin.serve.requests import End, Reason, Token
@@ -98,3 +99,22 @@ def test_a_reader_that_is_gone_does_not_disturb_the_scheduler() -> None:
     sink = AnswerSink(0, channel, byte_tokenizer())
     assert sink.put(Token(65))
     sink.end(End(Reason.CANCELLED, 1))
+
+
+class Unreadable:
+    """A tokenizer that cannot decode."""
+
+    def decode(self, *_args: object, **_options: object) -> str:
+        raise OverflowError
+
+
+def test_the_end_is_told_though_the_text_cannot_be_read() -> None:
+    async def run() -> list[tuple[int, Item]]:
+        channel = Channel()
+        sink = AnswerSink(0, channel, Unreadable())
+        for call in (lambda: sink.put(Token(5)), lambda: sink.end(End(Reason.FAILED, 1))):
+            with pytest.raises(OverflowError):
+                call()
+        return channel.ready()
+
+    assert asyncio.run(run())[-1] == (0, End(Reason.FAILED, 1))

@@ -28,6 +28,8 @@ from hybrimoe_plugin.serve.text.language import Language, Wanted
 MOST_TOKEN = 2**31 - 1
 _LONGEST_STOP = 256
 """Characters: each new text is compared with every beginning of every stop string."""
+MOST_NAMED = 1024
+"""Tokens in one field: each is looked at for every answer, while other requests wait."""
 _TOKEN = re.compile(r"[0-9]{1,10}")
 
 
@@ -35,7 +37,9 @@ def _biases(name: str, value: Any) -> dict[int, float]:
     """Token ids, which JSON writes as strings, and what is added to their logits."""
     check = number(-100, 100)
     found = {}
-    for token, bias in mapping(name, value).items():
+    if len(mapping(name, value)) > MOST_NAMED:
+        raise wrong(name, f"an object of at most {MOST_NAMED} tokens")
+    for token, bias in value.items():
         if not _TOKEN.fullmatch(token):
             raise wrong(name, "an object whose keys are token ids")
         found[int(token)] = check(f"{name}.{token}", bias)
@@ -54,7 +58,7 @@ def _top_k(name: str, value: Any) -> int:
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(list_of(whole(0, MOST_TOKEN))(name, value))
+    return tuple(list_of(whole(0, MOST_TOKEN), most=MOST_NAMED)(name, value))
 
 
 COMMON: Mapping[str, Check] = {
