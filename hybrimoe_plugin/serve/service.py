@@ -38,6 +38,7 @@ class Service:
         name: the model's, as clients see it.
         created: when the server began, in seconds since 1970.
         language: `serve.text.language.Language`, made when it is first needed.
+        store: a `serve.live.places.ExpertStore` of a target on flash; None for other models.
         metrics: a `serve.metrics.Metrics`, which the scheduler tells; None for none.
         closing: whether the server is being shut down: no new requests; endless answers, such as
             live feeds, end.
@@ -50,5 +51,6 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
     language: Any = field(default=None, repr=False)
+    store: Any = None
     metrics: Any = None
     closing: bool = False

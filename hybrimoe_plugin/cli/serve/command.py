@@ -8,8 +8,9 @@ import logging
 import shlex
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 from hybrimoe_plugin.cli.chat import flags as chat_flags
@@ -21,6 +22,7 @@ from hybrimoe_plugin.cli.main import FLASH_CHAT, find_module, keep_off_hubs
 from hybrimoe_plugin.cli.serve import flags, libraries, scaling
 from hybrimoe_plugin.cli.setting_flags import add_settings
 from hybrimoe_plugin.config import parse_bytes
+from hybrimoe_plugin.errors import HybriMoEError
 from hybrimoe_plugin.files import printable
 
 COMMON = (
@@ -41,6 +43,7 @@ class Loaded(NamedTuple):
         piece: tokens of a prompt that are computed at once.
         decoder: of a target on flash; None for others.
         banner: lines about the model.
+        store: where experts on flash lie (`serve.live.places.ExpertStore`); None for others.
     """
 
     model: Any
@@ -48,6 +51,7 @@ class Loaded(NamedTuple):
     piece: int
     decoder: Any
     banner: list[str]
+    store: Any = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,8 +137,14 @@ def _loaded(args: argparse.Namespace, choice: loading.Chosen) -> Iterator[Loaded
         if choice.flash:
             flash = loading.load_flash(args)
             opened.callback(flash.close)
-            model, tokenizer, decoder = flash.target.model, flash.tokenizer, flash.decoder
-            yield Loaded(model, tokenizer, chat_flags.CPU_PIECE, decoder, flash.banner())
+            yield Loaded(
+                flash.target.model,
+                flash.tokenizer,
+                chat_flags.CPU_PIECE,
+                flash.decoder,
+                flash.banner(),
+                flash.target.experts,
+            )
             return
         records = opened.enter_context(Records(args.timeline, args.record_trace, args.quiet))
         model, tokenizer = loading.load(args, loading.sources(args), choice.settings)
@@ -208,9 +218,19 @@ def _served(args: argparse.Namespace, loaded: Loaded, name: str) -> Iterator[Any
         limits = Limits(body_bytes=body_bytes, seconds=args.request_timeout)
         service = Service(loaded.model, loaded.tokenizer, name, scheduler, limits)
         service.metrics = metrics
+        service.store = loaded.store
+        # The first grammar would hold all other threads up for a second or more.
+        threading.Thread(target=_prepare_grammars, args=(loaded.tokenizer,), daemon=True).start()
         yield service
     finally:
         scheduler.close(0.0)
+
+
+def _prepare_grammars(tokenizer: Any) -> None:
+    from hybrimoe_plugin.serve.sampling.grammar import convert
+
+    with suppress(HybriMoEError):  # told to whoever asks for a grammar
+        convert(tokenizer)
 
 
 def _application(service: Any, access: Any) -> Any:

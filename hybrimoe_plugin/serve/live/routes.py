@@ -22,16 +22,10 @@ SLOWEST_S = 20.0
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-def router(
-    service: Service, store: ExpertStore | None = None, interval_s: float = INTERVAL_S
-) -> APIRouter:
-    """The endpoint. A watcher needs the API key like any other client.
-
-    Args:
-        store: where the model's experts lie on flash.
-    """
+def router(service: Service, interval_s: float = INTERVAL_S) -> APIRouter:
+    """The endpoint. A watcher needs the API key like any other client."""
     routes = APIRouter()
-    feed = Feed(service, source_of(service.model, store), interval_s)
+    feed = Feed(service, source_of(service.model, service.store), interval_s)
 
     @routes.get("/v1/live")
     async def live() -> StreamingResponse:
