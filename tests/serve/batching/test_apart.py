@@ -152,6 +152,18 @@ def test_cancelling_all_that_waits_leaves_the_server_running(model: Any) -> None
     scheduler.close(10)
 
 
+def watch(running: Collected, waiting: Collected) -> list[bool]:
+    """Of every further token of one answer: whether the other has ended by then."""
+    found: list[bool] = []
+
+    def stop(_ids: list[int]) -> bool:
+        found.append(waiting.end_ is not None)
+        return False
+
+    running._stop = stop
+    return found
+
+
 class TestSpeculated:
     """A whole answer is computed at a time."""
 
@@ -168,8 +180,7 @@ class TestSpeculated:
         scheduler.submit(Request("a", prompt(5), 200, GREEDY), running)
         assert gate.reached.wait(60)
         scheduler.submit(Request("b", prompt(5), 5, GREEDY), waiting).cancel()
-        ended_first: list[bool] = []
-        running._stop = lambda _: bool(ended_first.append(waiting.end_ is not None))
+        ended_first = watch(running, waiting)
         gate.open.set()
         running.wait()
         assert waiting.wait().reason is Reason.CANCELLED
@@ -187,8 +198,7 @@ class TestSpeculated:
         closing.start()
         while not scheduler._closing:
             pass
-        ended_first: list[bool] = []
-        running._stop = lambda _: bool(ended_first.append(waiting.end_ is not None))
+        ended_first = watch(running, waiting)
         gate.open.set()
         assert running.wait().reason is Reason.LENGTH
         assert isinstance(waiting.wait().error, ClosingError)
