@@ -6,10 +6,10 @@ import threading
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from collected import Collected
 from more_families import CHANGES
+from schedulers import OPTIONS, prompt, small_model
 
 from eval.models.shrunk import shrunk_model
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
@@ -19,24 +19,11 @@ from lever_ext.drafts.ngram import NGramDraft
 from lever_ext.tree.policies import make_policy
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
-OPTIONS: dict[str, Any] = {
-    "batch": 4,
-    "queue": 100,
-    "kv_bytes": 1 << 30,
-    "prefix_bytes": 1 << 26,
-    "piece": 16,
-}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    made = tiny.model("mixtral", max_position_embeddings=256)
-    made.generation_config.eos_token_id = None
-    return made
-
-
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(tiny.tokens(length, seed=seed)[0].tolist())
+    return small_model()
 
 
 class Gate:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from collected import Collected
+from schedulers import OPTIONS, prompt, small_model
 
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
 from hybrimoe_plugin.serve.requests import (
@@ -26,9 +26,7 @@ GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    made = tiny.model("mixtral", max_position_embeddings=256)
-    made.generation_config.eos_token_id = None
-    return made
+    return small_model()
 
 
 @pytest.fixture
@@ -36,23 +34,12 @@ def make(model: Any) -> Iterator[Any]:
     made = []
 
     def scheduler(**changes: Any) -> Scheduler:
-        options: dict[str, Any] = {
-            "batch": 4,
-            "queue": 100,
-            "kv_bytes": 1 << 30,
-            "prefix_bytes": 1 << 26,
-            "piece": 16,
-        }
-        made.append(Scheduler(model, **{**options, **changes}))
+        made.append(Scheduler(model, **{**OPTIONS, **changes}))
         return made[-1]
 
     yield scheduler
     for each in made:
         each.close(0)
-
-
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(tiny.tokens(length, seed=seed)[0].tolist())
 
 
 def request(name: str, ids: tuple[int, ...], count: int, sampling: Sampling = GREEDY) -> Request:

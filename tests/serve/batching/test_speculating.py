@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 from collected import Collected
+from schedulers import OPTIONS, small_model
 
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
 from hybrimoe_plugin.serve.requests import Reason, Request, Sampling
@@ -14,20 +15,10 @@ from lever_ext.decoding import LeverDecoding
 from lever_ext.drafts.ngram import NGramDraft
 from lever_ext.tree.policies import make_policy
 
-OPTIONS: dict[str, Any] = {
-    "batch": 4,
-    "queue": 100,
-    "kv_bytes": 1 << 30,
-    "prefix_bytes": 1 << 26,
-    "piece": 16,
-}
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    made = tiny.model("mixtral", max_position_embeddings=256)
-    made.generation_config.eos_token_id = 2
-    return made
+    return small_model(2)
 
 
 @pytest.fixture(params=["plain", "speculated"])

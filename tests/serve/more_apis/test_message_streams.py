@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import pytest
-from more_apis_server import ADD, THINKS_AND_CALLS, Served, serving
+from more_apis_server import ADD, Served, serving
 from openai_server import wait_until
 
 from hybrimoe_plugin.errors import HybriMoEError
 from hybrimoe_plugin.serve.api.conversations import exchange
 from hybrimoe_plugin.serve.service import Limits
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with serving("hello") as made:
-        yield made
-
-
-@pytest.fixture
-def served(server: Served) -> Iterator[Served]:
-    yield server
-    server.calm()
-
-
-@pytest.fixture(scope="module")
-def caller() -> Iterator[Served]:
-    with serving(THINKS_AND_CALLS) as made:
-        made.scheduler.cached_tokens = 3
-        yield made
+ANSWER = "hello"
+CACHED = 3
 
 
 def _final(served: Served, **options: Any) -> Any:

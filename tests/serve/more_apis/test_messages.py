@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import pytest
-from more_apis_server import ADD, THINKS_AND_CALLS, Served, serving
+from more_apis_server import ADD, Served, serving
 from openai_server import NAME
 
 from hybrimoe_plugin.serve.service import Limits
 
 ANSWER = "Grüße, world"
 CALL = {"type": "tool_use", "id": "c", "name": "add", "input": {}}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with serving(ANSWER) as made:
-        yield made
-
-
-@pytest.fixture
-def served(server: Served) -> Iterator[Served]:
-    yield server
-    server.calm()
-
-
-@pytest.fixture(scope="module")
-def caller() -> Iterator[Served]:
-    with serving(THINKS_AND_CALLS) as made:
-        yield made
 
 
 def test_an_answer(served: Served) -> None:

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from more_apis_server import ADD_FUNCTION, THINKS_AND_CALLS, Served, serving
+from more_apis_server import ADD_FUNCTION, Served, serving
 from openai_server import NAME
 
 from hybrimoe_plugin.errors import HybriMoEError
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with serving("hello") as made:
-        yield made
-
-
-@pytest.fixture
-def served(server: Served) -> Iterator[Served]:
-    yield server
-    server.calm()
-
-
-@pytest.fixture(scope="module")
-def caller() -> Iterator[Served]:
-    with serving(THINKS_AND_CALLS) as made:
-        made.scheduler.cached_tokens = 3
-        yield made
+ANSWER = "hello"
+CACHED = 3
 
 
 def _events(served: Served, **options: Any) -> list[Any]:

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from more_apis_server import ADD_FUNCTION, THINKS_AND_CALLS, Served, serving
+from more_apis_server import ADD_FUNCTION, Served
 from openai_server import NAME
 
 ANSWER = "Grüße, world"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with serving(ANSWER) as made:
-        yield made
-
-
-@pytest.fixture
-def served(server: Served) -> Iterator[Served]:
-    yield server
-    server.calm()
-
-
-@pytest.fixture(scope="module")
-def caller() -> Iterator[Served]:
-    with serving(THINKS_AND_CALLS) as made:
-        yield made
 
 
 def test_an_answer(served: Served) -> None:
