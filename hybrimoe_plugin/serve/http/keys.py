@@ -33,7 +33,8 @@ class Keys:
         if scope["type"] == "http" and not is_open(scope):
             headers = headers_of(scope)
             if not self._is_known(headers):
-                error = ApiError(401, "this server needs a key: send one as Authorization: Bearer")
+                told = "this server needs a key: send authorization: Bearer KEY, or x-api-key: KEY"
+                error = ApiError(401, told)
                 more = {"www-authenticate": "Bearer", "connection": "close"}
                 await refuse(scope, receive, send, error, more)
                 return
