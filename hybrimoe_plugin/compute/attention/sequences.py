@@ -127,10 +127,10 @@ def attend_rows(
     Mutates: the caches.
     """
     found = []
-    for row in range(len(rows.layers)):
-        one = slice(row, row + 1)
-        keys, values = rows.append(row, key[one], value[one])
-        found.append(attend(query[one], keys, values))
+    parts = zip(query.split(1), key.split(1), value.split(1), strict=True)
+    for row, (one_query, one_key, one_value) in enumerate(parts):
+        keys, values = rows.append(row, one_key, one_value)
+        found.append(attend(one_query, keys, values))
     return torch.cat(found)
 
 
