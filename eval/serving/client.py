@@ -99,7 +99,7 @@ class Server:
         """Two turns of a conversation.
 
         Args:
-            tokens: most of each answer.
+            tokens: length of each answer, past any end of the text.
 
         Raises:
             AnswerError: a request failed.
@@ -116,11 +116,10 @@ class Server:
 
     async def _round(self, prompts: Iterator[Sequence[int]], clients: int, tokens: int) -> Round:
         answers: list[Answer] = []
-        length = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
 
         async def one(client: httpx2.AsyncClient) -> None:
             for prompt in prompts:  # all clients take from the same ones
-                body = {"model": self.model, "prompt": list(prompt), **length, **GREEDY}
+                body = {"model": self.model, "prompt": list(prompt), **_length(tokens), **GREEDY}
                 answers.append(await ask(client, COMPLETIONS, body))
 
         async with connect(self.url) as client:
@@ -129,12 +128,17 @@ class Server:
 
     async def _talk(self, first: str, second: str, tokens: int) -> tuple[Answer, Answer]:
         messages = [{"role": "user", "content": first}]
-        body = {"model": self.model, "max_tokens": tokens, **GREEDY}
+        body = {"model": self.model, **_length(tokens), **GREEDY}
         async with connect(self.url) as client:
             opening = await ask(client, CHAT, {**body, "messages": messages})
             messages.append({"role": "assistant", "content": opening.text})
             messages.append({"role": "user", "content": second})
             return opening, await ask(client, CHAT, {**body, "messages": messages})
+
+
+def _length(tokens: int) -> dict[str, Any]:
+    """Fields for an answer of so many tokens; llama.cpp's server has no `min_tokens`."""
+    return {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
 
 
 def connect(url: str) -> httpx2.AsyncClient:

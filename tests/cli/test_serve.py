@@ -120,7 +120,7 @@ def test_it_is_loaded_by_the_flags_of_local_chat(seen: Served) -> None:
 
 def test_without_a_model_it_is_the_demo(seen: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert serve() == 0
-    assert seen.load["gguf_path"] == "mixtral.gguf" and seen.service.name == "demo"
+    assert seen.load["gguf_path"] == "mixtral.gguf" and seen.service.name == "demo-mixtral"
     assert "this is the demo model" in capsys.readouterr().err
     assert serve("--demo qwen2moe") == 0
     assert seen.load["gguf_path"] == "qwen2moe.gguf" and seen.service.name == "demo-qwen2moe"
@@ -231,6 +231,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(
         ("g --max_batch 0", "at least 1|from 1"),
         ("g --shutdown_seconds -1", "expected a number from 0"),
         ("g --throttle ufs4.0", "--throttle has no effect"),
+        ("--replicas 2", "--replicas has no effect without --ray"),
         ("g --demo", "--demo has no effect"),
         ("g --max_num_seqs 3", "did you mean --max_batch"),
     ],

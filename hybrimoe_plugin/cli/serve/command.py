@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     libraries.check()
     loading.be_quiet(args)
     flags.place_model(args)
+    scaling.refuse_idle(args)
     choice = loading.chosen(args)
     keys, origins, name = flags.keys(args), flags.origins(args), flags.served_name(args)
 

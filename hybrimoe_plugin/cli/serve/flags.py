@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from hybrimoe_plugin.cli.flags import add_flag, add_switch, number, path, size, whole
+from hybrimoe_plugin.config import DEMO_FORMS
 from hybrimoe_plugin.errors import ConfigError
 
 KEY_VARIABLE = "HYBRIMOE_API_KEY"
@@ -217,7 +218,7 @@ def served_name(args: argparse.Namespace) -> str:
         return on_hub
     named = args.gguf_path or args.model_path or args.flash_pack
     if named is None:
-        return "demo" if args.demo is None else f"demo-{args.demo}"
+        return f"demo-{args.demo or DEMO_FORMS[0]}"
     file = Path(named).resolve()
     name = file.name.removesuffix(".gguf")
     return name if name.isprintable() and name else "model"

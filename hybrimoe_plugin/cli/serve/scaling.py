@@ -10,6 +10,7 @@ from typing import Any
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.flags import add_flag, add_switch, number, whole
 from hybrimoe_plugin.config import parse_bytes
+from hybrimoe_plugin.errors import ConfigError
 
 REPLICA = "hybrimoe_plugin.cli.serve.command:replica"
 PATHS = ("gguf_path", "model_path", "flash_pack", "optimize_config_path", "draft")
@@ -48,6 +49,13 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         default=60.0,
         help="time that a request waits for a replica that is not busy (default 60)",
     )
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse flags of replicas where there are none. Raises: ConfigError."""
+    for name in ("ray_address", "replicas", "max_replicas"):
+        if not args.ray and getattr(args, name) is not None:
+            raise ConfigError(f"--{name} has no effect without --ray")
 
 
 def run(args: argparse.Namespace, access: Any, ready: Callable[[], None]) -> None:

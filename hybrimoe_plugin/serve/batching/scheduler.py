@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.files import human
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
 from hybrimoe_plugin.serve.batching.delivery import Delivery, finish
 from hybrimoe_plugin.serve.batching.memory import KVMemory
@@ -28,6 +30,9 @@ from hybrimoe_plugin.serve.requests import (
 from hybrimoe_plugin.serve.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
+
+FEWEST_TOKENS = 16
+"""Of prompt and answer together, for which a server is worth starting."""
 
 _SHUT_DOWN = "the server is being shut down"
 _POLL_SECONDS = 0.1
@@ -61,6 +66,9 @@ class Scheduler:
         context: most tokens of prompt and answer: what was asked for, or less where the model or
             the memory sets a lower limit.
         failed: what ended the thread, if anything did.
+
+    Raises:
+        BudgetError: the memory for KV caches holds hardly a prompt.
     """
 
     def __init__(
@@ -82,6 +90,12 @@ class Scheduler:
         positions = getattr(model.config, "max_position_embeddings", None)
         limits = [self._memory.tokens, *(limit for limit in (positions, context) if limit)]
         self.context: int | None = min(limits)
+        if self._memory.tokens < FEWEST_TOKENS:
+            needed = human(self._memory.of(FEWEST_TOKENS))
+            raise BudgetError(
+                f"{human(self._memory.limit)} for KV caches leave no room for a prompt and its "
+                f"answer: {needed} hold {FEWEST_TOKENS} tokens"
+            )
         self._prefixes = PrefixStore(model, prefix_bytes)
         self._delivery = Delivery(self._prefixes, self.context, self._requeue, self._observer)
         self._answers: Running | Speculating = (

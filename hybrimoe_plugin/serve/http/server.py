@@ -82,6 +82,9 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     def _finish(self) -> None:
+        running = self._service.scheduler.load().running
+        if running:
+            log.warning("finishing %d answer(s); a second signal ends at once", running)
         try:
             self._service.scheduler.close(self._seconds)
         except Exception as error:

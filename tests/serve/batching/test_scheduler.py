@@ -11,6 +11,7 @@ import torch
 from collected import Collected
 from schedulers import OPTIONS, prompt, small_model
 
+from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
 from hybrimoe_plugin.serve.requests import (
     ClosingError,
@@ -145,6 +146,11 @@ def test_a_full_queue_refuses(make: Any) -> None:
 def test_prompts_that_cannot_be_answered_are_refused(make: Any, ids: tuple[int, ...]) -> None:
     with pytest.raises(PromptError):
         make().submit(request("a", ids, 1), Collected())
+
+
+def test_memory_for_no_prompt_is_refused_at_the_start(make: Any) -> None:
+    with pytest.raises(BudgetError, match="leave no room"):
+        make(kv_bytes=1000)
 
 
 def test_an_answer_ends_where_the_context_does(make: Any) -> None:
