@@ -8,10 +8,11 @@ import socket
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from light_server import put_in_place
 
 from hybrimoe_plugin.cli import models
 from hybrimoe_plugin.cli.chat import banner, loading
@@ -57,7 +58,7 @@ class Served:
         def close() -> None:
             self.flash_closed += 1
 
-        target = SimpleNamespace(model=SimpleNamespace())
+        target = SimpleNamespace(model=SimpleNamespace(), experts=None)
         return SimpleNamespace(
             target=target,
             tokenizer="of the pack",
@@ -70,9 +71,7 @@ class Served:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Served:
     found = Served()
-    host = ModuleType("hybrimoe_plugin.hosts.transformers")
-    vars(host)["load_model"] = found.load_model
-    monkeypatch.setitem(sys.modules, host.__name__, host)
+    put_in_place(monkeypatch, found.load_model)
     monkeypatch.setattr(models, "demo_gguf", lambda form: Path(f"{form}.gguf"))
     monkeypatch.setattr(banner, "banner", lambda _model: ["the \x1b[2Jmodel"])
     monkeypatch.setattr(loading, "load_flash", found.load_flash)
@@ -150,14 +149,20 @@ def test_a_pack_is_served_with_its_decoder(seen: Served, tmp_path: Path) -> None
 def test_limits_reach_scheduler_and_service(seen: Served) -> None:
     assert (
         serve(
-            "g --max_batch 3 --max_queue 5 --kv_bytes 1MiB --prefix_cache_bytes 0 "
+            "g --max_batch 3 --max_queue 5 --context 50 --kv_bytes 1MiB --prefix_cache_bytes 0 "
             "--max_body_bytes 2KiB --request_timeout 9 --shutdown_seconds 4 "
             "--chunk_prefill_size 64 --served_model_name other"
         )
         == 0
     )
     assert seen.options.pop("observer") is seen.service.metrics
-    assert seen.options == {"batch": 3, "queue": 5, "kv_bytes": 1 << 20, "prefix_bytes": 0}
+    assert seen.options == {
+        "batch": 3,
+        "queue": 5,
+        "kv_bytes": 1 << 20,
+        "prefix_bytes": 0,
+        "context": 50,
+    }
     assert (seen.service.limits.body_bytes, seen.service.limits.seconds) == (2048, 9)
     assert (seen.seconds, seen.loaded.piece, seen.service.name) == (4, 64, "other")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from light_server import put_in_place
 
 from hybrimoe_plugin.cli import models
 from hybrimoe_plugin.cli.chat import banner
@@ -128,9 +128,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     scheduler = SimpleNamespace(
         together=True, context=9, failed=None, close=lambda seconds: found.update(closed=True)
     )
-    host = ModuleType("hybrimoe_plugin.hosts.transformers")
-    vars(host)["load_model"] = load_model
-    monkeypatch.setitem(sys.modules, host.__name__, host)
+    put_in_place(monkeypatch, load_model)
     monkeypatch.setattr(banner, "banner", lambda _model: [])
     monkeypatch.setattr(command, "make_scheduler", lambda _loaded, **_options: scheduler)
     monkeypatch.setattr("hybrimoe_plugin.cli.chat.loading.piece", lambda *_: 512)
