@@ -50,6 +50,7 @@ RUN_BY = {
     "python -m eval.replay": "eval/reporting/answers.py",
     "python -m eval.rows": "eval/reporting/answers.py",
     "python -m eval.schedule": "eval/reporting/answers.py",
+    "python -m eval.serving": "eval/reporting/answers.py",
     "python -m eval.throughput": "tests/eval/test_throughput.py",
     "python -m tests.fuzz": "Makefile",
     "python scripts/gpu_bundle.py": "tests/scripts/test_gpu_bundle.py",
@@ -66,6 +67,7 @@ BY_HAND = {
     "fuzz": "takes hours; a minute of each kind is among the tests",
     "gpu-bundle": "takes a quarter of an hour and the network",
     "peers": "compiles llama.cpp",
+    "peers-server": "compiles llama.cpp's server",
     "test-pythons": "may download gigabytes of CUDA",
 }
 """Make targets that CI does not call."""

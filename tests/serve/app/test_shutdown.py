@@ -18,7 +18,7 @@ from asking import JSON, ask, raw
 from serving import DONE, TEXT
 
 ROOT = Path(__file__).resolve().parents[3]
-PROGRAM = ROOT / "tests" / "helpers" / "running" / "serving.py"
+PROGRAM = ROOT / "tests" / "helpers" / "serving" / "serving.py"
 
 
 class Process:
