@@ -41,7 +41,7 @@ class RequestIds:
     tokens prompt and answer have, as a pair.
 
     Args:
-        headers: more headers for every answer.
+        headers: more headers, in small letters, for every answer that does not have them itself.
     """
 
     def __init__(self, app: ASGIApp, headers: Mapping[str, str] | None = None) -> None:
@@ -64,8 +64,10 @@ class RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                given = list(message.get("headers", ()))
+                present = {name.lower() for name, _ in given}
                 own = [(name, known.encode()) for name in _NAMES] + self._headers
-                message["headers"] = [*message.get("headers", ()), *own]
+                message["headers"] = given + [pair for pair in own if pair[0] not in present]
             await send(message)
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from serving import TEXT, scripted, served, wait_until
 
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.serve.http.hosts import is_local, without_port
-from hybrimoe_plugin.serve.http.ids import access, request_id
+from hybrimoe_plugin.serve.http.ids import RequestIds, access, request_id
 from hybrimoe_plugin.serve.http.layers import Access
 from hybrimoe_plugin.serve.service import Service
 
@@ -147,3 +148,23 @@ def test_a_server_that_answers_one_at_a_time_says_so() -> None:
     scheduler.together = False
     with served(service, Access("127.0.0.1")) as port:
         assert ask(port, "/v1/models").headers["x-hybrimoe-batching"] == "off"
+
+
+def test_what_an_answer_says_itself_is_not_said_twice() -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        own = [(b"request-id", b"its-own"), (b"x-hybrimoe-batching", b"queued")]
+        await send({"type": "http.response.start", "status": 200, "headers": own})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    sent: list[Any] = []
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"mine")]}
+    layer = RequestIds(app, {"x-hybrimoe-batching": "off"})
+    asyncio.run(layer(scope, None, send))  # type: ignore[arg-type]
+    assert sent[0]["headers"] == [
+        (b"request-id", b"its-own"),
+        (b"x-hybrimoe-batching", b"queued"),
+        (b"x-request-id", b"mine"),
+    ]
