@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,31 +18,31 @@ from hybrimoe_plugin.serve.api.checks import (
     one_of,
     refused,
     whole,
-    wrong,
+)
+from hybrimoe_plugin.serve.api.conversations.asked import (
+    check_tools,
+    check_variables,
+    rendered,
 )
 from hybrimoe_plugin.serve.api.errors import ApiError
 from hybrimoe_plugin.serve.api.openai_completions.chat_answers import ChatAnswers
 from hybrimoe_plugin.serve.api.openai_completions.exchange import Exchange
 from hybrimoe_plugin.serve.api.openai_completions.fields import options_of
-from hybrimoe_plugin.serve.api.openai_completions.messages import messages_of, tools_of
+from hybrimoe_plugin.serve.api.openai_completions.messages import (
+    messages_of,
+    tool_choice,
+    tools_of,
+)
 from hybrimoe_plugin.serve.api.openai_completions.structure import (
     STRUCTURE,
     Structure,
-    compiled,
     structure_of,
+    with_structure,
 )
-from hybrimoe_plugin.serve.requests import PromptError
 from hybrimoe_plugin.serve.service import Service
 from hybrimoe_plugin.serve.text.language import Language
-from hybrimoe_plugin.serve.text.prompts import RESERVED, Conversation
+from hybrimoe_plugin.serve.text.prompts import Conversation
 from hybrimoe_plugin.serve.text.tools import Tools
-
-
-def _tool_choice(name: str, value: Any) -> Any:
-    if not isinstance(value, str | dict):
-        raise wrong(name, "a string or an object")
-    return value
-
 
 FIELDS: Mapping[str, Check] = {
     **STRUCTURE,
@@ -51,7 +50,7 @@ FIELDS: Mapping[str, Check] = {
     "logprobs": boolean,
     "top_logprobs": whole(0),
     "tools": list_of(mapping),
-    "tool_choice": _tool_choice,
+    "tool_choice": tool_choice,
     "parallel_tool_calls": boolean,
     "chat_template_kwargs": mapping,
     "add_generation_prompt": boolean,
@@ -91,13 +90,8 @@ async def _answer(service: Service, request: Request, body: dict[str, Any]) -> R
     tools = tools_of(given)
     structure = _structure(given, tools, language)
     conversation = _conversation(body, given, tools, structure is not None)
-    try:
-        prompt = await language.prompts.chat(conversation)
-    except PromptError as error:
-        raise ApiError(400, str(error), "messages") from error
-    wanted = options.wanted
-    grammar = await compiled(structure, service.tokenizer)
-    wanted = replace(wanted, sampling=replace(wanted.sampling, grammar=grammar))
+    prompt = await rendered(language, conversation, "messages")
+    wanted = await with_structure(options.wanted, structure, service.tokenizer)
     id = f"chatcmpl-{uuid.uuid4().hex}"
     questions = language.questions(id, prompt, wanted, tools, plain=structure is not None)
     spelling = None if logprobs is None else language.spelling
@@ -115,10 +109,7 @@ def _logprobs(given: Mapping[str, Any]) -> int | None:
 def _structure(given: Mapping[str, Any], tools: Tools, language: Language) -> Structure | None:
     """The structure of the answer: one that is asked for, or that of a call that must be made."""
     asked = structure_of(given)
-    try:
-        language.check_tools(tools)
-    except PromptError as error:
-        raise ApiError(400, str(error), "tools") from error
+    check_tools(language, tools)
     if asked is not None and tools.may_be_called:
         raise ApiError(
             400, f"{asked[0]} leaves no room for tool calls: give tool_choice none", asked[0]
@@ -133,9 +124,7 @@ def _conversation(
 ) -> Conversation:
     messages = messages_of(body.get("messages"))
     variables = dict(given.get("chat_template_kwargs", {}))
-    for name in RESERVED.intersection(variables):
-        field = "chat_template_kwargs"
-        raise ApiError(400, f"{field}.{name}: this variable has a field of its own", field)
+    check_variables(variables)
     if "reasoning_effort" in given:
         variables.setdefault("reasoning_effort", given["reasoning_effort"])
     if has_structure or given.get("reasoning_effort") == "none":

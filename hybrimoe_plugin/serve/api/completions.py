@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,8 +24,8 @@ from hybrimoe_plugin.serve.api.openai_completions.exchange import Exchange
 from hybrimoe_plugin.serve.api.openai_completions.fields import MOST_TOKEN, Options, options_of
 from hybrimoe_plugin.serve.api.openai_completions.structure import (
     STRUCTURE,
-    compiled,
     structure_of,
+    with_structure,
 )
 from hybrimoe_plugin.serve.api.openai_completions.text_answers import TextAnswers
 from hybrimoe_plugin.serve.requests import PromptError
@@ -79,9 +78,8 @@ async def _answer(service: Service, request: Request, body: dict[str, Any]) -> R
     options = options_of(body, FIELDS, service, logprobs, MAX_TOKENS)
     _check(options)
     prompts = await _prompts(body.get("prompt"), options, language.prompts)
-    grammar = await compiled(structure_of(options.given), service.tokenizer)
-    wanted = options.wanted
-    wanted = replace(wanted, sampling=replace(wanted.sampling, grammar=grammar))
+    structure = structure_of(options.given)
+    wanted = await with_structure(options.wanted, structure, service.tokenizer)
     id = f"cmpl-{uuid.uuid4().hex}"
     questions = []
     before = []

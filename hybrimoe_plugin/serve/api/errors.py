@@ -84,10 +84,14 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
+def speaks_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API."""
+    return path.startswith("/v1/messages")
+
+
 def error_answer(path: str, error: ApiError) -> JSONResponse:
     """The whole answer, in the form of the API that the path belongs to."""
-    is_anthropic = path.startswith("/v1/messages")
-    body = anthropic_body(error) if is_anthropic else openai_body(error)
+    body = anthropic_body(error) if speaks_anthropic(path) else openai_body(error)
     # Clients of both APIs try again by themselves.
     headers = {"retry-after": "1"} if error.status in (429, 503) else None
     return JSONResponse(body, status_code=error.status, headers=headers)

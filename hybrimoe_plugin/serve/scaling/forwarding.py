@@ -20,6 +20,7 @@ from hybrimoe_plugin.serve.api.errors import (
     as_api_error,
     error_answer,
     openai_body,
+    speaks_anthropic,
 )
 from hybrimoe_plugin.serve.scaling import metrics
 from hybrimoe_plugin.serve.scaling.affinity import conversation_key
@@ -169,7 +170,7 @@ def _are_events(headers: Headers) -> bool:
 
 def _last_event(path: str) -> bytes:
     error = ApiError(502, "the replica died in the middle of the answer: ask again")
-    if path.startswith("/v1/messages"):
+    if speaks_anthropic(path):
         return b"event: error\ndata: " + json.dumps(anthropic_body(error)).encode() + b"\n\n"
     return b"data: " + json.dumps(openai_body(error)).encode() + b"\n\n"
 

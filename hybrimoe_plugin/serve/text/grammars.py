@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import anyio.to_thread
@@ -21,5 +20,6 @@ async def compiled(kind: str, spec: Any, tokenizer: Any) -> Any:
 
 
 def _compile(kind: str, spec: Any, tokenizer: Any) -> Any:
-    module = importlib.import_module("hybrimoe_plugin.serve.sampling.grammar")
-    return module.compile_grammar(kind, spec, tokenizer)
+    from hybrimoe_plugin.serve.sampling.grammar import compile_grammar
+
+    return compile_grammar(kind, spec, tokenizer)

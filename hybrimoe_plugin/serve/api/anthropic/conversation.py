@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from hybrimoe_plugin.serve.api.checks import mapping, one_of, text
-from hybrimoe_plugin.serve.api.conversations.turns import Turns, objects, tool, unsupported
+from hybrimoe_plugin.serve.api.conversations.turns import (
+    Turns,
+    joined_text,
+    objects,
+    tool,
+    unsupported,
+)
 
 _ROLES = ("user", "assistant", "system")
+_TEXTS = {"text": "text"}
+"""Type of a block -> the field that holds its text."""
 
 
 def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -19,7 +27,7 @@ def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     turns = Turns()
     system = body.get("system")
     if system is not None and system != "":
-        turns.text("system", _text("system", system))
+        turns.text("system", joined_text("system", system, _TEXTS))
     for where, message in objects("messages", body.get("messages"), fewest=1):
         role = one_of(*_ROLES)(f"{where}.role", message.get("role"))
         _add(turns, role, f"{where}.content", message.get("content"))
@@ -52,7 +60,7 @@ def _add(turns: Turns, role: str, where: str, content: object) -> None:
             turns.text(role, text(f"{at}.text", block.get("text")))
         elif kind == "tool_result" and role == "user":
             call_id = text(f"{at}.tool_use_id", block.get("tool_use_id"))
-            found = _text(f"{at}.content", block.get("content", ""))
+            found = joined_text(f"{at}.content", block.get("content", ""), _TEXTS)
             turns.result(call_id, f"Error: {found}" if block.get("is_error") is True else found)
         elif kind == "tool_use" and role == "assistant":
             turns.call(
@@ -64,15 +72,3 @@ def _add(turns: Turns, role: str, where: str, content: object) -> None:
             turns.reasoning(text(f"{at}.thinking", block.get("thinking")))
         elif kind != "redacted_thinking" or role != "assistant":  # which nobody here can read
             raise unsupported(f"{at}.type", kind)
-
-
-def _text(where: str, content: object) -> str:
-    """Content that is text alone, in one string or in blocks."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for at, block in objects(where, content):
-        if block.get("type") != "text":
-            raise unsupported(f"{at}.type", block.get("type"))
-        texts.append(text(f"{at}.text", block.get("text")))
-    return "\n".join(texts)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hybrimoe_plugin.serve.api.checks import mapping, one_of
 from hybrimoe_plugin.serve.api.errors import ApiError
-from hybrimoe_plugin.serve.api.openai_completions.structure import Structure, compiled
+from hybrimoe_plugin.serve.api.openai_completions.structure import Structure, with_structure
 from hybrimoe_plugin.serve.requests import PromptError
 from hybrimoe_plugin.serve.service import Service
 from hybrimoe_plugin.serve.text.asking import Question
@@ -58,16 +58,17 @@ async def prompt_of(service: Service, asked: Asked) -> Prompt:
         ApiError: the model cannot be asked so.
     """
     language = Language.of(service)
-    _check(language, asked)
+    check_tools(language, asked.tools)
+    if asked.structure is not None and asked.tools.may_be_called:
+        where = asked.structure[0]
+        raise ApiError(400, f"{where} leaves no room for tool calls: forbid them", where)
+    check_variables(asked.variables)
     variables = dict(asked.variables)
     if asked.structure is not None or asked.tools.must_be_called:
         variables["enable_thinking"] = False  # a grammar begins with the answer proper
     functions = asked.tools.functions if asked.tools.may_be_called else None
     conversation = Conversation(asked.messages, functions, variables, asked.continues)
-    try:
-        return await language.prompts.chat(conversation)
-    except PromptError as error:
-        raise ApiError(400, str(error), asked.where) from error
+    return await rendered(language, conversation, asked.where)
 
 
 async def question_of(service: Service, asked: Asked, id: str) -> Question:
@@ -80,22 +81,38 @@ async def question_of(service: Service, asked: Asked, id: str) -> Question:
     structure = asked.structure
     if asked.tools.must_be_called:
         structure = "tool_choice", "json_schema", asked.tools.schema()
-    grammar = await compiled(structure, service.tokenizer)
-    wanted = replace(asked.wanted, sampling=replace(asked.wanted.sampling, grammar=grammar))
+    wanted = await with_structure(asked.wanted, structure, service.tokenizer)
     language = Language.of(service)
     is_plain = structure is not None
     (question,) = language.questions(id, prompt, wanted, asked.tools, is_plain)
     return question
 
 
-def _check(language: Language, asked: Asked) -> None:
+def check_tools(language: Language, tools: Tools) -> None:
+    """Refuse tools that the model cannot be given. Raises: ApiError."""
     try:
-        language.check_tools(asked.tools)
+        language.check_tools(tools)
     except PromptError as error:
         raise ApiError(400, str(error), "tools") from error
-    if asked.structure is not None and asked.tools.may_be_called:
-        where = asked.structure[0]
-        raise ApiError(400, f"{where} leaves no room for tool calls: forbid them", where)
-    for name in RESERVED.intersection(asked.variables):
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse variables of the template that have fields of their own. Raises: ApiError."""
+    for name in RESERVED.intersection(variables):
         field = "chat_template_kwargs"
         raise ApiError(400, f"{field}.{name}: this variable has a field of its own", field)
+
+
+async def rendered(language: Language, conversation: Conversation, where: str) -> Prompt:
+    """The prompt of a conversation.
+
+    Args:
+        where: the field that holds it.
+
+    Raises:
+        ApiError: template or tokenizer refuse it.
+    """
+    try:
+        return await language.prompts.chat(conversation)
+    except PromptError as error:
+        raise ApiError(400, str(error), where) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,26 @@ def objects(where: str, value: object, fewest: int = 0) -> list[tuple[str, dict[
     """
     found = list_of(mapping, fewest)(where, value)
     return [(f"{where}[{at}]", one) for at, one in enumerate(found)]
+
+
+def joined_text(where: str, content: object, kinds: Mapping[str, str]) -> str:
+    """Content that is text alone, in one string or in parts, which stand on lines of their own.
+
+    Args:
+        kinds: type of a part -> the field that holds its text.
+
+    Raises:
+        ApiError: a part is of another type, or has the wrong form.
+    """
+    if isinstance(content, str):
+        return content
+    texts = []
+    for at, part in objects(where, content):
+        kind = part.get("type")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise unsupported(f"{at}.type", kind)
+        texts.append(text(f"{at}.{kinds[kind]}", part.get(kinds[kind])))
+    return "\n".join(texts)
 
 
 def tool(where: str, told: dict[str, Any], schema: str) -> dict[str, Any]:

@@ -98,6 +98,13 @@ def _arguments(where: str, value: Any) -> dict[str, Any]:
     return parsed
 
 
+def tool_choice(name: str, value: Any) -> Any:
+    """The check of the field; `tools_of` says what its string or object may be."""
+    if not isinstance(value, str | dict):
+        raise wrong(name, "a string or an object")
+    return value
+
+
 def tools_of(given: Mapping[str, Any]) -> Tools:
     """The tools of a body.
 

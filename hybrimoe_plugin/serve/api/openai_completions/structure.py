@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hybrimoe_plugin.errors import HybriMoEError
 from hybrimoe_plugin.serve.api.checks import Check, list_of, mapping, one_of, text, wrong
 from hybrimoe_plugin.serve.api.errors import ApiError
 from hybrimoe_plugin.serve.text import grammars
+from hybrimoe_plugin.serve.text.language import Wanted
 
 _choices = list_of(text, fewest=1)
 
@@ -64,19 +66,20 @@ def structure_of(given: Mapping[str, Any]) -> Structure | None:
     return found[0] if found else None
 
 
-async def compiled(structure: Structure | None, tokenizer: Any) -> Any:
-    """The grammar, for `Sampling`; None where text is free.
+async def with_structure(wanted: Wanted, structure: Structure | None, tokenizer: Any) -> Wanted:
+    """The same, but for a grammar of the structure; None leaves the text free.
 
     Raises:
         ApiError: it cannot be compiled, with the reason.
     """
     if structure is None:
-        return None
+        return wanted
     name, kind, spec = structure
     try:
-        return await grammars.compiled(kind, spec, tokenizer)
+        grammar = await grammars.compiled(kind, spec, tokenizer)
     except HybriMoEError as error:
         raise ApiError(400, f"{name}: {error}", name) from error
+    return replace(wanted, sampling=replace(wanted.sampling, grammar=grammar))
 
 
 def _response_format(value: Mapping[str, Any]) -> list[Structure]:

@@ -16,7 +16,6 @@ from hybrimoe_plugin.serve.api.checks import (
     refused,
     text,
     whole,
-    wrong,
 )
 from hybrimoe_plugin.serve.api.conversations.asked import Asked, structure_in
 from hybrimoe_plugin.serve.api.conversations.turns import unsupported
@@ -32,17 +31,11 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _LOGPROBS = "message.output_text.logprobs"
 
 
-def _choice(name: str, value: Any) -> Any:
-    if not isinstance(value, str | dict):
-        raise wrong(name, "a string or an object")
-    return value
-
-
 _FIELDS: Mapping[str, Check] = {
     "max_output_tokens": whole(1),
     "include": list_of(text),
     "top_logprobs": whole(0),
-    "tool_choice": _choice,
+    "tool_choice": chat.tool_choice,
     "parallel_tool_calls": boolean,
     "text": mapping,
     "reasoning": mapping,

@@ -6,7 +6,13 @@ from typing import Any
 
 from hybrimoe_plugin.serve.api.body import parse
 from hybrimoe_plugin.serve.api.checks import one_of, text, wrong
-from hybrimoe_plugin.serve.api.conversations.turns import Turns, objects, tool, unsupported
+from hybrimoe_plugin.serve.api.conversations.turns import (
+    Turns,
+    joined_text,
+    objects,
+    tool,
+    unsupported,
+)
 from hybrimoe_plugin.serve.api.errors import ApiError
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -54,7 +60,7 @@ def _add(turns: Turns, where: str, item: dict[str, Any]) -> None:
     kind = item.get("type", "message")
     if kind == "message":
         role = one_of(*_ROLES)(f"{where}.role", item.get("role"))
-        turns.text(_ROLES[role], _text(f"{where}.content", item.get("content"), _TEXTS))
+        turns.text(_ROLES[role], joined_text(f"{where}.content", item.get("content"), _TEXTS))
     elif kind == "function_call":
         turns.call(
             text(f"{where}.call_id", item.get("call_id")),
@@ -63,27 +69,14 @@ def _add(turns: Turns, where: str, item: dict[str, Any]) -> None:
         )
     elif kind == "function_call_output":
         call_id = text(f"{where}.call_id", item.get("call_id"))
-        turns.result(call_id, _text(f"{where}.output", item.get("output"), _TEXTS))
+        turns.result(call_id, joined_text(f"{where}.output", item.get("output"), _TEXTS))
     elif kind == "reasoning":
         # What comes from other servers may hold nothing that can be read here.
-        thought = _text(f"{where}.content", item.get("content") or [], _THOUGHTS)
+        thought = joined_text(f"{where}.content", item.get("content") or [], _THOUGHTS)
         if thought:
             turns.reasoning(thought)
     else:
         raise unsupported(f"{where}.type", kind)
-
-
-def _text(where: str, content: object, kinds: dict[str, str]) -> str:
-    """Content that is text alone, in one string or in parts."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for at, part in objects(where, content):
-        kind = part.get("type")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise unsupported(f"{at}.type", kind)
-        texts.append(text(f"{at}.{kinds[kind]}", part.get(kinds[kind])))
-    return "\n".join(texts)
 
 
 def _arguments(where: str, value: object) -> dict[str, Any]:
