@@ -35,6 +35,12 @@ class BackendError(HybriMoEError):
     """A compute backend is not installed, does not work here, or cannot do what was asked."""
 
 
+def not_computed(error: Exception) -> BackendError:
+    """What is said of an answer that a library failed to compute, by an error of any kind."""
+    kind = type(error).__name__
+    return BackendError(f"the answer could not be computed: {kind}: {error}")
+
+
 class InputError(HybriMoEError, ValueError, IndexError):
     """A tensor given to a model or an operator has the wrong type, shape or values.
 

@@ -54,13 +54,13 @@ def main() -> int:
     if _fresh(stamp) or _fresh(dev):  # what the tests need holds what a run needs
         return 0
     started = time.monotonic()
-    _say(f"environment in {folder.name}")
+    say(f"environment in {folder.name}")
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     if args.oldest:
         install_torch(python)
-        _say("this project and its oldest libraries")
+        say("this project and its oldest libraries")
         constraint = folder / "constraints.txt"
         # Nothing below may replace torch by a build with CUDA.
         constraint.write_text("\n".join([TORCH, *_oldest()]) + "\n")
@@ -73,15 +73,15 @@ def main() -> int:
             f"{ROOT}[test,figures]",
         )
     else:
-        _say("libraries")
+        say("libraries")
         install_locked(python, "dev" if args.dev else "run")
         install_torch(python)
-        _say("this project")
+        say("this project")
         pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     install_locked(python, "demo")
     _install_kernels(python)
     stamp.touch()
-    _say(f"ready after {time.monotonic() - started:.0f} s")
+    say(f"ready after {time.monotonic() - started:.0f} s")
     return 0
 
 
@@ -148,7 +148,7 @@ def install_torch(python: str) -> None:
         == 0
     ):
         return
-    _say(f"torch, {'with CUDA' if gpu else 'CPU build'}")
+    say(f"torch, {'with CUDA' if gpu else 'CPU build'}")
     if gpu or _pip_would_take_cpu_build(python):
         pip(python, "install", TORCH)
         return
@@ -175,7 +175,7 @@ def _install_kernels(python: str) -> None:
     command += ["--require-hashes", "--requirement", str(lock("kernels"))]
     refusal = extras.KERNELS.refusal()
     if refusal is not None or subprocess.run(command, check=False).returncode:
-        _say(
+        say(
             f"{extras.KERNELS.requirement} cannot be installed here ({refusal or 'see above'}): "
             f"experts on the CPU will run on the slow torch reference"
         )
@@ -211,7 +211,8 @@ def pip(python: str, *arguments: str) -> None:
         sys.exit(f"set-up stopped: pip {' '.join(arguments)} failed, see above")
 
 
-def _say(what: str) -> None:
+def say(what: str) -> None:
+    """Progress goes to stderr."""
     print(f"set-up: {what}", file=sys.stderr, flush=True)
 
 

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 import setup_env
-from setup_env import ROOT, asked, locks
+from setup_env import ROOT, asked, locks, say
 
 LIBRARIES = (
     "transformers==4.43.2",
@@ -65,11 +65,6 @@ def main() -> int:
     stamp.touch()
     say(f"ready after {time.monotonic() - started:.0f} s")
     return 0
-
-
-def say(what: str) -> None:
-    """Progress goes to stderr."""
-    print(f"set-up: {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 
 import setup_env
-from setup_env import ROOT
+from setup_env import ROOT, say
 
 RAY = "ray[serve]==2.60.0"
 
@@ -41,11 +41,6 @@ def main() -> int:
     stamp.touch()
     say(f"ready after {time.monotonic() - started:.0f} s")
     return 0
-
-
-def say(what: str) -> None:
-    """Progress goes to stderr."""
-    print(f"set-up: {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

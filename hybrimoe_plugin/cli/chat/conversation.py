@@ -18,7 +18,7 @@ from hybrimoe_plugin.cli.chat.progress import prompt_bar
 from hybrimoe_plugin.cli.chat.prompt import Messages, Prompts
 from hybrimoe_plugin.cli.console import notice
 from hybrimoe_plugin.cli.reading import well_formed
-from hybrimoe_plugin.errors import BackendError, ConfigError, HybriMoEError
+from hybrimoe_plugin.errors import ConfigError, HybriMoEError, not_computed
 from hybrimoe_plugin.hosts.transformers.chat.kept_cache import KeptCache
 from hybrimoe_plugin.hosts.transformers.chat.text import AnswerText
 from hybrimoe_plugin.hosts.transformers.sampling import FlashinferSampling
@@ -167,8 +167,7 @@ class Chat:
         except (HybriMoEError, OSError):  # an OSError comes from the terminal
             raise
         except Exception as error:  # transformers, torch and kernels raise many kinds
-            kind = type(error).__name__
-            raise BackendError(f"the answer could not be computed: {kind}: {error}") from error
+            raise not_computed(error) from error
 
     @torch.no_grad()
     def _stream(self, prompt: torch.Tensor, text: AnswerText, timing: Timing) -> None:

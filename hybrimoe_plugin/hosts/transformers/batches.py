@@ -31,7 +31,7 @@ def follow_batches(model: nn.Module, handle: HybriMoE | None) -> Callable[[], No
 
     Mutates: `model`.
     """
-    if handle is None or all(engine.accelerator is None for engine in handle.engines):
+    if handle is None or not decides_by_rows(handle):
         return lambda: None
     plain = model.forward
 
@@ -45,6 +45,11 @@ def follow_batches(model: nn.Module, handle: HybriMoE | None) -> Callable[[], No
         return handle.run_rows(rows, plain, *args, **kwargs)
 
     return give_own(model, {"forward": forward})
+
+
+def decides_by_rows(handle: HybriMoE) -> bool:
+    """Whether any decision depends on the rows of a pass: not without an accelerator."""
+    return any(engine.accelerator is not None for engine in handle.engines)
 
 
 def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 from hybrimoe_plugin.compute.attention.sequences import SequencesCache, can_share
-from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache
+from hybrimoe_plugin.hosts.transformers.batches import decides_by_rows
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache, pass_options
 from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
 
@@ -30,8 +30,7 @@ class Passes:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._name = cache_name(model)
-        parameters = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._options = pass_options(model)
         cache = new_cache(model)
         operators = [part for part in model.modules() if isinstance(part, AttentionOperator)]
         self._needs_mask = len(operators) < len(cache.layers)
@@ -48,8 +47,7 @@ class Passes:
         """
         self._leave(cache)
         given = torch.tensor([list(ids)], device=self._model.device)
-        arguments = {self._name: cache, "use_cache": True, **self._last_only}
-        output = self._model(input_ids=given, **arguments)
+        output = self._model(input_ids=given, **{self._name: cache}, **self._options)
         last: torch.Tensor = output.logits[0, -1]
         return last
 
@@ -74,8 +72,7 @@ class Passes:
             "input_ids": torch.tensor(tokens, device=device)[:, None],
             "position_ids": lengths[:, None],
             self._name: together,
-            "use_cache": True,
-            **self._last_only,
+            **self._options,
         }
         if self._needs_mask:
             arguments["attention_mask"] = _padding(lengths)
@@ -109,8 +106,8 @@ class Passes:
 
     def _run(self, rows: Rows, arguments: dict[str, Any]) -> Any:
         handle = getattr(self._model, "hybrimoe", None)
-        if handle is None or all(engine.accelerator is None for engine in handle.engines):
-            return self._model(**arguments)  # no decision depends on rows
+        if handle is None or not decides_by_rows(handle):
+            return self._model(**arguments)
         return handle.run_rows(rows, self._model, **arguments)
 
 

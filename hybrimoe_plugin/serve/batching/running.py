@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.errors import BackendError
+from hybrimoe_plugin.errors import not_computed
 from hybrimoe_plugin.serve.batching.delivery import Delivery
 from hybrimoe_plugin.serve.batching.passes import Passes
 from hybrimoe_plugin.serve.batching.pieces import PieceSize
@@ -112,13 +112,11 @@ class Running:
 
     def _failed(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """A pass failed, and what its caches hold is unknown: compute once more from the tokens."""
-        kind = type(error).__name__
-        log.warning("a pass failed: %s: %s", kind, error)
+        log.warning("a pass failed: %s: %s", type(error).__name__, error)
         for sequence in sequences:
             sequence.forget_cache()
             sequence.failures += 1
             if sequence.failures < ATTEMPTS:
                 self._delivery.send_back(sequence)
                 continue
-            told = BackendError(f"the answer could not be computed: {kind}: {error}")
-            self._delivery.end(sequence, Reason.FAILED, told)
+            self._delivery.end(sequence, Reason.FAILED, not_computed(error))

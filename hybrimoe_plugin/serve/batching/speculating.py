@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
-from hybrimoe_plugin.errors import BackendError, HybriMoEError
+from hybrimoe_plugin.errors import HybriMoEError, not_computed
 from hybrimoe_plugin.serve.batching.delivery import Delivery
 from hybrimoe_plugin.serve.batching.sequence import Sequence
 from hybrimoe_plugin.serve.requests import Reason
@@ -102,10 +102,8 @@ class Speculating:
     def _failed(self, sequence: Sequence, error: Exception) -> None:
         if sequence not in self._delivery.sequences:
             return
-        if not isinstance(error, HybriMoEError):
-            kind = type(error).__name__
-            error = BackendError(f"the answer could not be computed: {kind}: {error}")
-        self._delivery.end(sequence, Reason.FAILED, error)
+        told = error if isinstance(error, HybriMoEError) else not_computed(error)
+        self._delivery.end(sequence, Reason.FAILED, told)
 
 
 class _Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut
 from hybrimoe_plugin.hosts.transformers.prefixes.entry import Ids, as_ids, shared_part
-from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, pass_options
 from hybrimoe_plugin.hosts.transformers.prefixes.layers import bytes_of, held_by, trim
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
 
@@ -94,9 +93,7 @@ class KeptCache:
         """
         if self._cache is None:
             return
-        options: dict[str, Any] = {cache_name(self._model): self._cache, "use_cache": True}
-        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
-            options["logits_to_keep"] = 1
+        options = {cache_name(self._model): self._cache, **pass_options(self._model)}
         device = getattr(self._model, "device", None)
         done = self.shared
         while len(prompt) - done > piece:

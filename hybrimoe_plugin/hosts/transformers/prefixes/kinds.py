@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
@@ -25,6 +26,14 @@ Others forget the state then, as Jamba's does: each is proved by a test before i
 def new_cache(model: Any) -> Any:
     """An empty KV cache with the kinds of layers that a model's config asks for."""
     return DynamicCache(config=_config(model))
+
+
+def pass_options(model: Any) -> dict[str, Any]:
+    """Arguments of a pass that fills a cache and whose last logits alone are asked for."""
+    options: dict[str, Any] = {"use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    return options
 
 
 def can_go_on(model: Any) -> bool:
