@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hybrimoe_plugin.compute.cpu.openmp import release_team
 from hybrimoe_plugin.decode.connect import connect_layers
 from hybrimoe_plugin.device.machine import cuda_refusal
 from hybrimoe_plugin.device.memory import check_host, free_host_bytes
@@ -145,6 +146,7 @@ def load_model(
             *(injection.restore, guard.restored),
         )
     log.info("memory left on the host: %d bytes", free_host_bytes())
+    release_team()  # the model may be used by another thread than the one that has loaded it
     return model, tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hybrimoe_plugin.compute.cpu.openmp import release_team
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.files import human
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
@@ -41,13 +42,15 @@ _POLL_SECONDS = 0.1
 class Scheduler:
     """Computes answers together, fairly, within limits of memory.
 
-    Every turn of the loop takes one piece of one prompt, and then one more token of every answer
-    that has begun. Here D comes while A, B and C are answered, and its prompt has three pieces:
+    Every turn of the loop takes one more token of every answer that has begun, and as much of the
+    prompts as may delay them. Here D comes while A, B and C are answered, and its prompt has three
+    pieces; in the second line for models that cannot take both in one pass:
 
+        passes    | D 1/3 A B C | D 2/3 A B C | D 3/3 A B C | A B C D | A B C D | ...
         passes    | D 1/3 | A B C | D 2/3 | A B C | D 3/3 | A B C D | A B C D | ...
 
     So a long prompt delays the others by one piece for each token, and waits for nobody's end.
-    Several prompts take turns by pieces. Where the KV memory runs out, the answer that began last
+    Several prompts share passes, or take turns by pieces. Where the KV memory runs out, the answer that began last
     goes back to the head of the queue: it is computed again from its tokens, and goes on.
 
     Args:
@@ -110,6 +113,7 @@ class Scheduler:
         """Held while the queue is read or changed; told when there is something to do."""
         self._closing = False
         self.failed: BaseException | None = None
+        release_team()  # this thread may have loaded the model, and computes no more
         self._thread = threading.Thread(
             target=self._run, args=(torch.get_num_threads(),), name="scheduler", daemon=True
         )
