@@ -188,5 +188,5 @@ class FusedAttention(AttentionOperator):
     def _attend_alone(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """One sequence's new token over all its keys and values."""
+        """One sequence's new tokens over all its keys and values."""
         return attend_heads(query, key, value, None, self.scaling, self.grouped)

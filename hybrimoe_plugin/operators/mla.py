@@ -155,7 +155,8 @@ class FusedMLA(AttentionOperator):
         # The entries of the new tokens, and then of all so far.
         compressed = torch.cat((self.kv_a_layernorm(latent), key_rope), dim=-1)
         compressed = self.cached(compressed, cache)
-        if self._dense_kv_b is not None and count > 1:
+        alone = rows_of(cache, self.layer_idx) is None
+        if self._dense_kv_b is not None and count > 1 and alone:
             query = torch.cat((query_nope, query_rope), dim=-1)
             out = self._attend_expanded(self._dense_kv_b, query, compressed, attention_mask)
         else:
@@ -202,7 +203,7 @@ class FusedMLA(AttentionOperator):
     def _attend_alone(
         self, query: torch.Tensor, compressed: torch.Tensor, _no_values: torch.Tensor
     ) -> torch.Tensor:
-        """One sequence's new token over all its entries."""
+        """One sequence's new tokens over all its entries."""
         return attend_latents(query, compressed, None, self.scaling, self.latent)
 
     def _attend_expanded(

@@ -217,4 +217,4 @@ class Observer:
     def ended(self, request: Request, end: End, since_queued_s: float) -> None: ...
 
     def step(self, rows: int, prompt_tokens: int, seconds: float) -> None:
-        """One pass through the model: so many answers' next tokens, or a piece of a prompt."""
+        """One pass through the model: so many answers' next tokens, and pieces of prompts."""

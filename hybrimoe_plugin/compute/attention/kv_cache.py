@@ -232,7 +232,10 @@ class GrowingLayer(DynamicLayer):
         self.is_lent = False
 
     def _check_alike(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        if _alike(self.keys, key_states) and _alike(self.values, value_states):
+        # The buffers where they hold everything: a view would be made for the shape alone.
+        held = self._buffers if self._held is not None else None
+        keys, values = held or (self.keys, self.values)
+        if _alike(keys, key_states) and _alike(values, value_states):
             return
         raise InputError(
             f"the KV cache holds keys {list(self.keys.shape)} and values "

@@ -1,4 +1,4 @@
-"""One token of each of several sequences in one pass, over a KV cache of each sequence's own.
+"""Tokens of several sequences in one pass, over a KV cache of each sequence's own.
 
 A batch in transformers is one cache, in which shorter sequences are padded. Here every sequence
 keeps the cache that it has when it is computed alone. It can join and leave between two passes
@@ -11,6 +11,13 @@ without a copy, and nothing is computed for padding:
 Attention operators of this project go row by row over `RowsLayer.append`. The model's own attention
 modules get the same entries side by side, padded on the left, from `RowsLayer.update`: a copy in
 every pass, right for any kind of attention that takes transformers' masks.
+
+Where all attention is by those operators, sequences may have several tokens each, such as a piece
+of a prompt. They lie one after the other then, as if they were one sequence's:
+
+    pass        | piece of D's prompt | A | B | E's prompt |     [1, T, H]
+    attention   over D's entries, A's, B's, E's
+    the rest    one call of T tokens
 """
 
 from __future__ import annotations
@@ -23,7 +30,11 @@ from torch.nn import functional as F
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
+from hybrimoe_plugin.compute.attention.kv_cache import (
+    GrowingLayer,
+    can_be_cut,
+    use_growing_layer,
+)
 
 _PLAIN = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)
 _LINEAR = getattr(cache_utils, "LinearAttentionLayer", None)
@@ -34,20 +45,22 @@ class RowsLayer(DynamicLayer):
     """A layer's keys and values of several sequences.
 
     Args:
-        layers: of the sequences, in the order of the pass; each has entries already.
+        layers: of the sequences, in the order of the pass.
+        counts: as of `SequencesCache`.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Any], counts: Sequence[int] | None) -> None:
         super().__init__()
         self.is_initialized = True
         self.layers = list(layers)
+        self.counts = counts
         self.is_sliding = bool(getattr(layers[0], "is_sliding", False))
         self._longest = max(self.layers, key=lambda layer: int(layer.get_seq_length()))
 
     def append(
         self, row: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [1, heads, 1, D] to one sequence: all of its keys and values, as it is alone."""
+        """Append [1, heads, T, D] to one sequence: all of its keys and values, as it is alone."""
         found: tuple[torch.Tensor, torch.Tensor] = self.layers[row].update(key, value)
         return found
 
@@ -75,20 +88,26 @@ class RowsLayer(DynamicLayer):
 
 
 class SequencesCache(Cache):
-    """What a pass of one token of each of several sequences takes for its KV cache.
+    """What a pass over several sequences takes for its KV cache.
 
     Linear attention keeps a state of constant size instead of entries. The states of all sequences
     lie side by side in a layer of this cache as long as it is used: `settle` hands them back.
 
     Args:
-        caches: of the sequences, each of one sequence, with entries. `can_share` says of which
-            kinds. Mutates: them, in every pass.
+        caches: of the sequences, each of one sequence. `can_share` says of which kinds. Mutates:
+            them, in every pass.
+        counts: tokens of each in the pass, one after the other, where `can_mix`; None for one token
+            of each in a batch. A cache without entries can only be given with counts.
     """
 
-    def __init__(self, caches: Sequence[Any]) -> None:
+    def __init__(self, caches: Sequence[Any], counts: Sequence[int] | None = None) -> None:
         self.caches = list(caches)
-        layers = [_joined(each) for each in zip(*(cache.layers for cache in caches), strict=True)]
-        super().__init__(layers=layers)
+        if counts is not None:
+            for cache in caches:
+                for number in range(len(cache.layers)):
+                    use_growing_layer(cache, number)
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        super().__init__(layers=[_joined(each, counts) for each in layers])
 
     def settle(self) -> None:
         """Give every sequence its own states back; before its own cache is used again."""
@@ -102,6 +121,14 @@ def can_share(cache: Any) -> bool:
     """Whether a cache's layers are of kinds that `SequencesCache` knows."""
     # Exact types: what a subclass keeps besides keys and values is unknown here.
     return all(type(layer) in _PLAIN or _is_linear(layer) for layer in cache.layers)
+
+
+def can_mix(cache: Any) -> bool:
+    """Whether `SequencesCache` takes counts for caches with such layers.
+
+    All attention of the model must be by this project's operators.
+    """
+    return all(can_be_cut(layer) for layer in cache.layers)
 
 
 def rows_of(cache: Any, layer: int) -> RowsLayer | None:
@@ -119,19 +146,24 @@ def attend_rows(
     value: torch.Tensor,
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """[R, heads, 1, D] from new queries, keys and values of R sequences.
+    """[R, heads, 1, D] from new queries, keys and values of R sequences; with counts, of R
+    sequences one after the other, [1, heads, T, D].
 
     Args:
-        attend: attention of one sequence's token over all its keys and values.
+        attend: attention of one sequence's tokens over all its keys and values.
 
     Mutates: the caches.
     """
+    sizes: Any = 1  # or a list
+    axis = 0
+    if rows.counts is not None:
+        sizes, axis = rows.counts, 2
     found = []
-    parts = zip(query.split(1), key.split(1), value.split(1), strict=True)
+    parts = zip(*(tensor.split(sizes, axis) for tensor in (query, key, value)), strict=True)
     for row, (one_query, one_key, one_value) in enumerate(parts):
         keys, values = rows.append(row, one_key, one_value)
         found.append(attend(one_query, keys, values))
-    return torch.cat(found)
+    return torch.cat(found, axis)
 
 
 def _side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -143,10 +175,11 @@ def _is_linear(layer: Any) -> bool:
     return _LINEAR is not None and type(layer) is _LINEAR
 
 
-def _joined(layers: Sequence[Any]) -> Any:
+def _joined(layers: Sequence[Any], counts: Sequence[int] | None) -> Any:
     """One layer of a pass, from the layers of its sequences."""
     if not _is_linear(layers[0]):
-        return RowsLayer(layers)
+        return RowsLayer(layers, counts)
+    assert counts is None, "a state takes one token of each sequence"
     first = layers[0]
     made = type(first)(first.number_of_states)
     for name in ("is_conv_states_initialized", "is_recurrent_states_initialized"):

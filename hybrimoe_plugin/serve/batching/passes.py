@@ -1,19 +1,30 @@
-"""Passes through the model: a piece of one prompt, or the next token of several answers."""
+"""Passes through the model: pieces of prompts, and the next tokens of several answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
-from hybrimoe_plugin.compute.attention.sequences import SequencesCache, can_share
+from hybrimoe_plugin.compute.attention.sequences import (
+    SequencesCache,
+    can_mix,
+    can_share,
+)
 from hybrimoe_plugin.hosts.transformers.batches import decides_by_rows
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache, pass_options
 from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
+
+
+class Part(NamedTuple):
+    """Tokens of one sequence in a pass, which continue what its cache holds."""
+
+    ids: Sequence[int]
+    cache: Any
 
 
 class Passes:
@@ -25,6 +36,7 @@ class Passes:
     Attributes:
         most_rows: sequences that one pass can take; 1 where the model cannot take several.
         takes_pieces: whether prompts may be computed in pieces.
+        takes_parts: whether pieces of several prompts, and next tokens, may be computed together.
     """
 
     def __init__(self, model: Any) -> None:
@@ -36,6 +48,7 @@ class Passes:
         self._needs_mask = len(operators) < len(cache.layers)
         self.takes_pieces = can_go_on(model)
         self.most_rows = FEW_ROWS if self.takes_pieces and can_share(cache) else 1
+        self.takes_parts = self.most_rows > 1 and can_mix(cache) and not self._needs_mask
         self._together: SequencesCache | None = None
         """Of the last pass over several sequences."""
 
@@ -83,6 +96,35 @@ class Passes:
             raise
         last: torch.Tensor = output.logits[:, -1]
         return last
+
+    @torch.no_grad()
+    def parts(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Logits [P, V] behind each of several sequences' tokens, where the model `takes_parts`.
+
+        Mutates: the caches. After an error they are of no use.
+        """
+        self.settle()
+        device = self._model.device
+        counts = [len(part.ids) for part in parts]
+        ids = [token for part in parts for token in part.ids]
+        places = [
+            place
+            for part in parts
+            for place in range(_length(part.cache), _length(part.cache) + len(part.ids))
+        ]
+        last = torch.tensor(counts, device=device).cumsum(0) - 1
+        options = dict(self._options)
+        picks = "logits_to_keep" in options
+        if picks:
+            options["logits_to_keep"] = last
+        output = self._model(
+            input_ids=torch.tensor(ids, device=device)[None],
+            position_ids=torch.tensor(places, device=device)[None],
+            **{self._name: SequencesCache([part.cache for part in parts], counts)},
+            **options,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits if picks else logits[last]
 
     def settle(self) -> None:
         """Give every sequence all that belongs to it, as before the first pass with others."""

@@ -11,7 +11,7 @@ import torch
 
 from hybrimoe_plugin.errors import not_computed
 from hybrimoe_plugin.serve.batching.delivery import Delivery
-from hybrimoe_plugin.serve.batching.passes import Passes
+from hybrimoe_plugin.serve.batching.passes import Part, Passes
 from hybrimoe_plugin.serve.batching.pieces import PieceSize
 from hybrimoe_plugin.serve.batching.sequence import Sequence
 from hybrimoe_plugin.serve.requests import Observer, Reason
@@ -53,27 +53,72 @@ class Running:
             self._failed([sequence], error)
 
     def compute(self) -> None:
-        """One piece of one prompt, and one more token of every answer that has begun."""
-        self._compute_piece()
+        """Pieces of prompts, and one more token of every answer that has begun."""
+        pieces, rows = self._next_pieces(), self._rows()
+        together = self._passes.takes_parts and pieces and len(pieces) + len(rows) > 1
+        # What has failed once is tried alone: it must not end others' answers.
+        if together and not any(sequence.failures for sequence, _ in pieces):
+            self._compute_parts(pieces, rows)
+            return
+        for sequence, count in pieces[:1]:
+            self._compute_piece(sequence, count)
         self._compute_tokens()
 
-    def _compute_piece(self) -> None:
-        """One piece of the prompt that was not served for longest."""
+    def _rows(self) -> list[Sequence]:
+        """The answers that have begun."""
+        return [each for each in self._delivery.sequences if each.is_decoding]
+
+    def _next_pieces(self) -> list[tuple[Sequence, int]]:
+        """Whose prompts are computed next, and how many tokens of each.
+
+        Those that were not served for longest, as many as a pass has room for.
+        """
         running = self._delivery.sequences
         prompts = [each for each in running if not each.is_decoding]
-        if not prompts:
-            return
-        sequence = min(prompts, key=lambda each: each.served)
-        self._turn += 1
-        sequence.served = self._turn
-        count = sequence.pending
-        if self._passes.takes_pieces:
-            others_wait = len(prompts) < len(running)
-            count = min(count, self._pieces.size(others_wait))
-        ids = sequence.ids[sequence.computed : sequence.computed + count]
+        prompts.sort(key=lambda each: each.served)
+        if not self._passes.takes_pieces:
+            return [(each, each.pending) for each in prompts]
+        room = self._pieces.size(others_wait=len(prompts) < len(running))
+        pieces = []
+        for sequence in prompts:
+            count = min(room, sequence.pending)
+            if count:
+                pieces.append((sequence, count))
+            room -= count
+        return pieces
+
+    def _compute_parts(self, pieces: list[tuple[Sequence, int]], rows: list[Sequence]) -> None:
+        """Pieces and tokens in one pass."""
+        for sequence, _ in pieces:
+            self._serve(sequence)
+        computed = [*pieces, *((each, 1) for each in rows)]
+        sequences = [sequence for sequence, _ in computed]
         begin = time.monotonic()
         try:
-            logits = self._passes.piece(ids, sequence.cache)
+            logits = self._passes.parts(
+                [Part(each.next_ids(count), each.cache) for each, count in computed]
+            )
+        except Exception as error:
+            # Answers that went well until now are not blamed.
+            self._failed([sequence for sequence, _ in pieces], error)
+            for row in rows:
+                self._compute_again(row)
+            return
+        for sequence, count in computed:
+            sequence.computed += count
+        seconds = time.monotonic() - begin
+        tokens = sum(count for _, count in pieces)
+        self._pieces.took(tokens + len(rows), seconds)
+        self._observer.step(len(rows), tokens, seconds)
+        ready = [place for place, sequence in enumerate(sequences) if not sequence.pending]
+        self._take([sequences[place] for place in ready], logits[ready])
+
+    def _compute_piece(self, sequence: Sequence, count: int) -> None:
+        """A piece of one prompt."""
+        self._serve(sequence)
+        begin = time.monotonic()
+        try:
+            logits = self._passes.piece(sequence.next_ids(count), sequence.cache)
         except Exception as error:
             self._failed([sequence], error)
             return
@@ -84,9 +129,14 @@ class Running:
         if not sequence.pending:
             self._take([sequence], logits[None])
 
+    def _serve(self, sequence: Sequence) -> None:
+        """Put a prompt behind the others."""
+        self._turn += 1
+        sequence.served = self._turn
+
     def _compute_tokens(self) -> None:
         """One more token of every answer that has begun."""
-        rows = [each for each in self._delivery.sequences if each.is_decoding]
+        rows = self._rows()
         if not rows:
             return
         begin = time.monotonic()
@@ -114,9 +164,14 @@ class Running:
         """A pass failed, and what its caches hold is unknown: compute once more from the tokens."""
         log.warning("a pass failed: %s: %s", type(error).__name__, error)
         for sequence in sequences:
-            sequence.forget_cache()
             sequence.failures += 1
             if sequence.failures < ATTEMPTS:
-                self._delivery.send_back(sequence)
+                self._compute_again(sequence)
                 continue
+            sequence.forget_cache()
             self._delivery.end(sequence, Reason.FAILED, not_computed(error))
+
+    def _compute_again(self, sequence: Sequence) -> None:
+        """Let a sequence whose cache is of no use begin anew."""
+        sequence.forget_cache()
+        self._delivery.send_back(sequence)

@@ -56,6 +56,10 @@ class Sequence:
         """Tokens without an entry; the pass over the last of them gives the next token."""
         return len(self.ids) - self.computed
 
+    def next_ids(self, count: int) -> list[int]:
+        """The first of the pending tokens."""
+        return self.ids[self.computed : self.computed + count]
+
     @property
     def is_decoding(self) -> bool:
         """Whether its next pass is one token behind others."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import tiny
+
+from hybrimoe_plugin import load_model
 
 OPTIONS: dict[str, Any] = {
     "batch": 4,
@@ -15,14 +18,27 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+POSITIONS = 256
+"""Of the models here."""
+
+
 def small_model(end: int | None = None) -> Any:
-    """A model of 256 positions.
+    """A plain model.
 
     Args:
         end: the token that ends its texts; None for none.
     """
-    made = tiny.model("mixtral", max_position_embeddings=256)
+    made = tiny.model("mixtral", max_position_embeddings=POSITIONS)
     made.generation_config.eos_token_id = end
+    return made
+
+
+def injected(folder: Path) -> Any:
+    """The same model with this project's operators on the CPU, and no token that ends a text."""
+    path = tiny.write(folder, "mixtral", changes={"max_position_embeddings": POSITIONS})
+    settings = {"accelerator": "none", "cpu_backend": "torch", "dtype": "float32"}
+    made, _ = load_model(None, path, progress=False, **settings)
+    made.generation_config.eos_token_id = None
     return made
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collected import Collected
-from schedulers import OPTIONS, prompt, small_model
+from schedulers import OPTIONS, injected, prompt, small_model
 
 from hybrimoe_plugin.errors import BudgetError
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
@@ -25,9 +25,12 @@ from hybrimoe_plugin.serve.requests import (
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small_model()
+@pytest.fixture(scope="module", params=["plain", "injected"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Prompts share passes with each other and with answers in the injected one only."""
+    if request.param == "plain":
+        return small_model()
+    return injected(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -251,3 +254,31 @@ def test_passes_that_keep_failing_end_their_answers_alone(
     again = Collected()
     scheduler.submit(request("b", prompt(9), 20), again)
     assert again.wait().reason is Reason.LENGTH
+
+
+def test_a_prompt_that_makes_passes_fail_ends_no_other_answer(
+    model: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make()
+    plain = model.forward
+    expected = alone(model, prompt(9), 60)
+    bad = next(token for token in range(5, 96) if token not in (*prompt(9), *expected))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        if bad in kwargs["input_ids"]:
+            raise RuntimeError("no such token, behind the new entries")
+        return out
+
+    begun = threading.Event()
+    long = Collected(stop=lambda _: bool(begun.set()))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", forward)
+        scheduler.submit(request("long", prompt(9), 60), long)
+        assert begun.wait(60)
+        for number in range(3):
+            sink = Collected()
+            scheduler.submit(request(f"bad {number}", (3, bad, 4), 5), sink)
+            assert "no such token" in str(sink.wait().error)
+        assert long.wait().reason is Reason.LENGTH
+    assert long.ids == expected
