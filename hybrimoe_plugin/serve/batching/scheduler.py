@@ -50,8 +50,10 @@ class Scheduler:
         passes    | D 1/3 | A B C | D 2/3 | A B C | D 3/3 | A B C D | A B C D | ...
 
     So a long prompt delays the others by one piece for each token, and waits for nobody's end.
-    Several prompts share passes, or take turns by pieces. Where the KV memory runs out, the answer that began last
-    goes back to the head of the queue: it is computed again from its tokens, and goes on.
+    Several prompts share passes, or take turns by pieces.
+
+    Where the KV memory runs out, the answer that began last goes back to the head of the queue: it
+    is computed again from its tokens, and goes on.
 
     Args:
         model: a causal language model of transformers, injected or not.
