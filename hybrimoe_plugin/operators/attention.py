@@ -186,7 +186,11 @@ class FusedAttention(AttentionOperator):
         return attend_heads(query, key, value, mask, self.scaling, self.grouped)
 
     def _attend_alone(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """One sequence's new tokens over all its keys and values."""
-        return attend_heads(query, key, value, None, self.scaling, self.grouped)
+        return attend_heads(query, key, value, mask, self.scaling, self.grouped)

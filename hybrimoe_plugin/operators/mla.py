@@ -201,10 +201,14 @@ class FusedMLA(AttentionOperator):
         return attend_latents(query, compressed, mask, self.scaling, self.latent)
 
     def _attend_alone(
-        self, query: torch.Tensor, compressed: torch.Tensor, _no_values: torch.Tensor
+        self,
+        query: torch.Tensor,
+        compressed: torch.Tensor,
+        _no_values: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """One sequence's new tokens over all its entries."""
-        return attend_latents(query, compressed, None, self.scaling, self.latent)
+        return attend_latents(query, compressed, mask, self.scaling, self.latent)
 
     def _attend_expanded(
         self,

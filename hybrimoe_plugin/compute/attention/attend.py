@@ -27,20 +27,9 @@ def attend(
     if grouped and one_token and _folds_groups(key, mask):
         return _attend_folded(query, key, value, mask, scaling)
     causal = mask is None and not one_token
-    if causal and query.shape[2] < key.shape[2]:
-        mask, causal = _mask_behind(query, key), False
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
-
-
-def _mask_behind(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """[T, S]: the last T of S tokens see themselves and all before. torch's own causal mask takes
-    them for the first ones.
-    """
-    count, everything = query.shape[2], key.shape[2]
-    seen = torch.ones(count, everything, dtype=torch.bool, device=query.device)
-    return seen.tril(everything - count)
 
 
 def _folds_groups(key: torch.Tensor, mask: torch.Tensor | None) -> bool:

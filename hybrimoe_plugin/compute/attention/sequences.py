@@ -144,13 +144,14 @@ def attend_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    attend: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """[R, heads, 1, D] from new queries, keys and values of R sequences; with counts, of R
     sequences one after the other, [1, heads, T, D].
 
     Args:
-        attend: attention of one sequence's tokens over all its keys and values.
+        attend: attention of one sequence's tokens over all its keys and values, (query, keys,
+            values, mask) -> output; the mask is None for causal attention from the first token on.
 
     Mutates: the caches.
     """
@@ -162,8 +163,20 @@ def attend_rows(
     parts = zip(*(tensor.split(sizes, axis) for tensor in (query, key, value)), strict=True)
     for row, (one_query, one_key, one_value) in enumerate(parts):
         keys, values = rows.append(row, one_key, one_value)
-        found.append(attend(one_query, keys, values))
+        found.append(attend(one_query, keys, values, _mask(one_query, keys)))
     return torch.cat(found, axis)
+
+
+def _mask(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """[T, S] for several tokens behind others, which see themselves and all before.
+
+    torch's own causal mask takes them for the first ones.
+    """
+    count, everything = query.shape[2], keys.shape[2]
+    if count in (1, everything):
+        return None
+    seen = torch.ones(count, everything, dtype=torch.bool, device=query.device)
+    return seen.tril(everything - count)
 
 
 def _side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:

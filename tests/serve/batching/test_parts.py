@@ -10,7 +10,6 @@ import tiny
 import torch
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.compute.attention.attend import attend
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import new_cache
 from hybrimoe_plugin.serve.batching.passes import Part, Passes
 
@@ -66,13 +65,3 @@ def test_parts_together(family: str, accelerator: str, tmp_path: Path) -> None:
 def test_a_plain_model_takes_no_parts() -> None:
     passes = Passes(tiny.model("mixtral"))
     assert passes.takes_pieces and not passes.takes_parts
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_causal_attention_behind_earlier_tokens(count: int, grouped: bool) -> None:
-    query = torch.randn(1, 4, 5, 8)
-    key, value = torch.randn(2, 1, 2 if grouped else 4, 5, 8)
-    whole = attend(query, key, value, None, 0.3, grouped)
-    last = attend(query[:, :, -count:], key, value, None, 0.3, grouped)
-    torch.testing.assert_close(last, whole[:, :, -count:])
