@@ -250,7 +250,7 @@ class Engine:
         output: torch.Tensor = self.cpu.compute(layer, *call)  # type: ignore[attr-defined]
         tokens, chosen = call.ids.shape
         if tokens > 1:
-            chosen = int(np.count_nonzero(np.bincount(call.ids.numpy().reshape(-1))))
+            chosen = len(set(call.ids.reshape(-1).tolist()))
         spent_us = self.clock.now_us() - now_us
         self.controller.counters.count_whole(tokens, chosen, spent_us)
         watcher = self.watcher  # another thread may take it away

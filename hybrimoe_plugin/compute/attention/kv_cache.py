@@ -120,7 +120,8 @@ class GrowingLayer(DynamicLayer):
         if values.shape[3]:  # latent attention keeps one vector for each token, as its key
             values.narrow(2, held, total - held).copy_(value_states)
         self._show(total)
-        return self.keys, self.values
+        self._make_views()
+        return self._keys, self._values
 
     def cut(self, total: int) -> None:
         """Keep the first tokens; the next ones overwrite the others, which nobody may hold."""

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from hybrimoe_plugin.compute.cpu.expert_inputs import (
@@ -139,14 +138,10 @@ def _checked(
         raise BackendError(
             f"a call needs at least one token and one expert, found ids {list(ids.shape)}"
         )
-    if len(ids) == 1:  # plain integers are faster than four operations on a tensor of two
-        chosen = ids[0].tolist()
-        low, high = min(chosen), max(chosen)
-        repeated = len(set(chosen)) < len(chosen)
-    elif len(ids) <= FEW_ROWS:  # and numpy's operations than torch's
-        in_order = np.sort(ids.numpy(), axis=1)
-        low, high = int(in_order[:, 0].min()), int(in_order[:, -1].max())
-        repeated = bool((in_order[:, 1:] == in_order[:, :-1]).any())
+    if len(ids) <= FEW_ROWS:  # plain integers are faster than four operations on small tensors
+        rows = ids.tolist()
+        low, high = min(map(min, rows)), max(map(max, rows))
+        repeated = any(len(set(row)) < len(row) for row in rows)
     else:
         low, high = (int(value) for value in torch.aminmax(ids))
         repeated = ids.shape[1] > 1 and _repeats(ids)
