@@ -15,6 +15,9 @@ from hybrimoe_plugin.serve.sampling.sampler import Drawn
 
 log = logging.getLogger(__name__)
 
+WORTH_WAITING = 32
+"""Tokens that a prompt leaves to another one to compute, at least."""
+
 
 class Delivery:
     """The answers that are being computed, and those who wait for them.
@@ -43,6 +46,15 @@ class Delivery:
         self._context = context
         self._requeue = requeue
         self._observer = observer
+
+    def is_underway(self, sequence: Sequence) -> bool:
+        """Whether a prompt that is being computed begins with more tokens of this one than it has
+        computed yet: waiting for them is less work.
+        """
+        if not self._prefixes.can_branch:
+            return False
+        running = (each for each in self.sequences if not each.is_decoding)
+        return any(_shares_more(each, sequence) for each in running)
 
     def begin(self, sequence: Sequence) -> None:
         """Give a sequence its cache, with what others have computed of its prompt."""
@@ -149,3 +161,13 @@ def finish(
         sequence.sink.end(end)
     except Exception:
         log.exception("%s: its end cannot be told", sequence.request.id)
+
+
+def _shares_more(running: Sequence, waiting: Sequence) -> bool:
+    """Whether two sequences begin alike for longer than the first one has been computed."""
+    ours, theirs = running.ids, waiting.ids
+    # The last token of a prompt is always computed: its logits are wanted.
+    last = running.computed + WORTH_WAITING
+    if last >= min(len(ours), len(theirs) - 1) or ours[last] != theirs[last]:
+        return False
+    return ours[: last + 1] == theirs[: last + 1]

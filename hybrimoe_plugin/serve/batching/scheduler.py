@@ -230,9 +230,11 @@ class Scheduler:
         """Let those begin whose turn it is and for whom there is room."""
         while len(self._delivery.sequences) < self._most_running:
             with self._changed:
-                if not self._waiting or not self._has_room(self._waiting[0]):
+                ready = (each for each in self._waiting if not self._delivery.is_underway(each))
+                sequence = next(ready, None)
+                if sequence is None or not self._has_room(sequence):
                     return
-                sequence = self._waiting.popleft()
+                self._waiting.remove(sequence)
             self._answers.begin(sequence)
 
     def _make_room(self) -> None:

@@ -12,6 +12,7 @@ from collected import Collected
 from schedulers import OPTIONS, injected, prompt, small_model
 
 from hybrimoe_plugin.errors import BudgetError
+from hybrimoe_plugin.serve.batching.delivery import WORTH_WAITING
 from hybrimoe_plugin.serve.batching.scheduler import Scheduler
 from hybrimoe_plugin.serve.requests import (
     ClosingError,
@@ -94,6 +95,20 @@ def test_equal_beginnings_are_computed_once(model: Any, make: Any) -> None:
         sink.wait()
         assert sink.cached == 40
         assert sink.ids == alone(model, one, 5)
+
+
+def test_prompts_that_begin_alike_at_once_are_computed_once(model: Any, make: Any) -> None:
+    scheduler = make()
+    shared = prompt(100)
+    ids = [(*shared, *prompt(length, length)) for length in (0, 0, 9, 30)]
+    sinks = [Collected() for _ in ids]
+    for number, (one, sink) in enumerate(zip(ids, sinks, strict=True)):
+        scheduler.submit(request(str(number), one, 8), sink)
+    for one, sink in zip(ids, sinks, strict=True):
+        assert sink.wait().reason is Reason.LENGTH
+        assert sink.ids == alone(model, one, 8)
+    assert sinks[0].cached == 0
+    assert all(sink.cached > 100 - WORTH_WAITING for sink in sinks[1:])
 
 
 def test_a_sink_ends_its_answer(make: Any) -> None:

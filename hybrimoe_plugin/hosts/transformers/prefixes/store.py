@@ -76,6 +76,11 @@ class PrefixStore:
     def _can_go_on(self) -> bool:
         return can_go_on(self._model)
 
+    @cached_property
+    def can_branch(self) -> bool:
+        """Whether a prompt can take the first part of another sequence that runs."""
+        return self._can_go_on and _can_be_cut(new_cache(self._model))
+
     @property
     def nbytes(self) -> int:
         """Bytes kept."""
