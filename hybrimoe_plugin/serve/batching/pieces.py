@@ -1,9 +1,12 @@
-"""How many tokens of a prompt one pass computes."""
+"""How many tokens of prompts one pass computes."""
 
 from __future__ import annotations
 
-LONGEST_STALL = 0.3
-"""Seconds that a piece may take while answers wait for their next token."""
+STALL = 0.3
+"""Seconds that prompts may take in a pass while as many answers wait for their next token."""
+
+LONGEST_STALL = 1.0
+"""Seconds that they may take where more prompts wait than answers."""
 
 SMALLEST = 32
 """Tokens of a piece at least: smaller ones read all weights for too little."""
@@ -16,7 +19,7 @@ class PieceSize:
     """Sizes pieces by the time that the last ones took.
 
     Args:
-        most: tokens of a piece where nobody waits.
+        most: tokens of prompts in a pass where no answer waits.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,13 +27,19 @@ class PieceSize:
         self._per_token: float | None = None
         """Seconds; None before the first piece."""
 
-    def size(self, others_wait: bool) -> int:
-        """Tokens of the next piece."""
-        if not others_wait:
+    def size(self, prompts: int, answers: int) -> int:
+        """Tokens of the next pieces together.
+
+        Args:
+            prompts: how many wait to be computed.
+            answers: how many wait for their next token.
+        """
+        if not answers:
             return self._most
         if self._per_token is None:
             return min(self._most, SMALLEST)
-        fitting = int(LONGEST_STALL / self._per_token)
+        seconds = min(LONGEST_STALL, STALL * max(1.0, prompts / answers))
+        fitting = int(seconds / self._per_token)
         return min(self._most, max(SMALLEST, fitting))
 
     def took(self, tokens: int, seconds: float) -> None:

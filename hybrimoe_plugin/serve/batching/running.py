@@ -78,7 +78,7 @@ class Running:
         prompts.sort(key=lambda each: each.served)
         if not self._passes.takes_pieces:
             return [(each, each.pending) for each in prompts]
-        room = self._pieces.size(others_wait=len(prompts) < len(running))
+        room = self._pieces.size(len(prompts), len(running) - len(prompts))
         pieces = []
         for sequence in prompts:
             count = min(room, sequence.pending)
