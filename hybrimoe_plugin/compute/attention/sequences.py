@@ -8,7 +8,8 @@ without a copy, and nothing is computed for padding:
     attention   over A's entries | over B's       | over C's
     the rest    one call of three tokens
 
-Attention operators of this project go row by row over `RowsLayer.append`. The model's own attention
+Attention operators of this project go row by row over `RowsLayer.append`, or over all rows at once
+where they lie on a `Shelf`. The model's own attention
 modules get the same entries side by side, padded on the left, from `RowsLayer.update`: a copy in
 every pass, right for any kind of attention that takes transformers' masks.
 
@@ -31,10 +32,12 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hybrimoe_plugin.compute.attention.kv_cache import (
+    Buffers,
     GrowingLayer,
     can_be_cut,
     use_growing_layer,
 )
+from hybrimoe_plugin.compute.attention.shelf import Places, Shelf
 
 _PLAIN = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)
 _LINEAR = getattr(cache_utils, "LinearAttentionLayer", None)
@@ -54,6 +57,10 @@ class RowsLayer(DynamicLayer):
         self.is_initialized = True
         self.layers = list(layers)
         self.counts = counts
+        self.shelf: Buffers | None = None
+        """Where the layers of all sequences lie side by side, if they do."""
+        self.places: Places | None = None
+        """Of the running pass, where there is a shelf."""
         self.is_sliding = bool(getattr(layers[0], "is_sliding", False))
         self._longest = max(self.layers, key=lambda layer: int(layer.get_seq_length()))
 
@@ -63,6 +70,16 @@ class RowsLayer(DynamicLayer):
         """Append [1, heads, T, D] to one sequence: all of its keys and values, as it is alone."""
         found: tuple[torch.Tensor, torch.Tensor] = self.layers[row].update(key, value)
         return found
+
+    def append_all(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Append [R, heads, 1, D] on the shelf: all keys, all values, and a mask for scores."""
+        assert self.shelf is not None and self.places is not None
+        keys, values = self.places.append(self.shelf, key, value)
+        for layer in self.layers:
+            layer.advance()
+        return keys, values, self.places.mask
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -98,16 +115,38 @@ class SequencesCache(Cache):
             them, in every pass.
         counts: tokens of each in the pass, one after the other, where `can_mix`; None for one token
             of each in a batch. A cache without entries can only be given with counts.
+        shelf: on which the sequences lie, in this order, if they do.
     """
 
-    def __init__(self, caches: Sequence[Any], counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        caches: Sequence[Any],
+        counts: Sequence[int] | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.caches = list(caches)
+        self.shelf = shelf
         if counts is not None:
             for cache in caches:
                 for number in range(len(cache.layers)):
                     use_growing_layer(cache, number)
         layers = zip(*(cache.layers for cache in caches), strict=True)
         super().__init__(layers=[_joined(each, counts) for each in layers])
+        if shelf is not None:
+            for layer, buffers in zip(self.layers, shelf.buffers, strict=True):
+                layer.shelf = buffers
+
+    def begin(self, lengths: Sequence[int], dtype: torch.dtype) -> None:
+        """Before each pass of one token of each sequence.
+
+        Args:
+            lengths: tokens that each holds.
+            dtype: of queries.
+        """
+        if self.shelf is not None:
+            places = Places(lengths, dtype)
+            for layer in self.layers:
+                layer.places = places
 
     def settle(self) -> None:
         """Give every sequence its own states back; before its own cache is used again."""
@@ -155,6 +194,8 @@ def attend_rows(
 
     Mutates: the caches.
     """
+    if rows.places is not None:
+        return attend(query, *rows.append_all(key, value))
     sizes: Any = 1  # or a list
     axis = 0
     if rows.counts is not None:

@@ -30,7 +30,8 @@ class Delivery:
 
     Attributes:
         sequences: those that run, in the order in which they began.
-        settle: called before a cache is kept or copied, which a pass of several may hold parts of.
+        settle: called before caches are copied, of which a pass of several may hold parts, and with
+            a cache before it is kept.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Delivery:
         observer: Observer,
     ) -> None:
         self.sequences: list[Sequence] = []
-        self.settle: Callable[[], object] = lambda: None
+        self.settle: Callable[..., object] = lambda *_: None
         self._prefixes = prefixes
         self._context = context
         self._requeue = requeue
@@ -111,7 +112,7 @@ class Delivery:
     def keep(self, ids: list[int], cache: Any) -> None:
         """Keep a cache that nobody uses any more, for prompts that begin with the same tokens."""
         try:
-            self.settle()
+            self.settle(cache)
             self._prefixes.end(ids, cache)
         except Exception as error:  # out of memory: only time is lost
             log.warning("a prefix was not kept: %s: %s", type(error).__name__, error)

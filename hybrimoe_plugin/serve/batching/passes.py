@@ -14,6 +14,7 @@ from hybrimoe_plugin.compute.attention.sequences import (
     can_mix,
     can_share,
 )
+from hybrimoe_plugin.compute.attention.shelf import Shelf, shelf_for
 from hybrimoe_plugin.hosts.transformers.batches import decides_by_rows
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache, pass_options
 from hybrimoe_plugin.operators.attention import AttentionOperator
@@ -51,6 +52,8 @@ class Passes:
         self.takes_parts = self.most_rows > 1 and can_mix(cache) and not self._needs_mask
         self._together: SequencesCache | None = None
         """Of the last pass over several sequences."""
+        self._shelf: Shelf | None = None
+        """On which sequences lie, where it pays."""
 
     @torch.no_grad()
     def piece(self, ids: Sequence[int], cache: Any) -> torch.Tensor:
@@ -79,8 +82,13 @@ class Passes:
         if len(tokens) == 1:
             return self.piece(tokens, caches[0])[None]
         together = self._joined(caches)
+        # On a shelf they have another order.
+        order = [_place(cache, caches) for cache in together.caches]
+        tokens, owners = ([values[place] for place in order] for values in (tokens, owners))
         device = self._model.device
-        lengths = torch.tensor([_length(cache) for cache in caches], device=device)
+        held = [_length(cache) for cache in together.caches]
+        together.begin(held, self._model.dtype)
+        lengths = torch.tensor(held, device=device)
         arguments: dict[str, Any] = {
             "input_ids": torch.tensor(tokens, device=device)[:, None],
             "position_ids": lengths[:, None],
@@ -92,10 +100,10 @@ class Passes:
         try:
             output = self._run(Rows(np.asarray(owners), np.ones(len(owners), bool)), arguments)
         except BaseException:
-            self._together = None  # what it holds of these sequences is of no use
+            self._together = self._shelf = None  # what they hold of these sequences is of no use
             raise
         last: torch.Tensor = output.logits[:, -1]
-        return last
+        return last[_inverse(order)]
 
     @torch.no_grad()
     def parts(self, parts: Sequence[Part]) -> torch.Tensor:
@@ -126,11 +134,19 @@ class Passes:
         logits: torch.Tensor = output.logits[0]
         return logits if picks else logits[last]
 
-    def settle(self) -> None:
-        """Give every sequence all that belongs to it, as before the first pass with others."""
+    def settle(self, cache: Any = None) -> None:
+        """Give every sequence its states back, as before the first pass with others.
+
+        Args:
+            cache: of a sequence that is to have memory of its own, because others will use it.
+        """
         if self._together is not None:
             self._together.settle()
-        self._together = None  # last: interrupted, it is done again
+        self._together = None  # after its effect: interrupted, it is done again
+        if self._shelf is not None and cache is not None:
+            self._shelf.release(cache)
+            if self._shelf.is_empty:
+                self._shelf = None
 
     def _leave(self, cache: Any) -> None:
         """Let a sequence be computed alone."""
@@ -139,11 +155,18 @@ class Passes:
 
     def _joined(self, caches: Sequence[Any]) -> SequencesCache:
         """The cache of a pass over these sequences, kept while they are the same."""
-        known = self._together
-        if known is not None and _same(known.caches, caches):
+        known, shelf = self._together, self._shelf
+        is_full = shelf is not None and max(map(_length, caches)) >= shelf.capacity
+        if known is not None and _same(known.caches, caches) and not is_full:
             return known
         self.settle()
-        self._together = made = SequencesCache(caches)
+        if shelf is None or not shelf.has_room(caches):
+            self._shelf = shelf_for(caches) if self.takes_parts else None
+        if self._shelf is not None:
+            caches = self._shelf.arrange(caches)
+        if shelf is not None and shelf is not self._shelf:
+            shelf.clear()
+        self._together = made = SequencesCache(caches, shelf=self._shelf)
         return made
 
     def _run(self, rows: Rows, arguments: dict[str, Any]) -> Any:
@@ -165,4 +188,14 @@ def _padding(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+    """Whether both have the same caches, in any order."""
+    return len(ours) == len(theirs) and all(any(a is b for b in theirs) for a in ours)
+
+
+def _place(cache: Any, caches: Sequence[Any]) -> int:
+    return next(place for place, each in enumerate(caches) if each is cache)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each one has gone."""
+    return sorted(range(len(order)), key=order.__getitem__)
