@@ -1,0 +1,144 @@
+"""Sequences that lie side by side while their tokens are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from hybrimoe_plugin import load_model
+from hybrimoe_plugin.compute.attention import shelf
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import new_cache
+from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
+from hybrimoe_plugin.serve.batching.passes import Passes
+
+
+@pytest.fixture(scope="module", params=["mixtral", "deepseek_v2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tiny.write(tmp_path_factory.mktemp("model"), request.param)
+    settings = {"accelerator": "none", "cpu_backend": "torch", "dtype": "float32"}
+    made, _ = load_model(None, path, progress=False, **settings)
+    return made
+
+
+@pytest.fixture
+def shelves(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The shelves that passes make, with room for two more tokens; None where one did not pay."""
+    made = []
+
+    def noted(caches: Any) -> Any:
+        made.append(shelf.shelf_for(caches))
+        return made[-1]
+
+    monkeypatch.setattr(shelf, "SPARE", 2)
+    monkeypatch.setattr("hybrimoe_plugin.serve.batching.passes.shelf_for", noted)
+    yield made
+
+
+class Beside:
+    """A sequence that is computed among others, and once more alone."""
+
+    def __init__(self, model: Any, length: int, seed: int) -> None:
+        self._alone = Passes(model)
+        self.ids = tiny.tokens(length, seed=seed)[0].tolist()
+        self.cache, self._other = new_cache(model), new_cache(model)
+
+    def begin(self, passes: Passes) -> None:
+        self.take(passes.piece(self.ids, self.cache), self.ids)
+
+    def take(self, logits: torch.Tensor, given: list[int]) -> None:
+        wanted = self._alone.piece(given, self._other)
+        torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=2e-4)
+        self.ids.append(int(wanted.argmax()) % 96)
+
+
+def step(passes: Passes, sequences: list[Beside]) -> None:
+    tokens = [each.ids[-1] for each in sequences]
+    caches = [each.cache for each in sequences]
+    logits = passes.step(tokens, caches, list(range(len(sequences))))
+    for each, row in zip(sequences, logits, strict=True):
+        each.take(row, each.ids[-1:])
+
+
+def test_they_join_leave_and_outgrow_it(model: Any, shelves: list[Any]) -> None:
+    passes = Passes(model)
+    crowd = [Beside(model, length, seed) for seed, length in enumerate((30, 21, 28, 25, 33))]
+    a, b, c, d, e = crowd
+    for each in crowd:
+        each.begin(passes)
+    for rows in ([a, b], [b, a, c], [c, b], [b, d, c, e, a], [e, a], [a], [a, e, b, d, c]):
+        for _ in range(3):
+            step(passes, rows)
+    assert len(shelves) > 4 and None not in shelves
+
+
+def test_one_that_is_kept_has_memory_of_its_own(model: Any, shelves: list[Any]) -> None:
+    passes, store = Passes(model), PrefixStore(model, 1 << 20)
+    crowd = [Beside(model, 30, seed) for seed in range(3)]
+    for each in crowd:
+        each.begin(passes)
+    step(passes, crowd)
+    kept, *others = crowd
+    passes.settle(kept.cache)
+    store.end(kept.ids[:-1], kept.cache)
+    for layer, (keys, _) in zip(kept.cache.layers, shelves[0].buffers, strict=True):
+        assert layer.keys.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr()
+    step(passes, others)  # in its slot, too
+    kept.cache, shared = store.begin(kept.ids)
+    assert shared == len(kept.ids) - 1
+    step(passes, [*others, kept])
+
+
+def test_it_is_given_up_with_the_last_one(model: Any, shelves: list[Any]) -> None:
+    passes = Passes(model)
+    crowd = [Beside(model, 20, seed) for seed in range(2)]
+    for each in crowd:
+        each.begin(passes)
+    step(passes, crowd)
+    for each in crowd:
+        passes.settle(each.cache)
+    assert shelves[0].is_empty and passes._shelf is None
+
+
+def test_uneven_ones_go_row_by_row(model: Any, shelves: list[Any]) -> None:
+    passes = Passes(model)
+    crowd = [Beside(model, length, length) for length in (5, 60, 7)]
+    for each in crowd:
+        each.begin(passes)
+    step(passes, crowd)
+    assert shelves == [None]
+
+
+def test_large_ones_go_row_by_row(
+    model: Any, shelves: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "MOST_BYTES", 1000)
+    passes = Passes(model)
+    crowd = [Beside(model, 20, seed) for seed in range(2)]
+    for each in crowd:
+        each.begin(passes)
+    step(passes, crowd)
+    assert shelves == [None]
+
+
+def test_a_pass_that_fails_harms_no_other(
+    model: Any, shelves: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(model)
+    crowd = [Beside(model, 20, seed) for seed in range(4)]
+    for each in crowd:
+        each.begin(passes)
+    for _ in range(2):
+        step(passes, crowd)
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf.Places, "append", _fails)
+        with pytest.raises(KeyboardInterrupt):
+            step(passes, crowd[:2])
+    step(passes, crowd[2:])
+
+
+def _fails(*_: Any) -> Any:
+    raise KeyboardInterrupt
