@@ -55,6 +55,14 @@ class Beside:
         self.ids.append(int(wanted.argmax()) % 96)
 
 
+def begun(passes: Passes, model: Any, *lengths: int) -> list[Beside]:
+    """Sequences of so many tokens, whose prompts are computed."""
+    made = [Beside(model, length, seed) for seed, length in enumerate(lengths)]
+    for each in made:
+        each.begin(passes)
+    return made
+
+
 def step(passes: Passes, sequences: list[Beside]) -> None:
     tokens = [each.ids[-1] for each in sequences]
     caches = [each.cache for each in sequences]
@@ -65,10 +73,7 @@ def step(passes: Passes, sequences: list[Beside]) -> None:
 
 def test_they_join_leave_and_outgrow_it(model: Any, shelves: list[Any]) -> None:
     passes = Passes(model)
-    crowd = [Beside(model, length, seed) for seed, length in enumerate((30, 21, 28, 25, 33))]
-    a, b, c, d, e = crowd
-    for each in crowd:
-        each.begin(passes)
+    a, b, c, d, e = begun(passes, model, 30, 21, 28, 25, 33)
     for rows in ([a, b], [b, a, c], [c, b], [b, d, c, e, a], [e, a], [a], [a, e, b, d, c]):
         for _ in range(3):
             step(passes, rows)
@@ -77,9 +82,7 @@ def test_they_join_leave_and_outgrow_it(model: Any, shelves: list[Any]) -> None:
 
 def test_one_that_is_kept_has_memory_of_its_own(model: Any, shelves: list[Any]) -> None:
     passes, store = Passes(model), PrefixStore(model, 1 << 20)
-    crowd = [Beside(model, 30, seed) for seed in range(3)]
-    for each in crowd:
-        each.begin(passes)
+    crowd = begun(passes, model, 30, 30, 30)
     step(passes, crowd)
     kept, *others = crowd
     passes.settle(kept.cache)
@@ -94,9 +97,7 @@ def test_one_that_is_kept_has_memory_of_its_own(model: Any, shelves: list[Any]) 
 
 def test_it_is_given_up_with_the_last_one(model: Any, shelves: list[Any]) -> None:
     passes = Passes(model)
-    crowd = [Beside(model, 20, seed) for seed in range(2)]
-    for each in crowd:
-        each.begin(passes)
+    crowd = begun(passes, model, 20, 20)
     step(passes, crowd)
     for each in crowd:
         passes.settle(each.cache)
@@ -105,10 +106,7 @@ def test_it_is_given_up_with_the_last_one(model: Any, shelves: list[Any]) -> Non
 
 def test_uneven_ones_go_row_by_row(model: Any, shelves: list[Any]) -> None:
     passes = Passes(model)
-    crowd = [Beside(model, length, length) for length in (5, 60, 7)]
-    for each in crowd:
-        each.begin(passes)
-    step(passes, crowd)
+    step(passes, begun(passes, model, 5, 60, 7))
     assert shelves == [None]
 
 
@@ -117,10 +115,7 @@ def test_large_ones_go_row_by_row(
 ) -> None:
     monkeypatch.setattr(shelf, "MOST_BYTES", 1000)
     passes = Passes(model)
-    crowd = [Beside(model, 20, seed) for seed in range(2)]
-    for each in crowd:
-        each.begin(passes)
-    step(passes, crowd)
+    step(passes, begun(passes, model, 20, 20))
     assert shelves == [None]
 
 
@@ -128,9 +123,7 @@ def test_a_pass_that_fails_harms_no_other(
     model: Any, shelves: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = Passes(model)
-    crowd = [Beside(model, 20, seed) for seed in range(4)]
-    for each in crowd:
-        each.begin(passes)
+    crowd = begun(passes, model, 20, 20, 20, 20)
     for _ in range(2):
         step(passes, crowd)
     with monkeypatch.context() as patch:
