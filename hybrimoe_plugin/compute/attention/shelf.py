@@ -154,7 +154,7 @@ class Places:
 
 
 def _can_move(cache: Any) -> bool:
-    """Whether a cache's layers can lie on a shelf, on the CPU: GPUs have graphs for batches."""
+    """Whether a cache's layers can lie on a shelf; on a GPU that was never measured."""
     return all(type(layer) is GrowingLayer and layer.keys.is_cpu for layer in cache.layers)
 
 
