@@ -57,11 +57,16 @@ class Shelf:
     def is_empty(self) -> bool:
         return all(cache is None for cache in self._caches)
 
-    def has_room(self, caches: Sequence[Any]) -> bool:
-        """Whether these sequences fit, with another token of each."""
-        longest = max(int(cache.get_seq_length()) for cache in caches)
-        fits = len(caches) <= len(self._caches) and longest < self.capacity
-        return fits and all(map(_can_move, caches))
+    def suits(self, caches: Sequence[Any]) -> bool:
+        """Whether these sequences fit, with another token of each, and do not leave most of it
+        empty.
+        """
+        lengths = [int(cache.get_seq_length()) for cache in caches]
+        slots, count, longest = len(self._caches), len(caches), max(lengths)
+        if count > slots or longest >= self.capacity or not _are_alike(lengths):
+            return False
+        is_filled = slots * self.capacity <= 4 * count * (longest + SPARE)
+        return is_filled and all(map(_can_move, caches))
 
     def arrange(self, caches: Sequence[Any]) -> list[Any]:
         """Let these sequences lie in the first slots, and no others in any; in the slots' order.
@@ -89,6 +94,12 @@ class Shelf:
                         layer.leave()
                 self._caches[slot] = None
 
+    def forget(self, cache: Any) -> None:
+        """Free the slot of a sequence that nobody will use any more."""
+        for slot, held in enumerate(self._caches):
+            if held is cache:
+                self._caches[slot] = None
+
     def clear(self) -> None:
         """Give every sequence memory of its own."""
         for cache in self._caches:
@@ -97,7 +108,13 @@ class Shelf:
 
     def _move(self, cache: Any, slot: int) -> None:
         for layer, views in zip(cache.layers, self._views, strict=True):
+            if layer.lies_in(views[slot]):
+                continue
+            held = layer.get_seq_length()
             layer.move(views[slot])
+            # A mask hides what others have left behind, but not if it is no number.
+            for buffer in views[slot]:
+                buffer.narrow(2, held, self.capacity - held).zero_()
         before = [place for place, held in enumerate(self._caches) if held is cache]
         self._caches[slot] = cache
         for place in before:
@@ -110,10 +127,9 @@ def shelf_for(caches: Sequence[Any]) -> Shelf | None:
     if not all(map(_can_move, caches)):
         return None
     lengths = [int(cache.get_seq_length()) for cache in caches]
-    # Attention over the shelf reads as much for each sequence as for the longest.
-    longest, count = max(lengths), len(caches)
-    if count * longest > 2 * sum(lengths):
+    if not _are_alike(lengths):
         return None
+    longest, count = max(lengths), len(caches)
     slots, capacity = 1 << (count - 1).bit_length(), longest + SPARE
     layers = caches[0].layers
     token = sum(part[:, :, :1].nbytes for layer in layers for part in (layer.keys, layer.values))
@@ -151,6 +167,11 @@ class Places:
             found.append(buffer[:count, :, : self.seen])
         keys, values = found
         return keys, values
+
+
+def _are_alike(lengths: Sequence[int]) -> bool:
+    """Attention over a shelf reads as much for each sequence as for the longest."""
+    return len(lengths) * max(lengths) <= 2 * sum(lengths)
 
 
 def _can_move(cache: Any) -> bool:

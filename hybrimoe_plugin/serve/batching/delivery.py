@@ -19,6 +19,16 @@ WORTH_WAITING = 32
 """Tokens that a prompt leaves to another one to compute, at least."""
 
 
+class Holder:
+    """Who may hold parts of sequences' caches between passes; this one holds nothing."""
+
+    def settle(self, cache: Any = None) -> None:
+        """Hand back what is held, and give this cache memory of its own."""
+
+    def forget(self, cache: Any) -> None:
+        """Have nothing to do any more with a cache that is of no use."""
+
+
 class Delivery:
     """The answers that are being computed, and those who wait for them.
 
@@ -30,8 +40,7 @@ class Delivery:
 
     Attributes:
         sequences: those that run, in the order in which they began.
-        settle: called before caches are copied, of which a pass of several may hold parts, and with
-            a cache before it is kept.
+        holder: is asked before caches are copied, kept or forgotten.
     """
 
     def __init__(
@@ -42,7 +51,7 @@ class Delivery:
         observer: Observer,
     ) -> None:
         self.sequences: list[Sequence] = []
-        self.settle: Callable[..., object] = lambda *_: None
+        self.holder = Holder()
         self._prefixes = prefixes
         self._context = context
         self._requeue = requeue
@@ -62,7 +71,7 @@ class Delivery:
         taken = {each.owner for each in self.sequences}
         sequence.owner = next(number for number in range(len(taken) + 1) if number not in taken)
         self.sequences.append(sequence)
-        self.settle()
+        self.holder.settle()
         others = [
             (each.ids[: each.computed], each.cache)
             for each in self.sequences
@@ -78,7 +87,7 @@ class Delivery:
     def take(self, sequence: Sequence, drawn: Drawn | HybriMoEError) -> bool:
         """Hand the next token over, or end the answer; whether it goes on."""
         if isinstance(drawn, HybriMoEError):
-            sequence.forget_cache()  # it may be what is wrong: nobody else must get it
+            self.forget(sequence)  # its cache may be what is wrong: nobody else must get it
             self.end(sequence, Reason.FAILED, drawn)
             return False
         if drawn.kept and not self._hand_over(sequence, drawn):
@@ -109,10 +118,17 @@ class Delivery:
         sequence.forget_cache()
         self._requeue(sequence)
 
+    def forget(self, sequence: Sequence) -> None:
+        """Drop the cache of a sequence, which is of no use."""
+        cache = sequence.cache
+        sequence.forget_cache()
+        if cache is not None:
+            self.holder.forget(cache)
+
     def keep(self, ids: list[int], cache: Any) -> None:
         """Keep a cache that nobody uses any more, for prompts that begin with the same tokens."""
         try:
-            self.settle(cache)
+            self.holder.settle(cache)
             self._prefixes.end(ids, cache)
         except Exception as error:  # out of memory: only time is lost
             log.warning("a prefix was not kept: %s: %s", type(error).__name__, error)

@@ -19,6 +19,7 @@ from hybrimoe_plugin.hosts.transformers.batches import decides_by_rows
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache, pass_options
 from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
+from hybrimoe_plugin.serve.batching.delivery import Holder
 
 
 class Part(NamedTuple):
@@ -28,7 +29,7 @@ class Part(NamedTuple):
     cache: Any
 
 
-class Passes:
+class Passes(Holder):
     """Computes logits of sequences that each have a KV cache of their own.
 
     Args:
@@ -80,6 +81,8 @@ class Passes:
         Mutates: the caches. After an error they are of no use; other sequences' are as before.
         """
         if len(tokens) == 1:
+            if self._shelf is not None:
+                self.settle(caches[0])
             return self.piece(tokens, caches[0])[None]
         together = self._joined(caches)
         # On a shelf they have another order.
@@ -145,8 +148,14 @@ class Passes:
         self._together = None  # after its effect: interrupted, it is done again
         if self._shelf is not None and cache is not None:
             self._shelf.release(cache)
-            if self._shelf.is_empty:
-                self._shelf = None
+            self._shelf = None if self._shelf.is_empty else self._shelf
+
+    def forget(self, cache: Any) -> None:
+        """Have nothing to do any more with a sequence whose cache is of no use."""
+        self._leave(cache)
+        if self._shelf is not None:
+            self._shelf.forget(cache)
+            self._shelf = None if self._shelf.is_empty else self._shelf
 
     def _leave(self, cache: Any) -> None:
         """Let a sequence be computed alone."""
@@ -160,7 +169,7 @@ class Passes:
         if known is not None and _same(known.caches, caches) and not is_full:
             return known
         self.settle()
-        if shelf is None or not shelf.has_room(caches):
+        if shelf is None or not shelf.suits(caches):
             self._shelf = shelf_for(caches) if self.takes_parts else None
         if self._shelf is not None:
             caches = self._shelf.arrange(caches)

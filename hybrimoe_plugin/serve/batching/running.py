@@ -43,7 +43,7 @@ class Running:
         self._observer = observer
         self._turn = 0
         self.most = self._passes.most_rows
-        delivery.settle = self._passes.settle
+        delivery.holder = self._passes
 
     def begin(self, sequence: Sequence) -> None:
         """Let a sequence run."""
@@ -168,10 +168,10 @@ class Running:
             if sequence.failures < ATTEMPTS:
                 self._compute_again(sequence)
                 continue
-            sequence.forget_cache()
+            self._delivery.forget(sequence)
             self._delivery.end(sequence, Reason.FAILED, not_computed(error))
 
     def _compute_again(self, sequence: Sequence) -> None:
         """Let a sequence whose cache is of no use begin anew."""
-        sequence.forget_cache()
+        self._delivery.forget(sequence)
         self._delivery.send_back(sequence)

@@ -135,3 +135,35 @@ def test_a_pass_that_fails_harms_no_other(
 
 def _fails(*_: Any) -> Any:
     raise KeyboardInterrupt
+
+
+def test_what_one_leaves_behind_is_seen_by_no_other(model: Any, shelves: list[Any]) -> None:
+    passes = Passes(model)
+    first, second, short = begun(passes, model, 30, 30, 20)
+    step(passes, [first, second])
+    for layer in second.cache.layers:
+        layer.keys[:, :, 25:] = layer.values[:, :, 25:] = torch.nan
+    passes.forget(second.cache)
+    step(passes, [first, short])
+    assert len(shelves) == 1
+
+
+def test_one_alone_and_forgotten_ones_keep_no_shelf(model: Any, shelves: list[Any]) -> None:
+    passes = Passes(model)
+    crowd = begun(passes, model, 20, 20, 20)
+    step(passes, crowd)
+    passes.forget(crowd[0].cache)
+    passes.forget(crowd[1].cache)
+    assert passes._shelf is not None
+    step(passes, crowd[2:])
+    assert passes._shelf is None
+    step(passes, crowd[2:])
+
+
+def test_one_that_has_become_too_wide_is_replaced(model: Any, shelves: list[Any]) -> None:
+    passes = Passes(model)
+    crowd = begun(passes, model, 30, 40, 38, 39, 37, 36, 6, 5)
+    step(passes, crowd[:6])
+    step(passes, crowd[6:])
+    wide, narrow = shelves
+    assert narrow.capacity < wide.capacity
