@@ -19,6 +19,7 @@ from eval import rows as rows_question
 from eval.lever import figures as lever
 from eval.reporting import plots, report
 from eval.reporting.rows import column, distinct, where
+from eval.serving import question as serving
 
 
 class Draw(Protocol):
@@ -104,6 +105,7 @@ FIGURES = {
     "rows": Figure(("rows_cells.csv",), rows_question.draw),
     "cpu_decode": Figure(CPU, draw_cpu),
     "batches": Figure(tuple(f"{name}.csv" for name in BATCHES), draw_batches),
+    "serving": Figure(("serving_demo.csv",), serving.draw),
     "throughput_demo": Figure(("throughput_demo.csv",), throughput.draw, height=3.2),
     "fidelity": Figure(("fidelity.csv",), fidelity.draw, height=2.6),
     "lever": Figure(("lever.csv",), lever.draw_speedups, height=4.6),
