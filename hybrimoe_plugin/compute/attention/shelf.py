@@ -43,15 +43,10 @@ class Shelf:
         self._caches: list[Any] = [None] * slots
         """Who lies in each slot; None where it is free."""
         for layer in like:
-            keys, values = (
-                make_buffer(part.expand(slots, -1, -1, -1), capacity)
-                for part in (layer.keys, layer.values)
-            )
+            parts = (part.expand(slots, -1, -1, -1) for part in (layer.keys, layer.values))
+            keys, values = (make_buffer(part, capacity) for part in parts)
             self.buffers.append((keys, values))
-            slices = range(slots)
-            self._views.append(
-                [(keys[slot : slot + 1], values[slot : slot + 1]) for slot in slices]
-            )
+            self._views.append(list(zip(keys.split(1), values.split(1), strict=True)))
 
     @property
     def is_empty(self) -> bool:

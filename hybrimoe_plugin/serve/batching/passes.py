@@ -148,14 +148,18 @@ class Passes(Holder):
         self._together = None  # after its effect: interrupted, it is done again
         if self._shelf is not None and cache is not None:
             self._shelf.release(cache)
-            self._shelf = None if self._shelf.is_empty else self._shelf
+            self._drop_empty_shelf()
 
     def forget(self, cache: Any) -> None:
         """Have nothing to do any more with a sequence whose cache is of no use."""
         self._leave(cache)
         if self._shelf is not None:
             self._shelf.forget(cache)
-            self._shelf = None if self._shelf.is_empty else self._shelf
+            self._drop_empty_shelf()
+
+    def _drop_empty_shelf(self) -> None:
+        if self._shelf is not None and self._shelf.is_empty:
+            self._shelf = None
 
     def _leave(self, cache: Any) -> None:
         """Let a sequence be computed alone."""
