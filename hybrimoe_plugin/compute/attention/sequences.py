@@ -1,17 +1,16 @@
 """Tokens of several sequences in one pass, over a KV cache of each sequence's own.
 
 A batch in transformers is one cache, in which shorter sequences are padded. Here every sequence
-keeps the cache that it has when it is computed alone. It can join and leave between two passes
-without a copy, and nothing is computed for padding:
+keeps the cache that it has when it is computed alone, and can join and leave between two passes:
 
     pass        | new token of A | new token of B | new token of C |     [3, 1, H]
     attention   over A's entries | over B's       | over C's
     the rest    one call of three tokens
 
 Attention operators of this project go row by row over `RowsLayer.append`, or over all rows at once
-where they lie on a `Shelf`. The model's own attention
-modules get the same entries side by side, padded on the left, from `RowsLayer.update`: a copy in
-every pass, right for any kind of attention that takes transformers' masks.
+where they lie on a `Shelf`. The model's own attention modules get the same entries side by side,
+padded on the left, from `RowsLayer.update`: a copy in every pass, right for any kind of attention
+that takes transformers' masks.
 
 Where all attention is by those operators, sequences may have several tokens each, such as a piece
 of a prompt. They lie one after the other then, as if they were one sequence's:
@@ -34,7 +33,6 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from hybrimoe_plugin.compute.attention.kv_cache import (
     Buffers,
     GrowingLayer,
-    can_be_cut,
     use_growing_layer,
 )
 from hybrimoe_plugin.compute.attention.shelf import Places, Shelf
@@ -113,8 +111,9 @@ class SequencesCache(Cache):
     Args:
         caches: of the sequences, each of one sequence. `can_share` says of which kinds. Mutates:
             them, in every pass.
-        counts: tokens of each in the pass, one after the other, where `can_mix`; None for one token
-            of each in a batch. A cache without entries can only be given with counts.
+        counts: tokens of each in the pass, one after the other; None for one token of each in a
+            batch. With counts all layers can be cut, all attention is by this project's operators,
+            and caches may have no entries yet.
         shelf: on which the sequences lie, in this order, if they do.
     """
 
@@ -160,14 +159,6 @@ def can_share(cache: Any) -> bool:
     """Whether a cache's layers are of kinds that `SequencesCache` knows."""
     # Exact types: what a subclass keeps besides keys and values is unknown here.
     return all(type(layer) in _PLAIN or _is_linear(layer) for layer in cache.layers)
-
-
-def can_mix(cache: Any) -> bool:
-    """Whether `SequencesCache` takes counts for caches with such layers.
-
-    All attention of the model must be by this project's operators.
-    """
-    return all(can_be_cut(layer) for layer in cache.layers)
 
 
 def rows_of(cache: Any, layer: int) -> RowsLayer | None:

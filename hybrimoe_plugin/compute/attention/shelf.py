@@ -69,10 +69,10 @@ class Shelf:
         Mutates: the caches, whose entries are copied where they lie elsewhere.
         """
         for cache in self._caches:
-            if cache is not None and not _is_among(cache, caches):
+            if cache is not None and cache not in caches:
                 self.release(cache)
         count = len(caches)
-        elsewhere = [cache for cache in caches if not _is_among(cache, self._caches[:count])]
+        elsewhere = [cache for cache in caches if cache not in self._caches[:count]]
         for slot in range(count):
             if self._caches[slot] is None:
                 self._move(elsewhere.pop(0), slot)
@@ -110,10 +110,9 @@ class Shelf:
             # A mask hides what others have left behind, but not if it is no number.
             for buffer in views[slot]:
                 buffer.narrow(2, held, self.capacity - held).zero_()
-        before = [place for place, held in enumerate(self._caches) if held is cache]
         self._caches[slot] = cache
-        for place in before:
-            if place != slot:
+        for place, lying in enumerate(self._caches):
+            if lying is cache and place != slot:
                 self._caches[place] = None
 
 
@@ -172,7 +171,3 @@ def _are_alike(lengths: Sequence[int]) -> bool:
 def _can_move(cache: Any) -> bool:
     """Whether a cache's layers can lie on a shelf; on a GPU that was never measured."""
     return all(type(layer) is GrowingLayer and layer.keys.is_cpu for layer in cache.layers)
-
-
-def _is_among(cache: Any, caches: Sequence[Any]) -> bool:
-    return any(each is cache for each in caches)

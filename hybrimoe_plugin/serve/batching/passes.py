@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_name
-from hybrimoe_plugin.compute.attention.sequences import (
-    SequencesCache,
-    can_mix,
-    can_share,
-)
+from hybrimoe_plugin.compute.attention.sequences import SequencesCache, can_share
 from hybrimoe_plugin.compute.attention.shelf import Shelf, shelf_for
 from hybrimoe_plugin.hosts.transformers.batches import decides_by_rows
-from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache, pass_options
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import (
+    can_branch,
+    can_go_on,
+    new_cache,
+    pass_options,
+)
 from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.policy.step import FEW_ROWS, Rows
 from hybrimoe_plugin.serve.batching.delivery import Holder
@@ -50,7 +51,7 @@ class Passes(Holder):
         self._needs_mask = len(operators) < len(cache.layers)
         self.takes_pieces = can_go_on(model)
         self.most_rows = FEW_ROWS if self.takes_pieces and can_share(cache) else 1
-        self.takes_parts = self.most_rows > 1 and can_mix(cache) and not self._needs_mask
+        self.takes_parts = can_branch(model) and not self._needs_mask
         self._together: SequencesCache | None = None
         """Of the last pass over several sequences."""
         self._shelf: Shelf | None = None
@@ -85,8 +86,7 @@ class Passes(Holder):
                 self.settle(caches[0])
             return self.piece(tokens, caches[0])[None]
         together = self._joined(caches)
-        # On a shelf they have another order.
-        order = [_place(cache, caches) for cache in together.caches]
+        order = [caches.index(cache) for cache in together.caches]
         tokens, owners = ([values[place] for place in order] for values in (tokens, owners))
         device = self._model.device
         held = [_length(cache) for cache in together.caches]
@@ -110,10 +110,15 @@ class Passes(Holder):
 
     @torch.no_grad()
     def parts(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Logits [P, V] behind each of several sequences' tokens, where the model `takes_parts`.
+        """Logits [P, V] behind the tokens of each of P sequences.
+
+        Args:
+            parts: one, or several where the model `takes_parts`.
 
         Mutates: the caches. After an error they are of no use.
         """
+        if len(parts) == 1:
+            return self.piece(*parts[0])[None]
         self.settle()
         device = self._model.device
         counts = [len(part.ids) for part in parts]
@@ -163,14 +168,15 @@ class Passes(Holder):
 
     def _leave(self, cache: Any) -> None:
         """Let a sequence be computed alone."""
-        if self._together is not None and any(each is cache for each in self._together.caches):
+        if self._together is not None and cache in self._together.caches:
             self.settle()
 
     def _joined(self, caches: Sequence[Any]) -> SequencesCache:
         """The cache of a pass over these sequences, kept while they are the same."""
         known, shelf = self._together, self._shelf
         is_full = shelf is not None and max(map(_length, caches)) >= shelf.capacity
-        if known is not None and _same(known.caches, caches) and not is_full:
+        # In any order: on a shelf they have their own.
+        if known is not None and set(known.caches) == set(caches) and not is_full:
             return known
         self.settle()
         if shelf is None or not shelf.suits(caches):
@@ -198,15 +204,6 @@ def _padding(lengths: torch.Tensor) -> torch.Tensor:
     longest = int(lengths.max())
     places = torch.arange(longest + 1, device=lengths.device)
     return (places >= (longest - lengths)[:, None]).long()
-
-
-def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    """Whether both have the same caches, in any order."""
-    return len(ours) == len(theirs) and all(any(a is b for b in theirs) for a in ours)
-
-
-def _place(cache: Any, caches: Sequence[Any]) -> int:
-    return next(place for place, each in enumerate(caches) if each is cache)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -60,8 +60,8 @@ class Running:
         if together and not any(sequence.failures for sequence, _ in pieces):
             self._compute_parts(pieces, rows)
             return
-        for sequence, count in pieces[:1]:
-            self._compute_piece(sequence, count)
+        if pieces:
+            self._compute_parts(pieces[:1], [])
         self._compute_tokens()
 
     def _rows(self) -> list[Sequence]:
@@ -88,9 +88,10 @@ class Running:
         return pieces
 
     def _compute_parts(self, pieces: list[tuple[Sequence, int]], rows: list[Sequence]) -> None:
-        """Pieces and tokens in one pass."""
-        for sequence, _ in pieces:
-            self._serve(sequence)
+        """Pieces of prompts, and tokens of answers, in one pass."""
+        for sequence, _ in pieces:  # behind the others
+            self._turn += 1
+            sequence.served = self._turn
         computed = [*pieces, *((each, 1) for each in rows)]
         sequences = [sequence for sequence, _ in computed]
         begin = time.monotonic()
@@ -112,27 +113,6 @@ class Running:
         self._observer.step(len(rows), tokens, seconds)
         ready = [place for place, sequence in enumerate(sequences) if not sequence.pending]
         self._take([sequences[place] for place in ready], logits[ready])
-
-    def _compute_piece(self, sequence: Sequence, count: int) -> None:
-        """A piece of one prompt."""
-        self._serve(sequence)
-        begin = time.monotonic()
-        try:
-            logits = self._passes.piece(sequence.next_ids(count), sequence.cache)
-        except Exception as error:
-            self._failed([sequence], error)
-            return
-        sequence.computed += count
-        seconds = time.monotonic() - begin
-        self._pieces.took(count, seconds)
-        self._observer.step(0, count, seconds)
-        if not sequence.pending:
-            self._take([sequence], logits[None])
-
-    def _serve(self, sequence: Sequence) -> None:
-        """Put a prompt behind the others."""
-        self._turn += 1
-        sequence.served = self._turn
 
     def _compute_tokens(self) -> None:
         """One more token of every answer that has begun."""

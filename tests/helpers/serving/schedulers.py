@@ -33,11 +33,18 @@ def small_model(end: int | None = None) -> Any:
     return made
 
 
-def injected(folder: Path) -> Any:
-    """The same model with this project's operators on the CPU, and no token that ends a text."""
-    path = tiny.write(folder, "mixtral", changes={"max_position_embeddings": POSITIONS})
-    settings = {"accelerator": "none", "cpu_backend": "torch", "dtype": "float32"}
-    made, _ = load_model(None, path, progress=False, **settings)
+def injected(folder: Path, family: str = "mixtral", **settings: Any) -> Any:
+    """A model of `POSITIONS` positions with this project's operators, without an end of its texts.
+
+    The plain one's twin for the default family.
+
+    Args:
+        folder: where its file goes.
+        settings: of the engine; on the CPU alone by default.
+    """
+    path = tiny.write(folder, family, changes={"max_position_embeddings": POSITIONS})
+    exact = {"accelerator": "none", "cpu_backend": "torch", "dtype": "float32", **settings}
+    made, _ = load_model(None, path, progress=False, **exact)
     made.generation_config.eos_token_id = None
     return made
 

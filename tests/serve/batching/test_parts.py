@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from schedulers import injected
 
-from hybrimoe_plugin import load_model
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import new_cache
 from hybrimoe_plugin.serve.batching.passes import Part, Passes
 
@@ -50,11 +50,8 @@ def check_parts(model: Any) -> None:
 @pytest.mark.parametrize("accelerator", ["none", "emulated"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_parts_together(family: str, accelerator: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"accelerator": accelerator, "cpu_backend": "torch"}
-    if accelerator != "none":
-        settings["cache_ratio"] = 0.5
-    path = tiny.write(tmp_path, family)
-    model, _ = load_model(None, path, dtype="float32", progress=False, **settings)
+    settings = {} if accelerator == "none" else {"cache_ratio": 0.5}
+    model = injected(tmp_path, family, accelerator=accelerator, **settings)
     try:
         assert Passes(model).takes_parts
         check_parts(model)

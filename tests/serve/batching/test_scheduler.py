@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -57,15 +57,22 @@ def alone(model: Any, ids: tuple[int, ...], count: int) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-def test_answers_together_are_the_answers_alone(model: Any, make: Any) -> None:
-    scheduler = make()
-    prompts = [prompt(length, length) for length in (3, 40, 1, 25, 17, 60, 8)]
+def check_together(
+    model: Any, scheduler: Scheduler, prompts: Sequence[tuple[int, ...]], counts: Sequence[int]
+) -> list[Collected]:
+    """Submit all prompts at once; each answer has so many tokens, and is the one alone."""
     sinks = [Collected() for _ in prompts]
-    for number, (ids, sink) in enumerate(zip(prompts, sinks, strict=True)):
-        scheduler.submit(request(str(number), ids, 10 + number), sink)
-    for number, (ids, sink) in enumerate(zip(prompts, sinks, strict=True)):
-        assert sink.wait() == (Reason.LENGTH, 10 + number, None)
-        assert sink.ids == alone(model, ids, 10 + number)
+    for number, (ids, count) in enumerate(zip(prompts, counts, strict=True)):
+        scheduler.submit(request(str(number), ids, count), sinks[number])
+    for ids, count, sink in zip(prompts, counts, sinks, strict=True):
+        assert sink.wait() == (Reason.LENGTH, count, None)
+        assert sink.ids == alone(model, ids, count)
+    return sinks
+
+
+def test_answers_together_are_the_answers_alone(model: Any, make: Any) -> None:
+    prompts = [prompt(length, length) for length in (3, 40, 1, 25, 17, 60, 8)]
+    check_together(model, make(), prompts, range(10, 17))
 
 
 def test_the_next_turn_computes_only_what_is_new(model: Any, make: Any) -> None:
@@ -98,15 +105,9 @@ def test_equal_beginnings_are_computed_once(model: Any, make: Any) -> None:
 
 
 def test_prompts_that_begin_alike_at_once_are_computed_once(model: Any, make: Any) -> None:
-    scheduler = make()
     shared = prompt(100)
     ids = [(*shared, *prompt(length, length)) for length in (0, 0, 9, 30)]
-    sinks = [Collected() for _ in ids]
-    for number, (one, sink) in enumerate(zip(ids, sinks, strict=True)):
-        scheduler.submit(request(str(number), one, 8), sink)
-    for one, sink in zip(ids, sinks, strict=True):
-        assert sink.wait().reason is Reason.LENGTH
-        assert sink.ids == alone(model, one, 8)
+    sinks = check_together(model, make(), ids, [8] * 4)
     assert sinks[0].cached == 0
     assert all(sink.cached > 100 - WORTH_WAITING for sink in sinks[1:])
 
@@ -182,12 +183,7 @@ def test_where_memory_runs_out_the_last_waits_and_goes_on(model: Any, make: Any)
     per_token = probe._memory.per_token
     scheduler = make(kv_bytes=per_token * 3 * (256 + 25), prefix_bytes=0)
     prompts = [prompt(20, seed) for seed in range(4)]
-    sinks = [Collected() for _ in prompts]
-    for number, (ids, sink) in enumerate(zip(prompts, sinks, strict=True)):
-        scheduler.submit(request(str(number), ids, 30), sink)
-    for ids, sink in zip(prompts, sinks, strict=True):
-        assert sink.wait().reason is Reason.LENGTH
-        assert sink.ids == alone(model, ids, 30)
+    check_together(model, scheduler, prompts, [30] * 4)
 
 
 def test_closing_finishes_what_runs_and_refuses_what_waits(make: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from schedulers import injected
 
-from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.attention import shelf
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import new_cache
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
@@ -18,10 +18,7 @@ from hybrimoe_plugin.serve.batching.passes import Passes
 
 @pytest.fixture(scope="module", params=["mixtral", "deepseek_v2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tiny.write(tmp_path_factory.mktemp("model"), request.param)
-    settings = {"accelerator": "none", "cpu_backend": "torch", "dtype": "float32"}
-    made, _ = load_model(None, path, progress=False, **settings)
-    return made
+    return injected(tmp_path_factory.mktemp("model"), request.param)
 
 
 @pytest.fixture

@@ -45,6 +45,11 @@ def can_go_on(model: Any) -> bool:
     return all(_goes_on(layer, kind) for layer in new_cache(model).layers)
 
 
+def can_branch(model: Any) -> bool:
+    """Whether a sequence can go on behind any token of another one."""
+    return can_go_on(model) and all(map(can_be_cut, new_cache(model).layers))
+
+
 def _goes_on(layer: Any, model_type: str | None) -> bool:
     if type(layer) is LinearAttentionLayer:
         return model_type in _LINEAR

@@ -19,7 +19,7 @@ from hybrimoe_plugin.hosts.transformers.prefixes.entry import (
     entry_of,
     shared_part,
 )
-from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, new_cache
+from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_branch, can_go_on, new_cache
 from hybrimoe_plugin.hosts.transformers.prefixes.layers import (
     HOST,
     copy_of,
@@ -79,7 +79,7 @@ class PrefixStore:
     @cached_property
     def can_branch(self) -> bool:
         """Whether a prompt can take the first part of another sequence that runs."""
-        return self._can_go_on and _can_be_cut(new_cache(self._model))
+        return can_branch(self._model)
 
     @property
     def nbytes(self) -> int:
