@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.compute.attention.rope import Rope
-from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
+from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.compute.cpu.native.choice import kernels_of
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, AttendedCache, NativeGraph
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
+from hybrimoe_plugin.decode.native_step import NativeStep
 from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
 from hybrimoe_plugin.decode.step_attention import step_attention
 from hybrimoe_plugin.operators.attention import FusedAttention
@@ -85,10 +88,17 @@ class CpuStep:
         self._after = GgmlFunction(ggml, self._build_after)
         self._rows_before = GgmlFunction(ggml, self._build_rows_before, input_rows=self._x)
         self._rows_after = GgmlFunction(ggml, self._build_rows_after)
+        self._native: NativeStep | None = None
+        if kernels_of(ggml) is not None and glue.attention_scale == 1:
+            self._native = NativeStep(ggml, attention.layer_idx, width, self._build_native)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
         """[1, 1, H]. Mutates: the cache."""
         self._rope.set_step(embeddings)
+        if self._native is not None:
+            outputs = self._native(hidden, cache)
+            if outputs is not None:
+                return self._output(outputs, hidden.shape)
         inputs = self._before(hidden[0], 1)
         attended = self._attention.attend(inputs, cache)
         if self._attention_scale != 1:
@@ -141,26 +151,35 @@ class CpuStep:
         scale: torch.Tensor = self._dense_gate(normed).sigmoid()
         return scale * dense
 
-    def _build_before(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
+    def _build_before(self, graph: AnyGraph, x: GraphTensor) -> list[GraphTensor]:
         normed = self._input_norm.build(graph, x)
-        rope = graph.wrap(self._rope.matrix)
-        return self._attention.build_inputs(graph, normed, rope)
+        return self._attention.build_inputs(graph, normed, self._rope)
 
-    def _build_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
-        return self._build_behind(graph, self._attention.build_output(graph, attended))
+    def _build_after(self, graph: AnyGraph, attended: GraphTensor) -> list[GraphTensor]:
+        attention = self._attention.build_output(graph, attended)
+        return self._build_behind(graph, attention, graph.wrap(self._x[: attention.shape[0]]))
 
-    def _build_rows_before(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
+    def _build_native(
+        self, graph: NativeGraph, x: GraphTensor
+    ) -> tuple[list[GraphTensor], AttendedCache]:
+        normed = self._input_norm.build(graph, x)
+        attended, cache = self._attention.build_attention(graph, normed, self._rope)
+        attention = self._attention.build_output(graph, attended)
+        return self._build_behind(graph, attention, x), cache
+
+    def _build_rows_before(self, graph: AnyGraph, x: GraphTensor) -> list[GraphTensor]:
         normed = self._input_norm.build(graph, x)
         projections: list[GraphTensor] = self._operator.projections.build(graph, normed)
         return projections
 
-    def _build_rows_after(self, graph: Graph, attended: GraphTensor) -> list[GraphTensor]:
-        return self._build_behind(graph, self._operator.o_proj.build(graph, attended))
+    def _build_rows_after(self, graph: AnyGraph, attended: GraphTensor) -> list[GraphTensor]:
+        attention = self._operator.o_proj.build(graph, attended)
+        return self._build_behind(graph, attention, graph.wrap(self._x[: attention.shape[0]]))
 
-    def _build_behind(self, graph: Graph, attention: GraphTensor) -> list[GraphTensor]:
-        """What follows attention [R, H]."""
-        rows = attention.shape[0]
-        x = graph.wrap(self._x[:rows])
+    def _build_behind(
+        self, graph: AnyGraph, attention: GraphTensor, x: GraphTensor
+    ) -> list[GraphTensor]:
+        """What follows attention [R, H] of the layer's input x [R, H]."""
         total = graph.add(attention, x)
         normed = self._mlp_norm.build(graph, total)
         outputs = [total, normed]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.rope import Rope, cos_sin
-from hybrimoe_plugin.compute.cpu.ggml import buffer
+from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
+from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph, Rotating
 from hybrimoe_plugin.errors import InputError
 
 
@@ -31,6 +32,23 @@ class RopeMatrix:
         self._unit_vectors = torch.eye(rope.width, device="cpu")
         self._embeddings: Any = None
         self.matrix = buffer(rope.width, rope.width)
+        self._first, self._second = _sources(rope)
+        self._rotating: Rotating | None = None
+
+    def build(
+        self, graph: Graph | NativeGraph, x: GraphTensor, out: torch.Tensor | None = None
+    ) -> GraphTensor:
+        """The rotated heads of x [..., D] in a graph.
+
+        Args:
+            out: where the result goes; by default into memory of its own.
+        """
+        if isinstance(graph, Graph):
+            return graph.matmul(graph.wrap(self.matrix), x, out, indexed=False)
+        if self._rotating is None:
+            factors = buffer(self._rope.width), buffer(self._rope.width)
+            self._rotating = Rotating(self._first, self._second, *factors)
+        return graph.rotate(x, self._rotating, out)
 
     def set_step(self, embeddings: Any) -> None:
         """Take what the model's rotary module returned.
@@ -52,4 +70,17 @@ class RopeMatrix:
             )
         rotated = self._rope.rotate(self._unit_vectors, cos[0, 0], sin[0, 0])
         self.matrix.copy_(rotated.t())
+        if self._rotating is not None:
+            torch.gather(rotated, 0, self._first[None], out=self._rotating.by_first[None])
+            torch.gather(rotated, 0, self._second[None], out=self._rotating.by_second[None])
         self._embeddings = embeddings
+
+
+def _sources(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """[D] int64 each: the two values of a head that each value of the result is made of."""
+    half = rope.width // 2
+    unit_vectors = torch.eye(rope.width, device="cpu")
+    cos, sin = torch.full((half,), 2.0), torch.full((half,), 3.0)
+    rotated = rope.rotate(unit_vectors, cos, sin)  # [D of x, D of the result]
+    places = rotated.t().nonzero()[:, 1].view(rope.width, 2)
+    return places[:, 0].contiguous(), places[:, 1].contiguous()

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
+from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, AttendedCache, NativeGraph
+from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.mla import FusedMLA
 
@@ -14,11 +16,11 @@ from hybrimoe_plugin.operators.mla import FusedMLA
 class StepAttention(Protocol):
     """Builds the parts of attention that go into the graphs before and after the KV cache."""
 
-    def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
+    def build_inputs(self, graph: AnyGraph, x: GraphTensor, rope: RopeMatrix) -> list[GraphTensor]:
         """What attention reads, queries and the new cache entry, from x [1, H].
 
         Args:
-            rope: the rotation of the token's position as a matrix [D, D].
+            rope: the rotation of the token's position.
         """
         ...
 
@@ -26,7 +28,13 @@ class StepAttention(Protocol):
         """What `build_output` reads, from the values of `build_inputs`. Mutates: the cache."""
         ...
 
-    def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
+    def build_attention(
+        self, graph: NativeGraph, x: GraphTensor, rope: RopeMatrix
+    ) -> tuple[GraphTensor, AttendedCache]:
+        """All of it in one graph: what `build_output` reads, from x [1, H]."""
+        ...
+
+    def build_output(self, graph: AnyGraph, attended: GraphTensor) -> GraphTensor:
         """The output projection: [1, H]."""
         ...
 
@@ -44,7 +52,7 @@ class GroupedStep:
     def __init__(self, attention: FusedAttention) -> None:
         self._attention = attention
 
-    def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
+    def build_inputs(self, graph: AnyGraph, x: GraphTensor, rope: RopeMatrix) -> list[GraphTensor]:
         """Query [heads, D], key [key heads, D] and value [1, key heads x D]."""
         attention = self._attention
         query = attention.q_proj.build(graph, x)
@@ -57,8 +65,8 @@ class GroupedStep:
         if attention.normed:
             query = attention.q_norm.build(graph, query)
             key = attention.k_norm.build(graph, key)
-        query = graph.matmul(rope, query, indexed=False)
-        key = graph.matmul(rope, key, indexed=False)
+        query = rope.build(graph, query)
+        key = rope.build(graph, key)
         return [query, key, value]
 
     def attend(self, inputs: list[torch.Tensor], cache: Any) -> torch.Tensor:
@@ -68,12 +76,24 @@ class GroupedStep:
         attended = self._attention.attend(query, key, value, None, cache)
         return attended.view(1, -1)
 
-    def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
+    def build_attention(
+        self, graph: NativeGraph, x: GraphTensor, rope: RopeMatrix
+    ) -> tuple[GraphTensor, AttendedCache]:
+        """[1, heads x D]."""
+        attention = self._attention
+        query, key, value = self.build_inputs(graph, x, rope)
+        width = attention.head_dim
+        attended, cache = graph.attend(
+            query.value, key, value, key.shape[0], width, attention.scaling
+        )
+        return graph.view(attended, attended.value.view(1, -1)), cache
+
+    def build_output(self, graph: AnyGraph, attended: GraphTensor) -> GraphTensor:
         """[1, H]."""
         output: GraphTensor = self._attention.o_proj.build(graph, attended)
         return output
 
-    def _by_head(self, graph: Graph, node: GraphTensor) -> GraphTensor:
+    def _by_head(self, graph: AnyGraph, node: GraphTensor) -> GraphTensor:
         """[heads, D] from [1, heads x D]."""
         by_head = node.value.view(-1, self._attention.head_dim)
         return graph.view(node, by_head)
@@ -98,7 +118,7 @@ class LatentStep:
         self._attention = attention
         self._kv_b = attention.quantized_kv_b
 
-    def build_inputs(self, graph: Graph, x: GraphTensor, rope: GraphTensor) -> list[GraphTensor]:
+    def build_inputs(self, graph: AnyGraph, x: GraphTensor, rope: RopeMatrix) -> list[GraphTensor]:
         """As drawn above; the normed latent comes before the entry, which contains it."""
         normed, entry = self._build_entry(graph, x, rope)
         query_latent, query_rope = self._build_absorbed_query(graph, x, rope)
@@ -115,7 +135,20 @@ class LatentStep:
         latents = attention.attend_absorbed(query, compressed, None, cache)
         return latents[0]
 
-    def build_output(self, graph: Graph, attended: GraphTensor) -> GraphTensor:
+    def build_attention(
+        self, graph: NativeGraph, x: GraphTensor, rope: RopeMatrix
+    ) -> tuple[GraphTensor, AttendedCache]:
+        """[heads, 1, latent]."""
+        attention = self._attention
+        query = buffer(attention.heads, attention.latent + attention.rope_width)
+        _, entry = self._build_entry(graph, x, rope)
+        self._build_absorbed_query(graph, x, rope, query)
+        latents, cache = graph.attend(
+            query, entry, None, 1, attention.latent, attention.scaling
+        )
+        return graph.view(latents, latents.value[:, None]), cache
+
+    def build_output(self, graph: AnyGraph, attended: GraphTensor) -> GraphTensor:
         """[1, H]."""
         by_head = self._kv_b.build_out_of_latent(graph, attended)
         flat = by_head.value.view(1, -1)
@@ -124,7 +157,7 @@ class LatentStep:
         return output
 
     def _build_entry(
-        self, graph: Graph, x: GraphTensor, rope: GraphTensor
+        self, graph: AnyGraph, x: GraphTensor, rope: RopeMatrix
     ) -> tuple[GraphTensor, GraphTensor]:
         """(the normed latent, the entry for the cache, of which it is the first part).
 
@@ -143,14 +176,22 @@ class LatentStep:
         key_rope = graph.view(compressed, values[:, width:])
 
         normed = attention.kv_a_layernorm.build(graph, latent, entry_latent)
-        rotated = graph.matmul(rope, key_rope, entry_rope, indexed=False)
+        rotated = rope.build(graph, key_rope, entry_rope)
         whole_entry = rotated._replace(data=entry)
         return normed, whole_entry
 
     def _build_absorbed_query(
-        self, graph: Graph, x: GraphTensor, rope: GraphTensor
+        self, graph: AnyGraph, x: GraphTensor, rope: RopeMatrix, out: torch.Tensor | None = None
     ) -> tuple[GraphTensor, GraphTensor]:
-        """(the part for latents [heads, 1, latent], the rotary part [heads, 1, rope])."""
+        """(the part for latents [heads, 1, latent], the rotary part [heads, 1, rope]).
+
+        Args:
+            out: [heads, latent + rope], where both go.
+        """
+        out_latent = out_rope = None
+        if out is not None:
+            latent = self._attention.latent
+            out_latent, out_rope = out[:, None, :latent], out[:, None, latent:]
         heads = self._attention.heads
         nope = self._attention.nope
         query = self._build_query(graph, x)
@@ -158,14 +199,14 @@ class LatentStep:
 
         # W_uk^T is applied to the part without positions.
         query_nope = graph.view(query, by_head[..., :nope])
-        query_latent = self._kv_b.build_into_latent(graph, query_nope)
+        query_latent = self._kv_b.build_into_latent(graph, query_nope, out_latent)
 
         # The rotation by the position is applied to the other part.
         query_rope = graph.view(query, by_head[..., nope:])
-        rotated = graph.matmul(rope, query_rope, indexed=False)
+        rotated = rope.build(graph, query_rope, out_rope)
         return query_latent, rotated
 
-    def _build_query(self, graph: Graph, x: GraphTensor) -> GraphTensor:
+    def _build_query(self, graph: AnyGraph, x: GraphTensor) -> GraphTensor:
         """[1, heads x (nope + rope)]."""
         attention = self._attention
         query: GraphTensor

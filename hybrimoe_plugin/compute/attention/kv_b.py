@@ -28,8 +28,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor, check_stored
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor, check_stored
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 
@@ -103,11 +104,13 @@ class QuantizedKVB:
         self._into = GgmlFunction(ggml, lambda graph, x: [self.build_into_latent(graph, x)])
         self._out = GgmlFunction(ggml, lambda graph, x: [self.build_out_of_latent(graph, x)])
 
-    def build_into_latent(self, graph: Graph, query: GraphTensor) -> GraphTensor:
-        """[heads, T, latent] from [heads, T, nope] in a graph."""
-        return graph.matmul(graph.weight(self._w_uk), query)
+    def build_into_latent(
+        self, graph: AnyGraph, query: GraphTensor, out: torch.Tensor | None = None
+    ) -> GraphTensor:
+        """[heads, T, latent] from [heads, T, nope] in a graph, into `out` where it is given."""
+        return graph.matmul(graph.weight(self._w_uk), query, out)
 
-    def build_out_of_latent(self, graph: Graph, latents: GraphTensor) -> GraphTensor:
+    def build_out_of_latent(self, graph: AnyGraph, latents: GraphTensor) -> GraphTensor:
         """[heads, T, values] from [heads, T, latent] in a graph."""
         return graph.matmul(graph.weight(self._w_uv), latents)
 

@@ -175,6 +175,18 @@ class GrowingLayer(DynamicLayer):
         self._grow(self.keys, self.values, held, held)
         self._show(held)
 
+    def reserve(self) -> Buffers:
+        """The buffers of what is held, with room for one more token behind it.
+
+        The layer must have been given something. Mutates: the buffers, if they were full.
+        """
+        held = self.get_seq_length()
+        if not self._fits(held, held + 1):
+            self._grow(self.keys, self.values, held, held + 1)
+            self._show(held)
+        assert self._buffers is not None
+        return self._buffers
+
     def advance(self) -> None:
         """Count one more token, which was written into the buffers behind what is held."""
         self._show(self.get_seq_length() + 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor
+from hybrimoe_plugin.compute.cpu.native.choice import new_graph
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.step import FEW_ROWS
@@ -126,7 +127,7 @@ class GgmlFunction:
 
     def _built(self, x: torch.Tensor, threads: int, tokens: int) -> BuiltGraph:
         kept = tokens <= FEW_ROWS
-        graph = Graph(self._ggml, threads, kept=kept)
+        graph = new_graph(self._ggml, threads, tokens, kept=kept)
         if kept and self._input_rows is not None:
             node = graph.wrap(self._input_rows[:tokens])
         else:

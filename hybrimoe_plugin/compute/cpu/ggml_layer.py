@@ -9,6 +9,9 @@ from hybrimoe_plugin.compute.cpu.ggml_many_tokens import by_expert, by_index, we
 from hybrimoe_plugin.compute.cpu.ggml_single_token import SingleTokenGraph
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
 from hybrimoe_plugin.compute.cpu.ggml_union import UnionRows, Unions, addresses_of
+from hybrimoe_plugin.compute.cpu.native.choice import TILED_ROWS, kernels_of
+from hybrimoe_plugin.compute.cpu.native.many_tokens import by_tiles, can_tile
+from hybrimoe_plugin.compute.cpu.native.single_token import NativeSingleToken
 from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -38,8 +41,10 @@ class GgmlLayer:
         self._addresses = addresses_of(self.stored)
         self._plain = self.stored.plain
         self._rows_for_plain = self.stored.rows_for_plain if self._plain else 0.0
-        self._single: dict[int, SingleTokenGraph] = {}
+        self._single: dict[int, SingleTokenGraph | NativeSingleToken] = {}
         """By K."""
+        self._kernels = kernels_of(ggml)
+        self._tiles = can_tile(self._kernels, self.stored)
 
     def compute(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -52,12 +57,15 @@ class GgmlLayer:
             top_k = ids.shape[1]
             graph = self._single.get(top_k)
             if graph is None:
-                graph = self._single[top_k] = SingleTokenGraph(self.stored, top_k)
+                graph = self._single[top_k] = self._single_token(top_k)
             return graph.compute(hidden, ids, weights)
         if len(hidden) <= FEW_ROWS:
             few = self._few(hidden, ids, weights)
             if few is not None:
                 return few
+        if self._tiles_pay(ids):
+            assert self._kernels is not None
+            return by_tiles(self._kernels, self.stored, self._addresses, hidden, ids, weights)
         parts = [self._many(hidden[part], ids[part], weights[part]) for part in _parts(len(hidden))]
         if len(parts) == 1:
             return parts[0]
@@ -79,11 +87,28 @@ class GgmlLayer:
             few = self._few(hidden, ids, weights, kept)
             if few is not None:
                 return few
+        if self._tiles_pay(ids, kept):
+            assert self._kernels is not None
+            return by_tiles(self._kernels, self.stored, self._addresses, hidden, ids, weights, kept)
         outputs = []
         for part in _parts(len(hidden)):
             output = by_expert(self.stored, hidden[part], ids[part], weights[part], kept[part])
             outputs.append(output)
         return torch.cat(outputs)
+
+    def _single_token(self, top_k: int) -> SingleTokenGraph | NativeSingleToken:
+        if self._kernels is None:
+            return SingleTokenGraph(self.stored, top_k)
+        return NativeSingleToken(self._kernels, self.stored, self._addresses, top_k)
+
+    def _tiles_pay(self, ids: torch.Tensor, kept: torch.Tensor | None = None) -> bool:
+        """Whether the experts have so many rows that tiles are the fastest."""
+        if not self._tiles:
+            return False
+        rows = ids.numel() if kept is None else int(kept.sum())
+        chosen = ids if kept is None else ids[kept]
+        used = int(torch.count_nonzero(torch.bincount(chosen.reshape(-1))))
+        return rows >= TILED_ROWS * used
 
     def _few(
         self,

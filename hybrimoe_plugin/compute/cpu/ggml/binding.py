@@ -53,6 +53,23 @@ class Plan(ctypes.Structure):
     ]
 
 
+class TypeTraits(ctypes.Structure):
+    """What ggml says of a type."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int),
+        ("block_bytes", _Size),
+        ("quantised", ctypes.c_bool),
+        ("to_float", _Pointer),
+        ("from_float", _Pointer),
+        ("from_float_reference", _Pointer),
+        ("dot", _Pointer),
+        ("dot_type", ctypes.c_int),
+        ("dot_rows", _Int64),
+    ]
+
+
 class GgmlBinding:
     """ggml's functions with their C types; each is named as in ggml, without the prefix.
 
@@ -110,6 +127,8 @@ class GgmlBinding:
         self.rms_norm = _function(library.ggml_rms_norm, *unary, ctypes.c_float)
         sizes_strides_offset = (*[_Int64] * 3, *[_Size] * 3)
         self.view = _function(library.ggml_view_3d, *unary, *sizes_strides_offset)
+
+        self.type_traits = _function(library.ggml_internal_get_type_traits, TypeTraits, ctypes.c_int)
 
         self.new_graph = _function(
             library.ggml_new_graph_custom, graph, context, _Size, ctypes.c_bool

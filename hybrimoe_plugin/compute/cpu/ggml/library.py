@@ -4,6 +4,9 @@ its kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from hybrimoe_plugin.compute.cpu.ggml.accuracy import tried_forms
 from hybrimoe_plugin.compute.cpu.ggml.binding import GgmlBinding
 from hybrimoe_plugin.compute.cpu.ggml.graph import Graph
@@ -13,6 +16,8 @@ from hybrimoe_plugin.compute.cpu.ggml.tensor import TYPES
 from hybrimoe_plugin.compute.cpu.ggml.thread_team import ThreadTeam
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+
+_Made = TypeVar("_Made")
 
 _SPEEDS: dict[tuple[str, int], KernelSpeed] = {}
 """By type and number of threads, as measured in this process: the machine does not change."""
@@ -33,9 +38,19 @@ class Ggml:
 
     def __init__(self) -> None:
         self.binding = GgmlBinding()
+        self.operations = True
+        """Whether compiled operations may take the place of ggml's graphs."""
+        self._companions: dict[Any, Any] = {}
         self.team = ThreadTeam()
         if not self.computes("F32"):
             raise BackendError("ggml in kt-kernel computes wrongly, even in F32")
+
+    def companion(self, made_with: Callable[[GgmlBinding], _Made]) -> _Made:
+        """What a class makes of this library, made once."""
+        found: _Made | None = self._companions.get(made_with)
+        if found is None:
+            found = self._companions[made_with] = made_with(self.binding)
+        return found
 
     def forms(self, type_name: str) -> Forms:
         """Which kernels for a type are right; tried once in a process, in some 10 ms.

@@ -57,6 +57,8 @@ class GraphTensor(NamedTuple):
     data: torch.Tensor | None
     """Its memory; None for stored weights."""
     type_name: str = "F32"
+    stored: QuantizedMatrix | None = None
+    """Stored weights, where the graph must know them."""
 
     @property
     def value(self) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""Which of the operations this machine has, and ggml's functions that they call."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from hybrimoe_plugin.compute.cpu.ggml.binding import GgmlBinding
+from hybrimoe_plugin.compute.cpu.native.structures import Kind, Operation
+
+try:
+    from hybrimoe_plugin.compute.cpu.native import operations
+except ImportError:  # no C compiler was there when it was installed
+    operations = None  # type: ignore[assignment]
+
+TILE_ROWS = 16
+TILE_DEPTH = 32
+"""A tile's rows, and its columns in bfloat16."""
+
+
+class TypeKernels(NamedTuple):
+    """One type of weights."""
+
+    kind: Kind
+    convert: int | None
+    """ggml's function that brings activations into the type that its products take; None where
+    they take float32.
+    """
+    x_block: int
+    x_block_bytes: int
+    """Values and bytes of a block of that type."""
+
+    def x_bytes(self, columns: int) -> int:
+        """Of a row of converted activations."""
+        return columns // self.x_block * self.x_block_bytes
+
+
+class Kernels:
+    """The compiled operations over one library of ggml.
+
+    Raises:
+        ImportError: they were not compiled.
+    """
+
+    def __init__(self, binding: GgmlBinding) -> None:
+        if operations is None:
+            raise ImportError("hybrimoe_plugin.compute.cpu.native.operations was not compiled")
+        self._binding = binding
+        self._types: dict[str, TypeKernels] = {}
+        self.tiles = operations.tiles > 0
+        """Whether products of many rows go by tiles."""
+        prototype = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(Operation), ctypes.c_int64, ctypes.c_int64
+        )
+        self.run = prototype(operations.run_graph)
+
+    def of(self, type_name: str) -> TypeKernels:
+        """What products with weights of this type take. ggml must know the type."""
+        found = self._types.get(type_name)
+        if found is None:
+            found = self._types[type_name] = self._find(type_name)
+        return found
+
+    def _find(self, type_name: str) -> TypeKernels:
+        number = GGMLQuantizationType[type_name]
+        traits = self._binding.type_traits(number)
+        x_number = GGMLQuantizationType(traits.dot_type)
+        convert = self._binding.type_traits(x_number).from_float
+        kind = Kind(traits.dot, traits.to_float, *GGML_QUANT_SIZES[number])
+        return TypeKernels(kind, convert, *GGML_QUANT_SIZES[x_number])

@@ -1,0 +1,47 @@
+/* The addresses of the operations, and of the function that runs them, for ctypes. The module knows
+ * nothing of Python versions (PEP 384), so one wheel serves all.
+ */
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include "native.h"
+
+static struct PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "operations",
+    .m_size = -1,
+};
+
+#define NAMED(function) {#function, (void *)function}
+
+PyMODINIT_FUNC PyInit_operations(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    if (module == NULL)
+        return NULL;
+    const struct {
+        const char *name;
+        void *address;
+    } found[] = {
+        NAMED(run_graph),     NAMED(convert),  NAMED(row_products), NAMED(to_tiles),
+        NAMED(tile_products), NAMED(rms_norm), NAMED(add),          NAMED(multiply),
+        NAMED(silu),          NAMED(silu_multiply), NAMED(look_up), NAMED(weighted_sum),
+        NAMED(point),         NAMED(append),   NAMED(attend_block), NAMED(merge_blocks),
+        NAMED(rotate),
+    };
+    for (size_t i = 0; i < sizeof found / sizeof *found; i++) {
+        PyObject *address = PyLong_FromVoidPtr(found[i].address);
+        const int failed =
+            address == NULL || PyModule_AddObjectRef(module, found[i].name, address) < 0;
+        Py_XDECREF(address);
+        if (failed) {
+            Py_DECREF(module);
+            return NULL;
+        }
+    }
+    if (PyModule_AddIntConstant(module, "tiles", tiles_kind()) < 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

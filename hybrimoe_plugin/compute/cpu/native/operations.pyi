@@ -1,0 +1,22 @@
+"""Addresses of C functions, see native.h."""
+
+run_graph: int
+convert: int
+row_products: int
+point: int
+to_tiles: int
+tile_products: int
+rms_norm: int
+add: int
+multiply: int
+silu: int
+silu_multiply: int
+look_up: int
+weighted_sum: int
+append: int
+attend_block: int
+merge_blocks: int
+rotate: int
+
+tiles: int
+"""How this processor multiplies many rows: 0 not at all, 1 by AVX-512's bfloat16, 2 by AMX."""

@@ -1,0 +1,126 @@
+/* Operations without weights, and the look-up. */
+#include <math.h>
+#include <stdint.h>
+
+#include "native.h"
+
+typedef struct {
+    float *out;
+    const float *x, *y;
+    int64_t rows, width;
+    int64_t x_stride, y_stride, out_stride; /* values; y's is 0 for one row that all take */
+    float number;
+} Rows;
+
+static inline const Rows *row_of(const void *data, int64_t row, float **out, const float **x,
+                                 const float **y)
+{
+    const Rows *r = data;
+    *out = r->out + row * r->out_stride;
+    *x = r->x + row * r->x_stride;
+    *y = r->y + row * r->y_stride;
+    return r;
+}
+
+/* out = x / rms(x) * y */
+PORTABLE void rms_norm(const void *data, int64_t row)
+{
+    float *out;
+    const float *x, *y;
+    const Rows *r = row_of(data, row, &out, &x, &y);
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < r->width; i++)
+        sum += (double)x[i] * x[i];
+    const float scale = 1.0f / sqrtf((float)(sum / r->width) + r->number);
+    for (int64_t i = 0; i < r->width; i++)
+        out[i] = x[i] * scale * y[i];
+}
+
+PORTABLE void add(const void *data, int64_t row)
+{
+    float *out;
+    const float *x, *y;
+    const Rows *r = row_of(data, row, &out, &x, &y);
+    for (int64_t i = 0; i < r->width; i++)
+        out[i] = x[i] + y[i];
+}
+
+PORTABLE void multiply(const void *data, int64_t row)
+{
+    float *out;
+    const float *x, *y;
+    const Rows *r = row_of(data, row, &out, &x, &y);
+    for (int64_t i = 0; i < r->width; i++)
+        out[i] = x[i] * y[i];
+}
+
+INLINE float silu_of(float x)
+{
+    const float power = exponential(x < 0 ? x : -x);
+    return x * ((x < 0 ? power : 1.0f) / (1.0f + power));
+}
+
+PORTABLE void silu(const void *data, int64_t row)
+{
+    float *out;
+    const float *x, *y;
+    const Rows *r = row_of(data, row, &out, &x, &y);
+    for (int64_t i = 0; i < r->width; i++)
+        out[i] = silu_of(x[i]);
+}
+
+/* out = silu(x) * y */
+PORTABLE void silu_multiply(const void *data, int64_t row)
+{
+    float *out;
+    const float *x, *y;
+    const Rows *r = row_of(data, row, &out, &x, &y);
+    for (int64_t i = 0; i < r->width; i++)
+        out[i] = silu_of(x[i]) * y[i];
+}
+
+typedef struct {
+    const Kind *kind;
+    const char *weights;
+    int64_t weights_stride, columns;
+    const int32_t *ids;
+    float *out;
+} LookUp;
+
+/* A chunk is an id. */
+void look_up(const void *data, int64_t id)
+{
+    const LookUp *l = data;
+    const char *row = l->weights + l->ids[id] * l->weights_stride;
+    float *out = l->out + id * l->columns;
+    if (l->kind->dequantise != NULL) {
+        l->kind->dequantise(row, out, l->columns);
+        return;
+    }
+    for (int64_t i = 0; i < l->columns; i++)
+        out[i] = ((const float *)row)[i];
+}
+
+typedef struct {
+    const float *weights; /* [T, K] */
+    const float *values;  /* rows of W values */
+    const int64_t *places; /* [T, K]: rows of `values` */
+    float *out;           /* [T, W] */
+    int64_t top_k, width;
+} WeightedSum;
+
+/* A chunk is a token. */
+PORTABLE void weighted_sum(const void *data, int64_t token)
+{
+    const WeightedSum *w = data;
+    float *out = w->out + token * w->width;
+    for (int64_t i = 0; i < w->width; i++)
+        out[i] = 0;
+    for (int64_t k = 0; k < w->top_k; k++) {
+        const int64_t place = w->places[token * w->top_k + k];
+        const float *values = w->values + place * w->width, factor = w->weights[token * w->top_k + k];
+        for (int64_t i = 0; i < w->width; i++)
+            out[i] += factor * values[i];
+    }
+}
