@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     flags.sampling(args)  # refuses contradictions now
     system = well_formed(args.system or "")
     prompt = _one_shot(args)
+    loading.announce(args)
     loading.check_machine(choice)
     if choice.flash:
         return _talk_flash(args, system, prompt)
