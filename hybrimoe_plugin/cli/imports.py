@@ -15,7 +15,9 @@ from hybrimoe_plugin.cli.main import INTERRUPTED
 def import_libraries() -> None:
     """Import what every command that opens a model needs: seconds, on a cold disk."""
     with _ending_at_once(), _no_collections():
-        import hybrimoe_plugin.hosts.transformers.load  # noqa: F401 (and with it torch and transformers)
+        import transformers.modeling_layers  # noqa: F401 (what the code of every model imports)
+
+        import hybrimoe_plugin.hosts.transformers.load  # noqa: F401 (and with it torch)
         from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
         from hybrimoe_plugin.errors import BackendError
 
