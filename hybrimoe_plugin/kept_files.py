@@ -50,7 +50,7 @@ KINDS = (
         "demo models, and their directories for classic kTransformers",
         (
             rf"demo/{_DEMO}\.gguf|{_CLASSIC}/{_DEMO}\.gguf",
-            rf"demo/{_DEMO}\.sha256({_RANDOM})?|{_CLASSIC}/({_TEXTS}|config\.json)|demo/{_PART}",
+            rf"demo/{_DEMO}\.(sha256|checked)({_RANDOM})?|{_CLASSIC}/({_TEXTS}|config\.json)|demo/{_PART}",
         ),
     ),
     Kind(

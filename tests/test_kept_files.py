@@ -17,6 +17,7 @@ PROFILE = f"profiles/{'0a' * 10}.json"
 OWN = (
     "demo/SmolLM2-135M-mixtral-v2-Q8_0.gguf",
     "demo/SmolLM2-135M-mixtral-v2-Q8_0.sha256",
+    "demo/SmolLM2-135M-mixtral-v2-Q8_0.checked",
     "demo/classic-SmolLM2-135M-mixtral-v2-Q8_0-tokenizers-0.19/config.json",
     "demo/tmpab12_xyz.part",
     "synthetic/qwen3-30b-a3b-4-layers-Q4_K_M-v1.gguf",
@@ -72,7 +73,7 @@ def test_what_is_ours_is_listed_by_kind(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     for kind in kept_files.KINDS:
         assert f"{kind.name}: {kind.purpose}" in out
-    assert "13 files, 12.7 KiB in all" in out
+    assert "14 files, 13.7 KiB in all" in out
     assert "mine" not in out and "h100" not in out
 
 

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     flags.sampling(args)  # refuses contradictions now
     system = well_formed(args.system or "")
     prompt = _one_shot(args)
+    loading.announce(args)
     loading.check_machine(choice)
     if choice.flash:
         return _talk_flash(args, system, prompt)
@@ -106,7 +107,12 @@ def _talk(
         return _answer(chat, prompt)
 
     from hybrimoe_plugin.cli.chat.banner import banner
+    from hybrimoe_plugin.cli.chat.typed import terminal
+    from hybrimoe_plugin.cli.chat.warm_up import warm_up
 
+    records_nothing = args.timeline is None and args.record_trace is None
+    if records_nothing and terminal.is_terminal():  # a pipe's messages come at once
+        warm_up(model)
     return _converse(args, chat, lambda: banner(model), report.facts)
 
 

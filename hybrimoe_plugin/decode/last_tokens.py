@@ -17,6 +17,7 @@ from hybrimoe_plugin.decode.proof.last_rows import (
     head_takes_last_tokens,
     parts_behind_attention,
 )
+from hybrimoe_plugin.device.torch_threads import one_thread
 from hybrimoe_plugin.injection.own_attributes import give_own
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.proof.stage import place_of
@@ -108,6 +109,7 @@ class LastLayer:
         return self.call(hidden_states, *args, **kwargs)
 
 
+@one_thread()
 def last_tokens_of(model: Any, layer: GraphedLayer) -> LastTokens | None:
     """For a model's last layer, where it is proved that nothing else changes; else None."""
     place = place_of(model, layer.key)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from hybrimoe_plugin.cache_folder import found, place_for, write_atomic
 from hybrimoe_plugin.demo.upcycle import FORMS, write_model
 from hybrimoe_plugin.errors import ConfigError, WeightsError
+from hybrimoe_plugin.weights.gguf_files import FileIdentity
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +21,7 @@ VERSION = 2
 ROOM_BYTES = 800 << 20
 """More than either form takes: 692 MiB."""
 _CHUNK_BYTES = 1 << 24
+_SETTLED_NS = 4_000_000_000
 
 
 def build_demo_model(
@@ -73,11 +77,34 @@ def _sidecar(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
+def _checked(path: Path) -> Path:
+    """Holds the identity of the file that was found to have its checksum."""
+    return path.with_suffix(".checked")
+
+
 def _is_whole(path: Path) -> bool:
+    """Whether the file has its checksum.
+
+    Reading 692 MiB takes half a second or more, so it is done once for a file that stays as it is.
+
+    Mutates: what `_checked` names.
+    """
     try:
-        return _sidecar(path).read_text() == _sha256(path)
-    except OSError:
+        identity = FileIdentity.of(os.stat(path))
+        now = " ".join(map(str, identity))
+        checksum = _sidecar(path).read_text()
+        with contextlib.suppress(FileNotFoundError):
+            if _checked(path).read_text() == f"{checksum} {now}":
+                return True
+        if checksum != _sha256(path):
+            return False
+    except (OSError, ValueError):
         return False
+    # A file system's clock may have steps of a second or two: a later change could have this time.
+    if time.time_ns() - identity.mtime_ns > _SETTLED_NS:
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            write_atomic(_checked(path), f"{checksum} {now}")
+    return True
 
 
 def _sha256(path: Path) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import mmap
 import os
 import stat
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.device.memory import huge_pages
+from hybrimoe_plugin.device.torch_threads import one_thread
 from hybrimoe_plugin.errors import WeightsError
 from hybrimoe_plugin.weights import dequant
 from hybrimoe_plugin.weights.gguf_files import (
@@ -31,6 +32,10 @@ from hybrimoe_plugin.weights.gguf_files import (
 from hybrimoe_plugin.weights.gguf_header import TensorInfo, read_header
 
 _READ_BYTES = 1 << 26
+_READERS = 2
+"""Threads that read a file into memory. Two take half the time of one, which is spent on making
+pages and copying, or on waiting for the disk (docs/LOG.md).
+"""
 _VALUES_AT_A_TIME = 1 << 20
 """Values that are dequantised at a time: intermediate results stay in the processor's cache."""
 
@@ -163,8 +168,7 @@ class GGUFStore:
             size = self._bytes[index].size
             memory = huge_pages(size)
             with memoryview(memory) as view:
-                for start in range(0, size, _READ_BYTES):
-                    self._read_into(index, start, view[start : start + _READ_BYTES])
+                self._read_whole(index, view)
             self._check(index)  # a change while reading would leave a mix of old and new
             values = np.frombuffer(memory, dtype=np.uint8)
             values.flags.writeable = False
@@ -241,7 +245,7 @@ class GGUFStore:
         done = 0
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[info.type_name]]
         step = _VALUES_AT_A_TIME // block * block_bytes
-        with _one_thread():
+        with one_thread():
             for first in range(0, info.nbytes, step):
                 part = self._copied(info, first, min(step, info.nbytes - first))
                 stored = torch.from_numpy(part).to(device)
@@ -268,23 +272,19 @@ class GGUFStore:
         self._read_into(info.file, begin, memoryview(found))
         return found
 
+    def _read_whole(self, index: int, view: memoryview) -> None:
+        """Fill `view` [size of the file] with a file. Raises: WeightsError."""
+
+        def read(start: int) -> None:
+            self._read_into(index, start, view[start : start + _READ_BYTES])
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            # The first error, or Ctrl-C, cancels the parts that are not begun.
+            for _ in readers.map(read, range(0, len(view), _READ_BYTES)):
+                pass
+
     def _read_into(self, index: int, start: int, view: memoryview) -> None:
         read_into(self._files[index], self.paths[index], start, view)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run a sequence of small operations on one thread.
-
-    A team of threads that wait for one another is slower, several times so where other processes
-    want the cores. One thread takes half as long as `gguf` for Q4_K and Q6_K.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def dequantize_bytes(

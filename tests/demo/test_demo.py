@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,47 @@ def test_a_damaged_cache_is_rebuilt(
     path.write_bytes(b"a m0del")
     build_demo_model("qwen2moe", progress=False)
     assert "damaged" in caplog.text
+    assert path.read_bytes() == b"a model"
+
+
+def test_a_file_that_stays_as_it_is_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(_form: str, path: Path, *_: Any) -> None:
+        path.write_bytes(b"a model")
+
+    read = []
+
+    def checksum(path: Path) -> str:
+        read.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(builder, "write_model", write)
+    monkeypatch.setattr(builder, "_sha256", checksum)
+    path = build_demo_model(progress=False)
+    os.utime(path, (1e9, 1e9))  # not in the moment of the check
+    read.clear()
+    for _ in range(3):
+        build_demo_model(progress=False)
+    assert read == [path]
+    path.write_bytes(b"a m0del")
+    build_demo_model(progress=False)
+    assert path.read_bytes() == b"a model"
+
+
+def test_a_file_is_read_again_while_a_change_could_have_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(builder, "write_model", lambda _f, path, *_: path.write_bytes(b"a model"))
+    path = build_demo_model(progress=False)
+    soon = time.time() + 60
+    os.utime(path, (soon, soon))
+    build_demo_model(progress=False)
+    path.write_bytes(b"a m0del")
+    os.utime(path, (soon, soon))
+    build_demo_model(progress=False)
     assert path.read_bytes() == b"a model"
 
 

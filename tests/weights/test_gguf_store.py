@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_plugin.errors import WeightsError
+from hybrimoe_plugin.weights import gguf_store
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
 from hybrimoe_plugin.weights.layer_weights import layer_weights
 from tests.fuzz.gguf_file import Field, parse, serialise
@@ -306,6 +307,19 @@ def test_what_was_read_into_memory_stays(tmp_path: Path) -> None:
     os.truncate(path, 100)
     store.check_unchanged()
     assert torch.equal(store.dequantized(name), expected)
+
+
+def test_the_parts_of_a_file_come_into_memory_in_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_store, "_READ_BYTES", 1000)  # which does not divide the file
+    store = GGUFStore.open(path)
+    expected = {name: store.raw(name).copy() for name in store.tensors}
+    store.read_into_memory()
+    assert store.in_memory
+    for name, values in expected.items():
+        np.testing.assert_array_equal(store.raw(name), values)
 
 
 def test_experts_must_be_enough_for_a_token(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From flags to a loaded model: what a chat and the server have in common.
 
-In this order: `chosen`, `check_machine`, `load`, so that what can be refused is refused before
-libraries are imported, and what needs no weights before they are read.
+In this order: `chosen`, `announce`, `check_machine`, `load`, so that what can be refused is
+refused before libraries are imported, and what needs no weights before they are read.
 """
 
 from __future__ import annotations
@@ -67,6 +67,21 @@ def be_quiet(args: argparse.Namespace) -> None:
             logging.getLogger(package).setLevel(logging.ERROR)
 
 
+def announce(args: argparse.Namespace) -> None:
+    """Say what is loaded, if somebody waits: called before seconds of imports."""
+    if is_watched(args):
+        notice(f"loading {_model_name(args)} ...")
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    """What the flags name, without its folder."""
+    hub_name = getattr(args, "hub_name", None)
+    named = args.flash_pack or args.gguf_path or args.model_path
+    if named is None:
+        return "the demo model"
+    return hub_name or os.path.basename(os.path.abspath(named))
+
+
 def check_machine(choice: Chosen) -> None:
     """Import the libraries; refuse what this machine does not have. Mutates the flags: defaults.
 
@@ -76,8 +91,6 @@ def check_machine(choice: Chosen) -> None:
     """
     args = choice.asked.args
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if is_watched(args):
-        notice("loading libraries ...")
     import_libraries()
 
     from hybrimoe_plugin.device.machine import cuda_device, cuda_refusal

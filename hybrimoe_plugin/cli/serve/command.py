@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     scaling.refuse_idle(args)
     choice = loading.chosen(args)
     keys, origins, name = flags.keys(args), flags.origins(args), flags.served_name(args)
+    loading.announce(args)
 
     from hybrimoe_plugin.serve.http.layers import Access
     from hybrimoe_plugin.serve.http.server import listen

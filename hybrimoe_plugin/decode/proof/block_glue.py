@@ -15,6 +15,7 @@ from hybrimoe_plugin.decode.proof.stand_ins import (
     random_hidden,
     same,
 )
+from hybrimoe_plugin.device.torch_threads import one_thread
 from hybrimoe_plugin.operators.routers import NAMES
 
 _EXPERTS = "experts"
@@ -32,6 +33,7 @@ class BlockGlue:
     shared_gate: str | None
 
 
+@one_thread()
 def block_of(block: nn.Module) -> BlockGlue | None:
     """How a block puts its parts together; None where it is not of this form."""
     children = block._modules

@@ -25,6 +25,7 @@ from hybrimoe_plugin.decode.proof.stand_ins import (
     random_hidden,
     same,
 )
+from hybrimoe_plugin.device.torch_threads import one_thread
 
 HANDED_ON = ("position_embeddings", "attention_mask", "position_ids")
 """What a layer hands to attention as it is, beside the cache."""
@@ -79,6 +80,7 @@ def traces(layer: nn.Module) -> Iterator[Traced]:
             continue
 
 
+@one_thread()
 def glue_of(layer: nn.Module) -> LayerGlue | None:
     """How a layer puts its parts together; None where it is not of this form.
 

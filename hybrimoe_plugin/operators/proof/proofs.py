@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrimoe_plugin.device.torch_threads import one_thread
 from hybrimoe_plugin.operators.attention import AttentionOperator
 from hybrimoe_plugin.operators.proof.stage import Stage, place_of
 from hybrimoe_plugin.operators.proof.twin import twin
@@ -79,6 +80,7 @@ class Proofs:
         shapes = [(key, tuple(value.shape)) for key, value in module.named_parameters()]
         return repr((operator, layer, parts, shapes))
 
+    @one_thread()
     def _reason(self, name: str, module: nn.Module, operator: type[nn.Module]) -> str:
         """Why the operator is not proved equal; empty where it is."""
         own = getattr(operator, "reason_against", None)

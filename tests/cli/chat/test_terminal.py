@@ -203,7 +203,7 @@ def test_waiting_is_explained_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(loading, "import_libraries", import_nothing)
     at = Terminal(lambda: main(["local_chat", "--prompt", "hi"]))
-    at.expect("hybrimoe: loading libraries ...")
+    at.expect("hybrimoe: loading the demo model ...")
     at.expect("512/2048")
     assert "error: the end" in at.end()[1]
 

@@ -10,6 +10,7 @@ checked here, types and shapes in `ggml_graph`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 from typing import Any
 
@@ -81,7 +82,7 @@ class GgmlBinding:
 
     def __init__(self) -> None:
         kernel = import_kernel()
-        version = importlib.metadata.version("kt-kernel")
+        version = _installed()
         if version not in CHECKED_VERSIONS:
             raise BackendError(
                 f"kt-kernel {version}: its ggml was not checked, only that of "
@@ -188,6 +189,12 @@ class GgmlBinding:
         if len(found) != 1:
             raise BackendError("ggml in kt-kernel keeps its tensors in an unknown way")
         return 8 * found[0]
+
+
+@functools.cache
+def _installed() -> str:
+    """kt-kernel's release. Loading a model asks hundreds of times, and parsing takes 0.4 ms."""
+    return importlib.metadata.version("kt-kernel")
 
 
 def _function(symbol: Any, result: Any, *arguments: Any) -> Any:
