@@ -34,6 +34,11 @@ class Kind(NamedTuple):
     """Matrices that a token reads."""
 
     @property
+    def are_experts(self) -> bool:
+        """Whether all of them are routed experts."""
+        return all(_EXPERTS in info.name for info in self.tensors)
+
+    @property
     def matrix_bytes(self) -> int:
         """Of one matrix as stored."""
         first = self.tensors[0]

@@ -2,9 +2,10 @@
 
 For each type and shape of the matrices that a token reads, a row is multiplied by one matrix after
 the other, through more of them than caches hold: as many bytes as the bandwidth is measured with,
-copied from the file, several times where it has fewer. `gbps` counts stored bytes only, and
-`bandwidth_share` is its part of what plain sums read. `us` is the median time of one product. Where
-`walked_mb` is small the file's matrices are tiny, and caches may have helped.
+copied from the file, several times where it has fewer. `us` is the median time of one product,
+`gbps` counts stored bytes only, and `share` is its part of what plain sums read, before or after
+the products, whichever was faster. Where `walked_mb` is small the matrices are tiny, and caches may
+have helped.
 
 The last row adds up a token: what its products alone would take. Attention itself, norms,
 activations, and Python between the graphs come on top of it.
@@ -57,10 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     name, gguf = files.chosen(args, SLICES)
-    read_gbps = roofline.read_gbps(args.threads)
-    print(f"memory: {read_gbps:.1f} GB/s with {args.threads} threads", flush=True)
     repeats = args.repeats or (5 if args.quick else 20)
-    rows, skipped = measure(gguf, args.model_path, args.threads, repeats, read_gbps)
+    before = roofline.read_gbps(args.threads)
+    rows, skipped = measure(gguf, args.model_path, args.threads, repeats)
+    read_gbps = max(before, roofline.read_gbps(args.threads))
+    rows = [_with_share(row, read_gbps) for row in rows]
+    print(f"memory: {read_gbps:.1f} GB/s with {args.threads} threads", flush=True)
     title = f"{name}: products of one row, {args.threads} threads, {repeats} passes (measured)"
     report.publish(title, rows, args.out / f"kernels_cpu_{name}", draw)
     total = rows[-1]
@@ -72,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "token_mb": total["token_mb"],
         "token_us": total["token_us"],
         "gbps": total["gbps"],
-        "bandwidth_share": total["bandwidth_share"],
+        "bandwidth_share": total["share"],
         "slowest": f"{slowest['matrices']} {slowest['type']}",
-        "slowest_share": slowest["bandwidth_share"],
+        "slowest_share": slowest["share"],
         "without_kernel": skipped,
     }
     report.finish(result)
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def measure(
-    gguf: Path, model_path: Path | None, threads: int, repeats: int, read_gbps: float
+    gguf: Path, model_path: Path | None, threads: int, repeats: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(a row for each kind and one for all of them, types without a kernel).
 
@@ -96,48 +99,53 @@ def measure(
     found = kinds(store, model_config(model_path, store))
     for kind in tqdm(found, desc="kinds of matrices", file=sys.stderr, disable=None):
         try:
-            rows.append(_row(ggml, store, kind, threads, repeats, read_gbps))
+            rows.append(_row(ggml, store, kind, threads, repeats))
         except BackendError as error:
             print(f"{', '.join(kind.parts)}: {error}", file=sys.stderr, flush=True)
             skipped.append(kind.type_name)
     if not rows:
         raise BackendError(f"{gguf}: no matrix has a type with a kernel")
     token_mb, token_us = sum(column(rows, "token_mb")), sum(column(rows, "token_us"))
-    gbps = 1e3 * token_mb / token_us
     total = {
         "matrices": TOKEN,
-        "products": sum(column(rows, "products")),
         "token_mb": token_mb,
+        "gbps": 1e3 * token_mb / token_us,
+        "products": sum(column(rows, "products")),
         "token_us": token_us,
-        "gbps": gbps,
-        "bandwidth_share": gbps / read_gbps,
     }
     return [*rows, {**dict.fromkeys(rows[0], ""), **total}], skipped
 
 
-def _row(
-    ggml: Ggml, store: GGUFStore, kind: Kind, threads: int, repeats: int, read_gbps: float
-) -> dict[str, Any]:
+def _with_share(row: dict[str, Any], read_gbps: float) -> dict[str, Any]:
+    """The same row with the share of the bandwidth behind the GB/s."""
+    shown: dict[str, Any] = {}
+    for name, value in row.items():
+        shown[name] = value
+        if name == "gbps":
+            shown["share"] = value / read_gbps
+    return shown
+
+
+def _row(ggml: Ggml, store: GGUFStore, kind: Kind, threads: int, repeats: int) -> dict[str, Any]:
     """One kind's row. Raises: BackendError: a type without a kernel."""
     ggml.require(kind.type_name)
     matrices = streamed(store, kind, WALKED, MOST)
     type_name = kind.type_name
-    if type_name in SLOW_TYPES and faster_as_q8_0(ggml, threads, type_name):
-        # As operators write experts out while they load.
+    slow = kind.are_experts and type_name in SLOW_TYPES
+    if slow and faster_as_q8_0(ggml, threads, type_name):
+        # As operators write experts, and nothing else, out while they load.
         matrices = [as_q8_0(stored) for stored in matrices]
         type_name = f"{type_name} as Q8_0"
     low, us, high = percentiles(product_us(ggml, matrices, threads, repeats))
     size = matrices[0].nbytes
-    gbps = size / us / 1e3
     return {
         "matrices": ", ".join(kind.parts),
         "type": type_name,
-        "shape": " x ".join(map(str, kind.shape)),
-        "products": kind.per_token,
+        "shape": "x".join(map(str, kind.shape)),
         "token_mb": kind.per_token * size / 1e6,
         "us": us,
-        "gbps": gbps,
-        "bandwidth_share": gbps / read_gbps,
+        "gbps": size / us / 1e3,
+        "products": kind.per_token,
         "token_us": kind.per_token * us,
         "us_p20": low,
         "us_p80": high,

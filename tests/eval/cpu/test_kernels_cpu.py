@@ -32,6 +32,7 @@ def test_a_token_reads_k_experts_of_each_layer_and_all_else_once(tmp_path: Path)
     assert reads["head"] == 1 and reads["ffn_gate_inp"] == layers
     down = next(kind for kind in found if "ffn_down_exps" in kind.parts)
     assert down.parts == ("ffn_down_exps",) and down.per_token == layers * top_k
+    assert down.are_experts and not found[0].are_experts
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2_lite"])
