@@ -43,7 +43,7 @@ SLICES: files.Slices = {
 }
 OURS, PLAIN = "HybriMoE", "plain operators"
 LLAMA, IK = PEERS = peer.LLAMA_CPP.name, peer.IK_LLAMA_CPP.name
-LEAST_SAME = 0.5
+LEAST_SAME = 0.25
 """`same_token` below this comes with a warning: kernels round differently, and random tokens leave
 close calls to rounding, but not so many.
 """

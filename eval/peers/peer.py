@@ -50,7 +50,7 @@ IK_LLAMA_CPP = Program(
     "ik_llama.cpp",
     "ik_llama_cpp",
     "ik-llama-cpp-python is not installed: `make peers` installs it into .venv-ik",
-    # Repacking gains up to a fifth here (docs/LOG.md). Its flash attention is said to fail on
+    # Repacking gains a fifth to a half (docs/LOG.md). Its flash attention is said to fail on
     # processors without AVX-VNNI.
     (
         Way((REPACK,), "matrices repacked at load"),
