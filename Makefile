@@ -59,10 +59,9 @@ gpu-bundle: setup  ## what a GPU machine without a network needs, in build/gpu-b
 figures: setup-dev  ## the figures of docs/benchmarks.md from the committed CSVs
 	@$(BIN)/python -m eval.figures
 
-peers: setup-dev  ## ik_llama.cpp and llama.cpp for comparisons; compiles the latter for minutes
-	@$(BIN)/python -m venv .venv-ik
-	@.venv-ik/bin/pip install -q numpy==2.2.6 ik-llama-cpp-python==0.1.5
+peers: setup-dev  ## llama.cpp and ik_llama.cpp for comparisons; compiles for up to half an hour
 	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
+	@$(BIN)/python scripts/setup_ik.py
 
 peers-server: setup-dev  ## llama.cpp's own server, for eval.serving; compiles for 10 minutes
 	@$(BIN)/python -m pip install -q cmake==4.4.5

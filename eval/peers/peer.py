@@ -49,7 +49,7 @@ LLAMA_CPP = Program(
 IK_LLAMA_CPP = Program(
     "ik_llama.cpp",
     "ik_llama_cpp",
-    "ik-llama-cpp-python is not installed: `make peers` installs it into .venv-ik",
+    "ik-llama-cpp-python is not installed: `make peers` builds it in .venv-ik (10 minutes)",
     # Repacking gains a fifth to a half (docs/LOG.md). Its flash attention is said to fail on
     # processors without AVX-VNNI.
     (

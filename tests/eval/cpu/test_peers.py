@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
 
 import pytest
 
@@ -152,6 +151,6 @@ def test_a_file_that_no_way_can_load_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("program", [peer.LLAMA_CPP, peer.IK_LLAMA_CPP], ids=lambda one: one.name)
-def test_every_way_has_a_note_of_its_own(program: Any) -> None:
+def test_every_way_has_a_note_of_its_own(program: peer.Program) -> None:
     notes = [way.note for way in program.ways]
     assert len(set(notes)) == len(notes)
