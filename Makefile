@@ -59,8 +59,9 @@ gpu-bundle: setup  ## what a GPU machine without a network needs, in build/gpu-b
 figures: setup-dev  ## the figures of docs/benchmarks.md from the committed CSVs
 	@$(BIN)/python -m eval.figures
 
-peers: setup-dev  ## llama-cpp-python for comparisons; compiles for several minutes
+peers: setup-dev  ## llama.cpp and ik_llama.cpp for comparisons; compiles for up to half an hour
 	@$(BIN)/pip install -q --no-deps diskcache==5.6.3 llama-cpp-python==0.3.36
+	@$(BIN)/python scripts/setup_ik.py
 
 peers-server: setup-dev  ## llama.cpp's own server, for eval.serving; compiles for 10 minutes
 	@$(BIN)/python -m pip install -q cmake==4.4.5
@@ -96,6 +97,6 @@ setup-oldest:
 	@$(PYTHON) scripts/setup_env.py --oldest
 
 clean:  ## remove environments and builds; says what stays in the cache folder
-	rm -rf .venv .venv-oldest .venv-ray .venv-ktransformers build dist *.egg-info hybrimoe_plugin/policy/cache/*.so
+	rm -rf .venv .venv-oldest .venv-ray .venv-ktransformers .venv-ik build dist *.egg-info hybrimoe_plugin/policy/cache/*.so
 	@$(PYTHON) -m hybrimoe_plugin cache
 	@echo "These files stay. With no environment left, remove them by: $(PYTHON) -m hybrimoe_plugin cache clear"

@@ -36,7 +36,6 @@ CPU = tuple(
     f"throughput_{model}{length}.csv" for model in MODELS for length in ("", "_2048-tokens")
 )
 BATCHES = {f"batches_{model}": model for model in MODELS}
-LLAMA = "llama.cpp"
 
 
 class Figure(NamedTuple):
@@ -49,28 +48,37 @@ class Figure(NamedTuple):
 
 
 def draw_cpu(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Decode speed of ours and llama.cpp, with their ratio, for each model and prompt length."""
+    """Decode speed of ours and its peers for each model and prompt length.
+
+    Behind each line stands ours over the fastest peer. A peer that was not measured everywhere is
+    left out.
+    """
     places = distinct(rows, "source")
     ours = [_decode(rows, place, throughput.OURS) for place in places]
-    theirs = [_decode(rows, place, LLAMA) for place in places]
+    peers = {name: [_decode(rows, place, name) for place in places] for name in throughput.PEERS}
+    peers = {name: speeds for name, speeds in peers.items() if None not in speeds}
     labels = [_place(where(rows, source=place)[0]) for place in places]
-    series = [plots.Series("ours", ours, plots.OURS), plots.Series(LLAMA, theirs)]
+    series = [plots.Series("ours", ours, plots.OURS)]
+    series += [plots.Series(name, speeds) for name, speeds in peers.items()]
     plots.dots(axes, labels, series, log=True)
-    for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        text = f"{mine / other:.2f}x"
+    ratios = [mine / max(others) for mine, *others in zip(ours, *peers.values(), strict=True)]
+    for row, ratio in enumerate(ratios):
         side = axes.get_yaxis_transform()
+        text = f"{ratio:.2f}x"
         axes.annotate(text, (1.02, row), xycoords=side, va="center", annotation_clip=False)
     ticks = (10, 20, 50, 100)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     least, most = min(ratios), max(ratios)
-    axes.set_title(f"On two CPU cores, decode runs at {least:.2f}x to {most:.2f}x of llama.cpp")
+    other = "the fastest peer" if len(peers) > 1 else next(iter(peers))
+    axes.set_title(f"On two CPU cores, decode runs at {least:.2f}x to {most:.2f}x of {other}")
     axes.set_xlabel("decode, tokens per second (measured)")
 
 
-def _decode(rows: Sequence[dict[str, Any]], source: str, system: str) -> float:
-    return float(where(rows, source=source, system=system)[0]["decode_tok_s"])
+def _decode(rows: Sequence[dict[str, Any]], source: str, system: str) -> Any:
+    """None where the system was not measured."""
+    found = where(rows, source=source, system=system)
+    return found[0]["decode_tok_s"] if found else None
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
-"""How fast does an injected model answer on this machine, compared with llama.cpp?
+"""How fast does an injected model answer on this machine, compared with llama.cpp and ik_llama.cpp?
 
-Both run the same file with as many threads. Measured: TTFT of a prompt, TBT over single tokens,
+All run the same file with as many threads. Measured: TTFT of a prompt, TBT over single tokens,
 percent of the roofline. The systems take turns in one run, so that a change in the machine's speed
-affects all of them alike, and each number is a median over the turns.
+affects all of them alike, and each number is a median over the turns. `same_token` is the share of
+positions at which a system finds the same token likeliest as ours does: a program that computes
+something else is no comparison.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import statistics
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,6 @@ import torch
 
 from eval.models import files
 from eval.peers import peer, roofline
-from eval.peers.interpreters import can_import
 from eval.reporting import plots, report
 from eval.reporting.finished import add_fresh
 from eval.reporting.quantiles import percentiles
@@ -31,7 +32,7 @@ from hybrimoe_plugin.errors import BackendError
 
 PROMPT_TOKENS = 128
 CONTEXT = 2048
-"""Tokens that llama.cpp has room for at least."""
+"""Tokens that a peer has room for at least."""
 SLICES: files.Slices = {
     # llama.cpp takes DeepSeek-V2-Lite by its 27 layers alone,
     # so that slice is one of experts; a token's work is the whole model's.
@@ -40,7 +41,12 @@ SLICES: files.Slices = {
     "qwen3-30b-a3b": (4, None),
     "mixtral-8x7b": (1, None),
 }
-OURS, LLAMA, PLAIN = "HybriMoE", "llama.cpp", "plain operators"
+OURS, PLAIN = "HybriMoE", "plain operators"
+LLAMA, IK = PEERS = peer.LLAMA_CPP.name, peer.IK_LLAMA_CPP.name
+LEAST_SAME = 0.25
+"""`same_token` below this comes with a warning: kernels round differently, and random tokens leave
+close calls to rounding, but not so many.
+"""
 TWINS: dict[str, dict[str, Any]] = {
     OURS: {},
     "module by module": {"graphs": "off"},
@@ -61,6 +67,8 @@ class Turn(NamedTuple):
     """Until the prompt's last logits."""
     step_s: list[float]
     """Of each single token."""
+    likeliest: Sequence[int] = ()
+    """Next token with the largest logit, after the prompt and after each single token."""
 
 
 Measure = Callable[[Sequence[int], Sequence[int]], Turn]
@@ -77,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return answer
     torch.set_num_threads(args.threads)
     name, gguf = files.chosen(args, SLICES)
-    rows, note = measure(args, gguf)
+    rows, notes = measure(args, gguf)
     file = f"throughput_{name}"
     if args.prompt_tokens != PROMPT_TOKENS:
         file += f"_{args.prompt_tokens}-tokens"
     work = f"{args.prompt_tokens} prompt tokens, {args.steps} steps, {args.turns} turns"
     report.publish(f"{name}: {work} (measured)", rows, args.out / file, draw, height=3.2)
-    result = summary(name, rows, args.threads, note)
+    result = summary(name, rows, args.threads, notes)
     report.finish(result)
     return result
 
@@ -92,7 +100,7 @@ def _parser() -> ArgumentParser:
     parser = report.parser(__doc__ or "")
     files.add_options(parser)
     parser.add_argument(
-        "--trace", type=Path, help="take the routing from a recorded trace (without llama.cpp then)"
+        "--trace", type=Path, help="take the routing from a recorded trace (without peers then)"
     )
     parser.add_argument("--prompt_tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument(
@@ -107,18 +115,23 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--peer_python", default=sys.executable, help="interpreter that has llama-cpp-python"
     )
+    parser.add_argument(
+        "--ik_python",
+        default=str(report.ROOT / ".venv-ik" / "bin" / "python"),
+        help="interpreter that has ik-llama-cpp-python (default: that of .venv-ik)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_fresh(parser)
     return parser
 
 
-def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], str]:
-    """(one row per system, a note on llama.cpp). Sets `steps` and `turns` where not given."""
+def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(one row per system, peer -> a note on it). Sets `steps` and `turns` where not given."""
     args.steps = args.steps or (10 if args.quick else 24)
     args.turns = args.turns or (2 if args.quick else 4)
     config = _config(args, gguf)
     bound_ms = _bound_ms(args, gguf, config)
-    llama, note = _llama(args, gguf)
+    peers = _peers(args, gguf)
     prompt, steps = _ids(args, config.vocab_size)
     times: dict[str, list[Turn]] = {}
     twins = TWINS if args.twins else {OURS: TWINS[OURS]}
@@ -133,14 +146,24 @@ def measure(args: Namespace, gguf: Path) -> tuple[list[dict[str, Any]], str]:
         run(prompt, steps[:3])
         for _ in range(args.turns):
             times.setdefault(name, []).append(run(prompt, steps))
-            if llama is not None and name == OURS:  # it takes turns with ours; the twins come after
-                turn = Turn(**llama.ask(prompt=prompt, steps=steps))
-                times.setdefault(LLAMA, []).append(turn)
+            if name == OURS:  # peers take turns with ours; the twins come after
+                for peer_name, answer in peers.ask(prompt, steps).items():
+                    times.setdefault(peer_name, []).append(Turn(**answer))
         close()
-    if llama is not None:
-        llama.close()
+    peers.close()
     rows = [_row(name, turns, len(prompt), bound_ms) for name, turns in times.items()]
-    return rows, note
+    for row in rows:
+        name, same = row["system"], _same(times[row["system"]][0], times[OURS][0])
+        row["same_token"] = same
+        if same < LEAST_SAME:
+            peers.remark(name, f"finds another likeliest token than ours at {1 - same:.0%}")
+    return rows, peers.notes
+
+
+def _same(turn: Turn, ours: Turn) -> float:
+    """Share of positions at which both find the same token likeliest."""
+    pairs = list(zip(turn.likeliest, ours.likeliest, strict=True))
+    return sum(theirs == mine for theirs, mine in pairs) / len(pairs)
 
 
 def _bound_ms(args: Namespace, gguf: Path, config: Any) -> float:
@@ -157,20 +180,17 @@ def _bound_ms(args: Namespace, gguf: Path, config: Any) -> float:
     return bound_ms
 
 
-def _llama(args: Namespace, gguf: Path) -> tuple[peer.Peer | None, str]:
-    """(llama.cpp, or None where it cannot run this; a note on it)."""
-    if args.trace is not None:
-        return None, "llama.cpp cannot take its routing from a trace"
-    if not can_import(args.peer_python, peer.PACKAGE):
-        print(peer.HOW_TO_GET, file=sys.stderr, flush=True)
-        return None, peer.HOW_TO_GET
-    try:
-        context = max(CONTEXT, args.prompt_tokens + args.steps)
-        llama, note = peer.start(args.peer_python, gguf, args.threads, context)
-    except RuntimeError as error:
-        print(f"llama.cpp cannot run this file: {error}", file=sys.stderr, flush=True)
-        return None, str(error)
-    return llama, f"llama-cpp-python {llama.version}, {note}"
+def _peers(args: Namespace, gguf: Path) -> peer.Peers:
+    """The peers that can run this."""
+    peers = peer.Peers()
+    pythons = {peer.LLAMA_CPP: args.peer_python, peer.IK_LLAMA_CPP: args.ik_python}
+    context = max(CONTEXT, args.prompt_tokens + args.steps)
+    for program, python in pythons.items():
+        if args.trace is not None:
+            peers.notes[program.name] = f"{program.name} cannot take its routing from a trace"
+        else:
+            peers.add(program, python, gguf, args.threads, context)
+    return peers
 
 
 def _ours(
@@ -191,12 +211,13 @@ def _ours(
     def run(prompt: Sequence[int], steps: Sequence[int]) -> Turn:
         started = time.perf_counter()
         out = model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
-        turn = Turn(time.perf_counter() - started, [])
+        turn = Turn(time.perf_counter() - started, [], likeliest := [_likeliest(out)])
         for token in steps:
             started = time.perf_counter()
             kept = {keyword: cache_in(out)}
             out = model(torch.tensor([[token]]), **kept, use_cache=True, logits_to_keep=1)
             turn.step_s.append(time.perf_counter() - started)
+            likeliest.append(_likeliest(out))
         return turn
 
     def close() -> None:
@@ -206,6 +227,10 @@ def _ours(
         gc.collect()
 
     return run, close
+
+
+def _likeliest(out: Any) -> int:
+    return int(out.logits[0, -1].argmax())
 
 
 def _row(name: str, turns: Sequence[Turn], prompt: int, bound_ms: float) -> dict[str, Any]:
@@ -233,28 +258,39 @@ def _row(name: str, turns: Sequence[Turn], prompt: int, bound_ms: float) -> dict
     }
 
 
-def summary(name: str, rows: Sequence[dict[str, Any]], threads: int, note: str) -> dict[str, Any]:
-    """What the JSON line says; ratios against llama.cpp are null where it did not run."""
+def summary(
+    name: str, rows: Sequence[dict[str, Any]], threads: int, notes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the JSON line says; ratios against what did not run are null.
+
+    Args:
+        notes: on each peer.
+    """
     by_name = {row["system"]: row for row in rows}
     ours = by_name[OURS]
 
-    def ratio(other: str, figure: str) -> float | None:
-        if other not in by_name:
-            return None
-        return float(ours[figure] / by_name[other][figure])
+    def ratio(others: Sequence[str], figure: str) -> float | None:
+        """Ours over the fastest of these that ran."""
+        found = [by_name[other][figure] for other in others if other in by_name]
+        return float(ours[figure] / max(found)) if found else None
 
     return {
         "model": name,
         "threads": threads,
-        "decode_vs_llama_cpp": ratio(LLAMA, "decode_tok_s"),
-        "prefill_vs_llama_cpp": ratio(LLAMA, "prefill_tok_s"),
+        "decode_vs_llama_cpp": ratio([LLAMA], "decode_tok_s"),
+        "prefill_vs_llama_cpp": ratio([LLAMA], "prefill_tok_s"),
+        "decode_vs_ik_llama_cpp": ratio([IK], "decode_tok_s"),
+        "prefill_vs_ik_llama_cpp": ratio([IK], "prefill_tok_s"),
+        "decode_vs_fastest_peer": ratio(PEERS, "decode_tok_s"),
+        "prefill_vs_fastest_peer": ratio(PEERS, "prefill_tok_s"),
         "decode_tok_s": ours["decode_tok_s"],
         "prefill_tok_s": ours["prefill_tok_s"],
         "ttft_ms": ours["ttft_ms"],
         "tbt_ms_p50": ours["tbt_ms_p50"],
         "roofline_share": ours["roofline_share"],
-        "decode_vs_plain_operators": ratio(PLAIN, "decode_tok_s"),
-        "llama_cpp": note,
+        "decode_vs_plain_operators": ratio([PLAIN], "decode_tok_s"),
+        "llama_cpp": notes.get(LLAMA, ""),
+        "ik_llama_cpp": notes.get(IK, ""),
     }
 
 

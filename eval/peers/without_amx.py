@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from eval.peers.llama_cpp_child import withhold_amx
+from eval.peers.child import withhold_amx
 
 if __name__ == "__main__":
     withhold_amx()

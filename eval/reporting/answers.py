@@ -65,10 +65,14 @@ def _throughput(found: Result) -> str:
         f"The {found['model']} model decodes {found['decode_tok_s']:.1f} tokens/s and reads "
         f"prompts at {found['prefill_tok_s']:.0f} tokens/s with {found['threads']} threads"
     )
-    decode, prefill = found["decode_vs_llama_cpp"], found["prefill_vs_llama_cpp"]
-    if decode is None or prefill is None:
-        return f"{text}; llama.cpp was not measured beside it."
-    return f"{text}: {decode:.2f}x and {prefill:.2f}x the speed of llama.cpp."
+    measured = []
+    for key, name in (("llama_cpp", "llama.cpp"), ("ik_llama_cpp", "ik_llama.cpp")):
+        decode, prefill = found[f"decode_vs_{key}"], found[f"prefill_vs_{key}"]
+        if decode is not None and prefill is not None:
+            measured.append(f"{decode:.2f}x and {prefill:.2f}x the speed of {name}")
+    if not measured:
+        return f"{text}; no other program was measured beside it."
+    return f"{text}: {', '.join(measured)}."
 
 
 def _batches(found: Result) -> str:
@@ -186,7 +190,7 @@ QUESTIONS = {
     "throughput": Question(
         "How fast is this machine's CPU alone?",
         "How many tokens per second does the CPU manage without any accelerator, beside llama.cpp "
-        "on the same file?",
+        "and ik_llama.cpp on the same file?",
         _throughput,
     ),
     "batches": Question(

@@ -43,6 +43,7 @@ RUN_BY = {
     "python -m eval.host_path": "eval/reporting/answers.py",
     "python -m eval.kernel_prebuild": "scripts/gpu_bundle.py",
     "python -m eval.kernels": "tests/eval/test_kernels_eval.py",
+    "python -m eval.kernels_cpu": "tests/eval/cpu/test_kernels_cpu.py",
     "python -m eval.ktransformers": "eval/ktransformers.py",
     "python -m eval.lever": "eval/reporting/answers.py",
     "python -m eval.loading": "tests/eval/test_loading.py",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from eval import all as every
 from eval import fidelity, throughput
 from eval.models import forced, synthetic
 from eval.peers import peer, roofline
-from eval.peers.interpreters import can_import
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.errors import ConfigError
 from hybrimoe_plugin.replay.trace import Call, TraceHeader, write_trace
@@ -102,8 +102,10 @@ def test_throughput_on_a_tiny_file(
         "--steps",
         "2",
     ]
-    result = throughput.main([*arguments, "--turns", "1", "--twins", "--peer_python", "/bin/false"])
-    assert result["decode_vs_llama_cpp"] is None and result["decode_vs_plain_operators"] > 0
+    peers = ["--peer_python", "/bin/false", "--ik_python", "/bin/false"]
+    result = throughput.main([*arguments, "--turns", "1", "--twins", *peers])
+    assert result["decode_vs_llama_cpp"] is result["decode_vs_fastest_peer"] is None
+    assert result["decode_vs_plain_operators"] > 0
     out = capsys.readouterr()
     assert json.loads(out.out.strip().splitlines()[-1]) == result
     assert "make peers" in out.err and "roofline" in out.out
@@ -111,33 +113,60 @@ def test_throughput_on_a_tiny_file(
     assert "plain operators" in text and "commit" in text.splitlines()[0]
 
 
-@pytest.mark.parametrize(("prompt", "room"), [(128, 2048), (4000, 4024)])
-def test_llama_cpp_has_room_for_the_prompt(
-    prompt: int,
-    room: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Stop(Exception):
-        pass
+class FakePeers(peer.Peers):
+    """All programs answer at once; one of them finds other tokens than ours."""
 
-    def start(
-        python: str,
-        gguf: Path,
-        threads: int,
-        context: int,
-    ) -> None:
-        assert context == room
-        raise Stop
+    def add(self, program: peer.Program, python: str, gguf: Path, *sizes: int) -> None:
+        self.notes[program.name] = f"{sizes}"
 
-    monkeypatch.setattr(throughput, "can_import", lambda python, package: True)
-    monkeypatch.setattr(peer, "start", start)
+    def ask(self, prompt: Sequence[int], steps: Sequence[int]) -> dict[str, dict[str, Any]]:
+        likeliest = {"llama.cpp": 5, "ik_llama.cpp": 6}
+        return {
+            name: {
+                "prefill_s": 0.1,
+                "step_s": [0.01] * len(steps),
+                "likeliest": [likeliest[name]] * (1 + len(steps)),
+            }
+            for name in self.notes
+        }
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Measures with fake peers, and with a model of ours that finds token 5 likeliest."""
+
+    def run(prompt: Sequence[int], steps: Sequence[int]) -> throughput.Turn:
+        return throughput.Turn(0.2, [0.02] * len(steps), [5] * (1 + len(steps)))
+
+    monkeypatch.setattr(peer, "Peers", FakePeers)
     monkeypatch.setattr(roofline, "read_gbps", lambda threads: 1.0)
     monkeypatch.setattr(roofline, "token_bytes", lambda gguf, config: 1)
-    monkeypatch.setattr(throughput, "_config", lambda args, gguf: None)
-    with pytest.raises(Stop):
-        throughput.measure(
-            throughput._parser().parse_args(["--prompt_tokens", str(prompt)]), Path("none")
-        )
+    monkeypatch.setattr(throughput, "_config", lambda *_: SimpleNamespace(vocab_size=9))
+    monkeypatch.setattr(throughput, "_ours", lambda *_: (run, lambda: None))
+    return lambda *options: throughput.measure(
+        throughput._parser().parse_args(["--threads", "2", *options]), Path("none")
+    )
+
+
+@pytest.mark.parametrize(("prompt", "room"), [(128, 2048), (4000, 4024)])
+def test_peers_have_room_for_the_prompt(prompt: int, room: int, asked: Callable[..., Any]) -> None:
+    _, notes = asked("--prompt_tokens", str(prompt))
+    assert notes["llama.cpp"] == f"(2, {room})"
+
+
+def test_all_systems_take_as_many_turns_and_tell_who_computes_something_else(
+    asked: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, notes = asked("--quick")
+    assert [row["system"] for row in rows] == ["HybriMoE", "llama.cpp", "ik_llama.cpp"]
+    assert [row["same_token"] for row in rows] == [1, 1, 0]
+    assert "100%" in notes["ik_llama.cpp"] and "100%" not in notes["llama.cpp"]
+    assert "ik_llama.cpp: finds another" in capsys.readouterr().err
+
+
+def test_no_peer_takes_its_routing_from_a_trace(asked: Callable[..., Any]) -> None:
+    _, notes = asked("--trace", "some.trace")
+    assert all("from a trace" in note for note in notes.values()) and len(notes) == 2
 
 
 def test_ratios_are_ours_over_theirs() -> None:
@@ -146,20 +175,33 @@ def test_ratios_are_ours_over_theirs() -> None:
         throughput.Turn(0.7, [0.02]),
         throughput.Turn(0.5, [0.02]),
     ]
-    ours = throughput._row("HybriMoE", turns, prompt=100, bound_ms=10.0)
-    theirs = throughput._row("llama.cpp", [throughput.Turn(1.0, [0.01])], prompt=100, bound_ms=10.0)
-    assert ours["tbt_ms_p50"] == pytest.approx(20) and ours["roofline_share"] == pytest.approx(0.5)
-    result = throughput.summary("demo", [ours, theirs], 2, "")
+    rows = [
+        throughput._row(name, some, prompt=100, bound_ms=10.0)
+        for name, some in {
+            "HybriMoE": turns,
+            "llama.cpp": [throughput.Turn(1.0, [0.01])],
+            "ik_llama.cpp": [throughput.Turn(0.25, [0.04])],
+        }.items()
+    ]
+    assert rows[0]["tbt_ms_p50"] == pytest.approx(20)
+    assert rows[0]["roofline_share"] == pytest.approx(0.5)
+    result = throughput.summary("demo", rows, 2, {})
     assert result["decode_vs_llama_cpp"] == pytest.approx(0.5)
     assert result["prefill_vs_llama_cpp"] == pytest.approx(2.0)
+    assert result["decode_vs_ik_llama_cpp"] == pytest.approx(2.0)
+    assert result["prefill_vs_ik_llama_cpp"] == pytest.approx(0.5)
 
 
-def test_a_peer_that_dies_is_an_error(tmp_path: Path) -> None:
-    assert not can_import("/bin/false", peer.PACKAGE)
-    with pytest.raises(RuntimeError, match="status"):
-        peer.start("/bin/false", tmp_path / "none.gguf", 1, 16)
-    with pytest.raises(RuntimeError):
-        peer.start(sys.executable, tmp_path / "none.gguf", 1, 16)
+def test_the_fastest_peer_is_another_one_for_decode_than_for_prefill() -> None:
+    ours = throughput._row("HybriMoE", [throughput.Turn(1.0, [0.01])], 100, 10.0)
+    theirs = throughput._row("llama.cpp", [throughput.Turn(2.0, [0.005])], 100, 10.0)
+    other = throughput._row("ik_llama.cpp", [throughput.Turn(0.5, [0.02])], 100, 10.0)
+    result = throughput.summary("demo", [ours, theirs, other], 2, {})
+    assert result["decode_vs_fastest_peer"] == pytest.approx(0.5)
+    assert result["prefill_vs_fastest_peer"] == pytest.approx(0.5)
+    alone = throughput.summary("demo", [ours, other], 2, {})
+    assert alone["decode_vs_fastest_peer"] == pytest.approx(2.0)
+    assert alone["decode_vs_llama_cpp"] is None
 
 
 def test_routing_from_a_trace(tmp_path: Path) -> None:
@@ -264,19 +306,3 @@ def test_a_question_in_a_process_of_its_own(
     values: dict[str, Any] = {"a": 1}
     assert every._last_json(f"table\n{json.dumps(values)}\n") == values
     assert every._last_json("no json") is every._last_json("") is None
-
-
-def test_figures_come_from_csvs_alone(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from eval import figures
-
-    rows = [
-        throughput._row(name, [throughput.Turn(0.5, [0.02])], prompt=100, bound_ms=10.0)
-        for name in ("HybriMoE", "llama.cpp")
-    ]
-    every.report.save_csv(tmp_path / "throughput_demo.csv", rows)
-    result = figures.main(["--results", str(tmp_path), "--out", str(tmp_path / "figures")])
-    assert result == {"figures": ["throughput_demo.png"]}
-    assert (tmp_path / "figures" / "throughput_demo.png").stat().st_size > 1000
-    read = every.report.read_csv(tmp_path / "throughput_demo.csv")
-    assert read[0]["system"] == "HybriMoE" and read[0]["tbt_ms_p50"] == pytest.approx(20)
