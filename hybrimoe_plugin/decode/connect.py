@@ -10,11 +10,11 @@ import torch
 from hybrimoe_plugin.compute.attention.rope import Rope
 from hybrimoe_plugin.decode.batch.connect import States, cuda_layer
 from hybrimoe_plugin.decode.chain.connect import connect_chains, weakly
-from hybrimoe_plugin.decode.cpu_layer import CpuLayer
-from hybrimoe_plugin.decode.cpu_step import cpu_step
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.last_tokens import LastLayer, LastTokens, last_tokens_of
-from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
+from hybrimoe_plugin.decode.on_cpu.cpu_layer import CpuLayer
+from hybrimoe_plugin.decode.on_cpu.cpu_step import cpu_step
+from hybrimoe_plugin.decode.on_cpu.rope_matrix import RopeMatrix
 from hybrimoe_plugin.device.cuda_graphs import capture_for
 from hybrimoe_plugin.engine.turns import Turns
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor, check_stored
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor, check_stored
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -58,7 +59,7 @@ class GgmlLinear(nn.Module):
         stored = self._matrix()
         return dequantize_bytes(stored.data, stored.type_name, stored.shape)
 
-    def build(self, graph: Graph, x: GraphTensor) -> GraphTensor:
+    def build(self, graph: AnyGraph, x: GraphTensor) -> GraphTensor:
         """[..., N] from [..., M] in a graph. Raises: BackendError: there is no matrix yet."""
         y = graph.matmul(graph.weight(self._matrix()), x)
         if self.bias is None:
@@ -132,7 +133,7 @@ class LinearGroup:
             return [linear(x) for linear in self._linears()]
         return self._function(x, len(x))
 
-    def build(self, graph: Graph, x: GraphTensor) -> list[GraphTensor]:
+    def build(self, graph: AnyGraph, x: GraphTensor) -> list[GraphTensor]:
         """The outputs in a graph, from [N, M]; every linear must be a `GgmlLinear`."""
         return [linear.build(graph, x) for linear in self._linears()]
 

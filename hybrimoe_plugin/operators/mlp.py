@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor
+from hybrimoe_plugin.compute.cpu.ggml import GraphTensor
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -58,7 +59,7 @@ class FusedMLP(DenseOperator):
         (y,) = self._function(flat, len(flat))
         return y.to(x.dtype, copy=True).view(x.shape)
 
-    def build(self, graph: Graph, x: GraphTensor) -> GraphTensor:
+    def build(self, graph: AnyGraph, x: GraphTensor) -> GraphTensor:
         """[..., H] from [..., H] in a graph."""
         gate = self.gate_proj.build(graph, x)
         up = self.up_proj.build(graph, x)

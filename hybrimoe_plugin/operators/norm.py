@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, norm_epsilon_fits
+from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, norm_epsilon_fits
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.injection.moved import old_names
 from hybrimoe_plugin.operators.dense import DenseOperator
@@ -61,7 +62,9 @@ class FusedRMSNorm(DenseOperator):
         (y,) = self._function(x.reshape(rows, -1), rows)
         return y.clone().view(x.shape)
 
-    def build(self, graph: Graph, x: GraphTensor, out: torch.Tensor | None = None) -> GraphTensor:
+    def build(
+        self, graph: AnyGraph, x: GraphTensor, out: torch.Tensor | None = None
+    ) -> GraphTensor:
         """[..., H] from [..., H] in a graph, into `out` where it is given."""
         weight = graph.constant(self.weight)
         return graph.rms_norm(x, weight, self.eps, out)

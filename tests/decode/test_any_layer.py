@@ -19,9 +19,9 @@ from eval.models.agreement import check_agreement
 from eval.models.shrunk import moe_types, shrunk_model
 from hybrimoe_plugin.decode import connect
 from hybrimoe_plugin.decode.connect import connect_layers
-from hybrimoe_plugin.decode.cpu_step import CpuStep
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.last_tokens import LastTokens
+from hybrimoe_plugin.decode.on_cpu.cpu_step import CpuStep
 from hybrimoe_plugin.decode.proof.block_glue import BlockGlue, block_of
 from hybrimoe_plugin.decode.proof.layer_glue import LayerGlue, glue_of
 from hybrimoe_plugin.engine.turns import Turns

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hybrimoe_plugin.decode.cpu_layer import CpuLayer
 from hybrimoe_plugin.decode.last_tokens import LastLayer
+from hybrimoe_plugin.decode.on_cpu.cpu_layer import CpuLayer
 from hybrimoe_plugin.errors import ConfigError, WeightsError
 from hybrimoe_plugin.families.registry import families, register
 from hybrimoe_plugin.hosts.transformers.gguf_export import export_gguf

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor
 from hybrimoe_plugin.compute.cpu.native.choice import new_graph
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.step import FEW_ROWS
@@ -20,14 +21,14 @@ With Qwen3-30B-A3B a row takes 61 KB in each layer and 0.6 MB in the head: 230 M
 and 47 KB for each graph.
 """
 
-Build = Callable[[Graph, GraphTensor], Sequence[GraphTensor]]
+Build = Callable[[AnyGraph, GraphTensor], Sequence[GraphTensor]]
 """Adds the operations of a function to a graph: input node -> output nodes."""
 
 
 class BuiltGraph(NamedTuple):
     """A finished graph with its input and outputs."""
 
-    graph: Graph
+    graph: AnyGraph
     input: GraphTensor
     outputs: Sequence[GraphTensor]
 

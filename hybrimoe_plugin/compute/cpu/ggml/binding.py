@@ -129,7 +129,9 @@ class GgmlBinding:
         sizes_strides_offset = (*[_Int64] * 3, *[_Size] * 3)
         self.view = _function(library.ggml_view_3d, *unary, *sizes_strides_offset)
 
-        self.type_traits = _function(library.ggml_internal_get_type_traits, TypeTraits, ctypes.c_int)
+        self.type_traits = _function(
+            library.ggml_internal_get_type_traits, TypeTraits, ctypes.c_int
+        )
 
         self.new_graph = _function(
             library.ggml_new_graph_custom, graph, context, _Size, ctypes.c_bool

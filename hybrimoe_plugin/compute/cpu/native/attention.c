@@ -46,21 +46,17 @@ void append(const void *data, int64_t chunk)
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 #define LANES 16
 
-INLINE Lanes lanes(const float *x)
-{
-    return *(const Lanes *)x;
-}
+#define AT(x) (*(const Lanes *)(x))
 
-INLINE float sum_of(Lanes x)
+INLINE float sum_of(const Lanes *x)
 {
-    float parts[LANES], sum = 0;
-    memcpy(parts, &x, sizeof parts);
+    float parts[LANES];
+    memcpy(parts, x, sizeof parts);
     for (int i = 0; i < 8; i++)
         parts[i] += parts[i + 8];
     for (int i = 0; i < 4; i++)
         parts[i] += parts[i + 4];
-    sum = (parts[0] + parts[2]) + (parts[1] + parts[3]);
-    return sum;
+    return (parts[0] + parts[2]) + (parts[1] + parts[3]);
 }
 
 #define HEADS 4 /* at a time, for which a key or value is read once */
@@ -72,12 +68,12 @@ INLINE void score(const Attention *a, const float *query, int64_t heads, const f
     Lanes sums[HEADS] = {0};
     int64_t i = 0;
     for (; i + LANES <= a->width; i += LANES) {
-        const Lanes k = lanes(key + i);
+        const Lanes k = AT(key + i);
         for (int h = 0; h < HEADS; h++)
-            sums[h] += lanes(query + (h < heads ? h : 0) * a->width + i) * k;
+            sums[h] += AT(query + (h < heads ? h : 0) * a->width + i) * k;
     }
     for (int64_t h = 0; h < heads; h++) {
-        float sum = sum_of(sums[h]);
+        float sum = sum_of(&sums[h]);
         for (int64_t rest = i; rest < a->width; rest++)
             sum += query[h * a->width + rest] * key[rest];
         scores[h * MOST_BLOCK] = sum * a->scaling;
@@ -92,7 +88,7 @@ INLINE void add_up(const Attention *a, const float *weights, int64_t heads, int6
     for (; i + LANES <= a->value_width; i += LANES) {
         Lanes sums[HEADS] = {0};
         for (int64_t t = 0; t < tokens; t++) {
-            const Lanes v = lanes(values + t * a->value_stride + i);
+            const Lanes v = AT(values + t * a->value_stride + i);
             for (int h = 0; h < HEADS; h++)
                 sums[h] += weights[h * MOST_BLOCK + t] * v;
         }
@@ -131,11 +127,10 @@ PORTABLE void attend_block(const void *data, int64_t chunk)
             float largest = -INFINITY, sum = 0;
             for (int64_t t = 0; t < count; t++)
                 largest = s[t] > largest ? s[t] : largest;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t t = 0; t < count; t++) {
+            for (int64_t t = 0; t < count; t++)
                 s[t] = exponential(s[t] - largest);
+            for (int64_t t = 0; t < count; t++)
                 sum += s[t];
-            }
             out[0] = largest;
             out[1] = sum;
         }
@@ -160,7 +155,6 @@ PORTABLE void merge_blocks(const void *data, int64_t head)
         const float *part = a->parts + (b * heads + head) * size;
         const float weight = exponential(part[0] - largest);
         sum += weight * part[1];
-#pragma omp simd
         for (int64_t i = 0; i < a->value_width; i++)
             out[i] += weight * part[2 + i];
     }

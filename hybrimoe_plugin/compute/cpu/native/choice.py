@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph
-from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels, operations
 
 TILED_ROWS = 12
@@ -22,9 +22,7 @@ def takes(kernels: Kernels | None, rows: int) -> bool:
     return kernels is not None and (rows == 1 or (kernels.tiles and rows >= TILED_ROWS))
 
 
-def new_graph(
-    ggml: Ggml, threads: int, rows: int, kept: bool = False, nodes: int = 48
-) -> Graph | NativeGraph:
+def new_graph(ggml: Ggml, threads: int, rows: int, kept: bool = False, nodes: int = 48) -> AnyGraph:
     """An empty graph for products of so many rows.
 
     Args:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,123 +23,31 @@ from hybrimoe_plugin.compute.cpu.ggml.runtime import GraphRuntime
 from hybrimoe_plugin.compute.cpu.ggml.tensor import (
     GraphTensor,
     buffer,
-    bytes_of_row,
     check_stored,
     norm_epsilon_fits,
     require,
     require_form,
 )
 from hybrimoe_plugin.compute.cpu.native.kernels import (
-    TILE_DEPTH,
-    TILE_ROWS,
     Kernels,
-    TypeKernels,
     operations,
 )
+from hybrimoe_plugin.compute.cpu.native.product_steps import ProductSteps, matrix_of
+from hybrimoe_plugin.compute.cpu.native.steps import ProductsStep, Step
 from hybrimoe_plugin.compute.cpu.native.structures import (
     Attention,
-    Conversion,
     LookUp,
-    Operation,
     Pointing,
-    Product,
-    Products,
     Rotation,
     Rows,
-    Tiling,
     WeightedSum,
 )
+from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache, Rotating
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
-_ROWS_FOR_TILES = 4
-"""Rows of activations from which tiles are faster than row by row."""
-_CHUNK_BYTES = 64 << 10
-_CHUNKS_PER_THREAD = 4
-_LEAST_BLOCK, _MOST_BLOCK, _BLOCK_BYTES = 16, 256, 64 << 10
-"""Tokens of the cache of a chunk, whose keys are to stay in a core's cache."""
-_PANEL = 32
-"""Rows of weights of a chunk by tiles."""
 
-
-class _Step(NamedTuple):
-    """An operation to be."""
-
-    run: int
-    chunks: int
-    data: ctypes.Structure
-
-
-class _ProductsStep:
-    """Products that are going to be one operation."""
-
-    def __init__(self, run: int) -> None:
-        self.run = run
-        self.products: list[Product] = []
-        self.chunks = 0
-        self.written: set[int] = set()
-        """Addresses of the storages that they write."""
-
-    def add(self, product: Product, chunks: int, out: torch.Tensor) -> None:
-        product.first_chunk = self.chunks
-        self.products.append(product)
-        self.chunks += chunks
-        self.written.add(_storage(out))
-
-
-class Rotating(NamedTuple):
-    """A rotary embedding: result[i] = x[first[i]] * by_first[i] + x[second[i]] * by_second[i]."""
-
-    first: torch.Tensor
-    """[D] int64, as `second`."""
-    second: torch.Tensor
-    by_first: torch.Tensor
-    """[D] float32, as `by_second`; of the running step's position."""
-    by_second: torch.Tensor
-
-
-class AttendedCache:
-    """The cache that a graph's attention reads, and writes the new entry to."""
-
-    def __init__(self, data: Attention, step: int) -> None:
-        self._data = data
-        self.step = step
-        self.operation: Any = None
-        """The one whose chunks are blocks of tokens; known once the graph is finished."""
-        width = max(data.width, data.value_width)
-        block = _BLOCK_BYTES // (4 * width)
-        self._block = data.block = max(_LEAST_BLOCK, min(block, _MOST_BLOCK))
-        self._blocks = 0
-        self._parts: torch.Tensor | None = None
-        self._keys: torch.Tensor | None = None
-
-    def set(self, keys: torch.Tensor, values: torch.Tensor, held: int) -> None:
-        """Name it for the next runs.
-
-        Args:
-            keys: [1, key heads, capacity, D] float32, of which so many are held; there is room for
-                one more.
-            values: the same with W; with no values where those of keys are read.
-        """
-        data = self._data
-        if keys is not self._keys:
-            self._keys = None
-            values = values if values.shape[3] else keys
-            data.keys, data.values = keys.data_ptr(), values.data_ptr()
-            data.key_head_stride, data.key_stride = keys.stride(1), keys.stride(2)
-            data.value_head_stride, data.value_stride = values.stride(1), values.stride(2)
-            self._keys = keys
-        blocks = held // self._block + 1
-        if blocks > self._blocks:
-            heads = data.key_heads * data.group
-            self._parts = buffer(2 * blocks, heads, data.value_width + 2)
-            data.parts = self._parts.data_ptr()
-            self._blocks = 2 * blocks
-        data.held = held
-        self.operation.chunks = blocks * data.key_heads
-
-
-class NativeGraph:
+class NativeGraph(ProductSteps):
     """Operations on fixed buffers, built once and run often.
 
     Args:
@@ -153,18 +60,8 @@ class NativeGraph:
     spoiled = False
 
     def __init__(self, ggml: GraphRuntime, kernels: Kernels, threads: int) -> None:
+        super().__init__(kernels, threads)
         self._ggml = ggml
-        self._kernels = kernels
-        self._threads = threads
-        self._steps: list[_Step | _ProductsStep] = []
-        self._converted: dict[tuple[Any, ...], torch.Tensor] = {}
-        """Activations as products take them, by where they lie and how they were converted."""
-        self._referenced: list[Any] = []
-        """Memory whose addresses the operations hold."""
-        self._pointings: list[tuple[Pointing, _ProductsStep, int]] = []
-        """What sets the weights of products, and which of a step's they are."""
-        self._caches: list[AttendedCache] = []
-        self._operations: Any = None
 
     def input(self, *shape: int, dtype: torch.dtype = torch.float32) -> GraphTensor:
         """A buffer that the caller fills: float32, or int32 for ids."""
@@ -220,21 +117,10 @@ class NativeGraph:
         require(columns == x.shape[-1] and batch_fits, "a product", weight, x)
         out = buffer(*x.shape[:-1], weight.shape[-2]) if out is None else out
         target = out.view(*x.shape[:-1], weight.shape[-2])
-        kernels = self._kernels.of(weight.type_name)
-        tiled = x.shape[-2] >= _ROWS_FOR_TILES and self._can_tile(weight)
         forms = self._ggml.forms(weight.type_name)
-        right = forms.lookup if tiled else forms.indexed
+        right = forms.lookup if self._takes_tiles(weight, x.value) else forms.indexed
         require_form(right or weight.stored is None, "products", weight)
-        run = operations.tile_products if tiled else operations.row_products
-        by_batch = x.value.view(x.shape) if x.value.is_contiguous() else x.value
-        inputs = _three(by_batch)
-        outputs = _three(target)
-        converted = self._converted_rows(inputs, kernels, tiled)
-        step = self._products_step(run, inputs)
-        for index in range(len(inputs)):
-            product, chunks = self._product(weight, index, converted, outputs[index], kernels, tiled)
-            step.add(product, chunks, target)
-        self._wrote(target)
+        self._add_products(weight, x.value.view(x.shape), target)
         return self._tensor(target)
 
     def matmul_chosen(
@@ -261,11 +147,11 @@ class NativeGraph:
             row = self._tensor(rows[place : place + 1])
             self.matmul(weight, row, out[place : place + 1])
         step = self._steps[-1]
-        assert isinstance(step, _ProductsStep)
+        assert isinstance(step, ProductsStep)
         pointing = Pointing(ids.value.data_ptr(), addresses.ctypes.data, None, top_k)
         self._referenced.append(addresses)
         self._pointings.append((pointing, step, len(step.products) - top_k))
-        self._steps.insert(len(self._steps) - 1, _Step(operations.point, 1, pointing))
+        self._steps.insert(len(self._steps) - 1, Step(operations.point, 1, pointing))
         return self._tensor(out)
 
     def weighted_sum(self, values: GraphTensor, weights: GraphTensor) -> GraphTensor:
@@ -352,9 +238,14 @@ class NativeGraph:
         require_form(self._ggml.forms(weight.type_name).lookup, "rows", weight)
         out = buffer(*ids.shape, weight.shape[-1])
         kind = self._kernels.of(weight.type_name).kind
-        data, stride = _weights(weight, 0)
+        data, stride = matrix_of(weight, 0)
         look_up = LookUp(
-            ctypes.addressof(kind), data, stride, weight.shape[-1], ids.value.data_ptr(), out.data_ptr()
+            ctypes.addressof(kind),
+            data,
+            stride,
+            weight.shape[-1],
+            ids.value.data_ptr(),
+            out.data_ptr(),
         )
         self._add(operations.look_up, len(out), look_up, out)
         return self._tensor(out)
@@ -400,137 +291,8 @@ class NativeGraph:
         out = buffer(*x.shape) if out is None else out
         return self._by_row(operations.rms_norm, x, weight, out, eps)
 
-    def finish(self, *outputs: GraphTensor) -> None:
-        """Close the graph: nothing can be added after."""
-        made = (Operation * len(self._steps))()
-        for operation, step in zip(made, self._steps, strict=True):
-            if isinstance(step, _ProductsStep):
-                products = (Product * len(step.products))(*step.products)
-                data: Any = Products(ctypes.addressof(products), len(products))
-                for pointing, its_step, first in self._pointings:
-                    if its_step is step:
-                        pointing.products = ctypes.addressof(products[first])
-                self._referenced.append(products)
-            else:
-                data = step.data
-            self._referenced.append(data)
-            operation.run = step.run
-            operation.chunks = step.chunks
-            operation.data = ctypes.addressof(data)
-        for cache in self._caches:
-            cache.operation = made[cache.step]
-        self._operations = made
-
-    def run(self) -> None:
-        """Compute every output. Mutates: the tensors' buffers."""
-        assert self._operations is not None, "finish() comes first"
-        status = self._kernels.run(self._operations, len(self._operations), self._threads)
-        assert status == 0, "too many operations or chunks"
-
     def spread_nan(self, rows: int, outputs: Sequence[GraphTensor]) -> None:
         """Nothing to do: see `spoiled`."""
-
-    def _can_tile(self, weight: GraphTensor) -> bool:
-        return self._kernels.tiles and weight.shape[-1] % TILE_DEPTH == 0
-
-    def _product(
-        self,
-        weight: GraphTensor,
-        index: int,
-        converted: torch.Tensor,
-        out: torch.Tensor,
-        kernels: TypeKernels,
-        tiled: bool,
-    ) -> tuple[Product, int]:
-        """One matrix of a batch, and its number of chunks.
-
-        Args:
-            converted: [B, rows or blocks, bytes].
-            out: [T, N].
-        """
-        data, stride = _weights(weight, index if len(weight.shape) == 3 else 0)
-        count, columns = weight.shape[-2:]
-        chunk_rows = _PANEL if tiled else self._chunk_rows(count, stride)
-        x = converted[index]
-        product = Product(
-            ctypes.addressof(kernels.kind),
-            data,
-            stride,
-            x.data_ptr(),
-            x.stride(0) * x.element_size(),
-            out.data_ptr(),
-            out.stride(0),
-            out.shape[0],
-            count,
-            columns,
-            0,
-            chunk_rows,
-        )
-        return product, -(-count // chunk_rows)
-
-    def _chunk_rows(self, count: int, row_bytes: int) -> int:
-        """Rows of weights of a chunk: few enough to share, many enough to read ahead."""
-        by_size = max(1, _CHUNK_BYTES // row_bytes)
-        shared = -(-count // (_CHUNKS_PER_THREAD * self._threads))
-        return max(1, min(by_size, shared))
-
-    def _converted_rows(
-        self, x: torch.Tensor, kernels: TypeKernels, tiled: bool
-    ) -> torch.Tensor:
-        """x [B, T, M] as products take it: [B, T, bytes], or [B, T / 16, bytes] of tiles."""
-        if not tiled and kernels.convert is None:
-            return x
-        how = "tiles" if tiled else kernels.convert
-        key = x.data_ptr(), tuple(x.shape), x.stride(), how
-        found = self._converted.get(key)
-        if found is not None:
-            return found
-        batch, rows, columns = x.shape
-        if tiled:
-            blocks = -(-rows // TILE_ROWS)
-            found = buffer(batch, blocks, TILE_ROWS * columns, dtype=torch.bfloat16)
-        else:
-            found = buffer(batch, rows, kernels.x_bytes(columns), dtype=torch.uint8)
-        for part, out in zip(x, found, strict=True):
-            step: ctypes.Structure
-            if tiled:
-                places = None, None, None
-                step = Tiling(
-                    part.data_ptr(), part.stride(0), *places, out.data_ptr(), rows, columns
-                )
-                run = operations.to_tiles
-            else:
-                step = Conversion(
-                    kernels.convert,
-                    part.data_ptr(),
-                    part.stride(0),
-                    out.data_ptr(),
-                    out.stride(0),
-                    rows,
-                    columns,
-                )
-                run = operations.convert
-            self._before_products(_Step(run, len(out), step), x)
-        self._referenced += [found, x]
-        self._converted[key] = found
-        return found
-
-    def _before_products(self, step: _Step, x: torch.Tensor) -> None:
-        """Add a conversion, before the last products if these do not make what it reads."""
-        last = self._steps[-1] if self._steps else None
-        if isinstance(last, _ProductsStep) and _storage(x) not in last.written:
-            self._steps.insert(len(self._steps) - 1, step)
-        else:
-            self._steps.append(step)
-
-    def _products_step(self, run: int, x: torch.Tensor) -> _ProductsStep:
-        """The operation that products of x can be part of."""
-        last = self._steps[-1] if self._steps else None
-        if isinstance(last, _ProductsStep) and last.run == run and _storage(x) not in last.written:
-            return last
-        step = _ProductsStep(run)
-        self._steps.append(step)
-        return step
 
     def _by_row(
         self, run: int, x: GraphTensor, y: GraphTensor, out: torch.Tensor, number: float = 0.0
@@ -552,18 +314,6 @@ class NativeGraph:
         self._add(run, len(inputs), data, out)
         return self._tensor(out)
 
-    def _add(self, run: int, chunks: int, data: ctypes.Structure, out: torch.Tensor) -> None:
-        self._steps.append(_Step(run, chunks, data))
-        self._wrote(out)
-
-    def _wrote(self, out: torch.Tensor) -> None:
-        """Forget conversions of what is written anew."""
-        self._referenced.append(out)
-        storage = _storage(out)
-        stale = [key for key in self._converted if key[0] == storage]
-        for key in stale:
-            del self._converted[key]
-
     def _tensor(self, memory: torch.Tensor) -> GraphTensor:
         self._referenced.append(memory)
         return GraphTensor(0, tuple(memory.shape), memory)
@@ -572,27 +322,6 @@ class NativeGraph:
 AnyGraph = Graph | NativeGraph
 
 
-def _storage(memory: torch.Tensor) -> int:
-    return memory.untyped_storage().data_ptr()
-
-
-def _three(values: torch.Tensor) -> torch.Tensor:
-    """[B, T, M], of B = 1 where there are two dimensions."""
-    return values[None] if values.ndim == 2 else values
-
-
 def _rows(values: torch.Tensor) -> torch.Tensor:
     """[rows, M]; a view."""
     return values.view(-1, values.shape[-1]) if values.ndim != 2 else values
-
-
-def _weights(weight: GraphTensor, index: int) -> tuple[int, int]:
-    """(address of a matrix of a stack, bytes from one of its rows to the next)."""
-    columns = weight.shape[-1]
-    if weight.stored is None:
-        values = _three(weight.value)[index]
-        return values.data_ptr(), 4 * values.stride(0)
-    stored = weight.stored
-    row = bytes_of_row(stored.type_name, columns)
-    matrix = stored.stride or row * weight.shape[-2]
-    return int(stored.data.ctypes.data) + index * matrix, row

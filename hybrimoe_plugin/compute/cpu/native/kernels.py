@@ -11,9 +11,12 @@ from hybrimoe_plugin.compute.cpu.ggml.binding import GgmlBinding
 from hybrimoe_plugin.compute.cpu.native.structures import Kind, Operation
 
 try:
-    from hybrimoe_plugin.compute.cpu.native import operations
+    from hybrimoe_plugin.compute.cpu.native import operations as operations
 except ImportError:  # no C compiler was there when it was installed
     operations = None  # type: ignore[assignment]
+
+EXACT = frozenset({"F16", "F32"})
+"""Types whose values bfloat16 would round; tiles leave them to ggml."""
 
 TILE_ROWS = 16
 TILE_DEPTH = 32

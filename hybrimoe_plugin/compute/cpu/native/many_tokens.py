@@ -1,8 +1,8 @@
 """Many tokens' experts by tiles: one operation for each step, over all experts that have rows.
 
-    chosen experts [T, K]    5 3 | 0 5 | 0 3      T = 3, K = 2
-    rows, sorted             0: tokens 1 2    3: tokens 0 2    5: tokens 0 1
-    blocks of 16 rows        0                1                2
+chosen experts [T, K]    5 3 | 0 5 | 0 3      T = 3, K = 2
+rows, sorted             0: tokens 1 2    3: tokens 0 2    5: tokens 0 1
+blocks of 16 rows        0                1                2
 """
 
 from __future__ import annotations
@@ -14,8 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybrimoe_plugin.compute.cpu.ggml.tensor import bytes_of_row
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
-from hybrimoe_plugin.compute.cpu.native.kernels import TILE_DEPTH, TILE_ROWS, Kernels, operations
+from hybrimoe_plugin.compute.cpu.native.kernels import (
+    EXACT,
+    TILE_DEPTH,
+    TILE_ROWS,
+    Kernels,
+    operations,
+)
 from hybrimoe_plugin.compute.cpu.native.structures import (
     Operation,
     Product,
@@ -24,14 +31,13 @@ from hybrimoe_plugin.compute.cpu.native.structures import (
     Tiling,
     WeightedSum,
 )
-from hybrimoe_plugin.compute.cpu.ggml.tensor import bytes_of_row
 
 _PANEL = 32
 """Rows of weights of a chunk."""
 
 Integers = NDArray[np.int64]
 
-_PRODUCT = np.dtype([(name, np.int64) for name, _ in Product._fields_])
+_PRODUCT = np.dtype([(name, np.int64) for name, *_ in Product._fields_])
 
 
 class SortedRows(NamedTuple):
@@ -84,7 +90,9 @@ def can_tile(kernels: Kernels | None, stored: StoredExperts) -> bool:
     """Whether a layer's experts can be computed by tiles."""
     parts = stored.gate, stored.up, stored.down
     fit = all(part.shape[-1] % TILE_DEPTH == 0 for part in parts)
-    right = all(stored.ggml.forms(part.type_name).lookup for part in parts)
+    right = all(
+        stored.ggml.forms(part.type_name).lookup and part.type_name not in EXACT for part in parts
+    )
     return kernels is not None and kernels.tiles and fit and right
 
 

@@ -12,7 +12,7 @@ static struct PyModuleDef definition = {
     .m_size = -1,
 };
 
-#define NAMED(function) {#function, (void *)function}
+#define NAMED(function) {#function, (uintptr_t)function}
 
 PyMODINIT_FUNC PyInit_operations(void)
 {
@@ -21,7 +21,7 @@ PyMODINIT_FUNC PyInit_operations(void)
         return NULL;
     const struct {
         const char *name;
-        void *address;
+        uintptr_t address;
     } found[] = {
         NAMED(run_graph),     NAMED(convert),  NAMED(row_products), NAMED(to_tiles),
         NAMED(tile_products), NAMED(rms_norm), NAMED(add),          NAMED(multiply),
@@ -30,7 +30,7 @@ PyMODINIT_FUNC PyInit_operations(void)
         NAMED(rotate),
     };
     for (size_t i = 0; i < sizeof found / sizeof *found; i++) {
-        PyObject *address = PyLong_FromVoidPtr(found[i].address);
+        PyObject *address = PyLong_FromSize_t(found[i].address);
         const int failed =
             address == NULL || PyModule_AddObjectRef(module, found[i].name, address) < 0;
         Py_XDECREF(address);

@@ -4,6 +4,8 @@
 
 #include "native.h"
 
+#define LANES 8 /* partial sums that a processor adds at once */
+
 typedef struct {
     float *out;
     const float *x, *y;
@@ -28,10 +30,15 @@ PORTABLE void rms_norm(const void *data, int64_t row)
     float *out;
     const float *x, *y;
     const Rows *r = row_of(data, row, &out, &x, &y);
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < r->width; i++)
-        sum += (double)x[i] * x[i];
+    double parts[LANES] = {0}, sum = 0;
+    int64_t at = 0;
+    for (; at + LANES <= r->width; at += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            parts[lane] += (double)x[at + lane] * x[at + lane];
+    for (; at < r->width; at++)
+        sum += (double)x[at] * x[at];
+    for (int lane = 0; lane < LANES; lane++)
+        sum += parts[lane];
     const float scale = 1.0f / sqrtf((float)(sum / r->width) + r->number);
     for (int64_t i = 0; i < r->width; i++)
         out[i] = x[i] * scale * y[i];
@@ -119,7 +126,8 @@ PORTABLE void weighted_sum(const void *data, int64_t token)
         out[i] = 0;
     for (int64_t k = 0; k < w->top_k; k++) {
         const int64_t place = w->places[token * w->top_k + k];
-        const float *values = w->values + place * w->width, factor = w->weights[token * w->top_k + k];
+        const float *values = w->values + place * w->width;
+        const float factor = w->weights[token * w->top_k + k];
         for (int64_t i = 0; i < w->width; i++)
             out[i] += factor * values[i];
     }

@@ -8,7 +8,8 @@ import torch
 
 from hybrimoe_plugin.compute.attention.rope import Rope, cos_sin
 from hybrimoe_plugin.compute.cpu.ggml import Graph, GraphTensor, buffer
-from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph, Rotating
+from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
+from hybrimoe_plugin.compute.cpu.native.token_attention import Rotating
 from hybrimoe_plugin.errors import InputError
 
 
@@ -32,8 +33,8 @@ class RopeMatrix:
         self._unit_vectors = torch.eye(rope.width, device="cpu")
         self._embeddings: Any = None
         self.matrix = buffer(rope.width, rope.width)
-        self._first, self._second = _sources(rope)
-        self._rotating: Rotating | None = None
+        factors = buffer(rope.width), buffer(rope.width)
+        self._rotating = Rotating(*_sources(rope), *factors)
 
     def build(
         self, graph: Graph | NativeGraph, x: GraphTensor, out: torch.Tensor | None = None
@@ -45,9 +46,6 @@ class RopeMatrix:
         """
         if isinstance(graph, Graph):
             return graph.matmul(graph.wrap(self.matrix), x, out, indexed=False)
-        if self._rotating is None:
-            factors = buffer(self._rope.width), buffer(self._rope.width)
-            self._rotating = Rotating(self._first, self._second, *factors)
         return graph.rotate(x, self._rotating, out)
 
     def set_step(self, embeddings: Any) -> None:
@@ -70,9 +68,9 @@ class RopeMatrix:
             )
         rotated = self._rope.rotate(self._unit_vectors, cos[0, 0], sin[0, 0])
         self.matrix.copy_(rotated.t())
-        if self._rotating is not None:
-            torch.gather(rotated, 0, self._first[None], out=self._rotating.by_first[None])
-            torch.gather(rotated, 0, self._second[None], out=self._rotating.by_second[None])
+        first, second, by_first, by_second = self._rotating
+        torch.gather(rotated, 0, first[None], out=by_first[None])
+        torch.gather(rotated, 0, second[None], out=by_second[None])
         self._embeddings = embeddings
 
 

@@ -15,11 +15,11 @@ import torch
 from steps import prefill, step
 
 from hybrimoe_plugin import load_model
-from hybrimoe_plugin.decode.cpu_layer import CpuLayer
-from hybrimoe_plugin.decode.cpu_step import CpuStep
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.last_tokens import LastLayer
 from hybrimoe_plugin.decode.layer_call import EagerLayer
+from hybrimoe_plugin.decode.on_cpu.cpu_layer import CpuLayer
+from hybrimoe_plugin.decode.on_cpu.cpu_step import CpuStep
 from hybrimoe_plugin.hosts.transformers import load_plain_model
 
 needs.kt_kernel()

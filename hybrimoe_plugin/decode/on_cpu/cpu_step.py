@@ -11,11 +11,12 @@ from hybrimoe_plugin.compute.attention.rope import Rope
 from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
 from hybrimoe_plugin.compute.cpu.native.choice import kernels_of
-from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, AttendedCache, NativeGraph
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
+from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
-from hybrimoe_plugin.decode.native_step import NativeStep
-from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
-from hybrimoe_plugin.decode.step_attention import step_attention
+from hybrimoe_plugin.decode.on_cpu.native_step import NativeStep
+from hybrimoe_plugin.decode.on_cpu.rope_matrix import RopeMatrix
+from hybrimoe_plugin.decode.on_cpu.step_attention import step_attention
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.operators.linear import GgmlLinear

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from hybrimoe_plugin.compute.attention.kv_cache import Buffers, GrowingLayer, use_growing_layer
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, use_growing_layer
 from hybrimoe_plugin.compute.attention.sequences import rows_of
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.native.choice import kernels_of
-from hybrimoe_plugin.compute.cpu.native.graph import AttendedCache, NativeGraph
+from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
+from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 
 Build = Callable[[NativeGraph, GraphTensor], tuple[list[GraphTensor], AttendedCache]]
 """Adds a layer to a graph, from its input [1, H]: outputs, and the cache that is to be named."""

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from hybrimoe_plugin.compute.attention.kv_cache import cache_in
-from hybrimoe_plugin.decode.cpu_step import CpuStep
 from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks
 from hybrimoe_plugin.decode.layer_call import EagerLayer, is_decode_step
+from hybrimoe_plugin.decode.on_cpu.cpu_step import CpuStep
 from hybrimoe_plugin.policy.step import FEW_ROWS
 
 

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 
 from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
-from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, AttendedCache, NativeGraph
-from hybrimoe_plugin.decode.rope_matrix import RopeMatrix
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
+from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
+from hybrimoe_plugin.decode.on_cpu.rope_matrix import RopeMatrix
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.mla import FusedMLA
 
@@ -143,9 +144,7 @@ class LatentStep:
         query = buffer(attention.heads, attention.latent + attention.rope_width)
         _, entry = self._build_entry(graph, x, rope)
         self._build_absorbed_query(graph, x, rope, query)
-        latents, cache = graph.attend(
-            query, entry, None, 1, attention.latent, attention.scaling
-        )
+        latents, cache = graph.attend(query, entry, None, 1, attention.latent, attention.scaling)
         return graph.view(latents, latents.value[:, None]), cache
 
     def build_output(self, graph: AnyGraph, attended: GraphTensor) -> GraphTensor:

@@ -14,7 +14,7 @@ from steps import prefill, step
 
 from hybrimoe_plugin import load_model
 from hybrimoe_plugin.compute.cpu.ggml import Graph
-from hybrimoe_plugin.decode.cpu_step import CpuStep
+from hybrimoe_plugin.decode.on_cpu.cpu_step import CpuStep
 
 needs.kt_kernel()
 

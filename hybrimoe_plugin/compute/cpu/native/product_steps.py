@@ -1,0 +1,147 @@
+"""Products in a graph: how they are cut into chunks, and activations brought into their types."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from hybrimoe_plugin.compute.cpu.ggml.tensor import GraphTensor, buffer, bytes_of_row
+from hybrimoe_plugin.compute.cpu.native.kernels import (
+    EXACT,
+    TILE_DEPTH,
+    TILE_ROWS,
+    TypeKernels,
+    operations,
+)
+from hybrimoe_plugin.compute.cpu.native.steps import Step, Steps
+from hybrimoe_plugin.compute.cpu.native.structures import Conversion, Product, Tiling
+
+_ROWS_FOR_TILES = 4
+"""Rows of activations from which tiles are faster than row by row."""
+_CHUNK_BYTES = 64 << 10
+_CHUNKS_PER_THREAD = 4
+_PANEL = 32
+"""Rows of weights of a chunk by tiles."""
+
+
+class ProductSteps(Steps):
+    """Steps, products among them."""
+
+    def _add_products(self, weight: GraphTensor, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out [..., T, N] from weight [..., N, M] and x [..., T, M], whose shapes fit."""
+        kernels = self._kernels.of(weight.type_name)
+        tiled = self._takes_tiles(weight, x)
+        run = operations.tile_products if tiled else operations.row_products
+        inputs, outputs = _three(x), _three(out)
+        converted = self._converted_rows(inputs, kernels, tiled)
+        step = self._products_step(run, inputs)
+        for index in range(len(inputs)):
+            output = outputs[index]
+            product, chunks = self._product(weight, index, converted, output, kernels, tiled)
+            step.add(product, chunks, out)
+        self._wrote(out)
+
+    def _takes_tiles(self, weight: GraphTensor, x: torch.Tensor) -> bool:
+        return x.shape[-2] >= _ROWS_FOR_TILES and self._can_tile(weight)
+
+    def _can_tile(self, weight: GraphTensor) -> bool:
+        fits = weight.shape[-1] % TILE_DEPTH == 0
+        return self._kernels.tiles and fits and weight.type_name not in EXACT
+
+    def _product(
+        self,
+        weight: GraphTensor,
+        index: int,
+        converted: torch.Tensor,
+        out: torch.Tensor,
+        kernels: TypeKernels,
+        tiled: bool,
+    ) -> tuple[Product, int]:
+        """One matrix of a batch, and its number of chunks.
+
+        Args:
+            converted: [B, rows or blocks, bytes].
+            out: [T, N].
+        """
+        data, stride = matrix_of(weight, index if len(weight.shape) == 3 else 0)
+        count, columns = weight.shape[-2:]
+        chunk_rows = _PANEL if tiled else self._chunk_rows(count, stride)
+        x = converted[index]
+        product = Product(
+            ctypes.addressof(kernels.kind),
+            data,
+            stride,
+            x.data_ptr(),
+            x.stride(0) * x.element_size(),
+            out.data_ptr(),
+            out.stride(0),
+            out.shape[0],
+            count,
+            columns,
+            0,
+            chunk_rows,
+        )
+        return product, -(-count // chunk_rows)
+
+    def _chunk_rows(self, count: int, row_bytes: int) -> int:
+        """Rows of weights of a chunk: few enough to share, many enough to read ahead."""
+        by_size = max(1, _CHUNK_BYTES // row_bytes)
+        shared = -(-count // (_CHUNKS_PER_THREAD * self._threads))
+        return max(1, min(by_size, shared))
+
+    def _converted_rows(self, x: torch.Tensor, kernels: TypeKernels, tiled: bool) -> torch.Tensor:
+        """x [B, T, M] as products take it: [B, T, bytes], or [B, T / 16, bytes] of tiles."""
+        if not tiled and kernels.convert is None:
+            return x
+        how = "tiles" if tiled else kernels.convert
+        key = x.data_ptr(), tuple(x.shape), x.stride(), how
+        found = self._converted.get(key)
+        if found is not None:
+            return found
+        batch, rows, columns = x.shape
+        if tiled:
+            blocks = -(-rows // TILE_ROWS)
+            found = buffer(batch, blocks, TILE_ROWS * columns, dtype=torch.bfloat16)
+        else:
+            found = buffer(batch, rows, kernels.x_bytes(columns), dtype=torch.uint8)
+        for part, out in zip(x, found, strict=True):
+            step: ctypes.Structure
+            if tiled:
+                places = None, None, None
+                step = Tiling(
+                    part.data_ptr(), part.stride(0), *places, out.data_ptr(), rows, columns
+                )
+                run = operations.to_tiles
+            else:
+                step = Conversion(
+                    kernels.convert,
+                    part.data_ptr(),
+                    part.stride(0),
+                    out.data_ptr(),
+                    out.stride(0),
+                    rows,
+                    columns,
+                )
+                run = operations.convert
+            self._before_products(Step(run, len(out), step), x)
+        self._referenced += [found, x]
+        self._converted[key] = found
+        return found
+
+
+def _three(values: torch.Tensor) -> torch.Tensor:
+    """[B, T, M], of B = 1 where there are two dimensions."""
+    return values[None] if values.ndim == 2 else values
+
+
+def matrix_of(weight: GraphTensor, index: int) -> tuple[int, int]:
+    """(address of a matrix of a stack, bytes from one of its rows to the next)."""
+    columns = weight.shape[-1]
+    if weight.stored is None:
+        values = _three(weight.value)[index]
+        return values.data_ptr(), 4 * values.stride(0)
+    stored = weight.stored
+    row = bytes_of_row(stored.type_name, columns)
+    matrix = stored.stride or row * weight.shape[-2]
+    return int(stored.data.ctypes.data) + index * matrix, row

@@ -1,0 +1,1 @@
+"""Decode steps of layers on the CPU."""
