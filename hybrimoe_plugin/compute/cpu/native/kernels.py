@@ -18,6 +18,9 @@ except ImportError:  # no C compiler was there when it was installed
 EXACT = frozenset({"F16", "F32"})
 """Types whose values bfloat16 would round; tiles leave them to ggml."""
 
+OWN_DOTS = frozenset({"Q4_K", "Q5_0", "Q6_K", "Q8_0"})
+"""Types whose products of one row are compiled too, for processors with VNNI."""
+
 TILE_ROWS = 16
 TILE_DEPTH = 32
 """A tile's rows, and its columns in bfloat16."""
@@ -71,5 +74,8 @@ class Kernels:
         traits = self._binding.type_traits(number)
         x_number = GGMLQuantizationType(traits.dot_type)
         convert = self._binding.type_traits(x_number).from_float
-        kind = Kind(traits.dot, traits.to_float, *GGML_QUANT_SIZES[number])
+        dots = None
+        if operations.vnni and type_name in OWN_DOTS:
+            dots = getattr(operations, f"dots_{type_name.lower()}")
+        kind = Kind(traits.dot, traits.to_float, dots, *GGML_QUANT_SIZES[number])
         return TypeKernels(kind, convert, *GGML_QUANT_SIZES[x_number])

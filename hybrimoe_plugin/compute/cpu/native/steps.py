@@ -11,6 +11,12 @@ from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
 from hybrimoe_plugin.compute.cpu.native.structures import Operation, Pointing, Product, Products
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 
+_CHUNKS_PER_THREAD = 4
+_LEAST_CHUNK, _MOST_CHUNK = 64 << 10, 512 << 10
+"""Bytes of weights of a chunk."""
+_GROUP = 4
+"""Rows of weights that products take side by side."""
+
 
 class Step(NamedTuple):
     """An operation to be."""
@@ -30,11 +36,30 @@ class ProductsStep:
         self.written: set[int] = set()
         """Addresses of the storages that they write."""
 
-    def add(self, product: Product, chunks: int, out: torch.Tensor) -> None:
-        product.first_chunk = self.chunks
+    def add(self, product: Product, out: torch.Tensor) -> None:
+        """A product; its rows of a chunk are 0 where `cut` is to choose them."""
         self.products.append(product)
-        self.chunks += chunks
         self.written.add(storage_of(out))
+
+    def cut(self, threads: int) -> None:
+        """Cut the products into chunks.
+
+        Weights are read ahead within a chunk, so large ones are faster. But each thread must get
+        its share: 8 chunks of two products for two threads.
+
+            gate   | 0 | 1 | 2 | 3 |
+            up     | 4 | 5 | 6 | 7 |
+        """
+        nbytes = sum(product.count * product.weights_stride for product in self.products)
+        wanted = nbytes // (_CHUNKS_PER_THREAD * threads)
+        wanted = max(_LEAST_CHUNK, min(wanted, _MOST_CHUNK))
+        for product in self.products:
+            if not product.chunk_rows:
+                pieces = -(-product.count * product.weights_stride // wanted)
+                rows = -(-product.count // pieces)
+                product.chunk_rows = -(-rows // _GROUP) * _GROUP
+            product.first_chunk = self.chunks
+            self.chunks += -(-product.count // product.chunk_rows)
 
 
 class Steps:
@@ -62,6 +87,7 @@ class Steps:
         made = (Operation * len(self._steps))()
         for operation, step in zip(made, self._steps, strict=True):
             if isinstance(step, ProductsStep):
+                step.cut(self._threads)
                 products = (Product * len(step.products))(*step.products)
                 data: Any = Products(ctypes.addressof(products), len(products))
                 for pointing, its_step, first in self._pointings:

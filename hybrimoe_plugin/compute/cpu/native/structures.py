@@ -20,6 +20,7 @@ class Kind(ctypes.Structure):
     _fields_ = [
         ("dot", _Pointer),
         ("dequantise", _Pointer),
+        ("dots", _Pointer),
         ("block", _Int64),
         ("block_bytes", _Int64),
     ]
