@@ -1,8 +1,8 @@
 /* Products of a row, or of a few.
  *
- * One row's product is bound by memory. The processor's own prefetching stops at every page of 4 KiB
- * and hardly gets going, as ggml's loop takes less than 100 ns for a row of weights. So each row's
- * bytes are asked for AHEAD bytes before they are used, across the ends of rows:
+ * One row's product is bound by memory. The processor's own prefetching stops at every page of
+ * 4 KiB and hardly gets going, as ggml's loop takes less than 100 ns for a row of weights. So each
+ * row's bytes are asked for AHEAD bytes before they are used, across the ends of rows:
  *
  *     weights   | row r | row r+1 | row r+2 | row r+3 | ...
  *                 used now            ^ asked for now
