@@ -15,8 +15,17 @@ try:
 except ImportError:  # no C compiler was there when it was installed
     operations = None  # type: ignore[assignment]
 
+
+def compiled() -> bool:
+    """Whether the operations were compiled."""
+    return operations is not None
+
+
 EXACT = frozenset({"F16", "F32"})
 """Types whose values bfloat16 would round; tiles leave them to ggml."""
+
+TILES = ("ggml's products, without tiles", "AVX-512's bfloat16", "AMX tiles")
+"""What multiplies many rows, by the module's `tiles`."""
 
 TILE_ROWS = 16
 TILE_DEPTH = 32
