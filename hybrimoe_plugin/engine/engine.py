@@ -248,15 +248,23 @@ class Engine:
         """
         now_us = self.clock.now_us()
         output: torch.Tensor = self.cpu.compute(layer, *call)  # type: ignore[attr-defined]
-        tokens, chosen = call.ids.shape
+        self.note_whole(layer, call.ids, now_us, self.clock.now_us() - now_us)
+        return output
+
+    def note_whole(self, layer: int, ids: torch.Tensor, start_us: float, spent_us: float) -> None:
+        """Count a call that the CPU has computed unplanned, and show it to whoever watches.
+
+        Args:
+            ids: [T, K] integers.
+            start_us: on the engine's clock.
+        """
+        tokens, chosen = ids.shape
         if tokens > 1:
-            chosen = len(set(call.ids.reshape(-1).tolist()))
-        spent_us = self.clock.now_us() - now_us
+            chosen = len(set(ids.reshape(-1).tolist()))
         self.controller.counters.count_whole(tokens, chosen, spent_us)
         watcher = self.watcher  # another thread may take it away
         if watcher is not None:
-            watcher(whole_call(layer, call.ids.numpy(), now_us, spent_us))
-        return output
+            watcher(whole_call(layer, ids.numpy(), start_us, spent_us))
 
     def _clean_up(self) -> None:
         """After an unfinished call: stop its tasks, and correct what slots are said to hold."""

@@ -72,6 +72,10 @@ class GgmlExperts:
         layer = GgmlLayer(self._ggml, self.threads, supported, self.repack, self._unions)
         self._layers.append(layer)
 
+    def layer(self, layer: int) -> GgmlLayer:
+        """One layer's matrices and graphs."""
+        return self._layers[layer]
+
     def submit(
         self,
         layer: int,

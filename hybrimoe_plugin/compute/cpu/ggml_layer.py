@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor
 from hybrimoe_plugin.compute.cpu.ggml_many_tokens import by_expert, by_index, weighted_sum
 from hybrimoe_plugin.compute.cpu.ggml_single_token import SingleTokenGraph
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
 from hybrimoe_plugin.compute.cpu.ggml_union import UnionRows, Unions, addresses_of
 from hybrimoe_plugin.compute.cpu.native.choice import TILED_ROWS, kernels_of
+from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
 from hybrimoe_plugin.compute.cpu.native.many_tokens import by_tiles, can_tile
-from hybrimoe_plugin.compute.cpu.native.single_token import NativeSingleToken
+from hybrimoe_plugin.compute.cpu.native.single_token import NativeSingleToken, add_experts
 from hybrimoe_plugin.policy.step import FEW_ROWS
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
@@ -109,6 +110,20 @@ class GgmlLayer:
         chosen = ids if kept is None else ids[kept]
         used = int(torch.count_nonzero(torch.bincount(chosen.reshape(-1))))
         return rows >= TILED_ROWS * used
+
+    def add_to(
+        self, graph: NativeGraph, x: GraphTensor, ids: GraphTensor, weights: GraphTensor
+    ) -> GraphTensor | None:
+        """The sum over one token's experts [1, H] in a graph; None for experts of other forms.
+
+        Args:
+            x: [1, H].
+            ids: [K] int32.
+            weights: [1, K].
+        """
+        if not self.stored.is_swiglu:
+            return None
+        return add_experts(graph, self.stored, self._addresses, x, ids, weights)
 
     def _few(
         self,

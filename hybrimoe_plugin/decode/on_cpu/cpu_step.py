@@ -16,6 +16,7 @@ from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.on_cpu.native_step import NativeStep
 from hybrimoe_plugin.decode.on_cpu.rope_matrix import RopeMatrix
+from hybrimoe_plugin.decode.on_cpu.routed_part import RoutedPart, routed_part
 from hybrimoe_plugin.decode.on_cpu.step_attention import step_attention
 from hybrimoe_plugin.operators.attention import FusedAttention
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
@@ -90,13 +91,24 @@ class CpuStep:
         self._rows_before = GgmlFunction(ggml, self._build_rows_before, input_rows=self._x)
         self._rows_after = GgmlFunction(ggml, self._build_rows_after)
         self._native: NativeStep | None = None
+        self._whole: NativeStep | None = None
+        self._routed: RoutedPart | None = None
         if kernels_of(ggml) is not None and glue.attention_scale == 1:
-            self._native = NativeStep(ggml, attention.layer_idx, width, self._build_native)
+            number = attention.layer_idx
+            self._native = NativeStep(ggml, number, width, self._build_native)
+            if self._can_be_whole():
+                self._whole = NativeStep(ggml, number, width, self._build_whole)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
         """[1, 1, H]. Mutates: the cache."""
         self._rope.set_step(embeddings)
-        if self._native is not None:
+        if self._whole is not None and (self._routed is None or self._routed.applies()):
+            outputs = self._whole(hidden, cache)
+            if outputs is not None:
+                if self._routed is not None:
+                    self._routed.note()
+                return outputs[0].clone().view(hidden.shape)
+        elif self._native is not None:
             outputs = self._native(hidden, cache)
             if outputs is not None:
                 return self._output(outputs, hidden.shape)
@@ -167,6 +179,29 @@ class CpuStep:
         attended, cache = self._attention.build_attention(graph, normed, self._rope)
         attention = self._attention.build_output(graph, attended)
         return self._build_behind(graph, attention, x), cache
+
+    def _can_be_whole(self) -> bool:
+        """Whether a graph can have all of the layer. Mutates: `_routed`."""
+        if self._mlp_scale != 1 or self._dense_gate is not None:
+            return False
+        if self._router is None:
+            return self._dense is not None
+        self._routed = routed_part(self._router, self._experts)
+        return self._routed is not None
+
+    def _build_whole(
+        self, graph: NativeGraph, x: GraphTensor
+    ) -> tuple[list[GraphTensor], AttendedCache]:
+        (total, normed, *dense), cache = self._build_native(graph, x)
+        outputs = dense
+        if self._routed is not None:
+            routed = self._routed.build(graph, normed)
+            assert routed is not None, "_can_be_whole() has checked it"
+            outputs = [routed, *dense]
+        output, *others = outputs
+        for other in (*others, total):
+            output = graph.add(output, other)
+        return [output], cache
 
     def _build_rows_before(self, graph: AnyGraph, x: GraphTensor) -> list[GraphTensor]:
         normed = self._input_norm.build(graph, x)

@@ -116,8 +116,7 @@ def test_sequences_take_turns_at_different_places(family: str, load: Load) -> No
         found: list[list[torch.Tensor]] = [[], []]
         for at in range(STEPS):
             for which, cache in enumerate(caches):
-                out = step(model, tokens[:, at : at + 1], cache, output_hidden_states=True)
-                found[which].append(out.logits)
+                found[which].append(step(model, tokens[:, at : at + 1], cache).logits)
     for logits, wanted in zip(found, alone, strict=True):
         assert torch.equal(torch.cat(logits, dim=1), wanted)
 

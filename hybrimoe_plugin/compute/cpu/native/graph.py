@@ -33,9 +33,11 @@ from hybrimoe_plugin.compute.cpu.native.kernels import (
     operations,
 )
 from hybrimoe_plugin.compute.cpu.native.product_steps import ProductSteps, matrix_of
+from hybrimoe_plugin.compute.cpu.native.rule import Rule
 from hybrimoe_plugin.compute.cpu.native.steps import ProductsStep, Step
 from hybrimoe_plugin.compute.cpu.native.structures import (
     Attention,
+    Choice,
     LookUp,
     Pointing,
     Rotation,
@@ -153,6 +155,38 @@ class NativeGraph(ProductSteps):
         self._pointings.append((pointing, step, len(step.products) - top_k))
         self._steps.insert(len(self._steps) - 1, Step(operations.point, 1, pointing))
         return self._tensor(out)
+
+    def choose(
+        self,
+        logits: GraphTensor,
+        top_k: int,
+        rule: Rule,
+    ) -> tuple[GraphTensor, GraphTensor]:
+        """A router's choice by logits [1, E]: ids [K] int32, weights [1, K]."""
+        ids, weights = self.input(top_k, dtype=torch.int32), self.input(1, top_k)
+        scores = buffer(*logits.shape)
+        correction = rule.correction
+        data = Choice(
+            logits.value.data_ptr(),
+            None if correction is None else correction.data_ptr(),
+            scores.data_ptr(),
+            ids.value.data_ptr(),
+            weights.value.data_ptr(),
+            logits.shape[-1],
+            top_k,
+            rule.is_sigmoid,
+            rule.is_normalised,
+            rule.scale,
+        )
+        self._referenced += [scores, correction]
+        self._add(operations.choose, 1, data, weights.value)
+        return ids, weights
+
+    def note_time(self) -> ctypes.c_int64:
+        """A value that each run sets to the time at this place, in ns as of `perf_counter_ns`."""
+        noted = ctypes.c_int64()
+        self._steps.append(Step(operations.note_time, 1, noted))
+        return noted
 
     def weighted_sum(self, values: GraphTensor, weights: GraphTensor) -> GraphTensor:
         """[1, W]: the sum of values [K, W] by weights [1, K]."""

@@ -27,7 +27,7 @@ PyMODINIT_FUNC PyInit_operations(void)
         NAMED(tile_products), NAMED(rms_norm), NAMED(add),          NAMED(multiply),
         NAMED(silu),          NAMED(silu_multiply), NAMED(look_up), NAMED(weighted_sum),
         NAMED(point),         NAMED(append),   NAMED(attend_block), NAMED(merge_blocks),
-        NAMED(rotate),
+        NAMED(rotate),        NAMED(choose),   NAMED(note_time),
     };
     for (size_t i = 0; i < sizeof found / sizeof *found; i++) {
         PyObject *address = PyLong_FromSize_t(found[i].address);

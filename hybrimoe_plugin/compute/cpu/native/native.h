@@ -121,6 +121,8 @@ void silu(const void *data, int64_t chunk);
 void silu_multiply(const void *data, int64_t chunk);
 void look_up(const void *data, int64_t chunk);
 void weighted_sum(const void *data, int64_t chunk);
+void choose(const void *data, int64_t chunk);
+void note_time(const void *data, int64_t chunk);
 
 /* attention.c */
 void append(const void *data, int64_t chunk);

@@ -17,6 +17,8 @@ append: int
 attend_block: int
 merge_blocks: int
 rotate: int
+choose: int
+note_time: int
 
 tiles: int
 """How this processor multiplies many rows: 0 not at all, 1 by AVX-512's bfloat16, 2 by AMX."""

@@ -1,6 +1,8 @@
 /* Operations without weights, and the look-up. */
+#define _GNU_SOURCE
 #include <math.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "native.h"
 
@@ -131,4 +133,65 @@ PORTABLE void weighted_sum(const void *data, int64_t token)
         for (int64_t i = 0; i < w->width; i++)
             out[i] += factor * values[i];
     }
+}
+
+typedef struct {
+    const float *logits;    /* [E] */
+    const float *correction; /* [E], added for the choice alone; NULL without */
+    float *scores;          /* [E], for work */
+    int32_t *ids;           /* [K] */
+    float *weights;         /* [K] */
+    int64_t experts, top_k;
+    int64_t is_sigmoid, is_normalised;
+    float scale;
+} Choice;
+
+/* A router's choice of K experts. Logits that are no numbers choose the first ones, with NaN. */
+PORTABLE void choose(const void *data, int64_t chunk)
+{
+    const Choice *c = data;
+    float largest = -INFINITY, sum = 0;
+    (void)chunk;
+    for (int64_t e = 0; e < c->experts; e++)
+        largest = c->logits[e] > largest ? c->logits[e] : largest;
+    for (int64_t e = 0; e < c->experts; e++) {
+        const float x = c->logits[e];
+        const float power = exponential(c->is_sigmoid ? (x < 0 ? x : -x) : x - largest);
+        c->scores[e] = c->is_sigmoid ? (x < 0 ? power : 1.0f) / (1.0f + power) : power;
+    }
+    for (int64_t e = 0; e < c->experts && !c->is_sigmoid; e++)
+        sum += c->scores[e];
+    for (int64_t e = 0; e < c->experts && !c->is_sigmoid; e++)
+        c->scores[e] /= sum;
+    sum = 0;
+    for (int64_t k = 0; k < c->top_k; k++) {
+        int64_t best = -1;
+        float highest = 0;
+        for (int64_t e = 0; e < c->experts; e++) {
+            const float found = c->scores[e] + (c->correction ? c->correction[e] : 0);
+            int taken = 0;
+            if (best >= 0 && !(found > highest))
+                continue;
+            for (int64_t other = 0; other < k; other++)
+                taken |= c->ids[other] == e;
+            if (!taken) {
+                best = e;
+                highest = found;
+            }
+        }
+        c->ids[k] = (int32_t)best;
+        c->weights[k] = c->scores[best];
+        sum += c->scores[best];
+    }
+    for (int64_t k = 0; k < c->top_k; k++)
+        c->weights[k] *= c->is_normalised ? c->scale / sum : c->scale;
+}
+
+/* The time, in nanoseconds of the monotonic clock. */
+void note_time(const void *data, int64_t chunk)
+{
+    struct timespec now;
+    (void)chunk;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    *(int64_t *)(uintptr_t)data = now.tv_sec * 1000000000LL + now.tv_nsec;
 }

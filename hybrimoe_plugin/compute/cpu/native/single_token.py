@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.compute.cpu.ggml import buffer
+from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_stored import Projection, StoredExperts, expert_matrix
 from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
@@ -25,30 +25,30 @@ class NativeSingleToken:
         self, kernels: Kernels, stored: StoredExperts, addresses: NDArray[np.int64], top_k: int
     ) -> None:
         self._stored = stored  # mapped as long as the graph may read it
-        _, inner, hidden = stored.gate.shape
+        _, inner_width, width = stored.gate.shape
         self._ids = buffer(top_k, dtype=torch.int32)
-        self._x = buffer(1, hidden)
+        self._x = buffer(1, width)
         self._weights = buffer(1, top_k)
-        self._gates = buffer(top_k, inner)
-        self._ups = buffer(top_k, inner)
-        self._outputs = buffer(top_k, hidden)
-        gates_at, ups_at, downs_at = addresses
+        self._gates = buffer(top_k, inner_width)
+        self._ups = buffer(top_k, inner_width)
+        self._outputs = buffer(top_k, width)
         graph = NativeGraph(stored.ggml, kernels, stored.threads)
         self._graphs = [graph]
         ids, x = graph.wrap_ids(self._ids), graph.wrap(self._x)
-        gates = graph.matmul_chosen(_like(stored.gate), gates_at, ids, x, self._gates)
-        ups = graph.matmul_chosen(_like(stored.up), ups_at, ids, x, self._ups)
-        if stored.is_swiglu:
-            gates = graph.silu_mul(gates, ups)
-        else:
-            graph.finish()
-            graph = NativeGraph(stored.ggml, kernels, stored.threads)
-            self._graphs.append(graph)
-            ids, gates = graph.wrap_ids(self._ids), graph.wrap(self._gates)
-        outputs = graph.matmul_chosen(_like(stored.down), downs_at, ids, gates, self._outputs)
         self._sum: torch.Tensor | None = None
-        if stored.biases is None:
-            self._sum = graph.weighted_sum(outputs, graph.wrap(self._weights)).value
+        if stored.is_swiglu:
+            weights = graph.wrap(self._weights)
+            self._sum = add_experts(graph, stored, addresses, x, ids, weights).value
+            graph.finish()
+            return
+        gates_at, ups_at, downs_at = addresses
+        graph.matmul_chosen(_like(stored.gate), gates_at, ids, x, self._gates)
+        graph.matmul_chosen(_like(stored.up), ups_at, ids, x, self._ups)
+        graph.finish()
+        graph = NativeGraph(stored.ggml, kernels, stored.threads)
+        self._graphs.append(graph)
+        ids, inner = graph.wrap_ids(self._ids), graph.wrap(self._gates)
+        graph.matmul_chosen(_like(stored.down), downs_at, ids, inner, self._outputs)
         graph.finish()
 
     def compute(
@@ -73,6 +73,31 @@ class NativeSingleToken:
             return self._sum.to(hidden.dtype, copy=True)
         self._stored.add_down_bias(self._outputs, ids[0])
         return torch.mm(weights.float(), self._outputs).to(hidden.dtype)
+
+
+def add_experts(
+    graph: NativeGraph,
+    stored: StoredExperts,
+    addresses: NDArray[np.int64],
+    x: GraphTensor,
+    ids: GraphTensor,
+    weights: GraphTensor,
+) -> GraphTensor:
+    """Add SwiGLU experts to a graph: [1, H], the sum over the chosen ones.
+
+    Args:
+        x: [1, H].
+        ids: [K] int32.
+        weights: [1, K].
+    """
+    (top_k,) = ids.shape
+    _, inner, hidden = stored.gate.shape
+    gates_at, ups_at, downs_at = addresses
+    gates = graph.matmul_chosen(_like(stored.gate), gates_at, ids, x, buffer(top_k, inner))
+    ups = graph.matmul_chosen(_like(stored.up), ups_at, ids, x, buffer(top_k, inner))
+    gates = graph.silu_mul(gates, ups)
+    outputs = graph.matmul_chosen(_like(stored.down), downs_at, ids, gates, buffer(top_k, hidden))
+    return graph.weighted_sum(outputs, weights)
 
 
 def _like(stored: Projection) -> QuantizedMatrix:

@@ -17,7 +17,7 @@ class Step(NamedTuple):
 
     run: int
     chunks: int
-    data: ctypes.Structure
+    data: ctypes.Structure | ctypes.c_int64
 
 
 class ProductsStep:

@@ -171,3 +171,20 @@ class Rotation(ctypes.Structure):
         ("by_second", _Pointer),
         ("width", _Int64),
     ]
+
+
+class Choice(ctypes.Structure):
+    """A router's choice of experts for one token."""
+
+    _fields_ = [
+        ("logits", _Pointer),
+        ("correction", _Pointer),
+        ("scores", _Pointer),
+        ("ids", _Pointer),
+        ("weights", _Pointer),
+        ("experts", _Int64),
+        ("top_k", _Int64),
+        ("is_sigmoid", _Int64),
+        ("is_normalised", _Int64),
+        ("scale", ctypes.c_float),
+    ]
