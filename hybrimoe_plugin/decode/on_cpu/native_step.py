@@ -40,13 +40,15 @@ class NativeStep:
 
         None, and nothing done, where the cache is of another kind. Mutates: the cache.
         """
+        if hidden.shape[1:] != self._x.shape:
+            return None  # refused by the graphs before and behind the cache
         kept = self._kept(cache)
         if kept is None:
             return None
         graph, outputs, attended = self._graph()
         keys, values = kept.reserve()
-        if not _suits(keys, values):
-            return None
+        if not attended.fits(keys, values):
+            return None  # as of another model's: torch's attention refuses it
         attended.set(keys, values, kept.get_seq_length())
         self._x.copy_(hidden[0])
         graph.run()
@@ -74,10 +76,3 @@ class NativeStep:
             graph.finish()
             self._built = threads, graph, [output.value for output in outputs], cache
         return self._built[1:]
-
-
-def _suits(*buffers: torch.Tensor) -> bool:
-    return all(
-        part.dtype == torch.float32 and len(part) == 1 and part.device.type == "cpu"
-        for part in buffers
-    )
