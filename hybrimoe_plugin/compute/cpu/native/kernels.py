@@ -60,7 +60,7 @@ class Kernels:
         if operations is None:
             raise ImportError("hybrimoe_plugin.compute.cpu.native.operations was not compiled")
         self._binding = binding
-        self._types: dict[str, TypeKernels] = {}
+        self._types: dict[tuple[str, bool], TypeKernels] = {}
         self.tiles = operations.tiles > 0
         """Whether products of many rows go by tiles."""
         prototype = ctypes.CFUNCTYPE(
@@ -68,16 +68,24 @@ class Kernels:
         )
         self.run = prototype(operations.run_graph)
 
-    def of(self, type_name: str) -> TypeKernels:
-        """What products with weights of this type take. ggml must know the type."""
-        found = self._types.get(type_name)
+    def of(self, type_name: str, dot: bool = True) -> TypeKernels:
+        """What products with weights of this type take. ggml must know the type.
+
+        Args:
+            dot: ggml's dot for the type is right on this machine. Else rows of weights are
+                dequantised, which is slower, and activations are not rounded.
+        """
+        found = self._types.get((type_name, dot))
         if found is None:
-            found = self._types[type_name] = self._find(type_name)
+            found = self._types[type_name, dot] = self._find(type_name, dot)
         return found
 
-    def _find(self, type_name: str) -> TypeKernels:
+    def _find(self, type_name: str, dot: bool) -> TypeKernels:
         number = GGMLQuantizationType[type_name]
         traits = self._binding.type_traits(number)
+        if not dot:
+            kind = Kind(None, traits.to_float, *GGML_QUANT_SIZES[number])
+            return TypeKernels(kind, None, *GGML_QUANT_SIZES[GGMLQuantizationType.F32])
         x_number = GGMLQuantizationType(traits.dot_type)
         convert = self._binding.type_traits(x_number).from_float
         kind = Kind(traits.dot, traits.to_float, *GGML_QUANT_SIZES[number])

@@ -23,7 +23,7 @@ int run_graph(const Operation *operations, int64_t count, int64_t threads);
 /* ggml's own arithmetic for a type of weights, which is used as it is. */
 typedef struct {
     void (*dot)(int count, float *out, size_t out_stride, const void *weights,
-                size_t weights_stride, const void *x, size_t x_stride, int rows);
+                size_t weights_stride, const void *x, size_t x_stride, int rows); /* or NULL */
     void (*dequantise)(const void *from, float *to, int64_t count); /* NULL for float weights */
     int64_t block, block_bytes; /* values and bytes of a block */
 } Kind;

@@ -48,6 +48,27 @@ void convert(const void *data, int64_t row)
         memcpy(out, &nan, sizeof nan);
 }
 
+#define MOST_VALUES 4096 /* at a time; a multiple of every type's block */
+
+/* Without ggml's dot for the type, where that computes wrongly: x is left as it is. */
+PORTABLE static float plain_dot(const Kind *kind, int64_t columns, const char *weights,
+                                const float *x)
+{
+    float values[MOST_VALUES];
+    double sum = 0;
+    for (int64_t from = 0; from < columns; from += MOST_VALUES) {
+        const int64_t count = least(columns - from, MOST_VALUES);
+        const char *part = weights + row_bytes(kind, from);
+        if (kind->dequantise != NULL)
+            kind->dequantise(part, values, count);
+        else
+            memcpy(values, part, count * sizeof *values);
+        for (int64_t i = 0; i < count; i++)
+            sum += (double)values[i] * x[from + i];
+    }
+    return (float)sum;
+}
+
 void row_products(const void *data, int64_t chunk)
 {
     const Product *p = product_of(data, chunk);
@@ -59,9 +80,14 @@ void row_products(const void *data, int64_t chunk)
         /* Beyond the matrix nothing happens: it is only a hint. */
         for (int64_t at = 0; at < bytes; at += LINE)
             __builtin_prefetch(weights + AHEAD + at);
-        for (int64_t t = 0; t < p->rows; t++)
-            p->kind->dot((int)p->columns, p->out + t * p->out_stride + row, 0, weights, 0,
-                         p->x + t * p->x_stride, 0, 1);
+        for (int64_t t = 0; t < p->rows; t++) {
+            const char *x = p->x + t * p->x_stride;
+            float *out = p->out + t * p->out_stride + row;
+            if (p->kind->dot != NULL)
+                p->kind->dot((int)p->columns, out, 0, weights, 0, x, 0, 1);
+            else
+                *out = plain_dot(p->kind, p->columns, weights, (const float *)x);
+        }
     }
 }
 
