@@ -97,6 +97,6 @@ setup-oldest:
 	@$(PYTHON) scripts/setup_env.py --oldest
 
 clean:  ## remove environments and builds; says what stays in the cache folder
-	rm -rf .venv .venv-oldest .venv-ray .venv-ktransformers .venv-ik build dist *.egg-info hybrimoe_plugin/policy/cache/*.so
+	rm -rf .venv .venv-oldest .venv-ray .venv-ktransformers .venv-ik build dist *.egg-info hybrimoe_plugin/policy/cache/*.so hybrimoe_plugin/compute/cpu/native/*.so
 	@$(PYTHON) -m hybrimoe_plugin cache
 	@echo "These files stay. With no environment left, remove them by: $(PYTHON) -m hybrimoe_plugin cache clear"

@@ -35,7 +35,8 @@ from eval.peers import roofline
 from eval.reporting import plots, report
 from eval.reporting.quantiles import percentiles
 from eval.reporting.rows import column, where
-from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name, cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import cut_entries
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.device.noise import Noise
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore

@@ -49,6 +49,7 @@ close calls to rounding, but not so many.
 """
 TWINS: dict[str, dict[str, Any]] = {
     OURS: {},
+    "ggml's graphs": {"cpu_backend": "ggml"},
     "module by module": {"graphs": "off"},
     "plain linears": {"dense": "dequantised", "dtype": "bfloat16"},
     PLAIN: {"dense": "plain", "dtype": "bfloat16"},

@@ -119,7 +119,10 @@ class Settings:
         expert=True,
     )
     cpu_backend: str = setting(
-        "auto", "kernels that compute experts on the CPU", choices=CPU_BACKENDS
+        "auto",
+        "kernels that compute experts on the CPU (auto: the fastest); ggml: its own graphs instead "
+        "of compiled operations, for the dense part too",
+        choices=CPU_BACKENDS,
     )
     cpu_threads: int | None = setting(
         None, "threads that compute experts; default: measured", low=1, high=1024

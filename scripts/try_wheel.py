@@ -28,7 +28,10 @@ from hybrimoe_plugin import extras
 PACKAGES = ("hybrimoe_plugin", "lever_ext", "optimize_rules")
 QUESTION = "What is the capital of France?"
 ANSWER = "Paris"
-_CACHE = "from hybrimoe_plugin.policy.cache.adaptive import learn_token; print(learn_token)"
+_COMPILED = (
+    "from hybrimoe_plugin.policy.cache.adaptive import learn_token; print(learn_token);"
+    "from hybrimoe_plugin.compute.cpu.native.kernels import operations; print(operations)"
+)
 TESTS = ("tests/policy", "tests/injection", "tests/weights", "tests/compute/test_backends.py")
 """What differs between versions of Python shows in these, in some minutes."""
 
@@ -134,7 +137,9 @@ def try_wheel(python: str, version: str, wheel: Path, folder: Path, *, tests: bo
     hybrimoe = str(commands / "hybrimoe")
     if _holds_compiled(wheel):
         # It is compiled once, and loads in every Python that the wheel is for.
-        expect("built-in function", step("compiled cache", [own, "-c", _CACHE], folder))
+        found = step("compiled parts", [own, "-c", _COMPILED], folder)
+        expect("built-in function", found)
+        expect("operations.abi3.so", found)
     for extra in extras.EXTRAS:
         _fix(hybrimoe, extra, version, folder)
     chat = [hybrimoe, "local_chat", "--demo", "--prompt", QUESTION]

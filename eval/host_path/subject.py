@@ -23,7 +23,8 @@ from eval.host_path.edges import Addresses
 from eval.host_path.free import DeviceClock, FreeCPU, FreeKernels, quick_addition
 from eval.host_path.reads import Reads
 from eval.models import synthetic
-from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name, cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import cut_entries
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
 from hybrimoe_plugin.compute.gpu import accelerator as accelerators
 from hybrimoe_plugin.compute.gpu.slot_accelerator import SlotAccelerator
 from hybrimoe_plugin.decode import connect

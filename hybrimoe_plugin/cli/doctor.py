@@ -99,6 +99,7 @@ def examine(gguf_path: str | None = None, model_path: str | None = None) -> Sect
         "backends": (
             backends.kt_kernel,
             backends.ggml,
+            backends.operations,
             backends.torch_cpu,
             backends.cuda,
             backends.triton,

@@ -13,6 +13,7 @@ from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.ggml_stored import is_apart
 from hybrimoe_plugin.compute.cpu.kt_experts import KTExperts, refusal
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.cpu.native.kernels import compiled
 from hybrimoe_plugin.compute.cpu.requantise import (
     Requantised,
     by_type,
@@ -34,6 +35,11 @@ from hybrimoe_plugin.replay.profile_files import load_profile
 from hybrimoe_plugin.weights.layer_weights import LayerWeights
 
 log = logging.getLogger(__name__)
+
+ON_GGML = frozenset({"ggml", "operations"})
+"""Backends on ggml's arithmetic, which read in place what is stored: its own graphs, and the
+compiled operations, which `auto` takes in place of these.
+"""
 
 
 def share_cores(engines: Sequence[Engine]) -> None:
@@ -69,7 +75,7 @@ def cpu_for(backend: str, threads: int, others: Sequence[Engine], alone: bool) -
         pool = pool_of(engine)
         if pool.name != backend or getattr(pool, "threads", threads) != threads:
             continue
-        if backend == "ggml" and (pool.workers == 0) != alone:
+        if backend in ON_GGML and (pool.workers == 0) != alone:
             continue
         first = sum(len(other.layers) for other in others if pool_of(other) is pool)
         return SharedCPU(pool, first)
@@ -85,8 +91,8 @@ def cpu_backends(
     that requantise some, or the torch reference if there is no other.
 
     Args:
-        alone: there is no accelerator, so workers beside the caller gain nothing: kt-kernel's ggml
-            graphs are taken.
+        alone: there is no accelerator, so workers beside the caller gain nothing: what computes on
+            the caller's threads is taken.
     """
     if settings.cpu_backend != "auto":
         return (settings.cpu_backend,)
@@ -94,16 +100,21 @@ def cpu_backends(
     # kt-kernel would copy experts that do not lie one after another: the whole model twice.
     apart = any(is_apart(matrix) for weights in layers for matrix in weights.matrices())
     if ggml and (alone or apart):
-        return ("ggml",)
+        return (_on_ggml(),)
     found = []
     refused = any(refusal(weights.spec) for weights in layers)
     if not refused and _works(import_kernel):
         found.append("kt")
     if ggml:
-        found.append("ggml")
+        found.append(_on_ggml())
     # Speed is no reason to keep experts in memory a second time, in larger types.
     as_stored = [backend for backend in found if not requantised_experts(backend, layers)]
     return tuple(as_stored or found) or ("torch",)
+
+
+def _on_ggml() -> str:
+    """The fastest backend on ggml's arithmetic."""
+    return "operations" if compiled() else "ggml"
 
 
 def requantised_experts(backend: str, layers: Sequence[LayerWeights]) -> list[Requantised]:
@@ -162,8 +173,8 @@ def make_cpu(backend: str, threads: int, alone: bool = True) -> CPUBackend:
     Raises:
         BackendError: it cannot be used.
     """
-    if backend == "ggml":
-        return GgmlExperts(threads, beside=not alone)
+    if backend in ON_GGML:
+        return GgmlExperts(threads, beside=not alone, operations=backend == "operations")
     if backend == "kt":
         return KTExperts(threads)
     return TorchExperts(keep=False)
@@ -221,6 +232,6 @@ def cpu_threads(settings: Settings, backend: str, alone: bool) -> int | None:
     """Number of threads where it is decided before anything is measured, else None."""
     if settings.cpu_threads:
         return settings.cpu_threads
-    if backend == "ggml" and alone:
+    if backend in ON_GGML and alone:
         return shared_threads()
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -261,7 +262,7 @@ def bind(
             first.settings,
             first.devices,
             others=engines,
-            kernels=lambda store=store: shared_kernels(store),  # type: ignore[misc]
+            kernels=functools.partial(shared_kernels, store, first.settings),
             free_bytes=free_bytes,
             kept_bytes=attention_bytes(
                 model, first.settings.context, len(members) / len(operators)

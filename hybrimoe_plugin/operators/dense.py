@@ -97,22 +97,27 @@ def stored_kernels(
     if not (_is_cpu(prefill) and _is_cpu(generate)):
         return None
     try:
-        return shared_kernels(store)
+        return shared_kernels(store, settings)
     except BackendError:
         if asked:
             raise
         return None
 
 
-def shared_kernels(store: GGUFStore | None) -> Ggml:
+def shared_kernels(store: GGUFStore | None, settings: Settings) -> Ggml:
     """The ggml kernels, with one team of threads, for everything that reads this store.
+
+    `cpu_backend: ggml` asks for ggml's own graphs, which the compiled operations else replace.
 
     Raises:
         BackendError: kt-kernel's ggml cannot be used.
     """
-    if store is None:
-        return Ggml()
-    return store.companion(Ggml)
+    make = _graphs_alone if settings.cpu_backend == "ggml" else Ggml
+    return make() if store is None else store.companion(make)
+
+
+def _graphs_alone() -> Ggml:
+    return Ggml(operations=False)
 
 
 def _is_cpu(device: str) -> bool:

@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -68,7 +68,7 @@ class GGUFStore:
         self._files: list[BinaryIO] = []
         self._mapped: dict[int, FileIdentity] = {}
         """Index of each mapped file -> its identity when it was opened."""
-        self._companions: dict[type, Any] = {}
+        self._companions: dict[Callable[[], Any], Any] = {}
         weakref.finalize(self, close_files, self._files)
         for index, path in enumerate(self.paths):
             self._add_file(index, path)
@@ -143,14 +143,14 @@ class GGUFStore:
         """Whether all files were read into memory, and none is mapped."""
         return not self._mapped
 
-    def companion(self, kind: type[T]) -> T:
-        """The store's one object of a class, made without arguments when first asked for.
+    def companion(self, make: Callable[[], T]) -> T:
+        """The store's one object that a class or a function makes, made when first asked for.
 
         For what all readers of the store share, such as the kernels that read its bytes in place.
         """
-        if kind not in self._companions:
-            self._companions[kind] = kind()
-        return cast(T, self._companions[kind])
+        if make not in self._companions:
+            self._companions[make] = make()
+        return cast(T, self._companions[make])
 
     def read_into_memory(self) -> None:
         """Replace the mappings by copies in memory, on huge pages where the system gives them.

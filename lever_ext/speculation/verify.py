@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut
+from hybrimoe_plugin.compute.attention.kept_entries import can_be_cut
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 from hybrimoe_plugin.errors import SpeculationError
 from lever_ext.early_exit.gate import ExitGate, ExitQuery
 from lever_ext.tree.token_tree import TokenTree

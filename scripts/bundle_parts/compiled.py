@@ -19,7 +19,11 @@ def carry(out: Path, root: Path = ROOT) -> Part:
     """Copy what is compiled in the checkout `root` into the bundle `out`."""
     libraries = sorted(root.glob(PATTERN))
     _copy(libraries, root, out / FOLDER)
-    note = "" if libraries else "left out: set-up found no C compiler; numpy does the same, slower"
+    note = (
+        ""
+        if libraries
+        else "left out: set-up found no C compiler; numpy and ggml do the same, slower"
+    )
     return Part(FOLDER, sum(library.stat().st_size for library in libraries), note)
 
 

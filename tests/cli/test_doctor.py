@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from hybrimoe_plugin.cli.checks import backends, kept
 from hybrimoe_plugin.cli.checks.check import Check
 from hybrimoe_plugin.cli.main import main
 from hybrimoe_plugin.cli.serve import libraries
+from hybrimoe_plugin.compute.cpu.native import kernels
 from hybrimoe_plugin.policy.cache import adaptive
 
 
@@ -69,6 +71,22 @@ def test_it_says_whether_the_cache_learns_in_c(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name, found=found: found)
         check = backends.cache_learning()
         assert check.ok is False and check.detail.startswith(f"{reason}; optional: numpy")
+
+
+@pytest.mark.parametrize(("tiles", "by"), [(0, "ggml"), (1, "AVX-512"), (2, "AMX")])
+def test_it_says_how_many_rows_are_multiplied(
+    tiles: int, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "operations", SimpleNamespace(tiles=tiles))
+    check = backends.operations()
+    assert check in doctor.examine()["backends"]
+    assert check.ok is True and f"by {by}" in check.detail
+
+
+def test_it_says_that_the_operations_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "operations", None)
+    check = backends.operations()
+    assert check.ok is False and check.detail.startswith("not compiled; optional: ggml")
 
 
 def test_it_says_whether_there_can_be_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

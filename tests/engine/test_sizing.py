@@ -274,12 +274,15 @@ def side(us: float) -> MachineProfile:
     return replace(load_profile("rtx4090-desktop"), cpu=Side(10.0, (1,), (us,), 4))
 
 
-@pytest.mark.parametrize(("kt_us", "ggml_us", "wanted"), [(50.0, 80.0, "kt"), (80.0, 50.0, "ggml")])
+@pytest.mark.parametrize("own", ["ggml", "operations"])
+@pytest.mark.parametrize(("kt_us", "own_us"), [(50.0, 80.0), (80.0, 50.0)])
 def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
-    kt_us: float, ggml_us: float, wanted: str, monkeypatch: pytest.MonkeyPatch
+    kt_us: float, own_us: float, own: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs.kt_kernel()
-    profiles = {"kt": side(kt_us), "ggml": side(ggml_us)}
+    monkeypatch.setattr(cpu_choice, "compiled", lambda: own == "operations")
+    wanted = "kt" if kt_us < own_us else own
+    profiles = {"kt": side(kt_us), own: side(own_us)}
     asked: list[str] = []
 
     def ensure(_weights: object, backend: str, *_: object, **__: object) -> MachineProfile:
@@ -292,14 +295,14 @@ def test_beside_an_accelerator_the_quickest_cpu_backend_is_taken(
     fits = tiny_experts.layer(types=types)
     refused = tiny_experts.layer(intermediate=96, types=types)
     assert choose_cpu(Settings(), [fits], accelerator) == (wanted, profiles[wanted])
-    assert sorted(asked) == ["ggml", "kt"]
-    assert choose_cpu(Settings(), [refused], accelerator)[0] == "ggml", (
+    assert sorted(asked) == sorted(["kt", own])
+    assert choose_cpu(Settings(), [refused], accelerator)[0] == own, (
         "kt-kernel takes multiples of 256 alone"
     )
-    assert choose_cpu(Settings(), [fits], None)[0] == "ggml"
+    assert choose_cpu(Settings(), [fits], None)[0] == own
     assert choose_cpu(Settings(cpu_backend="kt"), [fits], accelerator)[0] == "kt"
     assert choose_cpu(Settings(profile="rtx4090-desktop"), [refused], accelerator) == (
-        "ggml",
+        own,
         load_profile("rtx4090-desktop"),
     )
 

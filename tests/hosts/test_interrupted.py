@@ -25,6 +25,8 @@ TIMES = int(os.environ.get("HYBRIMOE_LONG", 4))
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("mixtral", {"cpu_backend": "torch"}),
     "ggml": ("qwen3_moe", {"cpu_backend": "ggml"}),
+    "operations": ("qwen3_moe", {"accelerator": "none"}),
+    "operations, latent attention": ("deepseek_v3", {"accelerator": "none"}),
     "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
     "ggml, module by module": ("qwen2_moe", {"cpu_backend": "ggml", "graphs": "off"}),
     "kt": ("qwen3_moe", {"cpu_backend": "kt"}),

@@ -52,8 +52,17 @@ def test_matrices_stay_as_stored_and_in_place(mixtral: Path) -> None:
     model.hybrimoe.close()
 
 
-def test_one_token_and_many_give_the_same_function(mixtral: Path) -> None:
-    model = load(mixtral, accelerator="none")
+@pytest.mark.parametrize(
+    ("backend", "limit"),
+    [
+        ("ggml", 1e-2),  # 8-bit activations round alike row by row; sums differ in order alone
+        ("auto", 5e-2),  # the operations round those of many rows to bfloat16
+    ],
+)
+def test_one_token_and_many_give_the_same_function(
+    mixtral: Path, backend: str, limit: float
+) -> None:
+    model = load(mixtral, accelerator="none", cpu_backend=backend)
     ids = tiny.tokens(12)
     with torch.no_grad():
         whole = model(ids).logits
@@ -63,8 +72,7 @@ def test_one_token_and_many_give_the_same_function(mixtral: Path) -> None:
             out = step(model, ids[:, at : at + 1], cache_in(out))
             parts.append(out.logits)
     found = torch.cat(parts, dim=1)
-    # 8-bit activations round alike row by row; sums differ in order alone.
-    assert float((found - whole).norm() / whole.norm()) < 1e-2
+    assert float((found - whole).norm() / whole.norm()) < limit
     model.hybrimoe.close()
 
 

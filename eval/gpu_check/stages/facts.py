@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from eval.gpu_check.place import Place, Row
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.cpu.native.kernels import compiled
 from hybrimoe_plugin.compute.gpu.host_bytes import (
     PORTABLE,
     READ_ONLY_PORTABLE,
@@ -45,6 +46,7 @@ def run(place: Place) -> Iterator[Row]:
     yield {"case": "scratch folder", "free_gb": shutil.disk_usage(place.scratch).free / _GB}
     yield _kt_kernel()
     yield _cache_learning()
+    yield _operations()
     if place.dry:
         yield {"case": "page registration", "ok": None, "missing": "a CUDA driver"}
         return
@@ -80,6 +82,16 @@ def _cache_learning() -> Row:
             "missing": "one_token.c, compiled: the cache learns in numpy, 20 us a layer slower",
         }
     return {"case": "cache learning", "ok": True, "detail": "in C"}
+
+
+def _operations() -> Row:
+    if not compiled():
+        return {
+            "case": "operations",
+            "ok": None,
+            "missing": "the CPU's operations, compiled: ggml's graphs compute, which are slower",
+        }
+    return {"case": "operations", "ok": True, "detail": "in C"}
 
 
 def _registration(place: Place, what: str, make: Callable[[], mmap.mmap]) -> Row:

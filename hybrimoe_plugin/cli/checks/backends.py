@@ -51,6 +51,22 @@ def ggml() -> Check:
     )
 
 
+def operations() -> Check:
+    """Whether the CPU's operations were compiled, and what multiplies many rows in them."""
+    from hybrimoe_plugin.compute.cpu.native import kernels
+
+    name = "CPU operations in C"
+    if kernels.operations is None:
+        return Check(
+            name,
+            False,
+            "not compiled; optional: ggml's graphs do the same, slower. With a C compiler here, "
+            "install this package again",
+        )
+    tiles = kernels.TILES[kernels.operations.tiles]
+    return Check(name, True, f"compiled at installation; products of many rows by {tiles}")
+
+
 def server() -> Check:
     """Whether `hybrimoe serve` has its libraries."""
     absent = libraries.missing()

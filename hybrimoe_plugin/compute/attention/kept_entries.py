@@ -5,9 +5,33 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
+
+
+def can_be_cut(layer: Any) -> bool:
+    """Whether a cache's layer holds keys and values of all tokens and nothing else, so that the
+    entries behind any token can be dropped.
+    """
+    # Exact types: what a subclass keeps besides keys and values is unknown here.
+    return type(layer) in (DynamicLayer, GrowingLayer)
+
+
+def cut_entries(layer: Any, count: int) -> None:
+    """Keep the first entries of a layer that can be cut and has at least as many.
+
+    For callers who know that nobody holds those behind: the next ones may be written over them.
+    """
+    if isinstance(layer, GrowingLayer):
+        layer.cut(count)
+    else:
+        layer.keys = layer.keys[:, :, :count]
+        layer.values = layer.values[:, :, :count]
 
 
 class KeptEntries:

@@ -22,6 +22,7 @@ from hybrimoe_plugin.compute.cpu.expert_inputs import (
 from hybrimoe_plugin.compute.cpu.ggml import Ggml
 from hybrimoe_plugin.compute.cpu.ggml_layer import GgmlLayer
 from hybrimoe_plugin.compute.cpu.ggml_union import Unions
+from hybrimoe_plugin.compute.cpu.native.kernels import compiled
 from hybrimoe_plugin.compute.cpu.requantise import readable_types, supported_weights
 from hybrimoe_plugin.core import ExpertSpec
 from hybrimoe_plugin.errors import BackendError
@@ -35,14 +36,14 @@ class GgmlExperts:
     Args:
         threads: OpenMP threads that compute; the caller's is one of them unless `beside`.
         beside: compute while the caller goes on, between `submit` and `sync`.
+        operations: compute by the compiled operations where there are any, else by ggml's graphs.
 
     Raises:
         BackendError: kt-kernel's ggml cannot be used.
     """
 
-    name = "ggml"
-
-    def __init__(self, threads: int, beside: bool = False) -> None:
+    def __init__(self, threads: int, beside: bool = False, operations: bool = True) -> None:
+        self.name = "operations" if operations and compiled() else "ggml"
         self.threads = threads
         self.workers = threads if beside else 0
         self.repack = not beside
@@ -51,7 +52,7 @@ class GgmlExperts:
         That is done where memory is plentiful. Beside an accelerator the file's pages want that
         memory: experts cross the link from there.
         """
-        self._ggml = Ggml()
+        self._ggml = Ggml(operations)
         self._layers: list[GgmlLayer] = []
         self._unions = Unions()
         self._worker = ThreadPoolExecutor(1, "cpu-experts") if beside else None

@@ -102,10 +102,10 @@ def calls(weights: LayerWeights, tokens: int) -> tuple[torch.Tensor, torch.Tenso
     return hidden, ids, torch.rand(tokens, 2, generator=generator)
 
 
-def compare_experts(weights: LayerWeights) -> None:
+def compare_experts(weights: LayerWeights, operations: bool = True) -> None:
     """ggml's experts against the reference: one token, few and many, all experts and a part."""
     limit = limit_of(weights.spec.gate_type, EXPERT)
-    native = GgmlExperts(2)
+    native = GgmlExperts(2, operations=operations)
     plain = TorchExperts(keep=True)
     for backend in (native, plain):
         backend.add_layer(weights)
@@ -141,21 +141,24 @@ def compare_linear(ggml: Ggml, stored: QuantizedMatrix) -> None:
 
 
 @pytest.mark.parametrize("type_name", sorted(TYPES))
-def test_experts_and_linears_of_every_type(ggml: Ggml, type_name: str) -> None:
-    compare_experts(experts_of(type_name))
+@pytest.mark.parametrize("operations", [False, True])
+def test_experts_and_linears_of_every_type(type_name: str, operations: bool) -> None:
+    ggml = Ggml(operations)
+    compare_experts(experts_of(type_name), operations)
     compare_linear(ggml, random_matrix(type_name, 96, 512))
 
 
 @pytest.mark.parametrize("broken", FORMS, indirect=True)
 @pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K", "F32"])
-def test_a_wrong_form_is_not_taken(broken: str, type_name: str) -> None:
-    ggml = Ggml()
+@pytest.mark.parametrize("operations", [False, True])
+def test_a_wrong_form_is_not_taken(broken: str, type_name: str, operations: bool) -> None:
+    ggml = Ggml(operations)
     forms = ggml.forms(type_name)
     assert [getattr(forms, form) for form in FORMS] == [form != broken for form in FORMS]
     assert ggml.computes(type_name)
     if broken in ("row", "indexed"):
         assert ggml.kernel_speed(type_name, 1).indexed == (broken == "row")
-    compare_experts(experts_of(type_name))
+    compare_experts(experts_of(type_name), operations)
     compare_linear(ggml, random_matrix(type_name, 96, 512))
 
 
@@ -168,8 +171,8 @@ def test_the_check_is_what_keeps_a_wrong_form_out(
     assert Ggml().forms("Q4_K") == Forms(True, True, True, True)
     monkeypatch.setattr(Graph, "indexed", lambda *_: broken == "indexed")
     with pytest.raises(AssertionError):
-        compare_experts(experts_of("Q4_K"))
-        compare_linear(Ggml(), random_matrix("Q4_K", 96, 512))
+        compare_experts(experts_of("Q4_K"), operations=False)
+        compare_linear(Ggml(operations=False), random_matrix("Q4_K", 96, 512))
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_tokens_without_an_expert_of_the_cpu_s_give_zeros(tokens: int) -> None:
 
 
 def test_experts_beside_the_caller_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = GgmlExperts(1, beside=True)
+    experts = GgmlExperts(1, beside=True, operations=False)
     experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
     go = threading.Event()
     run = Graph.run
@@ -104,13 +104,13 @@ def test_experts_beside_the_caller_do_not_stop_it(monkeypatch: pytest.MonkeyPatc
 def test_what_fails_beside_the_caller_is_told_at_the_end_and_not_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    experts = GgmlExperts(1, beside=True)
+    experts = GgmlExperts(1, beside=True, operations=False)
     experts.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
     hidden, ids, routing = one_token()
     with pytest.raises(BackendError):
         experts.submit(0, hidden, ids + 8, routing, [1, 5])
 
-    another = GgmlExperts(1, beside=True)
+    another = GgmlExperts(1, beside=True, operations=False)
     another.add_layer(tiny_experts.layer(types=("Q8_0",) * 3))
 
     def fail(_graph: Graph) -> None:

@@ -22,9 +22,9 @@ ONLY_PLAIN = Forms(row=True, rows=True, indexed=False, lookup=True)
 ONLY_SEVERAL_ROWS = Forms(row=False, rows=True, indexed=True, lookup=True)
 
 
-def logits(path: Path) -> torch.Tensor:
+def logits(path: Path, backend: str) -> torch.Tensor:
     """Of a prompt, and of a token after it."""
-    model: Any = load_model(None, path, progress=False, accelerator="none")[0]
+    model: Any = load_model(None, path, progress=False, accelerator="none", cpu_backend=backend)[0]
     ids = tiny.tokens(40, batch=2)
     with torch.no_grad():
         cache = prefill(model, ids[:1, :9])
@@ -48,7 +48,7 @@ def test_a_model_needs_no_wrong_form(
     path = tiny.write(
         tmp_path, family, types=lambda name: "F32" if "ffn_gate_inp" in name else kind
     )
-    wanted = logits(path)
+    wanted = logits(path, "ggml")
     taken: set[str] = set()
     known = Ggml.forms
 
@@ -69,7 +69,7 @@ def test_a_model_needs_no_wrong_form(
     monkeypatch.setattr("hybrimoe_plugin.compute.cpu.ggml.library._SPEEDS", {})
     note("_plain")
     note("_indexed")
-    found = logits(path)
+    found = logits(path, "ggml")
     assert (
         taken
         == {

@@ -15,7 +15,7 @@ from interrupts import ended, operations
 from replayed import Replayed
 
 from hybrimoe_plugin.compute.attention.decode_attention import GQAShape, MaskedAttention
-from hybrimoe_plugin.compute.attention.kv_cache import cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import cut_entries
 from hybrimoe_plugin.decode import layer_buffers
 from hybrimoe_plugin.decode.batch.batch_state import BatchState
 from hybrimoe_plugin.decode.batch.steady_batches import STEADY

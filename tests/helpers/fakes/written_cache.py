@@ -8,7 +8,8 @@ import tiny
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer, can_be_cut
+from hybrimoe_plugin.compute.attention.kept_entries import can_be_cut
+from hybrimoe_plugin.compute.attention.kv_cache import GrowingLayer
 from hybrimoe_plugin.hosts.transformers.prefixes.store import PrefixStore
 
 WIDTH = 8

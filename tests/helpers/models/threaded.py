@@ -27,6 +27,7 @@ EMULATED = {"accelerator": "emulated", "cache_ratio": 0.4}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("mixtral", {"cpu_backend": "torch"}),
     "ggml": ("qwen3_moe", {"cpu_backend": "ggml"}),
+    "operations": ("qwen3_moe", {"accelerator": "none"}),
     "ggml, latent attention": ("deepseek_v3", {"cpu_backend": "ggml"}),
     "ggml, module by module": (
         "qwen2_moe",

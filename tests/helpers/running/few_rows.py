@@ -13,7 +13,8 @@ import tiny
 import torch
 from steps import step
 
-from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import cut_entries
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 33)
 """32 is the most that counts as few, 33 a prompt."""

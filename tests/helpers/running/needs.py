@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 
 from hybrimoe_plugin.compute.cpu.kt_kernel import import_kernel
+from hybrimoe_plugin.compute.cpu.native.kernels import compiled
 from hybrimoe_plugin.errors import BackendError
 
 
@@ -18,3 +19,9 @@ def kt_kernel() -> None:
         import_kernel()
     except BackendError as missing:
         pytest.skip(str(missing), allow_module_level=True)
+
+
+def operations() -> None:
+    """The CPU's operations, compiled."""
+    if not compiled():
+        pytest.skip("the operations are not compiled", allow_module_level=True)

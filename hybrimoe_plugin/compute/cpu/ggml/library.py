@@ -31,15 +31,17 @@ class Ggml:
 
     Graphs that belong to one model share one of these, and so one team.
 
+    Args:
+        operations: compiled operations may take the place of ggml's graphs.
+
     Raises:
         BackendError: kt-kernel is missing, of a release that was not checked, exports no ggml, or
             computes wrongly.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operations: bool = True) -> None:
         self.binding = GgmlBinding()
-        self.operations = True
-        """Whether compiled operations may take the place of ggml's graphs."""
+        self.operations = operations
         self._companions: dict[Any, Any] = {}
         self.team = ThreadTeam()
         if not self.computes("F32"):

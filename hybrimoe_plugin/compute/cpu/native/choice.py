@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
-from hybrimoe_plugin.compute.cpu.native.kernels import Kernels, operations
+from hybrimoe_plugin.compute.cpu.native.kernels import Kernels, compiled
 
 TILED_ROWS = 12
 """Rows from which tiles are faster than ggml's products (docs/LOG.md)."""
@@ -12,7 +12,7 @@ TILED_ROWS = 12
 
 def kernels_of(ggml: Ggml) -> Kernels | None:
     """The compiled operations; None where they were not compiled, or are not to be used."""
-    if operations is None or not ggml.operations:
+    if not compiled() or not ggml.operations:
         return None
     return ggml.companion(Kernels)
 

@@ -112,7 +112,7 @@ class NativeGraph(ProductSteps):
             indexed: for ggml's graphs.
 
         Raises:
-            BackendError: shapes that do not fit, or a type whose products are wrong here.
+            BackendError: shapes that do not fit, or a type that is dequantised wrongly.
         """
         columns = weight.shape[-1]
         batch_fits = weight.shape[:-2] in ((), x.shape[:-2])
@@ -120,9 +120,9 @@ class NativeGraph(ProductSteps):
         out = buffer(*x.shape[:-1], weight.shape[-2]) if out is None else out
         target = out.view(*x.shape[:-1], weight.shape[-2])
         forms = self._ggml.forms(weight.type_name)
-        right = forms.lookup if self._takes_tiles(weight, x.value) else forms.indexed
-        require_form(right or weight.stored is None, "products", weight)
-        self._add_products(weight, x.value.view(x.shape), target)
+        require_form(forms.lookup or weight.stored is None, "products", weight)
+        kernels = self._kernels.of(weight.type_name, dot=forms.indexed)
+        self._add_products(weight, x.value.view(x.shape), target, kernels)
         return self._tensor(target)
 
     def matmul_chosen(
@@ -298,14 +298,17 @@ class NativeGraph(ProductSteps):
         require(x.shape == y.shape, "a product of each value", x, y)
         return self._by_row(operations.multiply, x, y, x.value)
 
-    def add(self, x: GraphTensor, y: GraphTensor) -> GraphTensor:
-        """x + y, in x's buffer, for x [..., M] and y [..., M] or [1, M].
+    def add(self, x: GraphTensor, y: GraphTensor, out: torch.Tensor | None = None) -> GraphTensor:
+        """x + y for x [..., M] and y [..., M] or [1, M].
+
+        Args:
+            out: where the result goes; by default into x's buffer.
 
         Raises:
             BackendError: other shapes.
         """
         require(y.shape in (x.shape, (1, x.shape[-1])), "a sum", x, y)
-        return self._by_row(operations.add, x, y, x.value)
+        return self._by_row(operations.add, x, y, x.value if out is None else out)
 
     def rms_norm(
         self, x: GraphTensor, weight: GraphTensor, eps: float, out: torch.Tensor | None = None

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.compute.cpu.ggml.binding import GgmlBinding
-from hybrimoe_plugin.compute.cpu.native.structures import Kind, Operation
+from hybrimoe_plugin.compute.cpu.native.structures import GraphOf, Kind
 
 try:
     from hybrimoe_plugin.compute.cpu.native import operations as operations
 except ImportError:  # no C compiler was there when it was installed
     operations = None  # type: ignore[assignment]
 
+
+def compiled() -> bool:
+    """Whether the operations were compiled."""
+    return operations is not None
+
+
 EXACT = frozenset({"F16", "F32"})
 """Types whose values bfloat16 would round; tiles leave them to ggml."""
 
 OWN_DOTS = frozenset({"Q4_K", "Q5_0", "Q6_K", "Q8_0"})
 """Types whose products of one row are compiled too, for processors with VNNI."""
+
+TILES = ("ggml's products, without tiles", "AVX-512's bfloat16", "AMX tiles")
+"""What multiplies many rows, by the module's `tiles`."""
 
 TILE_ROWS = 16
 TILE_DEPTH = 32
@@ -54,24 +64,37 @@ class Kernels:
         if operations is None:
             raise ImportError("hybrimoe_plugin.compute.cpu.native.operations was not compiled")
         self._binding = binding
-        self._types: dict[str, TypeKernels] = {}
+        self._types: dict[tuple[str, bool], TypeKernels] = {}
         self.tiles = operations.tiles > 0
         """Whether products of many rows go by tiles."""
         prototype = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(Operation), ctypes.c_int64, ctypes.c_int64
+            ctypes.c_int, ctypes.POINTER(GraphOf), ctypes.c_int64, ctypes.c_int64
         )
-        self.run = prototype(operations.run_graph)
+        self._run = prototype(operations.run_graphs)
 
-    def of(self, type_name: str) -> TypeKernels:
-        """What products with weights of this type take. ggml must know the type."""
-        found = self._types.get(type_name)
+    def run(self, graphs: Sequence[GraphOf], threads: int) -> None:
+        """Compute finished graphs, one after the other."""
+        status = self._run((GraphOf * len(graphs))(*graphs), len(graphs), threads)
+        assert status == 0, "too many operations or chunks"
+
+    def of(self, type_name: str, dot: bool = True) -> TypeKernels:
+        """What products with weights of this type take. ggml must know the type.
+
+        Args:
+            dot: ggml's dot for the type is right on this machine. Else rows of weights are
+                dequantised, which is slower, and activations are not rounded.
+        """
+        found = self._types.get((type_name, dot))
         if found is None:
-            found = self._types[type_name] = self._find(type_name)
+            found = self._types[type_name, dot] = self._find(type_name, dot)
         return found
 
-    def _find(self, type_name: str) -> TypeKernels:
+    def _find(self, type_name: str, dot: bool) -> TypeKernels:
         number = GGMLQuantizationType[type_name]
         traits = self._binding.type_traits(number)
+        if not dot:
+            kind = Kind(None, traits.to_float, None, *GGML_QUANT_SIZES[number])
+            return TypeKernels(kind, None, *GGML_QUANT_SIZES[GGMLQuantizationType.F32])
         x_number = GGMLQuantizationType(traits.dot_type)
         convert = self._binding.type_traits(x_number).from_float
         dots = None

@@ -23,7 +23,7 @@ PyMODINIT_FUNC PyInit_operations(void)
         const char *name;
         uintptr_t address;
     } found[] = {
-        NAMED(run_graph),     NAMED(convert),  NAMED(row_products), NAMED(to_tiles),
+        NAMED(run_graphs),    NAMED(convert),  NAMED(row_products), NAMED(to_tiles),
         NAMED(tile_products), NAMED(rms_norm), NAMED(add),          NAMED(multiply),
         NAMED(silu),          NAMED(silu_multiply), NAMED(look_up), NAMED(weighted_sum),
         NAMED(point),         NAMED(append),   NAMED(attend_block), NAMED(merge_blocks),

@@ -1,6 +1,6 @@
 """Addresses of C functions, see native.h."""
 
-run_graph: int
+run_graphs: int
 convert: int
 row_products: int
 point: int

@@ -26,9 +26,10 @@ _PANEL = 32
 class ProductSteps(Steps):
     """Steps, products among them."""
 
-    def _add_products(self, weight: GraphTensor, x: torch.Tensor, out: torch.Tensor) -> None:
+    def _add_products(
+        self, weight: GraphTensor, x: torch.Tensor, out: torch.Tensor, kernels: TypeKernels
+    ) -> None:
         """out [..., T, N] from weight [..., N, M] and x [..., T, M], whose shapes fit."""
-        kernels = self._kernels.of(weight.type_name)
         tiled = self._takes_tiles(weight, x)
         run = operations.tile_products if tiled else operations.row_products
         inputs, outputs = _three(x), _three(out)

@@ -1,8 +1,8 @@
 /* Products of a row, or of a few.
  *
- * One row's product is bound by memory. The processor's own prefetching stops at every page of 4 KiB
- * and hardly gets going, as ggml's loop takes less than 100 ns for a row of weights. So each row's
- * bytes are asked for AHEAD bytes before they are used, across the ends of rows:
+ * One row's product is bound by memory. The processor's own prefetching stops at every page of
+ * 4 KiB and hardly gets going, as ggml's loop takes less than 100 ns for a row of weights. So each
+ * row's bytes are asked for AHEAD bytes before they are used, across the ends of rows:
  *
  *     weights   | row r | row r+1 | row r+2 | row r+3 | ...
  *                 used now            ^ asked for now
@@ -47,6 +47,27 @@ void convert(const void *data, int64_t row)
         memcpy(out, &nan, sizeof nan);
 }
 
+#define MOST_VALUES 4096 /* at a time; a multiple of every type's block */
+
+/* Without ggml's dot for the type, where that computes wrongly: x is left as it is. */
+PORTABLE static float plain_dot(const Kind *kind, int64_t columns, const char *weights,
+                                const float *x)
+{
+    float values[MOST_VALUES];
+    double sum = 0;
+    for (int64_t from = 0; from < columns; from += MOST_VALUES) {
+        const int64_t count = least(columns - from, MOST_VALUES);
+        const char *part = weights + row_bytes(kind, from);
+        if (kind->dequantise != NULL)
+            kind->dequantise(part, values, count);
+        else
+            memcpy(values, part, count * sizeof *values);
+        for (int64_t i = 0; i < count; i++)
+            sum += (double)values[i] * x[from + i];
+    }
+    return (float)sum;
+}
+
 void row_products(const void *data, int64_t chunk)
 {
     const Product *p = product_of(data, chunk);
@@ -65,9 +86,14 @@ void row_products(const void *data, int64_t chunk)
         /* Beyond the matrix nothing happens: it is only a hint. */
         for (int64_t at = 0; at < bytes; at += LINE)
             __builtin_prefetch(weights + AHEAD + at);
-        for (int64_t t = 0; t < p->rows; t++)
-            p->kind->dot((int)p->columns, p->out + t * p->out_stride + row, 0, weights, 0,
-                         p->x + t * p->x_stride, 0, 1);
+        for (int64_t t = 0; t < p->rows; t++) {
+            const char *x = p->x + t * p->x_stride;
+            float *out = p->out + t * p->out_stride + row;
+            if (p->kind->dot != NULL)
+                p->kind->dot((int)p->columns, out, 0, weights, 0, x, 0, 1);
+            else
+                *out = plain_dot(p->kind, p->columns, weights, (const float *)x);
+        }
     }
 }
 

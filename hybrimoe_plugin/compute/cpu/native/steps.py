@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
-from hybrimoe_plugin.compute.cpu.native.structures import Operation, Pointing, Product, Products
+from hybrimoe_plugin.compute.cpu.native.structures import (
+    GraphOf,
+    Operation,
+    Pointing,
+    Product,
+    Products,
+)
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 
 _CHUNKS_PER_THREAD = 4
@@ -67,6 +73,9 @@ class Steps:
 
     Args:
         threads: that work on them, the caller's among them.
+
+    Attributes:
+        finished: for `Kernels.run`; None until then.
     """
 
     def __init__(self, kernels: Kernels, threads: int) -> None:
@@ -80,7 +89,7 @@ class Steps:
         self._pointings: list[tuple[Pointing, ProductsStep, int]] = []
         """What sets the weights of products, and which of a step's they are."""
         self._caches: list[AttendedCache] = []
-        self._operations: Any = None
+        self.finished: GraphOf | None = None
 
     def finish(self, *_outputs: Any) -> None:
         """Close the graph: nothing can be added after."""
@@ -102,13 +111,13 @@ class Steps:
             operation.data = ctypes.addressof(data)
         for cache in self._caches:
             cache.operation = made[cache.step]
-        self._operations = made
+        self._referenced.append(made)
+        self.finished = GraphOf(ctypes.addressof(made), len(made))
 
     def run(self) -> None:
         """Compute every output. Mutates: the tensors' buffers."""
-        assert self._operations is not None, "finish() comes first"
-        status = self._kernels.run(self._operations, len(self._operations), self._threads)
-        assert status == 0, "too many operations or chunks"
+        assert self.finished is not None, "finish() comes first"
+        self._kernels.run((self.finished,), self._threads)
 
     def _before_products(self, step: Step, x: torch.Tensor) -> None:
         """Add a conversion, before the last products if these do not make what it reads."""

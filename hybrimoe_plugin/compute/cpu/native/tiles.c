@@ -8,7 +8,8 @@
  *      | 16 x 32 |                                 | 16 x 16 |         transposed
  *
  * x is brought into the order that tiles want once, by `to_tiles`: blocks of 16 rows, in each block
- * a tile for every 32 columns, and in a tile 16 pairs of columns with one pair for each of the rows.
+ * a tile for every 32 columns, and in a tile 16 pairs of columns with one pair for each of the
+ * rows.
  */
 #define _GNU_SOURCE
 #include "native.h"

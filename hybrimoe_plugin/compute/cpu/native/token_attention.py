@@ -39,6 +39,16 @@ class AttendedCache:
         self._parts: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
 
+    def fits(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether the graph may read and write a cache's buffers [B, key heads, capacity, D]."""
+        if keys is self._keys:
+            return True
+        data = self._data
+        heads = keys.shape[1] == values.shape[1] == data.key_heads
+        value_width = data.value_width if data.value else 0
+        widths = (keys.shape[3], values.shape[3]) == (data.width, value_width)
+        return heads and widths and _suits(keys) and _suits(values)
+
     def set(self, keys: torch.Tensor, values: torch.Tensor, held: int) -> None:
         """Name it for the next runs.
 
@@ -63,3 +73,8 @@ class AttendedCache:
             self._blocks = 2 * blocks
         data.held = held
         self.operation.chunks = blocks * data.key_heads
+
+
+def _suits(part: torch.Tensor) -> bool:
+    dense = part.stride(3) == 1 or part.shape[3] < 2
+    return dense and part.dtype == torch.float32 and len(part) == 1 and part.device.type == "cpu"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries
-from hybrimoe_plugin.compute.attention.kv_cache import cache_name, can_be_cut
+from hybrimoe_plugin.compute.attention.kept_entries import KeptEntries, can_be_cut
+from hybrimoe_plugin.compute.attention.kv_cache import cache_name
 from hybrimoe_plugin.hosts.transformers.prefixes.entry import Ids, as_ids, shared_part
 from hybrimoe_plugin.hosts.transformers.prefixes.kinds import can_go_on, pass_options
 from hybrimoe_plugin.hosts.transformers.prefixes.layers import bytes_of, held_by, trim

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut
+from hybrimoe_plugin.compute.attention.kept_entries import can_be_cut
 from hybrimoe_plugin.hosts.transformers.prefixes.layers import (
     HOST,
     bytes_of,

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut
+from hybrimoe_plugin.compute.attention.kept_entries import can_be_cut
 from hybrimoe_plugin.hosts.transformers.prefixes.layers import WHOLE
 
 _MOVING_ROPES = ("dynamic", "longrope")

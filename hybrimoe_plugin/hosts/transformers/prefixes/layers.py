@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import can_be_cut, cut_entries
 
 WHOLE = (DynamicSlidingWindowLayer, DynamicIndexedLayer, LinearAttentionLayer)
 """Types of layers of the second form; exactly these, as a subclass may keep more."""

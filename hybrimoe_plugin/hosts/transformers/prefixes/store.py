@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.attention.kv_cache import can_be_cut, cut_entries
+from hybrimoe_plugin.compute.attention.kept_entries import can_be_cut, cut_entries
 from hybrimoe_plugin.hosts.transformers.prefixes.entry import (
     Entry,
     Ids,

@@ -16,7 +16,7 @@ from hybrimoe_plugin.compute.gpu.slot_kernels import make_kernels, on_cpu
 from hybrimoe_plugin.config import Settings
 from hybrimoe_plugin.device.machine import device_refusal
 from hybrimoe_plugin.engine.assemble import accelerator_kind
-from hybrimoe_plugin.engine.cpu_choice import cpu_backends, requantised_experts
+from hybrimoe_plugin.engine.cpu_choice import ON_GGML, cpu_backends, requantised_experts
 from hybrimoe_plugin.engine.sizing import DEFAULT_EMULATED_RATIO, quotas_beside, staging_slots
 from hybrimoe_plugin.hosts.transformers.preparation.places import experts_operators
 from hybrimoe_plugin.hosts.transformers.preparation.prediction import (
@@ -170,11 +170,11 @@ def _copies(
 ) -> list[Part]:
     """What the CPU's kernels copy of matrices that they could read, at most."""
     found = []
-    in_place = backends == ("ggml",)
+    in_place = ON_GGML.issuperset(backends)
     apart = sum(_apart_bytes(weights, in_place) for weights in layers)
     if apart and backends != ("torch",):
         found.append(Part(MEMORY, APART, apart))
-    if backends == ("ggml",) and alone and settings.weights != "mapped":
+    if in_place and alone and settings.weights != "mapped":
         faster = sum(_faster_bytes(weights) for weights in layers)
         if faster:
             found.append(Part(MEMORY, FASTER, faster, most=True))
