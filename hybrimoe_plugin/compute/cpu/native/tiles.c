@@ -122,6 +122,10 @@ WITH_AVX512 static void write_out(const Kind *kind, const char *row, int64_t cou
 {
     float values[MOST_COLUMNS] __attribute__((aligned(64)));
     const float *from = (const float *)row;
+    if (kind->panel != NULL) {
+        kind->panel(row, count, out);
+        return;
+    }
     if (kind->dequantise != NULL) {
         kind->dequantise(row, values, count);
         from = values;
