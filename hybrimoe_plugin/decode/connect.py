@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from hybrimoe_plugin.compute.attention.rope import Rope
+from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
 from hybrimoe_plugin.decode.batch.connect import States, cuda_layer
 from hybrimoe_plugin.decode.chain.connect import connect_chains, weakly
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.last_tokens import LastLayer, LastTokens, last_tokens_of
+from hybrimoe_plugin.decode.on_cpu.connect_lazily import Linked, connect_lazily
 from hybrimoe_plugin.decode.on_cpu.cpu_layer import CpuLayer
 from hybrimoe_plugin.decode.on_cpu.cpu_step import cpu_step
 from hybrimoe_plugin.decode.on_cpu.rope_matrix import RopeMatrix
@@ -34,6 +36,8 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
     ropes: dict[Rope, RopeMatrix] = {}
     states: dict[torch.device, States | None] = {}
     chainable: list[GraphedLayer] = []
+    links: list[Linked] = []
+    kernels: Kernels | None = None
     for layer in model.modules():
         if not isinstance(layer, GraphedLayer):
             continue
@@ -42,6 +46,9 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
         step = cpu_step(layer, ropes)
         if step is not None:
             layer.layer_call = CpuLayer(layer.eager, step)
+            if step.link is not None:
+                links.append((layer, step.link))
+                kernels = kernels or step.kernels
         elif _use_cuda_graphs(layer, states):
             chainable.append(layer)
             continue
@@ -52,6 +59,8 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
             last_tokens = found
             layer.layer_call = LastLayer(layer.layer_call, found)
             turns.clean_up.append(weakly(found.forget))
+    if kernels is not None:
+        connect_lazily(kernels, links, turns)
     remove_settling = connect_chains(model, chainable, turns)
 
     def remove() -> None:

@@ -27,6 +27,8 @@ class CpuLayer:
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not args and self._takes_step(hidden_states, kwargs):
             return self.step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
+        if self.step.link is not None:
+            self.step.link.settle()
         if not args and self._takes_rows(hidden_states, kwargs):
             mask = kwargs.get("attention_mask")
             embeddings = kwargs["position_embeddings"]

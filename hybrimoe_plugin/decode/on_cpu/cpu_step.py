@@ -14,6 +14,7 @@ from hybrimoe_plugin.compute.cpu.native.choice import kernels_of
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
+from hybrimoe_plugin.decode.on_cpu.lazy_chain import ChainLink
 from hybrimoe_plugin.decode.on_cpu.native_step import NativeStep
 from hybrimoe_plugin.decode.on_cpu.rope_matrix import RopeMatrix
 from hybrimoe_plugin.decode.on_cpu.routed_part import RoutedPart, routed_part
@@ -54,6 +55,8 @@ class CpuStep:
 
     Attributes:
         called: beginnings of the names of modules that are called with all their hooks.
+        kernels: the compiled operations; None without them.
+        link: computes the layer as a whole, with others; None where it cannot.
     """
 
     def __init__(self, layer: GraphedLayer, dense: FusedMLP | None, rope: RopeMatrix) -> None:
@@ -83,6 +86,7 @@ class CpuStep:
             self.called = tuple(f"{glue.mlp}.{name}." for name in (block.router, "experts"))
 
         width = len(self._input_norm.weight)
+        self.link: ChainLink | None = None
         self._x = buffer(FEW_ROWS, width)
         """[FEW_ROWS, H]: the layer's input, whose first rows both graphs read."""
         self._rope = rope
@@ -91,24 +95,24 @@ class CpuStep:
         self._rows_before = GgmlFunction(ggml, self._build_rows_before, input_rows=self._x)
         self._rows_after = GgmlFunction(ggml, self._build_rows_after)
         self._native: NativeStep | None = None
-        self._whole: NativeStep | None = None
         self._routed: RoutedPart | None = None
-        if kernels_of(ggml) is not None and glue.attention_scale == 1:
+        self._out = buffer(1, width)
+        self.kernels = kernels_of(ggml)
+        if self.kernels is not None and glue.attention_scale == 1:
             number = attention.layer_idx
-            self._native = NativeStep(ggml, number, width, self._build_native)
+            self._native = NativeStep(ggml, number, self._x[:1], self._build_native)
             if self._can_be_whole():
-                self._whole = NativeStep(ggml, number, width, self._build_whole)
+                whole = NativeStep(ggml, number, buffer(1, width), self._build_whole)
+                self.link = ChainLink(whole, rope, self._routed, self._out)
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor:
         """[1, 1, H]. Mutates: the cache."""
+        if self.link is not None:
+            output = self.link(hidden, embeddings, cache)
+            if output is not None:
+                return output
         self._rope.set_step(embeddings)
-        if self._whole is not None and (self._routed is None or self._routed.applies()):
-            outputs = self._whole(hidden, cache)
-            if outputs is not None:
-                if self._routed is not None:
-                    self._routed.note()
-                return outputs[0].clone().view(hidden.shape)
-        elif self._native is not None:
+        if self._native is not None:
             outputs = self._native(hidden, cache)
             if outputs is not None:
                 return self._output(outputs, hidden.shape)
@@ -199,9 +203,9 @@ class CpuStep:
             assert routed is not None, "_can_be_whole() has checked it"
             outputs = [routed, *dense]
         output, *others = outputs
-        for other in (*others, total):
+        for other in others:
             output = graph.add(output, other)
-        return [output], cache
+        return [graph.add(output, total, self._out)], cache
 
     def _build_rows_before(self, graph: AnyGraph, x: GraphTensor) -> list[GraphTensor]:
         normed = self._input_norm.build(graph, x)

@@ -298,14 +298,17 @@ class NativeGraph(ProductSteps):
         require(x.shape == y.shape, "a product of each value", x, y)
         return self._by_row(operations.multiply, x, y, x.value)
 
-    def add(self, x: GraphTensor, y: GraphTensor) -> GraphTensor:
-        """x + y, in x's buffer, for x [..., M] and y [..., M] or [1, M].
+    def add(self, x: GraphTensor, y: GraphTensor, out: torch.Tensor | None = None) -> GraphTensor:
+        """x + y for x [..., M] and y [..., M] or [1, M].
+
+        Args:
+            out: where the result goes; by default into x's buffer.
 
         Raises:
             BackendError: other shapes.
         """
         require(y.shape in (x.shape, (1, x.shape[-1])), "a sum", x, y)
-        return self._by_row(operations.add, x, y, x.value)
+        return self._by_row(operations.add, x, y, x.value if out is None else out)
 
     def rms_norm(
         self, x: GraphTensor, weight: GraphTensor, eps: float, out: torch.Tensor | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.compute.cpu.ggml.binding import GgmlBinding
-from hybrimoe_plugin.compute.cpu.native.structures import Kind, Operation
+from hybrimoe_plugin.compute.cpu.native.structures import GraphOf, Kind
 
 try:
     from hybrimoe_plugin.compute.cpu.native import operations as operations
@@ -23,6 +24,9 @@ def compiled() -> bool:
 
 EXACT = frozenset({"F16", "F32"})
 """Types whose values bfloat16 would round; tiles leave them to ggml."""
+
+OWN_DOTS = frozenset({"Q4_K", "Q5_0", "Q6_K", "Q8_0"})
+"""Types whose products of one row are compiled too, for processors with VNNI."""
 
 TILES = ("ggml's products, without tiles", "AVX-512's bfloat16", "AMX tiles")
 """What multiplies many rows, by the module's `tiles`."""
@@ -64,9 +68,14 @@ class Kernels:
         self.tiles = operations.tiles > 0
         """Whether products of many rows go by tiles."""
         prototype = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(Operation), ctypes.c_int64, ctypes.c_int64
+            ctypes.c_int, ctypes.POINTER(GraphOf), ctypes.c_int64, ctypes.c_int64
         )
-        self.run = prototype(operations.run_graph)
+        self._run = prototype(operations.run_graphs)
+
+    def run(self, graphs: Sequence[GraphOf], threads: int) -> None:
+        """Compute finished graphs, one after the other."""
+        status = self._run((GraphOf * len(graphs))(*graphs), len(graphs), threads)
+        assert status == 0, "too many operations or chunks"
 
     def of(self, type_name: str, dot: bool = True) -> TypeKernels:
         """What products with weights of this type take. ggml must know the type.
@@ -84,9 +93,12 @@ class Kernels:
         number = GGMLQuantizationType[type_name]
         traits = self._binding.type_traits(number)
         if not dot:
-            kind = Kind(None, traits.to_float, *GGML_QUANT_SIZES[number])
+            kind = Kind(None, traits.to_float, None, *GGML_QUANT_SIZES[number])
             return TypeKernels(kind, None, *GGML_QUANT_SIZES[GGMLQuantizationType.F32])
         x_number = GGMLQuantizationType(traits.dot_type)
         convert = self._binding.type_traits(x_number).from_float
-        kind = Kind(traits.dot, traits.to_float, *GGML_QUANT_SIZES[number])
+        dots = None
+        if operations.vnni and type_name in OWN_DOTS:
+            dots = getattr(operations, f"dots_{type_name.lower()}")
+        kind = Kind(traits.dot, traits.to_float, dots, *GGML_QUANT_SIZES[number])
         return TypeKernels(kind, convert, *GGML_QUANT_SIZES[x_number])

@@ -24,6 +24,7 @@ from hybrimoe_plugin.compute.cpu.native.kernels import (
     operations,
 )
 from hybrimoe_plugin.compute.cpu.native.structures import (
+    GraphOf,
     Operation,
     Product,
     Products,
@@ -217,8 +218,8 @@ class _Call:
     def run(self) -> None:
         """Compute what was added since the last run."""
         steps = (Operation * len(self._steps))(*self._steps)
-        status = self._kernels.run(steps, len(steps), self._stored.threads)
-        assert status == 0, "too many chunks"
+        graph = GraphOf(ctypes.addressof(steps), len(steps))
+        self._kernels.run((graph,), self._stored.threads)
         self._steps.clear()
 
     def _tiles(self, x: torch.Tensor, places: Integers | None) -> torch.Tensor:

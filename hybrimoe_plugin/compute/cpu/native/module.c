@@ -23,11 +23,12 @@ PyMODINIT_FUNC PyInit_operations(void)
         const char *name;
         uintptr_t address;
     } found[] = {
-        NAMED(run_graph),     NAMED(convert),  NAMED(row_products), NAMED(to_tiles),
+        NAMED(run_graphs),    NAMED(convert),  NAMED(row_products), NAMED(to_tiles),
         NAMED(tile_products), NAMED(rms_norm), NAMED(add),          NAMED(multiply),
         NAMED(silu),          NAMED(silu_multiply), NAMED(look_up), NAMED(weighted_sum),
         NAMED(point),         NAMED(append),   NAMED(attend_block), NAMED(merge_blocks),
         NAMED(rotate),        NAMED(choose),   NAMED(note_time),
+        NAMED(dots_q8_0),     NAMED(dots_q5_0), NAMED(dots_q4_k),  NAMED(dots_q6_k),
     };
     for (size_t i = 0; i < sizeof found / sizeof *found; i++) {
         PyObject *address = PyLong_FromSize_t(found[i].address);
@@ -39,7 +40,8 @@ PyMODINIT_FUNC PyInit_operations(void)
             return NULL;
         }
     }
-    if (PyModule_AddIntConstant(module, "tiles", tiles_kind()) < 0) {
+    if (PyModule_AddIntConstant(module, "tiles", tiles_kind()) < 0 ||
+        PyModule_AddIntConstant(module, "vnni", has_vnni()) < 0) {
         Py_DECREF(module);
         return NULL;
     }

@@ -17,14 +17,22 @@ typedef struct {
     const void *data; /* what `run` takes */
 } Operation;
 
-/* team.c: gives 0, or -1 for a graph that is too large. */
-int run_graph(const Operation *operations, int64_t count, int64_t threads);
+typedef struct {
+    const Operation *operations;
+    int64_t count;
+} Graph;
+
+/* team.c: one after the other; gives 0, or -1 if one of them is too large. */
+int run_graphs(const Graph *graphs, int64_t count, int64_t threads);
 
 /* ggml's own arithmetic for a type of weights, which is used as it is. */
 typedef struct {
     void (*dot)(int count, float *out, size_t out_stride, const void *weights,
                 size_t weights_stride, const void *x, size_t x_stride, int rows); /* or NULL */
     void (*dequantise)(const void *from, float *to, int64_t count); /* NULL for float weights */
+    /* Our own for many rows of weights; NULL where there is none. */
+    void (*dots)(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
+                 const char *x);
     int64_t block, block_bytes; /* values and bytes of a block */
 } Kind;
 
@@ -129,5 +137,17 @@ void append(const void *data, int64_t chunk);
 void attend_block(const void *data, int64_t chunk);
 void merge_blocks(const void *data, int64_t head);
 void rotate(const void *data, int64_t head);
+
+/* dots.c: rows of weights, apart by the stride, with a row of x */
+#define AHEAD 3072 /* bytes; see rows.c */
+int has_vnni(void);
+void dots_q8_0(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
+               const char *x);
+void dots_q5_0(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
+               const char *x);
+void dots_q4_k(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
+               const char *x);
+void dots_q6_k(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
+               const char *x);
 
 #endif

@@ -1,6 +1,6 @@
 """Addresses of C functions, see native.h."""
 
-run_graph: int
+run_graphs: int
 convert: int
 row_products: int
 point: int
@@ -19,6 +19,13 @@ merge_blocks: int
 rotate: int
 choose: int
 note_time: int
+dots_q8_0: int
+dots_q5_0: int
+dots_q4_k: int
+dots_q6_k: int
 
 tiles: int
 """How this processor multiplies many rows: 0 not at all, 1 by AVX-512's bfloat16, 2 by AMX."""
+
+vnni: int
+"""Whether it has AVX-512's products of bytes, which `dots_q8_0` and its like need."""

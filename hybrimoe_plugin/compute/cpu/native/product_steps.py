@@ -23,8 +23,6 @@ _TILED_FOR_EXACT = 2.5
 """Multiply-adds by tiles that make up for one of many rows in a type of `EXACT`, which take thrice
 the time that they take in ggml's graphs; those by tiles take a sixth.
 """
-_CHUNK_BYTES = 64 << 10
-_CHUNKS_PER_THREAD = 4
 _PANEL = 32
 """Rows of weights of a chunk by tiles."""
 
@@ -55,8 +53,8 @@ class ProductSteps(Steps):
         step = self._products_step(run, inputs)
         for index in range(len(inputs)):
             output = outputs[index]
-            product, chunks = self._product(weight, index, converted, output, kernels, tiled)
-            step.add(product, chunks, out)
+            product = self._product(weight, index, converted, output, kernels, tiled)
+            step.add(product, out)
         self._wrote(out)
 
     def _takes_tiles(self, weight: GraphTensor, x: torch.Tensor) -> bool:
@@ -74,8 +72,8 @@ class ProductSteps(Steps):
         out: torch.Tensor,
         kernels: TypeKernels,
         tiled: bool,
-    ) -> tuple[Product, int]:
-        """One matrix of a batch, and its number of chunks.
+    ) -> Product:
+        """One matrix of a batch.
 
         Args:
             converted: [B, rows or blocks, bytes].
@@ -83,9 +81,8 @@ class ProductSteps(Steps):
         """
         data, stride = matrix_of(weight, index if len(weight.shape) == 3 else 0)
         count, columns = weight.shape[-2:]
-        chunk_rows = _PANEL if tiled else self._chunk_rows(count, stride)
         x = converted[index]
-        product = Product(
+        return Product(
             ctypes.addressof(kernels.kind),
             data,
             stride,
@@ -97,15 +94,8 @@ class ProductSteps(Steps):
             count,
             columns,
             0,
-            chunk_rows,
+            _PANEL if tiled else 0,
         )
-        return product, -(-count // chunk_rows)
-
-    def _chunk_rows(self, count: int, row_bytes: int) -> int:
-        """Rows of weights of a chunk: few enough to share, many enough to read ahead."""
-        by_size = max(1, _CHUNK_BYTES // row_bytes)
-        shared = -(-count // (_CHUNKS_PER_THREAD * self._threads))
-        return max(1, min(by_size, shared))
 
     def _converted_rows(self, x: torch.Tensor, kernels: TypeKernels, tiled: bool) -> torch.Tensor:
         """x [B, T, M] as products take it: [B, T, bytes], or [B, T / 16, bytes] of tiles."""

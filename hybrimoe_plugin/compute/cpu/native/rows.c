@@ -11,7 +11,6 @@
 
 #include "native.h"
 
-#define AHEAD 3072
 #define LINE 64
 
 typedef struct {
@@ -75,6 +74,13 @@ void row_products(const void *data, int64_t chunk)
     const int64_t from = (chunk - p->first_chunk) * p->chunk_rows;
     const int64_t to = least(from + p->chunk_rows, p->count);
     const int64_t bytes = row_bytes(p->kind, p->columns);
+    const char *first = p->weights + from * p->weights_stride;
+    for (int64_t at = 0; at < AHEAD; at += LINE)
+        __builtin_prefetch(first + at);
+    if (p->kind->dots != NULL && p->rows == 1) {
+        p->kind->dots(to - from, p->columns, p->out + from, first, p->weights_stride, p->x);
+        return;
+    }
     for (int64_t row = from; row < to; row++) {
         const char *weights = p->weights + row * p->weights_stride;
         /* Beyond the matrix nothing happens: it is only a hint. */

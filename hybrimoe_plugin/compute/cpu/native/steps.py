@@ -8,8 +8,20 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
-from hybrimoe_plugin.compute.cpu.native.structures import Operation, Pointing, Product, Products
+from hybrimoe_plugin.compute.cpu.native.structures import (
+    GraphOf,
+    Operation,
+    Pointing,
+    Product,
+    Products,
+)
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
+
+_CHUNKS_PER_THREAD = 4
+_LEAST_CHUNK, _MOST_CHUNK = 64 << 10, 512 << 10
+"""Bytes of weights of a chunk."""
+_GROUP = 4
+"""Rows of weights that products take side by side."""
 
 
 class Step(NamedTuple):
@@ -30,11 +42,30 @@ class ProductsStep:
         self.written: set[int] = set()
         """Addresses of the storages that they write."""
 
-    def add(self, product: Product, chunks: int, out: torch.Tensor) -> None:
-        product.first_chunk = self.chunks
+    def add(self, product: Product, out: torch.Tensor) -> None:
+        """A product; its rows of a chunk are 0 where `cut` is to choose them."""
         self.products.append(product)
-        self.chunks += chunks
         self.written.add(storage_of(out))
+
+    def cut(self, threads: int) -> None:
+        """Cut the products into chunks.
+
+        Weights are read ahead within a chunk, so large ones are faster. But each thread must get
+        its share: 8 chunks of two products for two threads.
+
+            gate   | 0 | 1 | 2 | 3 |
+            up     | 4 | 5 | 6 | 7 |
+        """
+        nbytes = sum(product.count * product.weights_stride for product in self.products)
+        wanted = nbytes // (_CHUNKS_PER_THREAD * threads)
+        wanted = max(_LEAST_CHUNK, min(wanted, _MOST_CHUNK))
+        for product in self.products:
+            if not product.chunk_rows:
+                pieces = -(-product.count * product.weights_stride // wanted)
+                rows = -(-product.count // pieces)
+                product.chunk_rows = -(-rows // _GROUP) * _GROUP
+            product.first_chunk = self.chunks
+            self.chunks += -(-product.count // product.chunk_rows)
 
 
 class Steps:
@@ -42,6 +73,9 @@ class Steps:
 
     Args:
         threads: that work on them, the caller's among them.
+
+    Attributes:
+        finished: for `Kernels.run`; None until then.
     """
 
     def __init__(self, kernels: Kernels, threads: int) -> None:
@@ -55,13 +89,14 @@ class Steps:
         self._pointings: list[tuple[Pointing, ProductsStep, int]] = []
         """What sets the weights of products, and which of a step's they are."""
         self._caches: list[AttendedCache] = []
-        self._operations: Any = None
+        self.finished: GraphOf | None = None
 
     def finish(self, *_outputs: Any) -> None:
         """Close the graph: nothing can be added after."""
         made = (Operation * len(self._steps))()
         for operation, step in zip(made, self._steps, strict=True):
             if isinstance(step, ProductsStep):
+                step.cut(self._threads)
                 products = (Product * len(step.products))(*step.products)
                 data: Any = Products(ctypes.addressof(products), len(products))
                 for pointing, its_step, first in self._pointings:
@@ -76,13 +111,13 @@ class Steps:
             operation.data = ctypes.addressof(data)
         for cache in self._caches:
             cache.operation = made[cache.step]
-        self._operations = made
+        self._referenced.append(made)
+        self.finished = GraphOf(ctypes.addressof(made), len(made))
 
     def run(self) -> None:
         """Compute every output. Mutates: the tensors' buffers."""
-        assert self._operations is not None, "finish() comes first"
-        status = self._kernels.run(self._operations, len(self._operations), self._threads)
-        assert status == 0, "too many operations or chunks"
+        assert self.finished is not None, "finish() comes first"
+        self._kernels.run((self.finished,), self._threads)
 
     def _before_products(self, step: Step, x: torch.Tensor) -> None:
         """Add a conversion, before the last products if these do not make what it reads."""

@@ -14,12 +14,19 @@ class Operation(ctypes.Structure):
     _fields_ = [("run", _Pointer), ("chunks", _Int64), ("data", _Pointer)]
 
 
+class GraphOf(ctypes.Structure):
+    """Operations that run one after the other."""
+
+    _fields_ = [("operations", _Pointer), ("count", _Int64)]
+
+
 class Kind(ctypes.Structure):
     """A type of weights: ggml's functions for it, and its blocks."""
 
     _fields_ = [
         ("dot", _Pointer),
         ("dequantise", _Pointer),
+        ("dots", _Pointer),
         ("block", _Int64),
         ("block_bytes", _Int64),
     ]

@@ -146,39 +146,57 @@ static void hire(int64_t workers)
     pthread_sigmask(SIG_SETMASK, &kept, NULL);
 }
 
-static void run_alone(const Operation *operations, int64_t count)
+static void run_alone(const Graph *graph)
 {
-    for (int64_t at = 0; at < count; at++)
+    const Operation *operations = graph->operations;
+    for (int64_t at = 0; at < graph->count; at++)
         for (int64_t chunk = 0; chunk < operations[at].chunks; chunk++)
             operations[at].run(operations[at].data, chunk);
 }
 
-int run_graph(const Operation *operations, int64_t count, int64_t threads)
+static void run_together(const Graph *graph)
 {
-    if (count >= 1 << OPERATION_BITS)
-        return -1;
-    for (int64_t at = 0; at < count; at++)
-        if (operations[at].chunks < 0 || operations[at].chunks >= 1 << CHUNK_BITS)
-            return -1;
-    /* Another thread's graph has the team: two teams would only take turns. */
-    if (threads < 2 || pthread_mutex_trylock(&team.in_use) != 0) {
-        run_alone(operations, count);
-        return 0;
-    }
-    if (team.workers < threads - 1)
-        hire(threads - 1);
-    team.operations = operations;
-    team.count = count;
+    team.operations = graph->operations;
+    team.count = graph->count;
     team.graph++;
-    atomic_store(&team.wanted, (int)threads - 1);
     begin(0);
     for (;;) {
         const uint64_t claims = atomic_load(&team.claims);
-        if (operation_of(claims) >= count)
+        if (operation_of(claims) >= graph->count)
             break;
         if (!work(claims))
             wait_for_news(claims);
     }
-    pthread_mutex_unlock(&team.in_use);
+}
+
+static bool fits(const Graph *graph)
+{
+    if (graph->count >= 1 << OPERATION_BITS)
+        return false;
+    for (int64_t at = 0; at < graph->count; at++)
+        if (graph->operations[at].chunks < 0 || graph->operations[at].chunks >= 1 << CHUNK_BITS)
+            return false;
+    return true;
+}
+
+int run_graphs(const Graph *graphs, int64_t count, int64_t threads)
+{
+    for (int64_t graph = 0; graph < count; graph++)
+        if (!fits(graphs + graph))
+            return -1;
+    /* Another thread's graph has the team: two teams would only take turns. */
+    const bool together = threads > 1 && pthread_mutex_trylock(&team.in_use) == 0;
+    if (together) {
+        if (team.workers < threads - 1)
+            hire(threads - 1);
+        atomic_store(&team.wanted, (int)threads - 1);
+    }
+    for (int64_t graph = 0; graph < count; graph++)
+        if (together)
+            run_together(graphs + graph);
+        else
+            run_alone(graphs + graph);
+    if (together)
+        pthread_mutex_unlock(&team.in_use);
     return 0;
 }

@@ -41,6 +41,8 @@ class AttendedCache:
 
     def fits(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether the graph may read and write a cache's buffers [B, key heads, capacity, D]."""
+        if keys is self._keys:
+            return True
         data = self._data
         heads = keys.shape[1] == values.shape[1] == data.key_heads
         value_width = data.value_width if data.value else 0

@@ -1,0 +1,56 @@
+"""Which layers of a model are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
+from hybrimoe_plugin.decode.chain.connect import weakly
+from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
+from hybrimoe_plugin.decode.on_cpu.lazy_chain import ChainLink, LazyChain
+from hybrimoe_plugin.engine.turns import Turns
+from hybrimoe_plugin.operators.experts import layer_of
+
+Linked = tuple[GraphedLayer, ChainLink]
+
+
+def connect_lazily(kernels: Kernels, links: Sequence[Linked], turns: Turns) -> None:
+    """Let layers that follow one another be computed together.
+
+    What a turn leaves to be computed is computed at its end; what an interrupted one leaves is
+    dropped before the next.
+
+    Args:
+        links: layers, in the model's order, with their links.
+
+    Mutates: `links`, `turns`.
+    """
+    for run in _runs(links):
+        chain = LazyChain(kernels)
+        previous: ChainLink | None = None
+        for number, (layer, link) in enumerate(run):
+            # The layers' own dicts: hooks are removed from them and added to them, and they stay.
+            watchers = [layer._forward_hooks]
+            if number + 1 < len(run):
+                watchers.append(run[number + 1][0]._forward_pre_hooks)
+            link.join(chain, previous, watchers)
+            previous = link
+        turns.complete.append(weakly(chain.settle))
+        turns.clean_up.append(weakly(chain.forget))
+
+
+def _runs(links: Sequence[Linked]) -> Iterator[list[Linked]]:
+    """Layers in runs of which each is the model's next one."""
+    run: list[Linked] = []
+    for linked in links:
+        if run and not _follows(run[-1][0], linked[0]):
+            yield run
+            run = []
+        run.append(linked)
+    if run:
+        yield run
+
+
+def _follows(one: GraphedLayer, other: GraphedLayer) -> bool:
+    same_list = one.key.rpartition(".")[0] == other.key.rpartition(".")[0]
+    return same_list and layer_of(other.key) == layer_of(one.key) + 1
