@@ -15,7 +15,7 @@ from hybrimoe_plugin.policy.step import FEW_ROWS
 
 
 class CpuLayer:
-    """Up to `FEW_ROWS` tokens by `CpuStep`, any other call eagerly."""
+    """Calls that `CpuStep` takes, any other eagerly."""
 
     captured = False
 
@@ -32,7 +32,9 @@ class CpuLayer:
         if not args and self._takes_rows(hidden_states, kwargs):
             mask = kwargs.get("attention_mask")
             embeddings = kwargs["position_embeddings"]
-            return self.step.rows(hidden_states, embeddings, mask, cache_in(kwargs))
+            few = hidden_states.shape[0] * hidden_states.shape[1] <= FEW_ROWS
+            compute = self.step.rows if few else self.step.many
+            return compute(hidden_states, embeddings, mask, cache_in(kwargs))
         return self._eager(hidden_states, *args, **kwargs)
 
     def _takes_step(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
@@ -43,7 +45,8 @@ class CpuLayer:
     def _takes_rows(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if hidden_states.dtype != torch.float32 or torch.is_grad_enabled():
             return False
-        if not 1 < hidden_states.shape[0] * hidden_states.shape[1] <= FEW_ROWS:
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        if tokens < 2 or (tokens > FEW_ROWS and not self.step.takes_many(hidden_states)):
             return False
         return kwargs.get("position_embeddings") is not None and not self._hooks.present()
 

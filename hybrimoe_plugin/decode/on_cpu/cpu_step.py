@@ -10,7 +10,7 @@ from torch import nn
 from hybrimoe_plugin.compute.attention.rope import Rope
 from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
-from hybrimoe_plugin.compute.cpu.native.choice import kernels_of
+from hybrimoe_plugin.compute.cpu.native.choice import kernels_of, takes
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
@@ -137,6 +137,37 @@ class CpuStep:
             attended = attended * self._attention_scale  # the projection behind it is linear
         outputs = self._rows_after(attended.view(count, -1), count)
         return self._output(outputs, hidden.shape)
+
+    def many(
+        self, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any
+    ) -> torch.Tensor:
+        """As `rows`, for as many tokens as a prompt has, with graphs that are built for the call.
+
+        Only where `takes_many` says so.
+        """
+        assert self.kernels is not None
+        threads = torch.get_num_threads()
+        flat = hidden.reshape(hidden.shape[0] * hidden.shape[1], -1)
+        graph = NativeGraph(self._operator.ggml, self.kernels, threads)
+        built = self._build_rows_before(graph, graph.wrap(flat))
+        graph.finish()
+        graph.run()
+        parts = [part.value for part in built]
+        attended = self._operator.attend_parts(parts, hidden, embeddings, mask, cache)
+        if self._attention_scale != 1:
+            attended = attended * self._attention_scale  # the projection behind it is linear
+        graph = NativeGraph(self._operator.ggml, self.kernels, threads)
+        x, flat_attended = graph.wrap(flat), graph.wrap(attended.reshape(len(flat), -1))
+        attention = self._operator.o_proj.build(graph, flat_attended)
+        built = self._build_behind(graph, attention, x)
+        graph.finish()
+        graph.run()
+        return self._output([part.value for part in built], hidden.shape)
+
+    def takes_many(self, hidden: torch.Tensor) -> bool:
+        """Whether products of so many rows go by tiles, for [B, T, H]."""
+        tokens = hidden.shape[0] * hidden.shape[1]
+        return takes(self.kernels, tokens) and hidden.is_contiguous()
 
     def _output(self, outputs: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
         """[B, T, H] from the outputs of the second graph."""

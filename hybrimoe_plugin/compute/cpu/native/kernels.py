@@ -28,6 +28,9 @@ EXACT = frozenset({"F16", "F32"})
 OWN_DOTS = frozenset({"Q4_K", "Q5_0", "Q6_K", "Q8_0"})
 """Types whose products of one row are compiled too, for processors with VNNI."""
 
+OWN_PANELS = frozenset({"Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0"})
+"""Types that are written out in bfloat16 at once, for processors with tiles."""
+
 TILES = ("ggml's products, without tiles", "AVX-512's bfloat16", "AMX tiles")
 """What multiplies many rows, by the module's `tiles`."""
 
@@ -92,13 +95,16 @@ class Kernels:
     def _find(self, type_name: str, dot: bool) -> TypeKernels:
         number = GGMLQuantizationType[type_name]
         traits = self._binding.type_traits(number)
+        panel = None
+        if operations.tiles and type_name in OWN_PANELS:
+            panel = getattr(operations, f"panel_{type_name.lower()}")
         if not dot:
-            kind = Kind(None, traits.to_float, None, *GGML_QUANT_SIZES[number])
+            kind = Kind(None, traits.to_float, None, panel, *GGML_QUANT_SIZES[number])
             return TypeKernels(kind, None, *GGML_QUANT_SIZES[GGMLQuantizationType.F32])
         x_number = GGMLQuantizationType(traits.dot_type)
         convert = self._binding.type_traits(x_number).from_float
         dots = None
         if operations.vnni and type_name in OWN_DOTS:
             dots = getattr(operations, f"dots_{type_name.lower()}")
-        kind = Kind(traits.dot, traits.to_float, dots, *GGML_QUANT_SIZES[number])
+        kind = Kind(traits.dot, traits.to_float, dots, panel, *GGML_QUANT_SIZES[number])
         return TypeKernels(kind, convert, *GGML_QUANT_SIZES[x_number])

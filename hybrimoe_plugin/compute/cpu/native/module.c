@@ -29,6 +29,8 @@ PyMODINIT_FUNC PyInit_operations(void)
         NAMED(point),         NAMED(append),   NAMED(attend_block), NAMED(merge_blocks),
         NAMED(rotate),        NAMED(choose),   NAMED(note_time),
         NAMED(dots_q8_0),     NAMED(dots_q5_0), NAMED(dots_q4_k),  NAMED(dots_q6_k),
+        NAMED(panel_q8_0),    NAMED(panel_q5_0), NAMED(panel_q4_k), NAMED(panel_q5_k),
+        NAMED(panel_q6_k),
     };
     for (size_t i = 0; i < sizeof found / sizeof *found; i++) {
         PyObject *address = PyLong_FromSize_t(found[i].address);

@@ -33,6 +33,8 @@ typedef struct {
     /* Our own for many rows of weights; NULL where there is none. */
     void (*dots)(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
                  const char *x);
+    /* Our own for a row of weights in bfloat16; NULL where there is none. */
+    void (*panel)(const char *row, int64_t count, uint16_t *out);
     int64_t block, block_bytes; /* values and bytes of a block */
 } Kind;
 
@@ -149,5 +151,12 @@ void dots_q4_k(int64_t rows, int64_t count, float *out, const char *weights, int
                const char *x);
 void dots_q6_k(int64_t rows, int64_t count, float *out, const char *weights, int64_t stride,
                const char *x);
+
+/* panels.c: for processors with tiles */
+void panel_q8_0(const char *row, int64_t count, uint16_t *out);
+void panel_q5_0(const char *row, int64_t count, uint16_t *out);
+void panel_q4_k(const char *row, int64_t count, uint16_t *out);
+void panel_q5_k(const char *row, int64_t count, uint16_t *out);
+void panel_q6_k(const char *row, int64_t count, uint16_t *out);
 
 #endif

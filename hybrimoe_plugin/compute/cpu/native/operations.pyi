@@ -23,6 +23,11 @@ dots_q8_0: int
 dots_q5_0: int
 dots_q4_k: int
 dots_q6_k: int
+panel_q8_0: int
+panel_q5_0: int
+panel_q4_k: int
+panel_q5_k: int
+panel_q6_k: int
 
 tiles: int
 """How this processor multiplies many rows: 0 not at all, 1 by AVX-512's bfloat16, 2 by AMX."""

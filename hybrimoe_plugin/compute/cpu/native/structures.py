@@ -27,6 +27,7 @@ class Kind(ctypes.Structure):
         ("dot", _Pointer),
         ("dequantise", _Pointer),
         ("dots", _Pointer),
+        ("panel", _Pointer),
         ("block", _Int64),
         ("block_bytes", _Int64),
     ]

@@ -24,6 +24,7 @@
 #define DEPTH 32         /* columns of a tile */
 #define PANEL 32         /* rows of weights at a time */
 #define MOST_COLUMNS 4096 /* of a panel, so that it stays in the cache */
+#define ROWS_AHEAD 4      /* of weights, that are asked for before they are needed */
 #define MOST_ROWS 512     /* of x at a time */
 
 #define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
@@ -122,6 +123,10 @@ WITH_AVX512 static void write_out(const Kind *kind, const char *row, int64_t cou
 {
     float values[MOST_COLUMNS] __attribute__((aligned(64)));
     const float *from = (const float *)row;
+    if (kind->panel != NULL) {
+        kind->panel(row, count, out);
+        return;
+    }
     if (kind->dequantise != NULL) {
         kind->dequantise(row, values, count);
         from = values;
@@ -242,6 +247,13 @@ WITH_AMX static void release(void)
     _tile_release();
 }
 
+/* Ask for a row that is needed soon; see rows.c. */
+static inline void ask_for(const char *row, int64_t bytes)
+{
+    for (int64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch(row + at);
+}
+
 /* A chunk is a panel of 32 rows of weights, by all rows of x. */
 void tile_products(const void *data, int64_t chunk)
 {
@@ -253,6 +265,7 @@ void tile_products(const void *data, int64_t chunk)
     const int64_t most = least(p->columns, MOST_COLUMNS);
     const int64_t stride = most + DEPTH; /* a power of 2 would use few of the cache's sets */
     const char *weights = p->weights + first * p->weights_stride;
+    const int64_t bytes = row_bytes(p->kind, p->columns);
     const int amx = tiles_kind() == AMX;
     if (amx)
         configure();
@@ -263,9 +276,11 @@ void tile_products(const void *data, int64_t chunk)
         for (int64_t from = 0; from < p->columns; from += most) {
             const int64_t depth = least(p->columns - from, most);
             if (top == 0 || p->columns > most)
-                for (int64_t n = 0; n < count; n++)
+                for (int64_t n = 0; n < count; n++) {
+                    ask_for(weights + (n + ROWS_AHEAD) * p->weights_stride, bytes);
                     write_out(p->kind, weights + n * p->weights_stride + row_bytes(p->kind, from),
                               depth, panel + n * stride);
+                }
             for (int64_t m = 0; m < rows; m += 2 * TILE) {
                 const char *x = p->x + (top + m) / TILE * p->x_stride + from / DEPTH * 1024;
                 (amx ? multiply_amx : multiply_pairs)(panel, stride, x, p->x_stride,
