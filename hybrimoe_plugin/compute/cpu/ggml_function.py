@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, GraphTensor
 from hybrimoe_plugin.compute.cpu.native.choice import new_graph
-from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
+from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
 from hybrimoe_plugin.compute.gradients import outside_autograd
 from hybrimoe_plugin.errors import InputError
 from hybrimoe_plugin.policy.step import FEW_ROWS
@@ -128,7 +128,13 @@ class GgmlFunction:
 
     def _built(self, x: torch.Tensor, threads: int, tokens: int) -> BuiltGraph:
         kept = tokens <= FEW_ROWS
-        graph = new_graph(self._ggml, threads, tokens, kept=kept)
+        built = self._built_on(new_graph(self._ggml, threads, tokens, kept=kept), x, tokens)
+        if isinstance(built.graph, NativeGraph) and built.graph.slower_than_ggml:
+            built = self._built_on(Graph(self._ggml, threads, kept=kept), x, tokens)
+        return built
+
+    def _built_on(self, graph: AnyGraph, x: torch.Tensor, tokens: int) -> BuiltGraph:
+        kept = tokens <= FEW_ROWS
         if kept and self._input_rows is not None:
             node = graph.wrap(self._input_rows[:tokens])
         else:

@@ -184,7 +184,7 @@ def test_results_survive_later_calls(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_any_number_of_threads_gives_the_same(tokens: int) -> None:
-    weights = tiny_experts.layer(types=("Q4_0",) * 3)
+    weights = tiny_experts.layer(types=("Q8_0",) * 3)
     found = []
     for threads in (1, 2, 3, 64):
         experts = GgmlExperts(threads)

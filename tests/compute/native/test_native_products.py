@@ -9,8 +9,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hybrimoe_plugin.compute.cpu.ggml import TYPES, Ggml
 from hybrimoe_plugin.compute.cpu.ggml.runtime import Forms
+from hybrimoe_plugin.compute.cpu.native import kernels as kernels_module
 from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
-from hybrimoe_plugin.compute.cpu.native.kernels import EXACT, Kernels
+from hybrimoe_plugin.compute.cpu.native.kernels import EXACT, OWN_DOTS, Kernels, operations
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.gguf_store import dequantize_bytes
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
@@ -78,6 +79,36 @@ def test_odd_shapes(
     scale = x.double().norm(dim=1)[:, None] * values_of(stored).norm(dim=1)
     found = (product(graph, stored, x).double() - wanted) / scale
     assert float(found.abs().max()) < 5 * limit("Q8_0", rows, kernels)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 6, 7, 130])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 9])
+@pytest.mark.parametrize("type_name", sorted(OWN_DOTS))
+def test_own_dots_are_ggml_s_but_for_the_order_of_sums(
+    ggml: Ggml, type_name: str, count: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of rows that are not full, and halves of pairs of blocks."""
+    if not operations.vnni:
+        pytest.skip("this processor has no VNNI")
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    stored = random_matrix(type_name, count, blocks * block)
+    x = 30 * random(1, blocks * block)
+    found = product(NativeGraph(ggml, Kernels(ggml.binding), 2), stored, x)
+    monkeypatch.setattr(kernels_module, "OWN_DOTS", frozenset())
+    wanted = product(NativeGraph(ggml, Kernels(ggml.binding), 2), stored, x)
+    scale = x.norm() * values_of(stored).norm(dim=1)
+    assert float(((found - wanted).abs() / scale).max()) < 1e-6
+
+
+@pytest.mark.parametrize("type_name", sorted(OWN_DOTS))
+def test_own_dots_at_the_ends_of_their_codes(ggml: Ggml, kernels: Kernels, type_name: str) -> None:
+    """Activations of 127 steps in every place, of one sign and of both: no sum overflows."""
+    stored = random_matrix(type_name, 64, 2048)
+    for x in (torch.ones(1, 2048), -torch.ones(1, 2048), random(1, 2048).sign()):
+        found = product(NativeGraph(ggml, kernels, 2), stored, x)
+        torch.testing.assert_close(
+            found.double(), x.double() @ values_of(stored).T, rtol=1e-3, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16"])

@@ -91,6 +91,22 @@ def test_graphs_after_pauses_in_which_threads_fall_asleep(ggml: Ggml, kernels: K
         assert work.right()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_several_graphs_in_one_call(ggml: Ggml, kernels: Kernels, threads: int) -> None:
+    """One after the other: each reads what the one before it wrote."""
+    x = torch.zeros(4, 8)
+    graphs = []
+    for _ in range(20):
+        graph = NativeGraph(ggml, kernels, threads)
+        graph.finish(graph.add(graph.wrap(x), graph.constant(torch.ones(8))))
+        graphs.append(graph)
+    finished = [graph.finished for graph in graphs if graph.finished is not None]
+    for _ in range(100):
+        kernels.run(finished, threads)
+    kernels.run([], threads)
+    assert (x == 2000).all()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_graph_without_operations(ggml: Ggml, kernels: Kernels, threads: int) -> None:
     graph = NativeGraph(ggml, kernels, threads)

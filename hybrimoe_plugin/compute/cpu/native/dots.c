@@ -1,6 +1,6 @@
-/* Products of rows of weights and a row of activations by AVX-512's products of bytes (VNNI), for the
- * types that most files have. ggml's own functions stay for all other types and processors. Four rows
- * go side by side: four streams from memory are read faster than one, and x is read once.
+/* Products of rows of weights and a row of activations by AVX-512's products of bytes (VNNI), for
+ * the types that most files have. ggml's own functions stay for all other types and processors.
+ * Four rows go side by side: four streams from memory are read faster than one, and x is read once.
  *
  *     Q8_0   32 values: half scale, 32 signed bytes                                  by Q8_0
  *     Q5_0   32 values: half scale, 32 high bits, 32 x 4 low bits                    by Q8_0
@@ -166,8 +166,9 @@ INSIDE void rows_4_K(int rows, int count, float *out, const uint8_t *w, int64_t 
             for (int part = 0; part < 4; part++) {
                 const __m256i packed = _mm256_loadu_si256((const __m256i *)(row + 16 + 32 * part));
                 const __m512i shifted = _mm512_srlv_epi64(_mm512_broadcast_i64x4(packed), shifts);
-                const __m512i products = _mm512_maddubs_epi16(_mm512_and_si512(shifted, nibbles),
-                                                              _mm512_loadu_si512(x + 4 + 64 * part));
+                const __m512i products =
+                    _mm512_maddubs_epi16(_mm512_and_si512(shifted, nibbles),
+                                         _mm512_loadu_si512(x + 4 + 64 * part));
                 const __m512i scale = _mm512_permutexvar_epi16(places[part], scales);
                 whole = _mm512_dpwssd_epi32(whole, products, scale);
             }
@@ -201,7 +202,8 @@ INSIDE void rows_6_K(int rows, int count, float *out, const uint8_t *w, int64_t 
             const uint8_t *row = w + r * stride;
             for (int line = 0; line < BYTES_6_K; line += 64)
                 _mm_prefetch((const char *)row + ahead + line, _MM_HINT_T0);
-            const __m256i each = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(row + 192)));
+            const __m256i each =
+                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(row + 192)));
             const __m512i scales = _mm512_castsi256_si512(each);
             /* values are 32 less than what is stored */
             const __m256i less = _mm256_slli_epi32(_mm256_madd_epi16(each, x_sums), 5);

@@ -1,5 +1,5 @@
-/* Rows of weights written out in bfloat16, for the types that most files have. Others are dequantised
- * by ggml and then rounded. The blocks are drawn in dots.c, but for
+/* Rows of weights written out in bfloat16, for the types that most files have. Others are
+ * dequantised by ggml and then rounded. The blocks are drawn in dots.c, but for
  *
  *     Q5_K   256 values: as Q4_K, with 32 bytes of high bits before the low ones
  */

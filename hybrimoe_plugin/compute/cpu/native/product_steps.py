@@ -19,6 +19,10 @@ from hybrimoe_plugin.compute.cpu.native.structures import Conversion, Product, T
 
 _ROWS_FOR_TILES = 4
 """Rows of activations from which tiles are faster than row by row."""
+_TILED_FOR_EXACT = 2.5
+"""Multiply-adds by tiles that make up for one of many rows in a type of `EXACT`, which take thrice
+the time that they take in ggml's graphs; those by tiles take a sixth.
+"""
 _PANEL = 32
 """Rows of weights of a chunk by tiles."""
 
@@ -26,11 +30,23 @@ _PANEL = 32
 class ProductSteps(Steps):
     """Steps, products among them."""
 
+    _exact = _tiled = 0
+    """Multiply-adds of many rows, without and with tiles."""
+
+    @property
+    def slower_than_ggml(self) -> bool:
+        """Whether ggml's graphs are faster, since most products of many rows are not by tiles."""
+        return self._tiled < _TILED_FOR_EXACT * self._exact
+
     def _add_products(
         self, weight: GraphTensor, x: torch.Tensor, out: torch.Tensor, kernels: TypeKernels
     ) -> None:
         """out [..., T, N] from weight [..., N, M] and x [..., T, M], whose shapes fit."""
         tiled = self._takes_tiles(weight, x)
+        if tiled:
+            self._tiled += x.numel() * weight.shape[-2]
+        elif x.shape[-2] >= _ROWS_FOR_TILES:
+            self._exact += x.numel() * weight.shape[-2]
         run = operations.tile_products if tiled else operations.row_products
         inputs, outputs = _three(x), _three(out)
         converted = self._converted_rows(inputs, kernels, tiled)
