@@ -152,8 +152,7 @@ class Engine:
     @property
     def gives_hits_to_accelerator(self) -> bool:
         """Whether one token's experts, all in slots, are the accelerator's without planning."""
-        top_k = self.layers[0].spec.top_k
-        return not self.verify and self.controller.all_hit_on_accelerator(top_k)
+        return not self.verify and self.controller.all_hit_on_accelerator(self.layers[0].spec.top_k)
 
     @property
     def wants_predictions(self) -> bool:
@@ -252,18 +251,12 @@ class Engine:
         return output
 
     def note_whole(self, layer: int, ids: torch.Tensor, start_us: float, spent_us: float) -> None:
-        """Count a call that the CPU has computed unplanned, and show it to whoever watches.
-
-        Args:
-            ids: [T, K] integers.
-            start_us: on the engine's clock.
-        """
+        """Count a call of ids [T, K] that the CPU has computed unplanned; tell whoever watches."""
         tokens, chosen = ids.shape
         if tokens > 1:
             chosen = len(set(ids.reshape(-1).tolist()))
         self.controller.counters.count_whole(tokens, chosen, spent_us)
-        watcher = self.watcher  # another thread may take it away
-        if watcher is not None:
+        if (watcher := self.watcher) is not None:  # another thread may take it away
             watcher(whole_call(layer, ids.numpy(), start_us, spent_us))
 
     def _clean_up(self) -> None:
@@ -353,6 +346,5 @@ class Engine:
         call = Computed(step, ahead, now_us, spent_us)
         if self.timeline is not None:
             self.timeline.layer_call(call, costs, self.clock.emulated)
-        watcher = self.watcher
-        if watcher is not None:
+        if (watcher := self.watcher) is not None:
             watcher(call)

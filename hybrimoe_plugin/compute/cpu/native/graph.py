@@ -19,20 +19,17 @@ import torch
 from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.cpu.ggml.graph import Graph
-from hybrimoe_plugin.compute.cpu.ggml.runtime import GraphRuntime
 from hybrimoe_plugin.compute.cpu.ggml.tensor import (
     GraphTensor,
     buffer,
-    check_stored,
     norm_epsilon_fits,
     require,
     require_form,
 )
 from hybrimoe_plugin.compute.cpu.native.kernels import (
-    Kernels,
     operations,
 )
-from hybrimoe_plugin.compute.cpu.native.product_steps import ProductSteps, matrix_of
+from hybrimoe_plugin.compute.cpu.native.product_steps import matrix_of
 from hybrimoe_plugin.compute.cpu.native.rule import Rule
 from hybrimoe_plugin.compute.cpu.native.steps import ProductsStep, Step
 from hybrimoe_plugin.compute.cpu.native.structures import (
@@ -44,12 +41,13 @@ from hybrimoe_plugin.compute.cpu.native.structures import (
     Rows,
     WeightedSum,
 )
+from hybrimoe_plugin.compute.cpu.native.tensor_steps import TensorSteps
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache, Rotating
 from hybrimoe_plugin.errors import BackendError
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 
-class NativeGraph(ProductSteps):
+class NativeGraph(TensorSteps):
     """Operations on fixed buffers, built once and run often.
 
     Args:
@@ -60,43 +58,6 @@ class NativeGraph(ProductSteps):
     """
 
     spoiled = False
-
-    def __init__(self, ggml: GraphRuntime, kernels: Kernels, threads: int) -> None:
-        super().__init__(kernels, threads)
-        self._ggml = ggml
-
-    def input(self, *shape: int, dtype: torch.dtype = torch.float32) -> GraphTensor:
-        """A buffer that the caller fills: float32, or int32 for ids."""
-        return self._tensor(buffer(*shape, dtype=dtype))
-
-    def weight(self, stored: QuantizedMatrix) -> GraphTensor:
-        """Stored bytes, read in place.
-
-        Raises:
-            BackendError: a type that was not tried, or bytes that do not fit the shape.
-        """
-        check_stored(stored)
-        self._referenced.append(stored)
-        return GraphTensor(0, stored.shape, None, stored.type_name, stored)
-
-    def wrap(self, memory: torch.Tensor) -> GraphTensor:
-        """A tensor in the caller's memory, float32 and contiguous."""
-        assert memory.dtype == torch.float32
-        assert memory.is_contiguous() and memory.device.type == "cpu"
-        return self._tensor(memory)
-
-    def wrap_ids(self, memory: torch.Tensor) -> GraphTensor:
-        """The same for ids int32."""
-        return self._tensor(memory)
-
-    def constant(self, values: torch.Tensor) -> GraphTensor:
-        """One of the model's own vectors [M] as [1, M] float32; not copied if it is float32."""
-        return self.wrap(values.detach().float()[None])
-
-    def view(self, tensor: GraphTensor, part: torch.Tensor) -> GraphTensor:
-        """A part of a tensor's buffer, given as torch's view of it; the last dimension dense."""
-        assert part.stride(-1) == 1 and part.dtype == torch.float32
-        return self._tensor(part)
 
     def matmul(
         self,
@@ -163,6 +124,7 @@ class NativeGraph(ProductSteps):
         rule: Rule,
     ) -> tuple[GraphTensor, GraphTensor]:
         """A router's choice by logits [1, E]: ids [K] int32, weights [1, K]."""
+        require(top_k <= logits.shape[-1], f"a choice of {top_k}", logits)
         ids, weights = self.input(top_k, dtype=torch.int32), self.input(1, top_k)
         scores = buffer(*logits.shape)
         correction = rule.correction
@@ -350,10 +312,6 @@ class NativeGraph(ProductSteps):
         self._referenced += [inputs, others]
         self._add(run, len(inputs), data, out)
         return self._tensor(out)
-
-    def _tensor(self, memory: torch.Tensor) -> GraphTensor:
-        self._referenced.append(memory)
-        return GraphTensor(0, tuple(memory.shape), memory)
 
 
 AnyGraph = Graph | NativeGraph
