@@ -59,12 +59,15 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
             last_tokens = found
             layer.layer_call = LastLayer(layer.layer_call, found)
             turns.clean_up.append(weakly(found.forget))
+    undo_lazily = None
     if kernels is not None:
-        connect_lazily(kernels, links, turns)
+        undo_lazily = connect_lazily(model, kernels, links, turns)
     remove_settling = connect_chains(model, chainable, turns)
 
     def remove() -> None:
         remove_settling()
+        if undo_lazily is not None:
+            undo_lazily()
         if last_tokens is not None:
             last_tokens.remove()
 

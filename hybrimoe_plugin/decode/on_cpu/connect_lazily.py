@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
 
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
-from hybrimoe_plugin.decode.chain.connect import weakly
+from hybrimoe_plugin.decode.chain.connect import before, outside, weakly
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.on_cpu.lazy_chain import ChainLink, LazyChain
 from hybrimoe_plugin.engine.turns import Turns
@@ -14,17 +16,25 @@ from hybrimoe_plugin.operators.experts import layer_of
 Linked = tuple[GraphedLayer, ChainLink]
 
 
-def connect_lazily(kernels: Kernels, links: Sequence[Linked], turns: Turns) -> None:
+def connect_lazily(
+    model: nn.Module, kernels: Kernels, links: Sequence[Linked], turns: Turns
+) -> Callable[[], None]:
     """Let layers that follow one another be computed together.
 
-    What a turn leaves to be computed is computed at its end; what an interrupted one leaves is
-    dropped before the next.
+    A pass may leave the last layers out. So what waits is computed before every module outside the
+    layers, and at the end of each turn. What an interrupted turn leaves is dropped before the next.
 
     Args:
         links: layers, in the model's order, with their links.
 
-    Mutates: `links`, `turns`.
+    Returns:
+        Takes off what this leaves on the model.
+
+    Mutates: `model`, `links`, `turns`.
     """
+    layers = [module for module in model.modules() if isinstance(module, GraphedLayer)]
+    readers = outside(model, layers)
+    handles = []
     for run in _runs(links):
         chain = LazyChain(kernels)
         previous: ChainLink | None = None
@@ -34,9 +44,18 @@ def connect_lazily(kernels: Kernels, links: Sequence[Linked], turns: Turns) -> N
             if number + 1 < len(run):
                 watchers.append(run[number + 1][0]._forward_pre_hooks)
             link.join(chain, previous, watchers)
+            link.step.make_graph()  # now, else the first token waits for it
             previous = link
         turns.complete.append(weakly(chain.settle))
         turns.clean_up.append(weakly(chain.forget))
+        hook = before(weakly(chain.settle))
+        handles += [reader.register_forward_pre_hook(hook) for reader in readers]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
 
 
 def _runs(links: Sequence[Linked]) -> Iterator[list[Linked]]:

@@ -38,9 +38,11 @@ READ = "the model computes something from a layer's output before the next layer
 class _Pending(NamedTuple):
     """A layer's call that is to be computed."""
 
+    link: ChainLink
     graph: GraphOf
     kept: GrowingLayer
-    routed: RoutedPart | None
+    given: torch.Tensor
+    """[1, 1, H]: what the call gave, to be written."""
 
 
 class LazyChain:
@@ -84,18 +86,20 @@ class LazyChain:
         if self._pending and embeddings is not self._embeddings:
             self.settle()
 
-    def add(self, link: ChainLink, kept: GrowingLayer, embeddings: Any) -> None:
-        """Note a layer's call, whose graph is prepared."""
+    def add(self, link: ChainLink, kept: GrowingLayer, embeddings: Any) -> torch.Tensor:
+        """Note a layer's call, whose graph is prepared; gives its output, to be written."""
         finished = link.step.graph.finished
         assert finished is not None
+        given = torch.empty_like(link.out)
         self._embeddings = embeddings
         self._threads = torch.get_num_threads()
-        self._pending.append(_Pending(finished, kept, link.routed))
+        self._pending.append(_Pending(link, finished, kept, given))
+        self._last = given
+        return given
 
-    def give(self, output: torch.Tensor) -> torch.Tensor:
-        """Note what a layer gives."""
-        self._last = output
-        return output
+    def waits_for(self, hidden: torch.Tensor) -> bool:
+        """Whether hidden states are what the last of the waiting calls gave."""
+        return bool(self._pending) and self._pending[-1].given is hidden
 
     def end(self) -> None:
         """The last layer was called."""
@@ -113,8 +117,9 @@ class LazyChain:
         for call in pending:
             call.kept.advance()
         for call in pending:
-            if call.routed is not None:
-                call.routed.note()
+            call.given.copy_(call.link.out)
+            if call.link.routed is not None:
+                call.link.routed.note()
 
     def forget(self) -> None:
         """Drop what an interrupted pass has left."""
@@ -132,9 +137,10 @@ class ChainLink:
     Args:
         rope: what the graph's rotation is read from.
         routed: None for a layer without experts.
-        out: [1, H], the memory that the graph writes.
+        out: [1, H], the memory that the graph writes, and the next one's reads.
 
     Attributes:
+        out: [1, 1, H]; overwritten by the next step.
         previous: the link before it; None for the first.
         is_last: nothing of the chain comes behind.
     """
@@ -144,8 +150,7 @@ class ChainLink:
     ) -> None:
         self.step = step
         self.routed = routed
-        self.given = out[None]
-        """[1, 1, H]: what a call gives that is computed later."""
+        self.out = out[None]
         self.previous: ChainLink | None = None
         self.is_last = True
         self._rope = rope
@@ -164,7 +169,7 @@ class ChainLink:
         self.previous = previous
         if previous is not None:
             previous.is_last = False
-            self.step.x = previous.given[0]
+            self.step.x = previous.out[0]
 
     def __call__(self, hidden: torch.Tensor, embeddings: Any, cache: Any) -> torch.Tensor | None:
         """The layer's output [1, 1, H], perhaps still to be written; None if it cannot compute it.
@@ -182,15 +187,14 @@ class ChainLink:
             chain.settle()
             return None
         self._rope.set_step(embeddings)
-        if self.previous is None or hidden is not self.previous.given:
+        if not chain.waits_for(hidden):
             self.step.x.copy_(hidden[0])
-        chain.add(self, kept, embeddings)
-        if chain.defers and not self.is_last and not any(self._watchers):
-            return chain.give(self.given)
-        chain.settle()
+        given = chain.add(self, kept, embeddings)
+        if not chain.defers or self.is_last or any(self._watchers):
+            chain.settle()
         if self.is_last:
             chain.end()
-        return chain.give(self.given.clone())
+        return given
 
     def settle(self) -> None:
         """Compute what waits: the layer is called in another way."""

@@ -75,7 +75,7 @@ class NativeStep:
         if kept is None:
             return None
         keys, values = kept.reserve()
-        self._make_graph()
+        self.make_graph()
         assert self._attended is not None
         if not self._attended.fits(keys, values):
             return None
@@ -93,7 +93,8 @@ class NativeStep:
             return None
         return kept
 
-    def _make_graph(self) -> None:
+    def make_graph(self) -> None:
+        """Build the graph for torch's present number of threads."""
         threads = torch.get_num_threads()
         if self._graph is not None and self._threads == threads:
             return
