@@ -7,7 +7,8 @@ from time import perf_counter
 
 import torch
 
-from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph, buffer
+from hybrimoe_plugin.compute.cpu.ggml import Ggml, buffer
+from hybrimoe_plugin.compute.cpu.native.choice import new_graph
 from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
 
 _TENSORS_EACH = 4
@@ -21,8 +22,8 @@ def product_us(
     """Time of one product in µs, in each pass over all matrices.
 
     A pass is one graph, in which each product is built as the operators' are; with hundreds of them
-    a graph's own start does not count. Experts are computed one by one. (The operators compute a
-    token's K experts in one product where the type's indexed kernel is the faster one.)
+    a graph's own start does not count. Compiled operations share out all products of a pass at
+    once, as they do a layer's that do not depend on each other.
 
     Args:
         matrices: of one type and shape [N, M].
@@ -33,7 +34,8 @@ def product_us(
     """
     ggml.require(matrices[0].type_name)
     rows, columns = matrices[0].shape
-    graph = Graph(ggml, threads, nodes=_TENSORS_EACH * len(matrices) + _SHARED_TENSORS)
+    nodes = _TENSORS_EACH * len(matrices) + _SHARED_TENSORS
+    graph = new_graph(ggml, threads, 1, nodes=nodes)
     x = graph.wrap(torch.randn(1, columns, generator=torch.Generator().manual_seed(0)))
     out = buffer(1, rows)
     graph.finish(*[graph.matmul(graph.weight(stored), x, out) for stored in matrices])
