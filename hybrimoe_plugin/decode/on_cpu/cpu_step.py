@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from hybrimoe_plugin.compute.attention.rope import Rope
 from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
-from hybrimoe_plugin.compute.cpu.native.choice import kernels_of, takes
+from hybrimoe_plugin.compute.cpu.native.choice import can_tile_matrix, kernels_of, takes
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
@@ -167,7 +168,15 @@ class CpuStep:
     def takes_many(self, hidden: torch.Tensor) -> bool:
         """Whether products of so many rows go by tiles, for [B, T, H]."""
         tokens = hidden.shape[0] * hidden.shape[1]
-        return takes(self.kernels, tokens) and hidden.is_contiguous()
+        return takes(self.kernels, tokens) and hidden.is_contiguous() and self._tiled
+
+    @functools.cached_property
+    def _tiled(self) -> bool:
+        """Whether tiles take all matrices; known once these are loaded."""
+        parts = [self._operator] if self._dense is None else [self._operator, self._dense]
+        linears = [module for part in parts for module in part.modules()]
+        stored = [module.stored for module in linears if isinstance(module, GgmlLinear)]
+        return all(matrix is not None and can_tile_matrix(matrix) for matrix in stored)
 
     def _output(self, outputs: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
         """[B, T, H] from the outputs of the second graph."""
