@@ -16,10 +16,13 @@ try:
 except ImportError:  # no C compiler was there when it was installed
     operations = None  # type: ignore[assignment]
 
+LAYOUT = 1
+"""Of the structures; native.h has the same number."""
+
 
 def compiled() -> bool:
     """Whether the operations were compiled."""
-    return operations is not None
+    return getattr(operations, "layout", 0) == LAYOUT
 
 
 EXACT = frozenset({"F16", "F32"})
@@ -64,7 +67,7 @@ class Kernels:
     """
 
     def __init__(self, binding: GgmlBinding) -> None:
-        if operations is None:
+        if not compiled():
             raise ImportError("hybrimoe_plugin.compute.cpu.native.operations was not compiled")
         self._binding = binding
         self._types: dict[tuple[str, bool], TypeKernels] = {}

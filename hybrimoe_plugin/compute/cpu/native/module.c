@@ -42,7 +42,8 @@ PyMODINIT_FUNC PyInit_operations(void)
             return NULL;
         }
     }
-    if (PyModule_AddIntConstant(module, "tiles", tiles_kind()) < 0 ||
+    if (PyModule_AddIntConstant(module, "layout", LAYOUT) < 0 ||
+        PyModule_AddIntConstant(module, "tiles", tiles_kind()) < 0 ||
         PyModule_AddIntConstant(module, "vnni", has_vnni()) < 0) {
         Py_DECREF(module);
         return NULL;

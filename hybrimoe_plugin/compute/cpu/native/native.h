@@ -11,6 +11,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Whoever changes a structure or a function that Python calls gives this the next number, here and in
+ * kernels.py: a checkout may still hold what was compiled from older sources, which is then not used.
+ */
+#define LAYOUT 1
+
 typedef struct {
     void (*run)(const void *data, int64_t chunk);
     int64_t chunks;

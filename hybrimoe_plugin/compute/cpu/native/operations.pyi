@@ -4,7 +4,10 @@ run_graphs: int
 convert: int
 row_products: int
 point: int
-to_tiles: int
+to_layout: int
+"""A number that is that of `kernels.LAYOUT` if both were made for each other."""
+
+tiles: int
 tile_products: int
 rms_norm: int
 add: int
@@ -28,6 +31,9 @@ panel_q5_0: int
 panel_q4_k: int
 panel_q5_k: int
 panel_q6_k: int
+
+layout: int
+"""A number that is that of `kernels.LAYOUT` if both were made for each other."""
 
 tiles: int
 """How this processor multiplies many rows: 0 not at all, 1 by AVX-512's bfloat16, 2 by AMX."""
