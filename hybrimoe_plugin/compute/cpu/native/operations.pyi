@@ -4,10 +4,7 @@ run_graphs: int
 convert: int
 row_products: int
 point: int
-to_layout: int
-"""A number that is that of `kernels.LAYOUT` if both were made for each other."""
-
-tiles: int
+to_tiles: int
 tile_products: int
 rms_norm: int
 add: int
