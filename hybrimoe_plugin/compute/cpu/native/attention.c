@@ -12,6 +12,7 @@
 #include "native.h"
 
 #define MOST_BLOCK 256 /* tokens */
+#define MOST_ASKED 256 /* values of an entry; longer ones the processor finds by itself */
 
 typedef struct {
     const float *query; /* [key heads, group, D] */
@@ -48,36 +49,55 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 
 #define AT(x) (*(const Lanes *)(x))
 
-INLINE float sum_of(const Lanes *x)
+typedef int32_t Places __attribute__((vector_size(64)));
+
+/* Lanes of two vectors, each of which is halved by adding neighbours: x's first, then y's. */
+INLINE void add_neighbours(const Lanes *x, const Lanes *y, Lanes *out)
 {
-    float parts[LANES];
-    memcpy(parts, x, sizeof parts);
-    for (int i = 0; i < 8; i++)
-        parts[i] += parts[i + 8];
-    for (int i = 0; i < 4; i++)
-        parts[i] += parts[i + 4];
-    return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+    const Places even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    const Places odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    *out = __builtin_shuffle(*x, *y, even) + __builtin_shuffle(*x, *y, odd);
+}
+
+/* The sums of 16 vectors, in one: vectors are added up in pairs, 16 to 8 to 4 to 2 to 1. */
+INLINE void sums_of(Lanes x[LANES], Lanes *out)
+{
+    for (int left = LANES / 2; left > 0; left /= 2)
+        for (int i = 0; i < left; i++)
+            add_neighbours(&x[2 * i], &x[2 * i + 1], &x[i]);
+    *out = x[0];
 }
 
 #define HEADS 4 /* at a time, for which a key or value is read once */
 
-/* scores [HEADS, MOST_BLOCK], at one token: the products of queries [HEADS, D] and its key. */
-INLINE void score(const Attention *a, const float *query, int64_t heads, const float *key,
-                         float *scores)
+/* scores [16]: the products of a query and the keys of so many tokens; those behind are made up. */
+INLINE void score(const Attention *a, const float *query, const float *keys, int64_t tokens,
+                  float *scores)
 {
-    Lanes sums[HEADS] = {0};
+    Lanes sums[LANES] = {0}, found;
+    const float *rows[LANES];
     int64_t i = 0;
+    for (int t = 0; t < LANES; t++)
+        rows[t] = keys + least(t, tokens - 1) * a->key_stride;
     for (; i + LANES <= a->width; i += LANES) {
-        const Lanes k = AT(key + i);
-        for (int h = 0; h < HEADS; h++)
-            sums[h] += AT(query + (h < heads ? h : 0) * a->width + i) * k;
+        const Lanes q = AT(query + i);
+        for (int t = 0; t < LANES; t++)
+            sums[t] += q * AT(rows[t] + i);
     }
-    for (int64_t h = 0; h < heads; h++) {
-        float sum = sum_of(&sums[h]);
-        for (int64_t rest = i; rest < a->width; rest++)
-            sum += query[h * a->width + rest] * key[rest];
-        scores[h * MOST_BLOCK] = sum * a->scaling;
-    }
+    sums_of(sums, &found);
+    memcpy(scores, &found, sizeof found);
+    for (; i < a->width; i++)
+        for (int t = 0; t < LANES; t++)
+            scores[t] += query[i] * rows[t][i];
+    for (int t = 0; t < LANES; t++)
+        scores[t] *= a->scaling;
+}
+
+/* Ask for the entries of 16 tokens, one after the other; see rows.c. */
+INLINE void ask_for(const float *entries, int64_t stride)
+{
+    for (int64_t at = 0; at < LANES * stride; at += LANES)
+        __builtin_prefetch(entries + at);
 }
 
 /* out [HEADS, W], which lie apart by the stride: the sum of the tokens' values by their weights. */
@@ -120,8 +140,16 @@ PORTABLE void attend_block(const void *data, int64_t chunk)
     memset(scores, 0, sizeof scores); /* heads that a group lacks have weights of 0 */
     for (int64_t first = 0; first < a->group; first += HEADS) {
         const int64_t heads = least(HEADS, a->group - first);
-        for (int64_t t = 0; t < count; t++)
-            score(a, query + first * a->width, heads, keys + t * a->key_stride, scores + t);
+        for (int64_t t = 0; t < count; t += LANES) {
+            const float *key = keys + t * a->key_stride;
+            if (first == 0 && a->key_stride <= MOST_ASKED) {
+                ask_for(key + 2 * LANES * a->key_stride, a->key_stride);
+                ask_for(values + t * a->value_stride, a->value_stride);
+            }
+            for (int64_t h = 0; h < heads; h++)
+                score(a, query + (first + h) * a->width, key, count - t,
+                      scores + h * MOST_BLOCK + t);
+        }
         for (int64_t h = 0; h < heads; h++) {
             float *s = scores + h * MOST_BLOCK, *out = part + (first + h) * size;
             float largest = -INFINITY, sum = 0;
