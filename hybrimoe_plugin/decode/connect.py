@@ -33,6 +33,7 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
     Mutates: `model`, `turns`.
     """
     last_tokens: LastTokens | None = None
+    removes: list[Callable[[], None]] = []
     ropes: dict[Rope, RopeMatrix] = {}
     states: dict[torch.device, States | None] = {}
     chainable: list[GraphedLayer] = []
@@ -60,11 +61,12 @@ def connect_layers(model: Any, turns: Turns) -> Callable[[], None]:
             layer.layer_call = LastLayer(layer.layer_call, found)
             turns.clean_up.append(weakly(found.forget))
     if kernels is not None:
-        connect_lazily(kernels, links, turns)
-    remove_settling = connect_chains(model, chainable, turns)
+        removes.append(connect_lazily(model, kernels, links, turns))
+    removes.append(connect_chains(model, chainable, turns))
 
     def remove() -> None:
-        remove_settling()
+        for part in removes:
+            part()
         if last_tokens is not None:
             last_tokens.remove()
 

@@ -34,7 +34,7 @@ def connect_chains(
 
     Mutates: `model`, `layers`, `turns`.
     """
-    readers = _outside(model, layers)
+    readers = outside(model, layers)
     handles = []
     for run in _runs(layers):
         first, last = run[0], run[-1]
@@ -46,7 +46,7 @@ def connect_chains(
             _cuda(layer).next_input_hooks = follower._forward_pre_hooks
         turns.clean_up.append(weakly(chain.recover))
         turns.complete.append(weakly(chain.settle))
-        hook = _before(weakly(chain.make_right))
+        hook = before(weakly(chain.make_right))
         handles += [reader.register_forward_pre_hook(hook) for reader in readers]
 
     def remove() -> None:
@@ -56,14 +56,16 @@ def connect_chains(
     return remove
 
 
-def _outside(model: nn.Module, layers: Sequence[GraphedLayer]) -> list[nn.Module]:
+def outside(model: nn.Module, layers: Sequence[GraphedLayer]) -> list[nn.Module]:
     """The model's modules that are no part of a layer and have none inside."""
     inside = {part for layer in layers for part in layer.modules()}
     parts = (part for part in model.modules() if part not in inside)
     return [part for part in parts if inside.isdisjoint(part.modules())]
 
 
-def _before(make_right: Callable[[], None]) -> Callable[..., None]:
+def before(make_right: Callable[[], None]) -> Callable[..., None]:
+    """A forward pre-hook that calls this."""
+
     def hook(*_: Any) -> None:
         make_right()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
 
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
-from hybrimoe_plugin.decode.chain.connect import weakly
+from hybrimoe_plugin.decode.chain.connect import before, outside, weakly
+from hybrimoe_plugin.decode.foreign_hooks import has_own_forward, hooks_on_all
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.on_cpu.lazy_chain import ChainLink, LazyChain
 from hybrimoe_plugin.engine.turns import Turns
@@ -14,19 +17,27 @@ from hybrimoe_plugin.operators.experts import layer_of
 Linked = tuple[GraphedLayer, ChainLink]
 
 
-def connect_lazily(kernels: Kernels, links: Sequence[Linked], turns: Turns) -> None:
+def connect_lazily(
+    model: nn.Module, kernels: Kernels, links: Sequence[Linked], turns: Turns
+) -> Callable[[], None]:
     """Let layers that follow one another be computed together.
 
-    What a turn leaves to be computed is computed at its end; what an interrupted one leaves is
-    dropped before the next.
+    A pass may leave the last layers out. So outputs are also computed right before every module
+    outside the layers, and at the end of each turn. What an interrupted turn leaves is dropped
+    before the next.
 
     Args:
         links: layers, in the model's order, with their links.
 
-    Mutates: `links`, `turns`.
+    Returns:
+        Takes off what this leaves on the model.
+
+    Mutates: `model`, `links`, `turns`.
     """
+    readers = outside(model, [part for part in model.modules() if isinstance(part, GraphedLayer)])
+    handles = []
     for run in _runs(links):
-        chain = LazyChain(kernels)
+        chain = LazyChain(kernels, _unchanged(model, [layer for layer, _ in run]))
         previous: ChainLink | None = None
         for number, (layer, link) in enumerate(run):
             # The layers' own dicts: hooks are removed from them and added to them, and they stay.
@@ -35,8 +46,32 @@ def connect_lazily(kernels: Kernels, links: Sequence[Linked], turns: Turns) -> N
                 watchers.append(run[number + 1][0]._forward_pre_hooks)
             link.join(chain, previous, watchers)
             previous = link
-        turns.complete.append(weakly(chain.settle))
+        turns.complete.append(weakly(chain.hand_over))
         turns.clean_up.append(weakly(chain.forget))
+        hook = before(weakly(chain.hand_over))
+        handles += [reader.register_forward_pre_hook(hook) for reader in readers]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _unchanged(model: nn.Module, layers: Sequence[GraphedLayer]) -> Callable[[], bool]:
+    """Whether a model still calls these layers, one after the other, and nothing around them."""
+    path, _, first = layers[0].key.rpartition(".")
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    places = slice(int(first), int(first) + len(layers))
+
+    def unchanged() -> bool:
+        found = owner._modules.get(name)
+        if not isinstance(found, nn.ModuleList) or list(found)[places] != layers:
+            return False
+        return all(map(has_own_forward, layers)) and not hooks_on_all()
+
+    return unchanged
 
 
 def _runs(links: Sequence[Linked]) -> Iterator[list[Linked]]:

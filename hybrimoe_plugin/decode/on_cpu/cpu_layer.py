@@ -28,7 +28,7 @@ class CpuLayer:
         if not args and self._takes_step(hidden_states, kwargs):
             return self.step(hidden_states, kwargs["position_embeddings"], cache_in(kwargs))
         if self.step.link is not None:
-            self.step.link.settle()
+            self.step.link.hand_over()
         if not args and self._takes_rows(hidden_states, kwargs):
             mask = kwargs.get("attention_mask")
             embeddings = kwargs["position_embeddings"]

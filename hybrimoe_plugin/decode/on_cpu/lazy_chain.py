@@ -8,13 +8,14 @@ the processor's cache meanwhile. So the layers' calls only note what is to be co
     computes         -      -      -            0 1 2 ... n
 
 That is right as long as nobody looks at o0 to o(n-1) but the next layer. Two steps are computed
-layer by layer first, in which every layer must be given what the one before it gave.
+layer by layer first, in which every layer must be given what the one before it gave. What goes to
+anybody else, such as the caller of a single layer, is computed before, and gets memory of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -44,26 +45,35 @@ class _Pending(NamedTuple):
 
 
 class LazyChain:
-    """Layers that follow one another; `ChainLink` is one of them."""
+    """Layers that follow one another; `ChainLink` is one of them.
 
-    def __init__(self, kernels: Kernels) -> None:
+    Args:
+        unchanged: whether the model still calls nothing but these layers, one after the other.
+    """
+
+    def __init__(self, kernels: Kernels, unchanged: Callable[[], bool]) -> None:
         self._kernels = kernels
+        self._unchanged = unchanged
         self._pending: list[_Pending] = []
         self._last: torch.Tensor | None = None
         """What the layer before gave."""
+        self._giver: ChainLink | None = None
+        """That layer."""
         self._embeddings: Any = None
         """Of the pending calls: all graphs read one rotation."""
         self._follows = False
         """Whether each layer of the running step was given what the one before it gave."""
         self._watched = 0
         """Steps in which that was so."""
+        self._defers = False
+        """Whether calls of the running step may wait for the last layer's."""
         self._refused = False
         self._threads = 0
 
     @property
     def defers(self) -> bool:
         """Whether calls may wait for the last layer's."""
-        return self._watched >= _WATCHED_STEPS and not self._refused
+        return self._defers and not self._refused
 
     def enter(self, link: ChainLink, hidden: torch.Tensor, embeddings: Any) -> None:
         """A layer is called: compute what waits unless it goes on with that.
@@ -71,16 +81,17 @@ class LazyChain:
         Raises:
             BackendError: something has read an output before it was there.
         """
-        follows = hidden is self._last
         if link.previous is None:
             self.settle()  # of a step that ended early
             self._follows = True
-        elif not follows:
+            self._defers = self._watched >= _WATCHED_STEPS and self._unchanged()
+        elif hidden is not self._last or link.previous is not self._giver:
             self._follows = False
-            if self._pending:
+            if self._pending and hidden is not self._last:
                 self._pending.clear()
                 self._refuse()
                 raise BackendError(f"{READ}, and read what was not computed yet")
+            self.settle()
         if self._pending and embeddings is not self._embeddings:
             self.settle()
 
@@ -92,16 +103,23 @@ class LazyChain:
         self._threads = torch.get_num_threads()
         self._pending.append(_Pending(finished, kept, link.routed))
 
-    def give(self, output: torch.Tensor) -> torch.Tensor:
+    def give(self, link: ChainLink, output: torch.Tensor) -> torch.Tensor:
         """Note what a layer gives."""
-        self._last = output
+        self._last, self._giver = output, link
         return output
+
+    def hand_over(self) -> None:
+        """Somebody else than the next layer is given the last output, and may keep it."""
+        self.settle()
+        if self._giver is not None:
+            self._giver.part_from(self._last)
+        self._last = self._giver = None
 
     def end(self) -> None:
         """The last layer was called."""
         if self._follows:
             self._watched += 1
-        elif not self.defers:
+        elif not self._defers:
             self._watched = 0
 
     def settle(self) -> None:
@@ -119,7 +137,7 @@ class LazyChain:
     def forget(self) -> None:
         """Drop what an interrupted pass has left."""
         self._pending.clear()
-        self._last = self._embeddings = None
+        self._last = self._giver = self._embeddings = None
 
     def _refuse(self) -> None:
         self._refused = True
@@ -186,13 +204,21 @@ class ChainLink:
             self.step.x.copy_(hidden[0])
         chain.add(self, kept, embeddings)
         if chain.defers and not self.is_last and not any(self._watchers):
-            return chain.give(self.given)
+            return chain.give(self, self.given)
         chain.settle()
         if self.is_last:
             chain.end()
-        return chain.give(self.given.clone())
+        return chain.give(self, self.given.clone())
 
-    def settle(self) -> None:
-        """Compute what waits: the layer is called in another way."""
+    def hand_over(self) -> None:
+        """Compute what waits: the layer is called in another way, and may show its input."""
         if self._chain is not None:
-            self._chain.settle()
+            self._chain.hand_over()
+
+    def part_from(self, given: torch.Tensor | None) -> None:
+        """Give a tensor memory of its own if it is the one that the graph writes."""
+        if given is not self.given:
+            return
+        self.given = given.detach()  # another tensor on the graph's memory
+        with torch.inference_mode(False):
+            given.data = given.clone()
