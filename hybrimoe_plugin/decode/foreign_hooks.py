@@ -1,4 +1,4 @@
-"""Foreign forward hooks on modules that a graph would skip."""
+"""What others have put on modules that a graph would skip: forward hooks, and other forwards."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def hooks_on_all() -> bool:
     """Whether anything watches every module of the process, as torch's global hooks do."""
     # torch has no public way to ask.
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module still computes by its class's `forward`, around which only turns are."""
+    forward = module.forward
+    method = getattr(forward, "__wrapped__", forward)
+    return getattr(method, "__func__", None) is type(module).forward

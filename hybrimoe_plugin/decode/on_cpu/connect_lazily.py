@@ -8,6 +8,7 @@ from torch import nn
 
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
 from hybrimoe_plugin.decode.chain.connect import before, outside, weakly
+from hybrimoe_plugin.decode.foreign_hooks import has_own_forward, hooks_on_all
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.on_cpu.lazy_chain import ChainLink, LazyChain
 from hybrimoe_plugin.engine.turns import Turns
@@ -36,7 +37,7 @@ def connect_lazily(
     readers = outside(model, layers)
     handles = []
     for run in _runs(links):
-        chain = LazyChain(kernels)
+        chain = LazyChain(kernels, _unchanged(model, [layer for layer, _ in run]))
         previous: ChainLink | None = None
         for number, (layer, link) in enumerate(run):
             # The layers' own dicts: hooks are removed from them and added to them, and they stay.
@@ -56,6 +57,22 @@ def connect_lazily(
             handle.remove()
 
     return remove
+
+
+def _unchanged(model: nn.Module, layers: Sequence[GraphedLayer]) -> Callable[[], bool]:
+    """Whether a model still calls these layers, one after the other, and nothing around them."""
+    path, _, first = layers[0].key.rpartition(".")
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    places = slice(int(first), int(first) + len(layers))
+
+    def unchanged() -> bool:
+        found = owner._modules.get(name)
+        if not isinstance(found, nn.ModuleList) or list(found)[places] != layers:
+            return False
+        return all(map(has_own_forward, layers)) and not hooks_on_all()
+
+    return unchanged
 
 
 def _runs(links: Sequence[Linked]) -> Iterator[list[Linked]]:

@@ -14,7 +14,7 @@ layer by layer first, in which every layer must be given what the one before it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -46,26 +46,35 @@ class _Pending(NamedTuple):
 
 
 class LazyChain:
-    """Layers that follow one another; `ChainLink` is one of them."""
+    """Layers that follow one another; `ChainLink` is one of them.
 
-    def __init__(self, kernels: Kernels) -> None:
+    Args:
+        unchanged: whether the model still calls nothing but these layers, one after the other.
+    """
+
+    def __init__(self, kernels: Kernels, unchanged: Callable[[], bool]) -> None:
         self._kernels = kernels
+        self._unchanged = unchanged
         self._pending: list[_Pending] = []
         self._last: torch.Tensor | None = None
         """What the layer before gave."""
+        self._giver: ChainLink | None = None
+        """That layer."""
         self._embeddings: Any = None
         """Of the pending calls: all graphs read one rotation."""
         self._follows = False
         """Whether each layer of the running step was given what the one before it gave."""
         self._watched = 0
         """Steps in which that was so."""
+        self._defers = False
+        """Whether calls of the running step may wait for the last layer's."""
         self._refused = False
         self._threads = 0
 
     @property
     def defers(self) -> bool:
         """Whether calls may wait for the last layer's."""
-        return self._watched >= _WATCHED_STEPS and not self._refused
+        return self._defers and not self._refused
 
     def enter(self, link: ChainLink, hidden: torch.Tensor, embeddings: Any) -> None:
         """A layer is called: compute what waits unless it goes on with that.
@@ -73,16 +82,17 @@ class LazyChain:
         Raises:
             BackendError: something has read an output before it was there.
         """
-        follows = hidden is self._last
         if link.previous is None:
             self.settle()  # of a step that ended early
             self._follows = True
-        elif not follows:
+            self._defers = self._watched >= _WATCHED_STEPS and self._unchanged()
+        elif hidden is not self._last or link.previous is not self._giver:
             self._follows = False
-            if self._pending:
+            if self._pending and hidden is not self._last:
                 self._pending.clear()
                 self._refuse()
                 raise BackendError(f"{READ}, and read what was not computed yet")
+            self.settle()
         if self._pending and embeddings is not self._embeddings:
             self.settle()
 
@@ -94,7 +104,7 @@ class LazyChain:
         self._embeddings = embeddings
         self._threads = torch.get_num_threads()
         self._pending.append(_Pending(link, finished, kept, given))
-        self._last = given
+        self._last, self._giver = given, link
         return given
 
     def waits_for(self, hidden: torch.Tensor) -> bool:
@@ -105,7 +115,7 @@ class LazyChain:
         """The last layer was called."""
         if self._follows:
             self._watched += 1
-        elif not self.defers:
+        elif not self._defers:
             self._watched = 0
 
     def settle(self) -> None:
@@ -124,7 +134,7 @@ class LazyChain:
     def forget(self) -> None:
         """Drop what an interrupted pass has left."""
         self._pending.clear()
-        self._last = self._embeddings = None
+        self._last = self._giver = self._embeddings = None
 
     def _refuse(self) -> None:
         self._refused = True

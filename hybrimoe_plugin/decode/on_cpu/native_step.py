@@ -100,6 +100,7 @@ class NativeStep:
             return
         kernels = kernels_of(self._ggml)
         assert kernels is not None
+        self._graph = None  # the parts that are built below hold its successor's memory
         graph = NativeGraph(self._ggml, kernels, threads)
         outputs, self._attended = self._build(graph, graph.wrap(self.x))
         graph.finish()

@@ -12,8 +12,8 @@ from hybrimoe_plugin.compute.cpu.ggml import GraphTensor
 from hybrimoe_plugin.compute.cpu.ggml_experts import GgmlExperts
 from hybrimoe_plugin.compute.cpu.native.graph import NativeGraph
 from hybrimoe_plugin.compute.cpu.native.rule import Rule
-from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks, hooks_on_all
-from hybrimoe_plugin.decode.on_cpu.router_rule import rule_of
+from hybrimoe_plugin.decode.foreign_hooks import ForeignHooks, has_own_forward, hooks_on_all
+from hybrimoe_plugin.decode.on_cpu.router_rule import correction_of, rule_of
 from hybrimoe_plugin.engine import Engine
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 
@@ -32,13 +32,19 @@ class RoutedPart:
         self._rule = rule
         self._top_k = top_k
         self._weight = router.weight
+        self._address = self._weight.data_ptr()
         self._hooks = ForeignHooks([router, *experts.modules()], [router])
         self._ids: torch.Tensor | None = None
         self._times: tuple[ctypes.c_int64, ctypes.c_int64] | None = None
 
     def applies(self) -> bool:
         """Whether the experts of the next call are the CPU's, unwatched."""
-        if self._router.weight is not self._weight or not self._experts.unplanned:
+        weight = self._router.weight
+        if weight is not self._weight or weight.data_ptr() != self._address:
+            return False
+        if not self._experts.unplanned or correction_of(self._router) is not self._rule.correction:
+            return False
+        if not has_own_forward(self._router) or not has_own_forward(self._experts):
             return False
         return not self._hooks.present() and not hooks_on_all()
 

@@ -26,7 +26,7 @@ def rule_of(router: Any, top_k: int) -> Rule | None:
     weight: Any = getattr(router, "weight", None)
     if not _is_plain(weight) or weight.ndim != 2:
         return None
-    correction: Any = getattr(router, _CORRECTION, None)
+    correction = correction_of(router)
     if correction is not None and not (
         isinstance(correction, torch.Tensor) and _is_plain(correction)
     ):
@@ -52,6 +52,11 @@ def rule_of(router: Any, top_k: int) -> Rule | None:
             if torch.allclose(weights, scale * wanted, rtol=_CLOSE, atol=0):
                 return Rule(is_sigmoid, is_normalised, scale, correction)
     return None
+
+
+def correction_of(router: Any) -> Any:
+    """What it adds to scores for the choice alone; None if nothing."""
+    return getattr(router, _CORRECTION, None)
 
 
 def _is_plain(values: Any) -> bool:

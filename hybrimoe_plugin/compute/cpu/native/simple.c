@@ -146,7 +146,7 @@ typedef struct {
     float scale;
 } Choice;
 
-/* A router's choice of K experts. Logits that are no numbers choose the first ones, with NaN. */
+/* A router's choice of K experts. Those whose scores are no numbers come first. */
 PORTABLE void choose(const void *data, int64_t chunk)
 {
     const Choice *c = data;
@@ -170,7 +170,7 @@ PORTABLE void choose(const void *data, int64_t chunk)
         for (int64_t e = 0; e < c->experts; e++) {
             const float found = c->scores[e] + (c->correction ? c->correction[e] : 0);
             int taken = 0;
-            if (best >= 0 && !(found > highest))
+            if (best >= 0 && !(found > highest || (found != found && highest == highest)))
                 continue;
             for (int64_t other = 0; other < k; other++)
                 taken |= c->ids[other] == e;

@@ -68,6 +68,7 @@ class AttendedCache:
         blocks = held // self._block + 1
         if blocks > self._blocks:
             heads = data.key_heads * data.group
+            self._blocks = 0  # an interrupt must not leave the address of what is freed
             self._parts = buffer(2 * blocks, heads, data.value_width + 2)
             data.parts = self._parts.data_ptr()
             self._blocks = 2 * blocks
