@@ -41,6 +41,7 @@ class _Pending(NamedTuple):
     link: ChainLink
     graph: GraphOf
     kept: GrowingLayer
+    """Holds the buffers that the graph reads and writes."""
     given: torch.Tensor
     """[1, 1, H]: what the call gave, to be written."""
 

@@ -33,6 +33,7 @@ class RoutedPart:
         self._top_k = top_k
         self._weight = router.weight
         self._address = self._weight.data_ptr()
+        self._numbers = _numbers(router)
         self._hooks = ForeignHooks([router, *experts.modules()], [router])
         self._ids: torch.Tensor | None = None
         self._times: tuple[ctypes.c_int64, ctypes.c_int64] | None = None
@@ -43,6 +44,8 @@ class RoutedPart:
         if weight is not self._weight or weight.data_ptr() != self._address:
             return False
         if not self._experts.unplanned or correction_of(self._router) is not self._rule.correction:
+            return False
+        if _numbers(self._router) != self._numbers:
             return False
         if not has_own_forward(self._router) or not has_own_forward(self._experts):
             return False
@@ -68,6 +71,12 @@ class RoutedPart:
         started, ended = (time.value for time in self._times)
         start_us = engine.clock.now_us() - (perf_counter_ns() - started) / 1e3
         engine.note_whole(position, self._ids[None], start_us, (ended - started) / 1e3)
+
+
+def _numbers(router: Any) -> list[Any]:
+    """What a router keeps beside tensors, such as its `top_k`."""
+    kept = router.__dict__.items()
+    return [value for name, value in kept if isinstance(value, int | float) and name != "training"]
 
 
 def routed_part(router: Any, experts: HybriMoEExperts | None) -> RoutedPart | None:

@@ -86,6 +86,13 @@ def test_its_correction_is_another(models: list[Any]) -> None:
     assert not torch.equal(alike(models), before)
 
 
+def test_it_chooses_fewer(models: list[Any]) -> None:
+    before = alike(models)
+    for model in models:
+        router(model).top_k = 1
+    assert not torch.equal(alike(models), before)
+
+
 def test_a_row_of_its_weights_is_no_number(models: list[Any]) -> None:
     """That expert is chosen, so that it shows."""
     alike(models)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +39,12 @@ class AttendedCache:
         self._block = data.block = max(_LEAST_BLOCK, min(block, _MOST_BLOCK))
         self._blocks = 0
         self._parts: torch.Tensor | None = None
-        self._keys: torch.Tensor | None = None
+        self._keys: Callable[[], torch.Tensor | None] = lambda: None
+        """The buffers that were named last, as long as they live: they may be gigabytes."""
 
     def fits(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether the graph may read and write a cache's buffers [B, key heads, capacity, D]."""
-        if keys is self._keys:
+        if keys is self._keys():
             return True
         data = self._data
         heads = keys.shape[1] == values.shape[1] == data.key_heads
@@ -58,13 +61,13 @@ class AttendedCache:
             values: the same with W; with no values where those of keys are read.
         """
         data = self._data
-        if keys is not self._keys:
-            self._keys = None
+        if keys is not self._keys():
+            self._keys = lambda: None
             values = values if values.shape[3] else keys
             data.keys, data.values = keys.data_ptr(), values.data_ptr()
             data.key_head_stride, data.key_stride = keys.stride(1), keys.stride(2)
             data.value_head_stride, data.value_stride = values.stride(1), values.stride(2)
-            self._keys = keys
+            self._keys = weakref.ref(keys)
         blocks = held // self._block + 1
         if blocks > self._blocks:
             heads = data.key_heads * data.group
