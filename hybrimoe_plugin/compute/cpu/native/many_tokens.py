@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hybrimoe_plugin.compute.cpu.ggml.tensor import bytes_of_row
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
+from hybrimoe_plugin.compute.cpu.ggml_union import UnionRows
 from hybrimoe_plugin.compute.cpu.native.kernels import (
     EXACT,
     TILE_DEPTH,
@@ -39,30 +40,6 @@ _PANEL = 32
 Integers = NDArray[np.int64]
 
 _PRODUCT = np.dtype([(name, np.int64) for name, *_ in Product._fields_])
-
-
-class SortedRows(NamedTuple):
-    """The rows of a call, sorted by expert."""
-
-    choices: Integers
-    """[R]: places in the flat [T x K]."""
-    experts: Integers
-    """[U]: the experts that have rows."""
-    loads: Integers
-    """[U]: how many."""
-
-    @classmethod
-    def of(cls, ids: torch.Tensor, kept: torch.Tensor | None) -> SortedRows:
-        """From ids [T, K] and, where not all choices count, `kept` [T, K] bool."""
-        flat = ids.reshape(-1).numpy().astype(np.int64)
-        if kept is None:
-            choices = np.argsort(flat, kind="stable")
-        else:
-            places = np.flatnonzero(kept.reshape(-1).numpy())
-            choices = places[np.argsort(flat[places], kind="stable")]
-        counts = np.bincount(flat[choices])
-        experts = np.flatnonzero(counts)
-        return cls(choices, experts, counts[experts])
 
 
 class _Blocks(NamedTuple):
@@ -115,7 +92,7 @@ def by_tiles(
         weights: [T, K].
         kept: [T, K] bool: choices that count; all where it is not given.
     """
-    rows = SortedRows.of(ids, kept)
+    rows = UnionRows.of(ids, kept)
     if not len(rows.choices):
         return torch.zeros_like(hidden)
     call = _Call(kernels, stored, addresses, hidden, rows, ids)
@@ -144,7 +121,7 @@ class _Call:
         stored: StoredExperts,
         addresses: Integers,
         hidden: torch.Tensor,
-        rows: SortedRows,
+        rows: UnionRows,
         ids: torch.Tensor,
     ) -> None:
         self._kernels = kernels
