@@ -45,6 +45,9 @@ INSIDE __m512i two_halves(const uint8_t *first, const uint8_t *second)
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+/* Keeps a loop from being made one of vectors, which gcc 12 gets wrong here with -fwrapv. */
+#define ONE_BY_ONE(value) __asm__ volatile("" : "+r"(value))
+
 typedef __m512i (*PairValues)(const uint8_t *row);
 typedef int (*Value)(const uint8_t *block, int at);
 
@@ -75,8 +78,10 @@ INSIDE void by_pairs(int rows, int bytes, PairValues values, int above, Value va
         out[r] = _mm512_reduce_add_ps(sums[r]);
         if (block < count / 32) {
             int32_t last = 0;
-            for (int i = 0; i < 32; i++)
+            for (int i = 0; i < 32; i++) {
                 last += (value(row, i) - above) * (int8_t)x[2 + i];
+                ONE_BY_ONE(last);
+            }
             out[r] += (float)last * half(row) * half(x);
         }
     }
