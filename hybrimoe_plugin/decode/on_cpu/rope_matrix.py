@@ -30,7 +30,7 @@ class RopeMatrix:
 
     def __init__(self, rope: Rope) -> None:
         self._rope = rope
-        self._unit_vectors = torch.eye(rope.width, device="cpu")
+        self._unit_vectors = torch.eye(rope.width, dtype=torch.float32, device="cpu")
         self._embeddings: Any = None
         self.matrix = buffer(rope.width, rope.width)
         factors = buffer(rope.width), buffer(rope.width)
@@ -77,8 +77,8 @@ class RopeMatrix:
 def _sources(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
     """[D] int64 each: the two values of a head that each value of the result is made of."""
     half = rope.width // 2
-    unit_vectors = torch.eye(rope.width, device="cpu")
-    cos, sin = torch.full((half,), 2.0), torch.full((half,), 3.0)
+    unit_vectors = torch.eye(rope.width, dtype=torch.float32, device="cpu")
+    cos, sin = unit_vectors.new_full((half,), 2.0), unit_vectors.new_full((half,), 3.0)
     rotated = rope.rotate(unit_vectors, cos, sin)  # [D of x, D of the result]
     places = rotated.t().nonzero()[:, 1].view(rope.width, 2)
     return places[:, 0].contiguous(), places[:, 1].contiguous()

@@ -31,7 +31,8 @@ def rule_of(router: Any, top_k: int) -> Rule | None:
         isinstance(correction, torch.Tensor) and _is_plain(correction)
     ):
         return None
-    hidden = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    random = torch.Generator("cpu").manual_seed(0)
+    hidden = weight.new_empty(_ROWS, weight.shape[1]).normal_(generator=random)
     try:
         found = _choices(router.forward(hidden), top_k)
     except Exception:  # a router of another kind may raise anything

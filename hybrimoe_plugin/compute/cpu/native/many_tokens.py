@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybrimoe_plugin.compute.cpu.ggml.tensor import bytes_of_row
+from hybrimoe_plugin.compute.cpu.ggml.tensor import buffer, bytes_of_row
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
 from hybrimoe_plugin.compute.cpu.ggml_union import UnionRows
 from hybrimoe_plugin.compute.cpu.native.kernels import (
@@ -134,9 +134,9 @@ class _Call:
         self._blocks = _Blocks.of(rows.loads)
         count = len(rows.choices)
         _, inner, width = stored.gate.shape
-        self.gates = torch.empty(count, inner)
-        self.ups = torch.empty(count, inner)
-        self.outputs = torch.empty(count, width)
+        self.gates = buffer(count, inner)
+        self.ups = buffer(count, inner)
+        self.outputs = buffer(count, width)
         self._steps: list[Operation] = []
         self._kept: list[object] = []
         """Memory whose addresses the operations hold."""
@@ -167,7 +167,7 @@ class _Call:
         factors = weights.detach().float().contiguous()
         places = np.zeros(tokens * top_k, np.int64)
         places[self._rows.choices] = np.arange(len(self._rows.choices))
-        out = torch.empty(tokens, width)
+        out = buffer(tokens, width)
         if kept is not None:
             # A row that does not count may hold a NaN, so its factor is no 0.
             return self._kept_sums(factors, places, kept)
@@ -204,7 +204,7 @@ class _Call:
         blocks = self._blocks
         rows, columns = x.shape
         count = len(blocks.firsts)
-        out = torch.empty(count, TILE_ROWS * columns, dtype=torch.bfloat16)
+        out = buffer(count, TILE_ROWS * columns, dtype=torch.bfloat16)
         data = Tiling(
             x.data_ptr(),
             columns,
