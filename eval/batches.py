@@ -36,7 +36,7 @@ from eval.reporting import plots, report
 from eval.reporting.quantiles import percentiles
 from eval.reporting.rows import column, where
 from hybrimoe_plugin.compute.attention.kept_entries import cut_entries
-from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name
+from hybrimoe_plugin.compute.attention.kv_cache import cache_in, cache_name, use_growing_layer
 from hybrimoe_plugin.device.noise import Noise
 from hybrimoe_plugin.operators.experts import HybriMoEExperts
 from hybrimoe_plugin.weights.gguf_store import GGUFStore
@@ -136,6 +136,7 @@ class Subject:
         if conversations not in self._caches:
             made = DynamicCache()
             for number, (keys, values) in enumerate(self._held):
+                use_growing_layer(made, number)  # as attention does in a cache that it fills
                 made.update(keys[:conversations], values[:conversations], number)
             self._caches[conversations] = made
         return self._caches[conversations]

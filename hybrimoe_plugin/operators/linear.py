@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, GraphTensor, check_stored
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
+from hybrimoe_plugin.compute.cpu.native.choice import kernels_of
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph
 from hybrimoe_plugin.errors import BackendError, InputError
 from hybrimoe_plugin.injection.moved import old_names
@@ -50,8 +51,9 @@ class GgmlLinear(nn.Module):
             raise BackendError(f"expected a matrix {shape}, found {stored.shape}")
         self.ggml.require(stored.type_name)
         check_stored(stored)
-        # Measured here, else the first answer waits for it.
-        self.ggml.kernel_speed(stored.type_name, torch.get_num_threads())
+        if kernels_of(self.ggml) is None:
+            # Measured here, else the first answer waits for it. The operations need no measurement.
+            self.ggml.kernel_speed(stored.type_name, torch.get_num_threads())
         self.stored = stored
 
     def dequantised(self) -> torch.Tensor:

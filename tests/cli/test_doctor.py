@@ -77,7 +77,8 @@ def test_it_says_whether_the_cache_learns_in_c(monkeypatch: pytest.MonkeyPatch) 
 def test_it_says_how_many_rows_are_multiplied(
     tiles: int, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "operations", SimpleNamespace(tiles=tiles))
+    compiled = SimpleNamespace(tiles=tiles, layout=kernels.LAYOUT)
+    monkeypatch.setattr(kernels, "operations", compiled)
     check = backends.operations()
     assert check in doctor.examine()["backends"]
     assert check.ok is True and f"by {by}" in check.detail
@@ -87,6 +88,13 @@ def test_it_says_that_the_operations_are_not_compiled(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "operations", None)
     check = backends.operations()
     assert check.ok is False and check.detail.startswith("not compiled; optional: ggml")
+
+
+def test_it_says_that_the_operations_are_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = SimpleNamespace(tiles=2, layout=kernels.LAYOUT - 1)
+    monkeypatch.setattr(kernels, "operations", older)
+    check = backends.operations()
+    assert check.ok is False and check.detail.startswith("compiled from older sources; optional")
 
 
 def test_it_says_whether_there_can_be_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ from hybrimoe_plugin.hosts.transformers.prefixes.kinds import new_cache, pass_op
 log = logging.getLogger(__name__)
 
 _STEPS = 2
-"""ggml's graphs of one token are built in the first, and run on one thread in both."""
+"""Graphs of one token are built in the first where they were not at load. In both, ggml's run on
+one thread, and layers of compiled operations are computed one by one (`LazyChain`).
+"""
 
 
 def warm_up(model: Any) -> threading.Thread | None:

@@ -56,11 +56,12 @@ def operations() -> Check:
     from hybrimoe_plugin.compute.cpu.native import kernels
 
     name = "CPU operations in C"
-    if kernels.operations is None:
+    if not kernels.compiled():
+        why = "not compiled" if kernels.operations is None else "compiled from older sources"
         return Check(
             name,
             False,
-            "not compiled; optional: ggml's graphs do the same, slower. With a C compiler here, "
+            f"{why}; optional: ggml's graphs do the same, slower. With a C compiler here, "
             "install this package again",
         )
     tiles = kernels.TILES[kernels.operations.tiles]

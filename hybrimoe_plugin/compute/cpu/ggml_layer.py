@@ -113,16 +113,15 @@ class GgmlLayer:
 
     def add_to(
         self, graph: NativeGraph, x: GraphTensor, ids: GraphTensor, weights: GraphTensor
-    ) -> GraphTensor | None:
-        """The sum over one token's experts [1, H] in a graph; None for experts of other forms.
+    ) -> GraphTensor:
+        """The sum over one token's experts [1, H] in a graph; they must be SwiGLU without biases.
 
         Args:
             x: [1, H].
             ids: [K] int32.
             weights: [1, K].
         """
-        if not self.stored.is_swiglu:
-            return None
+        assert self.stored.is_swiglu
         return add_experts(graph, self.stored, self._addresses, x, ids, weights)
 
     def _few(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from hybrimoe_plugin.decode.cuda_layer import CudaLayer
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.engine.turns import Turns
 from hybrimoe_plugin.operators.experts import layer_of
+
+T = TypeVar("T")
 
 
 def connect_chains(
@@ -36,7 +38,8 @@ def connect_chains(
     """
     readers = outside(model, layers)
     handles = []
-    for run in _runs(layers):
+    # A layer that cannot join ends a run: those before it are proved by themselves.
+    for run in runs_of(filter(_can_join, layers), _follows):
         first, last = run[0], run[-1]
         chain = ProvenChain(first.key if first is last else f"{first.key} to {last.key}")
         for layer in run:
@@ -72,19 +75,22 @@ def before(make_right: Callable[[], None]) -> Callable[..., None]:
     return hook
 
 
-def _runs(layers: Sequence[GraphedLayer]) -> Iterator[list[GraphedLayer]]:
-    """Layers in runs of which each is the model's next one, with the same state.
-
-    A layer that cannot join ends a run: those before it are proved by themselves.
-    """
-    run: list[GraphedLayer] = []
-    for layer in filter(_can_join, layers):
-        if run and not _follows(run[-1], layer):
+def runs_of(items: Iterable[T], follows: Callable[[T, T], bool]) -> Iterator[list[T]]:
+    """Items in runs of which each follows the one before it."""
+    run: list[T] = []
+    for item in items:
+        if run and not follows(run[-1], item):
             yield run
             run = []
-        run.append(layer)
+        run.append(item)
     if run:
         yield run
+
+
+def is_next(one: GraphedLayer, other: GraphedLayer) -> bool:
+    """Whether a layer stands right behind another one in the model."""
+    same_list = one.key.rpartition(".")[0] == other.key.rpartition(".")[0]
+    return same_list and layer_of(other.key) == layer_of(one.key) + 1
 
 
 def _can_join(layer: GraphedLayer) -> bool:
@@ -92,9 +98,7 @@ def _can_join(layer: GraphedLayer) -> bool:
 
 
 def _follows(one: GraphedLayer, other: GraphedLayer) -> bool:
-    same_list = one.key.rpartition(".")[0] == other.key.rpartition(".")[0]
-    is_next = layer_of(other.key) == layer_of(one.key) + 1
-    return same_list and is_next and _cuda(one).state is _cuda(other).state
+    return is_next(one, other) and _cuda(one).state is _cuda(other).state
 
 
 def _cuda(layer: GraphedLayer) -> CudaLayer:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from hybrimoe_plugin.compute.cpu.native.kernels import Kernels
-from hybrimoe_plugin.decode.chain.connect import before, outside, weakly
+from hybrimoe_plugin.decode.chain.connect import before, is_next, outside, runs_of, weakly
 from hybrimoe_plugin.decode.foreign_hooks import has_own_forward, hooks_on_all
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
 from hybrimoe_plugin.decode.on_cpu.lazy_chain import ChainLink, LazyChain
 from hybrimoe_plugin.engine.turns import Turns
-from hybrimoe_plugin.operators.experts import layer_of
 
 Linked = tuple[GraphedLayer, ChainLink]
 
@@ -36,7 +35,7 @@ def connect_lazily(
     layers = [module for module in model.modules() if isinstance(module, GraphedLayer)]
     readers = outside(model, layers)
     handles = []
-    for run in _runs(links):
+    for run in runs_of(links, _follows):
         chain = LazyChain(kernels, _unchanged(model, [layer for layer, _ in run]))
         previous: ChainLink | None = None
         for number, (layer, link) in enumerate(run):
@@ -75,18 +74,5 @@ def _unchanged(model: nn.Module, layers: Sequence[GraphedLayer]) -> Callable[[],
     return unchanged
 
 
-def _runs(links: Sequence[Linked]) -> Iterator[list[Linked]]:
-    """Layers in runs of which each is the model's next one."""
-    run: list[Linked] = []
-    for linked in links:
-        if run and not _follows(run[-1][0], linked[0]):
-            yield run
-            run = []
-        run.append(linked)
-    if run:
-        yield run
-
-
-def _follows(one: GraphedLayer, other: GraphedLayer) -> bool:
-    same_list = one.key.rpartition(".")[0] == other.key.rpartition(".")[0]
-    return same_list and layer_of(other.key) == layer_of(one.key) + 1
+def _follows(one: Linked, other: Linked) -> bool:
+    return is_next(one[0], other[0])

@@ -11,7 +11,7 @@ from torch import nn
 from hybrimoe_plugin.compute.attention.rope import Rope
 from hybrimoe_plugin.compute.cpu.ggml import GraphTensor, buffer
 from hybrimoe_plugin.compute.cpu.ggml_function import GgmlFunction
-from hybrimoe_plugin.compute.cpu.native.choice import can_tile_matrix, kernels_of, takes
+from hybrimoe_plugin.compute.cpu.native.choice import kernels_of, takes
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
 from hybrimoe_plugin.compute.cpu.native.token_attention import AttendedCache
 from hybrimoe_plugin.decode.graphed_layer import GraphedLayer
@@ -173,10 +173,14 @@ class CpuStep:
     @functools.cached_property
     def _tiled(self) -> bool:
         """Whether tiles take all matrices; known once these are loaded."""
+        kernels = self.kernels
         parts = [self._operator] if self._dense is None else [self._operator, self._dense]
-        linears = [module for part in parts for module in part.modules()]
-        stored = [module.stored for module in linears if isinstance(module, GgmlLinear)]
-        return all(matrix is not None and can_tile_matrix(matrix) for matrix in stored)
+        modules = [module for part in parts for module in part.modules()]
+        stored = [module.stored for module in modules if isinstance(module, GgmlLinear)]
+        return kernels is not None and all(
+            matrix is not None and kernels.can_tile(matrix.type_name, matrix.shape[-1])
+            for matrix in stored
+        )
 
     def _output(self, outputs: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
         """[B, T, H] from the outputs of the second graph."""
@@ -239,9 +243,7 @@ class CpuStep:
         (total, normed, *dense), cache = self._build_native(graph, x)
         outputs = dense
         if self._routed is not None:
-            routed = self._routed.build(graph, normed)
-            assert routed is not None, "_can_be_whole() has checked it"
-            outputs = [routed, *dense]
+            outputs = [self._routed.build(graph, normed), *dense]
         output, *others = outputs
         for other in others:
             output = graph.add(output, other)

@@ -51,8 +51,8 @@ class RoutedPart:
             return False
         return not self._hooks.present() and not hooks_on_all()
 
-    def build(self, graph: NativeGraph, x: GraphTensor) -> GraphTensor | None:
-        """The sum over the experts of x [1, H]; None where they are of another form."""
+    def build(self, graph: NativeGraph, x: GraphTensor) -> GraphTensor:
+        """The sum over the experts of x [1, H]."""
         engine, position = self._experts.place
         cpu = engine.cpu
         assert isinstance(cpu, GgmlExperts), "routed_part() has checked it"

@@ -27,9 +27,7 @@ def rule_of(router: Any, top_k: int) -> Rule | None:
     if not _is_plain(weight) or weight.ndim != 2:
         return None
     correction = correction_of(router)
-    if correction is not None and not (
-        isinstance(correction, torch.Tensor) and _is_plain(correction)
-    ):
+    if correction is not None and not _is_plain(correction):
         return None
     random = torch.Generator("cpu").manual_seed(0)
     hidden = weight.new_empty(_ROWS, weight.shape[1]).normal_(generator=random)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hybrimoe_plugin.compute.cpu.ggml import Ggml, Graph
 from hybrimoe_plugin.compute.cpu.native.graph import AnyGraph, NativeGraph
-from hybrimoe_plugin.compute.cpu.native.kernels import EXACT, TILE_DEPTH, Kernels, compiled
-from hybrimoe_plugin.weights.quantized_matrix import QuantizedMatrix
+from hybrimoe_plugin.compute.cpu.native.kernels import Kernels, compiled
 
 TILED_ROWS = 12
 """Rows from which tiles are faster than ggml's products (docs/LOG.md)."""
@@ -21,11 +20,6 @@ def kernels_of(ggml: Ggml) -> Kernels | None:
 def takes(kernels: Kernels | None, rows: int) -> bool:
     """Whether the operations are the fastest for products of so many rows."""
     return kernels is not None and (rows == 1 or (kernels.tiles and rows >= TILED_ROWS))
-
-
-def can_tile_matrix(matrix: QuantizedMatrix) -> bool:
-    """Whether products of many rows with a matrix may go by tiles, where there are some."""
-    return matrix.type_name not in EXACT and matrix.shape[-1] % TILE_DEPTH == 0
 
 
 def new_graph(ggml: Ggml, threads: int, rows: int, kept: bool = False, nodes: int = 48) -> AnyGraph:

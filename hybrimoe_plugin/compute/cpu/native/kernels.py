@@ -40,6 +40,8 @@ TILES = ("ggml's products, without tiles", "AVX-512's bfloat16", "AMX tiles")
 TILE_ROWS = 16
 TILE_DEPTH = 32
 """A tile's rows, and its columns in bfloat16."""
+PANEL = 32
+"""Rows of weights of a chunk by tiles."""
 
 
 class TypeKernels(NamedTuple):
@@ -77,6 +79,10 @@ class Kernels:
             ctypes.c_int, ctypes.POINTER(GraphOf), ctypes.c_int64, ctypes.c_int64
         )
         self._run = prototype(operations.run_graphs)
+
+    def can_tile(self, type_name: str, columns: int) -> bool:
+        """Whether products of many rows with matrices [N, columns] of a type may go by tiles."""
+        return self.tiles and type_name not in EXACT and columns % TILE_DEPTH == 0
 
     def run(self, graphs: Sequence[GraphOf], threads: int) -> None:
         """Compute finished graphs, one after the other."""

@@ -18,8 +18,7 @@ from hybrimoe_plugin.compute.cpu.ggml.tensor import buffer, bytes_of_row
 from hybrimoe_plugin.compute.cpu.ggml_stored import StoredExperts
 from hybrimoe_plugin.compute.cpu.ggml_union import UnionRows
 from hybrimoe_plugin.compute.cpu.native.kernels import (
-    EXACT,
-    TILE_DEPTH,
+    PANEL,
     TILE_ROWS,
     Kernels,
     operations,
@@ -33,9 +32,6 @@ from hybrimoe_plugin.compute.cpu.native.structures import (
     Tiling,
     WeightedSum,
 )
-
-_PANEL = 32
-"""Rows of weights of a chunk."""
 
 Integers = NDArray[np.int64]
 
@@ -66,12 +62,11 @@ class _Blocks(NamedTuple):
 
 def can_tile(kernels: Kernels | None, stored: StoredExperts) -> bool:
     """Whether a layer's experts can be computed by tiles."""
+    if kernels is None:
+        return False
     parts = stored.gate, stored.up, stored.down
-    fit = all(part.shape[-1] % TILE_DEPTH == 0 for part in parts)
-    right = all(
-        stored.ggml.forms(part.type_name).lookup and part.type_name not in EXACT for part in parts
-    )
-    return kernels is not None and kernels.tiles and fit and right
+    fit = all(kernels.can_tile(part.type_name, part.shape[-1]) for part in parts)
+    return fit and all(stored.ggml.forms(part.type_name).lookup for part in parts)
 
 
 def by_tiles(
@@ -237,12 +232,12 @@ class _Call:
         products["rows"] = loads
         products["count"] = count
         products["columns"] = columns
-        products["chunk_rows"] = _PANEL
+        products["chunk_rows"] = PANEL
         return products
 
     def _multiply(self, groups: list[NDArray[np.void]]) -> None:
         products = np.concatenate(groups)
-        chunks = -(-products["count"] // _PANEL)
+        chunks = -(-products["count"] // PANEL)
         products["first_chunk"] = np.cumsum(chunks) - chunks
         data = Products(products.ctypes.data, len(products))
         self._kept.append(products)

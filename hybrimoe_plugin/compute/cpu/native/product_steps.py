@@ -8,13 +8,12 @@ import torch
 
 from hybrimoe_plugin.compute.cpu.ggml.tensor import GraphTensor, buffer, bytes_of_row
 from hybrimoe_plugin.compute.cpu.native.kernels import (
-    EXACT,
-    TILE_DEPTH,
+    PANEL,
     TILE_ROWS,
     TypeKernels,
     operations,
 )
-from hybrimoe_plugin.compute.cpu.native.steps import Step, Steps
+from hybrimoe_plugin.compute.cpu.native.steps import Step, Steps, storage_of
 from hybrimoe_plugin.compute.cpu.native.structures import Conversion, Product, Tiling
 
 _ROWS_FOR_TILES = 4
@@ -23,8 +22,6 @@ _TILED_FOR_EXACT = 2.5
 """Multiply-adds by tiles that make up for one of many rows in a type of `EXACT`, which take thrice
 the time that they take in ggml's graphs; those by tiles take a sixth.
 """
-_PANEL = 32
-"""Rows of weights of a chunk by tiles."""
 
 
 class ProductSteps(Steps):
@@ -58,11 +55,8 @@ class ProductSteps(Steps):
         self._wrote(out)
 
     def _takes_tiles(self, weight: GraphTensor, x: torch.Tensor) -> bool:
-        return x.shape[-2] >= _ROWS_FOR_TILES and self._can_tile(weight)
-
-    def _can_tile(self, weight: GraphTensor) -> bool:
-        fits = weight.shape[-1] % TILE_DEPTH == 0
-        return self._kernels.tiles and fits and weight.type_name not in EXACT
+        many = x.shape[-2] >= _ROWS_FOR_TILES
+        return many and self._kernels.can_tile(weight.type_name, weight.shape[-1])
 
     def _product(
         self,
@@ -94,7 +88,7 @@ class ProductSteps(Steps):
             count,
             columns,
             0,
-            _PANEL if tiled else 0,
+            PANEL if tiled else 0,
         )
 
     def _converted_rows(self, x: torch.Tensor, kernels: TypeKernels, tiled: bool) -> torch.Tensor:
@@ -102,7 +96,7 @@ class ProductSteps(Steps):
         if not tiled and kernels.convert is None:
             return x
         how = "tiles" if tiled else kernels.convert
-        key = x.data_ptr(), tuple(x.shape), x.stride(), how
+        key = storage_of(x), x.data_ptr(), tuple(x.shape), x.stride(), how
         found = self._converted.get(key)
         if found is not None:
             return found

@@ -29,9 +29,6 @@ class NativeSingleToken:
         self._ids = buffer(top_k, dtype=torch.int32)
         self._x = buffer(1, width)
         self._weights = buffer(1, top_k)
-        self._gates = buffer(top_k, inner_width)
-        self._ups = buffer(top_k, inner_width)
-        self._outputs = buffer(top_k, width)
         graph = NativeGraph(stored.ggml, kernels, stored.threads)
         self._graphs = [graph]
         ids, x = graph.wrap_ids(self._ids), graph.wrap(self._x)
@@ -41,6 +38,9 @@ class NativeSingleToken:
             self._sum = add_experts(graph, stored, addresses, x, ids, weights).value
             graph.finish()
             return
+        self._gates = buffer(top_k, inner_width)
+        self._ups = buffer(top_k, inner_width)
+        self._outputs = buffer(top_k, width)
         gates_at, ups_at, downs_at = addresses
         graph.matmul_chosen(_like(stored.gate), gates_at, ids, x, self._gates)
         graph.matmul_chosen(_like(stored.up), ups_at, ids, x, self._ups)

@@ -83,7 +83,9 @@ class Steps:
         self._threads = threads
         self._steps: list[Step | ProductsStep] = []
         self._converted: dict[tuple[Any, ...], torch.Tensor] = {}
-        """Activations as products take them, by where they lie and how they were converted."""
+        """Activations as products take them, by their storage, where they lie in it and how they
+        were converted.
+        """
         self._referenced: list[Any] = []
         """Memory whose addresses the operations hold."""
         self._pointings: list[tuple[Pointing, ProductsStep, int]] = []
